@@ -1,0 +1,213 @@
+"""Checkpoints on disk: names, publishing, `latest`, pruning and finding the newest good one.
+
+checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json), renamed, and only
+then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. Whoever reads never needs
+to know where a writer stopped; a staging folder that was left is removed by the next save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
+from megatron_ettin.config.errors import UserError
+
+__all__ = [
+    "checkpoints_folder",
+    "latest",
+    "list_checkpoints",
+    "new_staging",
+    "place",
+    "prune",
+    "publish",
+    "read_config",
+    "read_progress",
+    "resolve",
+    "step_name",
+    "step_of",
+    "verify",
+]
+
+LATEST = "latest"
+_STAGING = ".tmp-"
+_REPLACED = ".tmp-replaced-"  # a checkpoint of the same step that is being saved again
+_PRUNED = ".tmp-pruned-"
+_STEP = re.compile(r"step_(\d{9,})")
+_log = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint folder is named after; 0 for one with another name (an imported one)."""
+    match = _STEP.fullmatch(path.name.removeprefix(_REPLACED))
+    return int(match[1]) if match else 0
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Published checkpoints, oldest first, damaged ones included."""
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def _candidates(run_dir: Path) -> list[Path]:
+    """Newest first: published checkpoints, and one that a killed re-save of its step had moved aside."""
+    published = list_checkpoints(run_dir)
+    names = {path.name for path in published}
+    aside = [
+        path
+        for path in checkpoints_folder(run_dir).glob(f"{_REPLACED}*")
+        if path.name.removeprefix(_REPLACED) not in names
+    ]
+    return sorted(published + aside, key=step_of, reverse=True)
+
+
+def _named_latest(run_dir: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None (with a warning) where it names none."""
+    path = checkpoints_folder(run_dir) / LATEST
+    try:
+        name = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if not _STEP.fullmatch(name):
+        _log.warning("%s: holds %r, not the name of a checkpoint; looking for the newest good one", path, name[:40])
+        return None
+    if not (path.parent / name).is_dir():
+        _log.warning("%s: names %s, which is not there; looking for the newest good one", path, name)
+        return None
+    return path.parent / name
+
+
+def latest(run_dir: Path, checksums: bool = False) -> Path | None:
+    """The checkpoint to go on from, None where a run has none.
+
+    That is what `latest` names if it is whole (files and sizes, or checksums too), else the newest one that passes a
+    full check; every refused one is logged by the file that is damaged. Raises UserError where all are damaged."""
+    named = _named_latest(run_dir)
+    rest = [path for path in _candidates(run_dir) if path != named]
+    first_error: UserError | None = None
+    for path in ([named] if named else []) + rest:
+        try:
+            verify(path, checksums=checksums or path != named)
+        except UserError as error:
+            first_error = first_error or error
+            _log.warning("%s", error)
+            continue
+        if path != named and (named or (checkpoints_folder(run_dir) / LATEST).exists() or first_error):
+            _log.warning("going on from %s, the newest good checkpoint", path)
+        return path
+    if first_error:
+        raise UserError(f"{run_dir}: no checkpoint is whole; the newest: {first_error}")
+    return None
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint folder from a checkpoint folder or a run directory (its latest). Raises UserError otherwise."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a checkpoint or a run directory"
+        )
+    if (path / "metadata.json").is_file() or (path / "integrity.json").is_file():
+        return path
+    if not checkpoints_folder(path).is_dir():
+        raise UserError(f"{path}: neither a checkpoint (no metadata.json) nor a run directory (no checkpoints/)")
+    found = latest(path)
+    if found is None:
+        raise UserError(f"{path}: the run has no checkpoint yet")
+    return found
+
+
+def new_staging(run_dir: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` in. Removes what killed saves left, so that they cannot fill
+    the disk; one save at a time."""
+    folder = checkpoints_folder(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_STAGING}step_*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = folder / f"{_STAGING}{step_name(step)}"
+    staging.mkdir()
+    return staging
+
+
+def place(staging: Path, final: Path) -> None:
+    """Seal `staging` and rename it to `final`. A folder already there is moved aside first and removed last, so that
+    one of the two is whole at any instant."""
+    seal(staging)
+    aside = final.with_name(_REPLACED + final.name)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(staging, final)
+    fsync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Make the checkpoint written in `staging` the run's latest: seal, rename, then replace `latest`, in this order."""
+    staging, final = Path(staging), Path(final)
+    place(staging, final)
+    write_synced(final.parent / LATEST, final.name + "\n")
+    for left in final.parent.glob(f"{_STAGING}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and the one `latest` names; 0 keeps all. Returns the removed.
+
+    Each is renamed before it is deleted: half a folder must never pass for a checkpoint."""
+    if keep <= 0:
+        return []
+    kept = {*list_checkpoints(run_dir)[-keep:], _named_latest(run_dir)}
+    removed = [path for path in list_checkpoints(run_dir) if path not in kept]
+    for path in removed:
+        doomed = path.with_name(_PRUNED + path.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """progress.json: step, tokens and what else the run wrote."""
+    path = Path(checkpoint) / "progress.json"
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error})") from None
+    if not isinstance(progress, dict):
+        raise UserError(f"{path}: holds a {type(progress).__name__}, not an object with step and tokens")
+    return progress
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a checkpoint or a run directory, as plain groups; interpolations are not resolved."""
+    from omegaconf import OmegaConf  # 0.3 s that listing and verifying do without
+
+    path = Path(folder) / "config.yaml"
+    try:
+        groups = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # OmegaConf and its YAML reader share no base class
+        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
+    if not isinstance(groups, dict):
+        raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
+    return {str(key): value for key, value in groups.items()}
+
+
+def total_bytes(checkpoint: Path) -> int:
+    """Bytes of all files that integrity.json lists."""
+    return sum(entry["bytes"] for entry in read_entries(checkpoint).values())

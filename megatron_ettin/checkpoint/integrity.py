@@ -1,0 +1,111 @@
+"""integrity.json: sha256 and size of every file of a checkpoint, written when it is sealed, checked when it is used.
+
+A checkpoint is many files from many ranks; a torn or flipped one loads without complaint as wrong numbers. Hashing
+costs one more read of what was just written (in threads: hashlib lets go of the interpreter lock), and buys that
+every damaged file is refused by name. The first damage found is enough: nothing is repaired."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.errors import UserError
+
+INTEGRITY = "integrity.json"
+THREADS = 8
+_BLOCK_BYTES = 8 << 20
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of one file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force one file, or the entries of one folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace `path` by `text` atomically: written beside, forced to the disk, renamed."""
+    beside = path.with_name(f".tmp-{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    fsync(beside)
+    os.replace(beside, path)
+    fsync(path.parent)
+
+
+def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != INTEGRITY
+    )
+
+
+def seal(folder: Path) -> None:
+    """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint."""
+
+    def entry(path: Path) -> tuple[str, dict[str, Any]]:
+        fsync(path)
+        return path.relative_to(folder).as_posix(), {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    files = dict(_in_threads(entry, _files(folder)))
+    for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        fsync(inner)
+    write_synced(folder / INTEGRITY, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
+def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What integrity.json says of every file. Raises UserError where it is missing, torn or of another format."""
+    path = folder / INTEGRITY
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        entries = record["files"]
+        for name, entry in entries.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"it names {name!r}, outside the checkpoint")
+            entry["bytes"] + 0, entry["sha256"] + ""
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint was never finished, or is not one of ours") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: unreadable ({error}); the checkpoint cannot be trusted") from None
+    return entries
+
+
+def verify(folder: Path, checksums: bool = True) -> None:
+    """Raise UserError naming the first missing, truncated or changed file; sizes first, for they cost nothing.
+
+    With checksums=False only presence and sizes are checked."""
+    entries = read_entries(folder)
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; integrity.json lists it with {entry['bytes']:,} bytes")
+        found = path.stat().st_size
+        if found != entry["bytes"]:
+            raise UserError(f"{path}: {found:,} bytes, but {entry['bytes']:,} were written; the file is torn")
+    if not checksums:
+        return
+    for name, found in _in_threads(lambda name: (name, sha256(folder / name)), entries):
+        expected = entries[name]["sha256"]
+        if found != expected:
+            raise UserError(
+                f"{folder / name}: sha256 {found[:12]}..., but {expected[:12]}... was written; it has changed"
+            )

@@ -1,0 +1,74 @@
+"""Writing a weights-only torch_dist checkpoint from one process, one tensor in memory at a time.
+
+Core's own save wants process groups and the whole state at once. The format underneath is plain: torch.save of each
+tensor at an offset of a .distcp file, and `.metadata` saying where. Written here directly, it is read by core's
+dist_checkpointing.load at any layout, and an import needs the memory of its largest tensor only."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+FILE_BYTES = 4 << 30  # a .distcp file is closed once it is larger
+FORMAT = {
+    **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
+    **{"common_backend": "torch", "common_backend_version": 1},
+}
+
+
+def write_weights(
+    staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], common: dict[str, Any], file_bytes: int = FILE_BYTES
+) -> None:
+    """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`."""
+    staging = Path(staging)
+    staging.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    file, name = None, ""
+    try:
+        for key, tensor in tensors:
+            if file is None or file.tell() >= file_bytes:
+                if file is not None:
+                    file.close()
+                name = f"__0_{len({info.relative_path for info in places.values()})}.distcp"
+                file = open(staging / name, "wb")  # noqa: SIM115
+            tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
+            first = file.tell()
+            torch.save(tensor, file)
+            corner = torch.Size([0] * tensor.dim())
+            entries[key] = TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(corner, tensor.shape)]
+            )
+            places[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
+    finally:
+        if file is not None:
+            file.close()
+    _write_metadata(staging, entries, places)
+    torch.save(common, staging / "common.pt")
+    (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    """torch.save writes the whole storage behind a view; what is stored must be the tensor alone."""
+    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def _write_metadata(staging: Path, entries: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
+    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+    metadata.version = CURRENT_DCP_VERSION
+    with open(staging / ".metadata", "wb") as out:
+        pickle.dump(metadata, out)

@@ -1,0 +1,44 @@
+"""Prove that runs are a pair (same shape, data order, schedule, rows and tokens) and draw their curves on one page.
+
+Give the runs of an encoder and of a decoder; several phases of one model follow each other on the token axis.
+
+    ettin compare runs/enc-pretrain runs/dec-pretrain --out pair.html
+    ettin compare enc/pretrain enc/extend dec/pretrain dec/extend --out pair.html --json --require-paired
+
+The verdict is PAIRED, NOT PAIRED (what differs is named), SAME TRAINING (two runs of one objective that share
+everything) or ONE MODEL (nothing to compare with). A PNG of the curves is written beside the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, phases in order")
+    parser.add_argument("--out", type=Path, required=True, metavar="REPORT.html", help="the page to write")
+    parser.add_argument("--json", action="store_true", help="print verdict, checks and figures as JSON")
+    parser.add_argument("--require-paired", action="store_true", help="exit 1 where the verdict is NOT PAIRED")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.report import compare, page
+
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: a page is written, so its name has to end in .html")
+    comparison = compare.compare(args.runs)
+    try:
+        picture = page.write(comparison, args.out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
+    if args.json:
+        print(json.dumps(page.as_json(comparison, args.out, picture), indent=1))
+    else:
+        for check in comparison.failed:
+            print(f"differs: {check.name}{f' ({check.phase})' if check.phase else ''}: {check.detail}")
+        print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}")
+        print(f"{args.out} and {picture}")
+    return 1 if args.require_paired and comparison.verdict == "NOT PAIRED" else 0

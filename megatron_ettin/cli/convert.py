@@ -1,0 +1,105 @@
+"""Checkpoints to and from Hugging Face folders, encoder and decoder, without loss; memory is that of one tensor.
+
+Examples:
+  ettin convert to-hf runs/17m-mlm exported --verify
+  ettin convert from-hf exported imported
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf")
+    out = ways.add_parser("to-hf", help="a checkpoint -> a folder that transformers loads")
+    out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="of a run: its latest checkpoint")
+    out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    out.add_argument(
+        "--verify", action="store_true", help="read back every tensor and compare logits with transformers"
+    )
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (%(default)s)")
+    out.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
+    out.add_argument("--json", action="store_true", help="print the result as JSON")
+    back = ways.add_parser("from-hf", help="a folder that transformers wrote -> a checkpoint of weights")
+    back.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    back.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    back.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.counts import parse_count
+    from megatron_ettin.convert.from_hf import from_hf
+    from megatron_ettin.convert.to_hf import to_hf
+    from megatron_ettin.convert.verify import ParityError
+
+    if args.way == "from-hf":
+        with _progress("reading") as report:
+            result = from_hf(args.hf_dir, args.out, report)
+        _print(result, _imported(result), args.json)
+        return
+    max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
+    our_logits = _our_logits() if args.verify else None
+    with _progress("writing") as report:
+        try:
+            result = to_hf(args.checkpoint, args.out, args.dtype, args.verify, max_shard_bytes, our_logits, report)
+        except ParityError as error:  # a fault of ours, not the user's: exit 1
+            raise SystemExit(f"ettin convert: {error}") from error
+    _print(result, _exported(result), args.json)
+
+
+def _our_logits() -> Callable[..., Any]:
+    from megatron_ettin.train.inference import logits_of
+
+    return logits_of
+
+
+def _exported(result: dict[str, Any]) -> list[str]:
+    what = f"{result['objective']}, {result['dtype']}, step {result['step']}"
+    lines = [f"{result['checkpoint']} -> {result['out']}: {what}", f"weights: {', '.join(result['files'])}"]
+    if not result["tokenizer"]:
+        lines.append("tokenizer: none in the checkpoint, none exported")
+    parity = result["parity"]
+    if parity is not None:
+        difference, allowed = parity["max_abs_logit_difference"], parity["tolerance"]
+        argmax = "equal" if parity["argmax_equal"] else "not equal everywhere"
+        lines.append(
+            f"verified: {parity['tensors']} tensors bit-identical; logits differ from transformers"
+            f" {parity['transformers']} by at most {difference:.1e} (allowed {allowed:.0e}) over {parity['tokens']}"
+            f" tokens, argmax {argmax}"
+        )
+    return lines + _notes(result)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    return [f"note: {note}" for note in result["notes"]]
+
+
+def _imported(result: dict[str, Any]) -> list[str]:
+    size = result["size"] or "no published size"
+    lines = [f"{result['source']} -> {result['out']}: {result['objective']}, {size}, {result['tensors']} tensors"]
+    return lines + _notes(result)
+
+
+def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    print(json.dumps(result) if as_json else "\n".join(lines))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, nothing elsewhere: the closing lines say what was done."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,159 @@
+"""What a dataset, checkpoint or run holds: counts, tokenizer, sources, files, row plans. --verify reads every byte and
+checks it against the recorded sha256; --sample shows decoded chunks.
+
+  ettin inspect data/corpus --sample 3
+  ettin inspect runs/17m-mlm/checkpoints/step_000001000 --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ettin.config.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ettin.data.dataset import Dataset
+
+SHARDS_SHOWN = 12
+SOURCES_SHOWN = 30
+SAMPLE_SEED = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a dataset, checkpoint or run directory")
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of every file")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="decode N chunks of a dataset")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    if args.sample < 0:
+        raise UserError(f"--sample: {args.sample}; at least 0")
+    is_dataset = (path / "manifest.json").is_file()
+    if not is_dataset and any((path / name).exists() for name in ("integrity.json", "config.yaml")):
+        from megatron_ettin.report.inspection import describe
+
+        print_facts(describe(path, verify=args.verify), args.json)
+        return 0
+    from megatron_ettin.data.dataset import open_dataset
+
+    if not is_dataset:
+        raise UserError(f"{path}: no dataset (manifest.json), checkpoint (integrity.json) or run (config.yaml)")
+    dataset = open_dataset(path)
+    content = describe_dataset(dataset, args.verify)
+    content["samples"] = samples(dataset, args.sample)
+    if args.json:
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+    else:
+        print_dataset(content)
+    return 0
+
+
+def describe_dataset(dataset: Dataset, verify: bool) -> dict[str, Any]:
+    from megatron_ettin.data.rows import existing_plans
+
+    plans = existing_plans(dataset)
+    if verify:
+        dataset.verify()
+        for plan in plans:
+            plan.verify()
+    manifest = asdict(dataset.manifest)
+    shards = [
+        {
+            "name": shard.name,
+            "documents": shard.documents,
+            "chunks": shard.chunks,
+            "tokens": shard.tokens,
+            "bytes": sum(file.bytes for file in shard.files.values()),
+        }
+        for shard in dataset.manifest.shards
+    ]
+    rows = [
+        {"batching": p.batching, "seq_len": p.seq_len, "rows": p.num_rows, "tokens": p.num_tokens, "fill": p.fill}
+        for p in plans
+    ]
+    dropped = ("tokenizer_files", "settings_sha256", "format", "version")
+    kept = {key: value for key, value in manifest.items() if key not in dropped}
+    return {"kind": "dataset", "path": str(dataset.path), **kept, "shards": shards, "rows": rows, "verified": verify}
+
+
+def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """`count` chunks spread over the dataset, always the same ones."""
+    if not count:
+        return []
+    import numpy as np
+
+    from megatron_ettin.data.permutation import Permutation
+    from megatron_ettin.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    shown = []
+    for chunk in Permutation(dataset.num_chunks, SAMPLE_SEED)(np.arange(min(count, dataset.num_chunks))).tolist():
+        source, document, start, _ = dataset.document_of(chunk)
+        tokens = dataset.chunk(chunk)
+        where = {"chunk": chunk, "source": source, "document": document, "start_token": start, "tokens": len(tokens)}
+        shown.append({**where, "text": tokenizer.decode(tokens.tolist())})
+    return shown
+
+
+def print_dataset(content: dict[str, Any]) -> None:
+    tokenizer = content["tokenizer"]
+    print(f"dataset {content['path']}  fingerprint {content['fingerprint'][:16]}")
+    counts = ", ".join(f"{content[key]:,} {key}" for key in ("documents", "chunks", "tokens"))
+    print(f"  {counts} ({content['dtype']})")
+    rule = f"up to {content['chunk_tokens']} tokens, last pieces under {content['skip_tokens']} dropped"
+    print(f"  chunks: {rule}, under {content['min_chunk_tokens']} filled up")
+    size, fingerprint = f"{tokenizer['vocab_size']:,} tokens", tokenizer["fingerprint"][:16]
+    print(f"  tokenizer: {tokenizer['name']}, {size}, fingerprint {fingerprint}")
+    table("sources", ("name", "documents", "chunks", "tokens"), content["sources"], SOURCES_SHOWN)
+    table("shards", ("name", "documents", "chunks", "tokens", "bytes"), content["shards"], SHARDS_SHOWN)
+    plans = [{**plan, "fill": f"{plan['fill']:.2%}"} for plan in content["rows"]]
+    table("row plans", ("batching", "seq_len", "rows", "tokens", "fill"), plans, SHARDS_SHOWN)
+    if content["verified"]:
+        print("  verified: every file has its recorded sha256")
+    for sample in content["samples"]:
+        place = f"{sample['source']} {sample['document']} from token {sample['start_token']}, {sample['tokens']} tokens"
+        print(f"--- chunk {sample['chunk']}: {place}\n{sample['text']}")
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]], limit: int) -> None:
+    """Left-aligned first column, right-aligned figures; what is past `limit` is counted, not shown."""
+    if not rows:
+        return
+    cells = [[f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in columns] for row in rows[:limit]]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    print(f"  {title}:")
+    for line in [list(columns), *cells]:
+        rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        print("    " + "  ".join([line[0].ljust(widths[0]), *rest]))
+    if len(rows) > limit:
+        print(f"    ... and {len(rows) - limit:,} more")
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """What report.inspection found: nested dicts as indented lines."""
+    if as_json:
+        print(json.dumps(facts, indent=1, ensure_ascii=False, default=str))
+        return
+    for line in fact_lines(facts, ""):
+        print(line)
+
+
+def fact_lines(value: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for key, entry in value.items():
+        if isinstance(entry, dict) and entry:
+            lines += [f"{indent}{key}:", *fact_lines(entry, indent + "  ")]
+        elif isinstance(entry, list) and entry and isinstance(entry[0], dict):
+            lines.append(f"{indent}{key}:")
+            lines += [f"{indent}  " + ", ".join(f"{k} {v}" for k, v in item.items()) for item in entry]
+        else:
+            lines.append(f"{indent}{key}: {entry}")
+    return lines

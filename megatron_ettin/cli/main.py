@@ -1,0 +1,68 @@
+"""The `ettin` console script: finds the command's module and runs it. Only the command asked for is imported,
+so that `ettin --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_ettin import __version__
+from megatron_ettin.config.errors import EXIT_USER_ERROR, UserError, nearest
+
+# command -> (module under megatron_ettin.cli, one line for `ettin --help`)
+COMMANDS = {
+    "prepare": ("prepare", "text -> an indexed, tokenized dataset"),
+    "inspect": ("inspect", "what a dataset, checkpoint or run holds; --verify checks every checksum"),
+    "train": ("train", "train an encoder or a decoder; resumes by itself"),
+    "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
+    "compare": ("compare", "prove that runs are a pair and draw their curves"),
+    "order": ("order", "which documents each step used or will use"),
+    "convert": ("convert", "to and from Hugging Face folders"),
+}
+
+
+def help_text() -> str:
+    rows = "\n".join(f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: ettin COMMAND [options]\n\n"
+        "Pre-training of paired encoders and decoders on Megatron-Core.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`ettin COMMAND --help` shows the options and an example. `ettin --version` shows the version.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 2 the user's mistake, 75 saved and wants requeueing)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = dispatch(arguments)
+        sys.stdout.flush()  # here, so that a closed pipe is met below and not at the interpreter's exit
+        return status
+    except UserError as error:
+        print(f"ettin {arguments[0]}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `ettin ... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Find the command's module, parse its options, run it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text(), end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"ettin {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
+    parser = argparse.ArgumentParser(
+        prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(rest)) or 0)

@@ -1,0 +1,51 @@
+"""Which documents and spans each step of a run used or will use, for any step, from its configuration alone.
+
+Steps are numbered as in metrics.jsonl; A:B means A to B - 1.
+
+Example:
+  ettin order runs/17m-mlm --steps 1:11 --out order.parquet
+  ettin order runs/17m-mlm --steps 1:3 --batches seen.npz
+  ettin order runs/17m-mlm --fingerprint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN_OR_CONFIG")
+    parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1")
+    parser.add_argument("--out", type=Path, metavar="ORDER.parquet", help="write the table instead of printing it")
+    parser.add_argument("--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them")
+    parser.add_argument("--fingerprint", action="store_true", help="print the fingerprint of the data order")
+    parser.add_argument("--json", action="store_true", help="one JSON object a chunk")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.train import order
+
+    if not args.fingerprint and args.steps is None:
+        raise UserError("--steps A:B or --fingerprint: say what to show")
+    steps = order.parse_steps(args.steps) if args.steps else range(0)
+    for out in (args.out, args.batches):
+        if out is not None and not out.parent.is_dir():
+            raise UserError(f"{out}: the folder {out.parent} does not exist")
+    config, corpus = order.open_run(args.run)
+    if args.fingerprint:
+        print(json.dumps({"fingerprint": corpus.fingerprint}) if args.json else corpus.fingerprint)
+    if args.out is not None:
+        print(f"{args.out}: {order.write_parquet(args.out, config, corpus, steps):,} chunks")
+    if args.batches is not None:
+        print(f"{args.batches}: {order.write_batches(args.batches, config, corpus, steps):,} rows")
+    if args.out is None and args.batches is None:
+        for record in order.spans(config, corpus, steps):
+            print(json.dumps(record) if args.json else line(record))
+
+
+def line(record: dict) -> str:
+    span = f"tokens {record['start_token']}-{record['end_token'] - 1}"
+    return f"step {record['step']} slot {record['slot']} {record['source']} {record['document']} {span}"

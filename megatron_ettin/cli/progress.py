@@ -1,0 +1,56 @@
+"""Progress of long work on standard error: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from megatron_ettin.config.counts import format_count
+
+LINE_EVERY_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Yields report(done, total, tokens); the bar is drawn at the first call and removed at the end."""
+    if sys.stderr.isatty():
+        with bar(title) as report:
+            yield report
+    else:
+        yield plain_lines(title, unit)
+
+
+def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
+    began = time.monotonic()
+    last = began
+
+    def report(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_EVERY_SECONDS:
+            return
+        last = now
+        speed = format_count(tokens / (now - began))
+        line = f"{title}: {done / max(total, 1):.0%} of {format_count(total)} {unit}, {format_count(tokens)} tokens"
+        print(f"{line}, {speed} tokens/s", file=sys.stderr, flush=True)
+
+    return report
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        began = time.monotonic()
+        line = progress.add_task(title, total=None, speed="")
+
+        def report(done: int, total: int, tokens: int) -> None:
+            speed = f"{format_count(tokens / max(time.monotonic() - began, 1e-9))} tokens/s" if tokens else ""
+            progress.update(line, completed=done, total=total, speed=speed)
+
+        yield report

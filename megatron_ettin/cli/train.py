@@ -1,0 +1,54 @@
+"""Train an encoder (mlm) or a decoder (clm) through one phase of the recipe; resumes by itself.
+
+Example:
+  ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=corpus run.steps=100
+On several devices:
+  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_ettin.config.errors import EXIT_REQUEUE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", required=True, help="17m 32m 68m 150m 400m 1b")
+    parser.add_argument("--objective", required=True, help="mlm (encoder) or clm (decoder)")
+    parser.add_argument("--phase", required=True, help="pretrain extend decay cross")
+    parser.add_argument("--config", type=Path, metavar="SITE.yaml", help="groups of keys that differ from the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")
+    parser.add_argument("--init-from", type=Path, metavar="RUN_OR_CHECKPOINT", help="weights of another run")
+    parser.add_argument(
+        "--init-optimizer", choices=("keep", "fresh"), help="default: keep between phases of one objective"
+    )
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    parser.add_argument(
+        "words", nargs="*", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.config.resolve import parse
+
+    config = parse(args.size, args.objective, args.phase, args.config, args.words)
+    if args.dry_run:
+        from megatron_ettin.plan.dry_run import describe
+
+        print(describe(config, as_json=args.json))
+        return 0
+    from megatron_ettin.train.loop import Launch, TrainingStopped, run_training
+
+    run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
+    keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
+    try:
+        unfinished = run_training(config, Launch(run_dir, args.init_from, keep, args.allow_change))
+    except TrainingStopped as stopped:
+        print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
+        return 1
+    return EXIT_REQUEUE if unfinished else 0

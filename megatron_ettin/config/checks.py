@@ -1,0 +1,215 @@
+"""Checks of a resolved run that need no process, no data and no torch: what two keys say together.
+
+Each raises UserError with the key, what was found and what is allowed. `check_layout` needs the number of ranks and
+runs in every rank before any group exists; `check` runs wherever a configuration is resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import CHOICES, Config
+from megatron_ettin.config.sizes import HEAD_DIM, tensor_parallel_degrees
+
+
+def check(config: Config) -> None:
+    """All checks that do not depend on the number of ranks."""
+    for group in (
+        check_choices,
+        check_ranges,
+        check_model,
+        check_parallel,
+        check_precision,
+        check_schedule,
+        check_batch,
+    ):
+        group(config)
+
+
+def check_choices(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value not in allowed:
+            raise UserError(
+                f"{key}: {value!r} does not exist{nearest(str(value), allowed)}; it is one of {', '.join(allowed)}"
+            )
+
+
+# key -> (is it allowed?, what is allowed)
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **{f"parallel.{axis}": (lambda v: v >= 1, "at least 1") for axis in ("tp", "pp", "vp", "cp")},
+    **{f"model.{key}": (lambda v: v >= 1, "at least 1") for key in ("num_layers", "hidden_size", "ffn_hidden_size")},
+    "model.num_attention_heads": (lambda v: v >= 1, "at least 1"),
+    "model.attention_output_dropout": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
+    "model.global_rope_theta": (lambda v: v > 0, "above 0"),
+    "model.local_rope_theta": (lambda v: v > 0, "above 0"),
+    "model.init_std": (lambda v: v > 0, "above 0"),
+    "optim.lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
+    "optim.max_lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
+    "optim.weight_decay": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
+    "optim.beta1": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
+    "optim.beta2": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
+    "optim.eps": (lambda v: v > 0, "above 0"),
+    "optim.clip_grad": (lambda v: v >= 0, "0 (no clipping) or above"),
+    "schedule.warmup_tokens": (lambda v: v >= 0, "0 or above"),
+    "schedule.decay_tokens": (lambda v: v >= 0, "0 or above"),
+    "schedule.final_lr_fraction": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "data.seq_len": (lambda v: v >= 8, "at least 8"),
+    "data.mlm_probability": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "batch.global_batch_rows": (lambda v: v >= 1, "at least 1"),
+    "batch.micro_batch_rows": (lambda v: v >= 1, "at least 1"),
+    "batch.warmup_tokens": (lambda v: v >= 0, "0 or above"),
+    "batch.warmup_min_rows": (lambda v: v >= 1, "at least 1"),
+    "checkpoint.keep": (lambda v: v >= 0, "0 (keep all) or above"),
+    "checkpoint.every_steps": (lambda v: v >= 1, "at least 1"),
+    "checkpoint.every_tokens": (lambda v: v >= 1, "at least 1"),
+    "metrics.every_steps": (lambda v: v >= 1, "at least 1"),
+    "metrics.eval_every_steps": (lambda v: v >= 1, "at least 1"),
+    "metrics.eval_rows": (lambda v: v >= 1, "at least 1"),
+    "run.tokens": (lambda v: v >= 1, "at least 1"),
+    "run.steps": (lambda v: v >= 1, "at least 1"),
+    "run.seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
+}
+
+
+def check_ranges(config: Config) -> None:
+    for key, (allowed, description) in RANGES.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value is not None and not allowed(value):
+            raise UserError(f"{key}: {value} is not allowed; it is {description}")
+
+
+def check_model(config: Config) -> None:
+    model = config.model
+    if model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"model.num_attention_heads: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}"
+        )
+    if (model.hidden_size // model.num_attention_heads) % 2:
+        raise UserError(f"model.num_attention_heads: a head of {model.hidden_size // model.num_attention_heads} channels"
+                        f" is odd, rotary embeddings need pairs; {HEAD_DIM} is usual")  # fmt: skip
+    if config.data.seq_len > model.max_position_embeddings:
+        raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_position_embeddings"
+                        f" {model.max_position_embeddings}")  # fmt: skip
+
+
+def check_parallel(config: Config) -> None:
+    parallel, model = config.parallel, config.model
+    degrees = tensor_parallel_degrees(model)
+    if parallel.tp not in degrees:
+        raise UserError(
+            f"parallel.tp: {parallel.tp} does not divide {model.num_attention_heads} heads and ffn_hidden_size"
+            f" {model.ffn_hidden_size}; allowed: {', '.join(map(str, degrees))}"
+        )
+    if parallel.cp != 1:
+        raise UserError(
+            f"parallel.cp: {parallel.cp} is not supported yet; it is 1 (use parallel.tp with sequence_parallel)"
+        )
+    if parallel.vp > 1 and parallel.pp == 1:
+        raise UserError(f"parallel.vp: {parallel.vp} model chunks need pipeline stages; parallel.pp is 1")
+    if parallel.pp * parallel.vp > model.num_layers:
+        raise UserError(
+            f"parallel.pp x vp: {parallel.pp} x {parallel.vp} stages are more than {model.num_layers} layers"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
+    if parallel.pipeline_layers is not None:
+        stage_layers(config)
+
+
+def stage_layers(config: Config) -> list[int]:
+    """Layers of each of the pp x vp stages in model order. Raises UserError for a `pipeline_layers` that does not fit."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pp * parallel.vp
+    if parallel.pipeline_layers is None:
+        # the last stage also has the head: give the extra layers to the first ones
+        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
+    try:
+        split = [int(part) for part in str(parallel.pipeline_layers).split(",")]
+    except ValueError:
+        split = []
+    if len(split) != stages or sum(split) != layers or min(split) < 1:
+        raise UserError(
+            f"parallel.pipeline_layers: {parallel.pipeline_layers!r} must be {stages} whole numbers (pp x vp), each at"
+            f" least 1, that sum to {layers} layers"
+        )
+    return split
+
+
+def check_precision(config: Config) -> None:
+    name = config.precision.name
+    if name not in PRECISIONS:
+        raise UserError(
+            f"precision.name: {name!r} does not exist{nearest(name, PRECISIONS)}; it is one of {', '.join(PRECISIONS)}"
+        )
+    multiple, tp = PRECISIONS[name].multiple, config.parallel.tp
+    for key in ("hidden_size", "ffn_hidden_size"):
+        width = getattr(config.model, key)
+        if width % (multiple * tp):
+            raise UserError(f"precision.name: {name} wants {key} / tp divisible by {multiple}; it is {width} / {tp}")
+
+
+def check_schedule(config: Config) -> None:
+    schedule, run = config.schedule, config.run
+    if schedule.name == "one_minus_sqrt" and schedule.decay_tokens == 0:
+        raise UserError("schedule.decay_tokens: one_minus_sqrt decays over them; 0 is not allowed")
+    if schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > run.tokens:
+        raise UserError(
+            f"schedule.warmup_tokens + decay_tokens: {schedule.warmup_tokens} + {schedule.decay_tokens} is more than"
+            f" run.tokens {run.tokens}"
+        )
+
+
+def check_batch(config: Config) -> None:
+    batch = config.batch
+    if batch.global_batch_rows % batch.micro_batch_rows:
+        raise UserError(f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of micro_batch_rows"
+                        f" {batch.micro_batch_rows}")  # fmt: skip
+    if batch.warmup_tokens and batch.warmup_min_rows > batch.global_batch_rows:
+        raise UserError(
+            f"batch.warmup_min_rows: {batch.warmup_min_rows} is above global_batch_rows {batch.global_batch_rows}"
+        )
+    if config.run.objective == "mlm" and config.data.mlm_probability == 0:
+        raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")
+
+
+def check_layout(config: Config, world: int) -> int:
+    """The data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
+    parallel, batch = config.parallel, config.batch
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if world % model_ranks:
+        raise UserError(
+            f"parallel: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {model_ranks} does not divide {world}"
+            f" rank{'s' if world > 1 else ''}"
+        )
+    dp = world // model_ranks
+    if batch.global_batch_rows % (dp * batch.micro_batch_rows):
+        raise UserError(
+            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
+            f" {batch.micro_batch_rows}"
+        )
+    if parallel.vp > 1 and (batch.global_batch_rows // (dp * batch.micro_batch_rows)) % parallel.pp:
+        raise UserError(
+            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp}; there are"
+            f" {batch.global_batch_rows // (dp * batch.micro_batch_rows)}"
+        )
+    return dp
+
+
+def science_keys(config: Config) -> dict[str, object]:
+    """What must not change within a run directory, flat. Operations keys (layout, micro-batch, precision, sinks) may."""
+    keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
+    for group in ("model", "optim", "schedule"):
+        keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
+    keys |= {f"data.{key}": getattr(config.data, key) for key in ("seq_len", "mlm_probability", "batching", "order")}
+    keys |= {
+        f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key != "micro_batch_rows"
+    }
+    if config.schedule.name == "wsd" and config.schedule.decay_tokens:
+        keys["run.tokens"] = config.run.tokens  # the decay ends there
+    return keys

@@ -1,0 +1,19 @@
+"""The two ways a command ends early: a user's mistake (exit 2, one line) and a saved run that wants requeueing (75)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: the thing, what was found, what is allowed."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

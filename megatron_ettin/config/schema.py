@@ -1,0 +1,161 @@
+"""The configuration's groups as frozen dataclasses: every key a user may set, its type, unit and default.
+
+Defaults here are those that no recipe table decides; `resolve.py` fills the rest from SIZES, PHASES and OBJECTIVES.
+OmegaConf types and merges them, so a key that is not here does not exist. None means "not set"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
+# ruff: noqa: UP045
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    global_rope_theta: float
+    local_rope_theta: float
+    max_position_embeddings: int
+    vocab_size: int = 50_368
+    global_attention_every: int = 3  # layers 0, 3, 6, ... attend to the whole chunk
+    encoder_window: int = 64  # keys to each side of a local layer's query
+    decoder_window_keys: int = 64  # keys i-63..i, as transformers computes it; 65 is what the original trainer did
+    attention_output_dropout: float = 0.1
+    init_std: float = 0.02
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1  # model chunks a pipeline rank holds (interleaved schedule)
+    cp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap: bool = False  # overlap gradient reduction and parameter gathering with compute
+    pipeline_layers: Optional[str] = None  # layers of each stage in order, "4,3"; None balances them
+    engine: str = "megatron"
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    name: str = "bf16"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float
+    max_lr: float  # weights decay by (lr / max_lr) * weight_decay a step
+    weight_decay: float
+    name: str = "stable_adamw"
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip_grad: float = 0.0  # largest global gradient norm; 0 does not clip
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str
+    warmup_tokens: int
+    decay_tokens: int
+    final_lr_fraction: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    seq_len: int
+    mlm_probability: float
+    mixture: Any = None  # one dataset path, a list of paths, or a list of {path, weight | tokens}
+    batching: str = "packed"
+    order: str = "keyed"
+    validation: Optional[str] = None  # a dataset to evaluate on
+    tokenizer: Optional[str] = None  # None: the one the datasets were made with
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    global_batch_rows: int
+    micro_batch_rows: int
+    warmup_tokens: int
+    warmup_min_rows: int
+    loss_normalization: str = "global"  # or "microbatch": mean of means, as the original trainer
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_tokens: Optional[int]
+    every_steps: Optional[int] = None
+    keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    every_steps: int = 1
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "megatron_ettin"
+    eval_every_steps: Optional[int] = None
+    eval_rows: int = 64
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    stop_on_nonfinite: bool = True
+    save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    size: str
+    objective: str
+    phase: str
+    tokens: int
+    seed: int
+    steps: Optional[int] = None  # stop after this many steps, whatever the tokens
+    device: str = "auto"
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, fully resolved."""
+
+    run: RunSettings
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    data: DataConfig
+    batch: BatchConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+
+    @property
+    def causal(self) -> bool:
+        return self.run.objective == "clm"
+
+    @property
+    def window(self) -> int:
+        """Of a local layer: keys to each side (encoder) or keys up to and with the query (decoder)."""
+        return self.model.decoder_window_keys if self.causal else self.model.encoder_window
+
+
+# What one of these keys may be; checked after merging, so that a typo is told with the allowed names.
+CHOICES = {
+    "schedule.name": ("wsd", "one_minus_sqrt", "constant"),
+    "optim.name": ("stable_adamw", "adamw"),
+    "data.batching": ("packed", "padded"),
+    "data.order": ("keyed",),
+    "batch.loss_normalization": ("global", "microbatch"),
+    "run.device": ("auto", "cpu", "gpu"),
+    "parallel.engine": ("megatron",),
+}

@@ -1,0 +1,108 @@
+"""A Hugging Face folder -> a weights-only checkpoint that training, evaluation and export read like any other.
+
+Weights are stored in float32 whatever they came in: widening is exact, and training starts from float32. There is no
+optimizer state in such a folder, so training from it starts a fresh one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ettin.checkpoint.directory import place
+from megatron_ettin.checkpoint.writing import write_weights
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import recipe, to_yaml
+from megatron_ettin.config.schema import Config, ModelConfig
+from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.convert.hf_config import from_hf_config
+from megatron_ettin.convert.rules import TIED, Pair, pairs
+from megatron_ettin.convert.safetensors_file import NAMES, ModelFiles
+from megatron_ettin.convert.staging import staged
+from megatron_ettin.convert.tokenizer_files import copy_tokenizer, token_count
+
+FRESH = "the folder holds weights only: training from it starts with a fresh optimizer"
+
+
+def from_hf(hf_dir: Path, out: Path, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Import `hf_dir` into the new checkpoint folder `out`. Returns what was read and what had to be assumed."""
+    hf_dir = Path(hf_dir)
+    if not hf_dir.is_dir():
+        raise UserError(f"{hf_dir}: no such folder; give a folder with config.json and safetensors files")
+    parsed = from_hf_config(hf_dir / "config.json")
+    wanted = list(pairs(parsed.model, parsed.objective))
+    notes = [*parsed.notes, FRESH]
+    with ModelFiles(hf_dir) as files, staged(out) as staging:
+        _check(files, wanted, hf_dir)
+        if copy_tokenizer(hf_dir, staging / "tokenizer"):
+            _check_tokenizer(staging / "tokenizer", parsed.model, hf_dir)
+        else:
+            notes.append("the folder has no tokenizer.json: the checkpoint has no tokenizer")
+        progress = {"step": 0, "tokens": 0}
+        write_weights(staging, _tensors(files, wanted, parsed.model, report), {"progress": progress})
+        (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        config = imported_config(parsed.model, parsed.objective)
+        (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        place(staging, Path(out).absolute())
+    return {
+        **{"source": str(hf_dir), "out": str(out), "objective": parsed.objective, "size": size_of(parsed.model)},
+        **{"tensors": len(wanted), "notes": notes},
+    }
+
+
+def size_of(model: ModelConfig) -> str | None:
+    """The published size with this shape, if any."""
+    for name, shape in SIZES.items():
+        if all(getattr(model, key) == value for key, value in dataclasses.asdict(shape).items()):
+            return name
+    return None
+
+
+def imported_config(model: ModelConfig, objective: str) -> Config:
+    """A complete config.yaml, as every checkpoint has one: the folder's model, phase `imported`, and the size's recipe
+    (the smallest one's for an unpublished shape) for what a folder of weights cannot say."""
+    size = size_of(model)
+    base = recipe(size or "17m", objective, "pretrain")
+    run = dataclasses.replace(base.run, size=size or "custom", phase="imported", tokens=0)
+    data = dataclasses.replace(base.data, seq_len=model.max_position_embeddings)
+    return dataclasses.replace(base, run=run, model=model, data=data)
+
+
+def _check(files: ModelFiles, wanted: list[Pair], hf_dir: Path) -> None:
+    """Exactly the tensors that the rules know, in their shapes; the tied output, if stored, equal to the embedding."""
+    names = files.names()
+    expected = {name: pair for pair in wanted for name in pair.theirs}
+    unknown = sorted(names - set(expected) - {TIED})
+    if unknown:
+        raise UserError(f"{hf_dir}: holds {unknown[0]}, which this architecture does not have")
+    for name, pair in expected.items():
+        if name not in names:
+            raise UserError(f"{hf_dir}: lacks {name}; the model would be incomplete")
+        found = files.shape(name)
+        if found != pair.their_shape:
+            what = "the vocabulary of config.json" if pair.form.may_be_padded else "config.json"
+            raise UserError(f"{hf_dir}: {name} is {found}, but {what} asks for {pair.their_shape}")
+        if files.dtype(name) not in NAMES.values():
+            raise UserError(f"{hf_dir}: {name} is {files.dtype(name)}; allowed: {', '.join(NAMES.values())}")
+    if TIED in names and not torch.equal(files.read(TIED), files.read(wanted[0].theirs[0])):
+        raise UserError(f"{hf_dir}: {TIED} differs from the embedding; our output weight is tied to it")
+
+
+def _check_tokenizer(tokenizer: Path, model: ModelConfig, hf_dir: Path) -> None:
+    tokens = token_count(tokenizer)
+    if tokens > model.vocab_size:
+        raise UserError(f"{hf_dir}: the tokenizer has {tokens:,} ids, the model's vocabulary {model.vocab_size:,} rows")
+
+
+def _tensors(
+    files: ModelFiles, wanted: list[Pair], model: ModelConfig, report: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for done, pair in enumerate(wanted, start=1):
+        parts = [files.read(name).to(torch.float32) for name in pair.theirs]
+        yield pair.ours, pair.form.merge(parts, model)
+        if report is not None:
+            report(done, len(wanted))

@@ -1,0 +1,188 @@
+"""config.json of both ModernBERT classes, written for every transformers from 4.56 to 5.x and read from either.
+
+The generations name things differently: global_rope_theta, local_rope_theta and global_attn_every_n_layers (4.x) became
+rope_parameters and layer_types (5.x); 4.x reads the first and ignores the second, 5.x prefers the second. Both are
+written, thetas always, because the default of a missing local theta changed between them. The windows differ in
+meaning: an encoder's local_attention is both sides together, a decoder's sliding_window is keys including the query."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.schema import ModelConfig
+
+MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
+WRITTEN_FOR = "4.56.0"  # the oldest release that has both classes as we write them
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# What our model has no counterpart for: a folder that sets one of these is refused.
+_FIXED = {
+    **{"norm_bias": False, "attention_bias": False, "mlp_bias": False, "decoder_bias": True},
+    **{"hidden_activation": "gelu", "tie_word_embeddings": True},
+}
+
+
+def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: dict[str, int]) -> dict[str, Any]:
+    """The config.json of a model. `special_ids` maps unk, cls, sep, pad, mask to ids."""
+    every = model.global_attention_every
+    thetas = {_FULL: model.global_rope_theta, _SLIDING: model.local_rope_theta}
+    window = model.encoder_window if objective == "mlm" else model.decoder_window_keys
+    config: dict[str, Any] = {
+        "architectures": [OBJECTIVES[objective].hf_class],
+        "model_type": MODEL_TYPES[objective],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+        "initializer_cutoff_factor": 2.0,
+        **_FIXED,
+        **{"attention_dropout": 0.0, "embedding_dropout": 0.0, "mlp_dropout": 0.0},
+        **{"classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0},
+        "global_attn_every_n_layers": every,
+        "global_rope_theta": model.global_rope_theta,
+        "local_rope_theta": model.local_rope_theta,
+        "layer_types": [_SLIDING if i % every else _FULL for i in range(model.num_layers)],
+        "rope_parameters": {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in thetas.items()},
+        "local_attention": 2 * window,
+        **{f"{name}_token_id": special_ids[name] for name in ("cls", "sep", "pad")},
+        **{"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]},
+        **{"dtype": dtype, "torch_dtype": dtype},
+        "transformers_version": WRITTEN_FOR,
+    }
+    if objective == "mlm":
+        config |= {"classifier_pooling": "cls", "sparse_prediction": False, "sparse_pred_ignore_index": -100}
+    else:
+        config |= {"sliding_window": window, "use_cache": True}
+    return config
+
+
+def reader_notes(model: ModelConfig, objective: str) -> list[str]:
+    """What a reader of the exported folder must know of its transformers."""
+    if objective == "clm" and model.local_rope_theta != model.global_rope_theta:
+        # 4.56 and 4.57 build both rotary tables of a decoder from rope_theta, which is the global one
+        return [
+            f"transformers 4 ignores a decoder's local rotary base ({model.local_rope_theta:g}) and uses the global one"
+            f" ({model.global_rope_theta:g}): load this folder with transformers 5"
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a config.json says in our terms, and what had to be assumed."""
+
+    objective: str
+    model: ModelConfig
+    notes: tuple[str, ...]
+
+
+def from_hf_config(path: Path) -> Parsed:
+    """Read a config.json of either generation. Raises UserError where it is no model of ours."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; give a folder with config.json and safetensors files") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a {type(config).__name__}, not an object")
+    objective = _objective(config, path)
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {config[key]!r}; our model has it as {value!r} only")
+    notes: list[str] = []
+    global_theta, local_theta = _thetas(config, objective, path, notes)
+    window = _window(config, objective, path)
+    try:
+        model = ModelConfig(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_attention_heads=int(config["num_attention_heads"]),
+            global_rope_theta=global_theta,
+            local_rope_theta=local_theta,
+            max_position_embeddings=int(config.get("max_position_embeddings", 8192)),
+            vocab_size=int(config["vocab_size"]),
+            global_attention_every=_global_every(config, path),
+            init_std=float(config.get("initializer_range", 0.02)),
+            norm_eps=float(config.get("norm_eps", 1e-5)),
+            **({"encoder_window": window} if objective == "mlm" else {"decoder_window_keys": window}),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: has no {error.args[0]}; the model's shape is unknown") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
+        raise UserError(f"{path}: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}")
+    return Parsed(objective, model, tuple(notes))
+
+
+def _objective(config: dict[str, Any], path: Path) -> str:
+    names = {OBJECTIVES[name].hf_class: name for name in MODEL_TYPES}
+    found = (config.get("architectures") or [None])[0]
+    if found is None:  # a config.json that was saved without a model
+        names, found = {kind: name for name, kind in MODEL_TYPES.items()}, config.get("model_type")
+    if found not in names:
+        raise UserError(f"{path}: the architecture is {found}; only {' and '.join(names)} can be imported")
+    return names[found]
+
+
+def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]) -> tuple[float, float]:
+    """Rotary bases of global and local layers; what is missing is filled as the file's own transformers would."""
+    rope = config.get("rope_parameters") or {}
+    for kind in (_FULL, _SLIDING):
+        scaling = rope.get(kind) or {}
+        if scaling.get("rope_type", "default") != "default":
+            raise UserError(f"{path}: rope_parameters.{kind} is {scaling['rope_type']}; only unscaled rotary is known")
+    if config.get("rope_scaling"):
+        raise UserError(f"{path}: rope_scaling is set; only unscaled rotary is known")
+    version = str(config.get("transformers_version") or "")
+    # 4.x gave a decoder without one 160000, 5.x gives it 10000; encoders always had 10000
+    old_decoder = objective == "clm" and version.split(".")[0] in ("4", "")
+    defaults = {"global": 160_000.0, "local": 160_000.0 if old_decoder else 10_000.0}
+    written_by = f"transformers {version}" if version else "transformers 4 (the file names no version)"
+    thetas: dict[str, float] = {}
+    for name, kind in (("global", _FULL), ("local", _SLIDING)):
+        new, old = (rope.get(kind) or {}).get("rope_theta"), config.get(f"{name}_rope_theta")
+        if new is not None and old is not None and float(new) != float(old):
+            raise UserError(
+                f"{path}: rope_parameters.{kind} says {new:g}, {name}_rope_theta {old:g}; keep the right one"
+            )
+        theta = old if new is None else new
+        if theta is None and name == "local" and "local_rope_theta" in config:
+            theta = thetas["global"]  # an explicit null: local layers share the global base
+        if theta is None:
+            theta = defaults[name]
+            notes.append(f"config.json gives no {name} rotary base: assumed {theta:g}, the default of {written_by}")
+        thetas[name] = float(theta)
+    return thetas["global"], thetas["local"]
+
+
+def _window(config: dict[str, Any], objective: str, path: Path) -> int:
+    """Keys to each side (encoder), or keys up to and with the query (decoder)."""
+    window = config.get("sliding_window") if objective == "clm" else None
+    if window is None:
+        window = int(config.get("local_attention") or 128) // 2
+    if int(window) < 1:
+        raise UserError(f"{path}: the window of local layers is {window}; it must be at least 1")
+    return int(window)
+
+
+def _global_every(config: dict[str, Any], path: Path) -> int:
+    """Period of the global layers, from the number (4.x) or the list of layer types (5.x)."""
+    types = config.get("layer_types")
+    if types is None:
+        return int(config.get("global_attn_every_n_layers", 3))
+    later = [i for i, kind in enumerate(types) if kind == _FULL and i > 0]
+    every = later[0] if later else max(len(types), 1)
+    if list(types) != [_SLIDING if i % every else _FULL for i in range(int(config["num_hidden_layers"]))]:
+        raise UserError(f"{path}: layer_types is no regular pattern of one global layer in {every}")
+    return every

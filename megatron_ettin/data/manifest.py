@@ -1,0 +1,164 @@
+"""manifest.json: what a dataset holds, by whom it was cut and the sha256 of every file.
+
+Dataclasses on this side, plain JSON on the other. The fingerprint covers the tokens and the chunk boundaries (.bin and
+.idx) and the tokenizer, not the names of the sources: two datasets with one fingerprint train the same model.
+The manifest is written last, so a directory without one is not a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = "megatron_ettin.dataset"
+VERSION = 1
+SHARD_SUFFIXES = (".bin", ".idx", ".documents.parquet", ".starts.npy")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    name: str  # "shard_00000"
+    documents: int
+    chunks: int
+    tokens: int
+    files: dict[str, FileRecord]  # by suffix
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One INPUT of `ettin prepare`."""
+
+    name: str
+    documents: int
+    chunks: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    name: str
+    fingerprint: str
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    tokenizer: TokenizerRecord
+    dtype: str
+    chunk_tokens: int
+    min_chunk_tokens: int
+    skip_tokens: int
+    add_prefix_space: bool
+    holdout: float  # the fraction asked for; of a heldout dataset too
+    documents: int
+    chunks: int
+    tokens: int
+    longest_chunk_tokens: int
+    dropped_tokens: int  # of pieces too short to keep
+    empty_documents: int
+    sources: list[SourceRecord]
+    shards: list[ShardRecord]
+    tokenizer_files: dict[str, FileRecord]
+    settings_sha256: str  # of everything that decided this output: settings and the inputs' names and sizes
+    fingerprint: str = ""
+    format: str = FORMAT
+    version: int = VERSION
+
+    def with_fingerprint(self) -> Manifest:
+        content = [self.tokenizer.fingerprint, self.dtype]
+        content += [shard.files[suffix].sha256 for shard in self.shards for suffix in (".bin", ".idx")]
+        return dataclasses.replace(self, fingerprint=hashlib.sha256(":".join(content).encode("ascii")).hexdigest())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / FILE_NAME
+    if not path.is_file():
+        what = "no such directory" if not folder.is_dir() else f"not a dataset: no {FILE_NAME}"
+        raise UserError(f"dataset {folder}: {what} (make one with `ettin prepare`)")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("format") != FORMAT or raw.get("version") != VERSION:
+            found = f"{raw.get('format')} version {raw.get('version')}"
+            raise UserError(f"{path}: {found}; this package reads {FORMAT} version {VERSION}")
+        return manifest_from(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
+
+
+def manifest_from(raw: dict[str, Any]) -> Manifest:
+    tokenizer = {**raw["tokenizer"], "special_ids": tuple(raw["tokenizer"]["special_ids"])}
+    shards = [ShardRecord(**{**shard, "files": file_records(shard["files"])}) for shard in raw["shards"]]
+    known = {
+        "tokenizer": TokenizerRecord(**tokenizer),
+        "shards": shards,
+        "sources": [SourceRecord(**source) for source in raw["sources"]],
+        "tokenizer_files": file_records(raw["tokenizer_files"]),
+    }
+    return Manifest(**{**raw, **known})
+
+
+def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**record) for name, record in raw.items()}
+
+
+def write_json_durably(path: Path, content: Any) -> None:
+    """Whole or not at all: written beside, fsynced, renamed."""
+    beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with open(beside, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def record_of(path: Path) -> FileRecord:
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def check_file(path: Path, record: FileRecord, content: bool) -> None:
+    """Refuse, by name, a file that is missing, of another size or (with `content`) of another sha256."""
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise UserError(f"{path}: missing (the manifest lists it with {record.bytes} bytes)") from None
+    if found != record.bytes:
+        kind = "truncated" if found < record.bytes else "changed"
+        raise UserError(f"{path}: {kind}, {found} bytes, the manifest says {record.bytes}")
+    if content and sha256_of(path) != record.sha256:
+        raise UserError(f"{path}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")

@@ -1,0 +1,230 @@
+"""Loading and saving tokenizers through the `tokenizers` library alone; `transformers` is imported only for a hub
+name that has no tokenizer.json, because it costs seconds at import.
+
+What a run needs of a tokenizer is small: ids without special tokens, the roles of the special ids, and a fingerprint
+that tells whether two datasets were cut by the same one. Roles that a tokenizer lacks fall back as the recipe uses
+them: [CLS] is the beginning of a chunk (else BOS), [SEP] its end (else EOS). A prefix space goes in front of the text
+and nowhere else: the ByteLevel option of that name also puts one after every added token, which rewrites code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
+
+DEFAULT_NAME = "ettin"
+LONG_TEXT_CHARACTERS = 1 << 18
+LETTER_SPACE_LETTER = re.compile(r"[A-Za-z] (?=[A-Za-z])")
+# role -> names tokenizer_config.json may give it, then token texts tried when the config says nothing
+ROLE_KEYS = {
+    "unk": ("unk_token",),
+    "cls": ("cls_token", "bos_token", "eos_token"),
+    "sep": ("sep_token", "eos_token", "cls_token"),
+    "pad": ("pad_token",),
+    "mask": ("mask_token",),
+}
+ROLE_TEXTS = {
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
+    "sep": ("[SEP]", "</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad": ("[PAD]", "<pad>", "<|padding|>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` and the roles of its special ids."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, roles: dict[str, int | None], name: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.name = name
+        self.roles = roles
+        self.cls_id = required(roles, "cls", name)
+        self.sep_id = required(roles, "sep", name)
+        self.unk_id = roles.get("unk")
+        self.mask_id = roles.get("mask")
+        pad = roles.get("pad")
+        self.pad_id = self.sep_id if pad is None else pad  # never trained on: rows carry their lengths
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """What Hugging Face calls all_special_ids, ascending: these are never masked."""
+        found = {self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id}
+        return tuple(sorted(i for i in found if i is not None))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON of the tokenizer and its roles; the same after save and load."""
+        content = {"roles": self.roles, "tokenizer": json.loads(self.backend.to_str())}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
+        """Ids of each text, without special tokens (those written in the text itself are recognised)."""
+        if add_prefix_space:
+            texts = [text if not text or text[0] == " " else " " + text for text in texts]
+        pieces = [self._cut_long(text) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        encoded = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        if len(flat) == len(pieces):
+            return [encoding.ids for encoding in encoded]
+        return [[i for _ in of_text for i in next(encoded).ids] for of_text in pieces]
+
+    def _cut_long(self, text: str) -> list[str]:
+        """A long text in pieces that encode to the same ids: the library takes 100 bytes of memory per character.
+        Cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a new word."""
+        if len(text) <= LONG_TEXT_CHARACTERS or not self._cuts_words_at_spaces:
+            return [text]
+        pieces, start = [], 0
+        while found := LETTER_SPACE_LETTER.search(text, start + LONG_TEXT_CHARACTERS):
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+        return [*pieces, text[start:]]
+
+    @cached_property
+    def _cuts_words_at_spaces(self) -> bool:
+        content = json.loads(self.backend.to_str())
+        before, normalizer = content["pre_tokenizer"] or {}, content["normalizer"] or {}
+        byte_level = before.get("type") == "ByteLevel" and before.get("use_regex", True)
+        spaced = any(" " in token["content"].strip(" ") for token in content["added_tokens"])
+        prefixed = before.get("add_prefix_space", False)
+        return byte_level and not prefixed and not spaced and normalizer.get("type") in (None, "NFC")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> None:
+        """tokenizer.json and the two files by which transformers (4.56 .. 5.x) knows the special tokens."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {f"{role}_token": self.backend.id_to_token(i) for role, i in self.roles.items() if i is not None}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 8192,
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {str(token["id"]): without_id(token) for token in self._added_tokens()},
+            **texts,
+        }
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        special = {f"{role}_token": self._special_entry(i) for role, i in self.roles.items() if i is not None}
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(folder / "tokenizer_config.json", config)
+
+    def _added_tokens(self) -> list[dict[str, Any]]:
+        return json.loads(self.backend.to_str())["added_tokens"]
+
+    def _special_entry(self, token_id: int) -> dict[str, Any]:
+        token = self.backend.get_added_tokens_decoder().get(token_id)
+        text = self.backend.id_to_token(token_id)
+        if token is None:
+            return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        flags = ("lstrip", "normalized", "rstrip", "single_word")
+        return {"content": text, **{flag: bool(getattr(token, flag)) for flag in flags}}
+
+
+def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
+    """A tokenizer by name: "ettin" (the recipe's, built offline), a directory, a tokenizer.json, a dataset directory,
+    or a hub name. The result's `name` is what was asked for."""
+    name = str(name_or_path)
+    if name == DEFAULT_NAME:
+        return from_directory(default_tokenizer_directory(), name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return from_file(path, {}, name)
+    if path.is_dir():
+        for folder in (path, path / "tokenizer"):  # the second: a dataset's own copy
+            if (folder / "tokenizer.json").is_file():
+                return from_directory(folder, name)
+        raise UserError(f"tokenizer {name}: no tokenizer.json in this directory")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"tokenizer {name}: no such file or directory")
+    return from_hub(name)
+
+
+def from_directory(folder: Path, name: str) -> Tokenizer:
+    config: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            try:
+                config.update(json.loads((folder / file).read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise UserError(f"tokenizer {folder / file}: not valid JSON ({error})") from None
+    return from_file(folder / "tokenizer.json", config, name)
+
+
+def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise UserError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
+    return Tokenizer(backend, special_roles(backend, config), name)
+
+
+def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:
+    """role -> id, from the config where it says, else from the usual token texts."""
+    roles: dict[str, int | None] = {}
+    for role, keys in ROLE_KEYS.items():
+        entries = [config.get(key) for key in keys]
+        texts = [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
+        candidates = [text for text in texts if isinstance(text, str)] + list(ROLE_TEXTS[role])
+        ids = (backend.token_to_id(text) for text in candidates)
+        roles[role] = next((i for i in ids if i is not None), None)
+    return roles
+
+
+def from_hub(name: str) -> Tokenizer:
+    """Download by huggingface_hub; a repository without tokenizer.json is converted by transformers."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"tokenizer {name}: no such path, and hub names need `pip install huggingface_hub`") from None
+    wanted = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # network, authentication, unknown name: the hub has a class for each
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"tokenizer {name}: no such path, and the hub did not give it: {reason}") from None
+    if (folder / "tokenizer.json").is_file():
+        return from_directory(folder, name)
+    return from_transformers(name)
+
+
+def from_transformers(name: str) -> Tokenizer:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+        backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    except Exception as error:
+        raise UserError(f"tokenizer {name}: {' '.join(str(error).split())[:160]}") from None
+    return Tokenizer(backend, special_roles(backend, dict(loaded.special_tokens_map)), name)
+
+
+def required(roles: dict[str, int | None], role: str, name: str) -> int:
+    found = roles.get(role)
+    if found is None:
+        raise UserError(f"tokenizer {name}: no {role} token; one of {', '.join(ROLE_KEYS[role])} must be set")
+    return found
+
+
+def without_id(token: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in token.items() if key != "id"}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

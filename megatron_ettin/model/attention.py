@@ -1,0 +1,159 @@
+"""Core attention of packed rows with torch's scaled_dot_product_attention: rotary embedding, chunk boundaries, window.
+
+Every layer gives exactly the masked softmax of RECIPE section 2; three ways of computing it differ in cost only:
+`dense` masks whole rows (short rows), `chunks` runs one unmasked attention a chunk (no work across boundaries),
+`bands` cuts rows into blocks that see only the blocks a window can reach (no work outside the window).
+`TransformerEngineAttention` is the GPU's: the same rotation, then TE's kernel with cu_seqlens and the window."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_ettin.model.packed import PackedRows
+from megatron_ettin.model.rotary import rotary_tables, rotate
+
+BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
+DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls
+
+
+class _RotaryAttention(MegatronModule):
+    """What both kernels share: which theta and window a layer has. `layer_number` counts from 1, as core does."""
+
+    def __init__(self, config: Any, layer_number: int) -> None:
+        super().__init__(config=config)
+        self.is_global = (layer_number - 1) % config.global_attention_every == 0
+        self.theta = config.global_rope_theta if self.is_global else config.local_rope_theta
+        self.window = None if self.is_global else config.attention_window
+        self.causal = config.causal
+
+    def rotated(self, query: torch.Tensor, key: torch.Tensor, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = rotary_tables(packed, query.shape[-1], self.theta, query.dtype)
+        return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+class SdpaAttention(_RotaryAttention):
+    """Attention by torch's scaled_dot_product_attention on any device."""
+
+    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
+        super().__init__(config, layer_number)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+        *, packed_seq_params: PackedRows, **_: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
+        packed = packed_seq_params
+        query, key = self.rotated(query, key, packed)
+        longest = packed.max_seqlen_q or packed.seq_len
+        if packed.seq_len <= DENSE_ROW_TOKENS:
+            out = attend_dense(query, key, value, packed, self.window, self.causal)
+        elif self.window is None or longest <= self.window:
+            out = attend_chunks(query, key, value, packed, self.causal)
+        else:
+            out = attend_bands(query, key, value, packed, self.window, self.causal)
+        return out.flatten(1)
+
+
+class TransformerEngineAttention(_RotaryAttention):
+    """Rotation, then TE's fused or flash kernel on [tokens, heads, dim] with cu_seqlens and the layer's window."""
+
+    def __init__(self, config: Any, layer_number: int, kernel: Any, **arguments: Any) -> None:
+        super().__init__(config, layer_number)
+        if self.is_global:
+            window = None
+        else:  # TE counts keys to the left and to the right, both inclusive
+            window = (self.window - 1, 0) if self.causal else (self.window, self.window)
+        layer_config = dataclasses.replace(config, window_size=window, window_attn_skip_freq=None)
+        self.kernel = kernel(config=layer_config, layer_number=layer_number, **arguments)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+        *, packed_seq_params: PackedRows, **arguments: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
+        query, key = self.rotated(query, key, packed_seq_params)
+        out = self.kernel(query, key, value, attention_mask, packed_seq_params=packed_seq_params, **arguments)
+        return out.reshape(out.shape[0], -1)
+
+
+def allowed(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+    """Whether query position may see key position, by causality and window alone."""
+    distance = query - key
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        mask = mask & ((distance < window) if causal else (distance.abs() <= window))
+    return mask
+
+
+def attend_dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
+) -> torch.Tensor:
+    """Whole rows under a [rows, 1, seq_len, seq_len] mask."""
+
+    def make() -> torch.Tensor:
+        segments = packed.segments.view(-1, packed.seq_len)
+        place = torch.arange(packed.seq_len, device=segments.device)
+        near = allowed(place[:, None], place[None], window, causal)
+        return ((segments[:, :, None] == segments[:, None, :]) & near)[:, None]
+
+    mask = packed.once(("dense", window, causal), make)
+    rows = [t.unflatten(0, (-1, packed.seq_len)).transpose(1, 2) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(*rows, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+
+
+def attend_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, causal: bool) -> torch.Tensor:
+    """One attention a chunk: nothing is computed across boundaries, no mask exists."""
+    split = [t.split(packed.chunk_lengths) for t in (q, k, v)]
+    outs = [
+        F.scaled_dot_product_attention(*[t.transpose(0, 1)[None] for t in chunk], is_causal=causal)[0].transpose(0, 1)
+        for chunk in zip(*split, strict=True)
+    ]
+    return torch.cat(outs)
+
+
+def attend_bands(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int, causal: bool
+) -> torch.Tensor:
+    """Blocks of BAND queries against the blocks their window reaches: [rows * blocks, heads, BAND, reach * BAND]."""
+    before = -(-(window - 1 if causal else window) // BAND)
+    after = 0 if causal else before
+    rows, blocks = packed.rows, -(-packed.seq_len // BAND)
+    padding = blocks * BAND - packed.seq_len
+
+    def blocked(
+        t: torch.Tensor, left: int, right: int
+    ) -> torch.Tensor:  # [tokens, h, d] -> [rows, left+blocks+right, BAND, h, d]
+        t = t.unflatten(0, (rows, packed.seq_len))
+        t = F.pad(t, (0, 0, 0, 0, left * BAND, padding + right * BAND))
+        return t.unflatten(1, (-1, BAND))
+
+    def reached(t: torch.Tensor) -> torch.Tensor:  # -> [rows * blocks, h, reach * BAND, d]
+        t = blocked(t, before, after)
+        t = torch.cat([t[:, shift : shift + blocks] for shift in range(before + 1 + after)], dim=2)
+        return t.flatten(0, 1).transpose(1, 2)
+
+    mask = packed.once(("bands", window, causal), lambda: band_mask(packed, window, causal, before, after))
+    queries = blocked(q, 0, 0).flatten(0, 1).transpose(1, 2)
+    out = F.scaled_dot_product_attention(queries, reached(k), reached(v), attn_mask=mask)
+    return out.transpose(1, 2).unflatten(0, (rows, blocks)).flatten(1, 2)[:, : packed.seq_len].flatten(0, 1)
+
+
+def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after: int) -> torch.Tensor:
+    """[rows * blocks, 1, BAND, reach * BAND] of what `attend_bands` may see. Queries past the row's end see the
+    padding beside them, so that no softmax is empty."""
+    rows, length = packed.rows, packed.seq_len
+    blocks, reach = -(-length // BAND), before + 1 + after
+    device = packed.segments.device
+    padded = torch.full((rows, (blocks + before + after) * BAND), -1, device=device)
+    padded[:, before * BAND : before * BAND + length] = packed.segments.view(rows, length)
+    query_segments = padded[:, before * BAND : (before + blocks) * BAND].reshape(rows, blocks, BAND)
+    key_segments = padded.unfold(1, reach * BAND, BAND)  # [rows, blocks, reach * BAND]
+    query_place = torch.arange(BAND, device=device) + before * BAND
+    near = allowed(query_place[:, None], torch.arange(reach * BAND, device=device)[None], window, causal)
+    same = query_segments[..., :, None] == key_segments[..., None, :]
+    return (same & near).flatten(0, 1)[:, None]

@@ -1,0 +1,83 @@
+"""From a run's configuration to core's: one TransformerConfig with the few fields of ours that layers read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class EttinTransformerConfig(TransformerConfig):
+    """Core's configuration and what core has no field for."""
+
+    causal: bool = False
+    attention_window: int = 64  # of local layers: keys to each side, or keys i-window+1..i when causal
+    global_attention_every: int = 3
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 160_000.0
+    attention_output_dropout: float = 0.0
+    vocab_size: int = 50_368
+    backend: Any = field(default=None)  # platform.layers.LayerBackend
+
+
+def transformer_config(
+    config: Config, backend: Any, pipeline_layout: str | None, on_gpu: bool
+) -> EttinTransformerConfig:
+    """Core's configuration of a run. `pipeline_layout` is Topology's; None for a single stage."""
+    model, parallel, precision = config.model, config.parallel, PRECISIONS[config.precision.name]
+    dtype = DTYPES[precision.compute]
+    return EttinTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        causal=config.causal,
+        attention_window=config.window,
+        global_attention_every=model.global_attention_every,
+        global_rope_theta=model.global_rope_theta,
+        local_rope_theta=model.local_rope_theta,
+        attention_output_dropout=model.attention_output_dropout,
+        vocab_size=model.vocab_size,
+        backend=backend,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout,
+        sequence_parallel=parallel.sequence_parallel,
+        # the batched operations of two neighbouring stages cross when previous and next are the same rank: wrong
+        # losses without an error (core leaves that guard to Megatron-LM's argument parser)
+        batch_p2p_comm=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp8="hybrid" if precision.fp8_recipe else None,
+        fp8_recipe=precision.fp8_recipe or "delayed",
+        calculate_per_token_loss=config.batch.loss_normalization == "global",
+        normalization="LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.gelu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # core's initialisers only mark the tensor-parallel attributes here; `model.init` fills every weight
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
+        use_cpu_initialization=not on_gpu,
+        deterministic_mode=config.run.deterministic and on_gpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )

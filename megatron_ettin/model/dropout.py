@@ -1,0 +1,102 @@
+"""Dropout whose mask is a pure function of (seed, step, layer, row slot, token, channel), added to the residual.
+
+A generator's history would tie the mask to the layout; a counter does not: the same mask on every TP x PP x DP split,
+every micro-batch size, after every resume and under recomputation. Two channels share one 32-bit hash word, 16 bits
+each, so the drop probability is p rounded to 1/65536 and the kept values are scaled by exactly what is kept.
+The hash is `lowbias32` (Chris Wellons' two-round multiply-xorshift) of a key for each token and a counter for each
+word; 32-bit operations so that a GPU kernel can do the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ettin.model.packed import PackedRows
+
+_TOKEN, _WORD = 0x9E3779B1, 0x85EBCA77  # odd constants that spread consecutive counters
+
+
+def _signed(value: int) -> int:
+    """An unsigned 32-bit constant as the int32 that holds its bits."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def mix32(x: torch.Tensor) -> torch.Tensor:
+    """lowbias32 of int32 `x`, in place. Shifts are made logical by masking off the copied sign."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= _signed(0x7FEB352D)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(0x846CA68B)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def step_key(seed: int, phase: str, step: int) -> int:
+    """Key of a step's masks, 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{phase}:{step}".encode()).digest()[:8], "little")
+
+
+def keep_mask(packed: PackedRows, layer: int, first: int, tokens: int, channels: int, p: float) -> torch.Tensor:
+    """Which channels stay: bool [tokens, channels] of flat tokens first .. first + tokens - 1 of the micro-batch."""
+    device = packed.slots.device
+    digest = hashlib.sha256(f"{packed.dropout_key}:{layer}".encode()).digest()
+    slot_key, token_key = (_signed(int.from_bytes(digest[i : i + 4], "little")) for i in (0, 4))
+    flat = torch.arange(first, first + tokens, device=device)
+    slots = packed.slots[flat // packed.seq_len].to(torch.int32)
+    places = (flat % packed.seq_len).to(torch.int32)
+    keys = mix32(mix32(slots * _signed(_TOKEN) + slot_key) ^ (places * _signed(_TOKEN) + token_key))
+    words = torch.arange((channels + 1) // 2, device=device, dtype=torch.int32) * _signed(_WORD)
+    bits = mix32(keys[:, None] ^ words[None])
+    dropped = round(p * 65536)
+    return (bits.view(torch.int16) >= dropped - 32768)[:, :channels]
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """residual + x * mask * scale; saves one byte an element instead of two tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.addcmul(residual, x, keep.to(x.dtype), value=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return gradients[0] * keep.to(gradients[0].dtype) * ctx.scale, gradients[0], None, None
+
+
+class CounterDropoutAdd(torch.nn.Module):
+    """Core's `self_attn_bda` (bias, dropout, add) role. Core builds it without arguments, so the layer that owns it
+    sets `config` and `layer_number` once and `packed` before every call."""
+
+    config: Any = None
+    layer_number = 0
+    packed: PackedRows | None = None
+    first_token: Callable[[int], int] = staticmethod(
+        lambda tokens: 0
+    )  # sequence parallel: where this rank's slice begins
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        probability = self.config.attention_output_dropout
+
+        def add(x_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, _: float) -> torch.Tensor:
+            x = x_with_bias[0]  # [tokens, 1, hidden]
+            if not training or probability == 0:
+                return residual + x
+            assert self.packed is not None
+            tokens, channels = x.shape[0], x.shape[-1]
+            keep = keep_mask(self.packed, self.layer_number, self.first_token(tokens), tokens, channels, probability)
+            return _DropoutAdd.apply(x, residual, keep[:, None], 65536 / (65536 - round(probability * 65536)))
+
+        return add
+
+
+class PlainAdd(torch.nn.Module):
+    """Core's `mlp_bda` role: the residual sum, nothing else."""
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        return lambda x_with_bias, residual, _: residual + x_with_bias[0]

@@ -1,0 +1,86 @@
+"""Weights by name: the full tensor is drawn from hash(seed, canonical name), then cut to this rank's shard.
+
+So the layout cannot change the initial model. Formulae are the recipe's `full_megatron`: truncated normal at two
+sigma, sigma 0.02, the matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
+Source: ModernBERT's initialization.py, lines 107-137 (see docs/decisions.md for the vocabulary bias)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_ettin.model.specs import CANONICAL, first_layer
+
+LAYERS = "transformer.layers."
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.bias")
+
+
+def canonical_name(name: str, offset: int) -> str:
+    """The name a parameter has in a checkpoint: whole-model layer numbers, fused norm names, tied output."""
+    if name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
+    if not name.startswith(LAYERS):
+        return name
+    index, rest = name[len(LAYERS) :].split(".", 1)
+    for local, fused in CANONICAL.items():
+        if rest.startswith(local):
+            rest = fused + rest[len(local) :]
+    return f"{LAYERS}{int(index) + offset}.{rest}"
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(canonical name, parameter) of one stage's trained parameters."""
+    offset = first_layer(model.config, model.vp_stage, model.pp_rank)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield canonical_name(name, offset), parameter
+
+
+def full_shape(name: str, parameter: torch.nn.Parameter, tp: int, vocab_size: int) -> list[int]:
+    """Shape of the whole tensor, without rows that only pad the vocabulary."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tp
+    if name in VOCABULARY_TENSORS:
+        shape[0] = vocab_size
+    return shape
+
+
+def shard(full: torch.Tensor, parameter: torch.nn.Parameter, tp: int, rank: int) -> torch.Tensor:
+    """This rank's part. partition_stride 2 (the gated MLP) cuts each half, then joins; vocabularies are zero-padded."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim, size = parameter.partition_dim, parameter.shape[parameter.partition_dim] * tp
+    if full.shape[dim] < size:
+        full = torch.cat([full, full.new_zeros(size - full.shape[dim], *full.shape[1:])])
+    halves = full.chunk(parameter.partition_stride, dim)
+    return torch.cat([half.chunk(tp, dim)[rank] for half in halves], dim)
+
+
+def fill(model: torch.nn.Module, full_of: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
+    """Set every parameter of a stage from whole tensors: full_of(canonical name, full shape). After construction:
+    core's tying sums the two copies of the embedding while it builds."""
+    with torch.no_grad():
+        for name, parameter in named_parameters(model):
+            full = full_of(name, full_shape(name, parameter, tp, model.config.vocab_size))
+            parameter.copy_(shard(full, parameter, tp, tp_rank))
+
+
+def hashed(seed: int, num_layers: int, std: float) -> Callable[[str, list[int]], torch.Tensor]:
+    """The recipe's initial weights as a function of the name."""
+
+    def full_of(name: str, shape: list[int]) -> torch.Tensor:
+        if name == "output_layer.bias":
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        sigma = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+        return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+
+    return full_of

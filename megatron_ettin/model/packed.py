@@ -1,0 +1,71 @@
+"""What every layer of every pipeline stage knows about a micro-batch: where its chunks begin and end.
+
+Rows are flattened, so hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], the same
+form Transformer Engine wants. `PackedRows` rides on core's `packed_seq_params` argument, which reaches each layer and
+survives activation recomputation; each stage builds its own from the data, only hidden states travel.
+Masks and rotary tables are made once a micro-batch and shared by the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Boundaries of the chunks in the rows of a micro-batch. Shapes: R rows of S tokens, T = R * S, C chunks."""
+
+    seq_len: int = 0
+    chunk_lengths: tuple[int, ...] = ()  # C lengths in flat order, tails of padding included; they sum to T
+    segments: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T] index of the chunk
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T] place within the chunk
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [R] the row's slot within the step
+    dropout_key: int = 0  # of (seed, step)
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return int(self.slots.numel())
+
+    def once(self, key: Any, make: Any) -> Any:
+        """`make()` the first time `key` is asked for in this micro-batch, the same value afterwards."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+
+def pack_rows(
+    lengths: Sequence[Sequence[int]],
+    seq_len: int,
+    device: torch.device | str = "cpu",
+    slots: Sequence[int] | None = None,
+    dropout_key: int = 0,
+) -> PackedRows:
+    """Boundaries of rows given as lists of chunk lengths; what a row lacks to `seq_len` becomes a segment of its own.
+
+    `slots`: number of each row within the step (default 0, 1, ...), on which dropout masks depend."""
+    filled = [[*row, seq_len - sum(row)] if sum(row) < seq_len else list(row) for row in lengths]
+    flat = np.array([n for row in filled for n in row], dtype=np.int64)
+    starts = np.cumsum(flat) - flat
+    segments = torch.from_numpy(np.repeat(np.arange(len(flat)), flat)).to(device)
+    positions = torch.from_numpy(np.arange(int(flat.sum())) - np.repeat(starts, flat)).to(device)
+    boundaries = torch.from_numpy(np.concatenate([starts, [flat.sum()]]).astype(np.int32)).to(device)
+    longest = int(flat.max())
+    return PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        seq_len=seq_len,
+        chunk_lengths=tuple(flat.tolist()),
+        segments=segments,
+        positions=positions,
+        slots=torch.tensor(list(range(len(filled)) if slots is None else slots), device=device),
+        dropout_key=dropout_key,
+    )

@@ -1,0 +1,109 @@
+"""AdamW and StableAdamW on the flat shards that core's optimizers hand out.
+
+StableAdamW (Wortsman et al. 2023, arXiv 2304.13013; the original run's src/optimizer.py), per tensor, t = 1, 2, ...:
+    b1 = beta1-debiased weight of the gradient (1 - beta1) / (1 - beta1^t);  b2 = beta2 (1 - beta2^(t-1)) / (1 - beta2^t)
+    m += b1 (g - m);  v = b2 v + (1 - b2) g^2
+    rms = sqrt(mean(g^2 / max(v, eps^2)));  lr' = lr / max(1, rms)
+    p *= 1 - lr'/max_lr * weight_decay;  p -= lr' m / (sqrt(v) + eps)
+`rms` is over the whole tensor. A shard knows only its part, so the sums of all tensors travel in one all-reduced
+vector a step. AdamW is the same without rms, in its usual bias-corrected form. In both, `weight_decay` is what a
+weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoupled")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """What a shard needs to know of the tensor it is part of."""
+
+    index: int  # in the vector of sums
+    numel: int  # of the whole tensor
+    counts: bool  # False where another rank counts the same values (replicated over tensor parallelism)
+
+
+class DecoupledAdamW(torch.optim.AdamW):
+    """AdamW with fully decoupled weight decay. Core's DistributedOptimizer insists on an AdamW and replaces the
+    param_groups in place by flat fp32 shards (views, which no optimizer could be built on afterwards)."""
+
+    def bind(self, tensors: Mapping[torch.Tensor, WholeTensor], length: int, group: Any) -> None:
+        """Tell which tensor each shard belongs to; sums of `length` tensors are all-reduced over `group`."""
+        self.tensors, self.length, self.sum_group = dict(tensors), length, group
+        for parameter_group in self.param_groups:
+            for p in parameter_group["params"]:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p.data), exp_avg_sq=torch.zeros_like(p.data))
+
+    @property
+    def updates(self) -> int:
+        """Steps taken. Kept in the groups: core's re-sharding loader copies every per-parameter state as a tensor."""
+        return int(self.param_groups[0].get("updates", 0))
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for group in self.param_groups:
+            group["updates"] = int(value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.updates = t = self.updates + 1
+        for group in self.param_groups:
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            scale, correction = group["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                self._decay(p, group, group["lr"])
+                denominator = state["exp_avg_sq"].sqrt().div_(correction).add_(eps)
+                p.addcdiv_(state["exp_avg"], denominator, value=-scale)
+
+    @staticmethod
+    def _decay(p: torch.Tensor, group: dict[str, Any], lr: float) -> None:
+        weight_decay = group["weight_decay"] * group["wd_mult"]
+        if weight_decay:
+            p.mul_(1 - lr / group["max_lr"] * weight_decay)
+
+
+class StableAdamW(DecoupledAdamW):
+    """The module docstring's update. Every rank of `sum_group` must call step, shards or none."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.updates = t = self.updates + 1
+        sums = torch.zeros(self.length, dtype=torch.float64, device=self.device)
+        numels = torch.ones_like(sums)
+        for group, p in self._with_gradients():
+            (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], p.grad
+            b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+            state["exp_avg"].lerp_(g, (1 - beta1) / (1 - beta1**t))
+            squared = g * g
+            state["exp_avg_sq"].mul_(b2).add_(squared, alpha=1 - b2)
+            whole = self.tensors[p]
+            numels[whole.index] = whole.numel
+            if whole.counts:
+                sums[whole.index] += squared.div_(state["exp_avg_sq"].clamp(min=eps * eps)).sum()
+        if self.sum_group is not None:
+            dist.all_reduce(sums, group=self.sum_group)
+        clips = (sums / numels).sqrt_().clamp_(min=1).tolist()
+        for group, p in self._with_gradients():
+            lr = group["lr"] / clips[self.tensors[p].index]
+            self._decay(p, group, lr)
+            denominator = self.state[p]["exp_avg_sq"].sqrt().add_(group["eps"])
+            p.addcdiv_(self.state[p]["exp_avg"], denominator, value=-lr)
+
+    def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    device = torch.device("cpu")  # set by `build`: a rank without shards has no parameter to ask
+
+
+OPTIMIZERS = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW}

@@ -1,0 +1,172 @@
+"""Our inner optimizer inside core's: gradient copies, norms and clipping, fp32 masters, sharding and gathers are core's.
+
+This is what core's get_megatron_optimizer does for one dense group of model chunks, which knows no other inner
+optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is what training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from megatron_ettin.config.schema import OptimConfig
+from megatron_ettin.optim.adamw import OPTIMIZERS, DecoupledAdamW, WholeTensor
+from megatron_ettin.parallel import OptimizerGroups
+
+
+class TrainingOptimizer:
+    """Core's optimizer around ours: one step at a learning rate, and its state as sharded tensors in model space."""
+
+    def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any]) -> None:
+        self.core, self.inner, self.chunks = core, inner, chunks
+        self.distributed = isinstance(core, DistributedOptimizer)
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.core.zero_grad()
+
+    def step(self, lr: float) -> float:
+        """Update every weight; returns the global gradient norm before clipping. Collective."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.core.step()
+        return float(grad_norm)
+
+    def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
+        """Masters and moments as sharded tensors `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, whole-parameter
+        shapes, the same keys with and without the distributed optimizer. Collective."""
+        if self.distributed:
+            return self.core.sharded_param_state_fully_reshardable(model_state, loading, metadata)
+        sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
+        return {
+            index: {
+                name: make_sharded_optimizer_tensor(sharded[id(model)], tensor, f"optimizer.state.{name}")
+                for name, tensor in (("param", main.data), *sorted(self.inner.state[main].items()))
+            }
+            for index, (model, main) in enumerate(main_parameters(self.core))
+        }
+
+    def load_sharded_state(self, state: Any, updates: int) -> None:
+        """Take over what `sharded_state` asked for, read from a checkpoint. Collective."""
+        if self.distributed:
+            self.core.load_parameter_state_from_fully_reshardable(state)
+        else:
+            for index, (_, main) in enumerate(main_parameters(self.core)):
+                main.data.copy_(state[index]["param"])
+                for name, tensor in self.inner.state[main].items():
+                    tensor.copy_(state[index][name])
+        self.inner.updates = updates
+
+    def take_weights(self) -> None:
+        """Start from the model's present weights (after loading weights alone)."""
+        self.core.reload_model_params()
+
+
+def build_optimizer(
+    chunks: Sequence[Any],
+    optim: OptimConfig,
+    bf16: bool,
+    distributed: bool,
+    groups: OptimizerGroups,
+    device: torch.device,
+) -> TrainingOptimizer:
+    """The optimizer of this rank's model chunks (core's DistributedDataParallel). Collective."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad or float("inf"),  # infinity: the norm is still computed, nothing is clipped
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
+    )
+    inner = OPTIMIZERS[optim.name](
+        parameter_groups(chunks, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )  # fmt: skip
+    inner.device = device
+    order = {p: i for i, p in enumerate(p for chunk in chunks for p in chunk.parameters() if p.requires_grad)}
+    core: Any
+    if distributed:
+        align_buckets(chunks)
+        core = DistributedOptimizer(
+            inner, config, None, _no_state, model_chunks=list(chunks),
+            per_model_buffers={i: chunk.buffers for i, chunk in enumerate(chunks)}, data_parallel_group=groups.data,
+            data_parallel_group_gloo=None, data_parallel_group_idx=groups.index_in_model,
+            distributed_optimizer_instance_id=0,
+        )  # fmt: skip
+    elif bf16:
+        core = Float16OptimizerWithFloat16Params(inner, config, None, _no_state)
+    else:
+        core = FP32Optimizer(inner, config, _no_state)
+    core.grad_stats_parallel_group, core.tp_group = groups.grad_stats, groups.tensor
+    tensors = {main: _whole_tensor(model, order[model], groups.tensor) for model, main in main_parameters(core)}
+    sum_group = groups.tensor_and_data if distributed else groups.tensor
+    inner.bind(tensors, len(order), sum_group if sum_group.size() > 1 else None)
+    return TrainingOptimizer(core, inner, chunks)
+
+
+def _no_state(*_: Any) -> None:
+    """Core calls this to allocate the state; `bind` has done so."""
+
+
+def _whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> WholeTensor:
+    split = getattr(model, "tensor_model_parallel", False)
+    numel = model.numel() * (tensor_group.size() if split else 1)
+    return WholeTensor(index, numel, counts=split or tensor_group.rank() == 0)
+
+
+def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(model parameter, the fp32 tensor or shard that the inner optimizer updates) of any of core's optimizers."""
+    if isinstance(core, DistributedOptimizer):
+        pairs = [
+            (core.model_fp32_groups, core.shard_fp32_groups),
+            (core.model_float16_groups, core.shard_fp32_from_float16_groups),
+        ]
+    elif isinstance(core, Float16OptimizerWithFloat16Params):
+        pairs = [
+            (core.float16_groups, core.fp32_from_float16_groups),
+            (core.fp32_from_fp32_groups, core.fp32_from_fp32_groups),
+        ]
+    else:
+        parameters = [group["params"] for group in core.optimizer.param_groups]
+        pairs = [(parameters, parameters)]
+    for models, mains in pairs:
+        for model_group, main_group in zip(models, mains, strict=True):
+            yield from zip(model_group, main_group, strict=True)
+
+
+def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str, Any]]:
+    """Two groups, in the same order on every rank even where one is empty: matrices decay, norms and biases do not."""
+    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
+    common = {
+        "max_lr": optim.max_lr,
+        "min_lr": 0.0,
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+    }
+    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(".bias")]
+    others = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
+    return [{"params": decayed, "wd_mult": 1.0, **common}, {"params": others, "wd_mult": 0.0, **common}]
+
+
+def align_buckets(chunks: Sequence[Any]) -> None:
+    """Declare the padding of gradient buckets part of them. Core's fully_reshardable state gathers buckets without
+    their padding but slices by padded offsets (distrib_optimizer.py), so that every tensor behind a padded bucket
+    would be saved shifted, without an error: with pp > 1 the tied embedding has a bucket of its own that is padded."""
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()

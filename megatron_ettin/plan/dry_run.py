@@ -1,0 +1,49 @@
+"""What `ettin train --dry-run` prints: the resolved run, its parameters, operations a token, steps and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.flops import flops_per_token
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.plan.memory import estimate
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """Figures of a run before it starts. Steps assume full rows; the data's own fill decides the exact number."""
+    model, data, batch = config.model, config.data, config.batch
+    labelled = data.mlm_probability if config.run.objective == "mlm" else 1.0
+    flops = flops_per_token(model, model.vocab_size, data.seq_len, config.causal, config.window, labelled)
+    model_ranks = config.parallel.tp * config.parallel.pp * config.parallel.cp
+    memory = estimate(config, dp=1)
+    return {
+        "parameters": parameter_count(model, model.vocab_size),
+        "flops_per_token": flops,
+        "tokens_per_step": batch.global_batch_rows * data.seq_len,
+        "steps": config.run.steps or -(-config.run.tokens // (batch.global_batch_rows * data.seq_len)),
+        "smallest_world": model_ranks,
+        "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
+    }
+
+
+def describe(config: Config, as_json: bool) -> str:
+    figures = facts(config)
+    if as_json:
+        return json.dumps({"config": dataclasses.asdict(config), **figures}, indent=1)
+    memory = {name.removesuffix("_bytes"): f"{value / 2**30:.2f}" for name, value in figures["memory_bytes"].items()}
+    return "\n".join(
+        (
+            to_yaml(config),
+            f"parameters      {figures['parameters']:,}",
+            f"operations      {format_count(figures['flops_per_token'])} a token (forward and backward)",
+            f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
+            f"ranks           a multiple of {figures['smallest_world']}",
+            "memory, GiB     " + ", ".join(f"{name} {value}" for name, value in memory.items())
+            + " (fullest rank at dp 1, activations estimated)",
+        )
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""Bytes that training holds on one device, by part. Weights, gradients and optimizer are exact arithmetic over the
+layout; activations are counted from the tensors that one layer saves for backward (no recomputation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ettin.config.checks import stage_layers
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.sizes import layer_parameter_count
+
+LOGITS_BYTES = 3 * 64 * 2**20  # one chunk of fp32 logits, its softmax and its gradient (model/loss.py)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest pipeline rank."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(
+            (self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.activations_bytes, self.logits_bytes)
+        )
+
+
+def estimate(config: Config, dp: int) -> Memory:
+    """Memory of the first pipeline rank, which holds the embedding and the most micro-batches in flight."""
+    model, parallel = config.model, config.parallel
+    layers = sum(stage_layers(config)[:: parallel.pp])
+    embedding = model.vocab_size * model.hidden_size
+    head = model.hidden_size**2 + model.vocab_size if parallel.pp == 1 else 0
+    parameters = (layers * layer_parameter_count(model) + embedding + head) // parallel.tp
+    wide = PRECISIONS[config.precision.name].compute == "fp32"
+    shards = dp if parallel.distributed_optimizer else 1
+    moments = 8 if wide else 12  # two moments, and fp32 masters beside bf16 weights
+    return Memory(
+        weights_bytes=parameters * (4 if wide else 2),
+        gradients_bytes=parameters * 4,
+        optimizer_bytes=parameters * moments // shards,
+        activations_bytes=activation_bytes(config, layers),
+        logits_bytes=LOGITS_BYTES,
+    )
+
+
+def activation_bytes(config: Config, layers: int) -> int:
+    """Saved for backward by `layers` layers: a token of one layer keeps two norm inputs and outputs, q k v (also as
+    rotated), the attention output, the dropout mask, and five times the MLP's inner width."""
+    model, parallel = config.model, config.parallel
+    element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    whole = 4 * hidden * element + hidden  # replicated over tp unless sequence-parallel
+    split = (7 * hidden + 5 * ffn) * element
+    a_token = whole // (parallel.tp if parallel.sequence_parallel else 1) + split // parallel.tp
+    in_flight = parallel.pp  # 1F1B: as many micro-batches as stages wait for their backward
+    return layers * a_token * config.batch.micro_batch_rows * config.data.seq_len * in_flight

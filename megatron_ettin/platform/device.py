@@ -1,0 +1,95 @@
+"""What this machine trains on: a `Platform` value that the floors above ask instead of asking torch.cuda.
+
+`detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, with the few CUDA
+calls it makes answered by `platform.cpu`."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.precisions import PRECISIONS
+
+# dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
+PEAK_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One rank's device and the backend its process groups use."""
+
+    device: torch.device
+    backend: str
+    name: str  # what the hardware calls itself
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 operations a second by the data sheet; None where no table has it (a CPU)."""
+        for part, tflops in PEAK_BF16_TFLOPS.items():
+            if part in self.name:
+                return tflops * 1e12
+        return None
+
+    def synchronize(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held so far: allocated on the GPU, or the process's resident set."""
+        if self.is_gpu:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def check_precision(self, name: str) -> None:
+        """Refuse a precision that this hardware or installation cannot run. Raises UserError."""
+        if PRECISIONS[name].fp8_recipe and not (self.is_gpu and have_transformer_engine()):
+            reason = (
+                "needs Transformer Engine, which does not import here" if self.is_gpu else "needs a GPU, found none"
+            )
+            raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
+
+    def make_deterministic(self) -> None:
+        """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""
+        if self.is_gpu:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+            torch.use_deterministic_algorithms(True)
+
+
+def gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
+    """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError where a GPU is asked for and absent."""
+    if wanted != "cpu" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs;"
+                " start at most one rank for each"
+            )
+        torch.cuda.set_device(local_rank)
+        return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
+    if wanted == "gpu":
+        raise UserError("run.device: gpu was asked for and none was found; run.device=cpu trains on the processor")
+    from megatron_ettin.platform import cpu
+
+    cpu.install()
+    return Platform(torch.device("cpu"), "gloo", "cpu")
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine imports. Not only ImportError: its empty meta package raises RuntimeError."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:
+        return False
+    return torch.cuda.is_available()

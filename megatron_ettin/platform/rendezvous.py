@@ -1,0 +1,109 @@
+"""Who am I among the ranks: read from torchrun's variables, from SLURM's step variables, or alone.
+
+SLURM is believed only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.platform.device import Platform
+
+FIRST_PORT, PORTS = 15_000, 30_000  # below the range that systems hand out by themselves
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among `world` ranks; `address` is None for a process that is alone."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str | None
+    port: int
+    source: str  # "torchrun", "slurm" or "alone"
+
+
+def find_place(environment: Mapping[str, str] | None = None) -> Place:
+    """Rank and rendezvous address. Raises UserError for variables that contradict each other."""
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _checked(
+            Place(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", 0)),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", 29_500)),
+                "torchrun",
+            )
+        )
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return _checked(
+            Place(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env.get("SLURM_LOCALID", 0)),
+                env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
+                int(env.get("MASTER_PORT") or job_port(env.get("SLURM_JOB_ID", "0"), env.get("SLURM_STEP_ID", "0"))),
+                "slurm",
+            )
+        )
+    return Place(0, 1, 0, None, 0, "alone")
+
+
+def _checked(place: Place) -> Place:
+    if not 0 <= place.rank < place.world:
+        raise UserError(f"{place.source}: rank {place.rank} is not among {place.world} ranks")
+    return place
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST: {nodelist!r} names no host")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def job_port(job_id: str, step_id: str) -> int:
+    """A port that two jobs on one node do not share: a function of job and step."""
+    number = int(re.sub(r"\D", "", job_id) or 0) * 31 + int(re.sub(r"\D", "", step_id) or 0)
+    return FIRST_PORT + number % PORTS
+
+
+def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> None:
+    """Create torch's default process group over all ranks. Raises UserError when the others do not answer."""
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    if place.address is None:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    url = f"tcp://{place.address}:{place.port}"
+    options = {"device_id": platform.device} if platform.is_gpu else {}
+    try:
+        dist.init_process_group(
+            platform.backend, init_method=_init_method(place, url), rank=place.rank, world_size=place.world,
+            timeout=timeout, **options,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
+
+
+def _init_method(place: Place, url: str) -> str:
+    """torchrun's agent already holds the store; its own environment says how to reach it."""
+    return "env://" if place.source == "torchrun" else url
+
+
+def leave() -> None:
+    """Destroy every process group of this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

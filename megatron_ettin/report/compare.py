@@ -1,0 +1,233 @@
+"""Are these runs a pair? Reads run directories, joins a model's phases into a chain, checks chain against chain.
+
+A pair shares shape, data order, schedule, optimizer, batch and seed by configuration, and rows, tokens and learning
+rate by the record of every step that both have. The configuration alone would be a promise; the record is the proof.
+What may differ (layout, micro-batch, precision, device) is shown and never judged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import from_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.metrics import METRICS_FILE, read_metrics
+
+OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "model.decoder_window_keys"}  # what a pair differs in
+ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
+# what is checked by configuration -> prefixes of its science keys
+GROUPS = {
+    "model shape": ("model.",),
+    "phase and seed": ("run.phase", "run.seed"),
+    "schedule": ("schedule.", "run.tokens"),
+    "optimizer": ("optim.",),
+    "batch and rows": ("batch.", "data."),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, read."""
+
+    path: Path
+    config: Config
+    order: dict[str, Any]
+    changes: list[str]  # science keys that --allow-change let through on the way
+    steps: dict[int, dict[str, Any]]  # step -> its line
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Raises UserError for a directory that is no run or holds no step yet."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: no run directory (it has no config.yaml)")
+        lines = read_metrics(path / METRICS_FILE)
+        steps = {line["step"]: line for line in lines if isinstance(line.get("step"), int) and line.get("tokens")}
+        if not steps:
+            raise UserError(f"{path}: {METRICS_FILE} holds no step yet")
+        history = _json_lines(path / "history.jsonl")
+        changes = [key for launch in history for key in launch.get("changes") or []]
+        order = next(iter(_json_lines(path / "order.json", whole=True)), {})
+        return cls(path, from_yaml(path / "config.yaml"), order, changes, dict(sorted(steps.items())))
+
+    @property
+    def tokens(self) -> int:
+        return max(line["tokens"] for line in self.steps.values())
+
+
+def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file, or none where it is missing. Raises UserError where it is damaged."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(part) for part in ([text] if whole else text.splitlines()) if part.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not all(isinstance(entry, dict) for entry in found):
+        raise UserError(f"{path}: JSON objects were expected")
+    return found
+
+
+@dataclass
+class Chain:
+    """The phases of one model, in the order given."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def objective(self) -> str:
+        return self.runs[0].config.run.objective
+
+    @property
+    def phases(self) -> list[str]:
+        return [run.config.run.phase for run in self.runs]
+
+    def segments(self, key: str) -> list[tuple[list[float], list[float]]]:
+        """For each phase that has some: (tokens since the chain's start, values) of steps with a number for `key`."""
+        found, before = [], 0
+        for run in self.runs:
+            lines = [line for line in run.steps.values() if isinstance(line.get(key), int | float)]
+            if lines:
+                tokens = [float(before + line["tokens"]) for line in lines]
+                found.append((tokens, [float(line[key]) for line in lines]))
+            before += run.tokens
+        return found
+
+    def phase_starts(self) -> list[tuple[float, str]]:
+        ends = itertools.accumulate((run.tokens for run in self.runs), initial=0)
+        return [(float(start), phase) for start, phase in zip(ends, self.phases)]
+
+
+def chains(runs: Sequence[Run]) -> list[Chain]:
+    """Runs of one size and objective form a chain while their phases differ; a phase again starts another chain."""
+    found: list[Chain] = []
+    for run in runs:
+        settings = run.config.run
+        name = f"{settings.size} {settings.objective}"
+        last = next((chain for chain in reversed(found) if chain.name == name), None)
+        if last is None or settings.phase in last.phases:
+            last = Chain(name)
+            found.append(last)
+        last.runs.append(run)
+    for name in {chain.name for chain in found}:
+        same = [chain for chain in found if chain.name == name]
+        for chain in same if len(same) > 1 else []:
+            chain.name = f"{name} ({chain.runs[0].path.name})"
+    if len({chain.name for chain in found}) < len(found):  # folders of one name
+        for number, chain in enumerate(found, start=1):
+            chain.name = f"{number}: {chain.name}"
+    return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a pair shares. `detail` says what was compared, or what differs."""
+
+    pair: str
+    phase: str
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    chains: list[Chain]
+    checks: list[Check]
+
+    @property
+    def verdict(self) -> str:
+        if len(self.chains) == 1:
+            return "ONE MODEL"
+        if not all(check.passed for check in self.checks):
+            return "NOT PAIRED"
+        return "PAIRED" if len({chain.objective for chain in self.chains}) > 1 else "SAME TRAINING"
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""
+    found = chains([Run.read(path) for path in paths])
+    return Comparison(found, [check for other in found[1:] for check in check_pair(found[0], other)])
+
+
+def check_pair(first: Chain, second: Chain) -> Iterator[Check]:
+    pair = f"{first.name} / {second.name}"
+    same = first.phases == second.phases
+    told = " then ".join(first.phases)
+    yield Check(pair, "", "phases", same, told if same else f"{told}, but {' then '.join(second.phases)}")
+    for a, b in zip(first.runs, second.runs):
+        for name, (passed, detail) in check_runs(a, b):
+            yield Check(pair, a.config.run.phase, name, passed, detail)
+
+
+def check_runs(a: Run, b: Run) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Every check of two runs of one phase: by configuration, then by the record."""
+    keys_a, keys_b = science_keys(a.config), science_keys(b.config)
+    own = OBJECTIVE_KEYS if a.config.run.objective != b.config.run.objective else set()
+    for name, prefixes in GROUPS.items():
+        keys = [key for key in {**keys_a, **keys_b} if key.startswith(prefixes) and key not in own]
+        yield name, _equal_values({key: (keys_a.get(key), keys_b.get(key)) for key in keys})
+    yield "data order", check_order(a, b)
+    yield "no change on the way", check_changes(a, b)
+    yield "rows of every step", check_steps(a, b, "rows")
+    yield "tokens of every step", check_steps(a, b, "tokens")
+    yield "learning rate of every step", check_steps(a, b, "lr")
+
+
+def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
+    differing = [f"{key}: {left} and {right}" for key, (left, right) in pairs.items() if left != right]
+    return not differing, "; ".join(differing) or f"{len(pairs)} {'keys' if len(pairs) > 1 else 'key'} equal"
+
+
+def check_order(a: Run, b: Run) -> tuple[bool, str]:
+    for run in (a, b):
+        if not run.order.get("fingerprint"):
+            return False, f"{run.path}: order.json has no fingerprint, so its data order is unknown"
+    passed, detail = _equal_values({key: (a.order.get(key), b.order.get(key)) for key in ORDER_KEYS})
+    return passed, f"fingerprint {a.order['fingerprint'][:16]}" if passed else detail
+
+
+def check_changes(a: Run, b: Run) -> tuple[bool, str]:
+    """A run whose science changed half-way is described by no configuration, so it is nobody's pair."""
+    changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
+    return not changed, "; ".join(changed) or "neither run used --allow-change"
+
+
+def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
+    """Whether `key` agrees on every step that both recorded; names the first step that does not."""
+    common = [step for step in a.steps if step in b.steps]
+    if not common:
+        return False, "the runs have no step in common"
+    for step in common:
+        left, right = a.steps[step].get(key), b.steps[step].get(key)
+        if left is None or right is None:
+            return False, f"step {step}: {key} was not recorded"
+        # Learning rates may have been computed on other machines: the last bit is no difference.
+        if not (math.isclose(left, right, rel_tol=1e-9) if isinstance(left, float) else left == right):
+            return False, f"step {step}: {left} and {right}"
+    return True, f"{len(common)} common steps ({common[0]} to {common[-1]}; recorded {len(a.steps)} and {len(b.steps)})"
+
+
+def operations(run: Run) -> dict[str, str]:
+    """What a run may choose freely, for the page: shown, not judged."""
+    parallel = run.config.parallel
+    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "vp", "cp")}
+    layout = " ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
+    return {
+        "layout": layout or "data-parallel",
+        "micro-batch rows": str(run.config.batch.micro_batch_rows),
+        "precision": run.config.precision.name,
+        "device": run.config.run.device,
+    }

@@ -1,0 +1,139 @@
+"""What a checkpoint or a run directory holds, as one flat description for people and for JSON.
+
+Nothing is loaded: shapes come from `.metadata`, sizes from integrity.json, the run's state from the last whole line of
+metrics.jsonl. A running run may be looked at: a torn last line is passed over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint.directory import (
+    list_checkpoints,
+    read_config,
+    read_progress,
+    total_bytes,
+)
+from megatron_ettin.checkpoint.directory import verify as verify_checkpoint
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.metrics import METRICS_FILE, read_metrics
+
+OPTIMIZER = "optimizer."
+_RUN_KEYS = ("size", "objective", "phase")
+
+
+def describe(path: Path, verify: bool = False) -> dict[str, Any]:
+    """A description with `kind` "checkpoint" or "run". With `verify`, every checksum is checked: UserError names the
+    first damaged file. Raises UserError where `path` is neither."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a dataset, a checkpoint or a run directory")
+    if (path / "metadata.json").is_file():
+        return describe_checkpoint(path, verify)
+    if (path / "checkpoints").is_dir() or ((path / "config.yaml").is_file() and (path / METRICS_FILE).is_file()):
+        return describe_run(path, verify)
+    raise UserError(f"{path}: neither a checkpoint (no metadata.json) nor a run directory (no checkpoints/)")
+
+
+def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Step, shape and contents of one checkpoint."""
+    if verify:
+        verify_checkpoint(path)
+    run = read_config(path).get("run") or {}
+    progress = read_progress(path)
+    reader = CheckpointReader(path)
+    weights = {key: reader.shape(key) for key in reader.keys() if not key.startswith(OPTIMIZER)}  # noqa: SIM118
+    optimizer = [key for key in reader.keys() if key.startswith(OPTIMIZER)]  # noqa: SIM118
+    dtypes = sorted({str(reader.dtype(key)).removeprefix("torch.") for key in weights})
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "step": progress.get("step"),
+        "tokens": progress.get("tokens"),
+        **{key: run.get(key) for key in _RUN_KEYS},
+        "parameters": sum(map(math.prod, weights.values())),
+        "dtypes": dtypes,
+        "tensors": {key: list(shape) for key, shape in weights.items()},
+        "optimizer": bool(optimizer),
+        "optimizer_tensors": len(optimizer),
+        "tokenizer": (path / "tokenizer").is_dir(),
+        "bytes": total_bytes(path),
+        "verified": verify,
+    }
+
+
+def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Configuration, last step and checkpoints of a run."""
+    groups = read_config(path)
+    run, model, batch = (groups.get(name) or {} for name in ("run", "model", "batch"))
+    checkpoints = list_checkpoints(path)
+    if verify:
+        for checkpoint in checkpoints:
+            verify_checkpoint(checkpoint)
+    last = _last(read_metrics(path / METRICS_FILE)) if (path / METRICS_FILE).is_file() else {}
+    return {
+        "kind": "run",
+        "path": str(path),
+        **{key: run.get(key) for key in (*_RUN_KEYS, "seed")},
+        "config": {
+            **{key: model.get(key) for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
+            "seq_len": (groups.get("data") or {}).get("seq_len"),
+            "global_batch_rows": batch.get("global_batch_rows"),
+            "precision": (groups.get("precision") or {}).get("name"),
+            **{axis: (groups.get("parallel") or {}).get(axis) for axis in ("tp", "pp", "vp", "cp")},
+        },
+        **{key: last.get(key) for key in ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")},
+        "checkpoints": [checkpoint.name for checkpoint in checkpoints],
+        "verified": verify,
+    }
+
+
+def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last line that has a loss: evaluations may follow it."""
+    return next((line for line in reversed(lines) if "loss" in line), {})
+
+
+def render(description: dict[str, Any]) -> str:
+    """The description as lines for people."""
+    rows = _checkpoint_rows(description) if description["kind"] == "checkpoint" else _run_rows(description)
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def _named(description: dict[str, Any]) -> str:
+    return " ".join(str(description[key] or "?") for key in _RUN_KEYS)
+
+
+def _checkpoint_rows(description: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "checkpoint", description["path"]
+    yield "run", _named(description)
+    yield "step", f"{description['step'] or 0:,} ({format_count(description['tokens'] or 0)} tokens)"
+    count = description["parameters"]
+    tensors, dtypes = len(description["tensors"]), ", ".join(description["dtypes"])
+    yield "weights", f"{count:,} ({format_count(count)}) in {tensors} tensors, {dtypes}"
+    held = f"{description['optimizer_tensors']} tensors" if description["optimizer"] else "none: weights only"
+    yield "optimizer", held
+    yield "tokenizer", "yes" if description["tokenizer"] else "none"
+    yield "bytes", f"{description['bytes']:,}"
+    yield "checksums", _verified(description)
+
+
+def _run_rows(description: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "run", description["path"]
+    yield "recipe", f"{_named(description)}, seed {description['seed']}"
+    yield "config", ", ".join(f"{key} {value}" for key, value in description["config"].items() if value is not None)
+    if description["step"] is None:
+        yield "step", "none recorded yet"
+    else:
+        loss = description["loss"]
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        yield "step", f"{description['step']:,} ({format_count(description['tokens'] or 0)} tokens), loss {shown}"
+    yield "checkpoints", ", ".join(description["checkpoints"]) or "none yet"
+    yield "checksums", _verified(description)
+
+
+def _verified(description: dict[str, Any]) -> str:
+    return "all good" if description["verified"] else "not checked (--verify)"

@@ -1,0 +1,96 @@
+"""Putting a run together on this rank: groups, model chunks, optimizer. Nothing here decides; the configuration has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ettin import parallel
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.model import init
+from megatron_ettin.model.build import transformer_config
+from megatron_ettin.model.ettin import EttinModel
+from megatron_ettin.optim.build import TrainingOptimizer, build_optimizer
+from megatron_ettin.parallel import Layout, Topology
+from megatron_ettin.platform import Platform
+from megatron_ettin.platform.layers import layer_backend
+
+
+@dataclass
+class Machine:
+    """One rank's share of a training run: where it stands and what it trains."""
+
+    config: Config
+    platform: Platform
+    layout: Layout
+    chunks: list[EttinModel]
+    wrapped: list[DistributedDataParallel]  # the same chunks with gradient buffers; empty without an optimizer
+    optimizer: TrainingOptimizer | None
+
+    def refresh_weights(self) -> None:
+        """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but
+        that pass reads them (a checkpoint, an evaluation, a comparison)."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def assemble(config: Config, platform: Platform, world: int, training: bool = True) -> Machine:
+    """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision)."""
+    platform.check_precision(config.precision.name)
+    if config.run.deterministic:
+        platform.make_deterministic()
+    topology = Topology.of(config, world)
+    layout = parallel.initialize(topology, config.run.seed)
+    chunks = build_chunks(config, platform, layout)
+    if not training:
+        return Machine(config, platform, layout, chunks, [], None)
+    wrapped = wrap(config, chunks)
+    bf16 = PRECISIONS[config.precision.name].compute == "bf16"
+    sharded = config.parallel.distributed_optimizer
+    groups = parallel.optimizer_groups(sharded)
+    optimizer = build_optimizer(wrapped, config.optim, bf16, sharded, groups, platform.device)
+    return Machine(config, platform, layout, chunks, wrapped, optimizer)
+
+
+def build_chunks(config: Config, platform: Platform, layout: Layout) -> list[EttinModel]:
+    """This rank's model chunks (one, or vp of them), weights drawn by name."""
+    core = transformer_config(config, layer_backend(platform), layout.topology.pipeline_layout, platform.is_gpu)
+    core.finalize_model_grads_func = finalize_model_grads
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    weights = init.hashed(config.run.seed, config.model.num_layers, config.model.init_std)
+    chunks = []
+    for stage, has_embedding, has_head in layout.chunk_stages():
+        chunk = EttinModel(core, groups, has_embedding, has_head, stage).to(platform.device)
+        init.fill(chunk, weights, layout.topology.tp, layout.tp_rank)
+        chunks.append(chunk)
+    return chunks
+
+
+def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParallel]:
+    """Core's gradient buffers and reductions around each chunk."""
+    overlap, sharded = config.parallel.overlap, config.parallel.distributed_optimizer
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and sharded,
+        use_distributed_optimizer=sharded,
+    )
+    core = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(core, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        core.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
+        if sharded:
+            core.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in wrapped])
+    return wrapped
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    """Core wants a function for one model chunk and a list for several."""
+    return functions if len(functions) > 1 else functions[0]

@@ -1,0 +1,191 @@
+"""What happens besides training: logging, checkpoints, evaluation. Each is a hook with four moments; the loop knows
+no more of them than that. Hooks run on every rank, in order; those that write look at the rank themselves."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.schema import Config
+from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbSink
+from megatron_ettin.platform import Platform
+from megatron_ettin.train import evaluate, resume
+from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.resume import Progress
+from megatron_ettin.train.step import StepInfo
+
+
+@dataclass
+class Run:
+    """What hooks see of a run. `progress` is replaced after every step."""
+
+    machine: Machine
+    batches: Batches
+    directory: Path
+    progress: Progress
+
+    @property
+    def config(self) -> Config:
+        return self.machine.config
+
+    @property
+    def is_chief(self) -> bool:
+        return self.machine.layout.rank == 0
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.batches.corpus.datasets[0].path / "tokenizer"
+
+
+class Hook:
+    """Four moments; the default is to do nothing."""
+
+    def start(self, run: Run) -> None: ...
+    def step(self, run: Run, info: StepInfo) -> None: ...
+    def save(self, run: Run, path: Path) -> None: ...
+    def stop(self, run: Run) -> None: ...
+
+
+def step_metrics(info: StepInfo, platform: Platform, world: int) -> dict[str, Any]:
+    """The flat keys of metrics.jsonl."""
+    peak = platform.peak_flops
+    return {
+        "step": info.step,
+        "tokens": info.tokens,
+        "loss": info.loss,
+        "lr": info.lr,
+        "grad_norm": info.grad_norm,
+        "tokens_per_second": info.step_tokens / info.seconds,
+        "mfu": info.flops / info.seconds / (peak * world) if peak else None,
+        "tflops_per_second": info.flops / info.seconds / 1e12,
+        "rows": list(info.rows),
+        "labels": info.labels,
+        "step_seconds": info.seconds,
+        "peak_memory_bytes": platform.peak_memory_bytes(),
+        **info.extra,
+    }
+
+
+class Metrics(Hook):
+    """Every step to metrics.jsonl, and to TensorBoard and wandb where asked for."""
+
+    def start(self, run: Run) -> None:
+        self.sinks = FanOut([])
+        if not run.is_chief:
+            return
+        settings, step = run.config.metrics, run.progress.step
+        sinks: list[Sink] = [JsonlSink(run.directory / "metrics.jsonl", resume_step=step)]
+        if settings.tensorboard:
+            sinks.append(TensorBoardSink(run.directory / "events", resume_step=step))
+        if settings.wandb:
+            name = run.directory.name
+            sinks.append(WandbSink(settings.wandb_project, run.directory / "wandb", name, run_id=name))
+        self.sinks = FanOut(sinks)
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        if run.is_chief:
+            self.sinks.log(step_metrics(info, run.machine.platform, run.machine.layout.topology.world))
+
+    def stop(self, run: Run) -> None:
+        self.sinks.close()
+
+
+class Console(Hook):
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def start(self, run: Run) -> None:
+        self.bar: Any = None
+        if not (run.is_chief and sys.stderr.isatty()):
+            return
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"))
+        self.bar = Bar(*columns, TimeRemainingColumn())
+        settings = run.config.run
+        total = settings.steps or settings.tokens
+        self.task = self.bar.add_task(f"{settings.objective} {settings.phase}", total=total, numbers="")
+        self.bar.start()
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        if not run.is_chief:
+            return
+        speed = format_count(info.step_tokens / info.seconds)
+        numbers = f"loss {info.loss:.4f} lr {info.lr:.2e} norm {info.grad_norm:.3f} {speed} tokens/s"
+        if self.bar is not None:
+            settings = run.config.run
+            done = info.step if settings.steps else info.tokens
+            self.bar.update(self.task, completed=done, numbers=f"step {info.step} {numbers}")
+        elif info.step % run.config.metrics.every_steps == 0:
+            print(f"step {info.step} tokens {info.tokens:,} {numbers}", flush=True)
+
+    def stop(self, run: Run) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Checkpoints(Hook):
+    """Saves every so many steps or tokens, and at the end."""
+
+    def __init__(self, others: list[Hook]) -> None:
+        self.others = others
+        self.saved_step = -1
+
+    def start(self, run: Run) -> None:
+        self.saved_step = run.progress.step
+        self.saved_tokens = run.progress.tokens
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        settings = run.config.checkpoint
+        by_steps = settings.every_steps is not None and info.step % settings.every_steps == 0
+        every = settings.every_tokens
+        by_tokens = every is not None and info.tokens // every > self.saved_tokens // every
+        if by_steps or by_tokens or info.stop_requested:
+            self._save(run)
+
+    def stop(self, run: Run) -> None:
+        if run.progress.step != self.saved_step:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        path = resume.save(run.machine, run.progress, run.directory, run.tokenizer)
+        self.saved_step, self.saved_tokens = run.progress.step, run.progress.tokens
+        for hook in self.others:
+            hook.save(run, path)
+
+
+class Evaluation(Hook):
+    """Loss on the validation dataset every so many steps."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        every = run.config.metrics.eval_every_steps
+        if every is None or info.step % every:
+            return
+        result = evaluate.evaluate(run.machine, self.batches, run.config.metrics.eval_rows)
+        info.extra["validation_loss"] = result.loss
+        if result.accuracy is not None:
+            info.extra["validation_accuracy"] = result.accuracy
+        if run.is_chief and not sys.stderr.isatty():
+            print(f"step {info.step} validation {result}", flush=True)
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a stop after the step in hand; the loop tells the other ranks."""
+
+    def __init__(self, listen: bool) -> None:
+        self.received = False
+        if listen:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,0 +1,134 @@
+"""What a run needs to go on: `Progress`, saving it with model and optimizer, and the three ways to begin.
+
+A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
+another objective starts it fresh), or from initial weights. Position in the data follows from the step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint import directory, state
+from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import from_yaml, to_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.train.assembly import Machine
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `updates` counts optimizer steps, over phases that kept the optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    updates: int = 0
+
+
+def save(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
+    """Write and publish the checkpoint of `progress`. Collective."""
+    layout = machine.layout
+    staging = directory.checkpoints_folder(run_dir) / f".tmp-{directory.step_name(progress.step)}"
+    if layout.rank == 0:
+        directory.new_staging(run_dir, progress.step)
+    layout.barrier()
+    machine.refresh_weights()
+    metadata = state.sharding_metadata(layout.dp_group)
+    model = state.model_state(machine.chunks, metadata)
+    assert machine.optimizer is not None
+    optimizer = machine.optimizer.sharded_state(model, False, metadata)
+    state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
+    layout.barrier()
+    final = staging.with_name(directory.step_name(progress.step))
+    if layout.rank == 0:
+        write_synced(staging / "config.yaml", to_yaml(machine.config))
+        record = {**dataclasses.asdict(progress), "optimizer": machine.config.optim.name}
+        write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
+        if tokenizer is not None and tokenizer.is_dir():
+            shutil.copytree(tokenizer, staging / "tokenizer")
+        directory.publish(staging, final)
+        directory.prune(run_dir, machine.config.checkpoint.keep)
+    layout.barrier()
+    return final
+
+
+def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
+    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective."""
+    error = _damage(checkpoint) if machine.layout.rank == 0 else None
+    if machine.layout.sum_over_world([float(error is not None)], machine.platform.device)[0]:
+        raise error or UserError(f"checkpoint {checkpoint}: damaged; rank 0 names the file")
+    metadata = state.sharding_metadata(machine.layout.dp_group)
+    model = state.model_state(machine.chunks, metadata)
+    optimizer = None
+    if with_optimizer:
+        assert machine.optimizer is not None
+        optimizer = machine.optimizer.sharded_state(model, True, metadata)
+    loaded = state.load_state(checkpoint, model, optimizer)
+    state.put_model_state(machine.chunks, loaded)
+    saved = loaded.get("progress") or {}
+    progress = Progress(**{f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(Progress)})
+    if with_optimizer:
+        assert machine.optimizer is not None
+        machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
+    elif machine.optimizer is not None:
+        machine.optimizer.take_weights()
+    return progress
+
+
+def _damage(checkpoint: Path) -> UserError | None:
+    try:
+        directory.verify(checkpoint)
+    except UserError as error:
+        return error
+    return None
+
+
+def begin(machine: Machine, run_dir: Path, init_from: Path | None, keep_optimizer: bool | None) -> tuple[Progress, str]:
+    """Load what the run goes on from; returns its progress and a line that says so. Collective."""
+    own = directory.latest(run_dir)
+    if own is not None:
+        progress = load(machine, own)
+        return progress, f"resumed {own.name} ({progress.tokens:,} tokens)"
+    if init_from is None:
+        return Progress(), "initial weights"
+    source = directory.resolve(init_from)
+    config = source_config(source, machine.config)
+    keep = keeps_optimizer(source, config, machine.config, keep_optimizer)
+    progress = load(machine, source, with_optimizer=keep)
+    updates = progress.updates if keep else 0
+    return Progress(updates=updates), f"weights {'and optimizer ' if keep else ''}of {source}"
+
+
+def source_config(source: Path, config: Config) -> dict[str, Any]:
+    """The groups of the checkpoint's config. Raises UserError where its shape is not this run's."""
+    groups = directory.read_config(source)
+    model = groups.get("model") or {}
+    for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+        ours, theirs = getattr(config.model, key), model.get(key)
+        if theirs is not None and theirs != ours:
+            raise UserError(
+                f"--init-from {source}: has model.{key}={theirs}, this run {ours}; the shapes must be equal"
+            )
+    return groups
+
+
+def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted: bool | None) -> bool:
+    """Whether the optimizer's state comes along: between phases of one objective, unless told otherwise."""
+    stored = directory.read_progress(source).get("optimizer")
+    run = theirs.get("run") or {}
+    same = run.get("objective") == config.run.objective and config.run.phase != "cross"
+    keep = (same and stored is not None) if wanted is None else wanted
+    if keep and stored is None:
+        raise UserError(f"--init-optimizer keep: {source} holds weights alone; use --init-optimizer fresh")
+    if keep and stored != config.optim.name:
+        raise UserError(f"--init-optimizer keep: {source} was trained with {stored}, this run uses {config.optim.name}")
+    return keep
+
+
+def checkpoint_config(checkpoint: Path) -> Config:
+    """The resolved configuration inside a checkpoint."""
+    return from_yaml(checkpoint / "config.yaml")

@@ -1,0 +1,81 @@
+"""The directory that is a run: its resolved configuration, what it may not change, and who launched it when.
+
+Science keys are fixed by the first launch; another value is refused unless `--allow-change KEY` says that it is meant,
+and then history.jsonl records it. The data order is fixed by its fingerprint, not by a path."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform as machine
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin import __version__
+from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.resolve import from_yaml, key_types, to_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.order import Corpus
+
+DATA_KEY = "data.mixture"  # stands for the data order's fingerprint in --allow-change
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raise UserError where files cannot be made in `run_dir` (created if need be)."""
+    probe = run_dir / f".tmp-probe-{machine.node()}-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run directory {run_dir}: cannot be written ({error.strerror or error})") from None
+
+
+def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequence[str]) -> list[str]:
+    """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
+    for key in allow:
+        if key not in key_types():
+            raise UserError(f"--allow-change {key}: no such key{nearest(key, key_types())}")
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return []
+    before, now = science_keys(from_yaml(path)), science_keys(config)
+    changed = [key for key in now if before.get(key) != now[key]]
+    order = read_order(run_dir)
+    if order and order.get("fingerprint") != corpus.fingerprint and not set(changed) & {"run.seed", "run.phase"}:
+        changed.append(DATA_KEY)
+        before[DATA_KEY], now[DATA_KEY] = order.get("fingerprint", "")[:12], corpus.fingerprint[:12]
+    for key in changed:
+        if key not in allow:
+            raise UserError(
+                f"{run_dir}: was started with {key}={before.get(key)}, now {key}={now[key]}; start another run"
+                f" directory, or go on with --allow-change {key}"
+            )
+    return changed
+
+
+def read_order(run_dir: Path) -> dict[str, Any]:
+    """order.json: fingerprint of the data order and of the tokenizer; empty where the run has not started."""
+    try:
+        return json.loads((run_dir / "order.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
+    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
+    write_synced(run_dir / "config.yaml", to_yaml(config))
+    order = {
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer_fingerprint,
+        "rows_per_step": config.batch.global_batch_rows,
+        "mean_tokens_per_row": corpus.mean_tokens_per_row,
+    }
+    write_synced(run_dir / "order.json", json.dumps(order, indent=1) + "\n")
+    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, **launch}
+    with open(run_dir / "history.jsonl", "a", encoding="utf-8") as history:
+        history.write(json.dumps(record) + "\n")

@@ -1,0 +1,133 @@
+"""One optimizer step: micro-batches through core's pipeline schedule, one sum over all ranks, one update.
+
+The loss is normalised by the number of predicted tokens of the whole batch (`global`, the default) or, as the original
+trainer did, by each micro-batch's own number (`microbatch`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ettin.config.flops import training_flops
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.batches import Batches, MicroBatch
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did, equal on every rank. `step` counts from 1 once done."""
+
+    step: int
+    tokens: int  # of the run so far
+    loss: float  # mean over predicted tokens
+    lr: float
+    grad_norm: float
+    step_tokens: int
+    labels: int
+    rows: tuple[int, int]
+    seconds: float
+    flops: float
+    stop_requested: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """Sums over micro-batches of what this rank is the one to count."""
+
+    loss: float = 0.0
+    labels: int = 0
+    correct: int = 0
+    tokens: int = 0
+    global_pairs: int = 0
+    local_pairs: int = 0
+
+    def count(self, batch: MicroBatch) -> None:
+        self.tokens += batch.tokens
+        self.global_pairs += batch.pairs[0]
+        self.local_pairs += batch.pairs[1]
+
+    def __iadd__(self, other: Totals) -> Totals:
+        for name, value in dataclasses.asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+
+def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: int, training: bool) -> Totals:
+    """Forward (and backward) of `count` micro-batches. The last stage's first tensor rank counts, others return zeros."""
+    models = machine.wrapped if training else machine.chunks
+    totals, layout = Totals(), machine.layout
+    counting = layout.is_last_pipeline_rank and layout.tp_rank == 0
+    micro_batches = list(batches)
+    sequence = micro_batches[0].input_ids.numel()
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in models] if len(models) > 1 else iter(micro_batches),
+        model=list(models) if len(models) > 1 else models[0],
+        num_microbatches=count,
+        seq_length=sequence,  # rows are flattened: core sees one sequence of all their tokens
+        micro_batch_size=1,
+        forward_only=not training,
+    )
+    if counting:
+        for batch in micro_batches:
+            totals.count(batch)
+        for output in outputs:
+            totals.loss += float(output["loss"])
+            totals.labels += int(output["labels"])
+            totals.correct += int(output["correct"])
+    return totals
+
+
+def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+    """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it."""
+    batch = next(batches)
+    output = model(batch.input_ids, batch.packed, batch.labels)
+    if not isinstance(output, tuple):  # hidden states for the next stage
+        return output, None
+    total, losses, correct = output
+    return total, functools.partial(sum_of_losses, (batch.labels != IGNORE).sum(), losses, correct)
+
+
+def sum_of_losses(
+    labels: torch.Tensor, losses: torch.Tensor, correct: torch.Tensor, total: torch.Tensor, non_loss_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Core's loss function: (sum, number of predicted tokens, what to report)."""
+    report = {"loss": losses.double().sum(), "labels": labels, "correct": correct.sum()}
+    return total, labels.int(), report
+
+
+def train_step(machine: Machine, batches: Batches, step: int, tokens_before: int, lr: float, stop: bool) -> StepInfo:
+    """Train on the rows of `step` (from 0). `stop`: this rank was asked to stop; one rank's wish is everyone's."""
+    began = time.perf_counter()
+    assert machine.optimizer is not None
+    machine.optimizer.zero_grad()
+    totals = run_micro_batches(machine, batches.step(step), batches.micro_batch_count(step), training=True)
+    grad_norm = machine.optimizer.step(lr)
+    sums = machine.layout.sum_over_world(
+        [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs, float(stop)],
+        machine.platform.device,
+    )
+    loss, labels, tokens, global_pairs, local_pairs, stops = sums
+    model = machine.config.model
+    return StepInfo(
+        step=step + 1,
+        tokens=tokens_before + int(tokens),
+        loss=loss / max(labels, 1),
+        lr=lr,
+        grad_norm=grad_norm,
+        step_tokens=int(tokens),
+        labels=int(labels),
+        rows=batches.sizes.span(step),
+        seconds=time.perf_counter() - began,
+        flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
+        stop_requested=stops > 0,
+    )

@@ -1,0 +1,78 @@
+"""The console script: quick help, suggestions, one example a command, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ettin import __version__
+from megatron_ettin.cli.main import COMMANDS, main
+
+HEAVY = ("torch", "transformers", "megatron", "pyarrow", "matplotlib", "numpy", "yaml")
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """Heavy packages that a fresh interpreter holds after `ettin ARGUMENTS`."""
+    source = (
+        "import sys\nfrom megatron_ettin.cli.main import main\n"
+        f"try:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        f"print('HEAVY', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(arguments, capsys):
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, summary) in COMMANDS.items():
+        assert any(line.split(maxsplit=1) == [name, summary] for line in lines)
+
+
+def test_help_imports_nothing_heavy():
+    assert modules_after("--help") == set()
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ettin {__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("inspekt", "inspect"), ("conver", "convert")])
+def test_unknown_command_suggests(typed, meant, capsys):
+    assert main([typed]) == 2
+    error = capsys.readouterr().err
+    assert f"no command {typed!r} (did you mean {meant!r}?)" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: ettin {name}" in text
+    examples = [line for line in text.splitlines() if line.startswith(" ") and f"ettin {name} " in line]
+    assert examples, "the module's docstring holds an indented example line"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_help_imports_neither_torch_nor_transformers(name):
+    assert modules_after(name, "--help").isdisjoint({"torch", "transformers", "megatron"})
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_option_is_a_user_error(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--no-such-option"])
+    assert ended.value.code == 2
+
+
+def test_output_into_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m megatron_ettin --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -1,0 +1,127 @@
+"""Precedence, typing, and refusals in one line that name the culprit and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.config.checks import check_layout, science_keys, stage_layers
+from megatron_ettin.config.counts import format_count, parse_count
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import from_yaml, parse, recipe, to_yaml
+
+
+def test_precedence(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("optim: {lr: 1e-3, eps: 1e-8}\nparallel: {tp: 2}\n")
+    config = parse("150m", "mlm", "pretrain", site, ["optim.lr=2e-3"])
+    assert config.optim.lr == 2e-3  # words over YAML
+    assert config.optim.eps == 1e-8  # YAML over the recipe
+    assert config.parallel.tp == 2
+    assert config.optim.weight_decay == recipe("150m", "mlm", "pretrain").optim.weight_decay
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.7T", 1_700_000_000_000), ("250B", 250 * 10**9), ("8_500_000_000", 8_500_000_000), ("4096", 4096), ("2.5e9", 2_500_000_000), ("1_000tok", 1000), (12, 12)],
+)  # fmt: skip
+def test_counts(text: str | int, count: int) -> None:
+    assert parse_count(text, "run.tokens") == count
+    assert parse("17m", "mlm", "pretrain", words=[f"run.tokens={text}", "schedule.warmup_tokens=0"]).run.tokens == count
+
+
+def test_formatted_counts_read_back() -> None:
+    assert [format_count(n) for n in (1.7e12, 250e9, 16.9e6, 512)] == ["1.7T", "250B", "16.9M", "512"]
+
+
+def test_what_follows_another_key() -> None:
+    config = parse("17m", "clm", "decay", words=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
+    assert config.optim.max_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
+    assert config.model.max_position_embeddings == 256
+    assert config.batch.micro_batch_rows == 4
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = parse("1b", "clm", "extend", words=["data.mixture=[{path: a, weight: 2}, {path: b, weight: 1}]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+REFUSED = {
+    "optim.lrr=1": "unknown key 'optim.lrr' (did you mean 'optim.lr'?)",
+    "optm.lr=1": "unknown key 'optm' (did you mean 'optim'?)",
+    "optim": "'optim' is not key=value",
+    "lr=1": "unknown key 'lr'",
+    "run.tokens=many": "run.tokens: 'many' is not a count",
+    "model.num_layers=2.5": "model.num_layers: 2.5 is 2.5, not a whole number",
+    "optim.lr=fast": "optim.lr: 'fast' is not a number",
+    "parallel.sequence_parallel=perhaps": "parallel.sequence_parallel: 'perhaps' is not a bool",
+    "parallel.tp=8": "parallel.tp: 8 does not divide 28 heads and ffn_hidden_size 3840; allowed: 1, 2, 4",
+    "parallel.cp=2": "parallel.cp: 2 is not supported",
+    "parallel.vp=2": "parallel.vp: 2 model chunks need pipeline stages",
+    "parallel.sequence_parallel=true": "parallel.sequence_parallel: needs parallel.tp of 2 or more",
+    "precision.name=fp9": "precision.name: 'fp9' does not exist",
+    "precision.name=fp8-blockwise parallel.tp=4": "fp8-blockwise wants hidden_size / tp divisible by 128; it is 1792 / 4",
+    "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
+    "optim.lr=-1": "optim.lr: -1.0 is not allowed; it is above 0",
+    "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
+    "batch.micro_batch_rows=3": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
+    "data.mlm_probability=0": "data.mlm_probability: 0 leaves the encoder nothing to predict",
+    "data.seq_len=4096 model.max_position_embeddings=1024": "data.seq_len: 4096 is above model.max_position_embeddings 1024",
+    "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",
+    "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
+    "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: '20,9' must be 2 whole numbers",
+    "run.device=tpu": "run.device: 'tpu' does not exist",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals(words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(REFUSED[words])) as caught:
+        parse("1b", "mlm", "pretrain", words=words.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "objective", "phase", "message"),
+    [("150", "mlm", "pretrain", "did you mean '150m'?"), ("17m", "lm", "pretrain", "did you mean 'mlm'?"), ("17m", "mlm", "pretraining", "did you mean 'pretrain'?")],
+)  # fmt: skip
+def test_names(size: str, objective: str, phase: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(size, objective, phase)
+
+
+def test_site_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        parse("17m", "mlm", "pretrain", tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("optim: {lr: 1\n")
+    with pytest.raises(UserError, match=r"bad\.yaml:2: not valid YAML"):
+        parse("17m", "mlm", "pretrain", tmp_path / "bad.yaml")
+
+
+def test_layout_checks() -> None:
+    config = parse("1b", "mlm", "pretrain", words="parallel.tp=2 parallel.pp=2 batch.micro_batch_rows=16".split())
+    assert check_layout(config, 16) == 4
+    with pytest.raises(UserError, match="= 4 does not divide 6 ranks"):
+        check_layout(config, 6)
+    with pytest.raises(UserError, match="2816 is no multiple of dp 5 x micro_batch_rows 16"):
+        check_layout(config, 20)
+    interleaved = parse("1b", "mlm", "pretrain", words="parallel.pp=4 parallel.vp=7 batch.global_batch_rows=16".split())
+    with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
+        check_layout(interleaved, 4)
+
+
+@pytest.mark.parametrize(("size", "words", "layers"), [("17m", "parallel.pp=2", [4, 3]), ("68m", "parallel.pp=4", [5, 5, 5, 4]), ("17m", "parallel.pp=2 parallel.vp=2", [2, 2, 2, 1]), ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4])])  # fmt: skip
+def test_uneven_pipeline_splits(size: str, words: str, layers: list[int]) -> None:
+    assert stage_layers(parse(size, "mlm", "pretrain", words=words.split())) == layers
+
+
+def test_operations_keys_are_no_science() -> None:
+    """Layout, micro-batch, precision and sinks may change at any resume; the rest is fingerprinted."""
+    base = science_keys(parse("17m", "mlm", "pretrain"))
+    operations = "parallel.tp=2 batch.micro_batch_rows=8 precision.name=fp32 checkpoint.keep=9 metrics.wandb=true run.steps=5"
+    assert science_keys(parse("17m", "mlm", "pretrain", words=operations.split())) == base
+    for word in ("optim.lr=1e-4", "run.seed=3", "data.seq_len=512", "batch.global_batch_rows=1408", "model.init_std=0.01"):
+        assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word

@@ -1,0 +1,72 @@
+"""Shared by all tests: the pool of ranks, and a small corpus with a small tokenizer, made by the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.pool import Pool
+
+SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    shared = Pool()
+    yield shared
+    shared.close()
+
+
+def sentences(seed: int, count: int) -> str:
+    """English of a small grammar: enough regularity that a tiny model learns it in a few steps."""
+    draw = random.Random(seed)
+    subjects = ["the reader", "a small model", "the encoder", "the decoder", "every token", "one row of data"]
+    verbs = ["follows", "predicts", "attends to", "learns from", "is packed with", "comes before"]
+    objects = ["the next word", "a hidden layer", "its neighbours", "the same batch", "a longer context"]
+    return " ".join(f"{draw.choice(subjects)} {draw.choice(verbs)} {draw.choice(objects)}." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 320 entries, as a directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sentences(seed, 40) for seed in range(20)], trainer)
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("unk_token", "cls_token", "sep_token", "pad_token", "mask_token"), SPECIALS, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A dataset of chunks of up to 48 tokens, prepared by `ettin prepare`."""
+    from megatron_ettin.cli.main import main
+
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": sentences(seed, draw.randint(1, 12)), "id": f"doc{seed}"}) for seed in range(400)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    out = folder / "dataset"
+    words = ["--out", str(out), "--tokenizer", str(tiny_tokenizer), "--chunk-tokens", "48", "--workers", "1"]
+    assert main(["prepare", str(folder / "text.jsonl"), *words, "--holdout", "0.1"]) == 0
+    return out

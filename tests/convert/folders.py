@@ -1,0 +1,86 @@
+"""Hugging Face folders of tiny random models, made by transformers itself, far from their initial values.
+
+Norms, biases and matrices are moved so that a missing norm, a swapped half or a transposed head changes the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = {
+    **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
+    **{"local_attention": 16, "max_position_embeddings": 128},
+    **{"pad_token_id": 3, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2},
+}
+SHAPE_17M = {
+    **{"vocab_size": 50_368, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7},
+    "num_attention_heads": 4,
+}
+ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 20_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+
+
+def classes(objective: str) -> tuple[Any, Any, Any]:
+    """(configuration, model, auto class) of an objective."""
+    import transformers as t
+
+    if objective == "mlm":
+        return t.ModernBertConfig, t.ModernBertForMaskedLM, t.AutoModelForMaskedLM
+    return t.ModernBertDecoderConfig, t.ModernBertDecoderForCausalLM, t.AutoModelForCausalLM
+
+
+def make_model(objective: str, shape: dict[str, Any] = TINY, seed: int = 0) -> Any:
+    config, model_class, _ = classes(objective)
+    torch.manual_seed(seed)
+    model = model_class(config(**shape, rope_parameters=ROPE)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(torch.randn_like(weight) * 0.2)
+            else:
+                weight.mul_(4)
+    return model
+
+
+def make_folder(path: Path, objective: str, shape: dict[str, Any] = TINY, dtype: torch.dtype = torch.float32) -> Path:
+    make_model(objective, shape).to(dtype).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, objective: str, dtype: torch.dtype = torch.float32) -> Any:
+    return classes(objective)[2].from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def logits(model: Any, tokens: int = 100) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, model.config.vocab_size, (2, tokens), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, by safetensors' own reader."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
+    )
+
+
+def command(capsys: Any, *words: Any) -> tuple[int, str, str]:
+    """`ettin convert WORDS`: (status, standard output, last line of standard error)."""
+    from megatron_ettin.cli.main import main
+
+    capsys.readouterr()
+    status = main(["convert", *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, (err.strip().splitlines() or [""])[-1]

@@ -1,0 +1,46 @@
+"""A process group of one and models of any shape, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.config.schema import Config
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[None]:
+    from megatron_ettin import parallel
+    from megatron_ettin.parallel import Topology
+    from megatron_ettin.platform import detect
+    from megatron_ettin.platform.rendezvous import Place, join, leave
+
+    platform = detect("cpu")
+    join(Place(0, 1, 0, None, 0, "alone"), platform)
+    parallel.initialize(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
+    yield
+    parallel.destroy()
+    leave()
+
+
+@pytest.fixture
+def build_model(alone: None) -> Callable[[Config], object]:
+    """EttinModel of a configuration with its initial weights, in evaluation mode."""
+
+    def build(config: Config) -> object:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        from megatron_ettin.model import init
+        from megatron_ettin.model.build import transformer_config
+        from megatron_ettin.model.ettin import EttinModel
+        from megatron_ettin.platform import detect
+        from megatron_ettin.platform.layers import layer_backend
+
+        core = transformer_config(config, layer_backend(detect("cpu")), None, False)
+        model = EttinModel(core, ProcessGroupCollection.use_mpu_process_groups())
+        init.fill(model, init.hashed(config.run.seed, config.model.num_layers, config.model.init_std), 1, 0)
+        return model.eval()
+
+    return build

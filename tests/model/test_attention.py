@@ -1,0 +1,61 @@
+"""Three ways of computing attention against the masked softmax written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ettin.model.attention import attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model.packed import pack_rows
+
+ROWS = {
+    "one chunk": [[200], [200]],
+    "several": [[63, 64, 65], [1, 150, 40]],
+    "with a tail": [[100], [30, 20]],
+    "empty row": [[], [200]],
+}
+
+
+def reference(q, k, v, lengths, seq_len, window, causal):
+    """softmax(q k^T / sqrt(d)) v over the keys each query may see; one query at a time."""
+    out = torch.zeros_like(q)
+    begin = 0
+    for row in lengths:
+        chunks = [*row, seq_len - sum(row)] if sum(row) < seq_len else row
+        for length in chunks:
+            for i in range(length):
+                low = 0 if window is None else max(0, i - (window - 1 if causal else window))
+                high = i + 1 if causal else (length if window is None else min(length, i + window + 1))
+                keys = slice(begin + low, begin + high)
+                scores = torch.einsum("hd,khd->hk", q[begin + i], k[keys]) / q.shape[-1] ** 0.5
+                out[begin + i] = torch.einsum("hk,khd->hd", scores.softmax(-1), v[keys])
+            begin += length
+    return out
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5, 64, 65, 130])
+def test_every_way_is_the_masked_softmax(rows: str, causal: bool, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(400, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = reference(q, k, v, ROWS[rows], 200, window, causal)
+    packed = pack_rows(ROWS[rows], 200)
+    found = {"dense": attend_dense(q, k, v, packed, window, causal)}
+    if window is None:
+        found["chunks"] = attend_chunks(q, k, v, packed, causal)
+    else:
+        found["bands"] = attend_bands(q, k, v, packed, window, causal)
+    for way, out in found.items():
+        assert torch.allclose(out, expected, atol=1e-12), way
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_agree(causal: bool) -> None:
+    packed = pack_rows([[90, 110], [200]], 200)
+    grads = []
+    for way in (attend_dense, attend_bands):
+        q, k, v = (torch.randn(400, 2, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3))
+        (way(q, k, v, packed, 20, causal) ** 2).sum().backward()
+        grads.append([t.grad for t in (q, k, v)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))

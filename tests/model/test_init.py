@@ -1,0 +1,43 @@
+"""Initial weights: the recipe's distribution, by name, cut to shards without a seam."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_ettin.model import init
+
+
+@pytest.mark.parametrize(("name", "sigma"), [("transformer.layers.3.self_attention.linear_qkv.weight", 0.02), ("transformer.layers.3.self_attention.linear_proj.weight", 0.02 / math.sqrt(14)), ("transformer.layers.0.mlp.linear_fc2.weight", 0.02 / math.sqrt(14)), ("head.dense.weight", 0.02), ("embedding.word_embeddings.weight", 0.02)])  # fmt: skip
+def test_truncated_normal(name: str, sigma: float) -> None:
+    drawn = init.hashed(21, 7, 0.02)(name, [512, 512])
+    assert drawn.abs().max() <= 2 * sigma
+    # a normal cut at two sigma keeps 0.8796 of its standard deviation
+    assert drawn.std().item() == pytest.approx(0.8796 * sigma, rel=0.01)
+
+
+def test_a_name_is_a_weight() -> None:
+    full_of = init.hashed(21, 7, 0.02)
+    first, second = "transformer.layers.1.mlp.linear_fc1.weight", "transformer.layers.2.mlp.linear_fc1.weight"
+    assert torch.equal(full_of(first, [64, 32]), full_of(first, [64, 32]))
+    assert not torch.equal(full_of(first, [64, 32]), full_of(second, [64, 32]))
+    assert not torch.equal(full_of(first, [64, 32]), init.hashed(22, 7, 0.02)(first, [64, 32]))
+    assert torch.equal(full_of("output_layer.bias", [8]), torch.zeros(8))
+    assert torch.equal(full_of("transformer.final_layernorm.weight", [8]), torch.ones(8))
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_shards_of_gated_and_padded_tensors(tp: int) -> None:
+    gated = torch.arange(24.0).view(12, 2)
+    parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=2, shape=(12 // tp, 2))
+    shards = [init.shard(gated, parameter, tp, rank) for rank in range(tp)]
+    halves = [torch.cat([shard.chunk(2)[half] for shard in shards]) for half in (0, 1)]
+    assert torch.equal(torch.cat(halves), gated)
+    vocabulary = torch.arange(10.0)[:, None]
+    rows = -(-10 // tp)
+    parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=1, shape=(rows, 1))
+    joined = torch.cat([init.shard(vocabulary, parameter, tp, rank) for rank in range(tp)])
+    assert torch.equal(joined[:10], vocabulary) and not joined[10:].any()

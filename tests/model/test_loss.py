@@ -1,0 +1,66 @@
+"""The chunked output layer against torch's own cross entropy; the vocabulary split is tested by the invariance table."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ettin.model import loss
+
+
+def tensors(n: int, vocabulary: int = 300, hidden: int = 16) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(n)
+    x, w = torch.randn(n, hidden, generator=generator), torch.randn(vocabulary, hidden, generator=generator)
+    b, y = torch.randn(vocabulary, generator=generator), torch.randint(0, vocabulary, (n,), generator=generator)
+    return x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), y
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 200])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_against_torch(n: int, scale: float) -> None:
+    x, w, b, y = tensors(n)
+    logits = x @ w.t() + b
+    expected = F.cross_entropy(logits, y, reduction="none")
+    wanted = torch.autograd.grad(expected.sum() * scale, [x, w, b])
+    with mock.patch.object(loss, "CHUNK_LOGITS_BYTES", 64 * 300 * 4):  # 64 rows a chunk
+        total, losses, correct = loss.linear_cross_entropy(x, w, b, y)
+    assert torch.allclose(losses, expected, atol=1e-5)
+    assert torch.equal(correct, logits.argmax(1) == y)
+    for found, want in zip(torch.autograd.grad(total * scale, [x, w, b]), wanted, strict=True):
+        assert torch.allclose(found, want, atol=1e-4)
+
+
+def test_no_labels() -> None:
+    x, w, b, y = tensors(0)
+    total, losses, correct = loss.linear_cross_entropy(x, w, b, y)
+    assert total.item() == 0 and losses.shape == correct.shape == (0,)
+    assert all(not g.any() for g in torch.autograd.grad(total, [w, b]))
+
+
+def test_padding_columns_have_no_probability() -> None:
+    x, w, b, _ = tensors(20)
+    y = torch.randint(0, 290, (20,))
+    _, losses, _ = loss.linear_cross_entropy(x, w, b, y, first=0, valid=290)
+    assert torch.allclose(losses, F.cross_entropy((x @ w.t() + b)[:, :290], y, reduction="none"), atol=1e-5)
+
+
+def test_logits_never_exist_whole() -> None:
+    """The largest tensor alive is a chunk's, whatever the number of labels."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    x, w, b, y = tensors(2000)
+    with mock.patch.object(loss, "CHUNK_LOGITS_BYTES", 200 * 300 * 4), Largest() as largest:
+        loss.linear_cross_entropy(x, w, b, y)[0].backward()
+    assert largest.elements <= 200 * 300

@@ -1,0 +1,187 @@
+"""`ettin compare` on run directories: what makes a pair, what breaks one and how it is named, and what is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.report.compare import compare
+from tests.report.synthetic import write_run
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return write_run(tmp_path / "encoder")
+
+
+def compared(first, second):
+    comparison = compare([first, second])
+    return comparison.verdict, {check.name: check.detail for check in comparison.failed}
+
+
+def test_a_pair_is_paired(tmp_path, encoder):
+    assert compared(encoder, write_run(tmp_path / "decoder", "clm")) == ("PAIRED", {})
+
+
+def test_operations_may_differ(tmp_path, encoder):
+    words = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "run.device=cpu")
+    assert compared(encoder, write_run(tmp_path / "decoder", "clm", words=words)) == ("PAIRED", {})
+
+
+def test_two_runs_of_one_objective_are_the_same_training(tmp_path, encoder):
+    assert compared(encoder, write_run(tmp_path / "again", words=("parallel.tp=2",))) == ("SAME TRAINING", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "told"),
+    [
+        ({"words": ("optim.weight_decay=0.01",)}, "optimizer", "optim.weight_decay: 0.0003 and 0.01"),
+        ({"words": ("run.seed=7",)}, "phase and seed", "run.seed: 21 and 7"),
+        ({"words": ("schedule.decay_tokens=5M",)}, "schedule", "schedule.decay_tokens: 100000 and 5000000"),
+        ({"words": ("run.tokens=5M",)}, "schedule", "run.tokens: 1000000000 and 5000000"),
+        ({"words": ("batch.warmup_tokens=0",)}, "batch and rows", "batch.warmup_tokens: 125000000000 and 0"),
+        ({"words": ("data.seq_len=512",)}, "batch and rows", "data.seq_len: 1024 and 512"),
+        ({"words": ("model.num_layers=6",)}, "model shape", "model.num_layers: 7 and 6"),
+        ({"fingerprint": "ab" * 32}, "data order", f"fingerprint: {'5f' * 32} and {'ab' * 32}"),
+        ({"fingerprint": ""}, "data order", "order.json has no fingerprint"),
+        ({"rows": {9: [512, 577]}}, "rows of every step", "step 9: [512, 576] and [512, 577]"),
+        ({"rows": {9: None}}, "rows of every step", "step 9: rows was not recorded"),
+        ({"tokens": {12: 5}}, "tokens of every step", "step 12: "),
+        ({"lr": {3: 0.5}}, "learning rate of every step", "step 3: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_breaks_a_pair_is_named(tmp_path, encoder, changes, check, told):
+    verdict, failed = compared(encoder, write_run(tmp_path / "decoder", "clm", **changes))
+    assert verdict == "NOT PAIRED"
+    assert told in failed[check]
+
+
+def test_a_change_on_the_way_breaks_a_pair(tmp_path, encoder):
+    decoder = write_run(tmp_path / "decoder", "clm")
+    with open(decoder / "history.jsonl", "a", encoding="utf-8") as history:
+        history.write(json.dumps({"changes": ["optim.lr"]}) + "\n")
+    assert compared(encoder, decoder) == ("NOT PAIRED", {"no change on the way": "decoder: optim.lr"})
+
+
+def test_the_original_decoder_window_is_part_of_the_objective(tmp_path, encoder):
+    decoder = write_run(tmp_path / "decoder", "clm", words=("model.decoder_window_keys=65",))
+    assert compared(encoder, decoder) == ("PAIRED", {})
+    assert compared(decoder, write_run(tmp_path / "other", "clm"))[0] == "NOT PAIRED"
+
+
+def test_a_run_still_going_is_compared_up_to_where_it_is(tmp_path, encoder):
+    decoder = write_run(tmp_path / "decoder", "clm", steps=15)
+    with open(decoder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        metrics.write('{"step": 16, "tok')
+    comparison = compare([encoder, decoder])
+    assert comparison.verdict == "PAIRED"
+    assert "15 common steps (1 to 15; recorded 40 and 15)" in [check.detail for check in comparison.checks]
+
+
+def test_phases_follow_each_other_on_the_token_axis(tmp_path):
+    runs = [
+        write_run(tmp_path / objective / phase, objective, phase, steps=20)
+        for objective in ("mlm", "clm")
+        for phase in ("pretrain", "decay")
+    ]
+    comparison = compare(runs)
+    assert comparison.verdict == "PAIRED"
+    encoder = comparison.chains[0]
+    assert encoder.phases == ["pretrain", "decay"]
+    (first, _), (second, _) = encoder.segments("loss")
+    assert second[0] == first[-1] + 64_001
+    assert encoder.phase_starts() == [(0.0, "pretrain"), (first[-1], "decay")]
+    shorter = compare(runs[:3])
+    assert {check.name for check in shorter.failed} == {"phases"}
+
+
+def test_chains_of_one_name_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / name / "run", steps=3) for name in ("a", "b")]
+    names = [chain.name for chain in compare(runs).chains]
+    assert len(set(names)) == 2
+
+
+class Links(HTMLParser):
+    """Everything in a page that a browser would fetch, and whether its tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+        if tag in ("script", "link", "img", "iframe"):
+            self.fetched.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("path", "line")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_and_its_picture(tmp_path, encoder, capsys):
+    decoder = write_run(tmp_path / "<b>decoder", "clm", steps=900, words=("optim.lr=1e-3",))
+    out = tmp_path / "reports" / "pair.html"
+    assert main(["compare", str(encoder), str(decoder), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "differs: optimizer (pretrain): optim.lr: 0.003 and 0.001" in told
+    assert "NOT PAIRED: 17m mlm / 17m clm" in told
+    text = out.read_text(encoding="utf-8")
+    links = Links(text)
+    assert links.fetched == [] and links.open == []
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "<b>decoder" not in text and "&lt;b&gt;decoder" in text
+    assert "NOT PAIRED" in text and "optim.lr: 0.003 and 0.001" in text
+    assert text.count("<svg") == 5
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", text)
+    assert len(text) < 200_000
+    assert out.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["pair.html", "pair.png"]
+
+
+def test_json_and_require_paired(tmp_path, encoder, capsys):
+    decoder = write_run(tmp_path / "decoder", "clm", words=("run.seed=3",))
+    out = tmp_path / "pair.html"
+    words = ["compare", str(encoder), str(decoder), "--out", str(out), "--json"]
+    assert main([*words, "--require-paired"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] == "NOT PAIRED"
+    assert [check["name"] for check in answer["checks"] if not check["passed"]] == ["phase and seed"]
+    assert [model["steps"] for model in answer["models"]] == [40, 40]
+    assert main(words) == 0
+    assert main(["compare", str(encoder), "--out", str(out), "--require-paired"]) == 0
+    assert "ONE MODEL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda run: (run / "config.yaml").unlink(), "no run directory"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: No such file"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "holds no step yet"),
+        (lambda run: (run / "order.json").write_text("{"), "order.json: not valid JSON"),
+        (lambda run: (run / "order.json").write_text("3"), "order.json: JSON objects were expected"),
+        (lambda run: (run / "config.yaml").write_text("run: {"), "config.yaml"),
+    ],
+)
+def test_what_cannot_be_read_is_a_user_error(encoder, tmp_path, capsys, damage, told):
+    damage(encoder)
+    out = tmp_path / "pair.html"
+    assert main(["compare", str(encoder), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_page_has_to_end_in_html(encoder, tmp_path, capsys):
+    assert main(["compare", str(encoder), "--out", str(tmp_path / "pair.pdf")]) == 2
+    assert "has to end in .html" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Charts: ticks are round, thinning keeps spikes, medians neither lag nor follow them, any numbers can be drawn."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ettin.report.curves import MOST_POINTS, Chart, Curve, medians, png, svg, thin, tick_text, ticks
+
+
+def chart(*segments, unit="nats", marks=()):
+    return Chart("Loss", unit, [Curve("a", 0, segments)], marks)
+
+
+def test_thinning_keeps_the_spikes():
+    y = [1.0] * 100_000
+    y[54_321], y[77_777] = 9.0, -9.0
+    points = thin(range(len(y)), y)
+    assert len(points) <= MOST_POINTS
+    assert (54_321, 9.0) in points and (77_777, -9.0) in points
+    assert points == sorted(points)
+
+
+def test_medians_neither_lag_nor_follow_spikes():
+    x = [float(step) for step in range(10_000)]
+    y = [10 - step / 1_000 + (50 if step % 100 == 50 else 0) for step in range(10_000)]
+    assert max(abs(value - (10 - position / 1_000)) for position, value in medians(x, y)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (2.9, 11.1, [4, 6, 8, 10]), (-1e-3, 1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))
+def test_ticks_are_few_and_inside(low, span):
+    high = low + span
+    found = ticks(low, high)
+    assert len(found) <= 8
+    assert all(low - span * 1e-6 - 1e-9 <= tick <= high + span * 1e-6 + 1e-9 for tick in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1e7, "10M"), (248_000, "248K"), (3e-3, "0.003"), (2.5, "2.5"), (1e-10, "1e-10")]
+)
+def test_tick_text(value, text):
+    assert tick_text(value) == text
+
+
+NUMBERS = st.floats(min_value=-1e30, max_value=1e30, allow_subnormal=False)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=90))
+def test_any_numbers_can_be_drawn(y):
+    drawn = svg(chart(([float(step) for step in range(1, len(y) + 1)], y)))
+    numbers = [float(number) for number in re.findall(r"[ML ]?(-?\d+\.\d) ", drawn)]
+    assert all(math.isfinite(number) for number in numbers)
+    assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_phases_are_separate_strokes_with_their_names():
+    drawn = svg(chart(([1.0, 2.0], [3.0, 2.0]), ([3.0, 4.0], [2.5, 2.0]), marks=[(0.0, "pretrain"), (2.0, "decay")]))
+    path = re.search(r' d="([^"]*)"', drawn)[1]
+    assert path.count("M") == 2 and path.count("L") == 2
+    assert ">pretrain</text>" in drawn and ">decay</text>" in drawn
+
+
+def test_a_wide_span_is_drawn_on_a_logarithmic_axis():
+    steps = [float(step) for step in range(1, 20)]
+    assert chart((steps, [1.0] * 18 + [1e6])).logarithmic
+    assert not chart((steps, [1.0] * 18 + [10.0])).logarithmic
+    assert not chart((steps, [0.0] * 18 + [10.0])).logarithmic
+    assert "1M" in svg(chart((steps, [1.0] * 18 + [1e6])))
+
+
+def test_one_chart_is_a_picture_too():
+    assert png([chart(([1.0], [2.0]))]).startswith(b"\x89PNG")

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything a change has to pass, from a bare checkout: environment, ruff, mypy, pytest. Arguments go to pytest.
+# All checks run even where an earlier one failed; the exit status is that of the worst.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+status=0
+stage() { # NAME COMMAND...
+    local name=$1 began=$SECONDS
+    shift
+    echo "== $name"
+    if "$@"; then
+        echo "== $name: passed in $((SECONDS - began)) s"
+    else
+        status=1
+        echo "== $name: FAILED after $((SECONDS - began)) s"
+    fi
+}
+
+began=$SECONDS
+venv=$(bash tools/setup_venv.sh) || { echo "== environment: FAILED"; exit 1; }
+echo "== environment: $venv, ready in $((SECONDS - began)) s"
+
+stage ruff "$venv/bin/ruff" check .
+stage mypy "$venv/bin/mypy"
+stage pytest "$venv/bin/python" -m pytest "$@"
+echo "== all stages: $SECONDS s, exit $status"
+exit "$status"

@@ -1,0 +1,244 @@
+"""The rules of docs/architecture.md, executable: each reads the syntax trees of the package and names every breach.
+
+A rule is a function from one module (its path in the package, its tree, its text) to breaches; `BREACHES` proves that
+each rule catches what it is for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_ettin"
+FLOORS = {
+    "config": 0,
+    **dict.fromkeys(("platform", "parallel", "metrics"), 1),
+    **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
+    **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch"), 3),
+    "train": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+MEGATRON_ROOMS = {"parallel", "platform", "model", "optim", "checkpoint", "train"}
+EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+DEVICE_NAMES = {"nccl", "gloo", "cuda"}
+MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
+
+
+@dataclass(frozen=True)
+class Module:
+    path: str  # from the package's folder, "data/rows.py"
+    text: str
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def room(self) -> str:
+        """The package or top-level module it is part of: "data", "metrics"."""
+        return self.path.partition("/")[0].removesuffix(".py")
+
+    def imports(self, nodes: ast.AST | None = None) -> Iterator[tuple[int, str]]:
+        """(line, dotted name) of every import, function-local, relative and `import_module("...")` ones too."""
+        here = [PACKAGE, *self.path.split("/")]
+        for node in ast.walk(nodes or self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = [*here[: len(here) - node.level], *filter(None, [node.module])] if node.level else [node.module]
+                yield from ((node.lineno, ".".join([*map(str, base), alias.name])) for alias in node.names)
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                    yield node.lineno, node.args[0].value
+
+    def imports_of(self, *packages: str) -> Iterator[tuple[int, str]]:
+        for line, name in self.imports():
+            if any(name == package or name.startswith(package + ".") for package in packages):
+                yield line, name
+
+
+def imports_only_from_floors_below(module: Module) -> Iterator[str]:
+    own = FLOORS.get(module.room, -1)  # the package's __init__ may import nothing of it
+    for line, name in module.imports_of(PACKAGE):
+        parts = name.split(".")
+        target = parts[1] if len(parts) > 1 else ""
+        if target not in FLOORS or target == module.room:
+            continue  # the package's own names, such as __version__, or its own room
+        if FLOORS[target] >= own:
+            yield f"line {line}: {module.room} (floor {own}) imports {name} (floor {FLOORS[target]})"
+
+
+def every_room_has_a_floor(module: Module) -> Iterator[str]:
+    if module.room not in {*FLOORS, "__init__"}:
+        yield f"{module.room} has no floor; DESIGN says which"
+
+
+def no_torch_in_config(module: Module) -> Iterator[str]:
+    if module.room == "config":
+        yield from (f"line {line}: imports {name}" for line, name in module.imports_of("torch", "megatron"))
+
+
+def no_torch_when_metrics_is_imported(module: Module) -> Iterator[str]:
+    if module.path == "metrics.py":
+        outside = ast.Module([node for node in module.tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        for line, name in module.imports(outside):
+            if name.split(".")[0] in ("torch", "wandb", "tensorboard"):
+                yield f"line {line}: imports {name} at module level"
+
+
+def device_names_only_in_platform(module: Module) -> Iterator[str]:
+    if module.room == "platform":
+        return
+    for line, name in module.imports():
+        if "transformer_engine" in name.split(".") or name.startswith(("torch.cuda", "torch.backends.cuda")):
+            yield f"line {line}: imports {name}"
+    for node in (node for node in ast.walk(module.tree) if hasattr(node, "lineno")):
+        if isinstance(node, ast.Attribute) and node.attr == "cuda":
+            yield f"line {node.lineno}: .cuda"
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if text.partition(":")[0] in DEVICE_NAMES and " " not in text:
+            yield f"line {node.lineno}: {text!r}"
+
+
+def transformers_only_in_convert_and_tokenizer(module: Module) -> Iterator[str]:
+    if module.room != "convert" and module.path != "data/tokenizer.py":
+        yield from (f"line {line}: imports {name}" for line, name in module.imports_of("transformers"))
+
+
+def dashboards_only_in_metrics(module: Module) -> Iterator[str]:
+    if module.path != "metrics.py":
+        dashboards = ("wandb", "tensorboard", "tensorboardX", "torch.utils.tensorboard")
+        yield from (f"line {line}: imports {name}" for line, name in module.imports_of(*dashboards))
+
+
+def megatron_only_where_it_is_wrapped(module: Module) -> Iterator[str]:
+    if module.room not in MEGATRON_ROOMS:
+        yield from (f"line {line}: imports {name}" for line, name in module.imports_of("megatron"))
+
+
+def global_groups_only_in_parallel(module: Module) -> Iterator[str]:
+    if module.path == "parallel.py":
+        return
+    for line, name in module.imports_of("megatron"):
+        if "parallel_state" in name.split(".") or name == "megatron.core.mpu":
+            yield f"line {line}: imports {name}"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("parallel_state", "mpu"):
+            yield f"line {node.lineno}: .{node.attr}"
+
+
+def never_megatron_training(module: Module) -> Iterator[str]:
+    yield from (f"line {line}: imports {name}" for line, name in module.imports_of("megatron.training"))
+
+
+def short_files(module: Module) -> Iterator[str]:
+    lines = len(module.text.splitlines())
+    if lines > MOST_FILE_LINES:
+        yield f"{lines} lines; at most {MOST_FILE_LINES}"
+
+
+def short_functions(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MOST_FUNCTION_LINES:
+                yield f"line {node.lineno}: {node.name} has {lines} lines; at most {MOST_FUNCTION_LINES}"
+
+
+def names_that_say_something(module: Module) -> Iterator[str]:
+    for part in module.path.removesuffix(".py").split("/"):
+        if EMPTY_NAMES & set(part.split("_")):
+            yield f"{part!r} says nothing of what is inside"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Manager"):
+            yield f"line {node.lineno}: class {node.name}"
+
+
+IN_THE_PACKAGE = [
+    imports_only_from_floors_below,
+    every_room_has_a_floor,
+    no_torch_in_config,
+    no_torch_when_metrics_is_imported,
+    device_names_only_in_platform,
+    transformers_only_in_convert_and_tokenizer,
+    dashboards_only_in_metrics,
+    megatron_only_where_it_is_wrapped,
+    global_groups_only_in_parallel,
+    never_megatron_training,
+]
+EVERYWHERE = [short_files, short_functions, names_that_say_something]
+
+
+def modules(*folders: str) -> list[Module]:
+    files = [(ROOT / folder, path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [Module(path.relative_to(base).as_posix(), path.read_text(encoding="utf-8")) for base, path in files]
+
+
+@pytest.mark.parametrize("rule", [*IN_THE_PACKAGE, *EVERYWHERE], ids=lambda rule: rule.__name__)
+def test_rule(rule):
+    checked = modules(PACKAGE) if rule in IN_THE_PACKAGE else modules(PACKAGE, "examples", "tools")
+    assert len(checked) > 10
+    assert [f"{module.path}: {breach}" for module in checked for breach in rule(module)] == []
+
+
+BREACHES = [
+    (imports_only_from_floors_below, "config/a.py", "from megatron_ettin.metrics import FanOut"),
+    (imports_only_from_floors_below, "model/a.py", "def f():\n    import megatron_ettin.data.rows"),
+    (imports_only_from_floors_below, "metrics.py", "from megatron_ettin import parallel"),
+    (imports_only_from_floors_below, "data/a.py", "from ..model import build"),
+    (imports_only_from_floors_below, "train/a.py", "import_module('megatron_ettin.cli')"),
+    (every_room_has_a_floor, "extra/a.py", ""),
+    (no_torch_in_config, "config/a.py", "def f():\n    from torch import nn"),
+    (no_torch_when_metrics_is_imported, "metrics.py", "from torch.utils.tensorboard import SummaryWriter"),
+    (device_names_only_in_platform, "train/a.py", "import torch\ntorch.cuda.synchronize()"),
+    (device_names_only_in_platform, "train/a.py", "from torch.cuda import Event"),
+    (device_names_only_in_platform, "model/a.py", "import transformer_engine.pytorch as te"),
+    (device_names_only_in_platform, "model/a.py", "from megatron.core.extensions.transformer_engine import TENorm"),
+    (device_names_only_in_platform, "train/a.py", "init(backend='nccl')"),
+    (device_names_only_in_platform, "train/a.py", "device = 'cuda:0'"),
+    (device_names_only_in_platform, "train/a.py", "device = f'cuda:{rank}'"),
+    (device_names_only_in_platform, "train/a.py", "weights.cuda()"),
+    (transformers_only_in_convert_and_tokenizer, "data/rows.py", "from transformers import AutoTokenizer"),
+    (dashboards_only_in_metrics, "train/a.py", "from torch.utils import tensorboard"),
+    (dashboards_only_in_metrics, "train/a.py", "import wandb"),
+    (megatron_only_where_it_is_wrapped, "data/a.py", "from megatron.core.datasets import indexed_dataset"),
+    (global_groups_only_in_parallel, "train/a.py", "from megatron.core import parallel_state as ps"),
+    (global_groups_only_in_parallel, "model/a.py", "from megatron.core.parallel_state import get_tensor_rank"),
+    (global_groups_only_in_parallel, "optim/a.py", "import megatron.core as core\ncore.parallel_state.destroy()"),
+    (never_megatron_training, "train/a.py", "from megatron.training import get_args"),
+    (short_files, "data/a.py", "\n" * 401),
+    (short_functions, "data/a.py", "class A:\n    def f(self):\n" + "        pass\n" * 60),
+    (names_that_say_something, "data/io_utils.py", ""),
+    (names_that_say_something, "common/a.py", ""),
+    (names_that_say_something, "data/a.py", "class RowManager: ..."),
+]
+ALLOWED = [
+    (imports_only_from_floors_below, "train/a.py", "from megatron_ettin.model import build\nfrom . import loop"),
+    (imports_only_from_floors_below, "cli/main.py", "from megatron_ettin import __version__"),
+    (no_torch_when_metrics_is_imported, "metrics.py", "def f():\n    import wandb"),
+    (device_names_only_in_platform, "platform/a.py", "import torch\ntorch.cuda.synchronize()"),
+    (device_names_only_in_platform, "model/a.py", '"""No cuda, no gloo."""\nmodel_parallel_cuda_manual_seed(1)'),
+    (transformers_only_in_convert_and_tokenizer, "data/tokenizer.py", "from transformers import AutoTokenizer"),
+    (global_groups_only_in_parallel, "parallel.py", "from megatron.core import parallel_state as ps"),
+    (short_functions, "data/a.py", "def f():\n" + "    pass\n" * 59),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BREACHES, ids=lambda value: getattr(value, "__name__", None))
+def test_a_breach_is_caught(rule, path, text):
+    assert list(rule(Module(path, text)))
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), ALLOWED, ids=lambda value: getattr(value, "__name__", None))
+def test_what_is_allowed_passes(rule, path, text):
+    assert list(rule(Module(path, text))) == []
+
+
+def test_every_rule_has_a_breach():
+    assert {rule for rule, _, _ in BREACHES} == {*IN_THE_PACKAGE, *EVERYWHERE}

@@ -1,0 +1,78 @@
+"""examples/docstrings.py: what counts as prose, and that the corpus is the same every time."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "docstrings.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("docstrings", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prose_keeps_sentences_and_drops_the_rest(script):
+    docstring = """Add two numbers.
+
+    The sum is exact
+    for integers.
+
+    Parameters
+    ----------
+    a : int
+        The first,
+        over two lines.
+
+    :param b: the second,
+        over two lines too.
+
+    >>> add(1, 2)
+    3
+
+    | x | y |
+
+    See the manual.
+    """
+    assert script.prose(docstring).split("\n\n") == [
+        "Add two numbers.",
+        "The sum is exact\nfor integers.",
+        "Parameters",
+        "See the manual.",
+    ]
+    assert script.prose("-----\n1 2 3") == ""
+    assert script.prose("half \ud800 a pair") == "half  a pair"
+
+
+def test_names_and_order(script):
+    source = '''"""Module."""
+if True:
+    class A:
+        """A."""
+        async def f(self):
+            """F."""
+'''
+    assert list(script.docstrings(ast.parse(source), "")) == [("", "Module."), ("A", "A."), ("A.f", "F.")]
+
+
+def test_the_corpus_is_the_same_every_time(tmp_path):
+    outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for out in outs:
+        words = [sys.executable, str(SCRIPT), "--out", str(out), "--max-bytes", "300000"]
+        subprocess.run(words, check=True, capture_output=True)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert 250_000 < outs[0].stat().st_size <= 300_000
+    documents = [json.loads(line) for line in outs[0].read_text(encoding="utf-8").splitlines()]
+    assert all(list(document) == ["id", "text", "source"] and len(document["text"]) >= 200 for document in documents)
+    assert len({document["id"] for document in documents}) == len(documents)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]

@@ -1,0 +1,187 @@
+"""The record of truth survives kills, full disks and resumes; the other sinks may fail without harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.metrics import FanOut, JsonlSink, TensorBoardSink, WandbSink, read_metrics
+
+
+def line(step, **more):
+    return {"step": step, "loss": 10.0 - step, "rows": [step * 8, step * 8 + 8], **more}
+
+
+def written(path, steps):
+    sink = JsonlSink(path)
+    for step in steps:
+        sink.log(line(step))
+    sink.close()
+    return path
+
+
+def steps_of(path):
+    return [values["step"] for values in read_metrics(path)]
+
+
+def test_lines_are_readable_at_once(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(line(1))
+    assert read_metrics(sink.path) == [line(1)]
+    sink.close()
+
+
+def test_lines_are_strict_json_whatever_the_numbers(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log({"step": 1, "loss": math.nan, "by_source": {"wiki": math.inf}, "name": "é"})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = sink.path.read_text(encoding="utf-8")
+    expected = {"step": 1, "loss": None, "by_source": {"wiki": None}, "name": "é"}
+    assert json.loads(text, parse_constant=refuse) == expected
+
+
+def test_resume_moves_later_lines_aside(tmp_path):
+    path = written(tmp_path / "metrics.jsonl", range(1, 8))
+    sink = JsonlSink(path, resume_step=5)
+    sink.log(line(6, again=True))
+    sink.close()
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(path)[-1]["again"]
+    assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [6, 7]
+    JsonlSink(path, resume_step=4).close()
+    assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [6, 7, 5, 6]
+
+
+def test_resume_killed_between_its_two_replacements(tmp_path):
+    path = written(tmp_path / "metrics.jsonl", range(1, 6))
+    before = path.read_bytes()
+    JsonlSink(path, resume_step=3).close()
+    path.write_bytes(before)  # as if killed after the copy, before the lines left
+    JsonlSink(path, resume_step=3).close()
+    assert steps_of(path) == [1, 2, 3]
+    assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [4, 5]
+
+
+def test_resume_past_the_end_changes_nothing(tmp_path):
+    path = written(tmp_path / "metrics.jsonl", [1, 2])
+    JsonlSink(path, resume_step=2).close()
+    assert steps_of(path) == [1, 2]
+    assert not (tmp_path / "metrics.rolled_back.jsonl").exists()
+
+
+@pytest.mark.parametrize("keep", range(1, len(json.dumps(line(3))) + 1))
+def test_a_torn_last_line_is_left_out_and_mended(tmp_path, keep):
+    path = written(tmp_path / "metrics.jsonl", [1, 2])
+    whole = json.dumps(line(3)).encode()
+    with open(path, "ab") as file:
+        file.write(whole[:keep])
+    expected = [1, 2] if keep < len(whole) else [1, 2, 3]
+    assert steps_of(path) == expected
+    sink = JsonlSink(path)
+    sink.log(line(9))
+    sink.close()
+    assert steps_of(path) == [*expected, 9]
+
+
+def test_damage_before_the_last_line_is_named(tmp_path):
+    path = written(tmp_path / "metrics.jsonl", [1, 2, 3])
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\x00\x00", *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
+        read_metrics(path)
+
+
+def test_a_missing_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
+    sink = FanOut([JsonlSink(tmp_path / "metrics.jsonl")])
+    path = tmp_path / "metrics.jsonl"
+    sink.log(line(1))
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+        with pytest.raises(OSError):
+            sink.log(line(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    sink.log(line(3))
+    assert steps_of(path) == [1, 3]
+
+
+def test_kill_9_loses_no_logged_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    source = (
+        "import sys\nfrom megatron_ettin.metrics import JsonlSink\nsink = JsonlSink(sys.argv[1])\n"
+        "for step in range(10**9):\n    sink.log({'step': step})\n    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    told = process.communicate()[0].split(b"\n")
+    last = int(told[-2])  # the last one that was printed whole
+    assert steps_of(path)[: last + 1] == list(range(last + 1))
+
+
+def test_tensorboard_holds_the_scalars_and_purges_on_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoardSink(tmp_path)
+    for step in (1, 2, 3):
+        first.log(line(step, paired=True))
+    first.close()
+    time.sleep(1.1)  # event files are told apart by the second
+    second = TensorBoardSink(tmp_path, resume_step=1)
+    second.log(line(2, loss=0.5))
+    second.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 0.5)]
+
+
+def test_a_failing_sink_is_named_once_and_switched_off(tmp_path):
+    (tmp_path / "events").write_text("a file where the directory should be")
+    sinks = FanOut([JsonlSink(tmp_path / "metrics.jsonl"), TensorBoardSink(tmp_path / "events")])
+    with pytest.warns(RuntimeWarning, match="TensorBoardSink is switched off") as caught:
+        for step in (1, 2, 3):
+            sinks.log(line(step))
+        sinks.close()
+    assert len(caught) == 1
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_wandb_offline_or_switched_off(tmp_path, monkeypatch):
+    """Where wandb is installed it writes an offline run; where it is not, the run goes on without it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sinks = FanOut([JsonlSink(tmp_path / "metrics.jsonl"), WandbSink("ettin", tmp_path / "wandb_dir", "a", "id-1")])
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.warns(RuntimeWarning, match="WandbSink is switched off.*No module named 'wandb'"):
+            sinks.log(line(1))
+        assert len(sinks.sinks) == 1
+    else:
+        sinks.log(line(1))
+        sinks.close()
+        assert list((tmp_path / "wandb_dir").rglob("*.wandb"))
+
+
+def test_importing_metrics_imports_no_torch():
+    source = "import sys, megatron_ettin.metrics; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source]).returncode == 0

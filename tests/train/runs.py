@@ -1,0 +1,55 @@
+"""Starting tiny runs in the pool and reading back what they did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ettin.checkpoint.directory import latest
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from tests.pool import Pool
+
+TINY = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4", "model.vocab_size=320", "model.encoder_window=8", "model.decoder_window_keys=8", "data.seq_len=64", "batch.global_batch_rows=8", "batch.micro_batch_rows=2", "batch.warmup_tokens=0", "precision.name=fp32", "optim.lr=3e-3", "schedule.name=constant", "schedule.warmup_tokens=0", "run.device=cpu", "metrics.tensorboard=false", "checkpoint.every_tokens=null"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """metrics.jsonl and the last checkpoint of a run."""
+
+    metrics: list[dict]
+    directory: Path
+
+    def column(self, key: str) -> list:
+        return [line[key] for line in self.metrics]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole tensors under canonical names (the model's, not the optimizer's)."""
+        checkpoint = latest(self.directory)
+        assert checkpoint is not None
+        reader = CheckpointReader(checkpoint)
+        return {key: reader.read(key) for key in reader.keys() if not key.startswith("optimizer.")}  # noqa: SIM118
+
+
+def command(
+    directory: Path, corpus: Path, objective: str, words: list[str], options: list[str] | None = None
+) -> list[str]:
+    start = ["train", "--size", "17m", "--objective", objective, "--phase", "pretrain", "--run-dir", str(directory)]
+    return [*start, *(options or []), *TINY, f"data.mixture={corpus}", *words]
+
+
+def read(directory: Path) -> Trained:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return Trained([json.loads(line) for line in lines], directory)
+
+
+def train(
+    pool: Pool, world: int, directory: Path, corpus: Path, objective: str, words: list[str],
+    options: list[str] | None = None, mutation: str | None = None, status: int = 0,
+) -> Trained:  # fmt: skip
+    """Run to the end on `world` ranks; every rank must exit with `status`."""
+    results = pool.run(world, command(directory, corpus, objective, words, options), mutation)
+    assert [result.status for result in results] == [status] * world, "\n".join(r.output[-3000:] for r in results)
+    return read(directory)

@@ -1,0 +1,122 @@
+"""The layout does not change the science: every layout's 20 steps against one process's, at a rate that learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+from tests.train.runs import Trained, train
+
+LAYOUTS = {
+    "tp2": (2, "parallel.tp=2"),
+    "pp2": (2, "parallel.pp=2"),
+    "tp2 pp2": (4, "parallel.tp=2 parallel.pp=2"),
+    "dp2": (2, "parallel.distributed_optimizer=false"),
+    "tp2 pp2 dp2": (8, "parallel.tp=2 parallel.pp=2 batch.micro_batch_rows=1"),
+    "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+    "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
+    "dp2 distributed optimizer": (2, "parallel.distributed_optimizer=true"),
+    "micro-batch 1": (1, "batch.micro_batch_rows=1"),
+    "micro-batch 4": (1, "batch.micro_batch_rows=4"),
+    "dp2 overlap": (2, "parallel.overlap=true"),
+}
+OPTIONS = {
+    "mlm stable_adamw dropout": ("mlm", "optim.name=stable_adamw model.attention_output_dropout=0.1"),
+    "mlm adamw": ("mlm", "optim.name=adamw model.attention_output_dropout=0"),
+    "clm stable_adamw": ("clm", "optim.name=stable_adamw model.attention_output_dropout=0"),
+    "clm adamw dropout": ("clm", "optim.name=adamw model.attention_output_dropout=0.1"),
+}
+STEPS = ["run.steps=20"]
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One process's run for each option (and number of layers), made when first asked for."""
+    made: dict[tuple[str, str], Trained] = {}
+
+    def get(option: str, words: str = "") -> Trained:
+        if (option, words) not in made:
+            objective, choice = OPTIONS[option]
+            folder = tmp_path_factory.mktemp("reference")
+            made[option, words] = train(pool, 1, folder, corpus, objective, [*STEPS, *choice.split(), *words.split()])
+        return made[option, words]
+
+    return get
+
+
+def difference(found: Trained, expected: Trained) -> dict[str, float]:
+    """Largest relative difference of losses and gradient norms, largest absolute one of the final weights."""
+    assert found.column("rows") == expected.column("rows")
+    assert found.column("tokens") == expected.column("tokens")
+    relative = {
+        key: max(abs(a - b) / abs(b) for a, b in zip(found.column(key), expected.column(key), strict=True))
+        for key in ("loss", "grad_norm")
+    }
+    ours, theirs = found.weights(), expected.weights()
+    assert ours.keys() == theirs.keys()
+    return {**relative, "weights": max(float((ours[k] - theirs[k]).abs().max()) for k in ours)}
+
+
+def equal(found: Trained, expected: Trained) -> bool:
+    apart = difference(found, expected)
+    return apart["loss"] <= 1e-5 and apart["grad_norm"] <= 1e-5 and apart["weights"] <= 1e-4
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_reference_learns(reference, option: str) -> None:
+    losses = reference(option).column("loss")
+    assert losses[0] - losses[-1] >= 1.0
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+    world, words = LAYOUTS[layout]
+    objective, choice = OPTIONS[option]
+    found = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()])
+    expected = reference(option)
+    assert equal(found, expected), difference(found, expected)
+
+
+@pytest.mark.parametrize(
+    "layout", ["parallel.pp=2", "parallel.pp=2 parallel.vp=2", "parallel.pp=2 parallel.pipeline_layers=2,5"]
+)
+def test_seven_layers(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str) -> None:
+    option, layers = "clm stable_adamw", "model.num_layers=7"
+    objective, choice = OPTIONS[option]
+    found = train(pool, 2, tmp_path, corpus, objective, [*STEPS, *choice.split(), layers, *layout.split()])
+    assert equal(found, reference(option, layers)), difference(found, reference(option, layers))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2 pp2", "dp2", "tp2 sp", "dp2 distributed optimizer"])
+def test_initial_weights(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+    """A step at a vanishing learning rate leaves the initial weights in the checkpoint: bit for bit the same."""
+    world, words = LAYOUTS[layout]
+    still = ["run.steps=1", "optim.lr=1e-30"]
+    one = train(pool, 1, tmp_path / "one", corpus, "mlm", still)
+    many = train(pool, world, tmp_path / "many", corpus, "mlm", [*still, *words.split()])
+    ours, theirs = many.weights(), one.weights()
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "layout"),
+    [
+        ("rms_per_shard", "tp2"),
+        ("rms_per_shard", "dp2 distributed optimizer"),
+        ("no_data_parallel_reduction", "dp2"),
+        ("no_tied_embedding_reduction", "pp2"),
+    ],
+)
+def test_the_table_catches(pool: Pool, corpus: Path, tmp_path: Path, reference, mutation: str, layout: str) -> None:
+    option = "mlm stable_adamw dropout"
+    objective, choice = OPTIONS[option]
+    world, words = LAYOUTS[layout]
+    found = train(
+        pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()], mutation=mutation
+    )
+    assert not equal(found, reference(option))
