@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the CPU environment (or re-uses it) and prints its path; what it does meanwhile goes to standard error.
-# $VENV names another place than .venv, $PYTHON another interpreter than python3 (3.10 or newer).
+# $VENV names another place than .venv, $PYTHON another interpreter than python3 (3.11 or newer, as the pinned
+# versions want; the package itself takes 3.10).
 # A stamp with the hash of what was asked for tells a complete environment from one whose installation was cut off.
 set -euo pipefail
 
@@ -11,8 +12,8 @@ stamp=$venv/.complete
 
 say() { echo "setup_venv: $*" >&2; }
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { say "$python is $("$python" --version 2>&1); Python 3.10 or newer is needed"; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { say "$python is $("$python" --version 2>&1); Python 3.11 or newer is needed"; exit 2; }
 
 mkdir -p "$venv"
 venv=$(cd "$venv" && pwd)
@@ -31,10 +32,13 @@ rm -f "$stamp"
     say "making $venv"
     "$python" -m venv --clear "$venv" >&2
 }
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input)
+install() { # pip's own lines go to a log, whose end is shown where it fails
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >"$venv/install.log" 2>&1 ||
+        { tail -n 30 "$venv/install.log" >&2; say "pip failed; all of its output: $venv/install.log"; exit 1; }
+}
 say "installing torch"
-"${pip[@]}" "$(grep '^torch==' "$root/constraints-cpu.txt")" >&2 # first: later ranges then take this CPU build
-say "installing megatron_ettin and its tests' needs"
-"${pip[@]}" --editable "$root[data,test]" --constraint "$root/constraints-cpu.txt" >&2
+install "$(grep '^torch==' "$root/constraints-cpu.txt")" # first: later ranges then take this CPU build
+say "installing megatron_ettin and what its tests need"
+install --editable "$root[data,test]" --constraint "$root/constraints-cpu.txt"
 echo "$wanted" >"$stamp"
 echo "$venv"

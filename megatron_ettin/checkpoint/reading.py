@@ -71,23 +71,31 @@ def _checked(metadata: Any, path: Path) -> Metadata:
     return metadata
 
 
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with open(path, "rb") as file:
+            return _checked(AllowListed(file).load(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; this is no torch_dist checkpoint, or a torn one") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: refused: {_one_line(error)}") from None
+
+
 class SafeReader(FileSystemReader):
     """torch's reader with `.metadata` unpickled from an allow-list, read once, and errors that name the file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._cached: Metadata | None = None
+        self.refusal: UserError | None = None  # torch swallows what read_metadata raises
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached is None:
-            path = Path(self.path) / ".metadata"
             try:
-                with open(path, "rb") as file:
-                    self._cached = _checked(AllowListed(file).load(), path)
-            except FileNotFoundError:
-                raise UserError(f"{path}: missing; this is no torch_dist checkpoint, or a torn one") from None
-            except _DAMAGE as error:
-                raise UserError(f"{path}: refused: {_one_line(error)}") from None
+                self._cached = _read_metadata(Path(self.path) / ".metadata")
+            except UserError as error:
+                self.refusal = error
+                raise
         if self._cached.storage_meta is None:
             self._cached.storage_meta = StorageMeta()
         self._cached.storage_meta.load_id = self.load_id
@@ -207,6 +215,12 @@ def read_common(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _cause(failure: CheckpointException, folder: Any) -> UserError:
+    """What went wrong on the first rank that failed, in one line."""
+    error = next(iter(failure.failures.values()))[0]
+    return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {_one_line(error)[:300]}")
+
+
 @contextlib.contextmanager
 def _swapped(module: Any, **names: Any) -> Iterator[None]:
     kept = {name: getattr(module, name) for name in names}
@@ -232,14 +246,13 @@ def load_strategy() -> Any:
 
     class SafeLoadStrategy(core.TorchDistLoadShardedStrategy):  # type: ignore[misc]
         def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+            one = SafeReader(checkpoint_dir)
+            swapped = _swapped(core, _get_filesystem_reader=lambda *_, **__: one, MCoreLoadPlanner=SafePlanner)
             try:
-                with _swapped(core, _get_filesystem_reader=reader, MCoreLoadPlanner=SafePlanner):
+                with swapped:
                     return super().load(sharded_state_dict, checkpoint_dir)
-            except CheckpointException as failure:  # every rank gets it; the cause is in the failing ranks' records
-                for error, _ in failure.failures.values():
-                    if isinstance(error, UserError):
-                        raise error from None
-                raise
+            except CheckpointException as failure:  # raised on every rank, with the failing ranks' errors inside
+                raise one.refusal or _cause(failure, checkpoint_dir) from failure
 
         def load_tensors_metadata(self, *args: Any, **kwargs: Any) -> Any:
             with _swapped(core, _get_filesystem_reader=reader):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf")
-    out = ways.add_parser("to-hf", help="a checkpoint -> a folder that transformers loads")
+    out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported --verify")
     out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="of a run: its latest checkpoint")
     out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     out.add_argument(
@@ -27,10 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (%(default)s)")
     out.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
     out.add_argument("--json", action="store_true", help="print the result as JSON")
-    back = ways.add_parser("from-hf", help="a folder that transformers wrote -> a checkpoint of weights")
+    back = _way(ways, "from-hf", "a folder that transformers wrote -> a checkpoint of weights", "exported imported")
     back.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     back.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     back.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _way(ways: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    epilog = f"example:\n  ettin convert {name} {example}"
+    formatter = argparse.RawDescriptionHelpFormatter
+    return ways.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=formatter)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,14 +97,8 @@ def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere: the closing lines say what was done."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    from megatron_ettin.cli.progress import progress_report
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with progress_report(title, "tensors") as report:
+        yield lambda done, total: report(done, total, 0)

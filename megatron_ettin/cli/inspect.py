@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--sample: {args.sample}; at least 0")
     is_dataset = (path / "manifest.json").is_file()
     if not is_dataset and any((path / name).exists() for name in ("integrity.json", "config.yaml")):
-        from megatron_ettin.report.inspection import describe
+        from megatron_ettin.report.inspection import describe, render
 
-        print_facts(describe(path, verify=args.verify), args.json)
+        facts = describe(path, verify=args.verify)
+        print(json.dumps(facts, indent=1, ensure_ascii=False) if args.json else render(facts))
         return 0
     from megatron_ettin.data.dataset import open_dataset
 
@@ -135,25 +136,3 @@ def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]], limi
         print("    " + "  ".join([line[0].ljust(widths[0]), *rest]))
     if len(rows) > limit:
         print(f"    ... and {len(rows) - limit:,} more")
-
-
-def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """What report.inspection found: nested dicts as indented lines."""
-    if as_json:
-        print(json.dumps(facts, indent=1, ensure_ascii=False, default=str))
-        return
-    for line in fact_lines(facts, ""):
-        print(line)
-
-
-def fact_lines(value: dict[str, Any], indent: str) -> list[str]:
-    lines = []
-    for key, entry in value.items():
-        if isinstance(entry, dict) and entry:
-            lines += [f"{indent}{key}:", *fact_lines(entry, indent + "  ")]
-        elif isinstance(entry, list) and entry and isinstance(entry[0], dict):
-            lines.append(f"{indent}{key}:")
-            lines += [f"{indent}  " + ", ".join(f"{k} {v}" for k, v in item.items()) for item in entry]
-        else:
-            lines.append(f"{indent}{key}: {entry}")
-    return lines

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_ettin import __version__
@@ -58,6 +59,8 @@ def dispatch(arguments: list[str]) -> int:
         print(f"ettin {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
+    # core and torch warn at length, on every rank, of packages that are optional and of their own deprecations
+    warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")

@@ -32,9 +32,10 @@ def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
         if now - last < LINE_EVERY_SECONDS:
             return
         last = now
-        speed = format_count(tokens / (now - began))
-        line = f"{title}: {done / max(total, 1):.0%} of {format_count(total)} {unit}, {format_count(tokens)} tokens"
-        print(f"{line}, {speed} tokens/s", file=sys.stderr, flush=True)
+        line = f"{title}: {done / max(total, 1):.0%} of {format_count(total)} {unit}"
+        if tokens:
+            line += f", {format_count(tokens)} tokens, {format_count(tokens / (now - began))} tokens/s"
+        print(line, file=sys.stderr, flush=True)
 
     return report
 

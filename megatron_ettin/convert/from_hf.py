@@ -36,7 +36,8 @@ def from_hf(hf_dir: Path, out: Path, report: Callable[[int, int], None] | None =
     parsed = from_hf_config(hf_dir / "config.json")
     wanted = list(pairs(parsed.model, parsed.objective))
     notes = [*parsed.notes, FRESH]
-    with ModelFiles(hf_dir) as files, staged(out) as staging:
+    files = ModelFiles(hf_dir)
+    with staged(out) as staging:
         _check(files, wanted, hf_dir)
         if copy_tokenizer(hf_dir, staging / "tokenizer"):
             _check_tokenizer(staging / "tokenizer", parsed.model, hf_dir)
@@ -74,7 +75,7 @@ def imported_config(model: ModelConfig, objective: str) -> Config:
 
 def _check(files: ModelFiles, wanted: list[Pair], hf_dir: Path) -> None:
     """Exactly the tensors that the rules know, in their shapes; the tied output, if stored, equal to the embedding."""
-    names = files.names()
+    names = set(files.tensors)
     expected = {name: pair for pair in wanted for name in pair.theirs}
     unknown = sorted(names - set(expected) - {TIED})
     if unknown:
@@ -82,12 +83,12 @@ def _check(files: ModelFiles, wanted: list[Pair], hf_dir: Path) -> None:
     for name, pair in expected.items():
         if name not in names:
             raise UserError(f"{hf_dir}: lacks {name}; the model would be incomplete")
-        found = files.shape(name)
-        if found != pair.their_shape:
+        stored = files.tensors[name]
+        if stored.shape != pair.their_shape:
             what = "the vocabulary of config.json" if pair.form.may_be_padded else "config.json"
-            raise UserError(f"{hf_dir}: {name} is {found}, but {what} asks for {pair.their_shape}")
-        if files.dtype(name) not in NAMES.values():
-            raise UserError(f"{hf_dir}: {name} is {files.dtype(name)}; allowed: {', '.join(NAMES.values())}")
+            raise UserError(f"{hf_dir}: {name} is {stored.shape}, but {what} asks for {pair.their_shape}")
+        if stored.dtype not in NAMES.values():
+            raise UserError(f"{hf_dir}: {name} is {stored.dtype}; allowed: {', '.join(NAMES.values())}")
     if TIED in names and not torch.equal(files.read(TIED), files.read(wanted[0].theirs[0])):
         raise UserError(f"{hf_dir}: {TIED} differs from the embedding; our output weight is tied to it")
 

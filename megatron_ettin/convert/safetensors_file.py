@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +77,31 @@ def write_model(
     return names
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies and what its file's header says of it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class ModelFiles:
-    """The tensors of a Hugging Face folder by name, whether in one file or in shards. Use as a context manager."""
+    """The tensors of a Hugging Face folder by name, whether in one file or in shards.
+
+    The library maps a whole file into memory; it is mapped anew for each tensor, so that pages read are let go."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open = contextlib.ExitStack()
-        self._where: dict[str, Any] = {}
-
-    def __enter__(self) -> ModelFiles:
-        with contextlib.ExitStack() as stack:
-            self._open = stack
-            for path, expected in self._files().items():
-                file = self._opened(path)
-                names = set(file.keys())
-                missing = sorted((expected or set()) - names)
-                if missing:
-                    raise UserError(f"{path}: lacks {missing[0]}, which the index places there")
-                self._where |= dict.fromkeys(names, file)
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+        self.tensors: dict[str, Stored] = {}
+        for path, expected in self._files().items():
+            with _opened(path) as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: Stored(path, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
+            missing = sorted((expected or set()) - set(found))
+            if missing:
+                raise UserError(f"{path}: lacks {missing[0]}, which the index places there")
+            self.tensors |= found
 
     def _files(self) -> dict[Path, set[str] | None]:
         """Every file to open and the names that the index places in it (None without an index)."""
@@ -122,24 +125,19 @@ class ModelFiles:
             raise UserError(f"{index}: unreadable ({error})") from None
         return files
 
-    def _opened(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            raise UserError(f"{path}: missing; {INDEX} names it")
-        try:
-            return self._open.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: truncated or no safetensors file ({error})") from None
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return str(self._where[name].get_slice(name).get_dtype())
-
     def read(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
+        with _opened(self.tensors[name].path) as file:
+            return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {INDEX} names it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: truncated or no safetensors file ({error})") from None

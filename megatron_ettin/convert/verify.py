@@ -44,14 +44,14 @@ def check_export(source: Source, folder: Path, dtype: torch.dtype, our_logits: L
 
 def compare_tensors(source: Source, folder: Path, dtype: torch.dtype) -> int:
     """Read every tensor back through the rules and compare bits. Returns how many there are."""
-    with ModelFiles(folder) as files:
-        stored = {name for pair in source.pairs for name in pair.theirs}
-        if files.names() != stored:
-            raise ParityError(f"{folder}: names differ: {sorted(files.names() ^ stored)[:3]}")
-        for pair in source.pairs:
-            back = pair.form.merge([files.read(name) for name in pair.theirs], source.model)
-            if not _same_bits(back, source.read(pair).to(dtype)):
-                raise ParityError(f"{folder}: {', '.join(pair.theirs)} read back is not {pair.ours}")
+    files = ModelFiles(folder)
+    stored = {name for pair in source.pairs for name in pair.theirs}
+    if set(files.tensors) != stored:
+        raise ParityError(f"{folder}: names differ: {sorted(set(files.tensors) ^ stored)[:3]}")
+    for pair in source.pairs:
+        back = pair.form.merge([files.read(name) for name in pair.theirs], source.model)
+        if not _same_bits(back, source.read(pair).to(dtype)):
+            raise ParityError(f"{folder}: {', '.join(pair.theirs)} read back is not {pair.ours}")
     return len(stored)
 
 

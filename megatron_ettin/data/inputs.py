@@ -1,8 +1,9 @@
 """Which files `ettin prepare` reads and how the reading is cut into tasks, from names and sizes alone.
 
 A task is about TASK_BYTES of input: some small files, or a range of one large .jsonl. The cut does not look at the
-number of workers, so neither does the output. A compressed file cannot be entered in the middle and is one task.
-Very large corpora get larger tasks, because a task is a shard and 100,000 shards help nobody."""
+number of workers, so neither does the output. A compressed file cannot be entered in the middle and is not split.
+Small corpora get smaller tasks, so that there is something to share; very large ones get larger tasks, because a task
+is a shard and 100,000 shards help nobody."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from pathlib import Path
 from megatron_ettin.config.errors import UserError, nearest
 
 TASK_BYTES = 16 << 20
+SMALLEST_TASK_BYTES = 4 << 20
 LARGEST_TASK_BYTES = 1 << 30
-MOST_TASKS = 1_024  # tasks grow beyond TASK_BYTES before there are more
+FEWEST_TASKS = 64  # tasks shrink below TASK_BYTES before there are fewer
+MOST_TASKS = 1_024  # and grow beyond it before there are more
 COMPRESSED_GROWTH = 4  # a compressed byte counts as so many
 FORMATS = ("auto", "text", "jsonl")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
@@ -133,11 +136,12 @@ def explicit_file(path: Path, source: str, format_name: str) -> InputFile:
 
 def task_bytes(total_bytes: int) -> int:
     """How much input a task takes, given all of it."""
-    return max(TASK_BYTES, min(LARGEST_TASK_BYTES, total_bytes // MOST_TASKS))
+    usual = min(TASK_BYTES, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS))
+    return max(usual, min(LARGEST_TASK_BYTES, total_bytes // MOST_TASKS))
 
 
 def cut_tasks(files: Iterable[InputFile]) -> list[Task]:
-    """Whole small files together, large plain .jsonl in ranges; each range begins a task of its own."""
+    """Whole small files together, large plain .jsonl in ranges as long as a task."""
     files = list(files)
     limit = task_bytes(sum(file.weight_bytes for file in files))
     tasks: list[Task] = []

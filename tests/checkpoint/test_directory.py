@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,52 +74,53 @@ def test_publish_and_latest(tmp_path):
     ]
 
 
-KILLED = """
-import os, shutil, sys
-from pathlib import Path
-from tests.checkpoint.test_directory import save
+def die_before_call(number):
+    """From now on, kill -9 of this process before its `number`th call that changes the file system."""
+    calls = iter(range(1, 10_000))
 
-at, step, run = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-calls = 0
+    def dying(function):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
 
-def dying(function):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), 9)
-        return function(*args, **kwargs)
-    return call
+        return call
 
-os.rename, os.replace, os.fsync = dying(os.rename), dying(os.replace), dying(os.fsync)
-os.mkdir, os.unlink, os.rmdir = dying(os.mkdir), dying(os.unlink), dying(os.rmdir)
-from megatron_ettin.checkpoint import integrity
-integrity.THREADS = 1  # the same order of calls each time
-save(run, step, "new weights")
-"""
+    for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    integrity.THREADS = 1  # the same order of calls each time
+
+
+def kill_everywhere(folder, step):
+    """Save step 1, save `step` until killed, look, save step 3; for every place to die. Prints what was found."""
+    for number in itertools.count(1):
+        run = folder / str(number)
+        save(run, 1)
+        child = os.fork()
+        if child == 0:
+            die_before_call(number)
+            save(run, step, "new weights")
+            os._exit(0)
+        killed = os.waitpid(child, 0)[1] != 0
+        found = held(latest(run, checksums=True))
+        final = save(run, 3)
+        left = [path.name for path in checkpoints_folder(run).glob(".tmp*")]
+        print(json.dumps({"found": found, "next": latest(run, checksums=True) == final, "left": left}))
+        if not killed:
+            break
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
 def test_killed_at_every_step_of_saving(tmp_path, step):
-    """kill -9 before each file-system call in turn: there is always a whole checkpoint, and the next save works."""
-    outcomes = set()
-    for at in range(1, 200):
-        run = tmp_path / str(at)
-        save(run, 1)
-        done = subprocess.run([sys.executable, "-c", KILLED, str(at), str(step), str(run)], check=False)
-        found = latest(run, checksums=True)
-        assert found is not None
-        assert held(found) in ("weights of 1", f"new weights of {step}")
-        outcomes.add(held(found))
-        if done.returncode == 0:
-            break
-        assert done.returncode == -9
-        final = save(run, 3)
-        assert latest(run, checksums=True) == final
-        assert not [path for path in checkpoints_folder(run).iterdir() if path.name.startswith(".tmp")]
-    else:
-        pytest.fail("saving never came to its end")
-    assert at > 15 and len(outcomes) == 2
+    """There is always a whole checkpoint, the next save works, and nothing is left behind. Forks in a process of its
+    own, which has no threads."""
+    script = f"from tests.checkpoint.test_directory import *; kill_everywhere(Path({str(tmp_path)!r}), {step})"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    places = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(places) > 15
+    assert {place["found"] for place in places} == {"weights of 1", f"new weights of {step}"}
+    assert all(place["next"] and not place["left"] for place in places)
 
 
 def harm_latest(run, how):
@@ -165,7 +169,7 @@ def test_flipped_bit_in_the_latest_is_seen_where_asked(tmp_path):
     "text",
     ["", "{", "[]", '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": "1", "sha256": ""}}}',
      '{"files": {"../a": {"bytes": 1, "sha256": ""}}}', '{"files": {"/a": {"bytes": 1, "sha256": ""}}}'],
-)  # fmt: skip
+)
 def test_torn_integrity_record_is_refused(tmp_path, text):
     final = save(tmp_path, 1)
     (final / "integrity.json").write_text(text)
@@ -221,7 +225,7 @@ def test_resolve_refuses_what_is_neither(tmp_path):
 
 
 def test_config_and_progress(tmp_path):
-    (tmp_path / "config.yaml").write_text("model: {hidden_size: 64}\nrun: {size: ${oc.env:HOME}}\n")
+    (tmp_path / "config.yaml").write_text("model:\n  hidden_size: 64\nrun:\n  size: ${oc.env:HOME}\n")
     assert read_config(tmp_path) == {"model": {"hidden_size": 64}, "run": {"size": "${oc.env:HOME}"}}
     (tmp_path / "progress.json").write_text('{"step": 3}')
     assert read_progress(tmp_path) == {"step": 3}

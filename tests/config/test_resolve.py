@@ -25,8 +25,16 @@ def test_precedence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("1.7T", 1_700_000_000_000), ("250B", 250 * 10**9), ("8_500_000_000", 8_500_000_000), ("4096", 4096), ("2.5e9", 2_500_000_000), ("1_000tok", 1000), (12, 12)],
-)  # fmt: skip
+    [
+        ("1.7T", 1_700_000_000_000),
+        ("250B", 250 * 10**9),
+        ("8_500_000_000", 8_500_000_000),
+        ("4096", 4096),
+        ("2.5e9", 2_500_000_000),
+        ("1_000tok", 1000),
+        (12, 12),
+    ],
+)
 def test_counts(text: str | int, count: int) -> None:
     assert parse_count(text, "run.tokens") == count
     assert parse("17m", "mlm", "pretrain", words=[f"run.tokens={text}", "schedule.warmup_tokens=0"]).run.tokens == count
@@ -86,8 +94,12 @@ def test_refusals(words: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "objective", "phase", "message"),
-    [("150", "mlm", "pretrain", "did you mean '150m'?"), ("17m", "lm", "pretrain", "did you mean 'mlm'?"), ("17m", "mlm", "pretraining", "did you mean 'pretrain'?")],
-)  # fmt: skip
+    [
+        ("150", "mlm", "pretrain", "did you mean '150m'?"),
+        ("17m", "lm", "pretrain", "did you mean 'mlm'?"),
+        ("17m", "mlm", "pretraining", "did you mean 'pretrain'?"),
+    ],
+)
 def test_names(size: str, objective: str, phase: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         parse(size, objective, phase)
@@ -102,18 +114,26 @@ def test_site_file_errors(tmp_path: Path) -> None:
 
 
 def test_layout_checks() -> None:
-    config = parse("1b", "mlm", "pretrain", words="parallel.tp=2 parallel.pp=2 batch.micro_batch_rows=16".split())
+    config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=2", "batch.micro_batch_rows=16"])
     assert check_layout(config, 16) == 4
     with pytest.raises(UserError, match="= 4 does not divide 6 ranks"):
         check_layout(config, 6)
     with pytest.raises(UserError, match="2816 is no multiple of dp 5 x micro_batch_rows 16"):
         check_layout(config, 20)
-    interleaved = parse("1b", "mlm", "pretrain", words="parallel.pp=4 parallel.vp=7 batch.global_batch_rows=16".split())
+    interleaved = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vp=7", "batch.global_batch_rows=16"])
     with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
         check_layout(interleaved, 4)
 
 
-@pytest.mark.parametrize(("size", "words", "layers"), [("17m", "parallel.pp=2", [4, 3]), ("68m", "parallel.pp=4", [5, 5, 5, 4]), ("17m", "parallel.pp=2 parallel.vp=2", [2, 2, 2, 1]), ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "words", "layers"),
+    [
+        ("17m", "parallel.pp=2", [4, 3]),
+        ("68m", "parallel.pp=4", [5, 5, 5, 4]),
+        ("17m", "parallel.pp=2 parallel.vp=2", [2, 2, 2, 1]),
+        ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4]),
+    ],
+)
 def test_uneven_pipeline_splits(size: str, words: str, layers: list[int]) -> None:
     assert stage_layers(parse(size, "mlm", "pretrain", words=words.split())) == layers
 
@@ -121,7 +141,15 @@ def test_uneven_pipeline_splits(size: str, words: str, layers: list[int]) -> Non
 def test_operations_keys_are_no_science() -> None:
     """Layout, micro-batch, precision and sinks may change at any resume; the rest is fingerprinted."""
     base = science_keys(parse("17m", "mlm", "pretrain"))
-    operations = "parallel.tp=2 batch.micro_batch_rows=8 precision.name=fp32 checkpoint.keep=9 metrics.wandb=true run.steps=5"
+    operations = (
+        "parallel.tp=2 batch.micro_batch_rows=8 precision.name=fp32 checkpoint.keep=9 metrics.wandb=true run.steps=5"
+    )
     assert science_keys(parse("17m", "mlm", "pretrain", words=operations.split())) == base
-    for word in ("optim.lr=1e-4", "run.seed=3", "data.seq_len=512", "batch.global_batch_rows=1408", "model.init_std=0.01"):
+    for word in (
+        "optim.lr=1e-4",
+        "run.seed=3",
+        "data.seq_len=512",
+        "batch.global_batch_rows=1408",
+        "model.init_std=0.01",
+    ):
         assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word

@@ -34,7 +34,12 @@ MICRO = {  # padded micro-batches by phase
 def test_size(size: str) -> None:
     layers, hidden, ffn, heads, parameters, degrees = SIZE_TABLE[size]
     shape = SIZES[size]
-    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads) == (layers, hidden, ffn, heads)
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads) == (
+        layers,
+        hidden,
+        ffn,
+        heads,
+    )
     assert parameter_count(shape) == parameters
     assert tensor_parallel_degrees(shape) == degrees
     assert hidden // heads == 64
@@ -60,7 +65,9 @@ def test_the_48_configurations(size: str, objective: str, phase: str) -> None:
     assert config.data.mlm_probability == (0 if objective == "clm" else 0.15 if final else 0.30)
     assert config.model.global_rope_theta == (10_000 if phase == "pretrain" else 160_000)
     assert config.model.attention_output_dropout == 0.1
-    tokens = {"pretrain": 1.7e12, "extend": 83_333_000_000 if third else 250e9}.get(phase, 16_666_666_667 if third else 50e9)
+    tokens = {"pretrain": 1.7e12, "extend": 83_333_000_000 if third else 250e9}.get(
+        phase, 16_666_666_667 if third else 50e9
+    )
     assert config.run.tokens == tokens
     every = {"cross": 3_333_333_333 if third else 10e9}.get(phase, 8.5e9)
     assert config.checkpoint.every_tokens == every
@@ -70,7 +77,11 @@ def test_the_48_configurations(size: str, objective: str, phase: str) -> None:
 def test_schedules(size: str) -> None:
     third = size == "1b"
     pretrain, extend, decay, cross = (recipe(size, "mlm", phase) for phase in PHASES)
-    assert (pretrain.schedule.name, pretrain.schedule.warmup_tokens, pretrain.schedule.decay_tokens) == ("wsd", WARMUP[size], 0)
+    assert (pretrain.schedule.name, pretrain.schedule.warmup_tokens, pretrain.schedule.decay_tokens) == (
+        "wsd",
+        WARMUP[size],
+        0,
+    )
     assert (extend.schedule.name, extend.schedule.final_lr_fraction) == ("one_minus_sqrt", 0.5)
     assert extend.schedule.decay_tokens == extend.run.tokens
     assert (decay.schedule.name, decay.schedule.final_lr_fraction) == ("one_minus_sqrt", 0.04)
@@ -93,7 +104,9 @@ def test_a_pair_is_a_pair(size: str, phase: str) -> None:
     encoder, decoder = recipe(size, "mlm", phase), recipe(size, "clm", phase)
     assert encoder.model == decoder.model
     assert encoder.optim == decoder.optim and encoder.schedule == decoder.schedule and encoder.batch == decoder.batch
-    assert (encoder.data.seq_len, encoder.batch.global_batch_rows) == ((1024, 2816) if phase == "pretrain" else (8192, 1024))
+    assert (encoder.data.seq_len, encoder.batch.global_batch_rows) == (
+        (1024, 2816) if phase == "pretrain" else (8192, 1024)
+    )
 
 
 def brute_force_pairs(n: int, causal: bool, window: int | None) -> int:

@@ -55,7 +55,9 @@ def test_gradients_agree(causal: bool) -> None:
     packed = pack_rows([[90, 110], [200]], 200)
     grads = []
     for way in (attend_dense, attend_bands):
-        q, k, v = (torch.randn(400, 2, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3))
+        q, k, v = (
+            torch.randn(400, 2, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)
+        )
         (way(q, k, v, packed, 20, causal) ** 2).sum().backward()
         grads.append([t.grad for t in (q, k, v)])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))

@@ -9,7 +9,9 @@ from megatron_ettin.model.dropout import keep_mask, step_key
 from megatron_ettin.model.packed import pack_rows
 
 
-def mask(slots: list[int], step: int = 0, layer: int = 1, seed: int = 21, channels: int = 256, p: float = 0.1) -> torch.Tensor:
+def mask(
+    slots: list[int], step: int = 0, layer: int = 1, seed: int = 21, channels: int = 256, p: float = 0.1
+) -> torch.Tensor:
     packed = pack_rows([[128]] * len(slots), 128, slots=slots, dropout_key=step_key(seed, "pretrain", step))
     return keep_mask(packed, layer, 0, 128 * len(slots), channels, p)
 

@@ -11,7 +11,16 @@ import torch
 from megatron_ettin.model import init
 
 
-@pytest.mark.parametrize(("name", "sigma"), [("transformer.layers.3.self_attention.linear_qkv.weight", 0.02), ("transformer.layers.3.self_attention.linear_proj.weight", 0.02 / math.sqrt(14)), ("transformer.layers.0.mlp.linear_fc2.weight", 0.02 / math.sqrt(14)), ("head.dense.weight", 0.02), ("embedding.word_embeddings.weight", 0.02)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sigma"),
+    [
+        ("transformer.layers.3.self_attention.linear_qkv.weight", 0.02),
+        ("transformer.layers.3.self_attention.linear_proj.weight", 0.02 / math.sqrt(14)),
+        ("transformer.layers.0.mlp.linear_fc2.weight", 0.02 / math.sqrt(14)),
+        ("head.dense.weight", 0.02),
+        ("embedding.word_embeddings.weight", 0.02),
+    ],
+)
 def test_truncated_normal(name: str, sigma: float) -> None:
     drawn = init.hashed(21, 7, 0.02)(name, [512, 512])
     assert drawn.abs().max() <= 2 * sigma

@@ -27,10 +27,19 @@ def hf_model(size: str, objective: str):
 
     shape = SIZES[size]
     settings = dict(
-        vocab_size=VOCABULARY, hidden_size=shape.hidden_size, intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=LAYERS[size], num_attention_heads=shape.num_attention_heads, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, cls_token_id=1, sep_token_id=2, global_rope_theta=160_000.0, local_rope_theta=10_000.0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=LAYERS[size],
+        num_attention_heads=shape.num_attention_heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        global_rope_theta=160_000.0,
+        local_rope_theta=10_000.0,
+    )
     if objective == "mlm":
         model = ModernBertForMaskedLM(ModernBertConfig(**settings))
     else:

@@ -12,7 +12,26 @@ from megatron_ettin.checkpoint.directory import latest
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from tests.pool import Pool
 
-TINY = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4", "model.vocab_size=320", "model.encoder_window=8", "model.decoder_window_keys=8", "data.seq_len=64", "batch.global_batch_rows=8", "batch.micro_batch_rows=2", "batch.warmup_tokens=0", "precision.name=fp32", "optim.lr=3e-3", "schedule.name=constant", "schedule.warmup_tokens=0", "run.device=cpu", "metrics.tensorboard=false", "checkpoint.every_tokens=null"]
+TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=4",
+    "model.vocab_size=320",
+    "model.encoder_window=8",
+    "model.decoder_window_keys=8",
+    "data.seq_len=64",
+    "batch.global_batch_rows=8",
+    "batch.micro_batch_rows=2",
+    "batch.warmup_tokens=0",
+    "precision.name=fp32",
+    "optim.lr=3e-3",
+    "schedule.name=constant",
+    "schedule.warmup_tokens=0",
+    "run.device=cpu",
+    "metrics.tensorboard=false",
+    "checkpoint.every_tokens=null",
+]
 
 
 @dataclass(frozen=True)
@@ -46,9 +65,16 @@ def read(directory: Path) -> Trained:
 
 
 def train(
-    pool: Pool, world: int, directory: Path, corpus: Path, objective: str, words: list[str],
-    options: list[str] | None = None, mutation: str | None = None, status: int = 0,
-) -> Trained:  # fmt: skip
+    pool: Pool,
+    world: int,
+    directory: Path,
+    corpus: Path,
+    objective: str,
+    words: list[str],
+    options: list[str] | None = None,
+    mutation: str | None = None,
+    status: int = 0,
+) -> Trained:
     """Run to the end on `world` ranks; every rank must exit with `status`."""
     results = pool.run(world, command(directory, corpus, objective, words, options), mutation)
     assert [result.status for result in results] == [status] * world, "\n".join(r.output[-3000:] for r in results)

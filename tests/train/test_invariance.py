@@ -94,13 +94,13 @@ def test_seven_layers(pool: Pool, corpus: Path, tmp_path: Path, reference, layou
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2 pp2", "dp2", "tp2 sp", "dp2 distributed optimizer"])
 def test_initial_weights(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
-    """A step at a vanishing learning rate leaves the initial weights in the checkpoint: bit for bit the same."""
+    """A step at a vanishing learning rate leaves the initial weights in the checkpoint (the bias moves by 1e-30)."""
     world, words = LAYOUTS[layout]
-    still = ["run.steps=1", "optim.lr=1e-30"]
+    still = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0"]
     one = train(pool, 1, tmp_path / "one", corpus, "mlm", still)
     many = train(pool, world, tmp_path / "many", corpus, "mlm", [*still, *words.split()])
     ours, theirs = many.weights(), one.weights()
-    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-25
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Load a converted pair with transformers alone: the encoder fills a mask, the decoder goes on with a sentence.
+
+    python examples/try_models.py ENCODER_FOLDER DECODER_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+MASKED = "Returns a [MASK] of the given values."
+PROMPT = "Returns the number of"
+
+
+def fill_mask(folder: Path, text: str, count: int = 5) -> list[tuple[str, float]]:
+    """The most probable tokens for the mask in `text`, with their probabilities."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder).eval()
+    inputs = tokenizer(text, return_tensors="pt")
+    masked = (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0]
+    with torch.inference_mode():
+        probabilities = model(**inputs).logits[0, masked].squeeze(0).softmax(-1)
+    best = probabilities.topk(count)
+    return [(tokenizer.decode([index]), value) for index, value in zip(best.indices.tolist(), best.values.tolist())]
+
+
+def go_on(folder: Path, prompt: str, new_tokens: int = 20) -> str:
+    """`prompt` and the decoder's most probable words after it."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    # The decoder learnt chunks that begin with [CLS] and end with [SEP]; a prompt only begins.
+    ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]])
+    with torch.inference_mode():
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoder", type=Path)
+    parser.add_argument("decoder", type=Path)
+    options = parser.parse_args()
+    print(f"encoder: {MASKED}")
+    for token, probability in fill_mask(options.encoder, MASKED):
+        print(f"  {probability:6.1%} {token!r}")
+    print(f"decoder: {PROMPT} ...\n  {go_on(options.decoder, PROMPT)!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Small corpora for the data tests, made from fixed seeds: what they hold is known, and preparing one takes a moment."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.cli.main import main
+
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "a",
+    "in",
+    "is",
+    "it",
+    "you",
+    "that",
+    "he",
+    "was",
+    "for",
+    "on",
+    "are",
+    "with",
+    "as",
+    "his",
+    "they",
+    "be",
+    "at",
+    "one",
+    "have",
+    "this",
+    "from",
+    "or",
+    "had",
+    "by",
+    "hot",
+    "word",
+    "but",
+    "what",
+    "some",
+    "we",
+    "can",
+    "out",
+    "other",
+    "were",
+    "all",
+    "there",
+    "when",
+    "up",
+    "use",
+    "your",
+    "how",
+    "said",
+    "an",
+    "each",
+    "she",
+    "which",
+    "do",
+    "their",
+    "time",
+    "if",
+    "will",
+    "way",
+    "about",
+    "many",
+    "then",
+    "them",
+    "write",
+    "would",
+    "like",
+    "so",
+    "these",
+    "her",
+    "long",
+    "make",
+    "thing",
+    "see",
+    "him",
+    "two",
+    "has",
+    "look",
+    "more",
+    "day",
+    "could",
+    "go",
+    "come",
+]
+
+
+def words(count: int, seed: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+def write_jsonl(path: Path, documents: int, seed: int = 0, longest_words: int = 600) -> Path:
+    """Documents of 1 .. longest_words words, half of them with an id."""
+    rng = random.Random(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as stream:
+        for i in range(documents):
+            record: dict[str, Any] = {"text": words(rng.randint(1, longest_words), seed * 1_000_003 + i)}
+            if i % 2:
+                record["id"] = f"doc-{i}"
+            stream.write(json.dumps(record) + "\n")
+    return path
+
+
+def prepare_here(*arguments: object) -> int:
+    """`ettin prepare` in this process."""
+    return main(["prepare", *map(str, arguments)])
+
+
+def ettin(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m megatron_ettin ...` as a user runs it."""
+    command = [sys.executable, "-m", "megatron_ettin", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}

@@ -1,0 +1,72 @@
+"""Chunking: nothing twice, nothing lost but dropped last pieces, sizes in bounds, the recipe's numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.chunking import ChunkRule, chunk_rule, framed, piece_bounds
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> ChunkRule:
+    chunk = draw(st.integers(16, 300))
+    least = draw(st.integers(0, chunk - 2))
+    return chunk_rule(chunk, least, draw(st.integers(0, least)))
+
+
+@given(rule=rules(), num_tokens=st.integers(1, 2_000), key=st.text(max_size=4))
+def test_pieces(rule: ChunkRule, num_tokens: int, key: str) -> None:
+    bounds = piece_bounds(num_tokens, rule, key)
+    size = rule.chunk_tokens - 2
+    assert bounds[0][0] == 0
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(bounds))  # no gap, none twice
+    assert all(0 < end - start <= size for start, end in bounds)
+    assert all(end - start == size for start, end in bounds[:-2])
+    dropped = num_tokens - bounds[-1][1]
+    assert dropped == 0 or (dropped < rule.skip_tokens and dropped == num_tokens % size and num_tokens > size)
+    if len(bounds) > 1 and not dropped:  # what was there, or more
+        assert bounds[-1][1] - bounds[-1][0] >= ((num_tokens - 1) % size) + 1 >= rule.skip_tokens
+    assert bounds == piece_bounds(num_tokens, rule, key)
+
+
+def test_boundary_moves_over_its_whole_range() -> None:
+    rule = chunk_rule(1_024)
+    lengths = [end - start for key in range(3_000) for start, end in piece_bounds(1_022 + 200, rule, str(key))[1:]]
+    assert (min(lengths), max(lengths)) == (
+        200,
+        1_021,
+    )  # moved by 0 .. 1022 - 200 - 1, as the published script draws it
+    assert abs(np.mean(lengths) - 610.5) < 15
+
+
+def test_recipe_numbers() -> None:
+    assert chunk_rule(1_024) == ChunkRule(1_024, 512, 128)
+    assert chunk_rule(8_192) == ChunkRule(8_192, 512, 32)
+    assert chunk_rule(256) == ChunkRule(256, 128, 32)
+    assert piece_bounds(100, chunk_rule(1_024), "") == [(0, 100)]  # a short document is kept
+    assert piece_bounds(1_022 + 127, chunk_rule(1_024), "") == [(0, 1_022)]  # 127 tokens are dropped
+    assert piece_bounds(1_022 + 600, chunk_rule(1_024), "") == [(0, 1_022), (1_022, 1_622)]
+
+
+def test_frames() -> None:
+    out = framed(np.arange(5, dtype=np.uint16), [(0, 2), (2, 5)], cls_id=90, sep_id=91)
+    assert out.tolist() == [90, 0, 1, 91, 90, 2, 3, 4, 91]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((15,), "--chunk-tokens: 15; at least 16"),
+        ((64, 63), "--min-chunk-tokens: 63"),
+        ((64, 10, 11), "--skip-tokens: 11"),
+    ],
+)
+def test_impossible_rules(arguments: tuple[int, ...], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        chunk_rule(*arguments)

@@ -1,0 +1,136 @@
+"""The dataset on disk: read by Megatron-Core, traced to its documents, and refused by name when damaged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.dataset import Dataset, open_dataset
+from megatron_ettin.data.indexed import index_bytes, open_shard, token_dtype
+from megatron_ettin.data.tokenizer import Tokenizer
+from tests.data.corpora import ettin
+
+
+def test_megatron_reads_the_shards(prepared: Dataset) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    first = 0
+    for shard in prepared.manifest.shards:
+        theirs = IndexedDataset(str(prepared.path / shard.name), mmap=True)
+        assert (len(theirs), len(theirs.document_indices) - 1) == (shard.chunks, shard.documents)
+        for i in range(len(theirs)):
+            assert np.array_equal(theirs[i], prepared.chunk(first + i))
+        first += len(theirs)
+    assert first == prepared.num_chunks
+
+
+def test_wide_vocabularies_take_int32(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    assert (token_dtype(65_536), token_dtype(65_537)) == (np.uint16, np.int32)
+    tokens = np.array([70_000, 1, 128_000], dtype=token_dtype(128_001))
+    (tmp_path / "shard.bin").write_bytes(tokens.tobytes())
+    (tmp_path / "shard.idx").write_bytes(index_bytes(np.array([2, 1]), np.array([0, 1, 2]), tokens.dtype))
+    theirs, ours = IndexedDataset(str(tmp_path / "shard"), mmap=True), open_shard(tmp_path / "shard")
+    for i, expected in enumerate(([70_000, 1], [128_000])):
+        assert theirs[i].tolist() == ours.chunk(i).tolist() == expected
+
+
+def test_chunks_lead_back_to_their_documents(prepared: Dataset, tokenizer: Tokenizer) -> None:
+    lines = [json.loads(line) for line in (prepared.path.parent / "corpus.jsonl").read_text().splitlines()]
+    texts = {line.get("id", f"corpus.jsonl:{i + 1}"): line["text"] for i, line in enumerate(lines)}
+    heldout = open_dataset(prepared.path / "heldout")
+    seen: dict[str, int] = {}
+    for dataset in (prepared, heldout):
+        documents = []
+        for i in range(dataset.num_chunks):
+            source, document, start, number = dataset.document_of(i)
+            inner = dataset.chunk(i)[1:-1]
+            expected = tokenizer.encode_batch([texts[document]])[0][start : start + len(inner)]
+            assert source == "corpus.jsonl" and inner.tolist() == expected
+            documents.append(number)
+            seen[document] = max(seen.get(document, 0), start + len(inner))
+        assert documents == sorted(documents) and len(set(documents)) == dataset.num_documents
+    assert set(seen) == set(texts)  # a document is on one side or the other
+    dropped = sum(len(tokenizer.encode_batch([texts[d]])[0]) - end for d, end in seen.items())
+    assert dropped == prepared.manifest.dropped_tokens + heldout.manifest.dropped_tokens
+    assert 0.04 < heldout.num_documents / len(texts) < 0.2
+
+
+def test_a_dataset_travels_to_other_processes(prepared: Dataset) -> None:
+    prepared.chunk(0)
+    again = pickle.loads(pickle.dumps(prepared))
+    assert np.array_equal(again.chunk(3), prepared.chunk(3))
+    assert again.lengths_of([0, 3]).tolist() == [len(prepared.chunk(0)), len(prepared.chunk(3))]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.parquet", ".starts.npy"])
+def test_truncated_files_are_named_on_opening(prepared: Dataset, tmp_path: Path, suffix: str) -> None:
+    shutil.copytree(prepared.path, tmp_path / "copy")
+    damaged = tmp_path / "copy" / f"shard_00000{suffix}"
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    with pytest.raises(UserError, match=rf"shard_00000{suffix}: truncated, \d+ bytes, the manifest says"):
+        open_dataset(tmp_path / "copy")
+    damaged.unlink()
+    with pytest.raises(UserError, match=rf"shard_00000{suffix}: missing"):
+        open_dataset(tmp_path / "copy")
+
+
+def test_a_flipped_bit_is_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
+    copy = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
+    copy.verify()
+    file = copy.path / "shard_00000.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard_00000\.bin: damaged"):
+        copy.verify()
+    done = ettin("inspect", copy.path, "--verify")
+    assert done.returncode == 2 and "shard_00000.bin" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_damaged_manifests(prepared: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        open_dataset(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"not a dataset: no manifest\.json"):
+        open_dataset(tmp_path)
+    good = json.loads((prepared.path / "manifest.json").read_text())
+    for content, told in (
+        ("{", "damaged manifest"),
+        (json.dumps({**good, "version": 99}), "version 99; this package reads"),
+        (json.dumps({**good, "surprise": 1}), "damaged manifest"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=told):
+            open_dataset(tmp_path)
+
+
+def test_inspect_shows_what_is_there(prepared: Dataset) -> None:
+    told = json.loads(ettin("inspect", prepared.path, "--json", "--sample", 2, "--verify").stdout)
+    assert (told["documents"], told["chunks"], told["tokens"]) == (
+        prepared.num_documents,
+        prepared.num_chunks,
+        prepared.num_tokens,
+    )
+    assert told["verified"] and len(told["samples"]) == 2
+    assert all(sample["text"].startswith("[CLS]") and sample["text"].endswith("[SEP]") for sample in told["samples"])
+    plain = ettin("inspect", prepared.path)
+    assert plain.returncode == 0 and f"{prepared.num_tokens:,} tokens" in plain.stdout and "ettin" in plain.stdout
+
+
+def test_data_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, pkgutil, importlib, megatron_ettin.data as d;"
+        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(d.__path__, 'megatron_ettin.data.')];"
+        "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

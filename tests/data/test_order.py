@@ -1,0 +1,161 @@
+"""Mixtures and the data order: proportions in every block, every row once an epoch, the same from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
+from megatron_ettin.data.order import Corpus, open_corpus
+from tests.data.corpora import prepare_here, write_jsonl
+
+
+def corpus_of(*entries: tuple[Dataset, float | None], **changes: Any) -> Corpus:
+    settings = {"seq_len": 256, "batching": "packed", "seed": 21, "phase": "pretrain", **changes}
+    return open_corpus([MixtureEntry(str(dataset.path), weight) for dataset, weight in entries], **settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "entries"),
+    [
+        ("a", [MixtureEntry("a")]),
+        (["a", "b"], [MixtureEntry("a"), MixtureEntry("b")]),
+        ([{"path": "a", "weight": 2}], [MixtureEntry("a", 2.0)]),
+        (
+            [{"path": "a", "tokens": "1.5B"}, {"path": "b", "tokens": 7}],
+            [MixtureEntry("a", None, 1_500_000_000), MixtureEntry("b", None, 7)],
+        ),
+    ],
+)
+def test_mixture_forms(value: Any, entries: list[MixtureEntry]) -> None:
+    assert parse_mixture(value) == entries
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (None, "empty"),
+        ([], "empty"),
+        (3, "give a DATASET path"),
+        ([""], r"data\.mixture\[0\]: an empty path"),
+        (["a", 3], r"data\.mixture\[1\]: 3"),
+        ([{"weight": 1}], r"data\.mixture\[0\]: no path"),
+        ([{"path": "a", "wieght": 1}], "no key 'wieght' .did you mean 'weight'"),
+        ([{"path": "a", "weight": -1}], r"\[0\]\.weight: -1"),
+        ([{"path": "a", "weight": float("nan")}], r"\[0\]\.weight: nan"),
+        ([{"path": "a", "weight": "x"}], r"\[0\]\.weight: 'x'"),
+        ([{"path": "a", "tokens": 0}], r"\[0\]\.tokens: 0"),
+        ([{"path": "a", "tokens": float("nan")}], r"\[0\]\.tokens: nan"),
+        ([{"path": "a", "weight": 1, "tokens": 1}], "both weight and tokens"),
+        ([{"path": "a", "weight": 1}, "b"], "entries with neither and weight"),
+    ],
+)
+def test_mixture_mistakes(value: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        parse_mixture(value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
+def test_largest_remainder(shares: list[float]) -> None:
+    fractions = [share / sum(shares) for share in shares]
+    counts = largest_remainder(fractions, BLOCK_SLOTS)
+    assert sum(counts) == BLOCK_SLOTS
+    assert all(abs(count - fraction * BLOCK_SLOTS) < 1 for count, fraction in zip(counts, fractions, strict=True))
+
+
+def test_proportions_are_of_tokens_and_hold_in_every_block(prepared: Dataset, other: Dataset) -> None:
+    corpus = corpus_of((prepared, 3.0), (other, 1.0))
+    for block in (0, 7):
+        positions = np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS)
+        source, _, _ = corpus.locate(positions)
+        assert np.bincount(source).tolist() == corpus.counts
+    tokens = [count * plan.mean_tokens_per_row for count, plan in zip(corpus.counts, corpus.plans, strict=True)]
+    assert abs(tokens[0] / sum(tokens) - 0.75) < 1e-4
+    assert corpus.mean_tokens_per_row == pytest.approx(sum(tokens) / BLOCK_SLOTS)
+    first = corpus.locate(np.arange(100))[0]
+    assert 0 < first.sum() < 100  # shuffled: no block begins with one source only
+
+
+def test_every_row_once_an_epoch(prepared: Dataset, other: Dataset) -> None:
+    corpus = corpus_of((prepared, 1.0), (other, 2.0))
+    source, row, epoch = corpus.locate(np.arange(3 * BLOCK_SLOTS))
+    for i, plan in enumerate(corpus.plans):
+        for turn in range(3):
+            rows = row[(source == i) & (epoch == turn)]
+            assert sorted(rows.tolist()) == list(range(plan.num_rows))
+    in_order = [row[(source == 0) & (epoch == turn)].tolist() for turn in range(2)]
+    assert in_order[0] != in_order[1]  # another order every epoch
+    single = corpus_of((prepared, None))
+    assert sorted(single.locate(np.arange(single.num_rows))[1].tolist()) == list(range(single.num_rows))
+
+
+def test_order_is_a_pure_function(prepared: Dataset, other: Dataset) -> None:
+    one, two = (corpus_of((prepared, 1.0), (other, 1.0)) for _ in range(2))
+    positions = np.array([10**15 + 3, 0, 9_999, 10_000, 123_456_789, 0])
+    together = np.stack(one.locate(positions))
+    two.locate(np.arange(30_000, 30_500))  # what was asked before does not matter
+    apart = np.concatenate([np.stack(two.locate(positions[i : i + 1])) for i in reversed(range(6))], axis=1)
+    assert np.array_equal(together, apart[:, ::-1])
+    assert one.locate(5)[0].shape == ()
+    with pytest.raises(IndexError, match="position -1"):
+        one.locate([-1])
+
+
+def test_rows_are_their_chunks(prepared: Dataset, other: Dataset) -> None:
+    corpus = corpus_of((prepared, 1.0), (other, 1.0))
+    rows = corpus.rows(np.arange(40))
+    for position, row in enumerate(rows):
+        again = corpus.row(position)
+        assert np.array_equal(again.tokens, row.tokens) and row.position == position
+        assert row.tokens.ndim == 1 and len(row.tokens) == int(row.lengths.sum()) <= 256
+        pieces = np.split(row.tokens, np.cumsum(row.lengths)[:-1])
+        for chunk, piece in zip(row.chunks, pieces, strict=True):
+            assert np.array_equal(piece, corpus.datasets[row.source].chunk(int(chunk)))
+            assert (piece[0], piece[-1]) == (50281, 50282)
+    assert corpus.tokens_at(np.arange(40)).tolist() == [len(row.tokens) for row in rows]
+
+
+def test_padded_rows_are_cut_and_keep_their_end(prepared: Dataset) -> None:
+    corpus = corpus_of((prepared, None), seq_len=100, batching="padded")
+    rows = corpus.rows(np.arange(60))
+    assert max(len(row.tokens) for row in rows) == 100
+    for row in rows:
+        chunk = prepared.chunk(int(row.chunks[0]))
+        assert row.lengths.tolist() == [len(row.tokens)]
+        assert row.tokens[-1] == 50282 and np.array_equal(row.tokens[:-1], chunk[: len(row.tokens) - 1])
+
+
+def test_fingerprint_tells_orders_apart(prepared: Dataset, other: Dataset) -> None:
+    same = corpus_of((prepared, 1.0), (other, 1.0))
+    corpora = [
+        same,
+        corpus_of((prepared, 1.0), (other, 2.0)),
+        corpus_of((other, 1.0), (prepared, 1.0)),
+        corpus_of((prepared, 1.0), (other, 1.0), seed=22),
+        corpus_of((prepared, 1.0), (other, 1.0), phase="decay"),
+        corpus_of((prepared, 1.0), (other, 1.0), seq_len=257),
+        corpus_of((prepared, 1.0), (other, 1.0), batching="padded"),
+    ]
+    assert len({corpus.fingerprint for corpus in corpora}) == len(corpora)
+    assert corpus_of((prepared, 10.0), (other, 10.0)).fingerprint == same.fingerprint
+
+
+def test_unusable_mixtures(prepared: Dataset, other: Dataset, tmp_path: Path, tiny_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=f"{other.path} would get .* of the rows"):
+        corpus_of((prepared, 1.0), (other, 1e-9))
+    source = write_jsonl(tmp_path / "a.jsonl", 5)
+    out = tmp_path / "small"
+    arguments = ("--out", out, "--tokenizer", tiny_tokenizer, "--chunk-tokens", 128, "--workers", 1)
+    assert prepare_here(source, *arguments) == 0
+    with pytest.raises(UserError, match=f"{prepared.path} has tokenizer ettin .* and {out} has"):
+        open_corpus([MixtureEntry(str(prepared.path)), MixtureEntry(str(out))], 256, "packed", 1, "pretrain")
+    with pytest.raises(UserError, match="no such directory"):
+        open_corpus([MixtureEntry(str(tmp_path / "absent"))], 256, "packed", 1, "pretrain")

@@ -1,0 +1,61 @@
+"""Keys, hashes and permutations: bijections, reproducible, and free of visible structure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ettin.data.hashing import counter_hash, key64, mix64
+from megatron_ettin.data.permutation import Permutation
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@given(n=st.integers(1, 3_000), key=KEYS)
+def test_every_value_comes_exactly_once(n: int, key: int) -> None:
+    assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n, dtype=np.uint64))
+
+
+@given(
+    n=st.integers(1, 10**12), key=KEYS, places=st.lists(st.integers(0, 10**12), min_size=1, max_size=50, unique=True)
+)
+def test_large_domains_stay_inside_and_apart(n: int, key: int, places: list[int]) -> None:
+    inside = np.array(sorted({place % n for place in places}), dtype=np.uint64)
+    images = Permutation(n, key)(inside)
+    assert int(images.max()) < n
+    assert len(np.unique(images)) == len(inside)
+    assert [int(Permutation(n, key)(int(place))) for place in inside[:3]] == images[:3].tolist()  # one by one the same
+
+
+def test_place_outside_is_refused() -> None:
+    with pytest.raises(IndexError, match="place 10 of a permutation of 10"):
+        Permutation(10, 1)(np.array([3, 10]))
+    with pytest.raises(ValueError, match="n must be in"):
+        Permutation(0, 1)
+
+
+def test_it_shuffles() -> None:
+    n = 100_003
+    images = Permutation(n, 5)(np.arange(n)).astype(float)
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(n), images)[0, 1]) < 0.02
+    assert np.mean(images == np.arange(n)) < 1e-3
+    shared = np.mean(images == Permutation(n, 6)(np.arange(n)))
+    assert shared < 1e-3  # another key, another order
+
+
+def test_published_values_do_not_move() -> None:
+    """The order of every run ever made hangs on these: splitmix64's first outputs for seed 1234567, and our own."""
+    assert counter_hash(1234567, [1, 2, 3]).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
+    assert int(mix64(0)) == 0
+    assert key64("rows", 21, "pretrain", 0, 0) == key64("rows:21", "pretrain:0:0")
+    assert Permutation(1_000, 42)(np.arange(6)).tolist() == GOLDEN_PLACES
+
+
+GOLDEN_PLACES = [746, 855, 735, 396, 543, 737]

@@ -1,0 +1,177 @@
+"""`ettin prepare`: every kind of input, the same bytes from any number of workers, and continuing after a kill."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_ettin.data import inputs
+from megatron_ettin.data.dataset import open_dataset
+from megatron_ettin.data.documents import read_documents
+from megatron_ettin.data.inputs import cut_tasks, list_inputs
+from megatron_ettin.data.prepare import first_line_numbers
+from megatron_ettin.data.tokenizer import Tokenizer
+from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
+
+
+def documents_in(path: Path) -> list[tuple[str, str]]:
+    dataset = open_dataset(path)
+    return list(dict.fromkeys(dataset.document_of(i)[:2] for i in range(dataset.num_chunks)))
+
+
+def test_directories_text_and_compressed_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    root = tmp_path / "in"
+    (root / "sub").mkdir(parents=True)
+    (root / ".hidden.txt").write_text("no")
+    (root / "picture.png").write_bytes(b"\x89PNG\x00")
+    (root / "b.txt").write_text("\ufeffSecond text.", encoding="utf-8")
+    (root / "empty.txt").touch()
+    (root / "sub" / "a.md").write_text("Third text.")
+    line = b'{"text": "Packed \\ud800 text.", "id": 7}\n\n{"text": ""}\n'
+    (root / "a.jsonl.gz").write_bytes(gzip.compress(line) + gzip.compress(b'{"text": "More."}'))
+    (root / "c.jsonl.zst").write_bytes(zstandard.compress(line[:20]) + zstandard.compress(line[20:]))
+    done = ettin("prepare", root, "--out", tmp_path / "out", "--workers", 2, "--json", "--seq-len", "1024,2048")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert documents_in(tmp_path / "out") == [
+        ("in/a.jsonl.gz", "7"),
+        ("in/a.jsonl.gz", "in/a.jsonl.gz:4"),
+        ("in/b.txt", "in/b.txt"),
+        ("in/c.jsonl.zst", "7"),
+        ("in/sub/a.md", "in/sub/a.md"),
+    ]
+    assert (told["documents"], told["empty_documents"], len(told["empty_files"])) == (5, 2, 1)
+    assert [plan["seq_len"] for plan in told["rows"]] == [1024, 2048]
+    dataset = open_dataset(tmp_path / "out")
+    assert tokenizer.decode(dataset.chunk(0).tolist()) == "[CLS] Packed \ufffd text.[SEP]"
+    assert tokenizer.decode(dataset.chunk(2).tolist()) == "[CLS] Second text.[SEP]"
+    assert [source.name for source in dataset.manifest.sources] == ["in"]
+
+
+def test_split_lines_are_read_once_each_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines.jsonl"
+    texts = [words(1 + i % 7, i) for i in range(60)]
+    path.write_text(
+        "".join(json.dumps({"text": text}) + ("\n\n" if i % 9 == 0 else "\n") for i, text in enumerate(texts))
+    )
+    whole = [
+        (d.id, d.text)
+        for d in read_documents(cut_tasks(list_inputs([str(path)], "auto")[0])[0].segments[0], "text", "id")
+    ]
+    assert [text for _, text in whole] == texts
+    for task_bytes in (1, 2, 7, 40, 41, 100, 1_000):
+        monkeypatch.setattr(inputs, "TASK_BYTES", task_bytes)
+        monkeypatch.setattr(inputs, "MOST_TASKS", 1 << 40)
+        tasks = cut_tasks(list_inputs([str(path)], "auto")[0])
+        segments = [segment for task in tasks for segment in task.segments]
+        numbers = first_line_numbers(tasks, workers=1)
+        found = []
+        for segment, number in zip(segments, numbers, strict=True):
+            numbered = type(segment)(segment.file, segment.start, segment.end, number)
+            found += [(d.id, d.text) for d in read_documents(numbered, "text", "id")]
+        assert found == whole
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen inputs: a directory of three small files and twelve archives."""
+    root = tmp_path_factory.mktemp("large")
+    (root / "texts").mkdir()
+    for i in range(3):
+        (root / "texts" / f"{i}.txt").write_text(words(3_000, i))
+    rows = [json.dumps({"text": words(180, i)}) for i in range(3_000)]
+    part = len(rows) // 12
+    for i in range(12):
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows[i * part : (i + 1) * part]).encode(), 1))
+    return root
+
+
+def arguments_for(large: Path, out: Path, workers: int) -> list[str]:
+    parts = sorted(map(str, large.glob("*.gz")))
+    settings = ["--out", str(out), "--chunk-tokens", "64", "--holdout", "0.05", "--seq-len", "64"]
+    return [str(large / "texts"), *parts, *settings, "--workers", str(workers)]
+
+
+# A task of at most 100 kB, set where the command reads it: small inputs then make several shards.
+SMALL_TASKS = (
+    "import sys; from megatron_ettin.data import inputs; inputs.TASK_BYTES = 100_000;"
+    "from megatron_ettin.cli.main import main;\n"
+    "if __name__ == '__main__': sys.exit(main(['prepare', *sys.argv[1:]]))"
+)
+
+
+def start(arguments: list[str], script: Path) -> subprocess.Popen[str]:
+    script.write_text(SMALL_TASKS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_any_number_of_workers_and_a_kill_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
+    script = tmp_path / "small_tasks.py"
+    for out, workers in (("one", 1), ("two", 2)):
+        running = start(arguments_for(large, tmp_path / out, workers), script)
+        _, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors
+    expected = files_of(tmp_path / "one")
+    assert files_of(tmp_path / "two") == expected
+    assert len([name for name in expected if name.endswith(".bin") and "/" not in name]) >= 4
+
+    work = tmp_path / ".tmp-killed"
+    running = start(arguments_for(large, tmp_path / "killed", 2), script)
+    wait_for(lambda: len(list(work.glob("tasks/task_*.json"))) >= 1)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "killed").exists()  # nothing half-written
+    done_before = len(list(work.glob("tasks/task_*.json")))
+    resumed = start([*arguments_for(large, tmp_path / "killed", 2), "--json"], script)
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert json.loads(output)["tasks_resumed"] >= done_before
+    assert files_of(tmp_path / "killed") == expected
+    assert not work.exists()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.005)
+
+
+def test_again_says_so_and_otherwise_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 10)
+    arguments = (source, "--out", tmp_path / "out", "--workers", 1)
+    assert prepare_here(*arguments) == 0
+    before = files_of(tmp_path / "out")
+    capsys.readouterr()
+    assert prepare_here(*arguments) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == before
+    assert prepare_here(*arguments, "--seq-len", 2048) == 0  # plans may be added
+    assert (tmp_path / "out" / "rows_2048").is_dir()
+    assert prepare_here(*arguments, "--chunk-tokens", 512) == 2
+    assert "other settings or inputs" in capsys.readouterr().err
+    write_jsonl(tmp_path / "a.jsonl", 11)
+    assert prepare_here(*arguments) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert prepare_here(source, "--out", tmp_path / "mine", "--workers", 1) == 2
+    assert "is not a dataset" in capsys.readouterr().err
+
+
+def test_equal_texts_fall_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": words(20, i % 50), "id": i}) + "\n" for i in range(200)))
+    assert prepare_here(path, "--out", tmp_path / "out", "--holdout", 0.3, "--workers", 1) == 0
+    sides = [{int(d) % 50 for _, d in documents_in(tmp_path / "out" / part)} for part in (".", "heldout")]
+    assert sides[0] | sides[1] == set(range(50)) and not sides[0] & sides[1]

@@ -1,0 +1,91 @@
+"""The offline tokenizer against every vector of the published one, and against transformers after saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data import tokenizer as module
+from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+
+VECTORS = {
+    "The capital of France is [MASK].": "510 5347 273 6181 310 50284 15",
+    "Hello world! This is a test.": "12092 1533 2 831 310 247 1071 15",
+    "Hello world": "12092 1533",
+    "Hello, world!": "12092 13 1533 2",
+    "The movie was full of incomprehensibilities.": "510 6440 369 2120 273 15321 8391 9594 15",
+    "unbelievable": "328 21002 17254",
+    "   ": "50275",
+    "": "",
+    "The antidisestablishmentarianistically-minded researcher hypothesized about pseudoscientific phenomena.": (
+        "510 1331 30861 15425 8922 6656 18260 14 23674 22780 24045 670 10585 5829 850 692 16958 15"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", VECTORS)
+def test_published_vectors(tokenizer: Tokenizer, text: str) -> None:
+    ids = [int(i) for i in VECTORS[text].split()]
+    assert tokenizer.encode_batch([text], add_prefix_space=False) == [ids]
+    assert tokenizer.backend.encode(text).ids == [50281, *ids, 50282]  # by the template
+
+
+def test_ids_and_size(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 50_368
+    assert tokenizer.special_ids == (50280, 50281, 50282, 50283, 50284)
+    assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id) == (50281, 50282, 50283, 50284)
+    assert tokenizer.backend.token_to_id("[unused82]") == 50_367
+
+
+def test_prefix_space_is_of_the_text_only(tokenizer: Tokenizer) -> None:
+    plain, prefixed = (tokenizer.encode_batch(["def f():\n    return 1"], add)[0] for add in (False, True))
+    assert tokenizer.decode(plain) == "def f():\n    return 1"
+    assert tokenizer.decode(prefixed) == " def f():\n    return 1"  # none after the run of spaces, a token of its own
+    assert tokenizer.encode_batch([" already", "already"]) == [tokenizer.encode_batch([" already"], False)[0]] * 2
+
+
+def test_long_text_in_pieces_gives_the_same_ids(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "It's a naïve café [MASK] of b   c\n\n    d [unused3] e 12 x-ray [SEP] 日本 語 I'm " * 200
+    whole = tokenizer.encode_batch([text, "and another"])
+    for characters in (10, 333, 4_000):
+        monkeypatch.setattr(module, "LONG_TEXT_CHARACTERS", characters)
+        assert tokenizer.encode_batch([text, "and another"]) == whole
+
+
+def test_saved_is_read_back_here_and_by_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == 50_368
+    assert sorted(theirs.all_special_ids) == list(tokenizer.special_ids)
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]
+    for text, ids in VECTORS.items():
+        assert theirs(text)["input_ids"] == [50281, *map(int, ids.split()), 50282]
+
+
+def test_roles_fall_back_to_bos_and_eos(tmp_path: Path) -> None:
+    backend = Backend(WordLevel({"<s>": 0, "</s>": 1, "word": 2, "<unk>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert (found.cls_id, found.sep_id, found.pad_id, found.mask_id) == (0, 1, 1, None)
+    assert found.special_ids == (0, 1, 3)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no tokenizer\.json in this directory"):
+        load_tokenizer(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such file or directory"):
+        load_tokenizer(tmp_path / "absent")

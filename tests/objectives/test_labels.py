@@ -1,0 +1,75 @@
+"""Masking rates by count, masks that depend on the position alone, and labels that never cross a chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.objectives.labels import IGNORE, labeller
+
+SPECIAL, MASK, VOCABULARY = (50_280, 50_281, 50_282, 50_283, 50_284), 50_284, 50_368
+
+
+def row(position: int, n: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(position)
+    lengths = np.array([n // 4, n // 2, n - n // 4 - n // 2])
+    tokens = draw.integers(10, 50_000, n).astype(np.uint16)
+    ends = np.cumsum(lengths)
+    tokens[ends - lengths], tokens[ends - 1] = 50_281, 50_282
+    return tokens, lengths
+
+
+def masked(probability: float, rows: int, seed: int = 21) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    label = labeller("mlm", probability, seed, "pretrain", VOCABULARY, SPECIAL, MASK)
+    return [(row(i)[0].astype(np.int64), *label(*row(i), i)) for i in range(rows)]
+
+
+@pytest.mark.parametrize("probability", [0.30, 0.15])
+def test_rates(probability: float) -> None:
+    """Bernoulli over non-special tokens; of the chosen 80 % mask, 10 % random, 10 % kept: within four sigmas."""
+    tokens, inputs, labels = (np.concatenate(part) for part in zip(*masked(probability, 400), strict=True))
+    chosen, ordinary = labels != IGNORE, ~np.isin(tokens, SPECIAL)
+    assert not chosen[~ordinary].any()
+    assert (labels[chosen] == tokens[chosen]).all() and (inputs[~chosen] == tokens[~chosen]).all()
+    n, k = int(ordinary.sum()), int(chosen.sum())
+    assert abs(k / n - probability) < 4 * (probability * (1 - probability) / n) ** 0.5
+    for rate, count in ((0.8, (inputs[chosen] == MASK).sum()), (0.1, (inputs[chosen] == tokens[chosen]).sum())):
+        assert abs(count / k - rate) < 4 * (rate * (1 - rate) / k) ** 0.5
+    drawn = inputs[chosen & (inputs != MASK) & (inputs != tokens)]
+    assert drawn.min() >= 0 and drawn.max() < VOCABULARY
+    assert abs(drawn.mean() / VOCABULARY - 0.5) < 4 * (1 / 12 / len(drawn)) ** 0.5
+
+
+def test_masks_depend_on_seed_and_position_alone() -> None:
+    again = zip(masked(0.3, 5), masked(0.3, 5), strict=True)
+    assert all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in again)
+    assert any((a[2] != b[2]).any() for a, b in zip(masked(0.3, 5), masked(0.3, 5, seed=22), strict=True))
+    label = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    tokens, lengths = row(0)
+    at = [label(tokens, lengths, position)[1] != IGNORE for position in (0, 1)]
+    overlap = (at[0] & at[1]).mean()
+    assert abs(overlap - 0.09) < 0.04  # neighbours in the order are independent
+
+
+def test_a_rows_mask_does_not_depend_on_what_follows_it() -> None:
+    label = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    tokens, lengths = row(3)
+    whole = label(tokens, lengths, 3)
+    first = label(tokens[: lengths[0]], lengths[:1], 3)
+    assert all((a[: lengths[0]] == b).all() for a, b in zip(whole, first, strict=True))
+
+
+def test_clm_shifts_inside_chunks() -> None:
+    label = labeller("clm", 0.0, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    tokens, lengths = row(1)
+    inputs, labels = label(tokens, lengths, 1)
+    assert (inputs == tokens).all()
+    ends = set((np.cumsum(lengths) - 1).tolist())
+    for i in range(len(tokens)):
+        assert labels[i] == (IGNORE if i in ends else tokens[i + 1])
+
+
+def test_an_encoder_needs_a_mask_token() -> None:
+    with pytest.raises(UserError, match="no mask token"):
+        labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL[:-1], None)

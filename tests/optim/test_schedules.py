@@ -1,0 +1,59 @@
+"""Schedules against the recipe's formulae, written out again, at a thousand points."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_ettin.config.resolve import recipe
+from megatron_ettin.config.schema import ScheduleConfig
+from megatron_ettin.optim.schedules import lr_fraction
+
+TOTAL = 1_000_000
+
+
+def points() -> list[int]:
+    return [TOTAL * i // 1000 for i in range(1001)]
+
+
+def test_wsd() -> None:
+    schedule = ScheduleConfig("wsd", 50_000, 200_000, 0.02)
+    for t in points():
+        if t < 50_000:
+            expected = 1e-10 + t / 50_000 * (1 - 1e-10)
+        elif t <= 800_000:
+            expected = 1.0
+        else:
+            expected = 1 - (t - 800_000) / 200_000 * 0.98
+        assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
+
+
+def test_wsd_without_decay_stays() -> None:
+    assert lr_fraction(TOTAL, ScheduleConfig("wsd", 10, 0, 0.02), TOTAL) == 1.0
+
+
+@pytest.mark.parametrize("final", [0.5, 0.04])
+def test_one_minus_sqrt(final: float) -> None:
+    schedule = ScheduleConfig("one_minus_sqrt", 0, TOTAL, final)
+    for t in points():
+        expected = final + (1 - final) * (1 - math.sqrt(t / TOTAL))
+        assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
+    assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final  # the floor
+
+
+def test_constant() -> None:
+    assert lr_fraction(0, ScheduleConfig("constant", 0, 0, 0.0), TOTAL) == 1.0
+    assert lr_fraction(5, ScheduleConfig("constant", 10, 0, 0.0), TOTAL) == pytest.approx(0.5)
+
+
+def test_the_chain_ends_where_the_recipe_does() -> None:
+    """pretrain's peak -> half of it after extend -> 0.02 of it after decay, without a jump between the phases."""
+    pretrain, extend, decay = (recipe("150m", "clm", phase) for phase in ("pretrain", "extend", "decay"))
+    last = [
+        config.optim.lr * lr_fraction(config.run.tokens, config.schedule, config.run.tokens)
+        for config in (pretrain, extend, decay)
+    ]
+    first = [config.optim.lr * lr_fraction(0, config.schedule, config.run.tokens) for config in (extend, decay)]
+    assert last == pytest.approx([8e-4, 4e-4, 1.6e-5])
+    assert first == pytest.approx(last[:2])

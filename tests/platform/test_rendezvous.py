@@ -1,0 +1,80 @@
+"""Rank and address from torchrun, from a SLURM step, or alone; and topologies as values."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.parallel import Topology
+from megatron_ettin.platform.rendezvous import find_place, first_host, job_port
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
+STEP = {
+    "SLURM_STEP_NODELIST": "gpu[03-06,9]",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+}
+
+
+def test_torchrun() -> None:
+    place = find_place(TORCHRUN)
+    assert (place.rank, place.world, place.local_rank, place.address, place.port) == (3, 8, 1, "node1", 12345)
+
+
+def test_slurm_step() -> None:
+    place = find_place(STEP)
+    assert (place.rank, place.world, place.local_rank, place.address) == (5, 16, 1, "gpu03")
+    assert place.port == job_port("4711", "0") and place.source == "slurm"
+
+
+def test_a_batch_script_is_alone() -> None:
+    """SLURM_NTASKS is set there too, but nobody else comes."""
+    place = find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_NODELIST": "n[1-2]"})
+    assert (place.rank, place.world, place.address) == (0, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[007,9],cpu1", "gpu007"), ("a-b[3-4]-ib", "a-b3-ib"), ("x,y", "x")],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_two_jobs_on_a_node_have_two_ports() -> None:
+    ports = {job_port(str(job), str(step)) for job in range(4000, 4500) for step in range(3)}
+    assert len(ports) > 1450 and all(1024 < port < 65536 for port in ports)
+
+
+def test_a_rank_outside_the_world() -> None:
+    with pytest.raises(UserError, match="rank 8 is not among 8 ranks"):
+        find_place({**TORCHRUN, "RANK": "8"})
+
+
+def test_coordinates_cover_every_place_once() -> None:
+    config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=4", "batch.micro_batch_rows=8"])
+    topology = Topology.of(config, 32)
+    assert topology.dp == 4
+    places = {tuple(topology.coords(rank).items()) for rank in range(32)}
+    assert len(places) == 32
+    assert topology.coords(1) == {"tp": 1, "cp": 0, "dp": 0, "pp": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        ("parallel.pp=1", None),
+        ("parallel.pp=2", "Et*4|t*3L"),
+        ("parallel.pp=2 parallel.vp=2", "Et*2|t*2|t*2|tL"),
+        ("parallel.pp=7", "Et|t|t|t|t|t|tL"),
+    ],
+)
+def test_pipeline_layout(words: str, layout: str | None) -> None:
+    config = parse(
+        "17m", "mlm", "pretrain", words=[*words.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"]
+    )
+    assert Topology.of(config, config.parallel.pp).pipeline_layout == layout

@@ -1,0 +1,92 @@
+"""`ettin inspect` of checkpoints and runs: what it says, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from megatron_ettin.checkpoint.directory import checkpoints_folder, new_staging, publish, step_name
+from megatron_ettin.checkpoint.writing import write_weights
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import recipe, to_yaml
+from megatron_ettin.report.inspection import describe
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with two checkpoints, one of them with optimizer state, and a torn metrics file."""
+    folder = tmp_path / "run"
+    config = recipe("17m", "clm", "pretrain")
+    for step in (10, 20):
+        staging = new_staging(folder, step)
+        tensors = [("head.norm.weight", torch.ones(8)), ("output_layer.bias", torch.zeros(4, 3))]
+        tensors += [("optimizer.state.exp_avg.output_layer.bias", torch.zeros(4, 3))] * (step == 20)
+        write_weights(staging, tensors, {"progress": {}})
+        (staging / "progress.json").write_text(json.dumps({"step": step, "tokens": step * 1000}))
+        (staging / "config.yaml").write_text(to_yaml(dataclasses.replace(config)))
+        publish(staging, checkpoints_folder(folder) / step_name(step))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    lines = [{"step": step, "tokens": step * 1000, "loss": 5 - step / 10, "lr": 1e-3} for step in range(1, 24)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 24, "lo')
+    return folder
+
+
+def test_checkpoint(run, capsys):
+    path = checkpoints_folder(run) / step_name(20)
+    found = describe(path, verify=True)
+    assert (found["kind"], found["step"], found["tokens"], found["verified"]) == ("checkpoint", 20, 20_000, True)
+    assert (found["size"], found["objective"], found["phase"]) == ("17m", "clm", "pretrain")
+    assert found["parameters"] == 20 and found["dtypes"] == ["float32"]
+    assert found["tensors"] == {"head.norm.weight": [8], "output_layer.bias": [4, 3]}
+    assert found["optimizer"] and found["optimizer_tensors"] == 1 and not found["tokenizer"]
+    assert found["bytes"] == sum(file.stat().st_size for file in path.iterdir() if file.name != "integrity.json")
+    assert not describe(checkpoints_folder(run) / step_name(10))["optimizer"]
+    assert main(["inspect", str(path), "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert "17m clm pretrain" in text and "20 (20K tokens)" in text and "all good" in text
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found | {"verified": False}
+
+
+def test_run(run, capsys):
+    found = describe(run)
+    assert (found["kind"], found["step"], found["seed"]) == ("run", 23, 21)
+    assert found["loss"] == pytest.approx(2.7)
+    assert found["checkpoints"] == [step_name(10), step_name(20)]
+    assert found["config"]["num_layers"] == 7 and found["config"]["tp"] == 1
+    assert main(["inspect", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "loss 2.7000" in text and step_name(20) in text and "--verify" in text
+
+
+def test_run_that_has_not_begun(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    assert main(["inspect", str(run)]) == 0
+    assert "none recorded yet" in capsys.readouterr().out
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "loss": null}\n{"step": 1, "eval_loss": 3}\n')
+    assert main(["inspect", str(run)]) == 0
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_damage_is_named(run, capsys):
+    path = checkpoints_folder(run) / step_name(10) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    for target in (run, path.parent):
+        assert main(["inspect", str(target)]) == 0
+        assert main(["inspect", str(target), "--verify"]) == 2
+        assert f"{path}: sha256" in capsys.readouterr().err
+    (path.parent / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert main(["inspect", str(path.parent)]) == 2
+    assert "os.system" in capsys.readouterr().err
+
+
+def test_neither(tmp_path):
+    for path, said in ((tmp_path / "no", "no such"), (tmp_path, "neither")):
+        with pytest.raises(UserError, match=said):
+            describe(path)

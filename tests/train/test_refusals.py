@@ -1,0 +1,120 @@
+"""Wrong input: one line naming the culprit and what is allowed, exit 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from tests.pool import Pool
+from tests.train.runs import command, train
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refused command."""
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("ettin "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("optim.lrr=1", "did you mean 'optim.lr'?"),
+        ("optim.lr=high", "optim.lr: 'high' is not a number"),
+        (
+            "parallel.tp=8 model.num_attention_heads=28 model.hidden_size=1792",
+            "parallel.tp: 8 does not divide 28 heads",
+        ),
+        ("data.mixture=null", "data.mixture: not set"),
+        ("data.mixture=/nowhere", "/nowhere"),
+        ("data.seq_len=32", "do not fit rows of data.seq_len = 32"),
+        ("model.vocab_size=50368", "model.vocab_size: 50368, but the dataset's tokenizer has 320"),
+        ("run.device=gpu", "run.device: gpu was asked for and none was found"),
+        ("precision.name=fp8-current", "fp8-current needs a GPU, found none; the nearest that runs is bf16"),
+        ("parallel.tp=2", "= 2 does not divide 1 rank"),
+    ],
+)
+def test_settings(words: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(command(tmp_path / "run", corpus, "mlm", words.split()), capsys)
+    assert message in line
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_unwritable_run_directory(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(command(tmp_path / "file" / "run", corpus, "mlm", ["run.steps=1"]), capsys)
+    assert f"run directory {tmp_path / 'file' / 'run'}: cannot be written" in line
+
+
+def test_truncated_dataset(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "dataset"
+    shutil.copytree(corpus, broken)
+    shard = broken / "shard_00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    line = refused(command(tmp_path / "run", broken, "mlm", ["run.steps=1"]), capsys)
+    assert "shard_00000.bin" in line
+
+
+def test_datasets_of_two_tokenizers(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "dataset"
+    shutil.copytree(corpus, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(command(tmp_path / "run", corpus, "mlm", [f"data.mixture=[{corpus}, {other}]"]), capsys)
+    assert "tokenizer" in line or "manifest.json" in line
+
+
+@pytest.mark.ranks
+def test_science_is_fixed_by_the_first_launch(
+    pool: Pool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(pool, 1, run, corpus, "mlm", ["run.steps=2"])
+    before = (run / "config.yaml").read_text()
+    line = refused(command(run, corpus, "mlm", ["run.steps=4", "optim.lr=1e-4"]), capsys)
+    assert "was started with optim.lr=0.003, now optim.lr=0.0001" in line and "--allow-change optim.lr" in line
+    assert "run.objective=mlm, now run.objective=clm" in refused(command(run, corpus, "clm", ["run.steps=4"]), capsys)
+    assert "did you mean 'optim.lr'?" in refused(
+        command(run, corpus, "mlm", ["run.steps=4"], ["--allow-change", "optim.lrr"]), capsys
+    )
+    line = refused(command(run, corpus / "heldout", "mlm", ["run.steps=4"]), capsys)
+    assert "data.mixture" in line
+    assert (run / "config.yaml").read_text() == before
+    # operations keys may change, and an allowed science key is recorded
+    words = ["run.steps=4", "optim.lr=1e-4", "optim.max_lr=1e-4", "batch.micro_batch_rows=4"]
+    allow = ["--allow-change", "optim.lr", "--allow-change", "optim.max_lr"]
+    assert pool.run(1, command(run, corpus, "mlm", words, allow))[0].status == 0
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["changes"] == ["optim.lr", "optim.max_lr"] and history[-1]["step"] == 2
+
+
+@pytest.mark.ranks
+def test_init_from(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A checkpoint of another shape, weights alone where the optimizer is asked for, and a folder that is none."""
+    train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=1"])
+    source = ["--init-from", str(tmp_path / "first")]
+    cases = [
+        (source, ["model.num_layers=3"], "has model.num_layers=4, this run 3"),
+        (["--init-from", str(tmp_path / "none")], [], "none"),
+        (
+            [*source, "--init-optimizer", "keep"],
+            ["optim.name=adamw"],
+            "was trained with stable_adamw, this run uses adamw",
+        ),
+    ]
+    for options, words, message in cases:
+        result = pool.run(1, command(tmp_path / "second", corpus, "mlm", ["run.steps=1", *words], options))[0]
+        assert result.status == 2 and message in result.output, result.output
+
+
+@pytest.mark.ranks
+def test_a_loss_that_is_no_number_stops_the_run(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    result = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=50", "optim.lr=1e30", "optim.max_lr=1e30"]))[0]
+    assert result.status == 1 and "nan" in result.output and "rows" in result.output
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,159 @@
+"""Stop and go on: bit-identical on the same layout, within 1e-5 on another, after a signal, from a damaged directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints
+from tests.pool import Pool
+from tests.train.runs import Trained, command, read, train
+
+pytestmark = pytest.mark.ranks
+BASE = "model.attention_output_dropout=0.1 optim.name={optim}"
+LAYOUTS = {
+    "1": (1, ""),
+    "tp2 pp2": (4, "parallel.tp=2 parallel.pp=2"),
+    "dp2": (2, "parallel.distributed_optimizer=false"),
+    "dp2 sharded": (2, ""),
+    "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
+    "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+}
+
+
+def halves(
+    pool: Pool, folder: Path, corpus: Path, objective: str, words: list[str], first: str, second: str
+) -> tuple[Trained, Trained]:
+    """Twenty steps in one go on `first`, and ten on `first` followed by ten on `second`."""
+    (world, layout), (other_world, other) = LAYOUTS[first], LAYOUTS[second]
+    whole = train(pool, world, folder / "whole", corpus, objective, [*words, *layout.split(), "run.steps=20"])
+    train(pool, world, folder / "halves", corpus, objective, [*words, *layout.split(), "run.steps=10"])
+    return whole, train(
+        pool, other_world, folder / "halves", corpus, objective, [*words, *other.split(), "run.steps=20"]
+    )
+
+
+@pytest.mark.parametrize("optim", ["stable_adamw", "adamw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_layout_is_bit_identical(pool: Pool, corpus: Path, tmp_path: Path, layout: str, optim: str) -> None:
+    words = BASE.format(optim=optim).split()
+    whole, resumed = halves(pool, tmp_path, corpus, "mlm", words, layout, layout)
+    for key in ("step", "tokens", "loss", "grad_norm", "lr", "rows"):
+        assert resumed.column(key) == whole.column(key), key
+    ours, theirs = resumed.weights(), whole.weights()
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tp2 pp2", "dp2 sharded"),
+        ("dp2 sharded", "tp2 pp2"),
+        ("1", "pp2 vp2"),
+        ("dp2", "tp2 sp"),
+        ("pp2 vp2", "dp2"),
+        ("tp2 sp", "1"),
+    ],
+)
+def test_another_layout_goes_on_with_the_same_curve(
+    pool: Pool, corpus: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    whole, resumed = halves(pool, tmp_path, corpus, "clm", BASE.format(optim="stable_adamw").split(), first, second)
+    assert resumed.column("rows") == whole.column("rows")
+    for key in ("loss", "grad_norm"):
+        pairs = zip(resumed.column(key), whole.column(key), strict=True)
+        assert max(abs(a - b) / abs(b) for a, b in pairs) <= 1e-5, key
+
+
+def test_bf16_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """fp32 masters are what is saved: another layout differs by bf16's rounding of activations alone."""
+    words = [*BASE.format(optim="stable_adamw").split(), "precision.name=bf16"]
+    whole, resumed = halves(pool, tmp_path / "same", corpus, "mlm", words, "dp2", "dp2")
+    assert resumed.column("loss") == whole.column("loss")
+    whole, resumed = halves(pool, tmp_path / "other", corpus, "mlm", words, "tp2 pp2", "dp2 sharded")
+    assert max(abs(a - b) / b for a, b in zip(resumed.column("loss"), whole.column("loss"), strict=True)) <= 5e-3
+
+
+def test_retention_and_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = ["run.steps=9", "checkpoint.every_steps=2", "checkpoint.keep=2"]
+    train(pool, 1, tmp_path, corpus, "mlm", words)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000008", "step_000000009"]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000009"
+
+
+def test_checkpoints_by_tokens(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    done = train(
+        pool, 1, tmp_path, corpus, "mlm", ["run.steps=10", "checkpoint.every_tokens=1000", "checkpoint.keep=0"]
+    )
+    crossed = [
+        line["step"]
+        for before, line in zip([{"tokens": 0}, *done.metrics], done.metrics)
+        if line["tokens"] // 1000 > before["tokens"] // 1000
+    ]
+    expected = sorted({*crossed, 10})
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == expected
+
+
+def test_rolled_back_steps_leave_the_record(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A run that died after its checkpoint trains those steps again: metrics.jsonl has each step once."""
+    whole = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=6"])
+    train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=4"])
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "loss": 0.0}) + "\n" + '{"step": 6, "lo')
+    resumed = train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=6"])
+    assert resumed.column("loss") == whole.column("loss")
+    assert json.loads((tmp_path / "run" / "metrics.rolled_back.jsonl").read_text())["step"] == 5
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
+    train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=5", "checkpoint.every_steps=2"])
+    newest = latest(tmp_path / "run")
+    assert newest is not None and newest.name == "step_000000005"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=6"])
+    assert resumed.column("loss") == whole.column("loss")
+
+
+def test_sigterm_saves_and_wants_requeueing(corpus: Path, tmp_path: Path) -> None:
+    """A real process: SIGTERM finishes the step, saves, exits 75; the next launch goes on from there."""
+    words = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_ettin", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while (not metrics.exists() or metrics.read_text().count("\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    steps = read(tmp_path / "run").column("step")
+    saved = latest(tmp_path / "run")
+    assert saved is not None and saved.name == f"step_{steps[-1]:09d}"
+
+
+def test_phases_chain_and_cross_starts_fresh(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The next phase keeps the optimizer and restarts step, tokens and schedule; another objective keeps weights alone."""
+    train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=5"])
+    chained = command(
+        tmp_path / "second", corpus, "mlm", ["run.steps=2", "optim.lr=1e-30", "optim.weight_decay=0"], ["--init-from", str(tmp_path / "first")]
+    )
+    chained[chained.index("pretrain")] = "extend"
+    assert [result.status for result in pool.run(2, [*chained, "parallel.tp=2"])] == [0, 0]
+    second = read(tmp_path / "second")
+    progress = json.loads((latest(tmp_path / "second") / "progress.json").read_text())
+    assert second.column("step") == [1, 2] and progress["updates"] == 7
+    ours, theirs = second.weights(), read(tmp_path / "first").weights()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-25  # nothing moved
+    crossed = command(tmp_path / "third", corpus, "clm", ["run.steps=1"], ["--init-from", str(tmp_path / "first")])
+    crossed[crossed.index("pretrain")] = "cross"
+    assert pool.run(1, crossed)[0].status == 0
+    assert json.loads((latest(tmp_path / "third") / "progress.json").read_text())["updates"] == 1
