@@ -1,6 +1,6 @@
 """Load a converted pair with transformers alone: the encoder fills a mask, the decoder goes on with a sentence.
 
-    python examples/try_models.py ENCODER_FOLDER DECODER_FOLDER
+python examples/try_models.py ENCODER_FOLDER DECODER_FOLDER
 """
 
 from __future__ import annotations

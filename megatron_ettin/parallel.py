@@ -93,6 +93,14 @@ class Layout:
             dist.all_reduce(vector)
         return vector.tolist()
 
+    def from_chief(self, value: Any) -> Any:
+        """Rank 0's value (any picklable one) on every rank."""
+        if self.topology.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def barrier(self) -> None:
         if self.topology.world > 1:
             dist.barrier()

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ LEAST_BYTES = 10_000_000
 class Figure:
     workers: int
     seconds: list[float]  # of the whole command, start-up included
+    cpu_seconds: list[float]  # of the command and its workers together: what a busy machine changes least
     tokens: int
     fill: float
 
@@ -59,25 +61,33 @@ def main() -> int:
 
 
 def measure(text: Path, out: Path, workers: int) -> Figure:
-    seconds = []
+    seconds, cpu_seconds = [], []
     command = [sys.executable, "-m", "megatron_ettin", "prepare", text, "--out", out]
     command += ["--workers", str(workers), "--seq-len", "1024", "--json"]
     for _ in range(REPEATS):
         shutil.rmtree(out, ignore_errors=True)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), children_cpu_seconds()
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(children_cpu_seconds() - cpu_began)
     told = json.loads(done.stdout)
-    return Figure(workers, seconds, told["tokens"], told["rows"][0]["fill"])
+    return Figure(workers, seconds, cpu_seconds, told["tokens"], told["rows"][0]["fill"])
+
+
+def children_cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def page(figures: list[Figure], input_bytes: int, load: float) -> str:
     rows = [
         f"| {figure.workers} | {statistics.median(figure.seconds):.1f} s | "
-        f"{', '.join(f'{s:.1f}' for s in figure.seconds)} | {figure.tokens_per_second:,.0f} |"
+        f"{', '.join(f'{s:.1f}' for s in figure.seconds)} | {figure.tokens_per_second:,.0f} | "
+        f"{statistics.median(figure.cpu_seconds):.1f} s |"
         for figure in figures
     ]
     cpus = len(os.sched_getaffinity(0))
+    busy = ["", "Other work was running: the times are not those of an idle machine."] if load > cpus / 2 else []
     return "\n".join(
         [
             "# `ettin prepare`: speed",
@@ -88,9 +98,10 @@ def page(figures: list[Figure], input_bytes: int, load: float) -> str:
             f"{figures[0].tokens:,} tokens after chunking.",
             "Each figure is the whole command, process start-up and the row plan of 1,024 included; median of three.",
             "",
-            "| workers | median | runs (s) | tokens/s |",
-            "|---|---|---|---|",
+            "| workers | median | runs (s) | tokens/s | CPU time |",
+            "|---|---|---|---|---|",
             *rows,
+            *busy,
             "",
             f"Rows of 1,024 tokens: {figures[0].fill:.2%} full.",
             "",

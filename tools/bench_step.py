@@ -71,7 +71,12 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
     """A function that runs step n of `transformers` with torch's AdamW."""
     import numpy as np
     import torch
-    from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
+    from transformers import (
+        ModernBertConfig,
+        ModernBertDecoderConfig,
+        ModernBertDecoderForCausalLM,
+        ModernBertForMaskedLM,
+    )
 
     from megatron_ettin.objectives.labels import labeller
 
@@ -127,17 +132,21 @@ def table(results: dict[str, dict], args: argparse.Namespace) -> str:
     lines = [
         "# Training step on the CPU against transformers",
         "",
-        f"`python tools/bench_step.py --threads {args.threads} --rows {args.rows} --steps {args.steps} --rounds {args.rounds}`",
+        f"`python tools/bench_step.py --threads {args.threads} --rows {args.rows} --steps {args.steps}"
+        f" --rounds {args.rounds}`",
         "",
         f"{time.strftime('%Y-%m-%d')}; {args.threads} threads of {platform.processor() or platform.machine()}, torch"
-        f" {torch.__version__}, transformers {transformers.__version__}; 17m shape, fp32, {args.rows} rows of {SEQ_LEN} tokens.",
+        f" {torch.__version__}, transformers {transformers.__version__}; 17m shape, fp32, {args.rows} rows"
+        f" of {SEQ_LEN} tokens.",
         "",
         "| side | tokens/s (median) | slowest - fastest | peak memory, MiB |",
         "|---|---|---|---|",
     ]
     for side, result in results.items():
         low, high = spread[side]
-        lines.append(f"| {side} | {speed[side]:,.0f} | {low:,.0f} - {high:,.0f} | {result['peak_bytes'] / 2**20:,.0f} |")
+        lines.append(
+            f"| {side} | {speed[side]:,.0f} | {low:,.0f} - {high:,.0f} | {result['peak_bytes'] / 2**20:,.0f} |"
+        )
     lines += ["", "| ours against | tokens/s, ours / theirs | peak memory, ours / theirs |", "|---|---|---|"]
     for mine, other in RATIOS:
         memory = results[mine]["peak_bytes"] / results[other]["peak_bytes"]
@@ -160,7 +169,16 @@ def main() -> None:
     results: dict[str, dict] = {side: {"seconds": [], "peak_bytes": 0} for side in SIDES}
     for _ in range(args.rounds):
         for side, result in results.items():
-            words = ["--side", side, "--threads", str(args.threads), "--rows", str(args.rows), "--steps", str(args.steps)]
+            words = [
+                "--side",
+                side,
+                "--threads",
+                str(args.threads),
+                "--rows",
+                str(args.rows),
+                "--steps",
+                str(args.steps),
+            ]
             done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.strip().splitlines()[-1])
             result["seconds"] += found["seconds"]

@@ -17,7 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_ettin.checkpoint.reading import load_strategy
+from megatron_ettin.checkpoint.reading import common_strategy, load_strategy
 from megatron_ettin.config.errors import UserError
 
 
@@ -32,7 +32,7 @@ def sharding_metadata(dp_group: Any) -> dict[str, Any]:
     }
 
 
-def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+def model_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded tensors of this rank's model chunks, keyed `model0`, `model1`, ... for loading back."""
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
     for tensors in state.values():
@@ -60,7 +60,7 @@ def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict
         wanted["optimizer"] = optimizer
     try:
         with _quiet():
-            return dist_checkpointing.load(wanted, str(path), load_strategy())
+            return dist_checkpointing.load(wanted, str(path), load_strategy(), common_strategy())
     except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"checkpoint {path}: does not fit this model ({cause[:300]})") from error

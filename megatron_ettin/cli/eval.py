@@ -35,11 +35,15 @@ def run(args: argparse.Namespace) -> None:
         batches = validation_batches(machine, str(args.data))
         load(machine, checkpoint, with_optimizer=False)
         result = evaluate(machine, batches, args.rows)
-        answer = {**dataclasses.asdict(result), "perplexity": result.perplexity, "checkpoint": str(checkpoint)}
+        answer = {**dataclasses.asdict(result), "checkpoint": str(checkpoint)}
+        if result.objective == "clm":
+            answer["perplexity"] = result.perplexity
         lines = [f"{checkpoint}: {result}"]
         if args.baseline:
             corpus = batches.corpus
-            train = open_corpus([MixtureEntry(str(args.baseline))], corpus.seq_len, batches.config.data.batching, 0, "baseline")
+            train = open_corpus(
+                [MixtureEntry(str(args.baseline))], corpus.seq_len, batches.config.data.batching, 0, "baseline"
+            )
             answer["unigram_loss"] = unigram_loss(train, batches, args.rows)
             lines.append(f"unigram loss of {args.baseline} on the same positions: {answer['unigram_loss']:.4f}")
     print(json.dumps(answer) if args.json else "\n".join(lines))

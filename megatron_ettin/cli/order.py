@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN_OR_CONFIG")
     parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1")
     parser.add_argument("--out", type=Path, metavar="ORDER.parquet", help="write the table instead of printing it")
-    parser.add_argument("--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them")
+    parser.add_argument(
+        "--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them"
+    )
     parser.add_argument("--fingerprint", action="store_true", help="print the fingerprint of the data order")
     parser.add_argument("--json", action="store_true", help="one JSON object a chunk")
 

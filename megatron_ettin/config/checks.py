@@ -34,9 +34,8 @@ def check_choices(config: Config) -> None:
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)
         if value not in allowed:
-            raise UserError(
-                f"{key}: {value!r} does not exist{nearest(str(value), allowed)}; it is one of {', '.join(allowed)}"
-            )
+            hint = nearest(str(value), allowed)
+            raise UserError(f"{key}: {value!r} does not exist{hint}; it is one of {', '.join(allowed)}")
 
 
 # key -> (is it allowed?, what is allowed)
@@ -88,14 +87,19 @@ def check_model(config: Config) -> None:
     model = config.model
     if model.hidden_size % model.num_attention_heads:
         raise UserError(
-            f"model.num_attention_heads: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}"
+            f"model.num_attention_heads: {model.num_attention_heads} heads do not divide hidden_size"
+            f" {model.hidden_size}"
         )
     if (model.hidden_size // model.num_attention_heads) % 2:
-        raise UserError(f"model.num_attention_heads: a head of {model.hidden_size // model.num_attention_heads} channels"
-                        f" is odd, rotary embeddings need pairs; {HEAD_DIM} is usual")  # fmt: skip
+        raise UserError(
+            f"model.num_attention_heads: a head of {model.hidden_size // model.num_attention_heads} channels is odd,"
+            f" rotary embeddings need pairs; {HEAD_DIM} is usual"
+        )
     if config.data.seq_len > model.max_position_embeddings:
-        raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_position_embeddings"
-                        f" {model.max_position_embeddings}")  # fmt: skip
+        raise UserError(
+            f"data.seq_len: {config.data.seq_len} is above model.max_position_embeddings"
+            f" {model.max_position_embeddings}"
+        )
 
 
 def check_parallel(config: Config) -> None:
@@ -123,7 +127,7 @@ def check_parallel(config: Config) -> None:
 
 
 def stage_layers(config: Config) -> list[int]:
-    """Layers of each of the pp x vp stages in model order. Raises UserError for a `pipeline_layers` that does not fit."""
+    """Layers of each of the pp x vp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.vp
     if parallel.pipeline_layers is None:
@@ -168,8 +172,10 @@ def check_schedule(config: Config) -> None:
 def check_batch(config: Config) -> None:
     batch = config.batch
     if batch.global_batch_rows % batch.micro_batch_rows:
-        raise UserError(f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of micro_batch_rows"
-                        f" {batch.micro_batch_rows}")  # fmt: skip
+        raise UserError(
+            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of micro_batch_rows"
+            f" {batch.micro_batch_rows}"
+        )
     if batch.warmup_tokens and batch.warmup_min_rows > batch.global_batch_rows:
         raise UserError(
             f"batch.warmup_min_rows: {batch.warmup_min_rows} is above global_batch_rows {batch.global_batch_rows}"
@@ -202,7 +208,7 @@ def check_layout(config: Config, world: int) -> int:
 
 
 def science_keys(config: Config) -> dict[str, object]:
-    """What must not change within a run directory, flat. Operations keys (layout, micro-batch, precision, sinks) may."""
+    """What must not change within a run directory, flat. Operations keys (layout, micro-batch, sinks) may change."""
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}

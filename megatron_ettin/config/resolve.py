@@ -106,7 +106,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
         raise UserError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if content is None:
         return {}
@@ -151,9 +152,11 @@ def check_keys(layer: dict[str, Any]) -> None:
             raise UserError(
                 f"unknown key {str(group)!r}{nearest(str(group), groups)}; groups: {', '.join(sorted(groups))}"
             )
-        if keys is not None and not isinstance(keys, dict):
+        if keys is None:
+            continue
+        if not isinstance(keys, dict):
             raise UserError(f"{group}: a mapping was expected, found {keys!r}")
-        for key, value in list((keys or {}).items()):
+        for key, value in list(keys.items()):
             name = f"{group}.{key}"
             if name not in types:
                 raise UserError(f"unknown key {name!r}{nearest(name, types)}")
@@ -197,7 +200,7 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
 
 def to_config(tree: Any) -> Config:
     """Groups of plain values as the frozen dataclasses."""
-    values = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
+    values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
     return Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
 
 

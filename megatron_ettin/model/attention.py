@@ -64,9 +64,8 @@ class TransformerEngineAttention(_RotaryAttention):
 
     def __init__(self, config: Any, layer_number: int, kernel: Any, **arguments: Any) -> None:
         super().__init__(config, layer_number)
-        if self.is_global:
-            window = None
-        else:  # TE counts keys to the left and to the right, both inclusive
+        window = None
+        if self.window is not None:  # TE counts keys to the left and to the right, both inclusive
             window = (self.window - 1, 0) if self.causal else (self.window, self.window)
         layer_config = dataclasses.replace(config, window_size=window, window_attn_skip_freq=None)
         self.kernel = kernel(config=layer_config, layer_number=layer_number, **arguments)
@@ -102,17 +101,16 @@ def attend_dense(
         return ((segments[:, :, None] == segments[:, None, :]) & near)[:, None]
 
     mask = packed.once(("dense", window, causal), make)
-    rows = [t.unflatten(0, (-1, packed.seq_len)).transpose(1, 2) for t in (q, k, v)]
-    return F.scaled_dot_product_attention(*rows, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+    q, k, v = (t.unflatten(0, (-1, packed.seq_len)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
 def attend_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, causal: bool) -> torch.Tensor:
     """One attention a chunk: nothing is computed across boundaries, no mask exists."""
-    split = [t.split(packed.chunk_lengths) for t in (q, k, v)]
-    outs = [
-        F.scaled_dot_product_attention(*[t.transpose(0, 1)[None] for t in chunk], is_causal=causal)[0].transpose(0, 1)
-        for chunk in zip(*split, strict=True)
-    ]
+    outs = []
+    for chunk in zip(*(t.split(packed.chunk_lengths) for t in (q, k, v)), strict=True):
+        query, key, value = (t.transpose(0, 1)[None] for t in chunk)
+        outs.append(F.scaled_dot_product_attention(query, key, value, is_causal=causal)[0].transpose(0, 1))
     return torch.cat(outs)
 
 

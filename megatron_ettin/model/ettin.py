@@ -125,7 +125,7 @@ class EttinModel(LanguageModule):
         """input_ids and labels [rows, seq_len].
 
         A stage without the head returns hidden states [tokens, 1, hidden]; with labels the last one returns (sum of
-        losses, losses [labelled], correct [labelled]) in flat order; without labels it returns logits [tokens, vocabulary]."""
+        losses, losses [labelled], correct [labelled]) in flat order; without labels logits [tokens, vocabulary]."""
         x = self.embedding(input_ids) if self.pre_process else None
         x = self.transformer(hidden_states=x, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def canonical_name(name: str, offset: int) -> str:
     return f"{LAYERS}{int(index) + offset}.{rest}"
 
 
-def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(canonical name, parameter) of one stage's trained parameters."""
     offset = first_layer(model.config, model.vp_stage, model.pp_rank)
     for name, parameter in model.named_parameters():
@@ -40,7 +41,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
             yield canonical_name(name, offset), parameter
 
 
-def full_shape(name: str, parameter: torch.nn.Parameter, tp: int, vocab_size: int) -> list[int]:
+def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]:
     """Shape of the whole tensor, without rows that only pad the vocabulary."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
@@ -50,7 +51,7 @@ def full_shape(name: str, parameter: torch.nn.Parameter, tp: int, vocab_size: in
     return shape
 
 
-def shard(full: torch.Tensor, parameter: torch.nn.Parameter, tp: int, rank: int) -> torch.Tensor:
+def shard(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
     """This rank's part. partition_stride 2 (the gated MLP) cuts each half, then joins; vocabularies are zero-padded."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
@@ -61,7 +62,7 @@ def shard(full: torch.Tensor, parameter: torch.nn.Parameter, tp: int, rank: int)
     return torch.cat([half.chunk(tp, dim)[rank] for half in halves], dim)
 
 
-def fill(model: torch.nn.Module, full_of: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
+def fill(model: Any, full_of: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
     """Set every parameter of a stage from whole tensors: full_of(canonical name, full shape). After construction:
     core's tying sums the two copies of the embedding while it builds."""
     with torch.no_grad():

@@ -3,7 +3,7 @@
 The fp32 logits of a whole micro-batch never exist: each chunk's logits become its loss and, at once, its gradients
 with respect to hidden states, weight and bias (three matrix products a chunk, as the plain computation has, and none
 repeated in backward). The price is that the loss must be a sum scaled by one number afterwards, which training's is.
-The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053, section 3): maxima and sums are all-reduced."""
+The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxima and sums are all-reduced."""
 
 from __future__ import annotations
 

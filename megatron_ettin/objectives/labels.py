@@ -62,6 +62,7 @@ def mask_tokens(
     chosen &= ~np.isin(tokens, rule.special_ids)
     fate, word = mix64(draw ^ np.uint64(0x5851F42D4C957F2D)), mix64(draw ^ np.uint64(0x14057B7EF767814F))
     kind = _uniform(fate)
+    assert rule.mask_id is not None  # `labeller` has seen to it
     inputs = np.where(chosen & (kind < MASKED), rule.mask_id, tokens)
     random_ids = (_uniform(word) * rule.vocab_size).astype(np.int64)
     inputs = np.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), random_ids, inputs)

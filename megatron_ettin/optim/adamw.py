@@ -1,7 +1,7 @@
 """AdamW and StableAdamW on the flat shards that core's optimizers hand out.
 
 StableAdamW (Wortsman et al. 2023, arXiv 2304.13013; the original run's src/optimizer.py), per tensor, t = 1, 2, ...:
-    b1 = beta1-debiased weight of the gradient (1 - beta1) / (1 - beta1^t);  b2 = beta2 (1 - beta2^(t-1)) / (1 - beta2^t)
+    b1 = (1 - beta1) / (1 - beta1^t);  b2 = beta2 (1 - beta2^(t-1)) / (1 - beta2^t)      (debiased in place)
     m += b1 (g - m);  v = b2 v + (1 - b2) g^2
     rms = sqrt(mean(g^2 / max(v, eps^2)));  lr' = lr / max(1, rms)
     p *= 1 - lr'/max_lr * weight_decay;  p -= lr' m / (sqrt(v) + eps)
@@ -31,6 +31,8 @@ class WholeTensor:
 class DecoupledAdamW(torch.optim.AdamW):
     """AdamW with fully decoupled weight decay. Core's DistributedOptimizer insists on an AdamW and replaces the
     param_groups in place by flat fp32 shards (views, which no optimizer could be built on afterwards)."""
+
+    device = torch.device("cpu")  # set by `build_optimizer`: a rank without shards has no parameter to ask
 
     def bind(self, tensors: Mapping[torch.Tensor, WholeTensor], length: int, group: Any) -> None:
         """Tell which tensor each shard belongs to; sums of `length` tensors are all-reduced over `group`."""
@@ -82,7 +84,7 @@ class StableAdamW(DecoupledAdamW):
         sums = torch.zeros(self.length, dtype=torch.float64, device=self.device)
         numels = torch.ones_like(sums)
         for group, p in self._with_gradients():
-            (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], p.grad
+            (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], _gradient(p)
             b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
             state["exp_avg"].lerp_(g, (1 - beta1) / (1 - beta1**t))
             squared = g * g
@@ -103,7 +105,10 @@ class StableAdamW(DecoupledAdamW):
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    device = torch.device("cpu")  # set by `build`: a rank without shards has no parameter to ask
+
+def _gradient(p: torch.Tensor) -> torch.Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 OPTIMIZERS = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW}

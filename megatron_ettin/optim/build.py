@@ -1,7 +1,7 @@
-"""Our inner optimizer inside core's: gradient copies, norms and clipping, fp32 masters, sharding and gathers are core's.
+"""Our inner optimizer inside core's: gradient copies, norms, clipping, fp32 masters, sharding and gathers are core's.
 
 This is what core's get_megatron_optimizer does for one dense group of model chunks, which knows no other inner
-optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is what training sees."""
+optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is the face."""
 
 from __future__ import annotations
 

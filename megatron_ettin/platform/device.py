@@ -69,7 +69,7 @@ def gpu_count() -> int:
 
 
 def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
-    """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError where a GPU is asked for and absent."""
+    """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError for an absent GPU."""
     if wanted != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -87,12 +87,15 @@ def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> No
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     url = f"tcp://{place.address}:{place.port}"
-    options = {"device_id": platform.device} if platform.is_gpu else {}
     try:
         dist.init_process_group(
-            platform.backend, init_method=_init_method(place, url), rank=place.rank, world_size=place.world,
-            timeout=timeout, **options,
-        )  # fmt: skip
+            platform.backend,
+            init_method=_init_method(place, url),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timeout,
+            device_id=platform.device if platform.is_gpu else None,
+        )
     except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None

@@ -15,8 +15,8 @@ from megatron_ettin.checkpoint.directory import (
     read_config,
     read_progress,
     total_bytes,
+    verify as verify_checkpoint,
 )
-from megatron_ettin.checkpoint.directory import verify as verify_checkpoint
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError

@@ -23,6 +23,7 @@ from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.objectives.labels import Labeller, corpus_labeller
 from megatron_ettin.parallel import Layout, Topology
 
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward pass on this rank; tensors [rows, buffer tokens]."""

@@ -15,8 +15,8 @@ from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.order import Corpus, open_corpus
-from megatron_ettin.train.assembly import Machine
 from megatron_ettin.objectives.labels import corpus_labeller
+from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
 from megatron_ettin.train.step import Totals, run_micro_batches
 
@@ -46,7 +46,9 @@ class Evaluated:
 def validation_batches(machine: Machine, dataset: str, seq_len: int | None = None) -> Batches:
     """Batches over `dataset` in an order of its own that no run's seed changes."""
     data = machine.config.data
-    corpus = open_corpus([MixtureEntry(dataset)], seq_len or data.seq_len, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
+    corpus = open_corpus(
+        [MixtureEntry(dataset)], seq_len or data.seq_len, data.batching, VALIDATION_SEED, VALIDATION_PHASE
+    )
     run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE)
     config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=corpus.seq_len))
     label = corpus_labeller(config, corpus, VALIDATION_MLM_PROBABILITY)
@@ -92,9 +94,11 @@ def unigram_loss(train: Corpus, batches: Batches, max_rows: int | None = None) -
     """Cross entropy, on the positions that `evaluate` predicts, of the training corpus's token frequencies with one
     added to each: what a model that ignores all context can reach."""
     counts = np.ones(train.vocab_size, dtype=np.float64)
+    together = 4096  # chunks counted at once: a count over the vocabulary for each would cost more than reading it
     for dataset in train.datasets:
-        for i in range(dataset.num_chunks):
-            counts += np.bincount(dataset.chunk(i), minlength=train.vocab_size)
+        for begin in range(0, dataset.num_chunks, together):
+            chunks = [dataset.chunk(i) for i in range(begin, min(begin + together, dataset.num_chunks))]
+            counts += np.bincount(np.concatenate(chunks), minlength=train.vocab_size)
     log_probabilities = np.log(counts / counts.sum())
     rows = batches.corpus.num_rows if max_rows is None else min(max_rows, batches.corpus.num_rows)
     total, labels = 0.0, 0

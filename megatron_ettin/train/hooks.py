@@ -103,8 +103,7 @@ class Console(Hook):
         self.bar: Any = None
         if not (run.is_chief and sys.stderr.isatty()):
             return
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"))
         self.bar = Bar(*columns, TimeRemainingColumn())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,12 @@ def save(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | 
     return final
 
 
-def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
-    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective."""
-    error = _damage(checkpoint) if machine.layout.rank == 0 else None
-    if machine.layout.sum_over_world([float(error is not None)], machine.platform.device)[0]:
-        raise error or UserError(f"checkpoint {checkpoint}: damaged; rank 0 names the file")
+def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
+    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
+
+    Rank 0 checks every sha256 first unless `verified`. Raises UserError naming the damaged file."""
+    if not verified:
+        _agree(machine, lambda: directory.verify(checkpoint))
     metadata = state.sharding_metadata(machine.layout.dp_group)
     model = state.model_state(machine.chunks, metadata)
     optimizer = None
@@ -79,19 +81,25 @@ def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Pro
     return progress
 
 
-def _damage(checkpoint: Path) -> UserError | None:
-    try:
-        directory.verify(checkpoint)
-    except UserError as error:
-        return error
-    return None
+def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
+    """What rank 0 finds, once for all ranks: hashing a checkpoint on each of them would read it as many times."""
+    answer: Any = None
+    if machine.layout.rank == 0:
+        try:
+            answer = ask()
+        except UserError as error:
+            answer = error
+    answer = machine.layout.from_chief(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def begin(machine: Machine, run_dir: Path, init_from: Path | None, keep_optimizer: bool | None) -> tuple[Progress, str]:
     """Load what the run goes on from; returns its progress and a line that says so. Collective."""
-    own = directory.latest(run_dir)
+    own = _agree(machine, lambda: directory.latest(run_dir, checksums=True))
     if own is not None:
-        progress = load(machine, own)
+        progress = load(machine, own, verified=True)
         return progress, f"resumed {own.name} ({progress.tokens:,} tokens)"
     if init_from is None:
         return Progress(), "initial weights"

@@ -62,7 +62,7 @@ class Totals:
 
 
 def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: int, training: bool) -> Totals:
-    """Forward (and backward) of `count` micro-batches. The last stage's first tensor rank counts, others return zeros."""
+    """Forward (and backward) of `count` micro-batches. The last stage's first tensor rank counts, others have zeros."""
     models = machine.wrapped if training else machine.chunks
     totals, layout = Totals(), machine.layout
     counting = layout.is_last_pipeline_rank and layout.tp_rank == 0

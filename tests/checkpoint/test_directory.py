@@ -167,8 +167,16 @@ def test_flipped_bit_in_the_latest_is_seen_where_asked(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": "1", "sha256": ""}}}',
-     '{"files": {"../a": {"bytes": 1, "sha256": ""}}}', '{"files": {"/a": {"bytes": 1, "sha256": ""}}}'],
+    [
+        "",
+        "{",
+        "[]",
+        '{"files": 1}',
+        '{"files": {"a": 1}}',
+        '{"files": {"a": {"bytes": "1", "sha256": ""}}}',
+        '{"files": {"../a": {"bytes": 1, "sha256": ""}}}',
+        '{"files": {"/a": {"bytes": 1, "sha256": ""}}}',
+    ],
 )
 def test_torn_integrity_record_is_refused(tmp_path, text):
     final = save(tmp_path, 1)

@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.chunking import ChunkRule, chunk_rule, framed, piece_bounds

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_ettin.data.hashing import counter_hash, key64, mix64
 from megatron_ettin.data.permutation import Permutation

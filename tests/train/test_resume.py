@@ -112,15 +112,21 @@ def test_rolled_back_steps_leave_the_record(pool: Pool, corpus: Path, tmp_path: 
     assert json.loads((tmp_path / "run" / "metrics.rolled_back.jsonl").read_text())["step"] == 5
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    pool: Pool, corpus: Path, tmp_path: Path, damage: str
+) -> None:
     whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
     train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=5", "checkpoint.every_steps=2"])
     newest = latest(tmp_path / "run")
     assert newest is not None and newest.name == "step_000000005"
     data = next(newest.glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:-100])
-    resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=6"])
-    assert resumed.column("loss") == whole.column("loss")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content if damage == "one bit flipped" else content[:-100])
+    resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=6", "parallel.tp=2"])
+    assert resumed.column("rows") == whole.column("rows")
+    assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
 
 
 def test_sigterm_saves_and_wants_requeueing(corpus: Path, tmp_path: Path) -> None:
@@ -144,7 +150,11 @@ def test_phases_chain_and_cross_starts_fresh(pool: Pool, corpus: Path, tmp_path:
     """The next phase keeps the optimizer and restarts step, tokens and schedule; another objective keeps weights alone."""
     train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=5"])
     chained = command(
-        tmp_path / "second", corpus, "mlm", ["run.steps=2", "optim.lr=1e-30", "optim.weight_decay=0"], ["--init-from", str(tmp_path / "first")]
+        tmp_path / "second",
+        corpus,
+        "mlm",
+        ["run.steps=2", "optim.lr=1e-30", "optim.weight_decay=0"],
+        ["--init-from", str(tmp_path / "first")],
     )
     chained[chained.index("pretrain")] = "extend"
     assert [result.status for result in pool.run(2, [*chained, "parallel.tp=2"])] == [0, 0]
