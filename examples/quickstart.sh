@@ -77,6 +77,10 @@ pair() { # one objective through its phases: two data-parallel ranks, two tensor
         batch.global_batch_rows=4 batch.micro_batch_rows=1 --init-from "$out/$objective/extend"
 }
 
+is_newer() { # PATH OBJECTIVE: whether PATH was made from the objective's last checkpoint
+    [[ -e $1 && $1 -nt $out/$2/decay/checkpoints/latest ]]
+}
+
 evaluate() {
     local objective
     for objective in mlm clm; do
@@ -84,8 +88,8 @@ evaluate() {
         is_newer "$answer" "$objective" ||
             { ettin eval "$out/$objective/decay" --data "$out/corpus-512/heldout" --baseline "$out/corpus-512" --json \
                 >"$answer.part" && mv "$answer.part" "$answer"; } || return
-        cat "$answer"
     done
+    python "$root/examples/show_losses.py" "$out/mlm/eval.json" "$out/clm/eval.json"
 }
 
 convert() {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 MASKED = "Returns a [MASK] of the given values."
 PROMPT = "Returns the number of"
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("encoder", type=Path)
     parser.add_argument("decoder", type=Path)
     options = parser.parse_args()
+    disable_progress_bar()
     print(f"encoder: {MASKED}")
     for token, probability in fill_mask(options.encoder, MASKED):
         print(f"  {probability:6.1%} {token!r}")

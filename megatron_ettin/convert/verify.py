@@ -106,7 +106,9 @@ def transformers_logits(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """transformers' float32 logits of each list, run alone and run in one batch padded on the right."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading a few tensors
     loader = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
     # eager: plain matrix products, the same in every version
     model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
