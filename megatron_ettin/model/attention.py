@@ -7,7 +7,7 @@ Every layer gives exactly the masked softmax of RECIPE section 2; three ways of 
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ class TransformerEngineAttention(_RotaryAttention):
         window = None
         if self.window is not None:  # TE counts keys to the left and to the right, both inclusive
             window = (self.window - 1, 0) if self.causal else (self.window, self.window)
-        layer_config = dataclasses.replace(config, window_size=window, window_attn_skip_freq=None)
+        layer_config = copy.copy(config)  # core's class reads the window from its configuration
+        layer_config.window_size, layer_config.window_attn_skip_freq = window, None
         self.kernel = kernel(config=layer_config, layer_number=layer_number, **arguments)
 
     def forward(

@@ -5,7 +5,7 @@ vocabulary bias. Encoder and decoder differ by the attention mask of the configu
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ class EttinModel(LanguageModule):
         """Holds the vocabulary bias and, on a last stage that has no embedding, the copy of the tied weight."""
         config = self.config
         if config.sequence_parallel:  # its input is gathered already
-            config = dataclasses.replace(config, sequence_parallel=False)
+            config = copy.copy(config)  # dataclasses.replace would run core's checks on derived values again
+            config.sequence_parallel = False
         return ColumnParallelLinear(
             config.hidden_size,
             vocabulary,

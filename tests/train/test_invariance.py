@@ -16,6 +16,7 @@ LAYOUTS = {
     "dp2": (2, "parallel.distributed_optimizer=false"),
     "tp2 pp2 dp2": (8, "parallel.tp=2 parallel.pp=2 batch.micro_batch_rows=1"),
     "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+    "tp2 pp2 sp": (4, "parallel.tp=2 parallel.pp=2 parallel.sequence_parallel=true"),
     "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
     "dp2 distributed optimizer": (2, "parallel.distributed_optimizer=true"),
     "micro-batch 1": (1, "batch.micro_batch_rows=1"),

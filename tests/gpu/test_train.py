@@ -1,0 +1,65 @@
+"""On a CUDA device: the same runs as on the CPU, by Transformer Engine's layers where it imports. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import Trained, command, read
+
+
+def have_gpu() -> bool:
+    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not have_gpu(), reason="needs a CUDA device")]
+# head size 64 and widths that every kernel and FP8 recipe takes; rows longer than the window
+SHAPE = ["model.hidden_size=256", "model.ffn_hidden_size=384", "model.num_attention_heads=4", "model.encoder_window=64", "model.decoder_window_keys=64", "data.seq_len=256", "precision.name=bf16"]
+
+
+def run(directory: Path, corpus: Path, objective: str, device: str, words: list[str]) -> Trained:
+    line = [*command(directory, corpus, objective, [*SHAPE, *words]), f"run.device={device}"]
+    done = subprocess.run([sys.executable, "-m", "megatron_ettin", *line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read(directory)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_curves_equal_the_cpus(corpus: Path, tmp_path: Path, objective: str) -> None:
+    """Twenty steps of bf16 at a rate that learns: within 2 % of the CPU's local layers at every step."""
+    here, there = (run(tmp_path / device, corpus, objective, device, ["run.steps=20"]) for device in ("gpu", "cpu"))
+    assert here.column("rows") == there.column("rows")
+    assert here.column("loss") == pytest.approx(there.column("loss"), rel=0.02)
+    assert here.column("loss")[0] - here.column("loss")[-1] >= 1
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu")])
+def test_checkpoints_travel(corpus: Path, tmp_path: Path, first: str, second: str) -> None:
+    """Ten steps on one device, ten on the other: the names are the same, no bias of a norm is among them."""
+    whole = run(tmp_path / "whole", corpus, "mlm", first, ["run.steps=20"])
+    run(tmp_path / "both", corpus, "mlm", first, ["run.steps=10"])
+    both = run(tmp_path / "both", corpus, "mlm", second, ["run.steps=20"])
+    assert both.column("loss") == pytest.approx(whole.column("loss"), rel=0.02)
+    assert not any("layer_norm_bias" in name or "_extra_state" in name for name in both.weights())
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
+def test_fp8_follows_bf16(corpus: Path, tmp_path: Path, precision: str) -> None:
+    line = command(tmp_path / "fp8", corpus, "mlm", [*SHAPE, "run.steps=20", f"precision.name={precision}"])
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ettin", *line, "run.device=gpu"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain = run(tmp_path / "bf16", corpus, "mlm", "gpu", ["run.steps=20"])
+    assert read(tmp_path / "fp8").column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
+
+
+def test_deterministic_runs_repeat(corpus: Path, tmp_path: Path) -> None:
+    words = ["run.steps=10", "run.deterministic=true"]
+    twice = [run(tmp_path / name, corpus, "clm", "gpu", words) for name in ("first", "second")]
+    assert json.dumps(twice[0].column("loss")) == json.dumps(twice[1].column("loss"))

@@ -1,0 +1,123 @@
+"""`ettin order` names what a run trained on, and anyone can repeat a step from it in plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ettin.checkpoint.directory import latest
+from megatron_ettin.cli.main import main
+from megatron_ettin.data.dataset import open_dataset
+from tests.pool import Pool
+from tests.train.runs import Trained, train
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module", params=["mlm", "clm"])
+def still(
+    request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    """Three steps that train nothing and drop nothing: their losses are those of the checkpoint's weights."""
+    words = ["run.steps=3", "optim.lr=1e-30", "optim.weight_decay=0", "model.attention_output_dropout=0"]
+    # the exported class knows the published windows only; these rows are shorter than both
+    words += ["model.encoder_window=64", "model.decoder_window_keys=64"]
+    return train(pool, 2, tmp_path_factory.mktemp("still"), corpus, request.param, [*words, "parallel.tp=2"])
+
+
+def test_a_step_repeated_in_plain_pytorch(still: Trained, tmp_path: Path) -> None:
+    """Losses of metrics.jsonl from `transformers`' model of the exported weights and `order --batches` alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    assert main(["convert", "to-hf", str(still.directory), str(tmp_path / "hf")]) == 0
+    assert main(["order", str(still.directory), "--steps", "1:4", "--batches", str(tmp_path / "seen.npz")]) == 0
+    seen = np.load(tmp_path / "seen.npz")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    loader = AutoModelForMaskedLM if config["model_type"] == "modernbert" else AutoModelForCausalLM
+    model = loader.from_pretrained(tmp_path / "hf").eval()
+    sums, counts = np.zeros(4), np.zeros(4)
+    with torch.no_grad():
+        for row, start, end in seen["spans"].tolist():
+            logits = model(input_ids=torch.from_numpy(seen["input_ids"][row : row + 1, start:end])).logits[0]
+            labels = torch.from_numpy(seen["labels"][row, start:end])
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+            sums[seen["step"][row]] += loss.item()
+            counts[seen["step"][row]] += int((labels != -100).sum())
+    assert counts[1:].tolist() == still.column("labels")
+    assert (sums[1:] / counts[1:]) == pytest.approx(still.column("loss"), rel=1e-5)
+
+
+def test_the_table_names_documents_and_spans(still: Trained, corpus: Path, tmp_path: Path) -> None:
+    """Every chunk of every step: its tokens are the document's at that span, its place in the row is right."""
+    import pyarrow.parquet as parquet
+
+    assert main(["order", str(still.directory), "--steps", "1:4", "--out", str(tmp_path / "order.parquet")]) == 0
+    records = parquet.read_table(tmp_path / "order.parquet").to_pylist()
+    rows = {(line["step"], line["rows"][0]) for line in still.metrics}
+    assert {(record["step"], record["position"] - record["slot"]) for record in records} == rows
+    tokens = {step: 0 for step in (1, 2, 3)}
+    dataset = open_dataset(corpus)
+    for record in records:
+        chunk = dataset.chunk(record["chunk"])
+        assert record["end_token"] - record["start_token"] == len(chunk) - 2
+        assert dataset.document_of(record["chunk"])[:3] == (record["source"], record["document"], record["start_token"])
+        tokens[record["step"]] += len(chunk)
+    assert np.cumsum(list(tokens.values())).tolist() == still.column("tokens")
+
+
+def test_the_order_does_not_need_the_run(still: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """From config.yaml alone, for a step that is far past the end, and the same fingerprint as the run recorded."""
+    config = str(still.directory / "config.yaml")
+    assert main(["order", config, "--fingerprint"]) == 0
+    assert capsys.readouterr().out.strip() == json.loads((still.directory / "order.json").read_text())["fingerprint"]
+    assert main(["order", config, "--steps", "1000000", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["step"] for line in lines} == {1_000_000} and {line["slot"] for line in lines} == set(range(8))
+
+
+def test_encoder_and_decoder_read_the_same_rows(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    runs = [train(pool, 1, tmp_path / objective, corpus, objective, ["run.steps=2"]) for objective in ("mlm", "clm")]
+    orders = [json.loads((run.directory / "order.json").read_text()) for run in runs]
+    assert orders[0] == orders[1]
+    assert runs[0].column("tokens") == runs[1].column("tokens")
+    words = [str(run.directory) for run in runs]
+    assert main(["compare", *words, "--out", str(tmp_path / "pair.html"), "--require-paired"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "5:2"], "'5:2' is empty"),
+        (["--steps", "0:2"], "begins before 1"),
+        (["--steps", "a:b"], "is not A:B"),
+        ([], "--steps A:B or --fingerprint"),
+        (["--steps", "1:2", "--out", "/nowhere/order.parquet"], "/nowhere does not exist"),
+    ],
+)
+def test_refusals(still: Trained, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["order", str(still.directory), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["order", str(tmp_path), "--fingerprint"]) == 2
+    assert "no config.yaml" in capsys.readouterr().err
+
+
+def test_eval_agrees_with_validation_during_training(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The loss that training logged at its last step is what `ettin eval` finds in the checkpoint, on another layout."""
+    held_out = str(corpus / "heldout")
+    words = [f"data.validation={held_out}", "metrics.eval_every_steps=4", "metrics.eval_rows=10", "run.steps=4"]
+    run = train(pool, 2, tmp_path, corpus, "mlm", [*words, "parallel.pp=2"])
+    result = pool.run(
+        1, ["eval", str(tmp_path), "--data", held_out, "--rows", "10", "--baseline", str(corpus), "--json"]
+    )[0]
+    assert result.status == 0, result.output
+    found = json.loads(result.output.strip().splitlines()[-1])
+    assert found["loss"] == pytest.approx(run.metrics[-1]["validation_loss"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(run.metrics[-1]["validation_accuracy"])
+    assert 3 < found["unigram_loss"] < np.log(320) and latest(tmp_path) is not None
