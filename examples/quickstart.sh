@@ -107,6 +107,7 @@ compare() {
         --out "$out/pair.html" --require-paired
 }
 
+stage "machine" python "$root/examples/check_machine.py" "$out"
 stage "text" collect "$@"
 stage "tokenizer" tokenizer
 stage "prepare, chunks of 128 tokens" prepare 128

@@ -36,6 +36,11 @@ def sentences(seed: int, count: int) -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer of 320 entries, as a directory."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), range(20))
+
+
+def make_tokenizer(folder: Path, seeds: range) -> Path:
+    """Train it on the sentences of these seeds; others give other merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -47,10 +52,10 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([sentences(seed, 40) for seed in range(20)], trainer)
+    tokenizer.train_from_iterator([sentences(seed, 40) for seed in seeds], trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("unk_token", "cls_token", "sep_token", "pad_token", "mask_token"), SPECIALS, strict=True))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
@@ -60,13 +65,17 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """A dataset of chunks of up to 48 tokens, prepared by `ettin prepare`."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), tiny_tokenizer)
+
+
+def make_corpus(folder: Path, tokenizer: Path) -> Path:
+    """400 documents, a tenth held out, as folder/dataset."""
     from megatron_ettin.cli.main import main
 
-    folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
     lines = [json.dumps({"text": sentences(seed, draw.randint(1, 12)), "id": f"doc{seed}"}) for seed in range(400)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     out = folder / "dataset"
-    words = ["--out", str(out), "--tokenizer", str(tiny_tokenizer), "--chunk-tokens", "48", "--workers", "1"]
+    words = ["--out", str(out), "--tokenizer", str(tokenizer), "--chunk-tokens", "48", "--workers", "1"]
     assert main(["prepare", str(folder / "text.jsonl"), *words, "--holdout", "0.1"]) == 0
     return out

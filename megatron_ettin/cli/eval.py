@@ -28,11 +28,12 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.data.order import open_corpus
     from megatron_ettin.train.evaluate import evaluate, unigram_loss, validation_batches
     from megatron_ettin.train.inference import alone
-    from megatron_ettin.train.resume import load
+    from megatron_ettin.train.resume import check_tokenizer, load
 
     checkpoint = resolve(args.checkpoint)
     with alone(checkpoint) as machine:
         batches = validation_batches(machine, str(args.data))
+        check_tokenizer(checkpoint, batches.corpus)
         load(machine, checkpoint, with_optimizer=False)
         result = evaluate(machine, batches, args.rows)
         answer = {**dataclasses.asdict(result), "checkpoint": str(checkpoint)}

@@ -88,7 +88,7 @@ def run_training(config: Config, launch: Launch) -> bool:
     join(place, platform)
     try:
         machine = assemble(config, platform, place.world)
-        progress, origin = resume.begin(machine, launch.run_dir, launch.init_from, launch.keep_optimizer)
+        progress, origin = resume.begin(machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus)
         batches = Batches.of(config, corpus, machine.layout, platform.device)
         run = Run(machine, batches, launch.run_dir, progress)
         if run.is_chief:
@@ -106,7 +106,12 @@ def build_hooks(run: Run) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
     hooks: list[Hook] = [Metrics(), Console()]
     if run.config.data.validation is not None:
-        hooks.insert(0, Evaluation(validation_batches(run.machine, run.config.data.validation)))
+        held_out = validation_batches(run.machine, run.config.data.validation)
+        if held_out.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
+            raise UserError(
+                f"data.validation: {run.config.data.validation} was made with another tokenizer than the data"
+            )
+        hooks.insert(0, Evaluation(held_out))
     return [*hooks, Checkpoints(hooks)]
 
 

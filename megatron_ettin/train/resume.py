@@ -18,6 +18,8 @@ from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
+from megatron_ettin.data.order import Corpus
+from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
 
 
@@ -95,7 +97,9 @@ def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
     return answer
 
 
-def begin(machine: Machine, run_dir: Path, init_from: Path | None, keep_optimizer: bool | None) -> tuple[Progress, str]:
+def begin(
+    machine: Machine, run_dir: Path, init_from: Path | None, keep_optimizer: bool | None, corpus: Corpus
+) -> tuple[Progress, str]:
     """Load what the run goes on from; returns its progress and a line that says so. Collective."""
     own = _agree(machine, lambda: directory.latest(run_dir, checksums=True))
     if own is not None:
@@ -104,6 +108,7 @@ def begin(machine: Machine, run_dir: Path, init_from: Path | None, keep_optimize
     if init_from is None:
         return Progress(), "initial weights"
     source = directory.resolve(init_from)
+    check_tokenizer(source, corpus)
     config = source_config(source, machine.config)
     keep = keeps_optimizer(source, config, machine.config, keep_optimizer)
     progress = load(machine, source, with_optimizer=keep)
@@ -122,6 +127,19 @@ def source_config(source: Path, config: Config) -> dict[str, Any]:
                 f"--init-from {source}: has model.{key}={theirs}, this run {ours}; the shapes must be equal"
             )
     return groups
+
+
+def check_tokenizer(checkpoint: Path, corpus: Corpus) -> None:
+    """Raise UserError where the checkpoint's tokenizer is not the one its new data was made with."""
+    folder = checkpoint / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        return  # weights from elsewhere may come without one; the vocabulary's size is checked anyway
+    theirs = load_tokenizer(folder).fingerprint
+    if theirs != corpus.tokenizer_fingerprint:
+        raise UserError(
+            f"{checkpoint}: was trained with tokenizer {theirs[:12]}, dataset {corpus.datasets[0].path} was made with"
+            f" {corpus.tokenizer_fingerprint[:12]}; prepare the data with --tokenizer {folder}"
+        )
 
 
 def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted: bool | None) -> bool:

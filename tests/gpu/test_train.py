@@ -19,7 +19,15 @@ def have_gpu() -> bool:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not have_gpu(), reason="needs a CUDA device")]
 # head size 64 and widths that every kernel and FP8 recipe takes; rows longer than the window
-SHAPE = ["model.hidden_size=256", "model.ffn_hidden_size=384", "model.num_attention_heads=4", "model.encoder_window=64", "model.decoder_window_keys=64", "data.seq_len=256", "precision.name=bf16"]
+SHAPE = [
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=384",
+    "model.num_attention_heads=4",
+    "model.encoder_window=64",
+    "model.decoder_window_keys=64",
+    "data.seq_len=256",
+    "precision.name=bf16",
+]
 
 
 def run(directory: Path, corpus: Path, objective: str, device: str, words: list[str]) -> Trained:

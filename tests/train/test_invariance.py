@@ -27,7 +27,7 @@ OPTIONS = {
     "mlm stable_adamw dropout": ("mlm", "optim.name=stable_adamw model.attention_output_dropout=0.1"),
     "mlm adamw": ("mlm", "optim.name=adamw model.attention_output_dropout=0"),
     "clm stable_adamw": ("clm", "optim.name=stable_adamw model.attention_output_dropout=0"),
-    "clm adamw dropout": ("clm", "optim.name=adamw model.attention_output_dropout=0.1"),
+    "clm adamw dropout": ("clm", "optim.name=adamw model.attention_output_dropout=0.1 optim.clip_grad=0.5"),
 }
 STEPS = ["run.steps=20"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import main
+from tests.conftest import make_corpus, make_tokenizer
 from tests.pool import Pool
 from tests.train.runs import command, train
 
@@ -111,6 +112,23 @@ def test_init_from(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     for options, words, message in cases:
         result = pool.run(1, command(tmp_path / "second", corpus, "mlm", ["run.steps=1", *words], options))[0]
         assert result.status == 2 and message in result.output, result.output
+
+
+@pytest.mark.ranks
+def test_data_of_another_tokenizer_of_the_same_size(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Nothing in the shapes differs; going on, evaluating and validating are refused all the same."""
+    other = make_corpus(tmp_path, make_tokenizer(tmp_path / "tokenizer", range(50, 52)))
+    train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=1"])
+    source = ["--init-from", str(tmp_path / "run")]
+    commands = [
+        command(tmp_path / "next", other, "mlm", ["run.steps=1"], source),
+        command(tmp_path / "new", corpus, "mlm", ["run.steps=1", f"data.validation={other}"]),
+        ["eval", str(tmp_path / "run"), "--data", str(other)],
+    ]
+    for words in commands:
+        result = pool.run(1, words)[0]
+        assert result.status == 2 and "tokenizer" in result.output, result.output
+    assert "data.mixture" in pool.run(1, command(tmp_path / "run", other, "mlm", ["run.steps=2"]))[0].output
 
 
 @pytest.mark.ranks
