@@ -19,63 +19,63 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-        first: int, valid: int, group: Any,
+        first: int, valid: int, group: Any, wants: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        wants = any(ctx.needs_input_grad[:3])
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
+        correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
         grads = (
             torch.empty_like(hidden),
             torch.zeros_like(weight, dtype=torch.float32),
             torch.zeros_like(bias, dtype=torch.float32),
         )
         rows = max(64, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
-        # one buffer for every chunk: on the CPU the page faults of fresh ones cost as much as the matrix products
-        buffer = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
+        # the same memory for every chunk: on the CPU the page faults of fresh tensors cost as much as the products
+        logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
+        log_softmax = torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(labels), rows):
-            part = slice(start, start + rows)
-            softmax, here = _chunk_loss(
-                hidden[part], weight, bias, labels[part], first, valid, group, losses[part], correct[part], buffer
-            )
+            part = slice(start, min(start + rows, len(labels)))
+            n = part.stop - start
+            torch.mm(hidden[part], weight.t(), out=logits[:n]).add_(bias)
+            found = _log_softmax(logits[:n], valid, group, out=log_softmax[:n])
+            column = (labels[part] - first).clamp(0, weight.shape[0] - 1)[:, None]
+            here = (labels[part] >= first) & (labels[part] < first + weight.shape[0])
+            target = torch.where(here, found.gather(1, column).squeeze(1), 0.0)
+            losses[part] = -_reduced(target, dist.ReduceOp.SUM, group)
             if wants:
-                _accumulate(softmax, here, labels[part] - first, hidden[part], weight, grads, part)
+                _accumulate(found.exp_(), here, column, hidden[part], weight, grads, part)
+            else:  # another pass over the logits, for evaluation only
+                correct[part] = -losses[part] >= _reduced(found.amax(dim=1), dist.ReduceOp.MAX, group)
         if wants:
-            if group is not None:
-                dist.all_reduce(grads[0], group=group)
+            _reduced(grads[0], dist.ReduceOp.SUM, group)
             ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
         ctx.mark_non_differentiable(losses, correct)
         return losses.sum(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
-        return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), None, None, None, None)
+        return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 5)
 
 
-def _chunk_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-    first: int, valid: int, group: Any, losses: torch.Tensor, correct: torch.Tensor, buffer: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Fill `losses` [n] and `correct` [n]; return softmax [n, V/tp] and which labels fall into this shard [n]."""
-    logits = torch.mm(hidden, weight.t(), out=buffer[: len(labels)]).float()
-    logits += bias
-    if valid < logits.shape[1]:
-        logits[:, valid:] = float("-inf")  # columns that only pad the vocabulary
-    top = logits.amax(dim=1)
+def _reduced(values: torch.Tensor, operation: Any, group: Any) -> torch.Tensor:
+    """`values` reduced in place over the vocabulary's shards."""
     if group is not None:
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    logits -= top[:, None]
-    here = (labels >= first) & (labels < first + logits.shape[1])
-    target = logits.gather(1, (labels - first).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-    target = torch.where(here, target, 0.0)
-    softmax = logits.exp_()
-    total = softmax.sum(dim=1)
-    if group is not None:
-        both = torch.stack([target, total])
-        dist.all_reduce(both, group=group)
-        target, total = both[0], both[1]
-    torch.sub(total.log(), target, out=losses)
-    torch.eq(target, 0.0, out=correct)  # the label's logit is the largest, which was subtracted
-    return softmax.div_(total[:, None]), here
+        dist.all_reduce(values, op=operation, group=group)
+    return values
+
+
+def _log_softmax(logits: torch.Tensor, valid: int, group: Any, out: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of this shard's columns [n, V/tp] over the whole vocabulary, fp32, in `out`."""
+    logits[:, valid:] = float("-inf")  # columns that only pad the vocabulary
+    torch.log_softmax(logits.float(), dim=1, out=out)
+    if group is None:
+        return out
+    if valid == 0:
+        out.fill_(float("-inf"))
+    # what the shard normalised by, found back from its first column
+    ours = logits[:, 0].float() - out[:, 0] if valid else out[:, 0].clone()
+    top = _reduced(ours.clone(), dist.ReduceOp.MAX, group)
+    whole = top + _reduced((ours - top).exp(), dist.ReduceOp.SUM, group).log()
+    return out.add_((ours - whole)[:, None]) if valid else out
 
 
 def _accumulate(
@@ -83,7 +83,7 @@ def _accumulate(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], part: slice,
 ) -> None:  # fmt: skip
     """softmax - one_hot is the gradient of the logits; pass it on to hidden, weight and bias."""
-    softmax.scatter_add_(1, column.clamp(0, softmax.shape[1] - 1)[:, None], -here.to(softmax.dtype)[:, None])
+    softmax.scatter_add_(1, column, -here.to(softmax.dtype)[:, None])
     grads[2].addmv_(softmax.t(), softmax.new_ones(len(softmax)))
     logit_grad = softmax.to(weight.dtype)
     torch.mm(logit_grad, weight, out=grads[0][part])
@@ -97,11 +97,11 @@ def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
     first: int = 0, valid: int | None = None, group: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Sum (differentiable) and values (not) of the cross entropy of `hidden @ weight.T + bias` at `labels`, and
-    whether each label was the likeliest.
+    """Sum (differentiable) and values (not) of the cross entropy of `hidden @ weight.T + bias` at `labels`, and, where
+    no gradient is asked for, whether each label was the likeliest (else False).
 
     hidden [n, H]; weight [V/tp, H] and bias [V/tp] are this rank's rows, beginning at row `first` of the vocabulary,
     of which `valid` are real; labels [n] are whole-vocabulary ids; `group` is the tensor-parallel group or None.
     Returns fp32 (), fp32 [n], bool [n]. n may be 0. The gradient scales both: call backward once."""
     valid = weight.shape[0] if valid is None else valid
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled())
