@@ -180,6 +180,11 @@ def check_batch(config: Config) -> None:
         raise UserError(
             f"batch.warmup_min_rows: {batch.warmup_min_rows} is above global_batch_rows {batch.global_batch_rows}"
         )
+    if batch.loss_normalization == "microbatch" and batch.warmup_tokens:
+        raise UserError(
+            "batch.loss_normalization: microbatch counts micro-batches, and a batch warm-up has empty ones; it needs"
+            f" batch.warmup_tokens=0, found {batch.warmup_tokens}"
+        )
     if config.run.objective == "mlm" and config.data.mlm_probability == 0:
         raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")
 

@@ -57,6 +57,10 @@ class TrainingOptimizer:
         """Take over what `sharded_state` asked for, read from a checkpoint. Collective."""
         if self.distributed:
             self.core.load_parameter_state_from_fully_reshardable(state)
+            # the masters came into this rank's shards alone; weights of a checkpoint in another precision are rounded
+            self.core._copy_main_params_to_model_params()
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         else:
             for index, (_, main) in enumerate(main_parameters(self.core)):
                 main.data.copy_(state[index]["param"])

@@ -57,6 +57,7 @@ def install() -> None:
     _answer_device_calls()
     _answer_tensor_types()
     CudaMeansCpu().__enter__()
+    _use_local_kernels()
     core_random._get_cuda_rng_state = _get_rng_state
     core_random._set_cuda_rng_state = _set_rng_state
 
@@ -88,6 +89,17 @@ def _answer_device_calls() -> None:
 def _answer_tensor_types() -> None:
     for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "LongTensor", "IntTensor", "DoubleTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
+
+
+def _use_local_kernels() -> None:
+    """Gradient norms and copies by core's plain torch code, also where Transformer Engine imports without a GPU."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _keep_freed_memory() -> None:

@@ -10,12 +10,14 @@ import resource
 from dataclasses import dataclass
 
 import torch
+from packaging.version import Version
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.precisions import PRECISIONS
 
 # dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
 PEAK_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
+OLDEST_TRANSFORMER_ENGINE = "2.12.0"  # the first whose fused attention takes keys on both sides of a window
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,16 @@ class Platform:
 
     def check_precision(self, name: str) -> None:
         """Refuse a precision that this hardware or installation cannot run. Raises UserError."""
-        if PRECISIONS[name].fp8_recipe and not (self.is_gpu and have_transformer_engine()):
-            reason = (
-                "needs Transformer Engine, which does not import here" if self.is_gpu else "needs a GPU, found none"
-            )
+        recipe, reason = PRECISIONS[name].fp8_recipe, None
+        if recipe is None:
+            return
+        if not self.is_gpu:
+            reason = "needs a GPU, found none"
+        elif not have_transformer_engine():
+            reason = f"needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer, which does not import here"
+        else:
+            reason = _unsupported_recipe(recipe)
+        if reason:
             raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
 
     def make_deterministic(self) -> None:
@@ -61,6 +69,7 @@ class Platform:
         if self.is_gpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+            os.environ.setdefault("NCCL_ALGO", "^NVLS")  # read when communicators are made: before the rendezvous
             torch.use_deterministic_algorithms(True)
 
 
@@ -70,12 +79,14 @@ def gpu_count() -> int:
 
 def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
     """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError for an absent GPU."""
-    if wanted != "cpu" and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs;"
-                " start at most one rank for each"
-            )
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: core uses CUDA wherever it is available
+    elif torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count == 1 and "SLURM_LOCALID" in os.environ:
+            local_rank = 0  # SLURM binds a GPU to each task, which then sees no other
+        if local_rank >= count:
+            raise UserError(f"local rank {local_rank}: this machine has {count} GPUs; start at most one rank for each")
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if wanted == "gpu":
@@ -87,9 +98,23 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine imports. Not only ImportError: its empty meta package raises RuntimeError."""
+    """Whether Transformer Engine imports and is new enough for a window on both sides. Not only ImportError: its empty
+    meta package raises RuntimeError."""
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine
+        import transformer_engine.pytorch
     except Exception:
         return False
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and Version(transformer_engine.__version__) >= Version(OLDEST_TRANSFORMER_ENGINE)
+
+
+def _unsupported_recipe(recipe: str) -> str | None:
+    """Transformer Engine's own reason why this GPU cannot run an FP8 recipe, None where it can."""
+    from transformer_engine.pytorch import quantization
+
+    ask = {
+        "mxfp8": quantization.is_mxfp8_available,
+        "blockwise": quantization.is_fp8_block_scaling_available,
+    }.get(recipe, quantization.is_fp8_available)
+    available, reason = ask(return_reason=True)
+    return None if available else f"does not run here ({reason})"

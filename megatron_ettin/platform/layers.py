@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.platform.device import Platform, have_transformer_engine
 
 
@@ -23,13 +24,14 @@ class LayerBackend:
     core_attention: Any = None
 
 
-def layer_backend(platform: Platform) -> LayerBackend:
-    """Transformer Engine's layers where they run, else core's."""
+def layer_backend(platform: Platform, precision: str) -> LayerBackend:
+    """Transformer Engine's layers where they run, else core's. In fp32 core's: TE's products would be TF32, and its
+    fp32 attention holds every score."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # core warns of every optional package it does not find
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    if not (platform.is_gpu and have_transformer_engine()):
+    if PRECISIONS[precision].compute == "fp32" or not (platform.is_gpu and have_transformer_engine()):
         return LayerBackend("local", ColumnParallelLinear, RowParallelLinear)
     from megatron.core.extensions import transformer_engine as te
 

@@ -42,8 +42,6 @@ class Machine:
 def assemble(config: Config, platform: Platform, world: int, training: bool = True) -> Machine:
     """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision)."""
     platform.check_precision(config.precision.name)
-    if config.run.deterministic:
-        platform.make_deterministic()
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
     chunks = build_chunks(config, platform, layout)
@@ -59,7 +57,9 @@ def assemble(config: Config, platform: Platform, world: int, training: bool = Tr
 
 def build_chunks(config: Config, platform: Platform, layout: Layout) -> list[EttinModel]:
     """This rank's model chunks (one, or vp of them), weights drawn by name."""
-    core = transformer_config(config, layer_backend(platform), layout.topology.pipeline_layout, platform.is_gpu)
+    core = transformer_config(
+        config, layer_backend(platform, config.precision.name), layout.topology.pipeline_layout, platform.is_gpu
+    )
     core.finalize_model_grads_func = finalize_model_grads
     groups = ProcessGroupCollection.use_mpu_process_groups()
     weights = init.hashed(config.run.seed, config.model.num_layers, config.model.init_std)
@@ -74,10 +74,13 @@ def build_chunks(config: Config, platform: Platform, layout: Layout) -> list[Ett
 def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParallel]:
     """Core's gradient buffers and reductions around each chunk."""
     overlap, sharded = config.parallel.overlap, config.parallel.distributed_optimizer
+    # core waits for gathered weights before a module's own forward; the output layer's are read by the loss instead,
+    # and with pipeline stages they lie in buckets of their own, which nothing would wait for
+    pipelined = config.parallel.pp > 1
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and sharded,
+        overlap_param_gather=overlap and sharded and not pipelined,
         use_distributed_optimizer=sharded,
     )
     core = chunks[0].config
@@ -86,7 +89,7 @@ def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParall
     ]
     if overlap:
         core.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
-        if sharded:
+        if settings.overlap_param_gather:
             core.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in wrapped])
     return wrapped
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_ettin.config.flops import attended_pairs
 from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.order import Corpus, Row
@@ -35,9 +36,11 @@ class MicroBatch:
     pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
 
 
-def buffer_tokens(seq_len: int, topology: Topology) -> int:
-    """Row length on the device: seq_len rounded up so that every axis divides it."""
-    multiple = math.lcm(16, topology.tp, 2 * topology.cp)
+def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1) -> int:
+    """Row length on the device: seq_len rounded up so that every axis divides it, and each tensor-parallel slice of
+    it what the precision quantises in blocks."""
+    blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
+    multiple = math.lcm(blocks, topology.tp, 2 * topology.cp)
     return -(-seq_len // multiple) * multiple
 
 
@@ -56,6 +59,12 @@ class Batches:
     def of(cls, config: Config, corpus: Corpus, layout: Layout, device: torch.device) -> Batches:
         sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
         return cls(config, corpus, sizes, corpus_labeller(config, corpus), layout, device)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row on the device, padding included."""
+        multiple = PRECISIONS[self.config.precision.name].multiple
+        return buffer_tokens(self.config.data.seq_len, self.layout.topology, multiple)
 
     def micro_batch_count(self, step: int) -> int:
         """Micro-batches a rank runs at `step`; whole groups of pipeline ranks under the interleaved schedule."""
@@ -76,7 +85,7 @@ class Batches:
 
     def micro_batch(self, rows: list[Row | None], slots: list[int], dropout_key: int = 0) -> MicroBatch:
         """Label rows and lay them out; None is an empty row."""
-        length = buffer_tokens(self.config.data.seq_len, self.layout.topology)
+        length = self.row_tokens
         padding = self.corpus.pad_id
         input_ids = np.full((len(rows), length), padding, dtype=np.int64)
         labels = np.full((len(rows), length), IGNORE, dtype=np.int64)

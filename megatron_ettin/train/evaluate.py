@@ -66,7 +66,7 @@ def evaluate(machine: Machine, batches: Batches, max_rows: int | None = None) ->
         with torch.no_grad():
             totals = Totals()
             for group in groups_in_order(batches, rows):
-                totals += run_micro_batches(machine, group, len(group), training=False)
+                totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False)
     finally:
         for chunk in machine.chunks:
             chunk.train()

@@ -84,6 +84,8 @@ def run_training(config: Config, launch: Launch) -> bool:
     run_directory.check_writable(launch.run_dir)
     changes = run_directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
     platform = detect(config.run.device, place.local_rank)
+    if config.run.deterministic:
+        platform.make_deterministic()
     stop = StopSignal(config.resilience.save_on_signal)
     join(place, platform)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,25 +62,33 @@ class Totals:
         return self
 
 
-def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: int, training: bool) -> Totals:
-    """Forward (and backward) of `count` micro-batches. The last stage's first tensor rank counts, others have zeros."""
+def run_micro_batches(
+    machine: Machine, batches: Iterable[MicroBatch], count: int, row_tokens: int, training: bool
+) -> Totals:
+    """Forward (and backward) of `count` micro-batches whose rows have `row_tokens` tokens on the device. The last
+    stage's first tensor rank counts, others have zeros."""
     models = machine.wrapped if training else machine.chunks
     totals, layout = Totals(), machine.layout
     counting = layout.is_last_pipeline_rank and layout.tp_rank == 0
-    micro_batches = list(batches)
-    sequence = micro_batches[0].input_ids.numel()
+
+    def counted() -> Iterator[MicroBatch]:  # made as they are asked for: labelling overlaps with what the device does
+        for batch in batches:
+            if counting:
+                totals.count(batch)
+            yield batch
+
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in models] if len(models) > 1 else iter(micro_batches),
+        # model chunks of one rank each read the step's micro-batches
+        data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
         model=list(models) if len(models) > 1 else models[0],
         num_microbatches=count,
-        seq_length=sequence,  # rows are flattened: core sees one sequence of all their tokens
+        seq_length=machine.config.batch.micro_batch_rows
+        * row_tokens,  # rows are flattened: core sees one sequence of all their tokens
         micro_batch_size=1,
         forward_only=not training,
     )
     if counting:
-        for batch in micro_batches:
-            totals.count(batch)
         for output in outputs:
             totals.loss += float(output["loss"])
             totals.labels += int(output["labels"])
@@ -110,7 +119,8 @@ def train_step(machine: Machine, batches: Batches, step: int, tokens_before: int
     began = time.perf_counter()
     assert machine.optimizer is not None
     machine.optimizer.zero_grad()
-    totals = run_micro_batches(machine, batches.step(step), batches.micro_batch_count(step), training=True)
+    count = batches.micro_batch_count(step)
+    totals = run_micro_batches(machine, batches.step(step), count, batches.row_tokens, training=True)
     grad_norm = machine.optimizer.step(lr)
     sums = machine.layout.sum_over_world(
         [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs, float(stop)],

@@ -38,7 +38,7 @@ def build_model(alone: None) -> Callable[[Config], object]:
         from megatron_ettin.platform import detect
         from megatron_ettin.platform.layers import layer_backend
 
-        core = transformer_config(config, layer_backend(detect("cpu")), None, False)
+        core = transformer_config(config, layer_backend(detect("cpu"), "fp32"), None, False)
         model = EttinModel(core, ProcessGroupCollection.use_mpu_process_groups())
         init.fill(model, init.hashed(config.run.seed, config.model.num_layers, config.model.init_std), 1, 0)
         return model.eval()

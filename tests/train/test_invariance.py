@@ -22,6 +22,8 @@ LAYOUTS = {
     "micro-batch 1": (1, "batch.micro_batch_rows=1"),
     "micro-batch 4": (1, "batch.micro_batch_rows=4"),
     "dp2 overlap": (2, "parallel.overlap=true"),
+    "pp2 dp2 overlap": (4, "parallel.pp=2 parallel.overlap=true"),
+    "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vp=2 parallel.overlap=true"),
 }
 OPTIONS = {
     "mlm stable_adamw dropout": ("mlm", "optim.name=stable_adamw model.attention_output_dropout=0.1"),
