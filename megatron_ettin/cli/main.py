@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_ettin import __version__
-from megatron_ettin.config.errors import EXIT_USER_ERROR, UserError, nearest
+from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
 COMMANDS = {
@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met below and not at the interpreter's exit
         return status
     except UserError as error:
-        print(f"ettin {arguments[0]}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine, not a rank
+            print(f"ettin {arguments[0]}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"ettin {arguments[0]}: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `ettin ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

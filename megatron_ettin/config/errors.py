@@ -7,10 +7,15 @@ from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: the thing, what was found, what is allowed."""
+
+
+class RankError(UserError):
+    """A mistake that this rank alone can see (its device, its disk): told by every rank that meets it."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.config.precisions import PRECISIONS
 
 # dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
@@ -86,7 +86,7 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
         if count == 1 and "SLURM_LOCALID" in os.environ:
             local_rank = 0  # SLURM binds a GPU to each task, which then sees no other
         if local_rank >= count:
-            raise UserError(f"local rank {local_rank}: this machine has {count} GPUs; start at most one rank for each")
+            raise RankError(f"local rank {local_rank}: this machine has {count} GPUs; start at most one rank for each")
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if wanted == "gpu":

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.platform.device import Platform
 
 FIRST_PORT, PORTS = 15_000, 30_000  # below the range that systems hand out by themselves
@@ -98,7 +98,7 @@ def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> No
         )
     except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
+        raise RankError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
 
 
 def _init_method(place: Place, url: str) -> str:

@@ -19,7 +19,7 @@ from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.order import Corpus, open_corpus
 from megatron_ettin.optim.schedules import lr_fraction
-from megatron_ettin.platform import detect
+from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.rendezvous import Place, find_place, join, leave
 from megatron_ettin.train import resume, run_directory
@@ -87,7 +87,21 @@ def run_training(config: Config, launch: Launch) -> bool:
     if config.run.deterministic:
         platform.make_deterministic()
     stop = StopSignal(config.resilience.save_on_signal)
-    join(place, platform)
+    with run_directory.locked(launch.run_dir, chief=place.rank == 0):
+        join(place, platform)
+        return _train_as(place, config, launch, corpus, platform, changes, stop)
+
+
+def _train_as(
+    place: Place,
+    config: Config,
+    launch: Launch,
+    corpus: Corpus,
+    platform: Platform,
+    changes: list[str],
+    stop: StopSignal,
+) -> bool:
+    """This rank's run, from assembly to the last save; its process groups are gone afterwards."""
     try:
         machine = assemble(config, platform, place.world)
         progress, origin = resume.begin(machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus)

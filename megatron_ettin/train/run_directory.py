@@ -5,11 +5,13 @@ and then history.jsonl records it. The data order is fixed by its fingerprint, n
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform as machine
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,26 @@ def check_writable(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"run directory {run_dir}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, chief: bool) -> Iterator[None]:
+    """Keep a second launch out of `run_dir` while this one trains. One rank holds the lock; a dead process's is gone.
+    Raises UserError where another launch holds it."""
+    if not chief:
+        yield
+        return
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"run directory {run_dir}: {holder} is training in it; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {machine.node()}")
+        file.flush()
+        yield
 
 
 def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequence[str]) -> list[str]:

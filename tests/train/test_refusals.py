@@ -136,3 +136,24 @@ def test_a_loss_that_is_no_number_stops_the_run(pool: Pool, corpus: Path, tmp_pa
     result = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=50", "optim.lr=1e30", "optim.max_lr=1e30"]))[0]
     assert result.status == 1 and "nan" in result.output and "rows" in result.output
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.ranks
+def test_a_second_launch_in_the_same_directory(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Two writers would tear one record: the second is told who is there, the first goes on."""
+    import fcntl
+
+    with open(tmp_path / ".lock", "w") as lock:
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=1"]))[0]
+        assert result.status == 2 and "process 1 on elsewhere is training in it" in result.output
+    train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=1"])
+
+
+@pytest.mark.ranks
+def test_one_line_for_all_ranks_of_a_machine(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    results = pool.run(2, command(tmp_path, corpus, "mlm", ["parallel.tp=3"]))
+    assert [result.status for result in results] == [2, 2]
+    assert "parallel.tp: 3 does not divide" in results[0].output and results[1].output == ""
