@@ -42,6 +42,17 @@ def check_choices(config: Config) -> None:
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{f"parallel.{axis}": (lambda v: v >= 1, "at least 1") for axis in ("tp", "pp", "vp", "cp")},
     **{f"model.{key}": (lambda v: v >= 1, "at least 1") for key in ("num_layers", "hidden_size", "ffn_hidden_size")},
+    **{
+        f"model.{key}": (lambda v: v >= 1, "at least 1")
+        for key in (
+            "vocab_size",
+            "max_position_embeddings",
+            "global_attention_every",
+            "encoder_window",
+            "decoder_window_keys",
+        )
+    },
+    "model.norm_eps": (lambda v: v > 0, "above 0"),
     "model.num_attention_heads": (lambda v: v >= 1, "at least 1"),
     "model.attention_output_dropout": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
     "model.global_rope_theta": (lambda v: v > 0, "above 0"),

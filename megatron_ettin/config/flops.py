@@ -39,7 +39,7 @@ def training_flops(
     one global and of one local layer, summed over the chunks."""
     hidden, layers = shape.hidden_size, shape.num_layers
     linear = 2 * layers * layer_parameter_count(shape) * tokens
-    far = global_layers(layers)
+    far = global_layers(layers, getattr(shape, "global_attention_every", 3))
     attention = 4 * hidden * (far * global_pairs + (layers - far) * local_pairs)  # q k^T and p v
     head = 2 * (hidden * hidden + vocab_size * hidden) * labels
     return 3.0 * (linear + attention + head)
