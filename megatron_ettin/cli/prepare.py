@@ -20,8 +20,8 @@ from megatron_ettin.config.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
-    from megatron_ettin.data.prepare import PrepareResult
-    from megatron_ettin.data.request import PrepareRequest
+    from megatron_ettin.data.ingest.prepare import PrepareResult
+    from megatron_ettin.data.ingest.request import PrepareRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.cli.progress import progress_report
-    from megatron_ettin.data.prepare import prepare
+    from megatron_ettin.data.ingest.prepare import prepare
 
     request = request_from(args)
     try:
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def request_from(args: argparse.Namespace) -> PrepareRequest:
-    from megatron_ettin.data.chunking import chunk_rule
-    from megatron_ettin.data.request import PrepareRequest
+    from megatron_ettin.data.ingest.chunking import chunk_rule
+    from megatron_ettin.data.ingest.request import PrepareRequest
 
     return PrepareRequest(
         inputs=tuple(args.inputs),

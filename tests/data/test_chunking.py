@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.chunking import ChunkRule, chunk_rule, framed, piece_bounds
+from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_rule, framed, piece_bounds
 
 
 @st.composite

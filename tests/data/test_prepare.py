@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_ettin.data import inputs
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.documents import read_documents
-from megatron_ettin.data.inputs import cut_tasks, list_inputs
-from megatron_ettin.data.prepare import first_line_numbers
+from megatron_ettin.data.ingest import inputs
+from megatron_ettin.data.ingest.documents import read_documents
+from megatron_ettin.data.ingest.inputs import cut_tasks, list_inputs
+from megatron_ettin.data.ingest.prepare import first_line_numbers
 from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
 
@@ -103,7 +103,7 @@ def arguments_for(large: Path, out: Path, workers: int) -> list[str]:
 
 # A task of at most 100 kB, set where the command reads it: small inputs then make several shards.
 SMALL_TASKS = (
-    "import sys; from megatron_ettin.data import inputs; inputs.TASK_BYTES = 100_000;"
+    "import sys; from megatron_ettin.data.ingest import inputs; inputs.TASK_BYTES = 100_000;"
     "from megatron_ettin.cli.main import main;\n"
     "if __name__ == '__main__': sys.exit(main(['prepare', *sys.argv[1:]]))"
 )

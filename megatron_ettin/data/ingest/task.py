@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ettin.data.chunking import ChunkRule
-from megatron_ettin.data.documents import Document, read_documents
-from megatron_ettin.data.inputs import Task
+from megatron_ettin.data.ingest.chunking import ChunkRule
+from megatron_ettin.data.ingest.documents import Document, read_documents
+from megatron_ettin.data.ingest.inputs import Task
+from megatron_ettin.data.ingest.shards import ShardWriter
 from megatron_ettin.data.manifest import write_json_durably
-from megatron_ettin.data.shards import ShardWriter
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 20

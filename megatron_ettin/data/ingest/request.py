@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.chunking import ChunkRule
-from megatron_ettin.data.inputs import InputFile
+from megatron_ettin.data.ingest.chunking import ChunkRule
+from megatron_ettin.data.ingest.inputs import InputFile
 from megatron_ettin.data.tokenizer import Tokenizer
 
 INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks

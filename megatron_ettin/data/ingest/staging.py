@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.indexed import token_dtype
-from megatron_ettin.data.ingest import SPLITS, record_path
+from megatron_ettin.data.ingest.request import PrepareRequest
+from megatron_ettin.data.ingest.task import SPLITS, record_path
 from megatron_ettin.data.manifest import (
     FILE_NAME,
     FileRecord,
@@ -26,7 +27,6 @@ from megatron_ettin.data.manifest import (
     sync_directory,
     write_json_durably,
 )
-from megatron_ettin.data.request import PrepareRequest
 from megatron_ettin.data.tokenizer import Tokenizer
 
 

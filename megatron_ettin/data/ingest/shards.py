@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ettin.data.chunking import ChunkRule, framed, piece_bounds
 from megatron_ettin.data.indexed import index_bytes
+from megatron_ettin.data.ingest.chunking import ChunkRule, framed, piece_bounds
 from megatron_ettin.data.manifest import SHARD_SUFFIXES, FileRecord, record_of
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.inputs import InputFile, Segment
+from megatron_ettin.data.ingest.inputs import InputFile, Segment
 
 BLOCK_BYTES = 1 << 20
 KEYS_SHOWN = 8

@@ -24,14 +24,14 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.documents import count_line_ends
 from megatron_ettin.data.indexed import token_dtype
-from megatron_ettin.data.ingest import IngestSettings, record_path, run_task_in_worker, start_worker
-from megatron_ettin.data.inputs import InputFile, Segment, Task, cut_tasks, list_inputs
+from megatron_ettin.data.ingest.documents import count_line_ends
+from megatron_ettin.data.ingest.inputs import InputFile, Segment, Task, cut_tasks, list_inputs
+from megatron_ettin.data.ingest.request import PrepareRequest, check_request, hash_of_settings
+from megatron_ettin.data.ingest.staging import read_task_records, stage
+from megatron_ettin.data.ingest.task import IngestSettings, record_path, run_task_in_worker, start_worker
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory, write_json_durably
-from megatron_ettin.data.request import PrepareRequest, check_request, hash_of_settings
 from megatron_ettin.data.rows import ensure_row_plan
-from megatron_ettin.data.staging import read_task_records, stage
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 
 LINES_IN_POOL = 64  # so many segments of split files and more are counted by several processes
