@@ -6,7 +6,10 @@ files open. Memory is O(shards), whatever the number of chunks."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,18 @@ from megatron_ettin.data.indexed import Shard, index_file_bytes, open_shard
 from megatron_ettin.data.manifest import Manifest, check_file, read_manifest
 
 OPEN_SHARDS = 128  # two file descriptors each
-OPEN_SIDECARS = 4  # document tables are whole in memory
+CHECKED_AT_ONCE = 16  # files whose size is asked for: on a parallel file system an answer takes a millisecond
+
+
+@dataclass(frozen=True)
+class DocumentPlaces:
+    """Where each of n chunks comes from."""
+
+    source: list[str]  # the file, as "INPUT/path/within/it"
+    document_id: list[str]
+    start_token: npt.NDArray[np.int64]  # of the document's own tokens
+    document: npt.NDArray[np.int64]  # number within the dataset
+    special_tokens: npt.NDArray[np.int64]  # of the chunk: 2, or 1 where it has no end token
 
 
 class Dataset:
@@ -35,7 +49,7 @@ class Dataset:
         self._first_chunk = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._first_document = np.cumsum([0] + [shard.documents for shard in manifest.shards])
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
-        self._documents = lru_cache(maxsize=OPEN_SIDECARS)(self._read_documents)
+        self._documents = lru_cache(maxsize=OPEN_SHARDS)(self._open_documents)
         self._starts = lru_cache(maxsize=OPEN_SHARDS)(self._open_starts)
 
     def __repr__(self) -> str:
@@ -58,24 +72,53 @@ class Dataset:
         parts = [self._shard(shard).chunk_lengths for shard in range(len(self.manifest.shards))]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
+    def iter_chunk_lengths(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+        """(first chunk, tokens of each chunk) of every shard in order: views, nothing is held."""
+        for shard, first in enumerate(self._first_chunk[:-1].tolist()):
+            yield first, self._shard(shard).chunk_lengths
+
+    def chunk_lengths_between(self, first: int, end: int) -> npt.NDArray[np.int32]:
+        """Tokens of chunks [first, end)."""
+        parts = [np.zeros(0, np.int32)]
+        shard = int(np.searchsorted(self._first_chunk, first, side="right")) - 1
+        while first < end:
+            begin, shard_end = int(self._first_chunk[shard]), int(self._first_chunk[shard + 1])
+            parts.append(self._shard(shard).chunk_lengths[first - begin : min(end, shard_end) - begin])
+            first, shard = shard_end, shard + 1
+        return np.concatenate(parts)
+
     def lengths_of(self, chunks: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Tokens of the chunks named, reading only the shards they are in."""
         wanted = np.asarray(chunks, dtype=np.int64)
         lengths = np.empty(wanted.shape, np.int64)
-        shards = np.searchsorted(self._first_chunk, wanted, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            chosen = shards == shard
-            lengths[chosen] = self._shard(shard).chunk_lengths[wanted[chosen] - self._first_chunk[shard]]
+        for shard, chosen, local in self._by_shard(wanted):
+            lengths[chosen] = self._shard(shard).chunk_lengths[local]
         return lengths
+
+    def documents_of(self, chunks: npt.ArrayLike) -> DocumentPlaces:
+        """Sources, document ids and spans of the chunks named [n], shard by shard and without reading tokens."""
+        wanted = np.asarray(chunks, dtype=np.int64)
+        sources: npt.NDArray[np.object_] = np.empty(wanted.shape, object)
+        ids: npt.NDArray[np.object_] = np.empty(wanted.shape, object)
+        start, number = np.empty(wanted.shape, np.int64), np.empty(wanted.shape, np.int64)
+        specials = np.full(wanted.shape, 1 if self.manifest.end_token == "none" else 2, np.int64)
+        for shard, chosen, local in self._by_shard(wanted):
+            boundaries = self._shard(shard).document_indices
+            document = np.searchsorted(boundaries, local, side="right") - 1
+            table = self._documents(shard)
+            sources[chosen] = table["source"].take(document).to_pylist()
+            ids[chosen] = table["document_id"].take(document).to_pylist()
+            start[chosen] = self._starts(shard)[local]
+            number[chosen] = int(self._first_document[shard]) + document
+            if self.manifest.end_token == "last":
+                specials[chosen] = 1 + (boundaries[document + 1] == local + 1)
+        return DocumentPlaces(sources.tolist(), ids.tolist(), start, number, specials)
 
     def document_of(self, i: int) -> tuple[str, str, int, int]:
         """Source file, document id, first token of chunk `i` within the document's tokens, global document number."""
-        shard, local = self._place(i)
-        boundaries = self._shard(shard).document_indices
-        document = int(np.searchsorted(boundaries, local, side="right")) - 1
-        sources, ids = self._documents(shard)
-        start = int(self._starts(shard)[local])
-        return sources[document].as_py(), ids[document].as_py(), start, int(self._first_document[shard]) + document
+        self._place(i)  # raises IndexError
+        places = self.documents_of([i])
+        return places.source[0], places.document_id[0], int(places.start_token[0]), int(places.document[0])
 
     def verify(self) -> None:
         """Read every byte; UserError names the first file that is not what the manifest says."""
@@ -91,6 +134,18 @@ class Dataset:
         shard = int(np.searchsorted(self._first_chunk, i, side="right")) - 1
         return shard, int(i) - int(self._first_chunk[shard])
 
+    def _by_shard(
+        self, chunks: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """(shard, places within `chunks`, chunk numbers within the shard) for each shard that is touched."""
+        if chunks.size and not (int(chunks.min()) >= 0 and int(chunks.max()) < self.num_chunks):
+            raise IndexError(f"chunks {int(chunks.min())} to {int(chunks.max())} of {self.num_chunks}")
+        shards = np.searchsorted(self._first_chunk, chunks, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        present, begins = np.unique(shards[order], return_index=True)
+        for shard, chosen in zip(present.tolist(), np.split(order, begins[1:]), strict=False):
+            yield shard, chosen, chunks[chosen] - self._first_chunk[shard]
+
     def _open_shard(self, shard: int) -> Shard:
         record = self.manifest.shards[shard]
         return open_shard(self.path / record.name)
@@ -98,11 +153,16 @@ class Dataset:
     def _open_starts(self, shard: int) -> npt.NDArray[np.int64]:
         return np.load(self.path / f"{self.manifest.shards[shard].name}.starts.npy", mmap_mode="r")
 
-    def _read_documents(self, shard: int) -> tuple[Any, Any]:
-        import pyarrow.parquet
+    def _open_documents(self, shard: int) -> dict[str, Any]:
+        import pyarrow
+        import pyarrow.ipc
 
-        table = pyarrow.parquet.read_table(self.path / f"{self.manifest.shards[shard].name}.documents.parquet")
-        return table.column("source"), table.column("document_id")
+        path = self.path / f"{self.manifest.shards[shard].name}.documents.arrow"
+        try:
+            batch = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).get_batch(0)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: damaged ({error}); `ettin inspect --verify` tells where") from None
+        return {name: batch.column(name) for name in ("source", "document_id")}
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -110,10 +170,14 @@ def open_dataset(path: str | Path) -> Dataset:
     folder = Path(path)
     manifest = read_manifest(folder)
     width = np.dtype(manifest.dtype).itemsize
+    sizes: list[Callable[[], None]] = []
     for shard in manifest.shards:
         for suffix, record in shard.files.items():
-            check_file(folder / (shard.name + suffix), record, content=False)
+            sizes.append(partial(check_file, folder / (shard.name + suffix), record, content=False))
         told = (shard.files[".bin"].bytes, shard.files[".idx"].bytes)
         if told != (width * shard.tokens, index_file_bytes(shard.chunks, shard.documents)):
             raise UserError(f"dataset {folder}: manifest.json contradicts itself about {shard.name}")
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        for answer in pool.map(lambda check: check(), sizes):
+            assert answer is None  # a UserError of any is raised here, the first in order
     return Dataset(folder, manifest)

@@ -18,10 +18,15 @@ from megatron_ettin.config.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 VERSION = 1
+# core's table without its floats (6 and 7); what is written here is uint16 or int32
 DTYPE_OF_CODE: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
     4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
     8: np.dtype("<u2"),
-}  # of core's table
+}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 LARGEST_UINT16_VOCAB = 65_536
 
@@ -71,7 +76,7 @@ def open_shard(prefix: Path) -> Shard:
         raise UserError(f"{index_path}: {raw.size} bytes, too short for a Megatron index")
     magic, version, code, chunks, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
     if magic != MAGIC or version != VERSION or code not in DTYPE_OF_CODE:
-        raise UserError(f"{index_path}: not a Megatron index of version {VERSION} with uint16 or int32 tokens")
+        raise UserError(f"{index_path}: not a Megatron index of version {VERSION} with tokens of an integer type")
     if raw.size < HEADER.size + 12 * chunks + 8 * documents:
         raise UserError(f"{index_path}: {raw.size} bytes, but its header tells of {chunks} chunks: truncated")
     place = HEADER.size

@@ -18,8 +18,9 @@ from megatron_ettin.config.errors import UserError
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_ettin.dataset"
-VERSION = 1
-SHARD_SUFFIXES = (".bin", ".idx", ".documents.parquet", ".starts.npy")
+VERSION = 2
+CHECKSUMS_SUFFIX = ".checksums.json"
+SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Manifest:
     chunk_tokens: int
     min_chunk_tokens: int
     skip_tokens: int
+    end_token: str  # which chunks of a document end in [SEP]: "every", "last" or "none"
     add_prefix_space: bool
     holdout: float  # the fraction asked for; of a heldout dataset too
     documents: int

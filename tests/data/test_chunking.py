@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_rule, framed, piece_bounds
+from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_lengths, chunk_rule, framed, piece_bounds
 
 
 @st.composite
@@ -69,3 +69,23 @@ def test_frames() -> None:
 def test_impossible_rules(arguments: tuple[int, ...], told: str) -> None:
     with pytest.raises(UserError, match=told):
         chunk_rule(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("end_token", "expected"),
+    [
+        ("every", [90, 0, 1, 91, 90, 2, 3, 4, 91]),
+        ("last", [90, 0, 1, 90, 2, 3, 4, 91]),
+        ("none", [90, 0, 1, 90, 2, 3, 4]),
+    ],
+)
+def test_end_tokens(end_token: str, expected: list[int]) -> None:
+    bounds = [(0, 2), (2, 5)]
+    out = framed(np.arange(5, dtype=np.uint16), bounds, cls_id=90, sep_id=91, end_token=end_token)
+    assert out.tolist() == expected
+    assert sum(chunk_lengths(bounds, end_token)) == len(expected)
+
+
+def test_unknown_end_token() -> None:
+    with pytest.raises(UserError, match=r"--end-token: 'evry'.*every, last, none"):
+        chunk_rule(1_024, end_token="evry")

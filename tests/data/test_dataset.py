@@ -72,7 +72,7 @@ def test_a_dataset_travels_to_other_processes(prepared: Dataset) -> None:
     assert again.lengths_of([0, 3]).tolist() == [len(prepared.chunk(0)), len(prepared.chunk(3))]
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.parquet", ".starts.npy"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.arrow", ".starts.npy", ".checksums.json"])
 def test_truncated_files_are_named_on_opening(prepared: Dataset, tmp_path: Path, suffix: str) -> None:
     shutil.copytree(prepared.path, tmp_path / "copy")
     damaged = tmp_path / "copy" / f"shard_00000{suffix}"
@@ -134,3 +134,17 @@ def test_data_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_lookups_of_many_chunks_are_those_of_each(prepared: Dataset) -> None:
+    chunks = np.random.default_rng(0).integers(0, prepared.num_chunks, 500)
+    places = prepared.documents_of(chunks)
+    one_by_one = [prepared.document_of(int(i)) for i in chunks]
+    together = zip(places.source, places.document_id, places.start_token.tolist(), places.document.tolist(), strict=True)
+    assert list(together) == one_by_one
+    assert places.special_tokens.tolist() == [2] * 500
+    assert prepared.lengths_of(chunks).tolist() == [len(prepared.chunk(int(i))) for i in chunks]
+    assert np.array_equal(prepared.chunk_lengths_between(7, 90), prepared.chunk_lengths[7:90])
+    assert np.array_equal(np.concatenate([part for _, part in prepared.iter_chunk_lengths()]), prepared.chunk_lengths)
+    with pytest.raises(IndexError):
+        prepared.documents_of([prepared.num_chunks])

@@ -1,6 +1,7 @@
 """Writing one shard: tokens as they come, then the index, the documents table and each chunk's place in its document.
 
-Files are written under a temporary name, fsynced and renamed, all four before the caller hears of them."""
+Files are written under a temporary name, fsynced and renamed, all of them before the caller hears of them. The
+documents table is an uncompressed Arrow file: a reader maps it and looks up any document at once."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from megatron_ettin.data.checksums import digest_of, write_blocks
 from megatron_ettin.data.indexed import index_bytes
-from megatron_ettin.data.ingest.chunking import ChunkRule, framed, piece_bounds
-from megatron_ettin.data.manifest import SHARD_SUFFIXES, FileRecord, record_of
+from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_lengths, framed, piece_bounds
+from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
 
 
 class ShardWriter:
@@ -34,12 +37,14 @@ class ShardWriter:
         self._document_tokens: list[int] = []
         self._stream = open(self._temporary(".bin"), "wb", buffering=1 << 20)  # noqa: SIM115 (finish or discard closes)
 
-    def add(self, source: str, name: str, document_id: str, ids: list[int], document_key: str) -> None:
+    def add(
+        self, source: str, name: str, document_id: str, ids: list[int] | npt.NDArray[np.integer], document_key: str
+    ) -> None:
         """One document of at least one token. `document_key` decides what the recipe leaves to chance."""
         bounds = piece_bounds(len(ids), self.rule, document_key)
-        tokens = framed(np.asarray(ids, dtype=self.dtype), bounds, self.cls_id, self.sep_id)
+        tokens = framed(np.asarray(ids, dtype=self.dtype), bounds, self.cls_id, self.sep_id, self.rule.end_token)
         self._stream.write(tokens.tobytes())
-        self._lengths += [end - start + 2 for start, end in bounds]
+        self._lengths += chunk_lengths(bounds, self.rule.end_token)
         self._starts += [start for start, _ in bounds]
         self._document_indices.append(len(self._lengths))
         self._names.append(name)
@@ -72,11 +77,14 @@ class ShardWriter:
         self._temporary(".idx").write_bytes(content)
         with open(self._temporary(".starts.npy"), "wb") as stream:
             np.save(stream, np.asarray(self._starts, dtype="<i8"))
-        self._write_documents(self._temporary(".documents.parquet"))
-        records = {}
+        self._write_documents(self._temporary(".documents.arrow"))
+        described = [suffix for suffix in SHARD_SUFFIXES if suffix != CHECKSUMS_SUFFIX]
+        digests = {suffix: digest_of(self._temporary(suffix)) for suffix in described}
+        write_blocks(self._temporary(CHECKSUMS_SUFFIX), digests)
+        records = {suffix: FileRecord(digest.bytes, digest.sha256) for suffix, digest in digests.items()}
+        records[CHECKSUMS_SUFFIX] = record_of(self._temporary(CHECKSUMS_SUFFIX))
         for suffix in SHARD_SUFFIXES:
             temporary = self._temporary(suffix)
-            records[suffix] = record_of(temporary)
             with open(temporary, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(temporary, self.prefix.with_name(self.prefix.name + suffix))
@@ -93,11 +101,13 @@ class ShardWriter:
 
     def _write_documents(self, path: Path) -> None:
         import pyarrow
-        import pyarrow.parquet
+        import pyarrow.ipc
 
         columns = {
-            "source": pyarrow.array(self._names, pyarrow.string()),
-            "document_id": pyarrow.array(self._ids, pyarrow.string()),
+            "source": pyarrow.array(self._names, pyarrow.string()).dictionary_encode(),
+            "document_id": pyarrow.array(self._ids, pyarrow.large_string()),
             "tokens": pyarrow.array(self._document_tokens, pyarrow.int64()),
         }
-        pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+        batch = pyarrow.record_batch(columns)
+        with pyarrow.OSFile(str(path), "wb") as stream, pyarrow.ipc.new_file(stream, batch.schema) as writer:
+            writer.write_batch(batch)
