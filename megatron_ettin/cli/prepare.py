@@ -1,9 +1,13 @@
-"""Text files, directories and JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) -> an indexed, tokenized dataset.
+"""Texts or token ids from files, directories and URLs -> an indexed, tokenized dataset.
 
-A text file is one document; a directory is read recursively in sorted order (.txt .md .rst .text and JSON lines).
-Run the same command again to continue one that was killed. The output is the same for any number of workers.
+INPUT: text files (one document each), JSON lines (.jsonl .jsonl.gz .jsonl.zst), parquet, datasets saved to disk, MDS
+directories of texts or token ids, Megatron's .bin/.idx, a dataset made here, or a directory with any of them, read
+recursively in sorted order. A URL (s3:// gs:// hf:// memory://) is read where its package is installed.
+Run the same command again to continue one that was killed. The output is the same for any number of workers, on one
+machine, a SLURM cluster (a job array) or Ray.
 
   ettin prepare wiki.jsonl.zst books/ --out data/corpus --workers 16 --holdout 0.01 --seq-len 1024
+  ettin prepare s3://bucket/dclm --out data/dclm --executor slurm --slurm-partition cpu --workers 200 --wait
 """
 
 from __future__ import annotations
@@ -12,36 +16,58 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.config.counts import format_count
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
+    from megatron_ettin.data.ingest.chunking import ChunkRule
+    from megatron_ettin.data.ingest.cluster import Submitted
     from megatron_ettin.data.ingest.prepare import PrepareResult
     from megatron_ettin.data.ingest.request import PrepareRequest
 
+CHUNKINGS = ("recipe", "plain")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text file, JSON lines file or directory")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, directory or URL; see above")
     parser.add_argument("--out", required=True, metavar="DATASET", help="the dataset directory to make")
     parser.add_argument("--tokenizer", default="ettin", metavar="T", help="ettin (default), a directory or a hub name")
     parser.add_argument("--chunk-tokens", type=int, default=1024, metavar="N", help="longest chunk (default 1024)")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: our CPUs)")
-    parser.add_argument("--format", default="auto", metavar="F", help="auto (by extension, default), text or jsonl")
-    parser.add_argument("--text-key", default="text", metavar="K", help="the JSON key of the text (default text)")
-    parser.add_argument("--id-key", default="id", metavar="K", help="the JSON key of the document's id (default id)")
+    formats = "auto (default), text, jsonl, parquet, datasets, mds or indexed"
+    parser.add_argument("--format", default="auto", metavar="F", help=formats)
+    parser.add_argument("--text-key", default="text", metavar="K", help="key or column of the text (default text)")
+    parser.add_argument(
+        "--tokens-key", default="input_ids", metavar="K", help="column of token ids (default input_ids)"
+    )
+    parser.add_argument("--id-key", default="id", metavar="K", help="key or column of the document's id (default id)")
     parser.add_argument("--holdout", type=float, default=0.0, metavar="F", help="fraction of documents for OUT/heldout")
+    parser.add_argument("--chunking", default="recipe", metavar="C", help="recipe (default) or plain: keep remainders")
+    ends = "chunks that end in [SEP]: every (default), last of a document, none"
+    parser.add_argument("--end-token", default="every", metavar="E", help=ends)
     parser.add_argument("--min-chunk-tokens", type=int, default=None, metavar="N", help="fill up last pieces shorter")
     parser.add_argument("--skip-tokens", type=int, default=None, metavar="N", help="drop last pieces shorter")
     parser.add_argument("--seq-len", default=None, metavar="N[,N]", help="build the row plans of these lengths at once")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--replan", action="store_true", help="the inputs changed: plan anew, keep what is unchanged")
+    scale = parser.add_argument_group("at scale")
+    scale.add_argument("--executor", default="local", metavar="E", help="local (default), slurm or ray")
+    scale.add_argument("--wait", action="store_true", help="slurm: until the dataset is there")
+    scale.add_argument("--slurm-partition", metavar="P", help="(default: the cluster's)")
+    scale.add_argument("--slurm-time", default="24:00:00", metavar="T", help="of each job (default 24:00:00)")
+    scale.add_argument(
+        "--slurm-arg", action="append", default=[], metavar="K=V", help="another option of sbatch, such as account=A"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.cli.progress import progress_report
+    from megatron_ettin.data.ingest.cluster import Submitted
     from megatron_ettin.data.ingest.prepare import prepare
 
     request = request_from(args)
@@ -51,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("ettin prepare: interrupted; run the same command again to continue", file=sys.stderr)
         return 1
-    if args.json:
+    if isinstance(result, Submitted):
+        print_submitted(request, result, args.json)
+    elif args.json:
         print(json.dumps(summary(request, result), indent=1))
     else:
         print_summary(request, result)
@@ -59,21 +87,48 @@ def run(args: argparse.Namespace) -> int:
 
 
 def request_from(args: argparse.Namespace) -> PrepareRequest:
-    from megatron_ettin.data.ingest.chunking import chunk_rule
     from megatron_ettin.data.ingest.request import PrepareRequest
 
     return PrepareRequest(
         inputs=tuple(args.inputs),
         out=Path(args.out),
-        rule=chunk_rule(args.chunk_tokens, args.min_chunk_tokens, args.skip_tokens),
+        rule=rule_from(args),
         tokenizer=args.tokenizer,
         format=args.format,
         text_key=args.text_key,
+        tokens_key=args.tokens_key,
         id_key=args.id_key,
         holdout=args.holdout,
         workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
         seq_lens=seq_lens(args.seq_len),
+        executor=args.executor,
+        replan=args.replan,
+        wait=args.wait,
+        slurm_time=args.slurm_time,
+        slurm_partition=args.slurm_partition,
+        slurm_arguments=tuple(map(key_and_value, args.slurm_arg)),
     )
+
+
+def key_and_value(word: str) -> tuple[str, str]:
+    key, equals, value = word.lstrip("-").partition("=")
+    if not equals or not key:
+        raise UserError(f"--slurm-arg: {word!r}; give KEY=VALUE, such as account=nlp")
+    return key, value
+
+
+def rule_from(args: argparse.Namespace) -> ChunkRule:
+    from megatron_ettin.data.ingest.chunking import chunk_rule
+
+    if args.chunking not in CHUNKINGS:
+        hint = nearest(args.chunking, CHUNKINGS)
+        raise UserError(f"--chunking: {args.chunking!r}{hint}; allowed: {', '.join(CHUNKINGS)}")
+    least, skip = args.min_chunk_tokens, args.skip_tokens
+    if args.chunking == "plain":
+        if least or skip:
+            raise UserError("--chunking plain keeps every piece; leave out --min-chunk-tokens and --skip-tokens")
+        least, skip = 0, 0
+    return chunk_rule(args.chunk_tokens, least, skip, args.end_token)
 
 
 def seq_lens(text: str | None) -> tuple[int, ...]:
@@ -113,6 +168,14 @@ def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any
     }
 
 
+def print_submitted(request: PrepareRequest, submitted: Submitted, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"dataset": str(request.out), **asdict(submitted)}, indent=1))
+    else:
+        print(f"{request.out}: {submitted}")
+        print("  run the same command again to see how far it is")
+
+
 def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
     content = summary(request, result)
     if result.already_complete:
@@ -127,7 +190,8 @@ def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
         print(f"  no document fell into the held-out {request.holdout:g}: no heldout dataset")
     if result.empty_files:
         more = ", ..." if len(result.empty_files) > 3 else ""
-        print(f"  {len(result.empty_files)} empty files passed over: {', '.join(result.empty_files[:3])}{more}")
+        what = f"{len(result.empty_files)} files passed over (empty, or texts beside other formats)"
+        print(f"  {what}: {', '.join(result.empty_files[:3])}{more}")
     if result.tokens_written:
         resumed = f", after {result.tasks_resumed} tasks done before" if result.tasks_resumed else ""
         speed = format_count(result.tokens_written / result.seconds)

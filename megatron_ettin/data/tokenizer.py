@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 
 from megatron_ettin.config.errors import UserError
@@ -24,6 +26,7 @@ from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"
 LONG_TEXT_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 20  # given to the library at once
 LETTER_SPACE_LETTER = re.compile(r"[A-Za-z] (?=[A-Za-z])")
 # role -> names tokenizer_config.json may give it, then token texts tried when the config says nothing
 ROLE_KEYS = {
@@ -74,14 +77,28 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
         """Ids of each text, without special tokens (those written in the text itself are recognised)."""
-        if add_prefix_space:
-            texts = [text if not text or text[0] == " " else " " + text for text in texts]
-        pieces = [self._cut_long(text) for text in texts]
-        flat = [piece for of_text in pieces for piece in of_text]
-        encoded = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
-        if len(flat) == len(pieces):
-            return [encoding.ids for encoding in encoded]
-        return [[i for _ in of_text for i in next(encoded).ids] for of_text in pieces]
+        return [ids.tolist() for ids in self.encode_arrays(texts, add_prefix_space)]
+
+    def encode_arrays(self, texts: Sequence[str], add_prefix_space: bool = True) -> Iterator[npt.NDArray[np.uint32]]:
+        """What `encode_batch` gives, text by text. The library is given a bounded number of characters at a time, so
+        a text of a gigabyte takes memory for its ids (4 bytes each), not for the library's view of all of them."""
+        parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
+        next_text = 0
+        for group in grouped(self._pieces(texts, add_prefix_space)):
+            encoded = self.backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (i, _), encoding in zip(group, encoded, strict=True):
+                parts[i].append(np.array(encoding.ids, dtype=np.uint32))
+            while next_text < group[-1][0]:  # the group's last text may go on in the next one
+                yield joined(parts[next_text])
+                parts[next_text] = []
+                next_text += 1
+        yield from (joined(part) for part in parts[next_text:])
+
+    def _pieces(self, texts: Sequence[str], add_prefix_space: bool) -> Iterator[tuple[int, str]]:
+        """(number of its text, piece) of every text, at least one piece each."""
+        for i, text in enumerate(texts):
+            spaced = " " + text if add_prefix_space and text and text[0] != " " else text
+            yield from ((i, piece) for piece in self._cut_long(spaced))
 
     def _cut_long(self, text: str) -> list[str]:
         """A long text in pieces that encode to the same ids: the library takes 100 bytes of memory per character.
@@ -134,6 +151,24 @@ class Tokenizer:
             return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         flags = ("lstrip", "normalized", "rstrip", "single_word")
         return {"content": text, **{flag: bool(getattr(token, flag)) for flag in flags}}
+
+
+def grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Pieces in order, BATCH_CHARACTERS and a piece at a time."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece[1])
+        if characters >= BATCH_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def joined(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:

@@ -18,7 +18,7 @@ from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.ingest import inputs
 from megatron_ettin.data.ingest.documents import read_documents
 from megatron_ettin.data.ingest.inputs import cut_tasks, list_inputs
-from megatron_ettin.data.ingest.prepare import first_line_numbers
+from megatron_ettin.data.ingest.readers.document import ReadOptions
 from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
 
@@ -57,28 +57,24 @@ def test_directories_text_and_compressed_lines(tmp_path: Path, tokenizer: Tokeni
     assert [source.name for source in dataset.manifest.sources] == ["in"]
 
 
-def test_split_lines_are_read_once_each_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_lines_are_read_once_each_with_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lines.jsonl"
     texts = [words(1 + i % 7, i) for i in range(60)]
-    path.write_text(
-        "".join(json.dumps({"text": text}) + ("\n\n" if i % 9 == 0 else "\n") for i, text in enumerate(texts))
-    )
-    whole = [
-        (d.id, d.text)
-        for d in read_documents(cut_tasks(list_inputs([str(path)], "auto")[0])[0].segments[0], "text", "id")
-    ]
-    assert [text for _, text in whole] == texts
+    lines = [json.dumps({"text": text}) + ("\n\n" if i % 9 == 0 else "\n") for i, text in enumerate(texts)]
+    path.write_text("".join(lines))
+    offsets = [sum(map(len, lines[:i])) for i in range(len(lines))]
+    numbers = [1 + "".join(lines[:i]).count("\n") for i in range(len(lines))]
+    whole = cut_tasks(list_inputs([str(path)], "auto")[0])[0].segments[0]
+    found = [(d.id, d.text) for d in read_documents(whole, ReadOptions())]
+    assert found == [(f"lines.jsonl:{number}", text) for number, text in zip(numbers, texts, strict=True)]
     for task_bytes in (1, 2, 7, 40, 41, 100, 1_000):
         monkeypatch.setattr(inputs, "TASK_BYTES", task_bytes)
         monkeypatch.setattr(inputs, "MOST_TASKS", 1 << 40)
         tasks = cut_tasks(list_inputs([str(path)], "auto")[0])
         segments = [segment for task in tasks for segment in task.segments]
-        numbers = first_line_numbers(tasks, workers=1)
-        found = []
-        for segment, number in zip(segments, numbers, strict=True):
-            numbered = type(segment)(segment.file, segment.start, segment.end, number)
-            found += [(d.id, d.text) for d in read_documents(numbered, "text", "id")]
-        assert found == whole
+        assert len(segments) > 1
+        found = [(d.id, d.text) for segment in segments for d in read_documents(segment, ReadOptions())]
+        assert found == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")

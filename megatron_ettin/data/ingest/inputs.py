@@ -1,57 +1,51 @@
-"""Which files `ettin prepare` reads and how the reading is cut into tasks, from names and sizes alone.
+"""Which files `ettin prepare` reads and how the reading is cut into tasks, from names, sizes and directory indices.
 
-A task is about TASK_BYTES of input: some small files, or a range of one large .jsonl. The cut does not look at the
-number of workers, so neither does the output. A compressed file cannot be entered in the middle and is not split.
-Small corpora get smaller tasks, so that there is something to share; very large ones get larger tasks, because a task
-is a shard and 100,000 shards help nobody."""
+A task is about TASK_BYTES of input: some small files, or a range of a large one. The cut does not look at the number
+of workers, so neither does the output. A range is of bytes for every kind, and each kind has its own rule which
+documents belong to it (lines that begin in it, row groups that begin in it, ...), so that no file has to be opened to
+plan. A compressed file and an MDS shard cannot be entered in the middle and are not split. Small corpora get smaller
+tasks, so that there is something to share; very large ones get larger tasks, because a task is a shard and 100,000
+shards help nobody."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.data.ingest.filesystem import Entry, base_name, canonical, find, local_path, parent_of, walk
+from megatron_ettin.data.ingest.input_file import InputFile, Segment
+from megatron_ettin.data.ingest.readers.arrow_directory import dataset_dict_files, saved_dataset_files
+from megatron_ettin.data.ingest.readers.indexed_files import own_dataset_files, pair_at, pair_of
+from megatron_ettin.data.ingest.readers.mds_index import mds_files
 
 TASK_BYTES = 16 << 20
 SMALLEST_TASK_BYTES = 4 << 20
 LARGEST_TASK_BYTES = 1 << 30
 FEWEST_TASKS = 64  # tasks shrink below TASK_BYTES before there are fewer
 MOST_TASKS = 1_024  # and grow beyond it before there are more
-COMPRESSED_GROWTH = 4  # a compressed byte counts as so many
-FORMATS = ("auto", "text", "jsonl")
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-JSONL_SUFFIXES = (".jsonl",)
+FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    path: Path
-    name: str  # what the dataset calls it: the INPUT's own name, then the path within it
-    source: str  # the INPUT it came by
-    kind: str  # "text" or "jsonl"
-    compression: str | None
-    bytes: int
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.bytes * (COMPRESSED_GROWTH if self.compression else 1)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The lines of a file that begin in [start, end); text and compressed files are whole."""
-
-    file: InputFile
-    start: int
-    end: int
-    first_line: int = 1  # number of the line at or after `start`
-
-    @property
-    def is_whole(self) -> bool:
-        return self.start == 0 and self.end == self.file.bytes
+KIND_OF_SUFFIX = {
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "datasets",
+    ".idx": "indexed",
+}
+COMPRESSIBLE = ("text", "jsonl")
+SPLITTABLE = ("jsonl", "parquet", "datasets", "indexed")
+# a file by which a directory is known as one corpus: it names what belongs to it, and nothing else in it is read
+CONTAINERS = {
+    "manifest.json": ("indexed", own_dataset_files),
+    "index.json": ("mds", mds_files),
+    "dataset_dict.json": ("datasets", dataset_dict_files),
+    "state.json": ("datasets", saved_dataset_files),
+}
 
 
 @dataclass(frozen=True)
@@ -61,77 +55,130 @@ class Task:
 
 
 def list_inputs(inputs: Sequence[str], format_name: str) -> tuple[list[InputFile], list[str]]:
-    """Every file to read, in order, and the empty files that were passed over in directories."""
+    """Every file to read, in order, and the files that were passed over in directories: those that are empty, and
+    texts beside other formats, which are a repository's README and not its content."""
     if format_name not in FORMATS:
         raise UserError(f"--format: {format_name!r}{nearest(format_name, FORMATS)}; allowed: {', '.join(FORMATS)}")
     files: list[InputFile] = []
-    empty: list[str] = []
+    passed_over: list[str] = []
     taken: dict[str, int] = {}
-    for given in inputs:
-        path = Path(given)
-        label = path.resolve().name or "root"
+    for given in map(canonical, inputs):
+        label = base_name(given)
         taken[label] = taken.get(label, 0) + 1
         source = label if taken[label] == 1 else f"{label}#{taken[label]}"
-        if path.is_dir():
-            for found in walk(path):
-                file = input_file(found, f"{source}/{found.relative_to(path).as_posix()}", source, format_name)
-                if file is not None and file.bytes:
-                    files.append(file)
-                elif file is not None:
-                    empty.append(str(found))
-        else:
-            files.append(explicit_file(path, source, format_name))
+        found = list(files_of_input(given, source, format_name))
+        described = format_name == "auto" and any(file.kind not in COMPRESSIBLE for file in found)
+        for file in found:
+            if file.kind in COMPRESSIBLE and (not file.bytes or (described and file.kind == "text")):
+                passed_over.append(file.url)
+            else:
+                files.append(file)
     if not files:
-        known = " ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".jsonl.gz", ".jsonl.zst"))
+        known = " ".join((*KIND_OF_SUFFIX, ".jsonl.gz", ".jsonl.zst", *CONTAINERS))
         raise UserError(f"no input documents in {', '.join(inputs)}; looked for files that are not empty: {known}")
-    return files, empty
+    return files, passed_over
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Files under a directory in sorted order, hidden ones left out; links to directories are followed once."""
-    visited: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
+def files_of_input(given: str, source: str, format_name: str) -> Iterator[InputFile]:
+    entry = find(given)
+    if entry is None:
+        pair = pair_at(given, source, source) if format_name in ("auto", "indexed") else None
+        if pair is None:
+            raise UserError(f"{given}: no such file or directory")
+        yield pair
+    elif entry.is_directory:
+        yield from directory_files(given, source, format_name)
+    elif base_name(given) in CONTAINERS and (
+        found := container_files(parent_of(given), [entry], source, source, format_name)
+    ):
+        yield from found
+    else:
+        yield explicit_file(entry, source, format_name)
+
+
+def directory_files(folder: str, source: str, format_name: str) -> Iterator[InputFile]:
+    """Files under a directory whose names or indices say that they are wanted."""
+    for here, folders, files in walk(folder):
+        within = here.removeprefix(folder).strip("/")
+        name = f"{source}/{within}" if within else source
+        contained = container_files(here, files, name, source, format_name)
+        if contained is not None:
             folders.clear()
+            yield from contained
             continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        for entry in files:
+            file = found_file(entry, f"{name}/{base_name_of(entry)}", source, format_name)
+            if file is not None:
+                yield file
 
 
-def kind_of(path: Path) -> tuple[str | None, str | None]:
-    """(kind, compression) by the file's extensions; kind is None where they do not tell."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    kind = "text" if suffix in TEXT_SUFFIXES else "jsonl" if suffix in JSONL_SUFFIXES else None
-    return kind, compression
+def base_name_of(entry: Entry) -> str:
+    """Of a listed file: the name it is listed by, also where it is a link."""
+    return entry.url.rpartition("/")[2]
 
 
-def input_file(path: Path, name: str, source: str, format_name: str) -> InputFile | None:
+def container_files(
+    folder: str, files: list[Entry], name: str, source: str, format_name: str
+) -> list[InputFile] | None:
+    """The files of a directory that is one corpus, None where it is not. `files`: what lies in it, as listed."""
+    listed = {base_name_of(entry): entry for entry in files}
+    for marker, (kind, list_files) in CONTAINERS.items():
+        if marker in listed and format_name in ("auto", kind):
+            found = list_files(folder, listed, name, source)
+            if found is not None:
+                return found
+    loose = next((n for n in listed if n.endswith((".mds", ".mds.zstd"))), None)
+    if loose is not None and format_name in ("auto", "mds") and "index.json" not in listed:
+        raise UserError(f"{folder}: holds MDS shards ({loose}) but no index.json, without which they cannot be read")
+    return None
+
+
+def kind_of(name: str) -> tuple[str | None, str | None]:
+    """(kind, compression) by a file's extensions; kind is None where they do not tell."""
+    stem, suffix = os.path.splitext(name.lower())
+    compression = COMPRESSIONS.get(suffix)
+    kind = KIND_OF_SUFFIX.get(os.path.splitext(stem)[1] if compression else suffix)
+    return (kind if compression is None or kind in COMPRESSIBLE else None), compression
+
+
+def found_file(entry: Entry, name: str, source: str, format_name: str) -> InputFile | None:
     """A file found in a directory: None unless its extension says that it is wanted."""
-    kind, compression = kind_of(path)
+    file_name = base_name_of(entry)
+    kind, compression = kind_of(file_name)
     if kind is None or (kind == "text" and compression) or format_name not in ("auto", kind):
         return None
-    return InputFile(path, name, source, kind, compression, path.stat().st_size)
+    if kind == "datasets" and file_name.startswith("cache-"):  # what `datasets` keeps of a map or a filter
+        return None
+    if kind == "indexed":
+        return pair_of(entry, name, source, strict=format_name == "indexed")
+    return InputFile(entry.url, name, source, kind, compression, entry.bytes, entry.modified)
 
 
-def explicit_file(path: Path, source: str, format_name: str) -> InputFile:
+def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
     """A file named on the command line: --format decides, else its extension, else it is text."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    if not path.is_file():
+    path = local_path(entry.url)
+    if path is not None and not os.path.isfile(path):
         raise UserError(f"{path}: neither a file nor a directory")
-    kind, compression = kind_of(path)
+    kind, compression = kind_of(base_name_of(entry))
     if format_name == "auto" and compression and kind != "jsonl":
-        raise UserError(f"{path}: compressed, not .jsonl{path.suffix}; say what is in it with --format")
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path}: the file is empty")
-    if not os.access(path, os.R_OK):
+        suffix = os.path.splitext(entry.url)[1]
+        raise UserError(f"{entry.url}: compressed, not .jsonl{suffix}; say what is in it with --format")
+    if entry.bytes == 0:
+        raise UserError(f"{entry.url}: the file is empty")
+    if path is not None and not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read (permissions)")
+    if format_name == "mds" or (format_name == "auto" and entry.url.endswith((".mds", ".mds.zstd"))):
+        raise UserError(f"{entry.url}: an MDS shard is read through its directory; name the one with index.json")
     kind = (kind or "text") if format_name == "auto" else format_name
-    return InputFile(path, source, source, kind, compression, size)
+    if format_name == "auto" and entry.url.endswith(".bin") and (pair := pair_at(entry.url, source, source)):
+        return pair
+    if kind == "indexed":
+        pair = pair_at(entry.url, source, source)
+        if pair is None:
+            raise UserError(f"{entry.url}: a Megatron dataset is a pair, name.bin and name.idx; the .idx is not there")
+        return pair
+    kept = compression if kind in COMPRESSIBLE else None
+    return InputFile(entry.url, source, source, kind, kept, entry.bytes, entry.modified)
 
 
 def task_bytes(total_bytes: int) -> int:
@@ -140,8 +187,15 @@ def task_bytes(total_bytes: int) -> int:
     return max(usual, min(LARGEST_TASK_BYTES, total_bytes // MOST_TASKS))
 
 
+def is_splittable(file: InputFile) -> bool:
+    """Arrow streams have no index: to find a place in one its messages are walked, which is cheap on a local disk."""
+    if file.kind == "datasets" and local_path(file.url) is None:
+        return False
+    return file.kind in SPLITTABLE and file.compression is None
+
+
 def cut_tasks(files: Iterable[InputFile]) -> list[Task]:
-    """Whole small files together, large plain .jsonl in ranges as long as a task."""
+    """Whole small files together, large ones in ranges as long as a task."""
     files = list(files)
     limit = task_bytes(sum(file.weight_bytes for file in files))
     tasks: list[Task] = []
@@ -155,11 +209,11 @@ def cut_tasks(files: Iterable[InputFile]) -> list[Task]:
         gathered, weight = [], 0
 
     for file in files:
-        splittable = file.kind == "jsonl" and file.compression is None and file.bytes > limit
-        step = limit if splittable else file.bytes
-        for start in range(0, file.bytes, step):
+        split = is_splittable(file) and file.weight_bytes > limit
+        step = max(limit // file.growth, 1) if split else max(file.bytes, 1)
+        for start in range(0, max(file.bytes, 1), step):
             end = min(start + step, file.bytes)
-            size = (end - start) if splittable else file.weight_bytes
+            size = (end - start) * file.growth
             if weight + size > limit:
                 close()
             gathered.append(Segment(file, start, end))

@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.data.ingest.chunking import ChunkRule
-from megatron_ettin.data.ingest.inputs import InputFile
+from megatron_ettin.data.ingest.input_file import InputFile
 from megatron_ettin.data.tokenizer import Tokenizer
 
+EXECUTORS = ("local", "slurm", "ray")
 INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks
 
 
@@ -28,11 +30,21 @@ class PrepareRequest:
     workers: int = 1
     seq_lens: tuple[int, ...] = ()
     add_prefix_space: bool = True
+    tokens_key: str = "input_ids"
+    executor: str = "local"  # of EXECUTORS
+    replan: bool = False
+    wait: bool = False  # slurm: until the dataset is there
+    slurm_time: str = "24:00:00"
+    slurm_partition: str | None = None
+    slurm_arguments: tuple[tuple[str, str], ...] = ()  # more options of sbatch
 
 
 def check_request(request: PrepareRequest) -> None:
     if not 0 <= request.holdout < 1:
         raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
+    if request.executor not in EXECUTORS:
+        hint = nearest(request.executor, EXECUTORS)
+        raise UserError(f"--executor: {request.executor!r}{hint}; allowed: {', '.join(EXECUTORS)}")
     if request.workers < 1:
         raise UserError(f"--workers: {request.workers}; at least 1")
     for seq_len in request.seq_lens:
@@ -42,15 +54,22 @@ def check_request(request: PrepareRequest) -> None:
             )
 
 
-def hash_of_settings(request: PrepareRequest, tokenizer: Tokenizer, files: list[InputFile]) -> str:
-    content = {
+def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the output, besides the inputs."""
+    return {
         "version": INGEST_VERSION,
         "tokenizer": tokenizer.fingerprint,
-        "rule": asdict(request.rule),
+        **asdict(request.rule),
         "add_prefix_space": request.add_prefix_space,
         "holdout": request.holdout,
         "text_key": request.text_key,
         "id_key": request.id_key,
-        "files": [[file.name, file.source, file.kind, file.compression, file.bytes] for file in files],
+        "tokens_key": request.tokens_key,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
+    """By which a finished dataset knows the same request: settings, names and sizes. Times are left out: a copy of the
+    inputs makes the same dataset."""
+    listed = [[file.name, file.source, file.kind, file.compression, file.bytes, file.detail] for file in files]
+    return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()

@@ -1,27 +1,25 @@
 """One task of `ettin prepare`: read, split off the held-out documents, tokenize in batches, cut, write one shard.
 
-Runs in a worker process that loaded the tokenizer once. A task depends on its input and the settings only and ends by
+A task depends on its input and the settings only and ends by
 writing its record, so a task with a record is done, whichever process did it and whatever was killed since."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import connection, parent_process
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_ettin.data.ingest.chunking import ChunkRule
-from megatron_ettin.data.ingest.documents import Document, read_documents
+from megatron_ettin.data.ingest.documents import read_documents
 from megatron_ettin.data.ingest.inputs import Task
+from megatron_ettin.data.ingest.readers.document import Document, ReadOptions, TokenFrame
 from megatron_ettin.data.ingest.shards import ShardWriter
 from megatron_ettin.data.manifest import write_json_durably
-from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ettin.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1_024
@@ -39,56 +37,24 @@ class IngestSettings:
     id_key: str
     add_prefix_space: bool
     holdout: float
-
-
-@dataclass
-class Worker:
-    settings: IngestSettings
-    tokenizer: Tokenizer
-
-
-_worker: Worker | None = None  # of this process; a pool gives its initializer no other place to leave things
-
-
-def start_worker(settings: IngestSettings) -> None:
-    """Process initializer: one tokenizer, one thread of work, and an end when the parent ends."""
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    _worker = Worker(settings, load_tokenizer(settings.work / "tokenizer"))
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=leave_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def leave_with(sentinel: int) -> None:
-    """A worker whose parent was killed would wait for work for ever: its siblings hold the queue open."""
-    connection.wait([sentinel])
-    os._exit(1)
-
-
-def run_task_in_worker(task: Task) -> int:
-    """Entry point in a pool; returns the number of tokens written."""
-    assert _worker is not None
-    return run_task(task, _worker.settings, _worker.tokenizer)
+    tokens_key: str = "input_ids"
 
 
 def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
-    folder = settings.work / "tasks"
+    prefixes = dict(zip(SPLITS, shard_prefixes(settings.work, task.index), strict=True))
     dtype, ends = np.dtype(settings.dtype), (tokenizer.cls_id, tokenizer.sep_id)
     writers = {
-        split: ShardWriter(folder / f"{split}_{task.index:05d}", settings.rule, dtype, *ends)
+        split: ShardWriter(prefixes[split], settings.rule, dtype, *ends)
         for split in (SPLITS if settings.holdout else SPLITS[:1])
     }
     empty_documents = 0
     try:
-        for batch in batches(task, settings):
-            texts = [document.text for document in batch]
-            for document, ids in zip(batch, tokenizer.encode_batch(texts, settings.add_prefix_space), strict=True):
-                if not ids:
+        for batch in batches(task, read_options(settings, tokenizer)):
+            for document, ids in tokenized(batch, tokenizer, settings.add_prefix_space):
+                if not len(ids):
                     empty_documents += 1
                     continue
-                key = document_key(document.text)
+                key = document_key(document)
                 split = "heldout" if is_held_out(key, settings.holdout) else "train"
                 writers[split].add(document.file.source, document.file.name, document.id, ids, key)
         record: dict[str, object] = {"empty_documents": empty_documents}
@@ -103,27 +69,52 @@ def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
     return sum(writer.counts["tokens"] for writer in writers.values())
 
 
+def shard_prefixes(work: Path, task_index: int) -> list[Path]:
+    """Where a task's shards lie, by split; without their suffixes."""
+    return [work / "tasks" / f"{split}_{task_index:05d}" for split in SPLITS]
+
+
 def record_path(work: Path, task_index: int) -> Path:
     return work / "tasks" / f"task_{task_index:05d}.json"
 
 
-def batches(task: Task, settings: IngestSettings) -> Iterator[list[Document]]:
+def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
+    frame = TokenFrame(
+        tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
+    )
+    return ReadOptions(settings.text_key, settings.id_key, settings.tokens_key, frame)
+
+
+def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
+    """Documents in order, BATCH_CHARACTERS and one document at a time."""
     batch: list[Document] = []
-    characters = 0
+    size = 0
     for segment in task.segments:
-        for document in read_documents(segment, settings.text_key, settings.id_key):
+        for document in read_documents(segment, options):
             batch.append(document)
-            characters += len(document.text)
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            size += document.size
+            if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
                 yield batch
-                batch, characters = [], 0
+                batch, size = [], 0
     if batch:
         yield batch
 
 
-def document_key(text: str) -> str:
-    """The document's hash: equal texts are cut alike and fall on one side of a held-out split."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def tokenized(
+    batch: list[Document], tokenizer: Tokenizer, add_prefix_space: bool
+) -> Iterator[tuple[Document, npt.NDArray[np.uint32]]]:
+    """Each document with its ids: a text's from the tokenizer, token inputs as they are."""
+    texts = [document.text for document in batch if document.tokens is None]
+    encoded = tokenizer.encode_arrays(texts, add_prefix_space)
+    for document in batch:
+        yield document, next(encoded) if document.tokens is None else document.tokens
+
+
+def document_key(document: Document) -> str:
+    """The content's hash: equal documents are cut alike and fall on one side of a held-out split. Of tokens it is the
+    hash of their ids as little-endian uint32."""
+    content = document.text.encode("utf-8") if document.tokens is None else document.tokens.astype("<u4").tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def is_held_out(key: str, fraction: float) -> bool:

@@ -1,0 +1,171 @@
+"""`ettin prepare --executor slurm`: a job array for the tasks and, after it, one job that finishes the dataset.
+
+The finishing job is the same command with local processes: it finds the tasks done, or does what is left, merges and
+publishes. The command itself returns when both are submitted; run again it tells how far they are, and submits what is
+missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.ingest.engine import Counter, IngestStep, Progress, agree_on_completed
+from megatron_ettin.data.ingest.request import PrepareRequest
+from megatron_ettin.data.ingest.task import IngestSettings
+from megatron_ettin.data.manifest import FILE_NAME, write_json_durably
+
+SUBMITTED = "submitted.json"
+WAIT_SECONDS = 2.0
+FINISHING_CPUS = 4
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Where an unfinished dataset stands on the cluster."""
+
+    jobs: list[str]  # the array's (or arrays'), and last the finishing job
+    states: dict[str, int]  # of what is queued or running, by SLURM's name
+    tasks_done: int
+    num_tasks: int
+    new: bool  # submitted by this very command
+
+    def __str__(self) -> str:
+        states = ", ".join(f"{count} {state.lower()}" for state, count in self.states.items()) or "none queued"
+        verb = "submitted" if self.new else "queued or running"
+        return f"{self.tasks_done} of {self.num_tasks} tasks done; {verb}: jobs {', '.join(self.jobs)} ({states})"
+
+
+def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> Submitted:
+    """Submit the pending tasks and the finishing job, or tell how those submitted before are doing."""
+    for program in ("sbatch", "squeue"):
+        if shutil.which(program) is None:
+            raise UserError(f"--executor slurm: no {program} on this machine; run it where jobs are submitted")
+    work, total = settings.work, len(counter.tasks)
+    jobs = submitted_jobs(work)
+    states = queue_states(jobs)
+    if states:
+        return Submitted(jobs, states, total - len(counter.open), total, new=False)
+    jobs = submit(settings, request, counter)
+    write_json_durably(work / SUBMITTED, {"jobs": jobs})
+    return Submitted(jobs, queue_states(jobs), total - len(counter.open), total, new=True)
+
+
+def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> list[str]:
+    from megatron_ettin.data.ingest.executors import slurm_executor
+
+    work = settings.work
+    shutil.rmtree(work / "errors", ignore_errors=True)
+    jobs = []
+    arguments = dict(request.slurm_arguments)
+    if counter.open:
+        agree_on_completed(work, counter)
+        executor = slurm_executor(
+            IngestStep(settings), len(counter.tasks), request.workers, work / "log", request.slurm_time,
+            request.slurm_partition, arguments,
+        )  # fmt: skip
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:
+            raise UserError(
+                f"sbatch refused the job array (exit {error.returncode}); its reason stands above"
+            ) from None
+        jobs.append(str(executor.job_id))
+    script = work / "finish.slurm"
+    script.write_text(finishing_script(work, request, arguments), encoding="utf-8")
+    after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+    done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"sbatch refused the finishing job: {last_line(done.stderr)}")
+    return [*jobs, done.stdout.strip().partition(";")[0]]
+
+
+def finishing_script(work: Path, request: PrepareRequest, arguments: dict[str, str]) -> str:
+    options: dict[str, str | None] = {
+        "job-name": "ettin-prepare-finish",
+        "time": request.slurm_time,
+        "partition": request.slurm_partition,
+        "cpus-per-task": str(FINISHING_CPUS),
+        "output": str(work / "log" / "finish.out"),
+        **arguments,
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    run = shlex.join([sys.executable, "-m", "megatron_ettin", "prepare", *finishing_command(request)])
+    where = shlex.quote(os.getcwd())
+    return "\n".join(["#!/bin/bash", *lines, f"cd {where} || exit 1", f"exec {run}", ""])
+
+
+def submitted_jobs(work: Path) -> list[str]:
+    try:
+        return [str(job) for job in json.loads((work / SUBMITTED).read_text(encoding="utf-8"))["jobs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def queue_states(jobs: list[str]) -> dict[str, int]:
+    """How many jobs and array tasks of these ids are in each state; empty when the queue knows none of them."""
+    states: dict[str, int] = {}
+    for job in jobs:  # one by one: squeue refuses a list that has one id too old to know
+        done = subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True)
+        for state in done.stdout.split():
+            states[state] = states.get(state, 0) + 1
+    return states
+
+
+def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Progress) -> None:
+    """Until the finishing job has published the dataset. Raises UserError with the first error where it has not."""
+    while not (out / FILE_NAME).is_file():
+        with contextlib.suppress(OSError):  # the finishing job may be moving the records away
+            counter.refresh()
+        progress(counter.done, counter.total, counter.tokens)
+        if not queue_states(jobs[-1:]):
+            time.sleep(WAIT_SECONDS)  # the file system of another machine may be late
+            if (out / FILE_NAME).is_file():
+                return
+            raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {reason(work)}")
+        time.sleep(WAIT_SECONDS)
+
+
+def reason(work: Path) -> str:
+    """The line that a user needs, of what the jobs left behind."""
+    failed = sorted((work / "errors").glob("*"))
+    if failed:
+        return failed[0].read_text(encoding="utf-8")
+    try:
+        return last_line((work / "log" / "finish.out").read_text(encoding="utf-8"))
+    except OSError:
+        return f"they left no word in {work / 'log'} (cancelled?)"
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
+
+
+def finishing_command(request: PrepareRequest) -> list[str]:
+    """The same request, with local processes in place of the cluster."""
+    rule = request.rule
+    options: dict[str, object] = {
+        "out": request.out,
+        "tokenizer": request.tokenizer,
+        "chunk-tokens": rule.chunk_tokens,
+        "min-chunk-tokens": rule.min_chunk_tokens,
+        "skip-tokens": rule.skip_tokens,
+        "end-token": rule.end_token,
+        "format": request.format,
+        "text-key": request.text_key,
+        "tokens-key": request.tokens_key,
+        "id-key": request.id_key,
+        "holdout": repr(request.holdout),
+        "workers": FINISHING_CPUS,
+    }
+    if request.seq_lens:
+        options["seq-len"] = ",".join(map(str, request.seq_lens))
+    return [*request.inputs, *(f"--{name}={value}" for name, value in options.items())]

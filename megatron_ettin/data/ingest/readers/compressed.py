@@ -1,0 +1,55 @@
+"""Bytes of a file in blocks, decompressed; a broken or cut-off archive is told by name."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.ingest.filesystem import open_input
+from megatron_ettin.data.ingest.input_file import InputFile
+
+BLOCK_BYTES = 1 << 20
+COMPRESSED_BLOCK_BYTES = 1 << 17  # a block of well compressed text becomes a thousand times as much
+LARGEST_WINDOW_BYTES = 1 << 31  # zstd --long=31
+
+
+def blocks(file: InputFile) -> Iterator[bytes]:
+    """The file's bytes, decompressed."""
+    if file.compression is None:
+        yield from raw_blocks(file.url, BLOCK_BYTES)
+    else:
+        yield from decompressed(raw_blocks(file.url, COMPRESSED_BLOCK_BYTES), file)
+
+
+def raw_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
+    with open_input(url) as stream:
+        while block := stream.read(block_bytes):
+            yield block
+
+
+def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
+    """Members one after another, each checked to have its end: gzip and zstd both allow several."""
+    import zstandard
+
+    def new_member() -> Any:
+        if file.compression == "gzip":
+            return zlib.decompressobj(wbits=31)
+        return zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES).decompressobj()
+
+    member: Any = None
+    try:
+        for block in raw:
+            while block:
+                member = member or new_member()
+                if out := member.decompress(block):
+                    yield out
+                block = member.unused_data if member.eof else b""
+                if member.eof:
+                    member = None
+                    block = block.lstrip(b"\x00") if file.compression == "gzip" else block  # gzip allows padding
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{file.url}: broken {file.compression} data ({error})") from None
+    if member is not None:
+        raise UserError(f"{file.url}: {file.compression} data ends in the middle: truncated")

@@ -1,0 +1,46 @@
+"""What a prepared dataset holds, document by document, for tests that compare it with what went in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.data.dataset import open_dataset
+from tests.data.corpora import prepare_here
+
+
+def documents(path: Path) -> list[tuple[str, str, list[int]]]:
+    """(source, document id, ids without [CLS] and [SEP]) of every document, its chunks joined."""
+    dataset = open_dataset(path)
+    found: dict[int, tuple[str, str, list[int]]] = {}
+    for i in range(dataset.num_chunks):
+        source, name, start, number = dataset.document_of(i)
+        ids = dataset.chunk(i).tolist()
+        document = found.setdefault(number, (source, name, []))
+        assert len(document[2]) == start
+        document[2].extend(ids[1:-1])
+    return list(found.values())
+
+
+def prepared(folder: Path, *inputs: object, options: tuple[object, ...] = ()) -> list[tuple[str, str, list[int]]]:
+    """`ettin prepare` of the inputs with one worker and plain chunking: the documents that came of it."""
+    out = folder / f"out{len(list(folder.glob('out*')))}"
+    assert prepare_here(*inputs, "--out", out, "--workers", 1, "--chunking", "plain", *options) == 0
+    return documents(out)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """The one line that `ettin prepare` refuses with; nothing is left behind."""
+    capsys.readouterr()
+    before = sorted(folder.rglob("*"))
+    assert prepare_here(*arguments, "--out", folder / "refused", "--workers", 1) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1, told
+    assert sorted(folder.rglob("*")) == before
+    return told
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
