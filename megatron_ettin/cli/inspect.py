@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from megatron_ettin.config.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
+    from megatron_ettin.data.verification import Verified
 
 SHARDS_SHOWN = 12
 SOURCES_SHOWN = 30
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     if not is_dataset:
         raise UserError(f"{path}: no dataset (manifest.json), checkpoint (integrity.json) or run (config.yaml)")
+    verified = verify(path) if args.verify else None
     dataset = open_dataset(path)
-    content = describe_dataset(dataset, args.verify)
+    content = describe_dataset(dataset, verified)
     content["samples"] = samples(dataset, args.sample)
     if args.json:
         print(json.dumps(content, indent=1, ensure_ascii=False))
@@ -57,14 +60,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_dataset(dataset: Dataset, verify: bool) -> dict[str, Any]:
+def verify(path: Path) -> Verified:
+    """Read every byte of a dataset and its row plans. Every bad file is printed, then UserError names the first."""
+    from megatron_ettin.data.rows import plan_files
+    from megatron_ettin.data.verification import dataset_files, verify_files
+
+    found = verify_files([*dataset_files(path), *plan_files(path)])
+    if found.problems:
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise UserError(f"{len(found.problems)} of {found.files} files are not as recorded: {found.problems[0]}{more}")
+    return found
+
+
+def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, Any]:
     from megatron_ettin.data.rows import existing_plans
 
     plans = existing_plans(dataset)
-    if verify:
-        dataset.verify()
-        for plan in plans:
-            plan.verify()
     manifest = asdict(dataset.manifest)
     shards = [
         {
@@ -82,7 +95,8 @@ def describe_dataset(dataset: Dataset, verify: bool) -> dict[str, Any]:
     ]
     dropped = ("tokenizer_files", "settings_sha256", "format", "version")
     kept = {key: value for key, value in manifest.items() if key not in dropped}
-    return {"kind": "dataset", "path": str(dataset.path), **kept, "shards": shards, "rows": rows, "verified": verify}
+    content = {"kind": "dataset", "path": str(dataset.path), **kept, "shards": shards, "rows": rows}
+    return {**content, "verified": verified is not None, "verification": str(verified) if verified else None}
 
 
 def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
@@ -118,7 +132,7 @@ def print_dataset(content: dict[str, Any]) -> None:
     plans = [{**plan, "fill": f"{plan['fill']:.2%}"} for plan in content["rows"]]
     table("row plans", ("batching", "seq_len", "rows", "tokens", "fill"), plans, SHARDS_SHOWN)
     if content["verified"]:
-        print("  verified: every file has its recorded sha256")
+        print(f"  verified: every file has its recorded sha256; {content['verification']}")
     for sample in content["samples"]:
         place = f"{sample['source']} {sample['document']} from token {sample['start_token']}, {sample['tokens']} tokens"
         print(f"--- chunk {sample['chunk']}: {place}\n{sample['text']}")

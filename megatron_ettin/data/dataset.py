@@ -19,6 +19,8 @@ import numpy.typing as npt
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.indexed import Shard, index_file_bytes, open_shard
 from megatron_ettin.data.manifest import Manifest, check_file, read_manifest
+from megatron_ettin.data.mapped import map_npy
+from megatron_ettin.data.verification import dataset_files, verify_files
 
 OPEN_SHARDS = 128  # two file descriptors each
 CHECKED_AT_ONCE = 16  # files whose size is asked for: on a parallel file system an answer takes a millisecond
@@ -106,8 +108,9 @@ class Dataset:
             boundaries = self._shard(shard).document_indices
             document = np.searchsorted(boundaries, local, side="right") - 1
             table = self._documents(shard)
-            sources[chosen] = table["source"].take(document).to_pylist()
-            ids[chosen] = table["document_id"].take(document).to_pylist()
+            wanted_rows = arrow_integers(document)
+            sources[chosen] = table["source"].take(wanted_rows).to_pylist()
+            ids[chosen] = table["document_id"].take(wanted_rows).to_pylist()
             start[chosen] = self._starts(shard)[local]
             number[chosen] = int(self._first_document[shard]) + document
             if self.manifest.end_token == "last":
@@ -122,11 +125,9 @@ class Dataset:
 
     def verify(self) -> None:
         """Read every byte; UserError names the first file that is not what the manifest says."""
-        for name, record in self.manifest.tokenizer_files.items():
-            check_file(self.path / "tokenizer" / name, record, content=True)
-        for shard in self.manifest.shards:
-            for suffix, record in shard.files.items():
-                check_file(self.path / (shard.name + suffix), record, content=True)
+        found = verify_files(list(dataset_files(self.path, self.manifest)))
+        if found.problems:
+            raise UserError(found.problems[0])
 
     def _place(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_chunks:
@@ -151,7 +152,8 @@ class Dataset:
         return open_shard(self.path / record.name)
 
     def _open_starts(self, shard: int) -> npt.NDArray[np.int64]:
-        return np.load(self.path / f"{self.manifest.shards[shard].name}.starts.npy", mmap_mode="r")
+        starts: npt.NDArray[np.int64] = map_npy(self.path / f"{self.manifest.shards[shard].name}.starts.npy")
+        return starts
 
     def _open_documents(self, shard: int) -> dict[str, Any]:
         import pyarrow
@@ -163,6 +165,14 @@ class Dataset:
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path}: damaged ({error}); `ettin inspect --verify` tells where") from None
         return {name: batch.column(name) for name in ("source", "document_id")}
+
+
+def arrow_integers(values: npt.NDArray[np.int64]) -> Any:
+    """numpy to Arrow without pyarrow's own way, which imports pandas where that is installed (0.2 s)."""
+    import pyarrow
+
+    content = pyarrow.py_buffer(np.ascontiguousarray(values, np.int64))
+    return pyarrow.Array.from_buffers(pyarrow.int64(), len(values), [None, content])
 
 
 def open_dataset(path: str | Path) -> Dataset:

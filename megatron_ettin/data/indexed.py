@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.mapped import map_in_order, map_scattered
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -68,10 +69,12 @@ class Shard:
         return self.tokens[first : first + int(self.chunk_lengths[i])]
 
 
-def open_shard(prefix: Path) -> Shard:
-    """`prefix` is the path without .bin and .idx."""
+def open_shard(prefix: Path, scattered: bool = True) -> Shard:
+    """`prefix` is the path without .bin and .idx. `scattered`: chunks are read in training order, all over the files,
+    and reading ahead would fetch what nobody asked for; False for going through it from end to end."""
     index_path = prefix.with_suffix(".idx")
-    raw = np.memmap(index_path, mode="r", dtype=np.uint8)
+    mapped = map_scattered if scattered else map_in_order
+    raw = mapped(index_path, np.dtype(np.uint8))
     if raw.size < HEADER.size:
         raise UserError(f"{index_path}: {raw.size} bytes, too short for a Megatron index")
     magic, version, code, chunks, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
@@ -86,5 +89,4 @@ def open_shard(prefix: Path) -> Shard:
     place += offsets.nbytes
     document_indices = np.frombuffer(raw, dtype="<i8", count=documents, offset=place)
     dtype: np.dtype = DTYPE_OF_CODE[int(code)]
-    tokens = np.memmap(prefix.with_suffix(".bin"), mode="r", dtype=dtype)
-    return Shard(np.asarray(tokens), lengths, offsets, document_indices)
+    return Shard(mapped(prefix.with_suffix(".bin"), dtype), lengths, offsets, document_indices)

@@ -1,10 +1,10 @@
 """Row plans: which chunks make up each training row of `seq_len` tokens. Built once per dataset and length, kept beside
 it (`rows_1024/`), memory-mapped by every rank.
 
-`packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row, cut to
-seq_len with its final [SEP] kept; its plan is a formula, so `padded_1024/` holds only the counts. A plan carries the
-fingerprint of the dataset it was made for and is rebuilt when that differs or a file is not as long as it says.
-Several processes may ask at once: one builds under a file lock, the others wait and read."""
+`packed` fills rows with whole chunks by best fit (packing.py, row_building.py). `padded` is the original recipe: one
+chunk a row, cut to seq_len with its final [SEP] kept; its plan is a formula, so `padded_1024/` holds only the counts.
+A plan carries the fingerprint of the dataset it was made for and is rebuilt when that differs or a file is not as long
+as it says. Several processes may ask at once: one builds under a file lock, the others wait and read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.manifest import FileRecord, check_file, record_of, sync_directory, write_json_durably
-from megatron_ettin.data.packing import pack
+from megatron_ettin.data.manifest import FileRecord, check_file, sync_directory, write_json_durably
+from megatron_ettin.data.mapped import map_scattered
+from megatron_ettin.data.row_building import (
+    CHUNKS_FILE,
+    ENDS_FILE,
+    TOKENS_FILE,
+    read_lengths,
+    write_packed,
+)
+from megatron_ettin.data.verification import Expected
 
 FOLDERS = {"packed": "rows", "padded": "padded"}  # batching -> prefix of the plan's folder
 VERSION = 1  # raise it when the same chunks would be packed otherwise
-CHUNKS_FILE = "chunks.int64"  # chunk numbers, row after row
-ENDS_FILE = "ends.int64"  # for each row, where its chunks end in CHUNKS_FILE
-TOKENS_FILE = "tokens.int32"  # tokens of each row
+BESIDE = ".tmp-"  # begins the name of a plan that is not finished
+COUNTED_CHUNKS = 1 << 20  # lengths of a padded plan that are read at once
 
 IntArray = npt.NDArray[np.integer]
 
@@ -50,10 +57,19 @@ class PlanRecord:
     version: int = VERSION
 
 
-class RowPlan:
-    """See `ensure_row_plan`."""
+@dataclass(frozen=True)
+class RowArrays:
+    """The rows of a packed plan."""
 
-    def __init__(self, folder: Path, record: PlanRecord, dataset: Dataset) -> None:
+    chunks: IntArray  # chunk numbers, row after row
+    ends: IntArray  # for each row, where its chunks end in `chunks`
+    tokens: IntArray  # of each row
+
+
+class RowPlan:
+    """See `ensure_row_plan`. `arrays` are the rows themselves; a plan on disk is mapped from its `folder` instead."""
+
+    def __init__(self, folder: Path, record: PlanRecord, dataset: Dataset, arrays: RowArrays | None = None) -> None:
         self.folder = folder
         self.seq_len = record.seq_len
         self.batching = record.batching
@@ -65,57 +81,60 @@ class RowPlan:
         hashes = {name: file.sha256 for name, file in record.files.items()}
         content = json.dumps({**asdict(record), "files": hashes}, sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode("ascii")).hexdigest()
-        self._record = record
+        self.record = record
         self._dataset = dataset
-        if record.batching == "packed":
-            self._chunks = np.asarray(np.memmap(folder / CHUNKS_FILE, mode="r", dtype="<i8"))
-            self._ends = np.asarray(np.memmap(folder / ENDS_FILE, mode="r", dtype="<i8"))
-            self._tokens = np.asarray(np.memmap(folder / TOKENS_FILE, mode="r", dtype="<i4"))
+        self._given = arrays
+        mapped = arrays is None and record.batching == "packed"
+        self._arrays = map_rows(folder) if mapped else arrays  # None: the formula of `padded`
+
+    def __getstate__(self) -> tuple[Path, PlanRecord, Dataset, RowArrays | None]:  # maps do not travel
+        return self.folder, self.record, self._dataset, self._given
+
+    def __setstate__(self, state: tuple[Path, PlanRecord, Dataset, RowArrays | None]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def chunks_of(self, row: int) -> IntArray:
         """Global chunk numbers of one row, in the order they stand in it."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
-        if self.batching == "padded":
+        if self._arrays is None:
             return np.array([row], dtype=np.int64)
-        start = int(self._ends[row - 1]) if row else 0
-        return self._chunks[start : int(self._ends[row])]
+        start = int(self._arrays.ends[row - 1]) if row else 0
+        return self._arrays.chunks[start : int(self._arrays.ends[row])]
 
     def tokens_of(self, rows: npt.ArrayLike) -> IntArray:
         """Real tokens of each of the rows."""
         wanted = np.asarray(rows, dtype=np.int64)
-        if self.batching == "packed":
-            return self._tokens[wanted].astype(np.int64)
+        if self._arrays is not None:
+            return self._arrays.tokens[wanted].astype(np.int64)
         return np.minimum(self._dataset.lengths_of(wanted), self.seq_len)
 
     def verify(self) -> None:
         """Read every byte; UserError names the first damaged file."""
-        for name, record in self._record.files.items():
+        for name, record in self.record.files.items():
             check_file(self.folder / name, record, content=True)
 
 
-def ensure_row_plan(dataset: Dataset, seq_len: int, batching: str = "packed") -> RowPlan:
-    """The row plan of a dataset for rows of `seq_len` tokens; builds it when there is none that fits."""
-    if batching not in FOLDERS:
-        raise UserError(f"data.batching: {batching!r}; allowed: {', '.join(FOLDERS)}")
-    if seq_len < 3:
-        raise UserError(f"data.seq_len: {seq_len}; a row holds at least [CLS], one token and [SEP]")
-    longest = dataset.manifest.longest_chunk_tokens
-    if batching == "packed" and longest > seq_len:
-        raise UserError(
-            f"dataset {dataset.path}: chunks of {longest} tokens (chunk_tokens = {dataset.manifest.chunk_tokens}) do "
-            f"not fit rows of data.seq_len = {seq_len}; raise seq_len, prepare with --chunk-tokens {seq_len}, "
-            "or use data.batching=padded, which cuts them"
-        )
-    folder = dataset.path / f"{FOLDERS[batching]}_{seq_len}"
+def map_rows(folder: Path) -> RowArrays:
+    files = {CHUNKS_FILE: "<i8", ENDS_FILE: "<i8", TOKENS_FILE: "<i4"}
+    return RowArrays(*(map_scattered(folder / name, dtype) for name, dtype in files.items()))
+
+
+def ensure_row_plan(dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> RowPlan:
+    """The row plan of a dataset for rows of `seq_len` tokens; builds it when there is none that fits, with so many
+    processes and the same bytes for any number of them. Raises UserError where chunks and rows do not go together."""
+    check_rows(dataset, seq_len, batching)
+    folder = plan_folder(dataset, seq_len, batching)
     plan = open_plan(folder, dataset, seq_len, batching)
     if plan is not None:
         return plan
     try:
-        with file_lock(dataset.path / ".row-plans.lock"):
+        with file_lock(dataset.path / ".row-plans.lock") as alone:
             plan = open_plan(folder, dataset, seq_len, batching)  # somebody may have built it while we waited
             if plan is None:
-                build_plan(folder, dataset, seq_len, batching)
+                if alone:
+                    remove_leftovers(dataset.path)
+                build_plan(folder, dataset, seq_len, batching, workers)
     except OSError as error:
         raise UserError(
             f"row plan {folder}: {error.strerror}; build it where the dataset can be written: "
@@ -127,6 +146,25 @@ def ensure_row_plan(dataset: Dataset, seq_len: int, batching: str = "packed") ->
     return plan
 
 
+def plan_folder(dataset: Dataset, seq_len: int, batching: str) -> Path:
+    return dataset.path / f"{FOLDERS[batching]}_{seq_len}"
+
+
+def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
+    """Raise UserError where rows of `seq_len` tokens cannot hold the dataset's chunks."""
+    if batching not in FOLDERS:
+        raise UserError(f"data.batching: {batching!r}; allowed: {', '.join(FOLDERS)}")
+    if seq_len < 3:
+        raise UserError(f"data.seq_len: {seq_len}; a row holds at least [CLS], one token and [SEP]")
+    longest = dataset.manifest.longest_chunk_tokens
+    if batching == "packed" and longest > seq_len:
+        raise UserError(
+            f"dataset {dataset.path}: chunks of {longest} tokens (chunk_tokens = {dataset.manifest.chunk_tokens}) do "
+            f"not fit rows of data.seq_len = {seq_len}; raise seq_len, prepare with --chunk-tokens {seq_len}, "
+            "or use data.batching=padded, which cuts them"
+        )
+
+
 def existing_plans(dataset: Dataset) -> list[RowPlan]:
     """The usable plans beside a dataset, by batching and length."""
     plans = []
@@ -136,6 +174,18 @@ def existing_plans(dataset: Dataset) -> list[RowPlan]:
             if length.isdigit() and (plan := open_plan(folder, dataset, int(length), batching)):
                 plans.append(plan)
     return sorted(plans, key=lambda plan: (plan.batching, plan.seq_len))
+
+
+def plan_files(dataset_folder: Path) -> Iterator[Expected]:
+    """The files of the row plans beside a dataset as their records have them, for verification."""
+    remedy = " (remove its folder: the plan is built again)"
+    for record_file in sorted(dataset_folder.glob("*_*/plan.json")):
+        try:
+            files = json.loads(record_file.read_text(encoding="utf-8"))["files"]
+            records = {name: FileRecord(**record) for name, record in files.items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no plan: it is built again when it is wanted
+        yield from (Expected(record_file.with_name(name), record, remedy=remedy) for name, record in records.items())
 
 
 def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
@@ -154,22 +204,20 @@ def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> Ro
     return RowPlan(folder, record, dataset)
 
 
-def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> None:
+def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
     """Write the plan beside and rename it into place; whatever stood there goes."""
-    building = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=dataset.path))
+    building = Path(tempfile.mkdtemp(prefix=f"{BESIDE}{folder.name}-", dir=dataset.path))
     try:
         building.chmod(0o777 & ~current_umask())  # mkdtemp makes it private; other users train on it too
-        lengths = dataset.chunk_lengths
         if batching == "packed":
-            num_rows, num_tokens = write_rows(building, lengths, seq_len)
-            files = {name: record_of(building / name) for name in (CHUNKS_FILE, ENDS_FILE, TOKENS_FILE)}
+            num_rows, num_tokens, files = write_packed(building, dataset, seq_len, workers)
         else:
-            num_rows, num_tokens, files = len(lengths), int(np.minimum(lengths, seq_len).sum(dtype=np.int64)), {}
+            num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
         record = PlanRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
         write_json_durably(building / "plan.json", asdict(record))
         sync_directory(building)
         if folder.exists():
-            stale = Path(tempfile.mkdtemp(prefix=f".tmp-stale-{folder.name}-", dir=dataset.path))
+            stale = Path(tempfile.mkdtemp(prefix=f"{BESIDE}stale-{folder.name}-", dir=dataset.path))
             os.rename(folder, stale / folder.name)
             shutil.rmtree(stale, ignore_errors=True)
         os.rename(building, folder)
@@ -178,34 +226,32 @@ def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> N
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_rows(folder: Path, lengths: IntArray, seq_len: int) -> tuple[int, int]:
-    """Pack into the three files of a plan, window by window; returns (rows, tokens)."""
-    with contextlib.ExitStack() as stack:
-        names = (CHUNKS_FILE, ENDS_FILE, TOKENS_FILE)
-        chunks_out, ends_out, tokens_out = (stack.enter_context(open(folder / name, "wb")) for name in names)
-        num_chunks = num_rows = num_tokens = 0
-        for chunks, counts in pack(lengths, seq_len):
-            ends = np.cumsum(counts)
-            tokens = np.add.reduceat(np.asarray(lengths[chunks], np.int64), ends - counts)
-            chunks_out.write(chunks.astype("<i8").tobytes())
-            ends_out.write((ends + num_chunks).astype("<i8").tobytes())
-            tokens_out.write(tokens.astype("<i4").tobytes())
-            num_chunks += len(chunks)
-            num_rows += len(counts)
-            num_tokens += int(tokens.sum())
-        for stream in (chunks_out, ends_out, tokens_out):
-            stream.flush()
-            os.fsync(stream.fileno())
-    return num_rows, num_tokens
+def padded_tokens(dataset: Dataset, seq_len: int) -> int:
+    """Tokens of all chunks, each cut to `seq_len`."""
+    total = 0
+    for first in range(0, dataset.num_chunks, COUNTED_CHUNKS):
+        lengths = read_lengths(dataset, first, min(first + COUNTED_CHUNKS, dataset.num_chunks))
+        total += int(np.minimum(lengths, seq_len).sum(dtype=np.int64))
+    return total
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what builders that were killed have left; only for the one that holds the lock."""
+    for prefix in (*FOLDERS.values(), "stale"):
+        for leftover in folder.glob(f"{BESIDE}{prefix}[_-]*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """One process at a time. Where the file system has no locks, nothing waits: the renames keep readers safe."""
+def file_lock(path: Path) -> Iterator[bool]:
+    """One process at a time; yields whether it is so. Where the file system has no locks, nothing waits: the renames
+    keep readers safe."""
     with open(path, "a") as stream:
+        alone = False
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def current_umask() -> int:

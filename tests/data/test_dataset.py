@@ -19,12 +19,13 @@ from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import ettin
 
 
-def test_megatron_reads_the_shards(prepared: Dataset) -> None:
+@pytest.mark.parametrize("mmap", [True, False])
+def test_megatron_reads_the_shards(prepared: Dataset, mmap: bool) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     first = 0
     for shard in prepared.manifest.shards:
-        theirs = IndexedDataset(str(prepared.path / shard.name), mmap=True)
+        theirs = IndexedDataset(str(prepared.path / shard.name), mmap=mmap)
         assert (len(theirs), len(theirs.document_indices) - 1) == (shard.chunks, shard.documents)
         for i in range(len(theirs)):
             assert np.array_equal(theirs[i], prepared.chunk(first + i))

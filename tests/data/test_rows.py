@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from hypothesis import given, settings, strategies as st
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data import packing
 from megatron_ettin.data.dataset import Dataset, open_dataset
+from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
 from megatron_ettin.data.rows import ensure_row_plan, existing_plans
+from tests.data.corpora import files_of
 
 
 @settings(deadline=None)
@@ -105,3 +109,143 @@ def test_processes_at_once_share_one_plan(prepared: Dataset, tmp_path: Path) -> 
     printed = {process.communicate(timeout=60)[0] for process in running}
     assert len(printed) == 1 and all(process.returncode == 0 for process in running)
     assert not list((tmp_path / "copy").glob(".tmp-*"))
+
+
+def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50_368) -> Dataset:
+    """A dataset of chunks of these lengths, one a document; its tokens are a hole in a sparse file."""
+    import dataclasses
+
+    import pyarrow
+    import pyarrow.ipc
+
+    from megatron_ettin.data.indexed import index_bytes
+    from megatron_ettin.data.manifest import (
+        FileRecord,
+        Manifest,
+        ShardRecord,
+        SourceRecord,
+        TokenizerRecord,
+        write_json_durably,
+    )
+
+    folder.mkdir(parents=True)
+    shards, half = [], len(lengths) // 2
+    for number, part in enumerate((lengths[:half], lengths[half:])):
+        prefix, tokens = folder / f"shard_{number:05d}", int(part.sum())
+        with open(f"{prefix}.bin", "wb") as stream:
+            stream.truncate(2 * tokens)
+        Path(f"{prefix}.idx").write_bytes(index_bytes(part, np.arange(len(part) + 1), np.dtype("<u2")))
+        np.save(f"{prefix}.starts.npy", np.zeros(len(part), np.int64))
+        names = pyarrow.array(["fake/a"] * len(part)).dictionary_encode()
+        ids = pyarrow.array([str(i) for i in range(len(part))], pyarrow.large_string())
+        batch = pyarrow.record_batch({"source": names, "document_id": ids, "tokens": pyarrow.array(part, "int64")})
+        with pyarrow.OSFile(f"{prefix}.documents.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, batch.schema) as out:
+            out.write_batch(batch)
+        Path(f"{prefix}.checksums.json").write_text("{}\n")
+        suffixes = (".bin", ".idx", ".documents.arrow", ".starts.npy", ".checksums.json")
+        files = {suffix: FileRecord(Path(f"{prefix}{suffix}").stat().st_size, "0" * 64) for suffix in suffixes}
+        shards.append(ShardRecord(prefix.name, len(part), len(part), tokens, files))
+    count, tokens = len(lengths), int(lengths.sum())
+    manifest = Manifest(
+        tokenizer=TokenizerRecord("fake", "0" * 64, vocabulary, (0, 1, 2), 0, 1, 2, 3),
+        dtype="uint16",
+        chunk_tokens=int(lengths.max()),
+        min_chunk_tokens=0,
+        skip_tokens=0,
+        end_token="every",
+        add_prefix_space=True,
+        holdout=0.0,
+        documents=count,
+        chunks=count,
+        tokens=tokens,
+        longest_chunk_tokens=int(lengths.max()),
+        dropped_tokens=0,
+        empty_documents=0,
+        sources=[SourceRecord("fake", count, count, tokens)],
+        shards=shards,
+        tokenizer_files={},
+        settings_sha256="0" * 64,
+    ).with_fingerprint()
+    write_json_durably(folder / "manifest.json", dataclasses.asdict(manifest))
+    return open_dataset(folder)
+
+
+def cut(documents: np.ndarray, chunk_tokens: int) -> np.ndarray:
+    """Lengths of the chunks of documents of so many tokens, by the recipe's rule without its back-fill."""
+    piece, skip = chunk_tokens - 2, 128 if chunk_tokens == 1_024 else 32
+    lengths = []
+    for tokens in documents.tolist():
+        full, rest = divmod(tokens, piece)
+        lengths += [chunk_tokens] * full + ([rest + 2] if rest >= skip or (rest and not full) else [])
+    return np.array(lengths, np.int32)
+
+
+@pytest.mark.parametrize("seq_len", [1_024, 8_192])
+def test_ordinary_lengths_fill_rows_to_99_percent(seq_len: int, tmp_path: Path) -> None:
+    """200,000 documents of log-normal length, a median of 500 tokens."""
+    documents = np.random.default_rng(0).lognormal(6.2, 1.1, 200_000).astype(int) + 1
+    plan = ensure_row_plan(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
+    assert plan.fill >= 0.99
+
+
+def test_any_number_of_workers_writes_the_same_plan(tmp_path: Path) -> None:
+    """Several segments, of which none ends with a shard. The script makes them small in the workers too."""
+    lengths = np.random.default_rng(1).integers(3, 200, 30_000).astype(np.int32)
+    dataset = make_lengths_dataset(tmp_path / "dataset", lengths)
+    site = tmp_path / "site"
+    site.mkdir()
+    patch = "from megatron_ettin.data import row_building\nrow_building.SEGMENT_CHUNKS = 7_000\n"
+    script = (
+        patch + "import sys\nfrom megatron_ettin.data.dataset import open_dataset\n"
+        "from megatron_ettin.data.rows import ensure_row_plan\n"
+        "if __name__ == '__main__':\n"
+        "    print(ensure_row_plan(open_dataset(sys.argv[1]), 200, workers=int(sys.argv[2])).fingerprint)\n"
+    )
+    (site / "build.py").write_text(script)
+    written = []
+    for workers in ("1", "2", "4"):
+        shutil.rmtree(dataset.path / "rows_200", ignore_errors=True)
+        command = [sys.executable, str(site / "build.py"), str(dataset.path), workers]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stderr
+        written.append((done.stdout, files_of(dataset.path / "rows_200")))
+    assert written[0] == written[1] == written[2]
+    plan = ensure_row_plan(dataset, 200)
+    chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
+    assert sorted(chunks.tolist()) == list(range(30_000))
+    rows_of = [set((plan.chunks_of(row) // 7_000).tolist()) for row in range(plan.num_rows)]
+    assert max(len(segments) for segments in rows_of) == 1  # chunks meet only within a segment
+
+
+def test_plans_pickle_small(prepared: Dataset) -> None:
+    for plan in (ensure_row_plan(prepared, 256), ensure_row_plan(prepared, 100, "padded")):
+        raw = pickle.dumps(plan)
+        assert len(raw) < 20_000
+        again = pickle.loads(raw)
+        assert again.fingerprint == plan.fingerprint
+        assert again.chunks_of(3).tolist() == plan.chunks_of(3).tolist()
+        assert again.tokens_of([0, 3]).tolist() == plan.tokens_of([0, 3]).tolist()
+
+
+def test_the_next_build_clears_what_a_killed_one_left(prepared: Dataset, tmp_path: Path) -> None:
+    dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
+    code = (
+        "import sys, os; from megatron_ettin.data import rows; from megatron_ettin.data.dataset import open_dataset;"
+        "rows.write_json_durably = lambda *_: os.kill(os.getpid(), 9);"
+        "rows.ensure_row_plan(open_dataset(sys.argv[1]), 777)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(dataset.path)]).returncode == -9
+    assert len(list(dataset.path.glob(".tmp-rows_777-*"))) == 1
+    ensure_row_plan(dataset, 778)
+    assert not list(dataset.path.glob(".tmp-*"))
+
+
+def test_damaged_lengths_are_refused(tmp_path: Path) -> None:
+    dataset = make_lengths_dataset(tmp_path / "dataset", np.full(10, 50, np.int32))
+    with open(dataset.path / "shard_00001.idx", "r+b") as stream:
+        stream.seek(HEADER.size)
+        stream.write(np.int32(2_000_000_000).tobytes())
+    with pytest.raises(UserError, match=r"a chunk of .*2000000000 tokens among chunks 0 to 9.*--verify"):
+        ensure_row_plan(dataset, 64)
+    assert not list(dataset.path.glob(".tmp-*")) and not (dataset.path / "rows_64").exists()
