@@ -32,11 +32,15 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.fingerprint and args.steps is None:
         raise UserError("--steps A:B or --fingerprint: say what to show")
+    if args.steps is None and (args.out or args.batches):
+        raise UserError(f"{args.out or args.batches}: --steps A:B says which steps to write")
     steps = order.parse_steps(args.steps) if args.steps else range(0)
     for out in (args.out, args.batches):
         if out is not None and not out.parent.is_dir():
             raise UserError(f"{out}: the folder {out.parent} does not exist")
     config, corpus = order.open_run(args.run)
+    if steps:
+        order.check_same_order(args.run, corpus)
     if args.fingerprint:
         print(json.dumps({"fingerprint": corpus.fingerprint}) if args.json else corpus.fingerprint)
     if args.out is not None:

@@ -49,3 +49,8 @@ class BatchSizes:
         """[first, end) positions of `step`."""
         begin = self.rows_before(step)
         return begin, begin + self.size_at(step)
+
+    def steps_within(self, rows: int) -> int:
+        """Whole steps that so many rows are enough for."""
+        steps = rows // min(self.rows)  # at least as many
+        return bisect.bisect_right(range(steps + 1), rows, key=self.rows_before) - 1

@@ -6,16 +6,23 @@ without weights are taken in proportion to their rows, as if they were one datas
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.counts import parse_count
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.schema import DataConfig
 
 BLOCK_SLOTS = 10_000
 KEYS = ("path", "weight", "tokens")
+LARGEST_WEIGHT = 1e100  # sums of weights stay finite
+FILE_SUFFIXES = (".yaml", ".yml")
+FORMS = "a DATASET path, a list of {path, weight} or {path, tokens}, or a MIXTURE.yaml"
 
 
 @dataclass(frozen=True)
@@ -24,23 +31,69 @@ class MixtureEntry:
     weight: float | None = None  # share of tokens, relative to the other entries'
     tokens: int | None = None  # a budget; the shares of budgets are those of weights
 
+    def to_plain(self) -> dict[str, Any]:
+        """As `data.mixture` states it."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
-def parse_mixture(value: Any) -> list[MixtureEntry]:
-    """`data.mixture`: a path, a list of paths, or a list of {path, weight} or {path, tokens}."""
+
+def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
+    """`data.mixture`: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the YAML file of a list.
+
+    Relative dataset paths begin at `root`; without one, those of a file begin at its folder. Raises UserError."""
+    where = "data.mixture"
+    if isinstance(value, str) and value.endswith(FILE_SUFFIXES):
+        where = value
+        root = str(Path(value).parent) if root is None else root
+        value = read_mixture_file(Path(value))
     if value is None or value == "" or (isinstance(value, Sequence) and not isinstance(value, str) and not value):
-        raise UserError("data.mixture: empty; give a DATASET path or a list of {path, weight}")
+        raise UserError(f"{where}: empty; give {FORMS}")
     items = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(items, Sequence):
-        raise UserError(f"data.mixture: {value!r}; give a DATASET path or a list of {{path, weight}}")
-    entries = [parse_entry(i, item) for i, item in enumerate(items)]
+        raise UserError(f"{where}: {value!r}; give {FORMS}")
+    entries = [parse_entry(f"{where}[{i}]", item) for i, item in enumerate(items)]
     kinds = {"weight" if e.weight is not None else "tokens" if e.tokens is not None else "neither" for e in entries}
     if len(kinds) > 1:
-        raise UserError(f"data.mixture: entries with {' and '.join(sorted(kinds))}; give every entry the same key")
-    return entries
+        raise UserError(f"{where}: entries with {' and '.join(sorted(kinds))}; give every entry the same key")
+    return [dataclasses.replace(entry, path=below(root, entry.path)) for entry in entries]
 
 
-def parse_entry(i: int, item: Any) -> MixtureEntry:
-    where = f"data.mixture[{i}]"
+def settled(data: DataConfig) -> DataConfig:
+    """The same data with its mixture as a list of entries and no file or root to look up: what a run records, so that
+    a mixture file edited later does not change what the run says of itself. Raises UserError."""
+    if data.mixture is None:
+        raise UserError("data.mixture: not set; give a dataset made by `ettin prepare`, data.mixture=DATASET")
+    entries = parse_mixture(data.mixture, data.root)
+    return dataclasses.replace(data, mixture=[entry.to_plain() for entry in entries], root=None)
+
+
+def below(root: str | None, path: str) -> str:
+    """`path`, if relative, from `root` on."""
+    return path if root is None else os.path.normpath(os.path.join(root, os.path.expanduser(path)))
+
+
+def read_mixture_file(path: Path) -> Any:
+    """The list of a YAML file, which may stand under `datasets:`. Raises UserError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"data.mixture: {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if isinstance(content, Mapping):
+        for key in content:
+            if key != "datasets":
+                raise UserError(f"{path}: no key {key!r}{nearest(str(key), ['datasets'])}; keys: datasets")
+        content = content.get("datasets")
+    if content is not None and not isinstance(content, list):
+        raise UserError(f"{path}: a list of datasets was expected, found {content!r:.60}")
+    return content
+
+
+def parse_entry(where: str, item: Any) -> MixtureEntry:
     if isinstance(item, str):
         if not item.strip():
             raise UserError(f"{where}: an empty path")
@@ -62,17 +115,19 @@ def parse_entry(i: int, item: Any) -> MixtureEntry:
 def positive_weight(where: str, weight: Any) -> float | None:
     if weight is None:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise UserError(f"{where}.weight: {weight!r}; give a number above 0")
-    if not math.isfinite(weight) or weight <= 0:
+    try:
+        number = math.nan if isinstance(weight, bool) else float(weight)  # YAML 1.1 reads `1e-3` as text
+    except (TypeError, ValueError):
+        raise UserError(f"{where}.weight: {weight!r}; give a number above 0") from None
+    if not 0 < number < LARGEST_WEIGHT:  # false for NaN
         raise UserError(f"{where}.weight: {weight}; give a finite number above 0")
-    return float(weight)
+    return number
 
 
 def positive_tokens(where: str, tokens: Any) -> int | None:
     if tokens is None:
         return None
-    if isinstance(tokens, float) and not math.isfinite(tokens):
+    if isinstance(tokens, bool) or (isinstance(tokens, float) and not math.isfinite(tokens)):
         raise UserError(f"{where}.tokens: {tokens}; give a count above 0, such as 250B")
     count = parse_count(tokens, f"{where}.tokens")
     if count <= 0:

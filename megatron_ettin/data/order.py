@@ -1,32 +1,29 @@
-"""The data order as a pure function: position -> (source, row, epoch) -> tokens, for any position, in constant memory.
+"""The data order: position -> row -> tokens, for any position, in constant memory.
 
-Positions come in blocks of BLOCK_SLOTS. Every block gives each source its fixed number of slots, shuffled by a key of
-(seed, phase, block); so a source's slots before a block are a multiplication, and its k-th slot is row
-permutation(k mod rows) of epoch k // rows, each epoch with a key of its own. Nothing is stored, nothing depends on the
-number of ranks, and a resume needs no state: the position is the state. An encoder and a decoder with one fingerprint
-read the same rows."""
+Either the keyed order of a mixture (keyed.py), a pure function, or an order given in files (`data.order=FILE`,
+replay.py), which is compiled once and memory-mapped. Nothing depends on the number of ranks and a resume needs no
+state: the position is the state. An encoder and a decoder with one fingerprint read the same rows."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.schema import Config
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.hashing import key64
-from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, slot_counts
-from megatron_ettin.data.permutation import Permutation
+from megatron_ettin.data.epochs import SourceEpochs
+from megatron_ettin.data.keyed import KeyedOrder
+from megatron_ettin.data.mixture import BLOCK_SLOTS, FORMS, MixtureEntry, settled, slot_counts
+from megatron_ettin.data.replay import GivenOrder, open_given_order
 from megatron_ettin.data.rows import RowPlan, ensure_row_plan
 
 ORDER_VERSION = 1  # raise it when the same inputs would give another order
-CACHED_BLOCKS = 8
-CACHED_PERMUTATIONS = 256
-
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -42,45 +39,81 @@ class Row:
     position: int
 
 
+class Place(NamedTuple):
+    """Where one row comes from."""
+
+    source: int
+    row: int
+    chunks: Int64Array
+
+
+@dataclass(frozen=True)
+class PlacedRows:
+    """Where n rows of m chunks in all come from."""
+
+    source: Int64Array  # [n]
+    row: Int64Array  # [n]
+    counts: Int64Array  # [n]: chunks of each row
+    chunks: Int64Array  # [m]: chunk numbers within the row's dataset, row after row
+
+
 class Corpus:
-    """See `open_corpus`."""
+    """Rows by position; see `open_corpus`. `plans` holds a row plan for each dataset under the keyed order and nothing
+    under a given one, which names chunks. It pickles small: paths and records, no maps."""
 
     def __init__(
-        self, datasets: Sequence[Dataset], plans: Sequence[RowPlan], counts: Sequence[int], seed: int, phase: str
+        self,
+        datasets: Sequence[Dataset],
+        plans: Sequence[RowPlan],
+        order: KeyedOrder | GivenOrder,
+        seq_len: int,
+        batching: str,
     ) -> None:
         self.datasets = list(datasets)
         self.plans = list(plans)
-        self.counts = list(counts)  # slots of each source in every block
-        self.seed = seed
-        self.phase = phase
-        self.seq_len = plans[0].seq_len
-        self.batching = plans[0].batching
-        self.num_rows = sum(plan.num_rows for plan in plans)
-        slot_tokens = sum(count * plan.mean_tokens_per_row for count, plan in zip(counts, plans, strict=True))
-        self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
+        self.order = order
+        self.seq_len = seq_len
+        self.batching = batching
         tokenizer = datasets[0].manifest.tokenizer
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.vocab_size = tokenizer.vocab_size
         self.special_ids = tokenizer.special_ids
         self.pad_id, self.mask_id = tokenizer.pad_id, tokenizer.mask_id
-        self.fingerprint = self._fingerprint()
-        self._block = lru_cache(maxsize=CACHED_BLOCKS)(self._shuffled_block)
-        self._permutation = lru_cache(maxsize=CACHED_PERMUTATIONS)(self._keyed_permutation)
+        if isinstance(order, GivenOrder):
+            self.num_rows = order.num_rows
+            self.mean_tokens_per_row = order.mean_tokens_per_row
+            self.fingerprint = order.fingerprint
+        else:
+            self.num_rows = sum(plan.num_rows for plan in plans)
+            slot_tokens = sum(c * plan.mean_tokens_per_row for c, plan in zip(order.counts, plans, strict=True))
+            self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
+            self.fingerprint = self._keyed_fingerprint(order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("datasets", "plans", "order", "seq_len", "batching")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def end(self) -> int | None:
+        """The number of positions of a given order; None where there is no last one."""
+        return self.order.num_rows if isinstance(self.order, GivenOrder) else None
+
+    @property
+    def skipped_samples(self) -> int:
+        """Samples of a given order that are left out because no dataset has them."""
+        return self.order.record.skipped_samples if isinstance(self.order, GivenOrder) else 0
+
+    @property
+    def counts(self) -> list[int]:
+        """Slots of each source in every block of the keyed order."""
+        return self.order.counts if isinstance(self.order, KeyedOrder) else []
 
     def locate(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
         """(source, row, epoch) of each position >= 0."""
-        given = np.asarray(positions, dtype=np.int64)
-        flat = np.atleast_1d(given).ravel()
-        if flat.size and int(flat.min()) < 0:
-            raise IndexError(f"position {int(flat.min())}: positions begin at 0")
-        source, turn = self._source_and_turn(flat)
-        sizes = np.asarray([plan.num_rows for plan in self.plans], np.int64)[source]
-        epoch, place = turn // sizes, turn % sizes
-        row = np.empty_like(place)
-        for key in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
-            chosen = (source == key[0]) & (epoch == key[1])
-            row[chosen] = self._permutation(*key)(place[chosen]).astype(np.int64)
-        return source.reshape(given.shape), row.reshape(given.shape), epoch.reshape(given.shape)
+        return self.order.locate(positions)
 
     def row(self, position: int) -> Row:
         """The row at one position."""
@@ -88,66 +121,98 @@ class Corpus:
 
     def rows(self, positions: Sequence[int] | Int64Array) -> list[Row]:
         """The rows at several positions: one look-up for all."""
-        source, row, _ = self.locate(positions)
-        return [
-            self._read(int(s), int(r), int(position)) for s, r, position in zip(source, row, positions, strict=True)
-        ]
+        return [self._read(place, int(p)) for place, p in zip(self.places(positions), positions, strict=True)]
+
+    def places(self, positions: Sequence[int] | Int64Array) -> list[Place]:
+        """Source, row and chunks of the rows at the positions. Reads no tokens."""
+        placed = self.placed(positions)
+        chunks = np.split(placed.chunks, np.cumsum(placed.counts)[:-1]) if len(placed.counts) else []
+        return list(map(Place, placed.source.tolist(), placed.row.tolist(), chunks))
+
+    def placed(self, positions: Sequence[int] | Int64Array) -> PlacedRows:
+        """`places` as arrays."""
+        wanted = np.asarray(positions, np.int64)
+        source, row, _ = self.locate(wanted)
+        if isinstance(self.order, GivenOrder):
+            return PlacedRows(source, row, *self.order.chunks_at(wanted))
+        of_row = [self.plans[s].chunks_of(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
+        counts = np.fromiter(map(len, of_row), np.int64, len(of_row))
+        chunks = np.concatenate(of_row).astype(np.int64, copy=False) if of_row else np.zeros(0, np.int64)
+        return PlacedRows(source, row, counts, chunks)
+
+    def lengths_of(self, placed: PlacedRows) -> Int64Array:
+        """Tokens [m] that each chunk of the placed rows has in its row: no more than the row under `padded`."""
+        source = np.repeat(placed.source, placed.counts)
+        lengths = np.empty(source.shape, np.int64)
+        for s in np.unique(source).tolist():
+            lengths[source == s] = self.datasets[s].lengths_of(placed.chunks[source == s])
+        return np.minimum(lengths, self.seq_len)
 
     def tokens_at(self, positions: npt.ArrayLike) -> Int64Array:
         """Real tokens of the rows at the positions, without reading the rows."""
         source, row, _ = self.locate(positions)
+        if isinstance(self.order, GivenOrder):
+            return self.order.tokens_at(positions)
         tokens = np.empty_like(row)
         for i in np.unique(source).tolist():
             tokens[source == i] = self.plans[i].tokens_of(row[source == i])
         return tokens
 
-    def _source_and_turn(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """The source of each position, and how many slots that source had before it."""
-        if len(self.plans) == 1:
-            return np.zeros_like(positions), positions
-        source, turn = np.empty_like(positions), np.empty_like(positions)
-        blocks, slots = np.divmod(positions, BLOCK_SLOTS)
-        for block in np.unique(blocks).tolist():
-            chosen = blocks == block
-            source_of_slot, turn_of_slot = self._block(block)
-            source[chosen] = source_of_slot[slots[chosen]]
-            turn[chosen] = turn_of_slot[slots[chosen]]
-        before: Int64Array = np.asarray(self.counts, np.int64)[source] * blocks
-        return source, turn + before
+    def epochs(self, run_tokens: int) -> list[SourceEpochs]:
+        """How often each dataset is read in a run of `run_tokens` tokens."""
+        names = [str(dataset.path) for dataset in self.datasets]
+        if isinstance(self.order, GivenOrder):
+            tokens: list[float] = list(self.order.tokens_by_source)
+            sizes = [dataset.num_tokens for dataset in self.datasets]
+            run_tokens = min(run_tokens, round(sum(tokens)))
+        else:
+            tokens = [c * plan.mean_tokens_per_row for c, plan in zip(self.order.counts, self.plans, strict=True)]
+            sizes = [plan.num_tokens for plan in self.plans]
+        shares = [count / sum(tokens) for count in tokens]
+        columns = zip(names, shares, sizes, strict=True)
+        return [SourceEpochs(name, share, size, share * run_tokens / size) for name, share, size in columns]
 
-    def _shuffled_block(self, block: int) -> tuple[Int64Array, Int64Array]:
-        """For each slot of a block: its source, and the source's slots before it within the block."""
-        ordered = np.repeat(np.arange(len(self.counts), dtype=np.int64), self.counts)
-        shuffle = Permutation(BLOCK_SLOTS, key64("block", self.seed, self.phase, block))
-        source = ordered[shuffle(np.arange(BLOCK_SLOTS)).astype(np.int64)]
-        by_source = np.argsort(source, kind="stable")
-        turn = np.empty_like(source)
-        turn[by_source] = np.concatenate([np.arange(count, dtype=np.int64) for count in self.counts])
-        return source, turn
-
-    def _keyed_permutation(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self.plans[source].num_rows, key64("rows", self.seed, self.phase, source, epoch))
-
-    def _read(self, source: int, row: int, position: int) -> Row:
-        dataset = self.datasets[source]
-        chunks = self.plans[source].chunks_of(row)
-        pieces = [dataset.chunk(int(chunk)) for chunk in chunks]
+    def _read(self, place: Place, position: int) -> Row:
+        dataset = self.datasets[place.source]
+        pieces = [dataset.chunk(chunk) for chunk in place.chunks.tolist()]
         if len(pieces[0]) > self.seq_len:  # padded batching only: cut, but let the row end as it would have
-            pieces = [np.concatenate([pieces[0][: self.seq_len - 1], pieces[0][-1:]])]
+            ends_in_sep = pieces[0][-1] == dataset.manifest.tokenizer.sep_id
+            kept = self.seq_len - 1 if ends_in_sep else self.seq_len
+            pieces = [np.concatenate([pieces[0][:kept], pieces[0][-1:] if ends_in_sep else pieces[0][:0]])]
         lengths = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
-        return Row(np.concatenate(pieces), lengths, source, row, np.asarray(chunks, np.int64), position)
+        return Row(np.concatenate(pieces), lengths, place.source, place.row, place.chunks, position)
 
-    def _fingerprint(self) -> str:
-        content: list[object] = ["order", ORDER_VERSION, self.seed, self.phase, self.seq_len, self.batching]
-        for dataset, plan, count in zip(self.datasets, self.plans, self.counts, strict=True):
+    def _keyed_fingerprint(self, order: KeyedOrder) -> str:
+        content: list[object] = ["order", ORDER_VERSION, order.seed, order.phase, self.seq_len, self.batching]
+        for dataset, plan, count in zip(self.datasets, self.plans, order.counts, strict=True):
             content += [dataset.fingerprint, plan.fingerprint, count]
         return hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
 
 
 def open_corpus(mixture: Sequence[MixtureEntry], seq_len: int, batching: str, seed: int, phase: str) -> Corpus:
-    """Open the datasets of a mixture (`parse_mixture`) and their row plans, which are built if they are not there."""
+    """The keyed order of a mixture (`parse_mixture`). Row plans that are not there are built."""
+    datasets = open_datasets(mixture)
+    plans = [ensure_row_plan(dataset, seq_len, batching) for dataset in datasets]
+    rows = [plan.num_rows for plan in plans]
+    counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
+    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching)
+
+
+def open_run_corpus(config: Config) -> Corpus:
+    """What a run reads: its mixture in the keyed order, or in the order of `data.order`'s files. Raises UserError."""
+    data = settled(config.data)
+    mixture = [MixtureEntry(**entry) for entry in data.mixture]
+    if data.order == "keyed":
+        return open_corpus(mixture, data.seq_len, data.batching, config.run.seed, config.run.phase)
+    datasets = open_datasets(mixture)
+    order = open_given_order(data.order, datasets, data.seq_len, data.batching, data.order_missing)
+    return Corpus(datasets, [], order, data.seq_len, data.batching)
+
+
+def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
+    """Open the datasets of a mixture. Raises UserError where they differ in their tokenizer."""
     if not mixture:
-        raise UserError("data.mixture: empty; give a DATASET path or a list of {path, weight}")
+        raise UserError(f"data.mixture: empty; give {FORMS}")
     datasets = [open_dataset(entry.path) for entry in mixture]
     first = datasets[0]
     for dataset in datasets[1:]:
@@ -157,7 +222,4 @@ def open_corpus(mixture: Sequence[MixtureEntry], seq_len: int, batching: str, se
                 f"data.mixture: {first.path} has tokenizer {ours.name} ({ours.fingerprint[:12]}) and {dataset.path} "
                 f"has {theirs.name} ({theirs.fingerprint[:12]}); all datasets of a mixture share one tokenizer"
             )
-    plans = [ensure_row_plan(dataset, seq_len, batching) for dataset in datasets]
-    rows = [plan.num_rows for plan in plans]
-    counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
-    return Corpus(datasets, plans, counts, seed, phase)
+    return datasets

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warnings, planned_epochs
+from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.plan.memory import estimate
 
 
@@ -31,10 +35,30 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
+def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
+    """How often each dataset will be read; or nothing, and why. Raises UserError for a mixture that is none."""
+    if config.data.mixture is None:
+        return [], "data.mixture is not set"
+    mixture = parse_mixture(config.data.mixture, config.data.root)
+    if config.data.order != "keyed":
+        return [], f"in the order of {config.data.order}, once"
+    batch, tokens = config.batch, config.run.tokens
+    if config.run.steps is not None:
+        tokens = min(tokens, config.run.steps * batch.global_batch_rows * config.data.seq_len)
+    try:
+        return planned_epochs(mixture, tokens), ""
+    except UserError as error:
+        return [], str(error)
+
+
 def describe(config: Config, as_json: bool) -> str:
     figures = facts(config)
+    table, untold = mixture_epochs(config)
+    for warning in epoch_warnings(table):
+        print(warning, file=sys.stderr)
     if as_json:
-        return json.dumps({"config": dataclasses.asdict(config), **figures}, indent=1)
+        mixture = [source._asdict() for source in table]
+        return json.dumps({"config": dataclasses.asdict(config), **figures, "mixture": mixture}, indent=1)
     memory = {name.removesuffix("_bytes"): f"{value / 2**30:.2f}" for name, value in figures["memory_bytes"].items()}
     return "\n".join(
         (
@@ -42,6 +66,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"parameters      {figures['parameters']:,}",
             f"operations      {format_count(figures['flops_per_token'])} a token (forward and backward)",
             f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
+            f"data            {untold}" if untold else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
             "memory, GiB     " + ", ".join(f"{name} {value}" for name, value in memory.items())
             + " (fullest rank at dp 1, activations estimated)",

@@ -1,10 +1,13 @@
 """What each step trained on or will train on: documents and spans as a table, or the very arrays the model saw.
 
-A pure function of the run's configuration and its datasets; no torch, no run needed. Steps are numbered as in
-metrics.jsonl: the first is 1."""
+A function of the run's configuration and its datasets; no torch, no run needed. Steps are numbered as in
+metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded however many steps are asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
-from megatron_ettin.data.mixture import parse_mixture
-from megatron_ettin.data.order import Corpus, Row, open_corpus
+from megatron_ettin.data.order import Corpus, Row, open_run_corpus
+from megatron_ettin.data.replay_files import METADATA_KEY
 from megatron_ettin.objectives.labels import corpus_labeller
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",
     "end_token", "row_start",
 )  # fmt: skip
+ROWS_AT_ONCE = 16_384
+
+Table = dict[str, Any]  # of each of COLUMNS: an int64 array or a list of strings
 
 
 def open_run(path: Path) -> tuple[Config, Corpus]:
@@ -32,9 +38,20 @@ def open_run(path: Path) -> tuple[Config, Corpus]:
     if not file.is_file():
         raise UserError(f"{path}: no config.yaml; give a run directory, a checkpoint or a resolved config")
     config = from_yaml(file)
-    data = config.data
-    mixture = parse_mixture(data.mixture)
-    return config, open_corpus(mixture, data.seq_len, data.batching, config.run.seed, config.run.phase)
+    return config, open_run_corpus(config)
+
+
+def check_same_order(path: Path, corpus: Corpus) -> None:
+    """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
+    try:
+        recorded = json.loads((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run, or one that has not started
+    if recorded != corpus.fingerprint:
+        raise UserError(
+            f"{path}: was trained in order {recorded[:12]}, its datasets now give {corpus.fingerprint[:12]}: a dataset"
+            " or row plan was changed since, so what the run read cannot be told from them"
+        )
 
 
 def parse_steps(text: str) -> range:
@@ -49,61 +66,131 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[int, int, Row]]:
-    """(step, slot, row) of every row of `steps` in order."""
+def batch_sizes(config: Config, corpus: Corpus, steps: range) -> BatchSizes:
+    """Rows of every step. Raises UserError where the order is given and ends before `steps` do."""
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-    for step in steps:
-        positions = range(*sizes.span(step - 1))
-        for slot, row in enumerate(corpus.rows(list(positions))):
-            yield step, slot, row
+    if corpus.end is not None and sizes.rows_before(steps.stop - 1) > corpus.end:
+        raise UserError(
+            f"--steps: {steps.start}:{steps.stop}, but the order of {config.data.order} ends with step"
+            f" {sizes.steps_within(corpus.end):,} ({corpus.end:,} rows)"
+        )
+    return sizes
+
+
+def pieces(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(step, slot, position) [n] of every row of `steps`, ROWS_AT_ONCE at most at a time."""
+    position, end = sizes.rows_before(steps.start - 1), sizes.rows_before(steps.stop - 1)
+    while position < end:
+        stop = min(end, position + ROWS_AT_ONCE)
+        step = sizes.steps_within(position)  # from 0
+        first_rows = [sizes.rows_before(step)]
+        while first_rows[-1] < stop:
+            first_rows.append(sizes.rows_before(step + len(first_rows)))
+        positions = np.arange(position, stop)
+        index = np.searchsorted(first_rows, positions, side="right") - 1
+        yield step + index + 1, positions - np.asarray(first_rows)[index], positions
+        position = stop
+
+
+def tables(config: Config, corpus: Corpus, steps: range) -> Iterator[Table]:
+    """Which tokens of which document stood where, a line a chunk, in order and some rows at a time. `end_token` is
+    exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in
+    `row_start` only."""
+    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
+        yield table_of(corpus, step, slot, position)
+
+
+def table_of(corpus: Corpus, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
+    """The lines of these rows."""
+    placed = corpus.placed(position)
+    lengths = corpus.lengths_of(placed)
+    ends = np.cumsum(lengths)
+    n = len(placed.chunks)
+    row_begins = np.append(ends - lengths, 0)[np.cumsum(placed.counts) - placed.counts]
+    source, row = np.repeat(placed.source, placed.counts), np.arange(len(step)).repeat(placed.counts)
+    names, files, ids = (np.empty(n, object) for _ in range(3))
+    index, start, specials = (np.empty(n, np.int64) for _ in range(3))
+    for s in np.unique(source).tolist():
+        chosen = np.flatnonzero(source == s)
+        found = corpus.datasets[s].documents_of(placed.chunks[chosen])
+        names[chosen] = str(corpus.datasets[s].path)
+        files[chosen], ids[chosen] = found.source, found.document_id
+        index[chosen], start[chosen], specials[chosen] = found.document, found.start_token, found.special_tokens
+    columns = (
+        step[row], slot[row], position[row], names.tolist(), placed.row[row], placed.chunks, files.tolist(),
+        ids.tolist(), index, start, start + lengths - specials, ends - lengths - row_begins[row],
+    )  # fmt: skip
+    return dict(zip(COLUMNS, columns, strict=True))
 
 
 def spans(config: Config, corpus: Corpus, steps: range) -> Iterator[dict[str, Any]]:
-    """One record a chunk: which tokens of which document stood where. `end_token` is exclusive and, like
-    `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in `row_start` only."""
-    for step, slot, row in step_rows(config, corpus, steps):
-        dataset, begin = corpus.datasets[row.source], 0
-        for chunk, length in zip(row.chunks.tolist(), row.lengths.tolist(), strict=True):
-            source, document, start, index = dataset.document_of(chunk)
-            values = (
-                step, slot, row.position, str(dataset.path), row.row, chunk, source, document, index, start,
-                start + length - 2, begin,
-            )  # fmt: skip
+    """The lines of `tables`, one record a chunk."""
+    for table in tables(config, corpus, steps):
+        columns = [column if isinstance(column, list) else column.tolist() for column in table.values()]
+        for values in zip(*columns, strict=True):
             yield dict(zip(COLUMNS, values, strict=True))
-            begin += length
 
 
 def write_parquet(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
-    """Write the table of `spans`; returns its rows. Written beside and renamed."""
+    """Write the lines of `tables`; returns how many. Written beside and renamed. The file notes what it takes to train
+    in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    records = list(spans(config, corpus, steps))
-    table = pa.table({name: [record[name] for record in records] for name in COLUMNS})
-    beside = out.with_name(f".tmp-{out.name}")
-    parquet.write_table(table, beside)
-    beside.replace(out)
-    return len(records)
+    notes = {
+        "datasets": {str(dataset.path): dataset.fingerprint for dataset in corpus.datasets},
+        "seq_len": corpus.seq_len,
+        "batching": corpus.batching,
+        "mean_tokens_per_row": corpus.mean_tokens_per_row,
+        "fingerprint": corpus.fingerprint,
+    }
+    strings = ("dataset", "source", "document")
+    fields = [pa.field(name, pa.string() if name in strings else pa.int64(), nullable=False) for name in COLUMNS]
+    schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(notes).encode("utf-8")})
+    count = 0
+    with written_beside(out) as beside, parquet.ParquetWriter(beside, schema) as writer:
+        for table in tables(config, corpus, steps):
+            writer.write_table(pa.table(table, schema=schema))
+            count += len(table["step"])
+    return count
+
+
+def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[int, int, Row]]:
+    """(step, slot, row) of every row of `steps` in order."""
+    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
+        yield from zip(step.tolist(), slot.tolist(), corpus.rows(position), strict=True)
 
 
 def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
     """Write what the model sees, exactly, as .npz; returns the number of rows n.
 
     step [n]; input_ids and labels [n, seq_len] (-100 where nothing is predicted, shifted already for clm); spans
-    [m, 3]: row among the n, first token, end of every chunk."""
+    [m, 3]: row among the n, first token, end of every chunk. All of it is in memory: 16 bytes a token of a row."""
     label = corpus_labeller(config, corpus)
-    rows = list(step_rows(config, corpus, steps))
-    input_ids = np.full((len(rows), config.data.seq_len), corpus.pad_id, dtype=np.int64)
+    sizes = batch_sizes(config, corpus, steps)
+    n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
+    input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
-    boundaries = []
-    for i, (_, _, row) in enumerate(rows):
-        n = len(row.tokens)
-        input_ids[i, :n], labels[i, :n] = label(row.tokens, row.lengths, row.position)
+    numbers, boundaries = np.empty(n, np.int64), []
+    for i, (step, _, row) in enumerate(step_rows(config, corpus, steps)):
+        numbers[i], real = step, len(row.tokens)
+        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
-    beside = out.with_name(f".tmp-{out.name}")
-    with open(beside, "wb") as file:
-        step = np.array([step for step, _, _ in rows])
-        np.savez(file, step=step, input_ids=input_ids, labels=labels, spans=np.array(boundaries))
-    beside.replace(out)
-    return len(rows)
+    with written_beside(out) as beside, open(beside, "wb") as file:
+        np.savez(file, step=numbers, input_ids=input_ids, labels=labels, spans=np.array(boundaries))
+    return n
+
+
+@contextlib.contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `out` when it is done and vanishes when it is not. Raises UserError where the
+    file system refuses."""
+    beside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+    try:
+        yield beside
+        beside.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -23,7 +23,9 @@ from megatron_ettin.config.resolve import from_yaml, key_types, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 
-DATA_KEY = "data.mixture"  # stands for the data order's fingerprint in --allow-change
+# these stand for the data order's fingerprint in --allow-change
+DATA_KEY = "data.mixture"
+ORDER_KEY = "data.order"
 
 
 def check_writable(run_dir: Path) -> None:
@@ -69,8 +71,9 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     changed = [key for key in now if before.get(key) != now[key]]
     order = read_order(run_dir)
     if order and order.get("fingerprint") != corpus.fingerprint and not set(changed) & {"run.seed", "run.phase"}:
-        changed.append(DATA_KEY)
-        before[DATA_KEY], now[DATA_KEY] = order.get("fingerprint", "")[:12], corpus.fingerprint[:12]
+        key = DATA_KEY if corpus.end is None else ORDER_KEY
+        changed += [key] * (key not in changed)
+        before[key], now[key] = order.get("fingerprint", "")[:12], corpus.fingerprint[:12]
     for key in changed:
         if key not in allow:
             raise UserError(

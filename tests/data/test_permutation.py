@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.data.hashing import counter_hash, key64, mix64
 from megatron_ettin.data.permutation import Permutation
@@ -15,6 +15,20 @@ KEYS = st.integers(0, 2**64 - 1)
 @given(n=st.integers(1, 3_000), key=KEYS)
 def test_every_value_comes_exactly_once(n: int, key: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n, dtype=np.uint64))
+
+
+# one, primes, powers of two and their neighbours: where the network's halves are uneven, empty or one too large
+AWKWARD = sorted(
+    {1, 2, 3, 5, 7, 13, 127, 257, 8_191, 10_007, 65_537, *(2**k + d for k in range(2, 17) for d in (-1, 0, 1))}
+)
+
+
+@pytest.mark.parametrize("n", AWKWARD)
+@given(key=KEYS)
+@settings(max_examples=3, deadline=None)
+def test_awkward_sizes_are_permuted_too(n: int, key: int) -> None:
+    images = Permutation(n, key)(np.arange(n))
+    assert np.bincount(images.astype(np.int64), minlength=n).tolist() == [1] * n
 
 
 @given(

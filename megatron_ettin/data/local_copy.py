@@ -1,0 +1,191 @@
+"""Copies of a mixture's datasets on a machine's own disk (`data.local_copy`), so that training reads rows from there
+and not over a network.
+
+One process a machine copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
+when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a copy that was killed is
+gone on with, and later runs find the copy by the dataset's fingerprint. The order of a run does not change: it is made
+of fingerprints, not of paths. Held-out parts and row plans that are not in use stay where they are."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data.dataset import Dataset, open_dataset
+from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
+from megatron_ettin.data.order import Corpus
+from megatron_ettin.data.rows import RowPlan, file_lock, open_plan
+
+COPIED_AT_ONCE = 8
+BLOCK_BYTES = 8 << 20
+KEY = "data.local_copy"
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A folder that is there as a whole or not at all; `last` says what it holds and is copied after the rest."""
+
+    source: Path
+    target: Path
+    files: dict[str, FileRecord]
+    last: str
+
+    @property
+    def staging(self) -> Path:
+        return self.target.with_name(f".tmp-{self.target.name}")
+
+    def missing(self) -> Iterator[tuple[str, FileRecord]]:
+        """Files that are not in the staging folder yet."""
+        for name, record in self.files.items():
+            try:
+                whole = (self.staging / name).stat().st_size == record.bytes
+            except OSError:
+                whole = False
+            if not whole:
+                yield name, record
+
+
+def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = print) -> Corpus:
+    """The same corpus, read from copies under `folder`, which are made where they are not there. Raises UserError
+    where there is no room, a file is damaged or the disk refuses."""
+    root = Path(folder).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with file_lock(root / ".lock"):
+            units = [unit for pair in pairs(corpus) for unit in units_to_copy(*pair, root)]
+            if units:
+                copy(units, root, tell)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{error.strerror}; what was copied is kept: make room and start again to go on"
+            raise UserError(f"{KEY}: {root}: {reason}") from None
+        raise UserError(f"{KEY}: {error.filename or root}: {error.strerror or error}") from None
+    datasets = [open_dataset(copy_path(dataset, root)) for dataset in corpus.datasets]
+    plans = [local_plan(plan, dataset) for plan, dataset in zip(corpus.plans, datasets, strict=False)]
+    return Corpus(datasets, plans, corpus.order, corpus.seq_len, corpus.batching)
+
+
+def pairs(corpus: Corpus) -> Iterator[tuple[Dataset, RowPlan | None]]:
+    """Each dataset once, with its row plan; a given order has none."""
+    seen = set()
+    for i, dataset in enumerate(corpus.datasets):
+        if dataset.fingerprint not in seen:
+            seen.add(dataset.fingerprint)
+            yield dataset, corpus.plans[i] if corpus.plans else None
+
+
+def copy_path(dataset: Dataset, root: Path) -> Path:
+    """Where a dataset's copy lies, whatever the dataset is called elsewhere."""
+    return root / f"dataset-{dataset.fingerprint[:32]}"
+
+
+def local_plan(plan: RowPlan, dataset: Dataset) -> RowPlan:
+    found = open_plan(dataset.path / plan.folder.name, dataset, plan.seq_len, plan.batching)
+    if found is None or found.fingerprint != plan.fingerprint:
+        raise UserError(f"{KEY}: {dataset.path / plan.folder.name}: changed while it was opened; start again")
+    return found
+
+
+def units_to_copy(dataset: Dataset, plan: RowPlan | None, root: Path) -> Iterator[Unit]:
+    """What of a dataset and its plan is not under `root` yet. A copy that lost a file is taken apart to be mended."""
+    target = copy_path(dataset, root)
+    names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}
+    names |= {f"tokenizer/{name}": record for name, record in dataset.manifest.tokenizer_files.items()}
+    whole = Unit(dataset.path, target, names, FILE_NAME)
+    copied = opened(target)
+    if copied is None:
+        if target.exists():
+            shutil.rmtree(whole.staging, ignore_errors=True)
+            os.rename(target, whole.staging)
+        yield whole
+    if plan is not None:
+        place = target / plan.folder.name
+        found = copied and open_plan(place, copied, plan.seq_len, plan.batching)
+        if not found or found.fingerprint != plan.fingerprint:
+            yield Unit(plan.folder, place, plan.record.files, PLAN_FILE)
+
+
+def opened(folder: Path) -> Dataset | None:
+    try:
+        return open_dataset(folder)
+    except UserError:
+        return None
+
+
+def copy(units: Sequence[Unit], root: Path, tell: Callable[[str], None]) -> None:
+    """Copy datasets and then the plans within them."""
+    jobs = {unit.target: list(unit.missing()) for unit in units}
+    needed = sum(record.bytes for missing in jobs.values() for _, record in missing)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"{KEY}: {root} has {bytes_text(free)} free, the data of this run needs {bytes_text(needed)} more;"
+            " make room, name another folder, or leave the key out"
+        )
+    began, names = time.monotonic(), sorted({unit.source.name for unit in units})
+    tell(f"{KEY}: copying {bytes_text(needed)} to {root} ({', '.join(names)})")
+    for unit in units:
+        copy_unit(unit, jobs[unit.target])
+    seconds = max(time.monotonic() - began, 1e-3)
+    tell(f"{KEY}: copied in {seconds:,.1f} s, {bytes_text(needed / seconds)}/s, every sha256 checked")
+
+
+def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
+    """Bring the files to the staging folder, several at a time, and give it its name."""
+    for folder in {unit.staging, *((unit.staging / name).parent for name in unit.files)}:
+        folder.mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+    with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+        try:
+            copies = [
+                pool.submit(copy_file, unit.source / name, unit.staging / name, record, stop)
+                for name, record in missing
+            ]
+            for future in copies:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    shutil.copyfile(unit.source / unit.last, unit.staging / unit.last)
+    sync_directory(unit.staging)
+    if unit.target.exists():
+        shutil.rmtree(unit.target)
+    os.rename(unit.staging, unit.target)
+    sync_directory(unit.target.parent)
+
+
+def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Event) -> None:
+    """Copy and hash; the target has its name only once it is whole. Raises UserError for another sha256."""
+    part = target.with_name(f".part-{target.name}")
+    digest = hashlib.sha256()
+    with open(source, "rb") as reading, open(part, "wb") as writing:
+        while not stop.is_set() and (block := reading.read(BLOCK_BYTES)):
+            digest.update(block)
+            writing.write(block)
+        if stop.is_set():
+            return
+        writing.flush()
+        os.fsync(writing.fileno())
+    if digest.hexdigest() != record.sha256:
+        part.unlink()
+        raise UserError(f"{source}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")
+    os.replace(part, target)
+
+
+def bytes_text(count: float) -> str:
+    """1.2 TB, 34.5 GB, 12 MB"""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"

@@ -1,0 +1,89 @@
+"""A mixture of 10**10 rows: sparse files of the real formats, content only in the rows that are asked for. Neither
+opening it nor answering for a late step takes memory that grows with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.order import open_run_corpus
+from tools.fake_corpora import fill_positions, make_sparse_dataset
+
+DATASETS, ROWS, ROW_TOKENS = 10, 10**9, 1_024
+STEPS = range(500_000, 500_010)
+MEASURED = """
+import sys
+from megatron_ettin.cli.main import main
+status = main(sys.argv[1:])
+memory = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print({name: int(memory[name].split()[0]) for name in ("VmHWM", "RssAnon")}, sorted(sys.modules), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    folders = [folder / f"source{i}" for i in range(DATASETS)]
+    try:
+        for source in folders:
+            make_sparse_dataset(source, ROWS, ROW_TOKENS)
+    except OSError as error:
+        pytest.skip(f"this file system has no sparse files of terabytes: {error}")
+    mixture = [{"path": str(source), "weight": 1.0} for source in folders]
+    words = ["data.seq_len=1024", "batch.global_batch_rows=32", "batch.warmup_min_rows=8", "batch.warmup_tokens=1B"]
+    config = parse("17m", "mlm", "pretrain", words=words)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture))
+    sizes = BatchSizes.of(config.batch, ROW_TOKENS)
+    fill_positions(folders, ROW_TOKENS, range(sizes.rows_before(STEPS[0] - 1), sizes.rows_before(STEPS[-1])))
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(config))
+    return path
+
+
+def measured(*words: object) -> tuple[str, dict[str, int], str]:
+    """What a command prints, its memory in KiB, the modules that it imported."""
+    command = [sys.executable, "-c", MEASURED, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    memory, modules = done.stderr.split("} ")
+    return done.stdout, eval(memory + "}"), modules
+
+
+def test_opening(config: Path) -> None:
+    """The whole process stays small, and needs neither torch nor the libraries of `prepare`."""
+    printed, memory, modules = measured("order", config, "--fingerprint")
+    assert len(printed.strip()) == 64 and memory["VmHWM"] < 200 * 1024
+    for heavy in ("'torch'", "'datasets'", "'datatrove'", "'pyarrow'", "'pandas'"):
+        assert heavy not in modules
+
+
+def test_a_late_step(config: Path) -> None:
+    """Rows of every source, each once; what the process itself holds does not grow with the corpus (pages of mapped
+    files, which the kernel takes back, are not counted)."""
+    printed, memory, _ = measured("order", config, "--steps", f"{STEPS.start}:{STEPS.stop}", "--json")
+    records = [json.loads(line) for line in printed.splitlines()]
+    assert [(r["step"], r["slot"]) for r in records] == [(step, slot) for step in STEPS for slot in range(32)]
+    assert len({(r["dataset"], r["row"]) for r in records}) == len(records) == 320
+    assert len({r["dataset"] for r in records}) == DATASETS
+    assert all(r["chunk"] == r["row"] < ROWS and r["end_token"] == ROW_TOKENS - 2 for r in records)
+    assert memory["RssAnon"] < 200 * 1024
+
+
+def test_a_corpus_travels_small(config: Path) -> None:
+    corpus = open_run_corpus(from_yaml(config))
+    assert corpus.num_rows == DATASETS * ROWS
+    packed = pickle.dumps(corpus)
+    assert len(packed) < 100_000
+    positions = np.arange(10**12, 10**12 + 50)  # epochs later
+    for mine, theirs in zip(corpus.locate(positions), pickle.loads(packed).locate(positions), strict=True):
+        assert np.array_equal(mine, theirs)

@@ -1,0 +1,180 @@
+"""`data.local_copy`: whole, checked, gone on with after a kill, found again, and nothing of the order changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.data import local_copy
+from megatron_ettin.data.dataset import Dataset, open_dataset
+from megatron_ettin.data.local_copy import copy_path, local_corpus
+from megatron_ettin.data.mixture import MixtureEntry
+from megatron_ettin.data.order import Corpus, open_corpus
+from tests.data.corpora import files_of
+from tests.train.runs import command
+
+
+def mixture(*datasets: Dataset, batching: str = "packed") -> Corpus:
+    entries = [MixtureEntry(str(dataset.path), weight=1.0) for dataset in datasets]
+    return open_corpus(entries, 256, batching, 3, "pretrain")
+
+
+@pytest.fixture
+def copied(prepared: Dataset, tmp_path: Path) -> Dataset:
+    """A copy of the prepared dataset that a test may damage."""
+    return open_dataset(shutil.copytree(prepared.path, tmp_path / "source"))
+
+
+def says(lines: list[str]) -> str:
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_same_rows_from_the_copy(prepared: Dataset, other: Dataset, tmp_path: Path, batching: str) -> None:
+    corpus, told = mixture(prepared, other, batching=batching), []
+    local = local_corpus(corpus, str(tmp_path / "local"), told.append)
+    assert local.fingerprint == corpus.fingerprint
+    assert all(tmp_path / "local" in dataset.path.parents for dataset in local.datasets)
+    for ours, theirs in zip(local.rows(range(50)), corpus.rows(range(50)), strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.chunks.tolist() == theirs.chunks.tolist()
+    folder = "rows_256" if batching == "packed" else "padded_256"
+    for dataset, source in zip(local.datasets, (prepared, other), strict=True):
+        dataset.verify()
+        files = files_of(dataset.path)
+        assert "heldout/manifest.json" not in files and f"{folder}/plan.json" in files
+        assert all((source.path / name).read_bytes() == content for name, content in files.items())
+    assert "copying" in told[0] and "every sha256 checked" in told[1] and len(told) == 2
+    local_corpus(corpus, str(tmp_path / "local"), told.append)
+    assert len(told) == 2  # found, nothing copied
+    assert not list((tmp_path / "local").rglob(".tmp-*")) and not list((tmp_path / "local").rglob(".part-*"))
+
+
+def test_another_row_length_copies_its_plan_alone(prepared: Dataset, tmp_path: Path) -> None:
+    local_corpus(mixture(prepared), str(tmp_path), print)
+    folder = copy_path(prepared, tmp_path)
+    before = (folder / "shard_00000.bin").stat().st_ino
+    longer = open_corpus([MixtureEntry(str(prepared.path))], 300, "packed", 3, "pretrain")
+    assert local_corpus(longer, str(tmp_path), print).fingerprint == longer.fingerprint
+    assert (folder / "shard_00000.bin").stat().st_ino == before
+    assert (folder / "rows_256").is_dir() and (folder / "rows_300").is_dir()
+
+
+def test_a_dataset_listed_twice_is_copied_once(prepared: Dataset, tmp_path: Path) -> None:
+    corpus = mixture(prepared, prepared)
+    assert local_corpus(corpus, str(tmp_path), print).fingerprint == corpus.fingerprint
+    assert len(list(tmp_path.glob("dataset-*"))) == 1
+
+
+def test_damage_is_refused_while_copying_and_mended_files_go_on(copied: Dataset, tmp_path: Path) -> None:
+    corpus = mixture(copied)
+    path = copied.path / "shard_00000.starts.npy"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"shard_00000\.starts\.npy: damaged, its sha256"):
+        local_corpus(corpus, str(tmp_path / "local"), print)
+    assert not copy_path(copied, tmp_path / "local").exists()
+    path.write_bytes(good)
+    local_corpus(corpus, str(tmp_path / "local"), print).datasets[0].verify()
+
+
+def test_a_copy_that_lost_a_file_is_mended(prepared: Dataset, tmp_path: Path) -> None:
+    corpus = mixture(prepared)
+    local_corpus(corpus, str(tmp_path), print)
+    folder = copy_path(prepared, tmp_path)
+    kept = (folder / "shard_00000.idx").stat().st_ino
+    (folder / "shard_00000.bin").write_bytes(b"short")
+    (folder / "rows_256" / "ends.int64").unlink()
+    local = local_corpus(corpus, str(tmp_path), print)
+    local.datasets[0].verify()
+    local.plans[0].verify()
+    assert (folder / "shard_00000.idx").stat().st_ino == kept
+
+
+def test_whole_files_are_kept_after_a_kill(prepared: Dataset, tmp_path: Path) -> None:
+    """kill -9 after the third file: the next run copies the others."""
+    code = (
+        "import os, sys; from megatron_ettin.data import local_copy as c; from megatron_ettin.data.mixture import "
+        "MixtureEntry; from megatron_ettin.data.order import open_corpus\n"
+        "c.COPIED_AT_ONCE, real, done = 1, c.copy_file, []\n"
+        "def copy_file(*given):\n"
+        "    if len(done) == 3: os.kill(os.getpid(), 9)\n"
+        "    done.append(real(*given))\n"
+        "c.copy_file = copy_file\n"
+        "c.local_corpus(open_corpus([MixtureEntry(sys.argv[1])], 256, 'packed', 3, 'pretrain'), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", code, str(prepared.path), str(tmp_path)]
+    assert subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    staging = copy_path(prepared, tmp_path).with_name(f".tmp-{copy_path(prepared, tmp_path).name}")
+    kept = {path.name: path.stat().st_ino for path in staging.iterdir() if path.name.startswith("shard")}
+    assert len(kept) == 3
+    local = local_corpus(mixture(prepared), str(tmp_path), print)
+    local.datasets[0].verify()
+    assert {name: (local.datasets[0].path / name).stat().st_ino for name in kept} == kept
+
+
+def test_ranks_of_a_machine_copy_once(prepared: Dataset, tmp_path: Path) -> None:
+    told: list[str] = []
+    corpora = [mixture(prepared) for _ in range(4)]
+    run = [threading.Thread(target=local_corpus, args=(corpus, str(tmp_path), told.append)) for corpus in corpora]
+    for thread in run:
+        thread.start()
+    for thread in run:
+        thread.join()
+    assert len(told) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = shutil.which("mount") and os.geteuid() == 0
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not mounted or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_room_is_looked_for_first(prepared: Dataset, small_disk: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.local_copy: .*small has 65.5 kB free, the data .* needs .*B more"):
+        local_corpus(mixture(prepared), str(small_disk), print)
+    assert [path.name for path in small_disk.iterdir()] == [".lock"]
+
+
+def test_a_disk_that_fills_up_is_told(prepared: Dataset, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room that another process takes after it was looked for."""
+    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    with pytest.raises(UserError, match=r"data\.local_copy: .*No space left on device; what was copied is kept"):
+        local_corpus(mixture(prepared), str(small_disk), print)
+
+
+def test_a_folder_that_cannot_be_made(prepared: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.local_copy: .*file/local: Not a directory"):
+        local_corpus(mixture(prepared), str(tmp_path / "file" / "local"), print)
+
+
+@pytest.mark.ranks
+def test_training_reads_the_copy(pool, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same losses on two ranks; a run that began without the copy goes on with it."""
+    from tests.train.runs import train
+
+    plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", ["run.steps=4"])
+    words = [f"data.local_copy={tmp_path / 'local'}"]
+    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=2"])
+    found = train(pool, 2, tmp_path / "run", corpus, "mlm", [*words, "run.steps=4", "data.workers=1"])
+    assert found.column("loss") == plain.column("loss")
+    opened = pool.run(
+        1, command(tmp_path / "refused", corpus, "mlm", ["run.steps=1", f"data.local_copy={corpus}/manifest.json"])
+    )
+    assert opened[0].status == 2 and "data.local_copy: " in opened[0].output

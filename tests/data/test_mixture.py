@@ -1,0 +1,135 @@
+"""Mixtures: files of them, the proportions they guarantee, how often each source is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.epochs import SourceEpochs, epoch_warnings, planned_epochs
+from megatron_ettin.data.keyed import KeyedOrder
+from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
+from megatron_ettin.data.order import open_corpus
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "mixtures"
+TRAIN = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"]
+SHARES = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12)
+
+
+def test_a_file_names_datasets_from_its_own_folder_or_a_root(tmp_path: Path) -> None:
+    listed = "[{path: web, weight: 3}, {path: /abs/code, weight: 1e-1}]"
+    (tmp_path / "list.yaml").write_text(listed)
+    (tmp_path / "keyed.yml").write_text(f"datasets: {listed}")
+    expected = [MixtureEntry(str(tmp_path / "web"), 3.0), MixtureEntry("/abs/code", 0.1)]
+    assert parse_mixture(str(tmp_path / "list.yaml")) == parse_mixture(str(tmp_path / "keyed.yml")) == expected
+    rooted = parse_mixture(str(tmp_path / "list.yaml"), root="/data")
+    assert [entry.path for entry in rooted] == ["/data/web", "/abs/code"]
+    assert parse_mixture(["a", "../b"], root="x/y") == [MixtureEntry("x/y/a"), MixtureEntry("x/b")]
+
+
+@pytest.mark.parametrize(("name", "billions", "sources"), [("pretrain", 1704.7, 13), ("extend", 249.3, 10), ("decay", 76.3, 9)])  # fmt: skip
+def test_the_published_mixtures_add_up(name: str, billions: float, sources: int) -> None:
+    entries = parse_mixture(str(EXAMPLES / f"{name}.yaml"))
+    assert len({entry.path for entry in entries}) == len(entries) == sources
+    assert sum(entry.tokens or 0 for entry in entries) == pytest.approx(billions * 1e9, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "empty"),
+        ("datasets: []", "empty"),
+        ("datasets: 3", "a list of datasets was expected, found 3"),
+        ("data: [a]", "no key 'data'"),
+        ("- {path: a, weigth: 1}", "m.yaml[0]: no key 'weigth' (did you mean 'weight'?)"),
+        ("- {path: a, weight: .nan}", "m.yaml[0].weight: nan"),
+        ("- {path: a, weight: -2}", "m.yaml[0].weight: -2"),
+        ("- {path: a, weight: 0}", "m.yaml[0].weight: 0"),
+        ("- {path: a, weight: .inf}", "m.yaml[0].weight: inf"),
+        ("- {path: a, tokens: 0}", "m.yaml[0].tokens: 0"),
+        ("- [", "m.yaml:1: not valid YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_mistakes_are_one_line(content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same line from a dry run and from a run, which leaves nothing behind."""
+    path = tmp_path / "m.yaml"
+    if content is not None:
+        path.write_text(content)
+    for words in (["--dry-run"], ["--run-dir", str(tmp_path / "run")]):
+        assert main([*TRAIN, *words, f"data.mixture={path}"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and told in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_mixture_is_refused(capsys: pytest.CaptureFixture) -> None:
+    assert main([*TRAIN, "--dry-run", "data.mixture=[]"]) == 2
+    assert "data.mixture: empty" in capsys.readouterr().err
+
+
+@given(SHARES, st.integers(0, 5 * BLOCK_SLOTS), st.integers(1, 4 * BLOCK_SLOTS), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_proportions_hold_in_every_window(shares: list[float], begin: int, length: int, seed: int) -> None:
+    """The bound of keyed.py's docstring, and within one slot in aligned blocks."""
+    exact = np.asarray(shares) / sum(shares)
+    counts = np.asarray(largest_remainder(exact.tolist(), BLOCK_SLOTS))
+    assert (np.abs(counts - exact * BLOCK_SLOTS) < 1).all()
+    order = KeyedOrder(counts.tolist(), [7] * len(shares), seed, "pretrain")
+    sources, _, _ = order.locate(np.arange(begin, begin + length))
+    found = np.bincount(sources, minlength=len(shares))
+    bound = length / BLOCK_SLOTS + 2 * counts * (1 - counts / BLOCK_SLOTS)
+    assert (np.abs(found - exact * length) <= bound + 1e-6).all()
+    block = begin // BLOCK_SLOTS
+    sources, _, _ = order.locate(np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS))
+    assert np.bincount(sources, minlength=len(shares)).tolist() == counts.tolist()
+
+
+def test_the_bound_is_met(prepared: Dataset) -> None:
+    """No smaller multiple of c (1 - c / B) would do: the front of a block that is sorted by source has it all."""
+    count = BLOCK_SLOTS // 4
+    front = np.repeat([0, 1], [count, BLOCK_SLOTS - count])[:count]
+    assert np.sum(front == 0) - count * count / BLOCK_SLOTS == count * (1 - count / BLOCK_SLOTS)
+
+
+def test_epochs(prepared: Dataset, other: Dataset) -> None:
+    """Rows read over rows there are, counted on the order itself; manifests alone come close."""
+    mixture = [MixtureEntry(str(prepared.path), 1.0), MixtureEntry(str(other.path), 1.0)]
+    corpus = open_corpus(mixture, 256, "packed", 21, "pretrain")
+    rows = 2 * BLOCK_SLOTS
+    table = corpus.epochs(round(rows * corpus.mean_tokens_per_row))
+    sources, _, epochs = corpus.locate(np.arange(rows))
+    for i, source in enumerate(table):
+        assert source.epochs == pytest.approx(np.sum(sources == i) / corpus.plans[i].num_rows, rel=1e-6)
+        assert epochs[sources == i].max() == np.ceil(source.epochs) - 1
+    assert [source.share for source in table] == pytest.approx([0.5, 0.5], abs=1e-4)
+    planned = planned_epochs(mixture, round(rows * corpus.mean_tokens_per_row))
+    assert [s.epochs for s in planned] == pytest.approx([s.epochs for s in table], rel=1e-3)
+
+
+def test_warnings_grow_with_repetition() -> None:
+    table = [SourceEpochs(name, 0.3, 100, epochs) for name, epochs in (("a", 1.0), ("b", 2.5), ("c", 9.0))]
+    quiet, loud = epoch_warnings(table)
+    assert quiet == "note: data.mixture: b will be read 2.5 times"
+    assert loud.startswith("warning: data.mixture: c will be read 9.0 times; beyond 4 epochs")
+
+
+def test_the_dry_run_shows_the_table(prepared: Dataset, other: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(f"[{{path: {prepared.path}, weight: 3}}, {{path: {other.path}, weight: 1}}]")
+    words = [*TRAIN, "--dry-run", f"data.mixture={mixture}", f"run.tokens={2 * prepared.num_tokens}"]
+    words += ["schedule.warmup_tokens=0"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert str(other.path) in printed.out and "75.00%" in printed.out
+    assert f"note: data.mixture: {prepared.path} will be read 1.5 times" in printed.err
+    assert main([*words, "--json"]) == 0
+    shares = [source["share"] for source in json.loads(capsys.readouterr().out)["mixture"]]
+    assert shares == [0.75, 0.25]
+    assert main([*TRAIN, "--dry-run", "data.mixture=/nowhere"]) == 0  # the data may come later
+    assert "/nowhere: no such directory" in capsys.readouterr().out

@@ -1,0 +1,241 @@
+"""Training in a given order: one that `ettin order` exported, or a published one matched by the content of its samples."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import parse, to_yaml
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.order import Corpus, open_run_corpus
+
+CLS, SEP, PAD = 50281, 50282, 50283
+WORDS = ["data.seq_len=256", "batch.global_batch_rows=8", "batch.warmup_min_rows=2", "batch.warmup_tokens=20000"]
+
+
+def written_config(path: Path, *datasets: Dataset, words: tuple[str, ...] = ()) -> Path:
+    mixture = ", ".join(f"{{path: {dataset.path}, weight: {i + 1}}}" for i, dataset in enumerate(datasets))
+    config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words])
+    path.write_text(to_yaml(config))
+    return path
+
+
+def corpus_of(*datasets: Dataset, words: tuple[str, ...] = ()) -> Corpus:
+    mixture = ", ".join(f"{{path: {dataset.path}, weight: 1}}" for dataset in datasets)
+    return open_run_corpus(parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words]))
+
+
+def refused(match: str, *datasets: Dataset, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        corpus_of(*datasets, words=words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Dataset) -> Iterator[Path]:
+    """Orders compiled by a test go; nothing half-written may stay."""
+    yield tmp_path
+    assert not list(prepared.path.glob(".tmp-order_*"))
+    for folder in prepared.path.glob("order_*"):
+        shutil.rmtree(folder)
+
+
+def exported(config: Path, out: Path, steps: str = "1:30") -> Path:
+    assert main(["order", str(config), "--steps", steps, "--out", str(out)]) == 0
+    return out
+
+
+def test_an_exported_order_replays_byte_for_byte(prepared: Dataset, other: Dataset, cache: Path) -> None:
+    """Tables and batches of a run in its own exported order are equal, warm-up included, in whatever order the mixture
+    lists its datasets; --batches are the same bytes."""
+    config = written_config(cache / "a.yaml", prepared, other)
+    order = exported(config, cache / "order.parquet")
+    replay = written_config(cache / "b.yaml", other, prepared, words=(f"data.order={order}",))
+    assert parquet.read_table(exported(replay, cache / "again.parquet")).equals(parquet.read_table(order))
+    for source, name in ((config, "a"), (replay, "b")):
+        words = ["order", str(source), "--steps", "1:30", "--batches", str(cache / f"{name}.npz")]
+        assert main(words) == 0
+    assert (cache / "a.npz").read_bytes() == (cache / "b.npz").read_bytes()
+
+
+def test_the_order_ends(prepared: Dataset, cache: Path, capsys: pytest.CaptureFixture) -> None:
+    config = written_config(cache / "a.yaml", prepared)
+    order = exported(config, cache / "order.parquet", "1:11")
+    replay = written_config(cache / "b.yaml", prepared, words=(f"data.order={order}",))
+    capsys.readouterr()
+    assert main(["order", str(replay), "--steps", "10"]) == 0
+    assert main(["order", str(replay), "--steps", "10:12"]) == 2
+    assert f"the order of {order} ends with step 10" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_of_the_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
+    config = written_config(cache / "a.yaml", prepared, other)
+    order = exported(config, cache / "order.parquet")
+    one = corpus_of(prepared, other, words=(f"data.order={order}",))
+    moved = shutil.copy(order, cache / "elsewhere.parquet")
+    os.utime(moved, ns=(1, 1))
+    assert corpus_of(other, prepared, words=(f"data.order={moved}",)).fingerprint == one.fingerprint
+    shorter = exported(config, cache / "shorter.parquet", "1:29")
+    assert corpus_of(prepared, other, words=(f"data.order={shorter}",)).fingerprint != one.fingerprint
+    again = pickle.loads(pickle.dumps(one))
+    assert again.fingerprint == one.fingerprint and len(pickle.dumps(one)) < 100_000
+    for mine, theirs in zip(one.places(range(20)), again.places(range(20)), strict=True):
+        assert mine[:2] == theirs[:2] and np.array_equal(mine.chunks, theirs.chunks)
+
+
+def test_a_folder_of_exports_is_read_by_the_numbers_in_the_names(prepared: Dataset, cache: Path) -> None:
+    config = written_config(cache / "a.yaml", prepared)
+    whole = exported(config, cache / "whole.parquet", "1:13")
+    (cache / "parts").mkdir()
+    for steps in ("1:3", "3:10", "10:13"):
+        exported(config, cache / "parts" / f"steps_{steps.replace(':', '_to_')}.parquet", steps)
+    orders = [corpus_of(prepared, words=(f"data.order={path}",)) for path in (whole, cache / "parts")]
+    assert orders[0].fingerprint == orders[1].fingerprint
+
+
+def test_a_damaged_compiled_order_is_made_anew(prepared: Dataset, cache: Path) -> None:
+    order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
+    words = (f"data.order={order}",)
+    before = corpus_of(prepared, words=words).fingerprint
+    (folder,) = prepared.path.glob("order_*")
+    with open(folder / "chunks.int64", "r+b") as stream:
+        stream.truncate(8)
+    left = prepared.path / f".tmp-{folder.name}-killed"
+    left.mkdir()  # what a killed process leaves
+    assert corpus_of(prepared, words=words).fingerprint == before and not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"chunk": 10**6}, "step 1 slot 0 has chunk 1000000 of .* which has"),
+        ({"dataset": "/nowhere"}, "trains on dataset /nowhere, which data.mixture does not have"),
+        ({"slot": -1}, "lines must be sorted by step and slot"),
+        ({"step": None}, "a null in column step"),
+    ],
+)
+def test_exports_that_do_not_fit(change: dict, told: str, prepared: Dataset, cache: Path) -> None:
+    table = parquet.read_table(exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet"))
+    records = table.to_pylist()
+    place = 0 if "slot" not in change else len(records) - 1
+    records[place].update(change)
+    parquet.write_table(pa.Table.from_pylist(records), cache / "changed.parquet")
+    refused(told, prepared, words=(f"data.order={cache / 'changed.parquet'}",))
+
+
+def test_orders_that_are_none(prepared: Dataset, other: Dataset, cache: Path) -> None:
+    refused("no file or folder; give `keyed`", prepared, words=("data.order=keyd",))
+    refused("no .parquet file", prepared, words=(f"data.order={other.path / 'tokenizer'}",))
+    parquet.write_table(pa.table({"text": ["a"]}), cache / "text.parquet")
+    refused("columns text; wanted input_ids", prepared, words=(f"data.order={cache / 'text.parquet'}",))
+    (cache / "torn.parquet").write_bytes((cache / "text.parquet").read_bytes()[:-20])
+    refused("not a readable parquet file", prepared, words=(f"data.order={cache / 'torn.parquet'}",))
+    order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
+    refused("trains on dataset .*fingerprint", other, words=(f"data.order={order}",))
+    refused("exported with data.seq_len=256, this run has 300", prepared, words=(f"data.order={order}", "data.seq_len=300"))  # fmt: skip
+
+
+def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
+    """As the published order: folders and files by number, rows shuffled within a file, `step` counting samples."""
+    draw = np.random.default_rng(0)
+    for i, part in enumerate(np.array_split(np.arange(len(samples)), files)):
+        shuffled = draw.permutation(part)
+        path = folder / f"checkpoint_{10**i:06d}" / f"steps_{part[0]}_to_{part[-1]}.parquet"
+        path.parent.mkdir(parents=True)
+        ids = pa.array([samples[j] for j in shuffled], pa.list_(pa.uint16()))
+        parquet.write_table(pa.table({"input_ids": ids, "step": pa.array(shuffled, pa.uint64())}), path)
+    return folder
+
+
+def dressed(chunk: np.ndarray, style: int) -> list[int]:
+    """A chunk with the special tokens that one or another trainer leaves around it."""
+    inner = chunk[1:-1].tolist()
+    return [[CLS, *inner, SEP], inner, [CLS, *inner], [CLS, *inner, SEP, PAD, PAD], [CLS, *inner, PAD]][style % 5]
+
+
+@pytest.fixture
+def drawn(prepared: Dataset, other: Dataset) -> list[tuple[Dataset, int]]:
+    """300 chunks of two datasets in an order of no system, some twice."""
+    draw = np.random.default_rng(3)
+    return [(d, int(draw.integers(d.num_chunks))) for d in draw.choice(np.array([prepared, other]), 300)]
+
+
+def contents(corpus: Corpus) -> list[list[int]]:
+    """The tokens of every chunk in the order they are trained on."""
+    pieces = []
+    for row in corpus.rows(range(corpus.num_rows)):
+        pieces += [piece.tolist() for piece in np.split(row.tokens, np.cumsum(row.lengths)[:-1])]
+    return pieces
+
+
+def test_a_published_order_is_matched_by_content(
+    prepared: Dataset, other: Dataset, drawn: list[tuple[Dataset, int]], cache: Path
+) -> None:
+    samples = [dressed(dataset.chunk(chunk), i) for i, (dataset, chunk) in enumerate(drawn)]
+    words = (f"data.order={publish(cache / 'published', samples)}", "data.batching=padded")
+    corpus = corpus_of(prepared, other, words=words)
+    expected = [dataset.chunk(chunk).tolist() for dataset, chunk in drawn]
+    assert contents(corpus) == expected
+    packed = corpus_of(prepared, other, words=words[:1])
+    assert sorted(contents(packed)) == sorted(expected)
+    assert packed.num_rows < 0.75 * len(samples)
+    for position, row in enumerate(packed.rows(range(packed.num_rows))):
+        assert int(row.lengths.sum()) <= 256 and row.position == position
+    assert packed.tokens_at(np.arange(packed.num_rows)).tolist() == [
+        len(row.tokens) for row in packed.rows(range(packed.num_rows))
+    ]
+
+
+def test_samples_cut_by_the_trainer_match_the_cut_chunk(prepared: Dataset, cache: Path) -> None:
+    """What does not fit data.seq_len does not count on either side."""
+    long = [i for i in range(prepared.num_chunks) if len(prepared.chunk(i)) == 128][:10]
+    samples = [prepared.chunk(i)[:100].tolist() for i in long]  # cut and without its end
+    corpus = corpus_of(prepared, words=(f"data.order={publish(cache / 'p', samples)}", "data.batching=padded", "data.seq_len=100"))  # fmt: skip
+    assert [row.tokens[:-1].tolist() for row in corpus.rows(range(10))] == [s[:99] for s in samples]
+
+
+def test_unmatched_samples(prepared: Dataset, drawn: list[tuple[Dataset, int]], cache: Path) -> None:
+    samples = [dataset.chunk(chunk).tolist() for dataset, chunk in drawn if dataset is prepared]
+    known = len(samples)
+    samples[7:7] = [[CLS, 5, 6, 7, SEP], [CLS, SEP]]
+    order = publish(cache / "published", samples, files=1)
+    words = (f"data.order={order}", "data.batching=padded")
+    share = f"{100 * known / (known + 2):.2f} %"
+    path = next(order.rglob("*.parquet"))
+    row = parquet.read_table(path)["step"].to_pylist().index(7)
+    refused(f"2 of {known + 2} samples are in no dataset .*{share} are.*{path} row {row};", prepared, words=words)
+    corpus = corpus_of(prepared, words=(*words, "data.order_missing=skip"))
+    assert corpus.num_rows == known and corpus.skipped_samples == 2
+    unknown = publish(cache / "unknown", [[CLS, 5, 6, 7, SEP]] * 3, files=1)
+    refused("3 of 3 samples", prepared, words=(f"data.order={unknown}", "data.order_missing=skip"))
+
+
+def test_equal_content_is_the_first_chunk_that_has_it(prepared: Dataset, cache: Path) -> None:
+    copy = shutil.copytree(prepared.path, cache / "copy")
+    words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
+    config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
+    corpus = open_run_corpus(config)
+    assert {(place.source, *place.chunks.tolist()) for place in corpus.places(range(4))} == {(0, 3)}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 50, 1000])
+def test_steps_within_rows(rows: int) -> None:
+    """Against a count, step by step, through the warm-up."""
+    sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", words=WORDS).batch, 200.0)
+    steps, used = 0, sizes.size_at(0)
+    while used <= rows:
+        steps += 1
+        assert sizes.rows_before(steps) == used
+        used += sizes.size_at(steps)
+    assert sizes.steps_within(rows) == steps
