@@ -1,4 +1,5 @@
-"""Validation loss of a run or checkpoint on a dataset: perplexity of a decoder, masked accuracy of an encoder.
+"""Validation loss of a run or checkpoint on datasets, in all and by source: perplexity of a decoder, masked accuracy of
+an encoder. Sources are the datasets and, in a dataset prepared from several INPUTs, those.
 
 Example:
   ettin eval runs/17m-mlm --data corpus/heldout --baseline corpus
@@ -7,15 +8,16 @@ Example:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--data", type=Path, required=True, metavar="DATASET")
-    parser.add_argument("--rows", type=int, help="only the first so many rows")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="[NAME=]DATASET", help="may be given several times"
+    )
+    parser.add_argument("--rows", type=int, help="only so many rows, shared out over the sources")
     parser.add_argument(
         "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
     )
@@ -26,25 +28,38 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.checkpoint.directory import resolve
     from megatron_ettin.data.mixture import MixtureEntry
     from megatron_ettin.data.order import open_corpus
-    from megatron_ettin.train.evaluate import evaluate, unigram_loss, validation_batches
+    from megatron_ettin.train.evaluate import evaluate, open_held_out, unigram_loss
     from megatron_ettin.train.inference import alone
     from megatron_ettin.train.resume import check_tokenizer, load
 
-    checkpoint = resolve(args.checkpoint)
+    datasets, checkpoint = datasets_of(args.data, args.rows), resolve(args.checkpoint)
     with alone(checkpoint) as machine:
-        batches = validation_batches(machine, str(args.data))
-        check_tokenizer(checkpoint, batches.corpus)
+        held_out = open_held_out(machine, datasets)
+        for batches in held_out.sources.values():
+            check_tokenizer(checkpoint, batches.corpus)
         load(machine, checkpoint, with_optimizer=False)
-        result = evaluate(machine, batches, args.rows)
-        answer = {**dataclasses.asdict(result), "checkpoint": str(checkpoint)}
-        if result.objective == "clm":
-            answer["perplexity"] = result.perplexity
-        lines = [f"{checkpoint}: {result}"]
+        result = evaluate(machine, held_out, args.rows)
+        answer = {**result.to_json(), "checkpoint": str(checkpoint)}
+        whole, *parts = result.lines()
+        lines = [f"{checkpoint}: {whole}", *parts]
         if args.baseline:
-            corpus = batches.corpus
-            train = open_corpus(
-                [MixtureEntry(str(args.baseline))], corpus.seq_len, batches.config.data.batching, 0, "baseline"
-            )
-            answer["unigram_loss"] = unigram_loss(train, batches, args.rows)
+            corpus = held_out.corpus
+            train = open_corpus([MixtureEntry(str(args.baseline))], corpus.seq_len, corpus.batching, 0, "baseline")
+            answer["unigram_loss"] = unigram_loss(train, held_out, args.rows)
             lines.append(f"unigram loss of {args.baseline} on the same positions: {answer['unigram_loss']:.4f}")
     print(json.dumps(answer) if args.json else "\n".join(lines))
+
+
+def datasets_of(given: list[str], rows: int | None) -> dict[str, str]:
+    """Name -> path of `--data`, by the rules of `data.validation`. Raises UserError."""
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.validation import validation_sets
+
+    if rows is not None and rows < 1:
+        raise UserError(f"--rows: {rows}; at least 1")
+    named = [word.partition("=") for word in given]
+    if all(equals and not Path(word).exists() for word, (_, equals, _) in zip(given, named, strict=True)):
+        if len({name for name, _, _ in named}) != len(named):
+            raise UserError("--data: a name is given twice; give each dataset its own")
+        return validation_sets({name: path for name, _, path in named}, "--data")
+    return validation_sets(given, "--data")

@@ -13,6 +13,7 @@ from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM, tensor_parallel_degrees
+from megatron_ettin.config.validation import validation_sets
 
 
 def check(config: Config) -> None:
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
         check_precision,
         check_schedule,
         check_batch,
+        check_validation,
     ):
         group(config)
 
@@ -70,6 +72,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "schedule.final_lr_fraction": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "data.seq_len": (lambda v: v >= 8, "at least 8"),
     "data.mlm_probability": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "data.workers": (lambda v: v >= 0, "0 (none) or above"),
+    "data.prefetch": (lambda v: v >= 1, "at least 1"),
     "batch.global_batch_rows": (lambda v: v >= 1, "at least 1"),
     "batch.micro_batch_rows": (lambda v: v >= 1, "at least 1"),
     "batch.warmup_tokens": (lambda v: v >= 0, "0 or above"),
@@ -200,6 +204,11 @@ def check_batch(config: Config) -> None:
         raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")
 
 
+def check_validation(config: Config) -> None:
+    if config.data.validation is not None:
+        validation_sets(config.data.validation)
+
+
 def check_layout(config: Config, world: int) -> int:
     """The data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
     parallel, batch = config.parallel, config.batch
@@ -228,7 +237,9 @@ def science_keys(config: Config) -> dict[str, object]:
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
-    keys |= {f"data.{key}": getattr(config.data, key) for key in ("seq_len", "mlm_probability", "batching", "order")}
+    keys |= {f"data.{key}": getattr(config.data, key) for key in ("seq_len", "mlm_probability", "batching")}
+    # a given order is fixed by the fingerprint of its content, not by the path of its files
+    keys["data.order"] = "keyed" if config.data.order == "keyed" else "given"
     keys |= {
         f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key != "micro_batch_rows"
     }

@@ -72,10 +72,15 @@ class ScheduleConfig:
 class DataConfig:
     seq_len: int
     mlm_probability: float
-    mixture: Any = None  # one dataset path, a list of paths, or a list of {path, weight | tokens}
+    mixture: Any = None  # one dataset path, a list of paths or of {path, weight | tokens}, or the YAML file of a list
+    root: Optional[str] = None  # where relative dataset paths begin; None: a mixture file's folder, else here
     batching: str = "packed"
-    order: str = "keyed"
-    validation: Optional[str] = None  # a dataset to evaluate on
+    order: str = "keyed"  # or the parquet file or folder of an order to train in
+    order_missing: str = "error"  # samples of a given order that no dataset has: "error", or "skip" leaves them out
+    validation: Any = None  # what to evaluate on: one dataset path, a list of them, or {name: path, ...}
+    workers: Optional[int] = None  # processes of each rank that read ahead; None: 2 on a GPU, 0 (no other) on a CPU
+    prefetch: int = 4  # micro-batches that each of them reads ahead
+    local_copy: Optional[str] = None  # a folder on each machine's own disk to which the mixture is copied first
     tokenizer: Optional[str] = None  # None: the one the datasets were made with
 
 
@@ -154,7 +159,7 @@ CHOICES = {
     "schedule.name": ("wsd", "one_minus_sqrt", "constant"),
     "optim.name": ("stable_adamw", "adamw"),
     "data.batching": ("packed", "padded"),
-    "data.order": ("keyed",),
+    "data.order_missing": ("error", "skip"),
     "batch.loss_normalization": ("global", "microbatch"),
     "run.device": ("auto", "cpu", "gpu"),
     "parallel.engine": ("megatron",),

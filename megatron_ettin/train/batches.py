@@ -2,19 +2,18 @@
 
 Everything is a pure function of (config, data, step): each data-parallel rank and each pipeline stage makes its own
 without talking. Batch warm-up counts nominal tokens (rows x the mean tokens a row), so its row counts are a closed
-form. Rows that a layout's micro-batches have too many are empty: all padding, no labels, not counted."""
+form. host_batches.py makes a micro-batch in host memory, here or in a loader's worker; what is left to do here is to
+put it on the device and to say where its chunks begin and end."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from megatron_ettin.config.flops import attended_pairs
-from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
@@ -23,6 +22,8 @@ from megatron_ettin.model.dropout import step_key
 from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.objectives.labels import Labeller, corpus_labeller
 from megatron_ettin.parallel import Layout, Topology
+from megatron_ettin.train.host_batches import HostBatches
+from megatron_ettin.train.loader import LoadedBatch
 
 
 @dataclass(frozen=True)
@@ -66,40 +67,45 @@ class Batches:
         multiple = PRECISIONS[self.config.precision.name].multiple
         return buffer_tokens(self.config.data.seq_len, self.layout.topology, multiple)
 
+    @functools.cached_property
+    def host(self) -> HostBatches:
+        """The part that needs no device."""
+        topology = self.layout.topology
+        return HostBatches(
+            self.corpus,
+            self.sizes,
+            self.label,
+            self.config.causal,
+            self.config.window,
+            self.row_tokens,
+            self.config.batch.micro_batch_rows,
+            topology.dp,
+            self.layout.dp_rank,
+            topology.pp if topology.vp > 1 else 1,  # the interleaved schedule runs whole groups of pipeline ranks
+        )
+
     def micro_batch_count(self, step: int) -> int:
         """Micro-batches a rank runs at `step`; whole groups of pipeline ranks under the interleaved schedule."""
-        topology = self.layout.topology
-        count = -(-self.sizes.size_at(step) // (topology.dp * self.config.batch.micro_batch_rows))
-        return -(-count // topology.pp) * topology.pp if topology.vp > 1 else count
+        return self.host.count(step)
 
-    def step(self, step: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of `step` in order."""
-        first, end = self.sizes.span(step)
-        rows, dp = self.config.batch.micro_batch_rows, self.layout.topology.dp
+    def step(self, step: int, loaded: Iterable[LoadedBatch] | None = None) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of `step` in order, from a loader or made here."""
         key = step_key(self.config.run.seed, self.config.run.phase, step)
-        for index in range(self.micro_batch_count(step)):
-            start = (index * dp + self.layout.dp_rank) * rows
-            slots = range(start, start + rows)
-            chosen = [self.corpus.row(first + slot) if first + slot < end else None for slot in slots]
-            yield self.micro_batch(chosen, list(slots), key)
+        if loaded is None:
+            loaded = (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
+        return (self.on_device(batch, key) for batch in loaded)
 
-    def micro_batch(self, rows: list[Row | None], slots: list[int], dropout_key: int = 0) -> MicroBatch:
+    def micro_batch(self, rows: Sequence[Row | None], slots: Sequence[int], dropout_key: int = 0) -> MicroBatch:
         """Label rows and lay them out; None is an empty row."""
-        length = self.row_tokens
-        padding = self.corpus.pad_id
-        input_ids = np.full((len(rows), length), padding, dtype=np.int64)
-        labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
-        for i, row in enumerate(rows):
-            if row is not None:
-                n = len(row.tokens)
-                input_ids[i, :n], labels[i, :n] = self.label(row.tokens, row.lengths, row.position)
-        lengths = [row.lengths.tolist() if row is not None else [] for row in rows]
-        real = np.array([n for row in lengths for n in row], dtype=np.int64)
-        causal, window = self.config.causal, self.config.window
+        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, slots)), dropout_key)
+
+    def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
+        """Tensors on the device; the copy of page-locked ones does not wait for it."""
+        pinned, host = batch.input_ids.is_pinned(), batch.host
         return MicroBatch(
-            torch.from_numpy(input_ids).to(self.device),
-            torch.from_numpy(labels).to(self.device),
-            pack_rows(lengths, length, self.device, slots, dropout_key),
-            int(real.sum()),
-            (int(attended_pairs(real, causal, None).sum()), int(attended_pairs(real, causal, window).sum())),
+            batch.input_ids.to(self.device, non_blocking=pinned),
+            batch.labels.to(self.device, non_blocking=pinned),
+            pack_rows(host.lengths, self.row_tokens, self.device, host.slots, dropout_key),
+            host.tokens,
+            host.pairs,
         )

@@ -1,20 +1,23 @@
-"""Loss on held-out rows: the same rows and, for the encoder, the same masks (15 %, whatever the run trains with) at
-every evaluation, so that numbers compare over a run, over phases and between checkpoints."""
+"""Loss on held-out rows, in all and by source: the same rows and, for the encoder, the same masks (15 %, whatever the
+run trains with) at every evaluation, so that numbers compare over a run, over phases and between checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
-from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import Corpus, open_corpus
+from megatron_ettin.data.mixture import largest_remainder
+from megatron_ettin.data.order import Corpus
+from megatron_ettin.data.source_rows import open_by_source
 from megatron_ettin.objectives.labels import corpus_labeller
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
@@ -25,14 +28,14 @@ VALIDATION_SEED, VALIDATION_PHASE = 0, "validation"
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Measured:
     """Mean loss over predicted tokens; accuracy of the likeliest token (masked positions of an encoder)."""
 
     objective: str
     loss: float
     labels: int
     rows: int
-    accuracy: float | None
+    accuracy: float
 
     @property
     def perplexity(self) -> float:
@@ -42,38 +45,102 @@ class Evaluated:
         measure = f"perplexity {self.perplexity:.2f}" if self.objective == "clm" else f"accuracy {self.accuracy:.4f}"
         return f"loss {self.loss:.4f} {measure} ({self.labels:,} predicted tokens in {self.rows:,} rows)"
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the perplexity only of a decoder."""
+        perplexity = {"perplexity": self.perplexity} if self.objective == "clm" else {}
+        return {**dataclasses.asdict(self), **perplexity}
 
-def validation_batches(machine: Machine, dataset: str, seq_len: int | None = None) -> Batches:
-    """Batches over `dataset` in an order of its own that no run's seed changes."""
+
+@dataclass(frozen=True)
+class Evaluated(Measured):
+    """The whole, and its parts by source: their labels, and their losses times labels, sum to the whole's."""
+
+    sources: dict[str, Measured]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {name: part.to_json() for name, part in self.sources.items()}
+        for part in parts.values():
+            del part["objective"]
+        return {**super().to_json(), "sources": parts}
+
+    def lines(self) -> list[str]:
+        """The whole and, where there are several, each source."""
+        parts = [f"  {name}: {part}" for name, part in self.sources.items()]
+        return [str(self), *(parts if len(parts) > 1 else [])]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate on, by source."""
+
+    sources: dict[str, Batches]
+
+    @property
+    def corpus(self) -> Corpus:
+        """Of the first source; tokenizer, vocabulary and row length are everyone's."""
+        return next(iter(self.sources.values())).corpus
+
+    def rows(self, most: int | None) -> list[int]:
+        """Rows of each source to read: all, or `most` of them in proportion and at least one of each."""
+        there = [batches.corpus.num_rows for batches in self.sources.values()]
+        total = sum(there)
+        if most is None or most >= total:
+            return there
+        shares = largest_remainder([rows / total for rows in there], most)
+        return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
+
+
+def open_held_out(machine: Machine, datasets: Mapping[str, str], seq_len: int | None = None) -> HeldOut:
+    """Rows of the datasets named, in an order of their own that no run's seed changes. Sources are the datasets, and
+    within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises UserError."""
     data = machine.config.data
-    corpus = open_corpus(
-        [MixtureEntry(dataset)], seq_len or data.seq_len, data.batching, VALIDATION_SEED, VALIDATION_PHASE
-    )
     run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE)
-    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=corpus.seq_len))
+    length = seq_len or data.seq_len
+    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=length))
+    sources = {}
+    for name, path in datasets.items():
+        parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
+        for part, corpus in parts.items():
+            label = name if not part else part if len(datasets) == 1 else f"{name}/{part}"
+            sources[label] = held_out_batches(config, machine, corpus)
+    return HeldOut(sources)
+
+
+def held_out_batches(config: Config, machine: Machine, corpus: Corpus) -> Batches:
     label = corpus_labeller(config, corpus, VALIDATION_MLM_PROBABILITY)
     sizes = BatchSizes((config.batch.global_batch_rows,), (0,))
     return Batches(config, corpus, sizes, label, machine.layout, machine.platform.device)
 
 
-def evaluate(machine: Machine, batches: Batches, max_rows: int | None = None) -> Evaluated:
-    """Forward over the first `max_rows` rows (all by default). Collective; equal on every rank and layout."""
-    rows = batches.corpus.num_rows if max_rows is None else min(max_rows, batches.corpus.num_rows)
+def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -> Evaluated:
+    """Forward over `max_rows` rows (all by default), shared out over the sources. Collective; equal on every rank and
+    layout."""
+    rows = held_out.rows(max_rows)
     machine.refresh_weights()
     for chunk in machine.chunks:
         chunk.eval()
+    figures: list[float] = []
     try:
         with torch.no_grad():
-            totals = Totals()
-            for group in groups_in_order(batches, rows):
-                totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False)
+            for batches, count in zip(held_out.sources.values(), rows, strict=True):
+                totals = Totals()
+                for group in groups_in_order(batches, count):
+                    totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False)
+                figures += [totals.loss, totals.labels, totals.correct]
     finally:
         for chunk in machine.chunks:
             chunk.train()
-    figures = [totals.loss, totals.labels, totals.correct]
-    loss, labels, correct = machine.layout.sum_over_world(figures, machine.platform.device)
+    sums = np.array(machine.layout.sum_over_world(figures, machine.platform.device)).reshape(-1, 3)
     objective = machine.config.run.objective
-    return Evaluated(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
+    parts = {
+        name: measured(objective, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)
+    }
+    return Evaluated(**dataclasses.asdict(measured(objective, sums.sum(axis=0), sum(rows))), sources=parts)
+
+
+def measured(objective: str, sums: np.ndarray, rows: int) -> Measured:
+    loss, labels, correct = sums.tolist()
+    return Measured(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
 
 
 def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
@@ -85,12 +152,12 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
         group = []
         for index in range(begin, begin + together):
             start = (index * topology.dp + batches.layout.dp_rank) * size
-            chosen = [batches.corpus.row(i) if i < rows else None for i in range(start, start + size)]
-            group.append(batches.micro_batch(chosen, list(range(size))))
+            chosen = batches.host.rows(range(start, start + size), rows)
+            group.append(batches.micro_batch(chosen, range(size)))
         yield group
 
 
-def unigram_loss(train: Corpus, batches: Batches, max_rows: int | None = None) -> float:
+def unigram_loss(train: Corpus, held_out: HeldOut, max_rows: int | None = None) -> float:
     """Cross entropy, on the positions that `evaluate` predicts, of the training corpus's token frequencies with one
     added to each: what a model that ignores all context can reach."""
     counts = np.ones(train.vocab_size, dtype=np.float64)
@@ -100,12 +167,12 @@ def unigram_loss(train: Corpus, batches: Batches, max_rows: int | None = None) -
             chunks = [dataset.chunk(i) for i in range(begin, min(begin + together, dataset.num_chunks))]
             counts += np.bincount(np.concatenate(chunks), minlength=train.vocab_size)
     log_probabilities = np.log(counts / counts.sum())
-    rows = batches.corpus.num_rows if max_rows is None else min(max_rows, batches.corpus.num_rows)
     total, labels = 0.0, 0
-    for position in range(rows):
-        row = batches.corpus.row(position)
-        _, targets = batches.label(row.tokens, row.lengths, row.position)
-        targets = targets[targets != IGNORE]
-        total -= float(log_probabilities[targets].sum())
-        labels += len(targets)
+    for batches, rows in zip(held_out.sources.values(), held_out.rows(max_rows), strict=True):
+        for position in range(rows):
+            row = batches.corpus.row(position)
+            _, targets = batches.label(row.tokens, row.lengths, row.position)
+            targets = targets[targets != IGNORE]
+            total -= float(log_probabilities[targets].sum())
+            labels += len(targets)
     return total / max(labels, 1)

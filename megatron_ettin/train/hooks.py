@@ -160,21 +160,23 @@ class Checkpoints(Hook):
 
 
 class Evaluation(Hook):
-    """Loss on the validation dataset every so many steps."""
+    """Loss on the validation datasets every so many steps, in all and by source."""
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    def __init__(self, held_out: evaluate.HeldOut) -> None:
+        self.held_out = held_out
 
     def step(self, run: Run, info: StepInfo) -> None:
         every = run.config.metrics.eval_every_steps
         if every is None or info.step % every:
             return
-        result = evaluate.evaluate(run.machine, self.batches, run.config.metrics.eval_rows)
+        result = evaluate.evaluate(run.machine, self.held_out, run.config.metrics.eval_rows)
         info.extra["validation_loss"] = result.loss
-        if result.accuracy is not None:
-            info.extra["validation_accuracy"] = result.accuracy
+        info.extra["validation_accuracy"] = result.accuracy
+        if len(result.sources) > 1:
+            info.extra.update({f"validation_loss/{name}": part.loss for name, part in result.sources.items()})
         if run.is_chief and not sys.stderr.isatty():
-            print(f"step {info.step} validation {result}", flush=True)
+            whole, *parts = result.lines()
+            print(f"step {info.step} validation {whole}", *parts, sep="\n", flush=True)
 
 
 class StopSignal:

@@ -3,8 +3,11 @@ step until the phase's tokens are trained on."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +19,12 @@ from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
-from megatron_ettin.data.mixture import parse_mixture
-from megatron_ettin.data.order import Corpus, open_corpus
+from megatron_ettin.config.validation import validation_sets
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.epochs import describe_epochs, epoch_warnings
+from megatron_ettin.data.local_copy import local_corpus
+from megatron_ettin.data.mixture import settled
+from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
@@ -25,10 +32,14 @@ from megatron_ettin.platform.rendezvous import Place, find_place, join, leave
 from megatron_ettin.train import resume, run_directory
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.evaluate import validation_batches
+from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.hooks import Checkpoints, Console, Evaluation, Hook, Metrics, Run, StopSignal
+from megatron_ettin.train.loader import Loader, worker_count
 from megatron_ettin.train.resume import Progress
 from megatron_ettin.train.step import StepInfo, train_step
+
+RENDEZVOUS_SECONDS = 600.0
+COPY_SECONDS = 7_200.0  # machines may differ by so much in copying the data
 
 
 class TrainingStopped(RuntimeError):
@@ -49,18 +60,27 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     """Step until the run is done; True if it was asked to stop before. Every rank returns the same."""
     for hook in hooks:
         hook.start(run)
-    stopped = False
-    while not stopped and not is_done(run.config, run.progress):
-        lr = run.config.optim.lr * lr_fraction(run.progress.tokens, run.config.schedule, run.config.run.tokens)
-        info = train_step(run.machine, run.batches, run.progress.step, run.progress.tokens, lr, stop.received)
-        check_finite(run.config, info)
-        run.progress = Progress(info.step, info.tokens, run.progress.updates + 1)
-        for hook in hooks:
-            hook.step(run, info)
-        stopped = info.stop_requested
+    stopped = is_done(run.config, run.progress)
+    with contextlib.closing(open_loader(run)) as loader:
+        while not stopped:
+            step, tokens = run.progress.step, run.progress.tokens
+            lr = run.config.optim.lr * lr_fraction(tokens, run.config.schedule, run.config.run.tokens)
+            info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step))
+            check_finite(run.config, info)
+            run.progress = Progress(info.step, info.tokens, run.progress.updates + 1)
+            for hook in hooks:
+                hook.step(run, info)
+            stopped = info.stop_requested or is_done(run.config, run.progress)
     for hook in hooks:
         hook.stop(run)
-    return stopped and not is_done(run.config, run.progress)
+    return not is_done(run.config, run.progress)
+
+
+def open_loader(run: Run) -> Loader:
+    """The micro-batches of this rank from where the run stands to its end."""
+    data, is_gpu = run.config.data, run.machine.platform.is_gpu
+    workers, end = worker_count(data.workers, is_gpu), run.config.run.steps
+    return Loader(run.batches.host, run.progress.step, end, workers, data.prefetch, pinned=is_gpu)
 
 
 def is_done(config: Config, progress: Progress) -> bool:
@@ -80,7 +100,9 @@ def check_finite(config: Config, info: StepInfo) -> None:
 def run_training(config: Config, launch: Launch) -> bool:
     """Train as this process's rank; True if the run was saved before its end and wants requeueing."""
     place = find_place()
+    config = dataclasses.replace(config, data=settled(config.data))
     corpus = open_training_data(config, place)
+    config = ending_with(config, corpus)
     run_directory.check_writable(launch.run_dir)
     changes = run_directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
     platform = detect(config.run.device, place.local_rank)
@@ -88,8 +110,10 @@ def run_training(config: Config, launch: Launch) -> bool:
         platform.make_deterministic()
     stop = StopSignal(config.resilience.save_on_signal)
     with run_directory.locked(launch.run_dir, chief=place.rank == 0):
-        join(place, platform)
-        return _train_as(place, config, launch, corpus, platform, changes, stop)
+        folder = config.data.local_copy
+        read = corpus if folder is None else local_corpus(corpus, folder)
+        join(place, platform, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
+        return _train_as(place, config, launch, corpus, read, platform, changes, stop)
 
 
 def _train_as(
@@ -97,18 +121,20 @@ def _train_as(
     config: Config,
     launch: Launch,
     corpus: Corpus,
+    read: Corpus,
     platform: Platform,
     changes: list[str],
     stop: StopSignal,
 ) -> bool:
-    """This rank's run, from assembly to the last save; its process groups are gone afterwards."""
+    """This rank's run, from assembly to the last save; its process groups are gone afterwards. `read`: the corpus or
+    its copy on this machine."""
     try:
         machine = assemble(config, platform, place.world)
         progress, origin = resume.begin(machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus)
-        batches = Batches.of(config, corpus, machine.layout, platform.device)
+        batches = Batches.of(config, read, machine.layout, platform.device)
         run = Run(machine, batches, launch.run_dir, progress)
         if run.is_chief:
-            announce(run, place, origin)
+            announce(run, place, origin, corpus)
             record = {"from": origin, "changes": changes, "layout": str(machine.layout.topology), "world": place.world}
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads})
@@ -122,21 +148,18 @@ def build_hooks(run: Run) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
     hooks: list[Hook] = [Metrics(), Console()]
     if run.config.data.validation is not None:
-        held_out = validation_batches(run.machine, run.config.data.validation)
-        if held_out.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
-            raise UserError(
-                f"data.validation: {run.config.data.validation} was made with another tokenizer than the data"
-            )
+        held_out = open_held_out(run.machine, validation_sets(run.config.data.validation))
+        for batches in held_out.sources.values():
+            if batches.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
+                path = batches.corpus.datasets[0].path
+                raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
     return [*hooks, Checkpoints(hooks)]
 
 
 def open_training_data(config: Config, place: Place) -> Corpus:
     """The corpus of the run. Raises UserError for what is missing or made with another tokenizer."""
-    if config.data.mixture is None:
-        raise UserError("data.mixture: not set; give a dataset made by `ettin prepare`, data.mixture=DATASET")
-    data = config.data
-    corpus = open_corpus(parse_mixture(data.mixture), data.seq_len, data.batching, config.run.seed, config.run.phase)
+    corpus = open_run_corpus(config)
     if config.model.vocab_size != corpus.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
@@ -145,9 +168,41 @@ def open_training_data(config: Config, place: Place) -> Corpus:
     return corpus
 
 
-def announce(run: Run, place: Place, origin: str) -> None:
+def ending_with(config: Config, corpus: Corpus) -> Config:
+    """The run, with `run.steps` no later than a given order ends. Raises UserError where it was told to go beyond."""
+    if corpus.end is None:
+        return config
+    steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.end)
+    if steps == 0:
+        raise UserError(f"data.order: {config.data.order} has {corpus.end:,} rows, fewer than the first step needs")
+    if config.run.steps is not None and config.run.steps > steps:
+        raise UserError(
+            f"run.steps: {config.run.steps:,}, but data.order {config.data.order} ends with step {steps:,}"
+            f" ({corpus.end:,} rows)"
+        )
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=config.run.steps or steps))
+
+
+def announce_data(config: Config, corpus: Corpus) -> None:
+    """What the run reads, and how often."""
+    sizes, run = BatchSizes.of(config.batch, corpus.mean_tokens_per_row), config.run
+    tokens = run.tokens
+    if run.steps is not None:
+        tokens = min(tokens, round(sizes.rows_before(run.steps) * corpus.mean_tokens_per_row))
+    table = corpus.epochs(tokens)
+    print(*describe_epochs(table), sep="\n", flush=True)
+    if corpus.end is not None:
+        steps = sizes.steps_within(corpus.end)
+        left = f", {skipped:,} samples left out" if (skipped := corpus.skipped_samples) else ""
+        print(f"order of {config.data.order}: {corpus.end:,} rows, {steps:,} steps{left}; the run ends with them")
+    for line in epoch_warnings(table):
+        print(line, file=sys.stderr, flush=True)
+
+
+def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     config, machine = run.config, run.machine
     parameters = format_count(parameter_count(config.model, config.model.vocab_size))
+    announce_data(config, corpus)
     print(
         f"{config.run.objective} {config.run.size} {config.run.phase}: {parameters} parameters,"
         f" {config.precision.name},"

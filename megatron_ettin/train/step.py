@@ -20,6 +20,7 @@ from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
+from megatron_ettin.train.loader import LoadedBatch
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,22 @@ def sum_of_losses(
     return total, labels.int(), report
 
 
-def train_step(machine: Machine, batches: Batches, step: int, tokens_before: int, lr: float, stop: bool) -> StepInfo:
-    """Train on the rows of `step` (from 0). `stop`: this rank was asked to stop; one rank's wish is everyone's."""
+def train_step(
+    machine: Machine,
+    batches: Batches,
+    step: int,
+    tokens_before: int,
+    lr: float,
+    stop: bool,
+    loaded: Iterable[LoadedBatch] | None = None,
+) -> StepInfo:
+    """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
+    to stop; one rank's wish is everyone's."""
     began = time.perf_counter()
     assert machine.optimizer is not None
     machine.optimizer.zero_grad()
     count = batches.micro_batch_count(step)
-    totals = run_micro_batches(machine, batches.step(step), count, batches.row_tokens, training=True)
+    totals = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
     grad_norm = machine.optimizer.step(lr)
     sums = machine.layout.sum_over_world(
         [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs, float(stop)],

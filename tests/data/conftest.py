@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
-from tests.data.corpora import prepare_here, write_jsonl
+from tests.data.corpora import files_of, prepare_here, write_jsonl
+from tests.data.small_tasks import arguments_for, start, write_inputs
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,19 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     source = write_jsonl(folder / "short.jsonl", 150, seed=7, longest_words=80)
     assert prepare_here(source, "--out", folder / "dataset", "--chunk-tokens", 128, "--workers", 1) == 0
     return open_dataset(folder / "dataset")
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs of several tasks (tests/data/small_tasks.py). Read-only."""
+    return write_inputs(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="session")
+def large_dataset(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that one process makes of them without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    running = start(arguments_for(large, folder / "out", 1), folder / "small_tasks.py")
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    return files_of(folder / "out")

@@ -141,7 +141,9 @@ def test_lookups_of_many_chunks_are_those_of_each(prepared: Dataset) -> None:
     chunks = np.random.default_rng(0).integers(0, prepared.num_chunks, 500)
     places = prepared.documents_of(chunks)
     one_by_one = [prepared.document_of(int(i)) for i in chunks]
-    together = zip(places.source, places.document_id, places.start_token.tolist(), places.document.tolist(), strict=True)
+    together = zip(
+        places.source, places.document_id, places.start_token.tolist(), places.document.tolist(), strict=True
+    )
     assert list(together) == one_by_one
     assert places.special_tokens.tolist() == [2] * 500
     assert prepared.lengths_of(chunks).tolist() == [len(prepared.chunk(int(i))) for i in chunks]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from megatron_ettin.data.ingest.inputs import cut_tasks, list_inputs
 from megatron_ettin.data.ingest.readers.document import ReadOptions
 from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
+from tests.data.small_tasks import arguments_for, start, wait_for
 
 
 def documents_in(path: Path) -> list[tuple[str, str]]:
@@ -77,41 +74,6 @@ def test_split_lines_are_read_once_each_with_their_places(tmp_path: Path, monkey
         assert found == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen inputs: a directory of three small files and twelve archives."""
-    root = tmp_path_factory.mktemp("large")
-    (root / "texts").mkdir()
-    for i in range(3):
-        (root / "texts" / f"{i}.txt").write_text(words(3_000, i))
-    rows = [json.dumps({"text": words(180, i)}) for i in range(3_000)]
-    part = len(rows) // 12
-    for i in range(12):
-        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows[i * part : (i + 1) * part]).encode(), 1))
-    return root
-
-
-def arguments_for(large: Path, out: Path, workers: int) -> list[str]:
-    parts = sorted(map(str, large.glob("*.gz")))
-    settings = ["--out", str(out), "--chunk-tokens", "64", "--holdout", "0.05", "--seq-len", "64"]
-    return [str(large / "texts"), *parts, *settings, "--workers", str(workers)]
-
-
-# A task of at most 100 kB, set where the command reads it: small inputs then make several shards.
-SMALL_TASKS = (
-    "import sys; from megatron_ettin.data.ingest import inputs; inputs.TASK_BYTES = 100_000;"
-    "from megatron_ettin.cli.main import main;\n"
-    "if __name__ == '__main__': sys.exit(main(['prepare', *sys.argv[1:]]))"
-)
-
-
-def start(arguments: list[str], script: Path) -> subprocess.Popen[str]:
-    script.write_text(SMALL_TASKS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def test_any_number_of_workers_and_a_kill_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
     script = tmp_path / "small_tasks.py"
     for out, workers in (("one", 1), ("two", 2)):
@@ -135,13 +97,6 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(large: Path, tmp_p
     assert json.loads(output)["tasks_resumed"] >= done_before
     assert files_of(tmp_path / "killed") == expected
     assert not work.exists()
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.005)
 
 
 def test_again_says_so_and_otherwise_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

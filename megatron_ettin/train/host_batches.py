@@ -1,0 +1,98 @@
+"""The part of making a micro-batch that needs no device: which rows, their labels, laid out in arrays.
+
+A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
+starts at once. Rows that a layout's micro-batches have too many are empty: all padding, no labels, not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.config.errors import RankError
+from megatron_ettin.config.flops import attended_pairs
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.order import Corpus, Row
+from megatron_ettin.objectives.labels import Labeller
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Rows of one forward pass in host memory; arrays [rows, buffer tokens]."""
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    lengths: tuple[tuple[int, ...], ...]  # of the chunks of each row
+    slots: tuple[int, ...]  # of each row within the step
+    tokens: int  # that are no padding
+    pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
+
+
+@dataclass(frozen=True)
+class HostBatches:
+    """Micro-batches of any step for one data-parallel rank. Pickles small: it travels to worker processes."""
+
+    corpus: Corpus
+    sizes: BatchSizes
+    label: Labeller
+    causal: bool
+    window: int  # of a local layer
+    row_tokens: int  # of a row on the device, padding included
+    micro_batch_rows: int
+    dp: int
+    dp_rank: int
+    group: int  # a rank runs a multiple of so many micro-batches
+
+    def count(self, step: int) -> int:
+        """Micro-batches that a rank runs at `step`."""
+        count = -(-self.sizes.size_at(step) // (self.dp * self.micro_batch_rows))
+        return -(-count // self.group) * self.group
+
+    def make(self, step: int, index: int) -> HostBatch:
+        """This rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
+        first, end = self.sizes.span(step)
+        start = (index * self.dp + self.dp_rank) * self.micro_batch_rows
+        slots = range(start, start + self.micro_batch_rows)
+        return self.lay_out(self.rows([first + slot for slot in slots], end), slots)
+
+    def rows(self, positions: Sequence[int], end: int) -> list[Row | None]:
+        """The rows at these positions, None from `end` on. Raises RankError where the data cannot be read."""
+        real = [position for position in positions if position < end]
+        try:
+            rows = self.corpus.rows(real) if real else []
+        except OSError as error:
+            raise RankError(
+                f"{error.filename or 'data'}: cannot be read any more ({error.strerror or error})"
+            ) from None
+        except IndexError as error:
+            raise RankError(f"data: {error} at positions {real}: a row plan or an order is damaged") from None
+        for row in rows:
+            self._check(row)
+        return [*rows, *[None] * (len(positions) - len(real))]
+
+    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int]) -> HostBatch:
+        """Label rows and lay them out; None is an empty row."""
+        input_ids = np.full((len(rows), self.row_tokens), self.corpus.pad_id, dtype=np.int64)
+        labels = np.full((len(rows), self.row_tokens), IGNORE, dtype=np.int64)
+        for i, row in enumerate(rows):
+            if row is not None:
+                n = len(row.tokens)
+                input_ids[i, :n], labels[i, :n] = self.label(row.tokens, row.lengths, row.position)
+        lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
+        real = np.array([n for row in lengths for n in row], dtype=np.int64)
+        pairs = (attended_pairs(real, self.causal, None), attended_pairs(real, self.causal, self.window))
+        sums = (int(pairs[0].sum()), int(pairs[1].sum()))
+        return HostBatch(input_ids, labels, lengths, tuple(slots), int(real.sum()), sums)
+
+    def _check(self, row: Row) -> None:
+        """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""
+        largest = int(row.tokens.max()) if len(row.tokens) else 0
+        if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or int(row.tokens.min()) < 0:
+            raise RankError(
+                f"dataset {self.corpus.datasets[row.source].path}: row {row.row} (chunks {row.chunks.tolist()[:8]}) has"
+                f" {len(row.tokens)} tokens, the largest {largest}; a row holds {self.row_tokens}, the vocabulary ends"
+                f" with {self.corpus.vocab_size - 1}: damaged; `ettin inspect --verify` tells where"
+            )

@@ -1,0 +1,167 @@
+"""What may happen to `ettin prepare`: kill -9 at any moment, a lost worker, a full disk, inputs that change. Whatever it
+was, the same command then makes the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.data.corpora import files_of, words
+from tests.data.small_tasks import arguments_for, start, wait_for
+
+KILLS = 20
+
+
+def finish(running: subprocess.Popen[str]) -> str:
+    output, errors = running.communicate(timeout=180)
+    assert running.returncode == 0, errors
+    return output
+
+
+def fails(running: subprocess.Popen[str]) -> str:
+    """Its one line of error."""
+    _, errors = running.communicate(timeout=180)
+    assert running.returncode == 2, errors
+    (line,) = errors.strip().splitlines()
+    return line
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Every living process that was started, however indirectly, with this mark in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("ETTIN_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_kill_9_at_twenty_moments(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+    draw = random.Random(3)
+    arguments = arguments_for(large, tmp_path / "out", 2)
+    script = tmp_path / "small_tasks.py"
+    began = time.monotonic()
+    finish(start(arguments, script))
+    whole_seconds = time.monotonic() - began
+    kills = finished = 0
+    while kills < KILLS:
+        mark = str(uuid.uuid4())
+        running = start(arguments, script, ETTIN_TEST_MARK=mark)
+        moment = draw.uniform(0.05, 1.0) * whole_seconds
+        try:
+            running.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            if kills % 2:  # all of it, or the parent alone
+                os.killpg(running.pid, signal.SIGKILL)
+            else:
+                running.kill()
+            kills += 1
+        running.communicate()
+        wait_for(lambda mark=mark: not marked_processes(mark), 20)  # nobody is left over
+        if running.returncode == 0:
+            finished += 1
+            assert files_of(tmp_path / "out") == large_dataset
+            shutil.rmtree(tmp_path / "out")
+        else:
+            assert running.returncode == -signal.SIGKILL
+    finish(start(arguments, script))
+    assert files_of(tmp_path / "out") == large_dataset
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small_tasks.py"]
+
+
+def test_a_lost_worker_is_told_and_made_up_for(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+    arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
+    running = start(arguments, script)
+    folder = tmp_path / ".tmp-out" / "running"
+
+    def worker() -> int:
+        for file in folder.glob("*"):
+            with contextlib.suppress(OSError, ValueError):
+                return int(file.read_text())
+        return 0
+
+    wait_for(lambda: worker() > 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker(), signal.SIGKILL)
+    line = fails(running)
+    assert "a worker process died" in line and "run the same command again" in line
+    assert not (tmp_path / "out").exists()
+    finish(start(arguments, script))
+    assert files_of(tmp_path / "out") == large_dataset
+    assert not (tmp_path / ".tmp-out").exists()
+
+
+def test_an_interrupt_leaves_it_to_be_continued(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+    arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
+    running = start(arguments, script, ETTIN_TEST_MARK=mark)
+    wait_for(lambda: bool(list((tmp_path / ".tmp-out" / "tasks").glob("task_*.json"))))
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors.strip()) == (
+        1,
+        "ettin prepare: interrupted; run the same command again to continue",
+    )
+    wait_for(lambda: not marked_processes(mark), 20)
+    finish(start(arguments, script))
+    assert files_of(tmp_path / "out") == large_dataset
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(
+    large: Path, large_dataset: dict[str, bytes], small_disk: Path, tmp_path: Path, workers: int
+) -> None:
+    arguments, script = arguments_for(large, small_disk / "out", workers), tmp_path / "small_tasks.py"
+    line = fails(start(arguments, script))
+    assert "No space left on device; make room and run the same command again to continue" in line
+    assert not (small_disk / "out").exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    finish(start(arguments, script))
+    assert files_of(small_disk / "out") == large_dataset
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+
+
+def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path) -> None:
+    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
+    root.mkdir()
+    for i in range(4):
+        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
+    good = (root / "part3.jsonl.gz").read_bytes()
+    (root / "part3.jsonl.gz").write_bytes(good[: len(good) // 2])
+    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
+    line = fails(start(arguments, script))
+    assert "part3.jsonl.gz: gzip data ends in the middle: truncated" in line and "finished tasks are kept in" in line
+    (root / "part3.jsonl.gz").write_bytes(good)
+    line = fails(start(arguments, script))
+    assert f"part3.jsonl.gz had {len(good) // 2} bytes and has {len(good)}" in line and "--replan" in line
+    line = fails(start([*arguments, "--holdout", "0.5"], script))
+    assert "holdout was 0.0 and is 0.5" in line
+    told = json.loads(finish(start([*arguments, "--replan", "--json"], script)))
+    assert told["tasks_resumed"] == 3  # of the files that are what they were
+    finish(start([*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]], script))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")

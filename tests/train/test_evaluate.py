@@ -1,0 +1,139 @@
+"""Evaluation by source: rows of one source each, a loss for each that sums to the whole, the same on every layout."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.validation import validation_sets
+from megatron_ettin.data.dataset import open_dataset
+from megatron_ettin.data.source_rows import open_by_source
+from tests.conftest import sentences
+from tests.pool import Pool
+from tests.train.runs import Trained, command, train
+
+NEWS, CODE, BOTH = 40, 25, 65
+
+
+@pytest.fixture(scope="module")
+def two_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A dataset of two INPUTs: a file `news.jsonl` and a folder `code` of two files of other text."""
+    folder = tmp_path_factory.mktemp("two")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": sentences(seed, draw.randint(1, 9))}) for seed in range(NEWS)]
+    (folder / "news.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "code").mkdir()
+    for i, seeds in enumerate((range(10), range(10, CODE))):
+        texts = [f"for x in range({seed}): print(x ** {seed % 7})\n" * 4 for seed in seeds]
+        (folder / "code" / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--out", folder / "dataset", "--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
+    assert main(["prepare", str(folder / "news.jsonl"), str(folder / "code"), *map(str, words)]) == 0
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="module", params=["mlm", "clm"])
+def run(
+    request: pytest.FixtureRequest,
+    pool: Pool,
+    corpus: Path,
+    two_inputs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trained:
+    """Four steps on two ranks, evaluated at the last on both datasets."""
+    held_out = f"data.validation={{old: {corpus / 'heldout'}, new: {two_inputs}}}"
+    words = [held_out, "metrics.eval_every_steps=4", "metrics.eval_rows=1000", "run.steps=4"]
+    return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, request.param, words)
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_rows_hold_one_source(two_inputs: Path, batching: str) -> None:
+    dataset = open_dataset(two_inputs)
+    parts = open_by_source(str(two_inputs), 64, batching, 0, "validation")
+    assert list(parts) == ["news.jsonl", "code"]
+    read: list[int] = []
+    for name, part in parts.items():
+        rows = part.rows(range(part.num_rows))
+        chunks = np.concatenate([row.chunks for row in rows])
+        assert {file.partition("/")[0] for file in dataset.documents_of(chunks).source} == {name}
+        assert max(len(row.tokens) for row in rows) <= 64
+        assert sum(len(row.tokens) for row in rows) == part.plans[0].num_tokens
+        read += chunks.tolist()
+    assert sorted(read) == list(range(dataset.num_chunks))
+
+
+@pytest.mark.ranks
+def test_training_logs_every_source(run: Trained) -> None:
+    names = {"old", "new/news.jsonl", "new/code"}
+    assert {key.partition("/")[2] for key in run.metrics[-1] if key.startswith("validation_loss/")} == names
+    assert "validation_loss" in run.metrics[-1] and "validation_loss" not in run.metrics[0]
+
+
+@pytest.mark.ranks
+def test_eval_agrees_with_training(run: Trained, pool: Pool, corpus: Path, two_inputs: Path) -> None:
+    """One process finds what two ranks found, for every source, and the parts sum to the whole."""
+    words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--json"]
+    answer = pool.run(1, ["eval", str(run.directory), *words])[0]
+    assert answer.status == 0, answer.output
+    found, logged = json.loads(answer.output.strip().splitlines()[-1]), run.metrics[-1]
+    assert found["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
+    for name, part in found["sources"].items():
+        assert part["loss"] == pytest.approx(logged[f"validation_loss/{name}"], rel=1e-5)
+        assert ("perplexity" in part) == (found["objective"] == "clm") and 0 <= part["accuracy"] <= 1
+    parts = found["sources"].values()
+    assert found["labels"] == sum(part["labels"] for part in parts)
+    assert found["rows"] == sum(part["rows"] for part in parts)
+    assert found["loss"] == pytest.approx(sum(part["loss"] * part["labels"] for part in parts) / found["labels"])
+    assert len({round(part["loss"], 6) for part in parts}) == len(parts)
+
+
+@pytest.mark.ranks
+def test_one_dataset_of_several_inputs(run: Trained, pool: Pool, two_inputs: Path) -> None:
+    """Sources are the INPUTs; a limit on rows leaves some of each."""
+    lines = pool.run(1, ["eval", str(run.directory), "--data", str(two_inputs), "--rows", "6"])[0].output.splitlines()
+    assert [line.strip().partition(":")[0] for line in lines[-2:]] == ["news.jsonl", "code"]
+    words = ["--data", str(two_inputs), "--rows", "6", "--json"]
+    found = json.loads(pool.run(1, ["eval", str(run.directory), *words])[0].output.strip().splitlines()[-1])
+    assert found["rows"] == 6 and all(part["rows"] >= 1 for part in found["sources"].values())
+
+
+@pytest.mark.ranks
+def test_one_source_has_no_parts(run: Trained, pool: Pool, corpus: Path) -> None:
+    answer = pool.run(1, ["eval", str(run.directory), "--data", str(corpus / "heldout"), "--json"])[0]
+    found = json.loads(answer.output.strip().splitlines()[-1])
+    assert list(found["sources"]) == ["dataset"] and found["sources"]["dataset"]["loss"] == found["loss"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a/b", {"b": "a/b"}),
+        ("a/b/heldout", {"b": "a/b/heldout"}),
+        (["x/a", "x/b/heldout"], {"a": "x/a", "b": "x/b/heldout"}),
+        (["x/a", "y/a"], {"x/a": "x/a", "y/a": "y/a"}),
+        ({"web": "x/a", "code": "y/a"}, {"web": "x/a", "code": "y/a"}),
+    ],
+)
+def test_names(value: object, expected: dict[str, str]) -> None:
+    assert validation_sets(value) == expected
+
+
+@pytest.mark.parametrize("value", [[], {}, "", 3, [3], ["a", "a"], {"web": None}, {"web": ["a"]}])
+def test_what_is_no_validation_set(value: object) -> None:
+    with pytest.raises(UserError, match=r"^data\.validation: "):
+        validation_sets(value)
+
+
+def test_refusals(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word, message in (
+        ("data.validation=[]", "data.validation: empty; give a DATASET path"),
+        (f"data.validation=[{corpus}, {corpus}]", "data.validation: a dataset is given twice"),
+    ):
+        assert main(command(tmp_path / "run", corpus, "mlm", [word, "run.steps=1"])) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

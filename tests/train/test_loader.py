@@ -1,0 +1,239 @@
+"""The loader gives the same micro-batches from any number of worker processes, from any step on, and its workers end
+with the run, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.schema import BatchConfig
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.mixture import MixtureEntry
+from megatron_ettin.data.order import open_corpus
+from megatron_ettin.objectives.labels import labeller
+from megatron_ettin.train.host_batches import HostBatches
+from megatron_ettin.train.loader import Loader, worker_count
+from tests.pool import Pool
+from tests.train.runs import command, train
+
+BATCH = BatchConfig(8, 2, warmup_tokens=2_000, warmup_min_rows=3)
+
+
+def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 1) -> HostBatches:
+    """Rows of 64 tokens, batch sizes that grow from 3 to 8 rows: micro-batches of 2 rows are not always full."""
+    corpus = open_corpus([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
+    sizes = BatchSizes.of(BATCH, corpus.mean_tokens_per_row)
+    label = labeller("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
+    return HostBatches(corpus, sizes, label, False, 8, 64, 2, dp, dp_rank, group)
+
+
+def content(loader: Loader, steps: range) -> list[tuple]:
+    """What the micro-batches of these steps hold."""
+    batches = [batch for step in steps for batch in loader.step(step)]
+    return [(b.input_ids.tolist(), b.labels.tolist(), b.host.lengths, b.host.slots, b.host.pairs) for b in batches]
+
+
+@pytest.mark.parametrize("dp_rank", [0, 1])
+def test_same_batches_from_any_number_of_workers(corpus: Path, dp_rank: int) -> None:
+    host = host_batches(corpus, dp_rank=dp_rank)
+    expected = [host.make(step, index) for step in range(12) for index in range(host.count(step))]
+    for workers, prefetch in ((0, 4), (1, 1), (2, 3)):
+        loader = Loader(host, 0, 12, workers, prefetch)
+        found = content(loader, range(12))
+        loader.close()
+        assert [f[0] for f in found] == [batch.input_ids.tolist() for batch in expected]
+        assert [f[1] for f in found] == [batch.labels.tolist() for batch in expected]
+        assert [f[2:] for f in found] == [(b.lengths, b.slots, b.pairs) for b in expected]
+
+
+def test_resume_needs_the_step_alone(corpus: Path) -> None:
+    host = host_batches(corpus)
+    whole, rest = Loader(host, 0, None, workers=0), Loader(host, 7, None, workers=2)
+    assert content(whole, range(10))[-len(content(rest, range(7, 10))) :] == content(Loader(host, 7), range(7, 10))
+    rest.close()
+    with pytest.raises(ValueError, match="step 3 was asked for where 10 comes next"):
+        whole.step(3)
+
+
+def test_ranks_share_the_rows_of_a_step(corpus: Path) -> None:
+    """Two data-parallel ranks have together what one has alone, each row once."""
+    alone = host_batches(corpus, dp=1, dp_rank=0)
+    ranks = [host_batches(corpus, dp=2, dp_rank=rank) for rank in (0, 1)]
+    for step in (0, 5, 40):
+        found: dict[int, tuple] = {}
+        for host in (alone, *ranks):
+            rows: dict[int, tuple] = {}
+            for index in range(host.count(step)):
+                batch = host.make(step, index)
+                real = [i for i, lengths in enumerate(batch.lengths) if lengths]
+                rows |= {batch.slots[i]: (batch.input_ids[i].tolist(), batch.labels[i].tolist()) for i in real}
+            if host is alone:
+                found = rows
+                assert len(rows) == host.sizes.size_at(step)
+            else:
+                assert rows.items() <= found.items()
+                found = {slot: row for slot, row in found.items() if slot not in rows}
+        assert not found
+
+
+def test_workers_hold_no_megatron() -> None:
+    code = "import sys, megatron_ettin.train.loader; assert not [m for m in sys.modules if m.startswith('megatron.')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, megatron_ettin.train.host_batches; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_automatic_workers() -> None:
+    assert (worker_count(None, True), worker_count(None, False), worker_count(0, True)) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_told_by_name(corpus: Path, tmp_path: Path, workers: int) -> None:
+    """An id beyond the vocabulary, and a shard that is gone after the run has begun."""
+    host_batches(corpus)  # builds the row plan
+    damaged = shutil.copytree(corpus, tmp_path / "damaged")
+    with open(damaged / "shard_00000.bin", "r+b") as stream:
+        tokens = np.full(stream.seek(0, 2) // 2, 60_000, "<u2")
+        stream.seek(0)
+        stream.write(tokens.tobytes())
+    loader = Loader(host_batches(damaged), 0, 12, workers)
+    with pytest.raises(UserError, match=r"damaged: row \d+ .* the largest 60000; .* ends with 319: damaged"):
+        content(loader, range(3))
+    loader.close()
+    host = host_batches(damaged)
+    (damaged / "shard_00000.bin").unlink()
+    loader = Loader(host, 0, 12, workers)
+    with pytest.raises(UserError, match=r"shard_00000\.bin: cannot be read any more \(No such file"):
+        content(loader, range(3))
+    loader.close()
+
+
+def test_a_lost_worker_is_told(corpus: Path) -> None:
+    loader = Loader(host_batches(corpus), 0, None, workers=2, prefetch=2)
+    next(loader.step(0))
+    for worker in loading_processes(os.getpid()):
+        worker.kill()
+    with pytest.raises(UserError, match=r"data\.workers: .*; out of memory, .*data\.workers=0"):
+        content(loader, range(1, 40))
+    loader.close()
+
+
+def loading_processes(pid: int) -> list[psutil.Process]:
+    """Loaders' workers of a process: below its fork server."""
+    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
+    return [worker for server in servers for worker in server.children(recursive=True)]
+
+
+@pytest.mark.ranks
+def test_losses_do_not_depend_on_workers(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Through `ettin train`: 0, 1 and 2 workers, and 2 workers after a resume in the middle of the batch warm-up."""
+    words = ["batch.warmup_tokens=4000", "batch.warmup_min_rows=2", "run.steps=12"]
+    runs = {
+        workers: train(pool, 1, tmp_path / str(workers), corpus, "mlm", [*words, f"data.workers={workers}"])
+        for workers in (0, 1, 2)
+    }
+    train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words[:2], "run.steps=5", "data.workers=2"])
+    runs[3] = train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words, "data.workers=2", "data.prefetch=1"])
+    for key in ("step", "loss", "grad_norm", "rows", "labels", "tokens"):
+        assert all(run.column(key) == runs[0].column(key) for run in runs.values()), key
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["parallel.pp=2 parallel.vp=2", "parallel.tp=2", ""])
+def test_every_layout_reads_through_workers(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+    words = [*layout.split(), "run.steps=4"]
+    without = train(pool, 2, tmp_path / "without", corpus, "clm", [*words, "data.workers=0"])
+    found = train(pool, 2, tmp_path / "with", corpus, "clm", [*words, "data.workers=1"])
+    assert found.column("loss") == without.column("loss")
+
+
+@pytest.mark.ranks
+def test_a_given_order_is_not_read_past_its_end(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The batches of four exported steps are all there is: workers that read ahead stop there."""
+    whole = train(pool, 1, tmp_path / "keyed", corpus, "clm", ["run.steps=4"])
+    exported = tmp_path / "order.parquet"
+    words = ["order", str(whole.directory), "--steps", "1:5", "--out", str(exported)]
+    assert pool.run(1, words)[0].status == 0
+    given = train(pool, 1, tmp_path / "given", corpus, "clm", [f"data.order={exported}", "data.workers=2"])
+    assert given.column("loss") == whole.column("loss")
+
+
+def start_training(corpus: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
+    line = [*command(folder, corpus, "mlm", ["data.workers=2", *words])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_ettin", *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], directory: Path) -> None:
+    for _ in range(600):
+        if (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("no step within a minute")
+
+
+def all_end(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    return not alive
+
+
+def test_workers_die_with_a_killed_run(corpus: Path, tmp_path: Path) -> None:
+    process = start_training(corpus, tmp_path / "run", "run.steps=100000")
+    wait_for_step(process, tmp_path / "run")
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 3  # a fork server and two workers
+    process.kill()
+    process.wait()
+    assert all_end(below)
+
+
+def test_a_signal_to_the_whole_job_saves_the_run(corpus: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it: every process of the job gets it, the run finishes its step, saves and exits with 75."""
+    process = start_training(corpus, tmp_path / "run", "run.steps=100000")
+    wait_for_step(process, tmp_path / "run")
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step_{lines[-1]['step']:09d}"))
+    assert all_end(below)
+
+
+def test_a_run_that_ends_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
+    process = start_training(corpus, tmp_path / "run", "run.steps=3")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    for _ in range(100):  # the fork server needs a moment to see that it is alone
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process of the run is still there")
+
+
+@pytest.mark.parametrize("word", ["data.workers=-1", "data.prefetch=0"])
+def test_refusals(corpus: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_ettin.cli.main import main
+
+    assert main(command(tmp_path / "run", corpus, "mlm", [word, "run.steps=1"])) == 2
+    assert f"{word.partition('=')[0]}: {word.partition('=')[2]} is not allowed" in capsys.readouterr().err
