@@ -1,0 +1,99 @@
+"""`ettin prepare --executor slurm` on a real SLURM of two nodes on this machine (tools/slurm_up.sh)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpora import files_of, words
+from tests.data.small_tasks import arguments_for, start, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which SLURM's commands find it."""
+    if shutil.which("slurmctld", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
+        pytest.skip("SLURM is not installed (tests/run.sh installs it where it may)")
+    state = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run([ROOT / "tools" / "slurm_up.sh", state, "2", "4"], capture_output=True, text=True, timeout=120)
+    try:
+        assert up.returncode == 0, up.stderr
+        yield {"SLURM_CONF": str(state / "slurm.conf")}
+    finally:
+        subprocess.run([ROOT / "tools" / "slurm_down.sh", state], capture_output=True, timeout=120)
+
+
+def slurm_arguments(large: Path, out: Path) -> list[str]:
+    return [*arguments_for(large, out, 2), "--executor", "slurm", "--slurm-time", "10", "--slurm-arg=mem-per-cpu=500M"]
+
+
+def queue(cluster: dict[str, str]) -> list[str]:
+    done = subprocess.run(
+        ["squeue", "-h", "-o", "%i"], capture_output=True, text=True, check=True, env={**os.environ, **cluster}
+    )
+    return done.stdout.split()
+
+
+def test_an_array_makes_the_same_bytes(
+    cluster: dict[str, str], large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
+    running = start([*slurm_arguments(large, tmp_path / "out"), "--wait"], tmp_path / "script.py", **cluster)
+    _, errors = running.communicate(timeout=240)
+    assert running.returncode == 0, errors
+    assert files_of(tmp_path / "out") == large_dataset
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "script.py"]
+
+
+def test_it_returns_tells_and_never_submits_twice(
+    cluster: dict[str, str], large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
+    arguments = [*slurm_arguments(large, tmp_path / "out"), "--json"]
+    script = tmp_path / "script.py"
+    told = []
+    for _ in range(2):
+        running = start([*arguments, "--slurm-arg=begin=now+60"], script, **cluster)
+        output, errors = running.communicate(timeout=60)
+        assert running.returncode == 0, errors
+        told.append(json.loads(output))
+    assert (told[0]["new"], told[1]["new"]) == (True, False)
+    assert told[0]["jobs"] == told[1]["jobs"] and len(told[0]["jobs"]) == 2
+    assert told[1]["tasks_done"] == 0 and told[1]["num_tasks"] > 4
+    subprocess.run(["scancel", *told[0]["jobs"]], check=True, env={**os.environ, **cluster})
+    wait_for(lambda: not queue(cluster), 60)
+    running = start([*arguments, "--wait"], script, **cluster)  # what was cancelled is submitted again
+    _, errors = running.communicate(timeout=240)
+    assert running.returncode == 0, errors
+    assert files_of(tmp_path / "out") == large_dataset
+
+
+def test_a_bad_input_is_told_by_its_line(cluster: dict[str, str], tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(3):
+        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
+    (root / "part1.jsonl.gz").write_bytes((root / "part1.jsonl.gz").read_bytes()[:5_000])
+    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "2"]
+    slurm = ["--executor", "slurm", "--wait", "--slurm-time", "10", "--slurm-arg=mem-per-cpu=500M"]
+    running = start([*arguments, *slurm], tmp_path / "script.py", **cluster)
+    _, errors = running.communicate(timeout=240)
+    assert running.returncode == 2, errors
+    assert "part1.jsonl.gz: gzip data ends in the middle: truncated" in errors.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_slurm_one_line(large: Path, tmp_path: Path) -> None:
+    running = start(slurm_arguments(large, tmp_path / "out"), tmp_path / "script.py", PATH="/nonexistent")
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert errors.strip().endswith("--executor slurm: no sbatch on this machine; run it where jobs are submitted")
+    assert not (tmp_path / ".tmp-out").exists()
