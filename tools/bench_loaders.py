@@ -26,6 +26,7 @@ REAL_ROWS = 10**6
 PAPER_ROWS = (10**8, 10**9, 10**10)
 LARGEST_PEER_ROWS = 10**8  # their memory ends the comparison there
 READ_ROWS = 20_000
+FIRST_ROWS = 32  # that exist on paper: a micro-batch and more
 REPEATS = 3
 MIXED = 4  # datasets of the largest mixture
 
@@ -95,7 +96,7 @@ def run(work: Path, streaming_python: str | None) -> list[str]:
     ettin = work / "real"
     make_sparse_dataset(ettin, REAL_ROWS, ROW_TOKENS)
     fill_with_tokens(ettin, REAL_ROWS)
-    fill_positions([ettin], ROW_TOKENS, range(READ_ROWS + 1))
+    fill_positions([ettin], ROW_TOKENS, range(READ_ROWS + FIRST_ROWS))
     lines.append((REAL_ROWS, "ettin", measure(sys.executable, "ettin", ettin, REAL_ROWS, READ_ROWS)))
     gpt = gpt_folder(ettin, work / "gpt", REAL_ROWS)
     lines.append((REAL_ROWS, "GPTDataset", measure(sys.executable, "gpt", gpt, REAL_ROWS, READ_ROWS)))
@@ -118,7 +119,7 @@ def paper_rows(
     parts = [work / f"part{i}" for i in range(MIXED if rows == PAPER_ROWS[-1] else 1)]
     for part in parts:
         make_sparse_dataset(part, rows // len(parts), ROW_TOKENS)
-    fill_positions(parts, ROW_TOKENS, range(2))
+    fill_positions(parts, ROW_TOKENS, range(FIRST_ROWS))
     name = "ettin" if len(parts) == 1 else f"ettin, a mixture of {len(parts)}"
     lines: list[tuple[int, str, Figure | str]] = [(rows, name, measure(sys.executable, "ettin", work, rows, 1))]
     if rows <= LARGEST_PEER_ROWS:

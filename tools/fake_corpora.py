@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -121,13 +122,20 @@ def fill_positions(folders: list[Path], row_tokens: int, positions: range) -> No
 def fill_rows(folder: Path, rows: np.ndarray, row_tokens: int) -> None:
     plan = folder / f"rows_{row_tokens}"
     total = os.path.getsize(plan / TOKENS_FILE) // 4
-    chunks = np.memmap(plan / CHUNKS_FILE, "<i8", "r+")
-    ends = np.memmap(plan / ENDS_FILE, "<i8", "r+")
-    tokens = np.memmap(plan / TOKENS_FILE, "<i4", "r+")
+    chunks = writable(plan / CHUNKS_FILE, "<i8", 0, total)
+    ends = writable(plan / ENDS_FILE, "<i8", 0, total)
+    tokens = writable(plan / TOKENS_FILE, "<i4", 0, total)
     chunks[rows], ends[rows], tokens[rows] = rows, rows + 1, row_tokens
     before = rows[rows > 0] - 1
     ends[before] = before + 1
     index = folder / "shard_00000.idx"
-    lengths = np.memmap(index, "<i4", "r+", HEADER.size, (total,))
-    offsets = np.memmap(index, "<i8", "r+", HEADER.size + 4 * total, (total,))
+    lengths = writable(index, "<i4", HEADER.size, total)
+    offsets = writable(index, "<i8", HEADER.size + 4 * total, total)
     lengths[rows], offsets[rows] = row_tokens, rows * row_tokens * DTYPE.itemsize
+
+
+def writable(path: Path, dtype: str, offset: int, count: int) -> np.memmap:
+    """A map in which a touched page does not bring its neighbours: they are holes."""
+    mapped = np.memmap(path, dtype, "r+", offset, (count,))
+    mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return mapped
