@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path) -> Verified:
-    """Read every byte of a dataset and its row plans. Every bad file is printed, then UserError names the first."""
+    """Read every byte of a dataset and its row plans. UserError names the first bad file; several are printed before."""
     from megatron_ettin.data.rows import plan_files
     from megatron_ettin.data.verification import dataset_files, verify_files
 
     found = verify_files([*dataset_files(path), *plan_files(path)])
     if found.problems:
-        for problem in found.problems:
+        for problem in found.problems if len(found.problems) > 1 else ():
             print(problem, file=sys.stderr)
         more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
         raise UserError(f"{len(found.problems)} of {found.files} files are not as recorded: {found.problems[0]}{more}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import files_of
 from tests.data.held import documents, prepared, refusal, write_json
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "mds"
+FIXTURES = Path(os.environ.get("ETTIN_MDS_FIXTURES", Path(__file__).parents[1] / "fixtures" / "mds"))  # or fresh ones
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 CLS, SEP = 50281, 50282
 

@@ -72,6 +72,7 @@ def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineE
         import ray
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install 'megatron_ettin[ray]'") from None
+    logger.remove()  # it warns at construction that the log folder has to be shared, which docs/prepare.md says too
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
     return QuietRayExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
 

@@ -165,11 +165,21 @@ class Build:
             shutil.rmtree(self.work, ignore_errors=True)  # there is nothing in the tasks to go on with
             raise
         plan_rows(open_dataset(staged), self.request)
+        remove_leftovers(staged)
         sync_directory(staged)
         os.rename(staged, out)  # an empty directory in its place gives way
         sync_directory(out.absolute().parent)
         shutil.rmtree(self.work, ignore_errors=True)
         return open_dataset(out)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What was being written when an earlier launch was killed: temporary names, anywhere in the dataset."""
+    for path in list(folder.rglob(".tmp-*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

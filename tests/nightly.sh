@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# What each commit's tests leave out because it installs much or takes long. docs/nightly.md names the last run.
+#   mds   shards written anew by mosaicml-streaming, in an environment of its own, and read by the tests of MDS
+#   ray   `ettin prepare --executor ray` beside one process, byte for byte
+#   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
+# Arguments choose stages; without any, all run.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=$(bash tools/setup_venv.sh) || exit 1
+python=$venv/bin/python
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+mds() {
+    local own=$work/mds-venv fresh=$work/mds
+    # torchvision is imported and not used; three files stand for it, so that nothing of CUDA is installed
+    "$venv/bin/python" -m venv "$own" &&
+        "$own/bin/pip" install -q "$(grep '^torch==' constraints-cpu.txt)" &&
+        "$own/bin/pip" install -q --no-deps mosaicml-streaming==0.13.0 &&
+        "$own/bin/pip" install -q "numpy<2.2" "xxhash<4" zstd Brotli python-snappy tqdm requests filelock psutil boto3 \
+            azure-storage-blob azure-identity azure-storage-file-datalake google-cloud-storage oci matplotlib paramiko \
+            huggingface_hub catalogue cramjam "transformers<5" || return 1
+    local stub
+    stub=$("$own/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/torchvision
+    mkdir -p "$stub/transforms" && touch "$stub/__init__.py"
+    echo 'class VisionDataset: pass' >"$stub/datasets.py"
+    echo 'def to_tensor(x): return x' >"$stub/transforms/functional.py"
+    printf 'from . import functional\nclass ToTensor: pass\n' >"$stub/transforms/__init__.py"
+    cp -r tests/fixtures/mds "$fresh" && "$own/bin/python" "$fresh/write.py" "$fresh" &&
+        ETTIN_MDS_FIXTURES=$fresh "$python" -m pytest tests/data/test_mds.py
+}
+
+ray() {
+    "$venv/bin/pip" install -q --target "$work/ray" "ray>=2.40,<3" -c constraints-cpu.txt &&
+        "$python" examples/docstrings.py --out "$work/text.jsonl" &&
+        "$python" -m megatron_ettin prepare "$work/text.jsonl" --out "$work/here" --workers 1 &&
+        PYTHONPATH=$PWD:$work/ray "$python" -m megatron_ettin prepare "$work/text.jsonl" --out "$work/there" \
+            --workers 2 --executor ray &&
+        diff -r "$work/here" "$work/there" && echo "ray: the same bytes"
+}
+
+kill() { ETTIN_TEST_KILLS=200 "$python" -m pytest tests/data/test_prepare_faults.py -k kill_9; }
+
+status=0
+for stage in "${@:-mds ray kill}"; do
+    for name in $stage; do
+        began=$SECONDS
+        if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"
+        else status=1; echo "== $name: FAILED after $((SECONDS - began)) s"; fi
+    done
+done
+exit "$status"
