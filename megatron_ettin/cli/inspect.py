@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path) -> Verified:
-    """Read every byte of a dataset and its row plans. UserError names the first bad file; several are printed before."""
+    """Read every byte of a dataset and its row plans. UserError names the first bad file; several are printed."""
     from megatron_ettin.data.rows import plan_files
     from megatron_ettin.data.verification import dataset_files, verify_files
 
