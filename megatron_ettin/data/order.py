@@ -135,9 +135,15 @@ class Corpus:
         source, row, _ = self.locate(wanted)
         if isinstance(self.order, GivenOrder):
             return PlacedRows(source, row, *self.order.chunks_at(wanted))
-        of_row = [self.plans[s].chunks_of(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
-        counts = np.fromiter(map(len, of_row), np.int64, len(of_row))
-        chunks = np.concatenate(of_row).astype(np.int64, copy=False) if of_row else np.zeros(0, np.int64)
+        counts = np.zeros_like(row)
+        of_source: list[tuple[npt.NDArray[np.bool_], Int64Array]] = []
+        for s in np.unique(source).tolist():
+            chosen = source == s
+            found, counts[chosen] = self.plans[s].chunks_of_rows(row[chosen])
+            of_source.append((chosen, found))
+        chunks = np.empty(int(counts.sum()), np.int64)
+        for chosen, found in of_source:
+            chunks[np.repeat(chosen, counts)] = found
         return PlacedRows(source, row, counts, chunks)
 
     def lengths_of(self, placed: PlacedRows) -> Int64Array:

@@ -42,6 +42,7 @@ BESIDE = ".tmp-"  # begins the name of a plan that is not finished
 COUNTED_CHUNKS = 1 << 20  # lengths of a padded plan that are read at once
 
 IntArray = npt.NDArray[np.integer]
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,18 @@ class RowPlan:
             return np.array([row], dtype=np.int64)
         start = int(self._arrays.ends[row - 1]) if row else 0
         return self._arrays.chunks[start : int(self._arrays.ends[row])]
+
+    def chunks_of_rows(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """(chunk numbers, row after row; how many each row has) of many rows [n]: one look-up for all."""
+        if rows.size and not (int(rows.min()) >= 0 and int(rows.max()) < self.num_rows):
+            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of {self.num_rows}")
+        if self._arrays is None:
+            return rows, np.ones_like(rows)
+        ends = self._arrays.ends[rows]
+        starts = np.where(rows > 0, self._arrays.ends[np.maximum(rows - 1, 0)], 0)
+        counts = np.maximum(ends - starts, 0)  # a damaged plan may go backwards; an empty row is told by its reader
+        places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+        return self._arrays.chunks[places].astype(np.int64, copy=False), counts
 
     def tokens_of(self, rows: npt.ArrayLike) -> IntArray:
         """Real tokens of each of the rows."""
