@@ -101,7 +101,8 @@ class Counter:
 
 
 def run_here(settings: IngestSettings, counter: Counter, progress: Progress) -> None:
-    """One task after another in this process."""
+    """One task after another in this process: one worker is one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = tokenizer_of(settings.work)
     progress(counter.done, counter.total, counter.tokens)
     for task in counter.pending():
