@@ -57,9 +57,17 @@ def datasets_of(given: list[str], rows: int | None) -> dict[str, str]:
 
     if rows is not None and rows < 1:
         raise UserError(f"--rows: {rows}; at least 1")
-    named = [word.partition("=") for word in given]
-    if all(equals and not Path(word).exists() for word, (_, equals, _) in zip(given, named, strict=True)):
-        if len({name for name, _, _ in named}) != len(named):
-            raise UserError("--data: a name is given twice; give each dataset its own")
-        return validation_sets({name: path for name, _, path in named}, "--data")
-    return validation_sets(given, "--data")
+    named: dict[str, str] = {}
+    bare: list[str] = []
+    for word in given:
+        name, equals, path = word.partition("=")
+        if not equals or Path(word).exists():
+            bare.append(word)
+        elif name in named:
+            raise UserError(f"--data: {name} is given twice; give each dataset its own name")
+        else:
+            named[name] = path
+    unnamed = validation_sets(bare, "--data") if bare else {}
+    if twice := sorted(set(unnamed) & set(named)):
+        raise UserError(f"--data: {twice[0]} is given twice; give each dataset its own name")
+    return {**unnamed, **(validation_sets(named, "--data") if named else {})}

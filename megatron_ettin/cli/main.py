@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_ettin import __version__
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
@@ -68,8 +69,17 @@ def dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(rest)) or 0)
+    # key=value words of `train` may stand before and after options; argparse cannot do that with subcommands
+    parse = parser.parse_intermixed_args if name == "train" else parser.parse_args
+    return int(module.run(parse(rest)) or 0)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line like every other one; `--help` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (`{self.prog} --help` shows the options)")

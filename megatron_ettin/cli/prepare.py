@@ -41,10 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: our CPUs)")
     formats = "auto (default), text, jsonl, parquet, datasets, mds or indexed"
     parser.add_argument("--format", default="auto", metavar="F", help=formats)
-    parser.add_argument("--text-key", default="text", metavar="K", help="key or column of the text (default text)")
-    parser.add_argument(
-        "--tokens-key", default="input_ids", metavar="K", help="column of token ids (default input_ids)"
-    )
+    parser.add_argument("--text-key", default=None, metavar="K", help="key or column of the text (default text)")
+    parser.add_argument("--tokens-key", default=None, metavar="K", help="column of token ids (default input_ids)")
     parser.add_argument("--id-key", default="id", metavar="K", help="key or column of the document's id (default id)")
     parser.add_argument("--holdout", type=float, default=0.0, metavar="F", help="fraction of documents for OUT/heldout")
     parser.add_argument("--chunking", default="recipe", metavar="C", help="recipe (default) or plain: keep remainders")
@@ -95,8 +93,9 @@ def request_from(args: argparse.Namespace) -> PrepareRequest:
         rule=rule_from(args),
         tokenizer=args.tokenizer,
         format=args.format,
-        text_key=args.text_key,
-        tokens_key=args.tokens_key,
+        text_key=args.text_key or "text",
+        tokens_key=args.tokens_key or "input_ids",
+        tokens_first=args.tokens_key is not None and args.text_key is None,
         id_key=args.id_key,
         holdout=args.holdout,
         workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
@@ -145,7 +144,7 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
         **dataset_summary(result.dataset, request.seq_lens),
         "already_complete": result.already_complete,
         "tasks_resumed": result.tasks_resumed,
-        "empty_files": result.empty_files,
+        "passed_over": result.passed_over,
         "seconds": round(result.seconds, 3),
         "tokens_per_second": round(result.tokens_written / result.seconds) if result.tokens_written else None,
         "heldout": None if result.heldout is None else dataset_summary(result.heldout, request.seq_lens),
@@ -179,7 +178,7 @@ def print_submitted(request: PrepareRequest, submitted: Submitted, as_json: bool
 def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
     content = summary(request, result)
     if result.already_complete:
-        print(f"{result.dataset.path}: already complete, made with the same settings from the same inputs")
+        print(f"{result.dataset.path}: already complete: the same settings, inputs of the same names and sizes")
     for part in filter(None, (content, content["heldout"])):
         counts = f"{part['documents']:,} documents, {part['chunks']:,} chunks, {part['tokens']:,} tokens"
         passed_over = f", {part['empty_documents']:,} empty documents passed over" if part["empty_documents"] else ""
@@ -188,11 +187,13 @@ def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
             print(f"  rows of {plan['seq_len']}: {plan['rows']:,}, {plan['fill']:.2%} full")
     if request.holdout and result.heldout is None:
         print(f"  no document fell into the held-out {request.holdout:g}: no heldout dataset")
-    if result.empty_files:
-        more = ", ..." if len(result.empty_files) > 3 else ""
-        what = f"{len(result.empty_files)} files passed over (empty, or texts beside other formats)"
-        print(f"  {what}: {', '.join(result.empty_files[:3])}{more}")
+    if result.passed_over:
+        more = ", ..." if len(result.passed_over) > 3 else ""
+        files = f"{len(result.passed_over)} file{'s' * (len(result.passed_over) > 1)} passed over"
+        what = f"{files} (empty, of unknown kinds, or texts beside other formats)"
+        print(f"  {what}: {', '.join(result.passed_over[:3])}{more}")
     if result.tokens_written:
         resumed = f", after {result.tasks_resumed} tasks done before" if result.tasks_resumed else ""
         speed = format_count(result.tokens_written / result.seconds)
-        print(f"  {result.seconds:.1f} s, {speed} tokens/s with {request.workers} workers{resumed}")
+        workers = f"{request.workers} worker{'s' * (request.workers > 1)}"
+        print(f"  {result.seconds:.1f} s, {speed} tokens/s with {workers}{resumed}")

@@ -196,8 +196,10 @@ def plan_files(dataset_folder: Path) -> Iterator[Expected]:
         try:
             files = json.loads(record_file.read_text(encoding="utf-8"))["files"]
             records = {name: FileRecord(**record) for name, record in files.items()}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # no plan: it is built again when it is wanted
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"damaged ({type(error).__name__})"
+            yield Expected(record_file, FileRecord(0, ""), remedy=remedy, problem=problem)
+            continue
         yield from (Expected(record_file.with_name(name), record, remedy=remedy) for name, record in records.items())
 
 

@@ -27,6 +27,7 @@ class Expected:
     record: FileRecord
     blocks: Path | None = None  # the sidecar that has its blocks' digests
     remedy: str = ""
+    problem: str = ""  # known before reading
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Ex
 def problem_of(file: Expected) -> str | None:
     """What is wrong with one file, by name and bytes; None where nothing is."""
     path, record = file.path, file.record
+    if file.problem:
+        return f"{path}: {file.problem}{file.remedy}"
     try:
         size = path.stat().st_size
         if size == record.bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.counts import format_count
@@ -13,8 +14,11 @@ from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warnings, planned_epochs
+from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
 from megatron_ettin.data.mixture import parse_mixture
+from megatron_ettin.data.rows import check_rows
 from megatron_ettin.plan.memory import estimate
 
 
@@ -45,6 +49,9 @@ def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
     batch, tokens = config.batch, config.run.tokens
     if config.run.steps is not None:
         tokens = min(tokens, config.run.steps * batch.global_batch_rows * config.data.seq_len)
+    for entry in mixture:
+        if (Path(entry.path) / MANIFEST).is_file():
+            check_rows(open_dataset(entry.path), config.data.seq_len, config.data.batching)
     try:
         return planned_epochs(mixture, tokens), ""
     except UserError as error:

@@ -59,6 +59,9 @@ def parse_steps(text: str) -> range:
     first, colon, end = text.partition(":")
     try:
         steps = range(int(first), int(end) if colon else int(first) + 1)
+        len(steps)
+    except OverflowError:
+        raise UserError(f"--steps: {text!r}; no run has so many steps") from None
     except ValueError:
         raise UserError(f"--steps: {text!r} is not A:B (steps A to B - 1) or a single step") from None
     if steps.start < 1 or not steps:

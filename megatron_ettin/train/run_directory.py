@@ -73,7 +73,10 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     if order and order.get("fingerprint") != corpus.fingerprint and not set(changed) & {"run.seed", "run.phase"}:
         key = DATA_KEY if corpus.end is None else ORDER_KEY
         changed += [key] * (key not in changed)
-        before[key], now[key] = order.get("fingerprint", "")[:12], corpus.fingerprint[:12]
+        before[key], now[key] = (
+            order.get("fingerprint", "")[:12],
+            corpus.fingerprint[:12] + other_datasets(order, corpus),
+        )
     for key in changed:
         if key not in allow:
             raise UserError(
@@ -81,6 +84,13 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
                 f" directory, or go on with --allow-change {key}"
             )
     return changed
+
+
+def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
+    """Which datasets are not those of the first launch, in words; empty where all are."""
+    known = set(order.get("datasets", []))
+    other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
+    return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
 
 
 def read_order(run_dir: Path) -> dict[str, Any]:
@@ -97,6 +107,7 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     order = {
         "fingerprint": corpus.fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
+        "datasets": [dataset.fingerprint for dataset in corpus.datasets],
         "rows_per_step": config.batch.global_batch_rows,
         "mean_tokens_per_row": corpus.mean_tokens_per_row,
     }

@@ -138,6 +138,11 @@ def changed_index(root: Path, **changes: object) -> None:
     write_json(root / "index.json", index)
 
 
+def without_hashes(root: Path) -> None:
+    shard = json.loads((root / "index.json").read_text())["shards"][0]
+    changed_index(root, **{key: {**shard[key], "hashes": {}} for key in ("raw_data", "zip_data") if shard.get(key)})
+
+
 def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(folder: Path) -> str:
         return refusal(capsys, tmp_path, folder)
@@ -152,13 +157,15 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard.write_bytes(whole[:-1])
     assert f"shard.00000.mds: truncated, 7491 bytes, {root}/index.json says 7492" in refused(root)
 
+    begin = int.from_bytes(whole[4:8], "little")
+    shard.write_bytes(whole[:begin] + b"\xff" * 4 + whole[begin + 4 :])
+    assert "shard.00000.mds: damaged, its sha1 is" in refused(root)  # where there is a hash, it speaks first
+    without_hashes(root)
+    assert "shard.00000.mds#0: damaged sample" in refused(root)
     shard.write_bytes(b"\xff" * 4 + whole[4:])
     assert "holds 4294967295 samples" in refused(root)
     shard.write_bytes(whole[:8] + b"\xff" * 4 + whole[12:])
     assert "damaged table of offsets at sample 1" in refused(root)
-    begin = int.from_bytes(whole[4:8], "little")
-    shard.write_bytes(whole[:begin] + b"\xff" * 4 + whole[begin + 4 :])
-    assert "shard.00000.mds#0: damaged sample" in refused(root)
 
     root = fresh("tokens/part1")
     packed = root / "shard.00000.mds.zstd"
@@ -167,7 +174,9 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shard.00000.mds.zstd: truncated" in refused(root)
     index = json.loads((root / "index.json").read_text())
     changed_index(root, zip_data={**index["shards"][0]["zip_data"], "bytes": len(half)})
-    assert "shard.00000.mds.zstd: zstd data ends in the middle: truncated" in refused(root)
+    assert "shard.00000.mds.zstd: damaged, its sha1 is" in refused(root)
+    without_hashes(root)
+    assert f"shard.00000.mds.zstd: zstd data ends in the middle, at byte {len(half)}: truncated" in refused(root)
 
     root = fresh("text")
     changed_index(root, version=1)

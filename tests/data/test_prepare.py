@@ -46,7 +46,7 @@ def test_directories_text_and_compressed_lines(tmp_path: Path, tokenizer: Tokeni
         ("in/c.jsonl.zst", "7"),
         ("in/sub/a.md", "in/sub/a.md"),
     ]
-    assert (told["documents"], told["empty_documents"], len(told["empty_files"])) == (5, 2, 1)
+    assert (told["documents"], told["empty_documents"], len(told["passed_over"])) == (5, 2, 2)
     assert [plan["seq_len"] for plan in told["rows"]] == [1024, 2048]
     dataset = open_dataset(tmp_path / "out")
     assert tokenizer.decode(dataset.chunk(0).tolist()) == "[CLS] Packed \ufffd text.[SEP]"

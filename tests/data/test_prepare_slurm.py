@@ -87,8 +87,32 @@ def test_a_bad_input_is_told_by_its_line(cluster: dict[str, str], tmp_path: Path
     running = start([*arguments, *slurm], tmp_path / "script.py", **cluster)
     _, errors = running.communicate(timeout=240)
     assert running.returncode == 2, errors
-    assert "part1.jsonl.gz: gzip data ends in the middle: truncated" in errors.strip().splitlines()[-1]
+    assert "part1.jsonl.gz: gzip data ends in the middle, at byte" in errors.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_told_by_the_next_launch(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Also where no task was finished, and without --wait."""
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good"}\n{"text": \n')
+    arguments = [str(source), "--out", str(tmp_path / "out"), "--executor", "slurm", "--slurm-time", "10"]
+    arguments.append("--slurm-arg=mem-per-cpu=500M")
+    submitted = start([*arguments, "--json"], tmp_path / "script.py", **cluster)
+    output, errors = submitted.communicate(timeout=60)
+    assert submitted.returncode == 0 and not errors, errors  # nothing of datatrove's own log
+    assert len(json.loads(output)["jobs"]) == 2
+    wait_for(lambda: not queue(cluster), 90)
+    again = start(arguments, tmp_path / "script.py", **cluster)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 2
+    (line,) = errors.splitlines()
+    assert f"{source}:2: invalid JSON" in line and "ended without the dataset" in line
+
+
+def test_a_space_in_the_path_is_refused(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
+    running = start(slurm_arguments(large, tmp_path / "my data"), tmp_path / "script.py", **cluster)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2 and "has a space in its path" in errors.splitlines()[-1]
 
 
 def test_without_slurm_one_line(large: Path, tmp_path: Path) -> None:

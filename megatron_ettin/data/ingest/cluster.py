@@ -46,6 +46,8 @@ class Submitted:
 
 def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> Submitted:
     """Submit the pending tasks and the finishing job, or tell how those submitted before are doing."""
+    if any(character.isspace() for character in str(settings.work)):
+        raise UserError(f"--out: {str(request.out)!r} has a space in its path, which sbatch's scripts cannot name")
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
             raise UserError(f"--executor slurm: no {program} on this machine; run it where jobs are submitted")
@@ -54,6 +56,9 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     states = queue_states(jobs)
     if states:
         return Submitted(jobs, states, total - len(counter.open), total, new=False)
+    if jobs and (why := told_reason(work)):
+        (work / SUBMITTED).unlink()
+        raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
     jobs = submit(settings, request, counter)
     write_json_durably(work / SUBMITTED, {"jobs": jobs})
     return Submitted(jobs, queue_states(jobs), total - len(counter.open), total, new=True)
@@ -110,6 +115,13 @@ def submitted_jobs(work: Path) -> list[str]:
         return []
 
 
+def check_not_queued(work: Path) -> None:
+    """Raise UserError where jobs of this dataset are still to come; the finishing job itself is one of them."""
+    jobs = submitted_jobs(work)
+    if jobs and os.environ.get("SLURM_JOB_ID") not in jobs and shutil.which("squeue") and queue_states(jobs):
+        raise UserError(f"{work}: jobs {', '.join(jobs)} are queued or running; scancel them, or use --executor slurm")
+
+
 def queue_states(jobs: list[str]) -> dict[str, int]:
     """How many jobs and array tasks of these ids are in each state; empty when the queue knows none of them."""
     states: dict[str, int] = {}
@@ -130,19 +142,22 @@ def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Pro
             time.sleep(WAIT_SECONDS)  # the file system of another machine may be late
             if (out / FILE_NAME).is_file():
                 return
-            raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {reason(work)}")
+            why = told_reason(work) or f"they left no word in {work / 'log'} (cancelled?)"
+            (work / SUBMITTED).unlink(missing_ok=True)  # told: the next launch submits anew
+            raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}")
         time.sleep(WAIT_SECONDS)
 
 
-def reason(work: Path) -> str:
-    """The line that a user needs, of what the jobs left behind."""
+def told_reason(work: Path) -> str:
+    """The line that a user needs, of what the jobs left behind; empty where they left nothing, as cancelled ones do."""
     failed = sorted((work / "errors").glob("*"))
     if failed:
         return failed[0].read_text(encoding="utf-8")
     try:
-        return last_line((work / "log" / "finish.out").read_text(encoding="utf-8"))
+        said = last_line((work / "log" / "finish.out").read_text(encoding="utf-8"))
     except OSError:
-        return f"they left no word in {work / 'log'} (cancelled?)"
+        return ""
+    return said.removeprefix("ettin prepare: ")
 
 
 def last_line(text: str) -> str:
@@ -160,7 +175,7 @@ def finishing_command(request: PrepareRequest) -> list[str]:
         "skip-tokens": rule.skip_tokens,
         "end-token": rule.end_token,
         "format": request.format,
-        "text-key": request.text_key,
+        **({} if request.tokens_first else {"text-key": request.text_key}),
         "tokens-key": request.tokens_key,
         "id-key": request.id_key,
         "holdout": repr(request.holdout),

@@ -40,6 +40,7 @@ class Quiet:
             return super().run()  # type: ignore[misc]
 
     def _run_for_rank(self, *arguments: Any, **named: Any) -> Any:
+        logger.remove()
         with contextlib.redirect_stderr(nowhere()):
             return super()._run_for_rank(*arguments, **named)  # type: ignore[misc]
 
@@ -93,6 +94,7 @@ def slurm_executor(
     step: Any, tasks: int, workers: int, log: Path, time: str, partition: str | None, sbatch: dict[str, str]
 ) -> ArrayExecutor:
     """Each job runs `tasks_per_job` tasks with this very interpreter; `workers` jobs at once."""
+    logger.remove()  # of this process: what it would say, the command says in its own words
     return ArrayExecutor(
         [step],
         tasks=tasks,

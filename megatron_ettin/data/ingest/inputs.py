@@ -37,6 +37,9 @@ KIND_OF_SUFFIX = {
     ".arrow": "datasets",
     ".idx": "indexed",
 }
+PARTNERS = (".bin", ".crc", ".lock")  # belong to another file
+# named on the command line, these are not taken for texts: somebody meant their content
+STRUCTURED = (".json", ".csv", ".tsv", ".xml", ".zstd", ".bz2", ".xz", ".zip", ".tar", ".bin")
 COMPRESSIBLE = ("text", "jsonl")
 SPLITTABLE = ("jsonl", "parquet", "datasets", "indexed")
 # a file by which a directory is known as one corpus: it names what belongs to it, and nothing else in it is read
@@ -55,8 +58,8 @@ class Task:
 
 
 def list_inputs(inputs: Sequence[str], format_name: str) -> tuple[list[InputFile], list[str]]:
-    """Every file to read, in order, and the files that were passed over in directories: those that are empty, and
-    texts beside other formats, which are a repository's README and not its content."""
+    """Every file to read, in order, and the files that were passed over in directories: those that are empty, those of
+    unknown kinds, and texts in or above a directory of other formats, which are a repository's README."""
     if format_name not in FORMATS:
         raise UserError(f"--format: {format_name!r}{nearest(format_name, FORMATS)}; allowed: {', '.join(FORMATS)}")
     files: list[InputFile] = []
@@ -66,10 +69,11 @@ def list_inputs(inputs: Sequence[str], format_name: str) -> tuple[list[InputFile
         label = base_name(given)
         taken[label] = taken.get(label, 0) + 1
         source = label if taken[label] == 1 else f"{label}#{taken[label]}"
-        found = list(files_of_input(given, source, format_name))
-        described = format_name == "auto" and any(file.kind not in COMPRESSIBLE for file in found)
+        found = list(files_of_input(given, source, format_name, passed_over))
+        described = described_folders(found) if format_name == "auto" else set()
         for file in found:
-            if file.kind in COMPRESSIBLE and (not file.bytes or (described and file.kind == "text")):
+            is_readme = file.kind == "text" and parent_of(file.url) in described
+            if file.kind in COMPRESSIBLE and (not file.bytes or is_readme):
                 passed_over.append(file.url)
             else:
                 files.append(file)
@@ -79,7 +83,18 @@ def list_inputs(inputs: Sequence[str], format_name: str) -> tuple[list[InputFile
     return files, passed_over
 
 
-def files_of_input(given: str, source: str, format_name: str) -> Iterator[InputFile]:
+def described_folders(files: list[InputFile]) -> set[str]:
+    """The directories that hold files of other formats than text and JSON lines, and those above them."""
+    folders: set[str] = set()
+    for file in files:
+        folder = parent_of(file.url)
+        while file.kind not in COMPRESSIBLE and folder not in folders:
+            folders.add(folder)
+            folder = parent_of(folder)
+    return folders
+
+
+def files_of_input(given: str, source: str, format_name: str, passed_over: list[str]) -> Iterator[InputFile]:
     entry = find(given)
     if entry is None:
         pair = pair_at(given, source, source) if format_name in ("auto", "indexed") else None
@@ -87,7 +102,7 @@ def files_of_input(given: str, source: str, format_name: str) -> Iterator[InputF
             raise UserError(f"{given}: no such file or directory")
         yield pair
     elif entry.is_directory:
-        yield from directory_files(given, source, format_name)
+        yield from directory_files(given, source, format_name, passed_over)
     elif base_name(given) in CONTAINERS and (
         found := container_files(parent_of(given), [entry], source, source, format_name)
     ):
@@ -96,8 +111,8 @@ def files_of_input(given: str, source: str, format_name: str) -> Iterator[InputF
         yield explicit_file(entry, source, format_name)
 
 
-def directory_files(folder: str, source: str, format_name: str) -> Iterator[InputFile]:
-    """Files under a directory whose names or indices say that they are wanted."""
+def directory_files(folder: str, source: str, format_name: str, passed_over: list[str]) -> Iterator[InputFile]:
+    """Files under a directory whose names or indices say that they are wanted; the others go to `passed_over`."""
     for here, folders, files in walk(folder):
         within = here.removeprefix(folder).strip("/")
         name = f"{source}/{within}" if within else source
@@ -110,6 +125,8 @@ def directory_files(folder: str, source: str, format_name: str) -> Iterator[Inpu
             file = found_file(entry, f"{name}/{base_name_of(entry)}", source, format_name)
             if file is not None:
                 yield file
+            elif not entry.url.endswith(PARTNERS):
+                passed_over.append(entry.url)
 
 
 def base_name_of(entry: Entry) -> str:
@@ -169,9 +186,12 @@ def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
         raise UserError(f"{path}: cannot be read (permissions)")
     if format_name == "mds" or (format_name == "auto" and entry.url.endswith((".mds", ".mds.zstd"))):
         raise UserError(f"{entry.url}: an MDS shard is read through its directory; name the one with index.json")
+    if format_name == "auto" and entry.url.endswith(".bin"):
+        kind = "indexed"
+    if format_name == "auto" and kind is None and entry.url.lower().endswith(STRUCTURED):
+        known = ", ".join(FORMATS[1:])
+        raise UserError(f"{entry.url}: its extension does not say what is in it; say so with --format ({known})")
     kind = (kind or "text") if format_name == "auto" else format_name
-    if format_name == "auto" and entry.url.endswith(".bin") and (pair := pair_at(entry.url, source, source)):
-        return pair
     if kind == "indexed":
         pair = pair_at(entry.url, source, source)
         if pair is None:

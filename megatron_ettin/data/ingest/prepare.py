@@ -49,7 +49,7 @@ class PrepareResult:
     seconds: float = 0.0
     tokens_written: int = 0  # by this command; less than the dataset's after a resume
     tasks_resumed: int = 0
-    empty_files: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:
@@ -57,7 +57,7 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
     began = time.monotonic()
     check_request(request)
     tokenizer = load_tokenizer(request.tokenizer)
-    files, empty = list_inputs(request.inputs, request.format)
+    files, passed_over = list_inputs(request.inputs, request.format)
     build = Build(request, tokenizer, files, progress)
     found = existing_output(request.out, build.settings_sha256)
     if found is not None:
@@ -69,7 +69,7 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
         result = answer
     plan_rows(result.dataset, request)
     result.seconds = time.monotonic() - began
-    result.empty_files = empty
+    result.passed_over = passed_over
     return result
 
 
@@ -113,6 +113,7 @@ class Build:
     def run(self) -> PrepareResult:
         """All the way, with processes of this machine or on Ray."""
         with working_directory(self.work):
+            cluster.check_not_queued(self.work)
             settings, counter = self.planned()
             if counter.open:
                 self.run_tasks(settings, counter)
@@ -151,7 +152,7 @@ class Build:
         request = self.request
         settings = IngestSettings(
             self.work, request.rule, token_dtype(self.tokenizer.vocab_size).str, request.text_key, request.id_key,
-            request.add_prefix_space, request.holdout, request.tokens_key,
+            request.add_prefix_space, request.holdout, request.tokens_key, request.tokens_first,
         )  # fmt: skip
         return settings, Counter(self.work, tasks)
 
@@ -197,15 +198,20 @@ def working_directory(work: Path) -> Iterator[None]:
             yield
         except UserError as error:
             finished = len(list((work / "tasks").glob("task_*.json")))
+            if cluster.submitted_jobs(work):
+                raise  # whoever submitted it asks for the reason, which lies in it
             if finished:
                 kept = f"{finished} finished task{'s are' if finished > 1 else ' is'} kept in {work}"
                 raise UserError(f"{error} ({kept})") from None
             shutil.rmtree(work, ignore_errors=True)
             raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(f"{work}: {error.strerror}; make room and run the same command again to continue") from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room and run" if full else "when that is mended, run"
+            where = error.filename or work
+            raise UserError(
+                f"{work if full else where}: {error.strerror or error}; {remedy} the same command again to continue"
+            ) from None
 
 
 def take(lock: int, work: Path) -> None:

@@ -31,6 +31,7 @@ class PrepareRequest:
     seq_lens: tuple[int, ...] = ()
     add_prefix_space: bool = True
     tokens_key: str = "input_ids"
+    tokens_first: bool = False  # where an input has both columns, take the tokens
     executor: str = "local"  # of EXECUTORS
     replan: bool = False
     wait: bool = False  # slurm: until the dataset is there
@@ -42,6 +43,8 @@ class PrepareRequest:
 def check_request(request: PrepareRequest) -> None:
     if not 0 <= request.holdout < 1:
         raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
+    if "://" in str(request.out) or ":/" in str(request.out):
+        raise UserError(f"--out: {request.out} is a URL; datasets are made in a local directory")
     if request.executor not in EXECUTORS:
         hint = nearest(request.executor, EXECUTORS)
         raise UserError(f"--executor: {request.executor!r}{hint}; allowed: {', '.join(EXECUTORS)}")
@@ -65,6 +68,7 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
         "text_key": request.text_key,
         "id_key": request.id_key,
         "tokens_key": request.tokens_key,
+        "tokens_first": request.tokens_first,
     }
 
 

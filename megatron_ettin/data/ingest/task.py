@@ -38,6 +38,7 @@ class IngestSettings:
     add_prefix_space: bool
     holdout: float
     tokens_key: str = "input_ids"
+    tokens_first: bool = False
 
 
 def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
@@ -82,7 +83,7 @@ def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
     frame = TokenFrame(
         tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
     )
-    return ReadOptions(settings.text_key, settings.id_key, settings.tokens_key, frame)
+    return ReadOptions(settings.text_key, settings.id_key, settings.tokens_key, frame, settings.tokens_first)
 
 
 def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:

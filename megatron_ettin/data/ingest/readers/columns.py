@@ -34,10 +34,11 @@ class Columns:
 
 
 def choose_columns(schema: Any, options: ReadOptions, where: str) -> Columns:
-    """The text column, else the token column; UserError naming the columns found where neither is there."""
+    """The text column, else the token column; with `tokens_first` the other way round. UserError naming the columns
+    found where neither is there."""
     found = {name: schema.field(i).type for i, name in enumerate(schema.names)}
     id_key = options.id_key if options.id_key in found else None
-    if options.text_key in found:
+    if options.text_key in found and not (options.tokens_first and options.tokens_key in found):
         if not is_text(found[options.text_key]):
             raise UserError(f"{where}: column {options.text_key!r} is {found[options.text_key]}, not a string")
         return Columns(options.text_key, True, id_key)

@@ -39,8 +39,10 @@ def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
         return zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES).decompressobj()
 
     member: Any = None
+    read_bytes = 0
     try:
         for block in raw:
+            read_bytes += len(block)
             while block:
                 member = member or new_member()
                 if out := member.decompress(block):
@@ -50,6 +52,6 @@ def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
                     member = None
                     block = block.lstrip(b"\x00") if file.compression == "gzip" else block  # gzip allows padding
     except (zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{file.url}: broken {file.compression} data ({error})") from None
+        raise UserError(f"{file.url}: broken {file.compression} data before byte {read_bytes} ({error})") from None
     if member is not None:
-        raise UserError(f"{file.url}: {file.compression} data ends in the middle: truncated")
+        raise UserError(f"{file.url}: {file.compression} data ends in the middle, at byte {read_bytes}: truncated")

@@ -49,6 +49,7 @@ class ReadOptions:
     id_key: str = "id"
     tokens_key: str = "input_ids"
     frame: TokenFrame | None = None  # None: token inputs cannot be read
+    tokens_first: bool = False  # where there are both, take the tokens
 
 
 def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame) -> npt.NDArray[np.uint32]:

@@ -43,8 +43,20 @@ TEXT_ENCODINGS = ("str", "str_int")
 
 
 def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
-    file = segment.file
-    shard = shard_from_json(file.detail)
+    """The documents of a shard. Where something in it is wrong and it has a hash, the hash speaks first: a damaged
+    shard is no matter of token ids."""
+    shard = shard_from_json(segment.file.detail)
+    try:
+        yield from shard_documents(segment.file, shard, options)
+    except UserError:
+        stored = HashedBlocks(raw_blocks(segment.file.url, BLOCK_BYTES), shard.file_hashes)
+        for _ in stored:
+            pass
+        stored.check(segment.file.url, index_of(segment.file))
+        raise
+
+
+def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> Iterator[Document]:
     content = content_column(shard, index_of(file), options)
     id_column = next((i for i, (name, *_) in enumerate(shard.columns) if name == options.id_key), None)
     is_text = shard.columns[content][1] == "str"
@@ -63,7 +75,7 @@ def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
     """Number of the text column, else of the token column."""
     encodings = {name: (i, encoding) for i, (name, encoding, _) in enumerate(shard.columns)}
-    if options.text_key in encodings:
+    if options.text_key in encodings and not (options.tokens_first and options.tokens_key in encodings):
         number, encoding = encodings[options.text_key]
         if encoding != "str":
             raise UserError(f"{index}: column {options.text_key!r} is encoded as {encoding!r}, not as 'str'")
