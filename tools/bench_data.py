@@ -225,8 +225,8 @@ def measure_loaders(folder: Path, streaming_python: str | None) -> list[str]:
     return [
         f'Rows of 1,024 tokens in training order, median of {bench_loaders.REPEATS} processes each. "First row after" '
         'counts from the interpreter\'s start of the script, imports included; ours imports no torch. "Most memory" '
-        "counts mapped pages of the files as well, which the kernel takes back when it wants them: after 20,000 rows of a "
-        "real file most of ours and of GPTDataset's are those.",
+        "counts mapped pages of the files as well, which the kernel takes back when it wants them: after 20,000 rows "
+        "of a real file most of ours and of GPTDataset's are those.",
         "",
         *bench_loaders.run(folder, streaming_python),
     ]
