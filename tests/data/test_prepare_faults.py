@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from tests.data.corpora import files_of, words
-from tests.data.small_tasks import arguments_for, start, wait_for
+from tests.data.small_tasks import SMALL_TASKS, arguments_for, start, wait_for
 
 KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "20"))
 
@@ -143,6 +144,19 @@ def test_a_full_disk(
     finish(start(arguments, script))
     assert files_of(small_disk / "out") == large_dataset
     assert [path.name for path in small_disk.iterdir()] == ["out"]
+
+
+def test_a_limit_on_files(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+    """Another error of the disk than a full one: one line too, and what is done stays."""
+    arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"
+    script.write_text(SMALL_TASKS)
+    command = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited", sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "File too large; when that is mended, run the same command again to continue" in line
+    finish(start(arguments, script))
+    assert files_of(tmp_path / "out") == large_dataset
 
 
 def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_encoder_and_decoder_read_the_same_rows(pool: Pool, corpus: Path, tmp_pa
         (["--steps", "5:2"], "'5:2' is empty"),
         (["--steps", "0:2"], "begins before 1"),
         (["--steps", "a:b"], "is not A:B"),
+        (["--steps", "1:99999999999999999999999"], "no run has so many steps"),
         ([], "--steps A:B or --fingerprint"),
         (["--steps", "1:2", "--out", "/nowhere/order.parquet"], "/nowhere does not exist"),
     ],
