@@ -1,11 +1,12 @@
 """A prepared dataset, opened for reading: chunks by one global number over all shards, memory-mapped.
 
 Opening costs one stat per file and no reads: sizes are checked, contents only by `verify`. Shards are mapped when first
-touched and the least recently used are closed again, since a large corpus has more shards than a process may hold
-files open. Memory is O(shards), whatever the number of chunks."""
+touched and the least recently used are closed again. Memory is O(shards), whatever the number of chunks."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from megatron_ettin.data.manifest import Manifest, check_file, read_manifest
 from megatron_ettin.data.mapped import map_npy
 from megatron_ettin.data.verification import dataset_files, verify_files
 
-OPEN_SHARDS = 128  # two file descriptors each
+MOST_FILES = 16_384  # that are asked for; half of the maps a process may have by Linux's default, and some
+FILES_EACH = 4  # of the limit for one entry, which has two at most: the rest is everybody else's
 CHECKED_AT_ONCE = 16  # files whose size is asked for: on a parallel file system an answer takes a millisecond
 
 
@@ -50,9 +52,8 @@ class Dataset:
         self.dtype = np.dtype(manifest.dtype)
         self._first_chunk = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._first_document = np.cumsum([0] + [shard.documents for shard in manifest.shards])
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
-        self._documents = lru_cache(maxsize=OPEN_SHARDS)(self._open_documents)
-        self._starts = lru_cache(maxsize=OPEN_SHARDS)(self._open_starts)
+        self._prefixes = [str(path / shard.name) for shard in manifest.shards]
+        self._contents = [shard.files[".bin"].sha256 for shard in manifest.shards]
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.num_chunks} chunks, {self.num_tokens} tokens)"
@@ -147,24 +148,60 @@ class Dataset:
         for shard, chosen in zip(present.tolist(), np.split(order, begins[1:]), strict=False):
             yield shard, chosen, chunks[chosen] - self._first_chunk[shard]
 
-    def _open_shard(self, shard: int) -> Shard:
-        record = self.manifest.shards[shard]
-        return open_shard(self.path / record.name)
+    def _shard(self, shard: int) -> Shard:
+        opened: Shard = open_files()("shard", self._prefixes[shard], self._contents[shard])
+        return opened
 
-    def _open_starts(self, shard: int) -> npt.NDArray[np.int64]:
-        starts: npt.NDArray[np.int64] = map_npy(self.path / f"{self.manifest.shards[shard].name}.starts.npy")
-        return starts
+    def _starts(self, shard: int) -> npt.NDArray[np.int64]:
+        opened: npt.NDArray[np.int64] = open_files()("starts", self._prefixes[shard], self._contents[shard])
+        return opened
 
-    def _open_documents(self, shard: int) -> dict[str, Any]:
-        import pyarrow
-        import pyarrow.ipc
+    def _documents(self, shard: int) -> dict[str, Any]:
+        opened: dict[str, Any] = open_files()("documents", self._prefixes[shard], self._contents[shard])
+        return opened
 
-        path = self.path / f"{self.manifest.shards[shard].name}.documents.arrow"
-        try:
-            batch = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).get_batch(0)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: damaged ({error}); `ettin inspect --verify` tells where") from None
-        return {name: batch.column(name) for name in ("source", "document_id")}
+
+def open_starts(prefix: Path) -> npt.NDArray[np.int64]:
+    return map_npy(prefix.with_name(f"{prefix.name}.starts.npy"))
+
+
+def open_documents(prefix: Path) -> dict[str, Any]:
+    """The columns of a documents table, memory-mapped."""
+    import pyarrow
+    import pyarrow.ipc
+
+    path = prefix.with_name(f"{prefix.name}.documents.arrow")
+    try:
+        batch = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).get_batch(0)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: damaged ({error}); `ettin inspect --verify` tells where") from None
+    return {name: batch.column(name) for name in ("source", "document_id")}
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {"shard": open_shard, "starts": open_starts, "documents": open_documents}
+
+
+@lru_cache(maxsize=1)
+def open_files() -> Callable[[str, str, str], Any]:
+    """opened(kind, prefix, sha256 of the tokens): the mapped files of a shard, from a cache that all datasets of this
+    process share. A map holds a file descriptor, and a mixture of large corpora has more shards than a process may hold
+    files open: the limit is raised as far as it goes, and the least recently used shards are closed."""
+
+    def opened(kind: str, prefix: str, sha256: str) -> Any:
+        return OPENERS[kind](Path(prefix))
+
+    return lru_cache(maxsize=raised_file_limit() // FILES_EACH)(opened)
+
+
+def raised_file_limit() -> int:
+    """Files that this process may hold open, after asking for MOST_FILES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
 
 
 def arrow_integers(values: npt.NDArray[np.int64]) -> Any:
