@@ -65,7 +65,7 @@ def verify(path: Path) -> Verified:
     from megatron_ettin.data.rows import plan_files
     from megatron_ettin.data.verification import dataset_files, verify_files
 
-    found = verify_files([*dataset_files(path), *plan_files(path)])
+    found = verify_files([*dataset_files(path), *plan_files(path), *plan_files(path / "heldout")])
     if found.problems:
         for problem in found.problems if len(found.problems) > 1 else ():
             print(problem, file=sys.stderr)

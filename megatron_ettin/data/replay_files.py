@@ -42,7 +42,7 @@ def open_order_files(given: str) -> OrderFiles:
     root = Path(given).expanduser()
     if not root.exists():
         raise UserError(f"data.order: {given!r} is no file or folder; give `keyed`, ORDER.parquet or a folder of them")
-    paths = [root] if root.is_file() else sorted(root.rglob("*.parquet"), key=lambda path: by_numbers(root, path))
+    paths = [root] if root.is_file() else sorted(root.rglob("[!.]*.parquet"), key=lambda path: by_numbers(root, path))
     if not paths:
         raise UserError(f"data.order: {given}: no .parquet file in it")
     status = [path.stat() for path in paths]

@@ -217,9 +217,7 @@ def test_padded_vocabulary_is_stripped(sources, tmp_path):
 def test_arguments(sources, tmp_path, capsys):
     checkpoint = sources / "checkpoint"
     for words in ([], ["to-hf"], ["to-hf", checkpoint, tmp_path / "out", "--dtype", "float8"]):
-        with pytest.raises(SystemExit) as caught:
-            command(capsys, *words)
-        assert caught.value.code == 2
+        assert command(capsys, *words)[0] == 2
     for count in ("0", "many"):
         assert command(capsys, "to-hf", checkpoint, tmp_path / "out", "--max-shard-bytes", count)[0] == 2
     assert list(tmp_path.iterdir()) == []

@@ -146,6 +146,40 @@ def test_a_full_disk(
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
+def test_planning_anew_after_a_kill_at_the_end(tmp_path: Path) -> None:
+    """Shards have their numbers in the staged dataset when an input that comes before them is taken away."""
+    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
+    root.mkdir()
+    for i in range(4):
+        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
+    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
+    running = start(arguments, script)
+    staged = tmp_path / ".tmp-out" / "dataset" / "shard_00002.bin"
+    wait_for(lambda: staged.exists() or running.poll() is not None)
+    running.kill()
+    running.communicate()
+    if running.returncode == 0:
+        pytest.skip("it was published before it could be killed")
+    (root / "part0.jsonl.gz").write_bytes(gzip.compress(b"", 1, mtime=0))  # a task without documents
+    finish(start([*arguments, "--replan"], script))
+    finish(start([*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]], script))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_bad_line_is_told_and_not_a_lost_worker(attempt: int, tmp_path: Path) -> None:
+    """Its pool ends the other workers, which are at work."""
+    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
+    root.mkdir()
+    for i in range(4):
+        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
+        (root / f"part{i}.jsonl").write_text("\n".join(lines) + ("\n{bad" if i == 1 else ""))
+    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "2"]
+    line = fails(start(arguments, script))
+    assert "invalid JSON" in line and "part1.jsonl:301" in line
+
+
 def test_a_limit_on_files(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
     """Another error of the disk than a full one: one line too, and what is done stays."""
     arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"

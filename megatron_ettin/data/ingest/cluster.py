@@ -25,6 +25,7 @@ from megatron_ettin.data.manifest import FILE_NAME, write_json_durably
 
 SUBMITTED = "submitted.json"
 WAIT_SECONDS = 2.0
+QUEUE_ATTEMPTS = 4
 FINISHING_CPUS = 4
 
 
@@ -60,7 +61,6 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
         (work / SUBMITTED).unlink()
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
     jobs = submit(settings, request, counter)
-    write_json_durably(work / SUBMITTED, {"jobs": jobs})
     return Submitted(jobs, queue_states(jobs), total - len(counter.open), total, new=True)
 
 
@@ -84,13 +84,18 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
                 f"sbatch refused the job array (exit {error.returncode}); its reason stands above"
             ) from None
         jobs.append(str(executor.job_id))
+        write_json_durably(work / SUBMITTED, {"jobs": jobs})  # before anything else can fail
     script = work / "finish.slurm"
     script.write_text(finishing_script(work, request, arguments), encoding="utf-8")
     after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
     done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"sbatch refused the finishing job: {last_line(done.stderr)}")
-    return [*jobs, done.stdout.strip().partition(";")[0]]
+        subprocess.run(["scancel", *jobs], capture_output=True)
+        (work / SUBMITTED).unlink(missing_ok=True)
+        raise UserError(f"sbatch refused the finishing job: {last_line(done.stderr)}; the array was cancelled")
+    jobs.append(done.stdout.strip().partition(";")[0])
+    write_json_durably(work / SUBMITTED, {"jobs": jobs})
+    return jobs
 
 
 def finishing_script(work: Path, request: PrepareRequest, arguments: dict[str, str]) -> str:
@@ -126,10 +131,22 @@ def queue_states(jobs: list[str]) -> dict[str, int]:
     """How many jobs and array tasks of these ids are in each state; empty when the queue knows none of them."""
     states: dict[str, int] = {}
     for job in jobs:  # one by one: squeue refuses a list that has one id too old to know
-        done = subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True)
-        for state in done.stdout.split():
+        for state in asked_queue(job):
             states[state] = states.get(state, 0) + 1
     return states
+
+
+def asked_queue(job: str) -> list[str]:
+    """The states of a job's parts. Raises UserError where squeue does not answer: that is not an empty queue."""
+    for attempt in range(QUEUE_ATTEMPTS):
+        if attempt:
+            time.sleep(WAIT_SECONDS * attempt)
+        done = subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.split()
+        if "Invalid job id" in done.stderr:
+            return []
+    raise UserError(f"squeue does not answer: {last_line(done.stderr)}; nothing was submitted, try again later")
 
 
 def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Progress) -> None:
@@ -138,7 +155,11 @@ def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Pro
         with contextlib.suppress(OSError):  # the finishing job may be moving the records away
             counter.refresh()
         progress(counter.done, counter.total, counter.tokens)
-        if not queue_states(jobs[-1:]):
+        try:
+            queued = queue_states(jobs[-1:])
+        except UserError:
+            continue  # it will answer again; the jobs do not depend on it
+        if not queued:
             time.sleep(WAIT_SECONDS)  # the file system of another machine may be late
             if (out / FILE_NAME).is_file():
                 return

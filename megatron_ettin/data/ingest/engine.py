@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 
 Progress = Callable[[int, int, int], None]  # input bytes done, of how many, tokens written
 POLL_SECONDS = 0.25
+POLLED_TASKS_A_SECOND = 4_000
 LOST = "a worker process died (out of memory?); run the same command again, with fewer --workers, to continue"
 
 
@@ -91,7 +93,8 @@ class Counter:
         return self.total - sum(self.weights[i] for i in self.open)
 
     def refresh(self) -> None:
-        for index in [i for i in self.open if record_path(self.work, i).is_file()]:
+        there = set(os.listdir(self.work / "tasks"))  # one question, not one a task: file systems are shared
+        for index in [i for i in self.open if record_path(self.work, i).name in there]:
             record = json.loads(record_path(self.work, index).read_text(encoding="utf-8"))
             self.tokens += sum(record[split]["tokens"] for split in SPLITS if split in record)
             self.open.discard(index)
@@ -103,6 +106,7 @@ class Counter:
 def run_here(settings: IngestSettings, counter: Counter, progress: Progress) -> None:
     """One task after another in this process: one worker is one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    remove_unfinished(settings.work)
     tokenizer = tokenizer_of(settings.work)
     progress(counter.done, counter.total, counter.tokens)
     for task in counter.pending():
@@ -116,6 +120,7 @@ def run_local(settings: IngestSettings, counter: Counter, workers: int, progress
     from megatron_ettin.data.ingest.executors import local_executor
 
     work = settings.work
+    remove_unfinished(work)
     agree_on_completed(work, counter)
     count = min(workers, len(counter.open))
     executor = local_executor(IngestStep(settings), len(counter.tasks), count, work / "log")
@@ -127,7 +132,25 @@ def run_local(settings: IngestSettings, counter: Counter, workers: int, progress
             if watch.lost:
                 raise UserError(LOST) from None
             raise
+        finally:
+            end_children()
     counter.refresh()
+
+
+def end_children() -> None:
+    """Whatever the pool left when it was interrupted: a process that nobody ends is waited for at exit."""
+    import multiprocess
+
+    for child in multiprocess.active_children():
+        child.terminate()
+        child.join(5)
+
+
+def remove_unfinished(work: Path) -> None:
+    """Shards of processes that were killed; under the lock, so that nobody is writing them. And errors told before."""
+    for path in (work / "tasks").glob(".tmp-*"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(work / "errors", ignore_errors=True)
 
 
 def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progress: Progress) -> None:
@@ -161,9 +184,11 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._end.wait(POLL_SECONDS):
+        while not self._end.wait(max(POLL_SECONDS, len(self.counter.tasks) / POLLED_TASKS_A_SECOND)):
             self.counter.refresh()
             self.progress(self.counter.done, self.counter.total, self.counter.tokens)
+            if any((self.counter.work / "errors").glob("*")):
+                continue  # a task failed: the pool ends the others, which are not lost
             if any(is_lost(file) for file in running_files(self.counter.work)):
                 self.lost = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -35,9 +35,8 @@ class Quiet:
     """datatrove logs each task to standard error besides its file; the terminal is the progress bar's."""
 
     def run(self) -> Any:
-        with contextlib.redirect_stderr(nowhere()):
-            logger.remove()
-            return super().run()  # type: ignore[misc]
+        logger.remove()  # of this process, whose standard error is the progress report's
+        return super().run()  # type: ignore[misc]
 
     def _run_for_rank(self, *arguments: Any, **named: Any) -> Any:
         logger.remove()

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
 from megatron_ettin.data.ingest.inputs import Task, cut_tasks
-from megatron_ettin.data.ingest.task import record_path, shard_prefixes
+from megatron_ettin.data.ingest.task import SPLITS, record_path, shard_prefixes
 from megatron_ettin.data.manifest import SHARD_SUFFIXES, write_json_durably
 
 FILE_NAME = "prepare.json"
@@ -27,7 +27,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
     """The tasks of this work: those frozen before, else cut now and frozen. Raises UserError where a plan with
     finished tasks was made for other settings or inputs."""
     stored = read_plan(work)
-    wanted = {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [asdict(f) for f in files]}
+    wanted = wanted_plan(settings, files)
     if stored is not None and {key: stored.get(key) for key in wanted} == wanted:
         return tasks_of(stored)
     kept = 0
@@ -39,6 +39,8 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
                 f"{work}: begun with other settings or inputs: {difference}; run what it was begun with, or add "
                 "--replan: finished tasks whose input did not change are kept"
             )
+        shutil.rmtree(work / "dataset", ignore_errors=True)  # shards under the numbers of the old plan
+        shutil.rmtree(work / "errors", ignore_errors=True)
         kept = keep_unchanged(work, stored, wanted, tasks)
     if not kept:
         empty(work)
@@ -110,7 +112,7 @@ def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], t
     kept = 0
     for i, task in enumerate(before):
         same = stored["settings"] == wanted["settings"] and i < len(tasks) and task == tasks[i]
-        if same and record_path(work, i).is_file():
+        if same and is_whole(work, i):
             kept += 1
             continue
         record_path(work, i).unlink(missing_ok=True)
@@ -118,6 +120,32 @@ def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], t
             for suffix in SHARD_SUFFIXES:
                 prefix.with_name(prefix.name + suffix).unlink(missing_ok=True)
     return kept
+
+
+def is_whole(work: Path, index: int) -> bool:
+    """Whether a finished task's shards lie where it left them."""
+    try:
+        record = json.loads(record_path(work, index).read_text(encoding="utf-8"))
+        return all(
+            prefix.with_name(prefix.name + suffix).stat().st_size == file["bytes"]
+            for split, prefix in zip(SPLITS, shard_prefixes(work, index), strict=True)
+            for suffix, file in record.get(split, {}).get("files", {}).items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) -> str:
+    """How settings or inputs differ from the frozen ones, in words; empty where they do not or nothing is frozen."""
+    stored = read_plan(work)
+    wanted = wanted_plan(settings, files)
+    if stored is None or {key: stored.get(key) for key in wanted} == wanted:
+        return ""
+    return first_difference(stored, wanted)
+
+
+def wanted_plan(settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any]:
+    return {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [asdict(f) for f in files]}
 
 
 def empty(work: Path) -> None:

@@ -29,10 +29,10 @@ from megatron_ettin.data.ingest.engine import (
     run_local,
     run_on_ray,
 )
-from megatron_ettin.data.ingest.frozen_plan import freeze
+from megatron_ettin.data.ingest.frozen_plan import changed_since, freeze
 from megatron_ettin.data.ingest.inputs import InputFile, list_inputs
 from megatron_ettin.data.ingest.request import PrepareRequest, check_request, hash_of_settings, settings_of
-from megatron_ettin.data.ingest.staging import read_task_records, stage
+from megatron_ettin.data.ingest.staging import NoDocumentsError, read_task_records, stage
 from megatron_ettin.data.ingest.task import IngestSettings
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory
 from megatron_ettin.data.rows import ensure_row_plan
@@ -61,6 +61,7 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
     build = Build(request, tokenizer, files, progress)
     found = existing_output(request.out, build.settings_sha256)
     if found is not None:
+        build.clear()
         result = PrepareResult(found, heldout_of(found), already_complete=True)
     else:
         answer = build.submit() if request.executor == "slurm" else build.run()
@@ -123,6 +124,12 @@ class Build:
             dataset, heldout_of(dataset), False, tokens_written=counter.tokens, tasks_resumed=counter.resumed
         )
 
+    def clear(self) -> None:
+        """Remove what a launch left that was killed right after it had published."""
+        if self.work.is_dir():
+            with contextlib.suppress(UserError), working_directory(self.work):
+                shutil.rmtree(self.work, ignore_errors=True)
+
     def run_tasks(self, settings: IngestSettings, counter: Counter) -> None:
         if self.request.executor == "ray":
             run_on_ray(settings, counter, self.request.workers, self.progress)
@@ -134,6 +141,10 @@ class Build:
     def submit(self) -> PrepareResult | cluster.Submitted:
         """To the cluster; with `--wait` until the dataset is there."""
         with working_directory(self.work):
+            jobs = cluster.submitted_jobs(self.work)
+            difference = changed_since(self.work, self.settings, self.files)
+            if difference and cluster.queue_states(jobs):
+                raise UserError(f"jobs {', '.join(jobs)} are queued or running and {difference}; scancel them first")
             settings, counter = self.planned()
             submitted = cluster.submit_or_look(settings, self.request, counter)
         if not self.request.wait:
@@ -148,7 +159,11 @@ class Build:
         """What the tasks need in the working directory: the frozen plan, the tokenizer."""
         tasks = freeze(self.work, self.settings, self.files, self.request.replan)
         (self.work / "tasks").mkdir(exist_ok=True)
-        self.tokenizer.save(self.work / "tokenizer")
+        if not (self.work / "tokenizer").is_dir():  # tasks on other machines may be reading it
+            beside = self.work / ".tmp-tokenizer"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.tokenizer.save(beside)
+            os.rename(beside, self.work / "tokenizer")
         request = self.request
         settings = IngestSettings(
             self.work, request.rule, token_dtype(self.tokenizer.vocab_size).str, request.text_key, request.id_key,
@@ -162,7 +177,7 @@ class Build:
         records = read_task_records(self.work, num_tasks)
         try:
             staged = stage(self.work, records, self.request, self.tokenizer, self.settings_sha256)
-        except UserError:
+        except NoDocumentsError:
             shutil.rmtree(self.work, ignore_errors=True)  # there is nothing in the tasks to go on with
             raise
         plan_rows(open_dataset(staged), self.request)
@@ -227,4 +242,6 @@ def take(lock: int, work: Path) -> None:
         except OSError:
             return  # a file system without locks
         else:
+            if not (work / "lock").exists():  # whoever held it has just published and removed the folder
+                raise UserError(f"{work}: another `ettin prepare` has just finished it; run the same command again")
             return

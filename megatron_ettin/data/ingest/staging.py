@@ -30,6 +30,10 @@ from megatron_ettin.data.manifest import (
 from megatron_ettin.data.tokenizer import Tokenizer
 
 
+class NoDocumentsError(UserError):
+    """The tasks are done and there is nothing in them."""
+
+
 def read_task_records(work: Path, num_tasks: int) -> list[dict[str, Any]]:
     return [json.loads(record_path(work, i).read_text(encoding="utf-8")) for i in range(num_tasks)]
 
@@ -41,7 +45,7 @@ def stage(
     if not any(record["train"]["documents"] for record in records):
         held_out = sum(record.get("heldout", {}).get("documents", 0) for record in records)
         detail = f"all {held_out} are held out by --holdout {request.holdout}" if held_out else "every text is empty"
-        raise UserError(f"no input documents left in {', '.join(request.inputs)}: {detail}")
+        raise NoDocumentsError(f"no input documents left in {', '.join(request.inputs)}: {detail}")
     staged = work / "dataset"
     for split in SPLITS:
         if any(record.get(split, {}).get("documents") for record in records):
@@ -67,7 +71,7 @@ def stage_split(
             continue
         name = f"shard_{len(shards):05d}"
         for suffix in part["files"]:
-            move(work / "tasks" / f"{split}_{i:05d}{suffix}", folder / (name + suffix))
+            move(work / "tasks" / f"{split}_{i:05d}{suffix}", folder / (name + suffix), record_path(work, i))
         files = {suffix: FileRecord(**file) for suffix, file in part["files"].items()}
         shards.append(ShardRecord(name, part["documents"], part["chunks"], part["tokens"], files))
     shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
@@ -93,11 +97,13 @@ def stage_split(
     sync_directory(folder)
 
 
-def move(source: Path, target: Path) -> None:
+def move(source: Path, target: Path, record: Path) -> None:
+    """Into place, unless it is there already. A file that is nowhere takes its task's record along."""
     if source.exists():
         os.replace(source, target)
     elif not target.exists():
-        raise UserError(f"{source}: missing from the unfinished dataset; run the same command again to start over")
+        record.unlink(missing_ok=True)
+        raise UserError(f"{source}: missing from the unfinished dataset; run the same command again to make it anew")
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
