@@ -53,7 +53,7 @@ class Dataset:
         self._first_chunk = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._first_document = np.cumsum([0] + [shard.documents for shard in manifest.shards])
         self._prefixes = [str(path / shard.name) for shard in manifest.shards]
-        self._contents = [shard.files[".bin"].sha256 for shard in manifest.shards]
+        self._contents = ["".join(record.sha256[:16] for record in shard.files.values()) for shard in manifest.shards]
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.num_chunks} chunks, {self.num_tokens} tokens)"
@@ -183,11 +183,11 @@ OPENERS: dict[str, Callable[[Path], Any]] = {"shard": open_shard, "starts": open
 
 @lru_cache(maxsize=1)
 def open_files() -> Callable[[str, str, str], Any]:
-    """opened(kind, prefix, sha256 of the tokens): the mapped files of a shard, from a cache that all datasets of this
+    """opened(kind, prefix, checksums of its files): the mapped files of a shard, from a cache that all datasets of this
     process share. A map holds a file descriptor, and a mixture of large corpora has more shards than a process may hold
     files open: the limit is raised as far as it goes, and the least recently used shards are closed."""
 
-    def opened(kind: str, prefix: str, sha256: str) -> Any:
+    def opened(kind: str, prefix: str, checksums: str) -> Any:
         return OPENERS[kind](Path(prefix))
 
     return lru_cache(maxsize=raised_file_limit() // FILES_EACH)(opened)

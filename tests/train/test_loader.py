@@ -111,8 +111,9 @@ def test_damage_is_told_by_name(corpus: Path, tmp_path: Path, workers: int) -> N
     with pytest.raises(UserError, match=r"damaged: row \d+ .* the largest 60000; .* ends with 319: damaged"):
         content(loader, range(3))
     loader.close()
-    host = host_batches(damaged)
-    (damaged / "shard_00000.bin").unlink()
+    gone = shutil.copytree(corpus, tmp_path / "gone")  # a path that this process has not mapped yet
+    host = host_batches(gone)
+    (gone / "shard_00000.bin").unlink()
     loader = Loader(host, 0, 12, workers)
     with pytest.raises(UserError, match=r"shard_00000\.bin: cannot be read any more \(No such file"):
         content(loader, range(3))
