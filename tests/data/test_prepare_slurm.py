@@ -115,6 +115,49 @@ def test_a_space_in_the_path_is_refused(cluster: dict[str, str], large: Path, tm
     assert running.returncode == 2 and "has a space in its path" in errors.splitlines()[-1]
 
 
+def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(
+    cluster: dict[str, str], large: Path, tmp_path: Path
+) -> None:
+    arguments = [*slurm_arguments(large, tmp_path / "out"), "--slurm-partition", "nosuch"]
+    running = start(arguments, tmp_path / "script.py", **cluster)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2
+    (line,) = errors.splitlines()
+    assert "sbatch refused the job array" in line and "Invalid partition name" in line
+    assert not (tmp_path / ".tmp-out").exists() and not queue(cluster)
+
+
+def test_a_refused_finishing_job_takes_the_array_along(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
+    refusing, real = tmp_path / "bin" / "sbatch", shutil.which("sbatch")
+    refusing.parent.mkdir()
+    refusing.write_text(
+        f'#!/bin/bash\ncase "$*" in *--parsable*) echo "too many jobs" >&2; exit 1;; esac\nexec {real} "$@"\n'
+    )
+    refusing.chmod(0o755)
+    environment = {**cluster, "PATH": f"{refusing.parent}:{os.environ['PATH']}"}
+    arguments = [*slurm_arguments(large, tmp_path / "out"), "--slurm-arg=begin=now+600"]
+    running = start(arguments, tmp_path / "script.py", **environment)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2 and errors.strip().endswith("too many jobs; the array was cancelled")
+    assert not (tmp_path / ".tmp-out").exists()
+    wait_for(lambda: not queue(cluster), 60)
+
+
+def test_other_settings_wait_for_what_is_queued(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
+    """Tasks of one plan would be taken for tasks of the other. Also: memory a job in place of memory a CPU."""
+    arguments = [*arguments_for(large, tmp_path / "out", 2), "--executor", "slurm", "--slurm-time", "10"]
+    arguments += ["--slurm-arg=mem=500M", "--slurm-arg=begin=now+600"]
+    for more, status in (([], 0), (["--end-token", "none"], 2), (["--end-token", "none", "--replan"], 2)):
+        running = start([*arguments, *more], tmp_path / "script.py", **cluster)
+        _, errors = running.communicate(timeout=60)
+        assert running.returncode == status, errors
+        if status:
+            assert "end_token was 'every' and is 'none'; scancel them first" in errors
+    jobs = json.loads((tmp_path / ".tmp-out" / "submitted.json").read_text())["jobs"]
+    subprocess.run(["scancel", *jobs], check=True, env={**os.environ, **cluster})
+    wait_for(lambda: not queue(cluster), 60)
+
+
 def test_without_slurm_one_line(large: Path, tmp_path: Path) -> None:
     running = start(slurm_arguments(large, tmp_path / "out"), tmp_path / "script.py", PATH="/nonexistent")
     _, errors = running.communicate(timeout=60)

@@ -61,11 +61,14 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
         (work / SUBMITTED).unlink()
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
     jobs = submit(settings, request, counter)
-    return Submitted(jobs, queue_states(jobs), total - len(counter.open), total, new=True)
+    states = {}
+    with contextlib.suppress(UserError):  # submitted they are, whether squeue answers or not
+        states = queue_states(jobs)
+    return Submitted(jobs, states, total - len(counter.open), total, new=True)
 
 
 def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> list[str]:
-    from megatron_ettin.data.ingest.executors import slurm_executor
+    from megatron_ettin.data.ingest.executors import errors_of_programs, slurm_executor
 
     work = settings.work
     shutil.rmtree(work / "errors", ignore_errors=True)
@@ -77,12 +80,12 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
             IngestStep(settings), len(counter.tasks), request.workers, work / "log", request.slurm_time,
             request.slurm_partition, arguments,
         )  # fmt: skip
-        try:
-            executor.run()
-        except subprocess.CalledProcessError as error:
-            raise UserError(
-                f"sbatch refused the job array (exit {error.returncode}); its reason stands above"
-            ) from None
+        with errors_of_programs() as said:
+            try:
+                executor.run()
+            except subprocess.CalledProcessError:
+                said.seek(0)
+                raise UserError(f"sbatch refused the job array: {last_line(said.read().decode())}") from None
         jobs.append(str(executor.job_id))
         write_json_durably(work / SUBMITTED, {"jobs": jobs})  # before anything else can fail
     script = work / "finish.slurm"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +85,8 @@ class ArrayExecutor(SlurmPipelineExecutor):
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
         arguments = super().get_sbatch_args(max_array)
+        if {"mem", "mem-per-gpu"} & set(arguments):
+            del arguments["mem-per-cpu"]  # datatrove's own; sbatch takes one of the three
         return {key: value for key, value in arguments.items() if value is not None}
 
     def launch_merge_stats(self) -> None:
@@ -110,6 +114,20 @@ def slurm_executor(
         slurm_logs_folder=str(log / "slurm"),
         mail_type="NONE",
     )
+
+
+@contextlib.contextmanager
+def errors_of_programs() -> Iterator[IO[bytes]]:
+    """A file that takes what programs started meanwhile say on standard error: datatrove lets sbatch speak to the
+    terminal. The descriptor is replaced, since a child knows no other."""
+    with tempfile.TemporaryFile() as said:
+        terminal = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def environment_command() -> str:
