@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not is_dataset:
         raise UserError(f"{path}: no dataset (manifest.json), checkpoint (integrity.json) or run (config.yaml)")
-    verified = verify(path) if args.verify else None
+    verified = verify(path, args.json) if args.verify else None
     dataset = open_dataset(path)
     content = describe_dataset(dataset, verified)
     content["samples"] = samples(dataset, args.sample)
@@ -60,13 +60,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def verify(path: Path) -> Verified:
+def verify(path: Path, as_json: bool = False) -> Verified:
     """Read every byte of a dataset and its row plans. UserError names the first bad file; several are printed."""
     from megatron_ettin.data.rows import plan_files
     from megatron_ettin.data.verification import dataset_files, verify_files
 
     found = verify_files([*dataset_files(path), *plan_files(path), *plan_files(path / "heldout")])
     if found.problems:
+        if as_json:
+            print(json.dumps({"verified": False, "verification": str(found), "problems": found.problems}, indent=1))
         for problem in found.problems if len(found.problems) > 1 else ():
             print(problem, file=sys.stderr)
         more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""

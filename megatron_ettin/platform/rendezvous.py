@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,8 +79,13 @@ def job_port(job_id: str, step_id: str) -> int:
     return FIRST_PORT + number % PORTS
 
 
-def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> None:
-    """Create torch's default process group over all ranks. Raises UserError when the others do not answer."""
+def join(
+    place: Place, platform: Platform, timeout_seconds: float = 600.0, arrival_seconds: float | None = None
+) -> None:
+    """Create torch's default process group over all ranks. Raises RankError when the others do not answer.
+
+    `timeout_seconds` is how long a collective may take; `arrival_seconds`, where given, how long ranks may differ in
+    coming here, so that one that copies data first is waited for without making every later hang as long."""
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -87,10 +93,14 @@ def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> No
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     url = f"tcp://{place.address}:{place.port}"
+    patience = timedelta(seconds=arrival_seconds or timeout_seconds)
     try:
+        store, _, _ = next(dist.rendezvous(_init_method(place, url), place.rank, place.world, timeout=patience))
+        _await_all(store, place.world, patience)
+        store.set_timeout(timeout)
         dist.init_process_group(
             platform.backend,
-            init_method=_init_method(place, url),
+            store=dist.PrefixStore("default_pg", store),
             rank=place.rank,
             world_size=place.world,
             timeout=timeout,
@@ -99,6 +109,17 @@ def join(place: Place, platform: Platform, timeout_seconds: float = 600.0) -> No
     except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RankError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
+
+
+def _await_all(store: dist.Store, world: int, patience: timedelta) -> None:
+    """Come back when all ranks are here. Raises RuntimeError when they are not after `patience`."""
+    deadline = time.monotonic() + patience.total_seconds()
+    arrived = store.add("arrived", 1)
+    while arrived < world:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{arrived} of {world} ranks came within {patience.total_seconds():,.0f} s")
+        time.sleep(0.05)
+        arrived = store.add("arrived", 0)
 
 
 def _init_method(place: Place, url: str) -> str:

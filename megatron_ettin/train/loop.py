@@ -112,7 +112,7 @@ def run_training(config: Config, launch: Launch) -> bool:
     with run_directory.locked(launch.run_dir, chief=place.rank == 0):
         folder = config.data.local_copy
         read = corpus if folder is None else local_corpus(corpus, folder)
-        join(place, platform, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
+        join(place, platform, RENDEZVOUS_SECONDS, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
         return _train_as(place, config, launch, corpus, read, platform, changes, stop)
 
 

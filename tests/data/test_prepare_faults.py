@@ -193,18 +193,22 @@ def test_a_limit_on_files(large: Path, large_dataset: dict[str, bytes], tmp_path
     assert files_of(tmp_path / "out") == large_dataset
 
 
-def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path) -> None:
+def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From different directories, too: what is frozen are the places, not the way to them."""
     root, script = tmp_path / "in", tmp_path / "small_tasks.py"
+    monkeypatch.chdir(tmp_path)
     root.mkdir()
     for i in range(4):
         lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
         (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
     good = (root / "part3.jsonl.gz").read_bytes()
     (root / "part3.jsonl.gz").write_bytes(good[: len(good) // 2])
-    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
+    arguments = [root.name, "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
     line = fails(start(arguments, script))
     assert "part3.jsonl.gz: gzip data ends in the middle, at byte" in line and "finished tasks are kept in" in line
     (root / "part3.jsonl.gz").write_bytes(good)
+    monkeypatch.chdir(root)
+    arguments[0] = f"../{root.name}"
     line = fails(start(arguments, script))
     assert f"part3.jsonl.gz had {len(good) // 2} bytes and has {len(good)}" in line and "--replan" in line
     line = fails(start([*arguments, "--holdout", "0.5"], script))

@@ -80,6 +80,9 @@ def test_every_bad_file_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) 
     assert "heldout/shard_00000.starts.npy: missing (the manifest lists it with" in lines[1]
     assert lines[2].startswith(f"{plan}: damaged") and "remove its folder" in lines[2]
     assert lines[3].startswith("ettin inspect: 3 of ") and lines[3].endswith(", and 2 more")
+    assert main(["inspect", str(copy), "--verify", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["verified"] is False and told["problems"] == lines[:3]
 
 
 def test_damaged_digests_do_not_hide_the_damage(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

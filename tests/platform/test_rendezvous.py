@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from megatron_ettin.config.errors import UserError
@@ -53,6 +58,45 @@ def test_two_jobs_on_a_node_have_two_ports() -> None:
 def test_a_rank_outside_the_world() -> None:
     with pytest.raises(UserError, match="rank 8 is not among 8 ranks"):
         find_place({**TORCHRUN, "RANK": "8"})
+
+
+JOINING = """
+import sys, time
+import torch, torch.distributed as dist
+from megatron_ettin.platform import detect
+from megatron_ettin.platform.rendezvous import find_place, join
+time.sleep(float(sys.argv[1]))
+join(find_place(), detect("cpu"), 2.0, float(sys.argv[2]))
+total = torch.ones(1)
+dist.all_reduce(total)
+print(int(total))
+"""
+
+
+def joining(rank: int, port: int, late_seconds: float, arrival_seconds: float) -> subprocess.Popen[str]:
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-c", JOINING, str(late_seconds), str(arrival_seconds)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables})
+
+
+def test_a_late_rank_is_waited_for_longer_than_a_collective() -> None:
+    """It comes 6 s late, collectives may take 2."""
+    port = free_port()
+    for rank in [joining(0, port, 0, 120), joining(1, port, 6, 120)]:
+        out, errors = rank.communicate(timeout=120)
+        assert out == "2\n", errors
+
+
+def test_a_rank_that_does_not_come_is_told() -> None:
+    _, errors = joining(0, free_port(), 0, 3).communicate(timeout=120)
+    assert "RankError: rank 0: no rendezvous with 2 ranks at tcp://127.0.0.1" in errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_coordinates_cover_every_place_once() -> None:

@@ -49,10 +49,11 @@ def local_path(url: str) -> str | None:
 
 
 def canonical(url: str) -> str:
-    """A path for what is local; a URL without a slash at its end."""
+    """An absolute path for what is local, so that a build goes on from any directory; a URL without a slash at its
+    end."""
     path = local_path(url)
     if path is not None:
-        return path
+        return os.path.abspath(path)
     return url if url.endswith("://") else url.rstrip("/")
 
 
