@@ -3,6 +3,7 @@
 #   mds   shards written anew by mosaicml-streaming, in an environment of its own, and read by the tests of MDS
 #   ray   `ettin prepare --executor ray` beside one process, byte for byte
 #   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
+#   transformers  exported folders under more releases of transformers, the newest that there is among them
 # Arguments choose stages; without any, all run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,8 +44,16 @@ ray() {
 
 kill() { ETTIN_TEST_KILLS=200 "$python" -m pytest tests/data/test_prepare_faults.py -k kill_9; }
 
+transformers() { # a skip is no pass here: the package index has to answer
+    local name
+    for name in 4.56 4.57 5.0 latest; do
+        PYTHON=$python bash tools/compat_env.sh "$name" >/dev/null || return 1
+    done
+    ETTIN_COMPAT="4.56 4.57 5.0 latest" "$python" -m pytest tests/convert/compat
+}
+
 status=0
-for stage in "${@:-mds ray kill}"; do
+for stage in "${@:-mds ray kill transformers}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

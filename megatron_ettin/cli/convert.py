@@ -1,7 +1,7 @@
 """Checkpoints to and from Hugging Face folders, encoder and decoder, without loss; memory is that of one tensor.
 
 Examples:
-  ettin convert to-hf runs/17m-mlm exported --verify
+  ettin convert to-hf runs/17m-mlm exported --dtype bf16
   ettin convert from-hf exported imported
 """
 
@@ -17,18 +17,28 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf")
-    out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported --verify")
+    out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported")
     out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="of a run: its latest checkpoint")
     out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     out.add_argument(
-        "--verify", action="store_true", help="read back every tensor and compare logits with transformers"
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read back every tensor and compare logits with transformers (the default)",
     )
-    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (%(default)s)")
+    out.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "fp32", "bf16"),
+        default="float32",
+        help="of the weights (%(default)s)",
+    )
+    out.add_argument("--objective", metavar="mlm|clm", help="export an encoder as a decoder, or the reverse")
     out.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
     out.add_argument("--json", action="store_true", help="print the result as JSON")
     back = _way(ways, "from-hf", "a folder that transformers wrote -> a checkpoint of weights", "exported imported")
     back.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     back.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    back.add_argument("--objective", metavar="mlm|clm", help="make a decoder of an encoder's folder, or the reverse")
     back.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -46,14 +56,16 @@ def run(args: argparse.Namespace) -> None:
 
     if args.way == "from-hf":
         with _progress("reading") as report:
-            result = from_hf(args.hf_dir, args.out, report)
+            result = from_hf(args.hf_dir, args.out, report, args.objective)
         _print(result, _imported(result), args.json)
         return
     max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
     our_logits = _our_logits() if args.verify else None
     with _progress("writing") as report:
         try:
-            result = to_hf(args.checkpoint, args.out, args.dtype, args.verify, max_shard_bytes, our_logits, report)
+            result = to_hf(
+                args.checkpoint, args.out, args.dtype, args.verify, max_shard_bytes, our_logits, report, args.objective
+            )
         except ParityError as error:  # a fault of ours, not the user's: exit 1
             raise SystemExit(f"ettin convert: {error}") from error
     _print(result, _exported(result), args.json)
@@ -73,7 +85,7 @@ def _exported(result: dict[str, Any]) -> list[str]:
     parity = result["parity"]
     if parity is not None:
         difference, allowed = parity["max_abs_logit_difference"], parity["tolerance"]
-        argmax = "equal" if parity["argmax_equal"] else "not equal everywhere"
+        argmax = "equal" if parity["argmax_equal"] else f"equal but for {parity['near_ties']} ties"
         lines.append(
             f"verified: {parity['tensors']} tensors bit-identical; logits differ from transformers"
             f" {parity['transformers']} by at most {difference:.1e} (allowed {allowed:.0e}) over {parity['tokens']}"

@@ -22,35 +22,43 @@ from megatron_ettin.config.sizes import SIZES
 from megatron_ettin.convert.hf_config import from_hf_config
 from megatron_ettin.convert.rules import TIED, Pair, pairs
 from megatron_ettin.convert.safetensors_file import NAMES, ModelFiles
+from megatron_ettin.convert.source import check_objective
 from megatron_ettin.convert.staging import staged
-from megatron_ettin.convert.tokenizer_files import copy_tokenizer, token_count
+from megatron_ettin.convert.tokenizer_files import import_tokenizer, token_count
 
 FRESH = "the folder holds weights only: training from it starts with a fresh optimizer"
 
 
-def from_hf(hf_dir: Path, out: Path, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Import `hf_dir` into the new checkpoint folder `out`. Returns what was read and what had to be assumed."""
+def from_hf(
+    hf_dir: Path, out: Path, report: Callable[[int, int], None] | None = None, objective: str | None = None
+) -> dict[str, Any]:
+    """Import `hf_dir` into the new checkpoint folder `out`. Returns what was read and what had to be assumed.
+
+    `objective` makes an encoder of a decoder's folder or the reverse: the weights are the same."""
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such folder; give a folder with config.json and safetensors files")
     parsed = from_hf_config(hf_dir / "config.json")
+    objective = check_objective(objective or parsed.objective)
     wanted = list(pairs(parsed.model, parsed.objective))
     notes = [*parsed.notes, FRESH]
+    if objective != parsed.objective:
+        notes.append(f"trained as {parsed.objective}, imported as {objective}: train it on before it is used as one")
     files = ModelFiles(hf_dir)
     with staged(out) as staging:
         _check(files, wanted, hf_dir)
-        if copy_tokenizer(hf_dir, staging / "tokenizer"):
+        if import_tokenizer(hf_dir, staging / "tokenizer"):
             _check_tokenizer(staging / "tokenizer", parsed.model, hf_dir)
         else:
             notes.append("the folder has no tokenizer.json: the checkpoint has no tokenizer")
         progress = {"step": 0, "tokens": 0}
         write_weights(staging, _tensors(files, wanted, parsed.model, report), {"progress": progress})
         (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
-        config = imported_config(parsed.model, parsed.objective)
+        config = imported_config(parsed.model, objective)
         (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         place(staging, Path(out).absolute())
     return {
-        **{"source": str(hf_dir), "out": str(out), "objective": parsed.objective, "size": size_of(parsed.model)},
+        **{"source": str(hf_dir), "out": str(out), "objective": objective, "size": size_of(parsed.model)},
         **{"tensors": len(wanted), "notes": notes},
     }
 

@@ -114,7 +114,7 @@ def from_hf_config(path: Path) -> Parsed:
             global_attention_every=_global_every(config, path),
             init_std=float(config.get("initializer_range", 0.02)),
             norm_eps=float(config.get("norm_eps", 1e-5)),
-            **({"encoder_window": window} if objective == "mlm" else {"decoder_window_keys": window}),
+            **_windows(window, objective),
         )
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; the model's shape is unknown") from None
@@ -174,6 +174,13 @@ def _window(config: dict[str, Any], objective: str, path: Path) -> int:
     if int(window) < 1:
         raise UserError(f"{path}: the window of local layers is {window}; it must be at least 1")
     return int(window)
+
+
+def _windows(window: int, objective: str) -> dict[str, int]:
+    """Of the model as an encoder and as a decoder, so that it can become the other one: to 64 keys on each side belong
+    64 keys up to and with the query, as transformers has it, or 65, as the original trainer had it."""
+    encoder = window if objective == "mlm" else max(1, window - window % 2)
+    return {"encoder_window": encoder, "decoder_window_keys": window}
 
 
 def _global_every(config: dict[str, Any], path: Path) -> int:

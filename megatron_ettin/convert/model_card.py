@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.convert.hf_config import reader_notes
-from megatron_ettin.convert.source import Source
+from megatron_ettin.convert.source import Source, cross_notes
 
 _USE = {
     "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -24,7 +24,6 @@ FOLDER = "."  # this one
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
-inputs = {name: ids[:, :-1] for name, ids in inputs.items()}  # without the closing [SEP]
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
 }
 _KIND = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
@@ -66,7 +65,7 @@ def model_card(source: Source, dtype: str, has_tokenizer: bool, parity: dict[str
     ]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", "```python", _USE[source.objective], "```"]
-    lines += [f"\n{note}." for note in reader_notes(model, source.objective)]
+    lines += [f"\n{note}." for note in (*reader_notes(model, source.objective), *cross_notes(source))]
     if not has_tokenizer:
         lines += ["", "The checkpoint came without a tokenizer: none is in this folder."]
     lines += ["", _checked(parity), ""]

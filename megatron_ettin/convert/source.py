@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,16 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.rules import Pair, pairs
+
+WEIGHTS = ".distcp"
+READERS = 4  # tensors read at once; more do not make a disk faster
+AHEAD_BYTES = 64 << 20  # of tensors read before they are asked for; a larger one is read when it is
+
+
+def check_objective(objective: str) -> str:
+    if objective not in OBJECTIVES:
+        raise UserError(f"--objective: {objective!r}; allowed: {', '.join(OBJECTIVES)}")
+    return objective
 
 
 def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
@@ -29,17 +43,25 @@ def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
 
 
 class Source:
-    """An opened, verified checkpoint of a checkpoint or run directory."""
+    """An opened checkpoint of a checkpoint or run directory. Its small files are verified here; the weights' sha256 are
+    computed while they are converted, and `check_weights` raises UserError where one is not what was written.
 
-    def __init__(self, path: Path) -> None:
+    `objective` is what it becomes, `trained_objective` what it was trained for: weights serve both."""
+
+    def __init__(self, path: Path, objective: str | None = None) -> None:
         self.checkpoint = resolve(path)
-        verify(self.checkpoint)
+        verify(self.checkpoint, which=lambda name: not name.endswith(WEIGHTS))
+        hashing = ThreadPoolExecutor(1, "sha256")
+        self._weights = hashing.submit(verify, self.checkpoint, which=lambda name: name.endswith(WEIGHTS))
+        hashing.shutdown(wait=False)
         config_path = self.checkpoint / "config.yaml"
         groups = read_config(self.checkpoint)
         self.run: dict[str, Any] = groups.get("run") or {}
-        self.objective = str(self.run.get("objective"))
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"{config_path}: run.objective is {self.objective!r}; allowed: {', '.join(OBJECTIVES)}")
+        self.trained_objective = str(self.run.get("objective"))
+        if self.trained_objective not in OBJECTIVES:
+            allowed = ", ".join(OBJECTIVES)
+            raise UserError(f"{config_path}: run.objective is {self.trained_objective!r}; allowed: {allowed}")
+        self.objective = check_objective(objective or self.trained_objective)
         self.model = model_config(groups, config_path)
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
@@ -64,3 +86,40 @@ class Source:
     def read(self, pair: Pair) -> torch.Tensor:
         """One of ours, without the rows that tensor parallelism padded."""
         return self._reader.read(pair.ours)[: pair.shape[0]]
+
+    def tensors(self) -> Iterator[tuple[Pair, torch.Tensor]]:
+        """All of ours in file order, some read ahead."""
+        waiting: deque[tuple[Pair, int, Future[torch.Tensor]]] = deque()
+        with ThreadPoolExecutor(READERS, "tensors") as pool:
+            rest = deque(self.pairs)
+            while rest or waiting:
+                ahead_bytes = sum(size for _, size, _ in waiting)
+                while rest and (not waiting or ahead_bytes + self._bytes(rest[0]) <= AHEAD_BYTES):
+                    pair = rest.popleft()
+                    waiting.append((pair, self._bytes(pair), pool.submit(self.read, pair)))
+                    ahead_bytes += self._bytes(pair)
+                pair, _, reading = waiting.popleft()
+                yield pair, reading.result()
+
+    def _bytes(self, pair: Pair) -> int:
+        return math.prod(pair.shape) * self._reader.dtype(pair.ours).itemsize
+
+    def check_weights(self) -> None:
+        """Wait for the checksums. Raises UserError naming the first file that is not what was written."""
+        self._weights.result()
+
+
+def cross_notes(source: Source) -> list[str]:
+    """What a reader must know of a model that was not trained for what it was exported as."""
+    if source.objective == source.trained_objective:
+        return []
+    if source.objective == "mlm":
+        return [
+            "These weights were trained as a decoder and exported as an encoder: position i holds the prediction of"
+            " token i + 1 (masked next-token prediction), so a masked token is read from the position before it, until"
+            " the model is trained on as an encoder"
+        ]
+    return [
+        "These weights were trained as an encoder and exported as a decoder: they have never predicted a next token;"
+        " train on with `--objective clm` before generating"
+    ]

@@ -1,8 +1,8 @@
 """A checkpoint -> a folder that transformers' Auto classes load.
 
-Weights are streamed: the checkpoint is read and the safetensors files are written one tensor at a time, whatever layout
-trained it. What is exported are the model's weights as they are stored (an optimizer's fp32 masters are not used), so
-the released model is the one that computed the training loss."""
+Weights are streamed: tensors are read a few ahead and written one after the other, whatever layout trained them. What
+is exported are the model's weights as they are stored (an optimizer's fp32 masters are not used), so the released model
+is the one that computed the training loss."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.convert.hf_config import reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
 from megatron_ettin.convert.safetensors_file import Entry, write_model
-from megatron_ettin.convert.source import Source
+from megatron_ettin.convert.source import Source, cross_notes
 from megatron_ettin.convert.staging import staged
-from megatron_ettin.convert.tokenizer_files import copy_tokenizer, special_ids
+from megatron_ettin.convert.tokenizer_files import export_tokenizer, special_ids
 from megatron_ettin.convert.verify import Logits, check_export
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 MAX_SHARD_BYTES = 5_000_000_000
 Report = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -37,20 +38,27 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     our_logits: Logits | None = None,
     report: Report | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Export `checkpoint` (or a run's latest) to the new folder `out`. Returns what was written, for people and JSON.
 
     With `verify`, tensors are read back and, given `our_logits`, logits are compared with transformers' before the
-    folder gets its name; the figures are its parity.json."""
+    folder gets its name; the figures are its parity.json. `objective` makes a decoder of an encoder or the reverse."""
+    dtype = SHORT.get(dtype, dtype)
     if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; allowed: {', '.join(DTYPES)}")
+        raise UserError(f"dtype: {dtype!r}; allowed: {', '.join([*DTYPES, *SHORT])}")
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes: {max_shard_bytes}; must be at least 1")
-    source = Source(checkpoint)
+    source = Source(checkpoint, objective)
     with staged(out) as staging:
-        files = _write(source, staging, dtype, max_shard_bytes, report)
-        has_tokenizer = copy_tokenizer(source.tokenizer, staging)
-        parity = check_export(source, staging, DTYPES[dtype], our_logits) if verify else None
+        try:
+            files = _write(source, staging, dtype, max_shard_bytes, report)
+            has_tokenizer = export_tokenizer(source.tokenizer, staging, source.objective)
+            parity = check_export(source, staging, DTYPES[dtype], our_logits) if verify else None
+        except UserError:
+            source.check_weights()  # a damaged file is told by its checksum rather than by what it leads to
+            raise
+        source.check_weights()
         if parity is not None:
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
         card = model_card(source, dtype, has_tokenizer, parity)
@@ -63,7 +71,7 @@ def to_hf(
     return {
         **{"checkpoint": str(source.checkpoint), "out": str(out), "objective": source.objective, "dtype": dtype},
         **{"step": source.progress.get("step"), "files": files, "tokenizer": has_tokenizer, "parity": parity},
-        "notes": reader_notes(source.model, source.objective),
+        "notes": [*reader_notes(source.model, source.objective), *cross_notes(source)],
     }
 
 
@@ -77,8 +85,8 @@ def _write(source: Source, staging: Path, dtype: str, max_shard_bytes: int, repo
 
 
 def _tensors(source: Source, report: Report | None) -> Iterator[torch.Tensor]:
-    """Theirs in file order; at any time one of ours is in memory."""
-    for done, pair in enumerate(source.pairs, start=1):
-        yield from pair.form.split(source.read(pair), source.model, len(pair.theirs))
+    """Theirs in file order."""
+    for done, (pair, tensor) in enumerate(source.tensors(), start=1):
+        yield from pair.form.split(tensor, source.model, len(pair.theirs))
         if report is not None:
             report(done, len(source.pairs))

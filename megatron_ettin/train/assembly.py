@@ -39,12 +39,17 @@ class Machine:
                 chunk.start_param_sync(force_sync=True)
 
 
-def assemble(config: Config, platform: Platform, world: int, training: bool = True) -> Machine:
-    """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision)."""
+def assemble(
+    config: Config, platform: Platform, world: int, training: bool = True, initial_weights: bool = True
+) -> Machine:
+    """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision).
+
+    Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
+    is half a minute for nothing."""
     platform.check_precision(config.precision.name)
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
-    chunks = build_chunks(config, platform, layout)
+    chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return Machine(config, platform, layout, chunks, [], None)
     wrapped = wrap(config, chunks)
@@ -55,7 +60,7 @@ def assemble(config: Config, platform: Platform, world: int, training: bool = Tr
     return Machine(config, platform, layout, chunks, wrapped, optimizer)
 
 
-def build_chunks(config: Config, platform: Platform, layout: Layout) -> list[EttinModel]:
+def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
     """This rank's model chunks (one, or vp of them), weights drawn by name."""
     core = transformer_config(
         config, layer_backend(platform, config.precision.name), layout.topology.pipeline_layout, platform.is_gpu
@@ -66,7 +71,8 @@ def build_chunks(config: Config, platform: Platform, layout: Layout) -> list[Ett
     chunks = []
     for stage, has_embedding, has_head in layout.chunk_stages():
         chunk = EttinModel(core, groups, has_embedding, has_head, stage).to(platform.device)
-        init.fill(chunk, weights, layout.topology.tp, layout.tp_rank)
+        if initial_weights:
+            init.fill(chunk, weights, layout.topology.tp, layout.tp_rank)
         chunks.append(chunk)
     return chunks
 

@@ -30,9 +30,12 @@ def alone_on_cpu(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def alone(checkpoint: Path) -> Iterator[Machine]:
-    """The checkpoint's whole model, not loaded yet, in this process; its groups are gone afterwards."""
-    machine = machine_alone(alone_on_cpu(resume.checkpoint_config(checkpoint)))
+def alone(checkpoint: Path, objective: str | None = None) -> Iterator[Machine]:
+    """The checkpoint's whole model, not loaded yet, in this process; its groups are gone afterwards. With `objective`
+    it attends as an encoder or a decoder does, whatever it was trained as."""
+    config = alone_on_cpu(resume.checkpoint_config(checkpoint))
+    run = dataclasses.replace(config.run, objective=objective or config.run.objective)
+    machine = machine_alone(dataclasses.replace(config, run=run), initial_weights=False)
     try:
         yield machine
     finally:
@@ -40,9 +43,11 @@ def alone(checkpoint: Path) -> Iterator[Machine]:
         leave()
 
 
-def logits_of(checkpoint: Path, token_lists: list[list[int]]) -> list[torch.Tensor]:
-    """fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own."""
-    with alone(checkpoint) as machine, torch.no_grad():
-        resume.load(machine, checkpoint, with_optimizer=False)
+def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | None = None) -> list[torch.Tensor]:
+    """fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own.
+
+    The checkpoint's checksums are the caller's to check."""
+    with alone(checkpoint, objective) as machine, torch.no_grad():
+        resume.load(machine, checkpoint, with_optimizer=False, verified=True)
         model = machine.chunks[0].eval()
         return [model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids))) for ids in token_lists]

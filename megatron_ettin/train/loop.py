@@ -221,8 +221,8 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
         print(f"OMP_NUM_THREADS is not set; every rank uses {torch.get_num_threads()} threads", flush=True)
 
 
-def machine_alone(config: Config, training: bool = False) -> Machine:
+def machine_alone(config: Config, training: bool = False, initial_weights: bool = True) -> Machine:
     """The whole model in this process, for evaluation, export checks and tools."""
     platform = detect(config.run.device)
     join(Place(0, 1, 0, None, 0, "alone"), platform)
-    return assemble(config, platform, 1, training)
+    return assemble(config, platform, 1, training, initial_weights)

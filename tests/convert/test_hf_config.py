@@ -34,7 +34,8 @@ def written(tmp_path, objective, model=MODEL, drop=(), **changes):
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("drop", [(), OLD_KEYS, NEW_KEYS], ids=["both", "5.x only", "4.x only"])
 def test_either_generation_reads_back_the_same(tmp_path, objective, drop):
-    model = dataclasses.replace(MODEL, encoder_window=32) if objective == "mlm" else MODEL
+    window = {"mlm": 32, "clm": 64}[objective]
+    model = dataclasses.replace(MODEL, encoder_window=window, decoder_window_keys=window)
     parsed = from_hf_config(written(tmp_path, objective, model, drop))
     assert (parsed.objective, parsed.model, parsed.notes) == (objective, model, ())
 

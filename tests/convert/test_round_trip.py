@@ -12,6 +12,7 @@ from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import to_hf
 from megatron_ettin.convert.verify import ParityError
+from megatron_ettin.data.tokenizer import load_tokenizer
 from tests.convert import folders
 from tests.convert.folders import SHAPE_17M, command, load, logits, make_folder, same_bits, tensors
 
@@ -127,7 +128,12 @@ def test_tokenizer_travels_and_tasks_run(tmp_path, tiny_tokenizer):
         assert to_hf(room / "checkpoint", room / "again")["tokenizer"]
         tokenizer = AutoTokenizer.from_pretrained(room / "again")
         text = "the reader follows the next word."
-        assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(tiny_tokenizer)(text)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(tiny_tokenizer)(text)["input_ids"]
+        assert tokenizer(text)["input_ids"] == (ids if objective == "mlm" else ids[:-1])  # a prompt is not finished
+        assert tokenizer.padding_side == {"mlm": "right", "clm": "left"}[objective]
+        from_hf(room / "again", room / "back")
+        theirs = {load_tokenizer(folder).fingerprint for folder in (room / "back" / "tokenizer", tiny_tokenizer)}
+        assert len(theirs) == 1  # so that the data it was trained on still fits
         config = json.loads((room / "again" / "config.json").read_text())
         assert [config[f"{name}_token_id"] for name in ("cls", "sep", "pad", "bos", "eos")] == [1, 2, 3, 1, 2]
         if objective == "mlm":
@@ -135,7 +141,7 @@ def test_tokenizer_travels_and_tasks_run(tmp_path, tiny_tokenizer):
             assert len(answers) == 5 and sum(answer["score"] for answer in answers) <= 1
         else:
             model = load(room / "again", "clm")
-            ids = torch.tensor([tokenizer(text)["input_ids"][:-1]])
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
             cached = model.generate(ids, max_new_tokens=24, do_sample=False)
             plain = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=False)
             assert torch.equal(cached, plain) and cached.shape[1] > ids.shape[1]
@@ -144,7 +150,7 @@ def test_tokenizer_travels_and_tasks_run(tmp_path, tiny_tokenizer):
 def test_export_that_differs_is_not_published(tmp_path, capsys, monkeypatch):
     _, checkpoint = imported(tmp_path, "mlm")
 
-    def wrong(path, lists):
+    def wrong(path, lists, objective):
         return [torch.zeros(len(ids), 320) for ids in lists]
 
     with pytest.raises(ParityError, match="logits differ"):
@@ -152,7 +158,7 @@ def test_export_that_differs_is_not_published(tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "theirs"]
     nans = [torch.full((2 * 8 + 37, 320), float("nan")), torch.zeros(17, 320), torch.zeros(4, 320)]
     with pytest.raises(ParityError, match="inf"):
-        to_hf(checkpoint, tmp_path / "again", verify=True, our_logits=lambda path, lists: nans)
+        to_hf(checkpoint, tmp_path / "again", verify=True, our_logits=lambda path, lists, objective: nans)
     monkeypatch.setattr("megatron_ettin.train.inference.logits_of", wrong)
     with pytest.raises(SystemExit, match="logits differ"):
         command(capsys, "to-hf", checkpoint, tmp_path / "again", "--verify")

@@ -1,0 +1,71 @@
+"""The exported folders, and what each environment made of them; both once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.convert.compat.exports import make_exports
+
+ROOT = Path(__file__).resolve().parents[3]
+NO_INDEX = 69  # exit status of tools/compat_env.sh
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What `probe.py` found in one environment."""
+
+    version: str
+    found: dict[str, dict[str, str | None]]
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    return make_exports(tmp_path_factory.mktemp("compat"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def probed(exports: Path) -> Callable[[str], Probed]:
+    """By name of an environment, which is made on first use. Skips where no package index can be reached."""
+    done: dict[str, Probed | str] = {}
+
+    def of(name: str) -> Probed:
+        if name not in done:
+            done[name] = probe(name, exports)
+        result = done[name]
+        if isinstance(result, str):
+            pytest.skip(result)
+        return result
+
+    return of
+
+
+def probe(name: str, exports: Path) -> Probed | str:
+    """Make the environment and run every check in it; a text where it cannot be made here."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    made = subprocess.run(
+        ["bash", str(ROOT / "tools/compat_env.sh"), name], capture_output=True, text=True, env=environment
+    )
+    if made.returncode == NO_INDEX:
+        return made.stderr.strip().splitlines()[-1]
+    assert made.returncode == 0, made.stderr
+    out = exports.parent / f"{name}.json"
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [made.stdout.strip(), "-m", "tests.convert.compat.probe", str(exports), str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        cwd=exports,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(out.read_text())
+    return Probed(result["versions"]["transformers"], result["found"])

@@ -1,0 +1,49 @@
+"""Exported folders in environments with other transformers, each made by tools/compat_env.sh.
+
+$ETTIN_COMPAT names them: the oldest and the newest by default, more in tests/nightly.sh."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import yaml
+
+from tests.convert.compat.conftest import ROOT
+from tests.convert.compat.exports import EXPORTS, ettin, objective_of
+from tests.convert.compat.probe import checks_of
+from tests.convert.folders import same_bits, tensors
+
+ENVIRONMENTS = os.environ.get("ETTIN_COMPAT", "oldest newest").split()
+CHECKED = [(name, check.__name__) for name in EXPORTS for check in checks_of(objective_of(name))]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize(("name", "check"), CHECKED)
+def test_exported_folder(probed, environment, name, check):
+    went_wrong = probed(environment).found[name][check]
+    assert went_wrong is None, went_wrong
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_it_is_the_version_that_was_asked_for(probed, environment):
+    lowest = re.search(r"transformers >= ([\d.]+)", (ROOT / "setup.cfg").read_text())[1]
+    pinned = re.search(r"transformers==([\d.]+)", (ROOT / "constraints-cpu.txt").read_text())[1]
+    wanted = {"oldest": f"{lowest}.0", "newest": pinned, "latest": ""}.get(environment, environment)
+    assert probed(environment).version.startswith(wanted)
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize("name", EXPORTS)
+def test_what_transformers_saved_again_is_imported(probed, environment, exports, tmp_path, name):
+    version = probed(environment).version
+    ettin("convert", "from-hf", exports / name / "model", tmp_path / "first")
+    ettin("convert", "from-hf", exports / name / f"saved_by_{version}", tmp_path / "second")
+    first, second = (yaml.safe_load((tmp_path / which / "config.yaml").read_text()) for which in ("first", "second"))
+    assert first["model"] == second["model"] and first["run"]["objective"] == second["run"]["objective"]
+    for which in ("first", "second"):
+        ettin("convert", "to-hf", tmp_path / which, tmp_path / f"{which}_out", "--no-verify")
+    assert same_bits(tensors(tmp_path / "first_out"), tensors(tmp_path / "second_out"))
+    for file in ("config.json", "tokenizer_config.json"):
+        assert (tmp_path / "first_out" / file).is_file() and (tmp_path / "second_out" / file).is_file()

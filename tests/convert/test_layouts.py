@@ -1,0 +1,106 @@
+"""transformers -> checkpoint -> trained by one rank and by four (tp 2, pp 2) -> transformers: the same bits, for every
+published shape, both objectives, fp32 and bf16.
+
+Training is a step whose learning rate is zero in float32: the weights go through the ranks' shards, the optimizer's masters and
+a checkpoint with optimizer state, and come out as they went in. Widths are exact; the three larger shapes have four of
+their layers here and all of them in tests/nightly.sh (ETTIN_FULL_SHAPES, names separated by spaces). The vocabulary is
+odd, so that tensor parallelism pads it; norms, biases and matrices are those of tests/convert/folders.py, with which
+any swap of rows or tensors shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.convert.from_hf import from_hf
+from megatron_ettin.convert.to_hf import to_hf
+from tests.conftest import make_corpus
+from tests.convert.folders import make_folder, tensors
+from tests.pool import Pool
+
+pytestmark = pytest.mark.ranks
+FULL = os.environ.get("ETTIN_FULL_SHAPES", "17m 32m 68m").split()
+LAYERS = 4  # of the other shapes
+VOCABULARY = 321
+LAYOUTS = {"1 rank": (1, []), "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2"])}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORDS = [
+    *("data.seq_len=64", "batch.global_batch_rows=2", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"),
+    *(
+        "optim.lr=1e-60",
+        "optim.weight_decay=0",
+        "schedule.name=constant",
+        "schedule.warmup_tokens=0",
+        "run.device=cpu",
+        "run.steps=1",
+    ),
+    *("metrics.tensorboard=false", "checkpoint.every_tokens=null"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A dataset whose tokenizer has one entry more than a multiple of two."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(tiny_tokenizer, folder / "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": VOCABULARY - 1, "content": "[ODD]"})
+    path.write_text(json.dumps(content))
+    return make_corpus(folder, folder / "tokenizer")
+
+
+def shape_of(size: str) -> dict[str, int]:
+    shape = SIZES[size]
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers if size in FULL else LAYERS,
+        "num_attention_heads": shape.num_attention_heads,
+        **{"pad_token_id": 3, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2},
+    }
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Every size with both objectives and both precisions; of the larger sizes two of these four, unless all of their
+    layers are asked for too."""
+    both = [("mlm", "fp32"), ("clm", "bf16")]
+    every = [*both, ("mlm", "bf16"), ("clm", "fp32")]
+    return [(size, *case) for size in SIZES for case in (every if size in FULL and size != "68m" else both)]
+
+
+@pytest.mark.parametrize(("size", "objective", "precision"), cases())
+def test_bits_survive_training_layouts(
+    pool: Pool, odd_corpus: Path, tmp_path: Path, size: str, objective: str, precision: str
+) -> None:
+    shape = shape_of(size)
+    theirs = make_folder(tmp_path / "theirs", objective, shape, DTYPES[precision])
+    from_hf(theirs, tmp_path / "imported")
+    for layout, (world, words) in LAYOUTS.items():
+        run = tmp_path / layout.replace(" ", "-")
+        command = ["train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(run)]
+        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *WORDS, *words]
+        command += [f"model.vocab_size={VOCABULARY}", f"model.num_layers={shape['num_hidden_layers']}"]
+        results = pool.run(world, [*command, f"data.mixture={odd_corpus}"], timeout_seconds=600)
+        assert {result.status for result in results} == {0}, "\n".join(r.output[-2000:] for r in results)
+        to_hf(run, tmp_path / "again", {"fp32": "float32", "bf16": "bfloat16"}[precision])
+        assert_same(tmp_path / "theirs", tmp_path / "again", layout)
+        shutil.rmtree(tmp_path / "again")
+        shutil.rmtree(run)
+
+
+def assert_same(theirs: Path, again: Path, layout: str) -> None:
+    expected, found = tensors(theirs), tensors(again)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        same = tensor.dtype == found[name].dtype and torch.equal(
+            tensor.view(torch.uint8), found[name].view(torch.uint8)
+        )
+        assert same, f"{name} after {layout}"
