@@ -3,6 +3,7 @@
 Examples:
   ettin convert to-hf runs/17m-mlm exported --dtype bf16
   ettin convert from-hf exported imported
+  ettin convert from-composer ep0-ba5996-rank0.pt imported
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf|from-composer")
     out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported")
     out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="of a run: its latest checkpoint")
     out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
@@ -40,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     back.add_argument("--objective", metavar="mlm|clm", help="make a decoder of an encoder's folder, or the reverse")
     back.add_argument("--json", action="store_true", help="print the result as JSON")
+    summary = "a file of the original trainer -> a checkpoint of weights"
+    theirs = _way(ways, "from-composer", summary, "ep0-ba5996-rank0.pt imported --config decoder_base.yaml")
+    theirs.add_argument("file", type=Path, metavar="FILE.pt", help="nothing in it is executed")
+    theirs.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    theirs.add_argument(
+        "--config", type=Path, metavar="YAML", help="of the run, or a config.json (default: the file's)"
+    )
+    theirs.add_argument("--objective", metavar="mlm|clm", help="what to import it as (default: what it was)")
+    theirs.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _way(ways: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -57,6 +67,13 @@ def run(args: argparse.Namespace) -> None:
     if args.way == "from-hf":
         with _progress("reading") as report:
             result = from_hf(args.hf_dir, args.out, report, args.objective)
+        _print(result, _imported(result), args.json)
+        return
+    if args.way == "from-composer":
+        from megatron_ettin.convert.composer import from_composer
+
+        with _progress("reading") as report:
+            result = from_composer(args.file, args.out, args.config, report, args.objective)
         _print(result, _imported(result), args.json)
         return
     max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")

@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
     "order": ("order", "which documents each step used or will use"),
     "convert": ("convert", "to and from Hugging Face folders"),
+    "release": ("release", "every checkpoint of a run as revisions of a Hugging Face repository"),
 }
 
 

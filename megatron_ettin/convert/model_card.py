@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.config.counts import format_count
@@ -29,8 +30,19 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
 _KIND = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
 
 
-def model_card(source: Source, dtype: str, has_tokenizer: bool, parity: dict[str, Any] | None) -> str:
-    """The card's text. States only what the checkpoint says of itself."""
+@dataclass(frozen=True)
+class About:
+    """What the checkpoint cannot say of itself: the name and the licence (of SPDX) that its owners give it."""
+
+    name: str | None = None
+    licence: str | None = None
+    revision: str | None = None
+
+
+def model_card(
+    source: Source, dtype: str, has_tokenizer: bool, parity: dict[str, Any] | None, about: About = About()
+) -> str:
+    """The card's text. States only what the checkpoint and its owners say."""
     kind, task = _KIND[source.objective]
     model, progress = source.model, source.progress
     parameters = parameter_count(model, model.vocab_size)
@@ -47,18 +59,17 @@ def model_card(source: Source, dtype: str, has_tokenizer: bool, parity: dict[str
         "trained": f"phase {source.run.get('phase') or 'not recorded'}, step {progress.get('step', 0):,}, "
         f"{format_count(progress.get('tokens') or 0)} tokens",
         "weights": dtype,
+        "licence": about.licence or "not stated",
     }
+    if about.revision:
+        rows = {"revision": f"`{about.revision}`"} | rows
     lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {task}",
-        "---",
-        "",
-        f"# A ModernBERT-style {kind}",
-        "",
+        *("---", "library_name: transformers", f"pipeline_tag: {task}"),
+        *([f"license: {about.licence}"] if about.licence else []),
+        *("tags:", "- modernbert", "- ettin", "---", "", f"# {about.name or f'A ModernBERT-style {kind}'}", ""),
     ]
     lines += [
-        "Trained with megatron_ettin (the Ettin recipe of paired encoders and decoders).",
+        f"A ModernBERT-style {kind}, trained with megatron_ettin (the Ettin recipe of paired encoders and decoders).",
         "",
         "| | |",
         "|---|---|",

@@ -28,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 MAX_SHARD_BYTES = 5_000_000_000
 Report = Callable[[int, int], None]  # tensors done, tensors in all
+Card = Callable[[Source, str, bool, dict[str, Any] | None], str]  # source, dtype, has a tokenizer, parity record
 
 
 def to_hf(
@@ -39,6 +40,7 @@ def to_hf(
     our_logits: Logits | None = None,
     report: Report | None = None,
     objective: str | None = None,
+    card: Card = model_card,
 ) -> dict[str, Any]:
     """Export `checkpoint` (or a run's latest) to the new folder `out`. Returns what was written, for people and JSON.
 
@@ -61,8 +63,7 @@ def to_hf(
         source.check_weights()
         if parity is not None:
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
-        card = model_card(source, dtype, has_tokenizer, parity)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
         for path in staging.iterdir():
             fsync(path)
         fsync(staging)

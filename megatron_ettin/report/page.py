@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.counts import format_count
-from megatron_ettin.report.compare import Chain, Check, Comparison, operations
+from megatron_ettin.report.compare import Chain, Check, Comparison, Run, chains, operations
 from megatron_ettin.report.curves import Chart, Curve, png, svg
 
 # key of metrics.jsonl -> (title, unit)
@@ -62,6 +62,11 @@ def charts(comparison: Comparison) -> list[Chart]:
             longest = max(comparison.chains, key=lambda chain: len(chain.runs))
             drawn.append(Chart(title, unit, curves, longest.phase_starts(), wide=key == "loss"))
     return drawn
+
+
+def picture_of(runs: list[Path]) -> bytes:
+    """The curves of one model's phases as a PNG. Raises UserError where a run has no metrics."""
+    return png(charts(Comparison(chains([Run.read(path) for path in runs]), [])))
 
 
 def summary(chain: Chain) -> dict[str, Any]:

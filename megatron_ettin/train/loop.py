@@ -137,7 +137,8 @@ def _train_as(
             announce(run, place, origin, corpus)
             record = {"from": origin, "changes": changes, "layout": str(machine.layout.topology), "world": place.world}
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
-            run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads})
+            began = run_directory.origin(launch.run_dir, launch.init_from)
+            run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
         return train(run, build_hooks(run), stop)
     finally:
         parallel.destroy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,20 @@ def spans(config: Config, corpus: Corpus, steps: range) -> Iterator[dict[str, An
             yield dict(zip(COLUMNS, values, strict=True))
 
 
-def write_parquet(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
+def write_parquet(
+    out: Path, config: Config, corpus: Corpus, steps: range, names: Mapping[str, str] | None = None
+) -> int:
     """Write the lines of `tables`; returns how many. Written beside and renamed. The file notes what it takes to train
-    in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens."""
+    in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens. `names`: what to
+    call the datasets instead of their paths."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    named = names or {}
     notes = {
-        "datasets": {str(dataset.path): dataset.fingerprint for dataset in corpus.datasets},
+        "datasets": {
+            named.get(str(dataset.path), str(dataset.path)): dataset.fingerprint for dataset in corpus.datasets
+        },
         "seq_len": corpus.seq_len,
         "batching": corpus.batching,
         "mean_tokens_per_row": corpus.mean_tokens_per_row,
@@ -153,6 +159,7 @@ def write_parquet(out: Path, config: Config, corpus: Corpus, steps: range) -> in
     count = 0
     with written_beside(out) as beside, parquet.ParquetWriter(beside, schema) as writer:
         for table in tables(config, corpus, steps):
+            table["dataset"] = [named.get(path, path) for path in table["dataset"]]
             writer.write_table(pa.table(table, schema=schema))
             count += len(table["step"])
     return count

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
+from megatron_ettin.checkpoint.directory import resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError, nearest
@@ -99,6 +100,15 @@ def read_order(run_dir: Path) -> dict[str, Any]:
         return json.loads((run_dir / "order.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def origin(run_dir: Path, init_from: Path | None) -> dict[str, str]:
+    """What the run's launch was given to begin from, for `ettin release` to follow: absolute, and from the run
+    directory on, so that runs moved together still find each other."""
+    if init_from is None:
+        return {}
+    source = resolve(init_from).absolute()
+    return {"init_from": str(source), "init_from_relative": os.path.relpath(source, run_dir.absolute())}
 
 
 def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:

@@ -1,0 +1,154 @@
+"""Every checkpoint of a run, and of the runs it goes on from, as revisions of one Hugging Face repository.
+
+OUT gets a folder a revision (step0, step1000, ..., ext500, ..., decay200), each with weights, config, tokenizer, card
+and parity record, `main` (the final one, with the card of the whole release and its training curve) and data_order/.
+Run it again to go on after an interruption or to add later checkpoints.
+
+Examples:
+  ettin release runs/17m-mlm/decay --out released/17m-mlm --licence apache-2.0
+  ettin release runs/17m-mlm/decay --out released/17m-mlm --push my-lab/ettin-17m-encoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+MOST_ROWS = 20_000_000  # of a phase's data order that is written unasked
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "float32", "bfloat16"), default="fp32", help="of weights")
+    parser.add_argument("--name", help="of the model on its card (SIZE-encoder or SIZE-decoder)")
+    parser.add_argument("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
+    parser.add_argument("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
+    parser.add_argument("--alone", action="store_true", help="not the runs that RUN goes on from")
+    parser.add_argument("--workers", type=int, metavar="N", help="checkpoints at a time (by cores and memory)")
+    parser.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
+    parser.add_argument("--recheck", action="store_true", help="compare checksums of what is released already")
+    parser.add_argument("--push", metavar="OWNER/REPO", help="then to the Hugging Face hub, a branch a revision")
+    parser.add_argument("--private", action="store_true", help="--push makes a private repository")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.errors import UserError
+
+    plan = make_plan(args)
+    if args.push:
+        _check_push(args.push)
+    from megatron_ettin.convert.release import build
+    from megatron_ettin.convert.release.workers import WorkerLost
+
+    try:
+        result = build.release(plan, None if args.json else _tell)
+    except WorkerLost as error:  # exit 1: nobody's typing
+        raise SystemExit(f"ettin release: {error}") from error
+    told = {"out": str(args.out), **dataclasses.asdict(result)}
+    if result.failed:
+        _print(told, args.json)
+        name, why = next(iter(result.failed.items()))
+        pushed = "; nothing was pushed" if args.push else ""
+        raise UserError(f"{len(result.failed)} of {len(result.revisions)} revisions failed{pushed}: {name}: {why}")
+    if args.push:
+        told["push"] = _push(args)
+    _print(told, args.json)
+
+
+def make_plan(args: argparse.Namespace) -> Any:
+    """The options checked, the runs read. Raises UserError."""
+    from megatron_ettin.config.counts import parse_count
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.convert.release.build import Plan
+    from megatron_ettin.convert.release.chain import find_chain
+    from megatron_ettin.convert.release.record import Options
+    from megatron_ettin.convert.to_hf import SHORT
+    from megatron_ettin.report.page import picture_of
+    from megatron_ettin.train.inference import logits_of
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
+    if max_shard_bytes < 1:
+        raise UserError(f"--max-shard-bytes {args.max_shard_bytes}: must be at least 1")
+    for option in ("name", "licence"):
+        value = getattr(args, option)
+        if value is not None and (not value.strip() or "\n" in value):
+            raise UserError(f"--{option} {value!r}: give one line of text")
+    chain = find_chain(args.runs, args.alone)
+    settings = chain.runs[-1].config.run
+    name = args.name or f"{settings.size}-{'encoder' if settings.objective == 'mlm' else 'decoder'}"
+    options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
+    order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
+    return Plan(chain, args.out, options, logits_of, order, picture_of, args.workers, args.recheck)
+
+
+def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:
+    """Steps 1 to `last_step` of a run's data order as parquet, datasets by name; None beyond `most_rows`."""
+    from megatron_ettin.convert.release.card import dataset_names
+    from megatron_ettin.train import order
+
+    config, corpus = order.open_run(run_dir)
+    order.check_same_order(run_dir, corpus)
+    steps = range(1, last_step + 1)
+    if most_rows is not None and order.batch_sizes(config, corpus, steps).rows_before(last_step) > most_rows:
+        return None
+    paths = [str(dataset.path) for dataset in corpus.datasets]
+    names = dict(zip(paths, dataset_names(paths), strict=True))
+    return {"chunks": order.write_parquet(out, config, corpus, steps, names), "fingerprint": corpus.fingerprint}
+
+
+def write_short_order(run_dir: Path, last_step: int, out: Path) -> dict[str, Any] | None:
+    return write_order(run_dir, last_step, out, MOST_ROWS)
+
+
+def _check_push(repository: str) -> None:
+    from megatron_ettin.config.errors import UserError
+
+    try:
+        from megatron_ettin.convert.release.hub import check_repository
+    except ImportError as error:
+        raise UserError(f"--push: {error}; pip install huggingface_hub") from None
+    check_repository(repository)
+
+
+def _push(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the index names: revisions of deleted checkpoints too."""
+    from megatron_ettin.convert.release.hub import push
+
+    index = json.loads((args.out / "release.json").read_text(encoding="utf-8"))
+    done = push(args.out, args.push, [one["revision"] for one in index["revisions"]], args.private)
+    return {"url": done.url, "uploaded": done.uploaded, "kept": done.kept}
+
+
+def _tell(done: int, total: int, outcome: Any) -> None:
+    """A line a revision, on standard error, so that standard output is the answer."""
+    if outcome is None:
+        print(f"{total} revisions to make", file=sys.stderr, flush=True)
+        return
+    told = outcome.error or f"{outcome.seconds:.1f} s"
+    print(f"[{done}/{total}] {outcome.name}: {told}", file=sys.stderr, flush=True)
+
+
+def _print(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    for note in told["notes"]:
+        print(f"note: {note}")
+    counts = f"{len(told['made'])} made, {len(told['kept'])} were there"
+    if told["failed"]:
+        counts += f", {len(told['failed'])} failed"
+        for name, why in told["failed"].items():
+            print(f"failed: {name}: {why}")
+    print(f"{told['out']}: {len(told['revisions'])} revisions ({counts}) in {told['seconds']:.0f} s")
+    if told.get("push"):
+        print(
+            f"{told['push']['url']}: {len(told['push']['uploaded'])} uploaded, {len(told['push']['kept'])} were there"
+        )

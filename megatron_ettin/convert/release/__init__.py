@@ -1,0 +1,1 @@
+"""Releasing every checkpoint of a run as revisions of one Hugging Face repository."""

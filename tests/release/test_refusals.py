@@ -1,0 +1,109 @@
+"""Wrong calls of `ettin release`: one line, status 2, nothing written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.release.test_release import release
+
+pytestmark = pytest.mark.ranks
+
+
+def test_what_is_no_run(trained, tmp_path, capfd):
+    checkpoint = trained / "mlm/pretrain/checkpoints/step_000000001"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        (tmp_path / "nothing", "no such folder; give a run directory"),
+        (tmp_path / "file", "not a folder; give a run directory"),
+        (tmp_path / "empty", "no run directory (it wants config.yaml and checkpoints/)"),
+        (checkpoint, "no run directory (it wants config.yaml and checkpoints/)"),
+    ):
+        status, _, err = release(capfd, given, "--out", tmp_path / "out")
+        assert (status, err) == (2, f"ettin release: {given}: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_checkpoints(trained, tmp_path, capfd):
+    shutil.copytree(trained / "mlm/pretrain", tmp_path / "run", ignore=shutil.ignore_patterns("step_*"))
+    status, _, err = release(capfd, tmp_path / "run", "--out", tmp_path / "out")
+    assert (status, err) == (2, f"ettin release: {tmp_path / 'run'}: the run has no checkpoint yet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_run_it_began_from_is_gone(trained, tmp_path, capfd):
+    shutil.copytree(trained / "mlm/extend", tmp_path / "extend")
+    history = tmp_path / "extend/history.jsonl"
+    record = json.loads(history.read_text().splitlines()[0])
+    gone = {"init_from": "/gone/pretrain/checkpoints/step_000000004", "init_from_relative": "../no/checkpoints/step_4"}
+    history.write_text(json.dumps(record | gone) + "\n")
+    status, _, err = release(capfd, tmp_path / "extend", "--out", tmp_path / "out")
+    assert status == 2 and "began from /gone/pretrain" in err and "--alone" in err
+    assert not (tmp_path / "out").exists()
+    status, _out, err = release(capfd, tmp_path / "extend", "--out", tmp_path / "out", "--alone", "--order", "none")
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ext1", "ext2", "main", "release.json"]
+
+
+def test_runs_that_do_not_belong_together(trained, tmp_path, capfd):
+    shutil.copytree(trained / "mlm/extend", tmp_path / "again")
+    status, _, err = release(capfd, trained / "mlm/extend", tmp_path / "again", "--out", tmp_path / "out")
+    assert status == 2 and "both are extend; release each by itself" in err
+    config = tmp_path / "again/config.yaml"
+    config.write_text(config.read_text().replace("objective: mlm", "objective: clm"))
+    status, _, err = release(capfd, trained / "mlm/pretrain", tmp_path / "again", "--out", tmp_path / "out")
+    assert status == 2 and "trained as clm" in err
+    config.write_text(
+        config.read_text().replace("objective: clm", "objective: mlm").replace("num_layers: 4", "num_layers: 7")
+    )
+    status, _, err = release(capfd, trained / "mlm/pretrain", tmp_path / "again", "--out", tmp_path / "out")
+    assert status == 2 and "another shape" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--max-shard-bytes", "0"], "--max-shard-bytes 0: must be at least 1"),
+        (["--max-shard-bytes", "much"], "--max-shard-bytes"),
+        (["--licence", "a\nb"], "--licence 'a\\nb': give one line of text"),
+        (["--dtype", "fp8"], "--dtype"),
+        (["--push", "no-owner"], "--push no-owner: give OWNER/NAME"),
+        (["--push", "a/b/c"], "--push a/b/c"),
+    ],
+)
+def test_options(trained, tmp_path, capfd, words, said):
+    status, _, err = release(capfd, trained / "mlm/pretrain", "--out", tmp_path / "out", *words)
+    assert status == 2 and err.startswith("ettin release: ") and said in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_out_may_be(trained, tmp_path, capfd):
+    run, out = trained / "mlm/pretrain", tmp_path / "out"
+    out.write_text("")
+    status, _, err = release(capfd, run, "--out", out)
+    assert (status, err) == (2, f"ettin release: --out {out}: a file is there; name a folder")
+    out.unlink()
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+    status, _, err = release(capfd, run, "--out", out)
+    assert (status, err) == (2, f"ettin release: --out {out}: not empty and no release; name a new folder")
+    (out / "thesis.tex").unlink()
+    index = {"name": "other", "objective": "mlm", "size": "17m"}
+    (out / "release.json").write_text(json.dumps(index))
+    status, _, err = release(capfd, run, "--out", out)
+    assert status == 2 and "holds the release of name other, this one has 17m-encoder" in err
+    (out / "release.json").write_text("{")
+    assert "unreadable" in release(capfd, run, "--out", out)[2]
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    status, _, err = release(capfd, run, "--out", out)
+    os.close(handle)
+    assert status == 2 and "another `ettin release` is writing there" in err
+    assert sorted(path.name for path in out.iterdir()) == ["release.json"]

@@ -1,0 +1,189 @@
+"""`ettin release` from trained runs: every revision, what it says of itself, and what is done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.cli.main import main
+from megatron_ettin.model.init import hashed
+from tests.convert.folders import load, tensors
+from tests.release.conftest import NAMES, files_of
+
+pytestmark = pytest.mark.ranks
+
+
+def release(capfd, *words) -> tuple[int, str, str]:
+    """(status, standard output, last line of standard error)"""
+    capfd.readouterr()
+    status = main(["release", *map(str, words)])
+    out, err = capfd.readouterr()
+    return status, out, (err.strip().splitlines() or [""])[-1]
+
+
+@pytest.fixture(scope="session")
+def released(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("released") / "out"
+    assert main(["release", str(trained / "mlm/decay"), "--out", str(out), "--licence", "mit", "--name", "tiny"]) == 0
+    return out
+
+
+def test_every_checkpoint_of_the_chain_is_a_revision(released, trained):
+    folders = sorted(path.name for path in released.iterdir())
+    assert folders == sorted([*NAMES, "main", "data_order", "release.json"])
+    index = json.loads((released / "release.json").read_text())
+    assert [one["revision"] for one in index["revisions"]] == NAMES and index["main"] == "decay2"
+    for name, phase, step in (("step3", "pretrain", 3), ("ext1", "extend", 1), ("decay2", "decay", 2)):
+        reader = CheckpointReader(trained / "mlm" / phase / "checkpoints" / f"step_{step:09d}")
+        stored = tensors(released / name)
+        for ours, theirs in (("transformer.final_layernorm.weight", "model.final_norm.weight"),):
+            assert torch.equal(reader.read(ours), stored[theirs])
+        assert torch.equal(
+            reader.read("embedding.word_embeddings.weight")[:320], stored["model.embeddings.tok_embeddings.weight"]
+        )
+        model = load(released / name, "mlm")
+        assert model.config.num_hidden_layers == 4
+        parity = json.loads((released / name / "parity.json").read_text())
+        assert parity["tensors_identical"] and parity["max_abs_logit_difference"] < 1e-4
+
+
+def test_step_0_is_what_training_began_with(released, trained):
+    config_seed = 21
+    wanted = hashed(config_seed, 4, 0.02)("embedding.word_embeddings.weight", [320, 64])
+    assert torch.equal(tensors(released / "step0")["model.embeddings.tok_embeddings.weight"], wanted)
+    first = tensors(released / "step1")["model.embeddings.tok_embeddings.weight"]
+    assert 0 < (first - wanted).abs().max() < 0.05  # one step away
+
+
+def test_tokens_add_up_over_the_phases(released):
+    records = {name: json.loads((released / name / "release.json").read_text()) for name in NAMES}
+    totals = [records[name]["total_tokens"] for name in NAMES]
+    assert totals == sorted(totals) and len(set(totals)) == len(totals)
+    assert records["ext1"]["total_tokens"] == records["step4"]["total_tokens"] + records["ext1"]["tokens"]
+
+
+def test_the_card_of_main(released, corpus):
+    card = (released / "main" / "README.md").read_text()
+    assert card.startswith("---\n") and "license: mit\n" in card and "# tiny\n" in card
+    for said in ("pretrain", "extend", "decay", "learning rate", "| dataset | 100.00% |", "training_curve.png"):
+        assert said in card, said
+    assert all(f"| `{name}` |" in card for name in NAMES)
+    assert str(corpus.parent) not in card  # names, not the paths of a machine
+    assert (released / "main" / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
+    again = (released / "main" / "model.safetensors").stat()
+    assert again.st_ino == (released / "decay2" / "model.safetensors").stat().st_ino  # no second copy
+    for path in released.rglob("*"):
+        if path.suffix in (".md", ".json"):
+            assert str(corpus.parent.parent) not in path.read_text(), path
+
+
+def test_data_order_lies_beside(released, trained, capsys):
+    table = parquet.read_table(released / "data_order" / "extend.parquet")
+    assert set(table["dataset"].to_pylist()) == {"dataset"} and max(table["step"].to_pylist()) == 2
+    main(["order", str(trained / "mlm/extend"), "--steps", "1:3", "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["document"] for line in lines] == table["document"].to_pylist()
+
+
+def test_the_released_order_trains_the_same_rows(released, corpus, pool, tmp_path):
+    from tests.train.runs import train
+
+    given = f"data.order={released / 'data_order/pretrain.parquet'}"
+    theirs = train(pool, 1, tmp_path / "run", corpus, "mlm", [given, "run.steps=3"])
+    ours = train(pool, 1, tmp_path / "own", corpus, "mlm", ["run.steps=3"])
+    assert theirs.column("loss") == ours.column("loss")
+
+
+def test_a_second_time_nothing_is_made(released, trained, capfd):
+    before = {path: path.stat().st_mtime_ns for path in released.rglob("*")}
+    words = (trained / "mlm/decay", "--out", released, "--licence", "mit", "--name", "tiny", "--json")
+    for more in ((), ("--recheck",)):
+        status, out, err = release(capfd, *words, *more)
+        assert status == 0, err
+        told = json.loads(out)
+        assert told["made"] == [] and told["kept"] == NAMES
+    assert {path: path.stat().st_mtime_ns for path in before if path != released} == {
+        path: time for path, time in before.items() if path != released
+    }
+
+
+def test_what_is_damaged_or_missing_is_made_again(released, trained, tmp_path, capfd):
+    out = tmp_path / "out"
+    shutil.copytree(released, out)
+    shutil.rmtree(out / "ext2")
+    weights = out / "step2" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    (out / "decay1" / "config.json").write_text("{}")
+    shutil.rmtree(out / "main")
+    words = (trained / "mlm/decay", "--out", out, "--licence", "mit", "--name", "tiny", "--json", "--recheck")
+    status, printed, err = release(capfd, *words)
+    assert status == 0, err
+    assert sorted(json.loads(printed)["made"]) == ["decay1", "ext2", "step2"]
+    assert files_of(out) == files_of(released)
+
+
+def test_later_checkpoints_are_added_and_deleted_ones_stay(trained, tmp_path, capfd, released):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "mlm/pretrain", runs / "pretrain")
+    last = runs / "pretrain/checkpoints/step_000000004"
+    shutil.move(last, tmp_path / "later")
+    (runs / "pretrain/checkpoints/latest").write_text("step_000000003\n")
+    words = (
+        runs / "pretrain",
+        "--out",
+        tmp_path / "out",
+        "--order",
+        "none",
+        "--json",
+        "--licence",
+        "mit",
+        "--name",
+        "tiny",
+    )
+    status, out, err = release(capfd, *words)
+    assert status == 0, err
+    assert json.loads(out)["made"] and json.loads((tmp_path / "out/release.json").read_text())["main"] == "step3"
+    shutil.rmtree(runs / "pretrain/checkpoints/step_000000001")
+    shutil.move(tmp_path / "later", last)
+    status, out, err = release(capfd, *words)
+    assert status == 0, err
+    assert json.loads(out)["made"] == ["step4"]
+    index = json.loads((tmp_path / "out/release.json").read_text())
+    assert [one["revision"] for one in index["revisions"]] == NAMES[:5] and index["main"] == "step4"
+    assert files_of(tmp_path / "out/step4") == files_of(released / "step4")
+
+
+def test_runs_that_moved_together_are_found(trained, tmp_path, capfd):
+    shutil.copytree(trained / "mlm", tmp_path / "moved")
+    for phase in ("extend", "decay"):  # the absolute paths are of nowhere
+        history = tmp_path / "moved" / phase / "history.jsonl"
+        history.write_text(history.read_text().replace(str(trained), "/nowhere"))
+    words = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json", "--workers", "1")
+    status, out, err = release(capfd, tmp_path / "moved/decay", *words)
+    assert status == 0, err
+    assert json.loads(out)["made"] and json.loads(out)["revisions"] == NAMES
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out/ext1").values()} == {torch.bfloat16}
+
+
+def test_a_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, capfd):
+    shutil.copytree(trained / "mlm/pretrain", tmp_path / "run")
+    (damaged,) = (tmp_path / "run/checkpoints/step_000000002").glob("__0_0.distcp")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (tmp_path / "run/checkpoints/step_000000003/integrity.json").unlink()
+    status, out, err = release(capfd, tmp_path / "run", "--out", tmp_path / "out", "--order", "none")
+    assert status == 2
+    assert "2 of 5 revisions failed" in err and "integrity.json" in err
+    assert "failed: step2" in out and "__0_0.distcp" in out
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert folders == ["main", "release.json", "step0", "step1", "step4"]
