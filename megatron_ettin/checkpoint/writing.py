@@ -6,11 +6,12 @@ dist_checkpointing.load at any layout, and an import needs the memory of its lar
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -48,7 +49,7 @@ def write_weights(
                 file = open(staging / name, "wb")  # noqa: SIM115
             tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
             first = file.tell()
-            torch.save(tensor, file)
+            _save(tensor, file)
             corner = torch.Size([0] * tensor.dim())
             entries[key] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(corner, tensor.shape)]
@@ -60,6 +61,16 @@ def write_weights(
     _write_metadata(staging, entries, places)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
+
+
+def _save(tensor: torch.Tensor, file: BinaryIO) -> None:
+    """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there."""
+    try:
+        torch.save(tensor, file)
+        file.flush()
+    except RuntimeError as error:
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, f"not written whole: {error}") from None
 
 
 def _is_view(tensor: torch.Tensor) -> bool:

@@ -60,13 +60,22 @@ def push(
                 report(number, len(names) + 1)
     except LocalTokenNotFoundError:
         raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, *_connection_errors()) as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"--push {repository}: {told}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1} revisions are"
             " there; run it again to go on"
         ) from None
     return Pushed(done.uploaded, done.kept, url)
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """Of the library's HTTP client, which changed in 1.0; the earlier one's are OSErrors."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)
 
 
 def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:

@@ -55,6 +55,8 @@ def make(job: Job) -> Outcome:
         _make(job)
     except (UserError, ParityError) as refused:
         error = str(refused)
+    except OSError as refused:
+        error = f"{job.out}: cannot be written ({refused.strerror or refused})"
     return Outcome(job.revision.name, time.perf_counter() - began, error)
 
 

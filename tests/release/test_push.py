@@ -1,0 +1,108 @@
+"""`ettin release --push` to a hub on this machine: what arrives, and what happens after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.release.conftest import NAMES
+from tests.release.hub import Hub, serving
+
+pytestmark = pytest.mark.ranks
+LOAD = """
+import sys, torch, transformers
+found = transformers.AutoModelForMaskedLM.from_pretrained("lab/tiny", revision=sys.argv[1])
+same = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[2])
+pairs = zip(found.state_dict().values(), same.state_dict().values())
+assert all(torch.equal(a, b) for a, b in pairs)
+tokenizer = transformers.AutoTokenizer.from_pretrained("lab/tiny", revision=sys.argv[1])
+print(len(tokenizer))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as running:
+        yield running
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    mine = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    return {**os.environ, **mine, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+
+
+def start(hub: Hub, trained: Path, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    line = ["release", str(trained / "mlm/decay"), "--out", str(tmp_path / "out"), "--push", "lab/tiny", "--json"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_ettin", *line, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(hub, tmp_path / "home"),
+    )
+
+
+def finished(running: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == status, err
+    return out if status == 0 else err.strip().splitlines()[-1]
+
+
+def check_hub(hub: Hub, out: Path) -> None:
+    """Every branch holds its folder's files and nothing else; main has the data order too."""
+    assert sorted(hub.branches) == sorted([*NAMES, "main"])
+    for name, tree in hub.branches.items():
+        wanted = {path.name: path.read_bytes() for path in (out / name).iterdir()}
+        if name == "main":
+            wanted |= {f"data_order/{path.name}": path.read_bytes() for path in (out / "data_order").iterdir()}
+        assert {path: content for path, content in tree.items() if path != ".gitattributes"} == wanted, name
+
+
+def test_a_kill_in_the_middle_and_on_from_there(hub, trained, tmp_path):
+    hub.delay_seconds = 0.2
+    running = start(hub, trained, tmp_path, "--private")
+    while len(hub.commits) < 4:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    hub.delay_seconds = 0.0
+    assert len(hub.commits) < len(NAMES) and "main" not in hub.commits and hub.visibility == "private"
+    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
+    assert told["kept"][:4] == NAMES[:4] and told["uploaded"][-1] == "main"
+    assert sorted(hub.commits) == sorted([*NAMES, "main"])  # one commit each, and none twice
+    check_hub(hub, tmp_path / "out")
+    uploads = hub.uploads
+    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
+    assert told["uploaded"] == [] and hub.uploads == uploads and len(hub.commits) == len(NAMES) + 1
+    load = subprocess.run(
+        [sys.executable, "-c", LOAD, "step3", str(tmp_path / "out" / "step3")],
+        capture_output=True,
+        text=True,
+        env=environment(hub, tmp_path / "home"),
+        timeout=200,
+    )
+    assert load.returncode == 0 and load.stdout.strip() == "320", load.stderr
+    # what a revision should not have goes, what changed is sent anew
+    hub.branches["step2"] |= {"stray.bin": b"1", "config.json": b"{}"}
+    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
+    assert told["uploaded"] == ["step2"] and hub.uploads == uploads
+    check_hub(hub, tmp_path / "out")
+
+
+def test_a_hub_that_refuses(hub, trained, tmp_path):
+    hub.refuse = {r"/commit/step2": 403}
+    line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
+    assert line.startswith("ettin release: --push lab/tiny: 403") and "run it again to go on" in line
+    assert "2 of 10 revisions are there" in line and "main" not in hub.commits
+    hub.refuse = {"/api/repos/create": 401}
+    line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
+    assert line.startswith("ettin release: --push lab/tiny: ") and "401" in line
