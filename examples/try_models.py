@@ -30,10 +30,9 @@ def fill_mask(folder: Path, text: str, count: int = 5) -> list[tuple[str, float]
 def go_on(folder: Path, prompt: str, new_tokens: int = 20) -> str:
     """`prompt` and the decoder's most probable words after it."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    # The decoder learnt chunks that begin with [CLS] and end with [SEP]; a prompt only begins.
-    ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]])
     with torch.inference_mode():
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        written = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return tokenizer.decode(written[0], skip_special_tokens=True)
 
 

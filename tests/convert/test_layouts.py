@@ -91,7 +91,14 @@ def test_bits_survive_training_layouts(
     for layout, (world, words) in LAYOUTS.items():
         run = tmp_path / layout.replace(" ", "-")
         command = ["train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(run)]
-        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *WORDS, *words, *gathers(size)]
+        command += [
+            "--init-from",
+            str(tmp_path / "imported"),
+            f"precision.name={precision}",
+            *WORDS,
+            *words,
+            *gathers(size),
+        ]
         command += [f"model.vocab_size={VOCABULARY}", f"model.num_layers={shape['num_hidden_layers']}"]
         results = pool.run(world, [*command, f"data.mixture={odd_corpus}"], timeout_seconds=600)
         assert {result.status for result in results} == {0}, "\n".join(r.output[-2000:] for r in results)
