@@ -1,0 +1,146 @@
+"""A trainer's file -> our checkpoint -> transformers: the tensors and the logits of the model the file was made of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from megatron_ettin.checkpoint.directory import read_config, read_progress
+from megatron_ettin.convert.composer import from_composer
+from megatron_ettin.convert.composer.recorded_tokenizer import NONE
+from tests.convert.composer.trainer_files import CONFIG, composer_state, reference, trainer_file, trainer_names
+from tests.convert.folders import command, load, logits, tensors
+from tests.train.runs import train
+
+
+def exported(capsys, tmp_path, objective, *words):
+    """`from-composer`, `to-hf` with verification, and what transformers loads of it."""
+    status, out, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours", "--json", *words)
+    assert status == 0, err
+    assert command(capsys, "to-hf", tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    return json.loads(out), load(tmp_path / "theirs", objective)
+
+
+def assert_equal(model, found, folder):
+    expected = {name: t for name, t in model.state_dict().items() if name != "decoder.weight"}
+    held = tensors(folder)
+    assert expected.keys() == held.keys()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in expected.items())
+    assert torch.equal(logits(model), logits(found))
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_weights_and_logits_are_the_original_ones(tmp_path, capsys, objective):
+    model = trainer_file(tmp_path / "file.pt", objective)
+    result, found = exported(capsys, tmp_path, objective)
+    assert_equal(model, found, tmp_path / "theirs")
+    assert result["objective"] == objective and result["tensors"] == 4 * 6 - 1 + 6
+    config = read_config(tmp_path / "ours")["model"]
+    assert config["decoder_window_keys"] == 9 and config["encoder_window"] == 8
+    assert config["global_rope_theta"] == 20_000 and config["local_rope_theta"] == 500
+    assert read_progress(tmp_path / "ours")["step"] == 0
+    assert any("batch 5,996" in note and "token 17,000,000,000" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "place"),
+    [
+        ("model.", ("state", "model")),
+        ("module.model.", ("model",)),
+        ("", ("state_dict",)),
+        ("_orig_mod.model.", ()),
+        ("model._orig_mod.", ("model_state_dict",)),
+    ],
+)
+def test_wrappers_and_places(tmp_path, prefix, place):
+    named = trainer_names(reference("clm"), "clm")
+    tree = {name.replace("model.", prefix, 1): tensor for name, tensor in named.items()}
+    for key in reversed(place):
+        tree = {key: tree}
+    torch.save(tree, tmp_path / "file.pt")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
+    result = from_composer(tmp_path / "file.pt", tmp_path / "ours", tmp_path / "run.yaml")
+    assert result["objective"] == "clm" and result["tensors"] == 29
+
+
+def test_decoder_with_separate_attention_inputs(tmp_path, capsys):
+    """Names of transformers' decoder in a `.pt`."""
+    model = reference("clm")
+    torch.save(model.state_dict(), tmp_path / "file.pt")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
+    _, found = exported(capsys, tmp_path, "clm", "--config", tmp_path / "run.yaml")
+    assert_equal(model, found, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(tmp_path, capsys, dtype):
+    model = reference("mlm")
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype).float()
+    named = {name: tensor.to(dtype) for name, tensor in trainer_names(model, "mlm").items()}
+    torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
+    _, found = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, found, tmp_path / "theirs")
+
+
+def test_views_and_shared_storages(tmp_path, capsys):
+    """One flat storage for all tensors, and a transposed one: strides and offsets are followed."""
+    model = reference("mlm")
+    named = trainer_names(model, "mlm")
+    flat, offset = torch.cat([tensor.reshape(-1) for tensor in named.values()]), 0
+    for name, tensor in named.items():
+        named[name] = flat[offset : offset + tensor.numel()].view(tensor.shape)
+        offset += tensor.numel()
+    named["model.head.dense.weight"] = named["model.head.dense.weight"].T.contiguous().T
+    torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
+    _, found = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, found, tmp_path / "theirs")
+
+
+def test_no_output_bias_is_a_bias_of_zero(tmp_path, capsys):
+    model = reference("mlm")
+    torch.nn.init.zeros_(model.decoder.bias)
+    named = trainer_names(model, "mlm")
+    del named["model.decoder.bias"]
+    torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
+    result, found = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, found, tmp_path / "theirs")
+    assert any("no decoder.bias" in note for note in result["notes"])
+
+
+def test_the_recorded_tokenizer_comes_along(tmp_path, tiny_tokenizer):
+    tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
+    files = {path.name: json.loads(path.read_text()) for path in sorted(tiny_tokenizer.glob("*.json"))}
+    recorded = {name: {"file_extension": ".json", "content": content} for name, content in files.items()}
+    tree["state"]["integrations"]["huggingface"]["tokenizer"] = recorded
+    torch.save(tree, tmp_path / "file.pt")
+    result = from_composer(tmp_path / "file.pt", tmp_path / "ours")
+    assert NONE not in result["notes"]
+    assert json.loads((tmp_path / "ours" / "tokenizer" / "tokenizer.json").read_text()) == files["tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "ours"]
+    assert not list((tmp_path / "ours").glob(".recorded*"))
+
+
+def test_same_file_same_bytes(tmp_path):
+    trainer_file(tmp_path / "file.pt", "clm")
+    for name in ("a", "b"):
+        from_composer(tmp_path / "file.pt", tmp_path / name)
+    files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
+    assert files[0] == files[1]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files[0])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("objective", "world", "layout"), [("mlm", 1, []), ("clm", 2, ["parallel.tp=2"])])
+def test_training_goes_on_from_it(pool, corpus, tmp_path, objective, world, layout):
+    trainer_file(tmp_path / "file.pt", objective)
+    from_composer(tmp_path / "file.pt", tmp_path / "ours")
+    words = [*layout, "run.steps=3", "model.global_rope_theta=20000", "model.local_rope_theta=500", "optim.lr=1e-3"]
+    words += ["model.decoder_window_keys=9", "model.attention_output_dropout=0"]
+    options = ["--init-from", str(tmp_path / "ours")]
+    ran = train(pool, world, tmp_path / "run", corpus, objective, words, options)
+    losses = ran.column("loss")
+    assert len(losses) == 3 and losses[2] < losses[0]

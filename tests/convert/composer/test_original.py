@@ -1,0 +1,44 @@
+"""Files that the original trainer's own code wrote under Composer: our model computes the logits that it computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ettin.train.inference import logits_of
+from tests.convert.folders import command, load
+
+FILES = Path(__file__).resolve().parents[2] / "fixtures" / "composer"
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_logits_are_those_of_the_original_code(tmp_path, capsys, objective):
+    ours, theirs, expected = tmp_path / "ours", tmp_path / "theirs", load_file(FILES / f"{objective}.safetensors")
+    status, out, err = command(capsys, "from-composer", FILES / f"{objective}.pt", ours, "--json")
+    assert status == 0, err
+    assert json.loads(out)["objective"] == objective
+    (found,) = logits_of(ours, [expected["ids"].tolist()])
+    assert (torch.as_tensor(found) - expected["logits"]).abs().max() < 1e-5
+    assert (ours / "tokenizer" / "tokenizer.json").is_file()
+    assert command(capsys, "to-hf", ours, theirs)[0] == 0
+    model = load(theirs, objective)
+    with torch.no_grad():
+        exported = model(input_ids=expected["ids"][None]).logits[0]
+    assert (exported - expected["logits"]).abs().max() < 1e-5
+    assert model.config.sliding_window == (8 if objective == "mlm" else 9)
+
+
+def test_the_causal_window_matters(tmp_path, capsys):
+    """With the 8 keys that transformers computes by itself the logits are others: the file is a real test of 9."""
+    expected = load_file(FILES / "clm.safetensors")
+    assert command(capsys, "from-composer", FILES / "clm.pt", tmp_path / "ours")[0] == 0
+    assert command(capsys, "to-hf", tmp_path / "ours", tmp_path / "theirs", "--no-verify")[0] == 0
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 8}))
+    with torch.no_grad():
+        narrow = load(tmp_path / "theirs", "clm")(input_ids=expected["ids"][None]).logits[0]
+    assert (narrow - expected["logits"]).abs().max() > 1e-3
