@@ -9,8 +9,10 @@ On several devices:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_ettin.config.errors import EXIT_REQUEUE
 
@@ -33,10 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.config.resolve import parse
+def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
+    """Keys of `model` that come with the weights which the run began from: as its first launch recorded them, so that a
+    run resumes without them too, or as `init_from` has them. Raises UserError where there are no such weights."""
+    from megatron_ettin.config.history import first_launch
 
-    config = parse(args.size, args.objective, args.phase, args.config, args.words)
+    first = first_launch(run_dir)
+    if first is not None:
+        return dict(first.get("model_of_weights") or {})
+    if init_from is None:
+        return {}
+    from megatron_ettin.checkpoint.directory import read_config, resolve
+    from megatron_ettin.config.inherit import inherited
+
+    return inherited(read_config(resolve(init_from)))
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.config.inherit import told
+    from megatron_ettin.config.resolve import parse, recipe
+
+    run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
+    kept = weights_model(run_dir, args.init_from)
+    config = parse(args.size, args.objective, args.phase, args.config, args.words, kept)
+    if kept and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        tables = recipe(args.size, args.objective, args.phase).model
+        for line in told(kept, tables, config.model):
+            print(line, file=sys.stderr, flush=True)
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 
@@ -44,10 +69,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from megatron_ettin.train.loop import Launch, TrainingStopped, run_training
 
-    run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     try:
-        unfinished = run_training(config, Launch(run_dir, args.init_from, keep, args.allow_change))
+        unfinished = run_training(config, Launch(run_dir, args.init_from, keep, args.allow_change, kept))
     except TrainingStopped as stopped:
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1

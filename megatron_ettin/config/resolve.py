@@ -1,7 +1,7 @@
 """From (size, objective, phase), a site YAML and `key=value` words to one validated Config.
 
-Precedence: recipe tables < YAML < words. OmegaConf merges and types; what it refuses is told in one line with the
-nearest valid name. `parse` is the whole road; `recipe` alone gives the published configuration."""
+Precedence: recipe tables < the weights a run begins from < YAML < words. OmegaConf merges and types; what it refuses is
+told in one line with the nearest valid name. `parse` is the whole road; `recipe` alone gives the published run."""
 
 from __future__ import annotations
 
@@ -72,14 +72,22 @@ def recipe(size: str, objective: str, phase: str, batching: str = "packed") -> C
     )
 
 
-def parse(size: str, objective: str, phase: str, site: Path | None = None, words: Sequence[str] = ()) -> Config:
-    """Resolve and check a run. `site`: YAML of groups; `words`: `group.key=value`. Raises UserError, one line."""
+def parse(
+    size: str,
+    objective: str,
+    phase: str,
+    site: Path | None = None,
+    words: Sequence[str] = (),
+    weights: Mapping[str, Any] | None = None,
+) -> Config:
+    """Resolve and check a run. `site`: YAML of groups; `words`: `group.key=value`; `weights`: keys of `model` that come
+    with the weights it begins from (inherit.py), stronger than the tables only. Raises UserError, one line."""
     layers = [read_yaml(site) if site else {}, from_words(words)]
     for layer in layers:
         check_keys(layer)
     batching = next((v for g in reversed(layers) if (v := (g.get("data") or {}).get("batching"))), "packed")
     base = recipe(size, objective, phase, str(batching))
-    config = merge(base, layers)
+    config = merge(base, [{"model": dict(weights or {})}, *layers])
     follow_the_rows(base, config, layers)
     resolved = to_config(config)
     check(resolved)

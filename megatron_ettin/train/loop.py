@@ -8,9 +8,10 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,7 @@ class Launch:
     init_from: Path | None = None
     keep_optimizer: bool | None = None  # None: by the rule of `resume.keeps_optimizer`
     allow_change: Sequence[str] = ()
+    model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
 
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
@@ -137,7 +139,7 @@ def _train_as(
             announce(run, place, origin, corpus)
             record = {"from": origin, "changes": changes, "layout": str(machine.layout.topology), "world": place.world}
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
-            began = run_directory.origin(launch.run_dir, launch.init_from)
+            began = run_directory.origin(launch.run_dir, launch.init_from, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
         return train(run, build_hooks(run), stop)
     finally:

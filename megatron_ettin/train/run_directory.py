@@ -11,7 +11,7 @@ import json
 import os
 import platform as machine
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_ettin.checkpoint.directory import resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.history import HISTORY, first_launch
 from megatron_ettin.config.resolve import from_yaml, key_types, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
@@ -102,13 +103,14 @@ def read_order(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def origin(run_dir: Path, init_from: Path | None) -> dict[str, str]:
-    """What the run's launch was given to begin from, for `ettin release` to follow: absolute, and from the run
-    directory on, so that runs moved together still find each other."""
-    if init_from is None:
+def origin(run_dir: Path, init_from: Path | None, model_of_weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first launch of a run began from, for `ettin release` to follow: absolute, and from the run directory
+    on, so that runs moved together still find each other. And what of the model came with it."""
+    if init_from is None or first_launch(run_dir) is not None:
         return {}
     source = resolve(init_from).absolute()
-    return {"init_from": str(source), "init_from_relative": os.path.relpath(source, run_dir.absolute())}
+    relative = os.path.relpath(source, run_dir.absolute())
+    return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
 
 
 def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
@@ -123,5 +125,5 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     }
     write_synced(run_dir / "order.json", json.dumps(order, indent=1) + "\n")
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, **launch}
-    with open(run_dir / "history.jsonl", "a", encoding="utf-8") as history:
+    with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")

@@ -5,7 +5,6 @@ pre-training. Runs that were moved together are found by the recorded relative p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, step_of
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.history import first_launch
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 
@@ -46,12 +46,8 @@ class PhaseRun:
 
 
 def _began_from(run_dir: Path) -> Path | None:
-    """What the first launch recorded. Raises UserError where it is recorded and not there."""
-    try:
-        first = (run_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()[0]
-        record: dict[str, Any] = json.loads(first)
-    except (OSError, ValueError, IndexError):
-        return None
+    """What the first launch recorded, at its place or beside the run as it was then."""
+    record = first_launch(run_dir) or {}
     recorded, relative = record.get("init_from"), record.get("init_from_relative")
     if recorded is None:
         return _told(record, run_dir)

@@ -60,7 +60,7 @@ def push(
                 report(number, len(names) + 1)
     except LocalTokenNotFoundError:
         raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
-    except (HfHubHTTPError, OSError, *_connection_errors()) as error:
+    except (HfHubHTTPError, OSError, *_connection_errors()) as error:  # type: ignore[misc]
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"--push {repository}: {told}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1} revisions are"

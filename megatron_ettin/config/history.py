@@ -1,0 +1,19 @@
+"""history.jsonl of a run directory: one object a launch, the first of which says where the run began."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HISTORY = "history.jsonl"
+
+
+def first_launch(run_dir: Path) -> dict[str, Any] | None:
+    """The first launch's record; None for a run that has not begun (or whose record cannot be read)."""
+    try:
+        with open(run_dir / HISTORY, encoding="utf-8") as file:
+            record = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
