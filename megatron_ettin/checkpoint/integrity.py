@@ -63,10 +63,14 @@ def seal(folder: Path) -> None:
     """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint."""
 
     def entry(path: Path) -> tuple[str, dict[str, Any]]:
-        fsync(path)
         return path.relative_to(folder).as_posix(), {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
-    files = dict(_in_threads(entry, _files(folder)))
+    paths = _files(folder)
+    with ThreadPoolExecutor(THREADS) as disk:  # writes while what it writes is hashed
+        forced = [disk.submit(fsync, path) for path in paths]
+        files = dict(_in_threads(entry, paths))
+        for one in forced:
+            one.result()
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
     write_synced(folder / INTEGRITY, json.dumps({"format": 1, "files": files}, indent=1) + "\n")

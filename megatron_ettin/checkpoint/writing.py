@@ -10,6 +10,7 @@ import errno
 import json
 import pickle
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-FILE_BYTES = 4 << 30  # a .distcp file is closed once it is larger
+from megatron_ettin.checkpoint.integrity import fsync
+
+FILE_BYTES = 1 << 30  # a .distcp file is closed once it is larger, and forced to the disk while the next is written
 FORMAT = {
     **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
     **{"common_backend": "torch", "common_backend_version": 1},
@@ -40,11 +43,13 @@ def write_weights(
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     file, name = None, ""
+    disk, forced = ThreadPoolExecutor(1, "disk"), []
     try:
         for key, tensor in tensors:
             if file is None or file.tell() >= file_bytes:
                 if file is not None:
                     file.close()
+                    forced.append(disk.submit(fsync, staging / name))
                 name = f"__0_{len({info.relative_path for info in places.values()})}.distcp"
                 file = open(staging / name, "wb")  # noqa: SIM115
             tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
@@ -58,6 +63,9 @@ def write_weights(
     finally:
         if file is not None:
             file.close()
+        disk.shutdown()
+    for one in forced:
+        one.result()
     _write_metadata(staging, entries, places)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")

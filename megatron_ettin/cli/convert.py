@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.convert.verify import ParityError
+    from megatron_ettin.platform.memory import keep_freed_memory
 
+    keep_freed_memory()
     if args.way == "from-hf":
         with _progress("reading") as report:
             result = from_hf(args.hf_dir, args.out, report, args.objective)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_ettin.config.resolve import recipe, to_yaml
 from megatron_ettin.config.schema import Config, ModelConfig
 from megatron_ettin.config.sizes import SIZES
 from megatron_ettin.convert.hf_config import from_hf_config
+from megatron_ettin.convert.read_ahead import read_ahead
 from megatron_ettin.convert.rules import TIED, Pair, pairs
 from megatron_ettin.convert.safetensors_file import NAMES, ModelFiles
 from megatron_ettin.convert.source import check_objective
@@ -110,8 +112,11 @@ def _check_tokenizer(tokenizer: Path, model: ModelConfig, hf_dir: Path) -> None:
 def _tensors(
     files: ModelFiles, wanted: list[Pair], model: ModelConfig, report: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for done, pair in enumerate(wanted, start=1):
-        parts = [files.read(name).to(torch.float32) for name in pair.theirs]
-        yield pair.ours, pair.form.merge(parts, model)
+    def read(pair: Pair) -> torch.Tensor:
+        return pair.form.merge([files.read(name).to(torch.float32) for name in pair.theirs], model)
+
+    pieces = read_ahead(wanted, lambda pair: 4 * math.prod(pair.shape), read)
+    for done, (pair, tensor) in enumerate(pieces, start=1):
+        yield pair.ours, tensor
         if report is not None:
             report(done, len(wanted))

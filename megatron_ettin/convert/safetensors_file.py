@@ -10,10 +10,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,6 +23,7 @@ from megatron_ettin.config.errors import UserError
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FORCED_BYTES = 256 << 20
 Entry = tuple[str, tuple[int, ...]]
 
 
@@ -49,16 +51,39 @@ def write_file(path: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, _forced_meanwhile(file) as written:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in entries:
             tensor = next(tensors)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, planned {shape}")
             file.write(tensor.to(dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data)
+            written(tensor.nbytes)
+    return offset
+
+
+@contextlib.contextmanager
+def _forced_meanwhile(file: BinaryIO) -> Iterator[Callable[[int], None]]:
+    """Let the disk write while more is computed: every FORCED_BYTES that `written` is told of go to it in a thread, and
+    the rest at the end. The system itself would begin when a tenth of the memory is full."""
+    unforced = 0
+    running: Future[None] | None = None
+
+    def written(count: int) -> None:
+        nonlocal unforced, running
+        unforced += count
+        if unforced >= FORCED_BYTES and (running is None or running.done()):
+            if running is not None:
+                running.result()
+            file.flush()
+            running, unforced = disk.submit(os.fdatasync, file.fileno()), 0
+
+    with ThreadPoolExecutor(1, "disk") as disk:
+        yield written
+        if running is not None:
+            running.result()
         file.flush()
         os.fsync(file.fileno())
-    return offset
 
 
 def write_model(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
+from megatron_ettin.convert.read_ahead import read_ahead
 from megatron_ettin.convert.rules import Pair, pairs
 
 WEIGHTS = ".distcp"
-READERS = 4  # tensors read at once; more do not make a disk faster
-AHEAD_BYTES = 64 << 20  # of tensors read before they are asked for; a larger one is read when it is
 
 
 def check_objective(objective: str) -> str:
@@ -89,17 +87,7 @@ class Source:
 
     def tensors(self) -> Iterator[tuple[Pair, torch.Tensor]]:
         """All of ours in file order, some read ahead."""
-        waiting: deque[tuple[Pair, int, Future[torch.Tensor]]] = deque()
-        with ThreadPoolExecutor(READERS, "tensors") as pool:
-            rest = deque(self.pairs)
-            while rest or waiting:
-                ahead_bytes = sum(size for _, size, _ in waiting)
-                while rest and (not waiting or ahead_bytes + self._bytes(rest[0]) <= AHEAD_BYTES):
-                    pair = rest.popleft()
-                    waiting.append((pair, self._bytes(pair), pool.submit(self.read, pair)))
-                    ahead_bytes += self._bytes(pair)
-                pair, _, reading = waiting.popleft()
-                yield pair, reading.result()
+        return read_ahead(self.pairs, self._bytes, self.read)
 
     def _bytes(self, pair: Pair) -> int:
         return math.prod(pair.shape) * self._reader.dtype(pair.ours).itemsize

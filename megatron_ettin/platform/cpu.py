@@ -8,14 +8,14 @@ the optimizer's and clip_grads' `.type()` comparisons, tensor_parallel's mapping
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_ettin.platform.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 _installed = False
@@ -49,7 +49,7 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    _keep_freed_memory()
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # core warns of every optional package it does not find
         # before the answers below: importing core imports torch's compiler, which lists torch.cuda's functions
@@ -100,13 +100,3 @@ def _use_local_kernels() -> None:
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of giving each back: a training step allocates the same tensors every time,
-    and faulting their pages in anew costs a fifth of the step. Elsewhere than on glibc nothing happens."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -17,6 +17,7 @@ from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.convert.release.revision import Job, Outcome, make
 from megatron_ettin.data.child_process import serve_parent
+from megatron_ettin.platform.memory import keep_freed_memory
 
 # Measured: both models in float32 while they are compared, and the imports
 BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
@@ -59,6 +60,7 @@ def _begin() -> None:
     import torch
 
     serve_parent()
+    keep_freed_memory()
     # as in the command itself: core and torch warn at length of what is optional
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     logging.getLogger("torch").setLevel(logging.ERROR)
