@@ -4,6 +4,8 @@
 #   ray   `ettin prepare --executor ray` beside one process, byte for byte
 #   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
+#   release  kill -9 of `ettin release` at 60 moments instead of 8
+#   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -52,8 +54,15 @@ transformers() { # a skip is no pass here: the package index has to answer
     ETTIN_COMPAT="4.56 4.57 5.0 latest" "$python" -m pytest tests/convert/compat
 }
 
+release() { ETTIN_TEST_RELEASE_KILLS=60 "$python" -m pytest tests/release/test_faults.py -k kill_9; }
+
+shapes() { # 25 minutes, 17 GB of memory and of disk
+    ETTIN_FULL_SHAPES="150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "150m or 400m" &&
+        ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
+}
+
 status=0
-for stage in "${@:-mds ray kill transformers}"; do
+for stage in "${@:-mds ray kill transformers release shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

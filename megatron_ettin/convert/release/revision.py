@@ -57,6 +57,8 @@ def make(job: Job) -> Outcome:
         error = str(refused)
     except OSError as refused:
         error = f"{job.out}: cannot be written ({refused.strerror or refused})"
+    if error is not None and job.revision.checkpoint is not None and not job.revision.checkpoint.is_dir():
+        error = f"{job.revision.checkpoint}: was removed while it was read; a run keeps checkpoint.keep of them"
     return Outcome(job.revision.name, time.perf_counter() - began, error)
 
 

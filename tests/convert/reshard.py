@@ -1,0 +1,46 @@
+"""`torchrun ... -m tests.convert.reshard CHECKPOINT OUT PRECISION TP PP`: a checkpoint's weights through the ranks of a
+layout into a new checkpoint, without an optimizer: for models whose training state does not fit this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from megatron_ettin.checkpoint import directory, state
+from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.platform import detect
+from megatron_ettin.platform.rendezvous import find_place, join, leave
+from megatron_ettin.train import resume
+from megatron_ettin.train.assembly import assemble
+from megatron_ettin.train.inference import alone_on_cpu
+
+
+def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
+    config = alone_on_cpu(resume.checkpoint_config(checkpoint))
+    parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp)
+    named = dataclasses.replace(config.precision, name=precision)
+    config = dataclasses.replace(config, parallel=parallel, precision=named)
+    place, platform = find_place(), detect("cpu")
+    join(place, platform)
+    machine = assemble(config, platform, place.world, training=False, initial_weights=False)
+    progress = resume.load(machine, checkpoint, with_optimizer=False, verified=True)
+    staging = out.with_name(f".tmp-{out.name}")
+    if place.rank == 0:
+        staging.mkdir()
+    machine.layout.barrier()
+    metadata = state.sharding_metadata(machine.layout.dp_group)
+    model = state.model_state(machine.chunks, metadata)
+    state.save_state(staging, model, None, dataclasses.asdict(progress))
+    machine.layout.barrier()
+    if place.rank == 0:
+        write_synced(staging / "config.yaml", to_yaml(config))
+        write_synced(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
+        directory.place(staging, out)
+    machine.layout.barrier()
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
