@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,10 @@ def new_staging(run_dir: Path, step: int) -> Path:
     return staging
 
 
-def place(staging: Path, final: Path) -> None:
-    """Seal `staging` and rename it to `final`. A folder already there is moved aside first and removed last, so that
-    one of the two is whole at any instant."""
-    seal(staging)
+def place(staging: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+    """Seal `staging` (`known`: as in `seal`) and rename it to `final`. A folder already there is moved aside first and
+    removed last, so that one of the two is whole at any instant."""
+    seal(staging, known)
     aside = final.with_name(_REPLACED + final.name)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def seal(folder: Path) -> None:
-    """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint."""
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint. `known`:
+    sha256 of files that were hashed when they were written."""
 
     def entry(path: Path) -> tuple[str, dict[str, Any]]:
-        return path.relative_to(folder).as_posix(), {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name = path.relative_to(folder).as_posix()
+        return name, {"bytes": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
 
     paths = _files(folder)
     with ThreadPoolExecutor(THREADS) as disk:  # writes while what it writes is hashed

@@ -10,7 +10,7 @@ import errno
 import json
 import pickle
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.checkpoint.integrity import fsync, sha256
 
-FILE_BYTES = 1 << 30  # a .distcp file is closed once it is larger, and forced to the disk while the next is written
+FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
 FORMAT = {
     **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
     **{"common_backend": "torch", "common_backend_version": 1},
@@ -36,20 +36,26 @@ FORMAT = {
 
 def write_weights(
     staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], common: dict[str, Any], file_bytes: int = FILE_BYTES
-) -> None:
-    """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`."""
+) -> dict[str, str]:
+    """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`. Returns
+    the sha256 of the files of tensors, each computed while the next one is written."""
     staging = Path(staging)
     staging.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     file, name = None, ""
-    disk, forced = ThreadPoolExecutor(1, "disk"), []
+    behind = ThreadPoolExecutor(1, "behind")
+    hashed: dict[str, Future[str]] = {}
+
+    def close() -> None:
+        if file is not None:
+            file.close()
+            hashed[name] = behind.submit(_forced_and_hashed, staging / name)
+
     try:
         for key, tensor in tensors:
             if file is None or file.tell() >= file_bytes:
-                if file is not None:
-                    file.close()
-                    forced.append(disk.submit(fsync, staging / name))
+                close()
                 name = f"__0_{len({info.relative_path for info in places.values()})}.distcp"
                 file = open(staging / name, "wb")  # noqa: SIM115
             tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
@@ -61,24 +67,33 @@ def write_weights(
             )
             places[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
     finally:
-        if file is not None:
-            file.close()
-        disk.shutdown()
-    for one in forced:
-        one.result()
+        close()
+        behind.shutdown()
     _write_metadata(staging, entries, places)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
+    return {name: one.result() for name, one in hashed.items()}
+
+
+def _forced_and_hashed(path: Path) -> str:
+    digest = sha256(path)
+    fsync(path)
+    return digest
 
 
 def _save(tensor: torch.Tensor, file: BinaryIO) -> None:
-    """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there."""
+    """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there. Without the zip's
+    own checksums: no reader of checkpoints looks at them, and integrity.json has better ones."""
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
         torch.save(tensor, file)
         file.flush()
     except RuntimeError as error:
         cause = error.__context__
         raise cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, f"not written whole: {error}") from None
+    finally:
+        torch.serialization.set_crc32_options(wanted)
 
 
 def _is_view(tensor: torch.Tensor) -> bool:

@@ -54,11 +54,11 @@ def from_hf(
         else:
             notes.append("the folder has no tokenizer.json: the checkpoint has no tokenizer")
         progress = {"step": 0, "tokens": 0}
-        write_weights(staging, _tensors(files, wanted, parsed.model, report), {"progress": progress})
+        known = write_weights(staging, _tensors(files, wanted, parsed.model, report), {"progress": progress})
         (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         config = imported_config(parsed.model, objective)
         (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        place(staging, Path(out).absolute())
+        place(staging, Path(out).absolute(), known)
     return {
         **{"source": str(hf_dir), "out": str(out), "objective": objective, "size": size_of(parsed.model)},
         **{"tensors": len(wanted), "notes": notes},

@@ -47,8 +47,8 @@ def from_composer(
         notes = [*decision.notes, *_check(source, weights, wanted, decision), FRESH]
         with staged(out) as staging:
             notes += write_tokenizer(source.tree, staging, decision.model, file)
-            _write(staging, _tensors(source, weights, wanted, decision.model, report), decision)
-            place(staging, out.absolute())
+            known = _write(staging, _tensors(source, weights, wanted, decision.model, report), decision)
+            place(staging, out.absolute(), known)
     finally:
         source.close()
     return {
@@ -57,12 +57,13 @@ def from_composer(
     }
 
 
-def _write(staging: Path, tensors: Iterator[tuple[str, torch.Tensor]], decision: Decision) -> None:
+def _write(staging: Path, tensors: Iterator[tuple[str, torch.Tensor]], decision: Decision) -> dict[str, str]:
     progress = {"step": 0, "tokens": 0}
-    write_weights(staging, tensors, {"progress": progress})
+    known = write_weights(staging, tensors, {"progress": progress})
     (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
     config = imported_config(decision.model, decision.objective)
     (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return known
 
 
 def _check(source: TorchFile, weights: Weights, wanted: list[Pair], decision: Decision) -> list[str]:

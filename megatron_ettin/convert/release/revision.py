@@ -99,11 +99,11 @@ def write_initial(run: PhaseRun, folder: Path) -> Path:
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     progress = {"step": 0, "tokens": 0}
-    write_weights(staging, tensors(), {"progress": progress})
+    known = write_weights(staging, tensors(), {"progress": progress})
     (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
     (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     tokenizer = next((path / "tokenizer" for path in list_checkpoints(run.path)), None)
     if tokenizer is not None and tokenizer.is_dir():
         shutil.copytree(tokenizer, staging / "tokenizer")
-    place(staging, folder)
+    place(staging, folder, known)
     return folder
