@@ -2,11 +2,14 @@
 
 Importing torch and core costs seconds a process; a pool pays it once. A job is a command line; every rank joins a
 fresh process group by a file, so that worlds smaller than the pool leave the other workers idle. A job that fails or
-hangs on one rank leaves the others inside a collective: the pool is then killed and made anew."""
+hangs on one rank leaves the others inside a collective, and a rank may be killed from outside, for memory: the pool is
+then killed and made anew, so that one test fails and not all that follow."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import io
 import multiprocessing
@@ -16,8 +19,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+NO_ANSWER = "no answer in time"
+DIED = "the worker died"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,22 @@ class Result:
 
     status: int
     output: str
+
+
+def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
+    """What each worker sends, or that it sent nothing or is gone."""
+    results = {pipe: Result(1, NO_ANSWER) for pipe in pipes}
+    missing, end = set(pipes), time.monotonic() + timeout_seconds
+    while missing and (ready := wait(missing, max(0.0, end - time.monotonic()))):
+        for pipe in ready:
+            try:
+                results[pipe] = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                results[pipe] = Result(1, DIED)
+            if results[pipe].status == 1:
+                end = min(end, time.monotonic() + 10)  # the others wait for it in vain
+            missing.remove(pipe)
+    return list(results.values())
 
 
 def worker(rank: int, jobs: Connection) -> None:
@@ -54,7 +76,15 @@ def worker(rank: int, jobs: Connection) -> None:
             printed.write(traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
+        give_back_memory()
         jobs.send(Result(status, printed.getvalue()))
+
+
+def give_back_memory() -> None:
+    """A job of a large shape leaves its gigabytes with the allocator (platform/memory.py), and the pool lives long."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
@@ -78,22 +108,20 @@ class Pool:
         self, world: int, command: list[str], mutation: str | None = None, timeout_seconds: float = 180
     ) -> list[Result]:
         """`ettin COMMAND` on `world` ranks. A rank without an answer in time counts as status 1."""
+        if not all(process.is_alive() for _, process in self.workers):
+            self.close()
         while len(self.workers) < world:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=worker, args=(len(self.workers), theirs))
             process.start()
+            theirs.close()  # so that a dead worker reads as an end of file
             self.workers.append((ours, process))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for pipe, _ in self.workers[:world]:
                 pipe.send((world, store, command, mutation))
-            results, end = [], time.monotonic() + timeout_seconds
-            for pipe, _ in self.workers[:world]:
-                answered = pipe.poll(max(0.0, end - time.monotonic()))
-                results.append(pipe.recv() if answered else Result(1, "no answer in time"))
-                if results[-1].status == 1:
-                    end = min(end, time.monotonic() + 10)  # the others wait for it in vain
-        if any(result.output == "no answer in time" for result in results):
+            results = answers([pipe for pipe, _ in self.workers[:world]], timeout_seconds)
+        if any(result.output in (NO_ANSWER, DIED) for result in results):
             self.close()
         return results
 
