@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="checkpoints at a time (by cores and memory)")
     parser.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
     parser.add_argument("--recheck", action="store_true", help="compare checksums of what is released already")
+    parser.add_argument("--replace", action="store_true", help="revisions that are of other weights too")
     parser.add_argument("--push", metavar="OWNER/REPO", help="then to the Hugging Face hub, a branch a revision")
     parser.add_argument("--private", action="store_true", help="--push makes a private repository")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -65,6 +66,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     """The options checked, the runs read. Raises UserError."""
     from megatron_ettin.config.counts import parse_count
     from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.objectives import OBJECTIVES
     from megatron_ettin.convert.release.build import Plan
     from megatron_ettin.convert.release.chain import find_chain
     from megatron_ettin.convert.release.record import Options
@@ -83,10 +85,11 @@ def make_plan(args: argparse.Namespace) -> Any:
             raise UserError(f"--{option} {value!r}: give one line of text")
     chain = find_chain(args.runs, args.alone)
     settings = chain.runs[-1].config.run
-    name = args.name or f"{settings.size}-{'encoder' if settings.objective == 'mlm' else 'decoder'}"
+    exported = OBJECTIVES[settings.objective].exports[0]
+    name = args.name or f"{settings.size}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
-    return Plan(chain, args.out, options, logits_of, order, picture_of, args.workers, args.recheck)
+    return Plan(chain, args.out, options, logits_of, order, picture_of, args.workers, args.recheck, args.replace)
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:

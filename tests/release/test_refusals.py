@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from tests.release.conftest import files_of
 from tests.release.test_release import release
 
 pytestmark = pytest.mark.ranks
@@ -107,3 +108,21 @@ def test_what_out_may_be(trained, tmp_path, capfd):
     os.close(handle)
     assert status == 2 and "another `ettin release` is writing there" in err
     assert sorted(path.name for path in out.iterdir()) == ["release.json"]
+
+
+def test_revisions_of_another_run_are_not_mixed_in(trained, tmp_path, capfd):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(trained / "mlm/pretrain", run, ignore=shutil.ignore_patterns("step_*3", "step_*4"))
+    (run / "checkpoints/latest").write_text("step_000000002\n")
+    words = (run, "--out", out, "--order", "none")
+    assert release(capfd, *words)[0] == 0
+    before = files_of(out)
+    first, second = (run / f"checkpoints/step_00000000{step}" for step in (1, 2))
+    shutil.rmtree(first)
+    shutil.copytree(second, first)  # the weights of another run, as far as anybody can tell
+    status, _, err = release(capfd, *words)
+    said = f"--out {out}: its step1 is of other weights than {first}; name a new folder, or --replace to make it anew"
+    assert (status, err) == (2, f"ettin release: {said}")
+    assert files_of(out) == before
+    status, told, err = release(capfd, *words, "--replace", "--json")
+    assert status == 0 and json.loads(told)["made"] == ["step1"], err

@@ -40,6 +40,7 @@ class Plan:
     draw_curve: DrawCurve
     workers: int | None = None
     recheck: bool = False  # compare checksums of what is released already, not its sizes alone
+    replace: bool = False  # revisions made of other weights too
 
 
 @dataclass
@@ -78,17 +79,7 @@ def release(plan: Plan, report: Callable[[int, int, Outcome | None], None] | Non
 def _make_revisions(
     plan: Plan, revisions: list[Revision], result: Result, report: Callable[[int, int, Outcome | None], None] | None
 ) -> None:
-    wanted = []
-    for revision in revisions:
-        try:
-            made = made_of(revision, plan.options)
-        except UserError as error:
-            result.failed[revision.name] = str(error)
-            continue
-        if is_released(plan.out / revision.name, made, plan.recheck):
-            result.kept.append(revision.name)
-        else:
-            wanted.append(Job(revision, plan.out, plan.options, plan.our_logits))
+    wanted = _wanted(plan, revisions, result)
     if report is not None:
         report(0, len(wanted), None)
     if not wanted:
@@ -102,6 +93,29 @@ def _make_revisions(
             result.failed[outcome.name] = outcome.error
         if report is not None:
             report(done, len(wanted), outcome)
+
+
+def _wanted(plan: Plan, revisions: list[Revision], result: Result) -> list[Job]:
+    """What is missing or differs. Raises UserError where a revision there is of other weights: most likely of a run
+    that differs in no more than its learning rate, and the two would lie mixed."""
+    wanted = []
+    for revision in revisions:
+        folder = plan.out / revision.name
+        try:
+            made = made_of(revision, plan.options)
+        except UserError as error:
+            result.failed[revision.name] = str(error)
+            continue
+        if is_released(folder, made, plan.recheck):
+            result.kept.append(revision.name)
+            continue
+        if not plan.replace and read_record(folder).get("source", made["source"]) != made["source"]:
+            raise UserError(
+                f"--out {plan.out}: its {revision.name} is of other weights than {revision.checkpoint or 'these'};"
+                " name a new folder, or --replace to make it anew"
+            )
+        wanted.append(Job(revision, plan.out, plan.options, plan.our_logits))
+    return wanted
 
 
 def _finish(plan: Plan, revisions: list[Revision], result: Result) -> None:
@@ -136,7 +150,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     config = plan.chain.runs[-1].config
     return {
         **{"format": 1, "name": plan.options.name, "objective": config.run.objective, "size": config.run.size},
-        **{"dtype": plan.options.dtype, "parent": plan.chain.runs[0].config.run.seed},
+        **{"dtype": plan.options.dtype, "seed": plan.chain.runs[0].config.run.seed},
     }
 
 
