@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", required=True, metavar="[NAME=]DATASET", help="may be given several times"
     )
+    parser.add_argument("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
     parser.add_argument("--rows", type=int, help="only so many rows, shared out over the sources")
     parser.add_argument(
         "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
@@ -33,8 +34,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.train.resume import check_tokenizer, load
 
     datasets, checkpoint = datasets_of(args.data, args.rows), resolve(args.checkpoint)
-    with alone(checkpoint) as machine:
-        held_out = open_held_out(machine, datasets)
+    kind = kind_of(args.objective, checkpoint)
+    with alone(checkpoint, kind) as machine:
+        held_out = open_held_out(machine, datasets, kind)
         for batches in held_out.sources.values():
             check_tokenizer(checkpoint, batches.corpus)
         load(machine, checkpoint, with_optimizer=False)
@@ -48,6 +50,19 @@ def run(args: argparse.Namespace) -> None:
             answer["unigram_loss"] = unigram_loss(train, held_out, args.rows)
             lines.append(f"unigram loss of {args.baseline} on the same positions: {answer['unigram_loss']:.4f}")
     print(json.dumps(answer) if args.json else "\n".join(lines))
+
+
+def kind_of(wanted: str | None, checkpoint: Path) -> str:
+    """How to read rows: as told, or as the checkpoint was trained (with masked tokens, if it was in both ways)."""
+    from megatron_ettin.checkpoint.directory import read_config
+    from megatron_ettin.config.errors import UserError, nearest
+    from megatron_ettin.config.objectives import KINDS, OBJECTIVES
+
+    if wanted is None:
+        return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].kinds[-1]
+    if wanted not in KINDS:
+        raise UserError(f"--objective: {wanted!r}{nearest(wanted, KINDS)}; it is one of {', '.join(KINDS)}")
+    return wanted
 
 
 def datasets_of(given: list[str], rows: int | None) -> dict[str, str]:

@@ -9,18 +9,25 @@ On several devices:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.config.errors import EXIT_REQUEUE
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", required=True, help="17m 32m 68m 150m 400m 1b")
-    parser.add_argument("--objective", required=True, help="mlm (encoder) or clm (decoder)")
+    parser.add_argument("--objective", required=True, help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
     parser.add_argument("--phase", required=True, help="pretrain extend decay cross")
+    parser.add_argument(
+        "--recipe", metavar="paired|original", help="original: the choices of the original trainer (docs/recipe.md)"
+    )
     parser.add_argument("--config", type=Path, metavar="SITE.yaml", help="groups of keys that differ from the recipe")
     parser.add_argument("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")
     parser.add_argument("--init-from", type=Path, metavar="RUN_OR_CHECKPOINT", help="weights of another run")
@@ -29,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    parser.add_argument(
+        "--explain", action="store_true", help="print where the run differs from the original trainer's, and why"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run or --explain: as JSON")
     parser.add_argument(
         "words", nargs="*", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B"
     )
@@ -51,15 +61,28 @@ def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
     return inherited(read_config(resolve(init_from)))
 
 
+def explain(config: Config, args: argparse.Namespace, words: list[str], kept: dict[str, Any]) -> str:
+    """What `--explain` prints."""
+    from megatron_ettin.config.explain import describe, differences, to_json
+    from megatron_ettin.config.resolve import origins
+
+    found = differences(config, origins(args.config, words, kept))
+    return json.dumps(to_json(found), indent=1) if args.json else describe(found, config)
+
+
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.resolve import parse, recipe
 
     run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
     kept = weights_model(run_dir, args.init_from)
-    config = parse(args.size, args.objective, args.phase, args.config, args.words, kept)
+    words = [*([f"run.recipe={args.recipe}"] if args.recipe else []), *args.words]
+    config = parse(args.size, args.objective, args.phase, args.config, words, kept)
+    if args.explain:
+        print(explain(config, args, words, kept))
+        return 0
     if kept and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        tables = recipe(args.size, args.objective, args.phase).model
+        tables = recipe(args.size, args.objective, args.phase, name=config.run.recipe).model
         for line in told(kept, tables, config.model):
             print(line, file=sys.stderr, flush=True)
     if args.dry_run:

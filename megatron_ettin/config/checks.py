@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.fractions import parse_points
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM, tensor_parallel_degrees
@@ -71,6 +73,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "schedule.decay_tokens": (lambda v: v >= 0, "0 or above"),
     "schedule.final_lr_fraction": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "data.seq_len": (lambda v: v >= 8, "at least 8"),
+    "data.mean_tokens_per_row": (lambda v: v > 0 and math.isfinite(v), "above 0"),
     "data.mlm_probability": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "data.workers": (lambda v: v >= 0, "0 (none) or above"),
     "data.prefetch": (lambda v: v >= 1, "at least 1"),
@@ -200,8 +203,14 @@ def check_batch(config: Config) -> None:
             "batch.loss_normalization: microbatch counts micro-batches, and a batch warm-up has empty ones; it needs"
             f" batch.warmup_tokens=0, found {batch.warmup_tokens}"
         )
-    if config.run.objective == "mlm" and config.data.mlm_probability == 0:
+    objective = OBJECTIVES[config.run.objective]
+    if objective.needs_mask_token and config.data.mlm_probability == 0:
         raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")
+    if objective.is_hybrid:
+        parse_points(config.data.clm_fraction, "data.clm_fraction")
+    elif config.data.clm_fraction is not None:
+        hybrid = ", ".join(name for name, one in OBJECTIVES.items() if one.is_hybrid)
+        raise UserError(f"data.clm_fraction: {config.run.objective} has rows of one kind; it is of {hybrid}")
 
 
 def check_validation(config: Config) -> None:
@@ -237,7 +246,8 @@ def science_keys(config: Config) -> dict[str, object]:
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
-    keys |= {f"data.{key}": getattr(config.data, key) for key in ("seq_len", "mlm_probability", "batching")}
+    named = ("seq_len", "mlm_probability", "clm_fraction", "batching", "mean_tokens_per_row")
+    keys |= {f"data.{key}": getattr(config.data, key) for key in named}
     # a given order is fixed by the fingerprint of its content, not by the path of its files
     keys["data.order"] = "keyed" if config.data.order == "keyed" else "given"
     keys |= {

@@ -132,6 +132,10 @@ PHASES = {
     ),
 }
 
+# Real tokens of a sequence of the published pre-training data, by their checkpoints: 8.5B tokens are 2,997.6 steps of
+# 4,608 sequences, so that 1.7T tokens are the 599,525 steps of the last one
+ORIGINAL_MEAN_TOKENS = 615.36
+
 # local_attn_rotary_emb_base as the published runs had it: (phase, objective) -> size -> theta
 ORIGINAL_LOCAL_THETA = {
     ("pretrain", "mlm"): PHASES["pretrain"].local_rope_theta,

@@ -18,8 +18,9 @@ from megatron_ettin.config.checks import check
 from megatron_ettin.config.counts import parse_count
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.phases import PHASES, WEIGHT_DECAY
+from megatron_ettin.config.phases import ORIGINAL_LOCAL_THETA, ORIGINAL_MEAN_TOKENS, PHASES, WEIGHT_DECAY
 from megatron_ettin.config.schema import (
+    CHOICES,
     BatchConfig,
     CheckpointConfig,
     Config,
@@ -33,6 +34,16 @@ from megatron_ettin.config.schema import (
 )
 from megatron_ettin.config.sizes import SIZES
 
+# keys whose value in the tables follows another one's: (leader, follower)
+FOLLOWERS = (
+    ("optim.lr", "optim.max_lr"),
+    ("data.seq_len", "model.max_position_embeddings"),
+    ("batch.global_batch_rows", "batch.micro_batch_rows"),
+    ("batch.global_batch_rows", "batch.warmup_min_rows"),
+)
+ORIGINAL_DECODER_KEYS = 65
+CLM_FRACTION = 0.5  # of a hybrid run's rows, unless told otherwise
+
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     if name not in table:
@@ -40,8 +51,34 @@ def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     return table[name]
 
 
-def recipe(size: str, objective: str, phase: str, batching: str = "packed") -> Config:
-    """The published run of these three names (batching: `packed` rows or the original `padded` sequences)."""
+def recipe(size: str, objective: str, phase: str, batching: str | None = None, name: str = "paired") -> Config:
+    """The published run of these three names: `paired`, as a pair that transformers computes as it was trained, or
+    `original`, with the choices of the original trainer (docs/recipe.md). batching: `packed` rows, or `padded`
+    sequences as the original has them."""
+    choose("recipe", name, dict.fromkeys(CHOICES["run.recipe"]))
+    if name == "original":
+        return original(paired(size, objective, phase, batching or "padded"))
+    return paired(size, objective, phase, batching or "packed")
+
+
+def original(config: Config) -> Config:
+    """A run of the tables with what the original trainer did otherwise."""
+    run, model, data, batch = config.run, config.model, config.data, config.batch
+    objective = "mntp" if (run.phase, run.objective) == ("cross", "mlm") else run.objective
+    theta = ORIGINAL_LOCAL_THETA[run.phase, OBJECTIVES[objective].exports[0]][run.size]
+    mean = ORIGINAL_MEAN_TOKENS if run.phase == "pretrain" and data.batching == "padded" else None
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(run, recipe="original", objective=objective),
+        model=dataclasses.replace(
+            model, local_rope_theta=theta, decoder_window_keys=ORIGINAL_DECODER_KEYS, output_bias_init="uniform"
+        ),
+        data=dataclasses.replace(data, mean_tokens_per_row=mean),
+        batch=dataclasses.replace(batch, warmup_tokens=0, loss_normalization="microbatch"),
+    )
+
+
+def paired(size: str, objective: str, phase: str, batching: str) -> Config:
     shape, chosen = choose("size", size, SIZES), choose("phase", phase, PHASES)
     choose("objective", objective, OBJECTIVES)
     rows = chosen.padded if batching == "padded" else chosen.packed
@@ -59,7 +96,12 @@ def recipe(size: str, objective: str, phase: str, batching: str = "packed") -> C
         schedule=ScheduleConfig(
             chosen.schedule, chosen.warmup_tokens[size], chosen.decay_tokens[size], chosen.final_lr_fraction
         ),
-        data=DataConfig(rows.seq_len, chosen.mlm_probability if objective == "mlm" else 0.0, batching=batching),
+        data=DataConfig(
+            rows.seq_len,
+            chosen.mlm_probability if OBJECTIVES[objective].needs_mask_token else 0.0,
+            clm_fraction=CLM_FRACTION if OBJECTIVES[objective].is_hybrid else None,
+            batching=batching,
+        ),
         batch=BatchConfig(
             rows.global_rows,
             rows.micro_rows[size],
@@ -85,13 +127,31 @@ def parse(
     layers = [read_yaml(site) if site else {}, from_words(words)]
     for layer in layers:
         check_keys(layer)
-    batching = next((v for g in reversed(layers) if (v := (g.get("data") or {}).get("batching"))), "packed")
-    base = recipe(size, objective, phase, str(batching))
+    base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
     config = merge(base, [{"model": dict(weights or {})}, *layers])
     follow_the_rows(base, config, layers)
     resolved = to_config(config)
     check(resolved)
     return resolved
+
+
+def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
+    """What the strongest of the layers says of a key that decides which tables are taken."""
+    values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]
+    return str(values[-1]) if values else None
+
+
+def origins(site: Path | None, words: Sequence[str], weights: Mapping[str, Any]) -> dict[str, str]:
+    """Who set each key that is not the tables': the strongest of the layers of `parse`."""
+    layers = [({"model": dict(weights)}, "the weights it begins from")]
+    if site is not None:
+        layers.append((read_yaml(site), str(site)))
+    layers += [(from_words([word]), f"`{word}`") for word in words]
+    found = {f"{group}.{key}": who for layer, who in layers for group, keys in layer.items() for key in keys or {}}
+    for leader, follower in FOLLOWERS:
+        if leader in found:
+            found.setdefault(follower, f"{leader}, which it follows ({found[leader]})")
+    return found
 
 
 def follow_the_rows(base: Config, merged: Any, layers: Sequence[dict]) -> None:

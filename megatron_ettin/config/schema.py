@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from megatron_ettin.config.objectives import OBJECTIVES
+
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
 # ruff: noqa: UP045
 
@@ -27,6 +29,7 @@ class ModelConfig:
     decoder_window_keys: int = 64  # keys i-63..i, as transformers computes it; 65 is what the original trainer did
     attention_output_dropout: float = 0.1
     init_std: float = 0.02
+    output_bias_init: str = "zero"  # or "uniform": between +-1/sqrt(hidden_size), torch's default for a linear layer
     norm_eps: float = 1e-5
 
 
@@ -72,9 +75,11 @@ class ScheduleConfig:
 class DataConfig:
     seq_len: int
     mlm_probability: float
+    clm_fraction: Any = None  # of a hybrid run's rows: a share, or TOKENS:SHARE,... with the share linear in between
     mixture: Any = None  # one dataset path, a list of paths or of {path, weight | tokens}, or the YAML file of a list
     root: Optional[str] = None  # where relative dataset paths begin; None: a mixture file's folder, else here
     batching: str = "packed"
+    mean_tokens_per_row: Optional[float] = None  # nominal tokens of a row; None: what the datasets' row plans have
     order: str = "keyed"  # or the parquet file or folder of an order to train in
     order_missing: str = "error"  # samples of a given order that no dataset has: "error", or "skip" leaves them out
     validation: Any = None  # what to evaluate on: one dataset path, a list of them, or {name: path, ...}
@@ -123,6 +128,7 @@ class RunSettings:
     phase: str
     tokens: int
     seed: int
+    recipe: str = "paired"  # or "original": the choices of the original trainer where ours differ on purpose
     steps: Optional[int] = None  # stop after this many steps, whatever the tokens
     device: str = "auto"
     deterministic: bool = False
@@ -146,16 +152,19 @@ class Config:
 
     @property
     def causal(self) -> bool:
-        return self.run.objective == "clm"
+        """Whether every row is."""
+        return OBJECTIVES[self.run.objective].causal
 
     @property
-    def window(self) -> int:
-        """Of a local layer: keys to each side (encoder) or keys up to and with the query (decoder)."""
-        return self.model.decoder_window_keys if self.causal else self.model.encoder_window
+    def windows(self) -> dict[bool, int]:
+        """Of a local layer: keys up to and with the query (True: a causal row), keys to each side (False)."""
+        return {True: self.model.decoder_window_keys, False: self.model.encoder_window}
 
 
 # What one of these keys may be; checked after merging, so that a typo is told with the allowed names.
 CHOICES = {
+    "run.recipe": ("paired", "original"),
+    "model.output_bias_init": ("zero", "uniform"),
     "schedule.name": ("wsd", "one_minus_sqrt", "constant"),
     "optim.name": ("stable_adamw", "adamw"),
     "data.batching": ("packed", "padded"),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
+CLASSES = {"mlm": "ModernBertForMaskedLM", "clm": "ModernBertDecoderForCausalLM"}
 WRITTEN_FOR = "4.56.0"  # the oldest release that has both classes as we write them
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # What our model has no counterpart for: a folder that sets one of these is refused.
@@ -32,7 +32,7 @@ def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: di
     thetas = {_FULL: model.global_rope_theta, _SLIDING: model.local_rope_theta}
     window = model.encoder_window if objective == "mlm" else model.decoder_window_keys
     config: dict[str, Any] = {
-        "architectures": [OBJECTIVES[objective].hf_class],
+        "architectures": [CLASSES[objective]],
         "model_type": MODEL_TYPES[objective],
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -126,7 +126,7 @@ def from_hf_config(path: Path) -> Parsed:
 
 
 def _objective(config: dict[str, Any], path: Path) -> str:
-    names = {OBJECTIVES[name].hf_class: name for name in MODEL_TYPES}
+    names = {kind: name for name, kind in CLASSES.items()}
     found = (config.get("architectures") or [None])[0]
     if found is None:  # a config.json that was saved without a model
         names, found = {kind: name for name, kind in MODEL_TYPES.items()}, config.get("model_type")
@@ -176,7 +176,7 @@ def _window(config: dict[str, Any], objective: str, path: Path) -> int:
     return int(window)
 
 
-def _windows(window: int, objective: str) -> dict[str, int]:
+def _windows(window: int, objective: str) -> dict[str, Any]:
     """Of the model as an encoder and as a decoder, so that it can become the other one: to 64 keys on each side belong
     64 keys up to and with the query, as transformers has it, or 65, as the original trainer had it."""
     encoder = window if objective == "mlm" else max(1, window - window % 2)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.convert.hf_config import reader_notes
-from megatron_ettin.convert.source import Source, cross_notes
+from megatron_ettin.convert.source import Source, cross_notes, predicts_next
 
 _USE = {
     "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -27,6 +27,8 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
 }
+# of weights that predict a masked token at the position before it
+_USE_SHIFTED = _USE["mlm"].replace("logits[0, at]", "logits[0, at - 1]")
 _KIND = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
 
 
@@ -44,6 +46,9 @@ def model_card(
 ) -> str:
     """The card's text. States only what the checkpoint and its owners say."""
     kind, task = _KIND[source.objective]
+    usage = _USE[source.objective]
+    if predicts_next(source):
+        task, usage = "feature-extraction", _USE_SHIFTED  # pipelines for masked tokens read them in place
     model, progress = source.model, source.progress
     parameters = parameter_count(model, model.vocab_size)
     if source.objective == "mlm":
@@ -75,7 +80,7 @@ def model_card(
         "|---|---|",
     ]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    lines += ["", "```python", _USE[source.objective], "```"]
+    lines += ["", "```python", usage, "```"]
     lines += [f"\n{note}." for note in (*reader_notes(model, source.objective), *cross_notes(source))]
     if not has_tokenizer:
         lines += ["", "The checkpoint came without a tokenizer: none is in this folder."]

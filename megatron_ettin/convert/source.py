@@ -14,7 +14,7 @@ import torch
 from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve, verify
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.objectives import EXPORTED, KINDS, OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.read_ahead import read_ahead
 from megatron_ettin.convert.rules import Pair, pairs
@@ -23,8 +23,8 @@ WEIGHTS = ".distcp"
 
 
 def check_objective(objective: str) -> str:
-    if objective not in OBJECTIVES:
-        raise UserError(f"--objective: {objective!r}; allowed: {', '.join(OBJECTIVES)}")
+    if objective not in EXPORTED:
+        raise UserError(f"--objective: {objective!r}; allowed: {', '.join(EXPORTED)}")
     return objective
 
 
@@ -44,7 +44,7 @@ class Source:
     """An opened checkpoint of a checkpoint or run directory. Its small files are verified here; the weights' sha256 are
     computed while they are converted, and `check_weights` raises UserError where one is not what was written.
 
-    `objective` is what it becomes, `trained_objective` what it was trained for: weights serve both."""
+    `objective` (mlm or clm) is what it becomes, `trained_objective` what it was trained for: weights serve both."""
 
     def __init__(self, path: Path, objective: str | None = None) -> None:
         self.checkpoint = resolve(path)
@@ -59,7 +59,7 @@ class Source:
         if self.trained_objective not in OBJECTIVES:
             allowed = ", ".join(OBJECTIVES)
             raise UserError(f"{config_path}: run.objective is {self.trained_objective!r}; allowed: {allowed}")
-        self.objective = check_objective(objective or self.trained_objective)
+        self.objective = check_objective(objective or OBJECTIVES[self.trained_objective].exports[0])
         self.model = model_config(groups, config_path)
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
@@ -97,9 +97,23 @@ class Source:
         self._weights.result()
 
 
+def predicts_next(source: Source) -> bool:
+    """Whether the encoder that is exported predicts masked tokens at the position before them."""
+    if source.objective != "mlm":
+        return False
+    kind = OBJECTIVES[source.trained_objective].masked_kind
+    return kind is None or KINDS[kind].shifts
+
+
 def cross_notes(source: Source) -> list[str]:
     """What a reader must know of a model that was not trained for what it was exported as."""
-    if source.objective == source.trained_objective:
+    trained = OBJECTIVES[source.trained_objective]
+    if predicts_next(source) and trained.masked_kind is not None:
+        return [
+            "These weights were trained on masked next-token prediction: position i holds the prediction of token"
+            " i + 1, so a masked token is read from the position before it"
+        ]
+    if source.objective in trained.exports:
         return []
     if source.objective == "mlm":
         return [

@@ -50,6 +50,11 @@ class BatchSizes:
         begin = self.rows_before(step)
         return begin, begin + self.size_at(step)
 
+    def steps_for(self, rows: float) -> int:
+        """Steps until so many rows have been trained on."""
+        steps = math.ceil(rows / min(self.rows))  # at most as many
+        return bisect.bisect_left(range(steps + 1), rows, key=self.rows_before)
+
     def steps_within(self, rows: int) -> int:
         """Whole steps that so many rows are enough for."""
         steps = rows // min(self.rows)  # at least as many

@@ -59,7 +59,8 @@ class PlacedRows:
 
 class Corpus:
     """Rows by position; see `open_corpus`. `plans` holds a row plan for each dataset under the keyed order and nothing
-    under a given one, which names chunks. It pickles small: paths and records, no maps."""
+    under a given one, which names chunks. `nominal_tokens`: mean tokens a row instead of the data's own. It pickles
+    small: paths and records, no maps."""
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Corpus:
         order: KeyedOrder | GivenOrder,
         seq_len: int,
         batching: str,
+        nominal_tokens: float | None = None,
     ) -> None:
         self.datasets = list(datasets)
         self.plans = list(plans)
@@ -88,9 +90,12 @@ class Corpus:
             slot_tokens = sum(c * plan.mean_tokens_per_row for c, plan in zip(order.counts, plans, strict=True))
             self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
             self.fingerprint = self._keyed_fingerprint(order)
+        self.nominal_tokens = nominal_tokens
+        if nominal_tokens is not None:
+            self.mean_tokens_per_row = nominal_tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("datasets", "plans", "order", "seq_len", "batching")
+        names = ("datasets", "plans", "order", "seq_len", "batching", "nominal_tokens")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,13 +200,20 @@ class Corpus:
         return hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
 
 
-def open_corpus(mixture: Sequence[MixtureEntry], seq_len: int, batching: str, seed: int, phase: str) -> Corpus:
+def open_corpus(
+    mixture: Sequence[MixtureEntry],
+    seq_len: int,
+    batching: str,
+    seed: int,
+    phase: str,
+    nominal_tokens: float | None = None,
+) -> Corpus:
     """The keyed order of a mixture (`parse_mixture`). Row plans that are not there are built."""
     datasets = open_datasets(mixture)
     plans = [ensure_row_plan(dataset, seq_len, batching) for dataset in datasets]
     rows = [plan.num_rows for plan in plans]
     counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
-    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching)
+    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching, nominal_tokens)
 
 
 def open_run_corpus(config: Config) -> Corpus:
@@ -209,10 +221,11 @@ def open_run_corpus(config: Config) -> Corpus:
     data = settled(config.data)
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
     if data.order == "keyed":
-        return open_corpus(mixture, data.seq_len, data.batching, config.run.seed, config.run.phase)
+        seed, phase = config.run.seed, config.run.phase
+        return open_corpus(mixture, data.seq_len, data.batching, seed, phase, data.mean_tokens_per_row)
     datasets = open_datasets(mixture)
     order = open_given_order(data.order, datasets, data.seq_len, data.batching, data.order_missing)
-    return Corpus(datasets, [], order, data.seq_len, data.batching)
+    return Corpus(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row)
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ettin.model.packed import PackedRows
@@ -19,16 +20,19 @@ from megatron_ettin.model.rotary import rotary_tables, rotate
 
 BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
 DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls
+MASKS = {True: AttnMaskType.padding_causal, False: AttnMaskType.padding}
 
 
 class _RotaryAttention(MegatronModule):
-    """What both kernels share: which theta and window a layer has. `layer_number` counts from 1, as core does."""
+    """What both kernels share: which theta and windows a layer has. `layer_number` counts from 1, as core does.
+    A micro-batch's causal rows come first; where it has others too, each part is attended to by itself."""
 
     def __init__(self, config: Any, layer_number: int) -> None:
         super().__init__(config=config)
         self.is_global = (layer_number - 1) % config.global_attention_every == 0
         self.theta = config.global_rope_theta if self.is_global else config.local_rope_theta
-        self.window = None if self.is_global else config.attention_window
+        # of causal rows (True) and of others
+        self.windows = dict.fromkeys((True, False)) if self.is_global else config.attention_windows
         self.causal = config.causal
 
     def rotated(self, query: torch.Tensor, key: torch.Tensor, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,16 +51,13 @@ class SdpaAttention(_RotaryAttention):
         *, packed_seq_params: PackedRows, **_: Any,
     ) -> torch.Tensor:  # fmt: skip
         """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
-        packed = packed_seq_params
-        query, key = self.rotated(query, key, packed)
-        longest = packed.max_seqlen_q or packed.seq_len
-        if packed.seq_len <= DENSE_ROW_TOKENS:
-            out = attend_dense(query, key, value, packed, self.window, self.causal)
-        elif self.window is None or longest <= self.window:
-            out = attend_chunks(query, key, value, packed, self.causal)
-        else:
-            out = attend_bands(query, key, value, packed, self.window, self.causal)
-        return out.flatten(1)
+        query, key = self.rotated(query, key, packed_seq_params)
+        outs, begin = [], 0
+        for part, causal in packed_seq_params.parts(self.causal):
+            end = begin + part.rows * part.seq_len
+            outs.append(attend(query[begin:end], key[begin:end], value[begin:end], part, self.windows[causal], causal))
+            begin = end
+        return (torch.cat(outs) if len(outs) > 1 else outs[0]).flatten(1)
 
 
 class TransformerEngineAttention(_RotaryAttention):
@@ -64,12 +65,20 @@ class TransformerEngineAttention(_RotaryAttention):
 
     def __init__(self, config: Any, layer_number: int, kernel: Any, **arguments: Any) -> None:
         super().__init__(config, layer_number)
-        window = None
-        if self.window is not None:  # TE counts keys to the left and to the right, both inclusive
-            window = (self.window - 1, 0) if self.causal else (self.window, self.window)
-        layer_config = copy.copy(config)  # core's class reads the window from its configuration
-        layer_config.window_size, layer_config.window_attn_skip_freq = window, None
-        self.kernel = kernel(config=layer_config, layer_number=layer_number, **arguments)
+        # a kernel of TE has its window from the start: a hybrid model wants two; they hold no weights
+        self.kernels = torch.nn.ModuleDict()
+        for causal in {True, False} if config.hybrid else {self.causal}:
+            layer_config = copy.copy(config)  # core's class reads the window from its configuration
+            layer_config.window_size, layer_config.window_attn_skip_freq = self._te_window(causal), None
+            mask = {"attn_mask_type": MASKS[causal]}
+            self.kernels[str(causal)] = kernel(config=layer_config, layer_number=layer_number, **arguments | mask)
+
+    def _te_window(self, causal: bool) -> tuple[int, int] | None:
+        """TE counts keys to the left and to the right, both inclusive."""
+        window = self.windows[causal]
+        if window is None:
+            return None
+        return (window - 1, 0) if causal else (window, window)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
@@ -77,8 +86,26 @@ class TransformerEngineAttention(_RotaryAttention):
     ) -> torch.Tensor:  # fmt: skip
         """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
         query, key = self.rotated(query, key, packed_seq_params)
-        out = self.kernel(query, key, value, attention_mask, packed_seq_params=packed_seq_params, **arguments)
-        return out.reshape(out.shape[0], -1)
+        outs, begin = [], 0
+        for part, causal in packed_seq_params.parts(self.causal):
+            end = begin + part.rows * part.seq_len
+            named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
+            out = self.kernels[str(causal)](query[begin:end], key[begin:end], value[begin:end], attention_mask, **named)
+            outs.append(out.reshape(end - begin, -1))
+            begin = end
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
+) -> torch.Tensor:
+    """The cheapest way for rows of this length and this window."""
+    longest = packed.max_seqlen_q or packed.seq_len
+    if packed.seq_len <= DENSE_ROW_TOKENS:
+        return attend_dense(q, k, v, packed, window, causal)
+    if window is None or longest <= window:
+        return attend_chunks(q, k, v, packed, causal)
+    return attend_bands(q, k, v, packed, window, causal)
 
 
 def allowed(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:

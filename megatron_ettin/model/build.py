@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 
@@ -19,8 +20,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class EttinTransformerConfig(TransformerConfig):
     """Core's configuration and what core has no field for."""
 
-    causal: bool = False
-    attention_window: int = 64  # of local layers: keys to each side, or keys i-window+1..i when causal
+    causal: bool = False  # all rows are
+    hybrid: bool = False  # some rows are
+    # of local layers: keys i-window+1..i (True: of causal rows), keys to each side (False)
+    attention_windows: dict[bool, int] = field(default_factory=lambda: {True: 64, False: 64})
     global_attention_every: int = 3
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 160_000.0
@@ -41,7 +44,8 @@ def transformer_config(
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         causal=config.causal,
-        attention_window=config.window,
+        hybrid=OBJECTIVES[config.run.objective].is_hybrid,
+        attention_windows=config.windows,
         global_attention_every=model.global_attention_every,
         global_rope_theta=model.global_rope_theta,
         local_rope_theta=model.local_rope_theta,

@@ -2,7 +2,8 @@
 
 So the layout cannot change the initial model. Formulae are the recipe's `full_megatron`: truncated normal at two
 sigma, sigma 0.02, the matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
-Source: ModernBERT's initialization.py, lines 107-137 (see docs/decisions.md for the vocabulary bias)."""
+Source: ModernBERT's initialization.py, lines 107-137. The original trainer left the vocabulary bias at torch's default
+(`model.output_bias_init=uniform`); see docs/recipe.md."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.model.specs import CANONICAL, first_layer
 
 LAYERS = "transformer.layers."
@@ -71,16 +73,18 @@ def fill(model: Any, full_of: Callable[[str, list[int]], torch.Tensor], tp: int,
             parameter.copy_(shard(full, parameter, tp, tp_rank))
 
 
-def hashed(seed: int, num_layers: int, std: float) -> Callable[[str, list[int]], torch.Tensor]:
+def hashed(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Tensor]:
     """The recipe's initial weights as a function of the name."""
+    num_layers, std = model.num_layers, model.init_std
+    bound = model.hidden_size**-0.5 if model.output_bias_init == "uniform" else 0.0
 
     def full_of(name: str, shape: list[int]) -> torch.Tensor:
-        if name == "output_layer.bias":
-            return torch.zeros(shape)
-        if len(shape) == 1:
-            return torch.ones(shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if name == "output_layer.bias":
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator) if bound else torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
         sigma = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
         return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
 

@@ -26,11 +26,43 @@ class PackedRows(PackedSeqParams):
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T] place within the chunk
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [R] the row's slot within the step
     dropout_key: int = 0  # of (seed, step)
+    causal_rows: int | None = None  # the first so many rows are causal; None: what the model's objective says
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return int(self.slots.numel())
+
+    def parts(self, causal: bool) -> list[tuple[PackedRows, bool]]:
+        """The causal rows and the others, those that there are; `causal`: of all, where this does not say."""
+        rows = self.rows if causal else 0
+        if self.causal_rows is not None:
+            rows = self.causal_rows
+        if rows in (0, self.rows):
+            return [(self, rows > 0)]
+        return self.once("parts", lambda: [(self._part(0, rows), True), (self._part(rows, self.rows), False)])
+
+    def _part(self, first: int, end: int) -> PackedRows:
+        """Rows [first, end) as a micro-batch of their own."""
+        a, b = first * self.seq_len, end * self.seq_len
+        ends = np.cumsum(self.chunk_lengths)
+        chunks = slice(int(np.searchsorted(ends, a, side="right")), int(np.searchsorted(ends, b)) + 1)
+        lengths = self.chunk_lengths[chunks]
+        boundaries = self.cu_seqlens_q[chunks.start : chunks.stop + 1] - a
+        return PackedRows(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            seq_len=self.seq_len,
+            chunk_lengths=lengths,
+            segments=self.segments[a:b],
+            positions=self.positions[a:b],
+            slots=self.slots[first:end],
+            dropout_key=self.dropout_key,
+            causal_rows=end - first if first == 0 else 0,
+        )
 
     def once(self, key: Any, make: Any) -> Any:
         """`make()` the first time `key` is asked for in this micro-batch, the same value afterwards."""
@@ -45,6 +77,7 @@ def pack_rows(
     device: torch.device | str = "cpu",
     slots: Sequence[int] | None = None,
     dropout_key: int = 0,
+    causal_rows: int | None = None,
 ) -> PackedRows:
     """Boundaries of rows given as lists of chunk lengths; what a row lacks to `seq_len` becomes a segment of its own.
 
@@ -68,4 +101,5 @@ def pack_rows(
         positions=positions,
         slots=torch.tensor(list(range(len(filled)) if slots is None else slots), device=device),
         dropout_key=dropout_key,
+        causal_rows=causal_rows,
     )

@@ -1,9 +1,11 @@
-"""Inputs and labels of a row, for each objective.
+"""Inputs and labels of a row, for each kind of row (config/objectives.py).
 
 `mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
 80 % become [MASK], half of the rest a uniformly random id, the others stay), its random numbers a hash of (seed,
 phase, position in the data order, token): the same masks on every layout and after every resume.
-`clm` shifts by one inside each chunk; the last token of a chunk predicts nothing."""
+`clm` shifts by one inside each chunk; the last token of a chunk predicts nothing.
+`mntp` masks as `mlm` does, and the position before a masked token predicts it; a chunk's first token is never masked,
+for nothing before it could."""
 
 from __future__ import annotations
 
@@ -23,18 +25,23 @@ MASKED, RANDOM = 0.8, 0.1
 
 @dataclass(frozen=True)
 class Labeller:
-    """Everything that labels depend on besides the row and its position."""
+    """Everything that labels depend on besides the row, its position and its kind. `kinds`: of the objective."""
 
-    objective: str
+    kinds: tuple[str, ...]
     probability: float
     seed_key: int
     vocab_size: int
     special_ids: tuple[int, ...]
     mask_id: int | None
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens [n] of whole chunks with these lengths -> input ids [n], labels [n] (int64, -100 where none)."""
-        return LABELLERS[self.objective](self, tokens.astype(np.int64), lengths, position)
+    def __call__(
+        self, tokens: np.ndarray, lengths: np.ndarray, position: int, kind: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """tokens [n] of whole chunks with these lengths -> input ids [n], labels [n] (int64, -100 where none).
+        `kind`: one of `kinds`, needed where there are several."""
+        if kind is None:
+            (kind,) = self.kinds
+        return LABELLERS[kind](self, tokens.astype(np.int64), lengths, position)
 
 
 def labeller(
@@ -49,17 +56,36 @@ def labeller(
     """The labeller of a run. Raises UserError where the tokenizer has no mask token and the objective needs one."""
     if OBJECTIVES[objective].needs_mask_token and mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
-    return Labeller(objective, probability, key64("mlm", seed, phase), vocab_size, tuple(special_ids), mask_id)
+    return Labeller(
+        OBJECTIVES[objective].kinds, probability, key64("mlm", seed, phase), vocab_size, tuple(special_ids), mask_id
+    )
 
 
 def mask_tokens(
     rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masked language modelling; see the module docstring."""
+    return _masked(rule, tokens, position, rule.special_ids, None)
+
+
+def mask_next_tokens(
+    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masked next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
+    inputs, labels = _masked(rule, tokens, position, rule.special_ids, np.cumsum(lengths) - lengths)
+    return inputs, np.append(labels[1:], IGNORE)
+
+
+def _masked(
+    rule: Labeller, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs with masks, and the tokens that were chosen; those of `kept_ids` and at `kept_places` never are."""
     row_key = mix64(np.array([position], dtype=np.uint64) ^ np.uint64(rule.seed_key))
     draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
     chosen = _uniform(draw) < rule.probability
-    chosen &= ~np.isin(tokens, rule.special_ids)
+    chosen &= ~np.isin(tokens, kept_ids)
+    if kept_places is not None:
+        chosen[kept_places] = False
     fate, word = mix64(draw ^ np.uint64(0x5851F42D4C957F2D)), mix64(draw ^ np.uint64(0x14057B7EF767814F))
     kind = _uniform(fate)
     assert rule.mask_id is not None  # `labeller` has seen to it
@@ -86,6 +112,7 @@ def _uniform(bits: np.ndarray) -> np.ndarray:
 LABELLERS: dict[str, Callable[[Labeller, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
     "mlm": mask_tokens,
     "clm": shift_tokens,
+    "mntp": mask_next_tokens,
 }
 
 

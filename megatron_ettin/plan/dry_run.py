@@ -11,9 +11,12 @@ from typing import Any
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.flops import flops_per_token
+from megatron_ettin.config.fractions import parse_points, share_at
+from megatron_ettin.config.objectives import KINDS, OBJECTIVES
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warnings, planned_epochs
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
@@ -23,20 +26,38 @@ from megatron_ettin.plan.memory import estimate
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Figures of a run before it starts. Steps assume full rows; the data's own fill decides the exact number."""
+    """Figures of a run before it starts. Steps assume full rows, or `data.mean_tokens_per_row` where it is set; the
+    data's own fill decides the exact number."""
     model, data, batch = config.model, config.data, config.batch
-    labelled = data.mlm_probability if config.run.objective == "mlm" else 1.0
-    flops = flops_per_token(model, model.vocab_size, data.seq_len, config.causal, config.window, labelled)
+    flops = mean_flops_per_token(config)
+    row_tokens = data.mean_tokens_per_row or data.seq_len
+    sizes = BatchSizes.of(batch, row_tokens)
     model_ranks = config.parallel.tp * config.parallel.pp * config.parallel.cp
     memory = estimate(config, dp=1)
     return {
         "parameters": parameter_count(model, model.vocab_size),
         "flops_per_token": flops,
-        "tokens_per_step": batch.global_batch_rows * data.seq_len,
-        "steps": config.run.steps or -(-config.run.tokens // (batch.global_batch_rows * data.seq_len)),
+        "tokens_per_step": round(batch.global_batch_rows * row_tokens),
+        "steps": config.run.steps or sizes.steps_for(config.run.tokens / row_tokens),
         "smallest_world": model_ranks,
         "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
     }
+
+
+def mean_flops_per_token(config: Config) -> float:
+    """Of rows of every kind of the objective, each by its share; of a hybrid run's, the share that it ends with."""
+    model, data, objective = config.model, config.data, OBJECTIVES[config.run.objective]
+    shares = [1.0]
+    if objective.is_hybrid:
+        causal = share_at(parse_points(data.clm_fraction, "data.clm_fraction"), config.run.tokens)
+        shares = [causal, 1 - causal]
+    total = 0.0
+    for name, share in zip(objective.kinds, shares, strict=True):
+        kind = KINDS[name]
+        labelled = data.mlm_probability if kind.masks else 1.0
+        window = config.windows[kind.causal]
+        total += share * flops_per_token(model, model.vocab_size, data.seq_len, kind.causal, window, labelled)
+    return total
 
 
 def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:

@@ -20,7 +20,12 @@ from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
-OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "model.decoder_window_keys"}  # what a pair differs in
+OBJECTIVE_KEYS = {
+    "run.objective",
+    "data.mlm_probability",
+    "data.clm_fraction",
+    "model.decoder_window_keys",
+}  # what a pair differs in
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
 # what is checked by configuration -> prefixes of its science keys
 GROUPS = {

@@ -67,7 +67,7 @@ def build_chunks(config: Config, platform: Platform, layout: Layout, initial_wei
     )
     core.finalize_model_grads_func = finalize_model_grads
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    weights = init.hashed(config.run.seed, config.model.num_layers, config.model.init_std)
+    weights = init.hashed(config.run.seed, config.model)
     chunks = []
     for stage, has_embedding, has_head in layout.chunk_stages():
         chunk = EttinModel(core, groups, has_embedding, has_head, stage).to(platform.device)

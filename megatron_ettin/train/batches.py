@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ettin.config.objectives import KINDS
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
@@ -21,6 +22,7 @@ from megatron_ettin.data.order import Corpus, Row
 from megatron_ettin.model.dropout import step_key
 from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.objectives.labels import Labeller, corpus_labeller
+from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.parallel import Layout, Topology
 from megatron_ettin.train.host_batches import HostBatches
 from megatron_ettin.train.loader import LoadedBatch
@@ -53,13 +55,15 @@ class Batches:
     corpus: Corpus
     sizes: BatchSizes
     label: Labeller
+    kinds: RowKinds
     layout: Layout
     device: torch.device
 
     @classmethod
     def of(cls, config: Config, corpus: Corpus, layout: Layout, device: torch.device) -> Batches:
         sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-        return cls(config, corpus, sizes, corpus_labeller(config, corpus), layout, device)
+        kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
+        return cls(config, corpus, sizes, corpus_labeller(config, corpus), kinds, layout, device)
 
     @property
     def row_tokens(self) -> int:
@@ -75,8 +79,8 @@ class Batches:
             self.corpus,
             self.sizes,
             self.label,
-            self.config.causal,
-            self.config.window,
+            self.kinds,
+            self.config.windows,
             self.row_tokens,
             self.config.batch.micro_batch_rows,
             topology.dp,
@@ -95,9 +99,10 @@ class Batches:
             loaded = (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
         return (self.on_device(batch, key) for batch in loaded)
 
-    def micro_batch(self, rows: Sequence[Row | None], slots: Sequence[int], dropout_key: int = 0) -> MicroBatch:
-        """Label rows and lay them out; None is an empty row."""
-        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, slots)), dropout_key)
+    def held_out(self, rows: Sequence[Row | None]) -> MicroBatch:
+        """Rows of an evaluation, all of one kind; None is an empty row."""
+        causal = len(rows) if KINDS[self.kinds.kinds[0]].causal else 0
+        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal)), dropout_key=0)
 
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
         """Tensors on the device; the copy of page-locked ones does not wait for it."""
@@ -105,7 +110,7 @@ class Batches:
         return MicroBatch(
             batch.input_ids.to(self.device, non_blocking=pinned),
             batch.labels.to(self.device, non_blocking=pinned),
-            pack_rows(host.lengths, self.row_tokens, self.device, host.slots, dropout_key),
+            pack_rows(host.lengths, self.row_tokens, self.device, host.slots, dropout_key, host.causal_rows),
             host.tokens,
             host.pairs,
         )

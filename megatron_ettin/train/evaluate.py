@@ -19,6 +19,7 @@ from megatron_ettin.data.mixture import largest_remainder
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.source_rows import open_by_source
 from megatron_ettin.objectives.labels import corpus_labeller
+from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
 from megatron_ettin.train.step import Totals, run_micro_batches
@@ -71,9 +72,10 @@ class Evaluated(Measured):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to evaluate on, by source."""
+    """Rows to evaluate on, by source, all read in one way."""
 
     sources: dict[str, Batches]
+    kind: str
 
     @property
     def corpus(self) -> Corpus:
@@ -90,26 +92,28 @@ class HeldOut:
         return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
 
 
-def open_held_out(machine: Machine, datasets: Mapping[str, str], seq_len: int | None = None) -> HeldOut:
-    """Rows of the datasets named, in an order of their own that no run's seed changes. Sources are the datasets, and
-    within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises UserError."""
+def open_held_out(machine: Machine, datasets: Mapping[str, str], kind: str) -> HeldOut:
+    """Rows of the datasets named, read as `kind` has it, in an order of their own that no run's seed changes. Sources
+    are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
+    UserError."""
     data = machine.config.data
-    run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE)
-    length = seq_len or data.seq_len
-    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=length))
+    run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
+    length = data.seq_len
+    config = dataclasses.replace(machine.config, run=run)
     sources = {}
     for name, path in datasets.items():
         parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
         for part, corpus in parts.items():
             label = name if not part else part if len(datasets) == 1 else f"{name}/{part}"
             sources[label] = held_out_batches(config, machine, corpus)
-    return HeldOut(sources)
+    return HeldOut(sources, kind)
 
 
 def held_out_batches(config: Config, machine: Machine, corpus: Corpus) -> Batches:
     label = corpus_labeller(config, corpus, VALIDATION_MLM_PROBABILITY)
     sizes = BatchSizes((config.batch.global_batch_rows,), (0,))
-    return Batches(config, corpus, sizes, label, machine.layout, machine.platform.device)
+    kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
+    return Batches(config, corpus, sizes, label, kinds, machine.layout, machine.platform.device)
 
 
 def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -> Evaluated:
@@ -131,11 +135,9 @@ def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -
         for chunk in machine.chunks:
             chunk.train()
     sums = np.array(machine.layout.sum_over_world(figures, machine.platform.device)).reshape(-1, 3)
-    objective = machine.config.run.objective
-    parts = {
-        name: measured(objective, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)
-    }
-    return Evaluated(**dataclasses.asdict(measured(objective, sums.sum(axis=0), sum(rows))), sources=parts)
+    kind = held_out.kind
+    parts = {name: measured(kind, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)}
+    return Evaluated(**dataclasses.asdict(measured(kind, sums.sum(axis=0), sum(rows))), sources=parts)
 
 
 def measured(objective: str, sums: np.ndarray, rows: int) -> Measured:
@@ -153,7 +155,7 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
         for index in range(begin, begin + together):
             start = (index * topology.dp + batches.layout.dp_rank) * size
             chosen = batches.host.rows(range(start, start + size), rows)
-            group.append(batches.micro_batch(chosen, range(size)))
+            group.append(batches.held_out(chosen))
         yield group
 
 

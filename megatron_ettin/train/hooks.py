@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -160,23 +161,28 @@ class Checkpoints(Hook):
 
 
 class Evaluation(Hook):
-    """Loss on the validation datasets every so many steps, in all and by source."""
+    """Loss on the validation datasets every so many steps, in all and by source; of a hybrid run, read in each of its
+    ways, the first of which needs no suffix."""
 
-    def __init__(self, held_out: evaluate.HeldOut) -> None:
+    def __init__(self, held_out: Sequence[evaluate.HeldOut]) -> None:
         self.held_out = held_out
 
     def step(self, run: Run, info: StepInfo) -> None:
         every = run.config.metrics.eval_every_steps
         if every is None or info.step % every:
             return
-        result = evaluate.evaluate(run.machine, self.held_out, run.config.metrics.eval_rows)
-        info.extra["validation_loss"] = result.loss
-        info.extra["validation_accuracy"] = result.accuracy
-        if len(result.sources) > 1:
-            info.extra.update({f"validation_loss/{name}": part.loss for name, part in result.sources.items()})
-        if run.is_chief and not sys.stderr.isatty():
-            whole, *parts = result.lines()
-            print(f"step {info.step} validation {whole}", *parts, sep="\n", flush=True)
+        for number, held_out in enumerate(self.held_out):
+            suffix = f"_{held_out.kind}" if number else ""
+            result = evaluate.evaluate(run.machine, held_out, run.config.metrics.eval_rows)
+            info.extra[f"validation_loss{suffix}"] = result.loss
+            info.extra[f"validation_accuracy{suffix}"] = result.accuracy
+            if len(result.sources) > 1:
+                parts = {f"validation_loss{suffix}/{name}": part.loss for name, part in result.sources.items()}
+                info.extra.update(parts)
+            if run.is_chief and not sys.stderr.isatty():
+                whole, *lines = result.lines()
+                kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
+                print(f"step {info.step} validation {kind}{whole}", *lines, sep="\n", flush=True)
 
 
 class StopSignal:

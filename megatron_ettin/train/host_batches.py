@@ -5,7 +5,7 @@ starts at once. Rows that a layout's micro-batches have too many are empty: all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.order import Corpus, Row
 from megatron_ettin.objectives.labels import Labeller
+from megatron_ettin.objectives.row_kinds import RowKinds
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class HostBatch:
     slots: tuple[int, ...]  # of each row within the step
     tokens: int  # that are no padding
     pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
+    causal_rows: int  # the first so many rows are causal
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class HostBatches:
     corpus: Corpus
     sizes: BatchSizes
     label: Labeller
-    causal: bool
-    window: int  # of a local layer
+    kinds: RowKinds
+    windows: Mapping[bool, int]  # of a local layer: of causal rows (True) and of others
     row_tokens: int  # of a row on the device, padding included
     micro_batch_rows: int
     dp: int
@@ -56,7 +58,8 @@ class HostBatches:
         first, end = self.sizes.span(step)
         start = (index * self.dp + self.dp_rank) * self.micro_batch_rows
         slots = range(start, start + self.micro_batch_rows)
-        return self.lay_out(self.rows([first + slot for slot in slots], end), slots)
+        rows = self.rows([first + slot for slot in slots], end)
+        return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step))
 
     def rows(self, positions: Sequence[int], end: int) -> list[Row | None]:
         """The rows at these positions, None from `end` on. Raises RankError where the data cannot be read."""
@@ -73,19 +76,23 @@ class HostBatches:
             self._check(row)
         return [*rows, *[None] * (len(positions) - len(real))]
 
-    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int]) -> HostBatch:
-        """Label rows and lay them out; None is an empty row."""
+    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int) -> HostBatch:
+        """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal."""
         input_ids = np.full((len(rows), self.row_tokens), self.corpus.pad_id, dtype=np.int64)
         labels = np.full((len(rows), self.row_tokens), IGNORE, dtype=np.int64)
         for i, row in enumerate(rows):
             if row is not None:
                 n = len(row.tokens)
-                input_ids[i, :n], labels[i, :n] = self.label(row.tokens, row.lengths, row.position)
+                kind = self.kinds.of_slot(slots[i], causal_slots)
+                input_ids[i, :n], labels[i, :n] = self.label(row.tokens, row.lengths, row.position, kind)
         lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
-        real = np.array([n for row in lengths for n in row], dtype=np.int64)
-        pairs = (attended_pairs(real, self.causal, None), attended_pairs(real, self.causal, self.window))
-        sums = (int(pairs[0].sum()), int(pairs[1].sum()))
-        return HostBatch(input_ids, labels, lengths, tuple(slots), int(real.sum()), sums)
+        causal_rows = sum(slot < causal_slots for slot in slots)
+        tokens, pairs = 0, np.zeros(2, np.int64)
+        for causal, part in ((True, lengths[:causal_rows]), (False, lengths[causal_rows:])):
+            real = np.array([n for row in part for n in row], dtype=np.int64)
+            tokens += int(real.sum())
+            pairs += [attended_pairs(real, causal, window).sum() for window in (None, self.windows[causal])]
+        return HostBatch(input_ids, labels, lengths, tuple(slots), tokens, (int(pairs[0]), int(pairs[1])), causal_rows)
 
     def _check(self, row: Row) -> None:
         """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""

@@ -18,6 +18,7 @@ import torch
 from megatron_ettin import parallel
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.config.validation import validation_sets
@@ -151,8 +152,10 @@ def build_hooks(run: Run) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
     hooks: list[Hook] = [Metrics(), Console()]
     if run.config.data.validation is not None:
-        held_out = open_held_out(run.machine, validation_sets(run.config.data.validation))
-        for batches in held_out.sources.values():
+        sets = validation_sets(run.config.data.validation)
+        kinds = OBJECTIVES[run.config.run.objective].kinds
+        held_out = [open_held_out(run.machine, sets, kind) for kind in reversed(kinds)]
+        for batches in held_out[0].sources.values():
             if batches.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")

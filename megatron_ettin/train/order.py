@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.objectives import IGNORE, KINDS
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.order import Corpus, Row, open_run_corpus
 from megatron_ettin.data.replay_files import METADATA_KEY
 from megatron_ettin.objectives.labels import corpus_labeller
+from megatron_ettin.objectives.row_kinds import RowKinds
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",
@@ -174,21 +175,24 @@ def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[in
 def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
     """Write what the model sees, exactly, as .npz; returns the number of rows n.
 
-    step [n]; input_ids and labels [n, seq_len] (-100 where nothing is predicted, shifted already for clm); spans
-    [m, 3]: row among the n, first token, end of every chunk. All of it is in memory: 16 bytes a token of a row."""
-    label = corpus_labeller(config, corpus)
+    step [n]; causal [n]: whether the row is; input_ids and labels [n, seq_len] (-100 where nothing is predicted,
+    shifted already for clm and mntp); spans [m, 3]: row among the n, first token, end of every chunk. All of it is in
+    memory: 16 bytes a token of a row."""
+    label, kinds = corpus_labeller(config, corpus), RowKinds.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
     n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
     input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
-    numbers, boundaries = np.empty(n, np.int64), []
-    for i, (step, _, row) in enumerate(step_rows(config, corpus, steps)):
-        numbers[i], real = step, len(row.tokens)
-        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position)
+    numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
+    for i, (step, slot, row) in enumerate(step_rows(config, corpus, steps)):
+        kind = kinds.of_slot(slot, kinds.causal_rows(sizes, step - 1))
+        numbers[i], causal[i], real = step, KINDS[kind].causal, len(row.tokens)
+        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position, kind)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
     with written_beside(out) as beside, open(beside, "wb") as file:
-        np.savez(file, step=numbers, input_ids=input_ids, labels=labels, spans=np.array(boundaries))
+        spans = np.array(boundaries)
+        np.savez(file, step=numbers, causal=causal, input_ids=input_ids, labels=labels, spans=spans)
     return n
 
 

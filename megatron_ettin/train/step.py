@@ -17,7 +17,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.flops import training_flops
-from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.objectives import IGNORE, OBJECTIVES
+from megatron_ettin.config.schema import Config
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
 from megatron_ettin.train.loader import LoadedBatch
@@ -48,6 +49,8 @@ class Totals:
     loss: float = 0.0
     labels: int = 0
     correct: int = 0
+    causal_loss: float = 0.0  # of the causal rows of a hybrid objective
+    causal_labels: int = 0
     tokens: int = 0
     global_pairs: int = 0
     local_pairs: int = 0
@@ -91,9 +94,8 @@ def run_micro_batches(
     )
     if counting:
         for output in outputs:
-            totals.loss += float(output["loss"])
-            totals.labels += int(output["labels"])
-            totals.correct += int(output["correct"])
+            for name, value in output.items():
+                setattr(totals, name, getattr(totals, name) + value.item())
     return totals
 
 
@@ -104,15 +106,27 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
     if not isinstance(output, tuple):  # hidden states for the next stage
         return output, None
     total, losses, correct = output
-    return total, functools.partial(sum_of_losses, (batch.labels != IGNORE).sum(), losses, correct)
+    labels = (batch.labels != IGNORE).sum(dim=1)
+    return total, functools.partial(sum_of_losses, labels, losses, correct, batch.packed.causal_rows or 0)
 
 
 def sum_of_losses(
-    labels: torch.Tensor, losses: torch.Tensor, correct: torch.Tensor, total: torch.Tensor, non_loss_data: bool = False
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    correct: torch.Tensor,
+    causal_rows: int,
+    total: torch.Tensor,
+    non_loss_data: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Core's loss function: (sum, number of predicted tokens, what to report)."""
-    report = {"loss": losses.double().sum(), "labels": labels, "correct": correct.sum()}
-    return total, labels.int(), report
+    """Core's loss function: (sum, number of predicted tokens, what to report). labels [rows]: of each row."""
+    count = labels.sum()
+    report = {"loss": losses.double().sum(), "labels": count, "correct": correct.sum()}
+    if 0 < causal_rows < len(labels):
+        first = labels[:causal_rows].sum()
+        report |= {"causal_loss": losses[:first].double().sum(), "causal_labels": first}
+    elif causal_rows:
+        report |= {"causal_loss": report["loss"], "causal_labels": count}
+    return total, count.int(), report
 
 
 def train_step(
@@ -132,11 +146,10 @@ def train_step(
     count = batches.micro_batch_count(step)
     totals = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
     grad_norm = machine.optimizer.step(lr)
-    sums = machine.layout.sum_over_world(
-        [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs, float(stop)],
-        machine.platform.device,
-    )
-    loss, labels, tokens, global_pairs, local_pairs, stops = sums
+    figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
+    parts = [totals.causal_loss, totals.causal_labels, float(stop)]
+    sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
+    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops = sums
     model = machine.config.model
     return StepInfo(
         step=step + 1,
@@ -150,4 +163,18 @@ def train_step(
         seconds=time.perf_counter() - began,
         flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
         stop_requested=stops > 0,
+        extra=by_kind(machine.config, loss, labels, causal_loss, causal_labels),
     )
+
+
+def by_kind(config: Config, loss: float, labels: float, causal_loss: float, causal_labels: float) -> dict[str, Any]:
+    """Of a hybrid run: the mean loss of the rows of each kind, and how many predicted tokens are of the causal ones."""
+    if not OBJECTIVES[config.run.objective].is_hybrid:
+        return {}
+    causal, masked = OBJECTIVES[config.run.objective].kinds
+    found: dict[str, Any] = {f"labels_{causal}": int(causal_labels)}
+    if causal_labels:
+        found[f"loss_{causal}"] = causal_loss / causal_labels
+    if labels > causal_labels:
+        found[f"loss_{masked}"] = (loss - causal_loss) / (labels - causal_labels)
+    return found

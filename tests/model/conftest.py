@@ -40,7 +40,7 @@ def build_model(alone: None) -> Callable[[Config], object]:
 
         core = transformer_config(config, layer_backend(detect("cpu"), "fp32"), None, False)
         model = EttinModel(core, ProcessGroupCollection.use_mpu_process_groups())
-        init.fill(model, init.hashed(config.run.seed, config.model.num_layers, config.model.init_std), 1, 0)
+        init.fill(model, init.hashed(config.run.seed, config.model), 1, 0)
         return model.eval()
 
     return build

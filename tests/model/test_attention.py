@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.model.attention import attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model.attention import SdpaAttention, attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model.build import EttinTransformerConfig
 from megatron_ettin.model.packed import pack_rows
 
 ROWS = {
@@ -61,3 +62,25 @@ def test_gradients_agree(causal: bool) -> None:
         (way(q, k, v, packed, 20, causal) ** 2).sum().backward()
         grads.append([t.grad for t in (q, k, v)])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("seq_len", [150, 200])
+def test_a_micro_batch_of_both_kinds(layer: int, seq_len: int) -> None:
+    """The first rows are causal, the others not, each with its window: as if the parts were alone."""
+    config = EttinTransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2, hybrid=True)
+    config.attention_windows = {True: 7, False: 20}
+    attention = SdpaAttention(config, layer)
+    lengths = [[90, seq_len - 90], [seq_len - 10], [], [60, 5, seq_len - 65]]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4 * seq_len, 2, 8, generator=generator) for _ in range(3))
+    whole = attention(q, k, v, None, packed_seq_params=pack_rows(lengths, seq_len, causal_rows=1))
+    for rows, causal in ((slice(0, 1), 1), (slice(1, 4), 0)):
+        tokens = slice(rows.start * seq_len, rows.stop * seq_len)
+        part = [t[tokens] for t in (q, k, v)]
+        alone, other = (
+            attention(*part, None, packed_seq_params=pack_rows(lengths[rows], seq_len, causal_rows=count))
+            for count in (causal, 0 if causal else 3)
+        )
+        assert torch.allclose(whole[tokens], alone, atol=1e-6)
+        assert not torch.allclose(whole[tokens], other, atol=1e-2)

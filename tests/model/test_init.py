@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ettin.config.resolve import parse
 from megatron_ettin.model import init
+
+MODEL = parse("17m", "mlm", "pretrain").model
 
 
 @pytest.mark.parametrize(
@@ -22,20 +25,29 @@ from megatron_ettin.model import init
     ],
 )
 def test_truncated_normal(name: str, sigma: float) -> None:
-    drawn = init.hashed(21, 7, 0.02)(name, [512, 512])
+    drawn = init.hashed(21, MODEL)(name, [512, 512])
     assert drawn.abs().max() <= 2 * sigma
     # a normal cut at two sigma keeps 0.8796 of its standard deviation
     assert drawn.std().item() == pytest.approx(0.8796 * sigma, rel=0.01)
 
 
 def test_a_name_is_a_weight() -> None:
-    full_of = init.hashed(21, 7, 0.02)
+    full_of = init.hashed(21, MODEL)
     first, second = "transformer.layers.1.mlp.linear_fc1.weight", "transformer.layers.2.mlp.linear_fc1.weight"
     assert torch.equal(full_of(first, [64, 32]), full_of(first, [64, 32]))
     assert not torch.equal(full_of(first, [64, 32]), full_of(second, [64, 32]))
-    assert not torch.equal(full_of(first, [64, 32]), init.hashed(22, 7, 0.02)(first, [64, 32]))
+    assert not torch.equal(full_of(first, [64, 32]), init.hashed(22, MODEL)(first, [64, 32]))
     assert torch.equal(full_of("output_layer.bias", [8]), torch.zeros(8))
     assert torch.equal(full_of("transformer.final_layernorm.weight", [8]), torch.ones(8))
+
+
+def test_the_original_trainers_vocabulary_bias() -> None:
+    """torch.nn.Linear's default: uniform up to one by the root of the width."""
+    bias = init.hashed(21, parse("17m", "mlm", "pretrain", words=["run.recipe=original"]).model)
+    drawn = bias("output_layer.bias", [50_368])
+    assert drawn.abs().max() <= 1 / 16 and drawn.abs().max() > 0.999 / 16
+    assert drawn.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.01)
+    assert torch.equal(drawn, bias("output_layer.bias", [50_368]))
 
 
 @pytest.mark.parametrize("tp", [2, 3])

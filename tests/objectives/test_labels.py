@@ -70,6 +70,23 @@ def test_clm_shifts_inside_chunks() -> None:
         assert labels[i] == (IGNORE if i in ends else tokens[i + 1])
 
 
+def test_mntp_predicts_a_masked_token_from_the_position_before() -> None:
+    """The same masks as mlm's, save on a chunk's first token, and labels moved by one inside the chunk."""
+    rule = labeller("mntp", 0.3, 21, "pretrain", VOCABULARY, (), MASK)  # nothing special: first tokens could be masked
+    plain = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
+    firsts = 0
+    for position in range(40):
+        tokens, lengths = row(position)
+        starts = np.cumsum(lengths) - lengths
+        (inputs, labels), (masked_inputs, masked_labels) = (label(tokens, lengths, position) for label in (rule, plain))
+        firsts += int((masked_labels[starts] != IGNORE).sum())
+        masked_labels[starts] = IGNORE
+        masked_inputs[starts] = tokens[starts]
+        assert (inputs == masked_inputs).all()
+        assert (labels[:-1] == masked_labels[1:]).all() and labels[-1] == IGNORE
+    assert firsts > 10  # there was something to keep
+
+
 def test_an_encoder_needs_a_mask_token() -> None:
     with pytest.raises(UserError, match="no mask token"):
         labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL[:-1], None)

@@ -22,6 +22,7 @@ from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.order import open_corpus
 from megatron_ettin.objectives.labels import labeller
+from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.train.host_batches import HostBatches
 from megatron_ettin.train.loader import Loader, worker_count
 from tests.pool import Pool
@@ -35,7 +36,7 @@ def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 
     corpus = open_corpus([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
     sizes = BatchSizes.of(BATCH, corpus.mean_tokens_per_row)
     label = labeller("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
-    return HostBatches(corpus, sizes, label, False, 8, 64, 2, dp, dp_rank, group)
+    return HostBatches(corpus, sizes, label, RowKinds(("mlm",)), {True: 8, False: 8}, 64, 2, dp, dp_rank, group)
 
 
 def content(loader: Loader, steps: range) -> list[tuple]:

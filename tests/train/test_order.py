@@ -17,7 +17,7 @@ from tests.train.runs import Trained, train
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module", params=["mlm", "clm"])
+@pytest.fixture(scope="module", params=["mlm", "clm", "mntp", "hybrid"])
 def still(
     request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
@@ -29,26 +29,34 @@ def still(
 
 
 def test_a_step_repeated_in_plain_pytorch(still: Trained, tmp_path: Path) -> None:
-    """Losses of metrics.jsonl from `transformers`' model of the exported weights and `order --batches` alone."""
+    """Losses of metrics.jsonl from `transformers`' models of the exported weights and `order --batches` alone."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    assert main(["convert", "to-hf", str(still.directory), str(tmp_path / "hf")]) == 0
     assert main(["order", str(still.directory), "--steps", "1:4", "--batches", str(tmp_path / "seen.npz")]) == 0
     seen = np.load(tmp_path / "seen.npz")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    loader = AutoModelForMaskedLM if config["model_type"] == "modernbert" else AutoModelForCausalLM
-    model = loader.from_pretrained(tmp_path / "hf").eval()
+    models = {bool(causal): exported(still.directory, tmp_path, causal) for causal in np.unique(seen["causal"])}
     sums, counts = np.zeros(4), np.zeros(4)
     with torch.no_grad():
         for row, start, end in seen["spans"].tolist():
-            logits = model(input_ids=torch.from_numpy(seen["input_ids"][row : row + 1, start:end])).logits[0]
+            logits = models[bool(seen["causal"][row])](
+                input_ids=torch.from_numpy(seen["input_ids"][row : row + 1, start:end])
+            ).logits[0]
             labels = torch.from_numpy(seen["labels"][row, start:end])
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
             sums[seen["step"][row]] += loss.item()
             counts[seen["step"][row]] += int((labels != -100).sum())
     assert counts[1:].tolist() == still.column("labels")
     assert (sums[1:] / counts[1:]) == pytest.approx(still.column("loss"), rel=1e-5)
+
+
+def exported(run: Path, folder: Path, causal: bool):
+    """The run's weights as the class of `transformers` that attends so."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    objective, loader = ("clm", AutoModelForCausalLM) if causal else ("mlm", AutoModelForMaskedLM)
+    out = folder / objective
+    assert main(["convert", "to-hf", str(run), str(out), "--objective", objective]) == 0
+    return loader.from_pretrained(out).eval()
 
 
 def test_the_table_names_documents_and_spans(still: Trained, corpus: Path, tmp_path: Path) -> None:

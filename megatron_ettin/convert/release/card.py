@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
 from megatron_ettin.convert.release.chain import Chain
 from megatron_ettin.data.epochs import planned_epochs
@@ -58,7 +59,9 @@ def _recipe(config: Config) -> dict[str, str]:
         "layout": f"tp {parallel.tp}, pp {parallel.pp}",
         "seed": str(config.run.seed),
     }
-    if config.run.objective == "mlm":
+    if OBJECTIVES[config.run.objective].is_hybrid:
+        found["causal rows"] = str(config.data.clm_fraction)
+    if OBJECTIVES[config.run.objective].needs_mask_token:
         found["masked"] = f"{config.data.mlm_probability:.0%} of tokens"
     return found
 

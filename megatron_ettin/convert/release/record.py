@@ -32,8 +32,10 @@ def source_identity(revision: Revision) -> str:
     """A digest of the checkpoint's contents: integrity.json holds the sha256 of every file of it. Initial weights are
     a function of seed and shape. Raises UserError where integrity.json is not readable."""
     if revision.checkpoint is None:
-        run = revision.run.config
-        return hashlib.sha256(f"initial {run.run.seed} {run.model} {run.precision.name}".encode()).hexdigest()
+        run, model = revision.run.config, revision.run.config.model
+        shape = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
+        drawn = (run.run.seed, *shape, model.vocab_size, model.init_std, model.output_bias_init)
+        return hashlib.sha256(f"initial {drawn} {run.precision.name}".encode()).hexdigest()
     path = revision.checkpoint / INTEGRITY
     try:
         return sha256(path)

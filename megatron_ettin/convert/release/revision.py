@@ -17,6 +17,7 @@ from megatron_ettin.checkpoint.directory import list_checkpoints, place
 from megatron_ettin.checkpoint.integrity import fsync
 from megatron_ettin.checkpoint.writing import write_weights
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.convert.model_card import About, model_card
 from megatron_ettin.convert.release.chain import PhaseRun, Revision
@@ -90,10 +91,10 @@ def write_initial(run: PhaseRun, folder: Path) -> Path:
 
     config = run.config
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    full_of = hashed(config.run.seed, config.model.num_layers, config.model.init_std)
+    full_of = hashed(config.run.seed, config.model)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for pair in pairs(config.model, config.run.objective):
+        for pair in pairs(config.model, OBJECTIVES[config.run.objective].exports[0]):
             yield pair.ours, full_of(pair.ours, list(pair.shape)).to(dtype)
 
     staging = folder.with_name(f".tmp-{folder.name}")

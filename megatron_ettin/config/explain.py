@@ -1,0 +1,125 @@
+"""Where a run differs from what the original trainer did, and why: `ettin train --explain`.
+
+Two lists: keys of the resolved run that have another value than under `recipe: original`, each with the reason or with
+who set it; and what no key can reproduce. The tests hold every combination of the recipe to it: no difference without
+a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.resolve import recipe
+from megatron_ettin.config.schema import Config
+
+REASONS = {
+    "data.batching": "packed rows hold no padding: the same tokens a step in fewer, full rows; chunks do not see each"
+    " other",
+    "data.seq_len": "8,192 packs whole chunks and divides by every layout; 7,999 was the longest padded sequence",
+    "data.mean_tokens_per_row": "the datasets' own figure; 615.36 is that of the published data, by which 1.7T tokens"
+    " are 599,525 steps",
+    "model.max_position_embeddings": "follows data.seq_len",
+    "model.decoder_window_keys": "64 keys is what transformers computes from the exported config, so that what is"
+    " released is what was trained; the original's attention saw 65",
+    "model.local_rope_theta": "one base for both objectives, so that a pair differs in mask and objective only; some"
+    " original decoders went back to 10,000 in their last decay",
+    "model.output_bias_init": "zero predicts no token before training; the original skipped this tensor's"
+    " initialisation, and torch's default stayed",
+    "batch.global_batch_rows": "2,816 packed rows of 1,024 (1,024 of 8,192) hold the tokens of 4,608 padded sequences,"
+    " about 2.84M",
+    "batch.warmup_tokens": "the published files ask for it, but their trainer heeded it in its packer alone, which"
+    " they switched off: every step had the full batch",
+    "batch.warmup_min_rows": "only a batch warm-up reads it",
+    "batch.loss_normalization": "every predicted token of a step counts the same on any layout; the original averaged"
+    " the means of its micro-batches",
+    "run.objective": "a masked token is predicted at its own place, as released encoders are used; the original trained"
+    " decoders on as encoders that predict it from the place before (--objective mntp)",
+    "run.phase": "another phase",
+}
+
+
+class Fact(NamedTuple):
+    """What no key reproduces."""
+
+    what: str
+    here: str
+    original: str
+    why: str
+
+
+ALWAYS = (
+    Fact(
+        "masks", "a hash of seed, phase and position", "random numbers of the loader's processes",
+        "the original's cannot be repeated, not even by itself; the rates are the same (80 % [MASK], 10 % random)",
+    ),
+    Fact(
+        "data order", "a keyed permutation of each dataset, in fixed shares", "one shuffle of all samples, in memory",
+        "constant memory at any size; data.order=FILE trains in a published order",
+    ),
+    Fact(
+        "precision", "bf16 weights with fp32 masters, bf16 residual stream", "fp32 weights under bf16 autocast",
+        "Megatron's way; precision.name=fp32 computes all in fp32",
+    ),
+    Fact(
+        "embedding row 0", "trained like the others", "no gradient as an input (it was taken for padding)",
+        "an oversight: padding was token 50,283; token 0 is rare",
+    ),
+    Fact(
+        "attention dropout mask", "a hash of seed, step, layer, slot, token, channel", "a generator's history",
+        "the same on every layout and after every resume; the rate is the same",
+    ),
+    Fact(
+        "resumed epochs", "the position in the order", "the sampler's state",
+        "an order defined everywhere needs no state",
+    ),
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    key: str
+    here: Any
+    original: Any
+    why: str
+
+
+def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
+    """Keys in which the run is not the original's. `origins`: keys that somebody set, and who. A key that is neither
+    set nor explained has an empty reason."""
+    run = config.run
+    objective = "mlm" if (run.phase, run.objective) == ("cross", "mntp") else run.objective
+    theirs, ours = _keys(recipe(run.size, objective, run.phase, name="original")), _keys(config)
+    found = []
+    for key, value in ours.items():
+        if value != theirs[key]:
+            who = origins.get(key)
+            why = f"set by {who}" if who else REASONS.get(key, "")
+            found.append(Difference(key, value, theirs[key], why))
+    return found
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    """What decides what is learned, the precision aside, and how long."""
+    return {**science_keys(config), "run.tokens": config.run.tokens, "data.order": config.data.order}
+
+
+def describe(found: list[Difference], config: Config) -> str:
+    """As text."""
+    name = f"{config.run.size} {config.run.objective} {config.run.phase}"
+    lines = [f"{name}, recipe {config.run.recipe}: {len(found)} keys differ from the original trainer's run"]
+    for one in found:
+        lines.append(f"  {one.key}: {_shown(one.here)} (original: {_shown(one.original)})")
+        lines.append(f"    {one.why or 'NO REASON IS RECORDED'}")
+    lines.append("what no key reproduces:")
+    for fact in ALWAYS:
+        lines.append(f"  {fact.what}: {fact.here} (original: {fact.original})")
+        lines.append(f"    {fact.why}")
+    return "\n".join(lines)
+
+
+def to_json(found: list[Difference]) -> dict[str, Any]:
+    return {"keys": [one._asdict() for one in found], "always": [fact._asdict() for fact in ALWAYS]}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

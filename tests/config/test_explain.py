@@ -1,0 +1,101 @@
+"""Every difference from the original trainer has a reason, for every combination of the recipe."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.explain import differences
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.phases import PHASES
+from megatron_ettin.config.resolve import parse, recipe
+from megatron_ettin.config.sizes import SIZES
+
+THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "clm") for phase in PHASES]
+
+
+@pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
+def test_no_unexplained_difference(size: str, objective: str, phase: str) -> None:
+    found = differences(parse(size, objective, phase), {})
+    assert [one.key for one in found if not one.why] == []
+    keys = {one.key for one in found}
+    assert {"data.batching", "batch.loss_normalization", "batch.global_batch_rows"} <= keys
+    assert ("run.objective" in keys) == ((objective, phase) == ("mlm", "cross"))
+    assert differences(parse(size, objective, phase, words=["run.recipe=original"]), {}) == []
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_somebody_set_is_said_to_be_set(objective: str, capsys) -> None:
+    words = ["optim.lr=1e-3", "data.seq_len=512", "batch.global_batch_rows=64"]
+    assert (
+        main(["train", "--size", "17m", "--objective", objective, "--phase", "decay", "--explain", "--json", *words])
+        == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    why = {one["key"]: one["why"] for one in told["keys"]}
+    assert why["optim.lr"] == "set by `optim.lr=1e-3`"
+    assert why["optim.max_lr"] == "set by optim.lr, which it follows (`optim.lr=1e-3`)"
+    assert why["data.seq_len"] == "set by `data.seq_len=512`" and len(told["always"]) > 4
+
+
+def test_explained_to_people(capsys, tmp_path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("model: {attention_output_dropout: 0}\n")
+    assert (
+        main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", "--config", str(site)])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "model.local_rope_theta: 160000.0 (original: 10000.0)\n    one base for both objectives" in out
+    assert f"model.attention_output_dropout: 0.0 (original: 0.1)\n    set by {site}" in out
+    assert "NO REASON" not in out and "what no key reproduces:\n  masks:" in out
+    words = ["--recipe", "original"]
+    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 0
+    assert "recipe original: 0 keys differ" in capsys.readouterr().out
+
+
+def test_the_original_recipe() -> None:
+    config = recipe("150m", "clm", "pretrain", name="original")
+    assert (config.data.batching, config.data.seq_len, config.batch.global_batch_rows) == ("padded", 1024, 4608)
+    assert (config.batch.warmup_tokens, config.batch.loss_normalization) == (0, "microbatch")
+    assert (config.model.decoder_window_keys, config.model.output_bias_init) == (65, "uniform")
+    assert recipe("150m", "clm", "extend", name="original").data.seq_len == 7999
+    assert recipe("17m", "clm", "decay", name="original").model.local_rope_theta == 10_000
+    assert recipe("17m", "mlm", "decay", name="original").model.local_rope_theta == 160_000
+    assert recipe("17m", "mlm", "cross", name="original").run.objective == "mntp"
+    assert recipe("17m", "clm", "cross", name="original").run.objective == "clm"
+
+
+def test_the_published_number_of_steps(capsys) -> None:
+    words = [
+        "train",
+        "--size",
+        "400m",
+        "--objective",
+        "mlm",
+        "--phase",
+        "pretrain",
+        "--recipe",
+        "original",
+        "--dry-run",
+    ]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 599_525
+    assert main([*words, "--json", "data.mean_tokens_per_row=300"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1_229_746  # 1.7T / (4608 x 300), rounded up
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipe", "originall"], "recipe 'originall' does not exist (did you mean 'original'?)"),
+        (["run.recipe=ettin"], "recipe 'ettin' does not exist; it is one of paired, original"),
+        (["data.mean_tokens_per_row=0"], "data.mean_tokens_per_row: 0.0 is not allowed; it is above 0"),
+        (["model.output_bias_init=ones"], "model.output_bias_init: 'ones' does not exist"),
+    ],
+)
+def test_refusals(words: list[str], said: str, capsys) -> None:
+    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""Which rows of a hybrid step are causal: as many as the share says, on average and at every point of its schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.fractions import parse_points, share_at
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.objectives.row_kinds import RowKinds
+
+SIZES = BatchSizes((8,), (0,))
+
+
+def kinds(points: str, **changes: object) -> RowKinds:
+    return RowKinds(("clm", "mlm"), parse_points(points, "k"), 21, "pretrain", 100.0, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "share"),
+    [
+        ("0.25", 10**12, 0.25),
+        ("0:1,10B:0.5", 0, 1.0),
+        ("0:1, 10B:0.5", 5 * 10**9, 0.75),
+        ("0:1,10B:0.5", 2 * 10**10, 0.5),
+        ("1B:0.2,2B:0.4", 0, 0.2),
+    ],
+)
+def test_points(text: str, tokens: int, share: float) -> None:
+    assert share_at(parse_points(text, "k"), tokens) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "half", "0:1,0:0.5", "10B:1,5B:0", "0:", True, None, [0.5]])
+def test_what_is_no_share(text: object) -> None:
+    with pytest.raises(UserError, match=r"^k: "):
+        parse_points(text, "k")
+
+
+def test_rows_of_pure_objectives() -> None:
+    assert RowKinds(("clm",)).causal_rows(SIZES, 3) == 8
+    assert RowKinds(("mlm",)).causal_rows(SIZES, 3) == RowKinds(("mntp",)).causal_rows(SIZES, 3) == 0
+
+
+def test_a_fraction_of_a_row_is_a_chance() -> None:
+    counts = [kinds("0.3").causal_rows(SIZES, step) for step in range(4000)]
+    assert set(counts) == {2, 3}
+    assert sum(counts) / len(counts) == pytest.approx(2.4, abs=4 * (0.24 / 4000) ** 0.5)
+    assert counts == [kinds("0.3").causal_rows(SIZES, step) for step in range(4000)]
+    assert counts != [dataclasses.replace(kinds("0.3"), seed=22).causal_rows(SIZES, step) for step in range(4000)]
+
+
+def test_the_share_follows_its_schedule() -> None:
+    rule = kinds("0:1,8000:0")  # nominal tokens: ten steps of 8 rows of 100
+    counts = [rule.causal_rows(SIZES, step) for step in range(12)]
+    assert counts[0] == 8 and counts[10:] == [0, 0]
+    assert all(abs(count - 8 * (1 - step / 10)) < 1 for step, count in enumerate(counts[:10]))
+
+
+def test_only_hybrid_runs_have_a_share() -> None:
+    with pytest.raises(UserError, match=r"data\.clm_fraction: mlm has rows of one kind; it is of hybrid, hybrid_mntp"):
+        parse("17m", "mlm", "pretrain", words=["data.clm_fraction=0.5"])
+    with pytest.raises(UserError, match=r"data\.clm_fraction: 2"):
+        parse("17m", "hybrid", "pretrain", words=["data.clm_fraction=2"])
+    assert parse("17m", "hybrid", "pretrain").data.clm_fraction == 0.5
