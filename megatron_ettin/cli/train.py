@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", required=True, help="17m 32m 68m 150m 400m 1b")
-    parser.add_argument("--objective", required=True, help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
-    parser.add_argument("--phase", required=True, help="pretrain extend decay cross")
+    parser.add_argument("--size", help="17m 32m 68m 150m 400m 1b")
+    parser.add_argument("--objective", help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
+    parser.add_argument("--phase", help="pretrain extend decay cross")
     parser.add_argument(
         "--recipe", metavar="paired|original", help="original: the choices of the original trainer (docs/recipe.md)"
     )
-    parser.add_argument("--config", type=Path, metavar="SITE.yaml", help="groups of keys that differ from the recipe")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="SITE.yaml",
+        help="groups of keys, or a YAML of the original trainer, which brings the three names",
+    )
     parser.add_argument("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")
     parser.add_argument("--init-from", type=Path, metavar="RUN_OR_CHECKPOINT", help="weights of another run")
     parser.add_argument(
@@ -66,14 +71,22 @@ def explain(config: Config, args: argparse.Namespace, words: list[str], kept: di
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import origins
 
-    found = differences(config, origins(args.config, words, kept))
+    found = differences(config, origins(args.config, words, kept, config.run.phase))
     return json.dumps(to_json(found), indent=1) if args.json else describe(found, config)
 
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.config.inherit import told
-    from megatron_ettin.config.resolve import parse, recipe
+    from megatron_ettin.config.layers import names_of, read_site
+    from megatron_ettin.config.recipe import recipe
+    from megatron_ettin.config.resolve import parse
 
+    site = read_site(args.config) if args.config else None
+    named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
+    args.size, args.objective, args.phase = named["size"], named["objective"], named["phase"]
+    is_chief = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    for line in site.told if site and is_chief else ():
+        print(line, file=sys.stderr, flush=True)
     run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
     kept = weights_model(run_dir, args.init_from)
     words = [*([f"run.recipe={args.recipe}"] if args.recipe else []), *args.words]
@@ -81,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.explain:
         print(explain(config, args, words, kept))
         return 0
-    if kept and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if kept and is_chief:
         tables = recipe(args.size, args.objective, args.phase, name=config.run.recipe).model
         for line in told(kept, tables, config.model):
             print(line, file=sys.stderr, flush=True)

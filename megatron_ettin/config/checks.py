@@ -84,6 +84,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "checkpoint.keep": (lambda v: v >= 0, "0 (keep all) or above"),
     "checkpoint.every_steps": (lambda v: v >= 1, "at least 1"),
     "checkpoint.every_tokens": (lambda v: v >= 1, "at least 1"),
+    "checkpoint.weights_every_tokens": (lambda v: v >= 1, "at least 1"),
     "metrics.every_steps": (lambda v: v >= 1, "at least 1"),
     "metrics.eval_every_steps": (lambda v: v >= 1, "at least 1"),
     "metrics.eval_rows": (lambda v: v >= 1, "at least 1"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.resolve import recipe
+from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import Config
 
 REASONS = {

@@ -100,9 +100,10 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_tokens: Optional[int]
+    every_tokens: Optional[int]  # of resumable checkpoints: weights and optimizer
     every_steps: Optional[int] = None
     keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
+    weights_every_tokens: Optional[int] = None  # of milestones: weights alone, all kept
 
 
 @dataclass(frozen=True)

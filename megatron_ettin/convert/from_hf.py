@@ -17,7 +17,8 @@ import torch
 from megatron_ettin.checkpoint.directory import place
 from megatron_ettin.checkpoint.writing import write_weights
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.resolve import recipe, to_yaml
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config, ModelConfig
 from megatron_ettin.config.sizes import SIZES
 from megatron_ettin.convert.hf_config import from_hf_config

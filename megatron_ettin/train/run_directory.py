@@ -21,7 +21,8 @@ from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.history import HISTORY, first_launch
-from megatron_ettin.config.resolve import from_yaml, key_types, to_yaml
+from megatron_ettin.config.layers import key_types
+from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 

@@ -10,7 +10,8 @@ import pytest
 from megatron_ettin.config.checks import check_layout, science_keys, stage_layers
 from megatron_ettin.config.counts import format_count, parse_count
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.resolve import from_yaml, parse, recipe, to_yaml
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -154,3 +155,37 @@ def test_operations_keys_are_no_science() -> None:
         "model.init_std=0.01",
     ):
         assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word
+
+
+def test_settings_of_one_phase(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "recipe: original\noptim: {lr: 1e-3}\nphases:\n  extend: {optim: {lr: 2e-3}, data: {mixture: long}}\n"
+    )
+    words = ["optim.eps=1e-7", "extend.optim.eps=1e-8", "decay.optim.lr=4e-3"]
+    pretrain, extend, decay = (parse("17m", "mlm", phase, site, words) for phase in ("pretrain", "extend", "decay"))
+    assert [c.optim.lr for c in (pretrain, extend, decay)] == [1e-3, 2e-3, 4e-3]
+    assert [c.optim.eps for c in (pretrain, extend, decay)] == [1e-7, 1e-8, 1e-7]
+    assert [c.data.mixture for c in (pretrain, extend, decay)] == [None, "long", None]
+    assert pretrain.run.recipe == "original" and pretrain.data.batching == "padded"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        (
+            "phases: {extnd: {}}",
+            [],
+            "phases: 'extnd' (did you mean 'extend'?); allowed: pretrain, extend, decay, cross",
+        ),
+        ("phases: 3", [], "phases: a mapping of phases was expected, found 3"),
+        ("phases: {extend: {optim: {lrr: 1}}}", [], "unknown key 'optim.lrr'"),
+        ("", ["decay.optim.lrr=1"], "unknown key 'optim.lrr'"),
+    ],
+)
+def test_mistakes_in_settings_of_other_phases(text: str, words: list[str], said: str, tmp_path: Path) -> None:
+    """They are told by the first phase already."""
+    site = tmp_path / "site.yaml"
+    site.write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse("17m", "mlm", "pretrain", site, words)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_ettin.config.resolve import recipe
+from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import ScheduleConfig
 from megatron_ettin.optim.schedules import lr_fraction
 

@@ -12,7 +12,8 @@ from megatron_ettin.checkpoint.directory import checkpoints_folder, new_staging,
 from megatron_ettin.checkpoint.writing import write_weights
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.resolve import recipe, to_yaml
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.report.inspection import describe
 
 

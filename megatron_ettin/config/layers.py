@@ -1,0 +1,192 @@
+"""What changes a run of the tables: a site file and `key=value` words, each for every phase or for one of them.
+
+A site file is a mapping of groups; `phases:` in it holds groups for one phase alone, as `extend.data.mixture=...` does
+among the words. A YAML of the original trainer is read too (config/original/). A layer is checked as it is read:
+unknown keys are told with the nearest valid name, counts such as 1.7T become whole numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import yaml
+
+from megatron_ettin.config.counts import parse_count
+from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.original.importing import import_yaml
+from megatron_ettin.config.phases import PHASES
+from megatron_ettin.config.schema import Config
+
+Groups = dict[str, Any]  # group -> key -> value
+
+
+class Layer(NamedTuple):
+    """Groups of keys, and who set them, for messages."""
+
+    groups: Groups
+    origin: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A --config file. `names`: size, objective, phase where it gives them; `told`: what became of its keys."""
+
+    common: Groups
+    phases: dict[str, Groups] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+
+
+def read_site(path: Path) -> Site:
+    """A site file, or a YAML of the original trainer. Raises UserError."""
+    content = read_yaml(path)
+    if is_original(content):
+        groups, names, told = import_yaml(content, path)
+        return Site(groups, {}, names, tuple(told))
+    phases = content.pop("phases", None) or {}
+    if not isinstance(phases, dict):
+        raise UserError(f"config {path}: phases: a mapping of phases was expected, found {phases!r}")
+    for phase in phases:
+        if phase not in PHASES:
+            raise UserError(
+                f"config {path}: phases: {phase!r}{nearest(str(phase), PHASES)}; allowed: {', '.join(PHASES)}"
+            )
+    if "recipe" in content:
+        recipe = content.pop("recipe")
+        content["run"] = {**(content.get("run") or {}), "recipe": recipe}
+    return Site(content, {phase: groups or {} for phase, groups in phases.items()})
+
+
+def is_original(content: Groups) -> bool:
+    """Whether this is a YAML of the original trainer (Composer's keys)."""
+    model = content.get("model")
+    return (isinstance(model, dict) and "model_config" in model) or {"train_loader", "max_duration"} <= content.keys()
+
+
+def names_of(site: Site | None, where: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
+    """size, objective and phase of a run: as given, or as an original trainer's file has them. Raises UserError."""
+    found = site.names if site is not None else {}
+    for name, value in given.items():
+        if value is None and name not in found:
+            hint = " (its shape is none of the published ones)" if found and name == "size" else ""
+            raise UserError(f"--{name}: is missing{hint}")
+        if name != "phase" and value is not None and found.get(name, value) != value:
+            raise UserError(f"--{name} {value}: {where} is of {found[name]}")
+    return {name: value or found[name] for name, value in given.items()}
+
+
+def layers_of(site: Site | None, where: Path | None, words: Sequence[str], phase: str) -> list[Layer]:
+    """Every layer of a phase, weakest first: the file, its part for the phase, words, words for the phase. Checked."""
+    common, of_phase = split_words(words)
+    layers = []
+    if site is not None:
+        layers = [Layer(site.common, str(where)), Layer(site.phases.get(phase, {}), f"{where} (phases.{phase})")]
+    layers += [Layer(from_words([word]), f"`{word}`") for word in common]
+    layers += [Layer(from_words([word]), f"`{phase}.{word}`") for word in of_phase.get(phase, [])]
+    for layer in layers:
+        check_keys(layer.groups)
+    # mistakes in what is for later phases are told now
+    for groups in (*(site.phases.values() if site else ()), *map(from_words, of_phase.values())):
+        check_keys(groups)
+    return layers
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Words for every phase, and for one: `extend.data.mixture=x` is `data.mixture=x` of extend."""
+    common: list[str] = []
+    of_phase: dict[str, list[str]] = {}
+    for word in words:
+        phase, dot, rest = word.partition(".")
+        if dot and phase in PHASES:
+            of_phase.setdefault(phase, []).append(rest)
+        else:
+            common.append(word)
+    return common, of_phase
+
+
+def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
+    """What the strongest of the layers says of a key that decides which tables are taken."""
+    values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]
+    return str(values[-1]) if values else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Groups of a site file. Raises UserError for a missing or broken file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: a mapping of groups was expected, found {type(content).__name__}")
+    return content
+
+
+def from_words(words: Sequence[str]) -> dict[str, Any]:
+    """`["optim.lr=1e-3", ...]` as nested groups; values are YAML."""
+    layer: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not key=value; write for example optim.lr=1e-3")
+        group, _, name = key.partition(".")
+        try:
+            parsed = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise UserError(f"{key}: {value!r} is not a YAML value") from None
+        if not name:
+            raise UserError(f"unknown key {key!r}{nearest(key, key_types())}; keys are group.name")
+        layer.setdefault(group, {})[name] = parsed
+    return layer
+
+
+def key_types() -> dict[str, Any]:
+    """Every `group.key` with its annotation."""
+    return {
+        f"{group}.{key}": hint
+        for group, kind in get_type_hints(Config).items()
+        for key, hint in get_type_hints(kind).items()
+    }
+
+
+def check_keys(layer: dict[str, Any]) -> None:
+    """Refuse unknown groups and keys; turn counts such as 1.7T into whole numbers, in place."""
+    types = key_types()
+    groups = {key.partition(".")[0] for key in types}
+    for group, keys in layer.items():
+        if group not in groups:
+            raise UserError(
+                f"unknown key {str(group)!r}{nearest(str(group), groups)}; groups: {', '.join(sorted(groups))}"
+            )
+        if keys is None:
+            continue
+        if not isinstance(keys, dict):
+            raise UserError(f"{group}: a mapping was expected, found {keys!r}")
+        for key, value in list(keys.items()):
+            name = f"{group}.{key}"
+            if name not in types:
+                raise UserError(f"unknown key {name!r}{nearest(name, types)}")
+            wants_count = types[name] is int or int in getattr(types[name], "__args__", ())
+            if wants_count and isinstance(value, (str, float)):
+                keys[key] = parse_count(value, name)
+            elif _wants_float(types[name]) and isinstance(value, str):
+                keys[key] = _as_float(value, name)
+
+
+def _wants_float(hint: Any) -> bool:
+    return hint is float or float in getattr(hint, "__args__", ())
+
+
+def _as_float(value: str, name: str) -> float:
+    """YAML 1.1 reads `3e-3` as text; a number is meant."""
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{name}: {value!r} is not a number") from None

@@ -1,0 +1,1 @@
+"""What the original trainer's configuration says, in our words."""

@@ -1,0 +1,145 @@
+"""A YAML of the original trainer: every key is taken over, left aside with a reason, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.layers import names_of, read_site
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import parse
+from tests.config.original_yaml import original, write
+from tests.config.test_explain import THE_48
+
+NAMES = {"size": None, "objective": None, "phase": None}
+
+
+@pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
+def test_the_48(size: str, objective: str, phase: str, tmp_path: Path) -> None:
+    """Each is the run that `recipe: original` makes of its three names, which it brings itself."""
+    path = write(tmp_path / "original.yaml", original(size, objective, phase))
+    found = names_of(read_site(path), path, NAMES)
+    assert found == {
+        "size": size,
+        "objective": "mntp" if (objective, phase) == ("mlm", "cross") else objective,
+        "phase": phase,
+    }
+    config, wanted = parse(*found.values(), path), recipe(size, objective, phase, name="original")
+    for group in ("run", "model", "optim", "schedule", "data", "batch", "precision"):
+        assert getattr(config, group) == getattr(wanted, group), group
+    assert config.checkpoint.weights_every_tokens == 8_500_000_000
+
+
+def run(path: Path, capsys, *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main(["train", "--config", str(path), *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_through_the_command(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "original.yaml", original("150m", "clm", "pretrain"))
+    status, out, err = run(path, capsys, "--dry-run", "--json", "optim.lr=1e-3")
+    assert status == 0, err
+    told = json.loads(out)
+    assert told["steps"] == 599_525 and told["config"]["optim"]["lr"] == 1e-3
+    assert "left aside (a run reads data.mixture): data_local" in err
+    assert "has no model.model_config.local_attn_rotary_emb_base: local layers have the global rotary base" in err
+    status, out, _ = run(path, capsys, "--explain")
+    assert status == 0 and "0 keys differ" in out
+
+
+def changed(change: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's file with dotted keys replaced, or taken out where the value is None."""
+    content = original("17m", "mlm", "pretrain")
+    for key, value in change.items():
+        *parents, last = key.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if value is None:
+            place.pop(last)
+        else:
+            place[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        ({"scheduler.t_warmup": "0.1dur"}, "schedule.warmup_tokens", 170_000_000_000),
+        ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.weight_decay", 3e-4),
+        ({"optimizer.name": "decoupled_adamw"}, "optim.name", "adamw"),
+        ({"algorithms.gradient_clipping.clipping_threshold": 1.0}, "optim.clip_grad", 1.0),
+        ({"train_loader.sequence_packing": True}, "batch.warmup_tokens", 125_000_000_000),
+        ({"save_interval": "3500ba"}, "checkpoint.every_steps", 3500),
+        ({"eval_interval": "4000ba"}, "metrics.eval_every_steps", 4000),
+        ({"device_train_microbatch_size": "auto"}, "batch.micro_batch_rows", 144),
+        ({"precision": "fp32"}, "precision.name", "fp32"),
+        ({"model.model_config.sliding_window": 256}, "model.decoder_window_keys", 129),
+        ({"model.model_config.num_hidden_layers": 9}, "model.num_layers", 9),
+    ],
+)
+def test_what_is_taken_over(change: dict[str, Any], key: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "original.yaml", changed(change))
+    group, name = key.split(".")
+    assert getattr(getattr(parse("17m", "mlm", "pretrain", path), group), name) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.name": "hf_bert"}, "model.name is 'hf_bert'; allowed: flex_bert, flex_gpt"),
+        ({"model.model_config.mlp_layer": "mlp"}, "mlp_layer is 'mlp'; our model has it as 'glu' only"),
+        (
+            {"model.model_config.attn_qkv_bias": True},
+            "model.model_config.attn_qkv_bias is True; this system has False only",
+        ),
+        ({"model.model_config.mlp_dropout_prob": 0.1}, "the MLP has no dropout"),
+        ({"model.model_config.causal_mask": True}, "causal_mask is True, but model.name flex_bert says otherwise"),
+        (
+            {"model.model_config.hiden_act": "gelu"},
+            "hiden_act is not known (did you mean 'model.model_config.hidden_act'?)",
+        ),
+        (
+            {"scheduler.name": "cosine_with_warmup"},
+            "scheduler.name is 'cosine_with_warmup' (did you mean 'constant_with_warmup'?); allowed: warm",
+        ),
+        ({"scheduler.t_warmup": "2000ba"}, "scheduler.t_warmup is '2000ba'; durations are counted in tokens here"),
+        ({"max_duration": "1ep"}, "max_duration is '1ep'; durations are counted in tokens here"),
+        ({"max_duration": "1dur"}, "max_duration is '1dur'; give it in tokens"),
+        ({"max_duration": None, "scheduler.t_decay": "0tok"}, "max_duration is missing"),
+        ({"scheduler.t_max": "5tok"}, "scheduler.t_max is '5tok'; a schedule ends with max_duration"),
+        ({"optimizer.name": "lion"}, "optimizer.name is 'lion'; allowed: decoupled_stableadamw"),
+        ({"optimizer.filter_bias_norm_wd": False}, "norms and biases never decay"),
+        ({"optimizer.lr": "fast"}, "optimizer.lr is 'fast'; a number was expected"),
+        ({"optimizer.betas": 0.9}, "optimizer.betas is 0.9; two numbers were expected"),
+        ({"precision": "amp_fp8"}, "precision is 'amp_fp8'"),
+        ({"count_padding_tokens": True}, "tokens counted here are real ones"),
+        ({"algorithms.alibi.max_sequence_length": 1}, "algorithms.alibi.max_sequence_length is not known"),
+        ({"train_loader.dataset.shuffle": False}, "data is always shuffled"),
+        ({"train_loader.dataset.mlm_probability": 0.0}, "mlm_probability is 0, which leaves nothing to predict"),
+        ({"max_seq_len": "long"}, "max_seq_len is 'long'; a number of tokens was expected"),
+        ({"seed": "${no_such}"}, "no_such"),
+        ({"model.model_config.num_hidden_layers": 9}, "--size: is missing (its shape is none of the published ones)"),
+    ],
+)
+def test_refusals(change: dict[str, Any], said: str, tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "original.yaml", changed(change))
+    status, _, err = run(path, capsys, "--dry-run")
+    assert status == 2 and said in err.splitlines()[-1], err
+    assert len(err.splitlines()) == 1
+
+
+def test_names_that_contradict_the_file(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "original.yaml", original("17m", "mlm", "pretrain"))
+    for words, said in ((["--size", "1b"], f"--size 1b: {path} is of 17m"), (["--objective", "clm"], "is of mlm")):
+        status, _, err = run(path, capsys, "--dry-run", *words)
+        assert status == 2 and said in err
+    assert run(path, capsys, "--dry-run", "--phase", "extend")[0] == 0
+    assert main(["train", "--size", "17m", "--phase", "extend", "--dry-run"]) == 2
+    assert "--objective: is missing" in capsys.readouterr().err
