@@ -44,3 +44,19 @@ def no_tied_embedding_reduction() -> Iterator[None]:
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function hides its name
     with mock.patch.object(module, "_allreduce_word_embedding_grads", lambda *_, **__: None):
         yield
+
+
+@contextlib.contextmanager
+def stop_in_extend() -> Iterator[None]:
+    """No mistake: a signal to stop that arrives in the second step of `extend`."""
+    from megatron_ettin.train import loop
+
+    step = loop.train_step
+
+    def stopping(machine, batches, number, tokens, lr, stop, loaded):
+        return step(
+            machine, batches, number, tokens, lr, stop or (machine.config.run.phase, number) == ("extend", 1), loaded
+        )
+
+    with mock.patch.object(loop, "train_step", stopping):
+        yield

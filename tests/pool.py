@@ -14,6 +14,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -32,6 +33,12 @@ class Result:
 
     status: int
     output: str
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
@@ -64,8 +71,9 @@ def worker(rank: int, jobs: Connection) -> None:
 
     detect("cpu")
     while (job := jobs.recv()) is not None:
-        world, store, command, mutation = job
+        world, store, port, command, mutation = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # where later phases of one job join again
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), mutated(mutation):
@@ -117,9 +125,9 @@ class Pool:
             theirs.close()  # so that a dead worker reads as an end of file
             self.workers.append((ours, process))
         with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
+            store, port = str(Path(folder) / "store"), free_port()
             for pipe, _ in self.workers[:world]:
-                pipe.send((world, store, command, mutation))
+                pipe.send((world, store, port, command, mutation))
             results = answers([pipe for pipe, _ in self.workers[:world]], timeout_seconds)
         if any(result.output in (NO_ANSWER, DIED) for result in results):
             self.close()

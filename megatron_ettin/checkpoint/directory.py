@@ -19,9 +19,11 @@ from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verif
 from megatron_ettin.config.errors import UserError
 
 __all__ = [
+    "at_step",
     "checkpoints_folder",
     "latest",
     "list_checkpoints",
+    "list_milestones",
     "new_staging",
     "place",
     "prune",
@@ -56,12 +58,42 @@ def checkpoints_folder(run_dir: Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def milestones_folder(run_dir: Path) -> Path:
+    return Path(run_dir) / "milestones"
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first, damaged ones included."""
-    folder = checkpoints_folder(run_dir)
+    return _steps_in(checkpoints_folder(run_dir))
+
+
+def list_milestones(run_dir: Path) -> list[Path]:
+    """Weights alone, kept for good, oldest first."""
+    return _steps_in(milestones_folder(run_dir))
+
+
+def list_for_release(run_dir: Path) -> list[Path]:
+    """Milestones and the newest checkpoint; of a run without milestones all its checkpoints. Oldest first."""
+    milestones, checkpoints = list_milestones(run_dir), list_checkpoints(run_dir)
+    if not milestones:
+        return checkpoints
+    steps = {step_of(path) for path in milestones}
+    return sorted([*milestones, *(path for path in checkpoints[-1:] if step_of(path) not in steps)], key=step_of)
+
+
+def _steps_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def at_step(run_dir: Path, step: int) -> Path:
+    """The checkpoint of a step or, where it is gone, the milestone. Raises UserError naming the steps there are."""
+    found = {step_of(path): path for path in (*list_milestones(run_dir), *list_checkpoints(run_dir))}
+    if step not in found:
+        there = ", ".join(str(one) for one in sorted(found)) or "none"
+        raise UserError(f"--from-step {step}: {run_dir} has no checkpoint of that step; there are: {there}")
+    return found[step]
 
 
 def _candidates(run_dir: Path) -> list[Path]:
@@ -132,10 +164,9 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def new_staging(run_dir: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` in. Removes what killed saves left, so that they cannot fill
-    the disk; one save at a time."""
-    folder = checkpoints_folder(run_dir)
+def new_staging(folder: Path, step: int) -> Path:
+    """An empty folder in `folder` to write the checkpoint of `step` in. Removes what killed saves left, so that they
+    cannot fill the disk; one save at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGING}step_*"):
         shutil.rmtree(left, ignore_errors=True)

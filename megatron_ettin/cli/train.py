@@ -9,9 +9,11 @@ On several devices:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="17m 32m 68m 150m 400m 1b")
     parser.add_argument("--objective", help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
-    parser.add_argument("--phase", help="pretrain extend decay cross")
+    parser.add_argument("--phase", help="pretrain extend decay cross, or all: the first three, in RUN_DIR/PHASE")
     parser.add_argument(
         "--recipe", metavar="paired|original", help="original: the choices of the original trainer (docs/recipe.md)"
     )
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-optimizer", choices=("keep", "fresh"), help="default: keep between phases of one objective"
     )
+    parser.add_argument(
+        "--from-step",
+        type=int,
+        metavar="N",
+        help="of --init-from's run; without it, the run itself goes back to it",
+    )
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     parser.add_argument(
@@ -48,6 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B"
     )
+
+
+CHAIN = ("pretrain", "extend", "decay")  # of --phase all
+BEFORE = {"extend": "pretrain", "decay": "extend"}  # what a phase of the recipe goes on from
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of a job. `kept`: keys of `model` that come with the weights it begins from."""
+
+    config: Config
+    run_dir: Path
+    init_from: Path | None
+    kept: dict[str, Any]
 
 
 def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
@@ -66,48 +88,107 @@ def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
     return inherited(read_config(resolve(init_from)))
 
 
-def explain(config: Config, args: argparse.Namespace, words: list[str], kept: dict[str, Any]) -> str:
+def stages_of(args: argparse.Namespace) -> list[Stage]:
+    """The phases asked for, resolved and checked. Raises UserError."""
+    from megatron_ettin.config.inherit import inherited
+    from megatron_ettin.config.resolve import parse
+
+    run_dir, words = args.run_dir, args.words
+    if args.phase != "all":
+        kept = weights_model(run_dir, args.init_from)
+        config = parse(args.size, args.objective, args.phase, args.config, words, kept)
+        return [Stage(config, run_dir, args.init_from, kept)]
+    stages: list[Stage] = []
+    for phase in CHAIN:
+        own = run_dir / phase
+        kept = inherited(dataclasses.asdict(stages[-1].config)) if stages else weights_model(own, args.init_from)
+        config = parse(args.size, args.objective, phase, args.config, words, kept)
+        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept))
+    return stages
+
+
+def chain_warning(stage: Stage) -> str | None:
+    """Where a phase does not go on from the one that the recipe has before it."""
+    from megatron_ettin.checkpoint.directory import read_config, resolve
+    from megatron_ettin.config.history import first_launch
+
+    phase = stage.config.run.phase
+    if phase not in BEFORE or first_launch(stage.run_dir) is not None:
+        return None
+    if stage.init_from is None:
+        return f"warning: {phase} begins from initial weights; the recipe goes on from {BEFORE[phase]} (--init-from)"
+    found = (read_config(resolve(stage.init_from)).get("run") or {}).get("phase")
+    if found in (BEFORE[phase], None):
+        return None
+    return f"warning: {phase} begins from {found}; the recipe goes on from {BEFORE[phase]}"
+
+
+def explain(stage: Stage, args: argparse.Namespace) -> str:
     """What `--explain` prints."""
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import origins
 
-    found = differences(config, origins(args.config, words, kept, config.run.phase))
-    return json.dumps(to_json(found), indent=1) if args.json else describe(found, config)
+    found = differences(stage.config, origins(args.config, args.words, stage.kept, stage.config.run.phase))
+    return json.dumps(to_json(found), indent=1) if args.json else describe(found, stage.config)
 
 
-def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.config.inherit import told
+def complete(args: argparse.Namespace, is_chief: bool) -> None:
+    """Fill in what an original trainer's file says and what follows from other options. Raises UserError."""
+    from megatron_ettin.config.errors import UserError
     from megatron_ettin.config.layers import names_of, read_site
-    from megatron_ettin.config.recipe import recipe
-    from megatron_ettin.config.resolve import parse
 
     site = read_site(args.config) if args.config else None
     named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
     args.size, args.objective, args.phase = named["size"], named["objective"], named["phase"]
-    is_chief = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     for line in site.told if site and is_chief else ():
         print(line, file=sys.stderr, flush=True)
-    run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}-{args.phase}"
-    kept = weights_model(run_dir, args.init_from)
-    words = [*([f"run.recipe={args.recipe}"] if args.recipe else []), *args.words]
-    config = parse(args.size, args.objective, args.phase, args.config, words, kept)
+    if args.recipe:
+        args.words = [f"run.recipe={args.recipe}", *args.words]
+    suffix = "" if args.phase == "all" else f"-{args.phase}"
+    args.run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}{suffix}"
+    if args.from_step is not None and args.phase == "all":
+        raise UserError("--from-step: is of one phase, not of all")
+    if args.from_step is not None and args.from_step < 1:
+        raise UserError(f"--from-step {args.from_step}: must be at least 1")
+
+
+def tell(stages: list[Stage]) -> None:
+    """What is worth knowing before the start, on standard error."""
+    from megatron_ettin.config.inherit import told
+    from megatron_ettin.config.recipe import recipe
+
+    for number, stage in enumerate(stages):
+        run = stage.config.run
+        if number == 0:
+            tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
+            for line in told(stage.kept, tables, stage.config.model):
+                print(line, file=sys.stderr, flush=True)
+            warning = chain_warning(stage)
+            if warning:
+                print(warning, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    is_chief = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    complete(args, is_chief)
+    stages = stages_of(args)
     if args.explain:
-        print(explain(config, args, words, kept))
+        print("\n".join(explain(stage, args) for stage in stages))
         return 0
-    if kept and is_chief:
-        tables = recipe(args.size, args.objective, args.phase, name=config.run.recipe).model
-        for line in told(kept, tables, config.model):
-            print(line, file=sys.stderr, flush=True)
+    if is_chief:
+        tell(stages)
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 
-        print(describe(config, as_json=args.json))
+        print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
         return 0
-    from megatron_ettin.train.loop import Launch, TrainingStopped, run_training
+    from megatron_ettin.train.chain import run_chain
+    from megatron_ettin.train.loop import Launch, TrainingStopped
 
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
+    launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
     try:
-        unfinished = run_training(config, Launch(run_dir, args.init_from, keep, args.allow_change, kept))
+        unfinished = run_chain(list(zip((stage.config for stage in stages), launches, strict=True)))
     except TrainingStopped as stopped:
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1

@@ -15,6 +15,7 @@ from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM, tensor_parallel_degrees
+from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
 
 
@@ -215,6 +216,7 @@ def check_batch(config: Config) -> None:
 
 
 def check_validation(config: Config) -> None:
+    parse_skips(config.data.skip)
     if config.data.validation is not None:
         validation_sets(config.data.validation)
 
@@ -247,7 +249,7 @@ def science_keys(config: Config) -> dict[str, object]:
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
-    named = ("seq_len", "mlm_probability", "clm_fraction", "batching", "mean_tokens_per_row")
+    named = ("seq_len", "mlm_probability", "clm_fraction", "batching", "mean_tokens_per_row", "skip")
     keys |= {f"data.{key}": getattr(config.data, key) for key in named}
     # a given order is fixed by the fingerprint of its content, not by the path of its files
     keys["data.order"] = "keyed" if config.data.order == "keyed" else "given"

@@ -18,6 +18,7 @@ from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.yaml_reading import load_yaml
 
 Groups = dict[str, Any]  # group -> key -> value
 
@@ -115,7 +116,7 @@ def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Groups of a site file. Raises UserError for a missing or broken file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -138,7 +139,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{word!r} is not key=value; write for example optim.lr=1e-3")
         group, _, name = key.partition(".")
         try:
-            parsed = yaml.safe_load(value) if value else None
+            parsed = load_yaml(value) if value else None
         except yaml.YAMLError:
             raise UserError(f"{key}: {value!r} is not a YAML value") from None
         if not name:

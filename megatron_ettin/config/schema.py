@@ -81,6 +81,7 @@ class DataConfig:
     batching: str = "packed"
     mean_tokens_per_row: Optional[float] = None  # nominal tokens of a row; None: what the datasets' row plans have
     order: str = "keyed"  # or the parquet file or folder of an order to train in
+    skip: Optional[str] = None  # rows left out, "FIRST:END" positions of the order, several with commas between
     order_missing: str = "error"  # samples of a given order that no dataset has: "error", or "skip" leaves them out
     validation: Any = None  # what to evaluate on: one dataset path, a list of them, or {name: path, ...}
     workers: Optional[int] = None  # processes of each rank that read ahead; None: 2 on a GPU, 0 (no other) on a CPU

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.skips import Skips, parse_skips
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.epochs import SourceEpochs
 from megatron_ettin.data.keyed import KeyedOrder
@@ -59,8 +60,11 @@ class PlacedRows:
 
 class Corpus:
     """Rows by position; see `open_corpus`. `plans` holds a row plan for each dataset under the keyed order and nothing
-    under a given one, which names chunks. `nominal_tokens`: mean tokens a row instead of the data's own. It pickles
-    small: paths and records, no maps."""
+    under a given one, which names chunks. `nominal_tokens`: mean tokens a row instead of the data's own. `skips`:
+    places of the order that are left out. It pickles small: paths and records, no maps.
+
+    A run counts its rows without those that are left out; `place_of` says where in the order they are, and every other
+    method takes such places."""
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Corpus:
         seq_len: int,
         batching: str,
         nominal_tokens: float | None = None,
+        skips: Skips = (),
     ) -> None:
         self.datasets = list(datasets)
         self.plans = list(plans)
@@ -90,12 +95,16 @@ class Corpus:
             slot_tokens = sum(c * plan.mean_tokens_per_row for c, plan in zip(order.counts, plans, strict=True))
             self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
             self.fingerprint = self._keyed_fingerprint(order)
+        self.skips = skips
+        self.unskipped_fingerprint = self.fingerprint
+        if skips:
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} without {skips}".encode()).hexdigest()
         self.nominal_tokens = nominal_tokens
         if nominal_tokens is not None:
             self.mean_tokens_per_row = nominal_tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("datasets", "plans", "order", "seq_len", "batching", "nominal_tokens")
+        names = ("datasets", "plans", "order", "seq_len", "batching", "nominal_tokens", "skips")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,8 +112,23 @@ class Corpus:
 
     @property
     def end(self) -> int | None:
-        """The number of positions of a given order; None where there is no last one."""
-        return self.order.num_rows if isinstance(self.order, GivenOrder) else None
+        """How many rows a run has in a given order; None where there is no last one."""
+        if not isinstance(self.order, GivenOrder):
+            return None
+        left_out = sum(min(end, self.order.num_rows) - min(first, self.order.num_rows) for first, end in self.skips)
+        return self.order.num_rows - left_out
+
+    def place_of(self, counted: npt.ArrayLike) -> Int64Array:
+        """Positions in the order of a run's rows by their number: rows left out are not counted."""
+        places = np.array(counted, np.int64)
+        for first, end in self.skips:
+            places = np.where(places >= first, places + (end - first), places)
+        return places
+
+    def span_of(self, first: int, end: int) -> tuple[int, int]:
+        """[first, end) of a run's rows as places of the order; what is left out between them included."""
+        places = self.place_of([first, max(first, end - 1)]).tolist()
+        return places[0], places[1] + (end > first)
 
     @property
     def skipped_samples(self) -> int:
@@ -207,13 +231,14 @@ def open_corpus(
     seed: int,
     phase: str,
     nominal_tokens: float | None = None,
+    skips: Skips = (),
 ) -> Corpus:
     """The keyed order of a mixture (`parse_mixture`). Row plans that are not there are built."""
     datasets = open_datasets(mixture)
     plans = [ensure_row_plan(dataset, seq_len, batching) for dataset in datasets]
     rows = [plan.num_rows for plan in plans]
     counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
-    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching, nominal_tokens)
+    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching, nominal_tokens, skips)
 
 
 def open_run_corpus(config: Config) -> Corpus:
@@ -222,10 +247,12 @@ def open_run_corpus(config: Config) -> Corpus:
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
     if data.order == "keyed":
         seed, phase = config.run.seed, config.run.phase
-        return open_corpus(mixture, data.seq_len, data.batching, seed, phase, data.mean_tokens_per_row)
+        nominal, skips = data.mean_tokens_per_row, parse_skips(data.skip)
+        return open_corpus(mixture, data.seq_len, data.batching, seed, phase, nominal, skips)
     datasets = open_datasets(mixture)
     order = open_given_order(data.order, datasets, data.seq_len, data.batching, data.order_missing)
-    return Corpus(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row)
+    skips = parse_skips(data.skip)
+    return Corpus(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row, skips)
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.platform.device import Platform
 
+_kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
 FIRST_PORT, PORTS = 15_000, 30_000  # below the range that systems hand out by themselves
 
 
@@ -85,7 +86,8 @@ def join(
     """Create torch's default process group over all ranks. Raises RankError when the others do not answer.
 
     `timeout_seconds` is how long a collective may take; `arrival_seconds`, where given, how long ranks may differ in
-    coming here, so that one that copies data first is waited for without making every later hang as long."""
+    coming here, so that one that copies data first is waited for without making every later hang as long. After
+    `leave` the ranks may join again: the store is kept until `forget`, for its port could not be bound anew at once."""
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -95,9 +97,13 @@ def join(
     url = f"tcp://{place.address}:{place.port}"
     patience = timedelta(seconds=arrival_seconds or timeout_seconds)
     try:
-        store, _, _ = next(dist.rendezvous(_init_method(place, url), place.rank, place.world, timeout=patience))
+        if not _kept:
+            store, _, _ = next(dist.rendezvous(_init_method(place, url), place.rank, place.world, timeout=patience))
+            _kept.append(store)
+        store = dist.PrefixStore(f"join{len(_kept)}", _kept[0])
+        _kept.append(store)
         _await_all(store, place.world, patience)
-        store.set_timeout(timeout)
+        _kept[0].set_timeout(timeout)
         dist.init_process_group(
             platform.backend,
             store=dist.PrefixStore("default_pg", store),
@@ -131,3 +137,8 @@ def leave() -> None:
     """Destroy every process group of this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def forget() -> None:
+    """Let go of the store that ranks met at: this process will not join again."""
+    _kept.clear()

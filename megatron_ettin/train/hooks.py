@@ -160,6 +160,15 @@ class Checkpoints(Hook):
             hook.save(run, path)
 
 
+class Milestones(Hook):
+    """Weights alone, each time that the run passes a multiple of `checkpoint.weights_every_tokens`; all are kept."""
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        every = run.config.checkpoint.weights_every_tokens
+        if every is not None and info.tokens // every > (info.tokens - info.step_tokens) // every:
+            resume.save_milestone(run.machine, run.progress, run.directory, run.tokenizer)
+
+
 class Evaluation(Hook):
     """Loss on the validation datasets every so many steps, in all and by source; of a hybrid run, read in each of its
     ways, the first of which needs no suffix."""

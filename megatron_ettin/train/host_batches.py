@@ -62,8 +62,8 @@ class HostBatches:
         return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step))
 
     def rows(self, positions: Sequence[int], end: int) -> list[Row | None]:
-        """The rows at these positions, None from `end` on. Raises RankError where the data cannot be read."""
-        real = [position for position in positions if position < end]
+        """The run's rows of these numbers, None from `end` on. Raises RankError where the data cannot be read."""
+        real = self.corpus.place_of([position for position in positions if position < end]).tolist()
         try:
             rows = self.corpus.rows(real) if real else []
         except OSError as error:

@@ -30,12 +30,12 @@ from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.platform.rendezvous import Place, find_place, join, leave
+from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
 from megatron_ettin.train import resume, run_directory
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.evaluate import open_held_out
-from megatron_ettin.train.hooks import Checkpoints, Console, Evaluation, Hook, Metrics, Run, StopSignal
+from megatron_ettin.train.hooks import Checkpoints, Console, Evaluation, Hook, Metrics, Milestones, Run, StopSignal
 from megatron_ettin.train.loader import Loader, worker_count
 from megatron_ettin.train.resume import Progress
 from megatron_ettin.train.step import StepInfo, train_step
@@ -56,6 +56,7 @@ class Launch:
     init_from: Path | None = None
     keep_optimizer: bool | None = None  # None: by the rule of `resume.keeps_optimizer`
     allow_change: Sequence[str] = ()
+    from_step: int | None = None  # of `init_from`, or of the run itself, which goes back to it
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
 
 
@@ -100,47 +101,76 @@ def check_finite(config: Config, info: StepInfo) -> None:
         )
 
 
-def run_training(config: Config, launch: Launch) -> bool:
-    """Train as this process's rank; True if the run was saved before its end and wants requeueing."""
-    place = find_place()
+@dataclass(frozen=True)
+class Job:
+    """One phase, checked as far as that goes without the other ranks. `changes`: science keys that may change."""
+
+    config: Config
+    launch: Launch
+    corpus: Corpus
+    changes: list[str]
+
+
+def prepare(config: Config, launch: Launch) -> Job:
+    """Open the data, check the run directory. Raises UserError."""
     config = dataclasses.replace(config, data=settled(config.data))
-    corpus = open_training_data(config, place)
+    corpus = open_training_data(config)
     config = ending_with(config, corpus)
     run_directory.check_writable(launch.run_dir)
     changes = run_directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
-    platform = detect(config.run.device, place.local_rank)
-    if config.run.deterministic:
+    return Job(config, launch, corpus, changes)
+
+
+def run_training(config: Config, launch: Launch) -> bool:
+    """Train as this process's rank; True if the run was saved before its end and wants requeueing."""
+    return run_jobs([prepare(config, launch)])
+
+
+def run_jobs(jobs: Sequence[Job]) -> bool:
+    """Train one job after another as this process's rank; True if the last one run was saved before its end."""
+    place = find_place()
+    first = jobs[0].config
+    platform = detect(first.run.device, place.local_rank)
+    if first.run.deterministic:
         platform.make_deterministic()
-    stop = StopSignal(config.resilience.save_on_signal)
-    with run_directory.locked(launch.run_dir, chief=place.rank == 0):
-        folder = config.data.local_copy
-        read = corpus if folder is None else local_corpus(corpus, folder)
+    stop = StopSignal(first.resilience.save_on_signal)
+    try:
+        return any(_run_job(job, place, platform, stop) for job in jobs)  # none after one that was stopped
+    finally:
+        forget()
+
+
+def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal) -> bool:
+    """One job; True if it was stopped before its end."""
+    with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
+        folder = job.config.data.local_copy
+        read = job.corpus if folder is None else local_corpus(job.corpus, folder)
         join(place, platform, RENDEZVOUS_SECONDS, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
-        return _train_as(place, config, launch, corpus, read, platform, changes, stop)
+        return _train_as(place, job, read, platform, stop)
 
 
-def _train_as(
-    place: Place,
-    config: Config,
-    launch: Launch,
-    corpus: Corpus,
-    read: Corpus,
-    platform: Platform,
-    changes: list[str],
-    stop: StopSignal,
-) -> bool:
-    """This rank's run, from assembly to the last save; its process groups are gone afterwards. `read`: the corpus or
-    its copy on this machine."""
+def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal) -> bool:
+    """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
+    copy on this machine."""
+    config, launch, corpus = job.config, job.launch, job.corpus
     try:
         machine = assemble(config, platform, place.world)
-        progress, origin = resume.begin(machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus)
+        progress, origin = resume.begin(
+            machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
+        )
         batches = Batches.of(config, read, machine.layout, platform.device)
+        run_directory.check_skips(launch.run_dir, corpus, batches.sizes.rows_before(progress.step))
         run = Run(machine, batches, launch.run_dir, progress)
         if run.is_chief:
             announce(run, place, origin, corpus)
-            record = {"from": origin, "changes": changes, "layout": str(machine.layout.topology), "world": place.world}
+            record = {
+                "from": origin,
+                "changes": job.changes,
+                "layout": str(machine.layout.topology),
+                "world": place.world,
+            }
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
-            began = run_directory.origin(launch.run_dir, launch.init_from, launch.model_of_weights)
+            began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
         return train(run, build_hooks(run), stop)
     finally:
@@ -160,10 +190,10 @@ def build_hooks(run: Run) -> list[Hook]:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Checkpoints(hooks)]
+    return [*hooks, Milestones(), Checkpoints(hooks)]
 
 
-def open_training_data(config: Config, place: Place) -> Corpus:
+def open_training_data(config: Config) -> Corpus:
     """The corpus of the run. Raises UserError for what is missing or made with another tokenizer."""
     corpus = open_run_corpus(config)
     if config.model.vocab_size != corpus.vocab_size:

@@ -101,7 +101,7 @@ def tables(config: Config, corpus: Corpus, steps: range) -> Iterator[Table]:
     exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in
     `row_start` only."""
     for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
-        yield table_of(corpus, step, slot, position)
+        yield table_of(corpus, step, slot, corpus.place_of(position))
 
 
 def table_of(corpus: Corpus, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
@@ -169,7 +169,7 @@ def write_parquet(
 def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[int, int, Row]]:
     """(step, slot, row) of every row of `steps` in order."""
     for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
-        yield from zip(step.tolist(), slot.tolist(), corpus.rows(position), strict=True)
+        yield from zip(step.tolist(), slot.tolist(), corpus.rows(corpus.place_of(position)), strict=True)
 
 
 def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> int:

@@ -21,6 +21,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.roll_back import roll_back
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,48 @@ class Progress:
 
 def save(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
     """Write and publish the checkpoint of `progress`. Collective."""
+    staging = _write(machine, progress, directory.checkpoints_folder(run_dir), tokenizer, with_optimizer=True)
+    final = staging.with_name(directory.step_name(progress.step))
+    if machine.layout.rank == 0:
+        directory.publish(staging, final)
+        directory.prune(run_dir, machine.config.checkpoint.keep)
+    machine.layout.barrier()
+    return final
+
+
+def save_milestone(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
+    """Write the weights alone, to be kept for good. Collective."""
+    staging = _write(machine, progress, directory.milestones_folder(run_dir), tokenizer, with_optimizer=False)
+    final = staging.with_name(directory.step_name(progress.step))
+    if machine.layout.rank == 0:
+        directory.place(staging, final)
+    machine.layout.barrier()
+    return final
+
+
+def _write(machine: Machine, progress: Progress, folder: Path, tokenizer: Path | None, with_optimizer: bool) -> Path:
+    """A staging folder in `folder` with everything of a checkpoint, not sealed yet."""
     layout = machine.layout
-    staging = directory.checkpoints_folder(run_dir) / f".tmp-{directory.step_name(progress.step)}"
+    staging = folder / f".tmp-{directory.step_name(progress.step)}"
     if layout.rank == 0:
-        directory.new_staging(run_dir, progress.step)
+        directory.new_staging(folder, progress.step)
     layout.barrier()
     machine.refresh_weights()
     metadata = state.sharding_metadata(layout.dp_group)
     model = state.model_state(machine.chunks, metadata)
-    assert machine.optimizer is not None
-    optimizer = machine.optimizer.sharded_state(model, False, metadata)
+    optimizer, record = None, dataclasses.asdict(progress)
+    if with_optimizer:
+        assert machine.optimizer is not None
+        optimizer = machine.optimizer.sharded_state(model, False, metadata)
     state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
     layout.barrier()
-    final = staging.with_name(directory.step_name(progress.step))
     if layout.rank == 0:
         write_synced(staging / "config.yaml", to_yaml(machine.config))
-        record = {**dataclasses.asdict(progress), "optimizer": machine.config.optim.name}
+        record |= {"optimizer": machine.config.optim.name} if with_optimizer else {}
         write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
         if tokenizer is not None and tokenizer.is_dir():
             shutil.copytree(tokenizer, staging / "tokenizer")
-        directory.publish(staging, final)
-        directory.prune(run_dir, machine.config.checkpoint.keep)
-    layout.barrier()
-    return final
+    return staging
 
 
 def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
@@ -98,16 +118,27 @@ def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
 
 
 def begin(
-    machine: Machine, run_dir: Path, init_from: Path | None, keep_optimizer: bool | None, corpus: Corpus
+    machine: Machine,
+    run_dir: Path,
+    init_from: Path | None,
+    keep_optimizer: bool | None,
+    corpus: Corpus,
+    from_step: int | None = None,
 ) -> tuple[Progress, str]:
-    """Load what the run goes on from; returns its progress and a line that says so. Collective."""
+    """Load what the run goes on from; returns its progress and a line that says so. Collective.
+
+    `from_step`: of `init_from`, where the run has not begun; else it goes back to that step of its own, once."""
+    back = from_step is not None and init_from is None
+    if back:
+        assert from_step is not None
+        _agree(machine, lambda: roll_back(run_dir, from_step, machine.config.data.skip))
     own = _agree(machine, lambda: directory.latest(run_dir, checksums=True))
     if own is not None:
         progress = load(machine, own, verified=True)
-        return progress, f"resumed {own.name} ({progress.tokens:,} tokens)"
+        return progress, f"{'went back to' if back else 'resumed'} {own.name} ({progress.tokens:,} tokens)"
     if init_from is None:
         return Progress(), "initial weights"
-    source = directory.resolve(init_from)
+    source = directory.resolve(init_from) if from_step is None else directory.at_step(init_from, from_step)
     check_tokenizer(source, corpus)
     config = source_config(source, machine.config)
     keep = keeps_optimizer(source, config, machine.config, keep_optimizer)

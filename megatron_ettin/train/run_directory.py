@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
-from megatron_ettin.checkpoint.directory import resolve
+from megatron_ettin.checkpoint.directory import at_step, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError, nearest
@@ -24,6 +24,7 @@ from megatron_ettin.config.history import HISTORY, first_launch
 from megatron_ettin.config.layers import key_types
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.skips import parse_skips, place_of
 from megatron_ettin.data.order import Corpus
 
 # these stand for the data order's fingerprint in --allow-change
@@ -73,12 +74,14 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     before, now = science_keys(from_yaml(path)), science_keys(config)
     changed = [key for key in now if before.get(key) != now[key]]
     order = read_order(run_dir)
-    if order and order.get("fingerprint") != corpus.fingerprint and not set(changed) & {"run.seed", "run.phase"}:
+    # rows left out are a key of their own, data.skip
+    known = order.get("unskipped_fingerprint", order.get("fingerprint"))
+    if order and known != corpus.unskipped_fingerprint and not set(changed) & {"run.seed", "run.phase"}:
         key = DATA_KEY if corpus.end is None else ORDER_KEY
         changed += [key] * (key not in changed)
         before[key], now[key] = (
-            order.get("fingerprint", "")[:12],
-            corpus.fingerprint[:12] + other_datasets(order, corpus),
+            str(known)[:12],
+            corpus.unskipped_fingerprint[:12] + other_datasets(order, corpus),
         )
     for key in changed:
         if key not in allow:
@@ -87,6 +90,20 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
                 f" directory, or go on with --allow-change {key}"
             )
     return changed
+
+
+def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
+    """Raise UserError where the rows left out changed among those that the run has counted already: the rows after them
+    would move, and some be lost."""
+    path = run_dir / "config.yaml"
+    before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
+    reached = place_of(trained_rows - 1, before) + 1 if trained_rows else 0
+    for first, end in sorted(set(before) ^ set(corpus.skips)):
+        if first < reached:
+            raise UserError(
+                f"data.skip: {first}:{end} begins before row {reached}, up to which this run has trained; go back with"
+                " --from-step first"
+            )
 
 
 def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
@@ -104,12 +121,14 @@ def read_order(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def origin(run_dir: Path, init_from: Path | None, model_of_weights: Mapping[str, Any]) -> dict[str, Any]:
+def origin(
+    run_dir: Path, init_from: Path | None, from_step: int | None, model_of_weights: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the first launch of a run began from, for `ettin release` to follow: absolute, and from the run directory
     on, so that runs moved together still find each other. And what of the model came with it."""
     if init_from is None or first_launch(run_dir) is not None:
         return {}
-    source = resolve(init_from).absolute()
+    source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()
     relative = os.path.relpath(source, run_dir.absolute())
     return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
 
@@ -119,6 +138,7 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     write_synced(run_dir / "config.yaml", to_yaml(config))
     order = {
         "fingerprint": corpus.fingerprint,
+        "unskipped_fingerprint": corpus.unskipped_fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "datasets": [dataset.fingerprint for dataset in corpus.datasets],
         "rows_per_step": config.batch.global_batch_rows,

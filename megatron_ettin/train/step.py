@@ -159,7 +159,7 @@ def train_step(
         grad_norm=grad_norm,
         step_tokens=int(tokens),
         labels=int(labels),
-        rows=batches.sizes.span(step),
+        rows=batches.corpus.span_of(*batches.sizes.span(step)),
         seconds=time.perf_counter() - began,
         flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
         stop_requested=stops > 0,

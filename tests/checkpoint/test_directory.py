@@ -31,7 +31,7 @@ from megatron_ettin.config.errors import UserError
 
 
 def save(run, step, content="weights"):
-    staging = new_staging(run, step)
+    staging = new_staging(checkpoints_folder(run), step)
     (staging / "tokenizer").mkdir()
     (staging / "tokenizer" / "tokenizer.json").write_text("{}")
     (staging / "__0_0.distcp").write_text(f"{content} of {step}")

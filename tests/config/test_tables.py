@@ -71,7 +71,7 @@ def test_the_48_configurations(size: str, objective: str, phase: str) -> None:
     )
     assert config.run.tokens == tokens
     every = {"cross": 3_333_333_333 if third else 10e9}.get(phase, 8.5e9)
-    assert config.checkpoint.every_tokens == every
+    assert config.checkpoint.weights_every_tokens == every
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -23,7 +23,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     config = recipe("17m", "clm", "pretrain")
     for step in (10, 20):
-        staging = new_staging(folder, step)
+        staging = new_staging(checkpoints_folder(folder), step)
         tensors = [("head.norm.weight", torch.ones(8)), ("output_layer.bias", torch.zeros(4, 3))]
         tensors += [("optimizer.state.exp_avg.output_layer.bias", torch.zeros(4, 3))] * (step == 20)
         write_weights(staging, tensors, {"progress": {}})

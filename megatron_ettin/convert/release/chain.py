@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, step_of
+from megatron_ettin.checkpoint.directory import list_for_release, read_progress, step_of
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import first_launch
 from megatron_ettin.config.resolve import from_yaml
@@ -93,7 +93,7 @@ class Chain:
                 before = self._tokens_before(run, found)
             elif run.began_from is None and run.phase == "pretrain":
                 found.append(Revision("step0", run.phase, 0, 0, 0, None, run))
-            for checkpoint in list_checkpoints(run.path):
+            for checkpoint in list_for_release(run.path):
                 found.append(_revision(run, checkpoint, before))
         if not any(revision.checkpoint for revision in found):
             raise UserError(f"{self.runs[-1].path}: the run has no checkpoint yet")

@@ -1,0 +1,95 @@
+"""`--phase all`: the three phases in one job are the three phases in three jobs, wherever the job is cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ettin.checkpoint.directory import latest, read_progress
+from tests.pool import Pool
+from tests.train.runs import TINY, read
+
+pytestmark = pytest.mark.ranks
+PHASES = ("pretrain", "extend", "decay")
+WORDS = [
+    *("model.attention_output_dropout=0.1", "checkpoint.every_steps=1", "checkpoint.keep=0", "run.steps=4"),
+    *("extend.data.seq_len=96", "extend.model.max_position_embeddings=96", "decay.data.seq_len=96"),
+    *("decay.optim.lr=1e-3", "decay.schedule.name=one_minus_sqrt", "decay.schedule.decay_tokens=2000"),
+    *("extend.run.steps=3", "decay.run.steps=2"),
+]
+
+
+def line(corpus: Path, phase: str, run_dir: Path, *more: str) -> list[str]:
+    start = ["train", "--size", "17m", "--objective", "clm", "--phase", phase, "--run-dir", str(run_dir)]
+    return [*start, *TINY, f"data.mixture={corpus}", *WORDS, *more]
+
+
+def same(one: Path, other: Path) -> None:
+    """Every phase's losses, norms and rates, and the final weights, bit for bit."""
+    for phase in PHASES:
+        ours, theirs = read(one / phase), read(other / phase)
+        for key in ("step", "tokens", "loss", "grad_norm", "lr", "rows"):
+            assert ours.column(key) == theirs.column(key), (phase, key)
+        mine, yours = ours.weights(), theirs.weights()
+        assert all(torch.equal(mine[name], yours[name]) for name in yours), phase
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def apart(request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory) -> tuple[int, Path]:
+    """The phases as three jobs."""
+    world, root = request.param, tmp_path_factory.mktemp("apart")
+    before: list[str] = []
+    for phase in PHASES:
+        words = line(corpus, phase, root / phase, f"parallel.tp={world}")
+        results = pool.run(world, [*words, *before])
+        assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
+        before = ["--init-from", str(root / phase)]
+    return world, root
+
+
+def test_one_job_is_three(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+    world, root = apart
+    results = pool.run(world, line(corpus, "all", tmp_path, f"parallel.tp={world}"))
+    assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
+    same(tmp_path, root)
+    first = json.loads((tmp_path / "decay/history.jsonl").read_text().splitlines()[0])
+    assert first["init_from_relative"] == "../extend/checkpoints/step_000000003"
+    # a finished chain has nothing to do, and says so by its status
+    assert pool.run(world, line(corpus, "all", tmp_path, f"parallel.tp={world}"))[0].status == 0
+    same(tmp_path, root)
+
+
+def test_a_chain_that_was_stopped_goes_on_where_it_was(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+    """In the middle of extend, and at its end, where decay has not begun."""
+    world, root = apart
+    words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
+    assert {result.status for result in pool.run(world, words, mutation="stop_in_extend")} == {75}
+    assert read_progress(latest(tmp_path / "extend"))["step"] == 2 and not (tmp_path / "decay/checkpoints").exists()
+    only = line(
+        corpus, "extend", tmp_path / "extend", f"parallel.tp={world}", "--init-from", str(tmp_path / "pretrain")
+    )
+    assert {result.status for result in pool.run(world, only)} == {0}
+    assert {result.status for result in pool.run(world, words)} == {0}
+    same(tmp_path, root)
+
+
+def test_mistakes_of_later_phases_are_told_first(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = line(corpus, "all", tmp_path / "runs", f"decay.data.mixture={tmp_path / 'nowhere'}")
+    (result,) = pool.run(1, words)
+    assert result.status == 2 and str(tmp_path / "nowhere") in result.output.splitlines()[-1]
+    assert not (tmp_path / "runs/pretrain/checkpoints").exists()
+    (result,) = pool.run(1, [*line(corpus, "all", tmp_path / "runs"), "--from-step", "1"])
+    assert result.status == 2 and "--from-step: is of one phase" in result.output
+
+
+def test_an_order_of_phases_that_is_not_the_recipes(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+    _, root = apart
+    words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", str(root / "pretrain"))
+    (result,) = pool.run(1, words)
+    assert result.status == 0
+    assert "warning: decay begins from pretrain; the recipe goes on from extend" in result.output
+    (result,) = pool.run(1, line(corpus, "extend", tmp_path / "b", "run.steps=1"))
+    assert result.status == 0 and "warning: extend begins from initial weights" in result.output
