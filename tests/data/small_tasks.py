@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.data.corpora import words
 
@@ -40,13 +42,17 @@ SMALL_TASKS = (
 )
 
 
-def start(arguments: list[str], script: Path, **environment: str) -> subprocess.Popen[str]:
-    """In a session of its own: its whole group can be killed."""
+def start(
+    arguments: list[str], script: Path, sigint: Any = signal.SIG_DFL, **environment: str
+) -> subprocess.Popen[str]:
+    """In a session of its own: its whole group can be killed. A shell's background jobs have SIGINT ignored, and so have
+    the tests where they are one: `sigint` says what the command finds."""
     script.write_text(SMALL_TASKS)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), **environment}
     command = [sys.executable, str(script), *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))  # fmt: skip
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

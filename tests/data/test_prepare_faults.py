@@ -83,9 +83,12 @@ def test_kill_9_at_random_moments(large: Path, large_dataset: dict[str, bytes], 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small_tasks.py"]
 
 
-def test_a_lost_worker_is_told_and_made_up_for(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_lost_worker_is_told_and_made_up_for(
+    large: Path, large_dataset: dict[str, bytes], tmp_path: Path, sigint: signal.Handlers
+) -> None:
     arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
-    running = start(arguments, script)
+    running = start(arguments, script, sigint)
     folder = tmp_path / ".tmp-out" / "running"
 
     def worker() -> int:

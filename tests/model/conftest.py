@@ -10,7 +10,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     from megatron_ettin import parallel
     from megatron_ettin.parallel import Topology

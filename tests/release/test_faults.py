@@ -33,6 +33,8 @@ def start(run: Path, out: Path, mark: str = "") -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
         env={**os.environ, "ETTIN_TEST_MARK": mark},
+        # the tests may run in a shell's background, where it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

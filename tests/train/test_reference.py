@@ -68,7 +68,9 @@ def micro_batch(seen, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of_means: bool) -> list[float]:
     """The mean loss over predicted tokens of every step."""
-    model.model.embeddings.tok_embeddings.padding_idx = None  # a random replacement may be [PAD]: it has a gradient here
+    model.model.embeddings.tok_embeddings.padding_idx = (
+        None  # a random replacement may be [PAD]: it has a gradient here
+    )
     state: dict = {}
     losses = []
     groups = grouped(model)

@@ -26,6 +26,7 @@ from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 Progress = Callable[[int, int, int], None]  # input bytes done, of how many, tokens written
 POLL_SECONDS = 0.25
 POLLED_TASKS_A_SECOND = 4_000
+WORKER_LOST = signal.SIGUSR2  # to the main thread
 LOST = "a worker process died (out of memory?); run the same command again, with fewer --workers, to continue"
 
 
@@ -166,7 +167,8 @@ def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progres
 
 class Watch:
     """While local processes work: report progress, and notice a process that was killed. The pool would put another in
-    its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set."""
+    its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a signal
+    of its own: where a shell started the command in the background, SIGINT is ignored."""
 
     def __init__(self, counter: Counter, progress: Progress) -> None:
         self.counter, self.progress = counter, progress
@@ -175,6 +177,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch workers", daemon=True)
 
     def __enter__(self) -> None:
+        self._handler = signal.signal(WORKER_LOST, _interrupt)
         for stale in running_files(self.counter.work):
             stale.unlink(missing_ok=True)
         self._thread.start()
@@ -182,6 +185,7 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
+        signal.signal(WORKER_LOST, self._handler)
 
     def _watch(self) -> None:
         while not self._end.wait(max(POLL_SECONDS, len(self.counter.tasks) / POLLED_TASKS_A_SECOND)):
@@ -191,8 +195,12 @@ class Watch:
                 continue  # a task failed: the pool ends the others, which are not lost
             if any(is_lost(file) for file in running_files(self.counter.work)):
                 self.lost = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, WORKER_LOST)
                 return
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def running_files(work: Path) -> list[Path]:
