@@ -167,8 +167,8 @@ def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progres
 
 class Watch:
     """While local processes work: report progress, and notice a process that was killed. The pool would put another in
-    its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a signal
-    of its own: where a shell started the command in the background, SIGINT is ignored."""
+    its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a
+    signal of its own: where a shell started the command in the background, SIGINT is ignored."""
 
     def __init__(self, counter: Counter, progress: Progress) -> None:
         self.counter, self.progress = counter, progress
