@@ -13,11 +13,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
     parser.add_argument(
         "--data", action="append", required=True, metavar="[NAME=]DATASET", help="may be given several times"
     )
     parser.add_argument("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
     parser.add_argument("--rows", type=int, help="only so many rows, shared out over the sources")
     parser.add_argument(
         "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
@@ -26,24 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.checkpoint.directory import resolve
+    from megatron_ettin.convert.hf_folder import as_checkpoint
     from megatron_ettin.data.mixture import MixtureEntry
     from megatron_ettin.data.order import open_corpus
     from megatron_ettin.train.evaluate import evaluate, open_held_out, unigram_loss
     from megatron_ettin.train.inference import alone
     from megatron_ettin.train.resume import check_tokenizer, load
 
-    datasets, checkpoint = datasets_of(args.data, args.rows), resolve(args.checkpoint)
-    kind = kind_of(args.objective, checkpoint)
-    with alone(checkpoint, kind) as machine:
-        held_out = open_held_out(machine, datasets, kind)
+    datasets = datasets_of(args.data, args.rows)
+    with (
+        as_checkpoint(args.checkpoint) as checkpoint,
+        alone(checkpoint, kind_of(args.objective, checkpoint)) as machine,
+    ):
+        held_out = open_held_out(machine, datasets, machine.config.run.objective, args.seq_len)
         for batches in held_out.sources.values():
             check_tokenizer(checkpoint, batches.corpus)
         load(machine, checkpoint, with_optimizer=False)
         result = evaluate(machine, held_out, args.rows)
-        answer = {**result.to_json(), "checkpoint": str(checkpoint)}
+        named = args.checkpoint if checkpoint.name == "imported" else checkpoint
+        answer = {**result.to_json(), "checkpoint": str(named)}
         whole, *parts = result.lines()
-        lines = [f"{checkpoint}: {whole}", *parts]
+        lines = [f"{named}: {whole}", *parts]
         if args.baseline:
             corpus = held_out.corpus
             train = open_corpus([MixtureEntry(str(args.baseline))], corpus.seq_len, corpus.batching, 0, "baseline")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="groups of keys, or a YAML of the original trainer, which brings the three names",
     )
     parser.add_argument("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")
-    parser.add_argument("--init-from", type=Path, metavar="RUN_OR_CHECKPOINT", help="weights of another run")
+    parser.add_argument("--init-from", type=Path, metavar="RUN|CHECKPOINT|HF_DIR", help="weights to begin from")
     parser.add_argument(
         "--init-optimizer", choices=("keep", "fresh"), help="default: keep between phases of one objective"
     )
@@ -82,10 +82,17 @@ def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
         return dict(first.get("model_of_weights") or {})
     if init_from is None:
         return {}
-    from megatron_ettin.checkpoint.directory import read_config, resolve
     from megatron_ettin.config.inherit import inherited
 
-    return inherited(read_config(resolve(init_from)))
+    return inherited(weights_config(init_from))
+
+
+def weights_config(init_from: Path) -> dict[str, Any]:
+    """The groups of the config that lies with weights. Raises UserError where there are none."""
+    from megatron_ettin.checkpoint.directory import read_config, resolve
+    from megatron_ettin.convert.hf_folder import groups_of, is_hf_folder
+
+    return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
 
 
 def stages_of(args: argparse.Namespace) -> list[Stage]:
@@ -109,7 +116,6 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
 
 def chain_warning(stage: Stage) -> str | None:
     """Where a phase does not go on from the one that the recipe has before it."""
-    from megatron_ettin.checkpoint.directory import read_config, resolve
     from megatron_ettin.config.history import first_launch
 
     phase = stage.config.run.phase
@@ -117,7 +123,7 @@ def chain_warning(stage: Stage) -> str | None:
         return None
     if stage.init_from is None:
         return f"warning: {phase} begins from initial weights; the recipe goes on from {BEFORE[phase]} (--init-from)"
-    found = (read_config(resolve(stage.init_from)).get("run") or {}).get("phase")
+    found = (weights_config(stage.init_from).get("run") or {}).get("phase")
     if found in (BEFORE[phase], None):
         return None
     return f"warning: {phase} begins from {found}; the recipe goes on from {BEFORE[phase]}"
@@ -185,6 +191,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ettin.train.chain import run_chain
     from megatron_ettin.train.loop import Launch, TrainingStopped
 
+    if args.init_from is not None:
+        from megatron_ettin.convert.hf_folder import import_once, is_hf_folder
+
+        if is_hf_folder(args.init_from):
+            stages[0] = dataclasses.replace(
+                stages[0], init_from=import_once(args.init_from, stages[0].run_dir, is_chief)
+            )
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
     try:

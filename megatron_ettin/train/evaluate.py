@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
@@ -92,14 +93,17 @@ class HeldOut:
         return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
 
 
-def open_held_out(machine: Machine, datasets: Mapping[str, str], kind: str) -> HeldOut:
+def open_held_out(machine: Machine, datasets: Mapping[str, str], kind: str, seq_len: int | None = None) -> HeldOut:
     """Rows of the datasets named, read as `kind` has it, in an order of their own that no run's seed changes. Sources
     are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
     UserError."""
     data = machine.config.data
     run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
-    length = data.seq_len
-    config = dataclasses.replace(machine.config, run=run)
+    length = seq_len or data.seq_len
+    if not 8 <= length <= machine.config.model.max_position_embeddings:
+        most = machine.config.model.max_position_embeddings
+        raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")
+    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=length))
     sources = {}
     for name, path in datasets.items():
         parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)

@@ -1,0 +1,130 @@
+"""Training on with the other objective: nothing is lost on the way, and the first loss is that of `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ettin.checkpoint.directory import read_config
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.objectives import KINDS
+from tests.convert.folders import load, tensors
+from tests.pool import Pool
+from tests.train.runs import Trained, command, read, train
+
+pytestmark = pytest.mark.ranks
+STILL = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "model.attention_output_dropout=0"]
+
+
+@pytest.fixture(scope="module")
+def encoder(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
+    return train(pool, 1, tmp_path_factory.mktemp("encoder"), corpus, "mlm", ["run.steps=5"])
+
+
+def cross(pool: Pool, corpus: Path, run: Path, objective: str, source: Path, *words: str, world: int = 1) -> Trained:
+    line = command(run, corpus, objective, [*STILL, *words], ["--init-from", str(source)])
+    line[line.index("pretrain")] = "cross"
+    results = pool.run(world, line)
+    assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
+    return read(run)
+
+
+def loss_of(folder: Path, objective: str, run: Path, room: Path) -> float:
+    """Of the run's first step, by the class of `transformers`."""
+    assert main(["order", str(run), "--steps", "1:2", "--batches", str(room / "seen.npz")]) == 0
+    seen, model = np.load(room / "seen.npz"), load(folder, objective)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row, start, end in seen["spans"].tolist():
+            logits = model(input_ids=torch.from_numpy(seen["input_ids"][row : row + 1, start:end])).logits[0]
+            labels = torch.from_numpy(seen["labels"][row, start:end])
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
+            count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("objective", ["clm", "mntp"])
+def test_the_first_loss_is_transformers(
+    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, objective: str
+) -> None:
+    """A decoder of an encoder's weights; and an encoder of a decoder's that predicts from the place before."""
+    source = encoder.directory
+    if objective == "mntp":
+        source = cross(pool, corpus, tmp_path / "decoder", "clm", source, "run.seed=4").directory
+    found = cross(pool, corpus, tmp_path / "run", objective, source, world=2)
+    kind = "clm" if KINDS[objective].causal else "mlm"
+    assert main(["convert", "to-hf", str(source), str(tmp_path / "hf"), "--objective", kind]) == 0
+    assert loss_of(tmp_path / "hf", kind, tmp_path / "run", tmp_path) == pytest.approx(
+        found.column("loss")[0], rel=1e-5
+    )
+    launch = json.loads((tmp_path / "run/history.jsonl").read_text().splitlines()[0])
+    assert launch["from"].startswith("weights of ")  # no optimizer with them
+
+
+def test_there_and_back_keeps_every_tensor(pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path) -> None:
+    """Encoder, decoder, encoder: through checkpoints, and through folders of `transformers` on the way."""
+    decoder = cross(pool, corpus, tmp_path / "decoder", "clm", encoder.directory, world=2)
+    back = cross(pool, corpus, tmp_path / "back", "mlm", decoder.directory)
+    assert main(["convert", "to-hf", str(decoder.directory), str(tmp_path / "hf")]) == 0
+    through = cross(pool, corpus, tmp_path / "through", "mlm", tmp_path / "hf", world=2)
+    first = encoder.weights()
+    for run in (decoder, back, through):
+        weights = run.weights()
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(weights[name], first[name]) for name in first)
+    assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "one")]) == 0
+    assert main(["convert", "to-hf", str(through.directory), str(tmp_path / "other")]) == 0
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert read_config(through.directory)["run"]["seed"] == 210
+
+
+def test_the_card_of_a_masked_next_token_encoder(pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path) -> None:
+    cross(pool, corpus, tmp_path / "run", "mntp", encoder.directory)
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    card = " ".join((tmp_path / "hf/README.md").read_text().split())
+    assert "position i holds the prediction of token i + 1" in card and "logits[0, at - 1]" in card
+    assert "pipeline_tag: feature-extraction" in card
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.hidden_size=128"], "has model.hidden_size=64, this run 128; the shapes must be equal"),
+        (["model.vocab_size=640"], "model.vocab_size: 640, but the dataset's tokenizer has 320 entries"),
+    ],
+)
+def test_weights_of_another_shape(
+    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, words: list[str], said: str
+) -> None:
+    line = command(tmp_path / "run", corpus, "clm", [*STILL, *words], ["--init-from", str(encoder.directory)])
+    line[line.index("pretrain")] = "cross"
+    (result,) = pool.run(1, line)
+    assert result.status == 2 and said in result.output.splitlines()[-1], result.output[-500:]
+
+
+def test_evaluated_in_every_way_and_from_a_folder(encoder: Trained, corpus: Path, tmp_path: Path, capsys) -> None:
+    """A run and its exported folder give one figure; reading rows otherwise gives another."""
+    assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "hf")]) == 0
+    losses = {}
+    for name, words in {
+        "run": [str(encoder.directory)],
+        "folder": [str(tmp_path / "hf"), "--seq-len", "64"],
+        "clm": [str(encoder.directory), "--objective", "clm"],
+        "mntp": [str(encoder.directory), "--objective", "mntp"],
+    }.items():
+        capsys.readouterr()
+        assert main(["eval", *words, "--data", str(corpus / "heldout"), "--json"]) == 0
+        losses[name] = json.loads(capsys.readouterr().out)["loss"]
+    assert losses["run"] == losses["folder"] and len({losses["run"], losses["clm"], losses["mntp"]}) == 3
+    for words, said in (
+        (["--objective", "nsp"], "--objective: 'nsp'"),
+        (["--seq-len", "9999"], "--seq-len 9999: a row"),
+    ):
+        assert main(["eval", str(encoder.directory), "--data", str(corpus / "heldout"), *words]) == 2
+        assert said in capsys.readouterr().err
