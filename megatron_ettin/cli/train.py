@@ -13,14 +13,10 @@ import dataclasses
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.cli.stages import Stage, chain_warning, stages_of
 from megatron_ettin.config.errors import EXIT_REQUEUE
-
-if TYPE_CHECKING:
-    from megatron_ettin.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of --init-from's run; without it, the run itself goes back to it",
     )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="each value in a run of its own, RUN_DIR/KEY=V",
+    )
+    parser.add_argument("--sweep-member", type=int, metavar="N", help="only the sweep's run N, from 0 (job arrays)")
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     parser.add_argument(
@@ -58,83 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-CHAIN = ("pretrain", "extend", "decay")  # of --phase all
-BEFORE = {"extend": "pretrain", "decay": "extend"}  # what a phase of the recipe goes on from
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One phase of a job. `kept`: keys of `model` that come with the weights it begins from."""
-
-    config: Config
-    run_dir: Path
-    init_from: Path | None
-    kept: dict[str, Any]
-
-
-def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
-    """Keys of `model` that come with the weights which the run began from: as its first launch recorded them, so that a
-    run resumes without them too, or as `init_from` has them. Raises UserError where there are no such weights."""
-    from megatron_ettin.config.history import first_launch
-
-    first = first_launch(run_dir)
-    if first is not None:
-        return dict(first.get("model_of_weights") or {})
-    if init_from is None:
-        return {}
-    from megatron_ettin.config.inherit import inherited
-
-    return inherited(weights_config(init_from))
-
-
-def weights_config(init_from: Path) -> dict[str, Any]:
-    """The groups of the config that lies with weights. Raises UserError where there are none."""
-    from megatron_ettin.checkpoint.directory import read_config, resolve
-    from megatron_ettin.convert.hf_folder import groups_of, is_hf_folder
-
-    return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
-
-
-def stages_of(args: argparse.Namespace) -> list[Stage]:
-    """The phases asked for, resolved and checked. Raises UserError."""
-    from megatron_ettin.config.inherit import inherited
-    from megatron_ettin.config.resolve import parse
-
-    run_dir, words = args.run_dir, args.words
-    if args.phase != "all":
-        kept = weights_model(run_dir, args.init_from)
-        config = parse(args.size, args.objective, args.phase, args.config, words, kept)
-        return [Stage(config, run_dir, args.init_from, kept)]
-    stages: list[Stage] = []
-    for phase in CHAIN:
-        own = run_dir / phase
-        kept = inherited(dataclasses.asdict(stages[-1].config)) if stages else weights_model(own, args.init_from)
-        config = parse(args.size, args.objective, phase, args.config, words, kept)
-        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept))
-    return stages
-
-
-def chain_warning(stage: Stage) -> str | None:
-    """Where a phase does not go on from the one that the recipe has before it."""
-    from megatron_ettin.config.history import first_launch
-
-    phase = stage.config.run.phase
-    if phase not in BEFORE or first_launch(stage.run_dir) is not None:
-        return None
-    if stage.init_from is None:
-        return f"warning: {phase} begins from initial weights; the recipe goes on from {BEFORE[phase]} (--init-from)"
-    found = (weights_config(stage.init_from).get("run") or {}).get("phase")
-    if found in (BEFORE[phase], None):
-        return None
-    return f"warning: {phase} begins from {found}; the recipe goes on from {BEFORE[phase]}"
-
-
 def explain(stage: Stage, args: argparse.Namespace) -> str:
     """What `--explain` prints."""
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import origins
 
-    found = differences(stage.config, origins(args.config, args.words, stage.kept, stage.config.run.phase))
+    found = differences(stage.config, origins(args.config, stage.words, stage.kept, stage.config.run.phase))
     return json.dumps(to_json(found), indent=1) if args.json else describe(found, stage.config)
 
 
@@ -151,7 +84,10 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
     if args.recipe:
         args.words = [f"run.recipe={args.recipe}", *args.words]
     suffix = "" if args.phase == "all" else f"-{args.phase}"
+    suffix += "-sweep" if args.sweep else ""
     args.run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}{suffix}"
+    if args.sweep_member is not None and not args.sweep:
+        raise UserError("--sweep-member: needs --sweep")
     if args.from_step is not None and args.phase == "all":
         raise UserError("--from-step: is of one phase, not of all")
     if args.from_step is not None and args.from_step < 1:
@@ -188,21 +124,27 @@ def run(args: argparse.Namespace) -> int:
 
         print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
         return 0
-    from megatron_ettin.train.chain import run_chain
+    from megatron_ettin.train.chain import run_chain, run_sweep
     from megatron_ettin.train.loop import Launch, TrainingStopped
 
     if args.init_from is not None:
         from megatron_ettin.convert.hf_folder import import_once, is_hf_folder
 
         if is_hf_folder(args.init_from):
-            stages[0] = dataclasses.replace(
-                stages[0], init_from=import_once(args.init_from, stages[0].run_dir, is_chief)
-            )
+            imported = import_once(args.init_from, args.run_dir, is_chief)
+            here = {args.init_from: imported}
+            stages = [dataclasses.replace(one, init_from=here.get(one.init_from, one.init_from)) for one in stages]
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
     try:
-        unfinished = run_chain(list(zip((stage.config for stage in stages), launches, strict=True)))
+        pairs = list(zip((stage.config for stage in stages), launches, strict=True))
+        unfinished = run_sweep(pairs) if args.sweep else run_chain(pairs)
     except TrainingStopped as stopped:
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1
+    if args.sweep and is_chief:
+        from megatron_ettin.config.sweep import members
+        from megatron_ettin.report.sweep import summarise
+
+        print(summarise(args.run_dir, members(args.sweep)))
     return EXIT_REQUEUE if unfinished else 0

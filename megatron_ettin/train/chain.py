@@ -22,6 +22,13 @@ def run_chain(stages: Sequence[tuple[Config, Launch]]) -> bool:
     return run_jobs([prepare(config, launch) for config, launch in left])
 
 
+def run_sweep(stages: Sequence[tuple[Config, Launch]]) -> bool:
+    """Train the members of a sweep that are not finished; True if the job was asked to stop before the last was done.
+    A member whose loss is not finite does not stop the others."""
+    left = [prepare(config, launch) for config, launch in stages if not is_finished(config, launch)]
+    return bool(left) and run_jobs(left, each_alone=True)
+
+
 def is_finished(config: Config, launch: Launch) -> bool:
     """Whether the phase has trained all it was asked to."""
     if not (launch.run_dir / "checkpoints").is_dir():

@@ -126,8 +126,10 @@ def run_training(config: Config, launch: Launch) -> bool:
     return run_jobs([prepare(config, launch)])
 
 
-def run_jobs(jobs: Sequence[Job]) -> bool:
-    """Train one job after another as this process's rank; True if the last one run was saved before its end."""
+def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
+    """Train one job after another as this process's rank; True if the last one run was saved before its end.
+
+    `each_alone`: one that cannot go on (TrainingStopped) is told of and the next begins."""
     place = find_place()
     first = jobs[0].config
     platform = detect(first.run.device, place.local_rank)
@@ -135,7 +137,16 @@ def run_jobs(jobs: Sequence[Job]) -> bool:
         platform.make_deterministic()
     stop = StopSignal(first.resilience.save_on_signal)
     try:
-        return any(_run_job(job, place, platform, stop) for job in jobs)  # none after one that was stopped
+        for job in jobs:
+            try:
+                if _run_job(job, place, platform, stop):
+                    return True  # the others were asked to stop too
+            except TrainingStopped as stopped:
+                if not each_alone:
+                    raise
+                if place.rank == 0:
+                    print(f"{job.launch.run_dir}: {stopped}", file=sys.stderr, flush=True)
+        return False
     finally:
         forget()
 

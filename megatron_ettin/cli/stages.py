@@ -1,0 +1,108 @@
+"""What runs a call of `ettin train` asks for: one, the phases of a chain, or the members of a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
+    from megatron_ettin.config.sweep import Member
+
+CHAIN = ("pretrain", "extend", "decay")  # of --phase all
+BEFORE = {"extend": "pretrain", "decay": "extend"}  # what a phase of the recipe goes on from
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of a job. `kept`: keys of `model` that come with the weights it begins from; `words`: its own."""
+
+    config: Config
+    run_dir: Path
+    init_from: Path | None
+    kept: dict[str, Any]
+    words: list[str]
+
+
+def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
+    """Keys of `model` that come with the weights which the run began from: as its first launch recorded them, so that a
+    run resumes without them too, or as `init_from` has them. Raises UserError where there are no such weights."""
+    from megatron_ettin.config.history import first_launch
+
+    first = first_launch(run_dir)
+    if first is not None:
+        return dict(first.get("model_of_weights") or {})
+    if init_from is None:
+        return {}
+    from megatron_ettin.config.inherit import inherited
+
+    return inherited(weights_config(init_from))
+
+
+def weights_config(init_from: Path) -> dict[str, Any]:
+    """The groups of the config that lies with weights. Raises UserError where there are none."""
+    from megatron_ettin.checkpoint.directory import read_config, resolve
+    from megatron_ettin.convert.hf_folder import groups_of, is_hf_folder
+
+    return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
+
+
+def stages_of(args: argparse.Namespace) -> list[Stage]:
+    """The phases asked for, resolved and checked. Raises UserError."""
+    from megatron_ettin.config.inherit import inherited
+    from megatron_ettin.config.resolve import parse
+
+    run_dir, words = args.run_dir, args.words
+    if args.sweep:
+        return [stage for member in chosen_members(args) for stage in member_stages(args, member)]
+    if args.phase != "all":
+        kept = weights_model(run_dir, args.init_from)
+        config = parse(args.size, args.objective, args.phase, args.config, words, kept)
+        return [Stage(config, run_dir, args.init_from, kept, words)]
+    stages: list[Stage] = []
+    for phase in CHAIN:
+        own = run_dir / phase
+        kept = inherited(dataclasses.asdict(stages[-1].config)) if stages else weights_model(own, args.init_from)
+        config = parse(args.size, args.objective, phase, args.config, words, kept)
+        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept, words))
+    return stages
+
+
+def chosen_members(args: argparse.Namespace) -> list[Member]:
+    """Those of the sweep that this job runs. Raises UserError."""
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.sweep import members
+
+    if args.phase == "all" or args.from_step is not None:
+        raise UserError(f"--sweep: does not go with {'--phase all' if args.phase == 'all' else '--from-step'}")
+    found = members(args.sweep)
+    if args.sweep_member is None:
+        return found
+    if not 0 <= args.sweep_member < len(found):
+        raise UserError(f"--sweep-member {args.sweep_member}: the sweep has runs 0 to {len(found) - 1}")
+    return [found[args.sweep_member]]
+
+
+def member_stages(args: argparse.Namespace, member: Member) -> list[Stage]:
+    """The one run of a member, by the rules of a run alone."""
+    names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
+    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.words], "sweep": []}
+    return stages_of(argparse.Namespace(**{**vars(args), **names, **own}))
+
+
+def chain_warning(stage: Stage) -> str | None:
+    """Where a phase does not go on from the one that the recipe has before it."""
+    from megatron_ettin.config.history import first_launch
+
+    phase = stage.config.run.phase
+    if phase not in BEFORE or first_launch(stage.run_dir) is not None:
+        return None
+    if stage.init_from is None:
+        return f"warning: {phase} begins from initial weights; the recipe goes on from {BEFORE[phase]} (--init-from)"
+    found = (weights_config(stage.init_from).get("run") or {}).get("phase")
+    if found in (BEFORE[phase], None):
+        return None
+    return f"warning: {phase} begins from {found}; the recipe goes on from {BEFORE[phase]}"
