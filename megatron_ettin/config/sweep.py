@@ -1,4 +1,4 @@
-"""A sweep: the same run with every combination of some keys' values (`--sweep optim.lr=1e-3,2e-3 --sweep run.seed=1,2`)."""
+"""A sweep: the same run with every combination of some keys' values, as `--sweep optim.lr=1e-3,2e-3` says them."""
 
 from __future__ import annotations
 
