@@ -5,6 +5,7 @@
 #   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
 #   release  kill -9 of `ettin release` at 60 moments instead of 8
+#   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -56,13 +57,21 @@ transformers() { # a skip is no pass here: the package index has to answer
 
 release() { ETTIN_TEST_RELEASE_KILLS=60 "$python" -m pytest tests/release/test_faults.py -k kill_9; }
 
+harness() {
+    local own=$work/harness
+    "$venv/bin/python" -m venv "$own" &&
+        "$own/bin/pip" install -q "$(grep '^torch==' constraints-cpu.txt)" &&
+        "$own/bin/pip" install -q --editable ".[harness]" -c constraints-cpu.txt &&
+        ETTIN_HARNESS=$own/bin/python "$python" -m pytest tests/convert/test_harness.py
+}
+
 shapes() { # 25 minutes, 17 GB of memory and of disk
     ETTIN_FULL_SHAPES="150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "150m or 400m" &&
         ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
 }
 
 status=0
-for stage in "${@:-mds ray kill transformers release shapes}"; do
+for stage in "${@:-mds ray kill transformers release harness shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

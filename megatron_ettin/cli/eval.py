@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
-    parser.add_argument(
-        "--data", action="append", required=True, metavar="[NAME=]DATASET", help="may be given several times"
-    )
+    parser.add_argument("--data", action="append", metavar="[NAME=]DATASET", help="may be given several times")
     parser.add_argument("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
     parser.add_argument("--rows", type=int, help="only so many rows, shared out over the sources")
     parser.add_argument(
         "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
     )
+    parser.add_argument("--harness", metavar="lm|mteb", help="lm-evaluation-harness or mteb on the exported folder")
+    parser.add_argument("--tasks", metavar="NAME,NAME", help="of the harness")
+    parser.add_argument("--task-path", type=Path, metavar="PATH", help="lm: folder of task files; mteb: Python file")
+    parser.add_argument("--limit", type=int, metavar="N", help="only so many examples of each task of lm")
+    parser.add_argument("--batch-rows", type=int, default=16, metavar="N", help="texts at a time (%(default)s)")
     parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.errors import UserError
     from megatron_ettin.convert.hf_folder import as_checkpoint
     from megatron_ettin.data.mixture import MixtureEntry
     from megatron_ettin.data.order import open_corpus
@@ -34,6 +39,11 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.train.inference import alone
     from megatron_ettin.train.resume import check_tokenizer, load
 
+    if args.harness:
+        run_harness(args)
+        return
+    if not args.data:
+        raise UserError("--data: name a dataset, or --harness")
     datasets = datasets_of(args.data, args.rows)
     with (
         as_checkpoint(args.checkpoint) as checkpoint,
@@ -54,6 +64,27 @@ def run(args: argparse.Namespace) -> None:
             answer["unigram_loss"] = unigram_loss(train, held_out, args.rows)
             lines.append(f"unigram loss of {args.baseline} on the same positions: {answer['unigram_loss']:.4f}")
     print(json.dumps(answer) if args.json else "\n".join(lines))
+
+
+def run_harness(args: argparse.Namespace) -> None:
+    """Export where need be, let the harness loose on the folder, print its figures."""
+    from megatron_ettin.convert import harness
+    from megatron_ettin.convert.hf_folder import is_hf_folder
+    from megatron_ettin.convert.to_hf import to_hf
+
+    tasks = [task for task in (args.tasks or "").split(",") if task]
+    objective = harness.check(args.harness, tasks, args.task_path)
+    with tempfile.TemporaryDirectory(prefix="ettin-") as room:
+        folder = args.checkpoint
+        if not is_hf_folder(folder):
+            folder = Path(room) / "exported"
+            to_hf(args.checkpoint, folder, objective=objective)
+        found = harness.evaluate(args.harness, folder, tasks, args.task_path, args.limit, args.batch_rows)
+    if args.json:
+        print(json.dumps({"checkpoint": str(args.checkpoint), "harness": args.harness, "results": found}))
+        return
+    for task, measures in found.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
 
 def kind_of(wanted: str | None, checkpoint: Path) -> str:

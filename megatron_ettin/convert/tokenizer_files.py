@@ -2,7 +2,8 @@
 
 Checkpoints of both objectives hold the same files, so that a pair shares its data. What a tokenizer does with a text
 differs in a released folder: an encoder's writes [CLS] text [SEP] and pads on the right; a decoder's writes [CLS] text,
-for a text that ends with [SEP] is finished and `generate` would begin another, and pads on the left. The way back
+for a text that ends with [SEP] is finished and `generate` would begin another, pads on the left, and also calls the two
+bos and eos, which evaluations of decoders ask for. The way back
 undoes exactly that. The special ids of a config.json are looked up in the files, so that a model trained with another
 tokenizer says its own; without files the published ids stand."""
 
@@ -49,7 +50,11 @@ def _set_form(folder: Path, closing: bool, padding_side: str | None) -> bool:
     content = _read_json(folder / FILES[0])
     if _set_closing(content, named["cls"], named["sep"], closing):
         _write_json(folder / FILES[0], content)
-    wanted = {key: value for key, value in settings.items() if key != "padding_side"}
+    ends = {"bos_token": settings.get("cls_token", named["cls"]), "eos_token": settings.get("sep_token", named["sep"])}
+    own = {key for key, value in ends.items() if settings.get(key) == value}
+    wanted = {key: value for key, value in settings.items() if key != "padding_side" and key not in own}
+    if padding_side == "left":
+        wanted = {**ends, **wanted}
     if padding_side is not None:
         # without the second, transformers 4 makes token_type_ids, which the model refuses
         wanted = _for_both_generations(wanted) | {"padding_side": padding_side, "model_input_names": INPUTS}
