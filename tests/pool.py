@@ -14,6 +14,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -36,9 +37,11 @@ class Result:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Below the range that systems hand out by themselves: gloo listens on such ports, and the port is used later."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            return int(found.getsockname()[1])
 
 
 def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:

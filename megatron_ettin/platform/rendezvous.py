@@ -17,7 +17,7 @@ from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.platform.device import Platform
 
 _kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
-FIRST_PORT, PORTS = 15_000, 30_000  # below the range that systems hand out by themselves
+FIRST_PORT, PORTS = 15_000, 17_000  # below the range that systems hand out by themselves
 
 
 @dataclass(frozen=True)
