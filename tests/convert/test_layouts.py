@@ -70,7 +70,7 @@ def shape_of(size: str) -> dict[str, int]:
 
 def gathers(size: str) -> list[str]:
     """Core's distributed optimizer gathers its state on one rank to write it: 68 bytes a parameter with all there is."""
-    return ["parallel.distributed_optimizer=false"] if SIZES[size].hidden_size > 1024 else []
+    return ["parallel.distributed_optimizer=false"] if SIZES[size].hidden_size >= 1024 else []
 
 
 def cases() -> list[tuple[str, str, str]]:
