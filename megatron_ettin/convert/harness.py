@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError, nearest
-from megatron_ettin.platform.device import gpu_count
+from megatron_ettin.platform.device import device_name
 
 HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}  # name -> (module, the objective it is for)
 EXTRA = "pip install megatron_ettin[harness]"
@@ -63,7 +63,7 @@ def _lm_eval(
         task_manager=manager,
         limit=limit,
         batch_size=batch_rows,
-        device="cuda" if gpu_count() else "cpu",
+        device=device_name(),
     )
     return {task: _figures(measures) for task, measures in found["results"].items()}
 

@@ -77,6 +77,11 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_name() -> str:
+    """What torch calls the device that other libraries should use here."""
+    return "cuda" if gpu_count() else "cpu"
+
+
 def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
     """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError for an absent GPU."""
     if wanted == "cpu":
