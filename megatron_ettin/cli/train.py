@@ -99,15 +99,12 @@ def tell(stages: list[Stage]) -> None:
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.recipe import recipe
 
-    for number, stage in enumerate(stages):
-        run = stage.config.run
-        if number == 0:
-            tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
-            for line in told(stage.kept, tables, stage.config.model):
-                print(line, file=sys.stderr, flush=True)
-            warning = chain_warning(stage)
-            if warning:
-                print(warning, file=sys.stderr, flush=True)
+    first = stages[0]  # later phases begin from earlier ones, members of a sweep all from the same
+    run = first.config.run
+    tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
+    warning = chain_warning(first)
+    for line in (*told(first.kept, tables, first.config.model), *([warning] if warning else [])):
+        print(line, file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -205,6 +205,7 @@ def check_batch(config: Config) -> None:
             "batch.loss_normalization: microbatch counts micro-batches, and a batch warm-up has empty ones; it needs"
             f" batch.warmup_tokens=0, found {batch.warmup_tokens}"
         )
+    parse_skips(config.data.skip)
     objective = OBJECTIVES[config.run.objective]
     if objective.needs_mask_token and config.data.mlm_probability == 0:
         raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")
@@ -216,7 +217,6 @@ def check_batch(config: Config) -> None:
 
 
 def check_validation(config: Config) -> None:
-    parse_skips(config.data.skip)
     if config.data.validation is not None:
         validation_sets(config.data.validation)
 

@@ -107,7 +107,8 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
         return output, None
     total, losses, correct = output
     labels = (batch.labels != IGNORE).sum(dim=1)
-    return total, functools.partial(sum_of_losses, labels, losses, correct, batch.packed.causal_rows or 0)
+    causal_rows = (batch.packed.causal_rows or 0) if model.config.hybrid else 0  # nobody asks for the parts otherwise
+    return total, functools.partial(sum_of_losses, labels, losses, correct, causal_rows)
 
 
 def sum_of_losses(
