@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
 from unittest import mock
@@ -47,16 +48,56 @@ def no_tied_embedding_reduction() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_in_extend() -> Iterator[None]:
-    """No mistake: a signal to stop that arrives in the second step of `extend`."""
+def _stop_in(phase: str) -> Iterator[None]:
+    """No mistake: a signal to stop that arrives in the second step of a phase."""
     from megatron_ettin.train import loop
 
     step = loop.train_step
 
     def stopping(machine, batches, number, tokens, lr, stop, loaded):
-        return step(
-            machine, batches, number, tokens, lr, stop or (machine.config.run.phase, number) == ("extend", 1), loaded
-        )
+        now = (machine.config.run.phase, number) == (phase, 1)
+        return step(machine, batches, number, tokens, lr, stop or now, loaded)
 
     with mock.patch.object(loop, "train_step", stopping):
         yield
+
+
+stop_in_pretrain, stop_in_extend, stop_in_decay = (
+    functools.partial(_stop_in, phase) for phase in ("pretrain", "extend", "decay")
+)
+
+
+@contextlib.contextmanager
+def fp32_orthogonal() -> Iterator[None]:
+    """No mistake: Muon's iteration in fp32. In bfloat16 a gradient's last bit moves an update by a part in 256, which
+    would hide a wrong shard."""
+    from megatron_ettin.optim import muon
+
+    with mock.patch.object(muon, "steps", _newton_schulz):
+        yield
+
+
+@contextlib.contextmanager
+def orthogonal_per_shard() -> Iterator[None]:
+    """Muon on this rank's part of each matrix."""
+    from megatron_ettin.optim import muon
+
+    def alone(self, shard, matrix, adjust_lr):
+        return matrix.joined(_newton_schulz(matrix.parts(shard), adjust_lr))
+
+    with mock.patch.object(muon.Muon, "_orthogonal", alone):
+        yield
+
+
+def _newton_schulz(matrices, adjust_lr: str):
+    """https://kellerjordan.github.io/posts/muon, with the step sizes of torch.optim.Muon."""
+    results = []
+    for g in matrices:
+        rows, columns = g.shape
+        x = (g if rows <= columns else g.T) / g.norm().clamp(min=1e-7)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        scale = max(1, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(rows, columns) ** 0.5
+        results.append(-scale * (x if rows <= columns else x.T))
+    return results

@@ -68,6 +68,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.weight_decay": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
     "optim.beta1": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
     "optim.beta2": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
+    "optim.momentum": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
     "optim.eps": (lambda v: v > 0, "above 0"),
     "optim.clip_grad": (lambda v: v >= 0, "0 (no clipping) or above"),
     "schedule.warmup_tokens": (lambda v: v >= 0, "0 or above"),
@@ -142,6 +143,11 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
+    if parallel.distributed_optimizer and config.optim.name == "muon":
+        raise UserError(
+            "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"
+            " add parallel.distributed_optimizer=false"
+        )
     if parallel.pipeline_layers is not None:
         stage_layers(config)
 

@@ -61,6 +61,8 @@ class OptimConfig:
     beta2: float = 0.98
     eps: float = 1e-6
     clip_grad: float = 0.0  # largest global gradient norm; 0 does not clip
+    momentum: float = 0.95  # of muon
+    adjust_lr: str = "match_rms_adamw"  # how muon's step depends on a matrix's shape (torch.optim.Muon's adjust_lr_fn)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ CHOICES = {
     "run.recipe": ("paired", "original"),
     "model.output_bias_init": ("zero", "uniform"),
     "schedule.name": ("wsd", "one_minus_sqrt", "constant"),
-    "optim.name": ("stable_adamw", "adamw"),
+    "optim.name": ("stable_adamw", "adamw", "muon"),
+    "optim.adjust_lr": ("match_rms_adamw", "original"),
     "data.batching": ("packed", "padded"),
     "data.order_missing": ("error", "skip"),
     "batch.loss_normalization": ("global", "microbatch"),

@@ -40,7 +40,10 @@ class DecoupledAdamW(torch.optim.AdamW):
         for parameter_group in self.param_groups:
             for p in parameter_group["params"]:
                 if not self.state[p]:
-                    self.state[p].update(exp_avg=torch.zeros_like(p.data), exp_avg_sq=torch.zeros_like(p.data))
+                    self.state[p].update(self._new_state(p))
+
+    def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"exp_avg": torch.zeros_like(p.data), "exp_avg_sq": torch.zeros_like(p.data)}
 
     @property
     def updates(self) -> int:
@@ -109,6 +112,3 @@ class StableAdamW(DecoupledAdamW):
 def _gradient(p: torch.Tensor) -> torch.Tensor:
     assert p.grad is not None
     return p.grad
-
-
-OPTIMIZERS = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW}

@@ -15,9 +15,13 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
-from megatron_ettin.optim.adamw import OPTIMIZERS, DecoupledAdamW, WholeTensor
+from megatron_ettin.optim.adamw import DecoupledAdamW, StableAdamW, WholeTensor
+from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
+
+OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
 
 
 class TrainingOptimizer:
@@ -82,6 +86,10 @@ def build_optimizer(
     device: torch.device,
 ) -> TrainingOptimizer:
     """The optimizer of this rank's model chunks (core's DistributedDataParallel). Collective."""
+    if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"optim.name: muon needs torch.optim.Muon, which torch {torch.__version__} lacks; torch 2.9 has it"
+        )
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -99,7 +107,7 @@ def build_optimizer(
         weight_decay=optim.weight_decay,
     )  # fmt: skip
     inner.device = device
-    order = {p: i for i, p in enumerate(p for chunk in chunks for p in chunk.parameters() if p.requires_grad)}
+    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
     core: Any
     if distributed:
         align_buckets(chunks)
@@ -114,9 +122,13 @@ def build_optimizer(
     else:
         core = FP32Optimizer(inner, config, _no_state)
     core.grad_stats_parallel_group, core.tp_group = groups.grad_stats, groups.tensor
-    tensors = {main: _whole_tensor(model, order[model], groups.tensor) for model, main in main_parameters(core)}
+    wholes = {p: _whole_tensor(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
+    if optim.name == "muon":
+        channels = chunks[0].config.kv_channels
+        wholes |= {p: _matrix(wholes[p], name, p, channels) for name, p in named if is_inside(name, p)}
+    tensors = {main: wholes[model] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
-    inner.bind(tensors, len(order), sum_group if sum_group.size() > 1 else None)
+    inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
     return TrainingOptimizer(core, inner, chunks)
 
 
@@ -128,6 +140,11 @@ def _whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> W
     split = getattr(model, "tensor_model_parallel", False)
     numel = model.numel() * (tensor_group.size() if split else 1)
     return WholeTensor(index, numel, counts=split or tensor_group.rank() == 0)
+
+
+def _matrix(whole: WholeTensor, name: str, p: torch.nn.Parameter, head_channels: int) -> Matrix:
+    cut_dim = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+    return Matrix(whole.index, whole.numel, whole.counts, name, head_channels, cut_dim)
 
 
 def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -155,6 +172,8 @@ def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str
     named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
     common = {
         "max_lr": optim.max_lr,
+        "momentum": optim.momentum,
+        "adjust_lr": optim.adjust_lr,
         "min_lr": 0.0,
         "lr_mult": 1.0,
         "is_expert_parallel": False,

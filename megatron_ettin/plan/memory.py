@@ -39,11 +39,13 @@ def estimate(config: Config, dp: int) -> Memory:
     parameters = (layers * layer_parameter_count(model) + embedding + head) // parallel.tp
     wide = PRECISIONS[config.precision.name].compute == "fp32"
     shards = dp if parallel.distributed_optimizer else 1
-    moments = 8 if wide else 12  # two moments, and fp32 masters beside bf16 weights
+    moments = 4 if config.optim.name == "muon" else 8  # one moment of muon's (all but the embedding), two of the others
+    embedding_moments = (8 - moments) * embedding // parallel.tp
+    masters = 0 if wide else 4  # fp32, beside bf16 weights
     return Memory(
         weights_bytes=parameters * (4 if wide else 2),
         gradients_bytes=parameters * 4,
-        optimizer_bytes=parameters * moments // shards,
+        optimizer_bytes=(parameters * (moments + masters) + embedding_moments) // shards,
         activations_bytes=activation_bytes(config, layers),
         logits_bytes=LOGITS_BYTES,
     )

@@ -18,7 +18,7 @@ WORDS = [
     *("model.attention_output_dropout=0.1", "checkpoint.every_steps=1", "checkpoint.keep=0", "run.steps=4"),
     *("extend.data.seq_len=96", "extend.model.max_position_embeddings=96", "decay.data.seq_len=96"),
     *("decay.optim.lr=1e-3", "decay.schedule.name=one_minus_sqrt", "decay.schedule.decay_tokens=2000"),
-    *("extend.run.steps=3", "decay.run.steps=2"),
+    *("extend.run.steps=3", "decay.run.steps=3"),
 ]
 
 
@@ -62,8 +62,21 @@ def test_one_job_is_three(pool: Pool, corpus: Path, tmp_path: Path, apart) -> No
     same(tmp_path, root)
 
 
-def test_a_chain_that_was_stopped_goes_on_where_it_was(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
-    """In the middle of extend, and at its end, where decay has not begun."""
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_chain_that_was_stopped_goes_on_where_it_was(
+    pool: Pool, corpus: Path, tmp_path: Path, apart, phase: str
+) -> None:
+    world, root = apart
+    words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
+    assert {result.status for result in pool.run(world, words, mutation=f"stop_in_{phase}")} == {75}
+    assert read_progress(latest(tmp_path / phase))["step"] == 2
+    assert [(tmp_path / later / "checkpoints").exists() for later in PHASES].count(True) == PHASES.index(phase) + 1
+    assert {result.status for result in pool.run(world, words)} == {0}
+    same(tmp_path, root)
+
+
+def test_a_chain_goes_on_at_a_boundary(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+    """Extend has ended and decay has not begun."""
     world, root = apart
     words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
     assert {result.status for result in pool.run(world, words, mutation="stop_in_extend")} == {75}

@@ -36,6 +36,10 @@ MORE = {
     "mntp": ("mntp", "optim.name=stable_adamw model.attention_output_dropout=0"),
     "hybrid": ("hybrid_mntp", "data.clm_fraction=0:0.8,8000:0.3 optim.name=stable_adamw"),
 }
+MUON = {
+    "mlm muon": ("mlm", "optim.name=muon parallel.distributed_optimizer=false"),
+    "clm muon": ("clm", "optim.name=muon parallel.distributed_optimizer=false optim.adjust_lr=original optim.lr=1e-2"),
+}
 STEPS = ["run.steps=20"]
 
 pytestmark = pytest.mark.ranks
@@ -44,14 +48,15 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
     """One process's run for each option (and number of layers), made when first asked for."""
-    made: dict[tuple[str, str], Trained] = {}
+    made: dict[tuple[str, str, str | None], Trained] = {}
 
-    def get(option: str, words: str = "") -> Trained:
-        if (option, words) not in made:
-            objective, choice = (OPTIONS | MORE)[option]
+    def get(option: str, words: str = "", mutation: str | None = None) -> Trained:
+        if (option, words, mutation) not in made:
+            objective, choice = (OPTIONS | MORE | MUON)[option]
             folder = tmp_path_factory.mktemp("reference")
-            made[option, words] = train(pool, 1, folder, corpus, objective, [*STEPS, *choice.split(), *words.split()])
-        return made[option, words]
+            all_words = [*STEPS, *choice.split(), *words.split()]
+            made[option, words, mutation] = train(pool, 1, folder, corpus, objective, all_words, mutation=mutation)
+        return made[option, words, mutation]
 
     return get
 
@@ -74,7 +79,7 @@ def equal(found: Trained, expected: Trained) -> bool:
     return apart["loss"] <= 1e-5 and apart["grad_norm"] <= 1e-5 and apart["weights"] <= 1e-4
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, *MORE])
+@pytest.mark.parametrize("option", [*OPTIONS, *MORE, *MUON])
 def test_the_reference_learns(reference, option: str) -> None:
     losses = reference(option).column("loss")
     assert losses[0] - losses[-1] >= 1.0
@@ -109,6 +114,22 @@ def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, op
         for key in ("loss_clm", "loss_mntp"):
             pairs = zip(found.column(key), expected.column(key), strict=True)
             assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
+
+
+@pytest.mark.parametrize("option", MUON)
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2 sp", "tp2 pp2 dp2", "pp2 vp2"])
+def test_muon(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+    world, words = LAYOUTS[layout]
+    objective, choice = MUON[option]
+    words = [*STEPS, *choice.split(), *words.split()]
+    one = reference(option, mutation="fp32_orthogonal")
+    found = train(pool, world, tmp_path / "fp32", corpus, objective, words, mutation="fp32_orthogonal")
+    assert equal(found, one), difference(found, one)
+    if layout == "tp2 pp2 sp":
+        wrong = train(pool, world, tmp_path / "wrong", corpus, objective, words, mutation="orthogonal_per_shard")
+        assert difference(wrong, one)["loss"] > 2e-3
+        usual = train(pool, world, tmp_path / "usual", corpus, objective, words)
+        assert difference(usual, reference(option))["loss"] <= 5e-4  # bfloat16 inside, see fp32_orthogonal
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("run.device=gpu", "run.device: gpu was asked for and none was found"),
         ("precision.name=fp8-current", "fp8-current needs a GPU, found none; the nearest that runs is bf16"),
         ("parallel.tp=2", "= 2 does not divide 1 rank"),
+        ("optim.name=lion", "'lion' does not exist; it is one of stable_adamw, adamw, muon"),
+        ("optim.name=muon", "the distributed optimizer cuts them; add parallel.distributed_optimizer=false"),
     ],
 )
 def test_settings(words: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +52,21 @@ def test_unwritable_run_directory(corpus: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").write_text("")
     line = refused(command(tmp_path / "file" / "run", corpus, "mlm", ["run.steps=1"]), capsys)
     assert f"run directory {tmp_path / 'file' / 'run'}: cannot be written" in line
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mntp", "hybrid"])
+def test_a_tokenizer_without_mask_token(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tiny_tokenizer, tokenizer)
+    for path in tokenizer.iterdir():
+        path.write_text(path.read_text().replace('"mask_token"', '"none"').replace("[MASK]", "[SOMETHING]"))
+    corpus = make_corpus(tmp_path, tokenizer)
+    capsys.readouterr()
+    line = refused(command(tmp_path / "run", corpus, objective, ["run.steps=1"]), capsys)
+    assert f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none" in line
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_truncated_dataset(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,15 +29,24 @@ LAYOUTS = {
 
 
 def halves(
-    pool: Pool, folder: Path, corpus: Path, objective: str, words: list[str], first: str, second: str
+    pool: Pool,
+    folder: Path,
+    corpus: Path,
+    objective: str,
+    words: list[str],
+    first: str,
+    second: str,
+    mutation: str | None = None,
 ) -> tuple[Trained, Trained]:
     """Twenty steps in one go on `first`, and ten on `first` followed by ten on `second`."""
     (world, layout), (other_world, other) = LAYOUTS[first], LAYOUTS[second]
-    whole = train(pool, world, folder / "whole", corpus, objective, [*words, *layout.split(), "run.steps=20"])
-    train(pool, world, folder / "halves", corpus, objective, [*words, *layout.split(), "run.steps=10"])
-    return whole, train(
-        pool, other_world, folder / "halves", corpus, objective, [*words, *other.split(), "run.steps=20"]
-    )
+
+    def run(world: int, name: str, *more: str) -> Trained:
+        return train(pool, world, folder / name, corpus, objective, [*words, *more], mutation=mutation)
+
+    whole = run(world, "whole", *layout.split(), "run.steps=20")
+    run(world, "halves", *layout.split(), "run.steps=10")
+    return whole, run(other_world, "halves", *other.split(), "run.steps=20")
 
 
 @pytest.mark.parametrize("optim", ["stable_adamw", "adamw"])
@@ -70,6 +79,17 @@ def test_another_layout_goes_on_with_the_same_curve(
     for key in ("loss", "grad_norm"):
         pairs = zip(resumed.column(key), whole.column(key), strict=True)
         assert max(abs(a - b) / abs(b) for a, b in pairs) <= 1e-5, key
+
+
+def test_muon_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = [*BASE.format(optim="muon").split(), "parallel.distributed_optimizer=false"]
+    whole, resumed = halves(pool, tmp_path / "same", corpus, "mlm", words, "tp2 pp2", "tp2 pp2")
+    assert resumed.column("loss") == whole.column("loss")
+    whole, resumed = halves(
+        pool, tmp_path / "other", corpus, "mlm", words, "tp2 pp2", "dp2", mutation="fp32_orthogonal"
+    )
+    pairs = zip(resumed.column("loss"), whole.column("loss"), strict=True)
+    assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
 
 def test_bf16_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the matrices inside the network, StableAdamW
+for the rest: embedding, vocabulary bias, norms. Of a matrix with momentum beta and gradient g:
+    m += (1 - beta)(g - m);  u = g + beta (m - g)                                            (Nesterov)
+    p *= 1 - lr/max_lr * weight_decay;  p -= lr * adjust(shape) * orthogonal(u)
+`orthogonal` is torch.optim.Muon's Newton-Schulz iteration (five steps in bfloat16) and `adjust` its adjust_lr_fn. It
+needs whole matrices: momentum is kept in shards, u is gathered over tensor parallelism, each rank keeps its own rows or
+columns. Fused weights are orthogonalised as the matrices they consist of: q, k, v; the gated MLP's two halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ettin.optim.adamw import StableAdamW, WholeTensor
+
+QKV, GATED = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
+NOT_INSIDE = ("word_embeddings.weight", "output_layer.weight")  # rows are looked up one by one: no linear map
+
+
+@dataclass(frozen=True)
+class Matrix(WholeTensor):
+    """What Muon needs to know of a shard besides: the matrices in it, and along which dimension they are cut."""
+
+    name: str
+    head_channels: int
+    cut_dim: int | None  # None: every rank holds the whole tensor
+
+    def parts(self, shard: torch.Tensor) -> list[torch.Tensor]:
+        """The shard's part of each matrix. q, k and v lie as rows [head][q, k, v][channel]."""
+        if self.name.endswith(QKV):
+            return [part.flatten(0, 1) for part in shard.unflatten(0, (-1, 3, self.head_channels)).unbind(1)]
+        return list(shard.chunk(2)) if self.name.endswith(GATED) else [shard]
+
+    def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `parts`."""
+        if self.name.endswith(QKV):
+            heads = [part.unflatten(0, (-1, self.head_channels)) for part in parts]
+            return torch.stack(heads, dim=1).flatten(0, 2)
+        return torch.cat(parts)
+
+
+def is_inside(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon updates this parameter."""
+    return parameter.ndim == 2 and not name.endswith(NOT_INSIDE)
+
+
+class Muon(StableAdamW):
+    """The module docstring's update. Groups have `momentum` and `adjust_lr`; `bind` tells the matrices apart."""
+
+    def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(self.tensors[p], Matrix):
+            return {"momentum_buffer": torch.zeros_like(p.data)}
+        return super()._new_state(p)
+
+    def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """What StableAdamW's step updates."""
+        return [(group, p) for group, p in super()._with_gradients() if not isinstance(self.tensors[p], Matrix)]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group, p in super()._with_gradients():
+            matrix = self.tensors[p]
+            if isinstance(matrix, Matrix) and p.grad is not None:
+                momentum = self.state[p]["momentum_buffer"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                self._decay(p, group, group["lr"])
+                update = self._orthogonal(p.grad.lerp(momentum, group["momentum"]), matrix, group["adjust_lr"])
+                p.add_(update, alpha=group["lr"])
+
+    def _orthogonal(self, shard: torch.Tensor, matrix: Matrix, adjust_lr: str) -> torch.Tensor:
+        """This rank's shard of the update at a learning rate of 1."""
+        rank, dim, group = 0, matrix.cut_dim, self.sum_group
+        shards = [shard]
+        if dim is not None and group is not None:
+            rank, shards = group.rank(), [torch.empty_like(shard) for _ in range(group.size())]
+            dist.all_gather(shards, shard.contiguous(), group=group)
+        pieces = zip(*(matrix.parts(one) for one in shards), strict=True)
+        updates = steps([torch.cat(piece, dim or 0) for piece in pieces], adjust_lr)
+        return matrix.joined([update.chunk(len(shards), dim or 0)[rank] for update in updates])
+
+
+def steps(matrices: list[torch.Tensor], adjust_lr: str) -> list[torch.Tensor]:
+    """What torch.optim.Muon adds to each weight at a learning rate of 1, these being its gradients with momentum."""
+    updates = [torch.nn.Parameter(torch.zeros_like(matrix)) for matrix in matrices]
+    for update, matrix in zip(updates, matrices, strict=True):
+        update.grad = matrix
+    torch.optim.Muon(
+        updates, lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn=adjust_lr
+    ).step()  # fmt: skip
+    return [update.data for update in updates]
