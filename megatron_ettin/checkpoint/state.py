@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ettin.checkpoint.reading import common_strategy, load_strategy
@@ -46,6 +48,9 @@ def save_state(path: Path, model: dict[str, Any], optimizer: Any, progress: dict
     state = {**model, "progress": progress}
     if optimizer is not None:
         state["optimizer"] = optimizer
+    # core would start a server process to hold this queue, which outlives a killed rank and keeps its output open;
+    # a save that ends before this function does needs none
+    filesystem_async._results_queue = queue.Queue()
     with _quiet():
         dist_checkpointing.save(state, str(path), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
 
