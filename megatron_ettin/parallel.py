@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_ettin.config.checks import check_layout, stage_layers
+from megatron_ettin.config.layouts import check_layout, stage_layers
 from megatron_ettin.config.schema import Config
 
 
@@ -65,6 +65,7 @@ class Layout:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     tp_group: Any
     pp_group: Any
     dp_group: Any
@@ -122,6 +123,7 @@ def initialize(topology: Topology, seed: int) -> Layout:
         tp_rank=ps.get_tensor_model_parallel_rank(),
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         dp_rank=ps.get_data_parallel_rank(),
+        cp_rank=ps.get_context_parallel_rank(),
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(with_context_parallel=True),

@@ -1,7 +1,7 @@
 """Checks of a resolved run that need no process, no data and no torch: what two keys say together.
 
-Each raises UserError with the key, what was found and what is allowed. `check_layout` needs the number of ranks and
-runs in every rank before any group exists; `check` runs wherever a configuration is resolved."""
+Each raises UserError with the key, what was found and what is allowed. `check` runs wherever a configuration is
+resolved; what the number of ranks decides is layouts.py's `check_layout`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.fractions import parse_points
+from megatron_ettin.config.layouts import check_parallel
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import CHOICES, Config
-from megatron_ettin.config.sizes import HEAD_DIM, tensor_parallel_degrees
+from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
 
@@ -123,54 +124,6 @@ def check_model(config: Config) -> None:
         )
 
 
-def check_parallel(config: Config) -> None:
-    parallel, model = config.parallel, config.model
-    degrees = tensor_parallel_degrees(model)
-    if parallel.tp not in degrees:
-        raise UserError(
-            f"parallel.tp: {parallel.tp} does not divide {model.num_attention_heads} heads and ffn_hidden_size"
-            f" {model.ffn_hidden_size}; allowed: {', '.join(map(str, degrees))}"
-        )
-    if parallel.cp != 1:
-        raise UserError(
-            f"parallel.cp: {parallel.cp} is not supported yet; it is 1 (use parallel.tp with sequence_parallel)"
-        )
-    if parallel.vp > 1 and parallel.pp == 1:
-        raise UserError(f"parallel.vp: {parallel.vp} model chunks need pipeline stages; parallel.pp is 1")
-    if parallel.pp * parallel.vp > model.num_layers:
-        raise UserError(
-            f"parallel.pp x vp: {parallel.pp} x {parallel.vp} stages are more than {model.num_layers} layers"
-        )
-    if parallel.sequence_parallel and parallel.tp == 1:
-        raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
-    if parallel.distributed_optimizer and config.optim.name == "muon":
-        raise UserError(
-            "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"
-            " add parallel.distributed_optimizer=false"
-        )
-    if parallel.pipeline_layers is not None:
-        stage_layers(config)
-
-
-def stage_layers(config: Config) -> list[int]:
-    """Layers of each of the pp x vp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
-    parallel, layers = config.parallel, config.model.num_layers
-    stages = parallel.pp * parallel.vp
-    if parallel.pipeline_layers is None:
-        # the last stage also has the head: give the extra layers to the first ones
-        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
-    try:
-        split = [int(part) for part in str(parallel.pipeline_layers).split(",")]
-    except ValueError:
-        split = []
-    if len(split) != stages or sum(split) != layers or min(split) < 1:
-        raise UserError(
-            f"parallel.pipeline_layers: {parallel.pipeline_layers!r} must be {stages} whole numbers (pp x vp), each at"
-            f" least 1, that sum to {layers} layers"
-        )
-    return split
-
-
 def check_precision(config: Config) -> None:
     name = config.precision.name
     if name not in PRECISIONS:
@@ -225,29 +178,6 @@ def check_batch(config: Config) -> None:
 def check_validation(config: Config) -> None:
     if config.data.validation is not None:
         validation_sets(config.data.validation)
-
-
-def check_layout(config: Config, world: int) -> int:
-    """The data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
-    parallel, batch = config.parallel, config.batch
-    model_ranks = parallel.tp * parallel.pp * parallel.cp
-    if world % model_ranks:
-        raise UserError(
-            f"parallel: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {model_ranks} does not divide {world}"
-            f" rank{'s' if world > 1 else ''}"
-        )
-    dp = world // model_ranks
-    if batch.global_batch_rows % (dp * batch.micro_batch_rows):
-        raise UserError(
-            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
-            f" {batch.micro_batch_rows}"
-        )
-    if parallel.vp > 1 and (batch.global_batch_rows // (dp * batch.micro_batch_rows)) % parallel.pp:
-        raise UserError(
-            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp}; there are"
-            f" {batch.global_batch_rows // (dp * batch.micro_batch_rows)}"
-        )
-    return dp
 
 
 def science_keys(config: Config) -> dict[str, object]:

@@ -3,7 +3,8 @@
 Every layer gives exactly the masked softmax of RECIPE section 2; three ways of computing it differ in cost only:
 `dense` masks whole rows (short rows), `chunks` runs one unmasked attention a chunk (no work across boundaries),
 `bands` cuts rows into blocks that see only the blocks a window can reach (no work outside the window).
-`TransformerEngineAttention` is the GPU's: the same rotation, then TE's kernel with cu_seqlens and the window."""
+`TransformerEngineAttention` is the GPU's: the same rotation, then TE's kernel with cu_seqlens and the window.
+Under context parallelism both attend to whole rows of some of the heads (ulysses.py)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.model.rotary import rotary_tables, rotate
+from megatron_ettin.model.ulysses import to_heads, to_tokens
 
 BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
 DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls
@@ -27,49 +29,66 @@ class _RotaryAttention(MegatronModule):
     """What both kernels share: which theta and windows a layer has. `layer_number` counts from 1, as core does.
     A micro-batch's causal rows come first; where it has others too, each part is attended to by itself."""
 
-    def __init__(self, config: Any, layer_number: int) -> None:
+    def __init__(self, config: Any, layer_number: int, pg_collection: Any = None) -> None:
         super().__init__(config=config)
+        self.context_group = None if pg_collection is None or pg_collection.cp.size() == 1 else pg_collection.cp
         self.is_global = (layer_number - 1) % config.global_attention_every == 0
         self.theta = config.global_rope_theta if self.is_global else config.local_rope_theta
         # of causal rows (True) and of others
         self.windows = dict.fromkeys((True, False)) if self.is_global else config.attention_windows
         self.causal = config.causal
 
-    def rotated(self, query: torch.Tensor, key: torch.Tensor, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+        *, packed_seq_params: PackedRows, **arguments: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """query, key, value [tokens, heads, dim] -> [tokens, heads * dim] of this rank's slices of the rows."""
+        packed, group = packed_seq_params, self.context_group
+        if group is not None:
+            query, key, value = to_heads((query, key, value), packed.rows, group)
         cos, sin = rotary_tables(packed, query.shape[-1], self.theta, query.dtype)
-        return rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        outs, begin = [], 0
+        for part, causal in packed.parts(self.causal):
+            end = begin + part.rows * part.seq_len
+            one = self.attend(query[begin:end], key[begin:end], value[begin:end], part, causal, arguments)
+            outs.append(one.view_as(query[begin:end]))
+            begin = end
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return (out if group is None else to_tokens(out, packed.rows, group)).flatten(1)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict
+    ) -> torch.Tensor:
+        """Rows of one kind, [tokens, heads, dim] of each. `arguments`: core's others."""
+        raise NotImplementedError
 
 
 class SdpaAttention(_RotaryAttention):
     """Attention by torch's scaled_dot_product_attention on any device."""
 
-    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
-        super().__init__(config, layer_number)
+    def __init__(self, config: Any, layer_number: int, pg_collection: Any = None, **_: Any) -> None:
+        super().__init__(config, layer_number, pg_collection)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-        *, packed_seq_params: PackedRows, **_: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
-        query, key = self.rotated(query, key, packed_seq_params)
-        outs, begin = [], 0
-        for part, causal in packed_seq_params.parts(self.causal):
-            end = begin + part.rows * part.seq_len
-            outs.append(attend(query[begin:end], key[begin:end], value[begin:end], part, self.windows[causal], causal))
-            begin = end
-        return (torch.cat(outs) if len(outs) > 1 else outs[0]).flatten(1)
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict
+    ) -> torch.Tensor:
+        return attend(q, k, v, part, self.windows[causal], causal)
 
 
 class TransformerEngineAttention(_RotaryAttention):
     """Rotation, then TE's fused or flash kernel on [tokens, heads, dim] with cu_seqlens and the layer's window."""
 
     def __init__(self, config: Any, layer_number: int, kernel: Any, **arguments: Any) -> None:
-        super().__init__(config, layer_number)
+        super().__init__(config, layer_number, arguments.get("pg_collection"))
         # a kernel of TE has its window from the start: a hybrid model wants two; they hold no weights
         self.kernels = torch.nn.ModuleDict()
         for causal in {True, False} if config.hybrid else {self.causal}:
             layer_config = copy.copy(config)  # core's class reads the window from its configuration
             layer_config.window_size, layer_config.window_attn_skip_freq = self._te_window(causal), None
+            if self.context_group is not None:  # heads that reach the kernel
+                layer_config.num_attention_heads //= self.context_group.size()
+                layer_config.num_query_groups = layer_config.num_attention_heads
             mask = {"attn_mask_type": MASKS[causal]}
             self.kernels[str(causal)] = kernel(config=layer_config, layer_number=layer_number, **arguments | mask)
 
@@ -80,20 +99,11 @@ class TransformerEngineAttention(_RotaryAttention):
             return None
         return (window - 1, 0) if causal else (window, window)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-        *, packed_seq_params: PackedRows, **arguments: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        """query, key, value [tokens, heads, dim] -> [tokens, heads * dim]."""
-        query, key = self.rotated(query, key, packed_seq_params)
-        outs, begin = [], 0
-        for part, causal in packed_seq_params.parts(self.causal):
-            end = begin + part.rows * part.seq_len
-            named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
-            out = self.kernels[str(causal)](query[begin:end], key[begin:end], value[begin:end], attention_mask, **named)
-            outs.append(out.reshape(end - begin, -1))
-            begin = end
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict
+    ) -> torch.Tensor:
+        named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
+        return self.kernels[str(causal)](q, k, v, None, **named)
 
 
 def attend(

@@ -40,13 +40,14 @@ def step_key(seed: int, phase: str, step: int) -> int:
 
 
 def keep_mask(packed: PackedRows, layer: int, first: int, tokens: int, channels: int, p: float) -> torch.Tensor:
-    """Which channels stay: bool [tokens, channels] of flat tokens first .. first + tokens - 1 of the micro-batch."""
+    """Which channels stay: bool [tokens, channels] of tokens first .. first + tokens - 1 of what this rank
+    holds of the micro-batch."""
     device = packed.slots.device
     digest = hashlib.sha256(f"{packed.dropout_key}:{layer}".encode()).digest()
     slot_key, token_key = (_signed(int.from_bytes(digest[i : i + 4], "little")) for i in (0, 4))
     flat = torch.arange(first, first + tokens, device=device)
-    slots = packed.slots[flat // packed.seq_len].to(torch.int32)
-    places = (flat % packed.seq_len).to(torch.int32)
+    slots = packed.slots[flat // packed.slice_tokens].to(torch.int32)
+    places = (packed.first_place + flat % packed.slice_tokens).to(torch.int32)
     keys = mix32(mix32(slots * _signed(_TOKEN) + slot_key) ^ (places * _signed(_TOKEN) + token_key))
     words = torch.arange((channels + 1) // 2, device=device, dtype=torch.int32) * _signed(_WORD)
     bits = mix32(keys[:, None] ^ words[None])

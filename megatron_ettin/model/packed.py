@@ -26,6 +26,8 @@ class PackedRows(PackedSeqParams):
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T] place within the chunk
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [R] the row's slot within the step
     dropout_key: int = 0  # of (seed, step)
+    first_place: int = 0  # where this rank's slice of every row begins, under context parallelism
+    slice_tokens: int = 0  # and its length; the whole row without
     causal_rows: int | None = None  # the first so many rows are causal; None: what the model's objective says
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -61,6 +63,8 @@ class PackedRows(PackedSeqParams):
             positions=self.positions[a:b],
             slots=self.slots[first:end],
             dropout_key=self.dropout_key,
+            first_place=self.first_place,
+            slice_tokens=self.slice_tokens,
             causal_rows=end - first if first == 0 else 0,
         )
 
@@ -78,10 +82,12 @@ def pack_rows(
     slots: Sequence[int] | None = None,
     dropout_key: int = 0,
     causal_rows: int | None = None,
+    context: tuple[int, int] = (0, 1),
 ) -> PackedRows:
     """Boundaries of rows given as lists of chunk lengths; what a row lacks to `seq_len` becomes a segment of its own.
 
-    `slots`: number of each row within the step (default 0, 1, ...), on which dropout masks depend."""
+    `slots`: number of each row within the step (default 0, 1, ...), on which dropout masks depend. `context`: rank and
+    degree of context parallelism."""
     filled = [[*row, seq_len - sum(row)] if sum(row) < seq_len else list(row) for row in lengths]
     flat = np.array([n for row in filled for n in row], dtype=np.int64)
     starts = np.cumsum(flat) - flat
@@ -101,5 +107,7 @@ def pack_rows(
         positions=positions,
         slots=torch.tensor(list(range(len(filled)) if slots is None else slots), device=device),
         dropout_key=dropout_key,
+        first_place=context[0] * (seq_len // context[1]),
+        slice_tokens=seq_len // context[1],
         causal_rows=causal_rows,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ettin.config.checks import stage_layers
+from megatron_ettin.config.layouts import stage_layers
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count
@@ -60,5 +60,6 @@ def activation_bytes(config: Config, layers: int) -> int:
     whole = 4 * hidden * element + hidden  # replicated over tp unless sequence-parallel
     split = (7 * hidden + 5 * ffn) * element
     a_token = whole // (parallel.tp if parallel.sequence_parallel else 1) + split // parallel.tp
+    tokens = config.batch.micro_batch_rows * config.data.seq_len // parallel.cp
     in_flight = parallel.pp  # 1F1B: as many micro-batches as stages wait for their backward
-    return layers * a_token * config.batch.micro_batch_rows * config.data.seq_len * in_flight
+    return layers * a_token * tokens * in_flight

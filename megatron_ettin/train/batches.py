@@ -30,7 +30,7 @@ from megatron_ettin.train.loader import LoadedBatch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass on this rank; tensors [rows, buffer tokens]."""
+    """Rows of one forward pass on this rank; tensors [rows, buffer tokens / cp]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -40,10 +40,10 @@ class MicroBatch:
 
 
 def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1) -> int:
-    """Row length on the device: seq_len rounded up so that every axis divides it, and each tensor-parallel slice of
-    it what the precision quantises in blocks."""
+    """Row length on the device: seq_len rounded up so that every axis divides it, and each slice of it that a
+    rank has what the precision quantises in blocks."""
     blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
-    multiple = math.lcm(blocks, topology.tp, 2 * topology.cp)
+    multiple = math.lcm(blocks * topology.cp, topology.tp * topology.cp)
     return -(-seq_len // multiple) * multiple
 
 
@@ -107,10 +107,15 @@ class Batches:
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
         """Tensors on the device; the copy of page-locked ones does not wait for it."""
         pinned, host = batch.input_ids.is_pinned(), batch.host
+        context = self.layout.cp_rank, self.layout.topology.cp
+        packed = pack_rows(
+            host.lengths, self.row_tokens, self.device, host.slots, dropout_key, host.causal_rows, context
+        )
+        ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
         return MicroBatch(
-            batch.input_ids.to(self.device, non_blocking=pinned),
-            batch.labels.to(self.device, non_blocking=pinned),
-            pack_rows(host.lengths, self.row_tokens, self.device, host.slots, dropout_key, host.causal_rows),
+            batch.input_ids[:, ours].to(self.device, non_blocking=pinned),
+            batch.labels[:, ours].to(self.device, non_blocking=pinned),
+            packed,
             host.tokens,
             host.pairs,
         )

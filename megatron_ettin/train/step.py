@@ -77,7 +77,7 @@ def run_micro_batches(
 
     def counted() -> Iterator[MicroBatch]:  # made as they are asked for: labelling overlaps with what the device does
         for batch in batches:
-            if counting:
+            if counting and layout.cp_rank == 0:  # its slices are of rows that others have parts of
                 totals.count(batch)
             yield batch
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.config.checks import check_layout, science_keys, stage_layers
+from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.counts import format_count, parse_count
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.layouts import check_layout, stage_layers
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 
@@ -68,7 +69,9 @@ REFUSED = {
     "optim.lr=fast": "optim.lr: 'fast' is not a number",
     "parallel.sequence_parallel=perhaps": "parallel.sequence_parallel: 'perhaps' is not a bool",
     "parallel.tp=8": "parallel.tp: 8 does not divide 28 heads and ffn_hidden_size 3840; allowed: 1, 2, 4",
-    "parallel.cp=2": "parallel.cp: 2 is not supported",
+    "parallel.cp=3": "parallel.cp: 3 does not divide the 28 heads of a tensor-parallel rank; allowed: 1, 2, 4, 7, 14, 28",
+    "parallel.cp=4 parallel.tp=2": "does not divide the 14 heads of a tensor-parallel rank; allowed: 1, 2, 7, 14",
+    "parallel.cp=2 batch.loss_normalization=microbatch batch.warmup_tokens=0": "use batch.loss_normalization=global",
     "parallel.vp=2": "parallel.vp: 2 model chunks need pipeline stages",
     "parallel.sequence_parallel=true": "parallel.sequence_parallel: needs parallel.tp of 2 or more",
     "precision.name=fp9": "precision.name: 'fp9' does not exist",

@@ -23,6 +23,11 @@ LAYOUTS = {
     "micro-batch 4": (1, "batch.micro_batch_rows=4"),
     "dp2 overlap": (2, "parallel.overlap=true"),
     "pp2 dp2 overlap": (4, "parallel.pp=2 parallel.overlap=true"),
+    "cp2": (2, "parallel.cp=2"),
+    "cp2 tp2": (4, "parallel.cp=2 parallel.tp=2"),
+    "cp2 tp2 sp": (4, "parallel.cp=2 parallel.tp=2 parallel.sequence_parallel=true"),
+    "cp4 dp2": (8, "parallel.cp=4 batch.micro_batch_rows=1"),
+    "cp2 pp2 vp2": (4, "parallel.cp=2 parallel.pp=2 parallel.vp=2"),
     "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vp=2 parallel.overlap=true"),
 }
 OPTIONS = {
@@ -99,7 +104,7 @@ def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
     ("option", "layout"),
     [
         *(("mntp", layout) for layout in ("tp2 pp2", "tp2 sp")),
-        *(("hybrid", layout) for layout in ("tp2 pp2 dp2", "pp2 vp2", "tp2 pp2 sp", "micro-batch 1", "micro-batch 4")),
+        *(("hybrid", layout) for layout in ("tp2 pp2 dp2", "pp2 vp2", "cp2 tp2 sp", "tp2 pp2 sp", "micro-batch 1", "micro-batch 4")),
     ],
 )
 def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, option: str, layout: str) -> None:

@@ -25,6 +25,7 @@ LAYOUTS = {
     "dp2 sharded": (2, ""),
     "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
     "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+    "cp2": (2, "parallel.cp=2"),
 }
 
 
@@ -68,7 +69,8 @@ def test_same_layout_is_bit_identical(pool: Pool, corpus: Path, tmp_path: Path, 
         ("1", "pp2 vp2"),
         ("dp2", "tp2 sp"),
         ("pp2 vp2", "dp2"),
-        ("tp2 sp", "1"),
+        ("tp2 sp", "cp2"),
+        ("cp2", "1"),
     ],
 )
 def test_another_layout_goes_on_with_the_same_curve(

@@ -1,0 +1,88 @@
+"""Checks of the layout: what degrees of the axes, stages, engine and optimizer say together.
+
+`check_parallel` needs no number of ranks; `check_layout` does, and runs in every rank before any group exists."""
+
+from __future__ import annotations
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.sizes import tensor_parallel_degrees
+
+
+def check_parallel(config: Config) -> None:
+    parallel, model = config.parallel, config.model
+    degrees = tensor_parallel_degrees(model)
+    if parallel.tp not in degrees:
+        raise UserError(
+            f"parallel.tp: {parallel.tp} does not divide {model.num_attention_heads} heads and ffn_hidden_size"
+            f" {model.ffn_hidden_size}; allowed: {', '.join(map(str, degrees))}"
+        )
+    if (model.num_attention_heads // parallel.tp) % parallel.cp:
+        heads = model.num_attention_heads // parallel.tp
+        allowed = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        raise UserError(
+            f"parallel.cp: {parallel.cp} does not divide the {heads} heads of a tensor-parallel rank; allowed:"
+            f" {allowed}"
+        )
+    if parallel.cp > 1 and config.batch.loss_normalization == "microbatch":
+        raise UserError(
+            "parallel.cp: 2 or more cuts rows, and loss_normalization=microbatch takes means of whole ones;"
+            " use batch.loss_normalization=global or parallel.tp"
+        )
+    if parallel.vp > 1 and parallel.pp == 1:
+        raise UserError(f"parallel.vp: {parallel.vp} model chunks need pipeline stages; parallel.pp is 1")
+    if parallel.pp * parallel.vp > model.num_layers:
+        raise UserError(
+            f"parallel.pp x vp: {parallel.pp} x {parallel.vp} stages are more than {model.num_layers} layers"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
+    if parallel.distributed_optimizer and config.optim.name == "muon":
+        raise UserError(
+            "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"
+            " add parallel.distributed_optimizer=false"
+        )
+    if parallel.pipeline_layers is not None:
+        stage_layers(config)
+
+
+def stage_layers(config: Config) -> list[int]:
+    """Layers of each of the pp x vp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pp * parallel.vp
+    if parallel.pipeline_layers is None:
+        # the last stage also has the head: give the extra layers to the first ones
+        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
+    try:
+        split = [int(part) for part in str(parallel.pipeline_layers).split(",")]
+    except ValueError:
+        split = []
+    if len(split) != stages or sum(split) != layers or min(split) < 1:
+        raise UserError(
+            f"parallel.pipeline_layers: {parallel.pipeline_layers!r} must be {stages} whole numbers (pp x vp), each at"
+            f" least 1, that sum to {layers} layers"
+        )
+    return split
+
+
+def check_layout(config: Config, world: int) -> int:
+    """The data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
+    parallel, batch = config.parallel, config.batch
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if world % model_ranks:
+        raise UserError(
+            f"parallel: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {model_ranks} does not divide {world}"
+            f" rank{'s' if world > 1 else ''}"
+        )
+    dp = world // model_ranks
+    if batch.global_batch_rows % (dp * batch.micro_batch_rows):
+        raise UserError(
+            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
+            f" {batch.micro_batch_rows}"
+        )
+    if parallel.vp > 1 and (batch.global_batch_rows // (dp * batch.micro_batch_rows)) % parallel.pp:
+        raise UserError(
+            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp}; there are"
+            f" {batch.global_batch_rows // (dp * batch.micro_batch_rows)}"
+        )
+    return dp
