@@ -104,7 +104,10 @@ def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
     ("option", "layout"),
     [
         *(("mntp", layout) for layout in ("tp2 pp2", "tp2 sp")),
-        *(("hybrid", layout) for layout in ("tp2 pp2 dp2", "pp2 vp2", "cp2 tp2 sp", "tp2 pp2 sp", "micro-batch 1", "micro-batch 4")),
+        *(
+            ("hybrid", layout)
+            for layout in ("tp2 pp2 dp2", "pp2 vp2", "cp2 tp2 sp", "tp2 pp2 sp", "micro-batch 1", "micro-batch 4")
+        ),
     ],
 )
 def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, option: str, layout: str) -> None:

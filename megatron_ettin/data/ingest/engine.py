@@ -168,16 +168,19 @@ def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progres
 class Watch:
     """While local processes work: report progress, and notice a process that was killed. The pool would put another in
     its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a
-    signal of its own: where a shell started the command in the background, SIGINT is ignored."""
+    signal of its own: where a shell started the command in the background, SIGINT is ignored. After Ctrl-C nothing is
+    lost: the pool ends its workers."""
 
     def __init__(self, counter: Counter, progress: Progress) -> None:
         self.counter, self.progress = counter, progress
-        self.lost = False
+        self.lost = self._interrupted = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch workers", daemon=True)
 
     def __enter__(self) -> None:
-        self._handler = signal.signal(WORKER_LOST, _interrupt)
+        self._handlers = {WORKER_LOST: signal.signal(WORKER_LOST, self._tell_lost)}
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._tell_interrupted)
         for stale in running_files(self.counter.work):
             stale.unlink(missing_ok=True)
         self._thread.start()
@@ -185,7 +188,17 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
-        signal.signal(WORKER_LOST, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _tell_interrupted(self, number: int, frame: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _tell_lost(self, number: int, frame: object) -> None:
+        if not self._interrupted:
+            self.lost = True
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
         while not self._end.wait(max(POLL_SECONDS, len(self.counter.tasks) / POLLED_TASKS_A_SECOND)):
@@ -194,13 +207,8 @@ class Watch:
             if any((self.counter.work / "errors").glob("*")):
                 continue  # a task failed: the pool ends the others, which are not lost
             if any(is_lost(file) for file in running_files(self.counter.work)):
-                self.lost = True
                 signal.pthread_kill(threading.main_thread().ident or 0, WORKER_LOST)
                 return
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def running_files(work: Path) -> list[Path]:
