@@ -64,6 +64,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.global_rope_theta": (lambda v: v > 0, "above 0"),
     "model.local_rope_theta": (lambda v: v > 0, "above 0"),
     "model.init_std": (lambda v: v > 0, "above 0"),
+    "parallel.recompute_layers": (lambda v: v >= 1, "at least 1"),
+    "parallel.offload_layers": (lambda v: v >= 0, "0 (none) or above"),
     "optim.lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
     "optim.max_lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
     "optim.weight_decay": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.schema import Config, ParallelConfig
 from megatron_ettin.config.sizes import tensor_parallel_degrees
+
+RECOMPUTED = ("core_attn", "mlp")
 
 
 def check_parallel(config: Config) -> None:
@@ -44,6 +46,36 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.pipeline_layers is not None:
         stage_layers(config)
+    check_recompute(config)
+
+
+def recomputed_modules(parallel: ParallelConfig) -> list[str]:
+    """What selective recomputation recomputes."""
+    return [name.strip() for name in parallel.recompute_modules.split(",")]
+
+
+def check_recompute(config: Config) -> None:
+    parallel = config.parallel
+    if wrong := [name for name in recomputed_modules(parallel) if name not in RECOMPUTED]:
+        raise UserError(
+            f"parallel.recompute_modules: {wrong[0]!r} does not exist{nearest(wrong[0], RECOMPUTED)}; it is one or more"
+            f" of {', '.join(RECOMPUTED)}"
+        )
+    if parallel.recompute_layers is not None and parallel.recompute != "full":
+        raise UserError(
+            f"parallel.recompute_layers: is of parallel.recompute=full, found {parallel.recompute}; selective"
+            " recomputation is of every layer"
+        )
+    if not parallel.offload_layers:
+        return
+    if parallel.recompute != "none" or parallel.pp > 1:
+        found = f"pp {parallel.pp}" if parallel.pp > 1 else f"recompute={parallel.recompute}"
+        raise UserError(f"parallel.offload_layers: goes with neither recomputation nor pipeline stages, found {found}")
+    if parallel.offload_layers >= config.model.num_layers:
+        raise UserError(
+            f"parallel.offload_layers: {parallel.offload_layers} is not below the model's {config.model.num_layers}"
+            " layers: the last one's activations are wanted at once"
+        )
 
 
 def stage_layers(config: Config) -> list[int]:

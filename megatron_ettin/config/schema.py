@@ -43,6 +43,10 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     overlap: bool = False  # overlap gradient reduction and parameter gathering with compute
     pipeline_layers: Optional[str] = None  # layers of each stage in order, "4,3"; None balances them
+    recompute: str = "none"  # activations made again in backward: of the modules below, or of whole layers
+    recompute_modules: str = "core_attn"  # of selective recomputation: core_attn, mlp or both ("core_attn,mlp")
+    recompute_layers: Optional[int] = None  # of full recomputation: so many layers of each stage; None: all
+    offload_layers: int = 0  # layers whose activations wait in host memory (Transformer Engine)
     engine: str = "megatron"
 
 
@@ -177,4 +181,5 @@ CHOICES = {
     "batch.loss_normalization": ("global", "microbatch"),
     "run.device": ("auto", "cpu", "gpu"),
     "parallel.engine": ("megatron",),
+    "parallel.recompute": ("none", "selective", "full"),
 }

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ettin.config.layouts import recomputed_modules
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, ParallelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,6 +31,23 @@ class EttinTransformerConfig(TransformerConfig):
     attention_output_dropout: float = 0.0
     vocab_size: int = 50_368
     backend: Any = field(default=None)  # platform.layers.LayerBackend
+
+
+def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
+    """Core's keys of which activations are kept. Full recomputation is of the first layers of each stage: of the last
+    ones it would be asked at once."""
+    found: dict[str, Any] = {
+        "cpu_offloading": parallel.offload_layers > 0,
+        "cpu_offloading_num_layers": parallel.offload_layers,
+        "cpu_offloading_weights": False,
+    }
+    if parallel.recompute == "selective":
+        found |= {"recompute_granularity": "selective", "recompute_modules": recomputed_modules(parallel)}
+    elif parallel.recompute == "full":
+        every = parallel.recompute_layers is None
+        found |= {"recompute_granularity": "full", "recompute_method": "uniform" if every else "block"}
+        found["recompute_num_layers"] = parallel.recompute_layers or 1
+    return found
 
 
 def transformer_config(
@@ -57,6 +75,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
         pipeline_model_parallel_layout=pipeline_layout,
         sequence_parallel=parallel.sequence_parallel,
+        **recomputation(parallel),
         # the batched operations of two neighbouring stages cross when previous and next are the same rank: wrong
         # losses without an error (core leaves that guard to Megatron-LM's argument parser)
         batch_p2p_comm=False,

@@ -1,11 +1,11 @@
 """Bytes that training holds on one device, by part. Weights, gradients and optimizer are exact arithmetic over the
-layout; activations are counted from the tensors that one layer saves for backward (no recomputation)."""
+layout; activations are counted from the tensors that one layer saves for backward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ettin.config.layouts import stage_layers
+from megatron_ettin.config.layouts import recomputed_modules, stage_layers
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count
@@ -57,9 +57,18 @@ def activation_bytes(config: Config, layers: int) -> int:
     model, parallel = config.model, config.parallel
     element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    whole = 4 * hidden * element + hidden  # replicated over tp unless sequence-parallel
-    split = (7 * hidden + 5 * ffn) * element
-    a_token = whole // (parallel.tp if parallel.sequence_parallel else 1) + split // parallel.tp
+    residual = hidden * element
+    whole = 4 * residual + hidden  # replicated over tp unless sequence-parallel
+    attention, inner = 7 * hidden * element, 5 * ffn * element
+    if parallel.recompute == "selective":
+        modules = recomputed_modules(parallel)
+        attention = 4 * hidden * element if "core_attn" in modules else attention  # q, k, v and what comes out
+        inner = 0 if "mlp" in modules else inner
+    slices = parallel.tp if parallel.sequence_parallel else 1
+    a_token = whole // slices + (attention + inner) // parallel.tp
+    again = (parallel.recompute_layers or layers) if parallel.recompute == "full" else 0
+    again = min(again, layers)
+    kept = (layers - again) * a_token + again * residual // slices + (a_token if again else 0)
     tokens = config.batch.micro_batch_rows * config.data.seq_len // parallel.cp
     in_flight = parallel.pp  # 1F1B: as many micro-batches as stages wait for their backward
-    return layers * a_token * tokens * in_flight
+    return kept * tokens * in_flight

@@ -64,6 +64,12 @@ class Platform:
         if reason:
             raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
 
+    def check_offload(self, layers: int) -> None:
+        """Refuse activations in host memory where nothing moves them there. Raises UserError."""
+        if layers and not (self.is_gpu and have_transformer_engine()):
+            reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
+            raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
+
     def make_deterministic(self) -> None:
         """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""
         if self.is_gpu:

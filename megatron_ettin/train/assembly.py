@@ -47,6 +47,7 @@ def assemble(
     Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
     is half a minute for nothing."""
     platform.check_precision(config.precision.name)
+    platform.check_offload(config.parallel.offload_layers)
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
     chunks = build_chunks(config, platform, layout, initial_weights)

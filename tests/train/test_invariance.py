@@ -28,6 +28,14 @@ LAYOUTS = {
     "cp2 tp2 sp": (4, "parallel.cp=2 parallel.tp=2 parallel.sequence_parallel=true"),
     "cp4 dp2": (8, "parallel.cp=4 batch.micro_batch_rows=1"),
     "cp2 pp2 vp2": (4, "parallel.cp=2 parallel.pp=2 parallel.vp=2"),
+    "recompute attention": (1, "parallel.recompute=selective"),
+    "recompute both tp2 sp": (
+        2,
+        "parallel.recompute=selective parallel.recompute_modules=core_attn,mlp parallel.tp=2"
+        " parallel.sequence_parallel=true",
+    ),
+    "recompute pp2 vp2": (2, "parallel.recompute=full parallel.pp=2 parallel.vp=2"),
+    "recompute two layers cp2": (2, "parallel.recompute=full parallel.recompute_layers=2 parallel.cp=2"),
     "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vp=2 parallel.overlap=true"),
 }
 OPTIONS = {

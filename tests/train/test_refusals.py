@@ -38,6 +38,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("run.device=gpu", "run.device: gpu was asked for and none was found"),
         ("precision.name=fp8-current", "fp8-current needs a GPU, found none; the nearest that runs is bf16"),
         ("parallel.tp=2", "= 2 does not divide 1 rank"),
+        ("parallel.offload_layers=1", "parallel.offload_layers: 1 needs a GPU, found none; parallel.recompute=full"),
         ("optim.name=lion", "'lion' does not exist; it is one of stable_adamw, adamw, muon"),
         ("optim.name=muon", "the distributed optimizer cuts them; add parallel.distributed_optimizer=false"),
     ],
