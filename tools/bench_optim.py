@@ -1,0 +1,101 @@
+"""The optimizers' update alone: this package's three against torch's AdamW (foreach), same parameters, same gradients.
+
+  python tools/bench_optim.py [--size 17m] [--device cpu] [--rounds 9] [--out docs/benchmarks/optim.md]
+
+fp32 weights, one process. Sides take turns within one process; the figure is the median round."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_ettin import parallel
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.optim.build import build_optimizer
+from megatron_ettin.platform import Platform
+from megatron_ettin.train.assembly import Machine, wrap
+from megatron_ettin.train.loop import machine_alone
+
+OURS, TORCH = ("stable_adamw", "adamw", "muon"), "torch.optim.AdamW, foreach"
+
+
+def ours(machine: Machine, name: str) -> Callable[[], None]:
+    """A function that does one update of ours."""
+    optim = dataclasses.replace(machine.config.optim, name=name)
+    wrapped = wrap(machine.config, machine.chunks)
+    groups = parallel.optimizer_groups(False)
+    optimizer = build_optimizer(wrapped, optim, False, False, groups, machine.platform.device)
+    for chunk in wrapped:
+        for p in chunk.parameters():
+            if p.requires_grad:
+                p.main_grad.normal_(std=1e-3)  # type: ignore[attr-defined]
+    return lambda: void(optimizer.step(1e-6))
+
+
+def void(_: object) -> None:
+    """What a side returns is not looked at."""
+
+
+def theirs(machine: Machine) -> Callable[[], None]:
+    """A function that does one update of torch's, gradient norm included as ours have it."""
+    parameters = [p.detach().clone().requires_grad_() for p in machine.chunks[0].parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.randn_like(p) * 1e-3
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, foreach=True)
+
+    def step() -> None:
+        float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
+        optimizer.step()
+
+    return step
+
+
+def median_seconds(sides: dict[str, Callable[[], None]], rounds: int, platform: Platform) -> dict[str, float]:
+    """Of each side, taking turns, after one round that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, step in sides.items():
+            platform.synchronize()
+            began = time.perf_counter()
+            step()
+            platform.synchronize()
+            found[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="17m")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    words = ["precision.name=fp32", f"run.device={options.device}", "parallel.distributed_optimizer=false"]
+    machine = machine_alone(parse(options.size, "mlm", "pretrain", words=words))
+    sides = {**{name: ours(machine, name) for name in OURS}, TORCH: theirs(machine)}
+    seconds = median_seconds(sides, options.rounds, machine.platform)
+    lines = [
+        "# The optimizers' update",
+        "",
+        f"`python tools/bench_optim.py --size {options.size} --device {options.device} --rounds {options.rounds}`",
+        "",
+        f"{time.strftime('%Y-%m-%d')}; {machine.platform.name}, {torch.get_num_threads()} threads, torch"
+        f" {torch.__version__}; {options.size}, fp32, one process, gradient norm included.",
+        "",
+        "| optimizer | seconds (median) | of torch's AdamW |",
+        "|---|---|---|",
+        *(f"| {name} | {value:.4f} | {value / seconds[TORCH]:.2f} |" for name, value in seconds.items()),
+    ]
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
