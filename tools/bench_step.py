@@ -3,8 +3,8 @@
   python tools/bench_step.py [--threads 2] [--rows 4] [--steps 5] [--rounds 2] [--out docs/benchmarks/step.md]
 
 17m shape, fp32, rows of one chunk of 1,024 tokens (so that `transformers`, which knows no boundaries within a row, does
-the same attention), dropout 0 (it cannot express ours). Each side runs in a process of its own, sides taking turns
-`rounds` times; tokens/s is the median step, peak memory the process's largest resident set."""
+the same attention), dropout 0 (it cannot express ours). `fused`: run.fuse=always. Each side runs in a process of its
+own, sides taking turns `rounds` times; tokens/s is the median step, peak memory the process's largest resident set."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 SEQ_LEN, VOCABULARY, SPECIALS, MASK = 1024, 50_368, (50_280, 50_281, 50_282, 50_283, 50_284), 50_284
 SIDES = {
     "encoder, ours": ("ours", "mlm"),
+    "encoder, ours fused": ("fused", "mlm"),
     "encoder, transformers dense head": ("theirs", "dense"),
     "encoder, transformers sparse_prediction": ("theirs", "sparse"),
     "decoder, ours": ("ours", "clm"),
+    "decoder, ours fused": ("fused", "clm"),
     "decoder, transformers": ("theirs", "clm"),
 }
 RATIOS = [
     ("encoder, ours", "encoder, transformers dense head"),
     ("encoder, ours", "encoder, transformers sparse_prediction"),
     ("decoder, ours", "decoder, transformers"),
+    ("encoder, ours fused", "encoder, transformers sparse_prediction"),
+    ("decoder, ours fused", "decoder, transformers"),
 ]
 
 
@@ -47,8 +52,20 @@ class RandomRows:
         tokens[0], tokens[-1] = 50_281, 50_282
         return SimpleNamespace(tokens=tokens, lengths=np.array([SEQ_LEN]), position=position)
 
+    def rows(self, positions: Iterable[int]) -> list[SimpleNamespace]:
+        return [self.row(position) for position in positions]
 
-def ours(objective: str, rows: int) -> Callable[[int], None]:
+    def place_of(self, counted: Any) -> Any:
+        """Nothing is left out."""
+        import numpy as np
+
+        return np.array(counted, np.int64)
+
+    def span_of(self, first: int, end: int) -> tuple[int, int]:
+        return first, end
+
+
+def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     """A function that runs step n of this package."""
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.platform import detect
@@ -58,7 +75,7 @@ def ours(objective: str, rows: int) -> Callable[[int], None]:
     from megatron_ettin.train.step import train_step
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
-    words += " batch.warmup_tokens=0 model.attention_output_dropout=0"
+    words += f" run.fuse={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
     config = parse("17m", objective, "pretrain", words=words.split())
     machine = detect("cpu")
     join(find_place(), machine)
@@ -111,7 +128,7 @@ def measure(side: str, threads: int, rows: int, steps: int) -> None:
 
     torch.set_num_threads(threads)
     who, kind = SIDES[side]
-    step = ours(kind, rows) if who == "ours" else theirs(kind, rows)
+    step = theirs(kind, rows) if who == "theirs" else ours(kind, rows, "always" if who == "fused" else "never")
     step(0)
     seconds = []
     for n in range(1, steps + 1):
@@ -147,10 +164,10 @@ def table(results: dict[str, dict], args: argparse.Namespace) -> str:
         lines.append(
             f"| {side} | {speed[side]:,.0f} | {low:,.0f} - {high:,.0f} | {result['peak_bytes'] / 2**20:,.0f} |"
         )
-    lines += ["", "| ours against | tokens/s, ours / theirs | peak memory, ours / theirs |", "|---|---|---|"]
+    lines += ["", "| ours | theirs | tokens/s, ours / theirs | peak memory, ours / theirs |", "|---|---|---|---|"]
     for mine, other in RATIOS:
         memory = results[mine]["peak_bytes"] / results[other]["peak_bytes"]
-        lines.append(f"| {other} | {speed[mine] / speed[other]:.2f} | {memory:.2f} |")
+        lines.append(f"| {mine} | {other} | {speed[mine] / speed[other]:.2f} | {memory:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -64,6 +64,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.global_rope_theta": (lambda v: v > 0, "above 0"),
     "model.local_rope_theta": (lambda v: v > 0, "above 0"),
     "model.init_std": (lambda v: v > 0, "above 0"),
+    "precision.bf16_first_layers": (lambda v: v >= 0, "0 or above"),
+    "precision.bf16_last_layers": (lambda v: v >= 0, "0 or above"),
     "parallel.recompute_layers": (lambda v: v >= 1, "at least 1"),
     "parallel.offload_layers": (lambda v: v >= 0, "0 (none) or above"),
     "optim.lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
@@ -137,6 +139,14 @@ def check_precision(config: Config) -> None:
         width = getattr(config.model, key)
         if width % (multiple * tp):
             raise UserError(f"precision.name: {name} wants {key} / tp divisible by {multiple}; it is {width} / {tp}")
+    first, last = config.precision.bf16_first_layers, config.precision.bf16_last_layers
+    if first + last and PRECISIONS[name].fp8_recipe is None:
+        raise UserError(f"precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is {name}")
+    if first + last >= config.model.num_layers:
+        raise UserError(
+            f"precision.bf16_first_layers + bf16_last_layers: {first} + {last} leave none of {config.model.num_layers}"
+            " layers in FP8; use precision.name=bf16"
+        )
 
 
 def check_schedule(config: Config) -> None:

@@ -53,6 +53,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     name: str = "bf16"
+    bf16_first_layers: int = 0  # of an FP8 run: so many layers compute in bf16, as its prediction head always does
+    bf16_last_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class RunSettings:
     steps: Optional[int] = None  # stop after this many steps, whatever the tokens
     device: str = "auto"
     deterministic: bool = False
+    attention: str = "auto"  # the kernel: auto, te-fused, flash, varlen, flex, sdpa (platform/attention.py)
+    fuse: str = "auto"  # element-wise kernels by torch's compiler: auto (on GPUs), always, never
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ CHOICES = {
     "data.batching": ("packed", "padded"),
     "data.order_missing": ("error", "skip"),
     "batch.loss_normalization": ("global", "microbatch"),
+    "run.attention": ("auto", "te-fused", "flash", "varlen", "flex", "sdpa"),
+    "run.fuse": ("auto", "always", "never"),
     "run.device": ("auto", "cpu", "gpu"),
     "parallel.engine": ("megatron",),
     "parallel.recompute": ("none", "selective", "full"),

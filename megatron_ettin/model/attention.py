@@ -64,16 +64,17 @@ class _RotaryAttention(MegatronModule):
         raise NotImplementedError
 
 
-class SdpaAttention(_RotaryAttention):
-    """Attention by torch's scaled_dot_product_attention on any device."""
+class KernelAttention(_RotaryAttention):
+    """Attention by a function that takes boundaries and window: `attend` here, or one of attention_kernels.py."""
 
-    def __init__(self, config: Any, layer_number: int, pg_collection: Any = None, **_: Any) -> None:
+    def __init__(self, config: Any, layer_number: int, kernel: Any = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config, layer_number, pg_collection)
+        self.kernel = kernel or attend
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict
     ) -> torch.Tensor:
-        return attend(q, k, v, part, self.windows[causal], causal)
+        return self.kernel(q, k, v, part, self.windows[causal], causal)
 
 
 class TransformerEngineAttention(_RotaryAttention):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ettin.config.layouts import recomputed_modules
 from megatron_ettin.config.objectives import OBJECTIVES
@@ -84,6 +85,9 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         fp8="hybrid" if precision.fp8_recipe else None,
         fp8_recipe=precision.fp8_recipe or "delayed",
+        first_last_layers_bf16=config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0,
+        num_layers_at_start_in_bf16=config.precision.bf16_first_layers,
+        num_layers_at_end_in_bf16=config.precision.bf16_last_layers,
         calculate_per_token_loss=config.batch.loss_normalization == "global",
         normalization="LayerNorm",
         layernorm_epsilon=model.norm_eps,
@@ -92,6 +96,8 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # no other of Transformer Engine's kernels in its place: its unfused one holds every score
+        attention_backend=AttnBackend.fused if backend.core_attention is not None else AttnBackend.local,
         # core's initialisers only mark the tensor-parallel attributes here; `model.init` fills every weight
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.model.packed import PackedRows
+from megatron_ettin.platform.fusion import fusible, fusing
 
 _TOKEN, _WORD = 0x9E3779B1, 0x85EBCA77  # odd constants that spread consecutive counters
 
@@ -39,35 +40,65 @@ def step_key(seed: int, phase: str, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{phase}:{step}".encode()).digest()[:8], "little")
 
 
-def keep_mask(packed: PackedRows, layer: int, first: int, tokens: int, channels: int, p: float) -> torch.Tensor:
-    """Which channels stay: bool [tokens, channels] of tokens first .. first + tokens - 1 of what this rank
-    holds of the micro-batch."""
+def token_keys(packed: PackedRows, layer: int, first: int, tokens: int) -> torch.Tensor:
+    """Keys [tokens], int32, of tokens first .. first + tokens - 1 of what this rank holds of the micro-batch."""
     device = packed.slots.device
     digest = hashlib.sha256(f"{packed.dropout_key}:{layer}".encode()).digest()
     slot_key, token_key = (_signed(int.from_bytes(digest[i : i + 4], "little")) for i in (0, 4))
     flat = torch.arange(first, first + tokens, device=device)
     slots = packed.slots[flat // packed.slice_tokens].to(torch.int32)
     places = (packed.first_place + flat % packed.slice_tokens).to(torch.int32)
-    keys = mix32(mix32(slots * _signed(_TOKEN) + slot_key) ^ (places * _signed(_TOKEN) + token_key))
-    words = torch.arange((channels + 1) // 2, device=device, dtype=torch.int32) * _signed(_WORD)
+    return mix32(mix32(slots * _signed(_TOKEN) + slot_key) ^ (places * _signed(_TOKEN) + token_key))
+
+
+def keep_mask(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
+    """Which channels stay: bool [tokens, channels], of 65536 words all but `dropped`."""
+    words = torch.arange((channels + 1) // 2, device=keys.device, dtype=torch.int32) * _signed(_WORD)
     bits = mix32(keys[:, None] ^ words[None])
-    dropped = round(p * 65536)
     return (bits.view(torch.int16) >= dropped - 32768)[:, :channels]
 
 
+def keep_mask_by_channel(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
+    """The same mask, each channel by itself: twice the hashing and no tensor in between, for one fused kernel."""
+    channel = torch.arange(channels, device=keys.device, dtype=torch.int32)
+    bits = mix32(keys[:, None] ^ ((channel >> 1) * _signed(_WORD))[None])
+    half = (bits >> ((channel & 1) * 16)[None]) & 0xFFFF
+    return (half ^ 0x8000) >= dropped  # as an unsigned number: int16's order, moved up
+
+
+@fusible
+def add_kept(x: torch.Tensor, residual: torch.Tensor, keys: torch.Tensor, dropped: int, scale: float) -> torch.Tensor:
+    """residual + x * mask * scale; tensors [tokens, 1, channels]."""
+    keep = keep_mask_by_channel(keys, x.shape[-1], dropped)[:, None]
+    return torch.where(keep, residual + x * scale, residual)
+
+
+@fusible
+def kept_gradient(gradient: torch.Tensor, keys: torch.Tensor, dropped: int, scale: float) -> torch.Tensor:
+    """What reaches x of `add_kept`."""
+    return torch.where(keep_mask_by_channel(keys, gradient.shape[-1], dropped)[:, None], gradient * scale, 0.0)
+
+
 class _DropoutAdd(torch.autograd.Function):
-    """residual + x * mask * scale; saves one byte an element instead of two tensors."""
+    """residual + x * mask * scale. Unfused it saves the mask, one byte an element; fused it saves the tokens' keys and
+    hashes again."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keys: torch.Tensor, dropped: int) -> torch.Tensor:
+        ctx.dropped, ctx.scale, ctx.fused = dropped, 65536 / (65536 - dropped), fusing()
+        if ctx.fused:
+            ctx.save_for_backward(keys)
+            return add_kept(x, residual, keys, dropped, ctx.scale)
+        keep = keep_mask(keys, x.shape[-1], dropped)[:, None]
         ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return torch.addcmul(residual, x, keep.to(x.dtype), value=scale)
+        return torch.addcmul(residual, x, keep.to(x.dtype), value=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return gradients[0] * keep.to(gradients[0].dtype) * ctx.scale, gradients[0], None, None
+        (saved,), gradient = ctx.saved_tensors, gradients[0]
+        if ctx.fused:
+            return kept_gradient(gradient, saved, ctx.dropped, ctx.scale), gradient, None, None
+        return gradient * saved.to(gradient.dtype) * ctx.scale, gradient, None, None
 
 
 class CounterDropoutAdd(torch.nn.Module):
@@ -89,9 +120,8 @@ class CounterDropoutAdd(torch.nn.Module):
             if not training or probability == 0:
                 return residual + x
             assert self.packed is not None
-            tokens, channels = x.shape[0], x.shape[-1]
-            keep = keep_mask(self.packed, self.layer_number, self.first_token(tokens), tokens, channels, probability)
-            return _DropoutAdd.apply(x, residual, keep[:, None], 65536 / (65536 - round(probability * 65536)))
+            keys = token_keys(self.packed, self.layer_number, self.first_token(x.shape[0]), x.shape[0])
+            return _DropoutAdd.apply(x, residual, keys, round(probability * 65536))
 
         return add
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ettin.platform.fusion import fusible, fusing
+
 CHUNK_LOGITS_BYTES = 64 * 2**20  # fp32 logits alive at once; large enough for efficient matrix products
+DEVICE_CHUNK_ROWS = 4_096  # what fills a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,6 +32,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(bias, dtype=torch.float32),
         )
         rows = max(64, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
+        if wants and fusing():
+            rows = rows if hidden.device.type == "cpu" else DEVICE_CHUNK_ROWS
+            for start in range(0, len(labels), rows):
+                part = slice(start, start + rows)
+                losses[part] = _fused_chunk(hidden[part], weight, bias, labels[part], first, valid, group, grads, part)
+            return _finish(ctx, losses, correct, grads, weight, bias, group)
         # the same memory for every chunk: on the CPU the page faults of fresh tensors cost as much as the products
         logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
         log_softmax = torch.empty_like(logits, dtype=torch.float32)
@@ -45,15 +54,71 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(found.exp_(), here, column, hidden[part], weight, grads, part)
             else:  # another pass over the logits, for evaluation only
                 correct[part] = -losses[part] >= _reduced(found.amax(dim=1), dist.ReduceOp.MAX, group)
-        if wants:
-            _reduced(grads[0], dist.ReduceOp.SUM, group)
-            ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
-        ctx.mark_non_differentiable(losses, correct)
-        return losses.sum(), losses, correct
+        return _finish(ctx, losses, correct, grads if wants else None, weight, bias, group)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
         return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 5)
+
+
+def _finish(
+    ctx: Any, losses: torch.Tensor, correct: torch.Tensor, grads: tuple[torch.Tensor, ...] | None,
+    weight: torch.Tensor, bias: torch.Tensor, group: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Keep what backward scales, and what `linear_cross_entropy` returns."""
+    if grads is not None:
+        _reduced(grads[0], dist.ReduceOp.SUM, group)
+        ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
+    ctx.mark_non_differentiable(losses, correct)
+    return losses.sum(), losses, correct
+
+
+def _fused_chunk(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int,
+    group: Any, grads: tuple[torch.Tensor, ...], part: slice,
+) -> torch.Tensor:  # fmt: skip
+    """Losses of some rows; their gradients are added to `grads`. Logits are read twice and never widened in memory."""
+    logits = torch.mm(hidden, weight.t())
+    normaliser, target = shard_statistics(logits, bias, labels, first, valid)
+    if group is not None:
+        top = _reduced(normaliser.clone(), dist.ReduceOp.MAX, group)
+        normaliser = top + _reduced((normaliser - top).exp(), dist.ReduceOp.SUM, group).log()
+        _reduced(target, dist.ReduceOp.SUM, group)
+    logit_grad, bias_grad = logit_gradient(logits, bias, labels, normaliser, first, valid)
+    grads[2].add_(bias_grad)
+    torch.mm(logit_grad, weight, out=grads[0][part])
+    grads[1].add_(torch.mm(logit_grad.t(), hidden))
+    return normaliser - target
+
+
+def _real(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torch.Tensor:
+    """fp32 logits with bias; columns that only pad the vocabulary are -inf."""
+    values = logits.float() + bias.float()
+    if valid == logits.shape[1]:
+        return values
+    return torch.where(torch.arange(logits.shape[1], device=logits.device) < valid, values, float("-inf"))
+
+
+@fusible
+def shard_statistics(
+    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row, fp32: log-sum-exp over this shard, and the label's logit (0 where another shard has it)."""
+    values, column = _real(logits, bias, valid), labels - first
+    here = (column >= 0) & (column < logits.shape[1])
+    found = values.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.logsumexp(values, dim=1), torch.where(here, found, 0.0)
+
+
+@fusible
+def logit_gradient(
+    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor, first: int, valid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax - one_hot in the logits' type, and its sum over the rows in fp32."""
+    softmax = (_real(logits, bias, valid) - normaliser[:, None]).exp()
+    one_hot = torch.arange(logits.shape[1], device=logits.device)[None] == (labels - first)[:, None]
+    gradient = softmax - one_hot.to(softmax.dtype)
+    return gradient.to(logits.dtype), gradient.sum(dim=0)
 
 
 def _reduced(values: torch.Tensor, operation: Any, group: Any) -> torch.Tensor:

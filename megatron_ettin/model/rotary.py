@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from megatron_ettin.model.packed import PackedRows
+from megatron_ettin.platform.fusion import fusible
 
 
 def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +23,7 @@ def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype
     return packed.once(("rotary", dim, theta, dtype), make)
 
 
+@fusible
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, dim] turned by the tables."""
     first, second = x.chunk(2, dim=-1)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -19,10 +19,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ettin.model.attention import SdpaAttention, TransformerEngineAttention
+from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
+from megatron_ettin.model.attention_kernels import attend_flash, attend_flex, attend_varlen
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
+from megatron_ettin.model.mlp import GatedMlp
 from megatron_ettin.model.norm import BiasFreeLayerNorm
 
+ATTENTIONS = {"sdpa": attend, "flash": attend_flash, "varlen": attend_varlen, "flex": attend_flex}
 # canonical (checkpoint) names are those of layers that fuse the norm into the linear behind it
 CANONICAL = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -52,7 +55,7 @@ def layer_spec(config: Any, first: bool) -> ModuleSpec:
     mask = AttnMaskType.padding_causal if config.causal else AttnMaskType.padding
     fused = backend.norm_column_linear
     qkv = fused if fused is not None and not first else backend.column_linear
-    attention: Any = SdpaAttention
+    attention = ModuleSpec(module=KernelAttention, params={"kernel": ATTENTIONS.get(backend.attention.name)})
     if backend.core_attention is not None:
         attention = ModuleSpec(module=TransformerEngineAttention, params={"kernel": backend.core_attention})
     return ModuleSpec(
@@ -69,7 +72,7 @@ def layer_spec(config: Any, first: bool) -> ModuleSpec:
             self_attn_bda=ModuleSpec(module=CounterDropoutAdd),
             pre_mlp_layernorm=IdentityOp if fused is not None else BiasFreeLayerNorm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=GatedMlp,
                 submodules=MLPSubmodules(linear_fc1=fused or backend.column_linear, linear_fc2=backend.row_linear),
             ),
             mlp_bda=ModuleSpec(module=PlainAdd),

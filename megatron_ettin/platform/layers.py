@@ -9,30 +9,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.platform.attention import AttentionChoice, choose_attention
 from megatron_ettin.platform.device import Platform, have_transformer_engine
 
 
 @dataclass(frozen=True)
 class LayerBackend:
     """`norm_column_linear` fuses the norm before it (None: the layer has a norm of its own); `core_attention` is the
-    kernel to wrap (None: torch's scaled_dot_product_attention)."""
+    class of Transformer Engine to wrap where `attention` is its kernel."""
 
     name: str
     column_linear: Any
     row_linear: Any
+    attention: AttentionChoice
     norm_column_linear: Any = None
     core_attention: Any = None
 
 
-def layer_backend(platform: Platform, precision: str) -> LayerBackend:
-    """Transformer Engine's layers where they run, else core's. In fp32 core's: TE's products would be TF32, and its
-    fp32 attention holds every score."""
+def layer_backend(platform: Platform, precision: str, attention: str = "auto") -> LayerBackend:
+    """Transformer Engine's layers where they run, else core's. In fp32 core's: TE's products would be TF32.
+    `attention`: run.attention. Raises UserError for one that does not run here."""
+    choice = choose_attention(attention, platform, precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # core warns of every optional package it does not find
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     if PRECISIONS[precision].compute == "fp32" or not (platform.is_gpu and have_transformer_engine()):
-        return LayerBackend("local", ColumnParallelLinear, RowParallelLinear)
+        return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice)
     from megatron.core.extensions import transformer_engine as te
 
     from megatron_ettin.platform.te_norm_linear import BiasFreeNormColumnLinear
@@ -41,6 +44,7 @@ def layer_backend(platform: Platform, precision: str) -> LayerBackend:
         "transformer_engine",
         te.TEColumnParallelLinear,
         te.TERowParallelLinear,
+        choice,
         BiasFreeNormColumnLinear,
-        te.TEDotProductAttention,
+        te.TEDotProductAttention if choice.name == "te-fused" else None,
     )

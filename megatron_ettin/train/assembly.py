@@ -16,7 +16,7 @@ from megatron_ettin.model.build import transformer_config
 from megatron_ettin.model.ettin import EttinModel
 from megatron_ettin.optim.build import TrainingOptimizer, build_optimizer
 from megatron_ettin.parallel import Layout, Topology
-from megatron_ettin.platform import Platform
+from megatron_ettin.platform import Platform, fusion
 from megatron_ettin.platform.layers import layer_backend
 
 
@@ -48,6 +48,7 @@ def assemble(
     is half a minute for nothing."""
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
+    fusion.fuse(fusion.wants_fusion(config.run.fuse, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
     chunks = build_chunks(config, platform, layout, initial_weights)
@@ -63,9 +64,8 @@ def assemble(
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
     """This rank's model chunks (one, or vp of them), weights drawn by name."""
-    core = transformer_config(
-        config, layer_backend(platform, config.precision.name), layout.topology.pipeline_layout, platform.is_gpu
-    )
+    backend = layer_backend(platform, config.precision.name, config.run.attention)
+    core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
     core.finalize_model_grads_func = finalize_model_grads
     groups = ProcessGroupCollection.use_mpu_process_groups()
     weights = init.hashed(config.run.seed, config.model)

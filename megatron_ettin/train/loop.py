@@ -257,6 +257,8 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
         f" {machine.chunks[0].config.backend.name} layers; {origin}",
         flush=True,
     )
+    attention = machine.chunks[0].config.backend.attention
+    print(f"attention by {attention.name} ({attention.why})", flush=True)
     gpus = gpu_count() if machine.platform.is_gpu else 0
     if place.source == "alone" and gpus > 1:
         print(

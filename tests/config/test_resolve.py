@@ -81,6 +81,8 @@ REFUSED = {
     "parallel.sequence_parallel=true": "parallel.sequence_parallel: needs parallel.tp of 2 or more",
     "precision.name=fp9": "precision.name: 'fp9' does not exist",
     "precision.name=fp8-blockwise parallel.tp=4": "fp8-blockwise wants hidden_size / tp divisible by 128; it is 1792 / 4",
+    "precision.bf16_last_layers=1": "precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is bf16",
+    "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of 28 layers in FP8",
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
     "optim.lr=-1": "optim.lr: -1.0 is not allowed; it is above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.model.attention import SdpaAttention, attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model import attention_kernels
+from megatron_ettin.model.attention import KernelAttention, allowed, attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model.attention_kernels import attend_flex, window_sides
 from megatron_ettin.model.build import EttinTransformerConfig
 from megatron_ettin.model.packed import pack_rows
 
@@ -51,6 +53,32 @@ def test_every_way_is_the_masked_softmax(rows: str, causal: bool, window: int | 
         assert torch.allclose(out, expected, atol=1e-12), way
 
 
+@pytest.mark.parametrize("rows", ["several", "with a tail"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5, 130])
+def test_flex_sees_the_same(monkeypatch: pytest.MonkeyPatch, rows: str, causal: bool, window: int | None) -> None:
+    """Its forward pass, uncompiled; backward exists on GPUs only (tools/gpu_validate.py)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_kernels, "_flex", lambda: flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(400, 2, 16, generator=generator) for _ in range(3))
+    packed = pack_rows(ROWS[rows], 200)
+    expected = attend_dense(q, k, v, packed, window, causal)
+    assert torch.allclose(attend_flex(q, k, v, packed, window, causal), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 64, 65])
+def test_sides_of_a_window_say_the_same(causal: bool, window: int | None) -> None:
+    """flash-attention's (left, right), both inclusive, -1 without end, against what `allowed` says."""
+    left, right = window_sides(window, causal)
+    query, key = torch.arange(200)[:, None], torch.arange(200)[None]
+    seen = (left < 0) | (query - key <= left)
+    seen = seen & ((right < 0) | (key - query <= right))
+    assert torch.equal(seen, allowed(query, key, window, causal))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_agree(causal: bool) -> None:
     packed = pack_rows([[90, 110], [200]], 200)
@@ -70,7 +98,7 @@ def test_a_micro_batch_of_both_kinds(layer: int, seq_len: int) -> None:
     """The first rows are causal, the others not, each with its window: as if the parts were alone."""
     config = EttinTransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2, hybrid=True)
     config.attention_windows = {True: 7, False: 20}
-    attention = SdpaAttention(config, layer)
+    attention = KernelAttention(config, layer)
     lengths = [[90, seq_len - 90], [seq_len - 10], [], [60, 5, seq_len - 65]]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(4 * seq_len, 2, 8, generator=generator) for _ in range(3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.model.dropout import keep_mask, step_key
+from megatron_ettin.model.dropout import keep_mask, keep_mask_by_channel, step_key, token_keys
 from megatron_ettin.model.packed import pack_rows
 
 
@@ -13,7 +13,7 @@ def mask(
     slots: list[int], step: int = 0, layer: int = 1, seed: int = 21, channels: int = 256, p: float = 0.1
 ) -> torch.Tensor:
     packed = pack_rows([[128]] * len(slots), 128, slots=slots, dropout_key=step_key(seed, "pretrain", step))
-    return keep_mask(packed, layer, 0, 128 * len(slots), channels, p)
+    return keep_mask(token_keys(packed, layer, 0, 128 * len(slots)), channels, round(p * 65536))
 
 
 def test_rows_have_the_same_mask_in_any_micro_batch() -> None:
@@ -24,9 +24,25 @@ def test_rows_have_the_same_mask_in_any_micro_batch() -> None:
 
 def test_a_sequence_parallel_slice_is_a_slice_of_the_mask() -> None:
     packed = pack_rows([[128]] * 2, 128, slots=[0, 1], dropout_key=5)
-    whole = keep_mask(packed, 3, 0, 256, 64, 0.1)
-    halves = [keep_mask(packed, 3, first, 128, 64, 0.1) for first in (0, 128)]
-    assert torch.equal(whole, torch.cat(halves))
+    whole = token_keys(packed, 3, 0, 256)
+    assert torch.equal(whole, torch.cat([token_keys(packed, 3, first, 128) for first in (0, 128)]))
+
+
+def test_a_context_parallel_slice_is_a_slice_of_the_mask() -> None:
+    rows = [[128]] * 2
+    whole = token_keys(pack_rows(rows, 128, slots=[0, 1], dropout_key=5), 3, 0, 256).view(2, 128)
+    slices = [
+        token_keys(pack_rows(rows, 128, slots=[0, 1], dropout_key=5, context=(rank, 2)), 3, 0, 128) for rank in (0, 1)
+    ]
+    assert torch.equal(whole, torch.cat([one.view(2, 64) for one in slices], dim=1))
+
+
+@pytest.mark.parametrize("channels", [64, 63, 2])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_the_fused_formula_is_the_same_mask(channels: int, p: float) -> None:
+    keys = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    masks = [make(keys, channels, round(p * 65536)) for make in (keep_mask, keep_mask_by_channel)]
+    assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -18,9 +19,16 @@ def tensors(n: int, vocabulary: int = 300, hidden: int = 16) -> tuple[torch.Tens
     return x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), y
 
 
+@pytest.fixture(params=["in chunks", "fused"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways of the loss; the fused one's functions as they are, uncompiled."""
+    with mock.patch.object(loss, "fusing", lambda: request.param == "fused"):
+        yield
+
+
 @pytest.mark.parametrize("n", [1, 63, 64, 200])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_against_torch(n: int, scale: float) -> None:
+def test_against_torch(n: int, scale: float, way: None) -> None:
     x, w, b, y = tensors(n)
     logits = x @ w.t() + b
     expected = F.cross_entropy(logits, y, reduction="none")
@@ -34,14 +42,14 @@ def test_against_torch(n: int, scale: float) -> None:
         assert torch.allclose(found, want, atol=1e-4)
 
 
-def test_no_labels() -> None:
+def test_no_labels(way: None) -> None:
     x, w, b, y = tensors(0)
     total, losses, correct = loss.linear_cross_entropy(x, w, b, y)
     assert total.item() == 0 and losses.shape == correct.shape == (0,)
     assert all(not g.any() for g in torch.autograd.grad(total, [w, b]))
 
 
-def test_padding_columns_have_no_probability() -> None:
+def test_padding_columns_have_no_probability(way: None) -> None:
     x, w, b, _ = tensors(20)
     y = torch.randint(0, 290, (20,))
     _, losses, _ = loss.linear_cross_entropy(x, w, b, y, first=0, valid=290)

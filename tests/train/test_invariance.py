@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,19 @@ def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, op
         for key in ("loss_clm", "loss_mntp"):
             pairs = zip(found.column(key), expected.column(key), strict=True)
             assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
+@pytest.mark.parametrize("option", ["mlm stable_adamw dropout", "clm adamw dropout"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "cp2"])
+def test_fused(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+    """The element-wise kernels of torch's compiler, and the losses that are written for them."""
+    world, words = LAYOUTS[layout]
+    objective, choice = OPTIONS[option]
+    found = train(
+        pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split(), "run.fuse=always"]
+    )
+    assert equal(found, reference(option)), difference(found, reference(option))
 
 
 @pytest.mark.parametrize("option", MUON)

@@ -1,0 +1,55 @@
+"""Which attention kernel is chosen, on a machine that is pretended to have a GPU and nothing installed for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.sizes import SIZES, tensor_parallel_degrees
+from megatron_ettin.platform import attention
+from megatron_ettin.platform.attention import choose_attention
+from megatron_ettin.platform.device import Platform
+
+CPU = Platform(torch.device("cpu"), "gloo", "cpu")
+GPU = Platform(torch.device("cuda", 0), "nccl", "a GPU")
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "have_transformer_engine", lambda: False)
+
+
+def test_auto_takes_the_first_that_runs_and_says_why() -> None:
+    chosen = choose_attention("auto", CPU, "bf16")
+    assert chosen.name == "sdpa" and "te-fused needs a GPU, found none" in chosen.why
+    chosen = choose_attention("auto", GPU, "bf16")  # this torch has varlen_attn, nothing else is installed
+    assert chosen.name == "varlen" and "te-fused needs Transformer Engine" in chosen.why and "sdpa" not in chosen.why
+    assert choose_attention("auto", GPU, "fp32").name == "sdpa"
+
+
+def test_what_was_asked_for_is_refused_with_what_runs() -> None:
+    assert choose_attention("sdpa", GPU, "bf16").why == "asked for"
+    with pytest.raises(UserError, match=r"^run\.attention: varlen has no fp32; the nearest that runs is sdpa$"):
+        choose_attention("varlen", GPU, "fp32")
+    with pytest.raises(UserError, match="flex needs Triton, which is not installed; the nearest that runs is varlen"):
+        choose_attention("flex", GPU, "bf16")
+
+
+def test_the_table_of_precisions_in_the_documentation() -> None:
+    text = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+    for size in SIZES:
+        model = recipe(size, "mlm", "pretrain").model
+        cells = []
+        for name in ("bf16", "fp8-current", "fp8-blockwise", "mxfp8"):
+            multiple = PRECISIONS[name].multiple
+            widths = (model.hidden_size, model.ffn_hidden_size)
+            fits = [tp for tp in tensor_parallel_degrees(model) if all(w % (multiple * tp) == 0 for w in widths)]
+            cells.append(" ".join(map(str, fits)) or "none")
+        assert re.search(rf"^\| {size} \| {' . '.join(map(re.escape, cells))} \|$", text, re.MULTILINE), (size, cells)
