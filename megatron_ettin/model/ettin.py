@@ -122,8 +122,15 @@ class EttinModel(LanguageModule):
         """Core's schedules hand over the previous stage's hidden states."""
         self.transformer.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
-    def forward(self, input_ids: torch.Tensor, packed: PackedRows, labels: torch.Tensor | None = None) -> Any:
-        """input_ids and labels [rows, seq_len].
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        packed: PackedRows,
+        labels: torch.Tensor | None = None,
+        at: torch.Tensor | None = None,
+    ) -> Any:
+        """input_ids and labels [rows, seq_len]; or, with `at`, labels [n] at the flat positions `at` [n] (without it
+        they are looked for, which waits for the device).
 
         A stage without the head returns hidden states [tokens, 1, hidden]; with labels the last one returns (sum of
         losses, losses [labelled], correct [labelled]) in flat order; without labels logits [tokens, vocabulary]."""
@@ -140,9 +147,10 @@ class EttinModel(LanguageModule):
             logits, _ = self.output_layer(self.head(x).unsqueeze(1), weight=weight)
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits).squeeze(1)
             return whole[:, : self.config.vocab_size]
-        labels = labels.reshape(-1)
-        at = (labels != IGNORE).nonzero().squeeze(1)
-        return self._losses(self.head(x[at]), weight, labels[at])
+        if at is None:
+            at = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+            labels = labels.reshape(-1)[at]
+        return self._losses(self.head(x[at]), weight, labels)
 
     def _losses(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         group = self.pg_collection.tp

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_ettin.platform.transfer import to_device
+
 
 @dataclass
 class PackedRows(PackedSeqParams):
@@ -91,9 +93,9 @@ def pack_rows(
     filled = [[*row, seq_len - sum(row)] if sum(row) < seq_len else list(row) for row in lengths]
     flat = np.array([n for row in filled for n in row], dtype=np.int64)
     starts = np.cumsum(flat) - flat
-    segments = torch.from_numpy(np.repeat(np.arange(len(flat)), flat)).to(device)
-    positions = torch.from_numpy(np.arange(int(flat.sum())) - np.repeat(starts, flat)).to(device)
-    boundaries = torch.from_numpy(np.concatenate([starts, [flat.sum()]]).astype(np.int32)).to(device)
+    segments = to_device(torch.from_numpy(np.repeat(np.arange(len(flat)), flat)), device)
+    positions = to_device(torch.from_numpy(np.arange(int(flat.sum())) - np.repeat(starts, flat)), device)
+    boundaries = to_device(torch.from_numpy(np.concatenate([starts, [flat.sum()]]).astype(np.int32)), device)
     longest = int(flat.max())
     return PackedRows(
         qkv_format="thd",
@@ -105,7 +107,7 @@ def pack_rows(
         chunk_lengths=tuple(flat.tolist()),
         segments=segments,
         positions=positions,
-        slots=torch.tensor(list(range(len(filled)) if slots is None else slots), device=device),
+        slots=to_device(torch.tensor(list(range(len(filled)) if slots is None else slots)), device),
         dropout_key=dropout_key,
         first_place=context[0] * (seq_len // context[1]),
         slice_tokens=seq_len // context[1],

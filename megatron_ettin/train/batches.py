@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ettin.config.objectives import KINDS
+from megatron_ettin.config.objectives import IGNORE, KINDS
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.batch_sizes import BatchSizes
@@ -24,16 +24,19 @@ from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.objectives.labels import Labeller, corpus_labeller
 from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.parallel import Layout, Topology
+from megatron_ettin.platform.transfer import to_device
 from megatron_ettin.train.host_batches import HostBatches
 from megatron_ettin.train.loader import LoadedBatch
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass on this rank; tensors [rows, buffer tokens / cp]."""
+    """Rows of one forward pass on this rank: this rank's slices of them."""
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+    input_ids: torch.Tensor  # [rows, buffer tokens / cp]
+    labels: torch.Tensor  # [n]
+    at: torch.Tensor  # [n] their flat positions in input_ids
+    causal_labels: int  # how many of them are of causal rows, which come first
     packed: PackedRows
     tokens: int  # that are no padding
     pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
@@ -105,16 +108,20 @@ class Batches:
         return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal)), dropout_key=0)
 
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
-        """Tensors on the device; the copy of page-locked ones does not wait for it."""
-        pinned, host = batch.input_ids.is_pinned(), batch.host
+        """Tensors on the device, without waiting for it."""
+        host = batch.host
         context = self.layout.cp_rank, self.layout.topology.cp
         packed = pack_rows(
             host.lengths, self.row_tokens, self.device, host.slots, dropout_key, host.causal_rows, context
         )
         ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
+        labels = batch.labels[:, ours].reshape(-1)
+        at = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
         return MicroBatch(
-            batch.input_ids[:, ours].to(self.device, non_blocking=pinned),
-            batch.labels[:, ours].to(self.device, non_blocking=pinned),
+            to_device(batch.input_ids[:, ours], self.device),
+            to_device(labels[at], self.device),
+            to_device(at, self.device),
+            int(torch.searchsorted(at, host.causal_rows * packed.slice_tokens)),
             packed,
             host.tokens,
             host.pairs,

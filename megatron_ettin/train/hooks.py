@@ -3,6 +3,7 @@ no more of them than that. Hooks run on every rank, in order; those that write l
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,24 @@ class Hook:
     def step(self, run: Run, info: StepInfo) -> None: ...
     def save(self, run: Run, path: Path) -> None: ...
     def stop(self, run: Run) -> None: ...
+
+
+class GarbageCollection(Hook):
+    """Python's own collector stops a rank at a moment of its own, and all others wait for it at the next collective:
+    here every rank collects at the same steps, the young generations only."""
+
+    EVERY_STEPS = 50
+
+    def start(self, run: Run) -> None:
+        gc.collect()
+        gc.disable()
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        if info.step % self.EVERY_STEPS == 0:
+            gc.collect(1)
+
+    def stop(self, run: Run) -> None:
+        gc.enable()
 
 
 def step_metrics(info: StepInfo, platform: Platform, world: int) -> dict[str, Any]:

@@ -35,7 +35,17 @@ from megatron_ettin.train import resume, run_directory
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.evaluate import open_held_out
-from megatron_ettin.train.hooks import Checkpoints, Console, Evaluation, Hook, Metrics, Milestones, Run, StopSignal
+from megatron_ettin.train.hooks import (
+    Checkpoints,
+    Console,
+    Evaluation,
+    GarbageCollection,
+    Hook,
+    Metrics,
+    Milestones,
+    Run,
+    StopSignal,
+)
 from megatron_ettin.train.loader import Loader, worker_count
 from megatron_ettin.train.resume import Progress
 from megatron_ettin.train.step import StepInfo, train_step
@@ -191,7 +201,7 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
 
 def build_hooks(run: Run) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
-    hooks: list[Hook] = [Metrics(), Console()]
+    hooks: list[Hook] = [GarbageCollection(), Metrics(), Console()]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
         kinds = OBJECTIVES[run.config.run.objective].kinds

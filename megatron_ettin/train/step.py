@@ -17,7 +17,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.flops import training_flops
-from megatron_ettin.config.objectives import IGNORE, OBJECTIVES
+from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
@@ -93,41 +93,38 @@ def run_micro_batches(
         forward_only=not training,
     )
     if counting:
-        for output in outputs:
-            for name, value in output.items():
-                setattr(totals, name, getattr(totals, name) + value.item())
+        for name in outputs[0] if outputs else ():  # one read-back a figure, after all micro-batches
+            setattr(totals, name, torch.stack([output[name] for output in outputs]).sum().item())
     return totals
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
     """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it."""
     batch = next(batches)
-    output = model(batch.input_ids, batch.packed, batch.labels)
+    output = model(batch.input_ids, batch.packed, batch.labels, batch.at)
     if not isinstance(output, tuple):  # hidden states for the next stage
         return output, None
     total, losses, correct = output
-    labels = (batch.labels != IGNORE).sum(dim=1)
-    causal_rows = (batch.packed.causal_rows or 0) if model.config.hybrid else 0  # nobody asks for the parts otherwise
-    return total, functools.partial(sum_of_losses, labels, losses, correct, causal_rows)
+    return total, functools.partial(
+        sum_of_losses, losses, correct, batch.causal_labels if model.config.hybrid else None
+    )
 
 
 def sum_of_losses(
-    labels: torch.Tensor,
     losses: torch.Tensor,
     correct: torch.Tensor,
-    causal_rows: int,
+    causal_labels: int | None,
     total: torch.Tensor,
     non_loss_data: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Core's loss function: (sum, number of predicted tokens, what to report). labels [rows]: of each row."""
-    count = labels.sum()
+    """Core's loss function: (sum, number of predicted tokens, what to report). losses [n]; the first `causal_labels`
+    of them are of causal rows, where a model has both kinds."""
+    count = torch.full((), len(losses), dtype=torch.int32, device=losses.device)
     report = {"loss": losses.double().sum(), "labels": count, "correct": correct.sum()}
-    if 0 < causal_rows < len(labels):
-        first = labels[:causal_rows].sum()
-        report |= {"causal_loss": losses[:first].double().sum(), "causal_labels": first}
-    elif causal_rows:
-        report |= {"causal_loss": report["loss"], "causal_labels": count}
-    return total, count.int(), report
+    if causal_labels is not None:
+        report["causal_loss"] = losses[:causal_labels].double().sum()
+        report["causal_labels"] = torch.full_like(count, causal_labels)
+    return total, count, report
 
 
 def train_step(
