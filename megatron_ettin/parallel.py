@@ -152,6 +152,45 @@ def optimizer_groups(distributed: bool) -> OptimizerGroups:
     )
 
 
+class ModelParallelUnit:
+    """What DeepSpeed asks of its `mpu` (Megatron's parallel_state under older names). Ranks of context parallelism
+    share weights and see other tokens: to ZeRO they are data-parallel ones."""
+
+    def get_model_parallel_group(self) -> Any:
+        return ps.get_tensor_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return ps.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return ps.get_tensor_model_parallel_rank()
+
+    get_tensor_model_parallel_group = get_slice_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_slice_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_slice_parallel_rank = get_model_parallel_rank
+
+    def get_data_parallel_group(self) -> Any:
+        return ps.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return ps.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return ps.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_pipeline_model_parallel_group(self) -> Any:
+        return ps.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+
 def destroy() -> None:
     """Destroy core's groups. torch's default group is the rendezvous's to destroy; both leak threads if left."""
     ps.destroy_model_parallel()

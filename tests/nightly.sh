@@ -6,6 +6,7 @@
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
 #   release  kill -9 of `ettin release` at 60 moments instead of 8
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
+#   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -65,13 +66,15 @@ harness() {
         ETTIN_HARNESS=$own/bin/python "$python" -m pytest tests/convert/test_harness.py
 }
 
+layouts() { ETTIN_WHOLE_TABLES=1 "$python" -m pytest tests/train/test_invariance.py tests/train/test_zero.py; }
+
 shapes() { # 25 minutes, 17 GB of memory and of disk
     ETTIN_FULL_SHAPES="150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "150m or 400m" &&
         ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
 }
 
 status=0
-for stage in "${@:-mds ray kill transformers release harness shapes}"; do
+for stage in "${@:-mds ray kill transformers release harness layouts shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

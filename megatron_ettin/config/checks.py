@@ -18,6 +18,7 @@ from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
+from megatron_ettin.config.zero import check_zero
 
 
 def check(config: Config) -> None:
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
         check_model,
         check_parallel,
         check_precision,
+        check_zero,
         check_schedule,
         check_batch,
         check_validation,

@@ -39,7 +39,7 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
-    if parallel.distributed_optimizer and config.optim.name == "muon":
+    if parallel.engine == "megatron" and parallel.distributed_optimizer and config.optim.name == "muon":
         raise UserError(
             "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"
             " add parallel.distributed_optimizer=false"

@@ -47,7 +47,9 @@ class ParallelConfig:
     recompute_modules: str = "core_attn"  # of selective recomputation: core_attn, mlp or both ("core_attn,mlp")
     recompute_layers: Optional[int] = None  # of full recomputation: so many layers of each stage; None: all
     offload_layers: int = 0  # layers whose activations wait in host memory (Transformer Engine)
-    engine: str = "megatron"
+    engine: str = "megatron"  # or deepspeed: data parallelism by its ZeRO, around the same tensor-parallel model
+    zero_stage: Optional[int] = None  # of deepspeed: 1 cuts the optimizer's state, 2 also gradients, 3 also weights
+    zero_offload: str = "none"  # of deepspeed, to host memory: optimizer, or all (with zero_stage=3: weights too)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ CHOICES = {
     "run.attention": ("auto", "te-fused", "flash", "varlen", "flex", "sdpa"),
     "run.fuse": ("auto", "always", "never"),
     "run.device": ("auto", "cpu", "gpu"),
-    "parallel.engine": ("megatron",),
+    "parallel.engine": ("megatron", "deepspeed"),
+    "parallel.zero_offload": ("none", "optimizer", "all"),
     "parallel.recompute": ("none", "selective", "full"),
 }

@@ -11,8 +11,8 @@ weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoup
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,19 +28,26 @@ class WholeTensor:
     counts: bool  # False where another rank counts the same values (replicated over tensor parallelism)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Part of a flat shard (ZeRO lays many tensors in one), or all of a tensor that is not flat."""
+
+    whole: WholeTensor
+    at: slice = field(default_factory=lambda: slice(None))  # of the shard's first dimension
+
+
 class DecoupledAdamW(torch.optim.AdamW):
     """AdamW with fully decoupled weight decay. Core's DistributedOptimizer insists on an AdamW and replaces the
     param_groups in place by flat fp32 shards (views, which no optimizer could be built on afterwards)."""
 
     device = torch.device("cpu")  # set by `build_optimizer`: a rank without shards has no parameter to ask
 
-    def bind(self, tensors: Mapping[torch.Tensor, WholeTensor], length: int, group: Any) -> None:
-        """Tell which tensor each shard belongs to; sums of `length` tensors are all-reduced over `group`."""
+    def bind(self, tensors: Mapping[torch.Tensor, Sequence[Piece]], length: int, group: Any) -> None:
+        """Tell which tensors each shard has pieces of; sums of `length` tensors are all-reduced over `group`."""
         self.tensors, self.length, self.sum_group = dict(tensors), length, group
-        for parameter_group in self.param_groups:
-            for p in parameter_group["params"]:
-                if not self.state[p]:
-                    self.state[p].update(self._new_state(p))
+        for p in self.tensors:
+            if not self.state[p]:
+                self.state[p].update(self._new_state(p))
 
     def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"exp_avg": torch.zeros_like(p.data), "exp_avg_sq": torch.zeros_like(p.data)}
@@ -92,18 +99,20 @@ class StableAdamW(DecoupledAdamW):
             state["exp_avg"].lerp_(g, (1 - beta1) / (1 - beta1**t))
             squared = g * g
             state["exp_avg_sq"].mul_(b2).add_(squared, alpha=1 - b2)
-            whole = self.tensors[p]
-            numels[whole.index] = whole.numel
-            if whole.counts:
-                sums[whole.index] += squared.div_(state["exp_avg_sq"].clamp(min=eps * eps)).sum()
+            squared.div_(state["exp_avg_sq"].clamp(min=eps * eps))
+            for piece in self.tensors[p]:
+                numels[piece.whole.index] = piece.whole.numel
+                if piece.whole.counts:
+                    sums[piece.whole.index] += squared[piece.at].sum()
         if self.sum_group is not None:
             dist.all_reduce(sums, group=self.sum_group)
         clips = (sums / numels).sqrt_().clamp_(min=1).tolist()
         for group, p in self._with_gradients():
-            lr = group["lr"] / clips[self.tensors[p].index]
-            self._decay(p, group, lr)
             denominator = self.state[p]["exp_avg_sq"].sqrt().add_(group["eps"])
-            p.addcdiv_(self.state[p]["exp_avg"], denominator, value=-lr)
+            for piece in self.tensors[p]:
+                lr, part = group["lr"] / clips[piece.whole.index], p[piece.at]
+                self._decay(part, group, lr)
+                part.addcdiv_(self.state[p]["exp_avg"][piece.at], denominator[piece.at], value=-lr)
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -5,7 +5,8 @@ optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `Tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
-from megatron_ettin.optim.adamw import DecoupledAdamW, StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
 
@@ -35,6 +37,26 @@ class TrainingOptimizer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.core.zero_grad()
+
+    def schedule(self) -> Callable[..., Any]:
+        """What runs a step's micro-batches forward and backward."""
+        return get_forward_backward_func()
+
+    def settle(self) -> None:
+        """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but that
+        pass reads them (a checkpoint, an evaluation, a comparison)."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    @contextlib.contextmanager
+    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+        """Inside, the model's weights may be read and, where `writing`, written."""
+        self.settle()
+        yield
+
+    def close(self) -> None:
+        """Core keeps nothing outside of its objects."""
 
     def step(self, lr: float) -> float:
         """Update every weight; returns the global gradient norm before clipping. Collective."""
@@ -102,12 +124,8 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
     )
-    inner = OPTIMIZERS[optim.name](
-        parameter_groups(chunks, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
-        weight_decay=optim.weight_decay,
-    )  # fmt: skip
-    inner.device = device
-    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
+    inner = inner_optimizer(chunks, optim, device)
+    named = trained(chunks)
     core: Any
     if distributed:
         align_buckets(chunks)
@@ -122,21 +140,37 @@ def build_optimizer(
     else:
         core = FP32Optimizer(inner, config, _no_state)
     core.grad_stats_parallel_group, core.tp_group = groups.grad_stats, groups.tensor
-    wholes = {p: _whole_tensor(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
+    wholes = {p: whole_tensor(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
     if optim.name == "muon":
         channels = chunks[0].config.kv_channels
         wholes |= {p: _matrix(wholes[p], name, p, channels) for name, p in named if is_inside(name, p)}
-    tensors = {main: wholes[model] for model, main in main_parameters(core)}
+    tensors = {main: [Piece(wholes[model])] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
     inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
     return TrainingOptimizer(core, inner, chunks)
+
+
+def inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:
+    """Ours, on whole parameters: core or ZeRO then puts its shards in their place. `bind` is to follow."""
+    inner = OPTIMIZERS[optim.name](
+        parameter_groups(chunks, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )  # fmt: skip
+    inner.device = device
+    return inner
+
+
+def trained(chunks: Sequence[Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters that the optimizer updates."""
+    return [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
 
 
 def _no_state(*_: Any) -> None:
     """Core calls this to allocate the state; `bind` has done so."""
 
 
-def _whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> WholeTensor:
+def whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> WholeTensor:
+    """Of a parameter that tensor parallelism may have cut, which nothing else has."""
     split = getattr(model, "tensor_model_parallel", False)
     numel = model.numel() * (tensor_group.size() if split else 1)
     return WholeTensor(index, numel, counts=split or tensor_group.rank() == 0)
@@ -169,7 +203,7 @@ def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
 
 def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str, Any]]:
     """Two groups, in the same order on every rank even where one is empty: matrices decay, norms and biases do not."""
-    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
+    named = trained(chunks)
     common = {
         "max_lr": optim.max_lr,
         "momentum": optim.momentum,

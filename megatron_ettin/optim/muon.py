@@ -51,20 +51,24 @@ class Muon(StableAdamW):
     """The module docstring's update. Groups have `momentum` and `adjust_lr`; `bind` tells the matrices apart."""
 
     def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
-        if isinstance(self.tensors[p], Matrix):
+        if self._matrix(p) is not None:
             return {"momentum_buffer": torch.zeros_like(p.data)}
         return super()._new_state(p)
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """What StableAdamW's step updates."""
-        return [(group, p) for group, p in super()._with_gradients() if not isinstance(self.tensors[p], Matrix)]
+        return [(group, p) for group, p in super()._with_gradients() if self._matrix(p) is None]
+
+    def _matrix(self, p: torch.Tensor) -> Matrix | None:
+        whole = self.tensors[p][0].whole
+        return whole if isinstance(whole, Matrix) else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         for group, p in super()._with_gradients():
-            matrix = self.tensors[p]
-            if isinstance(matrix, Matrix) and p.grad is not None:
+            matrix = self._matrix(p)
+            if matrix is not None and p.grad is not None:
                 momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 self._decay(p, group, group["lr"])

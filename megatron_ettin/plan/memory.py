@@ -9,6 +9,7 @@ from megatron_ettin.config.layouts import recomputed_modules, stage_layers
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count
+from megatron_ettin.config.zero import zero_stage
 
 LOGITS_BYTES = 3 * 64 * 2**20  # one chunk of fp32 logits, its softmax and its gradient (model/loss.py)
 
@@ -39,13 +40,18 @@ def estimate(config: Config, dp: int) -> Memory:
     parameters = (layers * layer_parameter_count(model) + embedding + head) // parallel.tp
     wide = PRECISIONS[config.precision.name].compute == "fp32"
     shards = dp if parallel.distributed_optimizer else 1
+    stage, offloaded = zero_stage(parallel), parallel.zero_offload
+    if stage:  # ZeRO also cuts over context parallelism, and has fp32 masters of fp32 weights below stage 3
+        shards = dp * parallel.cp
     moments = 4 if config.optim.name == "muon" else 8  # one moment of muon's (all but the embedding), two of the others
     embedding_moments = (8 - moments) * embedding // parallel.tp
-    masters = 0 if wide else 4  # fp32, beside bf16 weights
+    masters = 0 if wide and (not stage or (stage == 3 and offloaded == "none")) else 4  # fp32, beside the weights
+    state = (parameters * (moments + masters) + embedding_moments) // shards
+    weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
     return Memory(
-        weights_bytes=parameters * (4 if wide else 2),
-        gradients_bytes=parameters * 4,
-        optimizer_bytes=(parameters * (moments + masters) + embedding_moments) // shards,
+        weights_bytes=0 if offloaded == "all" else weights,
+        gradients_bytes=parameters * 4 // (shards if stage > 1 else 1),
+        optimizer_bytes=0 if offloaded != "none" else state,
         activations_bytes=activation_bytes(config, layers),
         logits_bytes=LOGITS_BYTES,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,10 @@ from megatron_ettin.model import init
 from megatron_ettin.model.build import transformer_config
 from megatron_ettin.model.ettin import EttinModel
 from megatron_ettin.optim.build import TrainingOptimizer, build_optimizer
+from megatron_ettin.optim.zero import ZeroOptimizer, build_zero
 from megatron_ettin.parallel import Layout, Topology
 from megatron_ettin.platform import Platform, fusion
+from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 
 
@@ -28,15 +32,26 @@ class Machine:
     platform: Platform
     layout: Layout
     chunks: list[EttinModel]
-    wrapped: list[DistributedDataParallel]  # the same chunks with gradient buffers; empty without an optimizer
-    optimizer: TrainingOptimizer | None
+    wrapped: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
+    optimizer: TrainingOptimizer | ZeroOptimizer | None
 
-    def refresh_weights(self) -> None:
-        """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but
-        that pass reads them (a checkpoint, an evaluation, a comparison)."""
-        for chunk in self.wrapped:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+    def settle(self) -> None:
+        """Before an evaluation: let what overlaps with the next step's forward pass end."""
+        if self.optimizer is not None:
+            self.optimizer.settle()
+
+    @contextlib.contextmanager
+    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+        """Inside, this rank's weights may be read one by one and, where `writing`, written. Collective."""
+        if self.optimizer is None:
+            yield
+            return
+        with self.optimizer.whole_weights(writing):
+            yield
+
+    def close(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.close()
 
 
 def assemble(
@@ -48,17 +63,22 @@ def assemble(
     is half a minute for nothing."""
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
+    if training:
+        check_engine(config.parallel.engine)
     fusion.fuse(fusion.wants_fusion(config.run.fuse, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return Machine(config, platform, layout, chunks, [], None)
+    compute = PRECISIONS[config.precision.name].compute
+    if config.parallel.engine == "deepspeed":
+        zero = build_zero(chunks[0], config, compute, parallel.optimizer_groups(True), platform.device)
+        return Machine(config, platform, layout, chunks, [zero.engine], zero)
     wrapped = wrap(config, chunks)
-    bf16 = PRECISIONS[config.precision.name].compute == "bf16"
     sharded = config.parallel.distributed_optimizer
     groups = parallel.optimizer_groups(sharded)
-    optimizer = build_optimizer(wrapped, config.optim, bf16, sharded, groups, platform.device)
+    optimizer = build_optimizer(wrapped, config.optim, compute == "bf16", sharded, groups, platform.device)
     return Machine(config, platform, layout, chunks, wrapped, optimizer)
 
 

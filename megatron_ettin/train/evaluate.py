@@ -124,7 +124,7 @@ def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -
     """Forward over `max_rows` rows (all by default), shared out over the sources. Collective; equal on every rank and
     layout."""
     rows = held_out.rows(max_rows)
-    machine.refresh_weights()
+    machine.settle()
     for chunk in machine.chunks:
         chunk.eval()
     figures: list[float] = []

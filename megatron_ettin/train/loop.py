@@ -173,7 +173,7 @@ def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal) -> bo
 def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal) -> bool:
     """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
     copy on this machine."""
-    config, launch, corpus = job.config, job.launch, job.corpus
+    config, launch, corpus, machine = job.config, job.launch, job.corpus, None
     try:
         machine = assemble(config, platform, place.world)
         progress, origin = resume.begin(
@@ -195,6 +195,8 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
         return train(run, build_hooks(run), stop)
     finally:
+        if machine is not None:
+            machine.close()
         parallel.destroy()
         leave()
 

@@ -61,16 +61,16 @@ def _write(machine: Machine, progress: Progress, folder: Path, tokenizer: Path |
     if layout.rank == 0:
         directory.new_staging(folder, progress.step)
     layout.barrier()
-    machine.refresh_weights()
     metadata = state.sharding_metadata(layout.dp_group)
-    model = state.model_state(machine.chunks, metadata)
-    optimizer, record = None, dataclasses.asdict(progress)
-    if with_optimizer:
-        assert machine.optimizer is not None
-        optimizer = machine.optimizer.sharded_state(model, False, metadata)
-    state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
+    with machine.whole_weights():
+        model, optimizer = state.model_state(machine.chunks, metadata), None
+        if with_optimizer:
+            assert machine.optimizer is not None
+            optimizer = machine.optimizer.sharded_state(model, False, metadata)
+        state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
     layout.barrier()
     if layout.rank == 0:
+        record = dataclasses.asdict(progress)
         write_synced(staging / "config.yaml", to_yaml(machine.config))
         record |= {"optimizer": machine.config.optim.name} if with_optimizer else {}
         write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
@@ -86,13 +86,13 @@ def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verifi
     if not verified:
         _agree(machine, lambda: directory.verify(checkpoint))
     metadata = state.sharding_metadata(machine.layout.dp_group)
-    model = state.model_state(machine.chunks, metadata)
-    optimizer = None
-    if with_optimizer:
-        assert machine.optimizer is not None
-        optimizer = machine.optimizer.sharded_state(model, True, metadata)
-    loaded = state.load_state(checkpoint, model, optimizer)
-    state.put_model_state(machine.chunks, loaded)
+    with machine.whole_weights(writing=True):
+        model, optimizer = state.model_state(machine.chunks, metadata), None
+        if with_optimizer:
+            assert machine.optimizer is not None
+            optimizer = machine.optimizer.sharded_state(model, True, metadata)
+        loaded = state.load_state(checkpoint, model, optimizer)
+        state.put_model_state(machine.chunks, loaded)
     saved = loaded.get("progress") or {}
     progress = Progress(**{f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(Progress)})
     if with_optimizer:

@@ -81,7 +81,8 @@ def run_micro_batches(
                 totals.count(batch)
             yield batch
 
-    outputs = get_forward_backward_func()(
+    run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
+    outputs = run(
         forward_step_func=forward_step,
         # model chunks of one rank each read the step's micro-batches
         data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
@@ -105,8 +106,9 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
     if not isinstance(output, tuple):  # hidden states for the next stage
         return output, None
     total, losses, correct = output
+    chunk = getattr(model, "module", model)  # inside what reduces its gradients
     return total, functools.partial(
-        sum_of_losses, losses, correct, batch.causal_labels if model.config.hybrid else None
+        sum_of_losses, losses, correct, batch.causal_labels if chunk.config.hybrid else None
     )
 
 

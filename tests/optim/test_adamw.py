@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.optim.adamw import DecoupledAdamW, StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
 
 LR, MAX_LR, DECAY, BETAS, EPS, STEPS = 2e-3, 4e-3, 1e-2, (0.9, 0.98), 1e-6, 200
 SHAPES = [(16, 8), (40,), (3, 5)]
@@ -30,7 +30,9 @@ def build(kind: type, lr: float = LR, max_lr: float = MAX_LR) -> tuple[Decoupled
         {"params": [parameters[1]], "wd_mult": 0.0, "max_lr": max_lr},
     ]
     optimizer = kind(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
-    optimizer.bind({p: WholeTensor(i, p.numel(), True) for i, p in enumerate(parameters)}, len(parameters), None)
+    optimizer.bind(
+        {p: [Piece(WholeTensor(i, p.numel(), True))] for i, p in enumerate(parameters)}, len(parameters), None
+    )
     return optimizer, parameters
 
 

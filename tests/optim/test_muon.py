@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.optim.adamw import StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import Piece, StableAdamW, WholeTensor
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 
 HIDDEN, HEADS, CHANNELS, FFN, STEPS = 24, 3, 8, 40, 30
@@ -47,7 +47,7 @@ def build(names: list[str], kind: type[StableAdamW], adjust_lr: str) -> tuple[St
     for name, p in parameters.items():
         if kind is Muon and is_inside(name, p):
             wholes[p] = Matrix(wholes[p].index, p.numel(), True, name, CHANNELS, None)
-    optimizer.bind(wholes, len(wholes), None)
+    optimizer.bind({p: [Piece(whole)] for p, whole in wholes.items()}, len(wholes), None)
     return optimizer, parameters
 
 

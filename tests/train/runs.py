@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,20 @@ class Trained:
         assert checkpoint is not None
         reader = CheckpointReader(checkpoint)
         return {key: reader.read(key) for key in reader.keys() if not key.startswith("optimizer.")}  # noqa: SIM118
+
+
+def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str]]:
+    """Each layout with half of the options, one half and the other in turn (0 3, 1 2: both objectives and both
+    optimizers of four); with ETTIN_WHOLE_TABLES (tests/nightly.sh) all of them."""
+    if os.environ.get("ETTIN_WHOLE_TABLES"):
+        return [(layout, option) for layout in layouts for option in options]
+    last = len(options) - 1
+    return [
+        (layout, option)
+        for number, layout in enumerate(layouts)
+        for place, option in enumerate(options)
+        if min(place, last - place) % 2 == number % 2
+    ]
 
 
 def command(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool import Pool
-from tests.train.runs import Trained, train
+from tests.train.runs import Trained, pairs, train
 
 LAYOUTS = {
     "tp2": (2, "parallel.tp=2"),
@@ -99,8 +99,7 @@ def test_the_reference_learns(reference, option: str) -> None:
     assert losses[0] - losses[-1] >= 1.0
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "option"), pairs(LAYOUTS, list(OPTIONS)))
 def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]

@@ -1,0 +1,183 @@
+"""DeepSpeed's ZeRO in core's place: the same twenty steps, checkpoints that either engine goes on from, refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.checkpoint.directory import latest, list_milestones
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.errors import UserError
+from tests.pool import Pool
+from tests.train.runs import Trained, command, pairs, train
+from tests.train.test_invariance import MORE, OPTIONS, difference, equal
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"),
+]
+STEPS = ["run.steps=20"]
+DROPOUT, CLIPPED = "mlm stable_adamw dropout", "clm adamw dropout"
+LAYOUTS = {
+    "zero1": (2, "parallel.zero_stage=1"),
+    "zero2": (2, "parallel.zero_stage=2"),
+    "zero3": (2, "parallel.zero_stage=3"),
+    "zero1 cp2": (4, "parallel.zero_stage=1 parallel.cp=2"),
+    "zero2 tp2 sp": (4, "parallel.zero_stage=2 parallel.tp=2 parallel.sequence_parallel=true"),
+    "zero3 tp2": (4, "parallel.zero_stage=3 parallel.tp=2 batch.micro_batch_rows=1"),
+    "zero2 offload": (2, "parallel.zero_stage=2 parallel.zero_offload=optimizer"),
+    "zero3 offload": (2, "parallel.zero_stage=3 parallel.zero_offload=all"),
+    "zero3 recompute overlap": (2, "parallel.zero_stage=3 parallel.recompute=full parallel.overlap=true"),
+}
+ENGINE = "parallel.engine=deepspeed"
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Core's run in one process for each option, made when first asked for."""
+    made: dict[str, Trained] = {}
+
+    def get(option: str, *words: str) -> Trained:
+        key = " ".join((option, *words))
+        if key not in made:
+            objective, choice = (OPTIONS | MORE)[option]
+            folder = tmp_path_factory.mktemp("reference")
+            made[key] = train(pool, 1, folder, corpus, objective, [*STEPS, *choice.split(), *words])
+        return made[key]
+
+    return get
+
+
+def zero(pool: Pool, corpus: Path, folder: Path, option: str, layout: str, *words: str) -> Trained:
+    objective, choice = (OPTIONS | MORE)[option]
+    world, cut = LAYOUTS[layout]
+    return train(pool, world, folder, corpus, objective, [*STEPS, ENGINE, *choice.split(), *cut.split(), *words])
+
+
+@pytest.mark.parametrize(("layout", "option"), pairs(LAYOUTS, [DROPOUT, "mlm adamw", "clm stable_adamw", CLIPPED]))
+def test_same_losses_as_core(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+    found = zero(pool, corpus, tmp_path, option, layout)
+    assert equal(found, reference(option)), difference(found, reference(option))
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero3 tp2"])
+def test_hybrid_objective(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str) -> None:
+    found = zero(pool, corpus, tmp_path, "hybrid", layout)
+    assert equal(found, reference("hybrid")), difference(found, reference("hybrid"))
+    assert found.column("labels_clm") == reference("hybrid").column("labels_clm")
+
+
+def test_batches_that_grow(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+    words = ["batch.warmup_tokens=3000", "batch.warmup_min_rows=4"]
+    for layout in ("zero2", "zero3"):
+        found = zero(pool, corpus, tmp_path / layout, CLIPPED, layout, *words)
+        assert equal(found, reference(CLIPPED, *words)), difference(found, reference(CLIPPED, *words))
+    rows = [last - first for first, last in found.column("rows")]
+    assert rows[0] == 4 and rows[-1] == 8
+
+
+def test_means_of_micro_batches(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+    """Each one's mean counts the same, as in the original trainer."""
+    words = ["batch.loss_normalization=microbatch"]
+    found, expected = zero(pool, corpus, tmp_path, CLIPPED, "zero2", *words), reference(CLIPPED, *words)
+    assert equal(found, expected), difference(found, expected)
+    assert found.column("grad_norm") != reference(CLIPPED).column("grad_norm")
+
+
+def test_bf16_keeps_fp32_masters(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+    """Within bf16's rounding of core's run, and masters in the checkpoint that no bf16 number could hold."""
+    losses = {}
+    for layout in ("zero2", "zero3", "zero2 offload"):
+        found = zero(pool, corpus, tmp_path / layout, DROPOUT, layout, "precision.name=bf16")
+        losses[layout] = found.column("loss")
+        masters = CheckpointReader(latest(found.directory)).read("optimizer.state.param.head.dense.weight")
+        assert not bool((masters == masters.bfloat16()).all())
+    expected = reference(DROPOUT, "precision.name=bf16").column("loss")
+    for found in losses.values():
+        assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("4 zero_stage=3 tp=2", "4 zero_stage=3 tp=2"),
+        ("2 zero_stage=2", "2 zero_stage=2"),
+        ("2 zero_stage=1", "4 zero_stage=3 tp=2"),
+        ("4 zero_stage=3 tp=2", "4 engine=megatron tp=2 pp=2"),
+        ("2 engine=megatron pp=2", "2 zero_stage=2 zero_offload=optimizer"),
+    ],
+)
+def test_either_engine_goes_on(pool: Pool, corpus: Path, tmp_path: Path, first: str, second: str) -> None:
+    """Bit-identical on the same layout; otherwise the same curve."""
+
+    def run(layout: str, folder: str, steps: int) -> Trained:
+        world, *words = layout.split()
+        if "engine=megatron" not in words:
+            words.append("engine=deepspeed")
+        words = [f"parallel.{word}" for word in words]
+        return train(pool, int(world), tmp_path / folder, corpus, "clm", [f"run.steps={steps}", *words])
+
+    whole = run(first, "whole", 12)
+    run(first, "halves", 6)
+    resumed = run(second, "halves", 12)
+    assert resumed.column("rows") == whole.column("rows")
+    if first == second:
+        assert resumed.column("loss") == whole.column("loss")
+        ours, theirs = resumed.weights(), whole.weights()
+        assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+    assert equal(resumed, whole), difference(resumed, whole)
+
+
+def test_a_chain_with_evaluations_and_milestones(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Phase after phase in one process, the second from the first's weights alone, as core does it."""
+    evaluated = [f"data.validation={corpus / 'heldout'}", "metrics.eval_every_steps=2", "metrics.eval_rows=16"]
+    found = {}
+    for engine in ("megatron", "deepspeed"):
+        zero3 = ["parallel.zero_stage=3"] if engine == "deepspeed" else []
+        words = [f"parallel.engine={engine}", *zero3, *evaluated, "checkpoint.weights_every_tokens=800"]
+        folder = tmp_path / engine
+        first = train(pool, 2, folder / "first", corpus, "mlm", ["run.steps=4", *words])
+        assert [path.name for path in list_milestones(folder / "first")]
+        options = ["--init-from", str(folder / "first"), "--init-optimizer", "fresh"]
+        second = train(pool, 2, folder / "second", corpus, "mlm", ["run.steps=4", "run.seed=3", *words], options)
+        found[engine] = [line["loss"] for line in (*first.metrics, *second.metrics)]
+        found[engine] += [line["validation_loss"] for line in (*first.metrics, *second.metrics)[1::2]]
+    pairs = zip(found["deepspeed"], found["megatron"], strict=True)
+    assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("parallel.pp=2", "parallel.engine: deepspeed has no pipeline stages here, found pp 2"),
+        ("parallel.zero_stage=4", "parallel.zero_stage: 4 is none of DeepSpeed's: 1, 2, 3"),
+        ("parallel.zero_stage=1 precision.name=bf16", "parallel.zero_stage: 1 in bf16 is what"),
+        ("parallel.zero_offload=all", "parallel.zero_offload: all moves weights too"),
+        (
+            "parallel.zero_offload=nvme",
+            "parallel.zero_offload: 'nvme' does not exist; it is one of none, optimizer, all",
+        ),
+        ("optim.name=muon", "optim.name: muon updates whole matrices, ZeRO cuts them"),
+        ("precision.name=fp8-current", "precision.name: fp8-current runs on parallel.engine=megatron"),
+        ("parallel.engine=megatron parallel.zero_stage=2", "parallel.zero_stage: 2 is of parallel.engine=deepspeed"),
+        ("parallel.engine=deepsped", "parallel.engine: 'deepsped' does not exist (did you mean 'deepspeed'?)"),
+    ],
+)
+def test_refusals(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str, expected: str) -> None:
+    assert main(command(tmp_path / "run", corpus, "mlm", [ENGINE, *words.split()])) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ettin.platform.deepspeed import check_engine
+
+    check_engine("megatron")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"deepspeed does not import here .*megatron-ettin\[deepspeed\]"):
+        check_engine("deepspeed")
