@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Iterator
@@ -17,8 +18,11 @@ def rms_per_shard() -> Iterator[None]:
     bind = adamw.DecoupledAdamW.bind
 
     def alone(self, tensors, length, group):
-        local = {p: adamw.WholeTensor(whole.index, max(1, p.numel()), True) for p, whole in tensors.items()}
-        bind(self, local, length, None)
+        def shard(p, piece):
+            numel = max(1, p[piece.at].numel())
+            return dataclasses.replace(piece, whole=adamw.WholeTensor(piece.whole.index, numel, True))
+
+        bind(self, {p: [shard(p, piece) for piece in pieces] for p, pieces in tensors.items()}, length, None)
 
     with mock.patch.object(adamw.DecoupledAdamW, "bind", alone):
         yield
