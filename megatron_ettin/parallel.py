@@ -53,7 +53,8 @@ class Topology:
 
     def __str__(self) -> str:
         named = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": self.cp, "dp": self.dp}
-        return " ".join(f"{axis} {size}" for axis, size in named.items() if size > 1 or axis == "dp")
+        degrees = " ".join(f"{axis} {size}" for axis, size in named.items() if size > 1 or axis == "dp")
+        return degrees + (f", layers {'+'.join(map(str, self.layers))}" if len(self.layers) > 1 else "")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from megatron_ettin.config.balance import layer_operations, split_evenly
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.schema import Config, ParallelConfig
 from megatron_ettin.config.sizes import tensor_parallel_degrees
@@ -83,8 +84,7 @@ def stage_layers(config: Config) -> list[int]:
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.vp
     if parallel.pipeline_layers is None:
-        # the last stage also has the head: give the extra layers to the first ones
-        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
+        return split_evenly(layer_operations(config), stages)
     try:
         split = [int(part) for part in str(parallel.pipeline_layers).split(",")]
     except ValueError:

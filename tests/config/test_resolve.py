@@ -140,8 +140,9 @@ def test_layout_checks() -> None:
 @pytest.mark.parametrize(
     ("size", "words", "layers"),
     [
-        ("17m", "parallel.pp=2", [4, 3]),
-        ("68m", "parallel.pp=4", [5, 5, 5, 4]),
+        ("17m", "parallel.pp=2", [6, 1]),
+        ("68m", "parallel.pp=4", [5, 5, 6, 3]),
+        ("1b", "parallel.pp=4", [7, 7, 7, 7]),
         ("17m", "parallel.pp=2 parallel.vp=2", [2, 2, 2, 1]),
         ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4]),
     ],
