@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -105,3 +106,44 @@ def _newton_schulz(matrices, adjust_lr: str):
         scale = max(1, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(rows, columns) ** 0.5
         results.append(-scale * (x if rows <= columns else x.T))
     return results
+
+
+@contextlib.contextmanager
+def delayed_scales() -> Iterator[None]:
+    """No mistake: linears with the state that Transformer Engine gives them in FP8 with delayed scaling, made at their
+    first forward pass in training, and changed by each. (TE wants a GPU: what is tested is what is kept of it.)"""
+    import torch
+
+    from megatron_ettin.checkpoint import fp8_state
+    from megatron_ettin.train import assembly
+
+    def make(linear, *_) -> None:
+        if "scaling_fwd" not in linear.fp8_meta:
+            for key, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+                state = types.SimpleNamespace(scale=torch.ones(tensors), amax_history=torch.zeros(1, tensors))
+                linear.fp8_meta[key] = state
+
+    def changed(linear, *_) -> None:
+        if linear.training:
+            make(linear)
+            for number, state in enumerate(linear.fp8_meta.values()):
+                state.scale.mul_(1.125).add_(linear.place + number)
+                state.amax_history.add_(1)
+
+    build = assembly.build_chunks
+
+    def with_state(*arguments, **named):
+        chunks = build(*arguments, **named)
+        for chunk in chunks:
+            for layer in chunk.transformer.layers:
+                for place, linear in enumerate((layer.self_attention.linear_qkv, layer.mlp.linear_fc2)):
+                    linear.fp8_meta, linear.place = {}, layer.layer_number + place / 2
+                    linear.register_forward_pre_hook(changed)
+        return chunks
+
+    with (
+        mock.patch.object(assembly, "build_chunks", with_state),
+        mock.patch.object(fp8_state, "keeps_scales", lambda config: True),
+        mock.patch.object(fp8_state, "make_delayed_scales", make),
+    ):
+        yield

@@ -141,9 +141,16 @@ def check_precision(config: Config) -> None:
         width = getattr(config.model, key)
         if width % (multiple * tp):
             raise UserError(f"precision.name: {name} wants {key} / tp divisible by {multiple}; it is {width} / {tp}")
+    if config.precision.gradients == "bf16" and PRECISIONS[name].compute == "fp32":
+        raise UserError("precision.gradients: bf16 is of 16-bit and FP8 runs; precision.name is fp32")
     first, last = config.precision.bf16_first_layers, config.precision.bf16_last_layers
     if first + last and PRECISIONS[name].fp8_recipe is None:
         raise UserError(f"precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is {name}")
+    if first + last and PRECISIONS[name].fp8_recipe == "delayed":
+        raise UserError(
+            "precision.bf16_first_layers, bf16_last_layers: Megatron-Core's delayed scaling is of all layers at once;"
+            " with fp8-current, fp8-blockwise and mxfp8 some may stay in bf16"
+        )
     if first + last >= config.model.num_layers:
         raise UserError(
             f"precision.bf16_first_layers + bf16_last_layers: {first} + {last} leave none of {config.model.num_layers}"

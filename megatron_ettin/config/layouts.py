@@ -40,6 +40,11 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
+    if parallel.tp_overlap and not parallel.sequence_parallel:
+        raise UserError(
+            "parallel.tp_overlap: hides the gathers and scatters of sequence parallelism; add"
+            " parallel.sequence_parallel=true (with parallel.tp of 2 or more)"
+        )
     if parallel.engine == "megatron" and parallel.distributed_optimizer and config.optim.name == "muon":
         raise UserError(
             "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"

@@ -41,7 +41,8 @@ class ParallelConfig:
     cp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    overlap: bool = False  # overlap gradient reduction and parameter gathering with compute
+    overlap: bool = False  # gradient reduction, weight gathering and transfers between model chunks beside compute
+    tp_overlap: bool = False  # tensor parallelism's gathers and scatters beside its products (Transformer Engine)
     pipeline_layers: Optional[str] = None  # layers of each stage in order, "4,3"; None balances them
     recompute: str = "none"  # activations made again in backward: of the modules below, or of whole layers
     recompute_modules: str = "core_attn"  # of selective recomputation: core_attn, mlp or both ("core_attn,mlp")
@@ -57,6 +58,7 @@ class PrecisionConfig:
     name: str = "bf16"
     bf16_first_layers: int = 0  # of an FP8 run: so many layers compute in bf16, as its prediction head always does
     bf16_last_layers: int = 0
+    gradients: str = "fp32"  # in which they are summed over micro-batches and ranks; bf16 halves memory and traffic
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ CHOICES = {
     "batch.loss_normalization": ("global", "microbatch"),
     "run.attention": ("auto", "te-fused", "flash", "varlen", "flex", "sdpa"),
     "run.fuse": ("auto", "always", "never"),
+    "precision.gradients": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "gpu"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.zero_offload": ("none", "optimizer", "all"),

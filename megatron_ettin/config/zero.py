@@ -60,5 +60,7 @@ def _refusals(config: Config) -> Iterator[tuple[str, str]]:
             f"all moves weights too, which zero_stage=3 alone cuts; found zero_stage {stage}, with which optimizer"
             " goes",
         )
+    if config.precision.gradients != "fp32":
+        yield "precision.gradients", f"{config.precision.gradients} is of parallel.engine=megatron; with deepspeed fp32"
     if parallel.offload_layers:
         yield "parallel.offload_layers", "goes with parallel.engine=megatron; recompute=full saves memory with both"

@@ -51,12 +51,27 @@ def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     return found
 
 
+def number_formats(config: Config) -> dict[str, Any]:
+    """Core's keys of what weights and activations are, and of which layers compute in FP8."""
+    settings, precision = config.precision, PRECISIONS[config.precision.name]
+    dtype = DTYPES[precision.compute]
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp8": "hybrid" if precision.fp8_recipe else None,
+        "fp8_recipe": precision.fp8_recipe or "delayed",
+        "first_last_layers_bf16": settings.bf16_first_layers + settings.bf16_last_layers > 0,
+        "num_layers_at_start_in_bf16": settings.bf16_first_layers,
+        "num_layers_at_end_in_bf16": settings.bf16_last_layers,
+    }
+
+
 def transformer_config(
     config: Config, backend: Any, pipeline_layout: str | None, on_gpu: bool
 ) -> EttinTransformerConfig:
     """Core's configuration of a run. `pipeline_layout` is Topology's; None for a single stage."""
-    model, parallel, precision = config.model, config.parallel, PRECISIONS[config.precision.name]
-    dtype = DTYPES[precision.compute]
+    model, parallel = config.model, config.parallel
     return EttinTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -77,17 +92,12 @@ def transformer_config(
         pipeline_model_parallel_layout=pipeline_layout,
         sequence_parallel=parallel.sequence_parallel,
         **recomputation(parallel),
+        overlap_p2p_comm=parallel.overlap and parallel.vp > 1,
+        tp_comm_overlap=parallel.tp_overlap,
         # the batched operations of two neighbouring stages cross when previous and next are the same rank: wrong
         # losses without an error (core leaves that guard to Megatron-LM's argument parser)
         batch_p2p_comm=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        fp8="hybrid" if precision.fp8_recipe else None,
-        fp8_recipe=precision.fp8_recipe or "delayed",
-        first_last_layers_bf16=config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0,
-        num_layers_at_start_in_bf16=config.precision.bf16_first_layers,
-        num_layers_at_end_in_bf16=config.precision.bf16_last_layers,
+        **number_formats(config),
         calculate_per_token_loss=config.batch.loss_normalization == "global",
         normalization="LayerNorm",
         layernorm_epsilon=model.norm_eps,
@@ -104,7 +114,8 @@ def transformer_config(
         embedding_init_method=torch.nn.init.zeros_,
         use_cpu_initialization=not on_gpu,
         deterministic_mode=config.run.deterministic and on_gpu,
-        gradient_accumulation_fusion=False,
+        # into core's gradient buffers, which DeepSpeed has none of
+        gradient_accumulation_fusion=backend.fuses_weight_gradients and parallel.engine == "megatron",
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -102,10 +102,9 @@ class EttinModel(LanguageModule):
 
     def _output_layer(self, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
         """Holds the vocabulary bias and, on a last stage that has no embedding, the copy of the tied weight."""
-        config = self.config
-        if config.sequence_parallel:  # its input is gathered already
-            config = copy.copy(config)  # dataclasses.replace would run core's checks on derived values again
-            config.sequence_parallel = False
+        config = copy.copy(self.config)  # dataclasses.replace would run core's checks on derived values again
+        config.sequence_parallel = False  # its input is gathered already
+        config.gradient_accumulation_fusion = False  # the loss makes its weight's gradient
         return ColumnParallelLinear(
             config.hidden_size,
             vocabulary,

@@ -11,12 +11,16 @@ weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoup
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_ettin.optim.fused_update import update_moments, update_weights
+from megatron_ettin.platform.fusion import fusing
 
 
 @dataclass(frozen=True)
@@ -85,34 +89,83 @@ class DecoupledAdamW(torch.optim.AdamW):
             p.mul_(1 - lr / group["max_lr"] * weight_decay)
 
 
+@dataclass
+class _Clips:
+    """What each tensor's learning rate is divided by, float64 on the device."""
+
+    tensor: torch.Tensor
+
+    @functools.cached_property
+    def values(self) -> list[float]:
+        """Read back, which waits for the device."""
+        return self.tensor.tolist()
+
+
 class StableAdamW(DecoupledAdamW):
     """The module docstring's update. Every rank of `sum_group` must call step, shards or none."""
+
+    def bind(self, tensors: Mapping[torch.Tensor, Sequence[Piece]], length: int, group: Any) -> None:
+        super().bind(tensors, length, group)
+        wholes = {piece.whole.index: piece.whole.numel for pieces in self.tensors.values() for piece in pieces}
+        numels = [float(wholes.get(i, 1)) for i in range(length)]
+        self._numels = torch.tensor(numels, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         self.updates = t = self.updates + 1
-        sums = torch.zeros(self.length, dtype=torch.float64, device=self.device)
-        numels = torch.ones_like(sums)
+        sums = torch.zeros_like(self._numels)
+        self._scalars: dict[float, torch.Tensor] = {}
         for group, p in self._with_gradients():
-            (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], _gradient(p)
-            b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
-            state["exp_avg"].lerp_(g, (1 - beta1) / (1 - beta1**t))
-            squared = g * g
-            state["exp_avg_sq"].mul_(b2).add_(squared, alpha=1 - b2)
-            squared.div_(state["exp_avg_sq"].clamp(min=eps * eps))
-            for piece in self.tensors[p]:
-                numels[piece.whole.index] = piece.whole.numel
-                if piece.whole.counts:
-                    sums[piece.whole.index] += squared[piece.at].sum()
+            self._update_moments(group, p, t, sums)
         if self.sum_group is not None:
             dist.all_reduce(sums, group=self.sum_group)
-        clips = (sums / numels).sqrt_().clamp_(min=1).tolist()
+        clips = _Clips((sums / self._numels).sqrt_().clamp_(min=1))
         for group, p in self._with_gradients():
-            denominator = self.state[p]["exp_avg_sq"].sqrt().add_(group["eps"])
-            for piece in self.tensors[p]:
-                lr, part = group["lr"] / clips[piece.whole.index], p[piece.at]
-                self._decay(part, group, lr)
-                part.addcdiv_(self.state[p]["exp_avg"][piece.at], denominator[piece.at], value=-lr)
+            self._update_weights(group, p, clips)
+
+    def _update_moments(self, group: dict[str, Any], p: torch.Tensor, t: int, sums: torch.Tensor) -> None:
+        (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], _gradient(p)
+        b1 = (1 - beta1) / (1 - beta1**t)
+        b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+        if self._is_fused(p):
+            whole = self.tensors[p][0].whole
+            flat = [one.view(-1) for one in (g, state["exp_avg"], state["exp_avg_sq"])]
+            found = update_moments(*flat, self._scalar(b1), self._scalar(b2), eps * eps)
+            if whole.counts:
+                sums[whole.index] = found
+            return
+        state["exp_avg"].lerp_(g, b1)
+        squared = g * g
+        state["exp_avg_sq"].mul_(b2).add_(squared, alpha=1 - b2)
+        squared.div_(state["exp_avg_sq"].clamp(min=eps * eps))
+        for piece in self.tensors[p]:
+            if piece.whole.counts:
+                sums[piece.whole.index] += squared[piece.at].sum()
+
+    def _update_weights(self, group: dict[str, Any], p: torch.Tensor, clips: _Clips) -> None:
+        m, v, eps = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["eps"]
+        if self._is_fused(p):
+            rate = (group["lr"] / clips.tensor[self.tensors[p][0].whole.index]).to(p.dtype)
+            decay = group["weight_decay"] * group["wd_mult"] / group["max_lr"]
+            update_weights(p.view(-1), m.view(-1), v.view(-1), rate, decay, eps)
+            return
+        denominator = v.sqrt().add_(eps)
+        for piece in self.tensors[p]:
+            lr, part = group["lr"] / clips.values[piece.whole.index], p[piece.at]
+            self._decay(part, group, lr)
+            part.addcdiv_(m[piece.at], denominator[piece.at], value=-lr)
+
+    def _is_fused(self, p: torch.Tensor) -> bool:
+        """Not of ZeRO's flat tensors, which have pieces of several weights, nor of those it keeps in host memory."""
+        pieces = self.tensors[p]
+        whole = len(pieces) == 1 and pieces[0].at == slice(None)
+        return fusing() and whole and p.device == self._numels.device and p.is_contiguous()
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        """On the device, once a step; filled there, because a copy from the host could wait."""
+        if value not in self._scalars:
+            self._scalars[value] = torch.full((), value, device=self._numels.device)
+        return self._scalars[value]
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]

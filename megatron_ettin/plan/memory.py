@@ -50,7 +50,7 @@ def estimate(config: Config, dp: int) -> Memory:
     weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
     return Memory(
         weights_bytes=0 if offloaded == "all" else weights,
-        gradients_bytes=parameters * 4 // (shards if stage > 1 else 1),
+        gradients_bytes=parameters * (4 if config.precision.gradients == "fp32" else 2) // (shards if stage > 1 else 1),
         optimizer_bytes=0 if offloaded != "none" else state,
         activations_bytes=activation_bytes(config, layers),
         logits_bytes=LOGITS_BYTES,

@@ -70,6 +70,12 @@ class Platform:
             reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
             raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
 
+    def check_tp_overlap(self, wanted: bool) -> None:
+        """Refuse overlapped tensor parallelism where nothing does it. Raises UserError."""
+        if wanted and not (self.is_gpu and have_transformer_engine()):
+            reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
+            raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
+
     def make_deterministic(self) -> None:
         """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""
         if self.is_gpu:

@@ -20,10 +20,13 @@ _state = {"fused": False}
 
 
 class Fusible:
-    """A function of tensors and constants that may be compiled. Made by the decorator `fusible`."""
+    """A function of tensors and constants that may be compiled. Made by the decorators below.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    `dynamic`: one kernel for tensors of every size, where a kernel for each would be compiled a hundred times."""
+
+    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
         self.function = self.call = function
+        self.dynamic = dynamic
         self.__doc__ = function.__doc__
         _all.append(self)
 
@@ -36,6 +39,11 @@ def fusible(function: Callable[..., Any]) -> Fusible:
     return Fusible(function)
 
 
+def fusible_at_any_size(function: Callable[..., Any]) -> Fusible:
+    """Decorator of a function that is called with tensors of many sizes."""
+    return Fusible(function, dynamic=True)
+
+
 def fusing() -> bool:
     """Whether `fuse` has been told to."""
     return _state["fused"]
@@ -45,7 +53,7 @@ def fuse(enabled: bool) -> None:
     """Compile every fusible function when it is called next, or none."""
     _state["fused"] = enabled
     for one in _all:
-        one.call = torch.compile(one.function) if enabled else one.function
+        one.call = torch.compile(one.function, dynamic=one.dynamic) if enabled else one.function
 
 
 def wants_fusion(wanted: str, is_gpu: bool) -> bool:

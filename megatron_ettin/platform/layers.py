@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_ettin.config.precisions import PRECISIONS
@@ -24,6 +25,7 @@ class LayerBackend:
     attention: AttentionChoice
     norm_column_linear: Any = None
     core_attention: Any = None
+    fuses_weight_gradients: bool = False  # products that add a weight's gradient to its fp32 buffer themselves
 
 
 def layer_backend(platform: Platform, precision: str, attention: str = "auto") -> LayerBackend:
@@ -35,7 +37,8 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     if PRECISIONS[precision].compute == "fp32" or not (platform.is_gpu and have_transformer_engine()):
-        return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice)
+        fuses = platform.is_gpu and find_spec("fused_weight_gradient_mlp_cuda") is not None  # of NVIDIA's Apex
+        return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice, fuses_weight_gradients=fuses)
     from megatron.core.extensions import transformer_engine as te
 
     from megatron_ettin.platform.te_norm_linear import BiasFreeNormColumnLinear
@@ -47,4 +50,5 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         choice,
         BiasFreeNormColumnLinear,
         te.TEDotProductAttention if choice.name == "te-fused" else None,
+        fuses_weight_gradients=True,
     )

@@ -22,7 +22,7 @@ from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
-OPTIMIZER = "optimizer."
+OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
 _RUN_KEYS = ("size", "objective", "phase")
 
 
@@ -46,7 +46,8 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
     run = read_config(path).get("run") or {}
     progress = read_progress(path)
     reader = CheckpointReader(path)
-    weights = {key: reader.shape(key) for key in reader.keys() if not key.startswith(OPTIMIZER)}  # noqa: SIM118
+    others = (OPTIMIZER, FP8_SCALES)
+    weights = {key: reader.shape(key) for key in reader.keys() if not key.startswith(others)}  # noqa: SIM118
     optimizer = [key for key in reader.keys() if key.startswith(OPTIMIZER)]  # noqa: SIM118
     dtypes = sorted({str(reader.dtype(key)).removeprefix("torch.") for key in weights})
     return {

@@ -19,9 +19,10 @@ from megatron_ettin.model.ettin import EttinModel
 from megatron_ettin.optim.build import TrainingOptimizer, build_optimizer
 from megatron_ettin.optim.zero import ZeroOptimizer, build_zero
 from megatron_ettin.parallel import Layout, Topology
-from megatron_ettin.platform import Platform, fusion
+from megatron_ettin.platform import Platform, fusion, te_overlap
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
+from megatron_ettin.train.batches import row_tokens
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Machine:
     def close(self) -> None:
         if self.optimizer is not None:
             self.optimizer.close()
+        if self.config.parallel.tp_overlap:
+            te_overlap.free_buffers()
 
 
 def assemble(
@@ -63,11 +66,16 @@ def assemble(
     is half a minute for nothing."""
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
+    platform.check_tp_overlap(config.parallel.tp_overlap)
     if training:
         check_engine(config.parallel.engine)
     fusion.fuse(fusion.wants_fusion(config.run.fuse, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
+    if config.parallel.tp_overlap:
+        tokens = config.batch.micro_batch_rows * row_tokens(config, topology) // topology.cp
+        fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
+        te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return Machine(config, platform, layout, chunks, [], None)
@@ -105,7 +113,7 @@ def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParall
     # and with pipeline stages they lie in buckets of their own, which nothing would wait for
     pipelined = config.parallel.pp > 1
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.precision.gradients == "fp32",
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and sharded and not pipelined,
         use_distributed_optimizer=sharded,

@@ -50,6 +50,11 @@ def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1)
     return -(-seq_len // multiple) * multiple
 
 
+def row_tokens(config: Config, topology: Topology) -> int:
+    """Tokens of a run's row on the device, padding included."""
+    return buffer_tokens(config.data.seq_len, topology, PRECISIONS[config.precision.name].multiple)
+
+
 @dataclass(frozen=True)
 class Batches:
     """Micro-batches of any step for one data-parallel rank."""
@@ -71,8 +76,7 @@ class Batches:
     @property
     def row_tokens(self) -> int:
         """Tokens of a row on the device, padding included."""
-        multiple = PRECISIONS[self.config.precision.name].multiple
-        return buffer_tokens(self.config.data.seq_len, self.layout.topology, multiple)
+        return row_tokens(self.config, self.layout.topology)
 
     @functools.cached_property
     def host(self) -> HostBatches:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint import directory, state
+from megatron_ettin.checkpoint import directory, fp8_state, state
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml, to_yaml
@@ -67,6 +67,8 @@ def _write(machine: Machine, progress: Progress, folder: Path, tokenizer: Path |
         if with_optimizer:
             assert machine.optimizer is not None
             optimizer = machine.optimizer.sharded_state(model, False, metadata)
+        if fp8_state.keeps_scales(machine.config):
+            model["fp8_scales"] = fp8_state.sharded(fp8_state.scales_in_use(machine.chunks, model), layout)
         state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
     layout.barrier()
     if layout.rank == 0:
@@ -85,14 +87,19 @@ def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verifi
     Rank 0 checks every sha256 first unless `verified`. Raises UserError naming the damaged file."""
     if not verified:
         _agree(machine, lambda: directory.verify(checkpoint))
-    metadata = state.sharding_metadata(machine.layout.dp_group)
+    metadata, scales = state.sharding_metadata(machine.layout.dp_group), {}
     with machine.whole_weights(writing=True):
         model, optimizer = state.model_state(machine.chunks, metadata), None
         if with_optimizer:
             assert machine.optimizer is not None
             optimizer = machine.optimizer.sharded_state(model, True, metadata)
+        if fp8_state.keeps_scales(machine.config):
+            scales = fp8_state.scales_in_use(machine.chunks, model, fp8_state.stored_scales(checkpoint))
+            model["fp8_scales"] = fp8_state.sharded(scales, machine.layout)
         loaded = state.load_state(checkpoint, model, optimizer)
         state.put_model_state(machine.chunks, loaded)
+        for key, tensor in scales.items():
+            tensor.copy_(loaded["fp8_scales"][key])
     saved = loaded.get("progress") or {}
     progress = Progress(**{f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(Progress)})
     if with_optimizer:

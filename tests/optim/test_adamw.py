@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from megatron_ettin.optim import adamw
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
+from megatron_ettin.platform import fusion
 
 LR, MAX_LR, DECAY, BETAS, EPS, STEPS = 2e-3, 4e-3, 1e-2, (0.9, 0.98), 1e-6, 200
 SHAPES = [(16, 8), (40,), (3, 5)]
@@ -36,12 +41,13 @@ def build(kind: type, lr: float = LR, max_lr: float = MAX_LR) -> tuple[Decoupled
     return optimizer, parameters
 
 
-def run(kind: type, **settings: float) -> list[torch.Tensor]:
+def run(kind: type, after: Callable[[], None] = lambda: None, **settings: float) -> list[torch.Tensor]:
     optimizer, parameters = build(kind, **settings)
     for step in range(STEPS):
         for p, g in zip(parameters, gradients(step), strict=True):
             p.grad = g.clone()
         optimizer.step()
+        after()
     assert optimizer.updates == STEPS
     return [p.detach() for p in parameters]
 
@@ -63,6 +69,23 @@ def test_stable_adamw_against_its_formula() -> None:
     assert clipped > 20
     for ours, theirs in zip(run(StableAdamW), P, strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
+def test_fused_stable_adamw_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels a tensor, clips left on the device, and nothing compiled after the first steps."""
+    expected = run(StableAdamW)
+    fusion.fuse(True)
+    compiled = []
+    try:
+        monkeypatch.setattr(adamw._Clips, "values", property(lambda clips: pytest.fail("waits for the device")))
+        torch._dynamo.utils.counters.clear()
+        found = run(StableAdamW, after=lambda: compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    finally:
+        fusion.fuse(False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
+    assert 2 <= compiled[-1] == compiled[2] <= 6
 
 
 def test_stable_adamw_against_torch_optimi() -> None:

@@ -145,6 +145,19 @@ def test_fused(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str,
     assert equal(found, reference(option)), difference(found, reference(option))
 
 
+@pytest.mark.parametrize("layout", ["dp2", "dp2 distributed optimizer"])
+def test_gradients_in_bf16(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+    """Summed in bf16 over micro-batches and ranks: another rounding, the same curve."""
+    world, words = LAYOUTS[layout]
+    losses = {}
+    for gradients in ("fp32", "bf16"):
+        settings = [*STEPS, "precision.name=bf16", f"precision.gradients={gradients}", *words.split()]
+        losses[gradients] = train(pool, world, tmp_path / gradients, corpus, "mlm", settings).column("loss")
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses["bf16"][0] - losses["bf16"][-1] >= 1
+
+
 @pytest.mark.parametrize("option", MUON)
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2 sp", "tp2 pp2 dp2", "pp2 vp2"])
 def test_muon(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:

@@ -38,6 +38,10 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("run.device=gpu", "run.device: gpu was asked for and none was found"),
         ("precision.name=fp8-current", "fp8-current needs a GPU, found none; the nearest that runs is bf16"),
         ("parallel.tp=2", "= 2 does not divide 1 rank"),
+        (
+            "parallel.tp=2 parallel.sequence_parallel=true parallel.tp_overlap=true",
+            "parallel.tp_overlap: needs a GPU, found none; parallel.tp_overlap=false",
+        ),
         ("parallel.offload_layers=1", "parallel.offload_layers: 1 needs a GPU, found none; parallel.recompute=full"),
         ("run.attention=te-fused", "run.attention: te-fused needs a GPU, found none; the nearest that runs is sdpa"),
         ("run.attention=flash", "run.attention: flash needs the flash-attn package, which is not installed"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints
+from megatron_ettin.checkpoint.reading import CheckpointReader
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 
@@ -101,6 +102,29 @@ def test_bf16_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp
     assert resumed.column("loss") == whole.column("loss")
     whole, resumed = halves(pool, tmp_path / "other", corpus, "mlm", words, "tp2 pp2", "dp2 sharded")
     assert max(abs(a - b) / b for a, b in zip(resumed.column("loss"), whole.column("loss"), strict=True)) <= 5e-3
+
+
+@pytest.mark.parametrize("second", ["1", "pp2 vp2"])
+def test_scales_of_delayed_fp8_go_on(pool: Pool, corpus: Path, tmp_path: Path, second: str) -> None:
+    """Stored once by four ranks as plain tensors, taken up by other layouts as if nothing had stopped."""
+
+    def scales(run: Trained) -> dict[str, list[float]]:
+        checkpoint = latest(run.directory)
+        assert checkpoint is not None
+        reader = CheckpointReader(checkpoint)
+        assert reader.byte_entries() == []
+        return {key: reader.read(key).tolist() for key in reader.keys() if key.startswith("fp8_scales.")}  # noqa: SIM118
+
+    whole, resumed = halves(pool, tmp_path, corpus, "mlm", [], "tp2 pp2", second, mutation="delayed_scales")
+    found = scales(resumed)
+    assert found == scales(whole)
+    assert len(found) == 4 * 2 * 4  # layers, linears, tensors
+    assert found["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[20.0 * 4] * 2]
+    # other precisions leave them aside, and a run that has none begins its own
+    train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=21"])
+    again = train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=22"], mutation="delayed_scales")
+    assert again.column("step")[-1] == 22
+    assert scales(again)["fp8_scales.transformer.layers.0.mlp.linear_fc2.forward.amax_history"] == [[4.0] * 3]
 
 
 def test_retention_and_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:

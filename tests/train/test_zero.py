@@ -156,6 +156,7 @@ def test_a_chain_with_evaluations_and_milestones(pool: Pool, corpus: Path, tmp_p
         ("parallel.pp=2", "parallel.engine: deepspeed has no pipeline stages here, found pp 2"),
         ("parallel.zero_stage=4", "parallel.zero_stage: 4 is none of DeepSpeed's: 1, 2, 3"),
         ("parallel.zero_stage=1 precision.name=bf16", "parallel.zero_stage: 1 in bf16 is what"),
+        ("precision.name=bf16 precision.gradients=bf16", "precision.gradients: bf16 is of parallel.engine=megatron"),
         ("parallel.zero_offload=all", "parallel.zero_offload: all moves weights too"),
         (
             "parallel.zero_offload=nvme",
