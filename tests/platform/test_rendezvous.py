@@ -112,7 +112,7 @@ def test_coordinates_cover_every_place_once() -> None:
     ("words", "layout"),
     [
         ("parallel.pp=1", None),
-        ("parallel.pp=2", "Et*4|t*3L"),
+        ("parallel.pp=2", "Et*6|tL"),
         ("parallel.pp=2 parallel.vp=2", "Et*2|t*2|t*2|tL"),
         ("parallel.pp=7", "Et|t|t|t|t|t|tL"),
     ],

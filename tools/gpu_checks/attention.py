@@ -1,0 +1,126 @@
+"""Every attention kernel that runs here: outputs and gradients against float64, and seconds at the recipe's lengths."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from gpu_checks.session import DoesNotRun, Session, median_seconds
+from megatron_ettin import parallel
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.model.packed import PackedRows, pack_rows
+from megatron_ettin.platform.rendezvous import forget, leave
+from megatron_ettin.train.loop import machine_alone
+
+KERNELS = ("te-fused", "flash", "varlen", "sdpa", "flex")
+KINDS = {
+    "encoder, global": (0, False),
+    "encoder, local": (1, False),
+    "decoder, global": (0, True),
+    "decoder, local": (1, True),
+}
+TOLERANCE = 2e-2  # of bf16 inputs, gradients included: relative, in the norm
+
+
+def section(session: Session) -> None:
+    items = {
+        f"{size} {kernel}": functools.partial(kernel_item, session, size, kernel)
+        for size in session.sizes
+        for kernel in KERNELS
+    }
+    session.run("attention", items)
+
+
+def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
+    """One kernel through the layers of a model of two, in its four roles."""
+    words = [
+        *("precision.name=bf16", "model.num_layers=2", "data.clm_fraction=0.5", "parallel.distributed_optimizer=false"),
+        *(f"run.attention={kernel}", f"run.device={session.device}", "run.fuse=never", *session.words),
+    ]
+    machine = None
+    try:
+        machine = machine_alone(parse(size, "hybrid", "pretrain", words=words), initial_weights=False)
+        layers = machine.chunks[0].transformer.layers
+        found: dict[str, Any] = {}
+        for role, (layer, causal) in KINDS.items():
+            attention = layers[layer].self_attention.core_attention
+            found[role] = errors(attention, causal, machine.config, session.torch_device)
+            for length in session.lengths:
+                seconds = time(attention, causal, machine.config, session, length)
+                found[role][f"seconds_{length}"] = seconds
+    except UserError as error:
+        raise DoesNotRun(str(error)) from None
+    finally:
+        if machine is not None:
+            machine.close()
+        parallel.destroy()
+        leave()
+        forget()
+    worst = max(figures["error"] for figures in found.values())
+    speeds = [
+        f"{role} " + "/".join(f"{figures[f'seconds_{length}'] * 1e3:.3g}" for length in session.lengths)
+        for role, figures in found.items()
+    ]
+    lengths = "/".join(map(str, session.lengths))
+    return {
+        "says": f"error {worst:.1e}; ms forward and backward at {lengths}: {'; '.join(speeds)}",
+        "passed": worst <= TOLERANCE,
+        "roles": found,
+    }
+
+
+def inputs(config: Any, tokens: int, device: str) -> list[torch.Tensor]:
+    """q, k, v of a layer, after rotation, drawn anew."""
+    heads = config.model.num_attention_heads
+    width = config.model.hidden_size // heads
+    return [
+        torch.randn(tokens, heads, width, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+
+
+def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, Any]:
+    """Largest relative error of output and gradients, over two rows of ragged chunks."""
+    torch.manual_seed(1)
+    window = attention.windows[causal]
+    rows = [[300, 64, 1, 83], [448]]
+    packed = pack_rows(rows, 448, device, causal_rows=2 if causal else 0)
+    tensors = inputs(config, 896, device)
+    out = attention.attend(*tensors, packed, causal, {}).reshape(896, -1)
+    upstream = torch.randn_like(out)
+    found = [out, *torch.autograd.grad(out, tensors, upstream)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected_out = reference(wide, [n for row in rows for n in row], causal, window)
+    expected = [expected_out, *torch.autograd.grad(expected_out, wide, upstream.double())]
+    apart = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    return {"error": max(apart) if all(one == one for one in apart) else float("inf"), "errors": apart}
+
+
+def reference(qkv: list[torch.Tensor], lengths: list[int], causal: bool, window: int | None) -> torch.Tensor:
+    """Masked softmax, chunk by chunk: keys of the same chunk, none later where causal, none out of the window."""
+    outs = []
+    for q, k, v in zip(*(tensor.split(lengths) for tensor in qkv), strict=True):
+        i, j = torch.arange(len(q), device=q.device)[:, None], torch.arange(len(q), device=q.device)[None]
+        seen = j <= i if causal else j == j
+        if window is not None:
+            seen = seen & ((i - j < window) if causal else ((i - j).abs() <= window))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outs).flatten(1)
+
+
+def time(attention: Any, causal: bool, config: Any, session: Session, length: int) -> float:
+    """Seconds forward and backward of rows that are one chunk each."""
+    rows = max(1, session.tokens_a_step // length)
+    packed: PackedRows = pack_rows([[length]] * rows, length, session.torch_device, causal_rows=rows if causal else 0)
+    tensors = inputs(config, rows * length, session.torch_device)
+    upstream = torch.randn(rows * length, config.model.hidden_size, device=session.torch_device, dtype=torch.bfloat16)
+
+    def step() -> None:
+        out = attention.attend(*tensors, packed, causal, {}).reshape(rows * length, -1)
+        torch.autograd.grad(out, tensors, upstream)
+
+    return median_seconds(step, session.device, session.rounds)

@@ -1,0 +1,174 @@
+"""Runs of `ettin train` as users start them: losses by layers and precision, checkpoints, exports, throughput."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from gpu_checks.session import DoesNotRun, Session
+
+FP8 = ("fp8-current", "fp8-delayed", "fp8-blockwise")
+PRECISION_TOLERANCE = 0.005  # of the mean loss of a run's last tenth, against bf16
+OBJECTIVES = ("mlm", "clm")
+
+
+def ettin(*words: str) -> str:
+    """Output of a command. Raises DoesNotRun with its one line where it refuses, RuntimeError where it fails."""
+    done = subprocess.run([sys.executable, "-m", "megatron_ettin", *words], capture_output=True, text=True)
+    if done.returncode == 2:
+        raise DoesNotRun(done.stderr.strip().splitlines()[-1].partition(": ")[2])
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or str(done.returncode))[-2000:])
+    return done.stdout
+
+
+def train(
+    session: Session, name: str, size: str, words: list[str], objective: str = "mlm", length: int = 0, rows: int = 0
+) -> list[dict[str, Any]]:
+    """Metrics of a run in `work/name`: one micro-batch of the session's tokens a step, a rate that learns at once. A
+    folder that is there goes on."""
+    length = length or session.lengths[0]
+    rows = rows or max(1, session.tokens_a_step // length)
+    folder, tokens = session.work / name, session.tokens_a_step
+    ettin(
+        *("train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(folder)),
+        *(f"data.mixture={session.data}", f"data.seq_len={length}", f"run.device={session.device}"),
+        *(
+            f"batch.global_batch_rows={rows}",
+            f"batch.micro_batch_rows={max(1, tokens // length)}",
+            "batch.warmup_tokens=0",
+        ),
+        *("schedule.name=wsd", f"schedule.warmup_tokens={20 * tokens}", "schedule.decay_tokens=0", "optim.lr=1e-3"),
+        *("checkpoint.every_tokens=null", "checkpoint.weights_every_tokens=null", "metrics.tensorboard=false"),
+        *(*session.words, *words),
+    )
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+def layers(session: Session) -> None:
+    """Transformer Engine's layers beside core's: they differ by bf16's rounding."""
+
+    def item(objective: str) -> dict[str, Any]:
+        size, steps = session.sizes[0], "run.steps=20"
+        wide = train(session, f"layers-{objective}-fp32", size, [steps, "precision.name=fp32"], objective)
+        half = train(session, f"layers-{objective}-bf16", size, [steps, "precision.name=bf16"], objective)
+        apart = max(abs(a - b) / b for a, b in zip(losses(half), losses(wide), strict=True))
+        return {"says": f"bf16 within {apart:.2%} of fp32 over 20 steps", "passed": apart <= 0.02, "apart": apart}
+
+    session.run(
+        "layers", {f"{objective}, bf16 beside fp32": functools.partial(item, objective) for objective in OBJECTIVES}
+    )
+
+
+def precisions(session: Session) -> None:
+    """Each precision's curve beside bf16's on the same rows."""
+
+    def curve(size: str, name: str) -> list[float]:
+        found = train(session, f"curve-{size}-{name}", size, [f"run.steps={session.steps}", f"precision.name={name}"])
+        return losses(found)
+
+    def item(size: str, name: str) -> dict[str, Any]:
+        expected, found = curve(size, "bf16"), curve(size, name)
+        tenth = max(1, session.steps // 10)
+        last, bf16 = statistics.fmean(found[-tenth:]), statistics.fmean(expected[-tenth:])
+        fell = expected[0] - bf16
+        return {
+            "says": f"loss {last:.4f}, bf16 {bf16:.4f} ({last / bf16 - 1:+.2%}), begun at {expected[0]:.2f}",
+            "passed": last <= bf16 * (1 + PRECISION_TOLERANCE) and fell > 0.5,
+            "losses": found,
+            "bf16_losses": expected,
+        }
+
+    names = ("fp32", *FP8)
+    session.run(
+        "precisions",
+        {f"{size} {name}": functools.partial(item, size, name) for size in session.sizes for name in names},
+    )
+
+
+def checkpoints(session: Session) -> None:
+    """Resume with FP8's state, and from one precision and device to another."""
+    size = session.sizes[0]
+
+    def halves(name: str) -> dict[str, Any]:
+        words = [f"precision.name={name}", "run.deterministic=true"]
+        whole = train(session, f"resume-{name}-whole", size, [*words, "run.steps=10"])
+        train(session, f"resume-{name}", size, [*words, "run.steps=5"])
+        both = train(session, f"resume-{name}", size, [*words, "run.steps=10"])
+        same = losses(both) == losses(whole)
+        return {"says": "the same bits" if same else f"{losses(both)[5:]} against {losses(whole)[5:]}", "passed": same}
+
+    def across(first: list[str], second: list[str]) -> dict[str, Any]:
+        name = f"across-{first[0].split('=')[1]}-{second[0].split('=')[1]}"
+        whole = train(session, f"{name}-whole", size, [*first, "run.steps=10"])
+        train(session, name, size, [*first, "run.steps=5"])
+        both = train(session, name, size, [*second, "run.steps=10"])
+        apart = max(abs(a - b) / b for a, b in zip(losses(both), losses(whole), strict=True))
+        return {"says": f"within {apart:.2%} of the run that never changed", "passed": apart <= 0.02}
+
+    bf16, current, delayed = (["precision.name=" + name] for name in ("bf16", "fp8-current", "fp8-delayed"))
+    items: dict[str, Any] = {f"{name} goes on": functools.partial(halves, name) for name in ("bf16", *FP8)}
+    items |= {
+        "bf16 to fp8-current": functools.partial(across, bf16, current),
+        "fp8-current to bf16": functools.partial(across, current, bf16),
+        "fp8-delayed to bf16": functools.partial(across, delayed, bf16),
+        "this device to the CPU": functools.partial(across, bf16, ["run.device=cpu"]),
+        "the CPU to this device": functools.partial(across, ["run.device=cpu"], [f"run.device={session.device}"]),
+    }
+    session.run("checkpoints", items)
+
+
+def export(session: Session) -> None:
+    """Runs of this device as folders of transformers, verified."""
+
+    def item(objective: str) -> dict[str, Any]:
+        name = f"export-{objective}"
+        train(session, name, session.sizes[0], ["run.steps=20", "precision.name=bf16"], objective)
+        out = session.work / f"{name}-hf"
+        shutil.rmtree(out, ignore_errors=True)
+        ettin("convert", "to-hf", str(session.work / name), str(out))
+        parity = json.loads((out / "parity.json").read_text())
+        return {"says": f"largest difference of logits {parity['max_abs_logit_difference']:.1e}", "parity": parity}
+
+    session.run("export", {objective: functools.partial(item, objective) for objective in OBJECTIVES})
+
+
+def throughput(session: Session, size: str) -> None:
+    """Tokens a second of steps of four micro-batches, packed rows."""
+
+    def item(objective: str, length: int, precision: str) -> dict[str, Any]:
+        name = f"speed-{size}-{objective}-{length}-{precision}"
+        shutil.rmtree(session.work / name, ignore_errors=True)
+        rows = 4 * max(1, session.tokens_a_step // length)
+        words = [f"precision.name={precision}", "run.steps=8"]
+        lines = train(session, name, size, words, objective, length, rows)[3:]
+        shutil.rmtree(session.work / name / "checkpoints", ignore_errors=True)
+        speeds = [line["tokens_per_second"] for line in lines]
+        middle, mfu, memory = statistics.median(speeds), lines[-1]["mfu"], lines[-1]["peak_memory_bytes"]
+        share = f", MFU {statistics.median(line['mfu'] for line in lines):.1%} of the data sheet's bf16" if mfu else ""
+        return {
+            "says": f"{middle:,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}){share},"
+            f" {memory / 2**30:.1f} GiB",
+            "tokens_per_second": middle,
+            "step_seconds": statistics.median(line["step_seconds"] for line in lines),
+            "tflops_per_second": statistics.median(line["tflops_per_second"] for line in lines),
+            "micro_batches": 4,
+            "peak_memory_bytes": memory,
+        }
+
+    items = {
+        f"{objective} at {length}, {precision}": functools.partial(item, objective, length, precision)
+        for precision in ("bf16", *FP8)
+        for length in session.lengths
+        for objective in OBJECTIVES
+    }
+    session.run(f"throughput-{size}", items)
