@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
+from megatron_ettin.optim import grad_norm
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
@@ -29,8 +30,8 @@ OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "ada
 class TrainingOptimizer:
     """Core's optimizer around ours: one step at a learning rate, and its state as sharded tensors in model space."""
 
-    def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any]) -> None:
-        self.core, self.inner, self.chunks = core, inner, chunks
+    def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any], clip_grad: float) -> None:
+        self.core, self.inner, self.chunks, self.clip_grad = core, inner, chunks, clip_grad
         self.distributed = isinstance(core, DistributedOptimizer)
 
     def zero_grad(self) -> None:
@@ -62,8 +63,12 @@ class TrainingOptimizer:
         """Update every weight; returns the global gradient norm before clipping. Collective."""
         for group in self.inner.param_groups:
             group["lr"] = lr
-        _, grad_norm, _ = self.core.step()
-        return float(grad_norm)
+        self.core.prepare_grads()
+        norm = grad_norm.global_norm(self.core, self.inner.device)
+        if self.clip_grad:
+            grad_norm.clip(self.core, self.clip_grad, norm)
+        self.core.step_with_ready_grads()
+        return float(norm)  # waits for the device, which by now has all of the step
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
         """Masters and moments as sharded tensors `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, whole-parameter
@@ -119,7 +124,7 @@ def build_optimizer(
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        clip_grad=optim.clip_grad or float("inf"),  # infinity: the norm is still computed, nothing is clipped
+        clip_grad=0.0,  # grad_norm.py clips
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
@@ -147,7 +152,7 @@ def build_optimizer(
     tensors = {main: [Piece(wholes[model])] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
     inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
-    return TrainingOptimizer(core, inner, chunks)
+    return TrainingOptimizer(core, inner, chunks, optim.clip_grad)
 
 
 def inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:
