@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 SIDES = {
@@ -55,7 +57,8 @@ def report(figures: dict[str, list[tuple[float, float]]], command: str) -> str:
         for side, runs in figures.items()
     ]
     head = "| engine | seconds a step, median (least to most) | ratio | GiB of a rank, peak |\n|---|---|---|---|"
-    return "\n".join(["# Engines", "", f"`{command}`", "", head, *rows, ""])
+    where = f"{time.strftime('%Y-%m-%d')}; gloo, one thread a rank, torch {version('torch')}, 17m shape, fp32."
+    return "\n".join(["# Engines", "", f"`{command}`", "", where, "", head, *rows, ""])
 
 
 def main() -> None:

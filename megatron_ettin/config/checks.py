@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.fractions import parse_points
+from megatron_ettin.config.graphs import check_graphs
 from megatron_ettin.config.layouts import check_parallel
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
         check_parallel,
         check_precision,
         check_zero,
+        check_graphs,
         check_schedule,
         check_batch,
         check_validation,
@@ -84,6 +86,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "data.seq_len": (lambda v: v >= 8, "at least 8"),
     "data.mean_tokens_per_row": (lambda v: v > 0 and math.isfinite(v), "above 0"),
     "data.mlm_probability": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "data.max_chunks_per_row": (lambda v: v >= 1, "at least 1"),
     "data.workers": (lambda v: v >= 0, "0 (none) or above"),
     "data.prefetch": (lambda v: v >= 1, "at least 1"),
     "batch.global_batch_rows": (lambda v: v >= 1, "at least 1"),

@@ -98,6 +98,7 @@ class DataConfig:
     validation: Any = None  # what to evaluate on: one dataset path, a list of them, or {name: path, ...}
     workers: Optional[int] = None  # processes of each rank that read ahead; None: 2 on a GPU, 0 (no other) on a CPU
     prefetch: int = 4  # micro-batches that each of them reads ahead
+    max_chunks_per_row: Optional[int] = None  # of run.cuda_graph: room for so many; None: one for every 64 tokens
     local_copy: Optional[str] = None  # a folder on each machine's own disk to which the mixture is copied first
     tokenizer: Optional[str] = None  # None: the one the datasets were made with
 
@@ -147,6 +148,7 @@ class RunSettings:
     device: str = "auto"
     deterministic: bool = False
     attention: str = "auto"  # the kernel: auto, te-fused, flash, varlen, flex, sdpa (platform/attention.py)
+    cuda_graph: bool = False  # forward and backward of a micro-batch recorded once and replayed
     fuse: str = "auto"  # element-wise kernels by torch's compiler: auto (on GPUs), always, never
 
 

@@ -114,6 +114,7 @@ def transformer_config(
         embedding_init_method=torch.nn.init.zeros_,
         use_cpu_initialization=not on_gpu,
         deterministic_mode=config.run.deterministic and on_gpu,
+        disable_parameter_transpose_cache=config.run.cuda_graph,  # weights are made FP8 in each recorded pass
         # into core's gradient buffers, which DeepSpeed has none of
         gradient_accumulation_fusion=backend.fuses_weight_gradients and parallel.engine == "megatron",
         bias_activation_fusion=False,

@@ -40,11 +40,26 @@ def step_key(seed: int, phase: str, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{phase}:{step}".encode()).digest()[:8], "little")
 
 
+def _layer_key(dropout_key: int, layer: int) -> tuple[int, int]:
+    """What a layer's masks begin with at a step, for slots and for tokens: signed 32-bit numbers."""
+    digest = hashlib.sha256(f"{dropout_key}:{layer}".encode()).digest()
+    slot_key, token_key = (_signed(int.from_bytes(digest[i : i + 4], "little")) for i in (0, 4))
+    return slot_key, token_key
+
+
+def layer_keys(dropout_key: int, layers: int) -> torch.Tensor:
+    """The keys of layers 0 (which is none: they count from 1) to `layers`, int32 [layers + 1, 2], on the host."""
+    return torch.tensor([_layer_key(dropout_key, layer) for layer in range(layers + 1)], dtype=torch.int32)
+
+
 def token_keys(packed: PackedRows, layer: int, first: int, tokens: int) -> torch.Tensor:
     """Keys [tokens], int32, of tokens first .. first + tokens - 1 of what this rank holds of the micro-batch."""
     device = packed.slots.device
-    digest = hashlib.sha256(f"{packed.dropout_key}:{layer}".encode()).digest()
-    slot_key, token_key = (_signed(int.from_bytes(digest[i : i + 4], "little")) for i in (0, 4))
+    slot_key: Any
+    token_key: Any
+    slot_key, token_key = _layer_key(packed.dropout_key, layer)
+    if packed.layer_keys is not None:
+        slot_key, token_key = packed.layer_keys[layer].unbind()
     flat = torch.arange(first, first + tokens, device=device)
     slots = packed.slots[flat // packed.slice_tokens].to(torch.int32)
     places = (packed.first_place + flat % packed.slice_tokens).to(torch.int32)

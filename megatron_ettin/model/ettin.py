@@ -149,12 +149,14 @@ class EttinModel(LanguageModule):
         if at is None:
             at = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
             labels = labels.reshape(-1)[at]
-        return self._losses(self.head(x[at]), weight, labels)
+        return self._losses(self.head(x[at]), weight, labels, padded=packed.layer_keys is not None)
 
-    def _losses(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _losses(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool
+    ) -> tuple[torch.Tensor, ...]:
         group = self.pg_collection.tp
         first = group.rank() * weight.shape[0]
         valid = max(0, min(weight.shape[0], self.config.vocab_size - first))
         return linear_cross_entropy(
-            hidden, weight, self.output_layer.bias, labels, first, valid, group if group.size() > 1 else None
+            hidden, weight, self.output_layer.bias, labels, first, valid, group if group.size() > 1 else None, padded
         )

@@ -22,7 +22,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-        first: int, valid: int, group: Any, wants: bool,
+        first: int, valid: int, group: Any, wants: bool, padded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
@@ -51,14 +51,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = torch.where(here, found.gather(1, column).squeeze(1), 0.0)
             losses[part] = -_reduced(target, dist.ReduceOp.SUM, group)
             if wants:
-                _accumulate(found.exp_(), here, column, hidden[part], weight, grads, part)
+                softmax = found.exp_()
+                if padded:
+                    softmax.mul_((labels[part] >= 0)[:, None])
+                _accumulate(softmax, here, column, hidden[part], weight, grads, part)
             else:  # another pass over the logits, for evaluation only
                 correct[part] = -losses[part] >= _reduced(found.amax(dim=1), dist.ReduceOp.MAX, group)
         return _finish(ctx, losses, correct, grads if wants else None, weight, bias, group)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
-        return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 5)
+        return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 6)
 
 
 def _finish(
@@ -88,7 +91,7 @@ def _fused_chunk(
     grads[2].add_(bias_grad)
     torch.mm(logit_grad, weight, out=grads[0][part])
     grads[1].add_(torch.mm(logit_grad.t(), hidden))
-    return normaliser - target
+    return torch.where(labels >= 0, normaliser - target, 0.0)
 
 
 def _real(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torch.Tensor:
@@ -117,7 +120,7 @@ def logit_gradient(
     """softmax - one_hot in the logits' type, and its sum over the rows in fp32."""
     softmax = (_real(logits, bias, valid) - normaliser[:, None]).exp()
     one_hot = torch.arange(logits.shape[1], device=logits.device)[None] == (labels - first)[:, None]
-    gradient = softmax - one_hot.to(softmax.dtype)
+    gradient = torch.where((labels >= 0)[:, None], softmax - one_hot.to(softmax.dtype), 0.0)
     return gradient.to(logits.dtype), gradient.sum(dim=0)
 
 
@@ -160,13 +163,14 @@ def _accumulate(
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-    first: int = 0, valid: int | None = None, group: Any = None,
+    first: int = 0, valid: int | None = None, group: Any = None, padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sum (differentiable) and values (not) of the cross entropy of `hidden @ weight.T + bias` at `labels`, and, where
     no gradient is asked for, whether each label was the likeliest (else False).
 
     hidden [n, H]; weight [V/tp, H] and bias [V/tp] are this rank's rows, beginning at row `first` of the vocabulary,
     of which `valid` are real; labels [n] are whole-vocabulary ids; `group` is the tensor-parallel group or None.
+    `padded`: some labels are negative, whose losses and gradients are zero.
     Returns fp32 (), fp32 [n], bool [n]. n may be 0. The gradient scales both: call backward once."""
     valid = weight.shape[0] if valid is None else valid
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled(), padded)

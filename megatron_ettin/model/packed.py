@@ -28,6 +28,7 @@ class PackedRows(PackedSeqParams):
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [T] place within the chunk
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [R] the row's slot within the step
     dropout_key: int = 0  # of (seed, step)
+    layer_keys: torch.Tensor | None = None  # dropout.py's, where the masks of a recorded pass are to change
     first_place: int = 0  # where this rank's slice of every row begins, under context parallelism
     slice_tokens: int = 0  # and its length; the whole row without
     causal_rows: int | None = None  # the first so many rows are causal; None: what the model's objective says

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from megatron_ettin.config.errors import RankError, UserError
+from megatron_ettin.config.graphs import KERNELS
 from megatron_ettin.config.precisions import PRECISIONS
 
 # dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
@@ -75,6 +76,16 @@ class Platform:
         if wanted and not (self.is_gpu and have_transformer_engine()):
             reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
+
+    def check_graph(self, wanted: bool, attention: str) -> None:
+        """Refuse CUDA graphs where there is no CUDA, or attention that cannot be in them. Raises UserError."""
+        if wanted and not self.is_gpu:
+            raise UserError("run.cuda_graph: needs a GPU, found none; run.cuda_graph=false computes the same")
+        if wanted and attention not in KERNELS:
+            raise UserError(
+                f"run.cuda_graph: goes not with attention by {attention}, which is what runs here; it wants one of"
+                f" {', '.join(KERNELS)}"
+            )
 
     def make_deterministic(self) -> None:
         """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""

@@ -23,6 +23,7 @@ from megatron_ettin.platform import Platform, fusion, te_overlap
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.batches import row_tokens
+from megatron_ettin.train.graphed import GraphedStep
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Machine:
     chunks: list[EttinModel]
     wrapped: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
     optimizer: TrainingOptimizer | ZeroOptimizer | None
+    graphed: GraphedStep | None = None
 
     def settle(self) -> None:
         """Before an evaluation: let what overlaps with the next step's forward pass end."""
@@ -87,7 +89,12 @@ def assemble(
     sharded = config.parallel.distributed_optimizer
     groups = parallel.optimizer_groups(sharded)
     optimizer = build_optimizer(wrapped, config.optim, compute == "bf16", sharded, groups, platform.device)
-    return Machine(config, platform, layout, chunks, wrapped, optimizer)
+    graphed = None
+    if config.run.cuda_graph:
+        platform.check_graph(True, chunks[0].config.backend.attention.name)
+        tokens = config.batch.micro_batch_rows * row_tokens(config, topology) // topology.cp
+        graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
+    return Machine(config, platform, layout, chunks, wrapped, optimizer, graphed)
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:

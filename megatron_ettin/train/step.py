@@ -82,8 +82,9 @@ def run_micro_batches(
             yield batch
 
     run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
+    graphed = machine.graphed if training else None
     outputs = run(
-        forward_step_func=forward_step,
+        forward_step_func=forward_step if graphed is None else functools.partial(graphed, forward_step),
         # model chunks of one rank each read the step's micro-batches
         data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
         model=list(models) if len(models) > 1 else models[0],

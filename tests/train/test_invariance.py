@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool import Pool
-from tests.train.runs import Trained, pairs, train
+from tests.train.runs import Trained, command, pairs, read, train
 
 LAYOUTS = {
     "tp2": (2, "parallel.tp=2"),
@@ -143,6 +143,32 @@ def test_fused(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str,
         pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split(), "run.fuse=always"]
     )
     assert equal(found, reference(option)), difference(found, reference(option))
+
+
+@pytest.mark.parametrize("option", ["mlm stable_adamw dropout", "clm adamw dropout"])
+@pytest.mark.parametrize("layout", ["micro-batch 4", "tp2 sp", "cp2", "dp2 distributed optimizer"])
+def test_fixed_shapes(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+    """What `run.cuda_graph` records: labels and boundaries padded to a capacity, keys of dropout in tensors."""
+    world, words = LAYOUTS[layout]
+    objective, choice = OPTIONS[option]
+    words = [*STEPS, *choice.split(), *words.split(), "run.cuda_graph=true", "data.max_chunks_per_row=12"]
+    results = pool.run(world, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
+    assert [result.status for result in results] == [0] * world, "\n".join(r.output[-3000:] for r in results)
+    assert all("replaying" in result.output for result in results)
+    assert "has no room" not in results[0].output
+    found = read(tmp_path)
+    assert equal(found, reference(option)), difference(found, reference(option))
+
+
+def test_what_has_no_room_in_a_recording(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+    """Some rows have more than a chunk and padding: those run as always, and it is said once."""
+    option = "mlm stable_adamw dropout"
+    objective, choice = OPTIONS[option]
+    words = [*STEPS, *choice.split(), "run.cuda_graph=true", "data.max_chunks_per_row=1", "batch.micro_batch_rows=1"]
+    (result,) = pool.run(1, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
+    assert result.status == 0, result.output[-3000:]
+    assert result.output.count("replaying") == result.output.count("has no room in a recorded one") == 1
+    assert equal(read(tmp_path), reference(option)), difference(read(tmp_path), reference(option))
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2 distributed optimizer"])
