@@ -5,6 +5,7 @@ local one, and the last stage has the head, which for a small shape is more than
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -36,6 +37,11 @@ def layer_operations(config: Config) -> list[float]:
 def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
     """Lengths of `stages` contiguous parts of `costs`, none empty, whose dearest part is as cheap as can be; of equal
     ones the split with the least sum of squares."""
+    return list(_split_evenly(tuple(costs), stages))
+
+
+@functools.lru_cache(maxsize=256)  # a planner asks for the same stages of hundreds of layouts
+def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     ends = [0.0]
     for cost in costs:
         ends.append(ends[-1] + cost)
@@ -52,7 +58,7 @@ def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
                     options.append((max(dearest, part), squares + part * part, (*lengths, n - before)))
             found[n] = min(options, key=lambda option: (_rounded(option[0]), _rounded(option[1]), option[2]))
         best = found
-    return list(best[len(costs)][2])
+    return best[len(costs)][2]
 
 
 def _rounded(value: float) -> float:

@@ -112,14 +112,24 @@ def check_layout(config: Config, world: int) -> int:
             f" rank{'s' if world > 1 else ''}"
         )
     dp = world // model_ranks
-    if batch.global_batch_rows % (dp * batch.micro_batch_rows):
+    if batch.global_batch_rows % (dp * batch.micro_batch_rows) and batch.loss_normalization == "microbatch":
         raise UserError(
             f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
-            f" {batch.micro_batch_rows}"
+            f" {batch.micro_batch_rows}, and loss_normalization=microbatch counts micro-batches, which would be empty"
         )
-    if parallel.vp > 1 and (batch.global_batch_rows // (dp * batch.micro_batch_rows)) % parallel.pp:
+    if parallel.vp > 1 and micro_batches(config, dp) % parallel.pp:
         raise UserError(
             f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp}; there are"
-            f" {batch.global_batch_rows // (dp * batch.micro_batch_rows)}"
+            f" {micro_batches(config, dp)}"
         )
     return dp
+
+
+def micro_batches(config: Config, dp: int) -> int:
+    """That each rank runs a step of the full batch."""
+    return -(-config.batch.global_batch_rows // (dp * config.batch.micro_batch_rows))
+
+
+def empty_rows(config: Config, dp: int) -> int:
+    """Places of a step's micro-batches that have no row: the batch is not a multiple of what all ranks run at once."""
+    return micro_batches(config, dp) * dp * config.batch.micro_batch_rows - config.batch.global_batch_rows

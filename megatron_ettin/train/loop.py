@@ -18,6 +18,7 @@ import torch
 from megatron_ettin import parallel
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.layouts import empty_rows
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
@@ -269,6 +270,14 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
         f" {machine.chunks[0].config.backend.name} layers; {origin}",
         flush=True,
     )
+    dp = machine.layout.topology.dp
+    if empty := empty_rows(config, dp):
+        share = empty / (empty + config.batch.global_batch_rows)
+        print(
+            f"batch: {config.batch.global_batch_rows:,} rows on dp {dp} x micro-batches of"
+            f" {config.batch.micro_batch_rows} leave {empty:,} places a step empty ({share:.0%} of the work)",
+            flush=True,
+        )
     attention = machine.chunks[0].config.backend.attention
     print(f"attention by {attention.name} ({attention.why})", flush=True)
     gpus = gpu_count() if machine.platform.is_gpu else 0

@@ -37,6 +37,7 @@ LAYOUTS = {
     ),
     "recompute pp2 vp2": (2, "parallel.recompute=full parallel.pp=2 parallel.vp=2"),
     "recompute two layers cp2": (2, "parallel.recompute=full parallel.recompute_layers=2 parallel.cp=2"),
+    "dp3, which does not divide the batch": (3, ""),
     "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vp=2 parallel.overlap=true"),
 }
 OPTIONS = {

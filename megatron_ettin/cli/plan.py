@@ -1,0 +1,95 @@
+"""The layouts of a number of GPUs, fastest first: predicted speed, memory, what a phase takes, the YAML to paste.
+
+Predictions come from a model of a step whose constants are fitted to the published runs of the recipe, or, with
+--calibrate, to measured runs of one's own: JSON lines with size, gpus, tokens_per_second_per_gpu.
+
+Example:
+  ettin plan --size 1b --gpus 512 --gpu h100 --phase pretrain
+  ettin plan --size 1b --gpus 64 --gpu h100 --phase extend --calibrate runs.jsonl --price 2.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
+    from megatron_ettin.plan.hardware import Gpu
+    from megatron_ettin.plan.search import Rejected
+
+PUBLISHED_CHUNK_TOKENS = 615.4  # mean of the recipe's pretraining mixture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--objective", default="mlm")
+    parser.add_argument("--phase", default="pretrain")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of a machine (what is usual for the GPU)")
+    parser.add_argument("--gpus-file", type=Path, metavar="YAML", help="parts of your own, as plan/gpus.yaml has them")
+    parser.add_argument("--chunk-tokens", type=float, metavar="N", help="mean length of documents in rows")
+    parser.add_argument("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
+    parser.add_argument("--price", type=float, metavar="X", help="of a GPU's hour")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="a site file, as of `ettin train`")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value", help="as of `ettin train`: any shape, batch, precision"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.resolve import parse
+    from megatron_ettin.plan import calibration, table
+    from megatron_ettin.plan.hardware import find_gpu
+    from megatron_ettin.plan.search import search
+    from megatron_ettin.plan.step_time import PUBLISHED
+
+    for key in ("gpus", "gpus_per_node", "chunk_tokens", "price", "top"):
+        value = getattr(args, key)
+        if value is not None and value <= 0:
+            raise UserError(f"--{key.replace('_', '-')} {value}: has to be above 0")
+    gpu = find_gpu(args.gpu, args.gpus_file)
+    config = parse(args.size, args.objective, args.phase, args.config, args.words)
+    check_fp8(config, gpu)
+    runs = calibration.read_runs(args.calibrate, gpu, args.gpus_file) if args.calibrate else []
+    constants = calibration.fit(runs) if runs else PUBLISHED
+    errors = calibration.report(runs, constants)
+    default = min(PUBLISHED_CHUNK_TOKENS, config.data.seq_len) if args.phase == "pretrain" else config.data.seq_len
+    node = args.gpus_per_node or gpu.gpus_per_node
+    found, rejected = search(config, args.gpus, gpu, constants, args.chunk_tokens or float(default), node)
+    if not found:
+        raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest_miss(rejected)}")
+    if not args.json:
+        table.print_plan(found, rejected, args.top, args.price, errors)
+        return
+    answer = {
+        "gpu": vars(gpu),
+        "constants": calibration.to_json(constants),
+        "calibration": errors,
+        "phase": table.phase_cost(found[0], args.price),
+        "layouts": [one.to_json() for one in found],
+        "rejected": [vars(one) for one in rejected],
+    }
+    print(json.dumps(answer, indent=1))
+
+
+def check_fp8(config: Config, gpu: Gpu) -> None:
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.precisions import PRECISIONS
+
+    if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
+        raise UserError(f"precision.name: {config.precision.name} is not of {gpu.name}, which has no FP8; use bf16")
+
+
+def nearest_miss(rejected: Sequence[Rejected]) -> str:
+    """The layout that lacks least: memory says which limit to relax, else the first that does not divide."""
+    short = [one for one in rejected if one.reason.startswith("does not fit")]
+    best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
+    return f"{best.layout}: {best.reason}"

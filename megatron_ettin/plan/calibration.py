@@ -1,0 +1,140 @@
+"""The step model's constants from measured runs, and how far it is from each of them.
+
+Least squares of relative errors over every choice of the three constants, none negative; the choice with the least
+error counts, of equal ones that with fewer constants. Communication, update and the seconds of a step are not fitted:
+they are taken off first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.layouts import check_layout
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.config.schema import Config
+from megatron_ettin.plan.hardware import Gpu, find_gpu
+from megatron_ettin.plan.step_time import PUBLISHED, Constants, features, predict
+
+NEEDED = ("size", "gpus", "tokens_per_second_per_gpu")
+KNOWN = (*NEEDED, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
+CHOICES = [choice for n in (1, 2, 3) for choice in itertools.combinations(range(3), n)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: what it was, and the tokens a second of each GPU that came out."""
+
+    name: str
+    config: Config
+    gpus: int
+    gpu: Gpu
+    node: int
+    chunk_tokens: float
+    tokens_per_second_per_gpu: float
+
+    @property
+    def dp(self) -> int:
+        return check_layout(self.config, self.gpus)
+
+    @property
+    def step_seconds(self) -> float:
+        tokens = self.config.batch.global_batch_rows * self.config.data.seq_len
+        return tokens / self.gpus / self.tokens_per_second_per_gpu
+
+    def predicted(self, constants: Constants) -> float:
+        """Tokens a second of each GPU."""
+        time = predict(self.config, self.gpu, self.dp, self.chunk_tokens, constants, self.node).total
+        return self.tokens_per_second_per_gpu * self.step_seconds / time
+
+
+def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
+    """Runs of a JSON list, or of JSON lines: `size`, `gpus`, `tokens_per_second_per_gpu`, and where they differ from a
+    pretrain encoder on `gpu`: `objective`, `phase`, `gpu`, `gpus_per_node`, `chunk_tokens`, `words` (key=value of the
+    run). Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(one) for one in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--calibrate {path}: {error}") from None
+    if not rows:
+        raise UserError(f"--calibrate {path}: holds no runs")
+    return [_measured(path, number, row, gpu, own) for number, row in enumerate(rows, 1)]
+
+
+def _measured(path: Path, number: int, row: Any, gpu: Gpu, own: Path | None) -> Measured:
+    where = f"--calibrate {path}: run {number}"
+    if not isinstance(row, dict) or not row.keys() >= set(NEEDED):
+        raise UserError(f"{where}: has to have {', '.join(NEEDED)}")
+    if wrong := sorted(row.keys() - set(KNOWN)):
+        raise UserError(f"{where}: {wrong[0]!r} is no key; they are {', '.join(KNOWN)}")
+    speed = row["tokens_per_second_per_gpu"]
+    if not isinstance(speed, (int, float)) or not speed > 0:
+        raise UserError(f"{where}: tokens_per_second_per_gpu: {speed!r} is not a number above 0")
+    config = parse(row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), words=row.get("words", []))
+    part = find_gpu(row["gpu"], own) if "gpu" in row else gpu
+    chunk = row.get("chunk_tokens", config.data.seq_len)
+    name = f"{row['size']} {config.run.objective} on {row['gpus']}"
+    found = Measured(
+        name, config, int(row["gpus"]), part, int(row.get("gpus_per_node", part.gpus_per_node)), chunk, speed
+    )
+    check_layout(config, found.gpus)
+    return found
+
+
+def fit(runs: list[Measured]) -> Constants:
+    """Constants of these runs. One run fits one constant, two fit two."""
+    rows, wanted = [], []
+    nothing = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
+    for run in runs:
+        rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, nothing, run.node).total
+        pp, vp = run.config.parallel.pp, run.config.parallel.vp
+        share = features(run.config, run.gpu, run.dp, run.chunk_tokens)
+        count = run.config.batch.global_batch_rows / (run.dp * run.config.batch.micro_batch_rows)
+        longer = 1 + (pp - 1) / (vp * count)  # the bubble is of what is fitted
+        part = np.array([share.operations, share.traffic, share.token_layers]) * longer
+        rows.append(part / run.step_seconds)
+        wanted.append(max(0.0, 1 - rest / run.step_seconds))
+    best = _non_negative(np.array(rows), np.array(wanted))
+    return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds)
+
+
+def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The x >= 0 of least |a x - b|, found over every choice of columns (three have seven)."""
+    best, least = np.zeros(a.shape[1]), float("inf")
+    for choice in CHOICES:
+        if len(choice) > len(b):
+            continue
+        x, *_ = np.linalg.lstsq(a[:, choice], b, rcond=None)
+        error = float(np.linalg.norm(a[:, choice] @ x - b))
+        if (x >= 0).all() and error < least - 1e-9:
+            least, best = error, np.zeros(a.shape[1])
+            best[list(choice)] = x
+    return best
+
+
+def report(runs: list[Measured], constants: Constants) -> list[dict[str, Any]]:
+    """Measured and predicted tokens a second of each run, and the error in percent of the measured."""
+    rows = []
+    for run in runs:
+        predicted = run.predicted(constants)
+        measured = run.tokens_per_second_per_gpu
+        rows.append(
+            {
+                "run": run.name,
+                "measured": measured,
+                "predicted": predicted,
+                "error_percent": 100 * (predicted / measured - 1),
+            }
+        )
+    return rows
+
+
+def to_json(constants: Constants) -> dict[str, float]:
+    return dataclasses.asdict(constants)

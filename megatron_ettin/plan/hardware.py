@@ -1,0 +1,81 @@
+"""The parts that a plan is made for: gpus.yaml, and a user's own file over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.yaml_reading import load_yaml
+
+TABLE = Path(__file__).with_name("gpus.yaml")
+ALIASES = {"h100": "h100-sxm", "a100-80gb": "a100", "h200-sxm": "h200"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One part and its usual machine; see gpus.yaml for the units."""
+
+    name: str
+    bf16_tflops: float
+    fp8_tflops: float
+    memory_gib: float
+    memory_tb_per_s: float
+    link_gb_per_s: float
+    network_gb_per_s: float
+    gpus_per_node: int
+
+    @property
+    def flops(self) -> float:
+        return self.bf16_tflops * 1e12
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * 2**30)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.memory_tb_per_s * 1e12
+
+    def ring_rate(self, ranks: int, apart: int, node: int) -> float:
+        """Bytes a second that pass each point of a ring of `ranks` GPUs, every `apart`-th one of machines of `node`.
+        Rings between machines use the network of all of a machine's GPUs that are in them."""
+        inside = max(1, min(ranks, node // apart))
+        if ranks <= inside:
+            return self.link_gb_per_s * 1e9
+        return min(self.link_gb_per_s, inside * self.network_gb_per_s) * 1e9
+
+
+def find_gpu(name: str, own: Path | None = None) -> Gpu:
+    """The part of that name. Raises UserError with the names that there are."""
+    table = read_table(TABLE) | (read_table(own) if own is not None else {})
+    wanted = name.lower()
+    found = table.get(ALIASES.get(wanted, wanted))
+    if found is None:
+        raise UserError(
+            f"--gpu {name}: not known{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
+        )
+    return found
+
+
+def read_table(path: Path) -> dict[str, Gpu]:
+    """Parts of a file. Raises UserError naming the part and key that are wrong."""
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--gpus-file {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--gpus-file {path}: a mapping of parts was expected")
+    keys = [one.name for one in fields(Gpu) if one.name != "name"]
+    table = {}
+    for name, values in content.items():
+        if not isinstance(values, dict) or set(values) != set(keys):
+            raise UserError(f"--gpus-file {path}: {name}: has to have {', '.join(keys)}")
+        for key, value in values.items():
+            positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if not positive or (value == 0 and key != "fp8_tflops"):
+                raise UserError(f"--gpus-file {path}: {name}.{key}: {value!r} is not a number above 0")
+        table[str(name).lower()] = Gpu(str(name).lower(), **values)
+    return table

@@ -1,0 +1,153 @@
+"""Every layout of a number of GPUs: which are valid, how fast each is, what it holds; and why the others are not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ettin.config.checks import check
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.layouts import check_layout
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.sizes import tensor_parallel_degrees
+from megatron_ettin.plan.hardware import Gpu
+from megatron_ettin.plan.memory import Memory, estimate
+from megatron_ettin.plan.step_time import Constants, StepTime, operations_per_token, predict
+
+USABLE_MEMORY = 0.92  # the rest is the driver's, NCCL's and the allocator's gaps
+LONG_ROWS = 4096  # from here on context parallelism is looked at
+MOST_STAGES, CHUNKS = 16, (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One valid layout."""
+
+    config: Config
+    dp: int
+    time: StepTime
+    memory: Memory
+    row_tokens: float
+    chunk_tokens: float
+    gpus: int
+    gpu: Gpu
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.config.batch.global_batch_rows * self.row_tokens / self.time.total / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Of the dense bf16 peak, whatever the precision."""
+        return operations_per_token(self.config, self.chunk_tokens) * self.tokens_per_second_per_gpu / self.gpu.flops
+
+    def to_json(self) -> dict[str, Any]:
+        parallel = self.config.parallel
+        axes = {key: getattr(parallel, key) for key in ("tp", "pp", "vp", "cp")}
+        return {
+            **axes,
+            "dp": self.dp,
+            "micro_batch_rows": self.config.batch.micro_batch_rows,
+            **{key: getattr(parallel, key) for key in ("sequence_parallel", "distributed_optimizer", "overlap")},
+            "recompute": parallel.recompute,
+            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
+            "mfu": self.mfu,
+            "step_seconds": self.time.total,
+            "seconds": dataclasses.asdict(self.time),
+            "peak_memory_bytes": self.memory.total_bytes,
+            "memory_bytes": dataclasses.asdict(self.memory),
+        }
+
+
+@dataclass(frozen=True)
+class Rejected:
+    layout: str
+    reason: str
+
+
+def search(
+    config: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int
+) -> tuple[list[Planned], list[Rejected]]:
+    """(valid layouts, fastest first; the others with their reasons). Of each combination of degrees the best
+    micro-batch is kept, and recomputation is looked at only where it does not fit without."""
+    found, rejected = [], []
+    for degrees in combinations(config, gpus, node):
+        name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
+        options, reasons = [], []
+        for recompute in ("none", "full"):
+            for rows in micro_batch_sizes(config):
+                try:
+                    options.append(planned(config, degrees, rows, recompute, gpus, gpu, constants, chunk_tokens, node))
+                except UserError as error:
+                    reasons.append(str(error))
+            if options:
+                break
+        if options:
+            found.append(min(options, key=lambda one: one.time.total))
+        else:
+            rejected.append(Rejected(name, nearest_reason(reasons)))
+    found.sort(key=lambda one: one.time.total)
+    return found, rejected
+
+
+def nearest_reason(reasons: list[str]) -> str:
+    """Of all that were tried the one that lacks least: of memory the last, which is of the smallest micro-batch."""
+    lacking = [reason for reason in reasons if reason.startswith("does not fit")]
+    return lacking[-1] if lacking else reasons[0]
+
+
+def combinations(config: Config, gpus: int, node: int) -> Iterator[dict[str, int]]:
+    """Degrees that are worth a look: those that the configuration sets, else what the shape allows."""
+    own = config.parallel
+    degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
+    contexts = [1, 2, 4, 8] if config.data.seq_len >= LONG_ROWS else [1]
+    stages = [pp for pp in (1, 2, 4, 7, 8, 14, MOST_STAGES) if pp <= config.model.num_layers]
+    for tp in degrees if own.tp == 1 else [own.tp]:
+        for cp in contexts if own.cp == 1 else [own.cp]:
+            for pp in stages if own.pp == 1 else [own.pp]:
+                if tp * cp * pp <= gpus:
+                    chunks = (CHUNKS if own.vp == 1 else (own.vp,)) if pp > 1 else (1,)
+                    for vp in chunks:
+                        yield {"tp": tp, "cp": cp, "pp": pp, "vp": vp}
+
+
+def micro_batch_sizes(config: Config) -> list[int]:
+    """Divisors of the batch up to twice the recipe's micro-batch, the largest first."""
+    rows, most = config.batch.global_batch_rows, 2 * config.batch.micro_batch_rows
+    return [size for size in range(min(rows, most), 0, -1) if rows % size == 0]
+
+
+def planned(
+    config: Config, degrees: dict[str, int], rows: int, recompute: str, gpus: int, gpu: Gpu, constants: Constants,
+    chunk_tokens: float, node: int,
+) -> Planned:  # fmt: skip
+    """One layout. Raises UserError where it is not valid or does not fit."""
+    if degrees["tp"] > node:
+        raise UserError(f"tp {degrees['tp']} would span machines of {node} GPUs, on every layer's way")
+    parallel = dataclasses.replace(
+        config.parallel,
+        **degrees,  # type: ignore[arg-type]
+        sequence_parallel=degrees["tp"] > 1,
+        distributed_optimizer=config.optim.name != "muon",
+        overlap=True,
+        recompute=recompute,
+    )
+    batch = dataclasses.replace(config.batch, micro_batch_rows=rows)
+    one = dataclasses.replace(config, parallel=parallel, batch=batch)
+    dp = check_layout(one, gpus)
+    if dp > config.batch.global_batch_rows:
+        raise UserError(f"dp {dp} is more than the {config.batch.global_batch_rows} rows of a step")
+    check(one)
+    memory = estimate(one, dp)
+    room = int(gpu.memory_bytes * USABLE_MEMORY)
+    if memory.total_bytes > room:
+        raise UserError(
+            f"does not fit: {memory.total_bytes / 2**30:.1f} GiB of {room / 2**30:.1f} usable, with micro-batches of"
+            f" {rows} and recompute={recompute}"
+        )
+    row_tokens = config.data.mean_tokens_per_row or float(config.data.seq_len)
+    return Planned(
+        one, dp, predict(one, gpu, dp, chunk_tokens, constants, node), memory, row_tokens, chunk_tokens, gpus, gpu
+    )

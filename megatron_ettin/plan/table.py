@@ -1,0 +1,105 @@
+"""What `ettin plan` prints: the layouts as a table, their cost, and the YAML to paste."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.layouts import empty_rows
+from megatron_ettin.plan.search import Planned, Rejected
+
+SECONDS_A_DAY = 86_400
+SHOWN_REASONS = 5
+
+
+def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
+    """Days, GPU-hours and, with a price of a GPU's hour, money of the whole phase."""
+    speed = best.tokens_per_second_per_gpu * best.gpus
+    seconds = best.config.run.tokens / speed
+    found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
+    return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})
+
+
+def parallel_yaml(best: Planned) -> str:
+    """The groups to put into a --config file."""
+    keys = ("tp", "pp", "vp", "cp", "sequence_parallel", "distributed_optimizer", "overlap", "recompute")
+    groups = {
+        "parallel": {key: getattr(best.config.parallel, key) for key in keys},
+        "batch": {"micro_batch_rows": best.config.batch.micro_batch_rows},
+    }
+    return yaml.safe_dump(groups, sort_keys=False).rstrip()
+
+
+def layout_name(one: Planned) -> str:
+    parallel = one.config.parallel
+    axes = {"tp": parallel.tp, "pp": parallel.pp, "vp": parallel.vp, "cp": parallel.cp, "dp": one.dp}
+    return " ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp")
+
+
+def print_plan(
+    found: list[Planned], rejected: list[Rejected], top: int, price: float | None, errors: list[dict[str, Any]]
+) -> None:
+    console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
+    columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "dp", "GiB")
+    table = Table(*columns, box=None, header_style="", pad_edge=False)
+    for one in found[:top]:
+        seconds = one.time
+        shares = [seconds.bubble, seconds.exposed_tp, seconds.exposed_cp, seconds.exposed_dp]
+        again = ", recompute" if one.config.parallel.recompute != "none" else ""
+        table.add_row(
+            *(layout_name(one) + again, str(one.config.batch.micro_batch_rows)),
+            *(f"{one.tokens_per_second_per_gpu:,.0f}", f"{one.mfu:.1%}", f"{seconds.total:.3f}"),
+            *(f"{share / seconds.total:.1%}" for share in shares),
+            f"{one.memory.total_bytes / 2**30:.1f}",
+        )
+    console.print(table)
+    if len(found) > top:
+        console.print(f"... and {len(found) - top} slower ones (--top, --json)")
+    console.print(advantage(found))
+    if empty := empty_rows(best.config, best.dp):
+        console.print(f"of its micro-batches' places {empty:,} a step are empty: the batch is no multiple of dp x rows")
+    memory = dataclasses.asdict(best.memory)
+    parts = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**30:.1f}" for key, value in memory.items())
+    console.print(f"memory of its fullest GPU, GiB: {parts}")
+    cost = phase_cost(best, price)
+    money = f", {cost['cost']:,.0f} at {price:g} an hour" if price is not None else ""
+    console.print(
+        f"{best.config.run.phase}: {format_count(best.config.run.tokens)} tokens in {cost['days']:,.1f} days,"
+        f" {cost['gpu_hours']:,.0f} GPU-hours{money}"
+    )
+    for row in errors:
+        console.print(
+            f"calibration: {row['run']}: {row['predicted']:,.0f} predicted, {row['measured']:,.0f} measured"
+            f" ({row['error_percent']:+.1f} %)"
+        )
+    reasons = summary(rejected)
+    for reason in reasons[:SHOWN_REASONS]:
+        console.print(f"not: {reason}")
+    if len(reasons) > SHOWN_REASONS:
+        console.print(f"not: {len(reasons) - SHOWN_REASONS} more reasons (--json)")
+    console.print("\n" + parallel_yaml(best))
+
+
+def advantage(found: list[Planned]) -> str:
+    """By how much the best layout is ahead of the best one of another kind."""
+    best = found[0]
+    plain = [one for one in found if one.gpus == one.dp]
+    others = [one for one in found if (one.gpus == one.dp) != (best.gpus == best.dp)]
+    kind = "data parallelism with the distributed optimizer" if best in plain else layout_name(best)
+    if not others:
+        return f"fastest: {kind}"
+    ahead = best.tokens_per_second_per_gpu / others[0].tokens_per_second_per_gpu - 1
+    return f"fastest: {kind}, {ahead:.1%} ahead of {layout_name(others[0])}"
+
+
+def summary(rejected: list[Rejected]) -> list[str]:
+    """Layouts by the reason that they share, the first few reasons of each kind."""
+    by_reason: dict[str, list[str]] = {}
+    for one in rejected:
+        by_reason.setdefault(one.reason, []).append(one.layout)
+    return [f"{'; '.join(names[:4])}{' ...' * (len(names) > 4)}: {reason}" for reason, names in by_reason.items()]

@@ -1,0 +1,152 @@
+"""`ettin plan`: what it says of published runs, of layouts, of mistakes; its model against arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.plan import calibration
+from megatron_ettin.plan.hardware import find_gpu
+from megatron_ettin.plan.step_time import LINK_SHARE, PUBLISHED, predict
+
+# tokens/s of each of four H100, from the original's published hours
+PUBLISHED_RUNS = {"68m": 463e3, "150m": 296e3, "400m": 146e3, "1b": 64e3}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def runs_file(folder: Path, *sizes: str) -> Path:
+    rows = [
+        {"size": size, "gpus": 4, "gpu": "h100", "chunk_tokens": 615, "tokens_per_second_per_gpu": PUBLISHED_RUNS[size]}
+        for size in sizes
+    ]
+    path = folder / "runs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_calibrated_on_two_sizes_it_predicts_the_others(tmp_path: Path) -> None:
+    gpu = find_gpu("h100")
+    constants = calibration.fit(calibration.read_runs(runs_file(tmp_path, "150m", "400m"), gpu))
+    assert constants.operations == pytest.approx(PUBLISHED.operations, rel=0.02)  # the defaults are this fit
+    assert constants.token_layer_seconds == pytest.approx(PUBLISHED.token_layer_seconds, rel=0.02)
+    every = calibration.read_runs(runs_file(tmp_path, *PUBLISHED_RUNS), gpu)
+    errors = {row["run"].split()[0]: row["error_percent"] for row in calibration.report(every, constants)}
+    assert abs(errors["150m"]) < 0.1 and abs(errors["400m"]) < 0.1
+    assert abs(errors["68m"]) < 20 and abs(errors["1b"]) < 20, errors
+
+
+def test_512_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 1b fits one GPU: data parallelism with the distributed optimizer wins."""
+    found = plan(capsys, "--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain")
+    best = found["layouts"][0]
+    assert {key: best[key] for key in ("tp", "pp", "vp", "cp", "dp")} == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "dp": 512}
+    assert best["distributed_optimizer"]
+    assert {one["tp"] for one in found["layouts"]} <= {1, 2, 4}
+    speeds = [one["tokens_per_second_per_gpu"] for one in found["layouts"]]
+    assert speeds == sorted(speeds, reverse=True)
+    for one in found["layouts"]:
+        assert one["tp"] * one["pp"] * one["cp"] * one["dp"] == 512
+        assert one["step_seconds"] == pytest.approx(sum(one["seconds"].values()))
+        assert one["peak_memory_bytes"] == sum(one["memory_bytes"].values()) <= 0.92 * 80 * 2**30
+        assert 0 < one["mfu"] < 0.6
+    assert all(one["reason"] for one in found["rejected"]) and any("pp 7" in one["layout"] for one in found["rejected"])
+    cost = found["phase"]
+    assert cost["gpu_hours"] == pytest.approx(cost["tokens"] / (speeds[0] * 512) / 3600 * 512)
+
+
+def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "--size", "1b", "--gpus", "512", "--price", "2", "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of tp 2 dp 256" in out
+    assert "256 a step are empty" in out and "GPU-hours" in out and " at 2 an hour" in out
+    pasted = out[out.index("\nparallel:") :]
+    (tmp_path / "site.yaml").write_text(pasted)
+    assert yaml.safe_load(pasted)["batch"]["micro_batch_rows"] == 2
+    config = parse("1b", "mlm", "pretrain", tmp_path / "site.yaml")
+    assert config.parallel.overlap and config.batch.micro_batch_rows == 2
+
+
+def test_degrees_that_are_set_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, "--size", "400m", "--gpus", "16", "--gpu", "a100", "parallel.tp=2", "parallel.pp=2")
+    assert {(one["tp"], one["pp"]) for one in found["layouts"]} == {(2, 2)}
+
+
+def test_long_rows_of_a_small_gpu_are_recomputed_or_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(
+        capsys, "--size", "1b", "--gpus", "8", "--gpu", "l40s", "--phase", "extend", "batch.micro_batch_rows=4"
+    )
+    assert any(one["cp"] > 1 for one in found["layouts"])
+    assert all(one["peak_memory_bytes"] <= 0.92 * 48 * 2**30 for one in found["layouts"])
+
+
+def test_communication_by_hand() -> None:
+    """150m, bf16, in machines of eight: bytes of a ring over the rate that all the machine's NICs have together."""
+    words = ["parallel.tp=2", "parallel.sequence_parallel=true", "batch.micro_batch_rows=4", "parallel.overlap=false"]
+    gpu, config = find_gpu("h100"), parse("150m", "mlm", "pretrain", words=words)
+    found = predict(config, gpu, 32, 615, PUBLISHED, node=8)
+    steps, hidden = 2816 // (32 * 4), 4 * 1024 * 768 * 2
+    assert found.exposed_tp == pytest.approx(steps * 22 * 8 * hidden / 2 / (450e9 * LINK_SHARE))
+    weights = 149_014_272 / 2
+    assert found.exposed_dp == pytest.approx(weights * (4 + 2) * 31 / 32 / (4 * 50e9 * LINK_SHARE), rel=0.01)
+    piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=4"])
+    time = predict(piped, gpu, 32, 615, PUBLISHED, node=8)
+    assert time.bubble == pytest.approx(time.compute / steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus 8 --gpu h1000", "--gpu h1000: not known (did you mean 'h100'?)"),
+        ("--gpus 7 parallel.tp=2", "--gpus 7: no valid layout; the nearest: tp 2: parallel: tp 2 x pp 1 x cp 1 = 2"),
+        ("--gpus 1 --gpu cpu", "does not fit: 17.6 GiB of 11.0 usable, with micro-batches of 1 and recompute=full"),
+        ("--gpus 0", "--gpus 0: has to be above 0"),
+        ("--gpus 8 --gpu a100 precision.name=fp8-current", "fp8-current is not of a100, which has no FP8; use bf16"),
+        ("--gpus 8 --calibrate /nowhere", "--calibrate /nowhere: "),
+        ("--gpus 8 parallel.tp=8", "parallel.tp: 8 does not divide 28 heads"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert main(["plan", "--size", "1b", *words.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_parts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "gpus.yaml"
+    keys = (
+        "fp8_tflops: 0, memory_gib: 96, memory_tb_per_s: 4, link_gb_per_s: 100, network_gb_per_s: 25, gpus_per_node: 4"
+    )
+    path.write_text(f"mine: {{bf16_tflops: 500, {keys}}}\n")
+    found = plan(capsys, "--size", "17m", "--gpus", "4", "--gpu", "mine", "--gpus-file", str(path))
+    assert found["gpu"]["memory_gib"] == 96 and found["layouts"]
+    path.write_text(f"mine: {{bf16_tflops: fast, {keys}}}\n")
+    with pytest.raises(UserError, match=r"mine\.bf16_tflops: 'fast' is not a number above 0"):
+        find_gpu("mine", path)
+    path.write_text("mine: {bf16_tflops: 500}\n")
+    with pytest.raises(UserError, match="mine: has to have bf16_tflops, fp8_tflops"):
+        find_gpu("mine", path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"size": "1b", "gpus": 4}, "run 1: has to have size, gpus, tokens_per_second_per_gpu"),
+        ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": 0}, "0 is not a number above 0"),
+        ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": 9, "tps": 1}, "'tps' is no key; they are size, gpus"),
+    ],
+)
+def test_runs_that_are_none(tmp_path: Path, line: dict, message: str) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=message):
+        calibration.read_runs(path, find_gpu("h100"))
