@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": ("prepare", "text -> an indexed, tokenized dataset"),
     "inspect": ("inspect", "what a dataset, checkpoint or run holds; --verify checks every checksum"),
     "train": ("train", "train an encoder or a decoder; resumes by itself"),
+    "bench": ("bench", "how fast a run trains here, over layouts, precisions, micro-batches"),
     "plan": ("plan", "layouts of N GPUs ranked by predicted speed, their memory, a phase's cost"),
     "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
@@ -76,7 +77,7 @@ def dispatch(arguments: list[str]) -> int:
     )
     module.add_arguments(parser)
     # key=value words of `train` may stand before and after options; argparse cannot do that with subcommands
-    parse = parser.parse_intermixed_args if name in ("train", "plan") else parser.parse_args
+    parse = parser.parse_intermixed_args if name in ("train", "plan", "bench") else parser.parse_args
     return int(module.run(parse(rest)) or 0)
 
 

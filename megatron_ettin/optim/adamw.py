@@ -129,7 +129,7 @@ class StableAdamW(DecoupledAdamW):
         b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
         if self._is_fused(p):
             whole = self.tensors[p][0].whole
-            flat = [one.view(-1) for one in (g, state["exp_avg"], state["exp_avg_sq"])]
+            flat = (_flat(g), _flat(state["exp_avg"]), _flat(state["exp_avg_sq"]))
             found = update_moments(*flat, self._scalar(b1), self._scalar(b2), eps * eps)
             if whole.counts:
                 sums[whole.index] = found
@@ -146,8 +146,8 @@ class StableAdamW(DecoupledAdamW):
         m, v, eps = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["eps"]
         if self._is_fused(p):
             rate = (group["lr"] / clips.tensor[self.tensors[p][0].whole.index]).to(p.dtype)
-            decay = group["weight_decay"] * group["wd_mult"] / group["max_lr"]
-            update_weights(p.view(-1), m.view(-1), v.view(-1), rate, decay, eps)
+            kept = 1 - rate * (group["weight_decay"] * group["wd_mult"] / group["max_lr"])
+            update_weights(_flat(p), _flat(m), _flat(v), rate, kept, eps)
             return
         denominator = v.sqrt().add_(eps)
         for piece in self.tensors[p]:
@@ -169,6 +169,11 @@ class StableAdamW(DecoupledAdamW):
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A view only where it has to be: the compiler makes another kernel for each kind of tensor behind a view."""
+    return tensor if tensor.ndim == 1 else tensor.view(-1)
 
 
 def _gradient(p: torch.Tensor) -> torch.Tensor:

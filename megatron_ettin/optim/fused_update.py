@@ -23,7 +23,7 @@ def update_moments(
 
 @fusible_at_any_size
 def update_weights(
-    p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, decay: float, eps: float
+    p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, kept: torch.Tensor, eps: float
 ) -> None:
-    """`p` in place at the clipped learning rate `lr`; `decay`: what a weight loses for a learning rate of 1."""
-    p.mul_(1 - lr * decay).sub_(lr * m / (v.sqrt() + eps))
+    """`p` in place at the clipped learning rate `lr`; `kept`: what the decay leaves of a weight."""
+    p.mul_(kept).sub_(lr * m / (v.sqrt() + eps))

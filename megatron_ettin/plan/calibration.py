@@ -19,7 +19,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
-from megatron_ettin.plan.hardware import Gpu, find_gpu
+from megatron_ettin.plan.hardware import ALIASES, TABLE, Gpu, find_gpu, read_table
 from megatron_ettin.plan.step_time import PUBLISHED, Constants, features, predict
 
 NEEDED = ("size", "gpus", "tokens_per_second_per_gpu")
@@ -63,9 +63,24 @@ def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(one) for one in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--calibrate {path}: {error}") from None
+    rows = [_of_bench(row, own) for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]
     if not rows:
         raise UserError(f"--calibrate {path}: holds no runs")
     return [_measured(path, number, row, gpu, own) for number, row in enumerate(rows, 1)]
+
+
+def _of_bench(row: Any, own: Path | None) -> Any:
+    """A line of `ettin bench` as a run: the batch it cut is part of its words."""
+    if not isinstance(row, dict) or "state" not in row:
+        return row
+    batch = [f"batch.micro_batch_rows={row['micro_batch_rows']}", f"batch.global_batch_rows={row['global_batch_rows']}"]
+    found = {key: row[key] for key in ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")}
+    found |= {"words": [*row["words"], *batch, "batch.warmup_tokens=0"]}
+    found |= {"chunk_tokens": row["chunk_tokens"]} if row.get("chunk_tokens") else {}
+    names = sorted({**ALIASES, **read_table(TABLE), **(read_table(own) if own else {})}, key=len, reverse=True)
+    device = row["device"].lower().replace(" ", "-")
+    part = next((name for name in names if name in device), None)
+    return found | ({"gpu": part} if part is not None else {})
 
 
 def _measured(path: Path, number: int, row: Any, gpu: Gpu, own: Path | None) -> Measured:

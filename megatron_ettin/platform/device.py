@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -44,6 +46,37 @@ class Platform:
     def synchronize(self) -> None:
         if self.is_gpu:
             torch.cuda.synchronize()
+
+    def moment(self) -> Any:
+        """Now, in the order of the device's work: for `seconds_between`."""
+        if not self.is_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Of two moments; on a GPU once it is synchronized."""
+        return first.elapsed_time(last) / 1e3 if self.is_gpu else last - first
+
+    def measured_peak_flops(self, dtype: torch.dtype) -> float:
+        """Operations a second of a large matrix product here: what a CPU's speed is divided by."""
+        n = 8192 if self.is_gpu else 1024
+        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(8):
+            self.synchronize()
+            began = time.perf_counter()
+            torch.mm(a, b)
+            self.synchronize()
+            best = min(best, time.perf_counter() - began)
+        return 2 * n**3 / best
+
+    def forget_peak_memory(self) -> None:
+        """Count from here; a process's resident set cannot be counted anew."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: allocated on the GPU, or the process's resident set."""

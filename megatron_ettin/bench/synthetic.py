@@ -1,0 +1,49 @@
+"""Rows for a benchmark without a dataset: full ones, of chunks whose lengths are those of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ettin.data.order import Row
+
+SPREAD = 1.0  # of the logarithm of a document's length
+SPECIALS = 5  # ids that are no words
+
+
+@dataclass(frozen=True)
+class SyntheticRows:
+    """Stands where a corpus does. A row is a function of its position; chunks have `chunk_tokens` tokens on average,
+    lognormally spread, and never more than the row."""
+
+    seq_len: int
+    chunk_tokens: float
+    vocab_size: int
+    special_ids: tuple[int, ...] = tuple(range(SPECIALS))
+    pad_id: int = 3
+    mask_id: int = 4
+
+    @property
+    def mean_tokens_per_row(self) -> float:
+        return float(self.seq_len)
+
+    def place_of(self, counted: Sequence[int]) -> np.ndarray:
+        return np.asarray(counted, np.int64)
+
+    def span_of(self, first: int, end: int) -> tuple[int, int]:
+        return first, end
+
+    def rows(self, positions: Sequence[int]) -> list[Row]:
+        return [self.row(int(position)) for position in positions]
+
+    def row(self, position: int) -> Row:
+        drawn = np.random.default_rng(position)
+        lengths: list[int] = []
+        while (room := self.seq_len - sum(lengths)) > 0:
+            mean = np.log(self.chunk_tokens) - SPREAD**2 / 2
+            lengths.append(min(room, max(8, int(drawn.lognormal(mean, SPREAD)))))
+        tokens = drawn.integers(SPECIALS, self.vocab_size, self.seq_len)
+        found = np.array(lengths, np.int64)
+        return Row(tokens, found, 0, position, np.arange(len(found)), position)

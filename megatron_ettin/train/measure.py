@@ -1,0 +1,138 @@
+"""Timing training steps of a run as `ettin train` does them: the same assembly, loader and step, nothing written.
+
+Warm-up steps first, then steps whose seconds count, then two with timers in them for the phases of a step, which are
+not counted: timers cost a little themselves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ettin import parallel
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.model.build import DTYPES
+from megatron_ettin.platform import Platform
+from megatron_ettin.platform.rendezvous import Place, join, leave
+from megatron_ettin.train.assembly import Machine, assemble
+from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.loader import LoadedBatch, Loader, worker_count
+from megatron_ettin.train.step import StepInfo, train_step
+from megatron_ettin.train.timers import PhaseTimers
+
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Steps of a measurement."""
+
+    warm_up: int
+    counted: int
+
+
+def measure(config: Config, corpus: Any, place: Place, platform: Platform, lengths: Lengths) -> dict[str, Any]:
+    """Figures of one run on all ranks, equal on every rank. Raises UserError, or torch's error of a full device."""
+    machine = None
+    platform.forget_peak_memory()
+    try:
+        join(place, platform)
+        machine = assemble(config, platform, place.world)
+        batches = Batches.of(config, corpus, machine.layout, platform.device)
+        workers = worker_count(config.data.workers, platform.is_gpu)
+        end = lengths.warm_up + lengths.counted + TIMED_STEPS
+        loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
+        try:
+            infos = [
+                train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step))
+                for step in range(lengths.warm_up + lengths.counted)
+            ][lengths.warm_up :]
+            phases = timed(machine, batches, loader, lengths.warm_up + lengths.counted)
+        finally:
+            loader.close()
+        return figures(machine, infos, phases)
+    finally:
+        if machine is not None:
+            machine.close()
+        parallel.destroy()
+        leave()
+
+
+def out_of_memory() -> type[BaseException]:
+    """What torch raises where a device's memory does not suffice."""
+    return torch.OutOfMemoryError
+
+
+def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> dict[str, float]:
+    """Seconds of a step's phases on this rank, and what they leave over."""
+    timers = PhaseTimers(machine.platform)
+    settings = machine.chunks[0].config
+    optimizer: Any = machine.optimizer
+    update = optimizer.step
+
+    def timed_update(lr: float) -> float:
+        timers("optimizer").start()
+        try:
+            return update(lr)
+        finally:
+            timers("optimizer").stop()
+
+    settings.timers, settings.barrier_with_L1_time, optimizer.step = timers, False, timed_update
+    try:
+        seconds = 0.0
+        for step in range(first, first + TIMED_STEPS):
+            waited = waiting(loader.step(step), timers)
+            seconds += train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited).seconds
+    finally:
+        settings.timers, optimizer.step = None, update
+    found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
+    return found | {"other": max(0.0, seconds / TIMED_STEPS - sum(found.values()))}
+
+
+def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
+    while True:
+        timers("data").start()
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        finally:
+            timers("data").stop()
+        yield batch
+
+
+def figures(machine: Machine, infos: list[StepInfo], phases: dict[str, float]) -> dict[str, Any]:
+    """What is kept of the steps."""
+    world, platform = machine.layout.topology.world, machine.platform
+    speeds = [info.step_tokens / info.seconds for info in infos]
+    rates = [info.flops / info.seconds / world for info in infos]
+    dtype = DTYPES[PRECISIONS[machine.config.precision.name].compute]
+    peak, source = platform.peak_flops, f"data sheet of {platform.name}, dense bf16"
+    if peak is None:
+        peak, source = platform.measured_peak_flops(dtype), f"largest matrix product measured here, {dtype}"
+    names = sorted(phases)  # the same on every rank
+    memory = [float(platform.peak_memory_bytes() if rank == machine.layout.rank else 0) for rank in range(world)]
+    sums = machine.layout.sum_over_world([*(phases[name] for name in names), *memory], platform.device)
+    middle = statistics.median(speeds)
+    return {
+        "tokens_per_second": middle,
+        "tokens_per_second_per_gpu": middle / world,
+        "tokens_per_second_range": [min(speeds), max(speeds)],
+        "step_seconds": [info.seconds for info in infos],
+        "tflops_per_second_per_gpu": statistics.median(rates) / 1e12,
+        "mfu": statistics.median(rates) / peak,
+        "peak_flops": peak,
+        "peak_source": source,
+        "peak_memory_bytes": int(max(sums[len(names) :])),
+        "phase_seconds": {name: value / world for name, value in zip(names, sums, strict=False)},
+        "layout": str(machine.layout.topology),
+        "attention": machine.chunks[0].config.backend.attention.name,
+        "steps": len(infos),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,131 @@
+"""`ettin bench` through real ranks: what it writes, goes on with, refuses, compares and draws. No second is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ettin.bench import results
+from megatron_ettin.bench.synthetic import SyntheticRows
+from megatron_ettin.cli.main import main
+from tests.pool import Pool
+from tests.train.runs import TINY
+
+pytestmark = pytest.mark.ranks
+SHAPE = [word for word in TINY if not word.startswith(("batch.", "metrics.", "checkpoint."))]
+
+
+def bench(pool: Pool, world: int, out: Path, *words: str) -> str:
+    line = ["bench", "--size", "17m", "--quick", "--out", str(out), *words, *SHAPE]
+    found = pool.run(world, line)
+    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
+    return found[0].output
+
+
+def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
+    out, picture = tmp_path / "bench.jsonl", tmp_path / "bench.png"
+    words = ["--sweep", "parallel.tp=1,2,3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
+    said = bench(pool, 2, out, *words)
+    rows = results.read(out)
+    states = {results.name_of(row).partition("parallel.tp")[2]: row["state"] for row in rows.values()}
+    assert states == {
+        **{f"={tp} batch.micro_batch_rows={rows}": "done" for tp in (1, 2) for rows in (1, 2)},
+        **{f"=3 batch.micro_batch_rows={rows}": "invalid" for rows in (1, 2)},
+    }
+    for row in rows.values():
+        if row["state"] == "invalid":
+            assert "parallel.tp: 3 does not divide 4 heads" in row["reason"]
+            continue
+        tp = int(next(word for word in row["words"] if "tp=" in word)[-1])
+        assert row["layout"] == ("dp 2" if tp == 1 else "tp 2 dp 1") and row["gpus"] == 2
+        assert row["global_batch_rows"] == row["micro_batch_rows"] * 2 * (2 // tp) and len(row["step_seconds"]) == 3
+        low, high = row["tokens_per_second_range"]
+        assert 0 < low <= row["tokens_per_second"] <= high
+        assert row["mfu"] * row["peak_flops"] == pytest.approx(row["tflops_per_second_per_gpu"] * 1e12)
+        assert "measured here" in row["peak_source"] and row["peak_memory_bytes"] > 2**20
+        phases = row["phase_seconds"]
+        assert phases["forward"] > 0 and phases["backward"] > 0 and phases["optimizer"] > 0
+    assert "MFU: of" in said and "a step of the fastest" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # again: nothing is measured, the same is told
+    before = out.read_text()
+    assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *words) and out.read_text() == before
+    # one that began and took its process along is not begun again by itself
+    key, row = next(iter(rows.items()))
+    began = {name: row[name] for name in results.SAME} | {"state": "began"}
+    out.write_text(json.dumps(began) + "\n")
+    assert "it ended the process" in bench(
+        pool, 2, out, "--sweep", "parallel.tp=1", "--sweep", "batch.micro_batch_rows=1"
+    )
+    assert results.read(out).keys() == {key}
+
+
+def test_real_rows_and_pipeline_stages(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2")
+    (row,) = results.read(tmp_path / "b.jsonl").values()
+    assert row["chunk_tokens"] is None and row["layout"].startswith("pp 2 dp 1")
+    assert row["phase_seconds"]["pipeline transfers"] > 0 and "pipeline transfers" in said
+
+
+def test_a_plan_is_calibrated_by_it(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b.jsonl"
+    bench(pool, 1, out, "--sweep", "batch.micro_batch_rows=1,4")
+    words = ["--gpus", "1", "--gpu", "cpu", "--calibrate", str(out), "--json", *SHAPE]
+    assert main(["plan", "--size", "17m", *words]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["calibration"]) == 2 and answer["layouts"]
+    assert all(abs(row["error_percent"]) < 100 for row in answer["calibration"])
+
+
+def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"size": "17m", "objective": "mlm", "phase": "pretrain", "gpus": 1, "device": "cpu", "state": "done"}
+
+    def write(name: str, speeds: dict[str, float]) -> Path:
+        path = tmp_path / name
+        for word, speed in speeds.items():
+            around = [0.99 * speed, 1.01 * speed]
+            results.append(
+                path, common | {"words": [word], "tokens_per_second": speed, "tokens_per_second_range": around}
+            )
+        return path
+
+    old = write("old", {"a=1": 100.0, "b=1": 100.0, "c=1": 100.0, "d=1": 1.0})
+    new = write("new", {"a=1": 110.0, "b=1": 103.0, "c=1": 90.0})
+    assert main(["bench", "--compare", str(old), str(new)]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[2] for line in lines] == ["a=1", "b=1", "c=1"]
+    assert lines[0].endswith("faster") and lines[1].endswith("4.0%") and lines[2].endswith("SLOWER")
+    assert main(["bench", "--compare", str(old), str(tmp_path / "none")]) == 2
+    assert "no measurement is in both" in capsys.readouterr().err
+
+
+def test_synthetic_rows() -> None:
+    source = SyntheticRows(1024, 300.0, 1000)
+    rows = source.rows(range(400))
+    assert all(len(row.tokens) == row.lengths.sum() == 1024 for row in rows)
+    assert (source.row(7).tokens == rows[7].tokens).all()
+    lengths = np.concatenate([row.lengths[:-1] for row in rows])  # a row's last is cut
+    assert 100 < lengths.mean() < 300 and min(row.tokens.min() for row in rows) >= 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--size: is missing"),
+        (["--size", "17m", "--steps", "0"], "--steps 0: has to be above 0"),
+        (["--size", "17m", "--sweep", "parallel.tpp=1"], "no such key (did you mean 'parallel.tp'?)"),
+    ],
+)
+def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *words, "run.device=cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and not (tmp_path / "b.jsonl").exists()
+
+
+def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.jsonl").write_text("nothing\n")
+    assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
+    assert "b.jsonl:1: is no result of `ettin bench`" in capsys.readouterr().err
