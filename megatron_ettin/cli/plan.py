@@ -6,21 +6,25 @@ Predictions come from a model of a step whose constants are fitted to the publis
 Example:
   ettin plan --size 1b --gpus 512 --gpu h100 --phase pretrain
   ettin plan --size 1b --gpus 64 --gpu h100 --phase extend --calibrate runs.jsonl --price 2.5
+  ettin plan --size 1b --gpu h100 --scale 8:4096 --picture scaling.png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.plan.hardware import Gpu
-    from megatron_ettin.plan.search import Rejected
+    from megatron_ettin.plan.step_time import Constants
 
+POSITIVE = (
+    *("gpus", "gpus_per_node", "chunk_tokens", "price", "top"),
+    *("mtbf_hours", "checkpoint_seconds", "restart_seconds"),
+)
 PUBLISHED_CHUNK_TOKENS = 615.4  # mean of the recipe's pretraining mixture
 
 
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", required=True)
     parser.add_argument("--objective", default="mlm")
     parser.add_argument("--phase", default="pretrain")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N")
+    parser.add_argument("--gpus", type=int, metavar="N")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of a machine (what is usual for the GPU)")
     parser.add_argument("--gpus-file", type=Path, metavar="YAML", help="parts of your own, as plan/gpus.yaml has them")
@@ -36,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU's hour")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
+    parser.add_argument(
+        "--scale", metavar="FIRST:LAST", help="or N,N,...: speed, efficiency and goodput on so many GPUs"
+    )
+    parser.add_argument("--curve", type=Path, metavar="JSON", help="{GPUs: tokens/s of each} measured, for --scale")
+    parser.add_argument("--mtbf-hours", type=float, default=50_000.0, help="of one GPU, for --scale (%(default)s)")
+    parser.add_argument("--checkpoint-seconds", type=float, default=30.0, help="for --scale (%(default)s)")
+    parser.add_argument("--restart-seconds", type=float, default=300.0, help="for --scale (%(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="of --scale")
     parser.add_argument("--config", type=Path, metavar="YAML", help="a site file, as of `ettin train`")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -48,10 +60,10 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
-    from megatron_ettin.plan.search import search
+    from megatron_ettin.plan.search import nearest_miss, search
     from megatron_ettin.plan.step_time import PUBLISHED
 
-    for key in ("gpus", "gpus_per_node", "chunk_tokens", "price", "top"):
+    for key in POSITIVE:
         value = getattr(args, key)
         if value is not None and value <= 0:
             raise UserError(f"--{key.replace('_', '-')} {value}: has to be above 0")
@@ -63,6 +75,15 @@ def run(args: argparse.Namespace) -> None:
     errors = calibration.report(runs, constants)
     default = min(PUBLISHED_CHUNK_TOKENS, config.data.seq_len) if args.phase == "pretrain" else config.data.seq_len
     node = args.gpus_per_node or gpu.gpus_per_node
+    if not args.scale:
+        for key in ("curve", "picture"):
+            if getattr(args, key):
+                raise UserError(f"--{key}: is of --scale")
+    else:
+        print_scaling(args, config, gpu, constants, args.chunk_tokens or float(default), node)
+        return
+    if args.gpus is None:
+        raise UserError("--gpus: is missing (or --scale FIRST:LAST)")
     found, rejected = search(config, args.gpus, gpu, constants, args.chunk_tokens or float(default), node)
     if not found:
         raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest_miss(rejected)}")
@@ -80,16 +101,33 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(answer, indent=1))
 
 
+def print_scaling(
+    args: argparse.Namespace, config: Config, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int
+) -> None:
+    """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
+    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.plan import scale_table
+    from megatron_ettin.plan.scaling import Failures, Growth
+
+    numbers = scale_table.numbers_of(args.scale)
+    growth = scale_table.read_curve(args.curve) if args.curve else Growth(8)
+    failures = Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
+    rows = scale_table.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node)
+    if args.picture:
+        try:
+            args.picture.write_bytes(scale_table.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
+        except OSError as error:
+            raise UserError(f"--picture {args.picture}: {error.strerror}") from None
+    if not args.json:
+        print(scale_table.table(rows))
+        return
+    answer = {"growth": vars(growth), "failures": vars(failures), "rows": [vars(row) for row in rows]}
+    print(json.dumps(answer, indent=1))
+
+
 def check_fp8(config: Config, gpu: Gpu) -> None:
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.config.precisions import PRECISIONS
 
     if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
         raise UserError(f"precision.name: {config.precision.name} is not of {gpu.name}, which has no FP8; use bf16")
-
-
-def nearest_miss(rejected: Sequence[Rejected]) -> str:
-    """The layout that lacks least: memory says which limit to relax, else the first that does not divide."""
-    short = [one for one in rejected if one.reason.startswith("does not fit")]
-    best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
-    return f"{best.layout}: {best.reason}"

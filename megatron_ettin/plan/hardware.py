@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ import yaml
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.yaml_reading import load_yaml
 
+MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
 TABLE = Path(__file__).with_name("gpus.yaml")
 ALIASES = {"h100": "h100-sxm", "a100-80gb": "a100", "h200-sxm": "h200"}
 
@@ -26,6 +28,8 @@ class Gpu:
     link_gb_per_s: float
     network_gb_per_s: float
     gpus_per_node: int
+    link_us: float = 3.4  # of a ring's step to the next GPU; NCCL's own model of its "Simple" protocol has these
+    network_us: float = 14.0
 
     @property
     def flops(self) -> float:
@@ -46,6 +50,21 @@ class Gpu:
         if ranks <= inside:
             return self.link_gb_per_s * 1e9
         return min(self.link_gb_per_s, inside * self.network_gb_per_s) * 1e9
+
+    def ring_latency(self, ranks: int, apart: int, node: int) -> float:
+        """Seconds that a first byte takes around such a ring: a gather or a scatter of next to nothing."""
+        machines = self._machines(ranks, apart, node)
+        return ((ranks - machines) * self.link_us + (machines - 1) * self.network_us) * 1e-6
+
+    def reduce_latency(self, ranks: int, apart: int, node: int) -> float:
+        """Of an all-reduce: around the ring twice, or up and down a tree of machines where that is faster."""
+        machines = self._machines(ranks, apart, node)
+        chain, levels = -(-ranks // machines) - 1, math.ceil(math.log2(machines))
+        tree = 2 * (chain * self.link_us + levels * self.network_us) * 1e-6
+        return min(2 * self.ring_latency(ranks, apart, node), tree)
+
+    def _machines(self, ranks: int, apart: int, node: int) -> int:
+        return -(-ranks // max(1, min(ranks, node // apart)))
 
 
 def find_gpu(name: str, own: Path | None = None) -> Gpu:
@@ -68,14 +87,16 @@ def read_table(path: Path) -> dict[str, Gpu]:
         raise UserError(f"--gpus-file {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"--gpus-file {path}: a mapping of parts was expected")
-    keys = [one.name for one in fields(Gpu) if one.name != "name"]
+    keys = {one.name: one.default is MISSING for one in fields(Gpu) if one.name != "name"}
+    needed = [key for key, is_needed in keys.items() if is_needed]
     table = {}
     for name, values in content.items():
-        if not isinstance(values, dict) or set(values) != set(keys):
-            raise UserError(f"--gpus-file {path}: {name}: has to have {', '.join(keys)}")
+        if not isinstance(values, dict) or not set(needed) <= set(values) <= set(keys):
+            others = ", ".join(sorted(set(keys) - set(needed)))
+            raise UserError(f"--gpus-file {path}: {name}: has to have {', '.join(needed)}; may have {others}")
         for key, value in values.items():
             positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if not positive or (value == 0 and key != "fp8_tflops"):
+            if not positive or (value == 0 and key not in MAY_BE_ZERO):
                 raise UserError(f"--gpus-file {path}: {name}.{key}: {value!r} is not a number above 0")
         table[str(name).lower()] = Gpu(str(name).lower(), **values)
     return table

@@ -88,6 +88,10 @@ def search(
             found.append(min(options, key=lambda one: one.time.total))
         else:
             rejected.append(Rejected(name, nearest_reason(reasons)))
+    if not found and not rejected:
+        own = config.parallel
+        name = f"tp {own.tp} pp {own.pp} cp {own.cp}"
+        rejected.append(Rejected(name, f"needs {own.tp * own.pp * own.cp} GPUs, there are {gpus}"))
     found.sort(key=lambda one: one.time.total)
     return found, rejected
 
@@ -151,3 +155,10 @@ def planned(
     return Planned(
         one, dp, predict(one, gpu, dp, chunk_tokens, constants, node), memory, row_tokens, chunk_tokens, gpus, gpu
     )
+
+
+def nearest_miss(rejected: list[Rejected]) -> str:
+    """The layout that lacks least: memory says which limit to relax, else the first that does not divide."""
+    short = [one for one in rejected if one.reason.startswith("does not fit")]
+    best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
+    return f"{best.layout}: {best.reason}"

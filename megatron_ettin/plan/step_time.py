@@ -3,12 +3,14 @@
 A part's seconds are what it moves or computes over the rate of the part it runs on, times a constant. Three constants
 are fitted to measured runs (calibration.py): operations at the peak, a cost a token and layer, traffic of element-wise
 work. Communication is that of rings (each rank sends 2 (n-1)/n of what is all-reduced, (n-1)/n of what is gathered or
-scattered) at the links' rates; only what `parallel.overlap` hides is taken as hidden. Sources: Megatron-LM (arXiv
-2104.04473) for the pipeline's bubble, (2205.05198) for sequence parallelism's traffic."""
+scattered) at the links' rates, and a latency for each rank passed; only what `parallel.overlap` hides is taken as
+hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble, (2205.05198) for sequence parallelism."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import asdict, dataclass
 
 from megatron_ettin.config.balance import layer_operations
@@ -37,6 +39,14 @@ class Constants:
     traffic: float = 0.0
     step_seconds: float = 0.005
 
+    def seconds(self, found: Features) -> float:
+        """Of forward and backward."""
+        return (
+            self.operations * found.operations
+            + self.traffic * found.traffic
+            + self.token_layer_seconds * found.token_layers
+        )
+
 
 # fitted to the original's published 150m and 400m on four H100 (296k and 146k tokens/s each); its 68m and 1b are then
 # predicted within 2 % and 8 %: tests/plan/test_plan.py
@@ -50,6 +60,11 @@ class Features:
     operations: float
     traffic: float
     token_layers: float
+
+    def plus(self, other: Features) -> Features:
+        return Features(
+            self.operations + other.operations, self.traffic + other.traffic, self.token_layers + other.token_layers
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,8 @@ def operations_per_token(config: Config, chunk_tokens: float) -> float:
     return mean_flops_per_token(dataclasses.replace(config, data=data))
 
 
-def features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> Features:
-    """Of one rank's micro-batches, on the busiest pipeline stage."""
+def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:
+    """Of one rank's micro-batches, on each pipeline stage in model order."""
     model, parallel, count = config.model, config.parallel, micro_batches(config, dp)
     tokens = count * config.batch.micro_batch_rows * config.data.seq_len / parallel.cp
     operations = operations_per_token(config, chunk_tokens)
@@ -86,42 +101,41 @@ def features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> Features
     speedup = FP8_SPEEDUP.get(config.precision.name, 1.0)
     a_token = (operations - linear + linear / speedup) * again / parallel.tp
     wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1  # half of the rate, twice the bytes
-    share, layers = busiest_stage(config)
     slices = parallel.tp if parallel.sequence_parallel else 1
-    moved = wide * layers * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
-    return Features(
-        operations=a_token * share * tokens * wide / gpu.flops,
-        traffic=moved * tokens / gpu.bytes_per_second,
-        token_layers=layers * tokens * REFERENCE_BANDWIDTH / gpu.bytes_per_second / max(1, parallel.tp),
-    )
+    moved = wide * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
+    costs, begin, found = layer_operations(config), 0, []
+    for layers in stage_layers(config):
+        share = sum(costs[begin : begin + layers]) / sum(costs)
+        begin += layers
+        found.append(
+            Features(
+                operations=a_token * share * tokens * wide / gpu.flops,
+                traffic=layers * moved * tokens / gpu.bytes_per_second,
+                token_layers=layers * tokens * REFERENCE_BANDWIDTH / gpu.bytes_per_second / parallel.tp,
+            )
+        )
+    return found
 
 
-def busiest_stage(config: Config) -> tuple[float, float]:
-    """(share of the model's operations, layers) of the pipeline stage that has most."""
-    parallel, costs = config.parallel, layer_operations(config)
-    found, begin = [[0.0, 0.0] for _ in range(parallel.pp)], 0
-    for number, length in enumerate(stage_layers(config)):
-        found[number % parallel.pp][0] += sum(costs[begin : begin + length])
-        found[number % parallel.pp][1] += length
-        begin += length
-    share, layers = max(found)
-    return share / sum(costs), layers
+def features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: Constants = PUBLISHED) -> Features:
+    """Of one rank's micro-batches, on the pipeline rank that `constants` make the busiest."""
+    stages, pp = stage_features(config, gpu, dp, chunk_tokens), config.parallel.pp
+    ranks = [functools.reduce(Features.plus, stages[rank::pp]) for rank in range(pp)]
+    return max(ranks, key=constants.seconds)
 
 
-def ring(bytes_: float, ranks: int, rate: float) -> float:
-    """Seconds to gather or to scatter `bytes_` over a ring; an all-reduce is both."""
-    return bytes_ * (ranks - 1) / ranks / (rate * LINK_SHARE) if ranks > 1 else 0.0
+def ring(gpu: Gpu, bytes_: float, ranks: int, apart: int, node: int, pieces: int = 1) -> float:
+    """Seconds to gather or to scatter `bytes_` over a ring of every `apart`-th GPU, in so many pieces."""
+    if ranks == 1:
+        return 0.0
+    rate = gpu.ring_rate(ranks, apart, node) * LINK_SHARE
+    return bytes_ * (ranks - 1) / ranks / rate + pieces * gpu.ring_latency(ranks, apart, node)
 
 
 def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: Constants, node: int) -> StepTime:
     """Seconds of a step on `gpu`s in machines of `node`. Ranks of tp lie next to each other, then cp, dp, pp."""
     parallel, count = config.parallel, micro_batches(config, dp)
-    found = features(config, gpu, dp, chunk_tokens)
-    compute = (
-        constants.operations * found.operations
-        + constants.traffic * found.traffic
-        + constants.token_layer_seconds * found.token_layers
-    )
+    compute = constants.seconds(features(config, gpu, dp, chunk_tokens, constants))
     bubble = compute * (parallel.pp - 1) / (parallel.vp * count)
     tp, cp, pp = communication(config, gpu, dp, node)
     return StepTime(
@@ -139,36 +153,71 @@ def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: C
 def communication(config: Config, gpu: Gpu, dp: int, node: int) -> tuple[float, float, float]:
     """Seconds a step of tensor, context and pipeline parallelism."""
     model, parallel, count = config.model, config.parallel, micro_batches(config, dp)
-    element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
-    hidden = config.batch.micro_batch_rows * config.data.seq_len / parallel.cp * model.hidden_size * element
+    hidden = hidden_bytes(config)
     layers = model.num_layers / parallel.pp
     # forward and backward each gather and scatter twice a layer (all-reduces without sequence parallelism are the same)
-    tp = count * layers * 8 * ring(hidden, parallel.tp, gpu.ring_rate(parallel.tp, 1, node))
+    tp = count * layers * 8 * ring(gpu, hidden, parallel.tp, 1, node)
     # q, k, v and the output change hands, forward and backward
     exchange = hidden / parallel.tp
-    cp = count * layers * 8 * ring(exchange, parallel.cp, gpu.ring_rate(parallel.cp, parallel.tp, node))
-    slices = parallel.tp if parallel.sequence_parallel else 1
-    rate = gpu.ring_rate(parallel.pp, parallel.tp * parallel.cp * dp, node)
-    hop = 2 * hidden / slices / (rate * LINK_SHARE)
-    pp = (count * (parallel.vp - 1) + parallel.pp - 1) * hop if parallel.pp > 1 else 0.0
+    cp = count * layers * 8 * ring(gpu, exchange, parallel.cp, parallel.tp, node)
+    pp = (count * (parallel.vp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
     return tp, cp, pp
 
 
+def hop_seconds(config: Config, gpu: Gpu, dp: int, node: int) -> float:
+    """To send a micro-batch's activations, or their gradients, to the next pipeline stage."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return 0.0
+    slices = parallel.tp if parallel.sequence_parallel else 1
+    apart = parallel.tp * parallel.cp * dp
+    rate = gpu.ring_rate(parallel.pp, apart, node) * LINK_SHARE
+    return hidden_bytes(config) / slices / rate + gpu.ring_latency(2, apart, node)
+
+
+def hidden_bytes(config: Config) -> float:
+    """Of a micro-batch's hidden states on one context rank."""
+    element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
+    tokens = config.batch.micro_batch_rows * config.data.seq_len / config.parallel.cp
+    return tokens * config.model.hidden_size * element
+
+
 def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seconds: float) -> float:
-    """Seconds a step to reduce gradients and to gather weights, less what the last backward and the first forward pass
-    hide with `parallel.overlap`."""
+    """Seconds a step to reduce gradients and to gather weights, less what the passes beside them hide with
+    `parallel.overlap`: all but the last bucket of gradients and the first of weights, if there is time."""
     parallel, model = config.parallel, config.model
     ranks = dp * parallel.cp
     weights = parameter_count(model, model.vocab_size) / (parallel.tp * parallel.pp)
-    rate = gpu.ring_rate(ranks, parallel.tp, node)
     gradient = 2 if config.precision.gradients == "bf16" else 4
     weight = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
-    reduced = ring(weights * gradient, ranks, rate)
-    gathered = ring(weights * (weight if parallel.distributed_optimizer else gradient), ranks, rate)
+    pieces = buckets(config, weights, dp)
+    sharded = parallel.distributed_optimizer
+    reduced = ring(gpu, weights * gradient, ranks, parallel.tp, node, pieces)
+    gathered = ring(gpu, weights * (weight if sharded else gradient), ranks, parallel.tp, node, pieces)
+    if not sharded and ranks > 1:  # one all-reduce, for which there are trees
+        latency = gpu.ring_latency(ranks, parallel.tp, node), gpu.reduce_latency(ranks, parallel.tp, node)
+        reduced, gathered = reduced - pieces * (latency[0] - latency[1]), gathered - pieces * latency[0]
     if not parallel.overlap:
         return reduced + gathered
-    gathers = gathered if parallel.pp > 1 else max(0.0, gathered - micro_batch_seconds / 3)
-    return max(0.0, reduced - micro_batch_seconds * 2 / 3) + gathers
+    hideable = 1 - 1 / pieces
+    # a model chunk's last backward passes, of a group of micro-batches, come while others' gradients are reduced
+    passes = parallel.pp if parallel.vp > 1 else 1
+    seconds = 2 / 3 * micro_batch_seconds * passes
+    if not sharded:
+        return reduced + gathered - min(seconds, hideable * (reduced + gathered))
+    hidden = min(seconds, hideable * reduced)
+    if parallel.pp == 1:  # with stages weights are gathered at the step's end
+        hidden += min(seconds / 2, hideable * gathered)
+    return reduced + gathered - hidden
+
+
+def buckets(config: Config, weights: float, dp: int) -> int:
+    """In how many pieces core reduces the first stage's gradients: one without overlap; else of 40 million, or as many
+    that each rank's share is a million, of the first model chunk, and one for each of the others."""
+    if not config.parallel.overlap:
+        return 1
+    chunks = config.parallel.vp
+    return max(1, math.ceil(weights / chunks / max(40e6, 1e6 * dp))) + chunks - 1
 
 
 def update_seconds(config: Config, gpu: Gpu, dp: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan import calibration
 from megatron_ettin.plan.hardware import find_gpu
-from megatron_ettin.plan.step_time import LINK_SHARE, PUBLISHED, predict
+from megatron_ettin.plan.step_time import LINK_SHARE, PUBLISHED, buckets, predict
 
 # tokens/s of each of four H100, from the original's published hours
 PUBLISHED_RUNS = {"68m": 463e3, "150m": 296e3, "400m": 146e3, "1b": 64e3}
@@ -67,7 +68,7 @@ def test_512_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["plan", "--size", "1b", "--gpus", "512", "--price", "2", "--top", "3"]) == 0
     out = capsys.readouterr().out
-    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of tp 2 dp 256" in out
+    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of pp 2 dp 256" in out
     assert "256 a step are empty" in out and "GPU-hours" in out and " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]
     (tmp_path / "site.yaml").write_text(pasted)
@@ -95,12 +96,42 @@ def test_communication_by_hand() -> None:
     gpu, config = find_gpu("h100"), parse("150m", "mlm", "pretrain", words=words)
     found = predict(config, gpu, 32, 615, PUBLISHED, node=8)
     steps, hidden = 2816 // (32 * 4), 4 * 1024 * 768 * 2
-    assert found.exposed_tp == pytest.approx(steps * 22 * 8 * hidden / 2 / (450e9 * LINK_SHARE))
-    weights = 149_014_272 / 2
-    assert found.exposed_dp == pytest.approx(weights * (4 + 2) * 31 / 32 / (4 * 50e9 * LINK_SHARE), rel=0.01)
+    assert found.exposed_tp == pytest.approx(steps * 22 * 8 * (hidden / 2 / (450e9 * LINK_SHARE) + 3.4e-6))
+    moved = 149_014_272 / 2 * (4 + 2) * 31 / 32
+    around = 24 * 3.4e-6 + 7 * 14e-6  # eight machines, four ranks in each
+    assert found.exposed_dp == pytest.approx(moved / (4 * 50e9 * LINK_SHARE) + 2 * around, rel=0.01)
+    whole = dataclasses.replace(config.parallel, distributed_optimizer=False)
+    reduced = predict(dataclasses.replace(config, parallel=whole), gpu, 32, 615, PUBLISHED, node=8).exposed_dp
+    tree = 2 * (3 * 3.4e-6 + 3 * 14e-6)  # an all-reduce goes up and down a tree of eight machines
+    assert reduced == pytest.approx(moved * 8 / 6 / (4 * 50e9 * LINK_SHARE) + tree, rel=0.01)
     piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=4"])
     time = predict(piped, gpu, 32, 615, PUBLISHED, node=8)
     assert time.bubble == pytest.approx(time.compute / steps)
+
+
+def test_gradients_that_passes_hide() -> None:
+    """1b on 32: overlap hides all buckets but one of each direction; on 4,096 core has a single bucket."""
+    gpu = find_gpu("h100")
+
+    def exposed(dp: int, *words: str) -> float:
+        words = ("batch.micro_batch_rows=16", f"batch.global_batch_rows={16 * dp}", "batch.warmup_tokens=0", *words)
+        config = parse("1b", "mlm", "pretrain", words=list(words))
+        return predict(config, gpu, dp, 615, PUBLISHED, node=8).exposed_dp
+
+    for dp, pieces in ((32, 26), (4096, 1)):
+        hidden = exposed(dp, "parallel.overlap=true")
+        assert buckets(parse("1b", "mlm", "pretrain", words=["parallel.overlap=true"]), 1.028e9, dp) == pieces
+        plain, around = exposed(dp, "parallel.overlap=false"), gpu.ring_latency(dp, 1, 8)
+        assert hidden == pytest.approx(plain / pieces + 2 * around * (1 - 1 / pieces), rel=0.01), dp
+    # three stages have passed when the last one's gradients are there: interleaving hides more than a stage can
+    deep = ("parallel.pp=4", "parallel.overlap=true")
+    assert exposed(64, *deep, "parallel.vp=2") < exposed(64, *deep) * 1.01
+
+
+def test_a_stage_with_the_head_is_not_the_busiest_for_its_operations_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of a 150m's operations are its head's, but its layers cost a token time of their own."""
+    found = plan(capsys, "--size", "150m", "--gpus", "8")
+    assert found["layouts"][0]["pp"] == 1
 
 
 @pytest.mark.parametrize(
@@ -113,6 +144,20 @@ def test_communication_by_hand() -> None:
         ("--gpus 8 --gpu a100 precision.name=fp8-current", "fp8-current is not of a100, which has no FP8; use bf16"),
         ("--gpus 8 --calibrate /nowhere", "--calibrate /nowhere: "),
         ("--gpus 8 parallel.tp=8", "parallel.tp: 8 does not divide 28 heads"),
+        ("", "--gpus: is missing (or --scale FIRST:LAST)"),
+        ("--scale 64:8", "--scale 64:8: write FIRST:LAST or N,N,..., rising, such as 8:4096, up to 65536"),
+        ("--scale 8:64:9", "--scale 8:64:9: write FIRST:LAST"),
+        ("--scale 8,x", "--scale 8,x: write FIRST:LAST"),
+        ("--scale 8:100000", "--scale 8:100000: write FIRST:LAST"),
+        ("--scale 1:1 --gpu cpu", "--scale: none of 1 to 1 GPUs has a valid layout; 1: tp 1: does not fit"),
+        (
+            "--gpus 4 parallel.tp=2 parallel.pp=4",
+            "no valid layout; the nearest: tp 2 pp 4 cp 1: needs 8 GPUs, there are 4",
+        ),
+        ("--scale 8:64 --curve /nowhere", "--curve /nowhere: "),
+        ("--scale 8:64 --mtbf-hours 0", "--mtbf-hours 0.0: has to be above 0"),
+        ("--scale 8:64 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
+        ("--gpus 8 --curve curve.json", "--curve: is of --scale"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
