@@ -133,7 +133,7 @@ def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -
             for batches, count in zip(held_out.sources.values(), rows, strict=True):
                 totals = Totals()
                 for group in groups_in_order(batches, count):
-                    totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False)
+                    totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False).read()
                 figures += [totals.loss, totals.labels, totals.correct]
     finally:
         for chunk in machine.chunks:

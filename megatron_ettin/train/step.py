@@ -66,9 +66,26 @@ class Totals:
         return self
 
 
+@dataclass
+class Unread:
+    """Sums over micro-batches whose losses the device may still be computing."""
+
+    totals: Totals
+    reports: list[dict[str, torch.Tensor]]  # of each micro-batch; none where this rank is not the one to count
+
+    def read(self) -> Totals:
+        """Wait for the device, once."""
+        if self.reports:
+            names = list(self.reports[0])
+            sums = [torch.stack([report[name] for report in self.reports]).sum().double() for name in names]
+            for name, value in zip(names, torch.stack(sums).tolist(), strict=True):
+                setattr(self.totals, name, value if name.endswith("loss") else int(value))
+        return self.totals
+
+
 def run_micro_batches(
     machine: Machine, batches: Iterable[MicroBatch], count: int, row_tokens: int, training: bool
-) -> Totals:
+) -> Unread:
     """Forward (and backward) of `count` micro-batches whose rows have `row_tokens` tokens on the device. The last
     stage's first tensor rank counts, others have zeros."""
     models = machine.wrapped if training else machine.chunks
@@ -94,10 +111,7 @@ def run_micro_batches(
         micro_batch_size=1,
         forward_only=not training,
     )
-    if counting:
-        for name in outputs[0] if outputs else ():  # one read-back a figure, after all micro-batches
-            setattr(totals, name, torch.stack([output[name] for output in outputs]).sum().item())
-    return totals
+    return Unread(totals, outputs if counting else [])
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
@@ -145,8 +159,9 @@ def train_step(
     assert machine.optimizer is not None
     machine.optimizer.zero_grad()
     count = batches.micro_batch_count(step)
-    totals = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
+    unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
     grad_norm = machine.optimizer.step(lr)
+    totals = unread.read()  # not before: the device would stand idle until the update is queued
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     parts = [totals.causal_loss, totals.causal_labels, float(stop)]
     sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
