@@ -131,6 +131,21 @@ def initialize(topology: Topology, seed: int) -> Layout:
     )
 
 
+AXES = ("tp", "cp", "pp", "dp")
+
+
+def axes_of_groups() -> dict[str, str]:
+    """The axis of each of this rank's groups, by the group's name; what goes over dp and cp together is dp's."""
+    groups = {
+        "tp": [ps.get_tensor_model_parallel_group()],
+        "cp": [ps.get_context_parallel_group()],
+        "dp": [ps.get_data_parallel_group(with_context_parallel=whole) for whole in (False, True)],
+        "pp": [ps.get_pipeline_model_parallel_group(), ps.get_embedding_group(check_initialized=False)],
+    }
+    # a later one wins: with one context-parallel rank, cp's groups can be dp's
+    return {one.group_name: axis for axis, found in groups.items() for one in found if one is not None}
+
+
 @dataclass(frozen=True)
 class OptimizerGroups:
     """Groups that core's optimizers are given one by one."""

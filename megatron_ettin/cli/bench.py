@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.config.sweep import Member, members
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import find_place, forget
+    from megatron_ettin.platform.rendezvous import find_place, forget, from_chief
 
     if args.compare:
         print(results.comparison(results.compare(*args.compare)))
@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> None:
     place = find_place()
     device = next((word.partition("=")[2] for word in args.words if word.startswith("run.device=")), "auto")
     platform = detect(device, place.local_rank)
-    known = results.read(args.out)  # before any rank writes: the first measurement waits for all of them
     rows = []
     try:
+        # read once: a rank that comes later would find what rank 0 has begun
+        known = from_chief(place, platform, lambda: results.read(args.out))
         for member in members(args.sweep) if args.sweep else [Member("", {})]:
             row = one(args, member, place, platform, known)
             rows.append(row)
@@ -85,6 +86,8 @@ def one(
     """One combination: measured, or what is known of it. Every rank returns the same."""
     from megatron_ettin.bench import results
     from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.layouts import check_layout
+    from megatron_ettin.plan.memory import estimate
     from megatron_ettin.train.measure import Lengths, measure, out_of_memory
 
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
@@ -114,7 +117,9 @@ def one(
         if place.world > 1:
             raise  # the others wait in a collective: the job ends, and goes on behind this one when started again
         return keep({"state": results.NO_MEMORY, "reason": str(error).splitlines()[0][:200]})
+    dp = check_layout(config, place.world)
     described = {
+        "predicted_memory_bytes": estimate(config, dp, platform.is_gpu).total_bytes,
         "seq_len": config.data.seq_len,
         "chunk_tokens": args.chunk_tokens if args.data is None else None,
         "precision": config.precision.name,
@@ -161,3 +166,10 @@ def told(rows: list[dict[str, Any]]) -> None:
     parts = sorted(best["phase_seconds"].items(), key=lambda part: -part[1])
     shares = ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in parts if seconds)
     print(f"a step of the fastest, {whole:.3f} s: {shares}")
+    if best.get("communication_bytes"):
+        sent = ", ".join(f"{axis} {count / 2**20:,.1f}" for axis, count in best["communication_bytes"].items())
+        print(f"it hands to collectives and transfers, MiB a rank: {sent}")
+    if best.get("predicted_memory_bytes"):
+        names = {"tensors at its fullest": "peak_tensor_bytes", "as predicted": "predicted_memory_bytes"}
+        names["in all (of a process without a GPU: resident)"] = "peak_memory_bytes"
+        print("memory of the fullest rank, GiB: " + ", ".join(f"{best[k] / 2**30:.2f} {n}" for n, k in names.items()))

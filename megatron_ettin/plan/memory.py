@@ -1,80 +1,102 @@
 """Bytes that training holds on one device, by part. Weights, gradients and optimizer are exact arithmetic over the
-layout; activations are counted from the tensors that one layer saves for backward."""
+layout; what micro-batches hold is counted operation by operation (activations.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from megatron_ettin.config.layouts import recomputed_modules, stage_layers
+from megatron_ettin.config.layouts import micro_batches, stage_layers
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count
 from megatron_ettin.config.zero import zero_stage
-
-LOGITS_BYTES = 3 * 64 * 2**20  # one chunk of fp32 logits, its softmax and its gradient (model/loss.py)
+from megatron_ettin.plan import activations
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest pipeline rank."""
+    """Bytes of one pipeline rank. `logits_bytes`: of the loss at its fullest; `communication_bytes`: what tensor and
+    context parallelism gather into. NCCL's own buffers are in none of them."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
+    communication_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return sum(
-            (self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.activations_bytes, self.logits_bytes)
-        )
+        return sum(asdict(self).values())
 
 
-def estimate(config: Config, dp: int) -> Memory:
-    """Memory of the first pipeline rank, which holds the embedding and the most micro-batches in flight."""
+def estimate(config: Config, dp: int, on_gpu: bool = True) -> Memory:
+    """Memory of the fullest pipeline rank: the first, which has most micro-batches in flight, or the last, which has
+    the head."""
+    ranks = {0, config.parallel.pp - 1}
+    return max((of_rank(config, dp, rank, on_gpu) for rank in ranks), key=lambda found: found.total_bytes)
+
+
+def of_rank(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> Memory:
+    """Memory of pipeline rank `pp_rank`."""
     model, parallel = config.model, config.parallel
-    layers = sum(stage_layers(config)[:: parallel.pp])
-    embedding = model.vocab_size * model.hidden_size
-    head = model.hidden_size**2 + model.vocab_size if parallel.pp == 1 else 0
-    parameters = (layers * layer_parameter_count(model) + embedding + head) // parallel.tp
+    parameters, embedding = rank_parameters(config, pp_rank)
     wide = PRECISIONS[config.precision.name].compute == "fp32"
-    shards = dp if parallel.distributed_optimizer else 1
+    shards = dp * parallel.cp if parallel.distributed_optimizer else 1
     stage, offloaded = zero_stage(parallel), parallel.zero_offload
-    if stage:  # ZeRO also cuts over context parallelism, and has fp32 masters of fp32 weights below stage 3
+    if stage:  # ZeRO has fp32 masters of fp32 weights below stage 3
         shards = dp * parallel.cp
     moments = 4 if config.optim.name == "muon" else 8  # one moment of muon's (all but the embedding), two of the others
-    embedding_moments = (8 - moments) * embedding // parallel.tp
+    embedding_moments = (8 - moments) * embedding
     masters = 0 if wide and (not stage or (stage == 3 and offloaded == "none")) else 4  # fp32, beside the weights
     state = (parameters * (moments + masters) + embedding_moments) // shards
     weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
+    saved, loss = micro_batch_bytes(config, dp, pp_rank, on_gpu)
+    hidden = activations.micro_batch_tokens(config) * model.hidden_size * activations.element_bytes(config)
+    gathered = (hidden if parallel.sequence_parallel else 0) + (2 * hidden // parallel.tp if parallel.cp > 1 else 0)
     return Memory(
         weights_bytes=0 if offloaded == "all" else weights,
         gradients_bytes=parameters * (4 if config.precision.gradients == "fp32" else 2) // (shards if stage > 1 else 1),
         optimizer_bytes=0 if offloaded != "none" else state,
-        activations_bytes=activation_bytes(config, layers),
-        logits_bytes=LOGITS_BYTES,
+        activations_bytes=round(saved),
+        logits_bytes=round(loss),
+        communication_bytes=gathered,
     )
 
 
-def activation_bytes(config: Config, layers: int) -> int:
-    """Saved for backward by `layers` layers: a token of one layer keeps two norm inputs and outputs, q k v (also as
-    rotated), the attention output, the dropout mask, and five times the MLP's inner width."""
+def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
+    """(parameters, those of the embedding among them) that one rank of that pipeline stage and its vocabulary's copy
+    holds; norms and the head's dense layer are not cut by tensor parallelism."""
     model, parallel = config.model, config.parallel
-    element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    residual = hidden * element
-    whole = 4 * residual + hidden  # replicated over tp unless sequence-parallel
-    attention, inner = 7 * hidden * element, 5 * ffn * element
-    if parallel.recompute == "selective":
-        modules = recomputed_modules(parallel)
-        attention = 4 * hidden * element if "core_attn" in modules else attention  # q, k, v and what comes out
-        inner = 0 if "mlp" in modules else inner
-    slices = parallel.tp if parallel.sequence_parallel else 1
-    a_token = whole // slices + (attention + inner) // parallel.tp
-    again = (parallel.recompute_layers or layers) if parallel.recompute == "full" else 0
-    again = min(again, layers)
-    kept = (layers - again) * a_token + again * residual // slices + (a_token if again else 0)
-    tokens = config.batch.micro_batch_rows * config.data.seq_len // parallel.cp
-    in_flight = parallel.pp  # 1F1B: as many micro-batches as stages wait for their backward
-    return kept * tokens * in_flight
+    layers = sum(stage_layers(config)[pp_rank :: parallel.pp])
+    first, last = pp_rank == 0, pp_rank == parallel.pp - 1
+    norms = (2 * layers - (1 if first else 0)) * model.hidden_size  # layer 0 has one
+    cut = layers * layer_parameter_count(model) // parallel.tp
+    vocabulary = -(-model.vocab_size // parallel.tp)
+    embedding = vocabulary * model.hidden_size if first or last else 0
+    head = model.hidden_size**2 + 2 * model.hidden_size + vocabulary if last else 0  # the final norm with it
+    return cut + norms + embedding + (model.hidden_size if first else 0) + head, embedding
+
+
+def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tuple[float, float]:
+    """(activations of all micro-batches in flight, the loss) of a pipeline rank."""
+    parallel, fused = config.parallel, config.run.fuse == "always" or (on_gpu and config.run.fuse == "auto")
+    stages, count = stage_layers(config), micro_batches(config, dp)
+    begins = [sum(stages[:number]) for number in range(len(stages))]
+    each = [
+        activations.layers_bytes(config, begins[number], stages[number], fused)
+        for number in range(pp_rank, len(stages), parallel.pp)
+    ]
+    again = max(one for _, one in each)
+    inputs = activations.input_bytes(config, fused)
+    saved = sum(kept for kept, _ in each) + inputs
+    if pp_rank == 0:
+        saved += activations.embedding_bytes(config)
+    # passes forward before the first backward, in micro-batches of the rank's whole model
+    ahead = parallel.pp - pp_rank - 1
+    passes = ahead + 1 if parallel.vp == 1 else (2 * ahead + (parallel.vp - 1) * parallel.pp + 1) / parallel.vp
+    saved = saved * min(passes, count) + inputs  # the last one's are held until the next comes
+    if pp_rank < parallel.pp - 1:
+        return saved + again, 0.0
+    head, loss, left = activations.head_bytes(config, fused)
+    return saved + head, max(loss, left + again)

@@ -144,7 +144,7 @@ def planned(
     if dp > config.batch.global_batch_rows:
         raise UserError(f"dp {dp} is more than the {config.batch.global_batch_rows} rows of a step")
     check(one)
-    memory = estimate(one, dp)
+    memory = estimate(one, dp, on_gpu=gpu.name != "cpu")
     room = int(gpu.memory_bytes * USABLE_MEMORY)
     if memory.total_bytes > room:
         raise UserError(

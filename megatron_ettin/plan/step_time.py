@@ -20,6 +20,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
 from megatron_ettin.plan.dry_run import mean_flops_per_token
 from megatron_ettin.plan.hardware import Gpu
+from megatron_ettin.plan.volumes import data_bytes, hidden_bytes, hop_bytes, tensor_passes, tied_gradient_bytes
 
 # bytes that a weight's update moves: gradient and fp32 master, two moments, cleared gradient, 16-bit weight
 UPDATE_BYTES = 50
@@ -152,15 +153,18 @@ def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: C
 
 def communication(config: Config, gpu: Gpu, dp: int, node: int) -> tuple[float, float, float]:
     """Seconds a step of tensor, context and pipeline parallelism."""
-    model, parallel, count = config.model, config.parallel, micro_batches(config, dp)
+    parallel, count = config.parallel, micro_batches(config, dp)
     hidden = hidden_bytes(config)
-    layers = model.num_layers / parallel.pp
-    # forward and backward each gather and scatter twice a layer (all-reduces without sequence parallelism are the same)
-    tp = count * layers * 8 * ring(gpu, hidden, parallel.tp, 1, node)
+    passes = max(tensor_passes(config, rank) for rank in {0, parallel.pp - 1})
+    each = 1 if parallel.sequence_parallel else 2  # an all-reduce goes around twice
+    tp = count * passes * each * ring(gpu, hidden, parallel.tp, 1, node)
+    layers = config.model.num_layers / parallel.pp
     # q, k, v and the output change hands, forward and backward
-    exchange = hidden / parallel.tp
-    cp = count * layers * 8 * ring(gpu, exchange, parallel.cp, parallel.tp, node)
+    cp = count * layers * 8 * ring(gpu, hidden / parallel.tp, parallel.cp, parallel.tp, node)
     pp = (count * (parallel.vp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
+    if parallel.pp > 1:  # first and last stage sum their gradients of the vocabulary
+        apart = parallel.tp * parallel.cp * dp
+        pp += 2 * ring(gpu, tied_gradient_bytes(config), 2, apart, node)
     return tp, cp, pp
 
 
@@ -169,17 +173,9 @@ def hop_seconds(config: Config, gpu: Gpu, dp: int, node: int) -> float:
     parallel = config.parallel
     if parallel.pp == 1:
         return 0.0
-    slices = parallel.tp if parallel.sequence_parallel else 1
     apart = parallel.tp * parallel.cp * dp
     rate = gpu.ring_rate(parallel.pp, apart, node) * LINK_SHARE
-    return hidden_bytes(config) / slices / rate + gpu.ring_latency(2, apart, node)
-
-
-def hidden_bytes(config: Config) -> float:
-    """Of a micro-batch's hidden states on one context rank."""
-    element = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
-    tokens = config.batch.micro_batch_rows * config.data.seq_len / config.parallel.cp
-    return tokens * config.model.hidden_size * element
+    return hop_bytes(config) / rate + gpu.ring_latency(2, apart, node)
 
 
 def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seconds: float) -> float:
@@ -188,12 +184,11 @@ def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seco
     parallel, model = config.parallel, config.model
     ranks = dp * parallel.cp
     weights = parameter_count(model, model.vocab_size) / (parallel.tp * parallel.pp)
-    gradient = 2 if config.precision.gradients == "bf16" else 4
-    weight = 4 if PRECISIONS[config.precision.name].compute == "fp32" else 2
     pieces = buckets(config, weights, dp)
     sharded = parallel.distributed_optimizer
-    reduced = ring(gpu, weights * gradient, ranks, parallel.tp, node, pieces)
-    gathered = ring(gpu, weights * (weight if sharded else gradient), ranks, parallel.tp, node, pieces)
+    reduced_bytes, gathered_bytes = max(data_bytes(config, rank) for rank in {0, parallel.pp - 1})
+    reduced = ring(gpu, reduced_bytes, ranks, parallel.tp, node, pieces)
+    gathered = ring(gpu, gathered_bytes if sharded else reduced_bytes, ranks, parallel.tp, node, pieces)
     if not sharded and ranks > 1:  # one all-reduce, for which there are trees
         latency = gpu.ring_latency(ranks, parallel.tp, node), gpu.reduce_latency(ranks, parallel.tp, node)
         reduced, gathered = reduced - pieces * (latency[0] - latency[1]), gathered - pieces * latency[0]

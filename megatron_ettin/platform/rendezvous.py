@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -126,6 +127,27 @@ def _await_all(store: dist.Store, world: int, patience: timedelta) -> None:
             raise RuntimeError(f"{arrived} of {world} ranks came within {patience.total_seconds():,.0f} s")
         time.sleep(0.05)
         arrived = store.add("arrived", 0)
+
+
+def from_chief(place: Place, platform: Platform, make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every rank, before there are groups: they join for it and leave. What it
+    raises there (a UserError) is raised everywhere."""
+    if place.world == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if place.rank == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
+    join(place, platform)
+    try:
+        dist.broadcast_object_list(box, src=0)
+    finally:
+        leave()
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def _init_method(place: Place, url: str) -> str:

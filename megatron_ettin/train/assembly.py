@@ -55,6 +55,9 @@ class Machine:
     def close(self) -> None:
         if self.optimizer is not None:
             self.optimizer.close()
+        for one in self.wrapped:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
+            if hasattr(one, "grad_accs"):
+                one.grad_accs.clear()
         if self.config.parallel.tp_overlap:
             te_overlap.free_buffers()
 

@@ -1,7 +1,7 @@
 """Timing training steps of a run as `ettin train` does them: the same assembly, loader and step, nothing written.
 
 Warm-up steps first, then steps whose seconds count, then two with timers in them for the phases of a step, which are
-not counted: timers cost a little themselves."""
+not counted: timers cost a little themselves; where no device counts its allocations one more, whose tensors are."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.model.build import DTYPES
 from megatron_ettin.platform import Platform
+from megatron_ettin.platform.live_tensors import LiveTensors
 from megatron_ettin.platform.rendezvous import Place, join, leave
+from megatron_ettin.platform.traffic import Traffic
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.loader import LoadedBatch, Loader, worker_count
 from megatron_ettin.train.step import StepInfo, train_step
-from megatron_ettin.train.timers import PhaseTimers
+from megatron_ettin.train.timers import COMMUNICATION, PhaseTimers
 
 TIMED_STEPS = 2
 
@@ -45,17 +47,19 @@ def measure(config: Config, corpus: Any, place: Place, platform: Platform, lengt
         machine = assemble(config, platform, place.world)
         batches = Batches.of(config, corpus, machine.layout, platform.device)
         workers = worker_count(config.data.workers, platform.is_gpu)
-        end = lengths.warm_up + lengths.counted + TIMED_STEPS
+        timed_from = lengths.warm_up + lengths.counted
+        end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
         loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
         try:
             infos = [
                 train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step))
-                for step in range(lengths.warm_up + lengths.counted)
+                for step in range(timed_from)
             ][lengths.warm_up :]
-            phases = timed(machine, batches, loader, lengths.warm_up + lengths.counted)
+            phases, sent = timed(machine, batches, loader, timed_from)
+            tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
         finally:
             loader.close()
-        return figures(machine, infos, phases)
+        return figures(machine, infos, phases, sent, tensors)
     finally:
         if machine is not None:
             machine.close()
@@ -68,9 +72,9 @@ def out_of_memory() -> type[BaseException]:
     return torch.OutOfMemoryError
 
 
-def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> dict[str, float]:
-    """Seconds of a step's phases on this rank, and what they leave over."""
-    timers = PhaseTimers(machine.platform)
+def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds of a step's phases on this rank and what they leave over, bytes that it gives to each axis's groups)."""
+    timers, traffic = PhaseTimers(machine.platform), Traffic(parallel.axes_of_groups())
     settings = machine.chunks[0].config
     optimizer: Any = machine.optimizer
     update = optimizer.step
@@ -87,11 +91,20 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> dic
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
             waited = waiting(loader.step(step), timers)
-            seconds += train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited).seconds
+            with traffic.watch(timers.communication):
+                seconds += train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited).seconds
     finally:
         settings.timers, optimizer.step = None, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
-    return found | {"other": max(0.0, seconds / TIMED_STEPS - sum(found.values()))}
+    found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
+    return found, {axis: sent / TIMED_STEPS for axis, sent in traffic.by_axis().items()}
+
+
+def counted(machine: Machine, batches: Batches, loader: Loader, step: int) -> int:
+    """Bytes of the tensors that live at once at the fullest moment of a step on this rank."""
+    with LiveTensors() as live:
+        train_step(machine, batches, step, 0, machine.config.optim.lr, False, loader.step(step))
+    return live.peak_bytes
 
 
 def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
@@ -106,7 +119,9 @@ def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[Load
         yield batch
 
 
-def figures(machine: Machine, infos: list[StepInfo], phases: dict[str, float]) -> dict[str, Any]:
+def figures(
+    machine: Machine, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
+) -> dict[str, Any]:
     """What is kept of the steps."""
     world, platform = machine.layout.topology.world, machine.platform
     speeds = [info.step_tokens / info.seconds for info in infos]
@@ -115,9 +130,15 @@ def figures(machine: Machine, infos: list[StepInfo], phases: dict[str, float]) -
     peak, source = platform.peak_flops, f"data sheet of {platform.name}, dense bf16"
     if peak is None:
         peak, source = platform.measured_peak_flops(dtype), f"largest matrix product measured here, {dtype}"
-    names = sorted(phases)  # the same on every rank
-    memory = [float(platform.peak_memory_bytes() if rank == machine.layout.rank else 0) for rank in range(world)]
-    sums = machine.layout.sum_over_world([*(phases[name] for name in names), *memory], platform.device)
+    axes = sorted(set(parallel.AXES) | {"all"})
+    # the same names in the same order on every rank
+    parts = {**{COMMUNICATION + axis: 0.0 for axis in axes}, **phases}
+    names = sorted(parts)
+    own = [float(rank == machine.layout.rank) for rank in range(world)]  # every rank's place in a sum over all
+    memory = [one * part for part in (platform.peak_memory_bytes(), tensor_bytes) for one in own]
+    bytes_ = [sent.get(axis, 0.0) for axis in axes]
+    sums = machine.layout.sum_over_world([*(parts[name] for name in names), *bytes_, *memory], platform.device)
+    moved, of_ranks = sums[len(names) :][: len(axes)], sums[len(names) + len(axes) :]
     middle = statistics.median(speeds)
     return {
         "tokens_per_second": middle,
@@ -128,8 +149,10 @@ def figures(machine: Machine, infos: list[StepInfo], phases: dict[str, float]) -
         "mfu": statistics.median(rates) / peak,
         "peak_flops": peak,
         "peak_source": source,
-        "peak_memory_bytes": int(max(sums[len(names) :])),
-        "phase_seconds": {name: value / world for name, value in zip(names, sums, strict=False)},
+        "peak_memory_bytes": int(max(of_ranks[:world])),
+        "peak_tensor_bytes": int(max(of_ranks[world:])),
+        "phase_seconds": {name: value / world for name, value in zip(names, sums, strict=False) if value},
+        "communication_bytes": {axis: value / world for axis, value in zip(axes, moved, strict=True) if value},
         "layout": str(machine.layout.topology),
         "attention": machine.chunks[0].config.backend.attention.name,
         "steps": len(infos),

@@ -68,7 +68,7 @@ def test_512_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["plan", "--size", "1b", "--gpus", "512", "--price", "2", "--top", "3"]) == 0
     out = capsys.readouterr().out
-    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of pp 2 dp 256" in out
+    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of tp 2 dp 256" in out
     assert "256 a step are empty" in out and "GPU-hours" in out and " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]
     (tmp_path / "site.yaml").write_text(pasted)
@@ -96,7 +96,7 @@ def test_communication_by_hand() -> None:
     gpu, config = find_gpu("h100"), parse("150m", "mlm", "pretrain", words=words)
     found = predict(config, gpu, 32, 615, PUBLISHED, node=8)
     steps, hidden = 2816 // (32 * 4), 4 * 1024 * 768 * 2
-    assert found.exposed_tp == pytest.approx(steps * 22 * 8 * (hidden / 2 / (450e9 * LINK_SHARE) + 3.4e-6))
+    assert found.exposed_tp == pytest.approx(steps * (22 * 10 + 3) * (hidden / 2 / (450e9 * LINK_SHARE) + 3.4e-6))
     moved = 149_014_272 / 2 * (4 + 2) * 31 / 32
     around = 24 * 3.4e-6 + 7 * 14e-6  # eight machines, four ranks in each
     assert found.exposed_dp == pytest.approx(moved / (4 * 50e9 * LINK_SHARE) + 2 * around, rel=0.01)
@@ -139,7 +139,7 @@ def test_a_stage_with_the_head_is_not_the_busiest_for_its_operations_alone(capsy
     [
         ("--gpus 8 --gpu h1000", "--gpu h1000: not known (did you mean 'h100'?)"),
         ("--gpus 7 parallel.tp=2", "--gpus 7: no valid layout; the nearest: tp 2: parallel: tp 2 x pp 1 x cp 1 = 2"),
-        ("--gpus 1 --gpu cpu", "does not fit: 17.6 GiB of 11.0 usable, with micro-batches of 1 and recompute=full"),
+        ("--gpus 1 --gpu cpu", "does not fit: 17.9 GiB of 11.0 usable, with micro-batches of 1 and recompute=full"),
         ("--gpus 0", "--gpus 0: has to be above 0"),
         ("--gpus 8 --gpu a100 precision.name=fp8-current", "fp8-current is not of a100, which has no FP8; use bf16"),
         ("--gpus 8 --calibrate /nowhere", "--calibrate /nowhere: "),

@@ -1,0 +1,58 @@
+"""One rank of a large layout, alone: torch's fake process groups answer at once with nothing, everything else is the
+real code. Prints what the rank holds and what it hands to its groups in a step, as JSON.
+
+python -m tests.plan.fake_rank WORLD RANK SIZE key=value ..."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_ettin import parallel
+from megatron_ettin.bench.synthetic import SyntheticRows
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.platform import detect
+from megatron_ettin.platform.live_tensors import LiveTensors
+from megatron_ettin.platform.traffic import Traffic
+from megatron_ettin.train.assembly import assemble
+from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.step import run_micro_batches
+
+
+@contextlib.contextmanager
+def no_span(_: str) -> Iterator[None]:
+    yield
+
+
+def main(world: int, rank: int, size: str, words: list[str]) -> None:
+    config = parse(size, "mlm", "pretrain", words=words)
+    platform = detect("cpu", 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    empty = LiveTensors().bytes
+    machine = assemble(config, platform, world)
+    assert machine.optimizer is not None
+    held = LiveTensors().bytes - empty
+    corpus = SyntheticRows(config.data.seq_len, 200.0, config.model.vocab_size)
+    batches = Batches.of(config, corpus, machine.layout, platform.device)
+    count = batches.micro_batch_count(0)
+    traffic = Traffic(parallel.axes_of_groups())
+    with traffic.watch(no_span), LiveTensors() as live:
+        machine.optimizer.zero_grad()
+        run_micro_batches(machine, batches.step(0), count, batches.row_tokens, training=True)
+        machine.optimizer.step(1e-4)
+    sent: dict[str, dict[str, int]] = {}
+    for (axis, method), count_bytes in traffic.sent.items():
+        sent.setdefault(axis, {})[method] = count_bytes
+    parameters = sum(one.numel() for chunk in machine.chunks for one in chunk.parameters())
+    print(json.dumps({"parameters": parameters, "held": held, "peak": live.peak_bytes - empty, "sent": sent}))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,0 +1,77 @@
+"""Predicted memory against the tensors of real ranks: the sum of live storages at a step's fullest moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ettin.bench import results
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.plan.memory import estimate, rank_parameters
+from megatron_ettin.platform.live_tensors import LiveTensors
+from tests.pool import Pool
+
+SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512", "run.device=cpu"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world", "objective", "words"),
+    [
+        (1, "mlm", []),
+        (1, "clm", ["precision.name=fp32"]),
+        (1, "mlm", ["parallel.recompute=selective", "parallel.recompute_modules=core_attn"]),
+        (1, "mlm", ["parallel.recompute=full"]),
+        (2, "mlm", []),
+        (2, "mlm", ["parallel.distributed_optimizer=false", "precision.gradients=bf16"]),
+        (2, "mlm", ["parallel.tp=2"]),
+        (2, "clm", ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        (2, "mlm", ["parallel.cp=2"]),
+        (2, "mlm", ["parallel.pp=2"]),
+    ],
+)
+def test_of_a_step(pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]) -> None:
+    out = tmp_path / "b.jsonl"
+    line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
+    found = pool.run(world, [*line, "batch.micro_batch_rows=4", *SHAPE, *words])
+    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
+    (row,) = results.read(out).values()
+    assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
+    assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]  # of the whole process
+    assert "tensors at its fullest" in found[0].output and "as predicted" in found[0].output
+
+
+def test_parameters_of_stages_are_the_model_s() -> None:
+    config = parse("150m", "mlm", "pretrain")
+    assert rank_parameters(config, 0)[0] == parameter_count(config.model, config.model.vocab_size)
+    piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=4"])
+    shared = config.model.vocab_size * config.model.hidden_size  # the last stage has a copy
+    whole = sum(rank_parameters(piped, rank)[0] for rank in range(4))
+    assert whole == parameter_count(config.model, config.model.vocab_size) + shared
+
+
+def test_the_fullest_stage_counts() -> None:
+    """Early stages hold more micro-batches, the last one the logits."""
+    words = ["parallel.pp=4", "batch.micro_batch_rows=32"]
+    early, late = (estimate(parse("1b", "mlm", "pretrain", words=[*words, one]), 4) for one in ("run.fuse=auto",) * 2)
+    assert early == late and early.logits_bytes == 0
+    small = estimate(parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"]), 4)
+    assert small.logits_bytes > 0
+
+
+def test_live_storages() -> None:
+    before = torch.zeros(1000)
+    with LiveTensors() as live:
+        start = live.bytes
+        assert start >= before.nbytes
+        a = torch.ones(5000, requires_grad=True)
+        b = (a * 2).exp()  # exp keeps its result, the product is freed
+        assert live.bytes - start == 2 * a.nbytes and live.peak_bytes - start == 3 * a.nbytes
+        view = b[:10]
+        del b, a
+        assert live.bytes - start == 40_000  # the view holds exp's storage, the graph its own inputs
+        del view
+        assert live.bytes == start

@@ -1,0 +1,61 @@
+"""The planner's byte counts of a 512-rank layout against single ranks of it: real model, fake process groups."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.plan.memory import of_rank, rank_parameters
+from megatron_ettin.plan.volumes import data_bytes, tied_gradient_bytes, volumes
+
+COMMON = ["run.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
+SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+INTERLEAVED = ["parallel.pp=4", "parallel.vp=2", "parallel.overlap=true", "batch.global_batch_rows=512"]
+WORLD = 512
+
+
+@pytest.mark.parametrize(
+    ("rank", "dp", "words"),
+    [
+        (0, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"]),
+        (511, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"]),
+        (200, 64, ["parallel.tp=2", *INTERLEAVED, "precision.gradients=bf16"]),
+        (3, 128, ["parallel.cp=2", "parallel.tp=2", "batch.global_batch_rows=256", "precision.name=fp32"]),
+        (9, 512, ["parallel.distributed_optimizer=false", "batch.global_batch_rows=1024"]),
+    ],
+)
+def test_one_of_512(rank: int, dp: int, words: list[str]) -> None:
+    line = [sys.executable, "-W", "ignore", "-m", "tests.plan.fake_rank", str(WORLD), str(rank), "17m"]
+    done = subprocess.run([*line, *COMMON, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    config = parse("17m", "mlm", "pretrain", words=[*COMMON, *words])
+    pp_rank = rank // (WORLD // config.parallel.pp)
+    parameters, _ = rank_parameters(config, pp_rank)
+    assert found["parameters"] == parameters
+    memory = of_rank(config, dp, pp_rank, on_gpu=False)
+    kept = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
+    assert found["held"] == pytest.approx(kept, rel=0.001, abs=20_000)  # buffers are padded; states of generators
+    sent, expected = found["sent"], volumes(config, dp, pp_rank)
+
+    def passed(axis: str, *kinds: str) -> int:
+        return sum(count for method, count in sent.get(axis, {}).items() if method.startswith(kinds))
+
+    if config.parallel.sequence_parallel:  # what is all-reduced beside: labels' sums, gradients of norms
+        assert passed("tp", "all_gather", "reduce_scatter", "_") == expected["tp"]
+    elif config.parallel.tp > 1:
+        assert passed("tp", "allreduce") == pytest.approx(expected["tp"], rel=0.06) and sent["tp"].keys() == {
+            "allreduce"
+        }
+    assert passed("cp", "all") == expected["cp"]
+    if config.parallel.pp > 1:
+        tied = tied_gradient_bytes(config) if pp_rank in (0, config.parallel.pp - 1) else 0
+        assert passed("pp", "send") == expected["pp"] - tied and passed("pp", "allreduce") == tied
+    reduced, gathered = data_bytes(config, pp_rank)
+    padding = 1024 * dp  # a bucket's share of every rank is aligned
+    assert 0 <= passed("dp", "reduce_scatter", "allreduce") - reduced <= padding
+    assert 0 <= passed("dp", "all_gather") - gathered <= padding
