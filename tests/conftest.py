@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.launch.cluster import Cluster, require_slurm
 from tests.pool import Pool
 
 SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
@@ -22,6 +23,18 @@ def pool() -> Iterator[Pool]:
     shared = Pool()
     yield shared
     shared.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM of three nodes on this machine, for all tests that want one."""
+    require_slurm()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
 
 
 def sentences(seed: int, count: int) -> str:

@@ -1,4 +1,4 @@
-"""`ettin prepare --executor slurm` on a real SLURM of two nodes on this machine (tools/slurm_up.sh)."""
+"""`ettin prepare --executor slurm` on a real SLURM of three nodes on this machine (tools/slurm_sandbox.sh)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,19 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.data.corpora import files_of, words
 from tests.data.small_tasks import arguments_for, start, wait_for
+from tests.launch.cluster import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+@pytest.fixture
+def cluster(slurm: Cluster) -> dict[str, str]:
     """The environment in which SLURM's commands find it."""
-    if shutil.which("slurmctld", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
-        pytest.skip("SLURM is not installed (tests/run.sh installs it where it may)")
-    state = tmp_path_factory.mktemp("slurm")
-    up = subprocess.run([ROOT / "tools" / "slurm_up.sh", state, "2", "4"], capture_output=True, text=True, timeout=120)
-    try:
-        assert up.returncode == 0, up.stderr
-        yield {"SLURM_CONF": str(state / "slurm.conf")}
-    finally:
-        subprocess.run([ROOT / "tools" / "slurm_down.sh", state], capture_output=True, timeout=120)
+    return slurm.environment
 
 
 def slurm_arguments(large: Path, out: Path) -> list[str]:

@@ -1,0 +1,142 @@
+"""A real SLURM of a few nodes on this machine (tools/slurm_sandbox.sh), as tests use it: submit, look, break."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SANDBOX = ROOT / "tools" / "slurm_sandbox.sh"
+POLL_SECONDS = 0.1
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here."""
+    if shutil.which("slurmctld", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
+        return "SLURM is not installed (tests/run.sh installs it where it may)"
+    return None
+
+
+def require_slurm() -> None:
+    """Skip where SLURM is not installed; in CI that is a failure."""
+    why = missing()
+    if why is not None and os.environ.get("CI"):
+        pytest.fail(why)
+    if why is not None:
+        pytest.skip(why)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of this machine's, as /proc shows it."""
+
+    pid: int
+    command: str
+    environment: dict[str, str]
+
+    @property
+    def parent(self) -> int:
+        status = Path(f"/proc/{self.pid}/stat").read_text()
+        return int(status.rpartition(")")[2].split()[1])
+
+
+def processes() -> list[Process]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it ended meanwhile
+        variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        found.append(Process(int(folder.name), command, variables))
+    return found
+
+
+class Cluster:
+    """The cluster whose files are in `state`."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.environment = {"SLURM_CONF": str(state / "slurm.conf")}
+
+    def up(self, nodes: int = 3, cpus: int = 16, port: int = 18_000, gpus: int = 8) -> None:
+        settings = {**os.environ, "GPUS": str(gpus), "UTS": "1" if os.geteuid() == 0 else ""}
+        command = ["bash", SANDBOX, "up", self.state, str(nodes), str(cpus), str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
+        assert done.returncode == 0, done.stderr
+
+    def down(self) -> None:
+        subprocess.run(["bash", SANDBOX, "down", self.state], capture_output=True, timeout=120)
+
+    def start_node(self, name: str) -> None:
+        subprocess.run(["bash", SANDBOX, "node", self.state, name], check=True, timeout=60)
+
+    def call(self, *command: str | Path, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command with this cluster in its environment."""
+        variables = {**os.environ, **self.environment, **environment}
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout, env=variables)
+
+    def submit(self, *words: str | Path, **environment: str) -> str:
+        """sbatch; the job's id."""
+        done = self.call("sbatch", "--parsable", *words, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def state_of(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, ...; empty when SLURM has forgotten it."""
+        for word in self.call("scontrol", "show", "job", job).stdout.split():
+            if word.startswith("JobState="):
+                return word.partition("=")[2]
+        return ""
+
+    def shown(self, job: str, key: str) -> str:
+        """A field of `scontrol show job`."""
+        words = self.call("scontrol", "show", "job", job).stdout.split()
+        return next((word.partition("=")[2] for word in words if word.startswith(key + "=")), "")
+
+    def wait_for_end(self, job: str, seconds: float = 240) -> str:
+        """Its final state."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+        wait_until(lambda: self.state_of(job) in ended, seconds, f"end of job {job}, {self.state_of(job)}")
+        return self.state_of(job)
+
+    def ranks(self, job: str) -> dict[int, Process]:
+        """The job's ranks of `ettin` by number: not what they started themselves."""
+        mine = [p for p in processes() if p.environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]]
+        mine = [p for p in mine if p.environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in p.environment]
+        mine = [p for p in mine if "ettin " in p.command and not p.command.startswith("slurmstepd")]
+        pids = {p.pid for p in mine}
+        return {int(p.environment["SLURM_PROCID"]): p for p in mine if p.parent not in pids}
+
+    def slurmd(self, node: str) -> int:
+        """Its process."""
+        lines = [line.split() for line in (self.state / "pids").read_text().splitlines()]
+        return int([pid for pid, name in lines if name == f"slurmd-{node}"][-1])
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    def in_node(self, node: str, *command: str | Path) -> None:
+        """Run a command in the mount namespace of one node (root only): what it mounts, that node alone sees."""
+        done = self.call("nsenter", "--target", str(self.slurmd(node)), "--mount", *command)
+        assert done.returncode == 0, done.stderr
+
+
+def lines_of(path: Path) -> Sequence[str]:
+    return path.read_text().splitlines() if path.exists() else []
