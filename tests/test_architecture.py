@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_ettin"
 FLOORS = {
     "config": 0,
-    **dict.fromkeys(("platform", "parallel", "metrics"), 1),
+    **dict.fromkeys(("platform", "parallel", "metrics", "attempt"), 1),
     **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
     **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch"), 3),
     "train": 4,

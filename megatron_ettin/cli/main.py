@@ -9,9 +9,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_ettin import __version__
+from megatron_ettin.attempt import record_failure
+from megatron_ettin.cli.parsing import OneLineParser, parse_words
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
@@ -21,6 +22,8 @@ COMMANDS = {
     "train": ("train", "train an encoder or a decoder; resumes by itself"),
     "bench": ("bench", "how fast a run trains here, over layouts, precisions, micro-batches"),
     "plan": ("plan", "layouts of N GPUs ranked by predicted speed, their memory, a phase's cost"),
+    "launch": ("launch", "write a run's sbatch script, and submit it"),
+    "status": ("status", "queue state, step, speed, time left, restarts of jobs and runs"),
     "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
     "order": ("order", "which documents each step used or will use"),
@@ -47,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met below and not at the interpreter's exit
         return status
     except UserError as error:
-        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine, not a rank
+        record_failure(error, "user")
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        if isinstance(error, RankError) or local_rank == "0":  # one line a machine, not a rank
             print(f"ettin {arguments[0]}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -56,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ettin ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        record_failure(error)
+        raise
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -76,13 +84,4 @@ def dispatch(arguments: list[str]) -> int:
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    # key=value words of `train` may stand before and after options; argparse cannot do that with subcommands
-    parse = parser.parse_intermixed_args if name in ("train", "plan", "bench") else parser.parse_args
-    return int(module.run(parse(rest)) or 0)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake in one line like every other one; `--help` has the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (`{self.prog} --help` shows the options)")
+    return int(module.run(parse_words(parser, name, rest)) or 0)

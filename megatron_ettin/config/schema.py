@@ -134,6 +134,7 @@ class MetricsConfig:
 class ResilienceConfig:
     stop_on_nonfinite: bool = True
     save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
+    hang_seconds: float = 600.0  # the longest a step may take; a supervised launch silent for longer is ended
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import gc
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_ettin.attempt import Heart
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbSink
@@ -31,6 +32,7 @@ class Run:
     batches: Batches
     directory: Path
     progress: Progress
+    heart: Heart = field(default_factory=Heart)
 
     @property
     def config(self) -> Config:
@@ -173,8 +175,10 @@ class Checkpoints(Hook):
             self._save(run)
 
     def _save(self, run: Run) -> None:
+        run.heart.slow("saving a checkpoint")
         path = resume.save(run.machine, run.progress, run.directory, run.tokenizer)
         self.saved_step, self.saved_tokens = run.progress.step, run.progress.tokens
+        run.heart.slow("going on from a save", saved_step=self.saved_step)
         for hook in self.others:
             hook.save(run, path)
 
@@ -185,6 +189,7 @@ class Milestones(Hook):
     def step(self, run: Run, info: StepInfo) -> None:
         every = run.config.checkpoint.weights_every_tokens
         if every is not None and info.tokens // every > (info.tokens - info.step_tokens) // every:
+            run.heart.slow("saving weights")
             resume.save_milestone(run.machine, run.progress, run.directory, run.tokenizer)
 
 
@@ -199,6 +204,7 @@ class Evaluation(Hook):
         every = run.config.metrics.eval_every_steps
         if every is None or info.step % every:
             return
+        run.heart.slow("evaluating")
         for number, held_out in enumerate(self.held_out):
             suffix = f"_{held_out.kind}" if number else ""
             result = evaluate.evaluate(run.machine, held_out, run.config.metrics.eval_rows)

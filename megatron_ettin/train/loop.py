@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_ettin import parallel
+from megatron_ettin.attempt import Heart, attempt_folder, end_now, end_with_launcher
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import empty_rows
@@ -33,6 +34,7 @@ from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
 from megatron_ettin.train import resume, run_directory
+from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.evaluate import open_held_out
@@ -83,6 +85,7 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step))
             check_finite(run.config, info)
             run.progress = Progress(info.step, info.tokens, run.progress.updates + 1)
+            run.heart.step(step=info.step, tokens=info.tokens)
             for hook in hooks:
                 hook.step(run, info)
             stopped = info.stop_requested or is_done(run.config, run.progress)
@@ -142,47 +145,54 @@ def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
 
     `each_alone`: one that cannot go on (TrainingStopped) is told of and the next begins."""
     place = find_place()
+    end_with_launcher(place.source)
     first = jobs[0].config
     platform = detect(first.run.device, place.local_rank)
     if first.run.deterministic:
         platform.make_deterministic()
     stop = StopSignal(first.resilience.save_on_signal)
+    heart = Heart(attempt_folder() if place.rank == 0 else None, first.resilience.hang_seconds)
     try:
         for job in jobs:
             try:
-                if _run_job(job, place, platform, stop):
+                if _run_job(job, place, platform, stop, heart):
+                    heart.slow("stopped")
                     return True  # the others were asked to stop too
             except TrainingStopped as stopped:
                 if not each_alone:
                     raise
                 if place.rank == 0:
                     print(f"{job.launch.run_dir}: {stopped}", file=sys.stderr, flush=True)
+        heart.slow("done")
         return False
     finally:
         forget()
 
 
-def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal) -> bool:
+def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
     """One job; True if it was stopped before its end."""
     with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
         folder = job.config.data.local_copy
+        heart.slow("starting", None if folder is None else COPY_SECONDS)
         read = job.corpus if folder is None else local_corpus(job.corpus, folder)
         join(place, platform, RENDEZVOUS_SECONDS, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
-        return _train_as(place, job, read, platform, stop)
+        return _train_as(place, job, read, platform, stop, heart)
 
 
-def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal) -> bool:
+def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
     """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
     copy on this machine."""
     config, launch, corpus, machine = job.config, job.launch, job.corpus, None
     try:
+        check_agreement(config, corpus)
         machine = assemble(config, platform, place.world)
         progress, origin = resume.begin(
             machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
         )
         batches = Batches.of(config, read, machine.layout, platform.device)
         run_directory.check_skips(launch.run_dir, corpus, batches.sizes.rows_before(progress.step))
-        run = Run(machine, batches, launch.run_dir, progress)
+        run = Run(machine, batches, launch.run_dir, progress, heart)
+        heart.slow("first step", step=progress.step, saved_step=progress.step)
         if run.is_chief:
             announce(run, place, origin, corpus)
             record = {
@@ -195,6 +205,10 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
             began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
         return train(run, build_hooks(run), stop)
+    except Exception as error:
+        if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
+            end_now(error)  # the others wait for this rank in a kernel; so would it for them, taking the groups down
+        raise
     finally:
         if machine is not None:
             machine.close()

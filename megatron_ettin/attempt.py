@@ -1,0 +1,112 @@
+"""What the ranks of a supervised launch leave for their supervisor (launch/supervisor): that the run moves, and how a
+rank failed. Both are files in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written.
+
+A hang is seen from outside: rank 0 says what it does and how long that may take at most (all ranks move in step, so
+one is enough, however many there are), and the supervisor ends what has said nothing for longer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+FOLDER_VARIABLE = "ETTIN_ATTEMPT_DIR"
+HEARTBEAT = "heartbeat.json"
+BEAT_SECONDS = 2.0  # steps may be shorter; a shared file system need not see each
+SLOW_FACTOR = 6  # what is no step (start, first step, evaluation, save) may take so many times hang_seconds
+TOLD_LINES = 12  # of an error, its last ones
+
+
+def attempt_folder() -> Path | None:
+    """Where this launch's supervisor reads; None without one."""
+    name = os.environ.get(FOLDER_VARIABLE)
+    return Path(name) if name else None
+
+
+def rank_of_environment() -> int:
+    """This process's rank as torchrun or SLURM say it; 0 without either."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@dataclass
+class Heart:
+    """Rank 0's heartbeat. `hang_seconds`: the longest that a step may take."""
+
+    folder: Path | None = None
+    hang_seconds: float = 600.0
+    figures: dict[str, Any] = field(default_factory=dict)  # of the latest step: step, tokens, saved_step
+    _last: float = 0.0
+
+    def step(self, **figures: Any) -> None:
+        """A step is done; `figures` are kept for the beats to come."""
+        self.figures |= figures
+        if time.monotonic() - self._last > BEAT_SECONDS:
+            self._beat("step", self.hang_seconds)
+
+    def slow(self, doing: str, limit_seconds: float | None = None, **figures: Any) -> None:
+        """Something begins that takes longer than a step."""
+        self.figures |= figures
+        self._beat(doing, limit_seconds or self.hang_seconds * SLOW_FACTOR)
+
+    def _beat(self, doing: str, limit_seconds: float) -> None:
+        if self.folder is None:
+            return
+        self._last = time.monotonic()
+        beat = {"time": time.time(), "doing": doing, "limit_seconds": limit_seconds, **self.figures}
+        _write(self.folder / HEARTBEAT, beat)
+
+
+def record_failure(error: BaseException, kind: str = "error") -> None:
+    """Leave how this rank failed: `rank_00003.json` with host, time and the last lines of the error. `kind`: "user" for
+    a mistake that no restart mends, "error" else."""
+    folder = attempt_folder()
+    if folder is None:
+        return
+    lines = traceback.format_exception(error) if kind == "error" else [str(error)]
+    told = "".join(lines).rstrip().splitlines()[-TOLD_LINES:]
+    rank = rank_of_environment()
+    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "kind": kind, "lines": told}
+    path = folder / f"rank_{rank:05d}.json"
+    if not path.exists():  # what came first is the cause of what came after
+        _write(path, record)
+
+
+def end_now(error: BaseException) -> NoReturn:
+    """Tell of the error and end this process, whatever it still holds."""
+    record_failure(error)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Replace the file. A heartbeat that cannot be written (a full disk) is no reason for a run to end."""
+    staging = path.with_name(f".tmp-{path.name}")
+    with contextlib.suppress(OSError):
+        staging.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(staging, path)
+
+
+@functools.cache
+def end_with_launcher(source: str) -> None:
+    """End this process when the one that started it has gone: a rank whose slurmstepd or torchrun agent was killed is
+    seen by nobody, and would go on holding its GPU. `source`: as `Place.source`; one that is alone stays."""
+    if source == "alone":
+        return
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="end with launcher", daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    record_failure(RuntimeError("the process that started this rank (slurmstepd or torchrun's agent) is gone"))
+    os._exit(1)

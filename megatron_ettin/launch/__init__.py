@@ -1,0 +1,1 @@
+"""SLURM: submission scripts, the supervisor inside the job, the state of runs."""

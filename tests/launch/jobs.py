@@ -1,0 +1,43 @@
+"""Tiny runs as jobs on the sandbox cluster, for the tests of this folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.launch.cluster import Cluster, lines_of
+from tests.train.runs import TINY
+
+PATH = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+ETTIN = str(Path(sys.executable).parent / "ettin")
+EVERY = 10
+
+
+def train_words(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
+    """A call of train, encoder 17m by name and tiny by shape."""
+    named = ["--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--run-dir", str(run_dir)]
+    saves = [f"run.steps={steps}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=0", "resilience.hang_seconds=10"]
+    return [*named, *TINY, f"data.mixture={corpus}", *saves, *more]
+
+
+def launch_words(nodes: int, tasks: int, *more: str) -> list[str]:
+    """A call of launch up to the `--`, without GPUs."""
+    return ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), *more]
+
+
+def launch(cluster: Cluster, words: list[str], *options: str) -> str:
+    """`ettin launch --submit`; the id of the one job."""
+    done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, PATH=PATH)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("job ", 1)[1].split(";", 1)[0]
+
+
+def step_of(run_dir: Path) -> int:
+    """The last step that is told of."""
+    return len(lines_of(run_dir / "metrics.jsonl"))
+
+
+def log_of(run_dir: Path) -> list[str]:
+    """What the run's jobs wrote, without the lines of steps."""
+    logs = sorted((run_dir / "slurm").glob("*.out"))
+    return [line for log in logs for line in lines_of(log) if not line.startswith("step ")]

@@ -1,0 +1,163 @@
+"""Jobs of `ettin launch` on a real SLURM, and what happens to them: whatever it is, they end with the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.cluster import Cluster, wait_until
+from tests.launch.jobs import ETTIN, EVERY, PATH, launch, launch_words, log_of, step_of, train_words
+from tests.train.runs import Trained, read
+
+STEPS = 150
+TWO_BY_TWO = launch_words(2, 2, "--grace-seconds", "5", "--time", "20")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Two nodes with two ranks each, from the first step to the last at one go; the third node does something else
+    meanwhile, on the ports that the job's number gives."""
+    run_dir = tmp_path_factory.mktemp("jobs") / "whole"
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    return read(run_dir)
+
+
+def assert_same(run_dir: Path, undisturbed: Trained) -> None:
+    """The same losses to the last bit, the same weights."""
+    disturbed = read(run_dir)
+    assert disturbed.column("step") == undisturbed.column("step")
+    assert disturbed.column("loss") == undisturbed.column("loss")
+    ours, theirs = disturbed.weights(), undisturbed.weights()
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def events_of(run_dir: Path) -> list[str]:
+    lines = (run_dir / "slurm" / "events.jsonl").read_text().splitlines()
+    return [json.loads(line)["event"] for line in lines]
+
+
+def past(run_dir: Path, steps: int) -> None:
+    wait_until(lambda: step_of(run_dir) > steps, 120, f"step {steps}")
+
+
+def status_of(cluster: Cluster, what: str | Path) -> dict:
+    done = cluster.call(ETTIN, "status", what, "--json", PATH=PATH)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    return found
+
+
+def test_time_runs_out_again_and_again(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
+    """SLURM's own warning before the limit of a minute, then the requeue; then the user's, twice while it saves."""
+    run_dir = tmp_path / "run"
+    words = launch_words(2, 2, "--time", "1", "--margin-seconds", "30")
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *words)
+    waiting = status_of(slurm, job)
+    assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING") and waiting["job"] == job
+    past(run_dir, 2)
+    running = status_of(slurm, run_dir)
+    assert running["state"] == "RUNNING" and running["total_steps"] == STEPS and running["seconds_left"] > 0
+    wait_until(lambda: "requeued" in events_of(run_dir), 120, "requeue")
+    assert slurm.wait_for_end(job, 400) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    assert_same(run_dir, undisturbed)
+    ended = status_of(slurm, run_dir)
+    assert ended["last_event"] == "done" and ended["launches"] >= 2 and ended["failures"] == 0
+    assert ended["checkpoint_step"] == STEPS and ended["fraction"] == 1.0
+
+
+def kill_rank(cluster: Cluster, job: str) -> None:
+    cluster.kill(cluster.ranks(job)[3].pid)
+
+
+def kill_slurmstepd(cluster: Cluster, job: str) -> None:
+    """SLURM itself never notices."""
+    cluster.kill(cluster.ranks(job)[3].parent)
+
+
+def kill_node(cluster: Cluster, job: str) -> None:
+    """slurmd with its step and its ranks, as when a machine goes; it comes back later."""
+    rank = cluster.ranks(job)[3]
+    node = rank.environment["SLURMD_NODENAME"]
+    for pid in (cluster.slurmd(node), rank.parent, rank.pid, cluster.ranks(job)[2].pid):
+        cluster.kill(pid)
+    wait_until(lambda: int(cluster.shown(job, "Restarts")) > 1, 90, "SLURM to requeue the job")
+    cluster.start_node(node)
+
+
+def node_down(cluster: Cluster, job: str) -> None:
+    node = cluster.ranks(job)[2].environment["SLURMD_NODENAME"]
+    cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+
+def test_whatever_is_killed(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
+    """One run suffers all of it: a rank, a slurmstepd, a node's slurmd with all it runs, a node set down."""
+    run_dir = tmp_path / "run"
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
+        past(run_dir, (number + 1) * 2 * EVERY + 3)
+        act(slurm, job)
+        wait_until(lambda: len(slurm.ranks(job)) < 4, 60, f"effect of {act.__name__}")
+        wait_until(lambda: len(slurm.ranks(job)) == 4, 120, f"ranks after {act.__name__}")
+    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    assert_same(run_dir, undisturbed)
+    log, happened = log_of(run_dir), events_of(run_dir)
+    assert "--- rank 3 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
+    assert any("starting again (1 of 3 times" in line for line in log)
+    assert any("a step of the job cannot be ended; requeued" in line for line in log)
+    assert int(slurm.shown(job, "Restarts")) == 3 and happened[-1] == "done"
+
+
+def test_a_stopped_rank_is_a_hang(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """And two jobs on one node do not meet: same node, same moment."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
+    jobs = [launch(slurm, train_words(corpus, run_dir, 40), *words) for run_dir in (first, second)]
+    past(first, EVERY + 1)
+    os.kill(slurm.ranks(jobs[0])[1].pid, signal.SIGSTOP)
+    assert [slurm.wait_for_end(job) for job in jobs] == ["COMPLETED", "COMPLETED"], log_of(first)[-30:]
+    assert any("supervisor: nothing moved for" in line for line in log_of(first))
+    assert read(first).column("loss") == read(second).column("loss")
+
+
+def test_an_error_is_the_last_thing_in_the_log(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """A damaged checkpoint of the only step there is: no restart mends it."""
+    run_dir = tmp_path / "run"
+    words = launch_words(2, 1, "--time", "10")
+    assert slurm.wait_for_end(launch(slurm, train_words(corpus, run_dir, 10), *words)) == "COMPLETED"
+    (part,) = list((run_dir / "checkpoints" / "step_000000010").glob("__0_0.distcp"))
+    part.write_bytes(part.read_bytes()[:-7])
+    job = launch(slurm, [*train_words(corpus, run_dir, 20), "--from-step", "10"], *words)
+    assert slurm.wait_for_end(job) == "FAILED"
+    log = log_of(run_dir)
+    assert "__0_0.distcp" in log[-1] and log[-2].startswith("--- rank "), log[-5:]
+    assert slurm.shown(job, "ExitCode").startswith("2:")
+
+
+def test_torchrun_in_place_of_srun(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """A task for each node; the batch shell's warning reaches the ranks all the same."""
+    run_dir = tmp_path / "run"
+    words = launch_words(2, 2, "--launcher", "torchrun", "--time", "10")
+    job = launch(slurm, train_words(corpus, run_dir, 60), *words)
+    past(run_dir, 5)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
+    assert events_of(run_dir)[1:4] == ["started", "saved", "requeued"]
+    assert read(run_dir).column("step") == list(range(1, 61))
+
+
+def test_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = launch(slurm, train_words(corpus, run_dir, 5_000), *launch_words(1, 1, "--time", "10"))
+    past(run_dir, 2)
+    slurm.call("scancel", job)
+    assert slurm.wait_for_end(job) == "CANCELLED"
+    subprocess.run(["sleep", "8"], check=True)  # longer than a requeued job waits
+    assert slurm.state_of(job) == "CANCELLED" and not slurm.ranks(job)
