@@ -67,7 +67,7 @@ class Heart:
 
 def record_failure(error: BaseException, kind: str = "error") -> None:
     """Leave how this rank failed: `rank_00003.json` with host, time and the last lines of the error. `kind`: "user" for
-    a mistake that no restart mends, "error" else."""
+    a mistake and "stopped" for numbers that no restart mends, "error" else."""
     folder = attempt_folder()
     if folder is None:
         return

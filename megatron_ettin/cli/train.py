@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         pairs = list(zip((stage.config for stage in stages), launches, strict=True))
         unfinished = run_sweep(pairs) if args.sweep else run_chain(pairs)
     except TrainingStopped as stopped:
-        record_failure(stopped, "user")  # the same rows and weights would end the same way
+        record_failure(stopped, "stopped")  # the same rows and weights would end the same way
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1
     if args.sweep and is_chief:

@@ -133,7 +133,8 @@ def launch(job: Job, work: Work) -> list[str]:
         options.append("--stop-signal TERM")
     options += [f"--check-path {shlex.quote(path)}" for path in (str(folder.parent), *profile.check_paths)]
     if not work.container:
-        options.append("--check-program ettin")
+        path = profile.path or own_path()
+        options.append(f"--check-program {quoted_path(path) + '/' if path else ''}ettin")
     options.append(f"--min-free-gib {profile.min_free_gib:g}")
     ranks = '"${command[@]}"'
     if work.launcher == "torchrun":

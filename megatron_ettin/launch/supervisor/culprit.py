@@ -14,7 +14,7 @@ CONSEQUENCES = re.compile(
 # srun's word for a task that ended badly: "srun: error: n2: task 3: Killed", "... tasks 0-1: Exited with exit code 1"
 TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-]+): (.+)$")
 ASKED_TO_END = ("Terminated", "Exited with exit code 75", "Exited with exit code 143")
-MISTAKE = "Exited with exit code 2"
+FINAL = ("user", "stopped")  # what would end the same way again
 
 
 class Ended(NamedTuple):
@@ -23,7 +23,7 @@ class Ended(NamedTuple):
     time: float
     rank: int
     host: str
-    kind: str  # "user": a mistake that no restart mends; "error"; "killed": by a signal, without a word
+    kind: str  # "user": a mistake; "stopped": numbers to look at; "error"; "killed": by a signal, without a word
     lines: List[str]
 
     @property
@@ -83,5 +83,5 @@ def first(folder: str, said_by_srun: List[Ended]) -> Optional[Ended]:
     causes = [ended for ended in everyone if not ended.is_consequence]
     killed = [ended for ended in causes if ended.kind == "killed"]
     # a rank that was killed is told of by srun after the others have already written what they saw of it
-    chosen = [ended for ended in causes if ended.kind in ("user", "error")] or killed or causes or everyone
+    chosen = [ended for ended in causes if ended.kind in (*FINAL, "error")] or killed or causes or everyone
     return min(chosen, key=lambda ended: ended.time) if chosen else None

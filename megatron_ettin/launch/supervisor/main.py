@@ -55,7 +55,8 @@ class Supervisor:
             return self._requeue("stopped with step {} saved".format(saved_step or 0), SAVED)
         if outcome.result == "mistake":
             self.events.add("mistake")
-            return self._over(outcome, outcome.status if outcome.status > 0 else MISTAKE)
+            is_stopped = outcome.culprit is not None and outcome.culprit.kind == "stopped"
+            return self._over(outcome, 1 if is_stopped else MISTAKE)
         host = outcome.culprit.host if outcome.culprit else None
         why = outcome.why or "exit status {}".format(outcome.status)
         self.events.add("failed", result=outcome.result, node=host, saved_step=saved_step, why=why)

@@ -6,6 +6,7 @@ import time
 from typing import List, Mapping, NamedTuple, Optional, Sequence
 
 PATIENCE_SECONDS = 20.0  # for a controller that is busy
+EXCLUDE_TRIES = 50
 USABLE_STATES = "idle,mixed,alloc,completing"
 
 
@@ -92,6 +93,9 @@ class Job:
         answer = ask(["scontrol", "requeue", self.id])
         if answer.status != 0:
             return answer.text or "scontrol requeue failed"
-        if excluded:
+        for _ in range(EXCLUDE_TRIES if excluded else 0):
             ask(["scontrol", "update", "JobId=" + self.id, "ExcNodeList=" + ",".join(excluded)])
+            if set(excluded) <= set(self.excluded()):
+                break
+            time.sleep(0.2)  # the job does not pend yet
         return None

@@ -168,7 +168,7 @@ class Watch:
             return ENDS[beat["doing"]]
         if why == STOPPED_EARLY:
             return "saved"
-        if any(ended.kind == "user" for ended in culprit.from_files(self.folder)):
+        if any(ended.kind in culprit.FINAL for ended in culprit.from_files(self.folder)):
             return "mistake"
         if why:
             return "hung" if why.startswith("nothing") else "failed"
