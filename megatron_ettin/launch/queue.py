@@ -70,5 +70,6 @@ def covers(job: str, task: str | None) -> bool:
     if task is None or "_" not in job or "_" not in task:
         return job == task
     (array, indices), (wanted, index) = job.split("_", 1), task.split("_", 1)
+    indices = indices.strip("[]")
     ranges = [part.partition("-") for part in indices.partition("%")[0].split(",")]
     return array == wanted and any(int(first) <= int(index) <= int(last or first) for first, _, last in ranges)

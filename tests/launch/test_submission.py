@@ -1,0 +1,201 @@
+"""`ettin launch` without a run: the scripts it writes, what it refuses, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from megatron_ettin.cli.parsing import OneLineParser, words_of
+from megatron_ettin.config.resolve import from_yaml
+from megatron_ettin.launch.queue import covers
+from tests.launch.cluster import ROOT, Cluster
+from tests.launch.jobs import ETTIN, PATH, launch_words, train_words
+
+CALL = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "data.mixture=corpus"]
+PROFILES = sorted((ROOT / "examples" / "slurm" / "sites").glob("*.yaml"))
+
+
+def written(tmp_path: Path, options: list[str], call: list[str]) -> dict[str, str]:
+    """The scripts, by name; bash accepts each."""
+    assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 0
+    scripts = {path.stem: path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.sbatch")}
+    for text in scripts.values():
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    return scripts
+
+
+def test_the_script_of_a_run(tmp_path: Path) -> None:
+    options = [
+        "--nodes",
+        "8",
+        "--gpus-per-node",
+        "8",
+        "--cpus-per-task",
+        "12",
+        "--time",
+        "24:00:00",
+        "--account",
+        "a b",
+    ]
+    (text,) = written(tmp_path, [*options, "--sbatch-arg=--exclusive"], [*CALL, "parallel.tp=2"]).values()
+    folder = tmp_path / "run" / "slurm"
+    for line in (
+        "--nodes=8",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=24:00:00",
+        "--account=a b",
+        "--requeue",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert "#SBATCH --exclusive\n" in text and f"--folder {folder}" in text and "    parallel.tp=2\n" in text
+    config = from_yaml(folder / "17m-mlm-pretrain.config.yaml")
+    assert (config.parallel.tp, config.run.size) == (2, "17m")
+    done = subprocess.run(["python3", folder / "supervisor", "--help"], capture_output=True, text=True, check=True)
+    assert "requeue the job when it was saved" in " ".join(done.stdout.split())
+
+
+def test_the_suite_is_an_array_for_each_phase(tmp_path: Path) -> None:
+    call = ["train", "--phase", "all", "data.mixture=corpus"]
+    scripts = written(tmp_path, ["--suite", "--nodes", "1", "--gpus-per-node", "8", "--at-once", "4"], call)
+    assert sorted(scripts) == ["run-decay", "run-extend", "run-pretrain"]
+    assert all("#SBATCH --array=0-11%4\n" in text for text in scripts.values())
+    member = tmp_path / "run" / "size=1b_objective=clm"
+    last = next(line for line in scripts["run-decay"].splitlines() if line.startswith("11)"))
+    assert last == f"11) run={member}/decay words=(--size 1b --objective clm --init-from {member}/extend) ;;"
+    assert "--init-from" not in scripts["run-pretrain"]
+
+
+def test_a_sweep_and_a_site_file_of_the_run(tmp_path: Path) -> None:
+    """The file is copied: what is edited meanwhile does not change a job that waits."""
+    (tmp_path / "mine.yaml").write_text("optim:\n  lr: 0.001\n")
+    options = ["--nodes", "1", "--gpus-per-node", "1", "--sweep", "run.seed=1,2"]
+    (text,) = written(tmp_path, options, [*CALL, "--config", str(tmp_path / "mine.yaml")]).values()
+    assert (tmp_path / "run" / "slurm" / "site.yaml").read_text() == "optim:\n  lr: 0.001\n"
+    assert f"--config {tmp_path}/run/slurm/site.yaml\n" in text and " words=(run.seed=2) ;;" in text
+    snapshots = sorted((tmp_path / "run" / "slurm").glob("*.config.yaml"))
+    assert [from_yaml(path).run.seed for path in snapshots] == [1, 2]
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_the_profiles_of_the_examples(tmp_path: Path, profile: Path) -> None:
+    (text,) = written(tmp_path, ["--nodes", "2", "--profile", str(profile)], CALL).values()
+    assert "#SBATCH --gpus-per-node=8\n" in text and "{" not in text.split("command=(")[1].replace("${command[@]}", "")
+    container = {"pyxis": "--container-image=/shared", "apptainer": "apptainer exec --nv"}.get(profile.stem)
+    assert container is None or container in text
+
+
+REFUSED = [
+    (["--nodes", "1"], CALL, "--gpus-per-node N, or 0 with --tasks-per-node"),
+    (["--nodes", "0", "--gpus-per-node", "1"], CALL, "--nodes 0: must be at least 1"),
+    (["--nodes", "1", "--gpus-per-node", "0"], CALL, "--tasks-per-node 0: must be at least 1"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--time", "soon"], CALL, "--time soon: write minutes"),
+    (["--nodes", "1", "--gpus-per-node", "1"], ["eval", "x"], "must be train or bench and its options, found 'eval'"),
+    (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "model.nun_layers=3"], "num_layers"),
+    (["--nodes", "1", "--gpus-per-node", "7"], [*CALL, "parallel.tp=2"], "7"),
+    (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "--dry-run"], "--dry-run: not of a job"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--suite"], CALL, "--objective: the sweep says it"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--container", "x"], CALL, "--container: the profile says nothing"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--env-file", "none"], CALL, "--env-file none: no such file"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--after", "afterok:1"], CALL, "--after: goes with --submit"),
+    (["--nodes", "1", "--profile", "none.yaml"], CALL, "--profile none.yaml: No such file"),
+]
+
+
+@pytest.mark.parametrize(("options", "call", "told"), REFUSED)
+def test_one_line_and_nothing_left(
+    tmp_path: Path, options: list[str], call: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ettin launch: ") and told in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("sbtach: {}\n", "no key 'sbtach' (did you mean 'sbatch'?)"),
+        ("srun: --x\n", "srun must be list[str], is '--x'"),
+        ("gpus_per_node: many\n", "gpus_per_node must be int | None, is 'many'"),
+        ("container_prefix: ['{image}']\n", "only {container}, {folder}, {cwd} are known"),
+        ("[1]\n", "holds no keys"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_a_bad_profile(tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "site.yaml").write_text(content)
+    words = ["--nodes", "1", "--profile", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert main(["launch", *words[:4], "--", *CALL, *words[4:]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and str(tmp_path / "site.yaml") in line
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    call = ["train", *train_words(corpus, tmp_path / "runs" / "a", 5)]
+    for options, told in ((["--partition", "nosuch"], "nvalid partition"), (["--nodes", "9"], "Node count")):
+        done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--submit", "--", *call, PATH=PATH)
+        assert done.returncode == 2 and done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("ettin launch: sbatch refused 17m-mlm-pretrain: ") and told in line
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_puts_an_earlier_submission_back(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """What was written over an earlier launch's files is undone."""
+    call = ["train", *train_words(corpus, tmp_path / "run", 5)]
+    assert slurm.call(ETTIN, "launch", *launch_words(2, 1), "--", *call, PATH=PATH).returncode == 0
+    folder = tmp_path / "run" / "slurm"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    options = ["--time", "99", "--after", "nonsense:1", "--submit"]
+    done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--", *call, PATH=PATH)
+    assert done.returncode == 2 and "dependency" in done.stderr.lower()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_status_of_what_is_not_there(slurm: Cluster, tmp_path: Path) -> None:
+    for what, told in (("999999", "SLURM does not know it"), ("nothing", "no such folder"), (tmp_path, "no run in it")):
+        done = slurm.call(ETTIN, "status", what, PATH=PATH)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "no squeue answers" in slurm.call(ETTIN, "status", PATH=str(Path(ETTIN).parent)).stderr
+
+
+def test_words_parse_to_what_they_came_from() -> None:
+    from megatron_ettin.cli import train
+
+    parser = OneLineParser()
+    train.add_arguments(parser)
+    words = ["--init-from", "a b", "--allow-change", "optim.lr", "--allow-change", "run.seed", "optim.lr=1", "x.y=2"]
+    args = parser.parse_intermixed_args(words)
+    assert words_of(parser, args, ()) == words
+    assert words_of(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]
+
+
+@pytest.mark.parametrize(
+    ("job", "task", "is_covered"),
+    [
+        ("7", "7", True),
+        ("7_[2-5%1]", "7_3", True),
+        ("7_2-5,9%2", "7_9", True),
+        ("7_3", "7_4", False),
+        ("7", None, False),
+    ],
+)
+def test_tasks_of_an_array(job: str, task: str | None, is_covered: bool) -> None:
+    assert covers(job, task) is is_covered
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert (
+        main(["launch", "--nodes", "1", "--gpus-per-node", "1", "--json", "--", *CALL, "--run-dir", str(run_dir)]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "folder": str(run_dir / "slurm"),
+        "jobs": [{"script": str(run_dir / "slurm" / "17m-mlm-pretrain.sbatch"), "job": None}],
+    }
