@@ -5,6 +5,7 @@ stage's own, first layer and number of layers asked of core (uneven splits and v
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,6 +25,9 @@ from megatron_ettin.model.attention_kernels import attend_flash, attend_flex, at
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.model.mlp import GatedMlp
 from megatron_ettin.model.norm import BiasFreeLayerNorm
+
+# of every layer on every rank it tells that the MLP is none of its own
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 ATTENTIONS = {"sdpa": attend, "flash": attend_flash, "varlen": attend_varlen, "flex": attend_flex}
 # canonical (checkpoint) names are those of layers that fuse the norm into the linear behind it
