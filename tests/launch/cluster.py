@@ -75,7 +75,8 @@ class Cluster:
         self.state = state
         self.environment = {"SLURM_CONF": str(state / "slurm.conf")}
 
-    def up(self, nodes: int = 3, cpus: int = 16, port: int = 18_000, gpus: int = 8) -> None:
+    def up(self, nodes: int = 3, cpus: int = 16, gpus: int = 8) -> None:
+        port = 18_000 + os.getpid() % 100 * 10  # of several test sessions each has its own
         settings = {**os.environ, "GPUS": str(gpus), "UTS": "1" if os.geteuid() == 0 else ""}
         command = ["bash", SANDBOX, "up", self.state, str(nodes), str(cpus), str(port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)

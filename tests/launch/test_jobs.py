@@ -127,6 +127,23 @@ def test_a_stopped_rank_is_a_hang(slurm: Cluster, corpus: Path, tmp_path: Path) 
     assert read(first).column("loss") == read(second).column("loss")
 
 
+def test_a_node_that_fails_again_is_left_out(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Twice in a row without a new checkpoint, with one restart: the job goes on where that node is not."""
+    run_dir = tmp_path / "run"
+    words = launch_words(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
+    job = launch(slurm, train_words(corpus, run_dir, 60, "checkpoint.every_steps=1000"), *words)
+    for attempt in range(2):
+        past(run_dir, 2)
+        rank = slurm.ranks(job)[1]
+        assert rank.environment["SLURMD_NODENAME"] == "n2"
+        slurm.kill(rank.pid)
+        wait_until(lambda: events_of(run_dir).count("failed") > attempt, 60, "the supervisor to see it")  # noqa: B023
+        (run_dir / "metrics.jsonl").unlink()  # steps are counted anew
+    assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
+    assert slurm.shown(job, "ExcNodeList") == "n2"
+    assert any("n2 failed 2 times; requeued, to run without n2" in line for line in log_of(run_dir))
+
+
 def test_an_error_is_the_last_thing_in_the_log(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """A damaged checkpoint of the only step there is: no restart mends it."""
     run_dir = tmp_path / "run"
