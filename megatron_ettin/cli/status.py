@@ -164,7 +164,7 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
 def queue_state(state: RunState, job: Queued | None) -> str:
     """What SLURM says, and what the run does where that is not to train."""
     if job is None:
-        return "done" if state.last_event == "done" else "not queued"
+        return "done" if state.last_event == "done" or state.fraction == 1.0 else "not queued"
     if job.state == "PENDING":
         return f"PENDING ({job.reason})"
     if job.state != "RUNNING":

@@ -14,9 +14,11 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.launch import supervisor
 from megatron_ettin.launch.queue import shown
 from megatron_ettin.launch.request import Job, Work
+from megatron_ettin.launch.run_state import read_events
 from megatron_ettin.launch.script import script_of
 
 SUBMIT_SECONDS = 120.0
+WAITING = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 NEVER = ("Partition", "BadConstraints", "InvalidAccount", "InvalidQOS")
 
 
@@ -85,6 +87,8 @@ def script_path(job: Job, work: Work) -> Path:
 def submit(jobs: Sequence[Job], work: Work, after: str | None) -> dict[str, str]:
     """Job ids by name. `after`: a dependency of the first, as sbatch writes it. Raises UserError with SLURM's own words
     for what it refuses; jobs of the same submission that were already queued are cancelled."""
+    if after is None:
+        _check_not_queued(jobs, work)
     written = write(jobs, work)
     ids: dict[str, str] = {}
     try:
@@ -107,6 +111,17 @@ def held_for_good(job_id: str) -> str | None:
     """Why a job that was accepted will never start, where SLURM knows (most sites let it be queued all the same)."""
     reasons = {job.reason for job in shown(job_id) if job.state == "PENDING"}
     return next((reason for reason in sorted(reasons) if reason.startswith(NEVER)), None)
+
+
+def _check_not_queued(jobs: Sequence[Job], work: Work) -> None:
+    """Raise UserError where an earlier job of the same runs waits or runs: the second would find the runs locked."""
+    runs = {str(member.run_dir) for job in jobs for member in job.members}
+    for event in read_events(work.folder):
+        if event["event"] == "submitted" and runs & set(event.get("runs", [])):
+            for job in shown(str(event["job"])):
+                if job.state in WAITING:
+                    told = f"job {job.id} of an earlier submission is {job.state}; scancel it first, or give --after"
+                    raise UserError(f"{work.folder.parent}: {told} afterany:{event['job']}")
 
 
 def _dependency(job: Job, ids: dict[str, str]) -> str | None:

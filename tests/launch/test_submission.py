@@ -157,6 +157,19 @@ def test_a_refusal_puts_an_earlier_submission_back(slurm: Cluster, corpus: Path,
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_no_second_job_of_a_run_that_waits(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    options = launch_words(2, 1, "--sbatch-arg=--begin=now+600", "--submit")
+    call = ["--", "train", *train_words(corpus, tmp_path / "run", 5)]
+    assert slurm.call(ETTIN, "launch", *options, *call, PATH=PATH).returncode == 0
+    again = slurm.call(ETTIN, "launch", *options, *call, PATH=PATH)
+    (line,) = again.stderr.splitlines()
+    job = line.split("job ")[1].split()[0]
+    assert again.returncode == 2 and f"is PENDING; scancel it first, or give --after afterany:{job}" in line
+    after = slurm.call(ETTIN, "launch", *options, "--after", f"afterany:{job}", "--json", *call, PATH=PATH)
+    assert after.returncode == 0, after.stderr
+    slurm.call("scancel", job, json.loads(after.stdout)["jobs"][0]["job"])
+
+
 def test_status_of_what_is_not_there(slurm: Cluster, tmp_path: Path) -> None:
     for what, told in (("999999", "SLURM does not know it"), ("nothing", "no such folder"), (tmp_path, "no run in it")):
         done = slurm.call(ETTIN, "status", what, PATH=PATH)
