@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import os
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -182,3 +183,16 @@ def replayed_on_a_cpu() -> Iterator[None]:
         mock.patch.object(graphed, "Replayed", InPlace),
     ):
         yield
+
+
+@contextlib.contextmanager
+def edited_code_on_rank_1() -> Iterator[None]:
+    """A node's checkout is not that of the others."""
+    from megatron_ettin.train import agreement
+
+    real = agreement.code_hash
+    agreement.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        agreement.code_hash = real

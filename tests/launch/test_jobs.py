@@ -56,7 +56,7 @@ def status_of(cluster: Cluster, what: str | Path) -> dict:
 
 
 def test_time_runs_out_again_and_again(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
-    """SLURM's own warning before the limit of a minute, then the requeue; then the user's, twice while it saves."""
+    """SLURM's own warning before the limit of a minute, then the requeue; a job after the other to the end."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 2, "--time", "1", "--margin-seconds", "30")
     job = launch(slurm, train_words(corpus, run_dir, STEPS), *words)
@@ -71,6 +71,19 @@ def test_time_runs_out_again_and_again(slurm: Cluster, corpus: Path, tmp_path: P
     ended = status_of(slurm, run_dir)
     assert ended["last_event"] == "done" and ended["launches"] >= 2 and ended["failures"] == 0
     assert ended["checkpoint_step"] == STEPS and ended["fraction"] == 1.0
+
+
+def test_a_storm_of_signals(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
+    """To every rank, while it finishes its step, while it saves, while it ends: the checkpoint is whole."""
+    run_dir = tmp_path / "run"
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    past(run_dir, EVERY + 3)
+    while "requeued" not in events_of(run_dir):
+        slurm.call("scancel", "--signal=USR1", job)
+        slurm.call("scancel", "--signal=TERM", job)
+    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    assert_same(run_dir, undisturbed)
+    assert "failed" not in events_of(run_dir) and slurm.shown(job, "Restarts") == "1"
 
 
 def kill_rank(cluster: Cluster, job: str) -> None:
