@@ -86,7 +86,8 @@ def test_a_plan_is_calibrated_by_it(pool: Pool, tmp_path: Path, capsys: pytest.C
     assert main(["plan", "--size", "17m", *words]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["calibration"]) == 2 and answer["layouts"]
-    assert all(abs(row["error_percent"]) < 100 for row in answer["calibration"])
+    # of least squares with one positive column already, however much the two times disagree on a busy machine
+    assert all(abs(row["measured"] / row["predicted"] - 1) < 1 for row in answer["calibration"])
 
 
 def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

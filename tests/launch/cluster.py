@@ -117,11 +117,15 @@ class Cluster:
         wait_until(lambda: self.state_of(job) in ended, seconds, f"end of job {job}, {self.state_of(job)}")
         return self.state_of(job)
 
-    def ranks(self, job: str) -> dict[int, Process]:
-        """The job's ranks of `ettin` by number: not what they started themselves."""
+    def step_processes(self, job: str) -> list[Process]:
+        """All that the job's steps run, without what SLURM runs for them."""
         mine = [p for p in processes() if p.environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]]
         mine = [p for p in mine if p.environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in p.environment]
-        mine = [p for p in mine if "ettin " in p.command and not p.command.startswith("slurmstepd")]
+        return [p for p in mine if not p.command.startswith("slurmstepd")]
+
+    def ranks(self, job: str) -> dict[int, Process]:
+        """The job's ranks of `ettin` by number: not what they started themselves."""
+        mine = [p for p in self.step_processes(job) if "ettin " in p.command]
         pids = {p.pid for p in mine}
         return {int(p.environment["SLURM_PROCID"]): p for p in mine if p.parent not in pids}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,9 +85,13 @@ def test_a_storm_of_signals(slurm: Cluster, corpus: Path, tmp_path: Path, undist
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
     past(run_dir, EVERY + 3)
+    slurm.call("scancel", "--signal=USR1", job)
+    # the storm itself goes past SLURM, which may deliver a signal seconds later, to the job that was requeued meanwhile
     while "requeued" not in events_of(run_dir):
-        slurm.call("scancel", "--signal=USR1", job)
-        slurm.call("scancel", "--signal=TERM", job)
+        for process in slurm.step_processes(job):
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     assert_same(run_dir, undisturbed)
     assert "failed" not in events_of(run_dir) and slurm.shown(job, "Restarts") == "1"

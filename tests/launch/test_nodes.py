@@ -52,7 +52,7 @@ def test_a_host_name_that_does_not_resolve(bad_node: Cluster, corpus: Path, tmp_
 def test_a_missing_environment(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
     """The node has the path, and nothing in it."""
     environment, empty = tmp_path / "bin", tmp_path / "empty"
-    shutil.copytree(Path(shutil.which("python3") or "").parent, environment, symlinks=True)
+    shutil.copytree(Path(sys.executable).parent, environment, symlinks=True)
     empty.mkdir()
     (tmp_path / "site.yaml").write_text(f"path: {environment}\npython: {sys.base_prefix}/bin/python3\n")
     bad_node.in_node("n2", "mount", "--bind", empty, environment)
