@@ -17,7 +17,7 @@ from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbSink
 from megatron_ettin.platform import Platform
-from megatron_ettin.train import evaluate, resume
+from megatron_ettin.train import evaluate
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.resume import Progress
@@ -149,48 +149,6 @@ class Console(Hook):
     def stop(self, run: Run) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-class Checkpoints(Hook):
-    """Saves every so many steps or tokens, and at the end."""
-
-    def __init__(self, others: list[Hook]) -> None:
-        self.others = others
-        self.saved_step = -1
-
-    def start(self, run: Run) -> None:
-        self.saved_step = run.progress.step
-        self.saved_tokens = run.progress.tokens
-
-    def step(self, run: Run, info: StepInfo) -> None:
-        settings = run.config.checkpoint
-        by_steps = settings.every_steps is not None and info.step % settings.every_steps == 0
-        every = settings.every_tokens
-        by_tokens = every is not None and info.tokens // every > self.saved_tokens // every
-        if by_steps or by_tokens or info.stop_requested:
-            self._save(run)
-
-    def stop(self, run: Run) -> None:
-        if run.progress.step != self.saved_step:
-            self._save(run)
-
-    def _save(self, run: Run) -> None:
-        run.heart.slow("saving a checkpoint")
-        path = resume.save(run.machine, run.progress, run.directory, run.tokenizer)
-        self.saved_step, self.saved_tokens = run.progress.step, run.progress.tokens
-        run.heart.slow("going on from a save", saved_step=self.saved_step)
-        for hook in self.others:
-            hook.save(run, path)
-
-
-class Milestones(Hook):
-    """Weights alone, each time that the run passes a multiple of `checkpoint.weights_every_tokens`; all are kept."""
-
-    def step(self, run: Run, info: StepInfo) -> None:
-        every = run.config.checkpoint.weights_every_tokens
-        if every is not None and info.tokens // every > (info.tokens - info.step_tokens) // every:
-            run.heart.slow("saving weights")
-            resume.save_milestone(run.machine, run.progress, run.directory, run.tokenizer)
 
 
 class Evaluation(Hook):

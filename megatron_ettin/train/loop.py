@@ -37,15 +37,14 @@ from megatron_ettin.train import resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.checkpoint_hooks import Checkpoints, Milestones
 from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.hooks import (
-    Checkpoints,
     Console,
     Evaluation,
     GarbageCollection,
     Hook,
     Metrics,
-    Milestones,
     Run,
     StopSignal,
 )
