@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--at-once", type=int, metavar="N", help="members of an array that may run at the same time")
     add("--restarts", type=int, default=3, help="after failures in a row without a new checkpoint")
     add("--requeues", type=int, default=200, help="of each job, in all")
-    add("--margin-seconds", type=int, default=300, help="before the time limit: save and requeue then")
+    add("--margin-seconds", type=int, help="to save before the time limit: 300, or a quarter of it")
     add("--grace-seconds", type=int, default=30, help="after one rank has ended, for the others to")
     add("--submit", action="store_true", help="hand it to sbatch; without it the script is written only")
     add("--dry-run", action="store_true", help="print the script and write nothing")
@@ -88,7 +88,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
     """The submission, checked as far as that goes here. Raises UserError."""
     from megatron_ettin.cli.launched import jobs_of, parse_call
     from megatron_ettin.launch.profile import read_profile
-    from megatron_ettin.launch.request import Work, allocation_of
+    from megatron_ettin.launch.request import Work, allocation_of, margin_of
 
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words or words[0] not in COMMANDS:
@@ -111,7 +111,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
         env_file=args.env_file.absolute() if args.env_file else None,
         restarts=args.restarts,
         requeues=args.requeues,
-        margin_seconds=args.margin_seconds,
+        margin_seconds=margin_of(args.margin_seconds, allocation.time),
         grace_seconds=args.grace_seconds,
         written_by=shlex.join(["ettin", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else "ettin launch",
         cwd=Path.cwd(),
@@ -121,7 +121,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for what is out of range or cannot be read."""
-    for name, least in (("restarts", 0), ("requeues", 0), ("margin_seconds", 1), ("grace_seconds", 1), ("at_once", 1)):
+    for name, least in (("restarts", 0), ("requeues", 0), ("grace_seconds", 1), ("at_once", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

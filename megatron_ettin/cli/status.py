@@ -148,7 +148,7 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
     saved += f" ({duration(state.checkpoint_age_seconds)} ago)" if state.checkpoint_age_seconds is not None else ""
     requeued = max(state.launches - 1, 0)
     return (
-        str(state.run),
+        from_here(state.run),
         state.job or "",
         queue_state(state, job),
         "" if state.step is None else f"{state.step:,}" + (f"/{state.total_steps:,}" if state.total_steps else ""),
@@ -159,6 +159,11 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
         saved,
         f"{requeued} requeued, {state.failures} failed" if requeued or state.failures else "",
     )
+
+
+def from_here(path: Path) -> str:
+    """Relative where it is below the current folder: a table of long paths does not fit a terminal."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def queue_state(state: RunState, job: Queued | None) -> str:

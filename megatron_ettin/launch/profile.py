@@ -3,6 +3,7 @@ examples/slurm/sites/. What the command line says goes before it."""
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,14 @@ import yaml
 
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.yaml_reading import load_yaml
+
+OPTION = re.compile(r"[a-z][a-z0-9-]*$")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+# options of sbatch that are of the run and its supervisor, not of the cluster
+NOT_OF_A_SITE = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "array", "dependency"),
+    *("output", "chdir", "signal", "open-mode", "requeue", "no-requeue"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,16 +71,36 @@ def _checked(path: Path, key: str, value: Any) -> Any:
             _check_places(path, key, value)
     elif wanted in (dict[str, str], dict[str, Any]):
         fits = isinstance(value, dict) and all(isinstance(item, (str, int, float, bool)) for item in value.values())
-        if fits and wanted == dict[str, str]:
-            value = {str(name): _as_text(item) for name, item in value.items()}
+        if fits:
+            value = _variables(path, value) if wanted == dict[str, str] else _sbatch_options(path, value)
     elif wanted is str:
         fits = isinstance(value, str)
     else:
         fits = isinstance(value, (int, float) if wanted is float else int) and not isinstance(value, bool)
+        if fits and value < 0:
+            raise UserError(f"--profile {path}: {key} {value}: must be at least 0")
     if not fits:
         kind = {str: "text", float: "a number"}.get(wanted, str(wanted).replace("typing.", ""))
         raise UserError(f"--profile {path}: {key} must be {kind}, is {value!r}")
     return value
+
+
+def _variables(path: Path, values: dict[Any, Any]) -> dict[str, str]:
+    """Of the environment. Raises UserError for a name that no shell takes."""
+    for name in values:
+        if not VARIABLE.match(str(name)):
+            raise UserError(f"--profile {path}: environment: {name!r} is no variable's name")
+    return {str(name): _as_text(value) for name, value in values.items()}
+
+
+def _sbatch_options(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
+    """Long options of sbatch; YAML's true is an option without a value, false none. Raises UserError."""
+    for name in values:
+        if not OPTION.match(str(name)):
+            raise UserError(f"--profile {path}: sbatch: {name!r}: write a long option without its dashes")
+        if name in NOT_OF_A_SITE:
+            raise UserError(f"--profile {path}: sbatch: {name!r} is of the run; `ettin launch` itself says it")
+    return {name: "" if value is True else value for name, value in values.items() if value is not False}
 
 
 def _as_text(value: object) -> str:

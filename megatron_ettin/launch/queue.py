@@ -42,8 +42,8 @@ def shown(job: str) -> list[Queued]:
 
 
 def own_jobs() -> list[Queued]:
-    """The user's jobs that wait or run. Raises UserError without SLURM."""
-    text = ask("squeue", "-h", "-u", getpass.getuser(), "-o", "%A")
+    """The user's jobs that wait or run; of an array that does, all tasks. Raises UserError without SLURM."""
+    text = ask("squeue", "-h", "-u", getpass.getuser(), "-o", "%F")  # of an array's tasks the array
     if text is None:
         raise UserError("no squeue answers on this machine; name a run directory")
     return [queued for job in dict.fromkeys(text.split()) for queued in shown(job)]

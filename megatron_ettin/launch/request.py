@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.launch.profile import Profile
 
 TIME = re.compile(r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE)$")
+MARGIN_SECONDS = 300  # a quarter of the time where that is less
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,45 @@ def allocation_of(args: Any, profile: Profile) -> Allocation:
     """From the command line, then the profile. Raises UserError."""
     gpus = first_given(args.gpus_per_node, profile.gpus_per_node)
     if gpus is None and args.tasks_per_node is None:
-        raise UserError("launch: --gpus-per-node N, or 0 with --tasks-per-node N for ranks without a GPU")
+        raise UserError("--gpus-per-node: say how many, or 0 with --tasks-per-node N for ranks without a GPU")
     tasks = first_given(args.tasks_per_node, gpus)
-    for name, value, least in (("nodes", args.nodes, 1), ("gpus-per-node", gpus or 0, 0), ("tasks-per-node", tasks, 1)):
-        if value < least:
+    cpus = first_given(args.cpus_per_task, profile.cpus_per_task)
+    asked = {"nodes": args.nodes, "gpus-per-node": gpus, "tasks-per-node": tasks, "cpus-per-task": cpus}
+    for name, value in asked.items():
+        least = 0 if name == "gpus-per-node" else 1
+        if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    if args.time is not None and not TIME.match(args.time):
-        raise UserError(f"--time {args.time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as sbatch has it")
     names = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
-    options = {str(name): str(value) for name, value in profile.sbatch.items()}
+    options = {name: str(value) for name, value in profile.sbatch.items()}
     options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     time = first_given(args.time, options.pop("time", None))
-    cpus = first_given(args.cpus_per_task, profile.cpus_per_task)
+    if time is not None and not TIME.match(time):
+        raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as sbatch has it")
     return Allocation(args.nodes, tasks, gpus or 0, cpus, time, options, tuple(args.sbatch_arg))
+
+
+def margin_of(asked: int | None, time: str | None) -> int:
+    """Seconds before the time limit at which a job saves. Raises UserError where it would save before it has begun."""
+    seconds = seconds_of(time) if time is not None else math.inf
+    margin = min(MARGIN_SECONDS, max(1, seconds / 4)) if asked is None else asked
+    if margin < 1:
+        raise UserError(f"--margin-seconds {margin}: must be at least 1")
+    if margin >= seconds:
+        raise UserError(f"--margin-seconds {margin}: must be less than --time {time}, of which it is the last part")
+    return int(margin)
+
+
+def seconds_of(time: str) -> float:
+    """A time limit as sbatch reads it: minutes, MIN:SEC, HH:MM:SS, DAYS-HH, DAYS-HH:MM or DAYS-HH:MM:SS."""
+    if time in ("0", "UNLIMITED", "INFINITE"):
+        return math.inf
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def first_given(*values: Any) -> Any:

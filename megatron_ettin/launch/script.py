@@ -46,10 +46,18 @@ def header(job: Job, work: Work) -> str:
     options["output"] = f"{work.folder}/{job.name}-{'%A_%a' if job.is_array else '%j'}.out"
     options["chdir"] = str(work.cwd)
     options["signal"] = f"B:USR1@{work.margin_seconds}"
-    lines = [f"#SBATCH --{name}={value}" if value != "" else f"#SBATCH --{name}" for name, value in options.items()]
-    lines += ["#SBATCH --open-mode=append", "#SBATCH --requeue", *(f"#SBATCH {word}" for word in asked.more)]
+    options |= {"open-mode": "append", "requeue": ""}
+    lines = [f"#SBATCH --{name}{directive_value(value)}" for name, value in options.items()]
+    lines += [f"#SBATCH {word}" for word in asked.more]
     top = ["#!/bin/bash", f"# {work.written_by}   (megatron_ettin {__version__})"]
     return "\n".join([*top, *lines, "set -eo pipefail"])
+
+
+def directive_value(value: str) -> str:
+    """`=VALUE` as sbatch reads it in a script, in quotes where it has spaces; nothing for an option without one."""
+    if any(c.isspace() for c in value):
+        value = shlex.quote(value)
+    return f"={value}" if value else ""
 
 
 def environment(work: Work) -> list[str]:

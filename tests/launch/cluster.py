@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SANDBOX = ROOT / "tools" / "slurm_sandbox.sh"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2  # each look at a job is a process
 
 
 def missing() -> str | None:

@@ -10,7 +10,7 @@ from tests.train.runs import TINY
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 ETTIN = str(Path(sys.executable).parent / "ettin")
-EVERY = 10
+EVERY = 5
 
 
 def train_words(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
@@ -30,6 +30,11 @@ def launch(cluster: Cluster, words: list[str], *options: str) -> str:
     done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, PATH=PATH)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("job ", 1)[1].split(";", 1)[0]
+
+
+def all_said(run_dir: Path) -> str:
+    """What the run's jobs wrote, in one text."""
+    return "\n".join(log_of(run_dir))
 
 
 def step_of(run_dir: Path) -> int:

@@ -14,6 +14,7 @@ from tests.train.runs import TINY, read
 
 EXAMPLES = ROOT / "examples" / "slurm"
 SMALL = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
+NODES = {"one_node": 1, "eight_nodes": 2, "sixty_four_nodes": 3}
 WORDS = [*TINY, "run.steps=3", "parallel.distributed_optimizer=false"]
 
 
@@ -24,19 +25,34 @@ def submitted(
     return cluster.submit("--chdir", folder, *SMALL, *options, EXAMPLES / script, *words, PATH=PATH, **variables)
 
 
+def happened(run_dir: Path) -> list[str]:
+    """The events of its jobs."""
+    return [json.loads(line)["event"] for line in lines_of(run_dir / "slurm" / "events.jsonl")]
+
+
 def logs(folder: Path) -> list[str]:
     return [line for path in sorted(folder.glob("**/*.out")) for line in lines_of(path)]
 
 
-@pytest.mark.parametrize(("script", "nodes"), [("one_node", 1), ("eight_nodes", 2), ("sixty_four_nodes", 3)])
-def test_a_run(slurm: Cluster, corpus: Path, tmp_path: Path, script: str, nodes: int) -> None:
-    words = [word for word in WORDS if script != "one_node" or "distributed" not in word]
-    name = f"{script}.sbatch"
-    job = submitted(slurm, tmp_path, name, [f"--nodes={nodes}"], words, RUN="run", DATA=str(corpus))
-    assert slurm.wait_for_end(job) == "COMPLETED", logs(tmp_path)[-30:]
-    assert read(tmp_path / "run").column("step") == [1, 2, 3]
-    history = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[0])
-    assert history["world"] == nodes
+@pytest.fixture(scope="module")
+def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The scripts of one run, all jobs at once: the folder that each was submitted in, with what it made."""
+    folders, jobs = {script: tmp_path_factory.mktemp(script) for script in NODES}, {}
+    for script, nodes in NODES.items():
+        words = [word for word in WORDS if script != "one_node" or "distributed" not in word]
+        options = [f"--nodes={nodes}"]
+        folder = folders[script]
+        jobs[script] = submitted(slurm, folder, f"{script}.sbatch", options, words, RUN="run", DATA=str(corpus))
+    for script, job in jobs.items():
+        assert slurm.wait_for_end(job) == "COMPLETED", logs(folders[script])[-30:]
+    return folders
+
+
+@pytest.mark.parametrize("script", NODES)
+def test_a_run(ended: dict[str, Path], script: str) -> None:
+    assert read(ended[script] / "run").column("step") == [1, 2, 3]
+    history = json.loads((ended[script] / "run" / "history.jsonl").read_text().splitlines()[0])
+    assert history["world"] == NODES[script]
 
 
 def test_the_chain(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
@@ -61,11 +77,16 @@ def test_the_suite(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     jobs = [line.split("job ")[1].split(";")[0] for line in done.stdout.splitlines() if "  job " in line]
     assert len(jobs) == 3
 
-    def states() -> list[dict]:
-        return json.loads(slurm.call("ettin", "status", tmp_path / "suite", "--json", PATH=PATH).stdout)
+    def states(*what: Path) -> list[dict]:
+        found = json.loads(slurm.call("ettin", "status", *what, "--json", PATH=PATH).stdout)
+        return [state for state in found if state["run"].startswith(str(tmp_path))]
 
-    wait_until(lambda: [state["last_event"] for state in states()] == ["done"] * 6, 240, "the last phase")
-    assert {state["job"] for state in states()} == {f"{job}_{task}" for job in jobs for task in (0, 1)}
+    tasks = sorted(f"{job}_{task}" for job in jobs for task in (0, 1))
+    assert sorted(state["job"] for state in states()) == tasks  # each once, whether it waits or runs
+    wait_until(lambda: happened(tmp_path / "suite").count("done") == 6, 240, "the last phase")
+    latest = states(tmp_path / "suite")
+    assert [state["last_event"] for state in latest] == ["done"] * 6
+    assert sorted(state["job"] for state in latest) == tasks
 
 
 def test_prepare(slurm: Cluster, tiny_tokenizer: Path, tmp_path: Path) -> None:
@@ -91,13 +112,9 @@ def test_bench(slurm: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "bench.jsonl.png").stat().st_size > 1_000
 
 
-def test_release(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    variables = {"RUN": str(tmp_path / "run"), "DATA": str(corpus)}
-    job = submitted(slurm, tmp_path, "one_node.sbatch", [], WORDS, **variables)
-    assert slurm.wait_for_end(job) == "COMPLETED", logs(tmp_path)[-30:]
-    options = ["--cpus-per-task=2", "--mem=1G"]
-    job = slurm.submit(
-        "--chdir", tmp_path, *options, EXAMPLES / "release.sbatch", PATH=PATH, OUT=str(tmp_path / "out"), **variables
-    )
+def test_release(slurm: Cluster, ended: dict[str, Path], tmp_path: Path) -> None:
+    options = ["--chdir", tmp_path, "--cpus-per-task=2", "--mem=1G"]
+    variables = {"RUN": str(ended["one_node"] / "run"), "OUT": str(tmp_path / "out")}
+    job = slurm.submit(*options, EXAMPLES / "release.sbatch", PATH=PATH, **variables)
     assert slurm.wait_for_end(job) == "COMPLETED", logs(tmp_path)[-30:]
     assert list((tmp_path / "out").glob("**/model.safetensors"))

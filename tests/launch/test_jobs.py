@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
-import statistics
-import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.launch.cluster import Cluster, wait_until
-from tests.launch.jobs import ETTIN, EVERY, PATH, launch, launch_words, log_of, step_of, train_words
-from tests.pool import Pool
-from tests.train.runs import Trained, read, train
+from tests.launch.cluster import Cluster, Process, wait_until
+from tests.launch.jobs import ETTIN, EVERY, PATH, all_said, launch, launch_words, log_of, step_of, train_words
+from tests.train.runs import Trained, read
 
-STEPS = 150
-LONG_SECONDS = 80.0  # longer than the minute that the job has
+STEPS = 60
+NO_SAVES = "checkpoint.every_steps=1000"
 TWO_BY_TWO = launch_words(2, 2, "--grace-seconds", "5", "--time", "20")
 
 
@@ -52,6 +51,12 @@ def past(run_dir: Path, steps: int) -> None:
     wait_until(lambda: step_of(run_dir) > steps, 120, f"step {steps}")
 
 
+def doing(run_dir: Path) -> str | None:
+    """What the heartbeat of the first attempt says."""
+    beats = sorted((run_dir / "slurm" / "attempts").glob("*/heartbeat.json"))
+    return json.loads(beats[0].read_text())["doing"] if beats else None
+
+
 def status_of(cluster: Cluster, what: str | Path) -> dict:
     done = cluster.call(ETTIN, "status", what, "--json", PATH=PATH)
     assert done.returncode == 0, done.stderr
@@ -59,25 +64,37 @@ def status_of(cluster: Cluster, what: str | Path) -> dict:
     return found
 
 
-def test_time_runs_out(slurm: Cluster, pool: Pool, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
-    """SLURM's own warning before the limit of a minute, which comes when SLURM looks at limits; then
-    the requeue, a job after the other to the end. The steps are eight times as long, and as many as take long enough."""
+@contextlib.contextmanager
+def held(stopped: Iterable[Process]) -> Iterator[None]:
+    """Stop the processes meanwhile."""
+    stopped = list(stopped)
+    for process in stopped:
+        os.kill(process.pid, signal.SIGSTOP)
+    yield
+    for process in stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+
+
+def test_time_runs_out(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
+    """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
+    at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
     run_dir = tmp_path / "run"
-    steps = max(30, round(LONG_SECONDS / (8 * statistics.median(undisturbed.column("step_seconds")))))
-    more = ["batch.global_batch_rows=64", f"run.steps={steps}"]
     words = launch_words(2, 2, "--time", "1", "--margin-seconds", "10")
-    job = launch(slurm, train_words(corpus, run_dir, steps, *more), *words)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *words)
     waiting = status_of(slurm, job)
     assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING") and waiting["job"] == job
     past(run_dir, 2)
-    running = status_of(slurm, run_dir)
-    assert running["state"] == "RUNNING" and running["total_steps"] == steps and running["seconds_left"] > 0
-    assert slurm.wait_for_end(job, 400) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
-    assert "requeued" in events_of(run_dir)
-    assert_same(run_dir, train(pool, 4, tmp_path / "whole", corpus, "mlm", more))
+    with held(slurm.ranks(job).values()):
+        wait_until(lambda: status_of(slurm, run_dir)["state"] == "RUNNING", 60, "a job that runs")
+        running = status_of(slurm, run_dir)
+        assert running["total_steps"] == STEPS and running["seconds_left"] > 0
+        wait_until(lambda: "supervisor: SIGUSR1: asks the run to save" in all_said(run_dir), 90, "SLURM's warning")
+    assert slurm.wait_for_end(job) == "COMPLETED", all_said(run_dir)
+    assert_same(run_dir, undisturbed)
     ended = status_of(slurm, run_dir)
     assert ended["last_event"] == "done" and ended["launches"] >= 2 and ended["failures"] == 0
-    assert ended["checkpoint_step"] == steps and ended["fraction"] == 1.0
+    assert ended["checkpoint_step"] == STEPS and ended["fraction"] == 1.0
 
 
 def test_a_storm_of_signals(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
@@ -140,11 +157,12 @@ def test_whatever_is_killed(slurm: Cluster, corpus: Path, tmp_path: Path, undist
 
 
 def test_a_stopped_rank_is_a_hang(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """And two jobs on one node do not meet: same node, same moment."""
+    """And two jobs on one node do not meet: same node, same moment. What follows a save may take longer than a step, so
+    that there is none before the end."""
     first, second = tmp_path / "first", tmp_path / "second"
     words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
-    jobs = [launch(slurm, train_words(corpus, run_dir, 40), *words) for run_dir in (first, second)]
-    past(first, EVERY + 1)
+    jobs = [launch(slurm, train_words(corpus, run_dir, 120, NO_SAVES), *words) for run_dir in (first, second)]
+    wait_until(lambda: doing(first) == "step", 120, "a heartbeat of steps")
     os.kill(slurm.ranks(jobs[0])[1].pid, signal.SIGSTOP)
     assert [slurm.wait_for_end(job) for job in jobs] == ["COMPLETED", "COMPLETED"], log_of(first)[-30:]
     assert any("supervisor: nothing moved for" in line for line in log_of(first))
@@ -155,7 +173,7 @@ def test_a_node_that_fails_again_is_left_out(slurm: Cluster, corpus: Path, tmp_p
     """Twice in a row without a new checkpoint, with one restart: the job goes on where that node is not."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, 60, "checkpoint.every_steps=1000"), *words)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS, NO_SAVES), *words)
     for attempt in range(2):
         past(run_dir, 2)
         rank = slurm.ranks(job)[1]
@@ -168,14 +186,16 @@ def test_a_node_that_fails_again_is_left_out(slurm: Cluster, corpus: Path, tmp_p
     assert any("n2 failed 2 times; requeued, to run without n2" in line for line in log_of(run_dir))
 
 
-def test_an_error_is_the_last_thing_in_the_log(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """A damaged checkpoint of the only step there is: no restart mends it."""
+def test_an_error_is_the_last_thing_in_the_log(
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+) -> None:
+    """A damaged checkpoint of the step that is asked for: no restart mends it."""
     run_dir = tmp_path / "run"
-    words = launch_words(2, 1, "--time", "10")
-    assert slurm.wait_for_end(launch(slurm, train_words(corpus, run_dir, 10), *words)) == "COMPLETED"
+    shutil.copytree(undisturbed.directory, run_dir, ignore=shutil.ignore_patterns("slurm"))
     (part,) = list((run_dir / "checkpoints" / "step_000000010").glob("__0_0.distcp"))
     part.write_bytes(part.read_bytes()[:-7])
-    job = launch(slurm, [*train_words(corpus, run_dir, 20), "--from-step", "10"], *words)
+    words = launch_words(2, 1, "--time", "10")
+    job = launch(slurm, [*train_words(corpus, run_dir, STEPS), "--from-step", "10"], *words)
     assert slurm.wait_for_end(job) == "FAILED"
     log = log_of(run_dir)
     assert "__0_0.distcp" in log[-1] and log[-2].startswith("--- rank "), log[-5:]
@@ -186,12 +206,12 @@ def test_torchrun_in_place_of_srun(slurm: Cluster, corpus: Path, tmp_path: Path)
     """A task for each node; the batch shell's warning reaches the ranks all the same."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 2, "--launcher", "torchrun", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, 60), *words)
-    past(run_dir, 5)
+    job = launch(slurm, train_words(corpus, run_dir, 30), *words)
+    past(run_dir, 3)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
     assert events_of(run_dir)[1:4] == ["started", "saved", "requeued"]
-    assert read(run_dir).column("step") == list(range(1, 61))
+    assert read(run_dir).column("step") == list(range(1, 31))
 
 
 def test_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
@@ -199,6 +219,6 @@ def test_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path)
     job = launch(slurm, train_words(corpus, run_dir, 5_000), *launch_words(1, 1, "--time", "10"))
     past(run_dir, 2)
     slurm.call("scancel", job)
-    assert slurm.wait_for_end(job) == "CANCELLED"
-    subprocess.run(["sleep", "8"], check=True)  # longer than a requeued job waits
-    assert slurm.state_of(job) == "CANCELLED" and not slurm.ranks(job)
+    assert slurm.wait_for_end(job) == "CANCELLED"  # which it is when its batch script has ended
+    assert slurm.shown(job, "Restarts") == "0" and not slurm.ranks(job)
+    assert "requeued" not in events_of(run_dir)

@@ -10,8 +10,10 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.cli.parsing import OneLineParser, words_of
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.launch.queue import covers
+from megatron_ettin.launch.request import margin_of, seconds_of
 from tests.launch.cluster import ROOT, Cluster
 from tests.launch.jobs import ETTIN, PATH, launch_words, train_words
 
@@ -48,10 +50,11 @@ def test_the_script_of_a_run(tmp_path: Path) -> None:
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
         "--time=24:00:00",
-        "--account=a b",
+        "--account='a b'",
         "--requeue",
     ):
         assert f"#SBATCH {line}\n" in text
+    assert "#SBATCH --signal=B:USR1@300\n" in text
     assert "#SBATCH --exclusive\n" in text and f"--folder {folder}" in text and "    parallel.tp=2\n" in text
     config = from_yaml(folder / "17m-mlm-pretrain.config.yaml")
     assert (config.parallel.tp, config.run.size) == (2, "17m")
@@ -81,6 +84,16 @@ def test_a_sweep_and_a_site_file_of_the_run(tmp_path: Path) -> None:
     assert [from_yaml(path).run.seed for path in snapshots] == [1, 2]
 
 
+def test_options_of_a_site_with_and_without_values(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "gpus_per_node: 1\nsbatch: {exclusive: true, contiguous: false, comment: a b, time: 1-0}\n"
+    )
+    (text,) = written(tmp_path, ["--nodes", "1", "--profile", str(tmp_path / "site.yaml")], CALL).values()
+    for line in ("--exclusive", "--comment='a b'", "--time=1-0"):
+        assert f"#SBATCH {line}\n" in text
+    assert "contiguous" not in text
+
+
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_the_profiles_of_the_examples(tmp_path: Path, profile: Path) -> None:
     (text,) = written(tmp_path, ["--nodes", "2", "--profile", str(profile)], CALL).values()
@@ -89,8 +102,36 @@ def test_the_profiles_of_the_examples(tmp_path: Path, profile: Path) -> None:
     assert container is None or container in text
 
 
+@pytest.mark.parametrize(
+    ("time", "asked", "margin"),
+    [
+        (None, None, 300),
+        ("24:00:00", None, 300),
+        ("UNLIMITED", None, 300),
+        ("10", None, 150),
+        ("1", None, 15),
+        ("1-0", 7200, 7200),
+        ("2:30", 149, 149),
+        ("1-01:30", 91_799, 91_799),
+    ],
+)
+def test_the_margin_is_a_part_of_the_time(time: str | None, asked: int | None, margin: int) -> None:
+    assert margin_of(asked, time) == margin
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("90", 5400), ("1:30", 90), ("1:00:30", 3630), ("2-3", 183_600), ("1-00:01:01", 86_461)]
+)
+def test_times_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+    with pytest.raises(UserError, match=f"--margin-seconds {seconds}: must be less than --time {time}"):
+        margin_of(seconds, time)
+
+
 REFUSED = [
-    (["--nodes", "1"], CALL, "--gpus-per-node N, or 0 with --tasks-per-node"),
+    (["--nodes", "1"], CALL, "--gpus-per-node: say how many, or 0 with --tasks-per-node"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "0"], CALL, "--cpus-per-task 0: must be at least 1"),
+    (["--nodes", "1", "--gpus-per-node", "1", "--margin-seconds", "0"], CALL, "--margin-seconds 0: must be at least 1"),
     (["--nodes", "0", "--gpus-per-node", "1"], CALL, "--nodes 0: must be at least 1"),
     (["--nodes", "1", "--gpus-per-node", "0"], CALL, "--tasks-per-node 0: must be at least 1"),
     (["--nodes", "1", "--gpus-per-node", "1", "--time", "soon"], CALL, "--time soon: write minutes"),
@@ -122,7 +163,11 @@ def test_one_line_and_nothing_left(
         ("sbtach: {}\n", "no key 'sbtach' (did you mean 'sbatch'?)"),
         ("srun: --x\n", "srun must be list[str], is '--x'"),
         ("gpus_per_node: many\n", "gpus_per_node must be int | None, is 'many'"),
+        ("gpus_per_node: -1\n", "gpus_per_node -1: must be at least 0"),
         ("container_prefix: ['{image}']\n", "only {container}, {folder}, {cwd} are known"),
+        ("sbatch: {--partition: gpu}\n", "'--partition': write a long option without its dashes"),
+        ("sbatch: {nodes: 4}\n", "'nodes' is of the run"),
+        ("environment: {A B: 1}\n", "'A B' is no variable's name"),
         ("[1]\n", "holds no keys"),
         ("a: [\n", "not YAML"),
     ],

@@ -87,6 +87,13 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     assert (status, attempts, lines[-1]) == (2, 1, "no such dataset")
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "attempts").touch()
+    status, (line,), attempts = ended(tmp_path, "beat('done')")
+    assert (status, attempts) == (2, 0) and line.startswith(f"supervisor: {tmp_path}/slurm/attempts/")
+
+
 def test_what_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
     """Limit of a step: one second, in the heartbeat itself."""
     status, lines, attempts = ended(tmp_path, "beat('step', step=8); time.sleep(0 if count else 100); beat('done')")
@@ -118,6 +125,7 @@ def test_the_signal_is_passed_on_once_it_can_be_heard(tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)  # a storm of them changes nothing
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75 and "not requeued: not in a SLURM job" in errors
+    assert errors.count("supervisor: SIGUSR1: asks the run to save and end") == 1
     recorded = events.Events(str(tmp_path / "slurm"), "").read()
     assert [event["event"] for event in recorded] == ["started", "saved", "requeued"]
 

@@ -9,7 +9,7 @@ from .events import Events
 from .nodes import check_nodes
 from .options import Options, parse
 from .slurm import Job
-from .watch import DONE, MISTAKE, SAVED, Outcome, Stop, Watch
+from .watch import DONE, MISTAKE, SAVED, Outcome, Stop, Watch, say
 
 REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeued
 
@@ -17,11 +17,11 @@ REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeu
 def main(arguments: Sequence[str]) -> int:
     """The batch script's exit status: 0 done, 2 a mistake, 75 saved, else as the command's."""
     options = parse(arguments)
-    return Supervisor(options, Job(os.environ), Stop()).run()
-
-
-def say(text: str) -> None:
-    print("supervisor: " + text, file=sys.stderr, flush=True)
+    try:
+        return Supervisor(options, Job(os.environ), Stop()).run()
+    except OSError as error:  # of the command or the folder: no other attempt mends it
+        say("{}: {}".format(error.filename or options.folder, error.strerror or error))
+        return MISTAKE
 
 
 class Supervisor:

@@ -23,14 +23,14 @@ def check_nodes(options: Options, job: Job) -> Dict[str, List[str]]:
     hosts = hosts_of(job)
     if not hosts:
         return {}
-    seen = os.path.join(os.path.abspath(options.folder), ".tmp-seen-by-all-{}-{}".format(job.id, job.restarts))
-    with open(seen, "w") as file:
-        file.write("\n")
+    folder = os.path.abspath(options.folder)
+    seen = os.path.join(folder, ".tmp-seen-by-all-{}-{}".format(job.id, job.restarts))
+    is_written = _is_written(seen)
     wanted = {
         "names": hosts[:1],  # where the ranks meet
-        "files": [seen],
+        "files": [seen] if is_written else [],
         "programs": options.check_programs,
-        "paths": options.check_paths,
+        "paths": options.check_paths + ([] if is_written else [folder]),  # each node tells why it cannot
         "min_free_gib": options.min_free_gib,
     }
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "check_node.py")
@@ -41,6 +41,16 @@ def check_nodes(options: Options, job: Job) -> Dict[str, List[str]]:
     finally:
         if os.path.exists(seen):
             os.unlink(seen)
+
+
+def _is_written(path: str) -> bool:
+    """Whether the file could be made."""
+    try:
+        with open(path, "w") as file:
+            file.write("\n")
+    except OSError:
+        return False
+    return True
 
 
 def _run(command: Sequence[str], hosts: Sequence[str]) -> Dict[str, List[str]]:

@@ -17,10 +17,16 @@ from .slurm import Job
 
 POLL_SECONDS = 0.5
 KILL_SECONDS = 10.0
+STUCK_SECONDS = 2.0  # more, for the step of an srun that did not end in that time
 FIRST_PORT, PORTS = 15000, 17000  # below the range that systems hand out by themselves
 DONE, SAVED, MISTAKE = 0, 75, 2
 ENDS = {"done": "done", "stopped": "saved"}  # a run's last heartbeat, and what it makes of the attempt
 STOPPED_EARLY = "asked to stop before it had begun"
+
+
+def say(text: str) -> None:
+    """A line of the supervisor's own in the job's log."""
+    print("supervisor: " + text, file=sys.stderr, flush=True)
 
 
 class Stop:
@@ -128,6 +134,7 @@ class Watch:
             if self.stop.name and not told_to_stop:
                 # ranks that are still importing would be killed by a signal; with nothing done, nothing is lost
                 if beat.get("doing", "starting") != "starting":
+                    say("{}: asks the run to save and end".format(self.stop.name))
                     self._pass_on(process)
                     told_to_stop = True
                 elif now - asked > self.options.grace_seconds:
@@ -154,12 +161,16 @@ class Watch:
     def _end(self, process: "subprocess.Popen[str]", why: str) -> str:
         """Kill the command and its step, which SLURM itself may wait for for ever (a slurmstepd that was killed)."""
         self.job.signal_steps("KILL")
+        if not self.job.id:  # there are no steps, of which the command would wait for the end
+            process.kill()
+        patience = KILL_SECONDS
         try:
             process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        self.stuck = not self.job.steps_gone(KILL_SECONDS)
+            patience = STUCK_SECONDS
+        self.stuck = not self.job.steps_gone(patience)
         return why
 
     def _result(self, status: int, beat: Dict[str, Any], why: str) -> str:
