@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +79,17 @@ def record_failure(error: BaseException, kind: str = "error") -> None:
     path = folder / f"rank_{rank:05d}.json"
     if not path.exists():  # what came first is the cause of what came after
         _write(path, record)
+
+
+class AnotherRankFailed(RuntimeError):
+    """What the ranks raise that are not to blame, so that the supervisor finds the one that is."""
+
+
+def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn:
+    """Raise `error` on the ranks that it names, and on the others that they end because of it."""
+    if own in ranks:
+        raise error
+    raise AnotherRankFailed(f"another rank failed: {error}") from None
 
 
 def end_now(error: BaseException) -> NoReturn:

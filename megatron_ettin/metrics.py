@@ -95,7 +95,7 @@ class JsonlSink:
             _replace(self.path, lines)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps(_finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) != len(line):
@@ -110,12 +110,12 @@ class JsonlSink:
             self._file.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` as strict JSON: NaN and infinities become None."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -60,9 +60,9 @@ def _stop_in(phase: str) -> Iterator[None]:
 
     step = loop.train_step
 
-    def stopping(machine, batches, number, tokens, lr, stop, loaded):
+    def stopping(machine, batches, number, tokens, lr, stop, *more):
         now = (machine.config.run.phase, number) == (phase, 1)
-        return step(machine, batches, number, tokens, lr, stop or now, loaded)
+        return step(machine, batches, number, tokens, lr, stop or now, *more)
 
     with mock.patch.object(loop, "train_step", stopping):
         yield
@@ -196,3 +196,65 @@ def edited_code_on_rank_1() -> Iterator[None]:
         yield
     finally:
         agreement.code_hash = real
+
+
+@contextlib.contextmanager
+def nan_gradients_in_step_3() -> Iterator[None]:
+    """One rank's gradients come out of the third step's backward pass as no numbers."""
+    from megatron_ettin.train import step
+
+    real, calls = step.run_micro_batches, 0
+
+    def run(machine, *arguments, training):
+        nonlocal calls
+        found = real(machine, *arguments, training=training)
+        calls += training
+        if training and calls == 3 and machine.layout.rank == machine.layout.topology.world - 1:
+            machine.wrapped[0].buffers[0].grad_data.fill_(float("nan"))
+        return found
+
+    with mock.patch.object(step, "run_micro_batches", run):
+        yield
+
+
+@contextlib.contextmanager
+def flipped_weight_on_rank_1() -> Iterator[None]:
+    """After the second step a bit of rank 1's last norm is another one."""
+    import torch
+
+    from megatron_ettin.train import loop
+
+    real = loop.train_step
+
+    def step(machine, *arguments):
+        info = real(machine, *arguments)
+        if info.step == 2 and machine.layout.rank == 1:
+            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+            weight.data.view(torch.int32)[3] ^= 1
+        return info
+
+    with mock.patch.object(loop, "train_step", step):
+        yield
+
+
+@contextlib.contextmanager
+def unsound_layer_on_rank_1() -> Iterator[None]:
+    """Rank 1's second layer computes something else each time when steps are checked again."""
+    from megatron_ettin.train import recheck
+
+    real, passes = recheck.digests, 0
+
+    def digests(machine, *arguments):
+        nonlocal passes
+        passes += 1
+        layer = machine.chunks[0].transformer.layers[1]
+        hook = layer.mlp.register_forward_pre_hook(lambda m, inputs: (inputs[0] * (1 + 1e-3 * passes), *inputs[1:]))
+        try:
+            return real(machine, *arguments)
+        finally:
+            hook.remove()
+
+    with contextlib.ExitStack() as stack:
+        if os.environ["RANK"] == "1":
+            stack.enter_context(mock.patch.object(recheck, "digests", digests))
+        yield

@@ -132,7 +132,13 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    stop_on_nonfinite: bool = True
+    on_nonfinite: str = "skip"  # a loss or gradient norm that is no number: skip the update, stop the run, or ignore it
+    on_spike: str = "skip"  # one far above the latest steps'
+    spike_sigmas: float = 6.0  # how far: so many standard deviations above the mean
+    spike_window: int = 128  # of so many latest steps; nothing is a spike before half of them are done
+    max_skips_in_row: int = 8  # of more the run stops
+    recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
+    check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share
     save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
     hang_seconds: float = 600.0  # the longest a step may take; a supervised launch silent for longer is ended
 
@@ -194,6 +200,8 @@ CHOICES = {
     "run.fuse": ("auto", "always", "never"),
     "precision.gradients": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "gpu"),
+    "resilience.on_nonfinite": ("skip", "stop", "ignore"),
+    "resilience.on_spike": ("skip", "stop", "ignore"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.zero_offload": ("none", "optimizer", "all"),
     "parallel.recompute": ("none", "selective", "full"),

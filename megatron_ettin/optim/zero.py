@@ -75,16 +75,23 @@ class ZeroOptimizer:
         self.scale = max(float(total), 1.0) / self.data_group.size()
         return reports
 
-    def step(self, lr: float) -> float:
-        """Update every weight; returns the global gradient norm before clipping, NaN where it is not finite.
-        Collective."""
+    can_skip = False  # DeepSpeed knows the norm of the gradients once it has updated the weights
+
+    def prepare(self) -> None:
+        """A part of DeepSpeed's update."""
+
+    def norm(self) -> float:
+        """The global gradient norm of the latest update before clipping, NaN where it was not finite."""
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else float("nan")  # DeepSpeed's -1
+
+    def update(self, lr: float) -> None:
+        """Update every weight. Collective."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.zero.override_loss_scale(self.scale)
         self.engine.step()
         self.updates += 1
-        norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else float("nan")  # DeepSpeed's -1
 
     @contextlib.contextmanager
     def whole_weights(self, writing: bool = False) -> Iterator[None]:

@@ -20,7 +20,8 @@ from megatron_ettin.platform import Platform
 from megatron_ettin.train import evaluate
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.resume import Progress
+from megatron_ettin.train.guard import Guard
+from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.step import StepInfo
 
 
@@ -37,6 +38,12 @@ class Run:
     @property
     def config(self) -> Config:
         return self.machine.config
+
+    @property
+    def guard(self) -> Guard:
+        """By what the next step is judged."""
+        optimizer = self.machine.optimizer
+        return Guard(self.config.resilience, self.progress.recent, optimizer is None or optimizer.can_skip)
 
     @property
     def is_chief(self) -> bool:

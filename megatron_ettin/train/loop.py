@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,12 +32,14 @@ from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
-from megatron_ettin.train import resume, run_directory
+from megatron_ettin.train import bad_steps, resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.assembly import Machine, assemble
+from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.checkpoint_hooks import Checkpoints, Milestones
 from megatron_ettin.train.evaluate import open_held_out
+from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
     Console,
     Evaluation,
@@ -49,15 +50,13 @@ from megatron_ettin.train.hooks import (
     StopSignal,
 )
 from megatron_ettin.train.loader import Loader, worker_count
-from megatron_ettin.train.resume import Progress
+from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.recheck import recheck
+from megatron_ettin.train.replicas import Replicas
 from megatron_ettin.train.step import StepInfo, train_step
 
 RENDEZVOUS_SECONDS = 600.0
 COPY_SECONDS = 7_200.0  # machines may differ by so much in copying the data
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on for a reason that is nobody's typing mistake (exit 1)."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,12 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
         while not stopped:
             step, tokens = run.progress.step, run.progress.tokens
             lr = run.config.optim.lr * lr_fraction(tokens, run.config.schedule, run.config.run.tokens)
-            info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step))
-            check_finite(run.config, info)
-            run.progress = Progress(info.step, info.tokens, run.progress.updates + 1)
+            guard = run.guard
+            info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step), guard)
+            progress = run.progress.after(info, guard)
+            if info.bad is not None:
+                after_bad_step(run, info, progress)
+            run.progress = progress
             run.heart.step(step=info.step, tokens=info.tokens)
             for hook in hooks:
                 hook.step(run, info)
@@ -105,13 +107,14 @@ def is_done(config: Config, progress: Progress) -> bool:
     return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)
 
 
-def check_finite(config: Config, info: StepInfo) -> None:
-    """Stop before anything of this step is kept. Every rank has the same figures, so all of them stop."""
-    if config.resilience.stop_on_nonfinite and not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
-        raise TrainingStopped(
-            f"step {info.step}: loss {info.loss}, gradient norm {info.grad_norm}; rows {info.rows[0]} to"
-            f" {info.rows[1] - 1} (`ettin order` names their documents). Nothing of this step was saved"
-        )
+def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:
+    """Tell of it and, where asked for, tell data from machine. Every rank has the same figures: where the run is to end
+    all of them raise, before anything of the step is kept."""
+    if run.config.resilience.recheck:
+        found = recheck(run.machine, run.batches, info.step - 1)
+        if run.is_chief:
+            print(f"step {info.step}: {found}", file=sys.stderr, flush=True)
+    bad_steps.tell(run.directory, run.config, run.batches.corpus, info, progress, run.is_chief)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def build_hooks(run: Run) -> list[Hook]:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Milestones(), Checkpoints(hooks)]
+    return [*hooks, Replicas(), Milestones(), Checkpoints(hooks)]
 
 
 def open_training_data(config: Config) -> Corpus:
@@ -291,6 +294,9 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
             f" {config.batch.micro_batch_rows} leave {empty:,} places a step empty ({share:.0%} of the work)",
             flush=True,
         )
+    assert machine.optimizer is not None
+    if note := told_at_start(config, machine.optimizer.can_skip):
+        print(note, flush=True)
     attention = machine.chunks[0].config.backend.attention
     print(f"attention by {attention.name} ({attention.why})", flush=True)
     gpus = gpu_count() if machine.platform.is_gpu else 0

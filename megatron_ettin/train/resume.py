@@ -1,4 +1,4 @@
-"""What a run needs to go on: `Progress`, saving it with model and optimizer, and the three ways to begin.
+"""What a run needs to go on: saving its `Progress` with model and optimizer, and the three ways to begin.
 
 A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
 another objective starts it fresh), or from initial weights. Position in the data follows from the step alone."""
@@ -9,7 +9,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,8 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.roll_back import roll_back
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `updates` counts optimizer steps, over phases that kept the optimizer."""
-
-    step: int = 0
-    tokens: int = 0
-    updates: int = 0
 
 
 def save(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
@@ -100,8 +91,7 @@ def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verifi
         state.put_model_state(machine.chunks, loaded)
         for key, tensor in scales.items():
             tensor.copy_(loaded["fp8_scales"][key])
-    saved = loaded.get("progress") or {}
-    progress = Progress(**{f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(Progress)})
+    progress = Progress.restored(loaded.get("progress") or {})
     if with_optimizer:
         assert machine.optimizer is not None
         machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)

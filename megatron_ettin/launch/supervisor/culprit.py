@@ -9,7 +9,7 @@ from typing import List, NamedTuple, Optional
 # what ranks say when another one has gone: consequences, not causes
 CONSEQUENCES = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|NCCL|recvValue|timed? ?out|TCPStore|"
-    r"no rendezvous with|process group|Socket Timeout"
+    r"no rendezvous with|process group|Socket Timeout|another rank failed"
 )
 # srun's word for a task that ended badly: "srun: error: n2: task 3: Killed", "... tasks 0-1: Exited with exit code 1"
 TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-]+): (.+)$")
