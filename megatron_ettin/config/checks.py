@@ -30,6 +30,7 @@ def check(config: Config) -> None:
         check_model,
         check_parallel,
         check_precision,
+        check_deterministic,
         check_zero,
         check_graphs,
         check_schedule,
@@ -134,6 +135,14 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above model.max_position_embeddings"
             f" {model.max_position_embeddings}"
+        )
+
+
+def check_deterministic(config: Config) -> None:
+    if config.run.deterministic and config.parallel.tp_overlap:
+        raise UserError(
+            "run.deterministic: not with parallel.tp_overlap, whose parts of a sum arrive in any order; use"
+            " parallel.tp_overlap=false"
         )
 
 
