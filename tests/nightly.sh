@@ -2,9 +2,9 @@
 # What each commit's tests leave out because it installs much or takes long. docs/nightly.md names the last run.
 #   mds   shards written anew by mosaicml-streaming, in an environment of its own, and read by the tests of MDS
 #   ray   `ettin prepare --executor ray` beside one process, byte for byte
-#   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
+#   kill  kill -9 of `ettin prepare` at 200 moments instead of 12
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
-#   release  kill -9 of `ettin release` at 60 moments instead of 8
+#   release  kill -9 of `ettin release` at 60 moments instead of 4
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
