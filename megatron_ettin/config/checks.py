@@ -15,6 +15,7 @@ from megatron_ettin.config.graphs import check_graphs
 from megatron_ettin.config.layouts import check_parallel
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.profiling import check_profile
 from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
         check_schedule,
         check_batch,
         check_validation,
+        check_profile,
     ):
         group(config)
 

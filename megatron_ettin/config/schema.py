@@ -144,6 +144,13 @@ class ResilienceConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    steps: Optional[str] = None  # A:B traces steps A to B - 1
+    ranks: str = "0"  # numbers with commas between, or all
+    memory: bool = False  # a snapshot of the GPU's allocations too
+
+
+@dataclass(frozen=True)
 class RunSettings:
     size: str
     objective: str
@@ -174,6 +181,7 @@ class Config:
     checkpoint: CheckpointConfig
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def causal(self) -> bool:

@@ -50,6 +50,7 @@ from megatron_ettin.train.hooks import (
     StopSignal,
 )
 from megatron_ettin.train.loader import Loader, worker_count
+from megatron_ettin.train.profiling import Profiling
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.recheck import recheck
 from megatron_ettin.train.replicas import Replicas
@@ -230,7 +231,7 @@ def build_hooks(run: Run) -> list[Hook]:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Replicas(), Milestones(), Checkpoints(hooks)]
+    return [*hooks, Replicas(), Milestones(), Checkpoints(hooks), Profiling()]
 
 
 def open_training_data(config: Config) -> Corpus:

@@ -19,7 +19,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.profiling import profiled_steps
 from megatron_ettin.config.schema import Config
+from megatron_ettin.platform.profiler import named
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
 from megatron_ettin.train.guard import Bad, Guard
@@ -165,11 +167,15 @@ def train_step(
     assert optimizer is not None
     optimizer.zero_grad()
     count = batches.micro_batch_count(step)
-    unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
-    optimizer.prepare()
+    profiled = step + 1 in profiled_steps(machine.config)
+    with named(machine.platform, f"forward and backward of step {step + 1}", profiled):
+        unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
+    with named(machine.platform, "gradients", profiled):
+        optimizer.prepare()
     judged_first = guard is not None and guard.skips
     if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
-        optimizer.update(lr)
+        with named(machine.platform, "update", profiled):
+            optimizer.update(lr)
     totals = unread.read()
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     # one rank's norm for all: what follows from it must be the same everywhere, to the last bit. Anyone's NaN counts
@@ -180,7 +186,8 @@ def train_step(
     loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, grad_norm = sums
     bad = None if guard is None else guard.judge(loss / max(labels, 1), grad_norm)
     if judged_first and bad is None:
-        optimizer.update(lr)
+        with named(machine.platform, "update", profiled):
+            optimizer.update(lr)
     model = machine.config.model
     return StepInfo(
         step=step + 1,
