@@ -258,3 +258,10 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
         if os.environ["RANK"] == "1":
             stack.enter_context(mock.patch.object(recheck, "digests", digests))
         yield
+
+
+@contextlib.contextmanager
+def wandb_offline() -> Iterator[None]:
+    """No mistake: the environment of a machine without a way to wandb's service."""
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
+        yield

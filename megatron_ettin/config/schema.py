@@ -126,6 +126,8 @@ class MetricsConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "megatron_ettin"
+    wandb_group: Optional[str] = None  # None: one for the runs of a size on the same data and seed, so of a pair
+    wandb_checkpoints: str = "none"  # or reference, upload: as artifacts
     eval_every_steps: Optional[int] = None
     eval_rows: int = 64
 
@@ -208,6 +210,7 @@ CHOICES = {
     "run.fuse": ("auto", "always", "never"),
     "precision.gradients": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "gpu"),
+    "metrics.wandb_checkpoints": ("none", "reference", "upload"),
     "resilience.on_nonfinite": ("skip", "stop", "ignore"),
     "resilience.on_spike": ("skip", "stop", "ignore"),
     "parallel.engine": ("megatron", "deepspeed"),

@@ -1,8 +1,5 @@
-"""Where a run's numbers go: `metrics.jsonl` always (the record of truth), TensorBoard and Weights & Biases beside it.
+"""`metrics.jsonl`, the record of truth: one JSON object a step, each step once.
 
-The trainer hands one flat dict a step to `FanOut.log`. A failure of the record raises, because a run whose numbers are
-lost is not worth its GPU hours; any other sink that fails is named once in a warning and switched off, because a
-dashboard must never stop a run. Optional sinks open at their first line, so that opening is isolated as well.
 Non-finite numbers are written as null: every line is strict JSON that any reader takes."""
 
 from __future__ import annotations
@@ -10,24 +7,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_ettin.config.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
-
-
-class Sink(Protocol):
-    """One place that takes the numbers of a step."""
-
-    required: bool  # whether a failure stops the run
-
-    def log(self, values: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -117,95 +104,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that a dashboard can draw."""
-    return {
-        key: value
-        for key, value in values.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-class TensorBoardSink:
-    """Scalars by step under `directory`. Steps after `resume_step` that an earlier process wrote are purged."""
-
-    required = False
-
-    def __init__(self, directory: str | Path, resume_step: int | None = None):
-        self.directory, self.resume_step = Path(directory), resume_step
-        self._writer: Any = None
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if self.resume_step is None else self.resume_step + 1
-            self._writer = SummaryWriter(str(self.directory), purge_step=purge)
-        for key, value in _scalars(values).items():
-            self._writer.add_scalar(key, value, global_step=values["step"])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-class WandbSink:
-    """Weights & Biases. `run_id` is stable over restarts, so that a resumed run goes on in the same page; the mode
-    (online, offline, disabled) and the key are wandb's own environment variables."""
-
-    required = False
-
-    def __init__(
-        self, project: str, directory: str | Path, name: str, run_id: str | None = None, config: Mapping | None = None
-    ):
-        self.project, self.directory, self.name = project, Path(directory), name
-        self.run_id, self.config = run_id, dict(config or {})
-        self._run: Any = None
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        if self._run is None:
-            import wandb
-
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._run = wandb.init(
-                project=self.project,
-                name=self.name,
-                id=self.run_id,
-                resume="allow",
-                dir=str(self.directory),
-                config=self.config,
-                settings=wandb.Settings(init_timeout=60, x_disable_stats=True, console="off"),
-            )
-        self._run.log(_scalars(values), step=values["step"])
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-
-
-class FanOut:
-    """Hands each step's numbers to every sink; one that is not required and fails is switched off."""
-
-    def __init__(self, sinks: Iterable[Sink]):
-        self.sinks = list(sinks)
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        for sink in list(self.sinks):
-            self._ask(sink, sink.log, values)
-
-    def close(self) -> None:
-        for sink in list(self.sinks):
-            self._ask(sink, sink.close)
-
-    def _ask(self, sink: Sink, action: Callable[..., None], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            if sink.required:
-                raise
-            self.sinks.remove(sink)
-            warnings.warn(
-                f"{type(sink).__name__} is switched off: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3
-            )
