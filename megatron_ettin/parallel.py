@@ -103,6 +103,13 @@ class Layout:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable one), in the order of ranks, on every rank."""
+        found: list[Any] = [value] * self.topology.world
+        if self.topology.world > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         if self.topology.world > 1:
             dist.barrier()

@@ -265,3 +265,41 @@ def wandb_offline() -> Iterator[None]:
     """No mistake: the environment of a machine without a way to wandb's service."""
     with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
         yield
+
+
+@contextlib.contextmanager
+def room_after_step_8() -> Iterator[None]:
+    """Whoever filled the disk beside the run goes away."""
+    from megatron_ettin.train import hooks
+
+    real = hooks.Metrics.step
+
+    def step(self, run, info):
+        real(self, run, info)
+        if info.step == 8 and run.is_chief:
+            (run.directory.parent / "filler").unlink()
+
+    with mock.patch.object(hooks.Metrics, "step", step):
+        yield
+
+
+@contextlib.contextmanager
+def disk_full_while_writing() -> Iterator[None]:
+    """Each save finds the disk nearly full once it has begun to write."""
+    from megatron_ettin.checkpoint import background
+
+    real = background.Plan.write
+
+    def write(self, local=None):
+        filler = self.folder.parents[2] / "filler"
+        if self.rank == 0 and not filler.exists():
+            with contextlib.suppress(OSError), open(filler, "wb") as file:
+                while True:
+                    file.write(b"\0" * 4096)
+                    file.flush()
+        while not filler.exists():
+            pass
+        real(self, local)
+
+    with mock.patch.object(background.Plan, "write", write):
+        yield

@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from megatron_ettin.train.chain import run_chain, run_sweep
     from megatron_ettin.train.loop import Launch, TrainingStopped
+    from megatron_ettin.train.saving import SaveFailed
 
     if args.init_from is not None:
         from megatron_ettin.convert.hf_folder import import_once, is_hf_folder
@@ -138,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
         pairs = list(zip((stage.config for stage in stages), launches, strict=True))
         unfinished = run_sweep(pairs) if args.sweep else run_chain(pairs)
     except TrainingStopped as stopped:
-        record_failure(stopped, "stopped")  # the same rows and weights would end the same way
+        # the same rows and weights would end the same way; a disk that is full may not be tomorrow
+        record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1
     if args.sweep and is_chief:

@@ -73,6 +73,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.init_std": (lambda v: v > 0, "above 0"),
     "precision.bf16_first_layers": (lambda v: v >= 0, "0 or above"),
     "precision.bf16_last_layers": (lambda v: v >= 0, "0 or above"),
+    "checkpoint.keep_every_tokens": (lambda v: v >= 1, "at least 1, or null"),
+    "checkpoint.retry_seconds": (lambda v: v > 0, "above 0"),
     "resilience.spike_sigmas": (lambda v: v > 0, "above 0"),
     "resilience.spike_window": (lambda v: v >= 4, "at least 4"),
     "resilience.max_skips_in_row": (lambda v: v >= 0, "0 (the first one stops the run) or above"),

@@ -117,6 +117,11 @@ class CheckpointConfig:
     every_tokens: Optional[int]  # of resumable checkpoints: weights and optimizer
     every_steps: Optional[int] = None
     keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
+    keep_every_tokens: Optional[int] = None  # and one for each multiple of these, for good
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory
+    on_failure: str = "retry"  # a checkpoint that cannot be written: train on and try again, or stop
+    retry_seconds: float = 60.0  # until it is tried again; twice as long each time, up to 16 times
+    staging: Optional[str] = None  # a folder on each machine's own disk in which files are written first
     weights_every_tokens: Optional[int] = None  # of milestones: weights alone, all kept
 
 
@@ -210,6 +215,7 @@ CHOICES = {
     "run.fuse": ("auto", "always", "never"),
     "precision.gradients": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "gpu"),
+    "checkpoint.on_failure": ("retry", "stop"),
     "metrics.wandb_checkpoints": ("none", "reference", "upload"),
     "resilience.on_nonfinite": ("skip", "stop", "ignore"),
     "resilience.on_spike": ("skip", "stop", "ignore"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -51,6 +52,15 @@ class Machine:
             return
         with self.optimizer.whole_weights(writing):
             yield
+
+    def live_optimizer_tensors(self) -> list[torch.Tensor]:
+        """Masters and moments of this rank, which an update changes in place."""
+        if self.optimizer is None:
+            return []
+        inner = self.optimizer.inner
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        moments = [t for p in masters for t in inner.state[p].values() if isinstance(t, torch.Tensor)]
+        return [p.data for p in masters] + moments
 
     def close(self) -> None:
         if self.optimizer is not None:

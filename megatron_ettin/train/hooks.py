@@ -3,6 +3,7 @@ no more of them than that. Hooks run on every rank, in order; those that write l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import signal
@@ -39,6 +40,8 @@ class Run:
     directory: Path
     progress: Progress
     heart: Heart = field(default_factory=Heart)
+    request: float = 0.0  # what rank 0 asks of all ranks with the next step's sums
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # entered by who runs it
 
     @property
     def config(self) -> Config:

@@ -37,7 +37,7 @@ from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.checkpoint_hooks import Checkpoints, Milestones
+from megatron_ettin.train.checkpoint_hooks import Checkpoints
 from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
@@ -74,6 +74,11 @@ class Launch:
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     """Step until the run is done; True if it was asked to stop before. Every rank returns the same."""
+    with run.closing:
+        return _train(run, hooks, stop)
+
+
+def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     for hook in hooks:
         hook.start(run)
     stopped = is_done(run.config, run.progress)
@@ -82,7 +87,9 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             step, tokens = run.progress.step, run.progress.tokens
             lr = run.config.optim.lr * lr_fraction(tokens, run.config.schedule, run.config.run.tokens)
             guard = run.guard
-            info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step), guard)
+            info = train_step(
+                run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step), guard, run.request
+            )
             progress = run.progress.after(info, guard)
             if info.bad is not None:
                 after_bad_step(run, info, progress)
@@ -134,6 +141,8 @@ def prepare(config: Config, launch: Launch) -> Job:
     corpus = open_training_data(config)
     config = ending_with(config, corpus)
     run_directory.check_writable(launch.run_dir)
+    if config.checkpoint.staging is not None:
+        run_directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
     changes = run_directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
     return Job(config, launch, corpus, changes)
 
@@ -231,7 +240,7 @@ def build_hooks(run: Run) -> list[Hook]:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Replicas(), Milestones(), Checkpoints(hooks), Profiling()]
+    return [*hooks, Replicas(), Checkpoints(hooks), Profiling()]
 
 
 def open_training_data(config: Config) -> Corpus:

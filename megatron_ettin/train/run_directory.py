@@ -32,15 +32,15 @@ DATA_KEY = "data.mixture"
 ORDER_KEY = "data.order"
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raise UserError where files cannot be made in `run_dir` (created if need be)."""
+def check_writable(run_dir: Path, what: str = "run directory ") -> None:
+    """Raise UserError where files cannot be made in `run_dir` (created if need be). `what`: it is, in the message."""
     probe = run_dir / f".tmp-probe-{machine.node()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run directory {run_dir}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{what}{run_dir}: cannot be written ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

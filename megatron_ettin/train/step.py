@@ -44,6 +44,7 @@ class StepInfo:
     flops: float
     stop_requested: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    asked: float = 0.0  # by rank 0, with its sums
     bad: Bad | None = None  # what is wrong with loss or gradient norm
     updated: bool = True
 
@@ -159,9 +160,11 @@ def train_step(
     stop: bool,
     loaded: Iterable[LoadedBatch] | None = None,
     guard: Guard | None = None,
+    asked: float = 0.0,
 ) -> StepInfo:
     """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
-    to stop; one rank's wish is everyone's. Where `guard` objects to the figures, the update is left out."""
+    to stop; one rank's wish is everyone's. `asked`: what rank 0 asks of all. Where `guard` objects to the figures, the
+    update is left out."""
     began = time.perf_counter()
     optimizer = machine.optimizer
     assert optimizer is not None
@@ -180,10 +183,10 @@ def train_step(
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     # one rank's norm for all: what follows from it must be the same everywhere, to the last bit. Anyone's NaN counts
     norm = optimizer.norm()
-    parts = [totals.causal_loss, totals.causal_labels, float(stop)]
+    parts = [totals.causal_loss, totals.causal_labels, float(stop), asked]
     parts.append(norm if machine.layout.rank == 0 or not math.isfinite(norm) else 0.0)
     sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
-    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, grad_norm = sums
+    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, wished, grad_norm = sums
     bad = None if guard is None else guard.judge(loss / max(labels, 1), grad_norm)
     if judged_first and bad is None:
         with named(machine.platform, "update", profiled):
@@ -202,6 +205,7 @@ def train_step(
         flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
         stop_requested=stops > 0,
         extra=by_kind(machine.config, loss, labels, causal_loss, causal_labels),
+        asked=wished,
         bad=bad,
         updated=bad is None or not judged_first,
     )
