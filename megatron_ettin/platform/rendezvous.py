@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ettin.config.errors import RankError, UserError
+from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
 
 _kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
@@ -91,6 +92,8 @@ def join(
     `leave` the ranks may join again: the store is kept until `forget`, for its port could not be bound anew at once."""
     if dist.is_initialized():
         return
+    if platform.is_gpu:
+        flight_recorder.record()
     timeout = timedelta(seconds=timeout_seconds)
     if place.address is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -34,7 +34,7 @@ class Checkpoints(Hook):
         run.heart.slow("saving a checkpoint")
         path = resume.save(run.machine, run.progress, run.directory, run.tokenizer)
         self.saved_step, self.saved_tokens = run.progress.step, run.progress.tokens
-        run.heart.slow("going on from a save", saved_step=self.saved_step)
+        run.heart.slow("going on from a save", run.heart.hang_seconds, saved_step=self.saved_step)
         for hook in self.others:
             hook.save(run, path)
 
@@ -47,3 +47,4 @@ class Milestones(Hook):
         if every is not None and info.tokens // every > (info.tokens - info.step_tokens) // every:
             run.heart.slow("saving weights")
             resume.save_milestone(run.machine, run.progress, run.directory, run.tokenizer)
+            run.heart.step()

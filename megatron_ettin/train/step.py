@@ -155,17 +155,22 @@ def train_step(
 ) -> StepInfo:
     """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
     to stop; one rank's wish is everyone's."""
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), machine.clock
     assert machine.optimizer is not None
+    clock.begin()
     machine.optimizer.zero_grad()
     count = batches.micro_batch_count(step)
-    unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
+    read = clock.reading(batches.step(step, loaded))
+    unread = run_micro_batches(machine, read, count, batches.row_tokens, training=True)
+    clock.update()
     grad_norm = machine.optimizer.step(lr)
+    clock.last_sum()
     totals = unread.read()  # not before: the device would stand idle until the update is queued
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     parts = [totals.causal_loss, totals.causal_labels, float(stop)]
     sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
     loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops = sums
+    clock.end()
     model = machine.config.model
     return StepInfo(
         step=step + 1,
