@@ -219,4 +219,7 @@ class ModelParallelUnit:
 def destroy() -> None:
     """Destroy core's groups. torch's default group is the rendezvous's to destroy; both leak threads if left."""
     ps.destroy_model_parallel()
+    for name, value in list(vars(ps).items()):
+        if isinstance(value, dist.ProcessGroup):  # core 0.16 forgets one; its connections would stay open
+            setattr(ps, name, None)
     gc.collect()

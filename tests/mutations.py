@@ -249,3 +249,25 @@ def slow_saves_and_evaluations() -> Iterator[None]:
         mock.patch.object(resume, "save", slowly(resume.save)),
     ):
         yield
+
+
+@contextlib.contextmanager
+def fails_once_on_rank_1() -> Iterator[None]:
+    """An error in the middle of a step, and not again."""
+    failed: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 12 and not failed:
+            failed.append(step)
+            raise RuntimeError("a link went down")
+
+    with _rank_1_reads(act):
+        yield
+
+
+def _fail_at_step_12(step: int) -> None:
+    if step == 12:
+        raise RuntimeError("a link went down again")
+
+
+fails_always_on_rank_1 = functools.partial(_rank_1_reads, _fail_at_step_12)

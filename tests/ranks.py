@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -29,9 +30,14 @@ def rank_main(rank: int, world: int, port: int, log: Path, command: list[str], m
     torch.set_num_threads(1)
     from megatron_ettin.cli.main import main
 
-    with mutated(mutation):
-        status = main(command)
+    try:
+        with mutated(mutation):
+            status = main(command)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)  # as the interpreter of a server that was forked has nothing of its own to end
 
 

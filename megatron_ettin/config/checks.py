@@ -101,6 +101,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "metrics.eval_every_steps": (lambda v: v >= 1, "at least 1"),
     "metrics.eval_rows": (lambda v: v >= 1, "at least 1"),
     "metrics.ranks_every_steps": (lambda v: v >= 1, "at least 1"),
+    "resilience.in_process_restarts": (lambda v: v >= 0, "0 (none) or above"),
     "resilience.hang_seconds": (lambda v: 1 <= v < 1e7, "from 1 second to 1e7"),
     "run.tokens": (lambda v: v >= 1, "at least 1"),
     "run.steps": (lambda v: v >= 1, "at least 1"),

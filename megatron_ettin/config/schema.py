@@ -135,6 +135,7 @@ class MetricsConfig:
 class ResilienceConfig:
     stop_on_nonfinite: bool = True
     save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
+    in_process_restarts: int = 0  # of all ranks after an error of one, without a new process (nvidia-resiliency-ext)
     hang_seconds: float = 600.0  # the longest a step may take; six times that an evaluation or a save
 
 

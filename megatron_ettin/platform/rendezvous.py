@@ -19,6 +19,7 @@ from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
 
 _kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
+_anew = [0]  # how often the ranks began again in their processes
 FIRST_PORT, PORTS = 15_000, 17_000  # below the range that systems hand out by themselves
 
 
@@ -104,7 +105,7 @@ def join(
         if not _kept:
             store, _, _ = next(dist.rendezvous(_init_method(place, url), place.rank, place.world, timeout=patience))
             _kept.append(store)
-        store = dist.PrefixStore(f"join{len(_kept)}", _kept[0])
+        store = dist.PrefixStore(f"join{_anew[0]}.{len(_kept)}", _kept[0])
         _kept.append(store)
         _await_all(store, place.world, patience)
         _kept[0].set_timeout(timeout)
@@ -162,6 +163,21 @@ def leave() -> None:
     """Destroy every process group of this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Take all groups down without waiting for what is under way in them."""
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
+
+
+def join_anew(times: int, port: int) -> None:
+    """The ranks begin again, for the `times`-th time, whatever they had been in: they meet at another part of
+    torchrun's store, or at another port than `port`, where a library's store is, and than the last time."""
+    forget()
+    _anew[0] = times
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        os.environ["MASTER_PORT"] = str(port + 1 + times)
 
 
 def forget() -> None:

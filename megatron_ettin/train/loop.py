@@ -32,7 +32,7 @@ from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
+from megatron_ettin.platform.rendezvous import Place, abort, find_place, forget, join, leave
 from megatron_ettin.train import resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.arrivals import Peer
@@ -224,7 +224,10 @@ def _train_watched(
     except Exception as error:
         watchdog.explain()
         if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
-            end_now(error)  # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            if not config.resilience.in_process_restarts:
+                end_now(error)
+            abort()
         raise
     finally:
         if machine is not None:
