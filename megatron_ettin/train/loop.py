@@ -197,6 +197,7 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
 def _train_watched(
     place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, watchdog: Watchdog
 ) -> bool:
+    """The part of it that may stall. An error that a stall brought about ends the process as the stall did."""
     config, launch, corpus, machine, heart = job.config, job.launch, job.corpus, None, watchdog.heart
     try:
         check_agreement(config, corpus)

@@ -29,7 +29,8 @@ class Slowest:
 
 
 def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
-    """Of all ranks; None where no stage has two. `stages`: the pipeline stage of each rank."""
+    """The rank that its stage waits for the most; None where no stage has two ranks. `seconds` and `stages`, of the
+    pipeline, are by rank."""
     by_stage: dict[int, list[int]] = defaultdict(list)
     for rank, stage in enumerate(stages):
         by_stage[stage].append(rank)

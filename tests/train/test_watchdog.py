@@ -103,7 +103,7 @@ def test_slow_saves_and_evaluations_are_no_stalls(pool: Pool, corpus: Path, tmp_
     assert list((tmp_path / "run" / "watch").iterdir()) == []
 
 
-def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path, capsys) -> None:
     words = ["run.steps=9", "metrics.ranks_every_steps=3", "parallel.tp=1"]
     run_dir = tmp_path / "run"
     line = command(run_dir, corpus, "mlm", words)
@@ -116,6 +116,8 @@ def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path) -> Non
     assert len(warnings) == 1 and "over the last 9 steps" in warnings[0]
     state = run_state(run_dir)
     assert (state.slowest_rank, state.slowest_host) == (1, os.uname().nodename)
+    assert main(["status", str(run_dir)]) == 0
+    assert f"slowest rank 1 on {os.uname().nodename}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
