@@ -239,7 +239,7 @@ def slow_saves_and_evaluations() -> Iterator[None]:
 
     def slowly(real):
         def late(*arguments, **named):
-            time.sleep(1.5)
+            time.sleep(3.5)
             return real(*arguments, **named)
 
         return late
