@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
 import os
+import time
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -257,6 +259,55 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] == "1":
             stack.enter_context(mock.patch.object(recheck, "digests", digests))
+
+
+def _rank_1_reads(act) -> Iterator[None]:
+    """What rank 1 does before it reads the rows of a step."""
+    from megatron_ettin.train.host_batches import HostBatches
+
+    make = HostBatches.make
+
+    def made(self, step, index):
+        if os.environ["RANK"] == "1":
+            act(step)
+        return make(self, step, index)
+
+    with mock.patch.object(HostBatches, "make", made):
+        yield
+
+
+def _sleep_at_step_3(step: int) -> None:
+    if step == 3:
+        time.sleep(1000)
+
+
+def _hold_the_interpreter_at_step_3(step: int) -> None:
+    """A loop in C code that lets no other thread of Python in."""
+    if step == 3:
+        ctypes.PyDLL("libc.so.6").sleep(1000)
+
+
+reading_stops_on_rank_1 = functools.partial(_rank_1_reads, _sleep_at_step_3)
+c_code_on_rank_1 = functools.partial(_rank_1_reads, _hold_the_interpreter_at_step_3)
+slow_rank_1 = functools.partial(_rank_1_reads, lambda step: time.sleep(0.05))
+
+
+@contextlib.contextmanager
+def slow_saves_and_evaluations() -> Iterator[None]:
+    """No mistake: each of them takes longer than a step may."""
+    from megatron_ettin.train import evaluate, saving
+
+    def slowly(real):
+        def late(*arguments, **named):
+            time.sleep(3.5)
+            return real(*arguments, **named)
+
+        return late
+
+    with (
+        mock.patch.object(evaluate, "evaluate", slowly(evaluate.evaluate)),
+        mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
+    ):
         yield
 
 
@@ -303,3 +354,24 @@ def disk_full_while_writing() -> Iterator[None]:
 
     with mock.patch.object(background.Plan, "write", write):
         yield
+
+
+def fails_once_on_rank_1() -> Iterator[None]:
+    """An error in the middle of a step, and not again."""
+    failed: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 12 and not failed:
+            failed.append(step)
+            raise RuntimeError("a link went down")
+
+    with _rank_1_reads(act):
+        yield
+
+
+def _fail_at_step_12(step: int) -> None:
+    if step == 12:
+        raise RuntimeError("a link went down again")
+
+
+fails_always_on_rank_1 = functools.partial(_rank_1_reads, _fail_at_step_12)

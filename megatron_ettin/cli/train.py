@@ -122,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
 
         print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
         return 0
+    if stages[0].config.resilience.in_process_restarts:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells of every look into the library's store
     from megatron_ettin.train.chain import run_chain, run_sweep
+    from megatron_ettin.train.in_process import with_restarts
     from megatron_ettin.train.loop import Launch, TrainingStopped
     from megatron_ettin.train.saving import SaveFailed
 
@@ -137,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
     try:
         pairs = list(zip((stage.config for stage in stages), launches, strict=True))
-        unfinished = run_sweep(pairs) if args.sweep else run_chain(pairs)
+        settings, device = stages[0].config.resilience, stages[0].config.run.device
+        unfinished = with_restarts(settings, device, lambda: run_sweep(pairs) if args.sweep else run_chain(pairs))
     except TrainingStopped as stopped:
         # the same rows and weights would end the same way; a disk that is full may not be tomorrow
         record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")

@@ -135,6 +135,7 @@ class MetricsConfig:
     wandb_checkpoints: str = "none"  # or reference, upload: as artifacts
     eval_every_steps: Optional[int] = None
     eval_rows: int = 64
+    ranks_every_steps: int = 50  # ranks' own seconds are compared, and the slowest is named
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class ResilienceConfig:
     recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
     check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share
     save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
-    hang_seconds: float = 600.0  # the longest a step may take; a supervised launch silent for longer is ended
+    in_process_restarts: int = 0  # of all ranks after an error of one, without a new process (nvidia-resiliency-ext)
+    hang_seconds: float = 600.0  # the longest a step may take; six times that an evaluation or a save
 
 
 @dataclass(frozen=True)

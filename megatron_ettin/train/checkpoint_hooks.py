@@ -67,7 +67,7 @@ class Checkpoints(Hook):
             self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
             self.retry.due, run.request = None, NOTHING
         self.saver.begin(wish)
-        run.heart.slow("going on from a save")
+        run.heart.slow("going on from a save", run.heart.hang_seconds)
 
     def _settle(self, run: Run, final: bool = False) -> None:
         """Wait for a save in flight; all ranks together. Raises SaveFailed for the `final` one."""
@@ -84,7 +84,7 @@ class Checkpoints(Hook):
         step, path = outcome.wish.progress.step, outcome.path
         if path is not None and not outcome.wish.milestone:
             self.saved_step = step
-            run.heart.figures["saved_step"] = step
+            run.heart.figures = run.heart.figures | {"saved_step": step}  # a new one: the watchdog may be reading
             for hook in self.others:
                 hook.save(run, path)
         if not outcome.wish.milestone:

@@ -210,6 +210,7 @@ class Evaluation(Hook):
                 whole, *lines = result.lines()
                 kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
                 print(f"step {info.step} validation {kind}{whole}", *lines, sep="\n", flush=True)
+        run.heart.step()
 
 
 class StopSignal:

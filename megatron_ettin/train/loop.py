@@ -31,9 +31,10 @@ from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
+from megatron_ettin.platform.rendezvous import Place, abort, find_place, forget, join, leave
 from megatron_ettin.train import bad_steps, resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
+from megatron_ettin.train.arrivals import Peer
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
@@ -55,6 +56,8 @@ from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.recheck import recheck
 from megatron_ettin.train.replicas import Replicas
 from megatron_ettin.train.step import StepInfo, train_step
+from megatron_ettin.train.stragglers import Stragglers
+from megatron_ettin.train.watchdog import Watchdog, collective_seconds
 
 RENDEZVOUS_SECONDS = 600.0
 COPY_SECONDS = 7_200.0  # machines may differ by so much in copying the data
@@ -119,6 +122,7 @@ def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:
     """Tell of it and, where asked for, tell data from machine. Every rank has the same figures: where the run is to end
     all of them raise, before anything of the step is kept."""
     if run.config.resilience.recheck:
+        run.heart.slow("computing a step again")
         found = recheck(run.machine, run.batches, info.step - 1)
         if run.is_chief:
             print(f"step {info.step}: {found}", file=sys.stderr, flush=True)
@@ -185,19 +189,34 @@ def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart
     """One job; True if it was stopped before its end."""
     with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
         folder = job.config.data.local_copy
+        heart.hang_seconds = job.config.resilience.hang_seconds
         heart.slow("starting", None if folder is None else COPY_SECONDS)
         read = job.corpus if folder is None else local_corpus(job.corpus, folder)
-        join(place, platform, RENDEZVOUS_SECONDS, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
+        arrival = RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS
+        join(place, platform, collective_seconds(heart.hang_seconds), arrival)
+        heart.slow("starting")
         return _train_as(place, job, read, platform, stop, heart)
 
 
 def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
     """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
     copy on this machine."""
-    config, launch, corpus, machine = job.config, job.launch, job.corpus, None
+    try:
+        with Watchdog(job.launch.run_dir, heart, place.rank) as watchdog:
+            return _train_watched(place, job, read, platform, stop, watchdog)
+    finally:
+        leave()  # where it came to no watchdog
+
+
+def _train_watched(
+    place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, watchdog: Watchdog
+) -> bool:
+    """The part of it that may stall. An error that a stall brought about ends the process as the stall did."""
+    config, launch, corpus, machine, heart = job.config, job.launch, job.corpus, None, watchdog.heart
     try:
         check_agreement(config, corpus)
         machine = assemble(config, platform, place.world)
+        machine.clock.heart = heart
         progress, origin = resume.begin(
             machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
         )
@@ -216,10 +235,14 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
-        return train(run, build_hooks(run), stop)
+        return train(run, build_hooks(run, watchdog.peers), stop)
     except Exception as error:
+        watchdog.explain()
         if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
-            end_now(error)  # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            if not config.resilience.in_process_restarts:
+                end_now(error)
+            abort()
         raise
     finally:
         if machine is not None:
@@ -228,9 +251,9 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
         leave()
 
 
-def build_hooks(run: Run) -> list[Hook]:
+def build_hooks(run: Run, peers: Sequence[Peer]) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
-    hooks: list[Hook] = [GarbageCollection(), Metrics(), Console()]
+    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console()]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
         kinds = OBJECTIVES[run.config.run.objective].kinds

@@ -165,20 +165,23 @@ def train_step(
     """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
     to stop; one rank's wish is everyone's. `asked`: what rank 0 asks of all. Where `guard` objects to the figures, the
     update is left out."""
-    began = time.perf_counter()
-    optimizer = machine.optimizer
+    began, clock, optimizer = time.perf_counter(), machine.clock, machine.optimizer
     assert optimizer is not None
+    clock.begin()
     optimizer.zero_grad()
     count = batches.micro_batch_count(step)
+    read = clock.reading(batches.step(step, loaded))
     profiled = step + 1 in profiled_steps(machine.config)
     with named(machine.platform, f"forward and backward of step {step + 1}", profiled):
-        unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
+        unread = run_micro_batches(machine, read, count, batches.row_tokens, training=True)
+    clock.update()
     with named(machine.platform, "gradients", profiled):
         optimizer.prepare()
     judged_first = guard is not None and guard.skips
     if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
         with named(machine.platform, "update", profiled):
             optimizer.update(lr)
+    clock.last_sum()
     totals = unread.read()
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     # one rank's norm for all: what follows from it must be the same everywhere, to the last bit. Anyone's NaN counts
@@ -189,8 +192,10 @@ def train_step(
     loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, wished, grad_norm = sums
     bad = None if guard is None else guard.judge(loss / max(labels, 1), grad_norm)
     if judged_first and bad is None:
+        clock.late_update()
         with named(machine.platform, "update", profiled):
             optimizer.update(lr)
+    clock.end()
     model = machine.config.model
     return StepInfo(
         step=step + 1,
