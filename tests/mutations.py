@@ -258,3 +258,16 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
         if os.environ["RANK"] == "1":
             stack.enter_context(mock.patch.object(recheck, "digests", digests))
         yield
+
+
+@contextlib.contextmanager
+def doctor_of_other_code_on_rank_1() -> Iterator[None]:
+    """A node's checkout is not that of the others, and `ettin doctor --ranks` looks."""
+    from megatron_ettin.doctor import ranks
+
+    real = ranks.code_hash
+    ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ranks.code_hash = real

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_ettin import __version__
 from megatron_ettin.attempt import record_failure
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
@@ -26,6 +25,7 @@ COMMANDS = {
     "status": ("status", "queue state, step, speed, time left, restarts of jobs and runs"),
     "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
+    "doctor": ("doctor", "is this machine fit to train; what is missing and what that costs"),
     "order": ("order", "which documents each step used or will use"),
     "convert": ("convert", "to and from Hugging Face folders"),
     "release": ("release", "every checkpoint of a run as revisions of a Hugging Face repository"),
@@ -72,7 +72,9 @@ def dispatch(arguments: list[str]) -> int:
         print(help_text(), end="")
         return 0
     if arguments[0] in ("-V", "--version"):
-        print(f"ettin {__version__}")
+        from megatron_ettin.doctor.installed import version_text
+
+        print(version_text())
         return 0
     name, rest = arguments[0], arguments[1:]
     # core and torch warn at length, on every rank, of packages that are optional and of their own deprecations
