@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.launch.request import Job, Work
@@ -92,7 +92,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
 
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words or words[0] not in COMMANDS:
-        found = f"found {words[0]!r}" if words else "found nothing"
+        found = f"found {words[0]!r}{nearest(words[0], COMMANDS)}" if words else "found nothing"
         raise UserError(f"what follows `--` must be train or bench and its options, {found}")
     check_options(args)
     profile = read_profile(args.profile)
