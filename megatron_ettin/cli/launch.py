@@ -2,9 +2,9 @@
 
 Examples:
   ettin launch --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu --submit -- \\
-      train --size 1b --objective mlm --phase pretrain --run-dir runs/1b-mlm data.mixture=corpus
+      train --size 1b --objective mlm --phase pretrain --run-dir runs/1b-mlm data.mixture=data/corpus
   ettin launch --suite --nodes 4 --gpus-per-node 8 --profile site.yaml --submit -- \\
-      train --phase all --run-dir runs/suite data.mixture=corpus          # 6 sizes x 2 objectives x 3 phases
+      train --phase all --run-dir runs/suite data.mixture=data/corpus          # 6 sizes x 2 objectives x 3 phases
 What follows `--` is a call of `ettin train` or `ettin bench`. Of --phase all every phase is a job that waits for the
 one before; --sweep and --suite make arrays. docs/slurm.md tells what the job does when it is preempted or fails.
 """
