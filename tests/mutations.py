@@ -375,3 +375,16 @@ def _fail_at_step_12(step: int) -> None:
 
 
 fails_always_on_rank_1 = functools.partial(_rank_1_reads, _fail_at_step_12)
+
+
+@contextlib.contextmanager
+def doctor_of_other_code_on_rank_1() -> Iterator[None]:
+    """A node's checkout is not that of the others, and `ettin doctor --ranks` looks."""
+    from megatron_ettin.doctor import ranks
+
+    real = ranks.code_hash
+    ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ranks.code_hash = real

@@ -18,7 +18,7 @@ FLOORS = {
     "config": 0,
     **dict.fromkeys(("platform", "parallel", "metrics", "attempt"), 1),
     **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
-    **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch"), 3),
+    **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch", "doctor"), 3),
     "train": 4,
     "cli": 5,
     "__main__": 6,

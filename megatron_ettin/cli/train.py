@@ -1,9 +1,10 @@
 """Train an encoder (mlm) or a decoder (clm) through one phase of the recipe; resumes by itself.
 
 Example:
-  ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=corpus run.steps=100
+  ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=data/corpus run.steps=100
 On several devices:
-  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 ...
+  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 \\
+      data.mixture=data/corpus
 """
 
 from __future__ import annotations

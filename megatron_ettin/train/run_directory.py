@@ -19,8 +19,9 @@ from megatron_ettin import __version__
 from megatron_ettin.checkpoint.directory import at_step, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY, first_launch
+from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
@@ -67,7 +68,7 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
     for key in allow:
         if key not in key_types():
-            raise UserError(f"--allow-change {key}: no such key{nearest(key, key_types())}")
+            raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
