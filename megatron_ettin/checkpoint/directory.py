@@ -6,7 +6,6 @@ to know where a writer stopped; a staging folder that was left is removed by the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 __all__ = [
     "at_step",
@@ -246,7 +246,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """progress.json: step, tokens and what else the run wrote."""
     path = Path(checkpoint) / "progress.json"
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        progress = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     if not isinstance(progress, dict):

@@ -55,6 +55,10 @@ def read_site(path: Path) -> Site:
             raise UserError(
                 f"config {path}: phases: {phase!r}{nearest(str(phase), PHASES)}; allowed: {', '.join(PHASES)}"
             )
+        if not isinstance(phases[phase] or {}, dict):
+            raise UserError(
+                f"config {path}: phases: {phase}: a mapping of groups was expected, found {phases[phase]!r:.60}"
+            )
     if "recipe" in content:
         recipe = content.pop("recipe")
         content["run"] = {**(content.get("run") or {}), "recipe": recipe}

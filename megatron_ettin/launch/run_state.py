@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_ettin.attempt import HEARTBEAT
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.yaml_reading import load_yaml
 
 TAIL_BYTES = 64 << 10
@@ -102,7 +102,7 @@ def _last_stall(run: Path) -> str | None:
     """RUN/watch/stall-TIME/report.json of the newest (train/watchdog.py)."""
     for path in sorted((run / "watch").glob("stall-*/report.json"), reverse=True):
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["line"])
+            return str(load_json(path.read_text(encoding="utf-8"))["line"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -120,7 +120,7 @@ def tail_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            found.append(load_json(line))
         except ValueError:
             continue  # the one being written
     return [line for line in found if isinstance(line, dict)]
@@ -135,7 +135,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            found.append(load_json(line))
         except ValueError:
             continue
     return [event for event in found if isinstance(event, dict) and "event" in event]
@@ -205,6 +205,6 @@ def _heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], f
         return {}, None
     when, path = max(found)
     try:
-        return json.loads(path.read_text(encoding="utf-8")), when
+        return load_json(path.read_text(encoding="utf-8")), when
     except (OSError, ValueError):
         return {}, when

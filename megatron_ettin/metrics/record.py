@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
@@ -19,7 +20,7 @@ ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Every line of a metrics file, in order. A torn last line (a killed writer) is left out."""
-    return [json.loads(line) for line in _whole_lines(Path(path))]
+    return [load_json(line) for line in _whole_lines(Path(path))]
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -33,7 +34,7 @@ def _whole_lines(path: Path) -> list[bytes]:
         if not line.strip():
             continue
         try:
-            if not isinstance(json.loads(line), dict):
+            if not isinstance(load_json(line), dict):
                 raise ValueError
         except ValueError:
             if any(later.strip() for later in lines[number:]):
@@ -70,7 +71,7 @@ class JsonlSink:
 
     def _mend(self, resume_step: int | None) -> None:
         lines = _whole_lines(self.path)
-        past = [line for line in lines if resume_step is not None and json.loads(line).get("step", 0) > resume_step]
+        past = [line for line in lines if resume_step is not None and load_json(line).get("step", 0) > resume_step]
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
             earlier = _whole_lines(rolled_back) if rolled_back.exists() else []

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.metrics.names import scalars
 
 STATE = "page.json"  # in the sink's folder: the page's id, and the last step that it was sent
@@ -117,7 +118,7 @@ class WandbSink:
     def _state(self) -> dict[str, Any]:
         """Of this history of the run; a new page where there is none."""
         try:
-            found = json.loads((self.directory / STATE).read_text(encoding="utf-8"))
+            found = load_json((self.directory / STATE).read_text(encoding="utf-8"))
             if found["history"] == self.identity.history:
                 return {"id": str(found["id"]), "step": int(found["step"])}
         except (OSError, ValueError, KeyError, TypeError):

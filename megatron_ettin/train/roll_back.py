@@ -15,6 +15,7 @@ from typing import Any
 from megatron_ettin.checkpoint import directory
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
@@ -49,7 +50,7 @@ def rolled_back(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     return found if isinstance(found, list) else []

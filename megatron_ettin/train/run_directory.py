@@ -21,6 +21,7 @@ from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY, first_launch
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
 from megatron_ettin.config.resolve import from_yaml, to_yaml
@@ -117,7 +118,7 @@ def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
 def read_order(run_dir: Path) -> dict[str, Any]:
     """order.json: fingerprint of the data order and of the tokenizer; empty where the run has not started."""
     try:
-        return json.loads((run_dir / "order.json").read_text(encoding="utf-8"))
+        return load_json((run_dir / "order.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
