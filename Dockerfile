@@ -25,8 +25,7 @@ RUN chown ettin /opt/megatron_ettin
 USER 1000
 RUN bash tools/setup_venv.sh
 ENV PATH=/opt/megatron_ettin/.venv/bin:$PATH
-# `ettin doctor` takes this place as soon as there is one
-HEALTHCHECK --interval=5m --timeout=60s CMD ["ettin", "--version"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["ettin", "doctor", "--quick"]
 CMD ["bash", "tests/run.sh"]
 
 FROM nvcr.io/nvidia/pytorch:25.12-py3 AS gpu
@@ -43,6 +42,5 @@ COPY . .
 RUN bash tools/setup_gpu.sh
 USER 1001
 WORKDIR /home/ettin
-# `ettin doctor` takes this place as soon as there is one
-HEALTHCHECK --interval=5m --timeout=60s CMD ["ettin", "--version"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["ettin", "doctor", "--quick"]
 CMD ["ettin", "--help"]

@@ -95,6 +95,15 @@ class Layout:
             dist.all_reduce(vector)
         return vector.tolist()
 
+    def of_each_rank(self, value: float, device: torch.device) -> list[float]:
+        """Every rank's value, by rank."""
+        mine = torch.tensor([value], dtype=torch.float64, device=device)
+        if self.topology.world == 1:
+            return mine.tolist()
+        found = torch.empty(self.topology.world, dtype=torch.float64, device=device)
+        dist.all_gather_into_tensor(found, mine)
+        return found.tolist()
+
     def from_chief(self, value: Any) -> Any:
         """Rank 0's value (any picklable one) on every rank."""
         if self.topology.world == 1:
@@ -102,6 +111,13 @@ class Layout:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable one), in the order of ranks, on every rank."""
+        found: list[Any] = [value] * self.topology.world
+        if self.topology.world > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         if self.topology.world > 1:
@@ -210,4 +226,7 @@ class ModelParallelUnit:
 def destroy() -> None:
     """Destroy core's groups. torch's default group is the rendezvous's to destroy; both leak threads if left."""
     ps.destroy_model_parallel()
+    for name, value in list(vars(ps).items()):
+        if isinstance(value, dist.ProcessGroup):  # core 0.16 forgets one; its connections would stay open
+            setattr(ps, name, None)
     gc.collect()

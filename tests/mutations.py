@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
 import os
+import time
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -60,9 +62,9 @@ def _stop_in(phase: str) -> Iterator[None]:
 
     step = loop.train_step
 
-    def stopping(machine, batches, number, tokens, lr, stop, loaded):
+    def stopping(machine, batches, number, tokens, lr, stop, *more):
         now = (machine.config.run.phase, number) == (phase, 1)
-        return step(machine, batches, number, tokens, lr, stop or now, loaded)
+        return step(machine, batches, number, tokens, lr, stop or now, *more)
 
     with mock.patch.object(loop, "train_step", stopping):
         yield
@@ -196,3 +198,193 @@ def edited_code_on_rank_1() -> Iterator[None]:
         yield
     finally:
         agreement.code_hash = real
+
+
+@contextlib.contextmanager
+def nan_gradients_in_step_3() -> Iterator[None]:
+    """One rank's gradients come out of the third step's backward pass as no numbers."""
+    from megatron_ettin.train import step
+
+    real, calls = step.run_micro_batches, 0
+
+    def run(machine, *arguments, training):
+        nonlocal calls
+        found = real(machine, *arguments, training=training)
+        calls += training
+        if training and calls == 3 and machine.layout.rank == machine.layout.topology.world - 1:
+            machine.wrapped[0].buffers[0].grad_data.fill_(float("nan"))
+        return found
+
+    with mock.patch.object(step, "run_micro_batches", run):
+        yield
+
+
+@contextlib.contextmanager
+def flipped_weight_on_rank_1() -> Iterator[None]:
+    """After the second step a bit of rank 1's last norm is another one."""
+    import torch
+
+    from megatron_ettin.train import loop
+
+    real = loop.train_step
+
+    def step(machine, *arguments):
+        info = real(machine, *arguments)
+        if info.step == 2 and machine.layout.rank == 1:
+            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+            weight.data.view(torch.int32)[3] ^= 1
+        return info
+
+    with mock.patch.object(loop, "train_step", step):
+        yield
+
+
+@contextlib.contextmanager
+def unsound_layer_on_rank_1() -> Iterator[None]:
+    """Rank 1's second layer computes something else each time when steps are checked again."""
+    from megatron_ettin.train import recheck
+
+    real, passes = recheck.digests, 0
+
+    def digests(machine, *arguments):
+        nonlocal passes
+        passes += 1
+        layer = machine.chunks[0].transformer.layers[1]
+        hook = layer.mlp.register_forward_pre_hook(lambda m, inputs: (inputs[0] * (1 + 1e-3 * passes), *inputs[1:]))
+        try:
+            return real(machine, *arguments)
+        finally:
+            hook.remove()
+
+    with contextlib.ExitStack() as stack:
+        if os.environ["RANK"] == "1":
+            stack.enter_context(mock.patch.object(recheck, "digests", digests))
+
+
+def _rank_1_reads(act) -> Iterator[None]:
+    """What rank 1 does before it reads the rows of a step."""
+    from megatron_ettin.train.host_batches import HostBatches
+
+    make = HostBatches.make
+
+    def made(self, step, index):
+        if os.environ["RANK"] == "1":
+            act(step)
+        return make(self, step, index)
+
+    with mock.patch.object(HostBatches, "make", made):
+        yield
+
+
+def _sleep_at_step_3(step: int) -> None:
+    if step == 3:
+        time.sleep(1000)
+
+
+def _hold_the_interpreter_at_step_3(step: int) -> None:
+    """A loop in C code that lets no other thread of Python in."""
+    if step == 3:
+        ctypes.PyDLL("libc.so.6").sleep(1000)
+
+
+reading_stops_on_rank_1 = functools.partial(_rank_1_reads, _sleep_at_step_3)
+c_code_on_rank_1 = functools.partial(_rank_1_reads, _hold_the_interpreter_at_step_3)
+slow_rank_1 = functools.partial(_rank_1_reads, lambda step: time.sleep(0.05))
+
+
+@contextlib.contextmanager
+def slow_saves_and_evaluations() -> Iterator[None]:
+    """No mistake: each of them takes longer than a step may."""
+    from megatron_ettin.train import evaluate, saving
+
+    def slowly(real):
+        def late(*arguments, **named):
+            time.sleep(3.5)
+            return real(*arguments, **named)
+
+        return late
+
+    with (
+        mock.patch.object(evaluate, "evaluate", slowly(evaluate.evaluate)),
+        mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def wandb_offline() -> Iterator[None]:
+    """No mistake: the environment of a machine without a way to wandb's service."""
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
+        yield
+
+
+@contextlib.contextmanager
+def room_after_step_8() -> Iterator[None]:
+    """Whoever filled the disk beside the run goes away."""
+    from megatron_ettin.train import hooks
+
+    real = hooks.Metrics.step
+
+    def step(self, run, info):
+        real(self, run, info)
+        if info.step == 8 and run.is_chief:
+            (run.directory.parent / "filler").unlink()
+
+    with mock.patch.object(hooks.Metrics, "step", step):
+        yield
+
+
+@contextlib.contextmanager
+def disk_full_while_writing() -> Iterator[None]:
+    """Each save finds the disk nearly full once it has begun to write."""
+    from megatron_ettin.checkpoint import background
+
+    real = background.Plan.write
+
+    def write(self, local=None):
+        filler = self.folder.parents[2] / "filler"
+        if self.rank == 0 and not filler.exists():
+            with contextlib.suppress(OSError), open(filler, "wb") as file:
+                while True:
+                    file.write(b"\0" * 4096)
+                    file.flush()
+        while not filler.exists():
+            pass
+        real(self, local)
+
+    with mock.patch.object(background.Plan, "write", write):
+        yield
+
+
+def fails_once_on_rank_1() -> Iterator[None]:
+    """An error in the middle of a step, and not again."""
+    failed: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 12 and not failed:
+            failed.append(step)
+            raise RuntimeError("a link went down")
+
+    with _rank_1_reads(act):
+        yield
+
+
+def _fail_at_step_12(step: int) -> None:
+    if step == 12:
+        raise RuntimeError("a link went down again")
+
+
+fails_always_on_rank_1 = functools.partial(_rank_1_reads, _fail_at_step_12)
+
+
+@contextlib.contextmanager
+def doctor_of_other_code_on_rank_1() -> Iterator[None]:
+    """A node's checkout is not that of the others, and `ettin doctor --ranks` looks."""
+    from megatron_ettin.doctor import ranks
+
+    real = ranks.code_hash
+    ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ranks.code_hash = real

@@ -2,11 +2,12 @@
 # What each commit's tests leave out because it installs much or takes long. docs/nightly.md names the last run.
 #   mds   shards written anew by mosaicml-streaming, in an environment of its own, and read by the tests of MDS
 #   ray   `ettin prepare --executor ray` beside one process, byte for byte
-#   kill  kill -9 of `ettin prepare` at 200 moments instead of 20
+#   kill  kill -9 of `ettin prepare` at 200 moments instead of 12
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
-#   release  kill -9 of `ettin release` at 60 moments instead of 8
+#   release  kill -9 of `ettin release` at 60 moments instead of 4
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
+#   fuzz  a million damaged and hostile inputs for the readers of others' files instead of 20,000
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -73,8 +74,10 @@ shapes() { # 25 minutes, 17 GB of memory and of disk
         ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
 }
 
+fuzz() { "$python" -W ignore tools/fuzz.py --runs 1000000 --seed "$(date +%j)" --out "$work/fuzz-failures"; }
+
 status=0
-for stage in "${@:-mds ray kill transformers release harness layouts shapes}"; do
+for stage in "${@:-mds ray kill transformers release harness layouts fuzz shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

@@ -74,11 +74,12 @@ def worker(rank: int, jobs: Connection) -> None:
 
     detect("cpu")
     while (job := jobs.recv()) is not None:
-        world, store, port, command, mutation = job
+        world, store, port, command, mutation, folder = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # where later phases of one job join again
         printed = io.StringIO()
         try:
+            os.chdir(folder)
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), mutated(mutation):
                 dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
                 status = main(command)
@@ -116,9 +117,14 @@ class Pool:
         self.workers: list[tuple[Connection, multiprocessing.process.BaseProcess]] = []
 
     def run(
-        self, world: int, command: list[str], mutation: str | None = None, timeout_seconds: float = 180
+        self,
+        world: int,
+        command: list[str],
+        mutation: str | None = None,
+        timeout_seconds: float = 180,
+        cwd: Path | None = None,
     ) -> list[Result]:
-        """`ettin COMMAND` on `world` ranks. A rank without an answer in time counts as status 1."""
+        """`ettin COMMAND` on `world` ranks, in `cwd`. A rank without an answer in time counts as status 1."""
         if not all(process.is_alive() for _, process in self.workers):
             self.close()
         while len(self.workers) < world:
@@ -130,7 +136,7 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             store, port = str(Path(folder) / "store"), free_port()
             for pipe, _ in self.workers[:world]:
-                pipe.send((world, store, port, command, mutation))
+                pipe.send((world, store, port, command, mutation, cwd or Path.cwd()))
             results = answers([pipe for pipe, _ in self.workers[:world]], timeout_seconds)
         if any(result.output in (NO_ANSWER, DIED) for result in results):
             self.close()

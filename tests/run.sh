@@ -32,6 +32,25 @@ fi
 
 stage ruff "$venv/bin/ruff" check .
 stage mypy "$venv/bin/mypy"
-stage pytest "$venv/bin/python" -m pytest "$@"
+# Jobs on the cluster wait more than they compute: the tests of tests/launch run beside all others where all are asked for.
+pytest() {
+    local argument
+    for argument in "$@"; do
+        [[ $argument == -* ]] || { "$venv/bin/python" -m pytest "$@"; return; }
+    done
+    local log beside failed=0
+    log=$(mktemp)
+    "$venv/bin/python" -m pytest tests/launch "$@" >"$log" 2>&1 &
+    beside=$!
+    trap 'kill $beside; exit 130' INT TERM
+    "$venv/bin/python" -m pytest --ignore tests/launch "$@" || failed=1
+    wait $beside || failed=1
+    trap - INT TERM
+    echo "== tests/launch, run beside them"
+    cat "$log" && rm "$log"
+    return $failed
+}
+
+stage pytest pytest "$@"
 echo "== all stages: $SECONDS s, exit $status"
 exit "$status"

@@ -18,7 +18,7 @@ FLOORS = {
     "config": 0,
     **dict.fromkeys(("platform", "parallel", "metrics", "attempt"), 1),
     **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
-    **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch"), 3),
+    **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch", "doctor"), 3),
     "train": 4,
     "cli": 5,
     "__main__": 6,
@@ -85,7 +85,7 @@ def no_torch_in_config(module: Module) -> Iterator[str]:
 
 
 def no_torch_when_metrics_is_imported(module: Module) -> Iterator[str]:
-    if module.path == "metrics.py":
+    if module.room == "metrics":
         outside = ast.Module([node for node in module.tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
         for line, name in module.imports(outside):
             if name.split(".")[0] in ("torch", "wandb", "tensorboard"):
@@ -112,7 +112,7 @@ def transformers_only_in_convert_and_tokenizer(module: Module) -> Iterator[str]:
 
 
 def dashboards_only_in_metrics(module: Module) -> Iterator[str]:
-    if module.path != "metrics.py":
+    if module.room != "metrics":
         dashboards = ("wandb", "tensorboard", "tensorboardX", "torch.utils.tensorboard")
         yield from (f"line {line}: imports {name}" for line, name in module.imports_of(*dashboards))
 
@@ -190,12 +190,12 @@ def test_rule(rule):
 BREACHES = [
     (imports_only_from_floors_below, "config/a.py", "from megatron_ettin.metrics import FanOut"),
     (imports_only_from_floors_below, "model/a.py", "def f():\n    import megatron_ettin.data.rows"),
-    (imports_only_from_floors_below, "metrics.py", "from megatron_ettin import parallel"),
+    (imports_only_from_floors_below, "metrics/a.py", "from megatron_ettin import parallel"),
     (imports_only_from_floors_below, "data/a.py", "from ..model import build"),
     (imports_only_from_floors_below, "train/a.py", "import_module('megatron_ettin.cli')"),
     (every_room_has_a_floor, "extra/a.py", ""),
     (no_torch_in_config, "config/a.py", "def f():\n    from torch import nn"),
-    (no_torch_when_metrics_is_imported, "metrics.py", "from torch.utils.tensorboard import SummaryWriter"),
+    (no_torch_when_metrics_is_imported, "metrics/a.py", "from torch.utils.tensorboard import SummaryWriter"),
     (device_names_only_in_platform, "train/a.py", "import torch\ntorch.cuda.synchronize()"),
     (device_names_only_in_platform, "train/a.py", "from torch.cuda import Event"),
     (device_names_only_in_platform, "model/a.py", "import transformer_engine.pytorch as te"),
@@ -221,7 +221,7 @@ BREACHES = [
 ALLOWED = [
     (imports_only_from_floors_below, "train/a.py", "from megatron_ettin.model import build\nfrom . import loop"),
     (imports_only_from_floors_below, "cli/main.py", "from megatron_ettin import __version__"),
-    (no_torch_when_metrics_is_imported, "metrics.py", "def f():\n    import wandb"),
+    (no_torch_when_metrics_is_imported, "metrics/a.py", "def f():\n    import wandb"),
     (device_names_only_in_platform, "platform/a.py", "import torch\ntorch.cuda.synchronize()"),
     (device_names_only_in_platform, "model/a.py", '"""No cuda, no gloo."""\nmodel_parallel_cuda_manual_seed(1)'),
     (transformers_only_in_convert_and_tokenizer, "data/tokenizer.py", "from transformers import AutoTokenizer"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 BEGAN, DONE, INVALID, NO_MEMORY = "began", "done", "invalid", "out of memory"
 SAME = ("size", "objective", "phase", "words", "gpus", "device")  # what makes two results those of one measurement
@@ -25,7 +26,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = load_json(line)
             found[key_of(row)] = row
         except (ValueError, AttributeError):
             raise UserError(f"{path}:{number}: is no result of `ettin bench`") from None

@@ -6,17 +6,17 @@ to know where a writer stopped; a staging folder that was left is removed by the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 __all__ = [
     "at_step",
@@ -124,17 +124,21 @@ def _named_latest(run_dir: Path) -> Path | None:
     return path.parent / name
 
 
-def latest(run_dir: Path, checksums: bool = False) -> Path | None:
+def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None] | None = None) -> Path | None:
     """The checkpoint to go on from, None where a run has none.
 
     That is what `latest` names if it is whole (files and sizes, or checksums too), else the newest one that passes a
-    full check; every refused one is logged by the file that is damaged. Raises UserError where all are damaged."""
+    full check (`check`: another way to make that than `verify`); every refused one is logged by the file that is
+    damaged. Raises UserError where all are damaged."""
     named = _named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
     first_error: UserError | None = None
     for path in ([named] if named else []) + rest:
         try:
-            verify(path, checksums=checksums or path != named)
+            if check is not None and (checksums or path != named):
+                check(path)
+            else:
+                verify(path, checksums=checksums or path != named)
         except UserError as error:
             first_error = first_error or error
             _log.warning("%s", error)
@@ -170,9 +174,14 @@ def new_staging(folder: Path, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGING}step_*"):
         shutil.rmtree(left, ignore_errors=True)
-    staging = folder / f"{_STAGING}{step_name(step)}"
+    staging = staging_of(folder, step)
     staging.mkdir()
     return staging
+
+
+def staging_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is published in `folder`."""
+    return folder / f"{_STAGING}{step_name(step)}"
 
 
 def place(staging: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
@@ -188,10 +197,11 @@ def place(staging: Path, final: Path, known: Mapping[str, str] | None = None) ->
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def publish(staging: Path, final: Path) -> None:
-    """Make the checkpoint written in `staging` the run's latest: seal, rename, then replace `latest`, in this order."""
+def publish(staging: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+    """Make the checkpoint written in `staging` the run's latest: seal (`known`: as in `seal`), rename, then replace
+    `latest`, in this order."""
     staging, final = Path(staging), Path(final)
-    place(staging, final)
+    place(staging, final, known)
     write_synced(final.parent / LATEST, final.name + "\n")
     for left in final.parent.glob(f"{_STAGING}*"):
         if left.is_dir():
@@ -199,13 +209,14 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and the one `latest` names; 0 keeps all. Returns the removed.
+    """Remove all but the newest `keep` checkpoints, the one `latest` names and those whose progress.json says that they
+    are kept; 0 keeps all. Returns the removed.
 
     Each is renamed before it is deleted: half a folder must never pass for a checkpoint."""
     if keep <= 0:
         return []
     kept = {*list_checkpoints(run_dir)[-keep:], _named_latest(run_dir)}
-    removed = [path for path in list_checkpoints(run_dir) if path not in kept]
+    removed = [path for path in list_checkpoints(run_dir) if path not in kept and not _is_kept(path)]
     for path in removed:
         doomed = path.with_name(_PRUNED + path.name)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -214,11 +225,28 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     return removed
 
 
+def _is_kept(checkpoint: Path) -> bool:
+    try:
+        return bool(read_progress(checkpoint).get("keep"))
+    except UserError:
+        return False
+
+
+def bytes_of_newest(run_dir: Path) -> int | None:
+    """Of the newest checkpoint, all files; None where there is none."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            return total_bytes(path)
+        except UserError:
+            continue
+    return None
+
+
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """progress.json: step, tokens and what else the run wrote."""
     path = Path(checkpoint) / "progress.json"
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        progress = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     if not isinstance(progress, dict):

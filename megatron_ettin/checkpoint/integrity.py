@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 INTEGRITY = "integrity.json"
 THREADS = 8
@@ -82,7 +83,7 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """What integrity.json says of every file. Raises UserError where it is missing, torn or of another format."""
     path = folder / INTEGRITY
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path.read_text(encoding="utf-8"))
         entries = record["files"]
         for name, entry in entries.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import io
 import os
 import pickle
+import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,9 +21,16 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
+from megatron_ettin.checkpoint.pickle_limits import check_pickle
 from megatron_ettin.config.errors import UserError
 
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
@@ -44,7 +53,7 @@ ALLOWED = {
 # What a damaged or hostile file makes torch and pickle raise.
 _DAMAGE = (
     *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, ImportError, pickle.PickleError),
+    *(AssertionError, ImportError, OverflowError, MemoryError, struct.error, pickle.PickleError),
 )
 
 
@@ -72,7 +81,12 @@ def _checked(metadata: Any, path: Path) -> Metadata:
         raise UserError(f"{path}: does not describe a checkpoint (found {type(metadata).__name__})")
     if not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path}: says nothing of where tensors lie")
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not _is_whole(entry):
+            raise UserError(f"{path}: what it says of {str(key)[:60]!r} is not what torch writes")
     for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not _is_place(index, info):
+            raise UserError(f"{path}: a place in its files is not what torch writes")
         name = PurePosixPath(info.relative_path)
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{path}: places {index.fqn} in {name}, outside the checkpoint; refused")
@@ -81,10 +95,35 @@ def _checked(metadata: Any, path: Path) -> Metadata:
     return metadata
 
 
+def _is_whole(entry: Any) -> bool:
+    """Whether an entry has the fields that are read of it; an unpickled object may lack any."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    sizes = [getattr(entry, "size", None)]
+    for chunk in getattr(entry, "chunks", [None]):
+        sizes += [getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)]
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    return isinstance(dtype, torch.dtype) and all(
+        isinstance(one, torch.Size) and len(one) == len(entry.size) and all(n >= 0 for n in one) for one in sizes
+    )
+
+
+def _is_place(index: MetadataIndex, info: Any) -> bool:
+    numbers = [getattr(info, "offset", None), getattr(info, "length", None)]
+    names = [getattr(index, "fqn", None), getattr(info, "relative_path", None)]
+    offset = getattr(index, "offset", None)
+    return (
+        all(isinstance(one, int) and one >= 0 for one in numbers)
+        and all(isinstance(one, str) for one in names)
+        and (offset is None or isinstance(offset, torch.Size))
+    )
+
+
 def _read_metadata(path: Path) -> Metadata:
     try:
-        with open(path, "rb") as file:
-            return _checked(AllowListed(file).load(), path)
+        content = path.read_bytes()
+        check_pickle(content)
+        return _checked(AllowListed(io.BytesIO(content)).load(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; this is no torch_dist checkpoint, or a torn one") from None
     except _DAMAGE as error:
@@ -181,6 +220,7 @@ class CheckpointReader:
         """The full tensor. Memory: the tensor and its largest stored chunk."""
         entry = self._entry(key)
         self._check_coverage(key, entry)
+        self._check_sizes(key, entry)
         if len(entry.chunks) == 1:
             return self._chunk(key, entry, 0)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -200,6 +240,17 @@ class CheckpointReader:
         if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
             raise UserError(f"{file}: {key} is not the {dtype} tensor {tuple(chunk.sizes)} that .metadata says")
         return tensor
+
+    def _check_sizes(self, key: str, entry: TensorStorageMetadata) -> None:
+        """Nothing is allocated for what the files are too small to hold."""
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            wanted = chunk.sizes.numel() * entry.properties.dtype.itemsize
+            if info is None or info.length < wanted:
+                raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is not stored as large as it is")
+            file = self.path / info.relative_path
+            if file.is_file() and file.stat().st_size < info.offset + info.length:
+                raise UserError(f"{file}: ends before {key}, which .metadata places there; the file is torn")
 
     def _check_coverage(self, key: str, entry: TensorStorageMetadata) -> None:
         """Chunks must tile the tensor: a hole would be read as whatever the memory held."""

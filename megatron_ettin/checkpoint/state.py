@@ -10,15 +10,18 @@ import contextlib
 import logging
 import queue
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_ettin.checkpoint.background import Plan
 from megatron_ettin.checkpoint.reading import common_strategy, load_strategy
 from megatron_ettin.config.errors import UserError
 
@@ -43,16 +46,34 @@ def model_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, An
     return state
 
 
-def save_state(path: Path, model: dict[str, Any], optimizer: Any, progress: dict[str, Any]) -> None:
-    """Write into the existing empty folder `path`. Collective; raises OSError when the disk refuses."""
+def plan_state(path: Path, model: dict[str, Any], optimizer: Any, progress: dict[str, Any]) -> Plan:
+    """Plan what each rank writes into the existing empty folder `path`; rank 0 writes `progress`. Collective; raises
+    OSError when the disk refuses."""
     state = {**model, "progress": progress}
     if optimizer is not None:
         state["optimizer"] = optimizer
-    # core would start a server process to hold this queue, which outlives a killed rank and keeps its output open;
-    # a save that ends before this function does needs none
+    # core would start a server process to hold this queue, which outlives a killed rank and keeps its output open
     filesystem_async._results_queue = queue.Queue()
+    strategy = _Planning("torch_dist", 1, thread_count=1)
     with _quiet():
-        dist_checkpointing.save(state, str(path), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+        dist_checkpointing.save(state, str(path), strategy, async_sharded_save=True)
+    writer, metadata = strategy.planned
+    return Plan(path, dist.get_rank(), dist.get_world_size(), writer, metadata)
+
+
+class _Planning(TorchDistSaveShardedStrategy):
+    """Core's strategy up to the point where it would write."""
+
+    planned: tuple[Any, Any]
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+        self.planned = writer, planned[1]
+        return AsyncRequest(None, (), [])
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses of the memory behind them."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def write_weights(
                 file = open(staging / name, "wb")  # noqa: SIM115
             tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
             first = file.tell()
-            _save(tensor, file)
+            save_tensor(tensor, file)
             corner = torch.Size([0] * tensor.dim())
             entries[key] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(corner, tensor.shape)]
@@ -81,7 +81,7 @@ def _forced_and_hashed(path: Path) -> str:
     return digest
 
 
-def _save(tensor: torch.Tensor, file: BinaryIO) -> None:
+def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
     """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there. Without the zip's
     own checksums: no reader of checkpoints looks at them, and integrity.json has better ones."""
     wanted = torch.serialization.get_crc32_options()

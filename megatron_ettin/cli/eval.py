@@ -2,7 +2,7 @@
 an encoder. Sources are the datasets and, in a dataset prepared from several INPUTs, those.
 
 Example:
-  ettin eval runs/17m-mlm --data corpus/heldout --baseline corpus
+  ettin eval runs/17m-mlm --data data/corpus/heldout --baseline data/corpus
 """
 
 from __future__ import annotations

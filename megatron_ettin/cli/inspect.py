@@ -2,7 +2,7 @@
 checks it against the recorded sha256; --sample shows decoded chunks.
 
   ettin inspect data/corpus --sample 3
-  ettin inspect runs/17m-mlm/checkpoints/step_000001000 --verify
+  ettin inspect runs/17m-mlm/checkpoints/step_000000100 --verify
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Examples:
   ettin launch --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu --submit -- \\
-      train --size 1b --objective mlm --phase pretrain --run-dir runs/1b-mlm data.mixture=corpus
+      train --size 1b --objective mlm --phase pretrain --run-dir runs/1b-mlm data.mixture=data/corpus
   ettin launch --suite --nodes 4 --gpus-per-node 8 --profile site.yaml --submit -- \\
-      train --phase all --run-dir runs/suite data.mixture=corpus          # 6 sizes x 2 objectives x 3 phases
+      train --phase all --run-dir runs/suite data.mixture=data/corpus          # 6 sizes x 2 objectives x 3 phases
 What follows `--` is a call of `ettin train` or `ettin bench`. Of --phase all every phase is a job that waits for the
 one before; --sweep and --suite make arrays. docs/slurm.md tells what the job does when it is preempted or fails.
 """
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.launch.request import Job, Work
@@ -92,7 +92,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
 
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words or words[0] not in COMMANDS:
-        found = f"found {words[0]!r}" if words else "found nothing"
+        found = f"found {words[0]!r}{nearest(words[0], COMMANDS)}" if words else "found nothing"
         raise UserError(f"what follows `--` must be train or bench and its options, {found}")
     check_options(args)
     profile = read_profile(args.profile)

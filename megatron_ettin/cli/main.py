@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_ettin import __version__
 from megatron_ettin.attempt import record_failure
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
@@ -26,14 +25,16 @@ COMMANDS = {
     "status": ("status", "queue state, step, speed, time left, restarts of jobs and runs"),
     "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
+    "doctor": ("doctor", "is this machine fit to train; what is missing and what that costs"),
     "order": ("order", "which documents each step used or will use"),
     "convert": ("convert", "to and from Hugging Face folders"),
     "release": ("release", "every checkpoint of a run as revisions of a Hugging Face repository"),
+    "completion": ("completion", "completion for bash, zsh and fish"),
 }
 
 
 def help_text() -> str:
-    rows = "\n".join(f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: ettin COMMAND [options]\n\n"
         "Pre-training of paired encoders and decoders on Megatron-Core.\n\n"
@@ -72,13 +73,20 @@ def dispatch(arguments: list[str]) -> int:
         print(help_text(), end="")
         return 0
     if arguments[0] in ("-V", "--version"):
-        print(f"ettin {__version__}")
+        from megatron_ettin.doctor.installed import version_text
+
+        print(version_text())
         return 0
+    if arguments[0] == "__complete":  # of the scripts that `ettin completion` prints
+        from megatron_ettin.cli.completing import print_offers
+
+        return print_offers(arguments[1:])
     name, rest = arguments[0], arguments[1:]
     # core and torch warn at length, on every rank, of packages that are optional and of their own deprecations
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     if name not in COMMANDS:
-        raise UserError(f"no command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        hint = nearest(name, [*COMMANDS, "--help", "--version"])
+        raise UserError(f"no command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
     parser = OneLineParser(
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

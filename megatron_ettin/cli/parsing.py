@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import UserError, nearest
 
 INTERMIXED = ("train", "plan", "bench")  # key=value words may stand before and after options
 
@@ -15,7 +15,55 @@ class OneLineParser(argparse.ArgumentParser):
     """Tells a mistake in one line like every other one; `--help` has the usage."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message = unknown_words(unknown.split(" "), options_of(self), takes_keys(self))
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """As argparse does, with the nearest choice."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            told = f"{value!r} does not exist{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, told)
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Every option of a parser and of the parsers inside of it."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for inner in action.choices.values() for option in options_of(inner)]
+    return list(dict.fromkeys(found))
+
+
+def takes_keys(parser: argparse.ArgumentParser) -> bool:
+    """Whether group.key=value words follow this command."""
+    return any("key=value" in str(action.metavar) for action in parser._actions)
+
+
+def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> str:
+    """What to say of words that no option takes: of the first one that looks like an option, else of all."""
+    for word in words:
+        name = word.partition("=")[0]
+        if not name.startswith("-") or name == "-":
+            continue
+        bare = name.lstrip("-")
+        if keys and "." in bare:
+            return f"unknown option {name}; keys are written without dashes: {bare}={word.partition('=')[2]}"
+        meant = (_key_named(bare) if keys else "") or nearest(name, options)
+        return f"unknown option {name}{meant}"
+    return f"too many words: {' '.join(words)}"
+
+
+def _key_named(name: str) -> str:
+    """Hint for an option that is a key here, `--learning-rate`."""
+    from megatron_ettin.config.key_names import same_name
+    from megatron_ettin.config.layers import key_types
+
+    found = same_name(name, key_types())
+    return f" (did you mean {found + '='!r}?)" if found else ""
 
 
 def parse_words(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> argparse.Namespace:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_ettin.launch.queue import Queued
     from megatron_ettin.launch.run_state import RunState
 
-COLUMNS = ("run", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts")
+COLUMNS = ("run", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts", "slowest")
 SILENT_SECONDS = 60.0  # worth a word from here on
 
 
@@ -158,12 +158,18 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
         "" if state.loss is None else f"{state.loss:.4f}",
         saved,
         f"{requeued} requeued, {state.failures} failed" if requeued or state.failures else "",
+        "" if state.slowest_ratio is None else slowest(state),
     )
 
 
 def from_here(path: Path) -> str:
     """Relative where it is below the current folder: a table of long paths does not fit a terminal."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def slowest(state: RunState) -> str:
+    """`rank 3 on n2, 1.62x`: its seconds to the median of the others."""
+    return f"rank {state.slowest_rank} on {state.slowest_host}, {state.slowest_ratio:.2f}x"
 
 
 def queue_state(state: RunState, job: Queued | None) -> str:

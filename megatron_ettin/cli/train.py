@@ -1,9 +1,10 @@
 """Train an encoder (mlm) or a decoder (clm) through one phase of the recipe; resumes by itself.
 
 Example:
-  ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=corpus run.steps=100
+  ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=data/corpus run.steps=100
 On several devices:
-  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 ...
+  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 \\
+      data.mixture=data/corpus
 """
 
 from __future__ import annotations
@@ -122,8 +123,12 @@ def run(args: argparse.Namespace) -> int:
 
         print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
         return 0
+    if stages[0].config.resilience.in_process_restarts:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells of every look into the library's store
     from megatron_ettin.train.chain import run_chain, run_sweep
+    from megatron_ettin.train.in_process import with_restarts
     from megatron_ettin.train.loop import Launch, TrainingStopped
+    from megatron_ettin.train.saving import SaveFailed
 
     if args.init_from is not None:
         from megatron_ettin.convert.hf_folder import import_once, is_hf_folder
@@ -136,9 +141,11 @@ def run(args: argparse.Namespace) -> int:
     launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
     try:
         pairs = list(zip((stage.config for stage in stages), launches, strict=True))
-        unfinished = run_sweep(pairs) if args.sweep else run_chain(pairs)
+        settings, device = stages[0].config.resilience, stages[0].config.run.device
+        unfinished = with_restarts(settings, device, lambda: run_sweep(pairs) if args.sweep else run_chain(pairs))
     except TrainingStopped as stopped:
-        record_failure(stopped, "stopped")  # the same rows and weights would end the same way
+        # the same rows and weights would end the same way; a disk that is full may not be tomorrow
+        record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
         print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
         return 1
     if args.sweep and is_chief:

@@ -15,6 +15,7 @@ from megatron_ettin.config.graphs import check_graphs
 from megatron_ettin.config.layouts import check_parallel
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.profiling import check_profile
 from megatron_ettin.config.schema import CHOICES, Config
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
@@ -30,11 +31,13 @@ def check(config: Config) -> None:
         check_model,
         check_parallel,
         check_precision,
+        check_deterministic,
         check_zero,
         check_graphs,
         check_schedule,
         check_batch,
         check_validation,
+        check_profile,
     ):
         group(config)
 
@@ -70,6 +73,12 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.init_std": (lambda v: v > 0, "above 0"),
     "precision.bf16_first_layers": (lambda v: v >= 0, "0 or above"),
     "precision.bf16_last_layers": (lambda v: v >= 0, "0 or above"),
+    "checkpoint.keep_every_tokens": (lambda v: v >= 1, "at least 1, or null"),
+    "checkpoint.retry_seconds": (lambda v: v > 0, "above 0"),
+    "resilience.spike_sigmas": (lambda v: v > 0, "above 0"),
+    "resilience.spike_window": (lambda v: v >= 4, "at least 4"),
+    "resilience.max_skips_in_row": (lambda v: v >= 0, "0 (the first one stops the run) or above"),
+    "resilience.check_replicas_every": (lambda v: v >= 1, "at least 1, or null"),
     "parallel.recompute_layers": (lambda v: v >= 1, "at least 1"),
     "parallel.offload_layers": (lambda v: v >= 0, "0 (none) or above"),
     "optim.lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
@@ -100,6 +109,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "metrics.every_steps": (lambda v: v >= 1, "at least 1"),
     "metrics.eval_every_steps": (lambda v: v >= 1, "at least 1"),
     "metrics.eval_rows": (lambda v: v >= 1, "at least 1"),
+    "metrics.ranks_every_steps": (lambda v: v >= 1, "at least 1"),
+    "resilience.in_process_restarts": (lambda v: v >= 0, "0 (none) or above"),
+    "resilience.hang_seconds": (lambda v: 1 <= v < 1e7, "from 1 second to 1e7"),
     "run.tokens": (lambda v: v >= 1, "at least 1"),
     "run.steps": (lambda v: v >= 1, "at least 1"),
     "run.seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -130,6 +142,14 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above model.max_position_embeddings"
             f" {model.max_position_embeddings}"
+        )
+
+
+def check_deterministic(config: Config) -> None:
+    if config.run.deterministic and config.parallel.tp_overlap:
+        raise UserError(
+            "run.deterministic: not with parallel.tp_overlap, whose parts of a sum arrive in any order; use"
+            " parallel.tp_overlap=false"
         )
 
 

@@ -13,6 +13,10 @@ EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: the thing, what was found, what is allowed."""
 
+    def __init__(self, message: object = "") -> None:
+        """Line ends in names that come from files are written as \\n: one line stays one."""
+        super().__init__(str(message).replace("\r", "\\r").replace("\n", "\\n"))
+
 
 class RankError(UserError):
     """A mistake that this rank alone can see (its device, its disk): told by every rank that meets it."""

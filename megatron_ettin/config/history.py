@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megatron_ettin.config.json_reading import load_json
 
 HISTORY = "history.jsonl"
 
@@ -13,7 +14,7 @@ def first_launch(run_dir: Path) -> dict[str, Any] | None:
     """The first launch's record; None for a run that has not begun (or whose record cannot be read)."""
     try:
         with open(run_dir / HISTORY, encoding="utf-8") as file:
-            record = json.loads(file.readline())
+            record = load_json(file.readline())
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

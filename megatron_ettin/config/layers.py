@@ -6,7 +6,7 @@ unknown keys are told with the nearest valid name, counts such as 1.7T become wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -15,6 +15,7 @@ import yaml
 
 from megatron_ettin.config.counts import parse_count
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.schema import Config
@@ -53,6 +54,10 @@ def read_site(path: Path) -> Site:
         if phase not in PHASES:
             raise UserError(
                 f"config {path}: phases: {phase!r}{nearest(str(phase), PHASES)}; allowed: {', '.join(PHASES)}"
+            )
+        if not isinstance(phases[phase] or {}, dict):
+            raise UserError(
+                f"config {path}: phases: {phase}: a mapping of groups was expected, found {phases[phase]!r:.60}"
             )
     if "recipe" in content:
         recipe = content.pop("recipe")
@@ -143,7 +148,7 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{key}: {value!r} is not a YAML value") from None
         if not name:
-            raise UserError(f"unknown key {key!r}{nearest(key, key_types())}; keys are group.name")
+            raise UserError(f"unknown key {key!r}{nearest_key(key, key_types())}; keys are group.name")
         layer.setdefault(group, {})[name] = parsed
     return layer
 
@@ -163,9 +168,7 @@ def check_keys(layer: dict[str, Any]) -> None:
     groups = {key.partition(".")[0] for key in types}
     for group, keys in layer.items():
         if group not in groups:
-            raise UserError(
-                f"unknown key {str(group)!r}{nearest(str(group), groups)}; groups: {', '.join(sorted(groups))}"
-            )
+            raise UserError(f"{_unknown_group(str(group), keys, types)}; groups: {', '.join(sorted(groups))}")
         if keys is None:
             continue
         if not isinstance(keys, dict):
@@ -173,12 +176,24 @@ def check_keys(layer: dict[str, Any]) -> None:
         for key, value in list(keys.items()):
             name = f"{group}.{key}"
             if name not in types:
-                raise UserError(f"unknown key {name!r}{nearest(name, types)}")
+                raise UserError(f"unknown key {name!r}{nearest_key(name, types)}")
             wants_count = types[name] is int or int in getattr(types[name], "__args__", ())
             if wants_count and isinstance(value, (str, float)):
                 keys[key] = parse_count(value, name)
             elif _wants_float(types[name]) and isinstance(value, str):
                 keys[key] = _as_float(value, name)
+
+
+def _unknown_group(group: str, keys: Any, types: Collection[str]) -> str:
+    """With what was meant: a key, where the group's one key shows it, a phase before a key, or another group."""
+    groups = {key.partition(".")[0] for key in types}
+    only = next(iter(keys)) if isinstance(keys, dict) and len(keys) == 1 else None
+    if isinstance(only, str) and "." in only:
+        return f"unknown key '{group}.{only}'{nearest(group, PHASES)}"
+    hint = nearest(group, groups)
+    if isinstance(only, str):
+        return f"unknown key '{group}.{only}'{nearest_key(f'{group}.{only}', types) or hint}"
+    return f"unknown key {group!r}{hint or nearest_key(group, types)}"
 
 
 def _wants_float(hint: Any) -> bool:

@@ -28,6 +28,8 @@ FOLLOWERS = (
     ("batch.global_batch_rows", "batch.warmup_min_rows"),
 )
 
+REMOVED = (("resilience", "stop_on_nonfinite"),)  # keys of earlier versions, whose runs go on all the same
+
 
 def parse(
     size: str,
@@ -94,7 +96,7 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
 def to_config(tree: Any) -> Config:
     """Groups of plain values as the frozen dataclasses."""
     values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
-    return Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
+    return Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items() if group in values})
 
 
 def to_yaml(config: Config) -> str:
@@ -105,6 +107,9 @@ def to_yaml(config: Config) -> str:
 def from_yaml(path: Path) -> Config:
     """A resolved config.yaml. Raises UserError for one that is damaged or of another version."""
     content = read_yaml(path)
+    for group, key in REMOVED:
+        if isinstance(content.get(group), dict):
+            content[group].pop(key, None)
     try:
         return to_config(content)
     except (KeyError, TypeError) as error:

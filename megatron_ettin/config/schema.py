@@ -117,6 +117,11 @@ class CheckpointConfig:
     every_tokens: Optional[int]  # of resumable checkpoints: weights and optimizer
     every_steps: Optional[int] = None
     keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
+    keep_every_tokens: Optional[int] = None  # and one for each multiple of these, for good
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory
+    on_failure: str = "retry"  # a checkpoint that cannot be written: train on and try again, or stop
+    retry_seconds: float = 60.0  # until it is tried again; twice as long each time, up to 16 times
+    staging: Optional[str] = None  # a folder on each machine's own disk in which files are written first
     weights_every_tokens: Optional[int] = None  # of milestones: weights alone, all kept
 
 
@@ -126,15 +131,32 @@ class MetricsConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "megatron_ettin"
+    wandb_group: Optional[str] = None  # None: one for the runs of a size on the same data and seed, so of a pair
+    wandb_checkpoints: str = "none"  # or reference, upload: as artifacts
     eval_every_steps: Optional[int] = None
     eval_rows: int = 64
+    ranks_every_steps: int = 50  # ranks' own seconds are compared, and the slowest is named
 
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    stop_on_nonfinite: bool = True
+    on_nonfinite: str = "skip"  # a loss or gradient norm that is no number: skip the update, stop the run, or ignore it
+    on_spike: str = "skip"  # one far above the latest steps'
+    spike_sigmas: float = 6.0  # how far: so many standard deviations above the mean
+    spike_window: int = 128  # of so many latest steps; nothing is a spike before half of them are done
+    max_skips_in_row: int = 8  # of more the run stops
+    recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
+    check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share
     save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
-    hang_seconds: float = 600.0  # the longest a step may take; a supervised launch silent for longer is ended
+    in_process_restarts: int = 0  # of all ranks after an error of one, without a new process (nvidia-resiliency-ext)
+    hang_seconds: float = 600.0  # the longest a step may take; six times that an evaluation or a save
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: Optional[str] = None  # A:B traces steps A to B - 1
+    ranks: str = "0"  # numbers with commas between, or all
+    memory: bool = False  # a snapshot of the GPU's allocations too
 
 
 @dataclass(frozen=True)
@@ -168,6 +190,7 @@ class Config:
     checkpoint: CheckpointConfig
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def causal(self) -> bool:
@@ -194,6 +217,10 @@ CHOICES = {
     "run.fuse": ("auto", "always", "never"),
     "precision.gradients": ("fp32", "bf16"),
     "run.device": ("auto", "cpu", "gpu"),
+    "checkpoint.on_failure": ("retry", "stop"),
+    "metrics.wandb_checkpoints": ("none", "reference", "upload"),
+    "resilience.on_nonfinite": ("skip", "stop", "ignore"),
+    "resilience.on_spike": ("skip", "stop", "ignore"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.zero_offload": ("none", "optimizer", "all"),
     "parallel.recompute": ("none", "selective", "full"),

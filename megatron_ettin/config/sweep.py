@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
 
 NAMES = ("size", "objective")  # options that may be swept besides keys
@@ -33,7 +34,7 @@ def members(sweeps: Sequence[str]) -> list[Member]:
         if not equals or not all(values):
             raise UserError(f"--sweep {sweep!r}: write KEY=VALUE,VALUE,... such as optim.lr=1e-3,2e-3")
         if key not in NAMES and key not in key_types():
-            raise UserError(f"--sweep {sweep!r}: no such key{nearest(key, (*NAMES, *key_types()))}")
+            raise UserError(f"--sweep {sweep!r}: no such key{nearest(key, NAMES) or nearest_key(key, key_types())}")
         if key in axes:
             raise UserError(f"--sweep {sweep!r}: {key} is swept twice")
         if len(set(values)) < len(values) or any("/" in value for value in values):

@@ -33,6 +33,53 @@ _Loader.add_implicit_resolver(
 )
 
 
+MOST_DEPTH = 100
+MOST_NODES = 100_000  # with what aliases stand for: a file of a few lines can stand for billions
+
+
 def load_yaml(text: str) -> Any:
-    """The content of one document. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    """The content of one document. Raises yaml.YAMLError, also for what is nested too deeply or unfolds too far."""
+    if _depth(text) > MOST_DEPTH:  # the scanner's time grows with its square
+        raise yaml.YAMLError("nested too deeply")
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:  # a character that YAML has not
+        raise yaml.YAMLError(str(error).splitlines()[0]) from None
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, OverflowError, TypeError) as error:  # a date or a number that is none
+        if isinstance(error, yaml.YAMLError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _depth(text: str) -> int:
+    """Flow collections in each other, at most; brackets within quotes are counted too."""
+    deepest = depth = 0
+    for character in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if character in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """Nodes that it stands for. Raises yaml.YAMLError where they are too many, or where it holds itself."""
+    found = known.get(id(node))
+    if found == 0:
+        raise yaml.YAMLError("an alias stands for what it is in")
+    if found is None:
+        known[id(node)] = 0
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [one for pair in inside for one in pair] if isinstance(node, yaml.MappingNode) else inside
+        found = known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    if found > MOST_NODES:
+        raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES:,} values")
+    return found

@@ -7,12 +7,12 @@ meaning: an encoder's local_attention is both sides together, a decoder's slidin
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.schema import ModelConfig
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
@@ -87,21 +87,24 @@ class Parsed:
 def from_hf_config(path: Path) -> Parsed:
     """Read a config.json of either generation. Raises UserError where it is no model of ours."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; give a folder with config.json and safetensors files") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, not an object")
-    objective = _objective(config, path)
+    try:
+        objective = _objective(config, path)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: its architecture is not readable ({error})") from None
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"{path}: {key} is {config[key]!r}; our model has it as {value!r} only")
     notes: list[str] = []
-    global_theta, local_theta = _thetas(config, objective, path, notes)
-    window = _window(config, objective, path)
     try:
+        global_theta, local_theta = _thetas(config, objective, path, notes)
+        window = _window(config, objective, path)
         model = ModelConfig(
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=int(config["hidden_size"]),
@@ -118,8 +121,8 @@ def from_hf_config(path: Path) -> Parsed:
         )
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; the model's shape is unknown") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
         raise UserError(f"{path}: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}")
     return Parsed(objective, model, tuple(notes))
@@ -188,6 +191,8 @@ def _global_every(config: dict[str, Any], path: Path) -> int:
     types = config.get("layer_types")
     if types is None:
         return int(config.get("global_attn_every_n_layers", 3))
+    if len(types) != int(config["num_hidden_layers"]):
+        raise UserError(f"{path}: {len(types)} layer_types for {config['num_hidden_layers']} layers")
     later = [i for i, kind in enumerate(types) if kind == _FULL and i > 0]
     every = later[0] if later else max(len(types), 1)
     if list(types) != [_SLIDING if i % every else _FULL for i in range(int(config["num_hidden_layers"]))]:

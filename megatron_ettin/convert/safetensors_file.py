@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX = "model.safetensors.index.json"
@@ -139,7 +140,7 @@ class ModelFiles:
             raise UserError(f"{self._folder}: neither {SINGLE} nor {INDEX}{hint}")
         files: dict[Path, set[str] | None] = {}
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = load_json(index.read_text(encoding="utf-8"))["weight_map"]
             for name, file in weight_map.items():
                 if Path(file).name != file:
                     raise UserError(f"{index}: places {name} in {file!r}, outside the folder; refused")
@@ -159,8 +160,8 @@ class ModelFiles:
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UserError(f"{path}: missing; {INDEX} names it")
+    if not os.path.isfile(path):  # which takes a name that no file system does for a missing one
+        raise UserError(f"{path}: missing; {INDEX} names it"[:600])
     try:
         with safe_open(path, framework="pt") as file:
             yield file

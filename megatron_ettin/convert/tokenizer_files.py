@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDES = {"mlm": "right", "clm": "left"}  # that a batch is padded on
@@ -95,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     if not isinstance(content, dict):

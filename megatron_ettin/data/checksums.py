@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ettin.config.json_reading import load_json
+
 BLOCK_BYTES = 1 << 20
 DIGEST_BYTES = 8  # of a block: it has to tell damage from none, not to withstand an attack
 
@@ -42,7 +44,7 @@ def write_blocks(path: Path, digests: Mapping[str, FileDigest]) -> None:
 
 def read_blocks(path: Path) -> dict[str, tuple[str, ...]]:
     """What `write_blocks` wrote, by suffix. Raises OSError, ValueError, KeyError, TypeError where it is damaged."""
-    raw = json.loads(path.read_text(encoding="ascii"))
+    raw = load_json(path.read_text(encoding="ascii"))
     return {name: tuple(entry["blocks"]) for name, entry in raw.items()}
 
 

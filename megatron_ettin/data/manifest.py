@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_ettin.dataset"
@@ -96,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
         what = "no such directory" if not folder.is_dir() else f"not a dataset: no {FILE_NAME}"
         raise UserError(f"dataset {folder}: {what} (make one with `ettin prepare`)")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = load_json(path.read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
             found = f"{raw.get('format')} version {raw.get('version')}"
             raise UserError(f"{path}: {found}; this package reads {FORMAT} version {VERSION}")

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
 from megatron_ettin.data.manifest import FileRecord, check_file, record_of, sync_directory, write_json_durably
@@ -151,7 +152,7 @@ def open_given_order(
 def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
     """The record of a compiled order, or None where it is absent or damaged."""
     try:
-        raw: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        raw: dict[str, Any] = load_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
         raw["files"] = {name: FileRecord(**file) for name, file in raw["files"].items()}
         record = OrderRecord(**raw)
         for name in COLUMNS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 METADATA_KEY = b"megatron_ettin.order"  # in the schema of what `ettin order --out` writes
 # kind -> the columns by which it is known
@@ -92,7 +92,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
     """What `ettin order --out` noted in the file; empty for others."""
     raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY)
     try:
-        found = json.loads(raw) if raw else {}
+        found = load_json(raw) if raw else {}
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

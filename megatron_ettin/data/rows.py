@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.manifest import FileRecord, check_file, sync_directory, write_json_durably
 from megatron_ettin.data.mapped import map_scattered
@@ -194,7 +195,7 @@ def plan_files(dataset_folder: Path) -> Iterator[Expected]:
     remedy = " (remove its folder: the plan is built again)"
     for record_file in sorted(dataset_folder.glob("*_*/plan.json")):
         try:
-            files = json.loads(record_file.read_text(encoding="utf-8"))["files"]
+            files = load_json(record_file.read_text(encoding="utf-8"))["files"]
             records = {name: FileRecord(**record) for name, record in files.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"damaged ({type(error).__name__})"
@@ -206,7 +207,7 @@ def plan_files(dataset_folder: Path) -> Iterator[Expected]:
 def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
     """The plan in `folder`, or None where it is absent, damaged or another dataset's."""
     try:
-        raw: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        raw: dict[str, Any] = load_json((folder / "plan.json").read_text(encoding="utf-8"))
         raw["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
         record = PlanRecord(**raw)
         for name, file in record.files.items():

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import tokenizers
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"
@@ -195,7 +196,7 @@ def from_directory(folder: Path, name: str) -> Tokenizer:
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
             try:
-                config.update(json.loads((folder / file).read_text(encoding="utf-8")))
+                config.update(load_json((folder / file).read_text(encoding="utf-8")))
             except ValueError as error:
                 raise UserError(f"tokenizer {folder / file}: not valid JSON ({error})") from None
     return from_file(folder / "tokenizer.json", config, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_ettin.attempt import HEARTBEAT
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.yaml_reading import load_yaml
 
 TAIL_BYTES = 64 << 10
@@ -41,6 +41,10 @@ class RunState:
     failures: int
     launches: int  # of the job's script: one more than it was requeued
     last_event: str | None  # of the job: started, failed, saved, requeued, done, mistake
+    slowest_rank: int | None  # when ranks were last compared (metrics.ranks_every_steps)
+    slowest_host: str | None
+    slowest_ratio: float | None  # of its seconds to the median of the others
+    last_stall: str | None  # what the ranks' watchdogs said of the latest stall
 
     @property
     def fraction(self) -> float | None:
@@ -62,6 +66,7 @@ def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def run_state(run: Path) -> RunState:
     """Of one run; what has not begun has None in most fields."""
     lines = tail_lines(run / "metrics.jsonl")
+    compared: dict[str, Any] = next((line for line in reversed(lines) if "slowest_rank" in line), {})
     last = lines[-1] if lines else {}
     settings = _settings(run)
     folder, job, task = submission_of(run)
@@ -86,7 +91,21 @@ def run_state(run: Path) -> RunState:
         failures=sum(event["event"] == "failed" for event in events),
         launches=sum(event["event"] == "started" for event in events),
         last_event=events[-1]["event"] if events else None,
+        slowest_rank=compared.get("slowest_rank"),
+        slowest_host=compared.get("slowest_host"),
+        slowest_ratio=compared.get("slowest_ratio"),
+        last_stall=_last_stall(run),
     )
+
+
+def _last_stall(run: Path) -> str | None:
+    """RUN/watch/stall-TIME/report.json of the newest (train/watchdog.py)."""
+    for path in sorted((run / "watch").glob("stall-*/report.json"), reverse=True):
+        try:
+            return str(load_json(path.read_text(encoding="utf-8"))["line"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def tail_lines(path: Path) -> list[dict[str, Any]]:
@@ -101,7 +120,7 @@ def tail_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            found.append(load_json(line))
         except ValueError:
             continue  # the one being written
     return [line for line in found if isinstance(line, dict)]
@@ -116,7 +135,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            found.append(load_json(line))
         except ValueError:
             continue
     return [event for event in found if isinstance(event, dict) and "event" in event]
@@ -186,6 +205,6 @@ def _heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], f
         return {}, None
     when, path = max(found)
     try:
-        return json.loads(path.read_text(encoding="utf-8")), when
+        return load_json(path.read_text(encoding="utf-8")), when
     except (OSError, ValueError):
         return {}, when

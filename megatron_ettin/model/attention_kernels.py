@@ -41,7 +41,7 @@ def attend_flash(
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     found = _flash_function()(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal,
-        window_size=window_sides(window, causal),
+        window_size=window_sides(window, causal), deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return found[0] if isinstance(found, tuple) else found
 

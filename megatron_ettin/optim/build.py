@@ -33,6 +33,7 @@ class TrainingOptimizer:
     def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any], clip_grad: float) -> None:
         self.core, self.inner, self.chunks, self.clip_grad = core, inner, chunks, clip_grad
         self.distributed = isinstance(core, DistributedOptimizer)
+        self.can_skip = True
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -59,16 +60,29 @@ class TrainingOptimizer:
     def close(self) -> None:
         """Core keeps nothing outside of its objects."""
 
-    def step(self, lr: float) -> float:
-        """Update every weight; returns the global gradient norm before clipping. Collective."""
+    def prepare(self) -> None:
+        """Gradients become what the update reads, and their global norm, which stays on the device. Collective."""
+        self.core.prepare_grads()
+        self._norm = grad_norm.global_norm(self.core, self.inner.device)
+
+    def norm(self) -> float:
+        """The global gradient norm before clipping. Waits for the device."""
+        return float(self._norm)
+
+    def update(self, lr: float) -> None:
+        """Update every weight from the prepared gradients. Collective. Where it is left out, nothing of the step is
+        kept: neither moments nor the count of updates."""
         for group in self.inner.param_groups:
             group["lr"] = lr
-        self.core.prepare_grads()
-        norm = grad_norm.global_norm(self.core, self.inner.device)
         if self.clip_grad:
-            grad_norm.clip(self.core, self.clip_grad, norm)
+            grad_norm.clip(self.core, self.clip_grad, self._norm)
         self.core.step_with_ready_grads()
-        return float(norm)  # waits for the device, which by now has all of the step
+
+    def step(self, lr: float) -> float:
+        """`prepare`, `update` and `norm`."""
+        self.prepare()
+        self.update(lr)
+        return self.norm()
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
         """Masters and moments as sharded tensors `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, whole-parameter

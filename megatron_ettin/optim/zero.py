@@ -42,6 +42,7 @@ class ZeroOptimizer:
         self.zero, self.module = engine.optimizer, engine.module
         self.data_group = ModelParallelUnit().get_data_parallel_group()
         self.updates, self.scale = 0, 1.0
+        self.before_sum: Callable[[], None] = lambda: None  # called before the step's first sum over all ranks
         # ZeRO steps group after group, and stage 3 part after part of them: all belong to one update
         inner.register_step_pre_hook(lambda *_: setattr(inner, "updates", self.updates))
 
@@ -62,6 +63,8 @@ class ZeroOptimizer:
         reports, labels = [], []
         self.zero.override_loss_scale(1.0)
         for number in range(num_microbatches):
+            if number == num_microbatches - 1:
+                self.before_sum()  # of gradients, in the last backward pass
             self.engine.set_gradient_accumulation_boundary(number == num_microbatches - 1)
             output, loss_of = forward_step_func(data_iterator, self.engine)
             loss, count, report = loss_of(output)
@@ -75,16 +78,23 @@ class ZeroOptimizer:
         self.scale = max(float(total), 1.0) / self.data_group.size()
         return reports
 
-    def step(self, lr: float) -> float:
-        """Update every weight; returns the global gradient norm before clipping, NaN where it is not finite.
-        Collective."""
+    can_skip = False  # DeepSpeed knows the norm of the gradients once it has updated the weights
+
+    def prepare(self) -> None:
+        """A part of DeepSpeed's update."""
+
+    def norm(self) -> float:
+        """The global gradient norm of the latest update before clipping, NaN where it was not finite."""
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else float("nan")  # DeepSpeed's -1
+
+    def update(self, lr: float) -> None:
+        """Update every weight. Collective."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.zero.override_loss_scale(self.scale)
         self.engine.step()
         self.updates += 1
-        norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else float("nan")  # DeepSpeed's -1
 
     @contextlib.contextmanager
     def whole_weights(self, writing: bool = False) -> Iterator[None]:

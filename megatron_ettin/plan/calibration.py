@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
@@ -60,7 +60,7 @@ def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
     run). Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(one) for one in text.splitlines()]
+        rows = load_json(text) if text.lstrip().startswith("[") else [load_json(one) for one in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--calibrate {path}: {error}") from None
     rows = [_of_bench(row, own) for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.layouts import micro_batches
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.hardware import Gpu
@@ -60,7 +60,7 @@ def read_curve(path: Path) -> Growth:
     """From a JSON object of numbers of GPUs and the tokens a second of each of them, and `step_seconds` of the first
     where it is known. Raises UserError."""
     try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = dict(load_json(path.read_text(encoding="utf-8")))
         seconds = content.pop("step_seconds", None)
         speeds = {int(gpus): float(speed) for gpus, speed in content.items()}
         return fit(speeds, None if seconds is None else float(seconds))

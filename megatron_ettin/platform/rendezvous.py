@@ -15,10 +15,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ettin.config.errors import RankError, UserError
+from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
 
 _kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
+_anew = [0]  # how often the ranks began again in their processes
 FIRST_PORT, PORTS = 15_000, 17_000  # below the range that systems hand out by themselves
+TOLD_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def join(
     `leave` the ranks may join again: the store is kept until `forget`, for its port could not be bound anew at once."""
     if dist.is_initialized():
         return
+    if platform.is_gpu:
+        flight_recorder.record()
     timeout = timedelta(seconds=timeout_seconds)
     if place.address is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -99,11 +104,10 @@ def join(
     patience = timedelta(seconds=arrival_seconds or timeout_seconds)
     try:
         if not _kept:
-            store, _, _ = next(dist.rendezvous(_init_method(place, url), place.rank, place.world, timeout=patience))
-            _kept.append(store)
-        store = dist.PrefixStore(f"join{len(_kept)}", _kept[0])
+            _kept.append(_meeting_point(place, patience))
+        store = dist.PrefixStore(f"join{_anew[0]}.{len(_kept)}", _kept[0])
         _kept.append(store)
-        _await_all(store, place.world, patience)
+        _await_all(store, place, patience)
         _kept[0].set_timeout(timeout)
         dist.init_process_group(
             platform.backend,
@@ -118,13 +122,17 @@ def join(
         raise RankError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
 
 
-def _await_all(store: dist.Store, world: int, patience: timedelta) -> None:
-    """Come back when all ranks are here. Raises RuntimeError when they are not after `patience`."""
+def _await_all(store: dist.Store, place: Place, patience: timedelta) -> None:
+    """Come back when all ranks are here. Raises RuntimeError, naming those that are not, after `patience`."""
     deadline = time.monotonic() + patience.total_seconds()
+    store.set(f"here{place.rank}", "")
     arrived = store.add("arrived", 1)
-    while arrived < world:
+    while arrived < place.world:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{arrived} of {world} ranks came within {patience.total_seconds():,.0f} s")
+            missing = [str(rank) for rank in range(place.world) if not store.check([f"here{rank}"])]
+            told = ", ".join(missing[:TOLD_RANKS]) + (" and more" if len(missing) > TOLD_RANKS else "")
+            came = f"{arrived} of {place.world} ranks came within {patience.total_seconds():,.0f} s"
+            raise RuntimeError(f"{came}, not {told}")
         time.sleep(0.05)
         arrived = store.add("arrived", 0)
 
@@ -150,15 +158,43 @@ def from_chief(place: Place, platform: Platform, make: Callable[[], Any]) -> Any
     return box[0]
 
 
-def _init_method(place: Place, url: str) -> str:
-    """torchrun's agent already holds the store; its own environment says how to reach it."""
-    return "env://" if place.source == "torchrun" else url
+def _meeting_point(place: Place, patience: timedelta) -> dist.Store:
+    """The store that rank 0 holds, or torchrun's agent, which its own environment tells of. It does not wait for all
+    ranks itself, since it could not say who did not come."""
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
+        return store
+    assert place.address is not None
+    return dist.TCPStore(
+        place.address,
+        place.port,
+        place.world,
+        is_master=place.rank == 0,
+        timeout=patience,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def leave() -> None:
     """Destroy every process group of this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Take all groups down without waiting for what is under way in them."""
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
+
+
+def join_anew(times: int, port: int) -> None:
+    """The ranks begin again, for the `times`-th time, whatever they had been in: they meet at another part of
+    torchrun's store, or at another port than `port`, where a library's store is, and than the last time."""
+    forget()
+    _anew[0] = times
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        os.environ["MASTER_PORT"] = str(port + 1 + times)
 
 
 def forget() -> None:

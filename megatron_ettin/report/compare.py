@@ -7,7 +7,6 @@ What may differ (layout, micro-batch, precision, device) is shown and never judg
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
@@ -72,7 +72,7 @@ def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
         return []
     try:
         text = path.read_text(encoding="utf-8")
-        found = [json.loads(part) for part in ([text] if whole else text.splitlines()) if part.strip()]
+        found = [load_json(part) for part in ([text] if whole else text.splitlines()) if part.strip()]
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not all(isinstance(entry, dict) for entry in found):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -24,6 +25,7 @@ from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.batches import row_tokens
 from megatron_ettin.train.graphed import GraphedStep
+from megatron_ettin.train.step_clock import StepClock
 
 
 @dataclass
@@ -37,6 +39,20 @@ class Machine:
     wrapped: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
     optimizer: TrainingOptimizer | ZeroOptimizer | None
     graphed: GraphedStep | None = None
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Where the step's first sum over the ranks begins, the clock is told. (It holds nothing of the machine: what
+        core's configuration holds would otherwise live until Python looks for cycles.)"""
+        self.clock = clock = StepClock(self.platform)
+
+        def arrive_and_sum(*arguments: Any, **named: Any) -> None:
+            clock.arrive()
+            finalize_model_grads(*arguments, **named)
+
+        self.chunks[0].config.finalize_model_grads_func = arrive_and_sum
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.before_sum = clock.arrive
 
     def settle(self) -> None:
         """Before an evaluation: let what overlaps with the next step's forward pass end."""
@@ -51,6 +67,15 @@ class Machine:
             return
         with self.optimizer.whole_weights(writing):
             yield
+
+    def live_optimizer_tensors(self) -> list[torch.Tensor]:
+        """Masters and moments of this rank, which an update changes in place."""
+        if self.optimizer is None:
+            return []
+        inner = self.optimizer.inner
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        moments = [t for p in masters for t in inner.state[p].values() if isinstance(t, torch.Tensor)]
+        return [p.data for p in masters] + moments
 
     def close(self) -> None:
         if self.optimizer is not None:
@@ -104,7 +129,6 @@ def build_chunks(config: Config, platform: Platform, layout: Layout, initial_wei
     """This rank's model chunks (one, or vp of them), weights drawn by name."""
     backend = layer_backend(platform, config.precision.name, config.run.attention)
     core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
-    core.finalize_model_grads_func = finalize_model_grads
     groups = ProcessGroupCollection.use_mpu_process_groups()
     weights = init.hashed(config.run.seed, config.model)
     chunks = []

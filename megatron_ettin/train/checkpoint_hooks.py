@@ -2,48 +2,99 @@
 
 from __future__ import annotations
 
-from megatron_ettin.train import resume
+import sys
+
 from megatron_ettin.train.hooks import Hook, Run
+from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish, told
 from megatron_ettin.train.step import StepInfo
+
+# what rank 0 asks of all ranks through the sums of a step
+NOTHING, SAVE, STOP = 0.0, 1.0, 2.0
 
 
 class Checkpoints(Hook):
-    """Saves every so many steps or tokens, and at the end."""
+    """Saves every so many steps or tokens, when asked to stop, and at the end; tries again what failed."""
 
     def __init__(self, others: list[Hook]) -> None:
         self.others = others
-        self.saved_step = -1
 
     def start(self, run: Run) -> None:
-        self.saved_step = run.progress.step
-        self.saved_tokens = run.progress.tokens
+        self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
+        self.saved_step: int | None = run.progress.step or None
+        self.retry = Retry(run.config.checkpoint.retry_seconds)
+        self.saver = Saver(run.machine, run.directory, run.tokenizer)
+        run.closing.callback(self.saver.close)
 
     def step(self, run: Run, info: StepInfo) -> None:
-        settings = run.config.checkpoint
-        by_steps = settings.every_steps is not None and info.step % settings.every_steps == 0
-        every = settings.every_tokens
-        by_tokens = every is not None and info.tokens // every > self.saved_tokens // every
-        if by_steps or by_tokens or info.stop_requested:
-            self._save(run)
+        if run.is_chief:
+            self._take(run, self.saver.taken())
+        if info.asked == STOP:
+            raise SaveFailed(self.why if run.is_chief else "a checkpoint could not be saved")
+        if info.stop_requested:
+            return  # `stop` saves
+        milestone = run.config.checkpoint.weights_every_tokens
+        if milestone is not None and info.tokens // milestone > (info.tokens - info.step_tokens) // milestone:
+            self._begin(run, Wish(run.progress, milestone=True))
+        if self._is_time(run, info) or info.asked == SAVE:
+            self._begin(run, self._wish(run))
+        if run.is_chief:  # told with the next step
+            self._take(run, self.saver.taken())
+            run.request = SAVE if self.retry.is_due else run.request
 
     def stop(self, run: Run) -> None:
+        self._settle(run)
         if run.progress.step != self.saved_step:
-            self._save(run)
+            self._begin(run, self._wish(run))
+            self._settle(run, final=True)
 
-    def _save(self, run: Run) -> None:
-        run.heart.slow("saving a checkpoint")
-        path = resume.save(run.machine, run.progress, run.directory, run.tokenizer)
-        self.saved_step, self.saved_tokens = run.progress.step, run.progress.tokens
-        run.heart.slow("going on from a save", saved_step=self.saved_step)
-        for hook in self.others:
-            hook.save(run, path)
+    def _is_time(self, run: Run, info: StepInfo) -> bool:
+        settings = run.config.checkpoint
+        if settings.every_steps is not None and info.step % settings.every_steps == 0:
+            return True
+        every = settings.every_tokens
+        return every is not None and info.tokens // every > self.begun_tokens // every
 
+    def _wish(self, run: Run) -> Wish:
+        every = run.config.checkpoint.keep_every_tokens
+        keep = every is not None and run.progress.tokens // every > self.begun_tokens // every
+        return Wish(run.progress, keep=keep)
 
-class Milestones(Hook):
-    """Weights alone, each time that the run passes a multiple of `checkpoint.weights_every_tokens`; all are kept."""
+    def _begin(self, run: Run, wish: Wish) -> None:
+        """Start to save; all ranks together."""
+        self._settle(run)
+        run.heart.slow("saving weights" if wish.milestone else "saving a checkpoint")
+        if not wish.milestone:
+            self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
+            self.retry.due, run.request = None, NOTHING
+        self.saver.begin(wish)
+        run.heart.slow("going on from a save", run.heart.hang_seconds)
 
-    def step(self, run: Run, info: StepInfo) -> None:
-        every = run.config.checkpoint.weights_every_tokens
-        if every is not None and info.tokens // every > (info.tokens - info.step_tokens) // every:
-            run.heart.slow("saving weights")
-            resume.save_milestone(run.machine, run.progress, run.directory, run.tokenizer)
+    def _settle(self, run: Run, final: bool = False) -> None:
+        """Wait for a save in flight; all ranks together. Raises SaveFailed for the `final` one."""
+        run.heart.slow("waiting for a save")
+        outcome = self.saver.settle()
+        if outcome is not None and outcome.path is None and final:
+            raise SaveFailed(told(outcome, {"last": self.saved_step, "then": "the run ends without it"}))
+        self._take(run, outcome)
+
+    def _take(self, run: Run, outcome: Outcome | None) -> None:
+        """Tell of what became of a save. What follows from it is rank 0's to ask of all."""
+        if outcome is None:
+            return
+        step, path = outcome.wish.progress.step, outcome.path
+        if path is not None and not outcome.wish.milestone:
+            self.saved_step = step
+            run.heart.figures = run.heart.figures | {"saved_step": step}  # a new one: the watchdog may be reading
+            for hook in self.others:
+                hook.save(run, path)
+        if not outcome.wish.milestone:
+            self.retry.after(outcome)
+        if path is None and run.is_chief:
+            stops = run.config.checkpoint.on_failure == "stop"
+            seconds = run.config.checkpoint.retry_seconds * 2 ** min(self.retry.failures - 1, 4)
+            then = "the run stops (checkpoint.on_failure)" if stops else f"tried again in {seconds:g} s"
+            self.why = told(outcome, {"last": self.saved_step, "then": then})
+            if stops:
+                run.request = STOP
+            else:
+                print(f"warning: {self.why}", file=sys.stderr, flush=True)

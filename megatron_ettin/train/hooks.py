@@ -3,6 +3,8 @@ no more of them than that. Hooks run on every rank, in order; those that write l
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import signal
 import sys
@@ -12,15 +14,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_ettin import __version__
 from megatron_ettin.attempt import Heart
+from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.schema import Config
-from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbSink
+from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
 from megatron_ettin.train import evaluate
+from megatron_ettin.train.agreement import code_hash, versions
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.resume import Progress
+from megatron_ettin.train.guard import Guard
+from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.roll_back import rolled_back
 from megatron_ettin.train.step import StepInfo
 
 
@@ -33,10 +40,18 @@ class Run:
     directory: Path
     progress: Progress
     heart: Heart = field(default_factory=Heart)
+    request: float = 0.0  # what rank 0 asks of all ranks with the next step's sums
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # entered by who runs it
 
     @property
     def config(self) -> Config:
         return self.machine.config
+
+    @property
+    def guard(self) -> Guard:
+        """By what the next step is judged."""
+        optimizer = self.machine.optimizer
+        return Guard(self.config.resilience, self.progress.recent, optimizer is None or optimizer.can_skip)
 
     @property
     def is_chief(self) -> bool:
@@ -94,6 +109,24 @@ def step_metrics(info: StepInfo, platform: Platform, world: int) -> dict[str, An
     }
 
 
+def page_of(run: Run) -> WandbIdentity:
+    """The run's page at Weights & Biases."""
+    config, corpus = run.config, run.batches.corpus
+    settings, named = config.metrics, config.run
+    group = settings.wandb_group or f"{named.size}-{corpus.unskipped_fingerprint[:8]}-seed{named.seed}"
+    told = dataclasses.asdict(config)
+    told["versions"] = {"megatron_ettin": __version__, "code": code_hash(), "libraries": versions()}
+    told["data_order"] = corpus.fingerprint
+    return WandbIdentity(
+        settings.wandb_project,
+        f"{named.size} {named.objective} {named.phase}",
+        group,
+        told,
+        history=len(rolled_back(run.directory)),
+        checkpoints=settings.wandb_checkpoints,
+    )
+
+
 class Metrics(Hook):
     """Every step to metrics.jsonl, and to TensorBoard and wandb where asked for."""
 
@@ -106,13 +139,15 @@ class Metrics(Hook):
         if settings.tensorboard:
             sinks.append(TensorBoardSink(run.directory / "events", resume_step=step))
         if settings.wandb:
-            name = run.directory.name
-            sinks.append(WandbSink(settings.wandb_project, run.directory / "wandb", name, run_id=name))
+            sinks.append(WandbSink(page_of(run), run.directory / "wandb"))
         self.sinks = FanOut(sinks)
 
     def step(self, run: Run, info: StepInfo) -> None:
         if run.is_chief:
             self.sinks.log(step_metrics(info, run.machine.platform, run.machine.layout.topology.world))
+
+    def save(self, run: Run, path: Path) -> None:
+        self.sinks.keep(path, step_of(path))
 
     def stop(self, run: Run) -> None:
         self.sinks.close()
@@ -175,6 +210,7 @@ class Evaluation(Hook):
                 whole, *lines = result.lines()
                 kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
                 print(f"step {info.step} validation {kind}{whole}", *lines, sep="\n", flush=True)
+        run.heart.step()
 
 
 class StopSignal:

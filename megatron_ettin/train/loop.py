@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,13 +31,16 @@ from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.platform.rendezvous import Place, find_place, forget, join, leave
-from megatron_ettin.train import resume, run_directory
+from megatron_ettin.platform.rendezvous import Place, abort, find_place, forget, join, leave
+from megatron_ettin.train import bad_steps, resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
+from megatron_ettin.train.arrivals import Peer
 from megatron_ettin.train.assembly import Machine, assemble
+from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.checkpoint_hooks import Checkpoints, Milestones
+from megatron_ettin.train.checkpoint_hooks import Checkpoints
 from megatron_ettin.train.evaluate import open_held_out
+from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
     Console,
     Evaluation,
@@ -49,15 +51,16 @@ from megatron_ettin.train.hooks import (
     StopSignal,
 )
 from megatron_ettin.train.loader import Loader, worker_count
-from megatron_ettin.train.resume import Progress
+from megatron_ettin.train.profiling import Profiling
+from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.recheck import recheck
+from megatron_ettin.train.replicas import Replicas
 from megatron_ettin.train.step import StepInfo, train_step
+from megatron_ettin.train.stragglers import Stragglers
+from megatron_ettin.train.watchdog import Watchdog, collective_seconds
 
 RENDEZVOUS_SECONDS = 600.0
 COPY_SECONDS = 7_200.0  # machines may differ by so much in copying the data
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on for a reason that is nobody's typing mistake (exit 1)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Launch:
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     """Step until the run is done; True if it was asked to stop before. Every rank returns the same."""
+    with run.closing:
+        return _train(run, hooks, stop)
+
+
+def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     for hook in hooks:
         hook.start(run)
     stopped = is_done(run.config, run.progress)
@@ -81,9 +89,14 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
         while not stopped:
             step, tokens = run.progress.step, run.progress.tokens
             lr = run.config.optim.lr * lr_fraction(tokens, run.config.schedule, run.config.run.tokens)
-            info = train_step(run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step))
-            check_finite(run.config, info)
-            run.progress = Progress(info.step, info.tokens, run.progress.updates + 1)
+            guard = run.guard
+            info = train_step(
+                run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step), guard, run.request
+            )
+            progress = run.progress.after(info, guard)
+            if info.bad is not None:
+                after_bad_step(run, info, progress)
+            run.progress = progress
             run.heart.step(step=info.step, tokens=info.tokens)
             for hook in hooks:
                 hook.step(run, info)
@@ -105,13 +118,15 @@ def is_done(config: Config, progress: Progress) -> bool:
     return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)
 
 
-def check_finite(config: Config, info: StepInfo) -> None:
-    """Stop before anything of this step is kept. Every rank has the same figures, so all of them stop."""
-    if config.resilience.stop_on_nonfinite and not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
-        raise TrainingStopped(
-            f"step {info.step}: loss {info.loss}, gradient norm {info.grad_norm}; rows {info.rows[0]} to"
-            f" {info.rows[1] - 1} (`ettin order` names their documents). Nothing of this step was saved"
-        )
+def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:
+    """Tell of it and, where asked for, tell data from machine. Every rank has the same figures: where the run is to end
+    all of them raise, before anything of the step is kept."""
+    if run.config.resilience.recheck:
+        run.heart.slow("computing a step again")
+        found = recheck(run.machine, run.batches, info.step - 1)
+        if run.is_chief:
+            print(f"step {info.step}: {found}", file=sys.stderr, flush=True)
+    bad_steps.tell(run.directory, run.config, run.batches.corpus, info, progress, run.is_chief)
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,8 @@ def prepare(config: Config, launch: Launch) -> Job:
     corpus = open_training_data(config)
     config = ending_with(config, corpus)
     run_directory.check_writable(launch.run_dir)
+    if config.checkpoint.staging is not None:
+        run_directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
     changes = run_directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
     return Job(config, launch, corpus, changes)
 
@@ -172,19 +189,34 @@ def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart
     """One job; True if it was stopped before its end."""
     with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
         folder = job.config.data.local_copy
+        heart.hang_seconds = job.config.resilience.hang_seconds
         heart.slow("starting", None if folder is None else COPY_SECONDS)
         read = job.corpus if folder is None else local_corpus(job.corpus, folder)
-        join(place, platform, RENDEZVOUS_SECONDS, RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS)
+        arrival = RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS
+        join(place, platform, collective_seconds(heart.hang_seconds), arrival)
+        heart.slow("starting")
         return _train_as(place, job, read, platform, stop, heart)
 
 
 def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
     """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
     copy on this machine."""
-    config, launch, corpus, machine = job.config, job.launch, job.corpus, None
+    try:
+        with Watchdog(job.launch.run_dir, heart, place.rank) as watchdog:
+            return _train_watched(place, job, read, platform, stop, watchdog)
+    finally:
+        leave()  # where it came to no watchdog
+
+
+def _train_watched(
+    place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, watchdog: Watchdog
+) -> bool:
+    """The part of it that may stall. An error that a stall brought about ends the process as the stall did."""
+    config, launch, corpus, machine, heart = job.config, job.launch, job.corpus, None, watchdog.heart
     try:
         check_agreement(config, corpus)
         machine = assemble(config, platform, place.world)
+        machine.clock.heart = heart
         progress, origin = resume.begin(
             machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
         )
@@ -203,10 +235,14 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
-        return train(run, build_hooks(run), stop)
+        return train(run, build_hooks(run, watchdog.peers), stop)
     except Exception as error:
+        watchdog.explain()
         if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
-            end_now(error)  # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            # the others wait for this rank in a kernel; so would it for them, taking the groups down
+            if not config.resilience.in_process_restarts:
+                end_now(error)
+            abort()
         raise
     finally:
         if machine is not None:
@@ -215,9 +251,9 @@ def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: St
         leave()
 
 
-def build_hooks(run: Run) -> list[Hook]:
+def build_hooks(run: Run, peers: Sequence[Peer]) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
-    hooks: list[Hook] = [GarbageCollection(), Metrics(), Console()]
+    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console()]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
         kinds = OBJECTIVES[run.config.run.objective].kinds
@@ -227,7 +263,7 @@ def build_hooks(run: Run) -> list[Hook]:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Milestones(), Checkpoints(hooks)]
+    return [*hooks, Replicas(), Checkpoints(hooks), Profiling()]
 
 
 def open_training_data(config: Config) -> Corpus:
@@ -291,6 +327,9 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
             f" {config.batch.micro_batch_rows} leave {empty:,} places a step empty ({share:.0%} of the work)",
             flush=True,
         )
+    assert machine.optimizer is not None
+    if note := told_at_start(config, machine.optimizer.can_skip):
+        print(note, flush=True)
     attention = machine.chunks[0].config.backend.attention
     print(f"attention by {attention.name} ({attention.why})", flush=True)
     gpus = gpu_count() if machine.platform.is_gpu else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +77,20 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
     timers, traffic = PhaseTimers(machine.platform), Traffic(parallel.axes_of_groups())
     settings = machine.chunks[0].config
     optimizer: Any = machine.optimizer
-    update = optimizer.step
+    prepare, update = optimizer.prepare, optimizer.update
 
-    def timed_update(lr: float) -> float:
-        timers("optimizer").start()
-        try:
-            return update(lr)
-        finally:
-            timers("optimizer").stop()
+    def timed_as_update(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            timers("optimizer").start()
+            try:
+                function(*arguments)
+            finally:
+                timers("optimizer").stop()
 
-    settings.timers, settings.barrier_with_L1_time, optimizer.step = timers, False, timed_update
+        return call
+
+    settings.timers, settings.barrier_with_L1_time = timers, False
+    optimizer.prepare, optimizer.update = timed_as_update(prepare), timed_as_update(update)
     try:
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
@@ -94,7 +98,7 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
             with traffic.watch(timers.communication):
                 seconds += train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited).seconds
     finally:
-        settings.timers, optimizer.step = None, update
+        settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
     found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
     return found, {axis: sent / TIMED_STEPS for axis, sent in traffic.by_axis().items()}

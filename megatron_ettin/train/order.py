@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.objectives import IGNORE, KINDS
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
@@ -45,7 +46,7 @@ def open_run(path: Path) -> tuple[Config, Corpus]:
 def check_same_order(path: Path, corpus: Corpus) -> None:
     """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
     try:
-        recorded = json.loads((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
+        recorded = load_json((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # no run, or one that has not started
     if recorded != corpus.fingerprint:

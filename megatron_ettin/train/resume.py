@@ -1,84 +1,25 @@
-"""What a run needs to go on: `Progress`, saving it with model and optimizer, and the three ways to begin.
+"""What a run goes on from: loading its `Progress` with model and optimizer, and the three ways to begin.
 
 A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
 another objective starts it fresh), or from initial weights. Position in the data follows from the step alone."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.checkpoint import directory, fp8_state, state
-from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.checkpoint.integrity import read_entries, verify
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.resolve import from_yaml, to_yaml
+from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.roll_back import roll_back
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `updates` counts optimizer steps, over phases that kept the optimizer."""
-
-    step: int = 0
-    tokens: int = 0
-    updates: int = 0
-
-
-def save(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
-    """Write and publish the checkpoint of `progress`. Collective."""
-    staging = _write(machine, progress, directory.checkpoints_folder(run_dir), tokenizer, with_optimizer=True)
-    final = staging.with_name(directory.step_name(progress.step))
-    if machine.layout.rank == 0:
-        directory.publish(staging, final)
-        directory.prune(run_dir, machine.config.checkpoint.keep)
-    machine.layout.barrier()
-    return final
-
-
-def save_milestone(machine: Machine, progress: Progress, run_dir: Path, tokenizer: Path | None) -> Path:
-    """Write the weights alone, to be kept for good. Collective."""
-    staging = _write(machine, progress, directory.milestones_folder(run_dir), tokenizer, with_optimizer=False)
-    final = staging.with_name(directory.step_name(progress.step))
-    if machine.layout.rank == 0:
-        directory.place(staging, final)
-    machine.layout.barrier()
-    return final
-
-
-def _write(machine: Machine, progress: Progress, folder: Path, tokenizer: Path | None, with_optimizer: bool) -> Path:
-    """A staging folder in `folder` with everything of a checkpoint, not sealed yet."""
-    layout = machine.layout
-    staging = folder / f".tmp-{directory.step_name(progress.step)}"
-    if layout.rank == 0:
-        directory.new_staging(folder, progress.step)
-    layout.barrier()
-    metadata = state.sharding_metadata(layout.dp_group)
-    with machine.whole_weights():
-        model, optimizer = state.model_state(machine.chunks, metadata), None
-        if with_optimizer:
-            assert machine.optimizer is not None
-            optimizer = machine.optimizer.sharded_state(model, False, metadata)
-        if fp8_state.keeps_scales(machine.config):
-            model["fp8_scales"] = fp8_state.sharded(fp8_state.scales_in_use(machine.chunks, model), layout)
-        state.save_state(staging, model, optimizer, dataclasses.asdict(progress))
-    layout.barrier()
-    if layout.rank == 0:
-        record = dataclasses.asdict(progress)
-        write_synced(staging / "config.yaml", to_yaml(machine.config))
-        record |= {"optimizer": machine.config.optim.name} if with_optimizer else {}
-        write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
-        if tokenizer is not None and tokenizer.is_dir():
-            shutil.copytree(tokenizer, staging / "tokenizer")
-    return staging
 
 
 def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
@@ -100,8 +41,7 @@ def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verifi
         state.put_model_state(machine.chunks, loaded)
         for key, tensor in scales.items():
             tensor.copy_(loaded["fp8_scales"][key])
-    saved = loaded.get("progress") or {}
-    progress = Progress(**{f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(Progress)})
+    progress = Progress.restored(loaded.get("progress") or {})
     if with_optimizer:
         assert machine.optimizer is not None
         machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
@@ -124,6 +64,44 @@ def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
     return answer
 
 
+def newest_whole(machine: Machine, run_dir: Path) -> Path | None:
+    """`directory.latest` with every file's sha256, which all ranks compute together. Collective."""
+    layout = machine.layout
+
+    def check_share(checkpoint: Path) -> None:
+        """Hash this rank's share of the files; raises UserError on rank 0 for what any rank found."""
+        try:
+            sizes = {name: entry["bytes"] for name, entry in read_entries(checkpoint).items()}
+            names = sorted(sizes, key=lambda name: (sizes[name], name))
+            share = set(names[layout.rank :: layout.topology.world])
+            verify(checkpoint, which=share.__contains__)
+            found = None
+        except (UserError, OSError) as error:
+            found = str(error)
+        first = next((one for one in layout.gathered(found) if one is not None), None)
+        if first is not None:
+            raise UserError(first)
+
+    def check_together(checkpoint: Path) -> None:
+        verify(checkpoint, checksums=False)  # before anyone reads
+        layout.from_chief(checkpoint)
+        check_share(checkpoint)
+
+    if layout.rank == 0:
+        try:
+            found: Any = (directory.latest(run_dir, checksums=True, check=check_together),)
+        except UserError as error:
+            found = error
+        layout.from_chief(found)
+    else:
+        while isinstance(found := layout.from_chief(None), Path):
+            with contextlib.suppress(UserError):
+                check_share(found)
+    if isinstance(found, UserError):
+        raise found
+    return found[0]
+
+
 def begin(
     machine: Machine,
     run_dir: Path,
@@ -139,7 +117,7 @@ def begin(
     if back:
         assert from_step is not None
         _agree(machine, lambda: roll_back(run_dir, from_step, machine.config.data.skip))
-    own = _agree(machine, lambda: directory.latest(run_dir, checksums=True))
+    own = newest_whole(machine, run_dir)
     if own is not None:
         progress = load(machine, own, verified=True)
         return progress, f"{'went back to' if back else 'resumed'} {own.name} ({progress.tokens:,} tokens)"

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_ettin.checkpoint import directory
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 
 RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
@@ -23,7 +24,7 @@ ASIDE = "rolled_back"  # folder of what was put aside
 def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
     """Make `step` the newest checkpoint of the run; False where that was done before. Raises UserError where the run
     has no such checkpoint. A kill in between leaves nothing that the same call does not finish."""
-    done = _record(run_dir / RECORD)
+    done = rolled_back(run_dir)
     if any((entry.get("to"), entry.get("skip")) == (step, skip) for entry in done):
         return False
     target = directory.at_step(run_dir, step)
@@ -43,11 +44,13 @@ def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
     return True
 
 
-def _record(path: Path) -> list[dict[str, Any]]:
+def rolled_back(run_dir: Path) -> list[dict[str, Any]]:
+    """When the run went back, oldest first. Raises UserError."""
+    path = run_dir / RECORD
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
     return found if isinstance(found, list) else []

@@ -19,8 +19,10 @@ from megatron_ettin import __version__
 from megatron_ettin.checkpoint.directory import at_step, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY, first_launch
+from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
@@ -32,15 +34,15 @@ DATA_KEY = "data.mixture"
 ORDER_KEY = "data.order"
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raise UserError where files cannot be made in `run_dir` (created if need be)."""
+def check_writable(run_dir: Path, what: str = "run directory ") -> None:
+    """Raise UserError where files cannot be made in `run_dir` (created if need be). `what`: it is, in the message."""
     probe = run_dir / f".tmp-probe-{machine.node()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run directory {run_dir}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{what}{run_dir}: cannot be written ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager
@@ -67,7 +69,7 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
     for key in allow:
         if key not in key_types():
-            raise UserError(f"--allow-change {key}: no such key{nearest(key, key_types())}")
+            raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
@@ -116,7 +118,7 @@ def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
 def read_order(run_dir: Path) -> dict[str, Any]:
     """order.json: fingerprint of the data order and of the tokenizer; empty where the run has not started."""
     try:
-        return json.loads((run_dir / "order.json").read_text(encoding="utf-8"))
+        return load_json((run_dir / "order.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +19,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.profiling import profiled_steps
 from megatron_ettin.config.schema import Config
+from megatron_ettin.platform.profiler import named
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
+from megatron_ettin.train.guard import Bad, Guard
 from megatron_ettin.train.loader import LoadedBatch
 
 
@@ -40,6 +44,9 @@ class StepInfo:
     flops: float
     stop_requested: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    asked: float = 0.0  # by rank 0, with its sums
+    bad: Bad | None = None  # what is wrong with loss or gradient norm
+    updated: bool = True
 
 
 @dataclass
@@ -152,20 +159,43 @@ def train_step(
     lr: float,
     stop: bool,
     loaded: Iterable[LoadedBatch] | None = None,
+    guard: Guard | None = None,
+    asked: float = 0.0,
 ) -> StepInfo:
     """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
-    to stop; one rank's wish is everyone's."""
-    began = time.perf_counter()
-    assert machine.optimizer is not None
-    machine.optimizer.zero_grad()
+    to stop; one rank's wish is everyone's. `asked`: what rank 0 asks of all. Where `guard` objects to the figures, the
+    update is left out."""
+    began, clock, optimizer = time.perf_counter(), machine.clock, machine.optimizer
+    assert optimizer is not None
+    clock.begin()
+    optimizer.zero_grad()
     count = batches.micro_batch_count(step)
-    unread = run_micro_batches(machine, batches.step(step, loaded), count, batches.row_tokens, training=True)
-    grad_norm = machine.optimizer.step(lr)
-    totals = unread.read()  # not before: the device would stand idle until the update is queued
+    read = clock.reading(batches.step(step, loaded))
+    profiled = step + 1 in profiled_steps(machine.config)
+    with named(machine.platform, f"forward and backward of step {step + 1}", profiled):
+        unread = run_micro_batches(machine, read, count, batches.row_tokens, training=True)
+    clock.update()
+    with named(machine.platform, "gradients", profiled):
+        optimizer.prepare()
+    judged_first = guard is not None and guard.skips
+    if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
+        with named(machine.platform, "update", profiled):
+            optimizer.update(lr)
+    clock.last_sum()
+    totals = unread.read()
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
-    parts = [totals.causal_loss, totals.causal_labels, float(stop)]
+    # one rank's norm for all: what follows from it must be the same everywhere, to the last bit. Anyone's NaN counts
+    norm = optimizer.norm()
+    parts = [totals.causal_loss, totals.causal_labels, float(stop), asked]
+    parts.append(norm if machine.layout.rank == 0 or not math.isfinite(norm) else 0.0)
     sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
-    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops = sums
+    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, wished, grad_norm = sums
+    bad = None if guard is None else guard.judge(loss / max(labels, 1), grad_norm)
+    if judged_first and bad is None:
+        clock.late_update()
+        with named(machine.platform, "update", profiled):
+            optimizer.update(lr)
+    clock.end()
     model = machine.config.model
     return StepInfo(
         step=step + 1,
@@ -180,6 +210,9 @@ def train_step(
         flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
         stop_requested=stops > 0,
         extra=by_kind(machine.config, loss, labels, causal_loss, causal_labels),
+        asked=wished,
+        bad=bad,
+        updated=bad is None or not judged_first,
     )
 
 

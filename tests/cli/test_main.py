@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+import megatron_ettin
 from megatron_ettin import __version__
 from megatron_ettin.cli.main import COMMANDS, main
+from megatron_ettin.doctor import installed
 
 HEAVY = ("torch", "transformers", "megatron", "pyarrow", "matplotlib", "numpy", "yaml")
 
@@ -38,7 +43,42 @@ def test_help_imports_nothing_heavy():
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"ettin {__version__}\n"
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"ettin {re.escape(__version__)}(\+g[0-9a-f]{{7,}}(\.dirty)?)?", first)
+    assert second.startswith(f"Python {platform.python_version()}, torch {version('torch')}, megatron-core ")
+
+
+def test_version_imports_nothing_heavy():
+    assert modules_after("--version") == set()
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+    """Of the checkout that the package lies in itself, not of one around its environment."""
+
+    def git(*words):
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    package = tmp_path / "megatron_ettin"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(megatron_ettin, "__file__", str(package / "__init__.py"))
+    assert installed.commit() is None
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "all")
+    commit = installed.commit()
+    assert re.fullmatch("[0-9a-f]{9}", commit)
+    git("tag", "v9")
+    (package / "__init__.py").write_text("x = 1")
+    assert installed.commit() == f"{commit}.dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert installed.code_version() == __version__  # there is no git
+
+
+def test_python_m(tmp_path):
+    call = [sys.executable, "-m", "megatron_ettin", "--version"]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.startswith(f"ettin {__version__}")
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("inspekt", "inspect"), ("conver", "convert")])

@@ -61,7 +61,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 REFUSED = {
     "optim.lrr=1": "unknown key 'optim.lrr' (did you mean 'optim.lr'?)",
-    "optm.lr=1": "unknown key 'optm' (did you mean 'optim'?)",
+    "optm.lr=1": "unknown key 'optm.lr' (did you mean 'optim.lr'?)",
     "optim": "'optim' is not key=value",
     "lr=1": "unknown key 'lr'",
     "run.tokens=many": "run.tokens: 'many' is not a count",

@@ -23,7 +23,7 @@ import pytest
 from tests.data.corpora import files_of, words
 from tests.data.small_tasks import SMALL_TASKS, arguments_for, start, wait_for
 
-KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "12"))
 
 
 def finish(running: subprocess.Popen[str]) -> str:

@@ -101,6 +101,16 @@ def test_what_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
     assert any("nothing moved for" in line and "step after step 8" in line for line in lines)
 
 
+def test_a_stall_that_the_ranks_tell_of_is_a_hang(tmp_path: Path) -> None:
+    """Their line is the reason, the rank that it names the culprit; 75 alone would be a run that was saved."""
+    body = "beat('step', step=8)\nif not count: fail('stalled', 'stalled for 9 s: rank 3 on n2'); sys.exit(75)\nbeat('done')"
+    status, lines, attempts = ended(tmp_path, body)
+    assert (status, attempts) == (0, 2)
+    assert "supervisor: stalled for 9 s: rank 3 on n2; the command was ended" in lines
+    (failed,) = events.Events(str(tmp_path / "slurm"), "").failures()
+    assert (failed["result"], failed["node"], failed["why"]) == ("hung", "n2", "stalled for 9 s: rank 3 on n2")
+
+
 def test_what_never_begins_is_ended(tmp_path: Path) -> None:
     options = ("--start-seconds", "1", "--restarts", "0")
     status, lines, _ = ended(tmp_path, "time.sleep(100)", *options)

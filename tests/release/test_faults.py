@@ -21,7 +21,7 @@ from tests.data.test_prepare_faults import marked_processes
 from tests.release.conftest import NAMES, files_of
 
 pytestmark = pytest.mark.ranks
-KILLS = int(os.environ.get("ETTIN_TEST_RELEASE_KILLS", "8"))
+KILLS = int(os.environ.get("ETTIN_TEST_RELEASE_KILLS", "4"))
 
 
 def start(run: Path, out: Path, mark: str = "") -> subprocess.Popen[str]:

@@ -42,6 +42,10 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "parallel.tp=2 parallel.sequence_parallel=true parallel.tp_overlap=true",
             "parallel.tp_overlap: needs a GPU, found none; parallel.tp_overlap=false",
         ),
+        (
+            "run.deterministic=true parallel.tp=2 parallel.sequence_parallel=true parallel.tp_overlap=true",
+            "run.deterministic: not with parallel.tp_overlap",
+        ),
         ("run.cuda_graph=true", "run.cuda_graph: needs a GPU, found none; run.cuda_graph=false computes the same"),
         ("parallel.offload_layers=1", "parallel.offload_layers: 1 needs a GPU, found none; parallel.recompute=full"),
         ("run.attention=te-fused", "run.attention: te-fused needs a GPU, found none; the nearest that runs is sdpa"),

@@ -11,6 +11,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from megatron_ettin.checkpoint.pickle_limits import check_pickle
+
 
 class Inert:
     """What a pickle gets for a name that means nothing here: a class, its instance, a function, all the same."""
@@ -128,6 +130,7 @@ class _Reader(pickle.Unpickler):
 def read_pickle(content: bytes) -> Any:
     """The tree of a pickle. Raises ValueError for one that is damaged."""
     try:
+        check_pickle(content)
         return _Reader(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle may fail in any way
         raise ValueError(f"{type(error).__name__}: {error}") from None

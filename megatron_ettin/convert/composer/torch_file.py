@@ -35,7 +35,7 @@ class TorchFile:
             if order not in (b"", b"little"):
                 raise UserError(f"{path}: has byte order {order[:20]!r}; only little-endian files are read")
             self.tree: Any = read_pickle(self._bytes("data.pkl"))
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, OSError, EOFError, RuntimeError) as error:
             raise _damaged(path, error) from None
 
     def _bytes(self, record: str, optional: bool = False) -> bytes:
@@ -73,7 +73,7 @@ class TorchFile:
             raise UserError(f"{self.path}: a tensor reaches outside its record {storage.key!r}; the file is damaged")
         try:
             whole = torch.frombuffer(self._fill(info), dtype=dtype)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
             raise _damaged(self.path, error) from None
         return whole.as_strided(record.shape, record.stride, record.offset).contiguous()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.chain import Chain, Revision
 from megatron_ettin.convert.release.finish import DrawCurve, WriteOrder, write_main, write_orders
 from megatron_ettin.convert.release.record import RECORD, Options, is_released, made_of, read_record
@@ -140,7 +141,7 @@ def sorted_records(out: Path, names: list[str]) -> list[dict[str, Any]]:
     for folder in out.iterdir():
         record = read_record(folder) if folder.is_dir() and folder.name not in RESERVED else {}
         if record and "parity.json" in record["files"]:
-            record["parity"] = json.loads((folder / "parity.json").read_text(encoding="utf-8"))
+            record["parity"] = load_json((folder / "parity.json").read_text(encoding="utf-8"))
             records.append(record)
     return sorted(records, key=lambda one: (order.get(one["phase"], 9), one["step"]))
 
@@ -188,7 +189,7 @@ def _check_index(index: Path, identity: dict[str, Any]) -> None:
     if not index.is_file():
         return
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
+        found = load_json(index.read_text(encoding="utf-8"))
         differing = [key for key in ("name", "objective", "size") if found[key] != identity[key]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{index}: unreadable; name another folder") from None

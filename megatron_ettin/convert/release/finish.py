@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import fsync, sha256
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.card import CURVE, main_card
 from megatron_ettin.convert.release.chain import Chain, PhaseRun, Revision
 from megatron_ettin.convert.release.record import RECORD, read_record, write_record
@@ -98,7 +98,7 @@ def _is_written(path: Path, entry: dict[str, Any] | None, run: PhaseRun, last_st
     if not entry or not path.is_file() or path.stat().st_size != entry.get("bytes"):
         return False
     try:
-        fingerprint = json.loads((run.path / "order.json").read_text(encoding="utf-8")).get("fingerprint")
+        fingerprint = load_json((run.path / "order.json").read_text(encoding="utf-8")).get("fingerprint")
     except (OSError, ValueError):
         return False
     return entry.get("last_step") == last_step and entry.get("fingerprint") == fingerprint
@@ -106,6 +106,6 @@ def _is_written(path: Path, entry: dict[str, Any] | None, run: PhaseRun, last_st
 
 def _index(out: Path) -> dict[str, Any]:
     try:
-        return json.loads((out / RECORD).read_text(encoding="utf-8"))
+        return load_json((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

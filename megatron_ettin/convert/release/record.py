@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.chain import Revision
 
 RECORD = "release.json"
@@ -67,7 +68,7 @@ def write_record(folder: Path, made: dict[str, Any]) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a released folder, or nothing where there is none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
         return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
     except (OSError, ValueError):
         return {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
 from megatron_ettin.data.ingest.inputs import Task, cut_tasks
 from megatron_ettin.data.ingest.task import SPLITS, record_path, shard_prefixes
@@ -52,7 +53,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
 def read_plan(work: Path) -> dict[str, Any] | None:
     """What stands in prepare.json; None where nothing readable does."""
     try:
-        stored: dict[str, Any] = json.loads((work / FILE_NAME).read_text(encoding="utf-8"))
+        stored: dict[str, Any] = load_json((work / FILE_NAME).read_text(encoding="utf-8"))
         return stored if stored["version"] == VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -125,7 +126,7 @@ def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], t
 def is_whole(work: Path, index: int) -> bool:
     """Whether a finished task's shards lie where it left them."""
     try:
-        record = json.loads(record_path(work, index).read_text(encoding="utf-8"))
+        record = load_json(record_path(work, index).read_text(encoding="utf-8"))
         return all(
             prefix.with_name(prefix.name + suffix).stat().st_size == file["bytes"]
             for split, prefix in zip(SPLITS, shard_prefixes(work, index), strict=True)

@@ -9,7 +9,7 @@ from typing import List, NamedTuple, Optional
 # what ranks say when another one has gone: consequences, not causes
 CONSEQUENCES = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|NCCL|recvValue|timed? ?out|TCPStore|"
-    r"no rendezvous with|process group|Socket Timeout"
+    r"no rendezvous with|process group|Socket Timeout|another rank failed"
 )
 # srun's word for a task that ended badly: "srun: error: n2: task 3: Killed", "... tasks 0-1: Exited with exit code 1"
 TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-]+): (.+)$")
@@ -23,7 +23,9 @@ class Ended(NamedTuple):
     time: float
     rank: int
     host: str
-    kind: str  # "user": a mistake; "stopped": numbers to look at; "error"; "killed": by a signal, without a word
+    # "user": a mistake; "stopped": numbers to look at; "error"; "stalled": all others waited for it; "killed": by a
+    # signal, without a word
+    kind: str
     lines: List[str]
 
     @property
@@ -34,6 +36,8 @@ class Ended(NamedTuple):
     def told(self) -> str:
         """For the end of the log."""
         where = "rank {} on {}".format(self.rank, self.host)
+        if self.kind == "stalled":  # its line names it, and others with it
+            return "\n".join(["--- the ranks' watchdogs ended it:"] + self.lines)
         if self.kind == "killed":
             return "--- {} was killed ({})".format(where, self.lines[0])
         return "\n".join(["--- {} ended first; the last it said:".format(where)] + self.lines)
@@ -75,6 +79,12 @@ def from_files(folder: str) -> List[Ended]:
     return found
 
 
+def stall(folder: str) -> str:
+    """The line of the ranks' watchdogs, who say whom they waited for; empty where they said nothing."""
+    lines = [ended.lines[0] for ended in from_files(folder) if ended.kind == "stalled" and ended.lines]
+    return lines[0] if lines else ""
+
+
 def first(folder: str, said_by_srun: List[Ended]) -> Optional[Ended]:
     """The culprit: the earliest that is no consequence of another; of nothing but consequences the earliest."""
     own = from_files(folder)
@@ -83,5 +93,5 @@ def first(folder: str, said_by_srun: List[Ended]) -> Optional[Ended]:
     causes = [ended for ended in everyone if not ended.is_consequence]
     killed = [ended for ended in causes if ended.kind == "killed"]
     # a rank that was killed is told of by srun after the others have already written what they saw of it
-    chosen = [ended for ended in causes if ended.kind in (*FINAL, "error")] or killed or causes or everyone
+    chosen = [ended for ended in causes if ended.kind in (*FINAL, "error", "stalled")] or killed or causes or everyone
     return min(chosen, key=lambda ended: ended.time) if chosen else None

@@ -104,7 +104,7 @@ class Watch:
         reader.start()
         why = self._wait(process)
         reader.join(KILL_SECONDS)
-        beat = read_beat(self.folder)
+        beat, why = read_beat(self.folder), culprit.stall(self.folder) or why
         result = self._result(process.returncode, beat, why)
         ended = culprit.first(self.folder, self.said)
         return Outcome(result, process.returncode, ended, beat, why, self.stuck)
@@ -182,7 +182,7 @@ class Watch:
         if any(ended.kind in culprit.FINAL for ended in culprit.from_files(self.folder)):
             return "mistake"
         if why:
-            return "hung" if why.startswith("nothing") else "failed"
+            return "hung" if why.startswith(("nothing", "stalled")) else "failed"
         return {DONE: "done", SAVED: "saved"}.get(status, "failed")
 
 

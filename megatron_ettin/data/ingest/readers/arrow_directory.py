@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.ingest.filesystem import Entry, entries, joined, read_whole
 from megatron_ettin.data.ingest.input_file import InputFile
 
@@ -58,6 +58,6 @@ def dataset_dict_files(folder: str, listed: Mapping[str, Entry], name: str, sour
 def json_object(url: str) -> Any:
     """The parsed content, None where it is not JSON."""
     try:
-        return json.loads(read_whole(url))
+        return load_json(read_whole(url))
     except ValueError:
         return None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.ingest.filesystem import open_input
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
 from megatron_ettin.data.ingest.readers.compressed import BLOCK_BYTES, blocks
@@ -62,7 +63,7 @@ def parsed(raw: bytes, offset: int, options: ReadOptions) -> tuple[str, Any]:
     """(text, id or None) of one line. Raises UserError with what is wrong, without the place."""
     line = decoded(raw, offset)
     try:
-        record = json.loads(line.removeprefix("\ufeff") if offset == 0 else line)
+        record = load_json(line.removeprefix("\ufeff") if offset == 0 else line)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise UserError(f"invalid JSON ({reason})") from None

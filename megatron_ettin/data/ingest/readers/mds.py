@@ -175,7 +175,8 @@ def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
     stored = HashedBlocks(
         raw_blocks(file.url, COMPRESSED_BLOCK_BYTES if file.compression else BLOCK_BYTES), shard.file_hashes
     )
-    plain = HashedBlocks(decompressed(iter(stored), file), shard.raw_hashes) if file.compression else stored
+    unfolded = bounded(decompressed(iter(stored), file), shard.raw_bytes, file.url, index)
+    plain = HashedBlocks(unfolded, shard.raw_hashes) if file.compression else stored
     reader = Reader(iter(plain), file.url)
     bounds = read_bounds(reader, file, shard, index)
     reader.read(int(bounds[0]) - reader.offset, "the description of its columns")
@@ -186,6 +187,16 @@ def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
     if plain.bytes != shard.raw_bytes:
         raise UserError(f"{file.url}: {plain.bytes} bytes uncompressed, {index} says {shard.raw_bytes}")
     plain.check(f"{file.url} (uncompressed)" if file.compression else file.url, index)
+
+
+def bounded(blocks: Iterator[bytes], most_bytes: int, url: str, index: str) -> Iterator[bytes]:
+    """The blocks, refused where they are more than the index says: a small file can unfold into terabytes."""
+    found = 0
+    for block in blocks:
+        found += len(block)
+        if found > most_bytes:
+            raise UserError(f"{url}: more than {most_bytes:,} bytes uncompressed, which is what {index} says")
+        yield block
 
 
 def read_bounds(reader: Reader, file: InputFile, shard: MdsShard, index: str) -> npt.NDArray[np.int64]:

@@ -79,7 +79,9 @@ def mds_file(
         columns = tuple(zip(*fields, strict=True))
         raw_name, samples, raw_bytes = str(raw["basename"]), int(shard["samples"]), int(raw["bytes"])
         raw_hashes = dict(raw.get("hashes") or {})
-    except (KeyError, TypeError, ValueError) as error:
+        if samples < 0 or raw_bytes < 0 or not all(_is_column(*column) for column in columns):
+            raise ValueError("a column or a count that is none")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"{path}: shard {number} is damaged ({type(error).__name__}: {error})") from None
     entry, compression, chosen = entry_in(folder, raw_name, path, present), None, raw
     if entry is None and zipped:
@@ -97,6 +99,11 @@ def mds_file(
     detail = MdsShard(str(chosen["basename"]), samples, columns, raw_bytes, raw_hashes, file_hashes).to_json()
     file_name = f"{name}/{raw_name}"
     return InputFile(entry.url, file_name, source, "mds", compression, entry.bytes, entry.modified, detail)
+
+
+def _is_column(name: Any, encoding: Any, size: Any) -> bool:
+    fits = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 0)
+    return isinstance(name, str) and isinstance(encoding, str) and fits
 
 
 def entry_in(folder: str, file_name: str, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:

@@ -1,0 +1,131 @@
+"""Is this machine fit to train, what is missing, and what does that cost? Versions, GPUs, file systems, limits, names,
+clocks; some seconds of products and sums whose results are checked.
+
+Each line is ok, a note, a warning (costs speed, or may end a run one day) or a problem (a run would stop, or compute
+something else), which says what to do. Exit status: 0, 1 where there is a problem, 2 for wrong arguments.
+
+Examples:
+  ettin doctor
+  ettin doctor --path data runs --json
+  ettin doctor --quick --gpus 8          # in a prolog or health check: nothing is measured, a few seconds
+  torchrun --nproc-per-node 2 --no-python ettin doctor --ranks
+  srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 ettin doctor --ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ettin.config.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ettin.doctor.finding import Finding
+    from megatron_ettin.platform.rendezvous import Place
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--path", nargs="+", type=Path, metavar="DIR", help="file systems to try: where runs and data are (here)"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="a problem unless torch sees so many GPUs here")
+    parser.add_argument("--ranks", action="store_true", help="all ranks of this torchrun or srun beside each other")
+    parser.add_argument("--quick", action="store_true", help="without what takes seconds: speeds, products, imports")
+    parser.add_argument("--json", action="store_true", help="one object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.doctor.finding import worst
+    from megatron_ettin.platform.rendezvous import find_place
+
+    began = time.monotonic()
+    place = find_place()
+    if args.ranks and place.world == 1:
+        how = "`torchrun --nproc-per-node N --no-python ettin doctor --ranks`, or srun in a job"
+        raise UserError(f"--ranks: this is one rank alone; start several: {how}")
+    if args.gpus is not None and args.gpus < 0:
+        raise UserError(f"--gpus {args.gpus}: must be at least 0")
+    if not args.ranks and place.local_rank > 0:
+        return 0  # the first rank of each machine tells
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that are missing, which is told below
+        found = findings(args, place)
+    met = any(finding.name == "rendezvous" and finding.state == "ok" for finding in found)
+    if place.rank == 0 or not args.ranks:
+        show(found, args.json, time.monotonic() - began)
+    elif not met:
+        show([finding for finding in found if finding.name in ("rendezvous", "ranks")], False, 0.0)
+    return 1 if worst(found) == "problem" else 0
+
+
+def findings(args: argparse.Namespace, place: Place) -> list[Finding]:
+    """All of this rank, then of all ranks. Collective with --ranks."""
+    from megatron_ettin.doctor.accelerator import accelerator_findings
+    from megatron_ettin.doctor.files import file_findings
+    from megatron_ettin.doctor.machine import machine_findings
+    from megatron_ettin.doctor.versions import version_findings
+
+    found = version_findings()
+    found += accelerator_findings(args.quick, args.gpus)
+    found += machine_findings()
+    if place.local_rank == 0:  # others would measure each other
+        for folder in dict.fromkeys(args.path or [Path(".")]):
+            found += file_findings(folder, args.quick)
+    broken = any(finding.state == "problem" and finding.name in ("megatron-core", "torch") for finding in found)
+    if broken or not (args.ranks or not args.quick):
+        return found
+    from megatron_ettin.doctor import sanity
+
+    if not args.ranks:
+        return found + sanity.alone_findings()
+    from megatron_ettin.doctor.ranks import rank_findings
+    from megatron_ettin.platform import detect
+
+    return found + rank_findings(place, detect("auto", place.local_rank), found, args.quick)
+
+
+def show(found: list[Finding], as_json: bool, seconds: float) -> None:
+    """A table on a terminal, an object for scripts, plain lines elsewhere."""
+    from megatron_ettin.doctor.finding import STATES, worst
+    from megatron_ettin.doctor.installed import code_version
+
+    if as_json:
+        answer = {"host": socket.gethostname(), "version": code_version(), "state": worst(found), "seconds": seconds}
+        print(json.dumps({**answer, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=1))
+        return
+    counts = {state: sum(finding.state == state for finding in found) for state in STATES}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    last = f"{socket.gethostname()}: {told}" + (f" ({seconds:.1f} s)" if seconds else "")
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        draw(found, last)
+        return
+    for finding in found:
+        todo = f" -> {finding.todo}" if finding.todo else ""
+        print(f"{finding.state:<8} {finding.name}: {finding.text}{todo}")
+    print(last, flush=True)
+
+
+def draw(found: list[Finding], last: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "what", "found", box=None)
+    for finding in found:
+        text = Text(finding.text)
+        if finding.todo:
+            text.append(f"\n-> {finding.todo}", style="bold")
+        table.add_row(Text(finding.state, style=STYLES[finding.state]), Text(finding.name), text)
+    console = Console()
+    console.print(table)
+    console.print(Text(last, style="bold"))

@@ -1,0 +1,153 @@
+"""GPUs, their driver and libraries, the packages that make them fast: what is there, what each absence costs."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+
+from megatron_ettin.doctor.finding import Finding, note, ok, problem, warning
+from megatron_ettin.doctor.installed import version_of
+from megatron_ettin.platform import inventory
+from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
+
+NOT_HERE = "of no use without a GPU"
+
+
+def accelerator_findings(quick: bool, wanted_gpus: int | None = None) -> list[Finding]:
+    """Everything below. `quick`: nothing is imported that takes seconds. `wanted_gpus`: how many there must be."""
+    seen = inventory.gpus()
+    found = [*_gpus(seen, wanted_gpus), _driver(bool(seen)), ok("collectives", inventory.collectives())]
+    return [
+        *found,
+        _core(quick),
+        _helper(),
+        _transformer_engine(bool(seen), quick),
+        _apex(bool(seen)),
+        _flash_attention(bool(seen)),
+        _deepspeed(),
+        _compiler(bool(seen)),
+    ]
+
+
+def _gpus(seen: list[inventory.Gpu], wanted: int | None) -> list[Finding]:
+    found = []
+    for part in sorted(set(seen), key=lambda part: part.name):
+        text = f"{seen.count(part)} x {part.name}, {part.memory_gib:.0f} GiB, capability {part.capability}"
+        if part.supported:
+            found.append(ok("gpu", text, count=seen.count(part), model=part.name, capability=part.capability))
+        else:
+            why = f"{text}: this torch (CUDA {inventory.torch_build()}) has no kernels for it"
+            found.append(problem("gpu", why, "install a build of torch that has (https://pytorch.org)"))
+    if wanted is not None and len(seen) != wanted:
+        mask = inventory.visible_devices()
+        seen_by = f" (CUDA_VISIBLE_DEVICES={mask})" if mask is not None else ""
+        found.append(problem("gpu", f"torch sees {len(seen)} of {wanted}{seen_by}", "look at `nvidia-smi` and dmesg"))
+    elif not seen and inventory.driver() is not None and inventory.visible_devices() != "":
+        if inventory.torch_build() is None:
+            text, todo = "there are, but this torch is built for CPUs", "install a build of torch for CUDA"
+        else:
+            text = f"there is a driver, but torch (CUDA {inventory.torch_build()}) sees none"
+            todo = "look at `nvidia-smi`; in a container: was it started with GPUs? is the driver new enough?"
+        found.append(problem("gpu", text, todo))
+    elif not seen:
+        found.append(note("gpu", "none; runs here train on the processor, over gloo", count=0))
+    return found
+
+
+def _driver(has_gpu: bool) -> Finding:
+    version, build = inventory.driver(), inventory.torch_build()
+    built = f"torch is built for CUDA {build}" if build else "torch is built for CPUs"
+    if version is None:
+        return (note if not has_gpu else ok)("driver", f"no kernel module of NVIDIA's is seen; {built}")
+    return ok("driver", f"{version}; {built}", version=version, cuda=build)
+
+
+def _core(quick: bool) -> Finding:
+    if quick:
+        return note("megatron-core", f"{version_of('megatron-core')}, not imported (--quick)")
+    error = inventory.core_error()
+    if error is None:
+        return ok("megatron-core", "imports")
+    todo = "a Transformer Engine that does not load breaks it: pip uninstall transformer-engine, or install 2.12"
+    return problem("megatron-core", f"cannot be imported: {error}", todo)
+
+
+def _helper() -> Finding:
+    state = "is compiled" if inventory.core_helper_compiled() else "is not compiled"
+    return ok("dataset helper", f"none is needed, nothing is compiled at a start (Megatron-Core's own {state}, unused)")
+
+
+def _transformer_engine(has_gpu: bool, quick: bool) -> Finding:
+    version = version_of("transformer-engine") or version_of("transformer-engine-torch")
+    name, cost = "transformer engine", "no FP8, cuDNN attention, tp_overlap, offload_layers; norms and gates unfused"
+    if version is None:
+        if not has_gpu:
+            return ok(name, f"absent; {NOT_HERE}")
+        return warning(name, f"absent: {cost}", "bash tools/setup_gpu.sh, or pip install 'megatron-ettin[gpu]'")
+    if not has_gpu:
+        broken = None if quick else inventory.transformer_engine_error()
+        return note(name, f"{version}, {NOT_HERE}" + (f"; it does not import ({broken})" if broken else ""))
+    if quick:
+        return ok(name, f"{version}, not imported (--quick)", version=version)
+    error = inventory.transformer_engine_error()
+    if error is not None:
+        todo = "reinstall it against this torch (tools/setup_gpu.sh), or uninstall it"
+        return warning(name, f"{version} does not import ({error}): {cost}", todo, version=version)
+    if _older(version, OLDEST_TRANSFORMER_ENGINE):
+        text = f"{version} is older than {OLDEST_TRANSFORMER_ENGINE} and not used: {cost}"
+        return warning(name, text, "pip install 'megatron-ettin[gpu]'", version=version)
+    return ok(name, f"{version} imports", version=version)
+
+
+def _older(version: str, than: str) -> bool:
+    from packaging.version import Version
+
+    return Version(version) < Version(than)
+
+
+def _apex(has_gpu: bool) -> Finding:
+    kind, te = inventory.apex_kind(), version_of("transformer-engine") is not None
+    cost = (
+        "the head's weight gradient takes one more pass over its buffer; Transformer Engine does the rest"
+        if te
+        else "weight gradients are added to their buffers in a pass of their own; updates and norms are torch's"
+    )
+    if kind == "other":
+        text = f"the installed `apex` {version_of('apex') or ''} is not NVIDIA's but PyPI's toolkit for web sites"
+        todo = "pip uninstall apex; NVIDIA's comes with its containers or from github.com/NVIDIA/apex, never from PyPI"
+        return warning("apex", text, todo)
+    if kind is None:
+        return note("apex", f"absent: {cost}") if has_gpu else ok("apex", f"absent; {NOT_HERE}")
+    if not inventory.apex_adds_gradients():
+        return note("apex", f"NVIDIA's, without fused_weight_gradient_mlp_cuda (built without --cuda_ext): {cost}")
+    return ok("apex", "NVIDIA's, with fused weight gradients")
+
+
+def _flash_attention(has_gpu: bool) -> Finding:
+    version = version_of("flash-attn-3") or version_of("flash-attn")
+    there = version or find_spec("flash_attn") or find_spec("flash_attn_interface")
+    if there:
+        return ok("flash-attn", f"{version or 'there'}" + ("" if has_gpu else f"; {NOT_HERE}"), version=version)
+    cost = "absent: attention is Transformer Engine's, else torch's varlen_attn, which is flash attention 2"
+    return note("flash-attn", cost) if has_gpu else ok("flash-attn", f"absent; {NOT_HERE}")
+
+
+def _deepspeed() -> Finding:
+    version = version_of("deepspeed")
+    if version is None:
+        return note("deepspeed", "absent: no parallel.engine=deepspeed (ZeRO-2, ZeRO-3, offload)")
+    return ok("deepspeed", version, version=version)
+
+
+def _compiler(has_gpu: bool) -> Finding:
+    cxx = shutil.which("g++") or shutil.which("clang++")
+    if has_gpu and find_spec("triton") is None:
+        todo = "install torch's own build for CUDA, which brings Triton"
+        return warning(
+            "compiler", "no Triton: no run.fuse (element-wise work is a quarter of a bf16 step), nor flex", todo
+        )
+    if has_gpu:
+        return ok("compiler", f"Triton {version_of('triton') or ''}".strip() + (f", {cxx}" if cxx else ""))
+    if cxx is None:
+        return note("compiler", "no C++ compiler: no run.fuse=always on the processor, which `auto` does not want")
+    return ok("compiler", cxx)

@@ -1,0 +1,168 @@
+"""Whether a folder's file system keeps what checkpoints rely on (rename replaces at once, fsync works on files and
+folders, locks hold), how fast it is, and how much is left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_ettin.doctor.finding import Finding, first_line, note, ok, problem, warning
+
+MIB, GIB = 1 << 20, 1 << 30
+LEAST_FREE, LOW_FREE = 1 * GIB, 20 * GIB
+FEWEST_INODES = 10_000
+PROBE_BYTES = 64 * MIB
+SLOW_MB = 100.0  # a second: a checkpoint of the 1b (12 GB) takes two minutes
+SLOW_SYNC_SECONDS = 0.25
+
+
+def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> list[Finding]:
+    """Of the file system that `folder` is on. The nearest existing parent is taken for one that is not there yet; what
+    is written is removed. `quick`: without the speed."""
+    name = f"files in {folder}"
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        return [problem(name, f"{place} is not a folder", "name one")]
+    found = [_room(f"room in {folder}", place)]
+    try:
+        with _probe_folder(place) as probe:
+            found.append(_behaviour(name, probe))
+            if not quick:
+                found.append(_speed(f"speed in {folder}", probe, probe_bytes))
+    except OSError as error:
+        found.append(problem(name, f"cannot be written ({first_line(error)})", "choose another, or mend its rights"))
+    return found
+
+
+@contextlib.contextmanager
+def _probe_folder(place: Path) -> Iterator[Path]:
+    probe = Path(tempfile.mkdtemp(prefix=".tmp-ettin-doctor-", dir=place))
+    try:
+        yield probe
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
+def _room(name: str, place: Path) -> Finding:
+    status = os.statvfs(place)
+    free, inodes = status.f_bavail * status.f_frsize, status.f_favail
+    counted = status.f_files > 0  # btrfs and some network file systems count none
+    text = f"{free / GIB:,.1f} GiB free" + (f", {inodes:,} inodes" if counted else "")
+    figures = {"free_bytes": free, "free_inodes": inodes if counted else None}
+    if free < LEAST_FREE:
+        return problem(name, text, "make room; a checkpoint of the 17m alone takes 0.2 GiB", **figures)
+    if counted and inodes < FEWEST_INODES:
+        return problem(name, text, "remove small files", **figures)
+    if free < LOW_FREE:
+        return warning(name, text, "make room: a checkpoint of the 1b takes 12 GiB, and some are kept", **figures)
+    return ok(name, text, **figures)
+
+
+def _behaviour(name: str, probe: Path) -> Finding:
+    """Each of what checkpoints and run directories do; the first that fails is a problem."""
+    missing = []
+    for what, attempt, needed in PROMISES:
+        try:
+            done = attempt(probe)
+        except OSError as error:
+            done, what = False, f"{what} ({first_line(error)})"
+        if not done and needed:
+            todo = "keep runs and datasets on another file system: interrupted checkpoints could be lost on this one"
+            return problem(name, f"does not: {what}", todo)
+        if not done:
+            missing.append(what)
+    if missing:
+        todo = "never start one run twice at a time here; some mounts have locks as an option (lustre: flock)"
+        return warning(name, f"does not: {', '.join(missing)}", todo)
+    return ok(name, "rename replaces files and publishes folders, fsync of files and folders, locks: all work")
+
+
+def _replaces_a_file(probe: Path) -> bool:
+    """An open reader keeps the old content; the name has the new one."""
+    old, new = probe / "latest", probe / "latest.new"
+    old.write_text("old")
+    new.write_text("new")
+    with old.open() as reader:
+        os.replace(new, old)
+        return reader.read() == "old" and old.read_text() == "new" and not new.exists()
+
+
+def _publishes_a_folder(probe: Path) -> bool:
+    """A whole folder appears by one rename, and none goes over another that has files."""
+    staged, published = probe / "step.tmp", probe / "step"
+    staged.mkdir()
+    (staged / "weights").write_text("w")
+    os.rename(staged, published)
+    other = probe / "other.tmp"
+    other.mkdir()
+    try:
+        os.rename(other, published)
+    except OSError:
+        return (published / "weights").read_text() == "w" and not staged.exists()
+    return False
+
+
+def _syncs(probe: Path) -> bool:
+    with (probe / "synced").open("wb") as file:
+        file.write(b"1")
+        file.flush()
+        os.fsync(file.fileno())
+    handle = os.open(probe, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _locks(probe: Path) -> bool:
+    """The second of two is refused."""
+    with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+PROMISES: tuple[tuple[str, Callable[[Path], bool], bool], ...] = (
+    ("replace a file by rename", _replaces_a_file, True),
+    ("publish a folder by rename", _publishes_a_folder, True),
+    ("fsync a file and a folder", _syncs, True),
+    ("keep a second process off by flock", _locks, False),
+)
+
+
+def _speed(name: str, probe: Path, size: int) -> Finding:
+    """Large writes with fsync, reads after the cache is told to forget, and small ones as a step's record is."""
+    block, path = os.urandom(min(MIB, size)), probe / "large"
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(max(size // len(block), 1)):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = file.tell() / (time.perf_counter() - began) / 1e6
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        read = sum(len(chunk) for chunk in iter(lambda: file.read(MIB), b"")) / (time.perf_counter() - began) / 1e6
+    syncs = []
+    with (probe / "record").open("ab", buffering=0) as file:
+        for _ in range(5):
+            began = time.perf_counter()
+            file.write(b"x" * 400)
+            os.fsync(file.fileno())
+            syncs.append(time.perf_counter() - began)
+    sync = sorted(syncs)[2]
+    text = f"{written:,.0f} MB/s written with fsync, {read:,.0f} MB/s read, {sync * 1e3:.1f} ms for a small fsync"
+    figures = {"write_mb_per_second": round(written, 1), "read_mb_per_second": round(read, 1), "fsync_seconds": sync}
+    if written < SLOW_MB or sync > SLOW_SYNC_SECONDS:
+        return note(name, f"{text}: slow; checkpoints take long (they are written beside the steps)", **figures)
+    return ok(name, text, **figures)

@@ -1,0 +1,147 @@
+"""Threads, limits, shared memory and names of this machine."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+from pathlib import Path
+
+import psutil
+
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.doctor.finding import Finding, first_line, note, ok, problem, warning
+from megatron_ettin.platform import inventory
+from megatron_ettin.platform.rendezvous import first_host
+
+GIB = float(1 << 30)
+FEWEST_FILES, GOOD_FILES = 256, 4096
+FEWEST_PROCESSES = 1024
+LOCKED_BYTES = 1 << 30  # less than this and InfiniBand's buffers do not fit
+SHARED_GIB = 1.0  # what ranks on GPUs of one machine hand each other goes through it
+LOW_MEMORY_GIB = 2.0
+
+
+def machine_findings() -> list[Finding]:
+    """Everything below."""
+    return [_threads(), _memory(), _shared_memory(), *_limits(), *_names()]
+
+
+def usable_cpus() -> int:
+    """Those that this process may run on, which a job's limits make fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads() -> Finding:
+    cpus, told = usable_cpus(), os.environ.get("OMP_NUM_THREADS", "")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+    text = f"{cpus} CPUs" + (f" for {ranks} ranks" if ranks > 1 else "")
+    figures = {"cpus": cpus, "local_ranks": ranks, "omp_num_threads": told or None}
+    if not told.isdigit():
+        if ranks > 1:
+            todo = f"export OMP_NUM_THREADS={max(cpus // ranks, 1)}"
+            return warning("threads", f"{text}, OMP_NUM_THREADS is not set: each rank takes all", todo, **figures)
+        return ok("threads", f"{text}; OMP_NUM_THREADS is not set, so torch decides", **figures)
+    if int(told) * ranks > cpus:
+        todo = f"OMP_NUM_THREADS={max(cpus // ranks, 1)}, or more CPUs for each task"
+        return warning("threads", f"{text}, and OMP_NUM_THREADS={told}: threads wait for each other", todo, **figures)
+    return ok("threads", f"{text}, OMP_NUM_THREADS={told}", **figures)
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    free, total = memory.available / GIB, memory.total / GIB
+    text = f"{free:.1f} of {total:.1f} GiB available"
+    figures = {"available_gib": round(free, 2), "total_gib": round(total, 2)}
+    if free < LOW_MEMORY_GIB:
+        return warning("memory", text, "end what holds it; a process that trains begins with 1 to 2 GiB", **figures)
+    return ok("memory", text, **figures)
+
+
+def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    name = str(folder)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        todo = "mount it; docker and podman: --shm-size=16g or --ipc=host"
+        return problem(name, "not there or not writable: ranks and reading processes of one machine need it", todo)
+    usage = shutil.disk_usage(folder)
+    total, free = usage.total / GIB, usage.free / GIB
+    text, figures = f"{free:.2f} of {total:.2f} GiB free", {"free_gib": round(free, 3), "total_gib": round(total, 3)}
+    if free < SHARED_GIB:
+        todo = "docker and podman: --shm-size=16g or --ipc=host; else remove what lies in it"
+        return warning(
+            name, f"{text}: ranks and reading processes of one machine hand data through it", todo, **figures
+        )
+    return ok(name, text, **figures)
+
+
+def _limits() -> list[Finding]:
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text, todo = (
+        f"{_count(files)} (hard {_count(hard)})",
+        f"ulimit -n {_count(hard)}; in SLURM: PropagateResourceLimits",
+    )
+    if 0 <= files < FEWEST_FILES:
+        found = [problem("open files", text, todo)]
+    elif 0 <= files < GOOD_FILES:
+        found = [note("open files", f"{text}: hundreds of ranks, shards or sockets want {GOOD_FILES}", limit=files)]
+    else:
+        found = [ok("open files", text, limit=files)]
+    processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if 0 <= processes < FEWEST_PROCESSES:
+        todo = f"ulimit -u, {FEWEST_PROCESSES} at least: threads count too"
+        found.append(warning("processes", _count(processes), todo, limit=processes))
+    else:
+        found.append(ok("processes", _count(processes), limit=processes))
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    told = "unlimited" if locked < 0 else f"{locked / (1 << 20):,.0f} MiB"
+    if 0 <= locked < LOCKED_BYTES and inventory.has_infiniband():
+        todo = "ulimit -l unlimited; docker: --ulimit memlock=-1; in SLURM: PropagateResourceLimitsExcept=MEMLOCK"
+        found.append(warning("locked memory", f"{told}: InfiniBand's buffers may not fit", todo, limit=locked))
+    else:
+        found.append(ok("locked memory", told, limit=locked))
+    core = resource.getrlimit(resource.RLIMIT_CORE)[0]
+    found.append(ok("core dumps", "off" if core == 0 else f"on, up to {_count(core)} bytes", limit=core))
+    return found
+
+
+def _count(limit: int) -> str:
+    return "unlimited" if limit < 0 else f"{limit}"
+
+
+def _names() -> list[Finding]:
+    """Whether this machine's name and that of the first one resolve."""
+    host = socket.gethostname()
+    found = []
+    try:
+        address = str(socket.getaddrinfo(host, None)[0][4][0])
+        if address.startswith("127.") and _nodes() > 1:
+            todo = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            found.append(warning("host name", f"{host} is {address}, where other nodes cannot reach it", todo))
+        else:
+            found.append(ok("host name", f"{host} is {address}", address=address))
+    except OSError as error:
+        todo = f"add it to /etc/hosts or DNS, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME ({host} is this machine)"
+        found.append(warning("host name", f"{host} does not resolve ({first_line(error)})", todo))
+    first = os.environ.get("MASTER_ADDR") or _first_of_job()
+    if first and first != host:
+        try:
+            socket.getaddrinfo(first, None)
+            found.append(ok("first host", f"{first} resolves"))
+        except OSError as error:
+            text = f"{first}, where ranks meet, does not resolve ({first_line(error)})"
+            found.append(problem("first host", text, "add it to /etc/hosts or DNS, or set MASTER_ADDR"))
+    return found
+
+
+def _nodes() -> int:
+    """Of this job, as SLURM or torchrun tell."""
+    return int(os.environ.get("SLURM_NNODES") or os.environ.get("GROUP_WORLD_SIZE") or 1)
+
+
+def _first_of_job() -> str | None:
+    try:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+        return first_host(nodes) if nodes else None
+    except UserError:
+        return None

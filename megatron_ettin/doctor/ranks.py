@@ -1,0 +1,126 @@
+"""All ranks of a launch beside each other: do they meet, is the same installed, do their clocks agree, do sums over
+them come out right, and which of them is slow?"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform as python
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ettin.config.errors import RankError
+from megatron_ettin.doctor.finding import Finding, flops_text, ok, problem, warning
+from megatron_ettin.doctor.installed import code_version
+from megatron_ettin.doctor.sanity import CPU_SECONDS, GPU_SECONDS, all_reduce_finding, products_finding
+from megatron_ettin.platform import Platform, inventory
+from megatron_ettin.platform.rank_facts import CLOCK_SECONDS, clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.platform.rendezvous import Place, forget, join, leave
+from megatron_ettin.platform.sanity import all_reduces
+
+ARRIVAL_SECONDS = 120.0
+SLOW_RANK = 0.85  # of the median rank's rate
+TOLD = 4
+
+
+def rank_findings(place: Place, platform: Platform, own: Sequence[Finding], quick: bool) -> list[Finding]:
+    """The same list on every rank, but where they do not meet. `own`: what this rank has found by itself; what is
+    wrong of the others' is in the list with their hosts. Collective."""
+    try:
+        join(place, platform, arrival_seconds=ARRIVAL_SECONDS)
+    except RankError as error:
+        todo = "are all started? are MASTER_ADDR and the port reachable from each host, is a firewall between them?"
+        return [problem("rendezvous", str(error), todo)]
+    try:
+        measured = None if quick else products_finding(platform)
+        hosts = _gather(socket.gethostname())
+        found = [ok("rendezvous", f"{place.world} ranks by {place.source}; hosts: {len(set(hosts))}")]
+        found += _differences(hosts, _gather(_facts(platform)))
+        dist.barrier()
+        found.append(judge_clocks(hosts, _gather(time.time())))
+        if measured is not None:
+            found.append(judge_rates(hosts, _gather(measured)))
+        seconds = 0.0 if quick else GPU_SECONDS if platform.is_gpu else CPU_SECONDS
+        sums = _gather(all_reduce_finding(all_reduces(platform, seconds), platform))
+        found.append(next((one for one in sums if one.state != "ok"), sums[0]))
+        return found + _others(hosts, _gather(list(own)))
+    except RuntimeError as error:  # a rank that died, a network that is cut
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return [problem("ranks", f"rank {place.rank}: {cause}", "NCCL_DEBUG=INFO tells more of GPUs' networks")]
+    finally:
+        leave()
+        forget()
+
+
+def _gather(mine: Any) -> list[Any]:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def _facts(platform: Platform) -> dict[str, str]:
+    """What should be equal everywhere, by its name."""
+    return {
+        "code of megatron_ettin": f"{code_version()} ({code_hash()})",
+        "libraries": versions(),
+        "Python": python.python_version(),
+        "device": platform.name,
+        "driver": inventory.driver() or "none",
+        "collectives": inventory.collectives(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+    }
+
+
+def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]:
+    """A finding for each fact in which ranks differ; code and libraries end a run."""
+    found = []
+    for name in facts[0]:
+        line = first_difference(hosts, [{name: fact[name]} for fact in facts])
+        if line is not None and name in ("code of megatron_ettin", "libraries"):
+            found.append(problem("ranks alike", line, "one environment on a file system that all share"))
+        elif line is not None:
+            found.append(warning("ranks alike", line, "start them with the same environment, on the same hardware"))
+    return found or [ok("ranks alike", f"the same {', '.join(facts[0])}")]
+
+
+def judge_clocks(hosts: Sequence[str], now: Sequence[float]) -> Finding:
+    """`now`: seconds of each rank's clock, read when all had met."""
+    spread = max(now) - min(now)
+    off = clock_warnings(hosts, now)
+    if off:
+        lines = "; ".join(line.removeprefix("warning: ") for line in off[:TOLD])
+        return warning("clocks", lines, "start chrony or ntpd there", spread_seconds=spread)
+    return ok("clocks", f"within {spread * 1e3:.0f} ms (bound: {CLOCK_SECONDS:g} s)", spread_seconds=spread)
+
+
+def judge_rates(hosts: Sequence[str], measured: Sequence[Finding]) -> Finding:
+    """The products of all ranks: who is wrong, who is slow."""
+    bad = [f"rank {rank} on {hosts[rank]}: {one.text}" for rank, one in enumerate(measured) if one.state == "problem"]
+    if bad:
+        todo = next(one.todo for one in measured if one.state == "problem")
+        return problem("products", "; ".join(bad[:TOLD]), todo)
+    rates = [one.figures["tflops"] for one in measured]
+    usual = statistics.median(rates)
+    slow = [rank for rank, rate in enumerate(rates) if rate < SLOW_RANK * usual]
+    text = f"{flops_text(usual * 1e12)} by the median rank, {min(rates) / usual:.0%} to {max(rates) / usual:.0%} of it"
+    if slow:
+        told = ", ".join(f"rank {rank} on {hosts[rank]}: {rates[rank] / usual:.0%}" for rank in slow[:TOLD])
+        todo = "all wait for the slowest: leave its host out (sbatch --exclude), or see what else runs there"
+        return warning("products", f"{text}; slow: {told}", todo, tflops=rates)
+    return ok("products", f"{text}; right", tflops=rates)
+
+
+def _others(hosts: list[str], every: list[list[Finding]]) -> list[Finding]:
+    """What is wrong on hosts other than rank 0's, once a host."""
+    found: dict[tuple[str, str, str], Finding] = {}
+    for host, findings in zip(hosts, every, strict=True):
+        for finding in findings if host != hosts[0] else ():
+            if finding.state in ("warning", "problem"):
+                named = dataclasses.replace(finding, name=f"{host}: {finding.name}")
+                found.setdefault((host, finding.name, finding.text), named)
+    return list(found.values())

@@ -1,0 +1,131 @@
+"""Versions of Python and of packages, beside those that setup.cfg allows and those that the tests ran with."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from megatron_ettin.doctor.finding import Finding, note, ok, problem, warning
+from megatron_ettin.doctor.installed import code_version, version_of
+
+PACKAGE = "megatron-ettin"
+OLDEST_PYTHON = (3, 10)
+TESTED_PYTHON = ("3.11",)
+
+# of constraints-cpu.txt (tests/doctor compares), without tools for developing
+TESTED = {
+    "torch": "2.13.0",
+    "megatron-core": "0.16.1",
+    "transformers": "5.23.0",
+    "tokenizers": "0.23.3",
+    "safetensors": "0.8.0",
+    "numpy": "2.4.6",
+    "omegaconf": "2.4.0",
+    "packaging": "26.3",
+    "psutil": "7.2.2",
+    "pyarrow": "26.0.1",
+    "rich": "15.0.0",
+    "fsspec": "2026.9.0",
+    "tensorboard": "2.21.0",
+    "matplotlib": "3.11.2",
+    "zstandard": "0.25.0",
+    "datasets": "5.2.0",
+    "datatrove": "0.10.1",
+    "huggingface_hub": "2.4.0",
+    "xxhash": "4.1.0",
+    "deepspeed": "0.19.8",
+}
+# of constraints-gpu.txt: chosen by what their files say, run nowhere yet (docs/gpu-validation.md)
+PINNED = {"transformer-engine": "2.12.0", "wandb": "0.31.0"}
+# of these not the interface is used but the inside: another version does not work, or not as it should
+FIRM = ("torch", "megatron-core", "transformer-engine", "deepspeed")
+
+
+def version_findings() -> list[Finding]:
+    """Of Python, of each package that is missing or outside of the range, and of all others in one line."""
+    return [*_own(), *_packages(_requirements())]
+
+
+def _own() -> list[Finding]:
+    found = platform.python_version()
+    own = ok("megatron_ettin", code_version(), version=code_version())
+    if sys.version_info < OLDEST_PYTHON:
+        return [
+            own,
+            problem("python", f"{found}: 3.10 is the oldest supported", "make the environment with a newer one"),
+        ]
+    if not found.startswith(tuple(f"{tested}." for tested in TESTED_PYTHON)):
+        return [own, note("python", f"{found}, untested; tested: {', '.join(TESTED_PYTHON)}", version=found)]
+    return [own, ok("python", found, version=found)]
+
+
+def _requirements() -> dict[str, tuple[Requirement, bool]]:
+    """Every requirement by name, and whether it is one of an extra. Empty where this package is not installed."""
+    try:
+        lines = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, tuple[Requirement, bool]] = {}
+    for requirement in map(Requirement, lines):
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        if optional and requirement.marker is not None and requirement.marker.evaluate({"extra": "test"}):
+            continue
+        found.setdefault(requirement.name, (requirement, optional))
+    return found
+
+
+def _packages(wanted: dict[str, tuple[Requirement, bool]]) -> list[Finding]:
+    if not wanted:
+        todo = "pip install -e . in the checkout, or megatron-ettin itself"
+        return [warning("packages", "megatron-ettin is not installed here, so its requirements are unknown", todo)]
+    bad, as_tested, others, absent = [], 0, [], []
+    for name, (requirement, optional) in wanted.items():
+        version, tested = version_of(name), TESTED.get(name) or PINNED.get(name)
+        if version is None:
+            if optional:
+                absent.append(name)
+            else:
+                bad.append(problem(name, f"missing; {PACKAGE} wants {requirement.specifier}", _install(requirement)))
+        elif not _allowed(version, requirement):
+            tell = problem if name in FIRM else warning
+            text = f"{version} is outside of {requirement.specifier}" + (f"; tested: {tested}" if tested else "")
+            bad.append(tell(name, text, _install(requirement), version=version, tested=tested))
+        elif tested is not None and not _same(version, tested):
+            others.append(f"{name} {version} (tested: {tested})")
+        else:
+            as_tested += 1
+    figures = {
+        name: {
+            "version": version_of(name),
+            "tested": TESTED.get(name),
+            "pinned": PINNED.get(name),
+            "allowed": str(requirement.specifier),
+        }
+        for name, (requirement, _) in wanted.items()
+    }
+    text = f"{as_tested} as tested" + (f"; within their ranges: {', '.join(others)}" if others else "")
+    found = [(note if others else ok)("packages", text, **figures)]
+    if absent:
+        found.append(note("optional packages", f"not installed: {', '.join(sorted(absent))}"))
+    return [*bad, *found]
+
+
+def _install(requirement: Requirement) -> str:
+    return f"pip install '{requirement.name}{requirement.specifier}'"
+
+
+def _allowed(version: str, requirement: Requirement) -> bool:
+    """Builds such as 2.10.0a0+b4e4 of NVIDIA's images count as the version that they become."""
+    try:
+        return Version(version).base_version in requirement.specifier or version in requirement.specifier
+    except InvalidVersion:
+        return False
+
+
+def _same(version: str, tested: str) -> bool:
+    """`2.13.0+cpu` is 2.13.0."""
+    return Version(version).public == Version(tested).public

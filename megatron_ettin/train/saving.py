@@ -1,0 +1,230 @@
+"""Saving a run while it trains: planned on all ranks together, written by a thread of each, published by rank 0's.
+
+A checkpoint that cannot be written (a full disk, a file system that is away) is given up and told of; the one before it
+stays the latest. Whether the run then goes on is `checkpoint.on_failure`'s to say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint import directory, fp8_state, state
+from megatron_ettin.checkpoint.background import NotWritten, Plan
+from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.bad_steps import TrainingStopped
+from megatron_ettin.train.progress import Progress
+
+BYTES_OF_A_WEIGHT = {True: 16, False: 4}  # with optimizer (weight, master, two moments) and without, at most
+SPARE = 1.05  # of the space that a checkpoint is expected to take
+LEFT_SECONDS = 60.0  # that the end of a run which failed waits for what is being written
+MIB = float(1 << 20)
+
+
+class SaveFailed(TrainingStopped):
+    """A checkpoint that had to be written was not."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be saved. `keep`: for good. `milestone`: weights alone."""
+
+    progress: Progress
+    keep: bool = False
+    milestone: bool = False
+
+    @property
+    def name(self) -> str:
+        return directory.step_name(self.progress.step)
+
+
+@dataclass
+class Outcome:
+    """Of a save: `path`, or why there is none."""
+
+    wish: Wish
+    path: Path | None
+    why: str = ""
+
+
+@dataclass
+class Saver:
+    """One save at a time. On every rank; outcomes are rank 0's until `settle` tells them to all."""
+
+    machine: Machine
+    run_dir: Path
+    tokenizer: Path | None
+    outcome: Outcome | None = None  # of the last save, until it is taken
+    _thread: threading.Thread | None = None
+    _until: float = float("inf")  # when rank 0 stops waiting for the others
+
+    @property
+    def is_chief(self) -> bool:
+        return self.machine.layout.rank == 0
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, wish: Wish) -> None:
+        """Plan a save, copy what it is of, and start to write it. Collective; one in flight is waited for first."""
+        self.wait()
+        why = self.machine.layout.from_chief(self._prepare(wish) if self.is_chief else None)
+        if why is not None:
+            self.outcome = Outcome(wish, None, why)
+            return
+        plan = self._planned(wish, self._staging(wish), copies=self.machine.config.checkpoint.asynchronous)
+        self._thread = threading.Thread(target=self._write, args=(wish, plan), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.machine.config.checkpoint.asynchronous:
+            self._thread.join()  # what is written is what the optimizer would go on in
+            self.machine.layout.barrier()
+
+    def wait(self) -> None:
+        """Until this rank's thread has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def taken(self) -> Outcome | None:
+        """The outcome of a save that has ended, once; rank 0's."""
+        if self.is_busy:
+            return None
+        self.wait()
+        outcome, self.outcome = self.outcome, None
+        return outcome
+
+    def settle(self) -> Outcome | None:
+        """Wait for what is being written; the outcome that was not taken yet, on every rank. Collective."""
+        self.wait()
+        outcome = self.machine.layout.from_chief(self.outcome)
+        self.outcome = None
+        return outcome
+
+    def close(self) -> None:
+        """The run is over, one way or another: let what is being written end, but not for ever, for other ranks may be
+        gone."""
+        self._until = time.monotonic() + LEFT_SECONDS
+        if self._thread is not None:
+            self._thread.join(2 * LEFT_SECONDS)
+            self._thread = None
+
+    def _folder(self, wish: Wish) -> Path:
+        return (directory.milestones_folder if wish.milestone else directory.checkpoints_folder)(self.run_dir)
+
+    def _staging(self, wish: Wish) -> Path:
+        return directory.staging_of(self._folder(wish), wish.progress.step)
+
+    def _prepare(self, wish: Wish) -> str | None:
+        """An empty folder to write in; why there cannot be one."""
+        folder = self._folder(wish)
+        try:
+            directory.new_staging(folder, wish.progress.step)
+            free, wanted = shutil.disk_usage(folder).free, self._wanted_bytes(wish)
+        except OSError as error:
+            return f"{folder}: {error.strerror or error}"
+        if free < wanted:
+            self._staging(wish).rmdir()
+            return f"{folder}: {free / MIB:,.0f} MiB free, a checkpoint takes some {wanted / MIB:,.0f}"
+        return None
+
+    def _wanted_bytes(self, wish: Wish) -> float:
+        last = None if wish.milestone else directory.bytes_of_newest(self.run_dir)
+        model = self.machine.config.model
+        weights = parameter_count(model, model.vocab_size)
+        return SPARE * (last if last is not None else weights * BYTES_OF_A_WEIGHT[not wish.milestone])
+
+    def _planned(self, wish: Wish, staging: Path, copies: bool) -> Plan:
+        """What this rank writes, in memory that nothing else writes to. Collective."""
+        machine = self.machine
+        metadata = state.sharding_metadata(machine.layout.dp_group)
+        with machine.whole_weights():
+            model, optimizer = state.model_state(machine.chunks, metadata), None
+            if not wish.milestone:
+                assert machine.optimizer is not None
+                optimizer = machine.optimizer.sharded_state(model, False, metadata)
+            if fp8_state.keeps_scales(machine.config):
+                model["fp8_scales"] = fp8_state.sharded(fp8_state.scales_in_use(machine.chunks, model), machine.layout)
+            plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(wish.progress))
+            if machine.config.parallel.engine == "deepspeed":  # what it gathers is gone with whole_weights
+                plan.copy_tensors(None, machine.platform.synchronize)
+            elif copies or machine.platform.is_gpu:
+                plan.copy_tensors(self._live(model), machine.platform.synchronize)
+        return plan
+
+    def _live(self, model: dict[str, Any]) -> set[int]:
+        """The memory in which training goes on."""
+        weights = [p.data for chunk in self.machine.chunks for p in chunk.parameters()]
+        scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
+        return state.storages([*weights, *scales, *self.machine.live_optimizer_tensors()])
+
+    def _write(self, wish: Wish, plan: Plan) -> None:
+        """The thread of a rank; what rank 0's finds out is the outcome."""
+        local = self.machine.config.checkpoint.staging
+        if local is not None:
+            Path(local).mkdir(parents=True, exist_ok=True)
+        plan.write(None if local is None else Path(local))
+        if self.is_chief:
+            try:
+                self.outcome = Outcome(wish, self._publish(wish, plan))
+            except NotWritten as error:
+                self._give_up(wish, plan, str(error))
+            except OSError as error:
+                self._give_up(wish, plan, f"{error.filename or plan.folder}: {error.strerror or error}")
+
+    def _give_up(self, wish: Wish, plan: Plan, why: str) -> None:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        self.outcome = Outcome(wish, None, why)
+
+    def _publish(self, wish: Wish, plan: Plan) -> Path:
+        known, staging, config = plan.finish(lambda: time.monotonic() > self._until), plan.folder, self.machine.config
+        write_synced(staging / "config.yaml", to_yaml(config))
+        record: dict[str, Any] = dataclasses.asdict(wish.progress)
+        record |= {} if wish.milestone else {"optimizer": config.optim.name}
+        record |= {"keep": True} if wish.keep else {}
+        write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
+        if self.tokenizer is not None and self.tokenizer.is_dir():
+            shutil.copytree(self.tokenizer, staging / "tokenizer")
+        final = staging.with_name(wish.name)
+        if wish.milestone:
+            directory.place(staging, final, known)
+        else:
+            directory.publish(staging, final, known)
+            directory.prune(self.run_dir, config.checkpoint.keep)
+        return final
+
+
+@dataclass
+class Retry:
+    """When a save that failed is tried again: rank 0's clock decides, the step's sums tell the others."""
+
+    seconds: float
+    failures: int = 0
+    due: float | None = None
+
+    def after(self, outcome: Outcome) -> None:
+        if outcome.path is not None:
+            self.failures, self.due = 0, None
+            return
+        self.due = time.monotonic() + self.seconds * 2 ** min(self.failures, 4)
+        self.failures += 1
+
+    @property
+    def is_due(self) -> bool:
+        return self.due is not None and time.monotonic() >= self.due
+
+
+def told(outcome: Outcome, going_on: Mapping[str, Any]) -> str:
+    """A line for a save that failed."""
+    last = going_on["last"]
+    kept = "there is none before it" if last is None else f"the latest is that of step {last}"
+    return f"{outcome.wish.name} could not be saved ({outcome.why}); {kept}; {going_on['then']}"

@@ -1,0 +1,186 @@
+"""Every example of every command's --help works as printed: each is read by the command's own parser, and those that are
+cheap run on tiny files of the names that they use. A new example has to say in `RUN` or `READ_ONLY` which it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.cli.main import COMMANDS, main
+from megatron_ettin.cli.parsing import OneLineParser, parse_words
+from tests.conftest import sentences
+from tests.pool import Pool
+from tests.train.runs import command
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTERS = ("torchrun", "srun")
+SHELL = re.compile(r"\s+(?:\||>|#).*")  # what of a line is the shell's
+POOL = ("train", "convert", "eval", "order", "inspect", "compare")  # they import torch, a worker has it
+
+# example -> words in place of others, or added (a word that begins with `-` and is there already is replaced)
+RUN: dict[str, dict[str, str | None]] = {
+    "prepare wiki.jsonl.zst books/": {"--workers": "1", "--tokenizer": "TOKENIZER", "--out": "data/new"},
+    "inspect data/corpus": {},
+    "inspect runs/17m-mlm/checkpoints": {},
+    "train --size 17m": {"--dry-run": None},
+    "train --size 1b": {"--dry-run": None},
+    "plan --size 1b --gpus 512": {},
+    "plan --size 1b --gpus 64": {},
+    "launch --nodes 8": {"--dry-run": None},
+    "launch --suite": {"--dry-run": None},
+    "status runs/1b-mlm": {},
+    "eval runs/17m-mlm": {},
+    "compare runs/enc-pretrain": {},
+    "doctor --path data runs": {"--quick": None},
+    "order runs/17m-mlm --steps 1:11": {},
+    "order runs/17m-mlm --steps 1:3": {},
+    "order runs/17m-mlm --fingerprint": {},
+    "convert to-hf runs/17m-mlm exported --dtype": {},
+    "convert from-hf exported imported": {},
+    "completion": {},
+}
+READ_ONLY = {
+    "prepare s3://": "wants a bucket and a cluster",
+    "bench": "measures for minutes (tests/bench)",
+    "plan --size 1b --gpu h100 --scale": "seconds (tests/plan)",
+    "status": "asks SLURM, or goes on for ever (tests/launch)",
+    "compare enc/pretrain": "four runs (tests/report)",
+    "convert to-hf runs/17m-mlm exported": "the same as in `ettin convert --help`",
+    "convert from-composer": "wants a file of the original trainer (tests/convert/composer)",
+    "release": "ten seconds, or a hub (tests/release)",
+    "doctor": "measures, or wants ranks or GPUs (tests/doctor)",
+}
+
+
+def parser_of(name: str) -> OneLineParser:
+    module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=f"ettin {name}", description=module.__doc__, formatter_class=raw)
+    module.add_arguments(parser)
+    return parser
+
+
+def helps(parser: argparse.ArgumentParser) -> list[str]:
+    """Of a command and of the commands in it."""
+    found = [parser.format_help()]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [text for inner in action.choices.values() for text in helps(inner)]
+    return found
+
+
+def examples(text: str) -> list[str]:
+    """What follows `ettin` in each indented line that calls it, lines that end in a backslash joined."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    found = []
+    for line in joined.splitlines():
+        starters = "|".join(STARTERS)
+        match = re.match(rf"\s+(?:(?:{starters}) .*?)?\bettin (?=[a-z])(.*)", line)
+        if match:
+            found.append(SHELL.sub("", match[1]).strip())
+    return found
+
+
+EXAMPLES = list(
+    dict.fromkeys((name, example) for name in COMMANDS for text in helps(parser_of(name)) for example in examples(text))
+)
+
+
+def longest(example: str, table: dict) -> str:
+    """The entry that an example begins with."""
+    return max((entry for entry in table if example.startswith(entry)), key=len, default="")
+
+
+def runs(example: str) -> bool:
+    return len(longest(example, RUN)) > len(longest(example, READ_ONLY))
+
+
+def test_each_command_has_one_and_each_entry_is_of_one() -> None:
+    assert {name for name, _ in EXAMPLES} == set(COMMANDS)
+    assert not [example for _, example in EXAMPLES if not longest(example, {**RUN, **READ_ONLY})]
+    used = {longest(example, RUN if runs(example) else READ_ONLY) for _, example in EXAMPLES}
+    assert used == {*RUN, *READ_ONLY}
+    assert not [example for _, example in EXAMPLES if "..." in example]
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
+def test_it_is_read(name: str, example: str) -> None:
+    command_name, *words = shlex.split(example)
+    assert command_name == name
+    args = parse_words(parser_of(name), name, words)
+    if name == "launch":
+        inner, *words = args.command[1:]
+        args = parse_words(parser_of(inner), inner, words)
+    for word in getattr(args, "words", []):
+        from megatron_ettin.config.layers import check_keys, from_words
+
+        check_keys(from_words([word]))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, tiny_tokenizer: Path) -> Path:
+    """A folder that has what the examples name."""
+    import zstandard
+
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "data").mkdir()
+    (folder / "data" / "corpus").symlink_to(corpus)
+    (folder / "books").mkdir()
+    (folder / "books" / "one.txt").write_text(sentences(1, 40))
+    lines = "".join(json.dumps({"text": sentences(seed, 20), "id": f"d{seed}"}) + "\n" for seed in range(20))
+    (folder / "wiki.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (folder / "site.yaml").write_text((ROOT / "examples" / "slurm" / "sites" / "generic.yaml").read_text())
+    measured = {"size": "150m", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 100_000}
+    (folder / "runs.jsonl").write_text(
+        json.dumps(measured) + "\n" + json.dumps({**measured, "size": "1b", "tokens_per_second_per_gpu": 20_000})
+    )
+    for name, objective in (("17m-mlm", "mlm"), ("dec-pretrain", "clm")):
+        line = command(folder / "runs" / name, corpus, objective, ["run.steps=2", "checkpoint.every_steps=1"])
+        (done,) = pool.run(1, line)
+        assert done.status == 0, done.output[-3000:]
+    run = folder / "runs" / "17m-mlm"
+    for link, target in (("enc-pretrain", run), ("1b-mlm", run), ("17m-mlm/decay", folder / "runs" / "dec-pretrain")):
+        (folder / "runs" / link).symlink_to(target)
+    (run / "checkpoints" / "step_000000100").symlink_to(run / "checkpoints" / "step_000000002")
+    return folder
+
+
+def words_of(example: str, tokenizer: Path) -> list[str]:
+    """As printed, with what `RUN` puts in place or adds; for `launch` before the `--`, without --submit."""
+    words = [word for word in shlex.split(example) if word != "--submit"]
+    for option, value in RUN[longest(example, RUN)].items():
+        value = str(tokenizer) if value == "TOKENIZER" else value
+        if option in words and value is not None:
+            words[words.index(option) + 1] = value
+        else:
+            words[1:1] = [option] if value is None else [option, value]
+    return words
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if any(runs(e) for n, e in EXAMPLES if n == name)])
+def test_it_runs(
+    name: str,
+    place: Path,
+    pool: Pool,
+    tiny_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In order, for one may use what another made."""
+    monkeypatch.chdir(place)
+    for example in [example for of, example in EXAMPLES if of == name and runs(example)]:
+        words = words_of(example, tiny_tokenizer)
+        if name in POOL:
+            (done,) = pool.run(1, words, cwd=place)
+            status, told = done.status, done.output
+        else:
+            status = main(words)
+            told = "".join(capsys.readouterr())
+        assert status == 0, f"{example}: {told[-2000:]}"
+        assert told, example

@@ -1,0 +1,59 @@
+"""Damaged and hostile files for every reader, by tools/fuzz.py as its users call it. tests/nightly.sh runs a million."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = int(os.environ.get("ETTIN_FUZZ_RUNS", "20000"))
+
+
+def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "fuzz.py"), *words]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_everything_is_read_or_refused(tmp_path: Path) -> None:
+    done = fuzz("--runs", str(RUNS), "--seed", "11", "--out", str(tmp_path / "failures"), "--json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == 10 and sum(row["executions"] for row in rows) >= RUNS
+    for row in rows:
+        assert row["refused"] > row["executions"] // 4 and row["accepted"] > 0, row
+        assert row["peak_bytes"] < 1 << 30 and row["failures"] == [], row
+    assert not (tmp_path / "failures").exists()
+
+
+def test_what_fails_is_kept_and_told(tmp_path: Path) -> None:
+    """A reader that lets an error through, and one that does what a file asks for: the tool is no test that cannot fail."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys, pickle, json\n"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import fuzz\n"
+        "from fuzzing import readers\n"
+        "def unsafe(folder):\n"
+        "    try: pickle.loads((folder / '.metadata').read_bytes())\n"
+        "    except Exception: pass\n"
+        "def raw(folder): json.loads((folder / 'integrity.json').read_text(errors='replace'))\n"
+        "def reader(name, read): return readers.Reader(readers.READERS[name].make, read, readers.READERS[name].mutate)\n"
+        "readers.READERS['checkpoint'] = reader('checkpoint', unsafe)\n"
+        "readers.READERS['records'] = reader('records', raw)\n"
+        "for name in ('checkpoint', 'records'):\n"
+        f"    print(json.dumps(fuzz.run_reader(name, 3000, 0, 1, {str(tmp_path / 'kept')!r})['failures']))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    unsafe, raw = map(json.loads, done.stdout.splitlines()[-2:])
+    assert any("os.system" in line for line in unsafe), unsafe
+    assert len(raw) == 5 and all("JSONDecodeError" in line or "RecursionError" in line for line in raw), raw
+    assert len(list((tmp_path / "kept").rglob("error.txt"))) == len(unsafe) + 5
+
+
+def test_an_unknown_reader(tmp_path: Path) -> None:
+    done = fuzz("--reader", "zip")
+    assert done.returncode == 2 and "--reader: 'zip' is none; they are idx, manifest" in done.stderr

@@ -1,0 +1,142 @@
+"""Bad numbers: what is skipped, told, written down, and that a resumed run judges as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from megatron_ettin.checkpoint.directory import latest
+from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.train.guard import Guard
+from tests.pool import Pool
+from tests.train.runs import command, read, train
+from tests.train.test_resume import halves
+
+pytestmark = pytest.mark.ranks
+NERVOUS = ["resilience.spike_window=4", "resilience.spike_sigmas=0.5", "resilience.max_skips_in_row=50"]
+
+
+def progress_of(directory: Path) -> dict:
+    checkpoint = latest(directory)
+    assert checkpoint is not None
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+def bad(run: object) -> dict[int, str]:
+    return {line["step"]: line["bad"] for line in run.metrics if "bad" in line}  # type: ignore[attr-defined]
+
+
+def test_limit_against_numpy() -> None:
+    values = np.random.default_rng(7).normal(3, 0.2, 128)
+    guard = Guard(ResilienceConfig(), tuple((v, 2 * v) for v in values.tolist()))
+    limit = values.mean() + 6 * values.std(ddof=1)
+    assert guard.limit(values.tolist()) == pytest.approx(limit, rel=1e-12)
+    assert guard.judge(limit * 0.999, 1.0) is None and guard.judge(limit * 1.001, 1.0).why.startswith("loss")
+    assert guard.judge(1.0, 2 * limit * 1.001).why.startswith("gradient norm")
+    assert Guard(ResilienceConfig(), guard.recent[:63]).judge(1e9, 1.0) is None  # too few to say
+    assert len(guard.after(3.0, 1.0)) == 128 and guard.after(float("nan"), 1.0) == guard.recent
+
+
+@pytest.mark.parametrize("second", ["tp2 pp2", "dp2 sharded"])
+def test_skipped_steps_resume(pool: Pool, corpus: Path, tmp_path: Path, second: str) -> None:
+    """On the same layout the same bits, on another the same steps and curve."""
+    whole, resumed = halves(pool, tmp_path, corpus, "mlm", NERVOUS, "tp2 pp2", second)
+    assert 2 <= len(bad(whole)) < 17 and bad(resumed).keys() == bad(whole).keys()
+    assert any(step > 10 for step in bad(whole)) and all(text.startswith("skipped: ") for text in bad(whole).values())
+    told = progress_of(whole.directory)
+    assert told["updates"] == 20 - len(bad(whole)) and told["skipped"] == len(bad(whole)) and len(told["recent"]) == 4
+    if second == "tp2 pp2":
+        assert resumed.column("loss") == whole.column("loss") and progress_of(resumed.directory) == told
+        ours, theirs = resumed.weights(), whole.weights()
+        assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+    else:
+        assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("words", ["", "parallel.distributed_optimizer=false", "parallel.overlap=true"])
+def test_a_skipped_update_leaves_no_trace(pool: Pool, corpus: Path, tmp_path: Path, words: str) -> None:
+    more = ["run.steps=3", *words.split()]
+    two = train(pool, 2, tmp_path / "two", corpus, "clm", ["run.steps=2", *words.split()])
+    results = pool.run(2, command(tmp_path / "run", corpus, "clm", more), "nan_gradients_in_step_3")
+    assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
+    run = read(tmp_path / "run")
+    assert run.column("loss")[:2] == two.column("loss") and run.column("grad_norm")[2] is None
+    ours, theirs = run.weights(), two.weights()
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+    assert progress_of(run.directory)["updates"] == 2
+    told = "warning: step 3: gradient norm is nan; the update is left out (1 in a row); rows 16 to 23, documents in "
+    (line,) = [line for result in results for line in result.output.splitlines() if line.startswith(told)]
+    table = parquet.read_table(line.removeprefix(told)).to_pylist()
+    assert {row["step"] for row in table} == {3} and {row["position"] for row in table} == set(range(16, 24))
+    (entry,) = map(json.loads, (run.directory / "bad_steps.jsonl").read_text().splitlines())
+    assert entry["outcome"] == "skipped" and entry["grad_norm"] is None and entry["rows"] == [16, 24]
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "steps"),
+    [
+        ("resilience.on_nonfinite=stop", "gradient norm is nan; the run stops. Nothing of this step was saved", 2),
+        ("resilience.max_skips_in_row=0", "the run stops after 1 in a row. Nothing of this step was saved", 2),
+        ("resilience.on_nonfinite=ignore", "gradient norm is nan; trained on all the same", 3),
+    ],
+)
+def test_what_else_may_follow(pool: Pool, corpus: Path, tmp_path: Path, words: str, said: str, steps: int) -> None:
+    more = ["run.steps=3", "checkpoint.every_steps=2", words]
+    results = pool.run(2, command(tmp_path, corpus, "mlm", more), "nan_gradients_in_step_3")
+    assert [result.status for result in results] == [int(steps == 2)] * 2
+    assert any(said in result.output for result in results), results[0].output[-2000:]
+    assert read(tmp_path).column("step") == list(range(1, steps + 1))
+    checkpoint = latest(tmp_path)
+    assert checkpoint is not None and checkpoint.name == f"step_{steps:09d}"
+
+
+def test_a_bad_step_is_computed_again(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Sound ranks agree with themselves; one that does not is named."""
+    words = ["run.steps=7", "resilience.recheck=true", "parallel.pp=2", *NERVOUS]
+    results = pool.run(2, command(tmp_path / "sound", corpus, "mlm", words))
+    assert [result.status for result in results] == [0, 0]
+    assert any("all ranks have the same bits" in result.output for result in results)
+    assert bad(read(tmp_path / "sound"))
+    results = pool.run(2, command(tmp_path / "unsound", corpus, "mlm", words), "unsound_layer_on_rank_1")
+    assert [result.status for result in results] == [1, 1]
+    assert "the output of layer 3 for micro-batch 0 has other bits the second time on rank 1 on " in results[1].output
+    assert "another rank failed: " in results[0].output
+
+
+def test_replicas_are_compared(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = ["run.steps=4", "resilience.check_replicas_every=1", "parallel.tp=2", "checkpoint.every_steps=1"]
+    assert [r.status for r in pool.run(4, command(tmp_path / "sound", corpus, "mlm", words))] == [0] * 4
+    results = pool.run(4, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_weight_on_rank_1")
+    assert [result.status for result in results] == [1] * 4
+    said = "step 2: rank 1 on {} holds other bits of transformer.final_layernorm.weight than 3 others have, as rank 0"
+    host = results[1].output.rpartition("rank 1 on ")[2].split()[0]
+    assert said.format(host) in results[1].output
+    assert latest(tmp_path / "flipped").name == "step_000000001"  # type: ignore[union-attr]
+
+
+def test_zero_tells_and_stops(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """DeepSpeed updates before figures are known."""
+    words = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words))
+    assert result.status == 0 and "parallel.engine=deepspeed updates before figures are known" in result.output
+    assert bad(read(tmp_path)) and all(text.startswith("ignored: ") for text in bad(read(tmp_path)).values())
+    assert progress_of(tmp_path)["updates"] == 6
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("resilience.on_spike=jump", "resilience.on_spike: 'jump' does not exist; it is one of skip, stop, ignore"),
+        ("resilience.spike_window=3", "resilience.spike_window: 3 is not allowed; it is at least 4"),
+        ("resilience.spike_sigmas=0", "resilience.spike_sigmas: 0.0 is not allowed; it is above 0"),
+        ("resilience.max_skips_in_row=-1", "resilience.max_skips_in_row: -1 is not allowed; it is 0"),
+        ("resilience.check_replicas_every=0", "resilience.check_replicas_every: 0 is not allowed; it is at least 1"),
+    ],
+)
+def test_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", [word]))
+    assert result.status == 2 and said in result.output, result.output

@@ -1,0 +1,186 @@
+"""Saving while training goes on: the same bytes as when it waits, kills in the middle, a full disk, what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, verify
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from tests.pool import Pool
+from tests.train.runs import command, read, train
+
+pytestmark = pytest.mark.ranks
+OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(checkpoint)
+    return {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        (1, ""),
+        (4, "parallel.tp=2 parallel.pp=2"),
+        (2, "precision.name=bf16"),
+        (2, "parallel.distributed_optimizer=false"),
+        (2, "parallel.engine=deepspeed parallel.zero_stage=3"),
+    ],
+)
+def test_the_same_as_when_training_waits(pool: Pool, corpus: Path, tmp_path: Path, world: int, words: str) -> None:
+    """Every checkpoint: what is written later is what was there, not what the optimizer has made of it since."""
+    for name in ("true", "false"):
+        more = ["run.steps=6", *OFTEN, f"checkpoint.asynchronous={name}", *words.split()]
+        train(pool, world, tmp_path / name, corpus, "mlm", more)
+    ours, theirs = (list_checkpoints(tmp_path / name) for name in ("true", "false"))
+    assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        verify(one)
+        first, second = tensors(one), tensors(other)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in second), one
+    assert not list((tmp_path / "true" / "checkpoints").glob(".*"))
+
+
+def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
+    """A process that saves at every step, killed at random moments: what `latest` names is whole, and the run goes on
+    from there to the same end."""
+    words = [*OFTEN, "checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=60"]
+    line = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "run", corpus, "mlm", words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    draw = random.Random(5)
+    for _ in range(3):
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        folder = tmp_path / "run" / "checkpoints"
+        began = latest(tmp_path / "run") if folder.exists() else None
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            now = (folder / "latest").read_text() if (folder / "latest").exists() else ""
+            if now and (began is None or now.strip() != began.name):
+                break
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = latest(tmp_path / "run", checksums=True)
+        assert found is not None and found.name == (folder / "latest").read_text().strip()
+    assert subprocess.run(line, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    whole = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "whole", corpus, "mlm", ["run.steps=60"])]
+    assert subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert read(tmp_path / "run").column("loss") == read(tmp_path / "whole").column("loss")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB with 6 of them taken: too little for a checkpoint of the tiny shape with its optimizer."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting wants root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=True)
+    (folder / "filler").write_bytes(b"\0" * (7 << 20))
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_tried_again(pool: Pool, corpus: Path, small_disk: Path) -> None:
+    """Trains on; with room again the next try is good."""
+    words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words), "room_after_step_8")
+    assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
+    said = results[0].output + results[1].output
+    assert "warning: step_000000003 could not be saved (" in said and "MiB free, a checkpoint takes some" in said
+    assert "there is none before it; tried again in 0.01 s" in said
+    steps = [int(path.name[5:]) for path in list_checkpoints(small_disk / "run")]
+    assert steps and steps[0] in (9, 10) and steps[-1] == 12
+    assert read(small_disk / "run").column("step") == list(range(1, 13))
+
+
+def test_a_disk_that_fills_up_meanwhile(pool: Pool, corpus: Path, small_disk: Path) -> None:
+    """No room although it looked like it: nothing is left behind, what was there stays the latest, the end says so."""
+    (small_disk / "filler").unlink()
+    train(pool, 1, small_disk / "run", corpus, "mlm", ["run.steps=1"])
+    words = ["run.steps=4", "checkpoint.every_steps=2", "checkpoint.retry_seconds=1000"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words), "disk_full_while_writing")
+    assert [result.status for result in results] == [1, 1]
+    said = results[0].output + results[1].output
+    warned = [
+        line for line in said.splitlines() if line.startswith("warning: step_000000002 could not be saved (rank ")
+    ]
+    assert warned and "ENOSPC, No space left on device" in warned[0], said[-3000:]
+    assert "the latest is that of step 1; tried again in 1000 s" in said
+    assert "ettin train: step_000000004 could not be saved (" in said and "the run ends without it" in said
+    assert latest(small_disk / "run", checksums=True).name == "step_000000001"  # type: ignore[union-attr]
+    assert not list((small_disk / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def test_the_run_may_stop_instead(pool: Pool, corpus: Path, small_disk: Path) -> None:
+    words = ["run.steps=9", "checkpoint.every_steps=3", "checkpoint.on_failure=stop"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words))
+    assert [result.status for result in results] == [1, 1]
+    said = results[0].output + results[1].output
+    assert "ettin train: step_000000003 could not be saved (" in said
+    assert "the run stops (checkpoint.on_failure)" in said and "Traceback" not in said
+    assert read(small_disk / "run").column("step")[-1] == 4
+
+
+def test_kept_for_good_and_staged_on_another_disk(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = ["run.steps=12", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=2000"]
+    words.append(f"checkpoint.staging={tmp_path / 'own-disk'}")
+    run = train(pool, 2, tmp_path / "run", corpus, "clm", words)
+    tokens = dict(zip(run.column("step"), run.column("tokens"), strict=True))
+    saved = range(2, 13, 2)
+    crossed = [s for s in saved if tokens[s] // 2000 > (tokens[s - 2] if s > 2 else 0) // 2000]
+    assert len(crossed) == 2
+    found = list_checkpoints(tmp_path / "run")
+    assert [int(path.name[5:]) for path in found] == sorted({*crossed, 12})
+    assert [bool(read_progress(path).get("keep")) for path in found] == [int(p.name[5:]) in crossed for p in found]
+    assert list((tmp_path / "own-disk").iterdir()) == []
+    for path in found:
+        verify(path)
+
+
+def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Whichever rank's share a damaged file is in: it is named, and the one before it is taken."""
+    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    for name in sorted(json.loads((newest / "integrity.json").read_text())["files"]):
+        shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+        path = tmp_path / "damaged" / "checkpoints" / newest.name / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=4", *OFTEN]))
+        assert [result.status for result in results] == [0, 0]
+        said = results[0].output + results[1].output
+        assert f"{newest.name}/{name}: sha256 " in said and "resumed step_000000002" in said
+        shutil.rmtree(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("checkpoint.on_failure=ignore", "checkpoint.on_failure: 'ignore' does not exist; it is one of retry, stop"),
+        ("checkpoint.retry_seconds=0", "checkpoint.retry_seconds: 0.0 is not allowed; it is above 0"),
+        ("checkpoint.keep_every_tokens=0", "checkpoint.keep_every_tokens: 0 is not allowed; it is at least 1"),
+        ("checkpoint.asynchronous=later", "checkpoint.asynchronous: 'later' is not a bool"),
+        ("checkpoint.staging=/proc/nowhere", "checkpoint.staging: /proc/nowhere: cannot be written ("),
+    ],
+)
+def test_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=1", word]))
+    assert result.status == 2 and said in result.output, result.output[-500:]

@@ -1,0 +1,111 @@
+"""Weights & Biases, offline, as its own files read back: one page a run over resumes, encoder and decoder in one group;
+and a service that is away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ettin.metrics.names import grouped
+from tests.pool import Pool
+from tests.train.runs import command, read
+
+pytestmark = pytest.mark.ranks
+
+
+def records(run_dir: Path) -> list[Any]:
+    """Everything that was handed to wandb, over all launches."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for path in sorted((run_dir / "wandb").rglob("*.wandb")):
+        for data in blocks(path.read_bytes()):
+            found.append(wandb_internal_pb2.Record.FromString(data))
+    return found
+
+
+def blocks(content: bytes) -> Iterator[bytes]:
+    """Records of a .wandb file: LevelDB's log format (doc/log_format.md of LevelDB) after a head of seven bytes."""
+    assert content.startswith(b":W&B")
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
+    """{(id, group)}, and the history."""
+    everything = records(run_dir)
+    pages = {(r.run.run_id, r.run.run_group) for r in everything if r.WhichOneof("record_type") == "run"}
+    rows = []
+    for record in everything:
+        if record.WhichOneof("record_type") == "history":
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    return pages, rows
+
+
+def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    groups = set()
+    for objective in ("mlm", "clm"):
+        run = tmp_path / objective
+        for steps in (3, 5, 7):
+            words = [f"run.steps={steps}", "checkpoint.every_steps=2", "checkpoint.keep=0", "metrics.wandb=true"]
+            words.append("metrics.wandb_checkpoints=reference")
+            (result,) = pool.run(1, command(run, corpus, objective, words), "wandb_offline")
+            assert result.status == 0 and "switched off" not in result.output, result.output[-2000:]
+            if steps == 5:  # as after a kill: step 5 is trained again
+                shutil.rmtree(run / "checkpoints" / "step_000000005")
+        pages, rows = page(run)
+        ((name, group),) = pages
+        assert name.startswith(f"17m-{objective}-pretrain-")
+        groups.add(group)
+        assert [row["step"] for row in rows] == list(range(1, 8))
+        assert [row["train/loss"] for row in rows] == read(run).column("loss")
+        assert [row["data/tokens"] for row in rows] == read(run).column("tokens")
+        assert {"speed/tokens_per_second", "optim/lr", "optim/grad_norm", "memory/peak_bytes", "data/rows"} <= rows[
+            0
+        ].keys()
+        kept = [r for r in records(run) if r.WhichOneof("record_type") in ("artifact", "request")]
+        assert "17m-clm-pretrain-checkpoint" in str(kept) or "17m-mlm-pretrain-checkpoint" in str(kept)
+    assert len(groups) == 1
+
+
+def test_a_service_that_is_away(corpus: Path, tmp_path: Path) -> None:
+    """A key, and an address where nobody answers: the run goes on, and is written to disk. In a process of its own, for
+    wandb keeps the mode of a process's first run."""
+    words = command(tmp_path, corpus, "mlm", ["run.steps=2", "metrics.wandb=true"])
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "5" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    line = [sys.executable, "-m", "megatron_ettin", *words]
+    done = subprocess.run(line, env={**os.environ, **away}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read(tmp_path).column("step") == [1, 2]
+    assert "to be sent by `wandb sync`" in done.stderr and "5" * 40 not in done.stdout + done.stderr
+    assert [row["step"] for row in page(tmp_path)[1]] == [1, 2]
+
+
+def test_every_key_has_a_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    assert grouped("loss") == "train/loss" and grouped("bad") == "train/bad"
+    assert grouped("validation_loss/web") == "validation/loss/web"
+    assert grouped("validation_accuracy_clm") == "validation/accuracy_clm"
+
+
+def test_bad_choice(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["metrics.wandb_checkpoints=yes"]))
+    assert result.status == 2 and "one of none, reference, upload" in result.output

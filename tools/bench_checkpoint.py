@@ -1,0 +1,127 @@
+"""What a checkpoint costs a run on one CPU rank: training's wait for an asynchronous and a synchronous save, and the
+time to verify and to load one.
+
+  python tools/bench_checkpoint.py [--size 150m] [--layers N] [--rows 1] [--rounds 3] [--out FILE.md]
+
+fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in an order that changes, with four steps after
+each: `wait` is how long `Saver.begin` keeps training from going on, `steps after` what the four steps took more than
+four undisturbed ones (writing takes a processor's time too: with two threads for both that shows). Verifying is the
+sha256 of every file; loading is into the same layout, verified before. All files are in the page cache, as right after
+a save; what a disk adds is the same for all."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_step import RandomRows
+
+AFTER = 4  # steps
+
+
+def build(args: argparse.Namespace) -> tuple[Any, Any]:
+    from megatron_ettin.config.resolve import parse
+    from megatron_ettin.train.batches import Batches
+    from megatron_ettin.train.loop import machine_alone
+
+    words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
+    words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
+    config = parse(args.size, "mlm", "pretrain", words=words.split())
+    machine = machine_alone(config, training=True)
+    return machine, Batches.of(config, RandomRows(), machine.layout, machine.platform.device)  # type: ignore[arg-type]
+
+
+def timed(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Medians, in seconds; `bytes` of a checkpoint."""
+    import dataclasses
+
+    import torch
+
+    from megatron_ettin.checkpoint import directory
+    from megatron_ettin.train import resume
+    from megatron_ettin.train.progress import Progress
+    from megatron_ettin.train.saving import Saver, Wish
+    from megatron_ettin.train.step import train_step
+
+    torch.set_num_threads(args.threads)
+    machine, batches = build(args)
+    config, draw, number = machine.config, random.Random(1), 0
+    times: dict[str, list[float]] = {}
+
+    def step() -> None:
+        nonlocal number
+        train_step(machine, batches, number, 0, 1e-5, False)
+        number += 1
+
+    step()
+    plain = statistics.median(timed(step) for _ in range(2 * AFTER))
+    for _ in range(args.rounds):
+        for way in draw.sample(["asynchronous", "synchronous"], 2):
+            settings = dataclasses.replace(config.checkpoint, asynchronous=way == "asynchronous", keep=1)
+            machine.config = dataclasses.replace(config, checkpoint=settings)
+            saver = Saver(machine, folder, None)
+            times.setdefault(f"{way}: wait", []).append(timed(lambda s=saver: s.begin(Wish(Progress(step=number)))))
+            after = sum(timed(step) for _ in range(AFTER))
+            times.setdefault(f"{way}: {AFTER} steps after", []).append(after - AFTER * plain)
+            outcome = saver.settle()
+            assert outcome is not None and outcome.path is not None, outcome
+    newest = directory.latest(folder)
+    assert newest is not None
+    for _ in range(args.rounds):
+        times.setdefault("verify (sha256 of all files)", []).append(timed(lambda: directory.verify(newest)))
+        times.setdefault("load", []).append(timed(lambda: resume.load(machine, newest, verified=True)))
+    found = {"a step": plain} | {name: statistics.median(values) for name, values in times.items()}
+    return found | {"bytes": float(directory.total_bytes(newest))}
+
+
+def table(args: argparse.Namespace, found: dict[str, float]) -> str:
+    size, plain = found.pop("bytes"), found["a step"]
+    layers = f" --layers {args.layers}" if args.layers else ""
+    lines = [
+        f"`python tools/bench_checkpoint.py --size {args.size}{layers} --rounds {args.rounds}`",
+        "",
+        f"{time.strftime('%Y-%m-%d')}; {args.threads} threads of {platform.machine()}; {args.size}"
+        f"{f' with {args.layers} layers' if args.layers else ''}, fp32, {args.rows} row of 1024 tokens a step;"
+        f" a checkpoint has {size / 1e9:.2f} GB.",
+        *("", "| | seconds | steps |", "|---|---|---|"),
+        *(f"| {name} | {seconds:.3f} | {seconds / plain:.2f} |" for name, seconds in found.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="150m")
+    parser.add_argument("--layers", type=int, help="fewer than the size has")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="append the table to this file")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        text = table(args, measure(args, folder))
+    finally:
+        shutil.rmtree(folder)
+    print(text, end="")
+    if args.out is not None:
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write("\n" + text)
+
+
+if __name__ == "__main__":
+    main()
