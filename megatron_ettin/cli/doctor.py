@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_ettin.doctor.finding import Finding
     from megatron_ettin.platform.rendezvous import Place
 
+NO_FURTHER = ("megatron-core", "torch", "first host")  # a problem with these ends what follows
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if place.rank == 0 or not args.ranks:
         show(found, args.json, time.monotonic() - began)
     elif not met:
-        show([finding for finding in found if finding.name in ("rendezvous", "ranks")], False, 0.0)
+        show([finding for finding in found if finding.state == "problem"], False, 0.0)
     return 1 if worst(found) == "problem" else 0
 
 
@@ -81,8 +82,8 @@ def findings(args: argparse.Namespace, place: Place) -> list[Finding]:
     if place.local_rank == 0:  # others would measure each other
         for folder in dict.fromkeys(args.path or [Path(".")]):
             found += file_findings(folder, args.quick)
-    broken = any(finding.state == "problem" and finding.name in ("megatron-core", "torch") for finding in found)
-    if broken or not (args.ranks or not args.quick):
+    broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in found)
+    if broken or (args.quick and not args.ranks):
         return found
     from megatron_ettin.doctor import sanity
 

@@ -274,3 +274,15 @@ def test_ranks_meet(pool, tmp_path: Path) -> None:
     first, second = pool.run(2, [*words, "--quick"], mutation="doctor_of_other_code_on_rank_1")
     assert (first.status, second.status) == (1, 1)
     assert "problem  ranks alike: the ranks differ in code of megatron_ettin: rank 1" in first.output
+
+
+def test_ranks_do_not_wait_where_the_first_host_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each rank tells it by itself, without a rendezvous."""
+    monkeypatch.setattr(machine, "_names", lambda: [problem("first host", "n1 does not resolve", "mend it")])
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["doctor", "--ranks", "--quick", "--path", str(tmp_path)]) == 1
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first == "problem  first host: n1 does not resolve -> mend it"
