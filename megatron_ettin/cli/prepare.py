@@ -65,9 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.cli.progress import progress_report
+    from megatron_ettin.config.secrets import refuse_secrets
     from megatron_ettin.data.ingest.cluster import Submitted
     from megatron_ettin.data.ingest.prepare import prepare
 
+    for text in (*args.inputs, str(args.out)):
+        refuse_secrets(text, "INPUT" if text in args.inputs else "--out")
     request = request_from(args)
     try:
         with progress_report("prepare", "bytes") as progress:

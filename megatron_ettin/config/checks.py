@@ -17,6 +17,7 @@ from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.profiling import check_profile
 from megatron_ettin.config.schema import CHOICES, Config
+from megatron_ettin.config.secrets import check_secrets
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
@@ -38,6 +39,7 @@ def check(config: Config) -> None:
         check_batch,
         check_validation,
         check_profile,
+        check_secrets,
     ):
         group(config)
 

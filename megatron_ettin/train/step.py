@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -182,15 +182,9 @@ def train_step(
         with named(machine.platform, "update", profiled):
             optimizer.update(lr)
     clock.last_sum()
-    totals = unread.read()
-    figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
-    # one rank's norm for all: what follows from it must be the same everywhere, to the last bit. Anyone's NaN counts
-    norm = optimizer.norm()
-    parts = [totals.causal_loss, totals.causal_labels, float(stop), asked]
-    parts.append(norm if machine.layout.rank == 0 or not math.isfinite(norm) else 0.0)
-    sums = machine.layout.sum_over_world([*figures, *parts], machine.platform.device)
-    loss, labels, tokens, global_pairs, local_pairs, causal_loss, causal_labels, stops, wished, grad_norm = sums
-    bad = None if guard is None else guard.judge(loss / max(labels, 1), grad_norm)
+    sums = summed(machine, unread.read(), optimizer.norm(), stop, asked)
+    loss = sums.loss / max(sums.labels, 1)
+    bad = None if guard is None else guard.judge(loss, sums.grad_norm)
     if judged_first and bad is None:
         clock.late_update()
         with named(machine.platform, "update", profiled):
@@ -199,21 +193,45 @@ def train_step(
     model = machine.config.model
     return StepInfo(
         step=step + 1,
-        tokens=tokens_before + int(tokens),
-        loss=loss / max(labels, 1),
+        tokens=tokens_before + int(sums.tokens),
+        loss=loss,
         lr=lr,
-        grad_norm=grad_norm,
-        step_tokens=int(tokens),
-        labels=int(labels),
+        grad_norm=sums.grad_norm,
+        step_tokens=int(sums.tokens),
+        labels=int(sums.labels),
         rows=batches.corpus.span_of(*batches.sizes.span(step)),
         seconds=time.perf_counter() - began,
-        flops=training_flops(model, model.vocab_size, tokens, labels, global_pairs, local_pairs),
-        stop_requested=stops > 0,
-        extra=by_kind(machine.config, loss, labels, causal_loss, causal_labels),
-        asked=wished,
+        flops=training_flops(model, model.vocab_size, sums.tokens, sums.labels, sums.global_pairs, sums.local_pairs),
+        stop_requested=sums.stops > 0,
+        extra=by_kind(machine.config, sums.loss, sums.labels, sums.causal_loss, sums.causal_labels),
+        asked=sums.asked,
         bad=bad,
         updated=bad is None or not judged_first,
     )
+
+
+class Sums(NamedTuple):
+    """Of a step over all ranks, the same on each; `grad_norm` and `asked` are rank 0's."""
+
+    loss: float
+    labels: float
+    tokens: float
+    global_pairs: float
+    local_pairs: float
+    causal_loss: float
+    causal_labels: float
+    stops: float
+    asked: float
+    grad_norm: float
+
+
+def summed(machine: Machine, totals: Totals, norm: float, stop: bool, asked: float) -> Sums:
+    """Collective. Of the norm one rank's goes to all: what follows must be the same everywhere, to the last bit;
+    where anyone's is no number, the sum is none."""
+    norm = norm if machine.layout.rank == 0 or not math.isfinite(norm) else 0.0
+    figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
+    parts = [totals.causal_loss, totals.causal_labels, float(stop), asked, norm]
+    return Sums(*machine.layout.sum_over_world([*figures, *parts], machine.platform.device))
 
 
 def by_kind(config: Config, loss: float, labels: float, causal_loss: float, causal_labels: float) -> dict[str, Any]:
