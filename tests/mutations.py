@@ -259,8 +259,10 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] == "1":
             stack.enter_context(mock.patch.object(recheck, "digests", digests))
+        yield
 
 
+@contextlib.contextmanager
 def _rank_1_reads(act) -> Iterator[None]:
     """What rank 1 does before it reads the rows of a step."""
     from megatron_ettin.train.host_batches import HostBatches
@@ -356,6 +358,7 @@ def disk_full_while_writing() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
 def fails_once_on_rank_1() -> Iterator[None]:
     """An error in the middle of a step, and not again."""
     failed: list[int] = []
