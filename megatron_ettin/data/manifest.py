@@ -22,6 +22,7 @@ FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
 SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_SUFFIX)
+DIGEST = "content_sha256"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
             found = f"{raw.get('format')} version {raw.get('version')}"
             raise UserError(f"{path}: {found}; this package reads {FORMAT} version {VERSION}")
-        return manifest_from(raw)
+        return manifest_from(checked_digest(raw))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
 
@@ -120,6 +121,23 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord(**record) for name, record in raw.items()}
+
+
+def with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with its own sha256: what says how all other files should be must be known to be right itself."""
+    return {**content, DIGEST: digest_of(content)}
+
+
+def checked_digest(raw: dict[str, Any]) -> dict[str, Any]:
+    """The content without its sha256. Raises ValueError where that is another's; one without any is of before."""
+    content = {key: value for key, value in raw.items() if key != DIGEST}
+    if DIGEST in raw and raw[DIGEST] != digest_of(content):
+        raise ValueError(f"its {DIGEST} is not that of its content")
+    return content
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json_durably(path: Path, content: Any) -> None:

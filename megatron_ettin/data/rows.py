@@ -26,7 +26,14 @@ import numpy.typing as npt
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.manifest import FileRecord, check_file, sync_directory, write_json_durably
+from megatron_ettin.data.manifest import (
+    FileRecord,
+    check_file,
+    checked_digest,
+    sync_directory,
+    with_digest,
+    write_json_durably,
+)
 from megatron_ettin.data.mapped import map_scattered
 from megatron_ettin.data.row_building import (
     CHUNKS_FILE,
@@ -195,9 +202,9 @@ def plan_files(dataset_folder: Path) -> Iterator[Expected]:
     remedy = " (remove its folder: the plan is built again)"
     for record_file in sorted(dataset_folder.glob("*_*/plan.json")):
         try:
-            files = load_json(record_file.read_text(encoding="utf-8"))["files"]
+            files = checked_digest(load_json(record_file.read_text(encoding="utf-8")))["files"]
             records = {name: FileRecord(**record) for name, record in files.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"damaged ({type(error).__name__})"
             yield Expected(record_file, FileRecord(0, ""), remedy=remedy, problem=problem)
             continue
@@ -207,7 +214,7 @@ def plan_files(dataset_folder: Path) -> Iterator[Expected]:
 def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
     """The plan in `folder`, or None where it is absent, damaged or another dataset's."""
     try:
-        raw: dict[str, Any] = load_json((folder / "plan.json").read_text(encoding="utf-8"))
+        raw: dict[str, Any] = checked_digest(load_json((folder / "plan.json").read_text(encoding="utf-8")))
         raw["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
         record = PlanRecord(**raw)
         for name, file in record.files.items():
@@ -230,7 +237,7 @@ def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str, work
         else:
             num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
         record = PlanRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
-        write_json_durably(building / "plan.json", asdict(record))
+        write_json_durably(building / "plan.json", with_digest(asdict(record)))
         sync_directory(building)
         if folder.exists():
             stale = Path(tempfile.mkdtemp(prefix=f"{BESIDE}stale-{folder.name}-", dir=dataset.path))

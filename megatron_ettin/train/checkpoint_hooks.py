@@ -43,6 +43,8 @@ class Checkpoints(Hook):
 
     def stop(self, run: Run) -> None:
         self._settle(run)
+        # rank 0 takes outcomes between steps, the others learn of them here
+        self.saved_step = run.machine.layout.from_chief(self.saved_step)
         if run.progress.step != self.saved_step:
             self._begin(run, self._wish(run))
             self._settle(run, final=True)

@@ -25,6 +25,7 @@ from megatron_ettin.data.manifest import (
     TokenizerRecord,
     record_of,
     sync_directory,
+    with_digest,
     write_json_durably,
 )
 from megatron_ettin.data.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ def stage_split(
         tokenizer_files={file.name: record_of(file) for file in copied},
         settings_sha256=settings_sha256,
     )
-    write_json_durably(folder / FILE_NAME, asdict(manifest.with_fingerprint()))
+    write_json_durably(folder / FILE_NAME, with_digest(asdict(manifest.with_fingerprint())))
     sync_directory(folder)
 
 

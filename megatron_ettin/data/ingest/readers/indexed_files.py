@@ -10,7 +10,7 @@ from megatron_ettin.data.indexed import MAGIC
 from megatron_ettin.data.ingest.filesystem import Entry, find, joined, open_input
 from megatron_ettin.data.ingest.input_file import InputFile
 from megatron_ettin.data.ingest.readers.arrow_directory import json_object
-from megatron_ettin.data.manifest import FORMAT, VERSION, manifest_from
+from megatron_ettin.data.manifest import FORMAT, VERSION, checked_digest, manifest_from
 
 
 def pair_at(given: str, name: str, source: str) -> InputFile | None:
@@ -46,7 +46,7 @@ def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, sourc
     if raw.get("version") != VERSION:
         raise UserError(f"{path}: {FORMAT} version {raw.get('version')}; this package reads version {VERSION}")
     try:
-        manifest = manifest_from(raw)
+        manifest = manifest_from(checked_digest(raw))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
     files = []
