@@ -6,7 +6,7 @@ read.
 PATH: a dataset of `ettin prepare`, or a run directory. A byte of a file that is chosen by kind (so that small files
 come up as often as large ones) gets another value; `ettin inspect PATH --verify` must end with 2 and name the file, or
 the one that says what it should be. What it lets pass has to be the same to every reader: JSON and YAML of equal
-content. Of `latest` a run must still find a whole checkpoint. Exit status 1 where a change was neither. The files end as
+content. Of `latest` a run must still find a whole checkpoint. Exit status 1 where a change was neither. Files end as
 they were. An attempt is a function of seed and number: the report names both."""
 
 from __future__ import annotations

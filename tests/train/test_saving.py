@@ -86,13 +86,13 @@ def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB with 6 of them taken: too little for a checkpoint of the tiny shape with its optimizer."""
+    """A file system of 32 MiB with 31 of them taken: too little for a checkpoint of the tiny shape with its optimizer."""
     if os.geteuid() != 0:
         pytest.skip("mounting wants root")
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=True)
-    (folder / "filler").write_bytes(b"\0" * (7 << 20))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=True)
+    (folder / "filler").write_bytes(b"\0" * (31 << 20))
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_and_tried_again(pool: Pool, corpus: Path, small_dis
     assert "warning: step_000000003 could not be saved (" in said and "MiB free, a checkpoint takes some" in said
     assert "there is none before it; tried again in 0.01 s" in said
     steps = [int(path.name[5:]) for path in list_checkpoints(small_disk / "run")]
-    assert steps and steps[0] in (9, 10) and steps[-1] == 12
+    assert steps and steps[0] in (8, 9, 10) and steps[-1] == 12
     assert read(small_disk / "run").column("step") == list(range(1, 13))
 
 
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_meanwhile(pool: Pool, corpus: Path, small_disk: Pa
     warned = [
         line for line in said.splitlines() if line.startswith("warning: step_000000002 could not be saved (rank ")
     ]
-    assert warned and "ENOSPC, No space left on device" in warned[0], said[-3000:]
+    assert warned and "ENOSPC, " in warned[0], said[-3000:]
     assert "the latest is that of step 1; tried again in 1000 s" in said
     assert "ettin train: step_000000004 could not be saved (" in said and "the run ends without it" in said
     assert latest(small_disk / "run", checksums=True).name == "step_000000001"  # type: ignore[union-attr]

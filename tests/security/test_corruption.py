@@ -1,0 +1,44 @@
+"""Every changed byte of a dataset or a checkpoint is detected and named, by tools/chaos.py as its users call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+from tests.train.runs import train
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT = int(os.environ.get("ETTIN_CORRUPTIONS", "63"))
+
+
+@pytest.mark.ranks
+def test_every_changed_byte(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "dataset")
+    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=2", "checkpoint.every_steps=1"])
+    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), "corrupt"]
+    line += [str(tmp_path / "dataset"), str(tmp_path / "run"), "--count", str(COUNT), "--seed", "3", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    kinds = json.loads(done.stdout)["kinds"]
+    assert {".distcp", ".metadata", ".pt", ".bin", ".idx", "manifest.json", "integrity.json", "latest"} <= kinds.keys()
+    assert sum(sum(counts.values()) for counts in kinds.values()) == COUNT
+    assert sum(counts["harmless"] for counts in kinds.values()) < COUNT // 10
+
+
+def test_what_is_not_protected_is_missed(tmp_path: Path, corpus: Path) -> None:
+    """A dataset whose manifest has lost its digest: the tool sees it."""
+    shutil.copytree(corpus, tmp_path / "dataset", ignore=shutil.ignore_patterns("heldout"))
+    path = tmp_path / "dataset" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["content_sha256"]
+    path.write_text(json.dumps(content))
+    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), "corrupt", str(tmp_path / "dataset")]
+    done = subprocess.run([*line, "--count", "400"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "manifest.json: byte" in done.stdout
