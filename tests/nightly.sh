@@ -8,6 +8,7 @@
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
 #   fuzz  a million damaged and hostile inputs for the readers of others' files instead of 20,000
+#   corrupt  600 single bytes of a dataset and a run, changed one at a time, instead of 63
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -76,8 +77,10 @@ shapes() { # 25 minutes, 17 GB of memory and of disk
 
 fuzz() { "$python" -W ignore tools/fuzz.py --runs 1000000 --seed "$(date +%j)" --out "$work/fuzz-failures"; }
 
+corrupt() { ETTIN_CORRUPTIONS=600 "$python" -m pytest tests/security/test_corruption.py -k every; }
+
 status=0
-for stage in "${@:-mds ray kill transformers release harness layouts fuzz shapes}"; do
+for stage in "${@:-mds ray kill transformers release harness layouts fuzz corrupt shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"
