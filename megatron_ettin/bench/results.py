@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 
 BEGAN, DONE, INVALID, NO_MEMORY = "began", "done", "invalid", "out of memory"
-SAME = ("size", "objective", "phase", "words", "gpus", "device")  # what makes two results those of one measurement
+STOPPED, FAILED = "stopped", "failed"
+STATES = (BEGAN, DONE, INVALID, NO_MEMORY, STOPPED, FAILED)
+# what makes two results those of one measurement
+SAME = (
+    *("size", "objective", "phase", "words", "gpus", "device"),
+    *("config", "data", "chunk_tokens", "micro_batches", "quick"),
+)
 LEAST_NOISE = 0.02  # relative; smaller differences are never told as ones
 
 
@@ -24,26 +31,77 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = load_json(line)
-            found[key_of(row)] = row
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}:{number}: is no result of `ettin bench`") from None
+        except ValueError:
+            row = None
+        if not is_result(row):
+            raise UserError(f"{path}:{number}: is no result of `ettin bench`")
+        found[key_of(row)] = row
     return found
 
 
+def is_result(row: Any) -> bool:
+    """Whether that is a line that `append` writes."""
+    if not isinstance(row, dict) or row.get("state") not in STATES or not isinstance(row.get("words"), list):
+        return False
+    return row["state"] != DONE or {"tokens_per_second", "tokens_per_second_range"} <= row.keys()
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+    """Add a line, forced to the disk. Raises UserError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}") from None
 
 
-def name_of(row: dict[str, Any]) -> str:
-    words = " ".join(row["words"])
-    return f"{row['size']} {row['objective']}{' ' * bool(words)}{words}"
+def check_writable(path: Path, option: str) -> None:
+    """Before minutes are spent: whether a file can be written there. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; a file was expected")
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{option} {path}: cannot be written")
+
+
+def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, Any]:
+    """The state that an error leaves a measurement in. `no_memory`: what torch raises on a full device; a full host
+    has other ways to say it."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, (no_memory, MemoryError)) or "can't allocate memory" in str(error):
+        return {"state": NO_MEMORY, "reason": reason}
+    if isinstance(error, KeyboardInterrupt):
+        return {"state": STOPPED}
+    return {"state": FAILED, "reason": f"{type(error).__name__}: {reason}"}
+
+
+def to_measure(found: dict[str, Any] | None, alone: bool) -> bool:
+    """Whether a combination of that last state is measured (again). One that is `alone` and not valid is told anew."""
+    return found is None or found["state"] == STOPPED or (alone and found["state"] == INVALID)
+
+
+def told_as(found: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a combination that is not measured again."""
+    if found["state"] != BEGAN:
+        return found
+    return found | {"state": NO_MEMORY, "reason": "it ended the process, or was ended with it (--again measures it)"}
+
+
+def name_of(row: dict[str, Any], common: Collection[str] = ()) -> str:
+    """Size, objective and words, without those that are `common` to all."""
+    return " ".join([row["size"], row["objective"], *(word for word in row["words"] if word not in common)])
+
+
+def common_words(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of several results what need not be in each one's name."""
+    shared = set.intersection(*(set(row["words"]) for row in rows)) if len(rows) > 1 else set()
+    return [word for word in rows[0]["words"] if word in shared]
 
 
 def noise(row: dict[str, Any]) -> float:
@@ -55,14 +113,18 @@ def noise(row: dict[str, Any]) -> float:
 def compare(old: Path, new: Path) -> list[dict[str, Any]]:
     """Every measurement that both have: `ratio` of tokens a second, and whether it `moved` beyond the noise of both.
     Raises UserError where they have none in common."""
+    for path in (old, new):
+        if not path.is_file():
+            raise UserError(f"--compare {path}: no such file")
     before, after = read(old), read(new)
-    rows = []
+    common, rows = common_words([*after.values()]) if after else [], []
     for key, row in after.items():
         other = before.get(key)
         if other is None or {row["state"], other["state"]} != {DONE}:
             continue
         ratio, bound = row["tokens_per_second"] / other["tokens_per_second"], noise(row) + noise(other)
-        rows.append({"name": name_of(row), "ratio": ratio, "noise": bound, "moved": abs(ratio - 1) > bound})
+        moved = abs(ratio - 1) > bound
+        rows.append({"name": name_of(row, common), "ratio": ratio, "noise": bound, "moved": moved})
     if not rows:
         raise UserError(f"--compare {old} {new}: no measurement is in both")
     return rows
@@ -79,15 +141,39 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The fastest first; what did not run last, with why."""
-    width = max(len(name_of(row)) for row in rows)
+    common = common_words(rows)
+    width = max(len(name_of(row, common)) for row in rows)
     lines = [f"{'':{width}}  tokens/s/GPU  slowest - fastest  TFLOP/s    MFU     GiB"]
     for row in sorted(rows, key=lambda row: -row.get("tokens_per_second_per_gpu", 0)):
+        name = f"{name_of(row, common):{width}}"
         if row["state"] != DONE:
-            lines.append(f"{name_of(row):{width}}  {row['state']}{': ' * ('reason' in row)}{row.get('reason', '')}")
+            lines.append(f"{name}  {row['state']}{': ' * ('reason' in row)}{row.get('reason', '')}")
             continue
         low, high = (value / row["gpus"] for value in row["tokens_per_second_range"])
         lines.append(
-            f"{name_of(row):{width}}  {row['tokens_per_second_per_gpu']:12,.0f}  {low:7,.0f} - {high:7,.0f}"
+            f"{name}  {row['tokens_per_second_per_gpu']:12,.0f}  {low:7,.0f} - {high:7,.0f}"
             f"  {row['tflops_per_second_per_gpu']:7.2f}  {row['mfu']:5.1%}  {row['peak_memory_bytes'] / 2**30:6.2f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"all with {' '.join(common)}"] if common else [])])
+
+
+def told(rows: list[dict[str, Any]]) -> list[str]:
+    """What the figures are divided by, and where the fastest one's step goes."""
+    done = [row for row in rows if row["state"] == DONE]
+    if not done:
+        return []
+    best = max(done, key=lambda row: row["tokens_per_second_per_gpu"])
+    whole = sum(best["phase_seconds"].values())
+    parts = sorted(best["phase_seconds"].items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in parts if seconds)
+    lines = [f"MFU: of {best['peak_flops'] / 1e12:,.3g} TFLOP/s a GPU, {best['peak_source']}"]
+    lines.append(f"a step of the fastest, {whole:.3f} s: {shares}")
+    if best.get("communication_bytes"):
+        sent = ", ".join(f"{axis} {count / 2**20:,.1f}" for axis, count in best["communication_bytes"].items())
+        lines.append(f"it hands to collectives and transfers, MiB a rank: {sent}")
+    if best.get("predicted_memory_bytes"):
+        names = {"tensors at its fullest": "peak_tensor_bytes", "as predicted": "predicted_memory_bytes"}
+        names["in all (of a process without a GPU: resident)"] = "peak_memory_bytes"
+        told = ", ".join(f"{best[key] / 2**30:.2f} {name}" for name, key in names.items())
+        lines.append(f"memory of the fullest rank, GiB: {told}")
+    return lines

@@ -1,9 +1,11 @@
-"""Rows for a benchmark without a dataset: full ones, of chunks whose lengths are those of documents."""
+"""Rows for a benchmark without a dataset: full ones, of chunks whose lengths are those of documents; and how long
+any rows' chunks are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from megatron_ettin.data.order import Row
 
 SPREAD = 1.0  # of the logarithm of a document's length
 SPECIALS = 5  # ids that are no words
+SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,9 @@ class SyntheticRows:
         tokens = drawn.integers(SPECIALS, self.vocab_size, self.seq_len)
         found = np.array(lengths, np.int64)
         return Row(tokens, found, 0, position, np.arange(len(found)), position)
+
+
+def attended_chunk_tokens(corpus: Any) -> float:
+    """The length of equal chunks in which a token attends to as many others as in the corpus's first rows."""
+    lengths = np.concatenate([row.lengths for row in corpus.rows(range(SAMPLED_ROWS))]).astype(float)
+    return float((lengths**2).sum() / lengths.sum())

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
@@ -25,7 +26,6 @@ POSITIVE = (
     *("gpus", "gpus_per_node", "chunk_tokens", "price", "top"),
     *("mtbf_hours", "checkpoint_seconds", "restart_seconds"),
 )
-PUBLISHED_CHUNK_TOKENS = 615.4  # mean of the recipe's pretraining mixture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,33 +60,37 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
-    from megatron_ettin.plan.search import nearest_miss, search
-    from megatron_ettin.plan.step_time import PUBLISHED
+    from megatron_ettin.plan.search import limit_to_relax, nearest_miss, search
+    from megatron_ettin.plan.step_time import PUBLISHED, usual_chunk_tokens
 
     for key in POSITIVE:
         value = getattr(args, key)
-        if value is not None and value <= 0:
-            raise UserError(f"--{key.replace('_', '-')} {value}: has to be above 0")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{key.replace('_', '-')} {value}: has to be {'finite' if value > 0 else 'above 0'}")
     gpu = find_gpu(args.gpu, args.gpus_file)
     config = parse(args.size, args.objective, args.phase, args.config, args.words)
     check_fp8(config, gpu)
     runs = calibration.read_runs(args.calibrate, gpu, args.gpus_file) if args.calibrate else []
     constants = calibration.fit(runs) if runs else PUBLISHED
     errors = calibration.report(runs, constants)
-    default = min(PUBLISHED_CHUNK_TOKENS, config.data.seq_len) if args.phase == "pretrain" else config.data.seq_len
+    chunk_tokens = min(args.chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
     node = args.gpus_per_node or gpu.gpus_per_node
     if not args.scale:
         for key in ("curve", "picture"):
             if getattr(args, key):
                 raise UserError(f"--{key}: is of --scale")
+    elif args.gpus is not None:
+        raise UserError("--gpus: goes not with --scale, which has numbers of its own")
     else:
-        print_scaling(args, config, gpu, constants, args.chunk_tokens or float(default), node)
+        print_scaling(args, config, gpu, constants, errors, chunk_tokens, node)
         return
     if args.gpus is None:
         raise UserError("--gpus: is missing (or --scale FIRST:LAST)")
-    found, rejected = search(config, args.gpus, gpu, constants, args.chunk_tokens or float(default), node)
+    found, rejected = search(config, args.gpus, gpu, constants, chunk_tokens, node)
     if not found:
-        raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest_miss(rejected)}")
+        nearest = nearest_miss(rejected)
+        relax = limit_to_relax(nearest.partition(": ")[2], config, args.gpus)
+        raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest}{relax}")
     if not args.json:
         table.print_plan(found, rejected, args.top, args.price, errors)
         return
@@ -102,26 +106,36 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_scaling(
-    args: argparse.Namespace, config: Config, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int
-) -> None:
+    args: argparse.Namespace, config: Config, gpu: Gpu, constants: Constants, errors: list[dict[str, Any]],
+    chunk_tokens: float, node: int,
+) -> None:  # fmt: skip
     """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
     from megatron_ettin.config.errors import UserError
-    from megatron_ettin.plan import scale_table
+    from megatron_ettin.plan import calibration, scale_table
     from megatron_ettin.plan.scaling import Failures, Growth
+    from megatron_ettin.plan.table import calibration_lines
 
     numbers = scale_table.numbers_of(args.scale)
     growth = scale_table.read_curve(args.curve) if args.curve else Growth(8)
     failures = Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
     rows = scale_table.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node)
+    rows = scale_table.priced(rows, args.price)
     if args.picture:
         try:
             args.picture.write_bytes(scale_table.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
         except OSError as error:
             raise UserError(f"--picture {args.picture}: {error.strerror}") from None
     if not args.json:
-        print(scale_table.table(rows))
+        print("\n".join([scale_table.table(rows), *calibration_lines(errors)]))
         return
-    answer = {"growth": vars(growth), "failures": vars(failures), "rows": [vars(row) for row in rows]}
+    answer = {
+        "gpu": vars(gpu),
+        "constants": calibration.to_json(constants),
+        "calibration": errors,
+        "growth": vars(growth),
+        "failures": vars(failures),
+        "rows": [vars(row) for row in rows],
+    }
     print(json.dumps(answer, indent=1))
 
 

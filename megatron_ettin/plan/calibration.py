@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.hardware import ALIASES, TABLE, Gpu, find_gpu, read_table
-from megatron_ettin.plan.step_time import PUBLISHED, Constants, features, predict
+from megatron_ettin.plan.step_time import PUBLISHED, Constants, features, predict, usual_chunk_tokens
 
 NEEDED = ("size", "gpus", "tokens_per_second_per_gpu")
 KNOWN = (*NEEDED, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
+OF_BENCH = ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")  # what a line of it has, and more:
+MORE_OF_BENCH = ("micro_batch_rows", "global_batch_rows", "words", "device")
+NAMES, WHOLE = ("size", "objective", "phase", "gpu"), ("gpus", "gpus_per_node")
 CHOICES = [choice for n in (1, 2, 3) for choice in itertools.combinations(range(3), n)]
 
 
@@ -63,44 +67,77 @@ def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
         rows = load_json(text) if text.lstrip().startswith("[") else [load_json(one) for one in text.splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--calibrate {path}: {error}") from None
-    rows = [_of_bench(row, own) for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]
+    rows = [row for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]
     if not rows:
         raise UserError(f"--calibrate {path}: holds no runs")
-    return [_measured(path, number, row, gpu, own) for number, row in enumerate(rows, 1)]
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(_measured(_of_bench(row, own), gpu, own))
+        except UserError as error:
+            raise UserError(f"--calibrate {path}: run {number}: {error}") from None
+    return named_apart(found, [row.get("words", []) for row in rows])
+
+
+def named_apart(runs: list[Measured], words: list[list[str]]) -> list[Measured]:
+    """With the words in their names that not all of them have."""
+    common = set.intersection(*map(set, words))
+    names = (" ".join([run.name, *(word for word in own if word not in common)]) for run, own in zip(runs, words))
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
 
 
 def _of_bench(row: Any, own: Path | None) -> Any:
     """A line of `ettin bench` as a run: the batch it cut is part of its words."""
     if not isinstance(row, dict) or "state" not in row:
         return row
+    if lacking := [key for key in (*OF_BENCH, *MORE_OF_BENCH) if key not in row]:
+        raise UserError(f"is no whole line of `ettin bench`: it has no {lacking[0]}")
+    _check_types({"words": row["words"], "gpu": row["device"]})
     batch = [f"batch.micro_batch_rows={row['micro_batch_rows']}", f"batch.global_batch_rows={row['global_batch_rows']}"]
-    found = {key: row[key] for key in ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")}
+    found = {key: row[key] for key in OF_BENCH}
     found |= {"words": [*row["words"], *batch, "batch.warmup_tokens=0"]}
-    found |= {"chunk_tokens": row["chunk_tokens"]} if row.get("chunk_tokens") else {}
+    chunk = row.get("attended_chunk_tokens") or row.get("chunk_tokens")
+    found |= {"chunk_tokens": chunk} if chunk else {}
     names = sorted({**ALIASES, **read_table(TABLE), **(read_table(own) if own else {})}, key=len, reverse=True)
     device = row["device"].lower().replace(" ", "-")
     part = next((name for name in names if name in device), None)
     return found | ({"gpu": part} if part is not None else {})
 
 
-def _measured(path: Path, number: int, row: Any, gpu: Gpu, own: Path | None) -> Measured:
-    where = f"--calibrate {path}: run {number}"
+def _measured(row: Any, gpu: Gpu, own: Path | None) -> Measured:
     if not isinstance(row, dict) or not row.keys() >= set(NEEDED):
-        raise UserError(f"{where}: has to have {', '.join(NEEDED)}")
+        raise UserError(f"has to have {', '.join(NEEDED)}")
     if wrong := sorted(row.keys() - set(KNOWN)):
-        raise UserError(f"{where}: {wrong[0]!r} is no key; they are {', '.join(KNOWN)}")
-    speed = row["tokens_per_second_per_gpu"]
-    if not isinstance(speed, (int, float)) or not speed > 0:
-        raise UserError(f"{where}: tokens_per_second_per_gpu: {speed!r} is not a number above 0")
+        raise UserError(f"{wrong[0]!r} is no key; they are {', '.join(KNOWN)}")
+    _check_types(row)
     config = parse(row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), words=row.get("words", []))
     part = find_gpu(row["gpu"], own) if "gpu" in row else gpu
-    chunk = row.get("chunk_tokens", config.data.seq_len)
-    name = f"{row['size']} {config.run.objective} on {row['gpus']}"
     found = Measured(
-        name, config, int(row["gpus"]), part, int(row.get("gpus_per_node", part.gpus_per_node)), chunk, speed
+        name=f"{row['size']} {config.run.objective} on {row['gpus']}",
+        config=config,
+        gpus=row["gpus"],
+        gpu=part,
+        node=row.get("gpus_per_node", part.gpus_per_node),
+        chunk_tokens=row.get("chunk_tokens", usual_chunk_tokens(config)),
+        tokens_per_second_per_gpu=row["tokens_per_second_per_gpu"],
     )
     check_layout(config, found.gpus)
     return found
+
+
+def _check_types(row: dict[str, Any]) -> None:
+    """Names, numbers above 0, words. Raises UserError naming the key."""
+    for key, value in row.items():
+        if key == "words":
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise UserError(f"words: {value!r} is no list of key=value")
+        elif key in NAMES:
+            if not isinstance(value, str):
+                raise UserError(f"{key}: {value!r} is no name")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{key}: {value!r} is not a number above 0")
+        elif key in WHOLE and not isinstance(value, int):
+            raise UserError(f"{key}: {value!r} is not a whole number")
 
 
 def fit(runs: list[Measured]) -> Constants:

@@ -22,8 +22,10 @@ from megatron_ettin.plan.pipeline import simulate
 from megatron_ettin.plan.scaling import AT_GPUS, Failures, Growth, best_interval, fit, goodput
 from megatron_ettin.plan.search import Planned, nearest_miss, search
 from megatron_ettin.plan.step_time import Constants, hop_seconds, stage_features
+from megatron_ettin.plan.table import layout_name
 
 MOST_GPUS = 65_536
+LEAST_GOODPUT = 0.001
 SIMULATED_GROUPS = 12  # of as many micro-batches as ranks; from then on all groups take equally long
 
 
@@ -41,6 +43,8 @@ class Scaled:
     goodput: float
     checkpoint_every_seconds: float
     phase_days: float
+    gpu_hours: float
+    cost: float | None = None  # of the phase, where a GPU's hour has a price
 
 
 def numbers_of(text: str) -> list[int]:
@@ -142,9 +146,15 @@ def _row(
     config: Config, strong: Planned, gpus: int, speeds: Sequence[float], first: Scaled | None, failures: Failures
 ) -> Scaled:
     kept = goodput(failures, gpus)
+    if kept < LEAST_GOODPUT:
+        raise UserError(
+            f"--scale: one of {gpus} GPUs fails every {failures.mean_seconds(gpus):.3g} s, so nothing is kept; relax"
+            " --mtbf-hours, --checkpoint-seconds or --restart-seconds"
+        )
+    seconds = config.run.tokens / (speeds[0] * gpus * kept)
     return Scaled(
         gpus=gpus,
-        layout=_name(strong),
+        layout=layout_name(strong),
         strong_tokens_per_second_per_gpu=speeds[0],
         strong_efficiency=speeds[0] / first.strong_tokens_per_second_per_gpu if first else 1.0,
         weak_tokens_per_second_per_gpu=speeds[1],
@@ -152,25 +162,28 @@ def _row(
         step_seconds=strong.config.batch.global_batch_rows * strong.row_tokens / gpus / speeds[0],
         goodput=kept,
         checkpoint_every_seconds=best_interval(failures, gpus),
-        phase_days=config.run.tokens / (speeds[0] * gpus * kept) / 86_400,
+        phase_days=seconds / 86_400,
+        gpu_hours=seconds / 3600 * gpus,
     )
 
 
-def _name(one: Planned) -> str:
-    parallel = one.config.parallel
-    axes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": one.dp}
-    return " ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp")
+def priced(rows: Sequence[Scaled], price: float | None) -> list[Scaled]:
+    """With what the phase costs, where a GPU's hour has a price."""
+    return [dataclasses.replace(row, cost=None if price is None else row.gpu_hours * price) for row in rows]
 
 
 def table(rows: Sequence[Scaled]) -> str:
-    lines = ["  GPUs  layout                  tokens/s/GPU  strong    weak   step, s  goodput  checkpoint  phase, days"]
+    lines = [
+        "  GPUs  layout                  tokens/s/GPU  strong    weak   step, s  goodput  checkpoint  phase, days"
+        f"  GPU-hours{'        cost' * (rows[0].cost is not None)}"
+    ]
     for row in rows:
         every = f"{row.checkpoint_every_seconds / 60:.0f} min"
         speed = f"{row.strong_tokens_per_second_per_gpu:12,.0f}"
         lines.append(
             f"{row.gpus:6,}  {row.layout:22}  {speed}  {row.strong_efficiency:6.1%}"
             f"  {row.weak_efficiency:6.1%}  {row.step_seconds:8.3f}  {row.goodput:7.2%}  {every:>10}"
-            f"  {row.phase_days:11,.1f}"
+            f"  {row.phase_days:11,.1f}  {row.gpu_hours:9,.0f}{f'  {row.cost:10,.0f}' if row.cost is not None else ''}"
         )
     return "\n".join(lines)
 

@@ -57,9 +57,10 @@ def fit(speeds: Mapping[int, float], step_seconds: float | None = None) -> Growt
     """From tokens a second of each GPU by their number: at least two numbers, the smallest below AT_GPUS; with it the
     seconds of a step on the smallest. Raises ValueError."""
     first = min(speeds, default=AT_GPUS)
-    if step_seconds is not None and step_seconds <= 0:
-        raise ValueError(f"step_seconds: {step_seconds} is not above 0")
-    if len(speeds) < 2 or first >= AT_GPUS or min(speeds.values()) <= 0:
+    if step_seconds is not None and not 0 < step_seconds < math.inf:
+        raise ValueError(f"step_seconds: {step_seconds} is not a number above 0")
+    usable = all(0 < speed < math.inf for speed in speeds.values())
+    if len(speeds) < 2 or not 1 <= first < AT_GPUS or not usable:
         raise ValueError(f"a curve has two numbers of GPUs or more, the smallest below {AT_GPUS}, and speeds above 0")
     gpus = np.array(sorted(speeds))
     longer = np.array([speeds[first] / speeds[n] for n in gpus.tolist()])
@@ -97,7 +98,10 @@ def goodput(failures: Failures, gpus: int, interval: float | None = None) -> flo
     """Share of the time that training goes on and is kept (Daly 2006, equation 20), at `interval` or the best one."""
     mean, cost = failures.mean_seconds(gpus), failures.checkpoint_seconds
     tau = best_interval(failures, gpus) if interval is None else interval
-    return tau / (mean * math.exp(failures.restart_seconds / mean) * math.expm1((tau + cost) / mean))
+    try:
+        return tau / (mean * math.exp(failures.restart_seconds / mean) * math.expm1((tau + cost) / mean))
+    except OverflowError:  # it never gets as far as a checkpoint
+        return 0.0
 
 
 def simulate_goodput(failures: Failures, gpus: int, interval: float, hours: float, seed: int = 0) -> float:

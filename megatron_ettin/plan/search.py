@@ -18,7 +18,8 @@ from megatron_ettin.plan.step_time import Constants, StepTime, operations_per_to
 
 USABLE_MEMORY = 0.92  # the rest is the driver's, NCCL's and the allocator's gaps
 LONG_ROWS = 4096  # from here on context parallelism is looked at
-MOST_STAGES, CHUNKS = 16, (1, 2, 4)
+MOST_STAGES, CHUNKS = 16, (1, 2, 4, 7)
+STAGES = (1, 2, 4, 7, 8, 14, MOST_STAGES)  # looked at even where they do not divide the GPUs, to say so
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def search(
     for degrees in combinations(config, gpus, node):
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
-        for recompute in ("none", "full"):
+        for recompute in ("none", "full") if config.parallel.recompute == "none" else (config.parallel.recompute,):
             for rows in micro_batch_sizes(config):
                 try:
                     options.append(planned(config, degrees, rows, recompute, gpus, gpu, constants, chunk_tokens, node))
@@ -107,7 +108,8 @@ def combinations(config: Config, gpus: int, node: int) -> Iterator[dict[str, int
     own = config.parallel
     degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
     contexts = [1, 2, 4, 8] if config.data.seq_len >= LONG_ROWS else [1]
-    stages = [pp for pp in (1, 2, 4, 7, 8, 14, MOST_STAGES) if pp <= config.model.num_layers]
+    most = min(MOST_STAGES, config.model.num_layers)
+    stages = [pp for pp in range(1, most + 1) if pp in STAGES or gpus % pp == 0]
     for tp in degrees if own.tp == 1 else [own.tp]:
         for cp in contexts if own.cp == 1 else [own.cp]:
             for pp in stages if own.pp == 1 else [own.pp]:
@@ -162,3 +164,21 @@ def nearest_miss(rejected: list[Rejected]) -> str:
     short = [one for one in rejected if one.reason.startswith("does not fit")]
     best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
     return f"{best.layout}: {best.reason}"
+
+
+def limit_to_relax(reason: str, config: Config, gpus: int) -> str:
+    """What to change so that the nearest layout becomes valid: the end of a message."""
+    parallel = config.parallel
+    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
+    given = ", ".join(f"parallel.{axis}={size}" for axis, size in degrees.items() if size > 1)
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if gpus % ranks:
+        numbers = [n for n in (gpus - gpus % ranks, gpus + ranks - gpus % ranks) if n]
+        return f"; relax --gpus ({' or '.join(map(str, numbers))}) or {given}"
+    if reason.startswith("does not fit"):
+        return f"; relax {f'{given}, ' * bool(given)}the memory (--gpu), --gpus or data.seq_len"
+    if "rows of a step" in reason:
+        return "; relax --gpus or batch.global_batch_rows"
+    if "interleaved" in reason:
+        return f"; relax {'parallel.vp or ' * (parallel.vp > 1)}batch.global_batch_rows"
+    return ""

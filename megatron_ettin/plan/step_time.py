@@ -27,6 +27,7 @@ UPDATE_BYTES = 50
 # how much faster products are in FP8 than in bf16 at these widths; nanochat 1.17 over a whole step, Mosaic 1.10 to 1.35
 FP8_SPEEDUP = {"fp8-delayed": 1.25, "fp8-current": 1.25, "fp8-blockwise": 1.15, "mxfp8": 1.25}
 REFERENCE_BANDWIDTH = 3.35e12  # of the GPU that `token_layer_seconds` is of; others' scale by their memory's bandwidth
+PUBLISHED_CHUNK_TOKENS = 615.4  # mean of the recipe's pretraining mixture
 LINK_SHARE = 0.8  # of a link's rate that a ring reaches
 
 
@@ -84,6 +85,12 @@ class StepTime:
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
+
+
+def usual_chunk_tokens(config: Config) -> float:
+    """Of documents in rows where nobody says: the recipe's in pre-training, in later phases whole rows."""
+    seq_len = float(config.data.seq_len)
+    return min(PUBLISHED_CHUNK_TOKENS, seq_len) if config.run.phase == "pretrain" else seq_len
 
 
 def operations_per_token(config: Config, chunk_tokens: float) -> float:

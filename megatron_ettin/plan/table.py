@@ -15,6 +15,7 @@ from megatron_ettin.plan.search import Planned, Rejected
 
 SECONDS_A_DAY = 86_400
 SHOWN_REASONS = 5
+SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
 def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
@@ -45,11 +46,11 @@ def print_plan(
     found: list[Planned], rejected: list[Rejected], top: int, price: float | None, errors: list[dict[str, Any]]
 ) -> None:
     console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
-    columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "dp", "GiB")
+    columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "pp", "dp", "GiB")
     table = Table(*columns, box=None, header_style="", pad_edge=False)
     for one in found[:top]:
         seconds = one.time
-        shares = [seconds.bubble, seconds.exposed_tp, seconds.exposed_cp, seconds.exposed_dp]
+        shares = [getattr(seconds, part) for part in SHARES]
         again = ", recompute" if one.config.parallel.recompute != "none" else ""
         table.add_row(
             *(layout_name(one) + again, str(one.config.batch.micro_batch_rows)),
@@ -72,11 +73,8 @@ def print_plan(
         f"{best.config.run.phase}: {format_count(best.config.run.tokens)} tokens in {cost['days']:,.1f} days,"
         f" {cost['gpu_hours']:,.0f} GPU-hours{money}"
     )
-    for row in errors:
-        console.print(
-            f"calibration: {row['run']}: {row['predicted']:,.0f} predicted, {row['measured']:,.0f} measured"
-            f" ({row['error_percent']:+.1f} %)"
-        )
+    for line in calibration_lines(errors):
+        console.print(line)
     reasons = summary(rejected)
     for reason in reasons[:SHOWN_REASONS]:
         console.print(f"not: {reason}")
@@ -103,3 +101,12 @@ def summary(rejected: list[Rejected]) -> list[str]:
     for one in rejected:
         by_reason.setdefault(one.reason, []).append(one.layout)
     return [f"{'; '.join(names[:4])}{' ...' * (len(names) > 4)}: {reason}" for reason, names in by_reason.items()]
+
+
+def calibration_lines(errors: list[dict[str, Any]]) -> list[str]:
+    """How far the model is from each run that it was fitted to."""
+    return [
+        f"calibration: {row['run']}: {row['predicted']:,.0f} predicted, {row['measured']:,.0f} measured"
+        f" ({row['error_percent']:+.1f} %)"
+        for row in errors
+    ]

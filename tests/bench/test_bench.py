@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ettin.bench import results
-from megatron_ettin.bench.synthetic import SyntheticRows
+from megatron_ettin.bench.layouts import combinations
+from megatron_ettin.bench.picture import LAYOUT, draw, heat_sides, in_order, label
+from megatron_ettin.bench.synthetic import SyntheticRows, attended_chunk_tokens
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan.volumes import volumes
@@ -29,7 +32,7 @@ def bench(pool: Pool, world: int, out: Path, *words: str) -> str:
 
 def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
     out, picture = tmp_path / "bench.jsonl", tmp_path / "bench.png"
-    words = ["--sweep", "parallel.tp=1,2,3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
+    words = ["--layouts", "dp,tp2,tp3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
     said = bench(pool, 2, out, *words)
     rows = results.read(out)
     states = {results.name_of(row).partition("parallel.tp")[2]: row["state"] for row in rows.values()}
@@ -72,9 +75,10 @@ def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_real_rows_and_pipeline_stages(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2")
+    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vp=2")
     (row,) = results.read(tmp_path / "b.jsonl").values()
-    assert row["chunk_tokens"] is None and row["layout"].startswith("pp 2 dp 1")
+    assert row["chunk_tokens"] is None and 1 <= row["attended_chunk_tokens"] <= 64 and row["data"] == str(corpus)
+    assert row["layout"].startswith("pp 2 ")
     assert row["phase_seconds"]["communication pp"] > 0 and "communication pp" in said
     assert row["communication_bytes"]["pp"] > 0 and "it hands to collectives and transfers" in said
 
@@ -108,8 +112,18 @@ def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[2] for line in lines] == ["a=1", "b=1", "c=1"]
     assert lines[0].endswith("faster") and lines[1].endswith("4.0%") and lines[2].endswith("SLOWER")
+    assert main(["bench", "--compare", str(old), str(new), "--json"]) == 0
+    assert [row["moved"] for row in json.loads(capsys.readouterr().out)] == [True, False, True]
     assert main(["bench", "--compare", str(old), str(tmp_path / "none")]) == 2
+    assert "none: no such file" in capsys.readouterr().err
+    assert main(["bench", "--compare", str(old), str(write("other", {"e=1": 1.0}))]) == 2
     assert "no measurement is in both" in capsys.readouterr().err
+
+
+def test_words_of_all_are_told_once() -> None:
+    rows = [{"size": "17m", "objective": "mlm", "state": "invalid", "words": ["a=1", word]} for word in ("b=1", "b=2")]
+    table = results.table(rows).splitlines()
+    assert table[1].startswith("17m mlm b=1 ") and table[-1] == "all with a=1"
 
 
 def test_synthetic_rows() -> None:
@@ -119,6 +133,7 @@ def test_synthetic_rows() -> None:
     assert (source.row(7).tokens == rows[7].tokens).all()
     lengths = np.concatenate([row.lengths[:-1] for row in rows])  # a row's last is cut
     assert 100 < lengths.mean() < 300 and min(row.tokens.min() for row in rows) >= 5
+    assert attended_chunk_tokens(SyntheticRows(1024, 1e9, 1000)) == 1024
 
 
 @pytest.mark.parametrize(
@@ -127,6 +142,16 @@ def test_synthetic_rows() -> None:
         ([], "--size: is missing"),
         (["--size", "17m", "--steps", "0"], "--steps 0: has to be above 0"),
         (["--size", "17m", "--sweep", "parallel.tpp=1"], "no such key (did you mean 'parallel.tp'?)"),
+        (["--size", "5b"], "size '5b' does not exist; it is one of 17m"),
+        (["--size", "17m", "optim.lrr=1"], "unknown key 'optim.lrr' (did you mean 'optim.lr'?)"),
+        (["--size", "17m", "--warm-up", "-1"], "--warm-up -1: has to be 0 or more"),
+        (["--size", "17m", "--chunk-tokens", "nan"], "--chunk-tokens nan: has to be above 0"),
+        (["--size", "17m", "--chunk-tokens", "inf"], "--chunk-tokens inf: has to be finite"),
+        (["--size", "17m", "--layouts", "dp,tpp2"], "--layouts: 'tpp2': write tp, pp, vp or cp with a degree"),
+        (["--size", "17m", "--layouts", "dp,"], "--layouts: '': write tp"),
+        (["--size", "17m", "--layouts", "tp2", "--sweep", "parallel.tp=1"], "parallel.tp: is of --layouts already"),
+        (["--size", "17m", "--data", "/nowhere"], "/nowhere"),
+        (["--size", "17m", "--picture", "/"], "--picture /: is a folder; a file was expected"),
     ],
 )
 def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,3 +164,57 @@ def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "b.jsonl").write_text("nothing\n")
     assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
     assert "b.jsonl:1: is no result of `ettin bench`" in capsys.readouterr().err
+    assert main(["bench", "--size", "17m", "--out", str(tmp_path), "run.device=cpu"]) == 2
+    assert "is a folder; a file was expected" in capsys.readouterr().err
+
+
+def test_a_sweep_of_which_nothing_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]
+    for _ in range(2):  # the second time they are known
+        assert main(["bench", *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "none of 2 combinations is valid; 17m mlm run.device=cpu parallel.tp=3: " in error and "\n" not in error
+    assert {row["state"] for row in results.read(tmp_path / "b.jsonl").values()} == {"invalid"}
+
+
+def test_layouts() -> None:
+    found = combinations("dp, tp2sp,tp2pp2", "bf16,fp32", ["batch.micro_batch_rows=1,2"])
+    assert len(found) == 12
+    layout = ["parallel.tp=2", "parallel.pp=1", "parallel.sequence_parallel=true"]
+    assert found[5].words == [*layout, "precision.name=bf16", "batch.micro_batch_rows=2"]
+    assert combinations("dp", None, [])[0].words == ["parallel.tp=1"]
+    assert combinations(None, None, [])[0].words == []
+
+
+def test_what_is_measured_again() -> None:
+    """Other rows are another measurement; what was stopped is measured, what failed or did not fit is not."""
+    row = dict.fromkeys(results.SAME)
+    for other in ({"data": "a"}, {"quick": True}, {"micro_batches": 8}, {"chunk_tokens": 100.0}, {"config": "a.yaml"}):
+        assert results.key_of(row | other) != results.key_of(row)
+    states = {
+        "out of memory": (torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError()),
+        "failed": (RuntimeError("else"),),
+        "stopped": (KeyboardInterrupt(),),
+    }
+    for state, errors in states.items():
+        for error in errors:
+            found = results.failure(error, torch.OutOfMemoryError)
+            assert found["state"] == state and "\n" not in found.get("reason", "")
+            assert results.to_measure(found, alone=True) == (state == "stopped")
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    assert results.failure(full, torch.OutOfMemoryError)["state"] == "out of memory"
+    assert results.to_measure(None, alone=False) and not results.to_measure({"state": "invalid"}, alone=False)
+
+
+def test_a_picture_of_many_keys() -> None:
+    layouts = ["parallel.tp=1", "parallel.tp=2"]
+    names = [[a, f"batch.micro_batch_rows={n}", f"precision.name={p}"] for a in layouts for n in (2, 16) for p in "xy"]
+    rows = [{"size": "17m", "objective": "mlm", "gpus": 1, "state": "done", "words": one, "mfu": 0.4} for one in names]
+    rows = [row | {"tokens_per_second_per_gpu": 9.0, "tokens_per_second_range": [8.0, 10.0]} for row in rows]
+    assert draw(rows).startswith(b"\x89PNG")
+    assert heat_sides(["parallel.tp", "a", "b"]) == (["parallel.tp"], ["a", "b"])
+    assert heat_sides(["a", "b"]) == (["a"], ["b"]) and heat_sides(["a"]) is None
+    assert heat_sides(["parallel.tp", "parallel.pp"]) == (["parallel.tp"], ["parallel.pp"])
+    assert sorted(["16", "2", "-"], key=lambda value: in_order([value])) == ["2", "16", "-"]
+    values = {"parallel.tp": "2", "parallel.pp": "1", "parallel.sequence_parallel": "true", "precision.name": "bf16"}
+    assert label(values, [*LAYOUT, "precision.name"]) == "tp 2 sp, precision bf16" and label({}, LAYOUT) == "dp"

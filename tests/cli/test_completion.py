@@ -29,7 +29,7 @@ from tests.cli.test_main import modules_after
         ("train --size=1", ["--size=17m", "--size=150m", "--size=1b"]),
         ("train --phase c", ["cross"]),
         ("train --init-optimizer ", ["keep", "fresh"]),
-        ("train p", ["parallel.", "precision."]),
+        ("train p", ["parallel.", "precision.", "profile."]),
         ("train opt", []),
         ("train parallel.t", ["parallel.tp=", "parallel.tp_overlap="]),
         ("train --size 17m optim.lr=1 --dry-run data.mlm", ["data.mlm_probability="]),

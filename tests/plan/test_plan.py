@@ -69,6 +69,7 @@ def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_pat
     assert main(["plan", "--size", "1b", "--gpus", "512", "--price", "2", "--top", "3"]) == 0
     out = capsys.readouterr().out
     assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of tp 2 dp 256" in out
+    assert out.split("\n")[0].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
     assert "256 a step are empty" in out and "GPU-hours" in out and " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]
     (tmp_path / "site.yaml").write_text(pasted)
@@ -80,6 +81,17 @@ def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_degrees_that_are_set_stay(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--size", "400m", "--gpus", "16", "--gpu", "a100", "parallel.tp=2", "parallel.pp=2")
     assert {(one["tp"], one["pp"]) for one in found["layouts"]} == {(2, 2)}
+
+
+def test_stages_that_divide_the_gpus_and_recomputation_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, "--size", "150m", "--gpus", "24", "parallel.recompute=selective", "parallel.tp=2")
+    assert {(one["pp"], one["recompute"]) for one in found["layouts"]} >= {(pp, "selective") for pp in (2, 3, 4, 6, 12)}
+    assert {one["recompute"] for one in found["layouts"]} == {"selective"}
+
+
+def test_no_document_is_longer_than_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    long, whole = (plan(capsys, "--size", "17m", "--gpus", "1", "--chunk-tokens", n) for n in ("99999", "1024"))
+    assert long["layouts"] == whole["layouts"]
 
 
 def test_long_rows_of_a_small_gpu_are_recomputed_or_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +151,17 @@ def test_a_stage_with_the_head_is_not_the_busiest_for_its_operations_alone(capsy
     [
         ("--gpus 8 --gpu h1000", "--gpu h1000: not known (did you mean 'h100'?)"),
         ("--gpus 7 parallel.tp=2", "--gpus 7: no valid layout; the nearest: tp 2: parallel: tp 2 x pp 1 x cp 1 = 2"),
+        ("--gpus 7 parallel.tp=2", "does not divide 7 ranks; relax --gpus (6 or 8) or parallel.tp=2"),
         ("--gpus 1 --gpu cpu", "does not fit: 17.9 GiB of 11.0 usable, with micro-batches of 1 and recompute=full"),
+        ("--gpus 1 --gpu cpu", "recompute=full; relax the memory (--gpu), --gpus or data.seq_len"),
+        ("--gpus 1000003", "more than the 2816 rows of a step; relax --gpus or batch.global_batch_rows"),
+        ("--gpus 8 --price nan", "--price nan: has to be above 0"),
+        ("--gpus 8 --chunk-tokens inf", "--chunk-tokens inf: has to be finite"),
+        ("--gpus 8 --scale 8:64", "--gpus: goes not with --scale, which has numbers of its own"),
+        (
+            "--scale 8:8 --mtbf-hours 1e-9",
+            "one of 8 GPUs fails every 4.5e-07 s, so nothing is kept; relax --mtbf-hours",
+        ),
         ("--gpus 0", "--gpus 0: has to be above 0"),
         ("--gpus 8 --gpu a100 precision.name=fp8-current", "fp8-current is not of a100, which has no FP8; use bf16"),
         ("--gpus 8 --calibrate /nowhere", "--calibrate /nowhere: "),
@@ -188,6 +210,13 @@ def test_parts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ({"size": "1b", "gpus": 4}, "run 1: has to have size, gpus, tokens_per_second_per_gpu"),
         ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": 0}, "0 is not a number above 0"),
         ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": 9, "tps": 1}, "'tps' is no key; they are size, gpus"),
+        ({"size": "9b", "gpus": 4, "tokens_per_second_per_gpu": 9}, "run 1: size '9b' does not exist"),
+        ({"size": 1, "gpus": 4, "tokens_per_second_per_gpu": 9}, "run 1: size: 1 is no name"),
+        ({"size": "1b", "gpus": 0, "tokens_per_second_per_gpu": 9}, "run 1: gpus: 0 is not a number above 0"),
+        ({"size": "1b", "gpus": 4.5, "tokens_per_second_per_gpu": 9}, "run 1: gpus: 4.5 is not a whole number"),
+        ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": float("inf")}, "inf is not a number above 0"),
+        ({"size": "1b", "gpus": 4, "tokens_per_second_per_gpu": 9, "words": [1]}, "is no list of key=value"),
+        ({"state": "done", "size": "1b"}, "run 1: is no whole line of `ettin bench`: it has no objective"),
     ],
 )
 def test_runs_that_are_none(tmp_path: Path, line: dict, message: str) -> None:

@@ -52,8 +52,19 @@ def test_without_a_curve_the_links_and_one_percent_count(capsys: pytest.CaptureF
     for row in rows.values():
         speed = row["strong_tokens_per_second_per_gpu"] * row["gpus"]
         assert row["phase_days"] == pytest.approx(1.7e12 / speed / row["goodput"] / 86_400, rel=0.01)
-    assert main(["plan", "--size", "1b", "--scale", "8,24"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["GPUs", "8", "24"]
+        assert row["gpu_hours"] == pytest.approx(24 * row["phase_days"] * row["gpus"]) and row["cost"] is None
+    assert main(["plan", "--size", "1b", "--scale", "8,24", "--price", "2"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.endswith("cost") and [line.split()[0] for line in lines] == ["8", "24"]
+    hours, cost = (float(word.replace(",", "")) for word in lines[0].split()[-2:])
+    assert cost == pytest.approx(2 * hours, rel=1e-3)
+
+
+def test_with_calibration_its_errors_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = {"size": "1b", "gpus": 8, "tokens_per_second_per_gpu": 70e3}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["plan", "--size", "1b", "--scale", "8,16", "--calibrate", str(tmp_path / "runs.jsonl")]) == 0
+    assert "calibration: 1b mlm on 8: 70,000 predicted" in capsys.readouterr().out
 
 
 def test_strong_scaling_of_a_model_of_175_billion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,9 +93,12 @@ def test_the_slowest_of_many_is_that_of_draws() -> None:
 
 
 def test_curves_that_are_none() -> None:
-    for wrong in ({}, {8: 1.0}, {64: 1.0, 128: 0.9}, {8: 1.0, 16: 0.0}):
+    nan = float("nan")
+    for wrong in ({}, {8: 1.0}, {64: 1.0, 128: 0.9}, {8: 1.0, 16: 0.0}, {8: nan, 16: 1.0}, {0: 1.0, 8: 1.0}):
         with pytest.raises(ValueError, match="a curve has two numbers"):
             fit(wrong)
+    with pytest.raises(ValueError, match="step_seconds: nan is not a number above 0"):
+        fit({8: 1.0, 16: 1.0}, nan)
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])
