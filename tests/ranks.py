@@ -17,12 +17,16 @@ from tests.pool import free_port, mutated
 PRELOADED = ["megatron_ettin.train.chain", "megatron_ettin.cli.train", "tests.pool"]
 
 
-def rank_main(rank: int, world: int, port: int, log: Path, command: list[str], mutation: str | None) -> None:
+def rank_main(
+    rank: int, world: int, port: int, log: Path, command: list[str], mutation: str | None, environ: dict[str, str]
+) -> None:
     """One rank's process, as torchrun would start it; what it prints goes to `log`."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environ)  # of the test: the server has that of the first one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
@@ -50,9 +54,10 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         port = free_port()
+        environ = dict(os.environ)
         self.processes: list[ForkServerProcess] = []
         for rank, log in enumerate(self.logs):
-            process = context.Process(target=rank_main, args=(rank, world, port, log, command, mutation))
+            process = context.Process(target=rank_main, args=(rank, world, port, log, command, mutation, environ))
             process.start()
             self.processes.append(process)
 

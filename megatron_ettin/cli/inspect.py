@@ -61,11 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path, as_json: bool = False) -> Verified:
-    """Read every byte of a dataset and its row plans. UserError names the first bad file; several are printed."""
-    from megatron_ettin.data.rows import plan_files
-    from megatron_ettin.data.verification import dataset_files, verify_files
+    """Read every byte of a dataset, its row plans and orders. UserError names the first bad file of several."""
+    from megatron_ettin.data.verification import dataset_files, derived_files, verify_files
 
-    found = verify_files([*dataset_files(path), *plan_files(path), *plan_files(path / "heldout")])
+    found = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
     if found.problems:
         if as_json:
             print(json.dumps({"verified": False, "verification": str(found), "problems": found.problems}, indent=1))

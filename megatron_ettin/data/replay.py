@@ -25,7 +25,15 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
-from megatron_ettin.data.manifest import FileRecord, check_file, record_of, sync_directory, write_json_durably
+from megatron_ettin.data.manifest import (
+    FileRecord,
+    check_file,
+    checked_digest,
+    record_of,
+    sync_directory,
+    with_digest,
+    write_json_durably,
+)
 from megatron_ettin.data.mapped import map_scattered
 from megatron_ettin.data.replay_exported import exported_rows
 from megatron_ettin.data.replay_files import GivenRows, kind_of_files, open_order_files
@@ -152,7 +160,7 @@ def open_given_order(
 def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
     """The record of a compiled order, or None where it is absent or damaged."""
     try:
-        raw: dict[str, Any] = load_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
         raw["files"] = {name: FileRecord(**file) for name, file in raw["files"].items()}
         record = OrderRecord(**raw)
         for name in COLUMNS:
@@ -175,7 +183,7 @@ def build_order(
         figures = write_columns(building, rows, datasets)
         files = {name: record_of(building / name) for name in COLUMNS}
         record = OrderRecord(seq_len=seq_len, batching=batching, files=files, **figures)
-        write_json_durably(building / RECORD_FILE, asdict(record))
+        write_json_durably(building / RECORD_FILE, with_digest(asdict(record)))
         sync_directory(building)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.rename(building, folder)

@@ -42,7 +42,6 @@ from megatron_ettin.data.row_building import (
     read_lengths,
     write_packed,
 )
-from megatron_ettin.data.verification import Expected
 
 FOLDERS = {"packed": "rows", "padded": "padded"}  # batching -> prefix of the plan's folder
 VERSION = 1  # raise it when the same chunks would be packed otherwise
@@ -195,20 +194,6 @@ def existing_plans(dataset: Dataset) -> list[RowPlan]:
             if length.isdigit() and (plan := open_plan(folder, dataset, int(length), batching)):
                 plans.append(plan)
     return sorted(plans, key=lambda plan: (plan.batching, plan.seq_len))
-
-
-def plan_files(dataset_folder: Path) -> Iterator[Expected]:
-    """The files of the row plans beside a dataset as their records have them, for verification."""
-    remedy = " (remove its folder: the plan is built again)"
-    for record_file in sorted(dataset_folder.glob("*_*/plan.json")):
-        try:
-            files = checked_digest(load_json(record_file.read_text(encoding="utf-8")))["files"]
-            records = {name: FileRecord(**record) for name, record in files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"damaged ({type(error).__name__})"
-            yield Expected(record_file, FileRecord(0, ""), remedy=remedy, problem=problem)
-            continue
-        yield from (Expected(record_file.with_name(name), record, remedy=remedy) for name, record in records.items())
 
 
 def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
