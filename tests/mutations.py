@@ -391,3 +391,22 @@ def doctor_of_other_code_on_rank_1() -> Iterator[None]:
         yield
     finally:
         ranks.code_hash = real
+
+
+@contextlib.contextmanager
+def memory_ends_on_rank_1() -> Iterator[None]:
+    """Micro-batches of two rows do not fit, on one rank alone, in the middle of a step."""
+    import torch
+
+    from megatron_ettin.train import step
+
+    real = step.run_micro_batches
+
+    def run(machine, *arguments, training):
+        found = real(machine, *arguments, training=training)
+        if os.environ["RANK"] == "1" and machine.config.batch.micro_batch_rows == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory: all of it")
+        return found
+
+    with mock.patch.object(step, "run_micro_batches", run):
+        yield

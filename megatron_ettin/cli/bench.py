@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 USUAL = {"micro_batches": 4, "steps": 8, "warm_up": 3}
 QUICK = {"micro_batches": 2, "steps": 3, "warm_up": 1}
 QUICK_ROWS = 2
+MEETING_SECONDS = 30.0  # that ranks may differ in giving a combination up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +161,32 @@ def one(
             raise
         return row
     except (Exception, KeyboardInterrupt) as error:
-        kept = keep(results.failure(error, out_of_memory()))
-        if place.world > 1 or kept["state"] != results.NO_MEMORY:
+        state, met = after_failure(place, platform, results.failure(error, out_of_memory()))
+        kept = keep(state)
+        if kept["state"] != results.NO_MEMORY or not met:
             raise  # others wait in a collective: the job ends, and goes on behind this one when started again
         return kept
     return keep({"state": results.DONE, **described(config, corpus, place, platform), **figures})
+
+
+def after_failure(place: Place, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The state of a measurement that failed on this rank (that memory did not suffice where it did not on another),
+    and whether all ranks are here and can go on together: one in a collective that never ends does not come."""
+    from megatron_ettin.bench import results
+    from megatron_ettin.config.errors import RankError
+    from megatron_ettin.platform.rendezvous import from_all
+
+    if own["state"] == results.STOPPED:
+        return own, False
+    try:
+        states = from_all(place, platform, own, MEETING_SECONDS)
+    except RankError:
+        return own, False
+    full = [(rank, state) for rank, state in enumerate(states) if state["state"] == results.NO_MEMORY]
+    if not full or place.world == 1:
+        return own, True
+    rank, state = full[0]
+    return state | {"reason": f"rank {rank}: {state['reason']}"}, True
 
 
 def identity(args: argparse.Namespace, member: Member, place: Place, platform: Platform) -> dict[str, Any]:

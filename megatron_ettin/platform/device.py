@@ -19,7 +19,10 @@ from megatron_ettin.config.graphs import KERNELS
 from megatron_ettin.config.precisions import PRECISIONS
 
 # dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
-PEAK_BF16_TFLOPS = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
+PEAK_BF16_TFLOPS = {
+    **{"H100 PCIe": 756.0, "H100 NVL": 835.5},  # before the H100 that any other name means
+    **{"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0},
+}
 OLDEST_TRANSFORMER_ENGINE = "2.12.0"  # the first whose fused attention takes keys on both sides of a window
 
 

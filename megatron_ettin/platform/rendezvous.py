@@ -158,6 +158,21 @@ def from_chief(place: Place, platform: Platform, make: Callable[[], Any]) -> Any
     return box[0]
 
 
+def from_all(place: Place, platform: Platform, own: Any, arrival_seconds: float) -> list[Any]:
+    """Every rank's value, by rank, where there are no groups: they join for it and leave. Raises RankError when one
+    does not come within `arrival_seconds`."""
+    if place.world == 1:
+        return [own]
+    leave()
+    join(place, platform, arrival_seconds=arrival_seconds)
+    try:
+        found: list[Any] = [None] * place.world
+        dist.all_gather_object(found, own)
+        return found
+    finally:
+        leave()
+
+
 def _meeting_point(place: Place, patience: timedelta) -> dist.Store:
     """The store that rank 0 holds, or torchrun's agent, which its own environment tells of. It does not wait for all
     ranks itself, since it could not say who did not come."""

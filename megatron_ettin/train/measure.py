@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,26 +46,35 @@ def measure(config: Config, corpus: Any, place: Place, platform: Platform, lengt
     try:
         join(place, platform)
         machine = assemble(config, platform, place.world)
-        batches = Batches.of(config, corpus, machine.layout, platform.device)
-        workers = worker_count(config.data.workers, platform.is_gpu)
-        timed_from = lengths.warm_up + lengths.counted
-        end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
-        loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
-        try:
-            infos = [
-                train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step))
-                for step in range(timed_from)
-            ][lengths.warm_up :]
-            phases, sent = timed(machine, batches, loader, timed_from)
-            tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
-        finally:
-            loader.close()
-        return figures(machine, infos, phases, sent, tensors)
+        return measured(machine, corpus, lengths)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # its frames hold the groups, and the other ranks wait in them
+        raise
     finally:
         if machine is not None:
             machine.close()
+        machine = None
         parallel.destroy()
         leave()
+
+
+def measured(machine: Machine, corpus: Any, lengths: Lengths) -> dict[str, Any]:
+    """Figures of a machine's steps."""
+    platform, config = machine.platform, machine.config
+    batches = Batches.of(config, corpus, machine.layout, platform.device)
+    workers = worker_count(config.data.workers, platform.is_gpu)
+    timed_from = lengths.warm_up + lengths.counted
+    end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
+    loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
+    try:
+        infos = []
+        for step in range(timed_from):  # no comprehension: its closure would keep the machine of a step that fails
+            infos.append(train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step)))
+        phases, sent = timed(machine, batches, loader, timed_from)
+        tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
+    finally:
+        loader.close()
+    return figures(machine, infos[lengths.warm_up :], phases, sent, tensors)
 
 
 def out_of_memory() -> type[BaseException]:

@@ -160,6 +160,16 @@ def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest
     assert message in error and "\n" not in error and not (tmp_path / "b.jsonl").exists()
 
 
+def test_memory_that_ends_on_one_rank(pool: Pool, tmp_path: Path) -> None:
+    """The other waits in the sum of gradients; both go on with what is left of the sweep."""
+    line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE]
+    found = pool.run(2, [*line, "--sweep", "batch.micro_batch_rows=2,1"], mutation="memory_ends_on_rank_1")
+    assert [one.status for one in found] == [0, 0], found[0].output + found[1].output
+    full, fits = results.read(tmp_path / "b.jsonl").values()
+    assert full["state"] == "out of memory" and full["reason"] == "rank 1: CUDA out of memory: all of it"
+    assert fits["state"] == "done" and "out of memory: rank 1: CUDA" in found[0].output
+
+
 def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.jsonl").write_text("nothing\n")
     assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
