@@ -13,10 +13,12 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         # read once: a rank that comes later would find what rank 0 has begun
         known = from_chief(place, platform, lambda: known_results(args))
-        for member in found:
-            rows.append(one(args, member, place, platform, known, alone=len(found) == 1))
+        with telling(place) as tell:
+            for number, member in enumerate(found):
+                tell(number, len(found), " ".join(member.words))
+                rows.append(one(args, member, place, platform, known, alone=len(found) == 1))
     finally:
         forget()
     first = rows[0]
@@ -85,6 +89,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"none of {len(rows)} combinations is valid; {results.name_of(first)}: {first['reason']}")
     if place.rank == 0:
         show(args, rows)
+
+
+@contextlib.contextmanager
+def telling(place: Place) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar where a terminal has one; in a log each result's own line suffices."""
+    from megatron_ettin.cli.progress import items_report
+
+    if place.rank or not sys.stderr.isatty():
+        yield lambda done, total, line: None
+        return
+    with items_report("bench") as tell:
+        yield tell
 
 
 def settle(args: argparse.Namespace) -> None:

@@ -55,3 +55,20 @@ def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
             progress.update(line, completed=done, total=total, speed=speed)
 
         yield report
+
+
+@contextlib.contextmanager
+def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Of work in few large parts. Yields tell(done, total, line): on a terminal a bar with the newest line, elsewhere
+    every line on standard error. Prints meanwhile appear above the bar."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, line: print(f"[{done}/{total}] {line}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[line]}"), console=console, transient=True) as progress:
+        bar = progress.add_task(title, total=None, line="")
+        yield lambda done, total, line: progress.update(bar, completed=done, total=total, line=line)

@@ -12,9 +12,10 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.release.workers import WorkerLost
 
     try:
-        result = build.release(plan, None if args.json else _tell)
+        with _telling(args.json) as tell:
+            result = build.release(plan, tell)
     except WorkerLost as error:  # exit 1: nobody's typing
         raise SystemExit(f"ettin release: {error}") from error
     told = {"out": str(args.out), **dataclasses.asdict(result)}
@@ -130,13 +132,23 @@ def _push(args: argparse.Namespace) -> dict[str, Any]:
     return {"url": done.url, "uploaded": done.uploaded, "kept": done.kept}
 
 
-def _tell(done: int, total: int, outcome: Any) -> None:
-    """A line a revision, on standard error, so that standard output is the answer."""
-    if outcome is None:
-        print(f"{total} revisions to make", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _telling(as_json: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
+    """Progress on standard error, so that standard output is the answer; what failed stays to be read."""
+    from megatron_ettin.cli.progress import items_report
+
+    if as_json:
+        yield None
         return
-    told = outcome.error or f"{outcome.seconds:.1f} s"
-    print(f"[{done}/{total}] {outcome.name}: {told}", file=sys.stderr, flush=True)
+    with items_report("release") as tell:
+
+        def report(done: int, total: int, outcome: Any) -> None:
+            if outcome is None:
+                tell(0, total, f"{total} revisions to make")
+                return
+            tell(done, total, f"{outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}")
+
+        yield report
 
 
 def _print(told: dict[str, Any], as_json: bool) -> None:

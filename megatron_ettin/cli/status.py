@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.config.counts import duration
 from megatron_ettin.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,16 +184,3 @@ def queue_state(state: RunState, job: Queued | None) -> str:
     told = [job.state] if state.doing in (None, "step") else [job.state, str(state.doing)]
     silent = state.silent_seconds or 0.0
     return ", ".join([*told, *([f"silent for {duration(silent)}"] if silent > SILENT_SECONDS else [])])
-
-
-def duration(seconds: float) -> str:
-    """`3d 4h`, `2h 5m`, `40s`."""
-    units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-    for index, (name, size) in enumerate(units):
-        if seconds >= size:
-            whole, rest = divmod(int(seconds), size)
-            if index + 1 == len(units):
-                return f"{whole}{name}"
-            below, small = units[index + 1]
-            return f"{whole}{name} {rest // small}{below}"
-    return "0s"

@@ -10,11 +10,14 @@ On several devices:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from megatron_ettin.attempt import record_failure
 from megatron_ettin.cli.stages import Stage, chain_warning, stages_of
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="print where the run differs from the original trainer's, and why"
     )
-    parser.add_argument("--json", action="store_true", help="with --dry-run or --explain: as JSON")
+    parser.add_argument("--json", action="store_true", help="steps as JSON lines; with --dry-run or --explain: those")
     parser.add_argument(
         "words", nargs="*", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B"
     )
@@ -123,6 +126,23 @@ def run(args: argparse.Namespace) -> int:
 
         print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
         return 0
+    with told_to(args.json) as steps_to:
+        return trained(args, stages, is_chief, steps_to)
+
+
+@contextlib.contextmanager
+def told_to(as_json: bool) -> Iterator[TextIO | None]:
+    """Where steps go as JSON lines: to standard output, and what else is told to standard error."""
+    if not as_json:
+        yield None
+        return
+    lines = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lines
+
+
+def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps_to: TextIO | None) -> int:
+    """Train through the stages; the exit status."""
     if stages[0].config.resilience.in_process_restarts:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells of every look into the library's store
     from megatron_ettin.train.chain import run_chain, run_sweep
@@ -138,7 +158,10 @@ def run(args: argparse.Namespace) -> int:
             here = {args.init_from: imported}
             stages = [dataclasses.replace(one, init_from=here.get(one.init_from, one.init_from)) for one in stages]
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
-    launches = [Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept) for one in stages]
+    launches = [
+        Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept, steps_to)
+        for one in stages
+    ]
     try:
         pairs = list(zip((stage.config for stage in stages), launches, strict=True))
         settings, device = stages[0].config.resilience, stages[0].config.run.device

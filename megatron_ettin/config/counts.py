@@ -28,3 +28,16 @@ def format_count(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{suffix}"
     return f"{count:g}"
+
+
+def duration(seconds: float) -> str:
+    """`3d 4h`, `2h 5m`, `40s`."""
+    units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+    for index, (name, size) in enumerate(units):
+        if seconds >= size:
+            whole, rest = divmod(int(seconds), size)
+            if index + 1 == len(units):
+                return f"{whole}{name}"
+            below, small = units[index + 1]
+            return f"{whole}{name} {rest // small}{below}"
+    return "0s"

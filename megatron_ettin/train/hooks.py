@@ -17,7 +17,6 @@ from typing import Any
 from megatron_ettin import __version__
 from megatron_ettin.attempt import Heart
 from megatron_ettin.checkpoint.directory import step_of
-from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
@@ -151,39 +150,6 @@ class Metrics(Hook):
 
     def stop(self, run: Run) -> None:
         self.sinks.close()
-
-
-class Console(Hook):
-    """A progress bar on a terminal, plain lines elsewhere."""
-
-    def start(self, run: Run) -> None:
-        self.bar: Any = None
-        if not (run.is_chief and sys.stderr.isatty()):
-            return
-        from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"))
-        self.bar = Bar(*columns, TimeRemainingColumn())
-        settings = run.config.run
-        total = settings.steps or settings.tokens
-        self.task = self.bar.add_task(f"{settings.objective} {settings.phase}", total=total, numbers="")
-        self.bar.start()
-
-    def step(self, run: Run, info: StepInfo) -> None:
-        if not run.is_chief:
-            return
-        speed = format_count(info.step_tokens / info.seconds)
-        numbers = f"loss {info.loss:.4f} lr {info.lr:.2e} norm {info.grad_norm:.3f} {speed} tokens/s"
-        if self.bar is not None:
-            settings = run.config.run
-            done = info.step if settings.steps else info.tokens
-            self.bar.update(self.task, completed=done, numbers=f"step {info.step} {numbers}")
-        elif info.step % run.config.metrics.every_steps == 0:
-            print(f"step {info.step} tokens {info.tokens:,} {numbers}", flush=True)
-
-    def stop(self, run: Run) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 class Evaluation(Hook):

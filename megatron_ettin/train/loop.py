@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -39,10 +39,10 @@ from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.checkpoint_hooks import Checkpoints
+from megatron_ettin.train.console import Console
 from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
-    Console,
     Evaluation,
     GarbageCollection,
     Hook,
@@ -73,6 +73,7 @@ class Launch:
     allow_change: Sequence[str] = ()
     from_step: int | None = None  # of `init_from`, or of the run itself, which goes back to it
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
+    steps_to: TextIO | None = None  # where steps are told as JSON lines, instead of to people
 
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
@@ -235,7 +236,7 @@ def _train_watched(
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             run_directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
-        return train(run, build_hooks(run, watchdog.peers), stop)
+        return train(run, build_hooks(run, watchdog.peers, launch.steps_to), stop)
     except Exception as error:
         watchdog.explain()
         if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
@@ -251,9 +252,9 @@ def _train_watched(
         leave()
 
 
-def build_hooks(run: Run, peers: Sequence[Peer]) -> list[Hook]:
+def build_hooks(run: Run, peers: Sequence[Peer], steps_to: TextIO | None = None) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
-    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console()]
+    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(steps_to)]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
         kinds = OBJECTIVES[run.config.run.objective].kinds
