@@ -27,10 +27,8 @@ from megatron_ettin.config.errors import UserError
 
 
 def sharding_metadata(dp_group: Any) -> dict[str, Any]:
-    """What core's sharded_state_dict functions are told: layers differ (layer 0 has no norm), optimizer state is
-    written in model space, the only form that survives a change of layout."""
+    """What core's sharded_state_dict functions are told: layers differ (layer 0 has no norm)."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
         "non_homogeneous_layers": True,
         "singleton_local_shards": False,
         "dp_cp_group": dp_group,

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
-from megatron_ettin.optim import grad_norm
+from megatron_ettin.optim import grad_norm, shards
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
@@ -34,6 +34,7 @@ class TrainingOptimizer:
         self.core, self.inner, self.chunks, self.clip_grad = core, inner, chunks, clip_grad
         self.distributed = isinstance(core, DistributedOptimizer)
         self.can_skip = True
+        self._masters: shards.Masters = {}
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -88,7 +89,8 @@ class TrainingOptimizer:
         """Masters and moments as sharded tensors `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, whole-parameter
         shapes, the same keys with and without the distributed optimizer. Collective."""
         if self.distributed:
-            return self.core.sharded_param_state_fully_reshardable(model_state, loading, metadata)
+            self._masters = shards.masters_to_read(self.core) if loading else {}
+            return shards.sharded_state(self.core, model_state, self._masters)
         sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
         return {
             index: {
@@ -101,7 +103,8 @@ class TrainingOptimizer:
     def load_sharded_state(self, state: Any, updates: int) -> None:
         """Take over what `sharded_state` asked for, read from a checkpoint. Collective."""
         if self.distributed:
-            self.core.load_parameter_state_from_fully_reshardable(state)
+            shards.put_masters(self.core, self._masters)  # the moments are in place
+            self._masters = {}
             # the masters came into this rank's shards alone; weights of a checkpoint in another precision are rounded
             self.core._copy_main_params_to_model_params()
             for chunk in self.chunks:

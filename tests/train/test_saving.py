@@ -55,6 +55,23 @@ def test_the_same_as_when_training_waits(pool: Pool, corpus: Path, tmp_path: Pat
     assert not list((tmp_path / "true" / "checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize("words", ["", "parallel.tp=2 precision.name=bf16", "parallel.pp=2 optim.name=muon"])
+def test_each_rank_writes_its_own_shards(pool: Pool, corpus: Path, tmp_path: Path, words: str) -> None:
+    """Nothing is gathered, and what is read back is as with an optimizer that is not distributed."""
+    found = {}
+    for name in ("true", "false"):
+        more = ["run.steps=3", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *words.split()]
+        train(pool, 4, tmp_path / name, corpus, "mlm", more)
+        found[name] = latest(tmp_path / name)
+    ours, theirs = tensors(found["true"]), tensors(found["false"])
+    assert ours.keys() == theirs.keys() and any(key.startswith("optimizer.state.exp_avg.") for key in ours)
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=key)
+    sizes = [sum(file.stat().st_size for file in found["true"].glob(f"__{rank}_*.distcp")) for rank in range(4)]
+    assert min(sizes) > sum(sizes) / 8, sizes
+
+
 def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
     """A process that saves at every step, killed at random moments: what `latest` names is whole, and the run goes on
     from there to the same end."""

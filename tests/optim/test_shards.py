@@ -1,0 +1,26 @@
+"""Runs of a flattened tensor as rectangles, against indices."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_ettin.optim.shards import rectangles
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4), (4, 1), (2, 3, 4)])
+def test_rectangles_are_the_run(shape: tuple[int, ...]) -> None:
+    """Every run, in order, with as few rectangles as there can be: 2 x (dimensions - 1) + 1."""
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    for begin, end in itertools.combinations_with_replacement(range(numbers.size + 1), 2):
+        boxes = list(rectangles(shape, begin, end))
+        slices = [tuple(slice(a, a + n) for a, n in zip(offset, box, strict=True)) for offset, box in boxes]
+        found = np.concatenate([numbers[one].reshape(-1) for one in slices]) if boxes else np.empty(0, int)
+        assert found.tolist() == list(range(begin, end)) and len(boxes) <= 2 * len(shape) - 1
+
+
+def test_whole_rows_are_one() -> None:
+    assert list(rectangles((4, 6), 6, 24)) == [((1, 0), (3, 6))]
+    assert list(rectangles((4, 6), 3, 20)) == [((0, 3), (1, 3)), ((1, 0), (2, 6)), ((3, 0), (1, 2))]
