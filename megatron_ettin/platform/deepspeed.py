@@ -43,9 +43,15 @@ def load_deepspeed() -> Any:
 
 def forget() -> None:
     """Let go of what DeepSpeed keeps outside of its engines: torch's process groups, the models that ZeRO-3 went
-    through, and its numbers of modules and parameters, which ranks compare (a process may train several runs)."""
+    through (a cache of a method of its coordinators has them, and with them all groups and their threads), and its
+    numbers of modules and parameters, which ranks compare (a process may train several runs)."""
     deepspeed = load_deepspeed()
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
+
+    for member in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(member, "__closure__", None) or ():  # of the decorator around the cache
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
     deepspeed.comm.destroy_process_group()
     parameter_offload.FWD_MODULE_STACK.clear()

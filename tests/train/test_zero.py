@@ -182,3 +182,14 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"deepspeed does not import here .*megatron-ettin\[deepspeed\]"):
         check_engine("deepspeed")
+
+
+def test_nothing_of_a_run_is_left(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A process may train several runs: the groups of one, with their threads and sockets, end with it."""
+    threads = []
+    for number in range(2):
+        words = ["run.steps=2", ENGINE, "parallel.zero_stage=3"]
+        train(pool, 2, tmp_path / f"run{number}", corpus, "mlm", words)
+        pids = [process.pid for _, process in pool.workers[:2]]
+        threads.append([len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in pids])
+    assert threads[0] == threads[1]
