@@ -1,13 +1,18 @@
-"""The publishing of a checkpoint, cut before each call that changes the disk and in the middle of each write. Every
-time a whole checkpoint is found, `latest` never names a torn one, what follows works and leaves nothing behind."""
+"""The publishing of a checkpoint, cut before each call that changes the disk. Every time a whole checkpoint is found,
+`latest` never names a torn one, what follows works and leaves nothing behind.
+
+A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a failure of power, which takes what was not
+forced to the disk (`lost`)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from chaos_parts import tracing
@@ -15,19 +20,41 @@ from chaos_parts.launch import Launch, Place
 from chaos_parts.specimen import corpus_in, train_words
 from chaos_parts.tracing import Cut
 from chaos_parts.zygote import Zygote
-from megatron_ettin.checkpoint.directory import (
-    checkpoints_folder,
-    latest,
-    new_staging,
-    prune,
-    publish,
-    step_name,
-    verify,
-)
+from megatron_ettin.checkpoint import directory
+from megatron_ettin.checkpoint.directory import checkpoints_folder, latest, step_name, verify
 from megatron_ettin.config.errors import UserError
+from tests.pool import mutated
 
 LIMIT_SECONDS = 120.0
 KEPT = 2
+KILLED, TORN, LOST = "killed", "torn", "lost"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A save to be cut. `traced` does it under a Cut of this number, `wrong` tells what does not hold afterwards."""
+
+    name: str
+    folder: Path
+    traced: Callable[[int, bool], Cut]
+    wrong: Callable[[], str | None]
+    ways: tuple[str, ...] = (KILLED, TORN, LOST)
+
+
+def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
+    """(what was cut, what is wrong) for every cut that there is, or of `every` one."""
+    calls = case.traced(0, False).calls
+    if wrong := case.wrong():
+        yield f"{case.name}, not cut", wrong
+        return
+    for way in case.ways:
+        numbers = [number for number, call in enumerate(calls, 1) if way != TORN or call.name == "write"]
+        for number in numbers[::every]:
+            cut = case.traced(number, way == TORN)
+            if way == LOST and cut.killed:
+                tracing.lose(cut.calls[:-1])
+            last = str(cut.calls[-1]).replace(str(case.folder), "") if cut.calls else "nothing"
+            yield f"{case.name}, {way}, call {number} of {len(calls)}: {last}", case.wrong()
 
 
 def content_of(step: int, again: bool = False) -> dict[str, bytes]:
@@ -38,12 +65,12 @@ def content_of(step: int, again: bool = False) -> dict[str, bytes]:
 
 
 def save(run: Path, step: int, again: bool = False) -> None:
-    staging = new_staging(checkpoints_folder(run), step)
+    staging = directory.new_staging(checkpoints_folder(run), step)
     (staging / "tokenizer").mkdir()
     for name, content in content_of(step, again).items():
         (staging / name).write_bytes(content)
-    publish(staging, checkpoints_folder(run) / step_name(step))
-    prune(run, KEPT)
+    directory.publish(staging, checkpoints_folder(run) / step_name(step))
+    directory.prune(run, KEPT)
 
 
 def check_named(latest_file: Path) -> None:
@@ -52,101 +79,112 @@ def check_named(latest_file: Path) -> None:
     verify(named if named.exists() else named.with_name(f".tmp-replaced-{named.name}"))
 
 
+def litter(run: Path) -> list[str]:
+    return [f"left {path.name}" for path in checkpoints_folder(run).glob(".*")]
+
+
 def trouble(run: Path, allowed: list[dict[str, bytes]]) -> str | None:
-    """What is wrong after a cut."""
+    """What is wrong after a cut of `save`."""
     named = checkpoints_folder(run) / "latest"
     try:
         found = latest(run, checksums=True)
-        assert found is not None, "no checkpoint is found"
+        if found is None:
+            return "no checkpoint is found"
         check_named(named)
         held = {p.relative_to(found).as_posix(): p.read_bytes() for p in found.rglob("*") if p.is_file()}
         held.pop("integrity.json")
-        assert held in allowed, f"{found.name} holds other bytes than were saved"
+        if held not in allowed:
+            return f"{found.name} holds other bytes than were saved"
         save(run, 9)
-        assert latest(run, checksums=True) == named.parent / step_name(9), "the next one is not found"
-        left = [path.name for path in named.parent.glob(".*")]
-        assert not left, f"left {left}"
-    except (AssertionError, UserError, OSError) as error:
+        if latest(run, checksums=True) != named.parent / step_name(9):
+            return "the next one is not found"
+    except (UserError, OSError) as error:
         return str(error)
-    return None
+    return next(iter(litter(run)), None)
 
 
-def cuts_of_publish(work: Path, every: int) -> Iterator[tuple[str, str | None]]:
-    """(what was cut, what is wrong) for each, of the next step and of the same step again."""
-    base = work / "base"
+def cases_of_publish(work: Path, mutation: str | None) -> Iterator[Case]:
+    """Of the next step, after which an old checkpoint goes, and of the same step again."""
+    base, run = work / "base", work / "cut"
+    shutil.rmtree(base, ignore_errors=True)
     for step in (1, 2):
         save(base, step)
-    for step, torn in ((3, False), (3, True), (2, False)):
-        number, again = 0, step == 2
-        while True:
-            number += every
-            run = work / "cut"
+
+    def traced(step: int, number: int, torn: bool) -> Cut:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(base, run)
+        waits, goes = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(waits, 1)
+            with mutated(mutation):
+                save(run, step, step == 2)
+            os._exit(0)
+        cut = Cut(child, checkpoints_folder(run), number, torn)
+        cut.trace(lambda: os.write(goes, b"."))
+        os.close(waits)
+        os.close(goes)
+        return cut
+
+    for step, name in ((3, "the next step"), (2, "the same step again")):
+        # the one before, moved aside, may be found while its step is saved again
+        allowed = [content_of(2), content_of(step, step == 2)]
+        yield Case(
+            name,
+            checkpoints_folder(run),
+            lambda number, torn, step=step: traced(step, number, torn),  # type: ignore[misc]
+            lambda allowed=allowed: trouble(run, allowed),  # type: ignore[misc]
+        )
+
+
+class CutRuns:
+    """A run of one rank that goes on from step 4 to 7 and is cut in its saves of steps 6 and 7, after which the one of
+    step 2 goes; then it has to go on to the end that one without cuts comes to."""
+
+    def __init__(self, work: Path, mutation: str | None) -> None:
+        self.work, self.mutation, self.corpus, self.zygote = work, mutation, corpus_in(work), Zygote()
+        self.run, self.marker = work / "cut-run", work / "about-to-save"
+        for run in (base := work / "base-run", work / "whole"):
             shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(base, run)
-            waits, goes = os.pipe()
-            child = os.fork()
-            if child == 0:
-                os.read(waits, 1)
-                save(run, step, again)
-                os._exit(0)
-            cut = Cut(child, checkpoints_folder(run), number, torn)
-            cut.trace(lambda goes=goes: os.write(goes, b"."))
-            os.close(waits)
-            os.close(goes)
-            what = f"save of step {step}{' again' * again}, call {number}{' torn' * torn}: {cut.calls[-1]}"
-            # the one before, moved aside, may be found while its step is saved again
-            yield what, trouble(run, [content_of(2), content_of(step, again)])
-            if not cut.killed:
-                break
+            self.finish(self.launched(run, 4 if run == base else 7))
+        from chaos_parts.rounds import state_of
 
+        self.expected = state_of(work / "whole")
 
-def cuts_of_training(work: Path, every: int) -> Iterator[tuple[str, str | None]]:
-    """The saves of steps 6 and 7 of a run of one rank that goes on from step 4, beside training and in its way."""
-    from chaos_parts.rounds import differences, state_of
+    def launched(self, run: Path, steps: int, *words: str, marker: Path | None = None) -> Launch:
+        command = train_words(run, self.corpus, "checkpoint.every_steps=2", *words, steps=steps)
+        place = Place(self.zygote, 1, self.mutation if marker else None)
+        return Launch(place, run, run.with_name("logs"), command, marker)
 
-    zygote, corpus, base, whole = Zygote(), corpus_in(work), work / "base-run", work / "whole"
-    settings = ["checkpoint.every_steps=2"]
+    @staticmethod
+    def finish(launch: Launch) -> None:
+        if launch.finish([], LIMIT_SECONDS)[0] != [0]:
+            raise RuntimeError(f"the run did not come to its end: {launch.said()[-1000:]}")
 
-    def launched(run: Path, steps: int, *words: str, marker: Path | None = None) -> Launch:
-        command = train_words(run, corpus, *settings, *words, steps=steps)
-        return Launch(Place(zygote, 1), run, run.with_name("logs"), command, marker)
+    def traced(self, words: list[str], number: int, torn: bool) -> Cut:
+        for path in (self.run, self.run.with_name("logs")):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self.work / "base-run", self.run)
+        for path in self.work.glob(f"{self.marker.name}*"):
+            path.unlink()
+        launch = self.launched(self.run, 7, *words, marker=self.marker)
+        await_file(self.marker, launch)
+        cut = Cut(launch.pids[0], checkpoints_folder(self.run), number, torn)
+        cut.trace(self.marker.with_suffix(".go").touch)
+        return cut
 
-    try:
-        for run, steps in ((base, 4), (whole, 7)):
-            assert launched(run, steps).finish([], LIMIT_SECONDS)[0] == [0]
-        expected = state_of(whole)
-        for asynchronous in ("true", "false"):
-            words, number = [f"checkpoint.asynchronous={asynchronous}"], 0
-            while True:
-                number += every
-                run, marker = work / "cut-run", work / "about-to-save"
-                for path in (run, run.with_name("logs")):
-                    shutil.rmtree(path, ignore_errors=True)
-                shutil.copytree(base, run)
-                for path in work.glob(f"{marker.name}*"):
-                    path.unlink()
-                launch = launched(run, 7, *words, marker=marker)
-                await_file(marker, launch)
-                cut = Cut(launch.pids[0], run / "checkpoints", number)
-                cut.trace(marker.with_suffix(".go").touch)
-                wrong = None
-                try:
-                    found, named = latest(run, checksums=True), run / "checkpoints" / "latest"
-                    assert found is not None
-                    check_named(named)
-                    again = launched(run, 7, *words)
-                    assert again.finish([], LIMIT_SECONDS)[0] == [0], again.said()[-1000:]
-                    told = differences(state_of(run), expected)
-                    assert not told, told
-                    left = [path.name for path in named.parent.glob(".*")]
-                    assert not left, f"left {left}"
-                except (AssertionError, UserError, OSError) as error:
-                    wrong = str(error)
-                yield f"asynchronous={asynchronous}, call {number}: {cut.calls[-1]}", wrong
-                if not cut.killed:
-                    break
-    finally:
-        zygote.close()
+    def wrong(self, words: list[str]) -> str | None:
+        from chaos_parts.rounds import differences, state_of
+
+        try:
+            if latest(self.run, checksums=True) is None:
+                return "no checkpoint is found"
+            check_named(checkpoints_folder(self.run) / "latest")
+            self.finish(self.launched(self.run, 7, *words))
+            told = differences(state_of(self.run), self.expected)
+        except (UserError, OSError, RuntimeError) as error:
+            return str(error)
+        return "; ".join([*told, *litter(self.run)]) or None
 
 
 def await_file(path: Path, launch: Launch) -> None:
@@ -157,17 +195,34 @@ def await_file(path: Path, launch: Launch) -> None:
         time.sleep(0.02)
 
 
-def run(work: Path, what: str, every: int) -> int:
+def cases_of_training(work: Path, mutation: str | None) -> Iterator[Case]:
+    """Saves beside training and in its way."""
+    runs = CutRuns(work, mutation)
+    with contextlib.closing(runs.zygote):
+        for asynchronous in ("true", "false"):
+            words = [f"checkpoint.asynchronous={asynchronous}"]
+            yield Case(
+                f"asynchronous={asynchronous}",
+                checkpoints_folder(runs.run),
+                lambda number, torn, words=words: runs.traced(words, number, torn),  # type: ignore[misc]
+                lambda words=words: runs.wrong(words),  # type: ignore[misc]
+                (KILLED, LOST),
+            )
+
+
+def run(work: Path, what: str, every: int, mutation: str | None = None) -> int:
     """All cuts; 1 where one did harm."""
     if why := tracing.unavailable():
-        print(f"left out: {why}")
+        print(f"left out: cut: {why}")
         return 0
-    count, bad = 0, 0
-    for cut, wrong in (cuts_of_publish if what == "publish" else cuts_of_training)(work, every):
-        count, bad = count + 1, bad + (wrong is not None)
-        if wrong is not None:
-            print(f"{cut}: {wrong}", file=sys.stderr, flush=True)
-        elif count % 50 == 0:
-            print(f"{count} cuts; {cut}", flush=True)
-    print(f"{what}: {count} cuts, {bad} did harm")
-    return 1 if bad or not count else 0
+    bad = 0
+    for case in (cases_of_publish if what == "publish" else cases_of_training)(work, mutation):
+        began, count, harmful = time.monotonic(), 0, 0
+        for cut, wrong in cuts_of(case, every):
+            count += 1
+            if wrong is not None:
+                harmful += 1
+                print(f"{cut}: {wrong}", file=sys.stderr, flush=True)
+        bad += harmful
+        print(f"{case.name}: {count} cuts, {harmful} did harm; {time.monotonic() - began:.0f} s", flush=True)
+    return int(bad > 0)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
+
+
+_numbers = itertools.count()
 
 
 def ip(*words: str) -> None:
@@ -36,9 +40,10 @@ class Network:
 
     def __init__(self, ranks: int) -> None:
         number = os.getpid() % 10_000
-        self.bridge = f"ch{number}b"
-        self.cables = [f"ch{number}r{rank}" for rank in range(ranks)]
-        self.places = [(f"chaos-{os.getpid()}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]
+        unique = f"ch{number}x{next(_numbers) % 1000}"  # what was deleted keeps its name for a moment
+        self.bridge = f"{unique}b"
+        self.cables = [f"{unique}r{rank}" for rank in range(ranks)]
+        self.places = [(f"chaos-{unique}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]
 
     @contextlib.contextmanager
     def up(self) -> Iterator[Network]:

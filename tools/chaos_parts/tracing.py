@@ -1,7 +1,8 @@
 """kill -9 of a process at the entry of its N-th system call that changes a folder, whichever thread makes it.
 
-`strace --inject` counts calls of each thread by itself, and a checkpoint is written by several: here one count goes over
-all of them. A write can be cut in its middle too. Linux on x86-64, by ptrace."""
+`strace --inject` counts calls of each thread by itself, and a checkpoint is written by several: here one count goes
+over all of them, by ptrace. A write can be cut in its middle too, and what was written but not forced to the disk be
+lost, as when the power fails. Linux on x86-64."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import os
 import platform
 import signal
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +38,6 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 _libc.ptrace.restype = ctypes.c_long
 
 
-def unavailable() -> str | None:
-    return (
-        None if platform.machine() == "x86_64" and os.uname().sysname == "Linux" else "tracing is for Linux on x86-64"
-    )
-
-
 def ptrace(request: int, pid: int, address: int = 0, data: int | ctypes.Array = 0) -> int:
     value = ctypes.cast(data, ctypes.c_void_p) if isinstance(data, ctypes.Array) else data
     found = _libc.ptrace(request, pid, address, value)
@@ -50,16 +46,46 @@ def ptrace(request: int, pid: int, address: int = 0, data: int | ctypes.Array = 
     return found
 
 
+def unavailable() -> str | None:
+    """Why there can be no cuts here: what the system says of a process that tries."""
+    if platform.machine() != "x86_64" or os.uname().sysname != "Linux":
+        return "tracing is for Linux on x86-64"
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        ptrace(SEIZE, child, 0, OPTIONS)
+    except OSError as error:
+        return f"processes may not be traced here ({error.strerror})"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, WALL)
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One that changes the disk. `target`: of a rename."""
+
+    name: str
+    path: str
+    target: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.path}" + f" to {Path(self.target).name}" * bool(self.target)
+
+
 @dataclass
 class Cut:
-    """Kill `pid` at call `number` under `folder`; `torn`: a write there is done by half first. `calls`: those before,
-    the last one of them being the one cut."""
+    """Kill `pid` at call `number` under `folder` (0: at none); `torn`: a write there is done by half first. `calls`:
+    those before, the last one of them being the one cut."""
 
     pid: int
     folder: Path
-    number: int
+    number: int = 0
     torn: bool = False
-    calls: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     killed: bool = False
     _half: int | None = None  # the thread that is in a write by half
 
@@ -96,10 +122,10 @@ class Cut:
             self._kill()
         if kind != ENTRY or self.killed or call not in CALLS:
             return
-        name, file = self._file(tid, call, arguments)
+        name, file, target = self._file(tid, call, arguments)
         if not file.startswith(str(self.folder)):
             return
-        self.calls.append(f"{name} {file.removeprefix(str(self.folder))}")
+        self.calls.append(Call(name, file, target))
         if len(self.calls) == self.number:
             if self.torn and name == "write" and arguments[2] > 1:
                 self._shorten(tid, arguments[2] // 2)
@@ -117,18 +143,19 @@ class Cut:
         ptrace(SETREGS, tid, 0, registers)
         self._half = tid
 
-    def _file(self, tid: int, call: int, arguments: list[int]) -> tuple[str, str]:
-        """Name of the call and the file that it changes; no file where it changes none."""
+    def _file(self, tid: int, call: int, arguments: list[int]) -> tuple[str, str, str]:
+        """Name of the call, the file that it changes (none where it changes none), its new name."""
         name, where = CALLS[call]
         if where.startswith("fd"):
-            return name, self._link(arguments[2] if where == "fd out" else arguments[0])
+            return name, self._link(arguments[2] if where == "fd out" else arguments[0]), ""
         flags = arguments[2] if name == "openat" else arguments[1] if name == "open" else O_CREAT
         if not flags & (O_CREAT | O_TRUNC):
-            return name, ""
+            return name, "", ""
+        target = self._text(tid, arguments[1]) if name == "rename" else ""
         path = self._text(tid, arguments[1] if where == "at" else arguments[0])
         if where == "at" and not path.startswith("/"):
             path = f"{self._link(ctypes.c_int(arguments[0]).value)}/{path}"
-        return name, path
+        return name, path, target
 
     def _link(self, handle: int) -> str:
         with contextlib.suppress(OSError):
@@ -140,3 +167,24 @@ class Cut:
             memory.seek(address)
             return memory.read(256).split(b"\0")[0].decode(errors="replace")
         return ""
+
+
+def not_forced(calls: list[Call]) -> set[str]:
+    """Files with content that the disk need not have after these calls."""
+    found: set[str] = set()
+    for call in calls:
+        if call.name in ("fsync", "fdatasync"):
+            found.discard(call.path)
+        elif call.name == "rename":
+            moved = {path for path in found if path == call.path or path.startswith(f"{call.path}/")}
+            found = (found - moved) | {call.target + path.removeprefix(call.path) for path in moved}
+        elif "dir" not in call.name and "unlink" not in call.name:
+            found.add(call.path)
+    return found
+
+
+def lose(calls: list[Call]) -> None:
+    """As when the power fails: of files that were not forced to the disk the second half is not there."""
+    for name in not_forced(calls):
+        with contextlib.suppress(OSError):
+            os.truncate(name, os.stat(name).st_size // 2)
