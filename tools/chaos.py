@@ -37,7 +37,9 @@ def parser_of_all() -> argparse.ArgumentParser:
     one.add_argument("--ranks", type=int, default=4)
     one.add_argument("--faults", default=FAULTS, help="kinds, with commas between")
     one.add_argument("--layouts", default="tp2 pp2,tp2 dp2,dp4", help="of the ranks, with commas between")
-    one.add_argument("--log", type=Path, help="JSON lines, one a round; go on where it ends (default: WORK/chaos.jsonl)")
+    one.add_argument(
+        "--log", type=Path, help="JSON lines, one a round; go on where it ends (default: WORK/chaos.jsonl)"
+    )
     one.add_argument("--mutation", help="of tests/mutations.py, in every disturbed run: has to be found")
     one.set_defaults(run=run_rounds)
     one = parts.add_parser("cut", help="a save killed at every call that changes the disk")

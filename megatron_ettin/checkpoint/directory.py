@@ -132,6 +132,9 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
     damaged. Raises UserError where all are damaged."""
     named = _named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
+    if named and rest and step_of(rest[0]) > step_of(named):
+        why = f"a save was killed before it was named, or {LATEST} has changed"
+        _log.warning("%s names %s, though there is %s (%s)", named.parent / LATEST, named.name, rest[0].name, why)
     first_error: UserError | None = None
     for path in ([named] if named else []) + rest:
         try:

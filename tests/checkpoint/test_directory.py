@@ -144,6 +144,15 @@ def test_harmed_latest_falls_back_and_says_so(tmp_path, caplog, how):
         assert "latest" in caplog.text and "going on from" in caplog.text
 
 
+def test_latest_that_names_an_older_one_is_followed_and_told_of(tmp_path, caplog):
+    """What a kill between the last two renames leaves; without a word it would hide damage too."""
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    (older.parent / "latest").write_text(older.name + "\n")
+    with caplog.at_level(logging.WARNING):
+        assert latest(tmp_path) == older
+    assert f"names {older.name}, though there is {newer.name}" in caplog.text
+
+
 def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, caplog):
     good = save(tmp_path, 1)
     flipped, torn = save(tmp_path, 2), save(tmp_path, 3)

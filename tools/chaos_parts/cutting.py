@@ -1,8 +1,8 @@
 """The publishing of a checkpoint, cut before each call that changes the disk. Every time a whole checkpoint is found,
 `latest` never names a torn one, what follows works and leaves nothing behind.
 
-A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a failure of power, which takes what was not
-forced to the disk (`lost`)."""
+A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a failure of power, which takes what was
+not forced to the disk (`lost`)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def save(run: Path, step: int, again: bool = False) -> None:
 
 
 def check_named(latest_file: Path) -> None:
-    """What `latest` names is whole. It is away for a moment where its own step is saved again: then it stands beside."""
+    """What `latest` names is whole. It is away for a moment where its own step is saved again: then it is beside."""
     named = latest_file.parent / latest_file.read_text().strip()
     verify(named if named.exists() else named.with_name(f".tmp-replaced-{named.name}"))
 

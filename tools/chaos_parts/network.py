@@ -8,7 +8,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 
-
 _numbers = itertools.count()
 
 

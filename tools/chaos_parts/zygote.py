@@ -142,7 +142,6 @@ def be_rank(request: dict[str, Any]) -> None:
         if request.get("save_marker"):
             wait_before_save(Path(request["save_marker"]))
         from megatron_ettin.cli.main import main
-
         from tests.pool import mutated
 
         with mutated(request.get("mutation")):
