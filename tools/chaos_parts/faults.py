@@ -25,12 +25,14 @@ START_SECONDS = 4.0
 
 @dataclass
 class Round:
-    """One run that is disturbed. `damaged`: files that were harmed, with how."""
+    """One run that is disturbed. `damaged`: files of checkpoints that were harmed, with how; `harmed`: files beside
+    them."""
 
     run_dir: Path
     draw: random.Random
     place: Place
     damaged: list[tuple[Path, str]] = field(default_factory=list)
+    harmed: list[Path] = field(default_factory=list)
     closing: list[Callable[[], Any]] = field(default_factory=list)
 
     def action(self, name: str, act: Callable[[Launch], Any], later: float = 0.0) -> Action:
@@ -159,7 +161,10 @@ class Disk(Fault):
 
 
 class Corrupt(Fault):
-    """All ranks end at once; then bytes of a checkpoint's files change, or a file is cut or goes."""
+    """All ranks end at once; then bytes of a checkpoint's files change, or a file is cut or goes; or one of the files
+    beside the checkpoints."""
+
+    BESIDE = ("config.yaml", "order.json", "history.jsonl", "metrics.jsonl")
 
     def actions(self, round: Round) -> list[Action]:
         number = round.draw.choice([signal.SIGKILL, signal.SIGTERM])
@@ -168,6 +173,11 @@ class Corrupt(Fault):
 
     def between(self, round: Round) -> list[str]:
         folder = round.run_dir / "checkpoints"
+        beside = [path for name in self.BESIDE if (path := round.run_dir / name).exists()]
+        if beside and round.draw.random() < 0.25:
+            path = round.draw.choice(beside)
+            round.harmed.append(path)
+            return [harm(path, round.draw)]
         files = sorted(
             path for path in folder.rglob("*") if path.is_file() and ".tmp" not in str(path.relative_to(folder))
         )

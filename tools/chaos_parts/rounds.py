@@ -197,11 +197,17 @@ def damage_not_told(round: Round, said: str) -> str | None:
     return None
 
 
+def names_damage(round: Round, line: str) -> bool:
+    """Whether a refusal names a file that was harmed, or the setting that is another one in the run's own record."""
+    harmed = [path for path, _ in round.damaged] + round.harmed
+    changed = f"{round.run_dir}: was started with "
+    return any(path.name in line or (path.parent == round.run_dir and changed in line) for path in harmed)
+
+
 def verdict(round: Round, statuses: list[int], said: str, expected: State) -> str:
     if any(statuses):
         lines = [line for line in said.splitlines() if line.startswith("ettin train: ")]
-        names_damage = any(path.name in line for line in lines for path, _ in round.damaged)
-        if 2 in statuses and len(lines) == 1 and names_damage:
+        if 2 in statuses and len(lines) == 1 and names_damage(round, lines[0]):
             return REFUSED
         return f"FAILED: statuses {statuses}: {(lines or said.splitlines() or ['nothing said'])[-1][:300]}"
     try:
@@ -210,6 +216,8 @@ def verdict(round: Round, statuses: list[int], said: str, expected: State) -> st
     except (UserError, OSError, ValueError, KeyError) as error:
         return f"FAILED: ended well, but {error}"
     told = differences(found, expected)
+    if any(path.name == "metrics.jsonl" for path in round.harmed):  # lines that are gone do not come back
+        told = [line for line in told if "metrics" not in line]
     litter = [path.name for path in (round.run_dir / "checkpoints").glob(".*")]
     told += [f"left {litter}"] * bool(litter)
     return f"FAILED: {'; '.join(told[:4])}" if told else IDENTICAL
