@@ -76,6 +76,6 @@ def test_a_wrong_order_of_publishing_is_found(work: Path, mutation: str, told: s
 
 
 def test_a_run_goes_on_from_every_cut_of_its_saves(work: Path) -> None:
-    said = chaos(work, "cut", "--what", "training", "--every", "40")
+    said = chaos(work, "cut", "--what", "training", "--every", "20")
     require_tracing(said)
     assert "asynchronous=true: " in said and "asynchronous=false: " in said

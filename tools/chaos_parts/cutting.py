@@ -18,7 +18,7 @@ from pathlib import Path
 from chaos_parts import tracing
 from chaos_parts.launch import Launch, Place
 from chaos_parts.specimen import corpus_in, train_words
-from chaos_parts.tracing import Cut
+from chaos_parts.tracing import Call, Cut
 from chaos_parts.zygote import Zygote
 from megatron_ettin.checkpoint import directory
 from megatron_ettin.checkpoint.directory import checkpoints_folder, latest, step_name, verify
@@ -42,19 +42,29 @@ class Case:
 
 
 def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
-    """(what was cut, what is wrong) for every cut that there is, or of `every` one."""
+    """(what was cut, what is wrong) for every boundary, or of `every` one."""
     calls = case.traced(0, False).calls
     if wrong := case.wrong():
         yield f"{case.name}, not cut", wrong
         return
     for way in case.ways:
-        numbers = [number for number, call in enumerate(calls, 1) if way != TORN or call.name == "write"]
-        for number in numbers[::every]:
+        for number in boundaries(calls, way)[::every]:
             cut = case.traced(number, way == TORN)
             if way == LOST and cut.killed:
                 tracing.lose(cut.calls[:-1])
             last = str(cut.calls[-1]).replace(str(case.folder), "") if cut.calls else "nothing"
             yield f"{case.name}, {way}, call {number} of {len(calls)}: {last}", case.wrong()
+
+
+def boundaries(calls: list[Call], way: str) -> list[int]:
+    """Numbers of calls to cut. Of many writes in a row to one file, which differ in its length alone, the first and the
+    last."""
+
+    def is_inner(at: int) -> bool:
+        return calls[at].name == "write" and calls[at - 1 : at + 2].count(calls[at]) == 3
+
+    numbers = [at + 1 for at in range(len(calls)) if not is_inner(at)]
+    return [number for number in numbers if way != TORN or calls[number - 1].name == "write"]
 
 
 def content_of(step: int, again: bool = False) -> dict[str, bytes]:

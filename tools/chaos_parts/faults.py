@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -217,7 +216,7 @@ class NetworkDrop(Fault):
     hang_seconds = 8.0
 
     def unavailable(self) -> str | None:
-        return network.unavailable() if shutil.which("ip") else "no iproute2"
+        return network.unavailable()
 
     def prepare(self, round: Round) -> None:
         context = Network(round.place.ranks).up()
@@ -242,7 +241,7 @@ class NetworkDrop(Fault):
 
 
 class Clock(Fault):
-    """The wall clock of one rank jumps, forwards and back, by seconds to years."""
+    """The wall clock of one rank, as Python reads it, jumps forwards and back by seconds to years."""
 
     def prepare(self, round: Round) -> None:
         self.file = round.run_dir.with_name("clock")

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 _numbers = itertools.count()
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    subprocess.run([str(IP), *words], check=True, capture_output=True, text=True)
 
 
 def unavailable() -> str | None:
     """Why there can be none here."""
+    if IP is None:
+        return "no iproute2"
     if os.geteuid() != 0:
         return "network namespaces want root"
     name = f"chaos-try-{os.getpid()}"
