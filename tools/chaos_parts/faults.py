@@ -72,6 +72,11 @@ def some_ranks(round: Round) -> list[int]:
     return round.draw.sample(range(round.place.ranks), min(count, round.place.ranks))
 
 
+def sent(number: int, *ranks: int) -> Callable[[Launch], Any]:
+    """A signal to these ranks, or to all."""
+    return lambda launch: launch.signal(number, *ranks)
+
+
 class Kill(Fault):
     """kill -9 of one, several or all ranks."""
 
@@ -79,7 +84,7 @@ class Kill(Fault):
 
     def actions(self, round: Round) -> list[Action]:
         ranks = some_ranks(round)
-        return [round.action(f"kill {ranks}", lambda launch: launch.signal(signal.SIGKILL, *ranks))]
+        return [round.action(f"kill {ranks}", sent(signal.SIGKILL, *ranks))]
 
 
 class Stop(Fault):
@@ -92,19 +97,11 @@ class Stop(Fault):
         ranks, goes_on = some_ranks(round), round.draw.random() < 0.5
         seconds = round.draw.uniform(0.3, 3.0)
 
-        def stop(launch: Launch) -> None:
-            launch.signal(signal.SIGSTOP, *ranks)
-
-        first = round.action(f"stop {ranks}", stop)
+        first = round.action(f"stop {ranks}", sent(signal.SIGSTOP, *ranks))
         if not goes_on and len(ranks) < round.place.ranks:
             return [first]
-        then = Action(
-            f"continue {ranks}",
-            first.after_step,
-            first.delay + seconds,
-            lambda launch: launch.signal(signal.SIGCONT, *ranks),
-        )
-        return [first, then]
+        act = sent(signal.SIGCONT, *ranks)
+        return [first, Action(f"continue {ranks}", first.after_step, first.delay + seconds, act)]
 
 
 class Term(Fault):
@@ -115,13 +112,9 @@ class Term(Fault):
         storm = []
         for _ in range(round.draw.randint(1, 8)):
             number, rank = round.draw.choice([signal.SIGTERM, signal.SIGUSR1]), round.draw.randrange(round.place.ranks)
-            act = Action(
-                f"{signal.Signals(number).name} {rank}",
-                first.after_step,
-                first.delay + round.draw.uniform(0, 0.5),
-                lambda launch, number=number, rank=rank: launch.signal(number, rank),
-            )
-            storm.append(act)
+            delay = first.delay + round.draw.uniform(0, 0.5)
+            name = f"{signal.Signals(number).name} {rank}"
+            storm.append(Action(name, first.after_step, delay, sent(number, rank)))
         return storm
 
 
@@ -167,8 +160,7 @@ class Corrupt(Fault):
 
     def actions(self, round: Round) -> list[Action]:
         number = round.draw.choice([signal.SIGKILL, signal.SIGTERM])
-        act = Action(f"{number.name} all", round.draw.randrange(3, STEPS), 0.1, lambda launch: launch.signal(number))
-        return [act]
+        return [Action(f"{number.name} all", round.draw.randrange(3, STEPS), 0.1, sent(number))]
 
     def between(self, round: Round) -> list[str]:
         folder = round.run_dir / "checkpoints"

@@ -30,6 +30,7 @@ PATIENCE_SECONDS = 40.0  # after the last that was done to a launch: some hang f
 TOGETHER = 0.35  # of all rounds have a second kind of fault
 COMPARED = ("step", "tokens", "loss", "grad_norm", "lr", "rows")
 IDENTICAL, REFUSED = "identical", "refused"
+REFUSAL = "ettin train: "  # how the line begins in which a run says why it ends
 
 
 @dataclass
@@ -179,6 +180,7 @@ class Chaos:
                 told.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
             elif number >= disturbed + 1 and 2 in statuses:
                 break  # it will not change its mind
+        told.events += [line for line in said.splitlines() if line.startswith(REFUSAL)]
         return verdict(round, statuses, said, expected)
 
 
@@ -206,7 +208,7 @@ def names_damage(round: Round, line: str) -> bool:
 
 def verdict(round: Round, statuses: list[int], said: str, expected: State) -> str:
     if any(statuses):
-        lines = [line for line in said.splitlines() if line.startswith("ettin train: ")]
+        lines = [line for line in said.splitlines() if line.startswith(REFUSAL)]
         if 2 in statuses and len(lines) == 1 and names_damage(round, lines[0]):
             return REFUSED
         return f"FAILED: statuses {statuses}: {(lines or said.splitlines() or ['nothing said'])[-1][:300]}"

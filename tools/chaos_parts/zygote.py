@@ -187,7 +187,7 @@ def wait_before_save(marker: Path) -> None:
             time.sleep(0.01)
         return first(*args)
 
-    directory.new_staging = waiting
+    directory.new_staging = waiting  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
