@@ -410,3 +410,51 @@ def memory_ends_on_rank_1() -> Iterator[None]:
 
     with mock.patch.object(step, "run_micro_batches", run):
         yield
+
+
+@contextlib.contextmanager
+def resumed_with_another_bit() -> Iterator[None]:
+    """Whoever goes on from a checkpoint has one bit of the last rank's weights as another one."""
+    import torch
+
+    from megatron_ettin.train import resume
+
+    real = resume.begin
+
+    def begin(machine, *arguments):
+        progress, origin = real(machine, *arguments)
+        if progress.step and machine.layout.rank == machine.layout.topology.world - 1:
+            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+            weight.data.view(torch.int32)[3] ^= 1
+            machine.optimizer.take_weights()
+        return progress, origin
+
+    with mock.patch.object(resume, "begin", begin):
+        yield
+
+
+@contextlib.contextmanager
+def latest_before_the_checkpoint() -> Iterator[None]:
+    """`latest` names a checkpoint before it is there."""
+    from megatron_ettin.checkpoint import directory
+
+    real = directory.place
+
+    def place(staging, final, known=None):
+        directory.write_synced(final.parent / directory.LATEST, final.name + "\n")
+        real(staging, final, known)
+
+    with mock.patch.object(directory, "place", place):
+        yield
+
+
+@contextlib.contextmanager
+def nothing_forced_to_the_disk() -> Iterator[None]:
+    """No file of a checkpoint is on the disk before it is renamed."""
+    from megatron_ettin.checkpoint import directory, integrity
+
+    with (
+        mock.patch.object(integrity, "fsync", lambda path: None),
+        mock.patch.object(directory, "fsync", lambda path: None),
+    ):
+        yield

@@ -9,6 +9,8 @@
 #   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
 #   fuzz  a million damaged and hostile inputs for the readers of others' files instead of 20,000
 #   corrupt  600 single bytes of a dataset and a run, changed one at a time, instead of 63
+#   chaos  200 whole runs of four ranks under faults instead of 10
+#   cut  saves cut at every call that changes the disk instead of at some
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -79,8 +81,17 @@ fuzz() { "$python" -W ignore tools/fuzz.py --runs 1000000 --seed "$(date +%j)" -
 
 corrupt() { ETTIN_CORRUPTIONS=600 "$python" -m pytest tests/security/test_corruption.py -k every; }
 
+chaos() { # an hour; a round that failed says how it is repeated
+    "$python" -W ignore tools/chaos.py run --rounds 200 --seed "$(date +%j)" --work "$work/chaos"
+}
+
+cut() { # 40 minutes
+    "$python" -W ignore tools/chaos.py cut --work "$work/cut" &&
+        "$python" -W ignore tools/chaos.py cut --what training --work "$work/cut"
+}
+
 status=0
-for stage in "${@:-mds ray kill transformers release harness layouts fuzz corrupt shapes}"; do
+for stage in "${@:-mds ray kill transformers release harness layouts fuzz corrupt chaos cut shapes}"; do
     for name in $stage; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"

@@ -21,13 +21,17 @@ began=$SECONDS
 venv=$(bash tools/setup_venv.sh) || { echo "== environment: FAILED"; exit 1; }
 echo "== environment: $venv, ready in $((SECONDS - began)) s"
 
-# The tests of the cluster want a SLURM; where it cannot be installed they say so and are skipped.
-if ! PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
+# The tests of the cluster want a SLURM, those of chaos network namespaces; where they cannot be installed the tests say
+# so and leave them out.
+wanted=()
+PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null ||
+    wanted+=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)
+PATH=$PATH:/usr/sbin command -v ip >/dev/null || wanted+=(iproute2)
+if ((${#wanted[@]})) && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
     began_apt=$SECONDS
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge; } >"$venv/apt.log" 2>&1 ||
-        echo "== slurm: not installed (see $venv/apt.log); its tests are skipped"
-    echo "== slurm: $((SECONDS - began_apt)) s"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${wanted[@]}"; } \
+        >"$venv/apt.log" 2>&1 || echo "== ${wanted[*]}: not installed (see $venv/apt.log); their tests are left out"
+    echo "== ${wanted[*]}: $((SECONDS - began_apt)) s"
 fi
 
 stage ruff "$venv/bin/ruff" check .

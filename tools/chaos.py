@@ -1,128 +1,106 @@
-"""Single bytes of a dataset or a run, changed one at a time: each is detected and named, or changes nothing that is
-read.
+"""Faults on purpose, and proof that they change nothing: runs end with the bits of an undisturbed one, or refuse by
+name.
 
-  python tools/chaos.py corrupt PATH... [--count 500] [--seed 1] [--json]
+  python tools/chaos.py run [--rounds 10] [--seed 1] [--log chaos.jsonl]  kill -9, stops, signals, full disks, damage,
+                                                                          cables drawn, clocks set: whole runs
+  python tools/chaos.py cut [--what publish|training] [--every 1]         a save killed at every call that changes disk
+  python tools/chaos.py corrupt PATH... [--count 500]                     single bytes of a dataset or a run
 
-PATH: a dataset of `ettin prepare`, or a run directory. A byte of a file that is chosen by kind (so that small files
-come up as often as large ones) gets another value; `ettin inspect PATH --verify` must end with 2 and name the file, or
-the one that says what it should be. What it lets pass has to be the same to every reader: JSON and YAML of equal
-content. Of `latest` a run must still find a whole checkpoint. Exit status 1 where a change was neither. Files end as
-they were. An attempt is a function of seed and number: the report names both."""
+`run` goes on where its log ends; a round is a function of seed and number. The exit status is 1 where anything was
+silent: a difference, damage, a torn checkpoint. What cannot be had here is told of in a line that begins with
+`left out`."""
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import io
-import json
-import random
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]  # tests/ has the corpus
 
-def kind_of(path: Path) -> str:
-    """Files of a kind are told apart by their suffix, or where they have none by their name."""
-    name = path.name
-    return path.suffix if path.suffix in (".distcp", ".bin", ".idx", ".arrow", ".npy", ".pt") else name
-
-
-def files_of(folder: Path) -> dict[str, list[Path]]:
-    """What is protected: of a run its checkpoints, of a dataset everything but notes on how it was made."""
-    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = collections.defaultdict(list)
-    for path in sorted(inside.rglob("*")):
-        if path.is_file() and path.stat().st_size:
-            found[kind_of(path)].append(path)
-    return found
+FAULTS = "kill,stop,term,disk,corrupt,network,clock"
 
 
-def verified(folder: Path) -> tuple[int, str]:
-    """Status and words of `ettin inspect --verify`."""
-    from megatron_ettin.cli.main import main as ettin
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = ettin(["inspect", str(folder), "--verify"])
-    return status, out.getvalue()
-
-
-def same_content(path: Path, before: bytes, after: bytes) -> bool:
-    """Whether every reader finds the same values."""
-    import yaml
-
-    if path.suffix not in (".json", ".yaml"):
-        return False
-    load = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        return load(before.decode()) == load(after.decode())
-    except (ValueError, yaml.YAMLError):
-        return False
-
-
-def attempt(folder: Path, path: Path, before: bytes, draw: random.Random) -> tuple[str, str]:
-    """("named" | "harmless" | "missed", details) of one changed byte."""
-    from megatron_ettin.checkpoint.directory import latest
-
-    after = bytearray(before)
-    at = draw.randrange(len(after))
-    after[at] = draw.choice([value for value in range(256) if value != before[at]])
-    path.write_bytes(after)
-    try:
-        what = f"{path}: byte {at} from {before[at]:#04x} to {after[at]:#04x}"
-        if path.name == "latest":
-            found = latest(folder, checksums=True)
-            return ("named", "") if found is not None and found.is_dir() else ("missed", what)
-        target = path.parent if (path.parent / "integrity.json").exists() else folder
-        status, said = verified(target)
-        if status == 2 and (path.name in said or path.parent.name in said):
-            return "named", ""
-        harmless = status == 0 and same_content(path, before, bytes(after))
-        return ("harmless", what) if harmless else ("missed", f"{what}: status {status}, {said.strip()[-300:]}")
-    finally:
-        path.write_bytes(before)
-
-
-def corrupt(args: argparse.Namespace) -> int:
-    table: dict[str, dict[str, int]] = collections.defaultdict(
-        lambda: dict.fromkeys(("named", "harmless", "missed"), 0)
-    )
-    missed = []
-    kinds = [(folder, kind, paths) for folder in args.paths for kind, paths in files_of(folder).items()]
-    for number in range(args.count):
-        draw = random.Random(f"{args.seed} {number}")
-        folder, kind, paths = kinds[number % len(kinds)]
-        path = draw.choice(paths)
-        outcome, details = attempt(folder, path, path.read_bytes(), draw)
-        table[kind][outcome] += 1
-        if outcome == "missed":
-            missed.append(f"seed {args.seed} number {number}: {details}")
-    report(args, table, missed)
-    return int(bool(missed))
-
-
-def report(args: argparse.Namespace, table: dict[str, dict[str, int]], missed: list[str]) -> None:
-    if args.json:
-        print(json.dumps({"kinds": table, "missed": missed}))
-        return
-    print(f"{'kind':<28}{'named':>8}{'harmless':>10}{'missed':>8}")
-    for kind, counts in sorted(table.items()):
-        print(f"{kind:<28}{counts['named']:>8}{counts['harmless']:>10}{counts['missed']:>8}")
-    print(*missed, sep="\n", end="\n" if missed else "")
-
-
-def main(argv: list[str] | None = None) -> int:
+def parser_of_all() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one: Any = commands.add_parser("corrupt", help="single bytes of a dataset or a run")
+    parts = parser.add_subparsers(dest="part", required=True)
+    one: Any = parts.add_parser("run", help="whole runs under faults")
+    one.add_argument("--rounds", type=int, default=10)
+    one.add_argument("--seed", type=int, default=1)
+    one.add_argument("--only", type=int, metavar="ROUND", help="this round alone, without the log")
+    one.add_argument("--ranks", type=int, default=4)
+    one.add_argument("--faults", default=FAULTS, help="kinds, with commas between")
+    one.add_argument("--layouts", default="tp2 pp2,tp2 dp2,dp4", help="of the ranks, with commas between")
+    one.add_argument(
+        "--log", type=Path, help="JSON lines, one a round; go on where it ends (default: WORK/chaos.jsonl)"
+    )
+    one.add_argument("--mutation", help="of tests/mutations.py, in every disturbed run: has to be found")
+    one.set_defaults(run=run_rounds)
+    one = parts.add_parser("cut", help="a save killed at every call that changes the disk")
+    one.add_argument("--what", choices=("publish", "training"), default="publish")
+    one.add_argument("--every", type=int, default=1, help="of so many cuts one")
+    one.add_argument("--mutation", help="of tests/mutations.py, in what is cut: has to be found")
+    one.set_defaults(run=run_cuts)
+    for part in parts.choices.values():
+        part.add_argument("--work", type=Path, help="folder for runs (default: a temporary one)")
+    one = parts.add_parser("corrupt", help="single bytes of a dataset or a run")
     one.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     one.add_argument("--count", type=int, default=500)
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--json", action="store_true")
-    one.set_defaults(run=corrupt)
+    one.set_defaults(run=run_corrupt)
+    return parser
+
+
+@contextlib.contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+    else:
+        with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as room:
+            yield Path(room)
+
+
+def run_rounds(args: argparse.Namespace) -> int:
+    from chaos_parts import rounds
+
+    with workplace(args.work) as work:
+        kinds, layouts = args.faults.split(","), args.layouts.split(",")
+        with rounds.Chaos(work, args.ranks, kinds, layouts, args.mutation) as chaos:
+            for kind, why in chaos.unavailable.items():
+                print(f"left out: {kind}: {why}", flush=True)
+            if args.only is not None:
+                done = [chaos.round(args.seed, args.only)]
+                print(*done[0].events, done[0].launches, done[0].outcome, sep="\n")
+            else:
+                done = rounds.run(args.log or work / "chaos.jsonl", chaos, args.seed, args.rounds)
+    return rounds.report(done)
+
+
+def run_cuts(args: argparse.Namespace) -> int:
+    from chaos_parts import cutting
+
+    with workplace(args.work) as work:
+        return cutting.run(work, args.what, args.every, args.mutation)
+
+
+def run_corrupt(args: argparse.Namespace) -> int:
+    from chaos_parts import corruption
+
+    return corruption.corrupt(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_of_all()
     args = parser.parse_args(argv)
-    for path in args.paths:
+    for path in getattr(args, "paths", ()):
         if not path.is_dir():
             parser.error(f"{path}: no such folder")
     return int(args.run(args))

@@ -2,10 +2,11 @@
 
 checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json), renamed, and only
 then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. Whoever reads never needs
-to know where a writer stopped; a staging folder that was left is removed by the next save."""
+to know where a writer stopped; what one left goes when the run is next started, or at the next save."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ __all__ = [
     "resolve",
     "step_name",
     "step_of",
+    "tidy",
     "verify",
 ]
 
@@ -132,6 +134,9 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
     damaged. Raises UserError where all are damaged."""
     named = _named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
+    if named and rest and step_of(rest[0]) > step_of(named):
+        why = f"a save was killed before it was named, or {LATEST} has changed"
+        _log.warning("%s names %s, though there is %s (%s)", named.parent / LATEST, named.name, rest[0].name, why)
     first_error: UserError | None = None
     for path in ([named] if named else []) + rest:
         try:
@@ -177,6 +182,22 @@ def new_staging(folder: Path, step: int) -> Path:
     staging = staging_of(folder, step)
     staging.mkdir()
     return staging
+
+
+def tidy(run_dir: Path) -> None:
+    """Before a run goes on: a checkpoint that was moved aside goes back where the new one of its step never came, all
+    else that killed saves left goes. For the one process that holds the run's lock."""
+    for folder in (checkpoints_folder(run_dir), milestones_folder(run_dir)):
+        with contextlib.suppress(OSError):  # a disk that cannot be written: the next save says so
+            for aside in folder.glob(f"{_REPLACED}step_*"):
+                final = folder / aside.name.removeprefix(_REPLACED)
+                if not final.exists():
+                    os.rename(aside, final)
+            for left in folder.glob(f"{_STAGING}*"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink()
 
 
 def staging_of(folder: Path, step: int) -> Path:

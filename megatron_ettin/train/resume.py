@@ -65,7 +65,8 @@ def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
 
 
 def newest_whole(machine: Machine, run_dir: Path) -> Path | None:
-    """`directory.latest` with every file's sha256, which all ranks compute together. Collective."""
+    """`directory.latest` with every file's sha256, which all ranks compute together, once what killed saves left is out
+    of the way. Collective."""
     layout = machine.layout
 
     def check_share(checkpoint: Path) -> None:
@@ -88,6 +89,7 @@ def newest_whole(machine: Machine, run_dir: Path) -> Path | None:
         check_share(checkpoint)
 
     if layout.rank == 0:
+        directory.tidy(run_dir)
         try:
             found: Any = (directory.latest(run_dir, checksums=True, check=check_together),)
         except UserError as error:

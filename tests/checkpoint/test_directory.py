@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from megatron_ettin.checkpoint.directory import (
     read_progress,
     resolve,
     step_name,
+    tidy,
     verify,
 )
 from megatron_ettin.config.errors import UserError
@@ -142,6 +144,29 @@ def test_harmed_latest_falls_back_and_says_so(tmp_path, caplog, how):
         assert latest(tmp_path) == newest
     if how != "missing":
         assert "latest" in caplog.text and "going on from" in caplog.text
+
+
+def test_latest_that_names_an_older_one_is_followed_and_told_of(tmp_path, caplog):
+    """What a kill between the last two renames leaves; without a word it would hide damage too."""
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    (older.parent / "latest").write_text(older.name + "\n")
+    with caplog.at_level(logging.WARNING):
+        assert latest(tmp_path) == older
+    assert f"names {older.name}, though there is {newer.name}" in caplog.text
+
+
+def test_what_killed_saves_left_goes_and_what_was_moved_aside_comes_back(tmp_path):
+    kept, newest = save(tmp_path, 1), save(tmp_path, 2)
+    folder = newest.parent
+    os.rename(newest, folder / f".tmp-replaced-{newest.name}")  # its step was being saved again
+    shutil.copytree(kept, folder / f".tmp-replaced-{kept.name}")  # it was saved again
+    for name in (".tmp-step_000000003", ".tmp-pruned-step_000000000"):
+        (folder / name / "tokenizer").mkdir(parents=True)
+    (folder / ".tmp-latest").write_text("step_00")
+    tidy(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", kept.name, newest.name]
+    assert latest(tmp_path, checksums=True) == newest
+    tidy(tmp_path / "of a run that has not begun")
 
 
 def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, caplog):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.checkpoint.directory import latest, list_checkpoints
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, step_name
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
@@ -132,6 +132,16 @@ def test_retention_and_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     train(pool, 1, tmp_path, corpus, "mlm", words)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000008", "step_000000009"]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000009"
+
+
+def test_what_the_last_save_left_goes_though_there_is_no_next_one(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A kill while an old checkpoint is deleted, after the run's last step."""
+    words = ["run.steps=2", "checkpoint.every_steps=1"]
+    train(pool, 2, tmp_path, corpus, "mlm", words)
+    folder = tmp_path / "checkpoints"
+    os.rename(folder / step_name(1), folder / f".tmp-pruned-{step_name(1)}")
+    train(pool, 2, tmp_path, corpus, "mlm", words)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", step_name(2)]
 
 
 def test_checkpoints_by_tokens(pool: Pool, corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Parts of tools/chaos.py: faults for runs, cuts in the publishing of checkpoints, corrupted bytes."""

@@ -1,0 +1,107 @@
+"""Single bytes of a dataset or a run, changed one at a time: each is detected and named, or changes nothing that is
+read.
+
+A byte of a file that is chosen by kind (so that small files come up as often as large ones) gets another value; `ettin
+inspect PATH --verify` must end with 2 and name the file, or the one that says what it should be. What it lets pass has
+to be the same to every reader: JSON and YAML of equal content. Of `latest` a run must still find a whole checkpoint.
+Files end as they were. An attempt is a function of seed and number: the report names both."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+
+def kind_of(path: Path) -> str:
+    """Files of a kind are told apart by their suffix, or where they have none by their name."""
+    name = path.name
+    return path.suffix if path.suffix in (".distcp", ".bin", ".idx", ".arrow", ".npy", ".pt") else name
+
+
+def files_of(folder: Path) -> dict[str, list[Path]]:
+    """What is protected: of a run its checkpoints, of a dataset everything but notes on how it was made."""
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = collections.defaultdict(list)
+    for path in sorted(inside.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            found[kind_of(path)].append(path)
+    return found
+
+
+def verified(folder: Path) -> tuple[int, str]:
+    """Status and words of `ettin inspect --verify`."""
+    from megatron_ettin.cli.main import main as ettin
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = ettin(["inspect", str(folder), "--verify"])
+    return status, out.getvalue()
+
+
+def same_content(path: Path, before: bytes, after: bytes) -> bool:
+    """Whether every reader finds the same values."""
+    import yaml
+
+    if path.suffix not in (".json", ".yaml"):
+        return False
+    load = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        return load(before.decode()) == load(after.decode())
+    except (ValueError, yaml.YAMLError):
+        return False
+
+
+def attempt(folder: Path, path: Path, before: bytes, draw: random.Random) -> tuple[str, str]:
+    """("named" | "harmless" | "missed", details) of one changed byte."""
+    from megatron_ettin.checkpoint.directory import latest
+
+    after = bytearray(before)
+    at = draw.randrange(len(after))
+    after[at] = draw.choice([value for value in range(256) if value != before[at]])
+    path.write_bytes(after)
+    try:
+        what = f"{path}: byte {at} from {before[at]:#04x} to {after[at]:#04x}"
+        if path.name == "latest":
+            found = latest(folder, checksums=True)
+            return ("named", "") if found is not None and found.is_dir() else ("missed", what)
+        target = path.parent if (path.parent / "integrity.json").exists() else folder
+        status, said = verified(target)
+        if status == 2 and (path.name in said or path.parent.name in said):
+            return "named", ""
+        harmless = status == 0 and same_content(path, before, bytes(after))
+        return ("harmless", what) if harmless else ("missed", f"{what}: status {status}, {said.strip()[-300:]}")
+    finally:
+        path.write_bytes(before)
+
+
+def corrupt(args: argparse.Namespace) -> int:
+    table: dict[str, dict[str, int]] = collections.defaultdict(
+        lambda: dict.fromkeys(("named", "harmless", "missed"), 0)
+    )
+    missed = []
+    kinds = [(folder, kind, paths) for folder in args.paths for kind, paths in files_of(folder).items()]
+    for number in range(args.count):
+        draw = random.Random(f"{args.seed} {number}")
+        folder, kind, paths = kinds[number % len(kinds)]
+        path = draw.choice(paths)
+        outcome, details = attempt(folder, path, path.read_bytes(), draw)
+        table[kind][outcome] += 1
+        if outcome == "missed":
+            missed.append(f"seed {args.seed} number {number}: {details}")
+    report(args, table, missed)
+    return int(bool(missed))
+
+
+def report(args: argparse.Namespace, table: dict[str, dict[str, int]], missed: list[str]) -> None:
+    if args.json:
+        print(json.dumps({"kinds": table, "missed": missed}))
+        return
+    print(f"{'kind':<28}{'named':>8}{'harmless':>10}{'missed':>8}")
+    for kind, counts in sorted(table.items()):
+        print(f"{kind:<28}{counts['named']:>8}{counts['harmless']:>10}{counts['missed']:>8}")
+    print(*missed, sep="\n", end="\n" if missed else "")

@@ -1,0 +1,113 @@
+"""One launch of a run: ranks as real processes, actions at moments that the run's own progress sets, and what a
+launcher does when a rank has failed (the others have some seconds, then they are killed)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos_parts.zygote import Zygote
+from tests.pool import free_port
+
+GRACE_SECONDS = 5.0  # for the other ranks, when one has failed
+POLL_SECONDS = 0.02
+
+
+@dataclass
+class Action:
+    """`act` is called `delay` seconds after the run has recorded `after_step` (-1: after its start)."""
+
+    name: str
+    after_step: int
+    delay: float
+    act: Callable[[Launch], Any]
+    armed: float | None = None
+
+    def is_due(self, steps: int) -> bool:
+        if self.armed is None and steps >= self.after_step:
+            self.armed = time.monotonic() + self.delay
+        return self.armed is not None and time.monotonic() >= self.armed
+
+
+@dataclass
+class Place:
+    """Where and how ranks start. `mutation`: of tests/mutations.py; `networks`: a namespace and an address for each
+    rank; `clock`: (rank, file)."""
+
+    zygote: Zygote
+    ranks: int
+    mutation: str | None = None
+    networks: list[tuple[str, str]] = field(default_factory=list)
+    clock: tuple[int, Path] | None = None
+
+
+class Launch:
+    """Ranks of `ettin COMMAND` under way. What they print is in folder/rankN.log."""
+
+    def __init__(
+        self, place: Place, run_dir: Path, folder: Path, command: list[str], save_marker: Path | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.place, self.run_dir, self.began = place, run_dir, time.monotonic()
+        self.logs = [folder / f"rank{rank}.log" for rank in range(place.ranks)]
+        address = place.networks[0][1] if place.networks else "127.0.0.1"
+        shared = {"WORLD_SIZE": str(place.ranks), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+        if place.networks:
+            shared["GLOO_SOCKET_IFNAME"] = "eth0"
+        self.pids = []
+        for rank, log in enumerate(self.logs):
+            request = {
+                "command": command,
+                "mutation": place.mutation,
+                "log": str(log),
+                "environment": {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "namespace": place.networks[rank][0] if place.networks else None,
+                "save_marker": str(save_marker) if save_marker else None,
+                "clock": str(place.clock[1]) if place.clock and place.clock[0] == rank else None,
+            }
+            self.pids.append(place.zygote.fork(request))
+
+    def statuses(self) -> list[int | None]:
+        return [self.place.zygote.status(pid) for pid in self.pids]
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """To these ranks, or to all."""
+        for rank in ranks or range(len(self.pids)):
+            if self.place.zygote.status(self.pids[rank]) is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pids[rank], number)
+
+    def steps(self) -> int:
+        """How many the run has recorded."""
+        try:
+            return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return -1
+
+    def said(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def finish(self, actions: list[Action], limit_seconds: float) -> tuple[list[int], list[str], bool]:
+        """Until all ranks have ended: their statuses, what was done to them, whether the tool had to end them
+        `limit_seconds` after the start or the last action."""
+        done, failed_at, too_long, last = [], None, False, self.began
+        while None in (statuses := self.statuses()):
+            now, steps = time.monotonic(), self.steps()
+            for action in [action for action in actions if action.is_due(steps)]:
+                actions.remove(action)
+                done.append(f"{action.name} at {now - self.began:.2f} s, step {steps}")
+                action.act(self)
+                last = time.monotonic()
+            if failed_at is None and any(status not in (None, 0) for status in statuses):
+                failed_at = now
+            too_long = too_long or now - last > limit_seconds
+            if too_long or (failed_at is not None and now - failed_at > GRACE_SECONDS):
+                self.signal(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        return [int(status) for status in statuses if status is not None], done, too_long

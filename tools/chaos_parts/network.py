@@ -1,0 +1,71 @@
+"""A network of each rank's own: namespaces on a bridge, so that one rank's cable can be drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+_numbers = itertools.count()
+
+
+def ip(*words: str) -> None:
+    subprocess.run([str(IP), *words], check=True, capture_output=True, text=True)
+
+
+def unavailable() -> str | None:
+    """Why there can be none here."""
+    if IP is None:
+        return "no iproute2"
+    if os.geteuid() != 0:
+        return "network namespaces want root"
+    name = f"chaos-try-{os.getpid()}"
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"network namespaces cannot be made ({str(getattr(error, 'stderr', '') or error).strip()})"
+    try:
+        ip("link", "add", f"ct{os.getpid()}", "type", "veth", "peer", "name", "eth0", "netns", name)
+        return None
+    except subprocess.CalledProcessError as error:
+        return f"no virtual cables here ({error.stderr.strip()})"
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("netns", "delete", name)
+
+
+class Network:
+    """`ranks` namespaces on one bridge. `places`: their names and addresses."""
+
+    def __init__(self, ranks: int) -> None:
+        number = os.getpid() % 10_000
+        unique = f"ch{number}x{next(_numbers) % 1000}"  # what was deleted keeps its name for a moment
+        self.bridge = f"{unique}b"
+        self.cables = [f"{unique}r{rank}" for rank in range(ranks)]
+        self.places = [(f"chaos-{unique}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]
+
+    @contextlib.contextmanager
+    def up(self) -> Iterator[Network]:
+        try:
+            ip("link", "add", self.bridge, "type", "bridge")
+            ip("link", "set", self.bridge, "up")
+            for cable, (name, address) in zip(self.cables, self.places):
+                ip("netns", "add", name)
+                ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+                ip("link", "set", cable, "master", self.bridge, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+                ip("-n", name, "link", "set", "eth0", "up")
+            yield self
+        finally:
+            for words in [("netns", "delete", name) for name, _ in self.places] + [("link", "delete", self.bridge)]:
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    ip(*words)
+
+    def set(self, rank: int, state: str) -> None:
+        """`down`: nothing of this rank's arrives any more; `up`: it does again."""
+        ip("link", "set", self.cables[rank], state)

@@ -1,0 +1,260 @@
+"""Rounds: a run is disturbed, launched again until it ends, and compared bit for bit with an undisturbed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chaos_parts.faults import KINDS, Fault, Round
+from chaos_parts.launch import Launch, Place
+from chaos_parts.specimen import LAYOUTS, STEPS, corpus_in, train_words
+from chaos_parts.zygote import Zygote
+from megatron_ettin.checkpoint.directory import latest, read_progress, verify
+from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.config.errors import UserError
+
+PATIENT_SECONDS = 30.0  # without a step, on a machine that is busy with other things too
+LAUNCHES = 8  # the most of a round
+LIMIT_SECONDS = 150.0  # of an undisturbed launch
+PATIENCE_SECONDS = 40.0  # after the last that was done to a launch: some hang for ten minutes on purpose
+TOGETHER = 0.35  # of all rounds have a second kind of fault
+COMPARED = ("step", "tokens", "loss", "grad_norm", "lr", "rows")
+IDENTICAL, REFUSED = "identical", "refused"
+REFUSAL = "ettin train: "  # how the line begins in which a run says why it ends
+
+
+@dataclass
+class Told:
+    """A line of the log."""
+
+    seed: int
+    round: int
+    faults: list[str]
+    layout: str
+    asynchronous: bool
+    launches: list[list[int]] = field(default_factory=list)  # exit statuses of ranks
+    events: list[str] = field(default_factory=list)
+    outcome: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome in (IDENTICAL, REFUSED)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run came to."""
+
+    tensors: dict[str, torch.Tensor]
+    lines: list[list[Any]]
+    progress: dict[str, Any]
+
+
+def state_of(run_dir: Path) -> State:
+    """Every tensor of the last checkpoint, the optimizer's too, and what was recorded of every step."""
+    checkpoint = latest(run_dir, checksums=True)
+    if checkpoint is None:
+        raise UserError(f"{run_dir}: no checkpoint")
+    reader = CheckpointReader(checkpoint)
+    tensors = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return State(tensors, [[line[key] for key in COMPARED] for line in lines], read_progress(checkpoint))
+
+
+def differences(found: State, expected: State) -> list[str]:
+    """One line a difference; empty where every bit is the same."""
+    told = [f"tensors {sorted(set(found.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
+        found.tensors.keys() != expected.tensors.keys()
+    )
+    for key in found.tensors.keys() & expected.tensors.keys():
+        ours, theirs = found.tensors[key], expected.tensors[key]
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape or not torch.equal(bits(ours), bits(theirs)):
+            told.append(f"{key} differs")
+    if found.lines != expected.lines:
+        told.append("metrics.jsonl differs")
+    if found.progress != expected.progress:
+        told.append("progress.json differs")
+    return told
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+class Chaos:
+    """Runs of one session: the process that ranks are forked from, the undisturbed runs, the faults that can be had. A
+    context. `mutation`: of all ranks but those of undisturbed runs."""
+
+    def __init__(
+        self, work: Path, ranks: int, kinds: Sequence[str], layouts: Sequence[str], mutation: str | None = None
+    ) -> None:
+        self.work, self.ranks, self.layouts, self.mutation = work, ranks, layouts, mutation
+        self.kinds, self.unavailable = [], {}
+        for kind in kinds:
+            why = KINDS[kind]().unavailable()
+            if why is None:
+                self.kinds.append(kind)
+            else:
+                self.unavailable[kind] = why
+        self.zygote = Zygote()
+        self.corpus = corpus_in(work)
+        self.undisturbed: dict[str, State] = {}
+
+    def __enter__(self) -> Chaos:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.zygote.close()
+
+    def words(self, run_dir: Path, layout: str, asynchronous: bool, hang_seconds: float = PATIENT_SECONDS) -> list[str]:
+        settings = [f"resilience.hang_seconds={hang_seconds}", "checkpoint.retry_seconds=1"]
+        settings.append(f"checkpoint.asynchronous={str(asynchronous).lower()}")
+        return train_words(run_dir, self.corpus, *LAYOUTS[layout], *settings)
+
+    def reference(self, layout: str) -> State:
+        """The run that nothing disturbs, once for each layout."""
+        if layout not in self.undisturbed:
+            run_dir = self.work / f"undisturbed-{layout.replace(' ', '-')}"
+            place = Place(self.zygote, self.ranks)
+            launch = Launch(place, run_dir, run_dir / "logs", self.words(run_dir, layout, True))
+            if launch.finish([], LIMIT_SECONDS)[0] != [0] * self.ranks:
+                raise RuntimeError(f"the undisturbed run did not end well: {launch.said()[-3000:]}")
+            self.undisturbed[layout] = state_of(run_dir)
+        return self.undisturbed[layout]
+
+    def round(self, seed: int, number: int) -> Told:
+        draw = random.Random(f"{seed} {number}")
+        kinds = [self.kinds[number % len(self.kinds)]]
+        if draw.random() < TOGETHER:
+            kinds = sorted({*kinds, draw.choice(self.kinds)})
+        told = Told(seed, number, kinds, draw.choice(list(self.layouts)), draw.random() < 0.7)
+        expected = self.reference(told.layout)
+        began, folder = time.monotonic(), self.work / f"round-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "run").mkdir(parents=True)
+        round = Round(folder / "run", draw, Place(self.zygote, self.ranks, self.mutation))
+        try:
+            told.outcome = self.disturbed(round, [KINDS[kind]() for kind in kinds], told, expected)
+        finally:
+            for close in reversed(round.closing):
+                close()
+        told.seconds = time.monotonic() - began
+        if told.passed:
+            shutil.rmtree(folder, ignore_errors=True)
+        return told
+
+    def disturbed(self, round: Round, faults: list[Fault], told: Told, expected: State) -> str:
+        """Launch until the run ends; what came of it."""
+        for fault in faults:
+            fault.prepare(round)
+        disturbed = round.draw.randint(1, max(fault.relaunches for fault in faults))
+        said, statuses = "", [1]
+        for number in range(LAUNCHES):
+            actions = [action for fault in faults for action in fault.actions(round)] if number < disturbed else []
+            hang_seconds = min(fault.hang_seconds for fault in faults) if actions else PATIENT_SECONDS
+            command = self.words(round.run_dir, told.layout, told.asynchronous, hang_seconds)
+            launch = Launch(round.place, round.run_dir, round.run_dir.parent / f"logs-{number}", command)
+            statuses, events, too_long = launch.finish(actions, PATIENCE_SECONDS if actions else LIMIT_SECONDS)
+            said = launch.said()
+            told.launches.append(statuses)
+            told.events += [f"launch {number}: {event}" for event in events]
+            if too_long and number >= disturbed:
+                return f"FAILED: launch {number}, undisturbed, did not end"
+            unnamed = damage_not_told(round, said)
+            if unnamed:
+                return f"FAILED: {unnamed}"
+            if all(status == 0 for status in statuses):
+                break
+            if number < disturbed:
+                told.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
+            elif number >= disturbed + 1 and 2 in statuses:
+                break  # it will not change its mind
+        told.events += [line for line in said.splitlines() if line.startswith(REFUSAL)]
+        return verdict(round, statuses, said, expected)
+
+
+def damage_not_told(round: Round, said: str) -> str | None:
+    """What the launch should have named and did not: damage of the checkpoint it went on from, or of a newer one."""
+    found = re.search(r"resumed (step_\d+) ", said)
+    if not found or not round.damaged:
+        return None
+    damaged, round.damaged = round.damaged, []  # it is passed over from now on, or was saved anew
+    for path, how in damaged:
+        name = path.parts[path.parts.index("checkpoints") + 1]
+        if name == found[1]:
+            return f"went on from {name} in spite of {how}"
+        if name.startswith("step_") and name > found[1] and name not in said:
+            return f"{how}: passed over without a word"
+    return None
+
+
+def names_damage(round: Round, line: str) -> bool:
+    """Whether a refusal names a file that was harmed, or the setting that is another one in the run's own record."""
+    harmed = [path for path, _ in round.damaged] + round.harmed
+    changed = f"{round.run_dir}: was started with "
+    return any(path.name in line or (path.parent == round.run_dir and changed in line) for path in harmed)
+
+
+def verdict(round: Round, statuses: list[int], said: str, expected: State) -> str:
+    if any(statuses):
+        lines = [line for line in said.splitlines() if line.startswith(REFUSAL)]
+        if 2 in statuses and len(lines) == 1 and names_damage(round, lines[0]):
+            return REFUSED
+        return f"FAILED: statuses {statuses}: {(lines or said.splitlines() or ['nothing said'])[-1][:300]}"
+    try:
+        found = state_of(round.run_dir)
+        verify(round.run_dir / "checkpoints" / f"step_{STEPS:09d}")
+    except (UserError, OSError, ValueError, KeyError) as error:
+        return f"FAILED: ended well, but {error}"
+    told = differences(found, expected)
+    if any(path.name == "metrics.jsonl" for path in round.harmed):  # lines that are gone do not come back
+        told = [line for line in told if "metrics" not in line]
+    litter = [path.name for path in (round.run_dir / "checkpoints").glob(".*")]
+    told += [f"left {litter}"] * bool(litter)
+    return f"FAILED: {'; '.join(told[:4])}" if told else IDENTICAL
+
+
+def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[Told]:
+    """All rounds that the log does not have yet; each is told of as it ends."""
+    done = {}
+    if log.exists():
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        done = {line["round"]: Told(**line) for line in lines if line["seed"] == seed}
+    for number in range(rounds):
+        if number in done:
+            continue
+        told = chaos.round(seed, number)
+        done[number] = told
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(told)) + "\n")
+        launches = f"{len(told.launches)} launch{'es' * (len(told.launches) > 1)}"
+        what = f"{' + '.join(told.faults)} ({told.layout})"
+        print(f"round {number}: {what}, {launches}, {told.seconds:.0f} s: {told.outcome}", flush=True)
+        if not told.passed:
+            print(f"  repeat with: --seed {seed} --only {number}; kept in {chaos.work / f'round-{number}'}", flush=True)
+    return [done[number] for number in sorted(done) if number < rounds]
+
+
+def report(done: Sequence[Told]) -> int:
+    """A table of what came out by kind of fault; 1 where a round failed."""
+    print(f"{'fault':<10} rounds identical refused failed launches seconds")
+    for kind in sorted({kind for told in done for kind in told.faults}):
+        of = [told for told in done if kind in told.faults]
+        counts = [sum(told.outcome == outcome for told in of) for outcome in (IDENTICAL, REFUSED)]
+        failed = sum(not told.passed for told in of)
+        launches, seconds = sum(len(told.launches) for told in of), sum(told.seconds for told in of)
+        print(f"{kind:<10} {len(of):>6} {counts[0]:>9} {counts[1]:>7} {failed:>6} {launches:>8} {seconds:>7.0f}")
+    bad = sum(not told.passed for told in done)
+    print(f"{len(done)} rounds, {bad} failed")
+    return int(bad > 0)
