@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ettin import __version__
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.report import compare, sections
-from megatron_ettin.report.masking import embedded, escaped
+from megatron_ettin.report.escaping import embedded, escaped
 from megatron_ettin.report.models import Model, read_models
 from megatron_ettin.report.series import page_data
 
@@ -88,7 +88,7 @@ def render(report: Report, live: tuple[int, str] | None = None) -> str:
 <section id="cards">{report.parts["cards"]}</section>
 <section id="curves" tabindex="-1" aria-label="Curves"><h2>Curves</h2>
 <noscript><p class="bad">Scripts are switched off, so that no curve is drawn. The tables are complete.</p></noscript>
-{"" if report.data["charts"] else '<p class="soft">No step is recorded yet.</p>'}
+<p class="soft" id="empty"{" hidden" if report.data["charts"] else ""}>No step is recorded yet.</p>
 <div class="bar" id="bar" role="toolbar" aria-label="Range of the curves" hidden>
 <label for="axis">Against</label><select id="axis"></select>
 <button type="button" id="in" aria-label="zoom in">+</button>

@@ -91,23 +91,23 @@ class Saved:
     parity: str
 
 
-def saved(run: RunRecord, revisions: dict[str, tuple[Path, dict[str, Any]]]) -> list[Saved]:
-    """Everything a run has saved, oldest first. `revisions`: of `released`."""
+def saved(run: RunRecord, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
+    """Everything a run has saved, oldest first. `exports`: of `exported`."""
     paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
     paths += [("milestone", path) for path in list_milestones(run.path)]
-    return sorted((_saved(kind, path, revisions) for kind, path in paths), key=lambda one: one.path.name)
+    return sorted((_saved(kind, path, exports) for kind, path in paths), key=lambda one: one.path.name)
 
 
-def _saved(kind: str, path: Path, revisions: dict[str, tuple[Path, dict[str, Any]]]) -> Saved:
+def _saved(kind: str, path: Path, exports: dict[str, tuple[Path, str]]) -> Saved:
     try:
         progress = read_progress(path)
     except UserError:
         progress = {}
     whole, told, size = integrity_of(path)
     parity = ""
-    if revisions:
-        found = revisions.get(identity(path))
-        parity = "not in the release" if found is None else told_parity(*found)
+    if exports:
+        found = exports.get(identity(path))
+        parity = "not exported" if found is None else told_parity(*found)
     numbers = {key: progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens")}
     return Saved(kind, path, numbers["step"], numbers["tokens"], size, told, whole, parity)
 
@@ -128,33 +128,37 @@ def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
 
 
 def identity(checkpoint: Path) -> str:
-    """By which a release knows the checkpoint that a revision was made of."""
+    """By which an export knows the checkpoint that it was made of."""
     try:
         return hashlib.sha256((checkpoint / INTEGRITY).read_bytes()).hexdigest()
     except OSError:
         return ""
 
 
-def told_parity(folder: Path, record: dict[str, Any]) -> str:
+def told_parity(folder: Path, name: str) -> str:
     parity = read_json(folder / PARITY)
     difference = parity.get("max_abs_logit_difference")
     if not parity.get("tensors_identical"):
-        return f"released as {record.get('revision')}, not verified"
+        return f"in {name}, not verified"
     logits = f", logits within {difference:.1e}" if isinstance(difference, float) else ""
-    return f"verified as {record.get('revision')}: tensors equal{logits}"
+    return f"verified in {name}: tensors equal{logits}"
 
 
-def released(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Revisions by the checkpoint they were made of: of releases in `folders`, and of those in or beside the runs."""
+def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
+    """(folder, its name) by the checkpoint it was made of: revisions of releases in `folders`, and releases and exports
+    of `ettin convert` in the runs and beside them."""
+    nearby = {
+        above for model in models for run in model.runs for above in (run.path.resolve(), run.path.resolve().parent)
+    }
     places = {folder.resolve() for folder in folders}
-    for run in (run for model in models for run in model.runs):
-        for above in (run.path.resolve(), run.path.resolve().parent):
-            places |= {index.parent for index in above.glob(f"*/{RELEASE}")}
+    places |= {index.parent for above in nearby for index in above.glob(f"*/{RELEASE}")}
     found = {}
-    for record_path in sorted(path for place in places for path in place.glob(f"*/{RELEASE}")):
-        record = read_json(record_path)
-        if isinstance(record.get("source"), str) and record_path.parent.name != "main":
-            found[record["source"]] = (record_path.parent, record)
+    for path in sorted(path for above in nearby for path in above.glob(f"*/{PARITY}")):
+        found[str(read_json(path).get("source"))] = (path.parent, path.parent.name)
+    for path in sorted(path for place in places for path in place.glob(f"*/{RELEASE}")):
+        record = read_json(path)
+        if isinstance(record.get("source"), str) and path.parent.name != "main":
+            found[record["source"]] = (path.parent, f"revision {record.get('revision')}")
     return found
 
 

@@ -38,6 +38,8 @@ def figure(models: Sequence[Model], chart: dict[str, Any], form: str) -> bytes:
         _plot(axes, model, chart, axis, colour, len(models) > 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
     axes.set(title=chart["title"], xlabel=axis, ylabel=chart["unit"])
+    if chart.get("zero"):
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(axes.get_legend_handles_labels()[1]) > 1:

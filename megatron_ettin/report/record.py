@@ -4,7 +4,6 @@ A run may be training meanwhile, or never have begun: only a readable config.yam
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Iterator
@@ -18,11 +17,13 @@ import numpy.typing as npt
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
 
 Column = npt.NDArray[np.float64]
 DEPTH = 3  # how far below a folder runs are looked for: MODEL/PHASE, and a folder of models
 MOST_LAUNCHES = 10_000
+MOST_COLUMNS = 500  # further keys of metrics.jsonl are passed over
 
 
 @dataclass
@@ -101,7 +102,7 @@ def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """An object, or nothing where there is none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -116,8 +117,8 @@ def objects(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[st
     with file:
         for number, line in enumerate(file, start=1):
             try:
-                found = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
+                found = load_json(line) if line.strip() else None
+            except ValueError:
                 found = () if line.endswith(b"\n") else None
             if isinstance(found, dict):
                 yield found
@@ -127,14 +128,14 @@ def objects(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[st
 
 def read_metrics(path: Path) -> Metrics:
     """A run of 100,000 steps takes a second or two; columns instead of objects keep a million in memory."""
-    columns: dict[str, array[float]] = {}
+    columns = {"step": array("d")}
     metrics, unreadable, count = Metrics(), list[int](), 0
     for line in objects(path, unreadable):
         step = line.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**31:
             continue
         for key, value in line.items():
-            if type(value) is float or type(value) is int:
+            if (type(value) is float or type(value) is int) and (key in columns or len(columns) < MOST_COLUMNS):
                 column = columns.setdefault(key, array("d"))
                 column.extend([math.nan] * (count - len(column)))
                 column.append(value if -1e300 < value < 1e300 else math.nan)

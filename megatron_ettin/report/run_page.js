@@ -151,6 +151,7 @@
     const wild = low > 0 && high > 50 * middles[middles.length >> 1];
     chart.logarithmic = low > 0 && (logs[chart.spec.id] ?? wild);
     if (chart.logarithmic) return [low / 1.05, high * 1.05];
+    if (chart.spec.zero) low = Math.min(0, low);
     const room = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
     return [low >= 0 && low <= 2 * room ? 0 : low - room, high + room];
   }
@@ -327,7 +328,8 @@
     $("axis").replaceChildren(...data.axes.map((axis) => make("option", { value: axis }, AXIS[axis])));
     if (!data.axes.includes(view.axis)) { view.axis = data.axes[0]; view.low = view.high = null; }
     if (view.axis) $("axis").value = view.axis;
-    $("bar").hidden = !data.charts.length;
+    $("bar").hidden = $("keys").hidden = !data.charts.length;
+    $("empty").hidden = !!data.charts.length;
   }
   $("axis").addEventListener("change", () => { // the same part of the run, measured in another way
     const [low, high] = range(), zoomed = view.low !== null, before = view.axis;

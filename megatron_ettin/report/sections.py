@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.report import facts
-from megatron_ettin.report.compare import Comparison
-from megatron_ettin.report.masking import escaped
+from megatron_ettin.report.compare import Check, Comparison
+from megatron_ettin.report.escaping import escaped
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import RunRecord
 
@@ -78,7 +78,7 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     yield (
         "training loss",
         number(statistics.fmean(losses), ".4f") if losses else NONE,
-        f"mean of the last {LAST_STEPS} steps",
+        f"mean of the last {len(losses)} steps" if len(losses) > 1 else "",
     )
     known = metrics.known("validation_loss")
     best = f"lowest {known.min():.4f}" if len(known) else "not evaluated"
@@ -104,19 +104,24 @@ def comparison(compared: Comparison | str | None) -> str:
     if isinstance(compared, str):
         return f'<h2>Comparison</h2><p class="soft">No verdict: {escaped(compared)}</p>'
     tone, failed = "bad" if compared.failed else "good", len(compared.failed)
-    rows = (
-        (
-            escaped(check.pair),
-            escaped(check.phase or "all"),
-            escaped(check.name),
-            _yes(check.passed),
-            escaped(check.detail),
-        )
-        for check in compared.checks
-    )
     told = f"{failed} of {len(compared.checks)} checks failed." if failed else f"{len(compared.checks)} checks passed."
-    proof = table("What was compared", ("Pair", "Phase", "Shared", "", "Detail"), rows)
-    return f'<h2>Comparison</h2><p><span class="verdict {tone}">{compared.verdict}</span>{told}</p>{proof}'
+    heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
+    differs = table("What differs", heads, map(_check, compared.failed)) if failed else ""
+    proof = table("What was compared", heads, map(_check, compared.checks))
+    return (
+        f'<h2>Comparison</h2><p><span class="verdict {tone}">{compared.verdict}</span>{told}</p>{differs}'
+        f'<details id="checks"><summary>All checks</summary>{proof}</details>'
+    )
+
+
+def _check(check: Check) -> Sequence[str]:
+    return (
+        escaped(check.pair),
+        escaped(check.phase or "all"),
+        escaped(check.name),
+        _yes(check.passed),
+        escaped(check.detail),
+    )
 
 
 def _yes(passed: bool) -> str:
@@ -171,27 +176,24 @@ def layout(models: Sequence[Model]) -> str:
 
 def environment(models: Sequence[Model]) -> str:
     """Launches, each with the software it ran on, and the hosts that are known."""
+    shown = [(model, run, launch) for model, run in _runs(models) for launch in run.launches[-MOST_ROWS:]]
+    keys = list(dict.fromkeys(key for _, _, launch in shown for key in launch if key not in _NOT_SHOWN))
+    rows = [
+        [escaped(model.name), escaped(run.named("phase")), *(escaped(_plain(launch.get(key)), key) for key in keys)]
+        for model, run, launch in shown
+    ]
+    heads = ("Model", "Phase", *map(escaped, keys))
     parts = ["<h2>Environment and launches</h2>"]
+    parts.append(table("Launches", heads, rows) if rows else '<p class="soft">No launch is recorded yet.</p>')
     for model, run in _runs(models):
-        keys = list(dict.fromkeys(key for launch in run.launches for key in launch if key not in _NOT_SHOWN))
-        rows = [[escaped(_plain(launch.get(key)), key) for key in keys] for launch in run.launches[-MOST_ROWS:]]
-        what = f"Launches of {escaped(model.name)}, {escaped(run.named('phase'))}"
-        left = (
-            f'<p class="soft">The last {MOST_ROWS} of {len(run.launches):,}.</p>'
-            if len(run.launches) > MOST_ROWS
-            else ""
-        )
-        named = ", ".join(facts.hosts(run)[:MOST_ROWS])
-        parts.append(
-            table(what, [escaped(key) for key in keys], rows) + left
-            if keys
-            else f'<p class="soft">{what}: none yet.</p>'
-        )
-        parts.append(f'<p class="soft">Hosts: {escaped(named) or "not recorded"}.</p>')
+        what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
+        if len(run.launches) > MOST_ROWS:
+            parts.append(f'<p class="soft">{what}: the last {MOST_ROWS} of {len(run.launches):,} launches.</p>')
         if run.metrics.unreadable_lines:
-            parts.append(
-                f'<p class="bad">{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read.</p>'
-            )
+            unread = f"{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read"
+            parts.append(f'<p class="bad">{what}: {unread}.</p>')
+    named = dict.fromkeys(host for _, run in _runs(models) for host in facts.hosts(run))
+    parts.append(f'<p class="soft">Hosts: {escaped(", ".join(list(named)[:MOST_ROWS])) or "not recorded"}.</p>')
     return "\n".join(parts)
 
 
@@ -227,10 +229,10 @@ def bad_steps(models: Sequence[Model]) -> str:
 
 
 def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
-    revisions = facts.released(models, releases)
+    exports = facts.exported(models, releases)
     rows = []
     for model, run in _runs(models):
-        for one in facts.saved(run, revisions):
+        for one in facts.saved(run, exports):
             tone, word = ("good", "whole") if one.whole else ("bad", "damaged")
             state = f'<span class="{tone}">{word}</span>: {escaped(one.integrity)}'
             place = (
@@ -246,7 +248,7 @@ def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
                     count(one.tokens),
                     size(one.bytes),
                     state,
-                    escaped(one.parity or "no release found"),
+                    escaped(one.parity or "no export found"),
                 )
             )
     heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")

@@ -1,8 +1,8 @@
 """The numbers of a page, small enough to mail and fine enough to zoom in.
 
 Every curve is there twice. An overview of at most 600 buckets with lowest, median and highest value is what the page
-draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that 40,000 buckets of
-the same three values. Several models share that room, so that a page stays under 10 MB."""
+draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that 40,000
+buckets of the same three values. Several models share that room, so that a page stays under 10 MB."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ettin.report.masking import masked
+from megatron_ettin.config.secrets import masked
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import Column, RunRecord
 
@@ -27,13 +27,16 @@ AXES = ("tokens", "steps", "hours")
 CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
     ("loss", ("loss", "validation_loss"), "Loss", "nats a token", 1.0),
     ("sources", ("validation_loss_*", "validation_loss/*"), "Validation loss by source", "nats a token", 1.0),
+    ("parts", ("loss_*",), "Training loss by objective", "nats a token", 1.0),
     ("accuracy", ("validation_accuracy*",), "Validation accuracy", "%", 100.0),
     ("lr", ("lr",), "Learning rate", "", 1.0),
     ("grad_norm", ("grad_norm",), "Gradient norm", "", 1.0),
     ("speed", ("tokens_per_second",), "Tokens per second", "tokens/s", 1.0),
     ("mfu", ("mfu",), "Model FLOP utilisation", "%", 100.0),
     ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
+    ("slowest", ("slowest_ratio",), "Slowest rank, times the others' seconds", "", 1.0),
 )
+FROM_ZERO = ("speed", "mfu", "memory")  # else noise would fill the chart
 
 
 def page_data(models: Sequence[Model]) -> dict[str, Any]:
@@ -56,6 +59,7 @@ def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
         if shown:
             found.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
+            found[-1] |= {"zero": True} if name in FROM_ZERO else {}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -10,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.secrets import masked
 from megatron_ettin.report.document import Report, render
-from megatron_ettin.report.masking import masked
 
 HOST = "127.0.0.1"
 POLL_MILLISECONDS = 2_000
@@ -49,7 +50,7 @@ def server(source: Source, port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """The page, or its news."""
-            named = (self.headers.get("Host") or "").rpartition(":")[0]
+            named = (self.headers.get("Host") or "").partition(":")[0]
             if named not in (HOST, "localhost"):  # another site's name that was pointed to this machine
                 return self.send_error(403)
             url = urlsplit(self.path)
@@ -65,13 +66,14 @@ def server(source: Source, port: int) -> ThreadingHTTPServer:
 
         def _answer(self, kind: str, text: str, status: int = 200) -> None:
             content = text.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(content)
+            with contextlib.suppress(ConnectionError):  # whoever asked has gone
+                self.send_response(status)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
             """Nothing: a line every two seconds tells nobody anything."""
