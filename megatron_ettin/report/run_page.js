@@ -108,9 +108,9 @@
     const found = [];
     data.models.forEach((model, m) => spec.keys.forEach((key, k) => {
       if (!model.runs.some((run) => run.series[key])) return;
-      const bySource = spec.id === "sources" || spec.id === "accuracy" || data.models.length === 1;
-      const part = key.replace(/^validation_(loss|accuracy)\/?_?/, "") || "validation";
-      const label = spec.keys.length === 1 ? "" : spec.id === "loss" ? (key === "loss" ? "training" : "validation") : part;
+      const named = ["sources", "parts", "accuracy"].includes(spec.id), bySource = named || data.models.length === 1;
+      const part = key.replace(/^(validation_)?(loss|accuracy)\/?_?/, "") || "validation";
+      const label = spec.keys.length === 1 && !named ? "" : spec.id === "loss" ? (key === "loss" ? "training" : "validation") : part;
       const name = data.models.length > 1 ? [model.name, label].filter(Boolean).join(", ") : label || model.name;
       const dash = bySource ? (spec.id === "loss" ? k % 3 : m % 3) : spec.keys.length > 1 ? k % 3 : m % 3;
       found.push({ name, key, model, colour: (bySource ? k : m) % 6, dash });
