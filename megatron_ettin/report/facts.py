@@ -163,9 +163,9 @@ def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tupl
 
 
 def hosts(run: RunRecord) -> list[str]:
-    """Machines that are known to have trained: from the ranks' own files and the job's events."""
+    """Machines that are known to have trained: from the ranks' own files, the job's events and the metrics."""
     found = [str(read_json(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]]
     path = run.path.absolute()
     for above in (path, *list(path.parents)[:2]):
         found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]
-    return [host for host in dict.fromkeys(found) if host]
+    return [host for host in dict.fromkeys([*found, *run.metrics.slow]) if host]

@@ -66,7 +66,7 @@ def _plot(axes: Any, model: Model, chart: dict[str, Any], axis: str, place: int,
                 low, middle, high = summary(y, size)
                 x, y = summary(x, size)[1], middle
                 axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-            axes.plot(x, y, style, color=colour, linewidth=1.6, label=label)
+            axes.plot(x, y, style, marker="." if len(x) == 1 else "", color=colour, linewidth=1.6, label=label)
             label = "_"  # once in the legend
     ends = [float(own[axis][-1]) for own in model.axes() if len(own["steps"])]
     for end in ends[:-1] if place == 0 else []:

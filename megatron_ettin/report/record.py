@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +24,18 @@ from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
 Column = npt.NDArray[np.float64]
 DEPTH = 3  # how far below a folder runs are looked for: MODEL/PHASE, and a folder of models
 MOST_LAUNCHES = 10_000
+MOST_HOSTS = 10_000
 MOST_COLUMNS = 500  # further keys of metrics.jsonl are passed over
 
 
 @dataclass
 class Metrics:
     """The columns of metrics.jsonl: a number for each step, NaN where a line has none. `bad`: step -> what its line
-    says; steps whose loss is no number are among them."""
+    says; steps whose loss is no number are among them. `slow`: host -> how often its rank was the slowest."""
 
     columns: dict[str, Column] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
+    slow: Counter[str] = field(default_factory=Counter)
     unreadable_lines: int = 0
 
     @property
@@ -140,6 +143,10 @@ def read_metrics(path: Path) -> Metrics:
                 column.extend([math.nan] * (count - len(column)))
                 column.append(value if -1e300 < value < 1e300 else math.nan)
         count += 1
+        if isinstance(host := line.get("slowest_host"), str) and (
+            host in metrics.slow or len(metrics.slow) < MOST_HOSTS
+        ):
+            metrics.slow[host] += 1
         if line.get("bad") or line.get("loss", 0.0) is None:
             metrics.bad[step] = str(line.get("bad") or "its loss is no number")
     metrics.unreadable_lines = len(unreadable)

@@ -191,7 +191,7 @@
     readout(chart);
   }
   function line(parent, curve, part, px, py) {
-    let path = "", band = [], bands = "", pen = "M", spread = false;
+    let path = "", dots = "", band = [], bands = "", pen = "M", spread = false;
     const close = () => {
       if (band.length > 1) bands += "M" + band.map((p) => `${px(p[0]).toFixed(1)} ${py(p[3]).toFixed(1)}`).join("L") + "L"
         + band.reverse().map((p) => `${px(p[0]).toFixed(1)} ${py(p[1]).toFixed(1)}`).join("L") + "Z";
@@ -200,11 +200,13 @@
     part.forEach((point, i) => {
       if (!point) { pen = "M"; close(); return; }
       const here = `${px(point[0]).toFixed(1)} ${py(point[2]).toFixed(1)}`;
-      path += pen + here + (pen === "M" && !part[i + 1] ? "h2" : ""); // a point between gaps is seen too
+      path += pen + here;
+      if (pen === "M" && !part[i + 1]) dots += `M${here}m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0`; // alone between gaps
       pen = "L"; band.push(point); spread = spread || point[3] > point[1];
     });
     close();
     if (spread) parent.append(make("path", { class: `band f${curve.colour}`, d: bands }));
+    if (dots) parent.append(make("path", { class: `dot f${curve.colour}`, d: dots }));
     parent.append(make("path", { class: `line s${curve.colour} dash${curve.dash}`, d: path }));
   }
   function phases(parent, px, floor) { // of the model with the most of them

@@ -20,15 +20,18 @@ MOST_ROWS = 200  # of a table of launches or bad steps
 AXES = ("tp", "pp", "vp", "cp")
 
 
-def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Cells are HTML. `numbers`: columns that align to the right."""
+def table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), quiet: bool = False
+) -> str:
+    """Cells are HTML. `numbers`: columns that align to the right. `quiet`: a heading has said what the caption says."""
     kind = [" class=number" if column in numbers else "" for column in range(len(heads))]
     head = "".join(f"<th scope=col{one}>{name}</th>" for one, name in zip(kind, heads))
     body = "\n".join(
         "<tr>" + "".join(f"<td{one}>{cell}</td>" for one, cell in zip(kind, row)) + "</tr>" for row in rows
     )
+    told = f"<caption{' class=sr' * quiet}>{caption}</caption>"
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{told}'
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
@@ -107,7 +110,7 @@ def comparison(compared: Comparison | str | None) -> str:
     told = f"{failed} of {len(compared.checks)} checks failed." if failed else f"{len(compared.checks)} checks passed."
     heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
     differs = table("What differs", heads, map(_check, compared.failed)) if failed else ""
-    proof = table("What was compared", heads, map(_check, compared.checks))
+    proof = table("What was compared", heads, map(_check, compared.checks), quiet=True)
     return (
         f'<h2>Comparison</h2><p><span class="verdict {tone}">{compared.verdict}</span>{told}</p>{differs}'
         f'<details id="checks"><summary>All checks</summary>{proof}</details>'
@@ -171,7 +174,7 @@ def layout(models: Sequence[Model]) -> str:
             run.setting("run", "attention"), run.setting("parallel", "engine"),
         )  # fmt: skip
         rows.append((escaped(model.name), escaped(run.named("phase")), *map(escaped, shown)))
-    return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4))
+    return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
 
 
 def environment(models: Sequence[Model]) -> str:
@@ -184,7 +187,9 @@ def environment(models: Sequence[Model]) -> str:
     ]
     heads = ("Model", "Phase", *map(escaped, keys))
     parts = ["<h2>Environment and launches</h2>"]
-    parts.append(table("Launches", heads, rows) if rows else '<p class="soft">No launch is recorded yet.</p>')
+    parts.append(
+        table("Launches", heads, rows, quiet=True) if rows else '<p class="soft">No launch is recorded yet.</p>'
+    )
     for model, run in _runs(models):
         what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
         if len(run.launches) > MOST_ROWS:
@@ -192,6 +197,10 @@ def environment(models: Sequence[Model]) -> str:
         if run.metrics.unreadable_lines:
             unread = f"{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read"
             parts.append(f'<p class="bad">{what}: {unread}.</p>')
+        if len(run.metrics.slow) > 1:
+            (host, often), whole = run.metrics.slow.most_common(1)[0], run.metrics.slow.total()
+            told = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons"
+            parts.append(f'<p class="soft">{what}: {told}.</p>')
     named = dict.fromkeys(host for _, run in _runs(models) for host in facts.hosts(run))
     parts.append(f'<p class="soft">Hosts: {escaped(", ".join(list(named)[:MOST_ROWS])) or "not recorded"}.</p>')
     return "\n".join(parts)
@@ -225,7 +234,7 @@ def bad_steps(models: Sequence[Model]) -> str:
         return ""
     more = f'<p class="soft">The first {MOST_ROWS} of {len(rows):,}.</p>' if len(rows) > MOST_ROWS else ""
     heads = ("Model", "Phase", "Step", "What was wrong, what was done", "Documents")
-    return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,)) + more
+    return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,), quiet=True) + more
 
 
 def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
@@ -239,7 +248,7 @@ def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
                 escaped(model.name),
                 escaped(run.named("phase")),
                 one.kind,
-                f"<code>{escaped(one.path.name)}</code>",
+                f"<code class=whole>{escaped(one.path.name)}</code>",
             )
             rows.append(
                 (
@@ -252,7 +261,11 @@ def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
                 )
             )
     heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")
-    told = table("Checkpoints and milestones", heads, rows, (4, 5, 6)) if rows else '<p class="soft">None yet.</p>'
+    told = (
+        table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True)
+        if rows
+        else '<p class="soft">None yet.</p>'
+    )
     note = (
         '<p class="soft">Sizes are compared; <code>ettin inspect RUN --verify</code> reads every byte.</p>'
         if rows
@@ -270,7 +283,7 @@ def configuration(models: Sequence[Model]) -> str:
             for key, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
         ]
         what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
-        told = table(f"Configuration of {what}", ("Key", "Value"), rows)
+        told = table(f"Configuration of {what}", ("Key", "Value"), rows, quiet=True)
         parts.append(
             f'<details id="config-{place}"><summary>{what}: <code>{escaped(run.path)}</code></summary>{told}</details>'
         )

@@ -21,6 +21,7 @@ from megatron_ettin.report.record import Column, RunRecord
 
 OVERVIEW_BUCKETS = 600
 MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000  # of all models of a page
+DENSE = 0.9  # a curve of fewer of the steps is joined over those between; else they are gaps
 MOST_MARKS = 1_000  # of one run
 AXES = ("tokens", "steps", "hours")
 # keys of metrics.jsonl (a * takes the rest) -> title, unit, factor of the values
@@ -34,7 +35,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
     ("speed", ("tokens_per_second",), "Tokens per second", "tokens/s", 1.0),
     ("mfu", ("mfu",), "Model FLOP utilisation", "%", 100.0),
     ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
-    ("slowest", ("slowest_ratio",), "Slowest rank, times the others' seconds", "", 1.0),
+    ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0),
 )
 FROM_ZERO = ("speed", "mfu", "memory")  # else noise would fill the chart
 
@@ -92,9 +93,9 @@ def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, An
 
 
 def series_data(column: Column, size: int) -> dict[str, Any]:
-    """A curve: `y` (in buckets: `low`, `y`, `high`), `at` (places of its points where most steps have none)."""
+    """A curve: `y` (in buckets: `low`, `y`, `high`), `at` (places of its points where many steps have none)."""
     known = np.flatnonzero(~np.isnan(column))
-    sparse = len(known) < len(column) / 2
+    sparse = len(known) < DENSE * len(column)
     values = column[known] if sparse else column
     found: dict[str, Any] = {}
     if sparse:

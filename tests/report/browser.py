@@ -21,8 +21,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 def require_chromium() -> str:
     """Its path. Skips where there is none; in CI that is a failure."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    found = next(filter(None, map(shutil.which, NAMES)), "")
+    if not found:
         why = "no Chromium here (tests/run.sh installs it where it may)"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
     return found
@@ -45,7 +45,8 @@ class Browser:
         )
         os.close(to_browser)
         os.close(from_browser)
-        self.number, self.buffer, self.events = 0, b"", []
+        self.number, self.buffer = 0, b""
+        self.events: list[dict[str, Any]] = []
         self.session: str | None = None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

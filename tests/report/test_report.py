@@ -15,6 +15,7 @@ import pytest
 from megatron_ettin.cli.main import main
 from megatron_ettin.report.escaping import embedded
 from tests.report.synthetic import write_run
+from tests.train.runs import read
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 TOKEN = "hf_" + "q" * 30
@@ -28,11 +29,13 @@ def reported(out: Path, *words: object) -> str:
 
 def numbers(page: str) -> dict[str, Any]:
     """What the page's script draws."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(text)
 
 
 def section(page: str, name: str) -> str:
-    return re.search(rf'<section id="{name}">(.*?)</section>', page, re.S)[1]
+    (text,) = re.findall(rf'<section id="{name}">(.*?)</section>', page, re.S)
+    return text
 
 
 def floats(text: str) -> list[float]:
@@ -61,7 +64,7 @@ def test_a_trained_pair(trained: Path, page: Path, capsys: pytest.CaptureFixture
     for model, name in zip(drawn["models"], ("mlm", "clm")):
         pretrain, extend = model["runs"]
         assert (pretrain["phase"], pretrain["n"], extend["phase"], extend["n"]) == ("pretrain", 6, "extend", 3)
-        lines = [json.loads(line) for line in open(trained / name / "pretrain" / "metrics.jsonl", encoding="utf-8")]
+        lines = read(trained / name / "pretrain").metrics
         losses = floats(pretrain["series"]["loss"]["y"])
         assert losses == pytest.approx([line["loss"] for line in lines], rel=1e-6)
         assert extend["span"]["steps"] == [7, 9] and extend["span"]["tokens"][0] > pretrain["span"]["tokens"][1]
@@ -73,9 +76,10 @@ def test_a_trained_pair(trained: Path, page: Path, capsys: pytest.CaptureFixture
 def test_what_is_told_of_a_trained_pair(trained: Path, corpus: Path, page: Path) -> None:
     text = reported(page, trained / "mlm", trained / "clm")
     assert section(text, "data-consumed").count(f"<code>{corpus}</code>") == 2
-    assert section(text, "layout").count("dp 2") == 4
+    assert section(text, "layout").count("dp 2") == 2
     launches = section(text, "environment")
     assert launches.count("<tr>") == 1 + 5 and "torch" in launches
+    assert "Hosts: not recorded" not in launches
     bad = section(text, "bad-steps")
     assert bad.count("<tr>") == 1 + 1 and "skipped: gradient norm is nan" in bad
     assert "bad_steps/step_000000003.parquet" in bad
@@ -227,7 +231,10 @@ def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, run: Path, capsys: pyt
 
 def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for words in (["--out", tmp_path / "file" / "page.html"], ["--out", tmp_path / "a.html", "--png", tmp_path / "file"]):
+    for words in (
+        ["--out", tmp_path / "file" / "page.html"],
+        ["--out", tmp_path / "a.html", "--png", tmp_path / "file"],
+    ):
         assert main(["report", str(run), *map(str, words)]) == 2
         error = capsys.readouterr().err
         assert f"{words[-2]} {words[-1]}: cannot be written" in error and error.count("\n") == 1
@@ -253,6 +260,15 @@ def test_as_json(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> N
     (model,) = told["models"]
     assert (model["name"], model["phases"], model["steps"]) == ("17m mlm", ["pretrain"], 40)
     assert told["verdict"] is None and model["runs"] == [str(run)] and model["tokens"] > 40 * 64_000
+
+
+def test_the_slowest_host_is_named(tmp_path: Path, page: Path) -> None:
+    hosts = {10: "node-a", 20: "node-b", 30: "node-a", 40: "node-a"}
+    run = write_run(tmp_path / "run", slowest_host=hosts, slowest_ratio=dict.fromkeys(hosts, 1.5))
+    text = reported(page, run)
+    assert "the slowest rank was on node-a in 3 of 4 comparisons" in section(text, "environment")
+    assert "Hosts: node-a, node-b." in section(text, "environment")
+    assert "slowest" in {chart["id"] for chart in numbers(text)["charts"]}
 
 
 def test_shares_of_a_mixture(tmp_path: Path, run: Path, page: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_page_and_its_news(tmp_path: Path) -> None:
     with served(run) as (port, source):
         status, page = asked(port, "/")
         assert status == 200 and "connect-src 'self'" in page
-        version = re.search(r'data-live="2000" data-version="(\d+)"', page)[1]
+        (version,) = re.findall(r'data-live="2000" data-version="(\d+)"', page)
         assert asked(port, f"/data.json?seen={version}") == (204, "")
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(STEP_41)
