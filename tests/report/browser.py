@@ -23,7 +23,7 @@ def require_chromium() -> str:
     """Its path. Skips where there is none; in CI that is a failure."""
     found = next(filter(None, map(shutil.which, NAMES)), "")
     if not found:
-        why = "no Chromium here (tests/run.sh installs it where it may)"
+        why = "no Chromium here (apt-get install chromium; tests/run.sh does so in CI)"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
     return found
 
