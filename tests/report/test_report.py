@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 import struct
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_ettin.report.escaping import embedded
 from tests.report.synthetic import write_run
 from tests.train.runs import read
 
+ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 TOKEN = "hf_" + "q" * 30
 
@@ -87,6 +89,19 @@ def test_what_is_told_of_a_trained_pair(trained: Path, corpus: Path, page: Path)
     assert "milestone" in saved and saved.count("in their recorded sizes") == saved.count('class="good">whole')
     assert saved.count("verified in hf: tensors equal, logits within") == 1
     assert 'class="bad"' not in saved and "batch.micro_batch_rows" in section(text, "configuration")
+
+
+def test_the_quick_start_ends_with_a_report(trained: Path, tmp_path: Path) -> None:
+    script = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^ +ettin (report .*)$", script, re.M)
+    root = tmp_path / "out"
+    root.mkdir()
+    for objective in ("mlm", "clm"):
+        (root / objective).symlink_to(trained / objective)
+    assert main(shlex.split(words.replace("$out", str(root)))) == 0
+    last = script.rpartition("<<END")[2].replace("$out", str(root))
+    assert "PAIRED" in (root / "pair.html").read_text(encoding="utf-8")
+    assert f"{root}/pair.html" in last and f"{root}/figures" in last and (root / "figures" / "loss.png").exists()
 
 
 def test_a_damaged_checkpoint_is_told(trained: Path, tmp_path: Path, page: Path) -> None:
