@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From text to a released pair, on a CPU: prepare, train an encoder and a decoder through three phases on two ranks,
-# evaluate, convert, load with transformers, compare. Run it again to continue where it stopped.
+# evaluate, convert, load with transformers, compare, report. Run it again to continue where it stopped.
 #
 #   bash examples/quickstart.sh                 docstrings of the installed Python packages as text
 #   bash examples/quickstart.sh TEXT_PATH...    text files, folders or .jsonl of your own
@@ -104,7 +104,11 @@ convert() {
 
 compare() {
     ettin compare "$out"/mlm/{pretrain,extend,decay} "$out"/clm/{pretrain,extend,decay} \
-        --out "$out/pair.html" --require-paired
+        --out "$out/compared.html" --require-paired
+}
+
+report() {
+    ettin report "$out/mlm" "$out/clm" --out "$out/pair.html" --png "$out/figures"
 }
 
 stage "machine" python "$root/examples/check_machine.py" "$out"
@@ -119,6 +123,7 @@ stage "evaluate on the held-out documents" evaluate
 stage "convert to Hugging Face folders" convert
 stage "load with transformers" python "$root/examples/try_models.py" "$out/mlm/hf" "$out/clm/hf"
 stage "compare" compare
+stage "report" report
 
 cat <<END
 == done in $((SECONDS - began)) s
@@ -127,5 +132,6 @@ encoder's runs      $out/mlm/{pretrain,extend,decay}   (metrics.jsonl, checkpoin
 decoder's runs      $out/clm/{pretrain,extend,decay}
 held-out losses     $out/mlm/eval.json  $out/clm/eval.json
 for transformers    $out/mlm/hf  $out/clm/hf
-proof and curves    $out/pair.html  $out/pair.png
+proof               $out/compared.html  $out/compared.png
+report of the pair  $out/pair.html   (open it in a browser; figures of it in $out/figures)
 END

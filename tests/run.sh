@@ -33,6 +33,13 @@ if ((${#wanted[@]})) && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
         >"$venv/apt.log" 2>&1 || echo "== ${wanted[*]}: not installed (see $venv/apt.log); their tests are left out"
     echo "== ${wanted[*]}: $((SECONDS - began_apt)) s"
 fi
+# The tests of the report's page want a Chromium, of which the download is large: only CI installs it.
+if [[ -n ${CI:-} ]] && ! command -v chromium >/dev/null && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
+    began_apt=$SECONDS
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-dejavu-core; } \
+        >>"$venv/apt.log" 2>&1 || echo "== chromium: not installed (see $venv/apt.log)"
+    echo "== chromium: $((SECONDS - began_apt)) s"
+fi
 
 stage ruff "$venv/bin/ruff" check .
 stage mypy "$venv/bin/mypy"

@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
     "doctor": ("doctor", "is this machine fit to train; what is missing and what that costs"),
+    "report": ("report", "one page of a run or a pair: curves, data, restarts, checkpoints; --watch"),
     "order": ("order", "which documents each step used or will use"),
     "convert": ("convert", "to and from Hugging Face folders"),
     "release": ("release", "every checkpoint of a run as revisions of a Hugging Face repository"),

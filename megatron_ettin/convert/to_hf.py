@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.convert.hf_config import reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
@@ -62,6 +62,7 @@ def to_hf(
             raise
         source.check_weights()
         if parity is not None:
+            parity |= {"source": sha256(source.checkpoint / INTEGRITY)}  # by which `ettin report` knows the checkpoint
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
         for path in staging.iterdir():

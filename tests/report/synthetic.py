@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ettin.config.resolve import parse, to_yaml
@@ -20,7 +21,7 @@ def write_run(
     steps: int = 40,
     words: tuple[str, ...] = (),
     fingerprint: str = FINGERPRINT,
-    **changed: dict[int, object],
+    **changed: Mapping[int, object],
 ) -> Path:
     """A run of `steps` steps. `changed`: key of metrics.jsonl -> {step: another value}."""
     base = ("batch.global_batch_rows=64", "run.tokens=1_000_000_000", "schedule.warmup_tokens=100_000")
@@ -36,10 +37,11 @@ def write_run(
     height = (10.8 if phase == "pretrain" else 5.0) - floor
     for step in range(1, steps + 1):
         tokens += 64_000 + step % 7
+        loss = floor + height * math.exp(-step / 90) + dice.gauss(0, 0.05)
         line = {
             "step": step,
             "tokens": tokens,
-            "loss": floor + height * math.exp(-step / 90) + dice.gauss(0, 0.05),
+            "loss": loss,
             "lr": config.optim.lr * min(1.0, tokens / 1_000_000),
             "grad_norm": 0.5 + 3 * math.exp(-step / 40) + (12 if step % 97 == 96 else 0) + dice.random() * 0.2,
             "tokens_per_second": 250_000 * dice.uniform(0.97, 1.01),
@@ -47,7 +49,7 @@ def write_run(
             "rows": [(step - 1) * 64, step * 64],
         }
         if step % 50 == 0:
-            line["validation_loss"] = line["loss"] + 0.05
+            line["validation_loss"] = loss + 0.05
         sink.log({**line, **{key: values[step] for key, values in changed.items() if step in values}})
     sink.close()
     return path

@@ -67,7 +67,7 @@ def test_any_numbers_can_be_drawn(y):
 
 def test_phases_are_separate_strokes_with_their_names():
     drawn = svg(chart(([1.0, 2.0], [3.0, 2.0]), ([3.0, 4.0], [2.5, 2.0]), marks=[(0.0, "pretrain"), (2.0, "decay")]))
-    path = re.search(r' d="([^"]*)"', drawn)[1]
+    (path,) = re.findall(r' d="([^"]*)"', drawn)
     assert path.count("M") == 2 and path.count("L") == 2
     assert ">pretrain</text>" in drawn and ">decay</text>" in drawn
 

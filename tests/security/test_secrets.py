@@ -34,6 +34,7 @@ def test_tokens_are_nowhere(corpus: Path, tmp_path: Path) -> None:
     said = ran(words, {})
     said += ran(["launch", "--nodes", "1", "--gpus-per-node", "1", "--env-file", str(secrets), "--", *words], {})
     said += ran(["compare", str(run), str(run), "--out", str(tmp_path / "page.html")], {})
+    said += ran(["report", str(run), "--out", str(tmp_path / "report.html"), "--svg", str(tmp_path / "svg")], {})
     said += ran(["inspect", str(run), "--json"], {})
     said += ran(["order", str(run), "--steps", "1:3", "--out", str(tmp_path / "order.parquet")], {})
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path != secrets]

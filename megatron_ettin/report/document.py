@@ -1,0 +1,120 @@
+"""The page of a run or of several: curves that can be zoomed, and what is known of the run. One file, no network.
+
+Its policy lets the browser run this script and use this style sheet only, whatever a file of the run holds."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin import __version__
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.report import compare, sections
+from megatron_ettin.report.escaping import embedded, escaped
+from megatron_ettin.report.models import Model, read_models
+from megatron_ettin.report.series import page_data
+
+HERE = Path(__file__).parent
+KEYS_HELP = (
+    "Drag over a chart to zoom in, double-click for everything; the wheel zooms after a click, or with Ctrl. On a"
+    " focused chart: + and - zoom, arrows move, Shift with arrows reads values, 0 shows everything."
+    " Flags: a restart; triangles on the floor: a bad step."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page says: its numbers, and its parts by the id of their element."""
+
+    title: str
+    models: list[Model]
+    data: dict[str, Any]
+    parts: dict[str, str]
+    verdict: str | None
+
+
+def make(paths: Sequence[Path], title: str | None = None, releases: Sequence[Path] = ()) -> Report:
+    """Read the runs. Raises UserError for a path that is no run."""
+    models = read_models(paths)
+    compared = _compared(models)
+    parts = {
+        "cards": sections.cards(models),
+        "comparison": sections.comparison(compared),
+        "data-consumed": sections.data(models),
+        "layout": sections.layout(models),
+        "environment": sections.environment(models),
+        "bad-steps": sections.bad_steps(models),
+        "checkpoints": sections.checkpoints(models, releases),
+        "configuration": sections.configuration(models),
+    }
+    named = title or " / ".join(model.name for model in models)
+    verdict = compared.verdict if isinstance(compared, compare.Comparison) else None
+    return Report(named, models, page_data(models), parts, verdict)
+
+
+def _compared(models: Sequence[Model]) -> compare.Comparison | str | None:
+    """The verdict on several models, or why there is none."""
+    if len(models) < 2:
+        return None
+    try:
+        return compare.compare([run.path for model in models for run in model.runs if len(run.metrics.steps)])
+    except UserError as error:
+        return str(error)
+
+
+def render(report: Report, live: tuple[int, str] | None = None) -> str:
+    """The page. `live`: milliseconds between questions to the server, version of the numbers."""
+    script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("run_page.js", "run_page.css"))
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
+    policy += f"; form-action 'none'; connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}"
+    told = "\n".join(f'<section id="{name}">{part}</section>' for name, part in report.parts.items() if name != "cards")
+    polling = f' data-live="{live[0]}" data-version="{live[1]}"' if live else ""
+    state = '<span id="live" role="status" class="good">live</span>' if live else '<span id="live" hidden></span>'
+    when = time.strftime("%Y-%m-%d %H:%M %Z")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
+<title>{escaped(report.title)}</title><style>{style}</style></head><body{polling}>
+<a class="skip" href="#curves">Skip to the curves</a>
+<header><div><h1>{escaped(report.title)}</h1><p class="soft">ettin report {__version__}, {when} {state}</p></div>
+<button type="button" id="theme">Colours: auto</button></header>
+<main>
+<section id="cards">{report.parts["cards"]}</section>
+<section id="curves" tabindex="-1" aria-label="Curves"><h2>Curves</h2>
+<noscript><p class="bad">Scripts are switched off, so that no curve is drawn. The tables are complete.</p></noscript>
+<p class="soft" id="empty"{" hidden" if report.data["charts"] else ""}>No step is recorded yet.</p>
+<div class="bar" id="bar" role="toolbar" aria-label="Range of the curves" hidden>
+<label for="axis">Against</label><select id="axis"></select>
+<button type="button" id="in" aria-label="zoom in">+</button>
+<button type="button" id="out" aria-label="zoom out">&minus;</button>
+<button type="button" id="reset" disabled>Show everything</button>
+<span class="soft">Shown: <span id="range">all</span></span></div>
+<p class="soft" id="keys">{KEYS_HELP}</p>
+<p class="sr" id="said" aria-live="polite"></p>
+<div class="charts" id="charts"></div></section>
+{told}
+</main>
+<script type="application/json" id="data">{embedded(report.data)}</script>
+<script>{script}</script></body></html>
+"""
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def write(path: Path, content: bytes) -> None:
+    """The file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".tmp-{path.name}")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

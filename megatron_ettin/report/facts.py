@@ -1,0 +1,171 @@
+"""What a page tells of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
+from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.report.models import Model
+from megatron_ettin.report.record import RunRecord, objects, read_json
+
+RELEASE, PARITY = "release.json", "parity.json"
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """Tokens of one dataset, or of one source within it, that a model has read. None: not known."""
+
+    name: str
+    share: float | None
+    tokens: float | None
+    epochs: float | None
+    inner: Sequence[Consumed] = ()
+
+
+def consumed(runs: Iterable[RunRecord]) -> list[Consumed]:
+    """By dataset over all phases, as the mixture of each phase shares out the tokens that it has trained on."""
+    tokens: dict[str, float | None] = {}
+    for run in runs:
+        for path, share in mixture_shares(run):
+            before = tokens.get(path, 0.0)
+            tokens[path] = None if share is None or before is None else before + share * run.tokens
+    known = sum(value for value in tokens.values() if value is not None)
+    found = []
+    for path, value in tokens.items():
+        manifest = read_json(Path(path) / "manifest.json")
+        size = manifest.get("tokens")
+        share = value / known if value is not None and known else None
+        epochs = value / size if value is not None and isinstance(size, int) and size > 0 else None
+        found.append(Consumed(path, share, value, epochs, tuple(_sources(manifest, value, share, epochs))))
+    return found
+
+
+def _sources(
+    manifest: dict[str, Any], tokens: float | None, share: float | None, epochs: float | None
+) -> Iterator[Consumed]:
+    """Of one dataset, in proportion: its rows are read in an order that knows no sources."""
+    sources = [
+        one for one in manifest.get("sources") or [] if isinstance(one, dict) and isinstance(one.get("tokens"), int)
+    ]
+    whole = sum(one["tokens"] for one in sources)
+    for one in sources if len(sources) > 1 and whole else []:
+        part = one["tokens"] / whole
+        shared, read = (None if value is None else value * part for value in (share, tokens))
+        yield Consumed(str(one.get("name")), shared, read, epochs)
+
+
+def mixture_shares(run: RunRecord) -> list[tuple[str, float | None]]:
+    """(dataset, share of the run's tokens) as the configuration says; by the datasets' sizes where it gives none."""
+    mixture = run.setting("data", "mixture")
+    items = [mixture] if isinstance(mixture, str | dict) else mixture if isinstance(mixture, list) else []
+    entries = [item if isinstance(item, dict) else {"path": item} for item in items]
+    paths = [str(entry.get("path")) for entry in entries]
+    weights = [entry.get("weight") or entry.get("tokens") for entry in entries]
+    if len(entries) > 1 and not any(weights):
+        weights = [read_json(Path(path) / "manifest.json").get("tokens") for path in paths]
+    if len(entries) == 1:
+        return [(paths[0], 1.0)]
+    numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and weight > 0]
+    if len(numbers) < len(paths):
+        return [(path, None) for path in paths]
+    return [(path, weight / sum(numbers)) for path, weight in zip(paths, numbers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint or a milestone."""
+
+    kind: str
+    path: Path
+    step: int | None
+    tokens: int | None
+    bytes: int | None
+    integrity: str
+    whole: bool
+    parity: str
+
+
+def saved(run: RunRecord, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
+    """Everything a run has saved, oldest first. `exports`: of `exported`."""
+    paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
+    paths += [("milestone", path) for path in list_milestones(run.path)]
+    return sorted((_saved(kind, path, exports) for kind, path in paths), key=lambda one: one.path.name)
+
+
+def _saved(kind: str, path: Path, exports: dict[str, tuple[Path, str]]) -> Saved:
+    try:
+        progress = read_progress(path)
+    except UserError:
+        progress = {}
+    whole, told, size = integrity_of(path)
+    parity = ""
+    if exports:
+        found = exports.get(identity(path))
+        parity = "not exported" if found is None else told_parity(*found)
+    numbers = {key: progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens")}
+    return Saved(kind, path, numbers["step"], numbers["tokens"], size, told, whole, parity)
+
+
+def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
+    """(whether all files are there in their recorded sizes, in words, bytes). Reads no contents."""
+    try:
+        entries = read_entries(checkpoint)
+    except UserError as error:
+        return False, str(error), None
+    for name, entry in entries.items():
+        try:
+            if (checkpoint / name).stat().st_size != entry["bytes"]:
+                return False, f"{name} has another size than recorded", None
+        except OSError:
+            return False, f"{name} is missing", None
+    return True, f"{len(entries)} files in their recorded sizes", sum(entry["bytes"] for entry in entries.values())
+
+
+def identity(checkpoint: Path) -> str:
+    """By which an export knows the checkpoint that it was made of."""
+    try:
+        return hashlib.sha256((checkpoint / INTEGRITY).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def told_parity(folder: Path, name: str) -> str:
+    parity = read_json(folder / PARITY)
+    difference = parity.get("max_abs_logit_difference")
+    if not parity.get("tensors_identical"):
+        return f"in {name}, not verified"
+    logits = f", logits within {difference:.1e}" if isinstance(difference, float) else ""
+    return f"verified in {name}: tensors equal{logits}"
+
+
+def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
+    """(folder, its name) by the checkpoint it was made of: revisions of releases in `folders`, and releases and exports
+    of `ettin convert` in the runs and beside them."""
+    nearby = {
+        above for model in models for run in model.runs for above in (run.path.resolve(), run.path.resolve().parent)
+    }
+    places = {folder.resolve() for folder in folders}
+    places |= {index.parent for above in nearby for index in above.glob(f"*/{RELEASE}")}
+    found = {}
+    for path in sorted(path for above in nearby for path in above.glob(f"*/{PARITY}")):
+        found[str(read_json(path).get("source"))] = (path.parent, path.parent.name)
+    for path in sorted(path for place in places for path in place.glob(f"*/{RELEASE}")):
+        record = read_json(path)
+        if isinstance(record.get("source"), str) and path.parent.name != "main":
+            found[record["source"]] = (path.parent, f"revision {record.get('revision')}")
+    return found
+
+
+def hosts(run: RunRecord) -> list[str]:
+    """Machines that are known to have trained: from the ranks' own files, the job's events and the metrics."""
+    found = [str(read_json(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]]
+    path = run.path.absolute()
+    for above in (path, *list(path.parents)[:2]):
+        found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]
+    return [host for host in dict.fromkeys([*found, *run.metrics.slow]) if host]

@@ -1,0 +1,169 @@
+"""What a run directory holds, read for its page: whatever is missing, torn or damaged is told of and passed over.
+
+A run may be training meanwhile, or never have begun: only a readable config.yaml is asked for."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.checkpoint.directory import read_config
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.history import HISTORY
+from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
+
+Column = npt.NDArray[np.float64]
+DEPTH = 3  # how far below a folder runs are looked for: MODEL/PHASE, and a folder of models
+MOST_LAUNCHES = 10_000
+MOST_HOSTS = 10_000
+MOST_COLUMNS = 500  # further keys of metrics.jsonl are passed over
+
+
+@dataclass
+class Metrics:
+    """The columns of metrics.jsonl: a number for each step, NaN where a line has none. `bad`: step -> what its line
+    says; steps whose loss is no number are among them. `slow`: host -> how often its rank was the slowest."""
+
+    columns: dict[str, Column] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    slow: Counter[str] = field(default_factory=Counter)
+    unreadable_lines: int = 0
+
+    @property
+    def steps(self) -> Column:
+        return self.columns.get("step", np.empty(0))
+
+    def known(self, key: str) -> Column:
+        """The numbers of a column."""
+        column = self.columns.get(key, np.empty(0))
+        return column[~np.isnan(column)]
+
+    def last(self, key: str) -> float | None:
+        known = self.known(key)
+        return float(known[-1]) if len(known) else None
+
+
+@dataclass
+class RunRecord:
+    """One run directory."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: Metrics
+    launches: list[dict[str, Any]]
+    order: dict[str, Any]
+    bad_steps: dict[int, dict[str, Any]]  # of bad_steps.jsonl, by step
+    rolled_back_lines: int
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """Raises UserError where `path` has no config.yaml that can be read."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: no run directory (it has no config.yaml)")
+        rolled_back = sum(1 for _ in objects(path / ROLLED_BACK_FILE))
+        launches = [launch for _, launch in zip(range(MOST_LAUNCHES), objects(path / HISTORY))]
+        told = {
+            entry["step"]: entry for entry in objects(path / "bad_steps.jsonl") if isinstance(entry.get("step"), int)
+        }
+        order = read_json(path / "order.json")
+        return cls(path, read_config(path), read_metrics(path / METRICS_FILE), launches, order, told, rolled_back)
+
+    def setting(self, group: str, key: str) -> Any:
+        """A value of the configuration, or None."""
+        settings = self.config.get(group)
+        return settings.get(key) if isinstance(settings, dict) else None
+
+    def named(self, key: str) -> str:
+        """`size`, `objective` or `phase`."""
+        return str(self.setting("run", key) or "?")
+
+    @property
+    def tokens(self) -> int:
+        known = self.metrics.known("tokens")
+        return int(known.max()) if len(known) else 0
+
+
+def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The run directory itself, or those in the folders below."""
+    if (folder / "config.yaml").is_file():
+        yield folder
+    elif depth and folder.is_dir():
+        for below in sorted(folder.iterdir()):
+            if below.is_dir() and not below.name.startswith("."):
+                yield from find_runs(below, depth - 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object, or nothing where there is none that can be read."""
+    try:
+        found = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def objects(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines. Numbers of lines that hold none go to `unreadable`, but for a torn last."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError:
+        return
+    with file:
+        for number, line in enumerate(file, start=1):
+            try:
+                found = load_json(line) if line.strip() else None
+            except ValueError:
+                found = () if line.endswith(b"\n") else None
+            if isinstance(found, dict):
+                yield found
+            elif found is not None and unreadable is not None:
+                unreadable.append(number)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A run of 100,000 steps takes a second or two; columns instead of objects keep a million in memory."""
+    columns = {"step": array("d")}
+    metrics, unreadable, count = Metrics(), list[int](), 0
+    for line in objects(path, unreadable):
+        step = line.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**31:
+            continue
+        for key, value in line.items():
+            if (type(value) is float or type(value) is int) and (key in columns or len(columns) < MOST_COLUMNS):
+                column = columns.setdefault(key, array("d"))
+                column.extend([math.nan] * (count - len(column)))
+                column.append(value if -1e300 < value < 1e300 else math.nan)
+        count += 1
+        if isinstance(host := line.get("slowest_host"), str) and (
+            host in metrics.slow or len(metrics.slow) < MOST_HOSTS
+        ):
+            metrics.slow[host] += 1
+        if line.get("bad") or line.get("loss", 0.0) is None:
+            metrics.bad[step] = str(line.get("bad") or "its loss is no number")
+    metrics.unreadable_lines = len(unreadable)
+    for column in columns.values():
+        column.extend([math.nan] * (count - len(column)))
+    metrics.columns = by_step({key: np.array(column) for key, column in columns.items()})
+    return metrics
+
+
+def by_step(columns: dict[str, Column]) -> dict[str, Column]:
+    """Each step once, in order; of a step written twice the later number stands."""
+    if not columns:
+        return {}
+    steps, places = np.unique(columns["step"], return_inverse=True)
+    found = {}
+    for key, column in columns.items():
+        known = np.isfinite(column)
+        found[key] = np.full(len(steps), np.nan)
+        found[key][places[known]] = column[known]
+    return found

@@ -1,0 +1,294 @@
+"""The parts of a run's page that are words and tables; all text of files goes through `escaped`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.report import facts
+from megatron_ettin.report.compare import Check, Comparison
+from megatron_ettin.report.escaping import escaped
+from megatron_ettin.report.models import Model
+from megatron_ettin.report.record import RunRecord
+
+LAST_STEPS = 20
+NONE = "none"
+MOST_ROWS = 200  # of a table of launches or bad steps
+AXES = ("tp", "pp", "vp", "cp")
+
+
+def table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), quiet: bool = False
+) -> str:
+    """Cells are HTML. `numbers`: columns that align to the right. `quiet`: a heading has said what the caption says."""
+    kind = [" class=number" if column in numbers else "" for column in range(len(heads))]
+    head = "".join(f"<th scope=col{one}>{name}</th>" for one, name in zip(kind, heads))
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{one}>{cell}</td>" for one, cell in zip(kind, row)) + "</tr>" for row in rows
+    )
+    told = f"<caption{' class=sr' * quiet}>{caption}</caption>"
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{told}'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def number(value: float | None, form: str = ",") -> str:
+    return "" if value is None else format(value, form)
+
+
+def count(value: float | None) -> str:
+    return "" if value is None else format_count(round(value))
+
+
+def size(value: int | None) -> str:
+    if value is None:
+        return ""
+    unit, name = next(
+        ((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= unit), (1, "bytes")
+    )
+    return f"{value / unit:.3g} {name}" if unit > 1 else f"{value} bytes"
+
+
+def cards(models: Sequence[Model]) -> str:
+    """The figures of each model at a glance."""
+    parts = []
+    for model in models:
+        shown = "".join(
+            f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>" for name, value, more in _figures(model)
+        )
+        parts.append(f'<h2>{escaped(model.name)}</h2><dl class="cards">{shown}</dl>')
+    return "\n".join(parts)
+
+
+def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
+    last = model.runs[-1]
+    metrics = last.metrics
+    goal_tokens, goal_steps = last.setting("run", "tokens"), last.setting("run", "steps")
+    step = metrics.last("step")
+    of = f"of {goal_steps:,} in {escaped(last.named('phase'))}" if isinstance(goal_steps, int) else ""
+    yield "steps", f"{sum(len(run.metrics.steps) for run in model.runs):,}", of or "none recorded yet" * (step is None)
+    goal = (
+        f"{last.tokens / goal_tokens:.1%} of {format_count(goal_tokens)} in "
+        if isinstance(goal_tokens, int) and goal_tokens > 0
+        else ""
+    )
+    yield "tokens", count(sum(run.tokens for run in model.runs)), f"{goal}{escaped(last.named('phase'))}"
+    losses = metrics.known("loss")[-LAST_STEPS:].tolist()
+    yield (
+        "training loss",
+        number(statistics.fmean(losses), ".4f") if losses else NONE,
+        f"mean of the last {len(losses)} steps" if len(losses) > 1 else "",
+    )
+    known = metrics.known("validation_loss")
+    best = f"lowest {known.min():.4f}" if len(known) else "not evaluated"
+    yield "validation loss", number(metrics.last("validation_loss"), ".4f") or NONE, best
+    speeds = metrics.known("tokens_per_second").tolist()
+    mfu = metrics.last("mfu")
+    yield (
+        "tokens/s",
+        count(statistics.median(speeds)) if speeds else NONE,
+        "median" + (f", MFU {mfu:.1%}" if mfu else ""),
+    )
+    again = sum(max(len(run.launches) - 1, 0) for run in model.runs)
+    rolled = sum(run.rolled_back_lines for run in model.runs)
+    yield "restarts", f"{again:,}", f"{rolled:,} steps trained again" if rolled else ""
+    bad = sum(len({*run.metrics.bad, *run.bad_steps}) for run in model.runs)
+    yield "bad steps", f"{bad:,}", "marked in the curves" if bad else ""
+
+
+def comparison(compared: Comparison | str | None) -> str:
+    """The verdict of `ettin compare`, or why there is none."""
+    if compared is None:
+        return ""
+    if isinstance(compared, str):
+        return f'<h2>Comparison</h2><p class="soft">No verdict: {escaped(compared)}</p>'
+    tone, failed = "bad" if compared.failed else "good", len(compared.failed)
+    told = f"{failed} of {len(compared.checks)} checks failed." if failed else f"{len(compared.checks)} checks passed."
+    heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
+    differs = table("What differs", heads, map(_check, compared.failed)) if failed else ""
+    proof = table("What was compared", heads, map(_check, compared.checks), quiet=True)
+    return (
+        f'<h2>Comparison</h2><p><span class="verdict {tone}">{compared.verdict}</span>{told}</p>{differs}'
+        f'<details id="checks"><summary>All checks</summary>{proof}</details>'
+    )
+
+
+def _check(check: Check) -> Sequence[str]:
+    return (
+        escaped(check.pair),
+        escaped(check.phase or "all"),
+        escaped(check.name),
+        _yes(check.passed),
+        escaped(check.detail),
+    )
+
+
+def _yes(passed: bool) -> str:
+    return '<span class="good">yes</span>' if passed else '<b class="bad">no</b>'
+
+
+def data(models: Sequence[Model]) -> str:
+    parts = ["<h2>Data consumed</h2>"]
+    for model in models:
+        rows = []
+        for one in facts.consumed(model.runs):
+            rows.append(_consumed(one, f"<code>{escaped(one.name)}</code>"))
+            rows += [_consumed(inner, f"&emsp;{escaped(inner.name)}") for inner in one.inner[:MOST_ROWS]]
+        heads = ("Source", "Share", "", "Tokens", "Epochs")
+        told = table(f"Data of {escaped(model.name)}", heads, rows, (1, 3, 4))
+        parts.append(told if rows else f'<p class="soft">{escaped(model.name)}: data.mixture is not set.</p>')
+        order = ", ".join(str(run.order["fingerprint"])[:16] for run in model.runs if run.order.get("fingerprint"))
+        parts.append(f'<p class="soft">Order of data: {escaped(order) or "not recorded yet"}.</p>')
+    note = (
+        "Shares are those of the configuration; within a dataset, those of its sources."
+        " <code>ettin order</code> counts exactly."
+    )
+    return "\n".join([*parts, f'<p class="soft">{note}</p>'])
+
+
+def _consumed(one: facts.Consumed, name: str) -> tuple[str, ...]:
+    meter = (
+        ""
+        if one.share is None
+        else f'<meter min=0 max=1 value="{one.share:.4f}" aria-label="share">{one.share:.0%}</meter>'
+    )
+    return name, number(one.share, ".1%") or "not known", meter, count(one.tokens), number(one.epochs, ".3g")
+
+
+def layout(models: Sequence[Model]) -> str:
+    heads = ("Model", "Phase", "Layout", "Ranks", "Micro-batch", "Precision", "Device", "Attention", "Engine")
+    rows = []
+    for model, run in _runs(models):
+        last = run.launches[-1] if run.launches else {}
+        degrees = {axis: run.setting("parallel", axis) for axis in AXES}
+        configured = " ".join(
+            f"{axis} {degree}" for axis, degree in degrees.items() if isinstance(degree, int) and degree > 1
+        )
+        shown = (
+            (last.get("layout") or configured or "data-parallel"), last.get("world", ""),
+            run.setting("batch", "micro_batch_rows"), run.setting("precision", "name"), run.setting("run", "device"),
+            run.setting("run", "attention"), run.setting("parallel", "engine"),
+        )  # fmt: skip
+        rows.append((escaped(model.name), escaped(run.named("phase")), *map(escaped, shown)))
+    return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
+
+
+def environment(models: Sequence[Model]) -> str:
+    """Launches, each with the software it ran on, and the hosts that are known."""
+    shown = [(model, run, launch) for model, run in _runs(models) for launch in run.launches[-MOST_ROWS:]]
+    keys = list(dict.fromkeys(key for _, _, launch in shown for key in launch if key not in _NOT_SHOWN))
+    rows = [
+        [escaped(model.name), escaped(run.named("phase")), *(escaped(_plain(launch.get(key)), key) for key in keys)]
+        for model, run, launch in shown
+    ]
+    heads = ("Model", "Phase", *map(escaped, keys))
+    parts = ["<h2>Environment and launches</h2>"]
+    parts.append(
+        table("Launches", heads, rows, quiet=True) if rows else '<p class="soft">No launch is recorded yet.</p>'
+    )
+    for model, run in _runs(models):
+        what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
+        if len(run.launches) > MOST_ROWS:
+            parts.append(f'<p class="soft">{what}: the last {MOST_ROWS} of {len(run.launches):,} launches.</p>')
+        if run.metrics.unreadable_lines:
+            unread = f"{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read"
+            parts.append(f'<p class="bad">{what}: {unread}.</p>')
+        if len(run.metrics.slow) > 1:
+            (host, often), whole = run.metrics.slow.most_common(1)[0], run.metrics.slow.total()
+            told = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons"
+            parts.append(f'<p class="soft">{what}: {told}.</p>')
+    named = dict.fromkeys(host for _, run in _runs(models) for host in facts.hosts(run))
+    parts.append(f'<p class="soft">Hosts: {escaped(", ".join(list(named)[:MOST_ROWS])) or "not recorded"}.</p>')
+    return "\n".join(parts)
+
+
+_NOT_SHOWN = ("model_of_weights", "init_from_relative")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "" if value is None else str(value)
+
+
+def bad_steps(models: Sequence[Model]) -> str:
+    rows = []
+    for model, run in _runs(models):
+        for step in sorted({*run.metrics.bad, *run.bad_steps}):
+            entry = run.bad_steps.get(step, {})
+            why = run.metrics.bad.get(step) or f"{entry.get('outcome')}: {entry.get('why')}"
+            rows.append(
+                (
+                    escaped(model.name),
+                    escaped(run.named("phase")),
+                    f"{step:,}",
+                    escaped(why),
+                    escaped(entry.get("documents") or ""),
+                )
+            )
+    if not rows:
+        return ""
+    more = f'<p class="soft">The first {MOST_ROWS} of {len(rows):,}.</p>' if len(rows) > MOST_ROWS else ""
+    heads = ("Model", "Phase", "Step", "What was wrong, what was done", "Documents")
+    return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,), quiet=True) + more
+
+
+def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
+    exports = facts.exported(models, releases)
+    rows = []
+    for model, run in _runs(models):
+        for one in facts.saved(run, exports):
+            tone, word = ("good", "whole") if one.whole else ("bad", "damaged")
+            state = f'<span class="{tone}">{word}</span>: {escaped(one.integrity)}'
+            place = (
+                escaped(model.name),
+                escaped(run.named("phase")),
+                one.kind,
+                f"<code class=whole>{escaped(one.path.name)}</code>",
+            )
+            rows.append(
+                (
+                    *place,
+                    number(one.step),
+                    count(one.tokens),
+                    size(one.bytes),
+                    state,
+                    escaped(one.parity or "no export found"),
+                )
+            )
+    heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")
+    told = (
+        table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True)
+        if rows
+        else '<p class="soft">None yet.</p>'
+    )
+    note = (
+        '<p class="soft">Sizes are compared; <code>ettin inspect RUN --verify</code> reads every byte.</p>'
+        if rows
+        else ""
+    )
+    return f"<h2>Checkpoints and milestones</h2>{told}{note}"
+
+
+def configuration(models: Sequence[Model]) -> str:
+    parts = ["<h2>Configuration</h2>"]
+    for place, (model, run) in enumerate(_runs(models)):
+        rows = [
+            (f"<code>{escaped(f'{group}.{key}')}</code>", f"<code>{escaped(value, str(key))}</code>")
+            for group, settings in run.config.items()
+            for key, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
+        ]
+        what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
+        told = table(f"Configuration of {what}", ("Key", "Value"), rows, quiet=True)
+        parts.append(
+            f'<details id="config-{place}"><summary>{what}: <code>{escaped(run.path)}</code></summary>{told}</details>'
+        )
+    return "\n".join(parts)
+
+
+def _runs(models: Sequence[Model]) -> list[tuple[Model, RunRecord]]:
+    return [(model, run) for model in models for run in model.runs]

@@ -1,0 +1,158 @@
+"""The numbers of a page, small enough to mail and fine enough to zoom in.
+
+Every curve is there twice. An overview of at most 600 buckets with lowest, median and highest value is what the page
+draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that 40,000
+buckets of the same three values. Several models share that room, so that a page stays under 10 MB."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_ettin.config.secrets import masked
+from megatron_ettin.report.models import Model
+from megatron_ettin.report.record import Column, RunRecord
+
+OVERVIEW_BUCKETS = 600
+MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000  # of all models of a page
+DENSE = 0.9  # a curve of fewer of the steps is joined over those between; else they are gaps
+MOST_MARKS = 1_000  # of one run
+AXES = ("tokens", "steps", "hours")
+# keys of metrics.jsonl (a * takes the rest) -> title, unit, factor of the values
+CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
+    ("loss", ("loss", "validation_loss"), "Loss", "nats a token", 1.0),
+    ("sources", ("validation_loss_*", "validation_loss/*"), "Validation loss by source", "nats a token", 1.0),
+    ("parts", ("loss_*",), "Training loss by objective", "nats a token", 1.0),
+    ("accuracy", ("validation_accuracy*",), "Validation accuracy", "%", 100.0),
+    ("lr", ("lr",), "Learning rate", "", 1.0),
+    ("grad_norm", ("grad_norm",), "Gradient norm", "", 1.0),
+    ("speed", ("tokens_per_second",), "Tokens per second", "tokens/s", 1.0),
+    ("mfu", ("mfu",), "Model FLOP utilisation", "%", 100.0),
+    ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
+    ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0),
+)
+FROM_ZERO = ("speed", "mfu", "memory")  # else noise would fill the chart
+
+
+def page_data(models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script draws."""
+    longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
+    size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
+    drawn = [model_data(model, size) for model in models]
+    every_run = [run for model in drawn for run in model["runs"] if run["n"]]
+    return {
+        "axes": [axis for axis in AXES if every_run and all(axis in run["grid"] for run in every_run)],
+        "charts": charts({key for run in every_run for key in run["series"]}),
+        "models": drawn,
+    }
+
+
+def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
+    """The charts that there are numbers for."""
+    found = []
+    for name, wanted, title, unit, factor in CHARTS:
+        shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
+        if shown:
+            found.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
+            found[-1] |= {"zero": True} if name in FROM_ZERO else {}
+    return found
+
+
+def _fits(key: str, pattern: str) -> bool:
+    return key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1]))
+
+
+def model_data(model: Model, size: int) -> dict[str, Any]:
+    axes = model.axes()
+    runs = [run_data(run, own, size) for run, own in zip(model.runs, axes)]
+    return {"name": masked(model.name), "runs": runs}
+
+
+def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, Any]:
+    """One run: its x in every axis, its curves, what happened. `size`: steps of a bucket of the detail."""
+    count = len(run.metrics.steps)
+    series = {}
+    for key, column in run.metrics.columns.items():
+        if any(_fits(key, pattern) for _, wanted, *_ in CHARTS for pattern in wanted) and not np.isnan(column).all():
+            series[masked(key)] = series_data(column, size)
+    places = np.minimum(np.arange(size - 1, count + size - 1, size), count - 1) if count else np.empty(0, int)
+    return {
+        "phase": masked(run.named("phase")),
+        "n": len(places),
+        "grid": {axis: packed(values[places], "<f8") for axis, values in axes.items()},
+        "series": series,
+        "span": {axis: [rounded(values[0]), rounded(values[-1])] for axis, values in axes.items() if count},
+        "marks": marks(run, axes),
+    }
+
+
+def series_data(column: Column, size: int) -> dict[str, Any]:
+    """A curve: `y` (in buckets: `low`, `y`, `high`), `at` (places of its points where many steps have none)."""
+    known = np.flatnonzero(~np.isnan(column))
+    sparse = len(known) < DENSE * len(column)
+    values = column[known] if sparse else column
+    found: dict[str, Any] = {}
+    if sparse:
+        found |= {"at": packed(known // size, "<u4"), "y": packed(values)}
+    elif size > 1:
+        low, middle, high = summary(values, size)
+        found |= {"low": packed(low), "y": packed(middle), "high": packed(high)}
+    else:
+        found["y"] = packed(values)
+    found["n"] = len(known) if sparse else math.ceil(len(column) / size)
+    if found["n"] > OVERVIEW_BUCKETS:
+        found["overview"] = overview(values, found["n"], 1 if sparse else size)
+    return found
+
+
+def overview(values: Column, points: int, size: int) -> dict[str, Any]:
+    """Buckets of `each` points of the detail."""
+    each = math.ceil(points / OVERVIEW_BUCKETS)
+    low, middle, high = (list(map(rounded, part)) for part in summary(values, each * size))
+    return {"each": each, "low": low, "y": middle, "high": high}
+
+
+def summary(values: Column, size: int) -> tuple[Column, Column, Column]:
+    """(lowest, median, highest) of every `size` values in turn; NaN where none is a number."""
+    filled = np.full(math.ceil(len(values) / size) * size, np.nan)
+    filled[: len(values)] = values
+    rows = filled.reshape(-1, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of rows of NaN
+        return np.nanmin(rows, axis=1), np.nanmedian(rows, axis=1), np.nanmax(rows, axis=1)
+
+
+def packed(values: Any, kind: str = "<f4") -> str:
+    with np.errstate(over="ignore"):
+        return base64.b64encode(np.asarray(values).astype(kind).tobytes()).decode()
+
+
+def rounded(value: float) -> float | None:
+    """Five digits, which a screen cannot tell from more; None for NaN."""
+    return None if math.isnan(value) else float(f"{value:.5g}" if abs(value) < 1e5 else f"{value:.12g}")
+
+
+def marks(run: RunRecord, axes: dict[str, Column]) -> list[dict[str, Any]]:
+    """Restarts and bad steps: kind, text, and x in every axis."""
+    steps = run.metrics.steps
+    if not len(steps):
+        return []
+    restarts = [
+        ("restart", launch["step"], f"launched again after step {launch['step']:,}")
+        for launch in run.launches[1:]
+        if isinstance(launch.get("step"), int)
+    ]
+    told = run.metrics.bad | {step: str(entry.get("why")) for step, entry in run.bad_steps.items()}
+    told |= run.metrics.bad
+    bad = [("bad", step, f"step {step:,}: {why}") for step, why in sorted(told.items())]
+    found = []
+    for kind, step, text in itertools.chain(restarts[:MOST_MARKS], bad[:MOST_MARKS]):
+        place = min(max(int(np.searchsorted(steps, step)), 0), len(steps) - 1)
+        found.append({"kind": kind, "text": masked(text), **{axis: float(x[place]) for axis, x in axes.items()}})
+    return found

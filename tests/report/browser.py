@@ -1,0 +1,135 @@
+"""A headless Chromium driven by its DevTools protocol over two pipes: no driver, no package between."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ANSWER_SECONDS = 30.0
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def require_chromium() -> str:
+    """Its path. Skips where there is none; in CI that is a failure."""
+    found = next(filter(None, map(shutil.which, NAMES)), "")
+    if not found:
+        why = "no Chromium here (apt-get install chromium; tests/run.sh does so in CI)"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+    return found
+
+
+class Browser:
+    """One page. `events`: everything that the browser told of it, oldest first."""
+
+    def __init__(self, width: int = 1200, height: int = 1000) -> None:
+        self.profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
+        to_browser, self.write_end = os.pipe()
+        self.read_end, from_browser = os.pipe()
+        words = [require_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        words += ["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking", "--mute-audio"]
+        words += [f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}", "about:blank"]
+        # the browser reads its file 3 and writes its file 4
+        shell = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell, "bash", *words], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self.number, self.buffer = 0, b""
+        self.events: list[dict[str, Any]] = []
+        self.session: str | None = None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
+            self.ask(f"{domain}.enable")
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.write_end)
+        os.close(self.read_end)
+        self.profile.cleanup()
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The browser's answer to one command."""
+        self.number += 1
+        asked = {"id": self.number, "method": method, "params": parameters}
+        asked |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write_end, json.dumps(asked).encode() + b"\0")
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while (message := self._message(deadline)).get("id") != self.number:
+            self.events.append(message)
+        assert "error" not in message, (method, message["error"])
+        return message["result"]
+
+    def _message(self, deadline: float) -> dict[str, Any]:
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.read_end], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"the browser says nothing for {ANSWER_SECONDS} s"
+            read = os.read(self.read_end, 1 << 20)
+            assert read, "the browser is gone"
+            self.buffer += read
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url: str) -> None:
+        """Load a page and wait until it is complete."""
+        self.events.clear()
+        self.ask("Page.navigate", url=url)
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def value(self, expression: str) -> Any:
+        """Of an expression in the page."""
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, expression: str, seconds: float = ANSWER_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.value(expression):
+            assert time.monotonic() < deadline, f"not within {seconds} s: {expression}"
+            time.sleep(0.05)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        codes = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, "Home": 36, "Enter": 13}
+        event = {"key": key, "modifiers": 8 if shift else 0, "windowsVirtualKeyCode": codes.get(key, 0)}
+        text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+        self.ask("Input.dispatchKeyEvent", type="keyDown", **event, **text)
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def colours(self, scheme: str) -> None:
+        """What the reader's system prefers: light or dark."""
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self, path: Path, whole: bool = False) -> None:
+        data = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    @property
+    def errors(self) -> list[dict[str, Any]]:
+        """Exceptions, and errors and warnings of the console and of the browser itself."""
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event.get("method") in kinds]
+
+    @property
+    def requests(self) -> list[str]:
+        """URLs that were asked for, the page's own included."""
+        sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in sent]

@@ -1,0 +1,226 @@
+"""The page in a real Chromium: nothing fetched, no error, curves drawn, every control usable by keyboard and mouse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.cli.main import main
+from tests.report.browser import Browser
+from tests.report.synthetic import write_run
+from tests.report.test_watch import STEP_41, look_again, served
+
+LONG_RUN_SECONDS = 10.0  # docs/benchmarks/report.md has the figure; this much is left to a machine under load
+FIRST = "document.querySelector('.plot')"
+SHOWN = "document.getElementById('range').textContent"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    opened = Browser()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of the page of two models of two phases, with a bad step and a restart."""
+    root = tmp_path_factory.mktemp("pair")
+    for objective in ("mlm", "clm"):
+        write_run(root / objective / "pretrain", objective, steps=800, loss={70: None})
+        write_run(root / objective / "decay", objective, "decay", steps=200)
+        with open(root / objective / "pretrain" / "history.jsonl", "a", encoding="utf-8") as history:
+            history.write('{"step": 300, "changes": []}\n')
+    assert main(["report", str(root), "--out", str(root / "pair.html")]) == 0
+    return (root / "pair.html").as_uri()
+
+
+@pytest.fixture
+def opened(browser: Browser, pair: str) -> Iterator[Browser]:
+    """The page of the pair, which has to stay without errors and requests whatever a test does to it."""
+    browser.open(pair)
+    yield browser
+    assert browser.errors == [] and browser.requests == [pair]
+
+
+def shown(browser: Browser) -> list[str]:
+    """The first labels of the first chart's x."""
+    return browser.value("[...document.querySelectorAll('.plot .xtick')].slice(0, 3).map((label) => label.textContent)")
+
+
+def count(browser: Browser, selector: str) -> int:
+    return browser.value(f"document.querySelectorAll({selector!r}).length")
+
+
+def test_curves_are_drawn(opened: Browser) -> None:
+    assert count(opened, "figure") == 4
+    assert count(opened, "#chart-loss .plot path.line") == 8  # training and validation of two phases of two models
+    paths = opened.value("[...document.querySelectorAll('.plot path.line')].map((path) => path.getAttribute('d'))")
+    assert all("L" in path and "NaN" not in path and "undefined" not in path for path in paths if len(path) > 9)
+    assert count(opened, "#chart-loss .shade") == 1 and count(opened, "#chart-loss .mark.restart") == 1
+    assert count(opened, "#chart-loss .mark.bad") == 1
+    assert opened.value("document.querySelector('#chart-loss .mark.bad title').textContent") == (
+        "step 70: its loss is no number"
+    )
+    assert "17m clm, validation" in opened.value("document.querySelector('#chart-loss .legend').textContent")
+
+
+def test_zoom_by_keyboard(opened: Browser) -> None:
+    opened.value(f"{FIRST}.focus()")
+    before = shown(opened)
+    opened.press("+")
+    opened.press("+")
+    assert shown(opened) != before and "tokens" in opened.value(SHOWN)
+    middle = opened.value(SHOWN)
+    opened.press("ArrowRight")
+    assert opened.value(SHOWN) != middle
+    opened.press("ArrowRight", shift=True)
+    assert "17m mlm, training" in opened.value("document.getElementById('said').textContent")
+    assert opened.value("document.querySelector('#chart-lr .cursor').getAttribute('visibility')") == "visible"
+    opened.press("-")
+    opened.press("0")
+    assert opened.value(SHOWN) == "all" and shown(opened) == before
+
+
+def test_every_control_is_reached_by_tab(opened: Browser) -> None:
+    reached = []
+    for _ in range(14):
+        opened.press("Tab")
+        reached.append(opened.value("document.activeElement.id || document.activeElement.className"))
+        assert opened.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    assert reached[:6] == ["skip", "theme", "axis", "in", "out", ""]  # the first chart's log button
+    assert reached.count("plot") == 4 and opened.value("document.activeElement.closest('section').id") == "comparison"
+
+
+def test_zoom_by_dragging_and_the_whole_again(opened: Browser) -> None:
+    box = opened.value(
+        f"(({FIRST}).scrollIntoView({{block: 'center'}}), (({{x, y, width, height}}) => [x, y, width, height])"
+        f"({FIRST}.getBoundingClientRect()))"
+    )
+    y = box[1] + box[3] / 2
+    left, right = box[0] + box[2] * 0.4, box[0] + box[2] * 0.6
+    opened.mouse("mouseMoved", left, y)
+    opened.mouse("mousePressed", left, y, button="left", buttons=1, clickCount=1)
+    opened.mouse("mouseMoved", right, y, button="left", buttons=1)
+    assert count(opened, "rect.select") == 1
+    opened.mouse("mouseReleased", right, y, button="left", clickCount=1)
+    assert count(opened, "rect.select") == 0
+    low, high = (float(part.strip("M tokens")) for part in opened.value(SHOWN).split(" to "))
+    assert 20 < low < 30 and 35 < high < 45  # of 64 M tokens
+    opened.mouse("mousePressed", left, y, button="left", clickCount=2)
+    opened.mouse("mouseReleased", left, y, button="left", clickCount=2)
+    assert opened.value(SHOWN) == "all"
+    opened.mouse("mouseWheel", left, y, deltaX=0, deltaY=-100, modifiers=2)
+    assert opened.value(SHOWN) != "all"
+
+
+def test_the_axis_and_the_scale(opened: Browser) -> None:
+    opened.value(f"{FIRST}.focus()")
+    opened.press("+")
+    for axis, unit in (("steps", "steps"), ("hours", "hours in steps"), ("tokens", "tokens")):
+        opened.value(
+            f"(document.getElementById('axis').value = '{axis}',"
+            " document.getElementById('axis').dispatchEvent(new Event('change')))"
+        )
+        assert opened.value(SHOWN).endswith(unit)
+    log = "document.querySelector('#chart-loss figcaption button')"
+    before = opened.value("document.querySelector('#chart-loss .plot path.line').getAttribute('d')")
+    opened.value(f"{log}.click()")
+    assert opened.value(f"{log}.getAttribute('aria-pressed')") == "true"
+    assert opened.value("document.querySelector('#chart-loss .plot path.line').getAttribute('d')") != before
+
+
+def test_light_and_dark(opened: Browser) -> None:
+    paper = "getComputedStyle(document.body).backgroundColor"
+    opened.colours("light")
+    assert opened.value(paper) == "rgb(255, 255, 255)"
+    opened.colours("dark")
+    assert opened.value(paper) == "rgb(21, 24, 27)"
+    theme = "document.getElementById('theme')"
+    for name, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 27)"), ("auto", "rgb(21, 24, 27)")):
+        opened.value(f"{theme}.click()")
+        assert opened.value(f"{theme}.textContent") == f"Colours: {name}" and opened.value(paper) == colour
+    opened.colours("light")
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_no_screen_scrolls_sideways(opened: Browser, width: int, tmp_path: Path) -> None:
+    opened.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    opened.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    opened.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert opened.value("document.documentElement.scrollWidth") <= width
+    opened.screenshot(tmp_path / "page.png")
+    opened.ask("Emulation.clearDeviceMetricsOverride")
+
+
+def test_what_a_screen_reader_hears(opened: Browser) -> None:
+    nodes = opened.ask("Accessibility.getFullAXTree")["nodes"]
+    heard = {(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes}
+    assert ("button", "zoom in") in heard and ("combobox", "Against") in heard
+    told = next(name for role, name in heard if name and name.startswith("Loss: "))
+    assert "17m mlm, training from 10." in told and "17m clm, validation" in told
+
+
+def test_hostile_text_runs_nothing(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    hostile = "</script><img src=x onerror=alert(1)><script>alert(2)</script>"
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"step": 41, "validation_loss/{hostile}": 1.0, "bad": "{hostile}", "tokens": 2700000}}\n')
+    assert main(["report", str(run), "--title", hostile, "--out", str(tmp_path / "page.html")]) == 0
+    browser.open((tmp_path / "page.html").as_uri())
+    assert browser.errors == [] and len(browser.requests) == 1
+    assert count(browser, "img") == 0 and browser.value("document.title") == hostile
+    assert hostile in browser.value("document.querySelector('#chart-sources .legend').textContent")
+
+
+def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("")
+    with served(run) as (port, source):
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.value("!document.getElementById('empty').hidden") and count(browser, "figure") == 0
+        browser.value("document.querySelector('details').open = true")
+        (run / "metrics.jsonl").write_text(whole)
+        look_again(source)
+        browser.until("document.querySelectorAll('figure').length === 4")
+        assert browser.value("document.getElementById('empty').hidden")
+        assert browser.value("document.querySelector('.cards').textContent").startswith("steps40")
+        browser.value(f"{FIRST}.focus()")
+        browser.press("+")
+        zoomed = browser.value(SHOWN)
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(STEP_41)
+        look_again(source)
+        browser.until("document.querySelector('.cards').textContent.startsWith('steps41')")
+        assert browser.value(SHOWN) == zoomed and browser.value("document.querySelector('details').open")
+        assert browser.value(f"document.activeElement === {FIRST}")
+        assert browser.errors == []
+    browser.until("document.getElementById('live').textContent.startsWith('no answer')")
+    browser.ask("Page.navigate", url="about:blank")
+
+
+def test_a_run_of_100_000_steps(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=100_000)
+    page, began = tmp_path / "page.html", time.monotonic()
+    assert main(["report", str(run), "--out", str(page)]) == 0
+    made = time.monotonic() - began
+    assert page.stat().st_size < 10_000_000
+    began = time.monotonic()
+    browser.open(page.as_uri())
+    assert count(browser, "#chart-loss .plot path.line") == 2
+    seconds = time.monotonic() - began
+    assert seconds < LONG_RUN_SECONDS
+    curves = browser.value("performance.getEntriesByName('first-curve')[0].startTime")
+    browser.value(f"{FIRST}.focus()")
+    began = time.monotonic()
+    for _ in range(14):
+        browser.press("+")
+    zoom = (time.monotonic() - began) / 14
+    print(f"made in {made:.1f} s, opened in {seconds:.2f} s, curves after {curves:.0f} ms, a zoom {zoom * 1000:.0f} ms")
+    points = browser.value("document.querySelector('#chart-loss .plot path.line').getAttribute('d').split('L').length")
+    assert 5 < points < 12  # 100,000 / 2^14: single steps are drawn
+    assert browser.errors == []
