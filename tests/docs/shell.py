@@ -21,15 +21,16 @@ MEASURED = """\
 """
 # page -> what it finds: a copy of a run (mlm, clm), of the corpus, of a folder for transformers, or a text
 CORPORA = {"corpus": "corpus", "corpus-8k": "corpus"}
+COMPOSER = {"ep0-ba5996-rank0.pt": str(ROOT / "tests" / "fixtures" / "composer" / "mlm.pt")}
 RUN = {"runs/17m-mlm": "mlm"}
 NEEDS: dict[str, dict[str, str]] = {
     "README.md": {"runs/1b-mlm/pretrain": "mlm"},
     "docs/api.md": {"corpus": "corpus", "data/corpus": "corpus", "mlm": "mlm"},
-    "docs/composer.md": {"ep0-ba5996-rank0.pt": str(ROOT / "tests" / "fixtures" / "composer" / "mlm.pt")},
+    "docs/composer.md": COMPOSER,
     "docs/convert.md": RUN,
     "docs/data.md": RUN,
     "docs/layouts.md": CORPORA,
-    "docs/migrate-from-composer.md": {**CORPORA, "encoder_base.yaml": "encoder_base.yaml"},
+    "docs/migrate-from-composer.md": {**CORPORA, **COMPOSER, "encoder_base.yaml": "encoder_base.yaml"},
     "docs/migrate-from-hf-trainer.md": {**CORPORA, "my-modernbert": "hf", "text/a.txt": "book.txt"},
     "docs/migrate-from-megatron-lm.md": {"my_text_document.bin": "shard.bin", "my_text_document.idx": "shard.idx"},
     "docs/mixtures.md": {"data/web": "corpus", "data/code": "corpus"},
@@ -70,7 +71,7 @@ class Shell:
                 place.write_text(kind)
         return folder
 
-    def run(self, block: Block, folder: Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(self, block: Block, folder: Path, timeout_seconds: float = 900) -> subprocess.CompletedProcess[str]:
         """The block, by bash, with what it calls served; stops at the first that fails."""
         dry = bool(block.tag)
         programs = self.programs / ("dry" if dry else "run")
