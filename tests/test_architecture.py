@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
     **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch", "doctor"), 3),
     "train": 4,
-    "cli": 5,
+    **dict.fromkeys(("cli", "api"), 5),
     "__main__": 6,
 }
 MEGATRON_ROOMS = {"parallel", "platform", "model", "optim", "checkpoint", "train"}

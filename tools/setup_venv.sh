@@ -39,6 +39,6 @@ install() { # pip's own lines go to a log, whose end is shown where it fails
 say "installing torch"
 install "$(grep '^torch==' "$root/constraints-cpu.txt")" # first: later ranges then take this CPU build
 say "installing megatron_ettin and what its tests need"
-install --editable "$root[data,deepspeed,test]" --constraint "$root/constraints-cpu.txt"
+install --editable "$root[data,deepspeed,docs,test]" --constraint "$root/constraints-cpu.txt"
 echo "$wanted" >"$stamp"
 echo "$venv"

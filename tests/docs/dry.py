@@ -1,0 +1,91 @@
+"""Calls of tagged blocks: nothing is started, and nothing that does not exist passes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from tests.docs.pages import ROOT
+
+
+def check(words: list[str]) -> int | None:
+    """Read a call by the parser that it is for; with --dry-run where the command has one."""
+    name, rest = words[0], words[1:]
+    if name == "ettin":
+        return ettin(rest)
+    if name == "torchrun":
+        ranks, inner = torchrun(rest)
+        return ettin(inner, ranks)
+    if name == "srun":
+        return ettin(rest[rest.index("ettin") + 1 :])
+    if name == "python":
+        return python(rest)
+    if name == "pip":
+        return pip(rest)
+    if name == "docker":
+        return docker(rest)
+    print(f"{name}: not looked into")
+    return 0
+
+
+def torchrun(words: list[str]) -> tuple[int, list[str]]:
+    """How many ranks it starts, and the call of ettin."""
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(words)
+    if not args.no_python or args.training_script != "ettin":
+        sys.exit(f"torchrun: --no-python ettin is missing in {' '.join(words)}")
+    return int(args.nproc_per_node) * int(args.nnodes.rpartition(":")[2]), args.training_script_args
+
+
+def ettin(words: list[str], ranks: int | None = None) -> int | None:
+    from megatron_ettin.cli.launched import jobs_of, parse_call
+    from megatron_ettin.cli.main import main
+    from megatron_ettin.cli.parsing import parse_words
+    from megatron_ettin.config.layers import check_keys, from_words
+    from tests.cli.test_examples import parser_of
+
+    name, *rest = words
+    if name == "launch":
+        place = rest.index("--")
+        options = [word for word in rest[:place] if word != "--submit"]
+        sys.argv = ["ettin", *words]
+        return main(["launch", *options, "--dry-run", *rest[place:]])
+    args = parse_words(parser_of(name), name, rest)
+    check_keys(from_words([*getattr(args, "words", [])]))
+    if name in ("train", "bench") and "--compare" not in rest:
+        if ranks is not None:  # the layout is one that so many ranks can have
+            jobs_of(parse_call(name, rest, []), ranks, None)
+        elif name == "bench":
+            parse_call(name, rest, [])
+    return main([*words, "--dry-run"]) if name == "train" and "--dry-run" not in rest else 0
+
+
+def python(words: list[str]) -> int:
+    """Every option stands in the script's --help."""
+    if words[:2] == ["-m", "pytest"]:
+        return 0
+    path = ROOT / words[0]
+    text = path.read_text()
+    unknown = [word for word in words[1:] if word.startswith("--") and f'"{word.partition("=")[0]}"' not in text]
+    if unknown:
+        sys.exit(f"{words[0]} has no {unknown[0]}")
+    return 0
+
+
+def pip(words: list[str]) -> int:
+    """Every extra of this package exists."""
+    extras = {line for line in (ROOT / "setup.cfg").read_text().split("[options.extras_require]")[1].splitlines()}
+    for word in words:
+        found = re.fullmatch(r"(?:megatron[-_]ettin|\.)\[([\w,]+)\]", word)
+        for extra in found[1].split(",") if found else ():
+            if f"{extra} =" not in extras:
+                sys.exit(f"pip: there is no extra {extra!r}")
+    return 0
+
+
+def docker(words: list[str]) -> int:
+    stages = re.findall(r"^FROM .* AS (\w+)", Path(ROOT / "Dockerfile").read_text(), re.M | re.I)
+    target = words[words.index("--target") + 1] if "--target" in words else stages[0]
+    return 0 if target in stages else sys.exit(f"docker: no target {target!r}")

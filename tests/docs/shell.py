@@ -1,0 +1,104 @@
+"""A folder with what a page's commands name, and a shell in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.docs.pages import ROOT, Block, commands
+
+CALLS = ("ettin", "torchrun", "python")  # served in any block
+DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # and in those that start nothing
+ABSOLUTE = re.compile(r"(?<![\w./])/(?=(?:data|scratch|shared)/)")  # paths that pages invent
+MEASURED = """\
+{"size": "150m", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 331000, "chunk_tokens": 615}
+{"size": "1b", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 74000, "chunk_tokens": 615}
+"""
+# page -> what it finds: a copy of a run (mlm, clm), of the corpus, of a folder for transformers, or a text
+CORPORA = {"corpus": "corpus", "corpus-8k": "corpus"}
+COMPOSER = {"ep0-ba5996-rank0.pt": str(ROOT / "tests" / "fixtures" / "composer" / "mlm.pt")}
+RUN = {"runs/17m-mlm": "mlm"}
+NEEDS: dict[str, dict[str, str]] = {
+    "README.md": {"runs/1b-mlm/pretrain": "mlm"},
+    "docs/api.md": {"corpus": "corpus", "data/corpus": "corpus", "mlm": "mlm"},
+    "docs/composer.md": COMPOSER,
+    "docs/convert.md": RUN,
+    "docs/data.md": RUN,
+    "docs/layouts.md": CORPORA,
+    "docs/migrate-from-composer.md": {**CORPORA, **COMPOSER, "encoder_base.yaml": "encoder_base.yaml"},
+    "docs/migrate-from-hf-trainer.md": {**CORPORA, "my-modernbert": "hf", "text/a.txt": "book.txt"},
+    "docs/migrate-from-megatron-lm.md": {"my_text_document.bin": "shard.bin", "my_text_document.idx": "shard.idx"},
+    "docs/mixtures.md": {"data/web": "corpus", "data/code": "corpus"},
+    "docs/phases.md": {**CORPORA, "runs/mlm/decay": "mlm", "some/hf-folder": "hf"},
+    "docs/planning.md": {"runs.jsonl": MEASURED, "curve.json": '{"8": 45455, "32": 45130, "64": 44402}'},
+    "docs/precision.md": CORPORA,
+    "docs/prepare.md": {"wiki.jsonl.zst": "wiki.jsonl.zst", "books/one.txt": "book.txt"},
+    "docs/recipe.md": {**CORPORA, "encoder_base.yaml": "encoder_base.yaml"},
+    "docs/release.md": RUN,
+    "docs/training.md": {**CORPORA, "runs/mlm": "mlm", "runs/clm": "clm", "runs/decay": "mlm", "some/hf-folder": "hf"},
+}
+EXACT = ("docs/tutorial.md",)  # small by themselves
+
+
+@dataclass
+class Shell:
+    """`base` holds the things that are copied; `server` is the socket of tests/docs/server.py."""
+
+    base: Path
+    server: Path
+    programs: Path
+
+    def sandbox(self, folder: Path, page: str) -> Path:
+        folder.mkdir(parents=True)
+        for name in ("examples", "tools"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "shared/env/bin").mkdir(parents=True)
+        (folder / "shared/env/bin/ettin").symlink_to(self.programs / "dry" / "ettin")
+        for name, kind in NEEDS.get(page, {}).items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            source = self.base / kind
+            if source.is_dir():
+                shutil.copytree(source, place, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copy(source, place)
+            else:
+                place.write_text(kind)
+        return folder
+
+    def run(self, block: Block, folder: Path, timeout_seconds: float = 900) -> subprocess.CompletedProcess[str]:
+        """The block, by bash, with what it calls served; stops at the first that fails."""
+        dry = bool(block.tag)
+        programs = self.programs / ("dry" if dry else "run")
+        text = ABSOLUTE.sub(f"{folder}/", commands(block))
+        environment = {
+            **os.environ,
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "DOCS_SERVER": str(self.server),
+            "DOCS_DRY": "1" if dry else "",
+            "DOCS_EXACT": "1" if block.page in EXACT else "",
+            "DOCS_TOKENIZER": str(self.base / "tokenizer"),
+            "ETTIN_CACHE": str(folder / ".cache"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = ["/bin/bash", "-euo", "pipefail", "-c", text]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_seconds
+        )
+
+
+def make_programs(folder: Path) -> Path:
+    """The names under which client.py stands on the PATH."""
+    client = Path(__file__).with_name("client.py")
+    for kind, names in (("run", CALLS), ("dry", CALLS + DRY_CALLS)):
+        (folder / kind).mkdir(parents=True)
+        for name in names:
+            program = folder / kind / name
+            program.write_text(f"#!{sys.executable} -IS\n{client.read_text()}")
+            program.chmod(0o755)
+    return folder

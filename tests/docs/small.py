@@ -1,0 +1,28 @@
+"""The sizes that blocks run in: shape, rows and steps of the tests, a tokenizer of 320 entries, chunks of 48 tokens.
+What a block says itself is stronger, except for the number of workers."""
+
+from __future__ import annotations
+
+import os
+
+from tests.train.runs import TINY
+
+STEPS = ["run.steps=2", "checkpoint.every_steps=1", "metrics.eval_rows=8"]
+PREPARE = {"--tokenizer": "", "--chunk-tokens": "48"}
+
+
+def sized(words: list[str]) -> list[str]:
+    """A call of ettin with small sizes, unless its page has such."""
+    if words[:1] == ["release"]:  # each worker imports torch
+        return [*words, "--workers", "1"]
+    if os.environ.get("DOCS_EXACT"):
+        return words
+    if words[:1] == ["train"] and not {"--dry-run", "--explain"} & {*words}:
+        return ["train", *TINY, *STEPS, *words[1:]]
+    if words[:1] == ["bench"] and "--compare" not in words:
+        return ["bench", *TINY, *words[1:]]
+    if words[:1] == ["prepare"]:
+        given = {"--tokenizer": os.environ["DOCS_TOKENIZER"], **{k: v for k, v in PREPARE.items() if v}}
+        added = [word for option, value in given.items() if option not in words for word in (option, value)]
+        return ["prepare", *added, *words[1:], "--workers", "1"]
+    return words

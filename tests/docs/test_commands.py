@@ -1,0 +1,117 @@
+"""Every block of commands in the README and the docs works as printed: it is run, with small sizes, on files of the
+names that its page uses, or, where a tag says that it cannot run here and why, checked without starting anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.cli.main import COMMANDS
+from megatron_ettin.cli.parsing import options_of
+from megatron_ettin.config.layers import key_types
+from tests.cli.test_examples import parser_of
+from tests.docs.pages import Block, all_blocks, blocks_of, pages
+from tests.docs.shell import Shell
+
+SHELLS = ("bash", "console", "sh")
+BLOCKS = [block for block in all_blocks() if block.language in SHELLS]
+BY_PAGE = {page: [block for block in BLOCKS if block.page == page] for page in dict.fromkeys(b.page for b in BLOCKS)}
+INLINE = re.compile(r"`([^`\n]+)`")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+GROUPS = ("model", "parallel", "precision", "optim", "schedule", "data", "batch")
+GROUPS += ("checkpoint", "metrics", "resilience", "profile")  # and `run`, which functions are called too
+KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(GROUPS)})\.[a-z]\w*)(?![\w.(/])")
+FILES = (".jsonl", ".py", ".md")
+NO_KEYS = {"model.model_config", "model.name", "optim.lrr"}  # of the original trainer's YAML; a typo that is measured
+
+
+@pytest.mark.parametrize("page", BY_PAGE)
+def test_what_a_page_says_runs(page: str, shell: Shell, tmp_path: Path) -> None:
+    """Its blocks in order, in one folder."""
+    folder = shell.sandbox(tmp_path / "here", page)
+    for block in BY_PAGE[page]:
+        if block.tag == "never":
+            continue
+        done = shell.run(block, folder)
+        told = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{block} ends with {done.returncode}:\n{block.text}\n{told}"
+
+
+def test_most_blocks_are_run() -> None:
+    """Tags are for what cannot be run here, and each says why (pages.py)."""
+    assert sum(not block.tag for block in BLOCKS) >= 20
+    assert sum(block.tag == "never" for block in BLOCKS) <= 8
+
+
+def options_and_keys(text: str) -> list[str]:
+    """What does not exist of the options of each call of ettin in `text`, and of the keys."""
+    wrong = []
+    for call in re.split(r"\n(?! )|\||&&|;", re.sub(r"\\\n", " ", text)):
+        found = re.search(r"\bettin ([a-z]+)\b(.*)", call, re.S)
+        if found and found[1] in COMMANDS:
+            known = [*options_of(parser_of(found[1])), "--help"]
+            known += options_of(parser_of("train")) if found[1] == "launch" else []
+            wrong += [f"ettin {found[1]} {option}" for option in OPTION.findall(found[2]) if option not in known]
+    return wrong
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_what_else_it_names_exists(path: Path) -> None:
+    """Options and keys in the running text, tables and synopses."""
+    text = path.read_text()
+    fences = [block for block in blocks_of(text, path.name) if block.language not in ("python", "yaml")]
+    spans = INLINE.findall(re.sub(r"```.*?```", "", text, flags=re.S))
+    named = {key for span in spans for key in KEY.findall(span)}
+    named |= {key for block in fences for key in KEY.findall(block.text)}
+    assert not [key for key in sorted(named - {*key_types()} - NO_KEYS) if not key.endswith(FILES)]
+    assert not [wrong for text in [*spans, *(block.text for block in fences)] for wrong in options_and_keys(text)]
+
+
+# blocks that must not pass, and what is told
+WRONG = [
+    ("ettin plan --size 1b --gpus 8 --no-such", "--no-such"),
+    ("ettin inspect data --deep", "--deep"),
+    ("ettin train --size 17m --objective mlm --phase pretrain --dry-run optim.rate=1", "optim.rate"),
+    ("ettin inspect nowhere | cat", "nowhere"),
+    ("false", ""),
+]
+WRONG_IN_TAGGED = [
+    ("ettin launch --nodes 1 --gpus-per-node 8 --no-such --submit -- train --size 1b", "--no-such"),
+    ("ettin launch --nodes 1 --gpus-per-node 8 -- train --size 1b --objective mlm --phase pretrain a.b=1", "a.b"),
+    ("ettin release runs/a --out b --push c/d --invented", "--invented"),
+    (
+        "torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective mlm --phase pretrain parallel.tp=3",
+        "tp",
+    ),
+    ("torchrun --ranks 8 --no-python ettin train", "--ranks"),
+    ("ettin bench --size 1b parallel.degree=2", "parallel.degree"),
+    ("python tools/gpu_validate.py --all", "--all"),
+    ("pip install 'megatron_ettin[everything]'", "everything"),
+    ("docker build --target none .", "none"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), [*WRONG, *((text, told) for text, told in WRONG_IN_TAGGED)])
+def test_what_does_not_exist_fails(text: str, told: str, shell: Shell, tmp_path: Path) -> None:
+    tag = "gpu" if (text, told) in WRONG_IN_TAGGED else ""
+    done = shell.run(
+        Block("page", 1, "bash", text, tag, "a test of the test"), shell.sandbox(tmp_path / "here", "none")
+    )
+    assert done.returncode != 0
+    assert told in done.stdout + done.stderr
+
+
+def test_a_tag_has_a_reason() -> None:
+    text = "<!-- run: gpu, because eight devices -->\n```bash\nettin train\n```\n"
+    (block,) = blocks_of(text, "page")
+    assert (block.tag, block.reason, block.text) == ("gpu", "eight devices", "ettin train\n")
+    for wrong in ("<!-- run: gpu -->", "<!-- run: tpu, because eight devices -->", "<!-- run: gpu, because no -->"):
+        with pytest.raises(ValueError, match="no tag with a reason"):
+            blocks_of(f"{wrong}\n```bash\nettin train\n```\n", "page")
+
+
+def test_an_invented_option_in_the_text_is_found() -> None:
+    assert options_and_keys("ettin convert to-hf RUN OUT [--no-verify] [--quietly]") == ["ettin convert --quietly"]
+    assert not options_and_keys("ettin order RUN --steps 1:2 | head --lines 3")
