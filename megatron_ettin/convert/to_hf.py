@@ -62,7 +62,10 @@ def to_hf(
             raise
         source.check_weights()
         if parity is not None:
-            parity |= {"source": sha256(source.checkpoint / INTEGRITY)}  # by which `ettin report` knows the checkpoint
+            if source.progress.get(
+                "step"
+            ):  # by which `ettin report` knows it; initial weights are no checkpoint of a run
+                parity["source"] = sha256(source.checkpoint / INTEGRITY)
             (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
         for path in staging.iterdir():
