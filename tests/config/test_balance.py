@@ -61,5 +61,5 @@ def test_what_a_layer_costs(objective: str, phase: str) -> None:
     ],
 )
 def test_the_head_weighs_on_the_last_stage(size: str, objective: str, phase: str, layers: list[int]) -> None:
-    """The splits of docs/training.md."""
+    """The splits of docs/layouts.md."""
     assert stage_layers(parse(size, objective, phase, words=["parallel.pp=4"])) == layers

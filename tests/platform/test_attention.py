@@ -43,7 +43,7 @@ def test_what_was_asked_for_is_refused_with_what_runs() -> None:
 
 
 def test_the_table_of_precisions_in_the_documentation() -> None:
-    text = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+    text = Path(__file__).parents[2].joinpath("docs/precision.md").read_text()
     for size in SIZES:
         model = recipe(size, "mlm", "pretrain").model
         cells = []
