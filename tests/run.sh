@@ -43,7 +43,9 @@ fi
 
 stage ruff "$venv/bin/ruff" check .
 stage mypy "$venv/bin/mypy"
-# Jobs on the cluster wait more than they compute: the tests of tests/launch run beside all others where all are asked for.
+# Jobs on the cluster, pages and whole runs wait more than they compute: their tests run one after another beside all
+# others, where all are asked for.
+BESIDE=(tests/launch tests/docs tests/report tests/chaos)
 pytest() {
     local argument
     for argument in "$@"; do
@@ -51,13 +53,13 @@ pytest() {
     done
     local log beside failed=0
     log=$(mktemp)
-    "$venv/bin/python" -m pytest tests/launch "$@" >"$log" 2>&1 &
+    "$venv/bin/python" -m pytest "${BESIDE[@]}" "$@" >"$log" 2>&1 &
     beside=$!
     trap 'kill $beside; exit 130' INT TERM
-    "$venv/bin/python" -m pytest --ignore tests/launch "$@" || failed=1
+    "$venv/bin/python" -m pytest "${BESIDE[@]/#/--ignore=}" "$@" || failed=1
     wait $beside || failed=1
     trap - INT TERM
-    echo "== tests/launch, run beside them"
+    echo "== ${BESIDE[*]}, run beside them"
     cat "$log" && rm "$log"
     return $failed
 }
