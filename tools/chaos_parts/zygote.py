@@ -73,9 +73,12 @@ class Zygote:
             return self.forked[-1]
 
     def status(self, pid: int) -> int | None:
-        """Exit status of a rank, negative for a signal; None while it runs."""
+        """Exit status of a rank, negative for a signal; None while it runs. Raises RuntimeError where nobody can know."""
         with self.changed:
-            return self.ended.get(pid)
+            status = self.ended.get(pid)
+        if status is None and self.process.poll() is not None:
+            raise RuntimeError("the process that ranks are forked from is gone")
+        return status
 
     def close(self) -> None:
         self.process.kill()
