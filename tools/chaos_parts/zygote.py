@@ -73,7 +73,7 @@ class Zygote:
             return self.forked[-1]
 
     def status(self, pid: int) -> int | None:
-        """Exit status of a rank, negative for a signal; None while it runs. Raises RuntimeError where nobody can know."""
+        """Exit status of a rank, negative for a signal; None while it runs. RuntimeError where none can be known."""
         with self.changed:
             status = self.ended.get(pid)
         if status is None and self.process.poll() is not None:
