@@ -62,7 +62,7 @@ def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Of work in few large parts. Yields tell(done, total, line): on a terminal a bar with the newest line, elsewhere
     every line on standard error. Prints meanwhile appear above the bar."""
     if not sys.stderr.isatty():
-        yield lambda done, total, line: print(f"[{done}/{total}] {line}", file=sys.stderr, flush=True)
+        yield lambda done, total, line: print(f"[{done}/{total}] " * (done > 0) + line, file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

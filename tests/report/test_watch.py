@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -99,7 +98,8 @@ def test_a_taken_port_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=3)
     words = [sys.executable, "-m", "megatron_ettin", "report", str(run), "--watch", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ until Ctrl-C\n", process.stdout.readline())
     assert address is not None
