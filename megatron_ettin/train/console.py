@@ -98,6 +98,7 @@ class Screen:
         self.task = self.bar.add_task(f"{settings.size} {settings.objective} {settings.phase}", total=1.0, at="")
         self.numbers = Text("", no_wrap=True, overflow="ellipsis")
         self.latest = f"checkpoint: step {run.progress.step}" if run.progress.step else "no checkpoint yet"
+        self.told: list[str] = []
         self.live = Live(Group(self.bar, self.numbers), refresh_per_second=4)
         self.live.start()
 
@@ -108,10 +109,15 @@ class Screen:
         tokens = f"{format_count(info.tokens)}{end} tokens"
         done = max(info.tokens / settings.tokens, info.step / settings.steps if settings.steps else 0.0)
         self.bar.update(self.task, completed=min(done, 1.0), at=f"{duration(left)} left")
-        self.numbers.plain = " · ".join([steps, tokens, *figures(run, info), self.latest])
+        self.told = [steps, tokens, *figures(run, info)]
+        self._show()
 
     def saved(self, path: Path) -> None:
         self.latest = f"checkpoint: step {step_of(path)}"
+        self._show()
+
+    def _show(self) -> None:
+        self.numbers.plain = " · ".join([*self.told, self.latest])
 
     def close(self) -> None:
         self.live.stop()
