@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 AnyPath = str | PathLike[str]
+ROWS_AT_ONCE = 64  # that are looked up
 
 
 def configure(size: str, objective: str, phase: str, *words: str, site: AnyPath | None = None) -> Config:
@@ -55,16 +56,17 @@ def load_dataset(path: AnyPath) -> Dataset:
 
 
 def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> Iterator[Row]:
-    """Rows of a run in its order, from position `first` on, for ever unless `count` says how many.
+    """Rows of a run in its order, from position `first` on: `count` of them, or for ever; a `data.order` has an end.
 
     Of each row: `tokens`, `lengths` of its chunks, `source`, `chunks`, `position`. Needs `data.mixture`, no model."""
     from megatron_ettin.data.order import open_run_corpus
 
     corpus = open_run_corpus(config)
-    position = first
-    while count is None or position < first + count:
-        yield corpus.row(int(corpus.place_of(position)))
-        position += 1
+    ends = [end for end in (corpus.end, None if count is None else first + count) if end is not None]
+    while not ends or first < min(ends):
+        last = min([first + ROWS_AT_ONCE, *ends])
+        yield from corpus.rows(corpus.place_of(range(first, last)))
+        first = last
 
 
 @dataclass

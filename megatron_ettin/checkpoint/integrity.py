@@ -40,10 +40,10 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically: written beside, forced to the disk, renamed."""
+def write_synced(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` atomically: written beside, forced to the disk, renamed."""
     beside = path.with_name(f".tmp-{path.name}")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     fsync(beside)
     os.replace(beside, path)
     fsync(path.parent)

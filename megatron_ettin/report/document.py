@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
+from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.report import compare, sections
 from megatron_ettin.report.escaping import embedded, escaped
@@ -112,9 +112,4 @@ def _hash(content: str) -> str:
 def write(path: Path, content: bytes) -> None:
     """The file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".tmp-{path.name}")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_synced(path, content)

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import html
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.report.compare import Chain, Check, Comparison, Run, chains, operations
 from megatron_ettin.report.curves import Chart, Curve, png, svg
@@ -102,12 +102,7 @@ def write(comparison: Comparison, out: Path) -> Path:
     picture = out.with_suffix(".png")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in ((picture, png(drawn)), (out, render(comparison, drawn).encode())):
-        beside = path.with_name(f".tmp-{path.name}")
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_synced(path, content)
     return picture
 
 

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.counts import duration, format_count
+from megatron_ettin.config.schema import RunSettings
 from megatron_ettin.train.hooks import Hook, Run, step_metrics
 from megatron_ettin.train.step import StepInfo
 
@@ -62,20 +63,20 @@ def figures(run: Run, info: StepInfo) -> list[str]:
     return told
 
 
+def part_done(settings: RunSettings, step: int, tokens: int) -> float:
+    """Of a run, which ends by tokens, and by steps where there are fewer of them."""
+    return max(tokens / settings.tokens, step / settings.steps if settings.steps else 0.0)
+
+
 class TimeLeft:
     """Seconds to the end of the run, by the wall clock: saves and evaluations count."""
 
     def __init__(self, run: Run) -> None:
         self.settings, self.speed, self.steps = run.config.run, 0.0, 0
-        self.before, self.since = self._done(run.progress.step, run.progress.tokens), time.monotonic()
-
-    def _done(self, step: int, tokens: int) -> float:
-        """The part of the run that is done: it ends by tokens, and by steps where there are fewer of them."""
-        by_steps = step / self.settings.steps if self.settings.steps else 0.0
-        return max(tokens / self.settings.tokens, by_steps)
+        self.before, self.since = part_done(self.settings, run.progress.step, run.progress.tokens), time.monotonic()
 
     def after(self, info: StepInfo) -> float:
-        done, now = self._done(info.step, info.tokens), time.monotonic()
+        done, now = part_done(self.settings, info.step, info.tokens), time.monotonic()
         latest = (done - self.before) / max(now - self.since, 1e-9)
         smoothed = SMOOTHED * self.speed + (1 - SMOOTHED) * latest
         self.speed = smoothed if self.steps > 1 else latest  # the first step compiles and warms up
@@ -107,8 +108,8 @@ class Screen:
         steps = f"step {info.step:,}" + (f" of {settings.steps:,}" if settings.steps else "")
         end = "" if settings.steps else f" of {format_count(settings.tokens)}"
         tokens = f"{format_count(info.tokens)}{end} tokens"
-        done = max(info.tokens / settings.tokens, info.step / settings.steps if settings.steps else 0.0)
-        self.bar.update(self.task, completed=min(done, 1.0), at=f"{duration(left)} left")
+        done = min(1.0, part_done(settings, info.step, info.tokens))
+        self.bar.update(self.task, completed=done, at=f"{duration(left)} left")
         self.told = [steps, tokens, *figures(run, info)]
         self._show()
 

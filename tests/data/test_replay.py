@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from megatron_ettin.api import ROWS_AT_ONCE, iterate_rows
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import parse, to_yaml
@@ -77,6 +78,18 @@ def test_the_order_ends(prepared: Dataset, cache: Path, capsys: pytest.CaptureFi
     assert main(["order", str(replay), "--steps", "10"]) == 0
     assert main(["order", str(replay), "--steps", "10:12"]) == 2
     assert f"the order of {order} ends with step 10" in capsys.readouterr().err
+
+
+def test_rows_end_with_the_order(prepared: Dataset, cache: Path) -> None:
+    """A script's loop over rows, more of them than are looked up at once."""
+    order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
+    words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
+    config = parse("17m", "mlm", "pretrain", words=words)
+    rows = open_run_corpus(config).end
+    assert rows is not None and rows > 2 * ROWS_AT_ONCE
+    assert [row.position for row in iterate_rows(config)] == list(range(rows))
+    assert [row.position for row in iterate_rows(config, rows - 2, 5)] == [rows - 2, rows - 1]
+    assert [row.position for row in iterate_rows(config, 3, ROWS_AT_ONCE + 1)] == list(range(3, ROWS_AT_ONCE + 4))
 
 
 def test_the_fingerprint_is_of_the_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
