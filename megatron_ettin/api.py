@@ -121,7 +121,7 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
     from megatron_ettin.convert.hf_folder import as_checkpoint
     from megatron_ettin.platform import detect
     from megatron_ettin.platform.rendezvous import find_place, join, leave
-    from megatron_ettin.train import resume
+    from megatron_ettin.train import loading
     from megatron_ettin.train.assembly import assemble
 
     place = find_place()
@@ -132,7 +132,7 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
         machine = assemble(config, platform, place.world, initial_weights=checkpoint is None)
         if checkpoint is not None:
             with as_checkpoint(Path(checkpoint)) as found:
-                resume.load(machine, found, with_optimizer=False)
+                loading.load(machine, found, with_optimizer=False)
         yield Model(config, machine)
     finally:
         if machine is not None:
@@ -231,7 +231,7 @@ def evaluate(
     `loss`, `accuracy`, `perplexity`, `labels`, `rows`, `sources`. `data`: a dataset, or names and datasets."""
     from megatron_ettin.config.objectives import OBJECTIVES
     from megatron_ettin.convert.hf_folder import as_checkpoint
-    from megatron_ettin.train import evaluate as evaluation, resume
+    from megatron_ettin.train import evaluate as evaluation, loading, resume
     from megatron_ettin.train.inference import alone
 
     named = data if isinstance(data, Mapping) else {Path(data).name: data}
@@ -242,7 +242,7 @@ def evaluate(
             held_out = evaluation.open_held_out(machine, sets, kind, seq_len)
             for batches in held_out.sources.values():
                 resume.check_tokenizer(found, batches.corpus)
-            resume.load(machine, found, with_optimizer=False)
+            loading.load(machine, found, with_optimizer=False)
             return evaluation.evaluate(machine, held_out, rows)
 
 

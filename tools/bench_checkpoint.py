@@ -6,12 +6,13 @@ time to verify and to load one.
 fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in an order that changes, with four steps after
 each: `wait` is how long `Saver.begin` keeps training from going on, `steps after` what the four steps took more than
 four undisturbed ones (writing takes a processor's time too: with two threads for both that shows). Verifying is the
-sha256 of every file; loading is into the same layout, verified before. All files are in the page cache, as right after
-a save; what a disk adds is the same for all."""
+sha256 of every file, alone and beside the load, which is into the same layout. Files are in the page cache, as right
+after a save, or, where it says so, come from the disk."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import random
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 from bench_step import RandomRows
 
 AFTER = 4  # steps
+LOADS = ["load", "load and verify", "load from the disk", "load and verify from the disk"]
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -45,6 +47,15 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def forget(folder: Path) -> None:
+    """Out of the page cache with a checkpoint's files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Medians, in seconds; `bytes` of a checkpoint."""
     import dataclasses
@@ -52,7 +63,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     import torch
 
     from megatron_ettin.checkpoint import directory
-    from megatron_ettin.train import resume
+    from megatron_ettin.train import loading
     from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.saving import Saver, Wish
     from megatron_ettin.train.step import train_step
@@ -83,7 +94,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     assert newest is not None
     for _ in range(args.rounds):
         times.setdefault("verify (sha256 of all files)", []).append(timed(lambda: directory.verify(newest)))
-        times.setdefault("load", []).append(timed(lambda: resume.load(machine, newest, verified=True)))
+        for way in draw.sample(LOADS, len(LOADS)):
+            if "disk" in way:
+                forget(newest)
+            took = timed(lambda w=way: loading.load(machine, newest, verified="verify" not in w))
+            times.setdefault(way, []).append(took)
     found = {"a step": plain} | {name: statistics.median(values) for name, values in times.items()}
     return found | {"bytes": float(directory.total_bytes(newest))}
 

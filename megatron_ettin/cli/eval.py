@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.data.order import open_corpus
     from megatron_ettin.train.evaluate import evaluate, open_held_out, unigram_loss
     from megatron_ettin.train.inference import alone
-    from megatron_ettin.train.resume import check_tokenizer, load
+    from megatron_ettin.train.loading import load
+    from megatron_ettin.train.resume import check_tokenizer
 
     if args.harness:
         run_harness(args)

@@ -1,107 +1,23 @@
-"""What a run goes on from: loading its `Progress` with model and optimizer, and the three ways to begin.
+"""What a run goes on from: the three ways to begin.
 
 A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
 another objective starts it fresh), or from initial weights. Position in the data follows from the step alone."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint import directory, fp8_state, state
-from megatron_ettin.checkpoint.integrity import read_entries, verify
+from megatron_ettin.checkpoint import directory
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.loading import agree, load, load_newest
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.roll_back import roll_back
-
-
-def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
-    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
-
-    Rank 0 checks every sha256 first unless `verified`. Raises UserError naming the damaged file."""
-    if not verified:
-        _agree(machine, lambda: directory.verify(checkpoint))
-    metadata, scales = state.sharding_metadata(machine.layout.dp_group), {}
-    with machine.whole_weights(writing=True):
-        model, optimizer = state.model_state(machine.chunks, metadata), None
-        if with_optimizer:
-            assert machine.optimizer is not None
-            optimizer = machine.optimizer.sharded_state(model, True, metadata)
-        if fp8_state.keeps_scales(machine.config):
-            scales = fp8_state.scales_in_use(machine.chunks, model, fp8_state.stored_scales(checkpoint))
-            model["fp8_scales"] = fp8_state.sharded(scales, machine.layout)
-        loaded = state.load_state(checkpoint, model, optimizer)
-        state.put_model_state(machine.chunks, loaded)
-        for key, tensor in scales.items():
-            tensor.copy_(loaded["fp8_scales"][key])
-    progress = Progress.restored(loaded.get("progress") or {})
-    if with_optimizer:
-        assert machine.optimizer is not None
-        machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
-    elif machine.optimizer is not None:
-        machine.optimizer.take_weights()
-    return progress
-
-
-def _agree(machine: Machine, ask: Callable[[], Any]) -> Any:
-    """What rank 0 finds, once for all ranks: hashing a checkpoint on each of them would read it as many times."""
-    answer: Any = None
-    if machine.layout.rank == 0:
-        try:
-            answer = ask()
-        except UserError as error:
-            answer = error
-    answer = machine.layout.from_chief(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
-
-
-def newest_whole(machine: Machine, run_dir: Path) -> Path | None:
-    """`directory.latest` with every file's sha256, which all ranks compute together, once what killed saves left is out
-    of the way. Collective."""
-    layout = machine.layout
-
-    def check_share(checkpoint: Path) -> None:
-        """Hash this rank's share of the files; raises UserError on rank 0 for what any rank found."""
-        try:
-            sizes = {name: entry["bytes"] for name, entry in read_entries(checkpoint).items()}
-            names = sorted(sizes, key=lambda name: (sizes[name], name))
-            share = set(names[layout.rank :: layout.topology.world])
-            verify(checkpoint, which=share.__contains__)
-            found = None
-        except (UserError, OSError) as error:
-            found = str(error)
-        first = next((one for one in layout.gathered(found) if one is not None), None)
-        if first is not None:
-            raise UserError(first)
-
-    def check_together(checkpoint: Path) -> None:
-        verify(checkpoint, checksums=False)  # before anyone reads
-        layout.from_chief(checkpoint)
-        check_share(checkpoint)
-
-    if layout.rank == 0:
-        directory.tidy(run_dir)
-        try:
-            found: Any = (directory.latest(run_dir, checksums=True, check=check_together),)
-        except UserError as error:
-            found = error
-        layout.from_chief(found)
-    else:
-        while isinstance(found := layout.from_chief(None), Path):
-            with contextlib.suppress(UserError):
-                check_share(found)
-    if isinstance(found, UserError):
-        raise found
-    return found[0]
 
 
 def begin(
@@ -118,11 +34,11 @@ def begin(
     back = from_step is not None and init_from is None
     if back:
         assert from_step is not None
-        _agree(machine, lambda: roll_back(run_dir, from_step, machine.config.data.skip))
-    own = newest_whole(machine, run_dir)
+        agree(machine.layout, lambda: roll_back(run_dir, from_step, machine.config.data.skip))
+    own = load_newest(machine, run_dir)
     if own is not None:
-        progress = load(machine, own, verified=True)
-        return progress, f"{'went back to' if back else 'resumed'} {own.name} ({progress.tokens:,} tokens)"
+        name, progress = own
+        return progress, f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
     if init_from is None:
         return Progress(), "initial weights"
     source = directory.resolve(init_from) if from_step is None else directory.at_step(init_from, from_step)

@@ -185,6 +185,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
 
 
+def test_a_whole_checkpoint_that_does_not_fit_is_no_damage(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """It is refused for what it is; the ones before it are not tried."""
+    often = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
+    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *often])
+    wider = ["run.steps=6", *often, "model.ffn_hidden_size=128"]
+    results = pool.run(2, command(tmp_path / "run", corpus, "mlm", wider, ["--allow-change", "model.ffn_hidden_size"]))
+    assert [result.status for result in results] == [2, 2]
+    said = results[0].output + results[1].output
+    assert "step_000000004: " in said and "transformer.layers.0.mlp.linear_fc1.weight" in said
+    assert "step_000000002" not in said and "no checkpoint is whole" not in said
+
+
 def test_sigterm_saves_and_wants_requeueing(corpus: Path, tmp_path: Path) -> None:
     """A real process: SIGTERM finishes the step, saves, exits 75; the next launch goes on from there."""
     words = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])

@@ -172,8 +172,9 @@ def test_kept_for_good_and_staged_on_another_disk(pool: Pool, corpus: Path, tmp_
 
 
 def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Whichever rank's share a damaged file is in: it is named, and the one before it is taken."""
-    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
+    """Whichever rank's share a damaged file is in: it is named, and the one before it is taken, of which the run goes
+    on with the same bits though the damaged one was loaded first."""
+    whole = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
     newest = list_checkpoints(tmp_path / "run")[-1]
     for name in sorted(json.loads((newest / "integrity.json").read_text())["files"]):
         shutil.copytree(tmp_path / "run", tmp_path / "damaged")
@@ -185,6 +186,7 @@ def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
         assert [result.status for result in results] == [0, 0]
         said = results[0].output + results[1].output
         assert f"{newest.name}/{name}: sha256 " in said and "resumed step_000000002" in said
+        assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 
 

@@ -1,0 +1,150 @@
+"""Loading a checkpoint into this rank's part of a machine, with every file's sha256 computed meanwhile.
+
+What describes a checkpoint is small and is checked before anything is read of it. Its data are hashed in threads beside
+the load, which waits for the disk and copies: nobody goes on from what was loaded before the hashes agree, and a run
+that finds damage loads the checkpoint before that one over it. Every rank hashes a share of the files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint import directory, fp8_state, state
+from megatron_ettin.checkpoint.integrity import read_entries, verify
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.parallel import Layout
+from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.progress import Progress
+
+DATA = ".distcp"
+
+
+class Damaged(UserError):
+    """A file of a checkpoint is not what was written."""
+
+
+def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
+    """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
+
+    Every sha256 is checked unless `verified`. Raises UserError naming the damaged file, on every rank."""
+    if verified:
+        return _load(machine, checkpoint, with_optimizer)
+    agree(machine.layout, lambda: _check_description(checkpoint))
+    return _load_hashing(machine, checkpoint, with_optimizer)
+
+
+def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
+    """`directory.latest` of a run, loaded: its name and progress, None where the run has no checkpoint. What killed
+    saves left is put out of the way first. Collective; raises UserError where every checkpoint is damaged, and where
+    a whole one does not fit this machine."""
+    layout = machine.layout
+    loaded: list[Progress | UserError] = []
+
+    def attempt(checkpoint: Path) -> None:
+        """Raises Damaged on every rank alike; a checkpoint that is whole but does not fit is no reason to go back."""
+        try:
+            loaded.append(_load_hashing(machine, checkpoint))
+        except Damaged:
+            raise
+        except UserError as error:
+            loaded.append(error)
+
+    def attempt_together(checkpoint: Path) -> None:
+        _check_description(checkpoint)  # before anyone reads
+        layout.from_chief(checkpoint)
+        attempt(checkpoint)
+
+    if layout.rank == 0:
+        directory.tidy(run_dir)
+        found: Any
+        try:
+            found = (directory.latest(run_dir, checksums=True, check=attempt_together),)
+        except UserError as error:
+            found = error
+        layout.from_chief(found)
+    else:
+        while isinstance(found := layout.from_chief(None), Path):
+            with contextlib.suppress(Damaged):
+                attempt(found)
+    for failure in (found, *loaded):
+        if isinstance(failure, UserError):
+            raise failure
+    return (found[0].name, loaded[0]) if found[0] is not None else None  # type: ignore[return-value]
+
+
+def agree(layout: Layout, ask: Callable[[], Any]) -> Any:
+    """What rank 0 finds, once for all ranks; what it raises (UserError) is raised on each."""
+    answer: Any = None
+    if layout.rank == 0:
+        try:
+            answer = ask()
+        except UserError as error:
+            answer = error
+    answer = layout.from_chief(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _check_description(checkpoint: Path) -> None:
+    """Presence and size of every file, sha256 of all that say what the data are. Raises UserError."""
+    verify(checkpoint, which=lambda name: not name.endswith(DATA))
+
+
+def _check_share(layout: Layout, checkpoint: Path) -> str | None:
+    """Hash this rank's share of the data; what is wrong with it."""
+    try:
+        sizes = {name: entry["bytes"] for name, entry in read_entries(checkpoint).items() if name.endswith(DATA)}
+        names = sorted(sizes, key=lambda name: (sizes[name], name))
+        share = set(names[layout.rank :: layout.topology.world])
+        verify(checkpoint, which=share.__contains__)
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _load_hashing(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
+    """`_load` while the data are hashed. Raises Damaged on every rank for what any rank found, which also explains
+    most of what a load can die of."""
+    layout, failed, progress = machine.layout, None, Progress()
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(_check_share, layout, checkpoint)
+        try:
+            progress = _load(machine, checkpoint, with_optimizer)
+        except UserError as error:
+            failed = error
+        damage = hashed.result()
+    outcomes = layout.gathered((damage, failed))
+    for harmed, _ in outcomes:
+        if harmed is not None:
+            raise Damaged(harmed)
+    for _, refused in outcomes:
+        if refused is not None:
+            raise refused
+    return progress
+
+
+def _load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
+    metadata, scales = state.sharding_metadata(machine.layout.dp_group), {}
+    with machine.whole_weights(writing=True):
+        model, optimizer = state.model_state(machine.chunks, metadata), None
+        if with_optimizer:
+            assert machine.optimizer is not None
+            optimizer = machine.optimizer.sharded_state(model, True, metadata)
+        if fp8_state.keeps_scales(machine.config):
+            scales = fp8_state.scales_in_use(machine.chunks, model, fp8_state.stored_scales(checkpoint))
+            model["fp8_scales"] = fp8_state.sharded(scales, machine.layout)
+        loaded = state.load_state(checkpoint, model, optimizer)
+        state.put_model_state(machine.chunks, loaded)
+        for key, tensor in scales.items():
+            tensor.copy_(loaded["fp8_scales"][key])
+    progress = Progress.restored(loaded.get("progress") or {})
+    if with_optimizer:
+        assert machine.optimizer is not None
+        machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
+    elif machine.optimizer is not None:
+        machine.optimizer.take_weights()
+    return progress
