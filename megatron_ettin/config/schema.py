@@ -133,6 +133,7 @@ class MetricsConfig:
     wandb_project: str = "megatron_ettin"
     wandb_group: Optional[str] = None  # None: one for the runs of a size on the same data and seed, so of a pair
     wandb_checkpoints: str = "none"  # or reference, upload: as artifacts
+    wandb_report: bool = False  # the page of `ettin report` and its figures as an artifact, once the run is done
     eval_every_steps: Optional[int] = None
     eval_rows: int = 64
     ranks_every_steps: int = 50  # ranks' own seconds are compared, and the slowest is named

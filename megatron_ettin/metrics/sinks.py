@@ -35,6 +35,12 @@ class FanOut:
             if hasattr(sink, "keep"):
                 self._ask(sink, sink.keep, checkpoint, step)
 
+    def attach(self, name: str, make: Callable[[], Path]) -> None:
+        """Files of the run, which `make` writes and returns the folder of: for the sinks that care."""
+        for sink in list(self.sinks):
+            if hasattr(sink, "attach"):
+                self._ask(sink, sink.attach, name, make)
+
     def close(self) -> None:
         for sink in list(self.sinks):
             self._ask(sink, sink.close)

@@ -11,7 +11,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,19 @@ class WandbSink:
         else:
             artifact.add_reference(checkpoint.absolute().as_uri(), checksum=False)
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])
+
+    def attach(self, name: str, make: Callable[[], Path]) -> None:
+        """A folder as an artifact. What goes wrong with it is told, and the page ends as without it."""
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            artifact = wandb.Artifact(f"{self.identity.name.replace(' ', '-')}-{name}", name)
+            artifact.add_dir(str(make()))
+            self._run.log_artifact(artifact)
+        except Exception as error:
+            print(f"wandb: no {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._run is None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from megatron_ettin.checkpoint.directory import latest, read_progress
 from megatron_ettin.config.schema import Config
-from megatron_ettin.train.loop import Launch, is_done, prepare, run_jobs
-from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.loop import Launch, prepare, run_jobs
+from megatron_ettin.train.progress import Progress, is_done
 
 
 def run_chain(stages: Sequence[tuple[Config, Launch]]) -> bool:

@@ -25,7 +25,7 @@ from megatron_ettin.train.agreement import code_hash, versions
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.guard import Guard
-from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.progress import Progress, is_done
 from megatron_ettin.train.roll_back import rolled_back
 from megatron_ettin.train.step import StepInfo
 
@@ -149,7 +149,23 @@ class Metrics(Hook):
         self.sinks.keep(path, step_of(path))
 
     def stop(self, run: Run) -> None:
+        metrics = run.config.metrics
+        if run.is_chief and metrics.wandb and metrics.wandb_report and is_done(run.config, run.progress):
+            run.heart.slow("writing the report")
+            self.sinks.attach("report", lambda: report_of(run.directory))
         self.sinks.close()
+
+
+def report_of(run_dir: Path) -> Path:
+    """A folder with the page of `ettin report` and its figures."""
+    from megatron_ettin.report import document, figures  # matplotlib takes its time
+
+    folder = run_dir / "report"
+    report = document.make([run_dir])
+    document.write(folder / "report.html", document.render(report).encode())
+    for name, content in figures.figures(report.models, "png"):
+        document.write(folder / "figures" / name, content)
+    return folder
 
 
 class Evaluation(Hook):

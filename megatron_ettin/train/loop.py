@@ -52,7 +52,7 @@ from megatron_ettin.train.hooks import (
 )
 from megatron_ettin.train.loader import Loader, worker_count
 from megatron_ettin.train.profiling import Profiling
-from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.progress import Progress, is_done
 from megatron_ettin.train.recheck import recheck
 from megatron_ettin.train.replicas import Replicas
 from megatron_ettin.train.step import StepInfo, train_step
@@ -102,7 +102,7 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             for hook in hooks:
                 hook.step(run, info)
             stopped = info.stop_requested or is_done(run.config, run.progress)
-    for hook in hooks:
+    for hook in reversed(hooks):  # the last checkpoint is told to those that then close
         hook.stop(run)
     return not is_done(run.config, run.progress)
 
@@ -112,11 +112,6 @@ def open_loader(run: Run) -> Loader:
     data, is_gpu = run.config.data, run.machine.platform.is_gpu
     workers, end = worker_count(data.workers, is_gpu), run.config.run.steps
     return Loader(run.batches.host, run.progress.step, end, workers, data.prefetch, pinned=is_gpu)
-
-
-def is_done(config: Config, progress: Progress) -> bool:
-    steps = config.run.steps
-    return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)
 
 
 def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ettin.config.schema import Config
 from megatron_ettin.train.guard import Guard
 from megatron_ettin.train.step import StepInfo
 
@@ -40,3 +41,9 @@ class Progress:
         """From what a checkpoint says; older ones say less."""
         counts = {f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(cls) if f.name != "recent"}
         return cls(recent=tuple((float(a), float(b)) for a, b in saved.get("recent", ())), **counts)
+
+
+def is_done(config: Config, progress: Progress) -> bool:
+    """Whether a run has trained all its tokens or steps."""
+    steps = config.run.steps
+    return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)

@@ -61,13 +61,24 @@ def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
     return pages, rows
 
 
+def artifacts(run_dir: Path) -> dict[str, set[str]]:
+    """{name: its aliases and the paths of its files}, over all launches."""
+    found: dict[str, set[str]] = {}
+    for record in records(run_dir):
+        if record.WhichOneof("record_type") == "artifact":
+            artifact = record.artifact
+            paths = [entry.path for entry in artifact.manifest.contents]
+            found.setdefault(artifact.name, set()).update(artifact.aliases, paths)
+    return found
+
+
 def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     groups = set()
     for objective in ("mlm", "clm"):
         run = tmp_path / objective
         for steps in (3, 5, 7):
             words = [f"run.steps={steps}", "checkpoint.every_steps=2", "checkpoint.keep=0", "metrics.wandb=true"]
-            words.append("metrics.wandb_checkpoints=reference")
+            words += ["metrics.wandb_checkpoints=reference", "metrics.wandb_report=true"]
             (result,) = pool.run(1, command(run, corpus, objective, words), "wandb_offline")
             assert result.status == 0 and "switched off" not in result.output, result.output[-2000:]
             if steps == 5:  # as after a kill: step 5 is trained again
@@ -82,8 +93,10 @@ def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path
         assert {"speed/tokens_per_second", "optim/lr", "optim/grad_norm", "memory/peak_bytes", "data/rows"} <= rows[
             0
         ].keys()
-        kept = [r for r in records(run) if r.WhichOneof("record_type") in ("artifact", "request")]
-        assert "17m-clm-pretrain-checkpoint" in str(kept) or "17m-mlm-pretrain-checkpoint" in str(kept)
+        kept = artifacts(run)
+        for step in (2, 3, 4, 5, 6, 7):
+            assert f"step-{step}" in kept[f"17m-{objective}-pretrain-checkpoint"], kept.keys()
+        assert {"report.html", "figures/loss.png", "figures/speed.png"} <= kept[f"17m-{objective}-pretrain-report"]
     assert len(groups) == 1
 
 
