@@ -1,7 +1,7 @@
 """What a checkpoint costs a run on one CPU rank: training's wait for an asynchronous and a synchronous save, and the
 time to verify and to load one.
 
-  python tools/bench_checkpoint.py [--size 150m] [--layers N] [--rows 1] [--rounds 3] [--out FILE.md]
+  python tools/bench_checkpoint.py [--size 150m] [--layers N] [--rows 1] [--rounds 3] [--only loads] [--out FILE.md]
 
 fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in an order that changes, with four steps after
 each: `wait` is how long `Saver.begin` keeps training from going on, `steps after` what the four steps took more than
@@ -79,8 +79,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         number += 1
 
     step()
-    plain = statistics.median(timed(step) for _ in range(2 * AFTER))
-    for _ in range(args.rounds):
+    if args.only == "loads":
+        machine.config = dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, asynchronous=False)
+        )
+        Saver(machine, folder, None).begin(Wish(Progress(step=number)))
+        plain = timed(step)
+    else:
+        plain = statistics.median(timed(step) for _ in range(2 * AFTER))
+    for _ in range(args.rounds if args.only != "loads" else 0):
         for way in draw.sample(["asynchronous", "synchronous"], 2):
             settings = dataclasses.replace(config.checkpoint, asynchronous=way == "asynchronous", keep=1)
             machine.config = dataclasses.replace(config, checkpoint=settings)
@@ -106,8 +113,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 def table(args: argparse.Namespace, found: dict[str, float]) -> str:
     size, plain = found.pop("bytes"), found["a step"]
     layers = f" --layers {args.layers}" if args.layers else ""
+    only = f" --only {args.only}" if args.only else ""
     lines = [
-        f"`python tools/bench_checkpoint.py --size {args.size}{layers} --rounds {args.rounds}`",
+        f"`python tools/bench_checkpoint.py --size {args.size}{layers} --rounds {args.rounds}{only}`",
         "",
         f"{time.strftime('%Y-%m-%d')}; {args.threads} threads of {platform.machine()}; {args.size}"
         f"{f' with {args.layers} layers' if args.layers else ''}, fp32, {args.rows} row of 1024 tokens a step;"
@@ -125,6 +133,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["loads"], help="one save, then loads")
     parser.add_argument("--out", type=Path, help="append the table to this file")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
