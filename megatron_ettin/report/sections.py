@@ -64,6 +64,16 @@ def cards(models: Sequence[Model]) -> str:
     return "\n".join(parts)
 
 
+def _validation(model: Model) -> tuple[str, str]:
+    """The newest loss on held-out data and the lowest of its phase, named where a later one was not evaluated."""
+    for run in reversed(model.runs):
+        known = run.metrics.known("validation_loss")
+        if len(known):
+            phase = "" if run is model.runs[-1] else f" in {escaped(run.named('phase'))}"
+            return number(float(known[-1]), ".4f"), f"lowest {known.min():.4f}{phase}"
+    return NONE, "not evaluated"
+
+
 def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     last = model.runs[-1]
     metrics = last.metrics
@@ -83,9 +93,7 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
         number(statistics.fmean(losses), ".4f") if losses else NONE,
         f"mean of the last {len(losses)} steps" if len(losses) > 1 else "",
     )
-    known = metrics.known("validation_loss")
-    best = f"lowest {known.min():.4f}" if len(known) else "not evaluated"
-    yield "validation loss", number(metrics.last("validation_loss"), ".4f") or NONE, best
+    yield "validation loss", *_validation(model)
     speeds = metrics.known("tokens_per_second").tolist()
     mfu = metrics.last("mfu")
     yield (

@@ -122,6 +122,15 @@ def test_one_run_of_a_folder_of_runs(tmp_path: Path, run: Path, page: Path) -> N
     assert section(text, "comparison") == "" and "NOT PAIRED" not in text
 
 
+def test_the_newest_validation_may_be_of_an_earlier_phase(tmp_path: Path, page: Path) -> None:
+    phases = [write_run(tmp_path / "pretrain", steps=60), write_run(tmp_path / "extend", phase="extend")]
+    (evaluated,) = [line for line in read(phases[0]).metrics if "validation_loss" in line]
+    loss = f"{evaluated['validation_loss']:.4f}"
+    told = f"<dt>validation loss</dt><dd>{loss}<small>lowest {loss}{{}}</small></dd>"
+    assert told.format(" in pretrain") in section(reported(page, *phases), "cards")
+    assert told.format("") in section(reported(page, phases[0]), "cards")
+
+
 def test_a_broken_pair_names_what_differs(tmp_path: Path, run: Path, page: Path) -> None:
     text = reported(page, run, write_run(tmp_path / "other", "clm", words=("run.seed=3",)))
     told = section(text, "comparison")
