@@ -13,6 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def is_symbol(tensor: torch.Tensor) -> bool:
+    """Whether it is one that torch's compiler traced with: such stay after a compilation and hold no memory, and asking
+    for the size of one is a question to a solver that may be gone."""
+    mode = getattr(tensor, "fake_mode", None)
+    return getattr(mode, "shape_env", None) is not None or any(isinstance(size, torch.SymInt) for size in tensor.shape)
+
+
 class LiveTensors(TorchDispatchMode):
     """Counts, while it is entered, the bytes of all storages that tensors hold: those that were there (found by the
     garbage collector) and those that operations return, until they are freed. What a kernel allocates for itself and
@@ -37,8 +44,10 @@ class LiveTensors(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         try:
+            if is_symbol(tensor):
+                return
             storage = tensor.untyped_storage()
-        except NotImplementedError:  # of a subclass that has none of its own
+        except (NotImplementedError, RuntimeError):  # of a subclass that has none of its own, or no shape yet
             return
         key = storage._cdata
         if key in self.held:
