@@ -12,6 +12,7 @@ after a save, or, where it says so, come from the disk."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import random
@@ -56,57 +57,79 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+class Bench:
+    """One run, what it saves into `folder`, and the seconds that things took."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.folder, self.rounds, self.draw, self.step_number = folder, args.rounds, random.Random(1), 0
+        self.machine, self.batches = build(args)
+        self.times: dict[str, list[float]] = {}
+
+    def step(self) -> None:
+        from megatron_ettin.train.step import train_step
+
+        train_step(self.machine, self.batches, self.step_number, 0, 1e-5, False)
+        self.step_number += 1
+
+    def plain_steps(self, count: int) -> float:
+        self.step()
+        self.times["a step"] = [timed(self.step) for _ in range(count)]
+        return statistics.median(self.times["a step"])
+
+    def save(self, way: str, steps_after: int) -> tuple[float, float]:
+        """How long a save keeps training from going on, and what the steps after it took."""
+        from megatron_ettin.train.progress import Progress
+        from megatron_ettin.train.saving import Saver, Wish
+
+        settings = dataclasses.replace(self.machine.config.checkpoint, asynchronous=way == "asynchronous", keep=1)
+        self.machine.config = dataclasses.replace(self.machine.config, checkpoint=settings)
+        saver = Saver(self.machine, self.folder, None)
+        wait = timed(lambda: saver.begin(Wish(Progress(step=self.step_number))))
+        after = sum(timed(self.step) for _ in range(steps_after))
+        outcome = saver.settle()
+        assert outcome is not None and outcome.path is not None, outcome
+        return wait, after
+
+    def saves(self, plain: float) -> None:
+        for _ in range(self.rounds):
+            for way in self.draw.sample(["asynchronous", "synchronous"], 2):
+                wait, after = self.save(way, AFTER)
+                self.times.setdefault(f"{way}: wait", []).append(wait)
+                self.times.setdefault(f"{way}: {AFTER} steps after", []).append(after - AFTER * plain)
+
+    def loads(self, checkpoint: Path) -> None:
+        from megatron_ettin.checkpoint import directory
+        from megatron_ettin.train import loading
+
+        def load(way: str) -> None:
+            loading.load(self.machine, checkpoint, verified="verify" not in way)
+
+        for _ in range(self.rounds):
+            verified = timed(lambda: directory.verify(checkpoint))
+            self.times.setdefault("verify (sha256 of all files)", []).append(verified)
+            for way in self.draw.sample(LOADS, len(LOADS)):
+                if "disk" in way:
+                    forget(checkpoint)
+                self.times.setdefault(way, []).append(timed(lambda w=way: load(w)))
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Medians, in seconds; `bytes` of a checkpoint."""
-    import dataclasses
-
     import torch
 
     from megatron_ettin.checkpoint import directory
-    from megatron_ettin.train import loading
-    from megatron_ettin.train.progress import Progress
-    from megatron_ettin.train.saving import Saver, Wish
-    from megatron_ettin.train.step import train_step
 
     torch.set_num_threads(args.threads)
-    machine, batches = build(args)
-    config, draw, number = machine.config, random.Random(1), 0
-    times: dict[str, list[float]] = {}
-
-    def step() -> None:
-        nonlocal number
-        train_step(machine, batches, number, 0, 1e-5, False)
-        number += 1
-
-    step()
+    bench = Bench(args, folder)
     if args.only == "loads":
-        machine.config = dataclasses.replace(
-            config, checkpoint=dataclasses.replace(config.checkpoint, asynchronous=False)
-        )
-        Saver(machine, folder, None).begin(Wish(Progress(step=number)))
-        plain = timed(step)
+        bench.plain_steps(1)
+        bench.save("synchronous", 0)
     else:
-        plain = statistics.median(timed(step) for _ in range(2 * AFTER))
-    for _ in range(args.rounds if args.only != "loads" else 0):
-        for way in draw.sample(["asynchronous", "synchronous"], 2):
-            settings = dataclasses.replace(config.checkpoint, asynchronous=way == "asynchronous", keep=1)
-            machine.config = dataclasses.replace(config, checkpoint=settings)
-            saver = Saver(machine, folder, None)
-            times.setdefault(f"{way}: wait", []).append(timed(lambda s=saver: s.begin(Wish(Progress(step=number)))))
-            after = sum(timed(step) for _ in range(AFTER))
-            times.setdefault(f"{way}: {AFTER} steps after", []).append(after - AFTER * plain)
-            outcome = saver.settle()
-            assert outcome is not None and outcome.path is not None, outcome
+        bench.saves(bench.plain_steps(2 * AFTER))
     newest = directory.latest(folder)
     assert newest is not None
-    for _ in range(args.rounds):
-        times.setdefault("verify (sha256 of all files)", []).append(timed(lambda: directory.verify(newest)))
-        for way in draw.sample(LOADS, len(LOADS)):
-            if "disk" in way:
-                forget(newest)
-            took = timed(lambda w=way: loading.load(machine, newest, verified="verify" not in w))
-            times.setdefault(way, []).append(took)
-    found = {"a step": plain} | {name: statistics.median(values) for name, values in times.items()}
+    bench.loads(newest)
+    found = {name: statistics.median(values) for name, values in bench.times.items()}
     return found | {"bytes": float(directory.total_bytes(newest))}
 
 

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 def is_symbol(tensor: torch.Tensor) -> bool:
     """Whether it is one that torch's compiler traced with: such stay after a compilation and hold no memory, and asking
     for the size of one is a question to a solver that may be gone."""
-    mode = getattr(tensor, "fake_mode", None)
-    return getattr(mode, "shape_env", None) is not None or any(isinstance(size, torch.SymInt) for size in tensor.shape)
+    return getattr(getattr(tensor, "fake_mode", None), "shape_env", None) is not None
 
 
 class LiveTensors(TorchDispatchMode):
@@ -43,11 +42,11 @@ class LiveTensors(TorchDispatchMode):
         return found
 
     def add(self, tensor: torch.Tensor) -> None:
+        if is_symbol(tensor):
+            return
         try:
-            if is_symbol(tensor):
-                return
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # of a subclass that has none of its own, or no shape yet
+        except NotImplementedError:  # of a subclass that has none of its own
             return
         key = storage._cdata
         if key in self.held:

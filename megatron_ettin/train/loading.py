@@ -41,7 +41,8 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
     saves left is put out of the way first. Collective; raises UserError where every checkpoint is damaged, and where
     a whole one does not fit this machine."""
     layout = machine.layout
-    loaded: list[Progress | UserError] = []
+    loaded: list[Progress] = []
+    refused: list[UserError] = []
 
     def attempt(checkpoint: Path) -> None:
         """Raises Damaged on every rank alike; a checkpoint that is whole but does not fit is no reason to go back."""
@@ -50,7 +51,7 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
         except Damaged:
             raise
         except UserError as error:
-            loaded.append(error)
+            refused.append(error)
 
     def attempt_together(checkpoint: Path) -> None:
         _check_description(checkpoint)  # before anyone reads
@@ -69,10 +70,11 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
         while isinstance(found := layout.from_chief(None), Path):
             with contextlib.suppress(Damaged):
                 attempt(found)
-    for failure in (found, *loaded):
-        if isinstance(failure, UserError):
-            raise failure
-    return (found[0].name, loaded[0]) if found[0] is not None else None  # type: ignore[return-value]
+    if isinstance(found, UserError):
+        raise found
+    if refused:
+        raise refused[0]
+    return (found[0].name, loaded[0]) if loaded else None
 
 
 def agree(layout: Layout, ask: Callable[[], Any]) -> Any:
