@@ -458,3 +458,12 @@ def nothing_forced_to_the_disk() -> Iterator[None]:
         mock.patch.object(directory, "fsync", lambda path: None),
     ):
         yield
+
+
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """No mistake: files of a tiny model have many blocks."""
+    from megatron_ettin.checkpoint import digests
+
+    with mock.patch.object(digests, "BLOCK_BYTES", 1 << 16):
+        yield

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_ettin.checkpoint.integrity import fsync, sha256
+from megatron_ettin.checkpoint.digests import Entry, digest
+from megatron_ettin.checkpoint.integrity import fsync
 from megatron_ettin.checkpoint.writing import save_tensor
 
 MARK = ".written-"  # and the rank
@@ -77,7 +78,7 @@ class Plan:
                 mark["stored"] += _write_file(first, name, tensors)
                 if local is not None:
                     _move(first, Path(path))
-                mark["files"][name] = sha256(Path(path))
+                mark["files"][name] = digest(Path(path))
         except Exception as error:
             mark = {"error": f"rank {self.rank}: {path}: {_cause(error)}"}
             for path, _, _ in self.buckets:  # of no use, and the mark needs room
@@ -85,8 +86,8 @@ class Plan:
         self.writer.write_buckets = None  # the copies are no longer needed
         _place(self.folder / f"{MARK}{self.rank}", mark)
 
-    def finish(self, given_up: Callable[[], bool]) -> dict[str, str]:
-        """On rank 0: wait for all marks, write what core leaves to the coordinator. Returns the sha256 of the ranks'
+    def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
+        """On rank 0: wait for all marks, write what core leaves to the coordinator. Returns the digests of the ranks'
         files. Raises NotWritten, and OSError of its own files."""
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
@@ -98,7 +99,7 @@ class Plan:
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         for rank in range(self.world):
             (self.folder / f"{MARK}{rank}").unlink()
-        return {name: digest for mark in marks for name, digest in mark["files"].items()}
+        return {name: entry for mark in marks for name, entry in mark["files"].items()}
 
     def _mark_of(self, rank: int, given_up: Callable[[], bool]) -> dict[str, Any]:
         path = self.folder / f"{MARK}{rank}"

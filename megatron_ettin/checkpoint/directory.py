@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.checkpoint.digests import Entry
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
@@ -205,7 +206,7 @@ def staging_of(folder: Path, step: int) -> Path:
     return folder / f"{_STAGING}{step_name(step)}"
 
 
-def place(staging: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+def place(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Seal `staging` (`known`: as in `seal`) and rename it to `final`. A folder already there is moved aside first and
     removed last, so that one of the two is whole at any instant."""
     seal(staging, known)
@@ -218,7 +219,7 @@ def place(staging: Path, final: Path, known: Mapping[str, str] | None = None) ->
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def publish(staging: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Make the checkpoint written in `staging` the run's latest: seal (`known`: as in `seal`), rename, then replace
     `latest`, in this order."""
     staging, final = Path(staging), Path(final)

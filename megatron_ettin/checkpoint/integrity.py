@@ -1,4 +1,4 @@
-"""integrity.json: sha256 and size of every file of a checkpoint, written when it is sealed, checked when it is used.
+"""integrity.json: size and sha256 of every file of a checkpoint, written when it is sealed, checked when it is used.
 
 A checkpoint is many files from many ranks; a torn or flipped one loads without complaint as wrong numbers. Hashing
 costs one more read of what was just written (in threads: hashlib lets go of the interpreter lock), and buys that
@@ -6,29 +6,21 @@ every damaged file is refused by name. The first damage found is enough: nothing
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from megatron_ettin.checkpoint import digests
+from megatron_ettin.checkpoint.digests import Block, Entry, sha256
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 
 INTEGRITY = "integrity.json"
-THREADS = 8
-_BLOCK_BYTES = 1 << 20
+FORMATS = (1, 2)  # 1: a digest of each file, none of blocks
 
-
-def sha256(path: Path) -> str:
-    """Hex digest of one file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+__all__ = ["FORMATS", "INTEGRITY", "fsync", "read_entries", "seal", "sha256", "verify", "verify_blocks", "write_synced"]
 
 
 def fsync(path: Path) -> None:
@@ -49,46 +41,43 @@ def write_synced(path: Path, content: str | bytes) -> None:
     fsync(path.parent)
 
 
-def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != INTEGRITY
     )
 
 
-def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint. `known`:
-    sha256 of files that were hashed when they were written."""
+    `digest` of files that were hashed when they were written."""
 
-    def entry(path: Path) -> tuple[str, dict[str, Any]]:
+    def entry(path: Path) -> tuple[str, Entry]:
         name = path.relative_to(folder).as_posix()
-        return name, {"bytes": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
+        return name, (known or {}).get(name) or digests.digest(path)
 
     paths = _files(folder)
-    with ThreadPoolExecutor(THREADS) as disk:  # writes while what it writes is hashed
+    with ThreadPoolExecutor(digests.THREADS) as disk:  # writes while what it writes is hashed
         forced = [disk.submit(fsync, path) for path in paths]
-        files = dict(_in_threads(entry, paths))
+        files = dict(digests.in_threads(entry, paths))
         for one in forced:
             one.result()
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
-    write_synced(folder / INTEGRITY, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    write_synced(folder / INTEGRITY, json.dumps({"format": FORMATS[-1], "files": files}, indent=1) + "\n")
 
 
-def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+def read_entries(folder: Path) -> dict[str, Entry]:
     """What integrity.json says of every file. Raises UserError where it is missing, torn or of another format."""
     path = folder / INTEGRITY
     try:
         record = load_json(path.read_text(encoding="utf-8"))
+        if record.get("format", 1) not in FORMATS:
+            raise ValueError(f"it is of format {record['format']!r}, this version reads {FORMATS[0]} to {FORMATS[-1]}")
         entries = record["files"]
         for name, entry in entries.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"it names {name!r}, outside the checkpoint")
-            entry["bytes"] + 0, entry["sha256"] + ""
+            digests.blocks_of(name, entry)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint was never finished, or is not one of ours") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,12 +97,22 @@ def verify(folder: Path, checksums: bool = True, which: Callable[[str], bool] | 
         found = path.stat().st_size
         if found != entry["bytes"]:
             raise UserError(f"{path}: {found:,} bytes, but {entry['bytes']:,} were written; the file is torn")
-    if not checksums:
-        return
-    names = [name for name in entries if which is None or which(name)]
-    for name, found in _in_threads(lambda name: (name, sha256(folder / name)), names):
-        expected = entries[name]["sha256"]
-        if found != expected:
-            raise UserError(
-                f"{folder / name}: sha256 {found[:12]}..., but {expected[:12]}... was written; it has changed"
-            )
+    if checksums:
+        names = [name for name in entries if which is None or which(name)]
+        verify_blocks(folder, [block for name in names for block in digests.blocks_of(name, entries[name])])
+
+
+def verify_blocks(folder: Path, blocks: Sequence[Block], beside: bool = False) -> None:
+    """Raise UserError naming the first of `blocks` that is not what was written. `beside`: as in `in_threads`."""
+
+    def check(block: Block) -> None:
+        path = folder / block.name
+        try:
+            found = sha256(path, block.first, block.size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if found != block.sha256:
+            written = f"{block.words}sha256 {found[:12]}..., but {block.sha256[:12]}... was written"
+            raise UserError(f"{path}: {written}; it has changed")
+
+    digests.in_threads(check, blocks, beside)

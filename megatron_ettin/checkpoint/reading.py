@@ -156,6 +156,7 @@ class SafeReader(FileSystemReader):
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         done: Any = torch.futures.Future()
         for name, items in per_file.items():
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)  # from a disk in one go
             with _naming(Path(self.path) / name):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
         done.set_result(None)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_ettin.checkpoint.integrity import fsync, sha256
+from megatron_ettin.checkpoint.digests import Entry, digest
+from megatron_ettin.checkpoint.integrity import fsync
 
 FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
 FORMAT = {
@@ -36,16 +37,16 @@ FORMAT = {
 
 def write_weights(
     staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], common: dict[str, Any], file_bytes: int = FILE_BYTES
-) -> dict[str, str]:
+) -> dict[str, Entry]:
     """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`. Returns
-    the sha256 of the files of tensors, each computed while the next one is written."""
+    the digests of the files of tensors, each computed while the next one is written."""
     staging = Path(staging)
     staging.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     file, name = None, ""
     behind = ThreadPoolExecutor(1, "behind")
-    hashed: dict[str, Future[str]] = {}
+    hashed: dict[str, Future[Entry]] = {}
 
     def close() -> None:
         if file is not None:
@@ -75,10 +76,10 @@ def write_weights(
     return {name: one.result() for name, one in hashed.items()}
 
 
-def _forced_and_hashed(path: Path) -> str:
-    digest = sha256(path)
+def _forced_and_hashed(path: Path) -> Entry:
+    entry = digest(path)
     fsync(path)
-    return digest
+    return entry
 
 
 def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:

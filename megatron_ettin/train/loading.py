@@ -2,18 +2,20 @@
 
 What describes a checkpoint is small and is checked before anything is read of it. Its data are hashed in threads beside
 the load, which waits for the disk and copies: nobody goes on from what was loaded before the hashes agree, and a run
-that finds damage loads the checkpoint before that one over it. Every rank hashes a share of the files."""
+that finds damage loads the checkpoint before that one over it. Every rank hashes a share of the blocks."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.checkpoint import directory, fp8_state, state
-from megatron_ettin.checkpoint.integrity import read_entries, verify
+from megatron_ettin.checkpoint.digests import Block, blocks_of
+from megatron_ettin.checkpoint.integrity import read_entries, verify, verify_blocks
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.parallel import Layout
 from megatron_ettin.train.assembly import Machine
@@ -96,14 +98,21 @@ def _check_description(checkpoint: Path) -> None:
     verify(checkpoint, which=lambda name: not name.endswith(DATA))
 
 
+def _share(layout: Layout, checkpoint: Path) -> list[Block]:
+    """What this rank hashes of the data: an even share of all blocks in the order of the ranks that wrote them, which
+    on the same layout is about what it reads, so that it reads ahead for itself."""
+    entries = {name: entry for name, entry in read_entries(checkpoint).items() if name.endswith(DATA)}
+    names = sorted(entries, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    blocks = [block for name in names for block in blocks_of(name, entries[name])]
+    rank, world = layout.rank, layout.topology.world
+    return blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
+
+
 def _check_share(layout: Layout, checkpoint: Path) -> str | None:
     """Hash this rank's share of the data; what is wrong with it."""
     try:
-        sizes = {name: entry["bytes"] for name, entry in read_entries(checkpoint).items() if name.endswith(DATA)}
-        names = sorted(sizes, key=lambda name: (sizes[name], name))
-        share = set(names[layout.rank :: layout.topology.world])
-        verify(checkpoint, which=share.__contains__)
-    except (UserError, OSError) as error:
+        verify_blocks(checkpoint, _share(layout, checkpoint), beside=True)
+    except UserError as error:
         return str(error)
     return None
 

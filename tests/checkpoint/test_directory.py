@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.checkpoint import directory, integrity
+from megatron_ettin.checkpoint import digests, directory, integrity
 from megatron_ettin.checkpoint.directory import (
     checkpoints_folder,
     latest,
@@ -90,7 +90,7 @@ def die_before_call(number):
 
     for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
-    integrity.THREADS = 1  # the same order of calls each time
+    digests.THREADS = 1  # the same order of calls each time
 
 
 def kill_everywhere(folder, step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.pool import Pool
 from tests.train.runs import command, read, train
 
 pytestmark = pytest.mark.ranks
+BLOCK = 1 << 16  # bytes, as small_blocks of tests/mutations.py has it
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
 
 
@@ -172,20 +174,25 @@ def test_kept_for_good_and_staged_on_another_disk(pool: Pool, corpus: Path, tmp_
 
 
 def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Whichever rank's share a damaged file is in: it is named, and the one before it is taken, of which the run goes
-    on with the same bits though the damaged one was loaded first."""
-    whole = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
+    """Whichever rank's share a damaged block is in: its file is named, and the one before it is taken, of which the run
+    goes on with the same bits though the damaged one was loaded first."""
+    whole = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN], mutation="small_blocks")
     newest = list_checkpoints(tmp_path / "run")[-1]
-    for name in sorted(json.loads((newest / "integrity.json").read_text())["files"]):
+    entries = json.loads((newest / "integrity.json").read_text())["files"]
+    assert sum(len(entry.get("blocks", [])) > 3 for entry in entries.values()) == 2  # a file of each rank
+    places = [(name, entry["bytes"] // 2) for name, entry in sorted(entries.items())]
+    places += [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
+    for name, at in places:
         shutil.copytree(tmp_path / "run", tmp_path / "damaged")
         path = tmp_path / "damaged" / "checkpoints" / newest.name / name
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 4
+        content[at] ^= 4
         path.write_bytes(content)
         results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=4", *OFTEN]))
         assert [result.status for result in results] == [0, 0]
         said = results[0].output + results[1].output
-        assert f"{newest.name}/{name}: sha256 " in said and "resumed step_000000002" in said
+        block = rf"bytes {at // BLOCK * BLOCK:,} to [\d,]+: " if "blocks" in entries[name] else ""
+        assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said) and "resumed step_000000002" in said
         assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_ettin.checkpoint.digests import Entry
 from megatron_ettin.checkpoint.directory import place
 from megatron_ettin.checkpoint.writing import write_weights
 from megatron_ettin.config.errors import UserError
@@ -57,7 +58,7 @@ def from_composer(
     }
 
 
-def _write(staging: Path, tensors: Iterator[tuple[str, torch.Tensor]], decision: Decision) -> dict[str, str]:
+def _write(staging: Path, tensors: Iterator[tuple[str, torch.Tensor]], decision: Decision) -> dict[str, Entry]:
     progress = {"step": 0, "tokens": 0}
     known = write_weights(staging, tensors, {"progress": progress})
     (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
