@@ -15,10 +15,10 @@ from pathlib import Path
 from megatron_ettin.checkpoint import digests
 from megatron_ettin.checkpoint.digests import Block, Entry, sha256
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.json_reading import DIGEST, checked_digest, load_json, with_digest
 
 INTEGRITY = "integrity.json"
-FORMATS = (1, 2)  # 1: a digest of each file, none of blocks
+FORMATS = (1, 2)  # 1: a digest of each file, none of blocks, none of its own
 
 __all__ = ["FORMATS", "INTEGRITY", "fsync", "read_entries", "seal", "sha256", "verify", "verify_blocks", "write_synced"]
 
@@ -63,20 +63,22 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
             one.result()
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
-    write_synced(folder / INTEGRITY, json.dumps({"format": FORMATS[-1], "files": files}, indent=1) + "\n")
+    write_synced(folder / INTEGRITY, json.dumps(with_digest({"format": FORMATS[-1], "files": files}), indent=1) + "\n")
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """What integrity.json says of every file. Raises UserError where it is missing, torn or of another format."""
     path = folder / INTEGRITY
     try:
-        record = load_json(path.read_text(encoding="utf-8"))
-        if record.get("format", 1) not in FORMATS:
-            raise ValueError(f"it is of format {record['format']!r}, this version reads {FORMATS[0]} to {FORMATS[-1]}")
-        entries = record["files"]
+        raw = load_json(path.read_text(encoding="utf-8"))
+        if raw["format"] not in FORMATS:
+            raise ValueError(f"it is of format {raw['format']!r}, this version reads {FORMATS[0]} to {FORMATS[-1]}")
+        if raw["format"] > 1 and DIGEST not in raw:
+            raise ValueError(f"it has no {DIGEST}")
+        entries = checked_digest(raw)["files"]
         for name, entry in entries.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"it names {name!r}, outside the checkpoint")
+            if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+                raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
             digests.blocks_of(name, entry)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint was never finished, or is not one of ours") from None

@@ -82,7 +82,7 @@ def _checked(metadata: Any, path: Path) -> Metadata:
     if not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path}: says nothing of where tensors lie")
     for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(key, str) or not _is_whole(entry):
+        if not isinstance(key, str) or not key.isprintable() or not _is_whole(entry):
             raise UserError(f"{path}: what it says of {str(key)[:60]!r} is not what torch writes")
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not _is_place(index, info):
@@ -114,7 +114,7 @@ def _is_place(index: MetadataIndex, info: Any) -> bool:
     offset = getattr(index, "offset", None)
     return (
         all(isinstance(one, int) and one >= 0 for one in numbers)
-        and all(isinstance(one, str) for one in names)
+        and all(isinstance(one, str) and one.isprintable() for one in names)  # messages of one line have them
         and (offset is None or isinstance(offset, torch.Size))
     )
 

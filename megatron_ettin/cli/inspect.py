@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 def verify(path: Path, as_json: bool = False) -> Verified:
     """Read every byte of a dataset, its row plans and orders. UserError names the first bad file of several."""
-    from megatron_ettin.data.verification import dataset_files, derived_files, verify_files
+    from megatron_ettin.data.derived import derived_files
+    from megatron_ettin.data.verification import dataset_files, verify_files
 
     found = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
     if found.problems:

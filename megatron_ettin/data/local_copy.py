@@ -23,12 +23,11 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
 from megatron_ettin.data.order import Corpus
-from megatron_ettin.data.rows import RowPlan, file_lock, open_plan
+from megatron_ettin.data.rows import PLAN_FILE, RowPlan, file_lock, open_plan
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
 KEY = "data.local_copy"
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)

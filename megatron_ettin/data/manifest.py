@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.json_reading import checked_digest, load_json
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
 SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_SUFFIX)
-DIGEST = "content_sha256"
 
 
 @dataclass(frozen=True)
@@ -121,23 +120,6 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord(**record) for name, record in raw.items()}
-
-
-def with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with its own sha256: what says how all other files should be must be known to be right itself."""
-    return {**content, DIGEST: digest_of(content)}
-
-
-def checked_digest(raw: dict[str, Any]) -> dict[str, Any]:
-    """The content without its sha256. Raises ValueError where that is another's; one without any is of before."""
-    content = {key: value for key, value in raw.items() if key != DIGEST}
-    if DIGEST in raw and raw[DIGEST] != digest_of(content):
-        raise ValueError(f"its {DIGEST} is not that of its content")
-    return content
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json_durably(path: Path, content: Any) -> None:

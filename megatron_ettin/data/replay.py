@@ -22,16 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.json_reading import checked_digest, load_json, with_digest
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
 from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
-    checked_digest,
+    file_records,
     record_of,
     sync_directory,
-    with_digest,
     write_json_durably,
 )
 from megatron_ettin.data.mapped import map_scattered
@@ -157,12 +156,17 @@ def open_given_order(
     return GivenOrder(folder, record, fingerprints)
 
 
+def order_record(folder: Path) -> OrderRecord:
+    """What the compiled order in `folder` says of itself. Raises OSError, ValueError, KeyError, TypeError or
+    AttributeError where that cannot be read."""
+    raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
+    return OrderRecord(**{**raw, "files": file_records(raw["files"])})
+
+
 def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
     """The record of a compiled order, or None where it is absent or damaged."""
     try:
-        raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
-        raw["files"] = {name: FileRecord(**file) for name, file in raw["files"].items()}
-        record = OrderRecord(**raw)
+        record = order_record(folder)
         for name in COLUMNS:
             check_file(folder / name, record.files[name], content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):

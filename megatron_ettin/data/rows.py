@@ -24,14 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.json_reading import checked_digest, load_json, with_digest
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
-    checked_digest,
+    file_records,
     sync_directory,
-    with_digest,
     write_json_durably,
 )
 from megatron_ettin.data.mapped import map_scattered
@@ -44,6 +43,7 @@ from megatron_ettin.data.row_building import (
 )
 
 FOLDERS = {"packed": "rows", "padded": "padded"}  # batching -> prefix of the plan's folder
+PLAN_FILE = "plan.json"
 VERSION = 1  # raise it when the same chunks would be packed otherwise
 BESIDE = ".tmp-"  # begins the name of a plan that is not finished
 COUNTED_CHUNKS = 1 << 20  # lengths of a padded plan that are read at once
@@ -196,12 +196,17 @@ def existing_plans(dataset: Dataset) -> list[RowPlan]:
     return sorted(plans, key=lambda plan: (plan.batching, plan.seq_len))
 
 
+def plan_record(folder: Path) -> PlanRecord:
+    """What the plan in `folder` says of itself. Raises OSError, ValueError, KeyError, TypeError or AttributeError where
+    that cannot be read."""
+    raw: dict[str, Any] = checked_digest(load_json((folder / PLAN_FILE).read_text(encoding="utf-8")))
+    return PlanRecord(**{**raw, "files": file_records(raw["files"])})
+
+
 def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
     """The plan in `folder`, or None where it is absent, damaged or another dataset's."""
     try:
-        raw: dict[str, Any] = checked_digest(load_json((folder / "plan.json").read_text(encoding="utf-8")))
-        raw["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        record = PlanRecord(**raw)
+        record = plan_record(folder)
         for name, file in record.files.items():
             check_file(folder / name, file, content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -222,7 +227,7 @@ def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str, work
         else:
             num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
         record = PlanRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
-        write_json_durably(building / "plan.json", with_digest(asdict(record)))
+        write_json_durably(building / PLAN_FILE, with_digest(asdict(record)))
         sync_directory(building)
         if folder.exists():
             stale = Path(tempfile.mkdtemp(prefix=f"{BESIDE}stale-{folder.name}-", dir=dataset.path))

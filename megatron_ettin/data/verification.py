@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.checksums import damaged_ranges, digest_of, read_blocks
-from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, FileRecord, Manifest, checked_digest, read_manifest
+from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, FileRecord, Manifest, read_manifest
 
 THREADS = 8
 RANGES_SHOWN = 4
@@ -63,20 +62,6 @@ def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Ex
             yield Expected(folder / (shard.name + suffix), record, blocks if suffix != CHECKSUMS_SUFFIX else None)
     if (folder / "heldout").is_dir():
         yield from dataset_files(folder / "heldout")
-
-
-def derived_files(folder: Path) -> Iterator[Expected]:
-    """The files of the row plans and compiled orders beside a dataset, as their records have them."""
-    remedy = " (remove its folder: it is built again)"
-    for record_file in sorted([*folder.glob("*_*/plan.json"), *folder.glob("order_*/order.json")]):
-        try:
-            files = checked_digest(load_json(record_file.read_text(encoding="utf-8")))["files"]
-            records = {name: FileRecord(**record) for name, record in files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"damaged ({type(error).__name__})"
-            yield Expected(record_file, FileRecord(0, ""), remedy=remedy, problem=problem)
-            continue
-        yield from (Expected(record_file.with_name(name), record, remedy=remedy) for name, record in records.items())
 
 
 def problem_of(file: Expected) -> str | None:

@@ -16,6 +16,7 @@ from megatron_ettin.checkpoint import digests
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import DIGEST, with_digest
 from megatron_ettin.train.loading import _share
 
 BLOCK = 1000
@@ -115,10 +116,27 @@ def test_an_entry_that_says_it_not_is_refused(tmp_path, change, said):
     folder = sealed(tmp_path / "c", {"__0_0.distcp": 3011})
     record = json.loads((folder / "integrity.json").read_text())
     (record if "format" in change else record["files"]["__0_0.distcp"]).update(change)
-    (folder / "integrity.json").write_text(json.dumps(record))
+    record.pop(DIGEST)
+    (folder / "integrity.json").write_text(json.dumps(with_digest(record)))
     with pytest.raises(UserError, match=r"integrity\.json: unreadable") as refused:
         read_entries(folder)
     assert said in str(refused.value)
+
+
+def test_every_byte_of_the_record_matters(tmp_path):
+    """Each changed into another; what is left is the same content, differently spaced."""
+    folder = sealed(tmp_path / "c", {"__0_0.distcp": 2011})
+    whole = (folder / "integrity.json").read_bytes()
+    read = read_entries(folder)
+    for at in range(len(whole)):
+        for flip in (1, 3, 64):
+            changed = bytearray(whole)
+            changed[at] ^= flip
+            (folder / "integrity.json").write_bytes(changed)
+            try:
+                assert read_entries(folder) == read and json.loads(changed) == json.loads(whole), (at, flip)
+            except UserError as error:
+                assert "integrity.json: unreadable" in str(error)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])

@@ -180,6 +180,16 @@ def test_metadata_that_points_outside_is_refused(written):
         CheckpointReader(written)
 
 
+def test_names_that_break_a_line_are_refused(written):
+    def rename(metadata):
+        next(iter(metadata.storage_data.values())).relative_path = "__0_0.dist\x85p"
+
+    edit(written, rename)
+    with pytest.raises(UserError, match="is not what torch writes") as refused:
+        CheckpointReader(written)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_pickled_tensor_is_refused(written, tmp_path):
     """An entry whose bytes are a pickle of something else: torch's weights-only unpickler stops it."""
     trap = tmp_path / "sprung"

@@ -92,3 +92,12 @@ def test_damaged_digests_do_not_hide_the_damage(copy: Path, capsys: pytest.Captu
     assert status == 2
     assert "shard_00000.checksums.json, which has the places, is damaged too" in lines[0]
     assert "shard_00000.checksums.json: damaged, its sha256 is not the manifest's" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_record_whose_own_digest_has_lost_its_name(copy: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """It must not pass for one that is older than digests of records."""
+    (path,) = [*copy.glob(name), *copy.glob(f"rows_*/{name}")]
+    flip(path, path.read_bytes().index(b"content_sha256") + 3)
+    status, lines = verify(copy, capsys)
+    assert status == 2 and str(path) in lines[0] and "damaged" in lines[0]

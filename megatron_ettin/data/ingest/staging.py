@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import with_digest
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.ingest.request import PrepareRequest
 from megatron_ettin.data.ingest.task import SPLITS, record_path
@@ -25,7 +26,6 @@ from megatron_ettin.data.manifest import (
     TokenizerRecord,
     record_of,
     sync_directory,
-    with_digest,
     write_json_durably,
 )
 from megatron_ettin.data.tokenizer import Tokenizer

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.json_reading import checked_digest
 from megatron_ettin.data.indexed import MAGIC
 from megatron_ettin.data.ingest.filesystem import Entry, find, joined, open_input
 from megatron_ettin.data.ingest.input_file import InputFile
 from megatron_ettin.data.ingest.readers.arrow_directory import json_object
-from megatron_ettin.data.manifest import FORMAT, VERSION, checked_digest, manifest_from
+from megatron_ettin.data.manifest import FORMAT, VERSION, manifest_from
 
 
 def pair_at(given: str, name: str, source: str) -> InputFile | None:

@@ -1,0 +1,27 @@
+"""What is computed from a dataset and kept in its folder: row plans and compiled orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ettin.data.manifest import FileRecord
+from megatron_ettin.data.replay import RECORD_FILE, order_record
+from megatron_ettin.data.rows import PLAN_FILE, plan_record
+from megatron_ettin.data.verification import Expected
+
+REMEDY = " (remove its folder: it is built again)"
+
+
+def derived_files(folder: Path) -> Iterator[Expected]:
+    """The files of the row plans and compiled orders beside a dataset, as their records have them."""
+    plans, orders = sorted(folder.glob(f"*_*/{PLAN_FILE}")), sorted(folder.glob(f"order_*/{RECORD_FILE}"))
+    for record_file in [*plans, *orders]:
+        try:
+            read = plan_record if record_file.name == PLAN_FILE else order_record
+            records = read(record_file.parent).files
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"damaged ({type(error).__name__})"
+            yield Expected(record_file, FileRecord(0, ""), remedy=REMEDY, problem=problem)
+            continue
+        yield from (Expected(record_file.with_name(name), record, remedy=REMEDY) for name, record in records.items())
