@@ -7,6 +7,7 @@ that a thread which hashes beside one that runs Python queues rarely."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -93,4 +94,5 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any], beside: boo
 def _step_back() -> None:
     """Linux has a niceness for each thread; elsewhere it would be the whole process's."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        with contextlib.suppress(OSError):  # a sandbox that does not allow it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

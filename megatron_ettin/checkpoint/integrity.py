@@ -87,10 +87,13 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def verify(folder: Path, checksums: bool = True, which: Callable[[str], bool] | None = None) -> None:
+def verify(
+    folder: Path, checksums: bool = True, which: Callable[[str], bool] | None = None, beside: bool = False
+) -> None:
     """Raise UserError naming the first missing, truncated or changed file; sizes first, for they cost nothing.
 
-    With checksums=False only presence and sizes are checked; `which` names the files whose sha256 are (else all)."""
+    With checksums=False only presence and sizes are checked; `which` names the files whose sha256 are (else all).
+    `beside`: as in `in_threads`."""
     entries = read_entries(folder)
     for name, entry in entries.items():
         path = folder / name
@@ -101,7 +104,7 @@ def verify(folder: Path, checksums: bool = True, which: Callable[[str], bool] | 
             raise UserError(f"{path}: {found:,} bytes, but {entry['bytes']:,} were written; the file is torn")
     if checksums:
         names = [name for name in entries if which is None or which(name)]
-        verify_blocks(folder, [block for name in names for block in digests.blocks_of(name, entries[name])])
+        verify_blocks(folder, [block for name in names for block in digests.blocks_of(name, entries[name])], beside)
 
 
 def verify_blocks(folder: Path, blocks: Sequence[Block], beside: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ class Source:
         self.checkpoint = resolve(path)
         verify(self.checkpoint, which=lambda name: not name.endswith(WEIGHTS))
         hashing = ThreadPoolExecutor(1, "sha256")
-        self._weights = hashing.submit(verify, self.checkpoint, which=lambda name: name.endswith(WEIGHTS))
+        weights = functools.partial(verify, which=lambda name: name.endswith(WEIGHTS), beside=True)
+        self._weights = hashing.submit(weights, self.checkpoint)
         hashing.shutdown(wait=False)
         config_path = self.checkpoint / "config.yaml"
         groups = read_config(self.checkpoint)

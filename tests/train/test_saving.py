@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -195,6 +196,27 @@ def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
         assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said) and "resumed step_000000002" in said
         assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
+
+
+def test_goes_on_from_a_checkpoint_of_the_first_format(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """One sha256 a file, and none of the record itself: verified as before, and refused where it is damaged."""
+    whole = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
+    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    files = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file() and path.name != "integrity.json"}
+    entries = {
+        path.relative_to(newest).as_posix(): {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for path, content in files.items()
+    }
+    (newest / "integrity.json").write_text(json.dumps({"format": 1, "files": entries}))
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=6", *OFTEN])
+    assert resumed.column("loss") == whole.column("loss")
+    data = next((tmp_path / "damaged" / "checkpoints" / newest.name).glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=6", *OFTEN]))
+    said = results[0].output + results[1].output
+    assert f"{newest.name}/{data.name}: sha256 " in said and "resumed step_000000002" in said
 
 
 @pytest.mark.parametrize(
