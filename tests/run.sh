@@ -43,9 +43,9 @@ fi
 
 stage ruff "$venv/bin/ruff" check .
 stage mypy "$venv/bin/mypy"
-# Jobs on the cluster, pages, releases and whole runs wait more than they compute: their tests run one after another beside all
+# Jobs on the cluster, pages, releases, whole runs and files wait more than they compute: their tests run one after another beside all
 # others, where all are asked for.
-BESIDE=(tests/launch tests/docs tests/report tests/chaos tests/release tests/gpu)
+BESIDE=(tests/launch tests/docs tests/report tests/chaos tests/release tests/gpu tests/data)
 pytest() {
     local argument
     for argument in "$@"; do
