@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.precisions import PRECISIONS
-from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE, Platform, have_transformer_engine
+from megatron_ettin.platform.device import Platform
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def _16_bit_on_gpu(platform: Platform, precision: str) -> str | None:
 
 
 def _te_fused(platform: Platform, precision: str) -> str | None:
-    if not have_transformer_engine() and platform.is_gpu:
-        return f"needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer, which does not import here"
-    return _16_bit_on_gpu(platform, precision)
+    if platform.missing_for_transformer_engine is not None:
+        return platform.missing_for_transformer_engine
+    return "has no fp32" if PRECISIONS[precision].compute == "fp32" else None
 
 
 def _flash(platform: Platform, precision: str) -> str | None:

@@ -39,6 +39,20 @@ class Platform:
         return self.device.type == "cuda"
 
     @property
+    def has_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's layers run here."""
+        return self.is_gpu and have_transformer_engine()
+
+    @property
+    def missing_for_transformer_engine(self) -> str | None:
+        """Why its layers do not run here; None where they do."""
+        if self.has_transformer_engine:
+            return None
+        if not self.is_gpu:
+            return "needs a GPU, found none"
+        return f"needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer, which does not import here"
+
+    @property
     def peak_flops(self) -> float | None:
         """Dense bf16 operations a second by the data sheet; None where no table has it (a CPU)."""
         for part, tflops in PEAK_BF16_TFLOPS.items():
@@ -89,28 +103,23 @@ class Platform:
 
     def check_precision(self, name: str) -> None:
         """Refuse a precision that this hardware or installation cannot run. Raises UserError."""
-        recipe, reason = PRECISIONS[name].fp8_recipe, None
+        recipe = PRECISIONS[name].fp8_recipe
         if recipe is None:
             return
-        if not self.is_gpu:
-            reason = "needs a GPU, found none"
-        elif not have_transformer_engine():
-            reason = f"needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer, which does not import here"
-        else:
-            reason = _unsupported_recipe(recipe)
+        reason = self.missing_for_transformer_engine or _unsupported_recipe(recipe)
         if reason:
             raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
 
     def check_offload(self, layers: int) -> None:
         """Refuse activations in host memory where nothing moves them there. Raises UserError."""
-        if layers and not (self.is_gpu and have_transformer_engine()):
-            reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
+        reason = self.missing_for_transformer_engine
+        if layers and reason:
             raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
 
     def check_tp_overlap(self, wanted: bool) -> None:
         """Refuse overlapped tensor parallelism where nothing does it. Raises UserError."""
-        if wanted and not (self.is_gpu and have_transformer_engine()):
-            reason = "needs a GPU, found none" if not self.is_gpu else "needs Transformer Engine, which does not import"
+        reason = self.missing_for_transformer_engine
+        if wanted and reason:
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
 
     def check_graph(self, wanted: bool, attention: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.platform.attention import AttentionChoice, choose_attention
-from megatron_ettin.platform.device import Platform, have_transformer_engine
+from megatron_ettin.platform.device import Platform
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         warnings.simplefilter("ignore")  # core warns of every optional package it does not find
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    if PRECISIONS[precision].compute == "fp32" or not (platform.is_gpu and have_transformer_engine()):
+    if PRECISIONS[precision].compute == "fp32" or not platform.has_transformer_engine:
         fuses = platform.is_gpu and find_spec("fused_weight_gradient_mlp_cuda") is not None  # of NVIDIA's Apex
         return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice, fuses_weight_gradients=fuses)
     from megatron.core.extensions import transformer_engine as te

@@ -1,0 +1,82 @@
+"""Puts the emulated Transformer Engine in place: after it, this process has Transformer Engine and no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+
+from tests.emulated_te import extension
+
+# exports to ONNX and kernels in Triton (of mixtures of experts, of MXFP8): they want packages that nothing here needs
+LEFT_OUT = ("onnx_extensions", "triton", "triton.pad", "triton.permutation", "triton.cross_entropy")
+HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="emulated Hopper", total_memory=80 << 30)
+
+
+def install(folder: Path) -> None:
+    """`folder` holds TE's Python (its wheel, unpacked). Before anything imports core: core looks for TE once."""
+    sys.path.insert(0, str(folder))
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
+    sys.modules["transformer_engine_torch"] = extension.make(folder / "transformer_engine")
+    for name in LEFT_OUT:
+        sys.modules[f"transformer_engine.pytorch.{name}"] = MagicMock()
+    common = _load_common(folder)
+    common.load_framework_extension = lambda _: None
+    _answer_for_a_device()
+    import transformer_engine.pytorch
+
+    transformer_engine.common = common  # which Python sets where the parent is imported first
+    from megatron_ettin.platform import cpu, device
+
+    cpu.install()
+    _tensors_are_on_cuda()
+    torch.cuda.is_available = lambda: True
+    device.have_transformer_engine = lambda: True
+    device.Platform.has_transformer_engine = property(lambda self: True)  # type: ignore[assignment]
+
+
+def _load_common(folder: Path) -> Any:
+    """transformer_engine.common before its parent, which imports everything."""
+    place = folder / "transformer_engine" / "common"
+    spec = importlib.util.spec_from_file_location(
+        "transformer_engine.common", place / "__init__.py", submodule_search_locations=[str(place)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["transformer_engine.common"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _answer_for_a_device() -> None:
+    cuda: Any = torch.cuda
+    cuda.get_device_properties = lambda *_: HOPPER
+    cuda.get_device_capability = lambda *_: (HOPPER.major, HOPPER.minor)
+    torch.version.cuda = "13.0"
+    cuda.is_current_stream_capturing = lambda: False
+
+
+def _tensors_are_on_cuda() -> None:
+    from megatron_ettin.platform.cpu import CudaMeansCpu
+
+    plain = CudaMeansCpu.__torch_function__
+    is_cuda = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+
+    def answer(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func == is_cuda else plain(self, func, types, args, kwargs)
+
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
+        with CudaMeansCpu():  # torch leaves a mode while it answers `backward`, and TE's backward passes ask too
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_in_mode
+
+    CudaMeansCpu.__torch_function__ = answer  # type: ignore[method-assign]
