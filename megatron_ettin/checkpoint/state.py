@@ -94,7 +94,7 @@ def put_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -
     """Copy loaded weights into the model chunks."""
     for i, chunk in enumerate(chunks):
         missing, _ = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        lost = [name for name in missing if not name.endswith("_extra_state") and "layer_norm_bias" not in name]
+        lost = [name for name in missing if not name.endswith("_extra_state")]
         if lost:
             raise UserError(f"checkpoint: no weights for {', '.join(lost[:3])}")
 

@@ -1,22 +1,19 @@
 """Transformer Engine's fused LayerNorm + column-parallel linear without the norm's bias.
 
-TE's LayerNorm always owns a bias; the recipe's norms have none. It is kept at zero, given no gradient and left out of
-checkpoints, and TE's pickled `_extra_state` with it, so that the canonical names equal those of the local layers."""
+TE's LayerNorm always owns a bias; the recipe's norms have none. Here it is a constant of zeros, no parameter: nothing
+trains it, counts it, reduces it (DeepSpeed would) or writes it, and names in checkpoints equal the local layers'."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
 
 
 class BiasFreeNormColumnLinear(TELayerNormColumnParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.layer_norm_bias.data.zero_()
-        self.layer_norm_bias.requires_grad_(False)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Core's, without the norm's bias."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {key: value for key, value in state.items() if not key.endswith("layer_norm_bias")}
+        bias = self.layer_norm_bias
+        del self.layer_norm_bias
+        self.register_buffer("layer_norm_bias", torch.zeros_like(bias.data), persistent=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ def install(folder: Path) -> None:
     """`folder` holds TE's Python (its wheel, unpacked). Before anything imports core: core looks for TE once."""
     sys.path.insert(0, str(folder))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own detection asks for a device
     sys.modules["transformer_engine_torch"] = extension.make(folder / "transformer_engine")
     for name in LEFT_OUT:
         sys.modules[f"transformer_engine.pytorch.{name}"] = MagicMock()
@@ -35,6 +37,7 @@ def install(folder: Path) -> None:
     from megatron_ettin.platform import cpu, device
 
     cpu.install()
+    _random_states_are_the_cpus()
     _tensors_are_on_cuda()
     torch.cuda.is_available = lambda: True
     device.have_transformer_engine = lambda: True
@@ -60,6 +63,31 @@ def _answer_for_a_device() -> None:
     cuda.get_device_capability = lambda *_: (HOPPER.major, HOPPER.minor)
     torch.version.cuda = "13.0"
     cuda.is_current_stream_capturing = lambda: False
+    cuda.Stream = cuda.Event = _InOrder
+    cuda.current_stream = lambda *_: _InOrder()
+    cuda.stream = lambda _: nullcontext()
+
+
+class _InOrder:
+    """A stream or an event where everything is done in the order it is asked for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _random_states_are_the_cpus() -> None:
+    """What TE keeps of them around recomputation."""
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 def _tensors_are_on_cuda() -> None:
