@@ -42,6 +42,7 @@ def install(folder: Path) -> None:
     torch.cuda.is_available = lambda: True
     device.have_transformer_engine = lambda: True
     device.Platform.has_transformer_engine = property(lambda self: True)  # type: ignore[assignment]
+    _build_as_on_a_gpu()
 
 
 def _load_common(folder: Path) -> Any:
@@ -80,6 +81,14 @@ class _InOrder:
     def wait_event(self, *_: Any) -> None: ...
 
     def synchronize(self) -> None: ...
+
+
+def _build_as_on_a_gpu() -> None:
+    """Weights are made by TE on its device, not by core on the host."""
+    from megatron_ettin.train import assembly
+
+    plain = assembly.transformer_config
+    assembly.transformer_config = lambda config, backend, layout, on_gpu: plain(config, backend, layout, True)
 
 
 def _random_states_are_the_cpus() -> None:
