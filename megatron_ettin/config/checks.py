@@ -168,6 +168,7 @@ def check_precision(config: Config) -> None:
             raise UserError(f"precision.name: {name} wants {key} / tp divisible by {multiple}; it is {width} / {tp}")
     if config.precision.gradients == "bf16" and PRECISIONS[name].compute == "fp32":
         raise UserError("precision.gradients: bf16 is of 16-bit and FP8 runs; precision.name is fp32")
+    check_fp8_weights(config)
     first, last = config.precision.bf16_first_layers, config.precision.bf16_last_layers
     if first + last and PRECISIONS[name].fp8_recipe is None:
         raise UserError(f"precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is {name}")
@@ -180,6 +181,20 @@ def check_precision(config: Config) -> None:
         raise UserError(
             f"precision.bf16_first_layers + bf16_last_layers: {first} + {last} leave none of {config.model.num_layers}"
             " layers in FP8; use precision.name=bf16"
+        )
+
+
+def check_fp8_weights(config: Config) -> None:
+    if not config.precision.fp8_weights:
+        return
+    name = config.precision.name
+    if PRECISIONS[name].fp8_recipe in (None, "mxfp8"):  # of which core keeps weights in bf16 and gathers these
+        raise UserError(
+            f"precision.fp8_weights: is of fp8-delayed, fp8-current and fp8-blockwise; precision.name is {name}"
+        )
+    if not config.parallel.distributed_optimizer:
+        raise UserError(
+            "precision.fp8_weights: wants parallel.distributed_optimizer=true, whose masters they are made from"
         )
 
 

@@ -38,6 +38,8 @@ def _refusals(config: Config) -> Iterator[tuple[str, str]]:
             yield f"parallel.{key}={value}", f"use parallel.{key}={str(plain).lower()} or run.cuda_graph=false"
     if PRECISIONS[config.precision.name].fp8_recipe == "delayed":
         yield "precision.name=fp8-delayed, whose scales the host moves on", "use fp8-current, or run.cuda_graph=false"
+    if config.precision.fp8_weights:
+        yield "precision.fp8_weights, which are made between recordings", "use precision.fp8_weights=false"
     if config.batch.loss_normalization != "global":
         yield f"batch.loss_normalization={config.batch.loss_normalization}", "use global, or run.cuda_graph=false"
     if run.attention not in ("auto", *KERNELS):

@@ -58,6 +58,7 @@ class PrecisionConfig:
     name: str = "bf16"
     bf16_first_layers: int = 0  # of an FP8 run: so many layers compute in bf16, as its prediction head always does
     bf16_last_layers: int = 0
+    fp8_weights: bool = False  # of an FP8 run: linears' weights live in FP8, and their bytes are what is gathered
     gradients: str = "fp32"  # in which they are summed over micro-batches and ranks; bf16 halves memory and traffic
 
 

@@ -61,6 +61,7 @@ def number_formats(config: Config) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "fp8": "hybrid" if precision.fp8_recipe else None,
         "fp8_recipe": precision.fp8_recipe or "delayed",
+        "fp8_param": settings.fp8_weights,
         "first_last_layers_bf16": settings.bf16_first_layers + settings.bf16_last_layers > 0,
         "num_layers_at_start_in_bf16": settings.bf16_first_layers,
         "num_layers_at_end_in_bf16": settings.bf16_last_layers,

@@ -16,6 +16,7 @@ import torch
 
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.model.specs import CANONICAL, first_layer
+from megatron_ettin.platform.fp8_weights import set_weight
 
 LAYERS = "transformer.layers."
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -70,7 +71,7 @@ def fill(model: Any, full_of: Callable[[str, list[int]], torch.Tensor], tp: int,
     with torch.no_grad():
         for name, parameter in named_parameters(model):
             full = full_of(name, full_shape(name, parameter, tp, model.config.vocab_size))
-            parameter.copy_(shard(full, parameter, tp, tp_rank))
+            set_weight(parameter, shard(full, parameter, tp, tp_rank))
 
 
 def hashed(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Tensor]:

@@ -6,7 +6,7 @@ optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `Tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megatron_ettin.optim import grad_norm, shards
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
+from megatron_ettin.platform.fp8_weights import finish_gather
 
 OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
 
@@ -50,7 +51,14 @@ class TrainingOptimizer:
         pass reads them (a checkpoint, an evaluation, a comparison)."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+                self._gather(chunk)
+
+    @staticmethod
+    def _gather(chunk: Any) -> None:
+        """Every weight of a chunk from the ranks that updated it, now. Collective."""
+        chunk.start_param_sync(force_sync=True)
+        if chunk.ddp_config.overlap_param_gather:  # core leaves this to forward passes, which find nothing to wait for
+            finish_gather(chunk.parameters())
 
     @contextlib.contextmanager
     def whole_weights(self, writing: bool = False) -> Iterator[None]:
@@ -108,7 +116,7 @@ class TrainingOptimizer:
             # the masters came into this rank's shards alone; weights of a checkpoint in another precision are rounded
             self.core._copy_main_params_to_model_params()
             for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+                self._gather(chunk)
         else:
             for index, (_, main) in enumerate(main_parameters(self.core)):
                 main.data.copy_(state[index]["param"])
@@ -116,9 +124,16 @@ class TrainingOptimizer:
                     tensor.copy_(state[index][name])
         self.inner.updates = updates
 
-    def take_weights(self) -> None:
-        """Start from the model's present weights (after loading weights alone)."""
+    def take_weights(self, exact: Mapping[int, torch.Tensor]) -> None:
+        """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 -> its
+        value before it lost digits."""
         self.core.reload_model_params()
+        if exact:
+            shards.put_exact(self.core, exact)
+
+    def written_weights(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint is to hold of the model: of weights in FP8 their masters, in 16 bits as of all others."""
+        return shards.from_masters(self.core, model_state) if self.distributed else model_state
 
 
 def build_optimizer(
@@ -145,6 +160,7 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
+        fp8_recipe=chunks[0].config.fp8_recipe,
     )
     inner = inner_optimizer(chunks, optim, device)
     named = trained(chunks)

@@ -8,7 +8,7 @@ the parameter: its first row's end, whole rows, its last row's beginning. The fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from megatron_ettin.platform.fp8_weights import is_fp8
 
 Masters = dict[int, torch.Tensor]  # id of the model's parameter -> this rank's part of its fp32 copy
 
@@ -29,7 +31,7 @@ def sharded_state(core: Any, model_state: dict[str, Any], masters: Masters) -> d
         piece
         for parameter, first, tensors in shards(core)
         for kind, flat in (tensors | ({"param": masters[id(parameter)]} if masters else {})).items()
-        for piece in pieces(entries[id(parameter)], f"optimizer.state.{kind}", flat, first)
+        for piece in pieces(entries[id(parameter)], f"optimizer.state.{kind}.", flat, first)
     )
     return dict(enumerate(found))
 
@@ -56,6 +58,32 @@ def shards(core: Any) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tenso
                     yield parameter, ranges["param"].start, flat
 
 
+def put_exact(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
+    """Masters of these parameters (id -> value of this rank's part of the model) from values, not from weights."""
+    for parameter, first, tensors in shards(core):
+        if (value := exact.get(id(parameter))) is not None:
+            master = tensors["param"]
+            master.copy_(value.reshape(-1)[first : first + len(master)])
+
+
+def from_masters(core: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """`model_state` with the weights that live in FP8 replaced by this rank's part of their masters, rounded to the type
+    that other weights have: what a checkpoint holds of them is not rounded to FP8."""
+    masters = {id(parameter): (first, tensors["param"]) for parameter, first, tensors in shards(core)}
+
+    def written(name: str, entry: Any) -> dict[str, Any]:
+        if not is_fp8(getattr(entry, "data", None)):
+            return {name: entry}
+        first, master = masters.get(id(entry.data), (0, None))
+        parts = [] if master is None else pieces(entry, "", master.to(entry.data.dtype), first)
+        return {f"{name}.{number}": part for number, part in enumerate(parts)}
+
+    return {
+        chunk: {key: part for name, entry in tensors.items() for key, part in written(name, entry).items()}
+        for chunk, tensors in model_state.items()
+    }
+
+
 def pieces(entry: Any, prefix: str, flat: torch.Tensor, first: int) -> Iterator[ShardedTensor]:
     """Elements `first` and on of the parameter of `entry` as sharded tensors whose data are views of `flat`."""
     for start, whole in wholes(entry):
@@ -65,7 +93,7 @@ def pieces(entry: Any, prefix: str, flat: torch.Tensor, first: int) -> Iterator[
             at = begin - first
             begin += size
             yield ShardedTensor(
-                f"{prefix}.{whole.key}",
+                prefix + whole.key,
                 flat[at : at + size].view(shape),
                 flat.dtype,
                 shape,

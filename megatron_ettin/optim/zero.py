@@ -8,7 +8,7 @@ after the last micro-batch, is ZeRO's loss scale. DeepSpeed takes means over ran
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +130,13 @@ class ZeroOptimizer:
         self._masters_to_weights()
         self.updates = updates
 
-    def take_weights(self) -> None:
+    def take_weights(self, exact: Mapping[int, torch.Tensor]) -> None:
         """Start from the model's present weights (after loading weights alone)."""
         self.zero.refresh_fp32_params()
+
+    def written_weights(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint is to hold of the model."""
+        return model_state
 
     def close(self) -> None:
         """End the engine and torch's process groups with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,8 @@ def assemble(
 
     Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
     is half a minute for nothing."""
+    if not training:  # nothing would keep their masters
+        config = replace(config, precision=replace(config.precision, fp8_weights=False))
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
     platform.check_tp_overlap(config.parallel.tp_overlap)
@@ -151,6 +153,7 @@ def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParall
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and sharded and not pipelined,
         use_distributed_optimizer=sharded,
+        fp8_param_gather=config.precision.fp8_weights,
     )
     core = chunks[0].config
     wrapped = [

@@ -18,6 +18,7 @@ from megatron_ettin.checkpoint.digests import Block, blocks_of
 from megatron_ettin.checkpoint.integrity import read_entries, verify, verify_blocks
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.parallel import Layout
+from megatron_ettin.platform.fp8_weights import is_fp8
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.progress import Progress
 
@@ -157,5 +158,15 @@ def _load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Pr
         assert machine.optimizer is not None
         machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
     elif machine.optimizer is not None:
-        machine.optimizer.take_weights()
+        machine.optimizer.take_weights(_exact(machine, loaded))
     return progress
+
+
+def _exact(machine: Machine, loaded: dict[str, Any]) -> dict[int, Any]:
+    """id of each weight in FP8 -> what a checkpoint has of it."""
+    return {
+        id(weight): loaded[f"model{number}"][name]
+        for number, chunk in enumerate(machine.chunks)
+        for name, weight in chunk.named_parameters()
+        if is_fp8(weight)
+    }

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ettin.attempt import raise_on_all
 from megatron_ettin.config.zero import zero_stage
+from megatron_ettin.platform.fp8_weights import raw
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.hooks import Hook, Run
 from megatron_ettin.train.recheck import sum_of_bits
@@ -59,7 +60,7 @@ def sums(machine: Machine) -> dict[str, tuple[bool, int]]:
     for number, chunk in enumerate(machine.chunks):
         for name, weight in chunk.named_parameters():
             cut = bool(getattr(weight, "tensor_model_parallel", False))
-            found[f"chunk {number} {name}" if number else name] = (cut, sum_of_bits(weight.data))
+            found[f"chunk {number} {name}" if number else name] = (cut, sum_of_bits(raw(weight.data)))
     return found
 
 

@@ -20,6 +20,7 @@ from megatron_ettin.checkpoint.background import NotWritten, Plan
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.platform.fp8_weights import raw
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.progress import Progress
@@ -154,6 +155,8 @@ class Saver:
                 optimizer = machine.optimizer.sharded_state(model, False, metadata)
             if fp8_state.keeps_scales(machine.config):
                 model["fp8_scales"] = fp8_state.sharded(fp8_state.scales_in_use(machine.chunks, model), machine.layout)
+            if machine.optimizer is not None:
+                model = machine.optimizer.written_weights(model)
             plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(wish.progress))
             if machine.config.parallel.engine == "deepspeed":  # what it gathers is gone with whole_weights
                 plan.copy_tensors(None, machine.platform.synchronize)
@@ -163,7 +166,7 @@ class Saver:
 
     def _live(self, model: dict[str, Any]) -> set[int]:
         """The memory in which training goes on."""
-        weights = [p.data for chunk in self.machine.chunks for p in chunk.parameters()]
+        weights = [raw(p.data) for chunk in self.machine.chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
         return state.storages([*weights, *scales, *self.machine.live_optimizer_tensors()])
 

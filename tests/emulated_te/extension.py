@@ -33,6 +33,8 @@ ENUMERATIONS = {
     "CommOverlapType": "RS AG",
     "CommOverlapAlgo": "BULK_OVERLAP_AG BULK_OVERLAP_RS",
 }
+
+
 class _Absent:
     """Of communication that only a device has: TE's annotations name the classes, nothing here makes one."""
 

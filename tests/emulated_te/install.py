@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import torch
 
 from tests.emulated_te import extension
+from tests.emulated_te.gathering import gather_one_by_one
 
 # exports to ONNX and kernels in Triton (of mixtures of experts, of MXFP8): they want packages that nothing here needs
 LEFT_OUT = ("onnx_extensions", "triton", "triton.pad", "triton.permutation", "triton.cross_entropy")
@@ -43,6 +44,7 @@ def install(folder: Path) -> None:
     device.have_transformer_engine = lambda: True
     device.Platform.has_transformer_engine = property(lambda self: True)  # type: ignore[assignment]
     _build_as_on_a_gpu()
+    gather_one_by_one()
 
 
 def _load_common(folder: Path) -> Any:

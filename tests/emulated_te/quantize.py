@@ -16,6 +16,10 @@ KERNELS = [
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
     "compute_amax",
+    "multi_tensor_scale",
+    "multi_tensor_compute_scale_and_scale_inv",
+    "fp8_block_scaling_compute_partial_amax",
+    "fp8_block_scaling_partial_cast",
 ]
 BLOCK = 128
 
@@ -70,7 +74,8 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         quantizer.scale.copy_(scale)
         _quantize_tensor(source, quantizer, output)
     elif isinstance(quantizer, Float8Quantizer):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
+        if quantizer.amax.numel():  # where it is asked for
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
         _quantize_tensor(source, quantizer, output)
     else:
         raise NotImplementedError(f"{type(quantizer).__name__} is not emulated")
@@ -192,3 +197,48 @@ def fused_amax_and_scale_update_after_reduction(
         history.copy_(shifted if len(history) > 1 else newest[None])
         wanted = largest(dtype) / amax / 2.0**margin
         scale.copy_(torch.where((amax > 0) & amax.isfinite() & wanted.isfinite(), wanted, scale))
+
+
+def multi_tensor_scale(chunk: int, noop: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * factor)
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int, noop: torch.Tensor, lists: list[list[torch.Tensor]], limit: float, power_of_2: bool, epsilon: float
+) -> None:
+    import transformer_engine_torch as tex
+
+    dtype = next(d for d in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2) if largest(d) == limit)
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(scale_for(amax, dtype, power_of_2, epsilon))
+        inverse.copy_(1.0 / scale)
+
+
+def _with_blocks(part: torch.Tensor, height: int, width: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, column) of the block of 128 x 128 of each element of a run of a flattened matrix."""
+    place = torch.arange(start, start + part.numel())
+    assert start + part.numel() <= height * width
+    return place // width // BLOCK, place % width // BLOCK
+
+
+def fp8_block_scaling_compute_partial_amax(
+    part: torch.Tensor, amax: torch.Tensor, height: int, width: int, start: int, block: int
+) -> None:
+    rows, columns = _with_blocks(part, height, width, start)
+    flat = amax.view(-1)
+    flat.scatter_reduce_(0, rows * amax.shape[1] + columns, part.reshape(-1).float().abs(), "amax")
+
+
+def fp8_block_scaling_partial_cast(
+    part: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    block: int,
+    dtype: Any,
+) -> None:
+    rows, columns = _with_blocks(part, height, width, start)
+    out.copy_(as_bytes(part.reshape(-1).float() * scale[rows, columns], dtype))

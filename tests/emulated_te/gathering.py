@@ -1,0 +1,43 @@
+"""Gathers of weights of two types at once. Core coalesces those of a bucket group, where bytes of FP8 weights stand
+beside weights of 16 bits; NCCL gathers each by itself, gloo copies them through one buffer of the first one's type."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+
+class _Works:
+    """Of one group of gathers, in place of what torch's manager collects."""
+
+    def __init__(self) -> None:
+        self.started: list[Any] = []
+
+    def wait(self) -> None:
+        for work in self.started:
+            if work is not None:
+                work.wait()
+
+
+def gather_one_by_one() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    together = buffers._ParamAndGradBucketGroup.start_param_sync
+    gather = buffers.dist_all_gather_func
+
+    def start(group: Any, force_sync: bool = False) -> None:
+        works = _Works()
+
+        @contextlib.contextmanager
+        def manager(*_: Any, **__: Any) -> Iterator[_Works]:
+            yield works
+
+        with (
+            mock.patch.object(buffers, "_coalescing_manager", manager),
+            mock.patch.object(buffers, "dist_all_gather_func", lambda *a, **k: works.started.append(gather(*a, **k))),
+        ):
+            together(group, force_sync)
+
+    buffers._ParamAndGradBucketGroup.start_param_sync = start
