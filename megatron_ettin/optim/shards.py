@@ -67,8 +67,8 @@ def put_exact(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
 
 
 def from_masters(core: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """`model_state` with the weights that live in FP8 replaced by this rank's part of their masters, rounded to the type
-    that other weights have: what a checkpoint holds of them is not rounded to FP8."""
+    """`model_state` with this rank's part of masters in place of the weights that live in FP8, in the type that other
+    weights have: what a checkpoint holds of them is not rounded to FP8."""
     masters = {id(parameter): (first, tensors["param"]) for parameter, first, tensors in shards(core)}
 
     def written(name: str, entry: Any) -> dict[str, Any]:

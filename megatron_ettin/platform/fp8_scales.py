@@ -7,6 +7,8 @@ all of them at every step: one copy of each is stored, and any layout reads it."
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ def delayed_scales(linear: Any) -> dict[str, torch.Tensor]:
         if hasattr(state, "amax_history"):  # other recipes compute their scales from the values at hand
             found[f"{direction}.scale"], found[f"{direction}.amax_history"] = state.scale, state.amax_history
     return found
+
+
+@contextlib.contextmanager
+def undisturbed(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, passes forward leave no trace in the scales: what they quantize counts among the largest values of the
+    next step, and a run that is evaluated would train on as another one."""
+    linears = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
+    before = [{name: tensor.clone() for name, tensor in delayed_scales(linear).items()} for linear in linears]
+    yield
+    for linear, kept in zip(linears, before, strict=True):
+        for name, tensor in delayed_scales(linear).items():
+            if name in kept:
+                tensor.copy_(kept[name])
+            else:  # made by these passes: as the first of training would make it
+                tensor.fill_(1.0 if name.endswith(".scale") else 0.0)
 
 
 def make_delayed_scales(linear: Any, config: Any) -> None:

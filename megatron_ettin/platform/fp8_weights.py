@@ -20,8 +20,8 @@ def is_fp8(tensor: Any) -> bool:
 
 
 def set_weight(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter its initial value, rounded to its type. Of one in FP8 Transformer Engine keeps what it was made of
-    on the host, for who makes masters; that is the value's place too, or masters would begin as something else."""
+    """Give a parameter its initial value, rounded to its type. Of one in FP8 Transformer Engine keeps what it was made
+    of on the host, for who makes masters; that is the value's place too, or masters would begin as something else."""
     value = value.to(parameter.dtype)  # first, so that weights are the same FP8 numbers wherever they are cast
     parameter.copy_(value)
     kept = getattr(parameter, "_high_precision_init_val", None)

@@ -5,6 +5,7 @@ trainer did, by each micro-batch's own number (`microbatch`)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.profiling import profiled_steps
 from megatron_ettin.config.schema import Config
+from megatron_ettin.platform.fp8_scales import undisturbed
 from megatron_ettin.platform.profiler import named
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.batches import Batches, MicroBatch
@@ -107,17 +109,18 @@ def run_micro_batches(
 
     run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
     graphed = machine.graphed if training else None
-    outputs = run(
-        forward_step_func=forward_step if graphed is None else functools.partial(graphed, forward_step),
-        # model chunks of one rank each read the step's micro-batches
-        data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
-        model=list(models) if len(models) > 1 else models[0],
-        num_microbatches=count,
-        seq_length=machine.config.batch.micro_batch_rows
-        * row_tokens,  # rows are flattened: core sees one sequence of all their tokens
-        micro_batch_size=1,
-        forward_only=not training,
-    )
+    with contextlib.nullcontext() if training else undisturbed(machine.chunks):
+        outputs = run(
+            forward_step_func=forward_step if graphed is None else functools.partial(graphed, forward_step),
+            # model chunks of one rank each read the step's micro-batches
+            data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
+            model=list(models) if len(models) > 1 else models[0],
+            num_microbatches=count,
+            # rows are flattened: core sees one sequence of all their tokens
+            seq_length=machine.config.batch.micro_batch_rows * row_tokens,
+            micro_batch_size=1,
+            forward_only=not training,
+        )
     return Unread(totals, outputs if counting else [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def _attend(
     if mask.name == "NVTE_PADDING_CAUSAL_MASK":
         right = 0
     pieces, ends = [], bounds.tolist()
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in itertools.pairwise(ends):
         if first == last:
             continue
         query, key, value = (t[first:last].float().transpose(0, 1) for t in (q, k, v))

@@ -29,10 +29,8 @@ def layernorm_fwd(
     normal = (values - mean[:, None]) * inverse[:, None] * (weight.float() + float(zero_centered_gamma))
     normal = (normal if bias is None else normal + bias.float()).to(torch_dtype(out_dtype))
     if quantizer is not None:
-        result = quantize(normal, quantizer, out)
-    else:
-        result = normal if out is None else out.copy_(normal)
-    return result, mean, inverse
+        return quantize(normal, quantizer, out), mean, inverse
+    return (normal if out is None else out.copy_(normal)), mean, inverse
 
 
 def layernorm_bwd(
