@@ -125,8 +125,8 @@ class TrainingOptimizer:
         self.inner.updates = updates
 
     def take_weights(self, exact: Mapping[int, torch.Tensor]) -> None:
-        """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 -> what
-        it was cast from."""
+        """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 ->
+        what it was cast from."""
         self.core.reload_model_params()
         if exact:
             shards.put_exact(self.core, exact)
