@@ -8,6 +8,7 @@ all of them at every step: one copy of each is stored, and any layout reads it."
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,14 @@ def undisturbed(chunks: Sequence[Any]) -> Iterator[None]:
                 tensor.copy_(kept[name])
             else:  # made by these passes: as the first of training would make it
                 tensor.fill_(1.0 if name.endswith(".scale") else 0.0)
+
+
+def forget() -> None:
+    """Let go of the scales that Transformer Engine notes beside the model it made them for. The next model of this
+    process would reduce them too, over groups that are gone: a phase after a phase, a layout after a layout."""
+    quantization = sys.modules.get("transformer_engine.pytorch.quantization")
+    if quantization is not None:
+        quantization.FP8GlobalStateManager.reset()
 
 
 def make_delayed_scales(linear: Any, config: Any) -> None:

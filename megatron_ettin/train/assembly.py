@@ -20,7 +20,7 @@ from megatron_ettin.model.ettin import EttinModel
 from megatron_ettin.optim.build import TrainingOptimizer, build_optimizer
 from megatron_ettin.optim.zero import ZeroOptimizer, build_zero
 from megatron_ettin.parallel import Layout, Topology
-from megatron_ettin.platform import Platform, fusion, te_overlap
+from megatron_ettin.platform import Platform, fp8_scales, fusion, te_overlap
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.batches import row_tokens
@@ -83,6 +83,7 @@ class Machine:
         for one in self.wrapped:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
             if hasattr(one, "grad_accs"):
                 one.grad_accs.clear()
+        fp8_scales.forget()
         if self.config.parallel.tp_overlap:
             te_overlap.free_buffers()
 

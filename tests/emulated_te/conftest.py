@@ -1,0 +1,36 @@
+"""A pool of ranks that have Transformer Engine, emulated; its Python comes from the package registry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
+from tests.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel `transformer-engine` of the oldest version that is supported: Python alone, 0.7 MB. Never installed:
+    core would find it in every other test."""
+    folder = tmp_path_factory.mktemp("transformer_engine")
+    wanted = f"transformer-engine=={OLDEST_TRANSFORMER_ENGINE}"
+    words = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if not wheels:
+        pytest.skip(f"{wanted} is not to be had: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
+    zipfile.ZipFile(wheels[0]).extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def te_pool(te_folder: Path) -> Iterator[Pool]:
+    shared = Pool(te_folder)
+    yield shared
+    shared.close()
