@@ -21,7 +21,14 @@ class _Works:
                 work.wait()
 
 
+@contextlib.contextmanager
+def _at_once(*_: Any, **__: Any) -> Iterator[_Works]:
+    """For TE's own gathers of FP8 tensors and their scales, which each are done when they are called."""
+    yield _Works()
+
+
 def gather_one_by_one() -> None:
+    import torch.distributed
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
     together = buffers._ParamAndGradBucketGroup.start_param_sync
@@ -41,3 +48,4 @@ def gather_one_by_one() -> None:
             together(group, force_sync)
 
     buffers._ParamAndGradBucketGroup.start_param_sync = start
+    torch.distributed._coalescing_manager = _at_once  # core has its own name for torch's

@@ -15,6 +15,7 @@ KERNELS = [
     "bgrad_quantize",
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
+    "swap_first_dims",
     "compute_amax",
     "multi_tensor_scale",
     "multi_tensor_compute_scale_and_scale_inv",
@@ -173,6 +174,11 @@ def bgrad_quantize(gradient: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor
 
 def fp8_transpose(data: torch.Tensor, dtype: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
     result = transposed(data)
+    return result if out is None else out.copy_(result)
+
+
+def swap_first_dims(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    result = tensor.transpose(0, 1).contiguous()
     return result if out is None else out.copy_(result)
 
 

@@ -53,6 +53,14 @@ def test_layouts(te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
     assert 0 < apart(found, whole(recipe)) < ROUNDING
 
 
+def test_blocks_are_gathered(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """fp8-blockwise under sequence parallelism, of the narrowest shape whose halves are whole blocks."""
+    wide = "model.hidden_size=256 run.steps=4"
+    plain = train(te_pool, 1, tmp_path / "plain", corpus, "mlm", wide)
+    words = f"{wide} {SHARDED} precision.name=fp8-blockwise precision.fp8_weights=true"
+    assert 0 < apart(train(te_pool, 2, tmp_path / "blocks", corpus, "mlm", words), plain) < ROUNDING
+
+
 def test_layers_that_stay_in_bf16(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
     words = "precision.name=fp8-current precision.bf16_first_layers=1 precision.bf16_last_layers=1 parallel.pp=2"
     found = train(te_pool, 2, tmp_path, corpus, "mlm", words)
