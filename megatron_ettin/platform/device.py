@@ -152,6 +152,8 @@ def device_name() -> str:
 
 def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
     """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError for an absent GPU."""
+    # read when CUDA starts: communication begins before the products that it is to run beside, as core and TE want it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if wanted == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: core uses CUDA wherever it is available
     elif torch.cuda.is_available():

@@ -12,7 +12,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.sizes import SIZES, tensor_parallel_degrees
-from megatron_ettin.platform import attention
+from megatron_ettin.platform import attention, device
 from megatron_ettin.platform.attention import choose_attention
 from megatron_ettin.platform.device import Platform
 
@@ -23,7 +23,7 @@ GPU = Platform(torch.device("cuda", 0), "nccl", "a GPU")
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    monkeypatch.setattr(attention, "have_transformer_engine", lambda: False)
+    monkeypatch.setattr(device, "have_transformer_engine", lambda: False)
 
 
 def test_auto_takes_the_first_that_runs_and_says_why() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from megatron_ettin.platform import Platform
+from megatron_ettin.platform import Platform, detect
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,16 @@ from megatron_ettin.platform import Platform
 )
 def test_the_peak_is_of_the_very_part(name: str, tflops: float) -> None:
     assert Platform(torch.device("cuda"), "nccl", name).peak_flops == tflops * 1e12
+
+
+def test_communication_begins_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set before CUDA starts, unless who starts the run has set it."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    detect("cpu")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    detect("cpu")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_a_cpu_is_in_no_table() -> None:
