@@ -136,7 +136,7 @@ class Platform:
         """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""
         if self.is_gpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # core takes no other value for an answer
             os.environ.setdefault("NCCL_ALGO", "^NVLS")  # read when communicators are made: before the rendezvous
             torch.use_deterministic_algorithms(True)
 

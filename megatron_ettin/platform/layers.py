@@ -4,6 +4,7 @@ The idea is core's BackendSpecProvider; this table is smaller because an Ettin l
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +33,8 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
     """Transformer Engine's layers where they run, else core's. In fp32 core's: TE's products would be TF32.
     `attention`: run.attention. Raises UserError for one that does not run here."""
     choice = choose_attention(attention, platform, precision)
+    for name in ("FLASH", "FUSED", "UNFUSED"):  # core notes its choice there, and refuses any other in this process
+        os.environ.pop(f"NVTE_{name}_ATTN", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # core warns of every optional package it does not find
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

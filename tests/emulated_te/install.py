@@ -25,6 +25,7 @@ def install(folder: Path) -> None:
     """`folder` holds TE's Python (its wheel, unpacked). Before anything imports core: core looks for TE once."""
     sys.path.insert(0, str(folder))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # as run.deterministic sets it on a device
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own detection asks for a device
     sys.modules["transformer_engine_torch"] = extension.make(folder / "transformer_engine")
     for name in LEFT_OUT:

@@ -88,11 +88,19 @@ def precisions(session: Session) -> None:
             "bf16_losses": expected,
         }
 
-    names = ("fp32", *FP8)
-    session.run(
-        "precisions",
-        {f"{size} {name}": functools.partial(item, size, name) for size in session.sizes for name in names},
-    )
+    def kept(size: str, name: str) -> dict[str, Any]:
+        """Weights that live in FP8 are the numbers that products would have made of theirs."""
+        words = [f"run.steps={session.steps}", f"precision.name={name}", "precision.fp8_weights=true"]
+        found, expected = losses(train(session, f"curve-{size}-{name}-kept", size, words)), curve(size, name)
+        apart = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+        says = "the same losses" if found == expected else f"within {apart:.2%} at every step"
+        return {"says": f"{says} as with 16-bit weights", "passed": apart <= PRECISION_TOLERANCE, "apart": apart}
+
+    items = {f"{size} {name}": functools.partial(item, size, name) for size in session.sizes for name in ("fp32", *FP8)}
+    items |= {
+        f"{size} {name}, fp8_weights": functools.partial(kept, size, name) for size in session.sizes for name in FP8
+    }
+    session.run("precisions", items)
 
 
 def checkpoints(session: Session) -> None:
