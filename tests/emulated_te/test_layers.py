@@ -52,6 +52,14 @@ def test_layouts(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, wo
     assert apart(train(te_pool, world, tmp_path, corpus, "mlm", words), whole) < ROUNDING
 
 
+def test_kernels_follow_each_other(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained) -> None:
+    """In one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
+    for kernel in ("sdpa", "te-fused"):
+        found = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
+        assert (found.column("loss") == whole.column("loss")) == (kernel == "te-fused")
+        assert apart(found, whole) < ROUNDING
+
+
 @pytest.mark.parametrize(
     "words", ["parallel.recompute=full", "parallel.recompute=selective", "parallel.offload_layers=2"]
 )
