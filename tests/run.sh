@@ -45,7 +45,7 @@ stage ruff "$venv/bin/ruff" check .
 stage mypy "$venv/bin/mypy"
 # Jobs on the cluster, pages, releases, whole runs and files wait more than they compute: their tests run one after another beside all
 # others, where all are asked for.
-BESIDE=(tests/launch tests/docs tests/report tests/chaos tests/release tests/gpu tests/data)
+BESIDE=(tests/launch tests/docs tests/report tests/chaos tests/release tests/gpu tests/data tests/emulated_te)
 pytest() {
     local argument
     for argument in "$@"; do

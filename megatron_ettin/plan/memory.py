@@ -51,6 +51,9 @@ def of_rank(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> Memor
     masters = 0 if wide and (not stage or (stage == 3 and offloaded == "none")) else 4  # fp32, beside the weights
     state = (parameters * (moments + masters) + embedding_moments) // shards
     weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
+    weights += fp8_parameters(config, pp_rank) * (
+        0 if config.precision.fp8_weights else 2
+    )  # rows and columns, a byte each
     saved, loss = micro_batch_bytes(config, dp, pp_rank, on_gpu)
     hidden = activations.micro_batch_tokens(config) * model.hidden_size * activations.element_bytes(config)
     gathered = (hidden if parallel.sequence_parallel else 0) + (2 * hidden // parallel.tp if parallel.cp > 1 else 0)
@@ -76,6 +79,23 @@ def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
     embedding = vocabulary * model.hidden_size if first or last else 0
     head = model.hidden_size**2 + 2 * model.hidden_size + vocabulary if last else 0  # the final norm with it
     return cut + norms + embedding + (model.hidden_size if first else 0) + head, embedding
+
+
+def fp8_parameters(config: Config, pp_rank: int) -> int:
+    """Of `rank_parameters` those in linears that multiply in FP8. Each has two copies: Hopper reads rows in the
+    forward pass and columns in the backward pass."""
+    model, parallel, precision = config.model, config.parallel, config.precision
+    if PRECISIONS[precision.name].fp8_recipe is None:
+        return 0
+    stages = stage_layers(config)
+    begins = [sum(stages[:number]) for number in range(len(stages))]
+    first, end = precision.bf16_first_layers, model.num_layers - precision.bf16_last_layers
+    layers = sum(
+        first <= layer < end
+        for number in range(pp_rank, len(stages), parallel.pp)
+        for layer in range(begins[number], begins[number] + stages[number])
+    )
+    return layers * layer_parameter_count(model) // parallel.tp
 
 
 def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from megatron_ettin.config.layouts import micro_batches, stage_layers
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.activations import element_bytes, micro_batch_tokens
-from megatron_ettin.plan.memory import rank_parameters
+from megatron_ettin.plan.memory import fp8_parameters, rank_parameters
 
 
 def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
@@ -73,4 +73,6 @@ def data_bytes(config: Config, pp_rank: int) -> tuple[int, int]:
     """(gradients that are reduced, weights that are gathered); without the distributed optimizer nothing is."""
     parameters, _ = rank_parameters(config, pp_rank)
     gathered = parameters * element_bytes(config) if config.parallel.distributed_optimizer else 0
+    if config.precision.fp8_weights:
+        gathered -= fp8_parameters(config, pp_rank)
     return parameters * gradient_bytes(config), gathered

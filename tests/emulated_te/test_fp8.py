@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ettin.bench import results
 from tests.emulated_te.runs import apart, like_weights, same_weights, train
 from tests.pool import Pool
 from tests.train.runs import Trained, command
@@ -139,6 +140,18 @@ def test_weights_in_fp8_begin_as_those_of_others(
     assert runs[0].column("loss")[0] == runs[1].column("loss")[0] and apart(*runs) < 1e-4
     assert like_weights(*runs)
     assert len(list((tmp_path / "fp8" / "milestones").iterdir())) == 2
+
+
+def test_memory_saved_is_as_planned(te_pool: Pool, tmp_path: Path) -> None:
+    """By the tensors of a step at its fullest."""
+    shape = ["model.num_layers=2", "model.num_attention_heads=4", "model.vocab_size=2048", "data.seq_len=64"]
+    words = [*shape, "run.device=cpu", "precision.name=fp8-current", "--sweep", "precision.fp8_weights=false,true"]
+    out = tmp_path / "b.jsonl"
+    (done,) = te_pool.run(1, ["bench", "--size", "17m", "--objective", "mlm", "--quick", "--out", str(out), *words])
+    assert done.status == 0, done.output[-2000:]
+    plain, kept = results.read(out).values()
+    saved = [plain[key] - kept[key] for key in ("peak_tensor_bytes", "predicted_memory_bytes")]
+    assert saved[0] == saved[1] > 0
 
 
 @pytest.mark.parametrize(

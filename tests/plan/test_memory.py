@@ -9,8 +9,9 @@ import torch
 
 from megatron_ettin.bench import results
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import parameter_count
-from megatron_ettin.plan.memory import estimate, rank_parameters
+from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
+from megatron_ettin.plan.memory import estimate, fp8_parameters, of_rank, rank_parameters
+from megatron_ettin.plan.volumes import data_bytes
 from megatron_ettin.platform.live_tensors import LiveTensors
 from tests.pool import Pool
 
@@ -51,6 +52,22 @@ def test_parameters_of_stages_are_the_model_s() -> None:
     shared = config.model.vocab_size * config.model.hidden_size  # the last stage has a copy
     whole = sum(rank_parameters(piped, rank)[0] for rank in range(4))
     assert whole == parameter_count(config.model, config.model.vocab_size) + shared
+
+
+def test_weights_in_fp8() -> None:
+    """Copies for products beside 16 bits, or in their place; layers that stay in bf16, norms and embedding have none.
+    (What it saves on a rank: tests/emulated_te.)"""
+    words = ["precision.name=fp8-current", "precision.bf16_first_layers=2", "parallel.pp=2", "parallel.tp=2"]
+    plain, kept = (
+        parse("1b", "mlm", "pretrain", words=[*words, f"precision.fp8_weights={on}"]) for on in (False, True)
+    )
+    inside = layer_parameter_count(plain.model) // 2
+    assert [fp8_parameters(plain, rank) for rank in range(2)] == [12 * inside, 14 * inside]
+    assert fp8_parameters(parse("1b", "mlm", "pretrain"), 0) == 0
+    copies, weights = (of_rank(config, 4, 1).weights_bytes for config in (plain, kept))
+    assert copies - weights == 2 * 14 * inside and weights == 2 * rank_parameters(kept, 1)[0]
+    gathered = [data_bytes(config, 1)[1] for config in (plain, kept)]
+    assert gathered[0] - gathered[1] == 14 * inside
 
 
 def test_the_fullest_stage_counts() -> None:
