@@ -1,0 +1,58 @@
+"""tools/gpu_validate.py over the emulated Transformer Engine, in processes of its own: what the tool does on a device
+with it, but for speed. tests/nightly.sh runs the sections that take longer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_te.runs import SHAPE
+from tests.train.runs import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = int(os.environ.get("ETTIN_EMULATED_STEPS", "0"))
+
+
+def validate(te_folder: Path, folder: Path, corpus: Path, only: str, steps: int) -> dict[tuple[str, str], dict]:
+    """(section, item) -> what the tool found."""
+    shape = [word for word in (*TINY, *SHAPE) if word.startswith("model.")]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tools" / "gpu_validate.py"), "--data", str(corpus), "--device", "cpu"),
+            *("--only", only, "--sizes", "17m", "--speed-sizes", "17m", "--seq-lens", "64", "--steps", str(steps)),
+            *("--tokens", "512", "--rounds", "1", "--minutes", "60", "--results", str(folder / "found.json")),
+            *("--work", str(folder / "work"), "--out", str(folder / "table.md"), "--", *shape),
+        ],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'everywhere'}",
+            "EMULATED_TE": str(te_folder),
+        },
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print((folder / "table.md").read_text())
+    found = json.loads((folder / "found.json").read_text())
+    return {(section, item): result for section, items in found.items() for item, result in items.items()}
+
+
+def test_attention_against_float64(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Packed rows with their windows, in four roles; then another kernel in the same process."""
+    found = validate(te_folder, tmp_path, corpus, "attention", 1)
+    states = {kernel: found["attention", f"17m {kernel}"]["state"] for kernel in ("te-fused", "sdpa", "flex")}
+    assert states == {"te-fused": "passed", "sdpa": "passed", "flex": "does not run"}
+    assert len(found["attention", "17m te-fused"]["roles"]) == 4
+
+
+@pytest.mark.skipif(not STEPS, reason="takes a quarter of an hour: ETTIN_EMULATED_STEPS=200, or tests/nightly.sh")
+def test_curves_and_checkpoints(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    found = validate(te_folder, tmp_path, corpus, "layers,precisions,checkpoints,export", STEPS)
+    assert {result["state"] for result in found.values()} == {"passed"}
+    assert {name for section, name in found if section == "precisions"} >= {"17m fp8-delayed, fp8_weights"}
