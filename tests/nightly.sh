@@ -11,7 +11,7 @@
 #   corrupt  600 single bytes of a dataset and a run, changed one at a time, instead of 63
 #   chaos  200 whole runs of four ranks under faults instead of 10
 #   cut  saves cut at every call that changes the disk instead of at some
-#   emulated  200 steps in each FP8 recipe, and checkpoints between them, by Transformer Engine over emulated kernels
+#   emulated  100 steps in each FP8 recipe, and checkpoints between them, by Transformer Engine over emulated kernels
 #   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
@@ -78,7 +78,7 @@ shapes() { # 25 minutes, 17 GB of memory and of disk
         ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
 }
 
-emulated() { ETTIN_EMULATED_STEPS=200 "$python" -m pytest -s tests/emulated_te/test_validate.py; }
+emulated() { ETTIN_EMULATED_STEPS=100 "$python" -m pytest -s tests/emulated_te/test_validate.py; }
 
 fuzz() { "$python" -W ignore tools/fuzz.py --runs 1000000 --seed "$(date +%j)" --out "$work/fuzz-failures"; }
 

@@ -51,7 +51,7 @@ def test_attention_against_float64(te_folder: Path, corpus: Path, tmp_path: Path
     assert len(found["attention", "17m te-fused"]["roles"]) == 4
 
 
-@pytest.mark.skipif(not STEPS, reason="takes a quarter of an hour: ETTIN_EMULATED_STEPS=200, or tests/nightly.sh")
+@pytest.mark.skipif(not STEPS, reason="takes a quarter of an hour: ETTIN_EMULATED_STEPS=100, or tests/nightly.sh")
 def test_curves_and_checkpoints(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
     found = validate(te_folder, tmp_path, corpus, "layers,precisions,checkpoints,export", STEPS)
     assert {result["state"] for result in found.values()} == {"passed"}
