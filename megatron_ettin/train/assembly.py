@@ -108,7 +108,8 @@ def assemble(
     if config.parallel.tp_overlap:
         tokens = config.batch.micro_batch_rows * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
-        te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8)
+        bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
+        te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return Machine(config, platform, layout, chunks, [], None)
