@@ -60,15 +60,15 @@ def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
     return list(results.values())
 
 
-def worker(rank: int, jobs: Connection, transformer_engine: Path | None) -> None:
+def worker(rank: int, jobs: Connection, emulated: tuple[Path, tuple[int, int]] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import warnings
 
     warnings.simplefilter("ignore")
-    if transformer_engine is not None:
+    if emulated is not None:
         from tests.emulated_te.install import install
 
-        install(transformer_engine)
+        install(*emulated)
     import torch
     import torch.distributed as dist
 
@@ -114,11 +114,11 @@ def mutated(name: str | None) -> Iterator[None]:
 
 
 class Pool:
-    """`run` starts the workers it needs and returns one Result a rank. `transformer_engine`: the folder of its Python,
-    which they then have, emulated (tests/emulated_te)."""
+    """`run` starts the workers it needs and returns one Result a rank. `emulated`: where Transformer Engine's Python is,
+    which they then have, and the capability of their device (tests/emulated_te)."""
 
-    def __init__(self, transformer_engine: Path | None = None) -> None:
-        self.transformer_engine = transformer_engine
+    def __init__(self, emulated: tuple[Path, tuple[int, int]] | None = None) -> None:
+        self.emulated = emulated
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Connection, multiprocessing.process.BaseProcess]] = []
 
@@ -135,7 +135,7 @@ class Pool:
             self.close()
         while len(self.workers) < world:
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=worker, args=(len(self.workers), theirs, self.transformer_engine))
+            process = self.context.Process(target=worker, args=(len(self.workers), theirs, self.emulated))
             process.start()
             theirs.close()  # so that a dead worker reads as an end of file
             self.workers.append((ours, process))

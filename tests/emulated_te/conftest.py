@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
+from tests.emulated_te.install import BLACKWELL, HOPPER
 from tests.pool import Pool
 
 
@@ -31,6 +32,13 @@ def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def te_pool(te_folder: Path) -> Iterator[Pool]:
-    shared = Pool(te_folder)
+    shared = Pool((te_folder, HOPPER))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="session")
+def blackwell_pool(te_folder: Path) -> Iterator[Pool]:
+    shared = Pool((te_folder, BLACKWELL))
     yield shared
     shared.close()

@@ -18,11 +18,12 @@ from tests.emulated_te.gathering import gather_one_by_one
 
 # exports to ONNX and kernels in Triton (of mixtures of experts, of MXFP8): they want packages that nothing here needs
 LEFT_OUT = ("onnx_extensions", "triton", "triton.pad", "triton.permutation", "triton.cross_entropy")
-HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="emulated Hopper", total_memory=80 << 30)
+HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
-def install(folder: Path) -> None:
-    """`folder` holds TE's Python (its wheel, unpacked). Before anything imports core: core looks for TE once."""
+def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
+    """`folder` holds TE's Python (its wheel, unpacked); `capability` decides what it offers: MXFP8 on Blackwell only.
+    Before anything imports core: core looks for TE once."""
     sys.path.insert(0, str(folder))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # as run.deterministic sets it on a device
@@ -32,7 +33,7 @@ def install(folder: Path) -> None:
         sys.modules[f"transformer_engine.pytorch.{name}"] = MagicMock()
     common = _load_common(folder)
     common.load_framework_extension = lambda _: None
-    _answer_for_a_device()
+    _answer_for_a_device(capability)
     import transformer_engine.pytorch
 
     transformer_engine.common = common  # which Python sets where the parent is imported first
@@ -61,10 +62,14 @@ def _load_common(folder: Path) -> Any:
     return module
 
 
-def _answer_for_a_device() -> None:
+def _answer_for_a_device(capability: tuple[int, int]) -> None:
     cuda: Any = torch.cuda
-    cuda.get_device_properties = lambda *_: HOPPER
-    cuda.get_device_capability = lambda *_: (HOPPER.major, HOPPER.minor)
+    major, minor = capability
+    device = SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=132, name="emulated", total_memory=80 << 30
+    )
+    cuda.get_device_properties = lambda *_: device
+    cuda.get_device_capability = lambda *_: capability
     torch.version.cuda = "13.0"
     cuda.is_current_stream_capturing = lambda: False
     cuda.Stream = cuda.Event = _InOrder

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.emulated_te.quantize import quantize, torch_dtype, values_of
+from tests.emulated_te.fp8_types import torch_dtype
+from tests.emulated_te.quantize import quantize, values_of
 
 KERNELS = ["generic_gemm"]
 

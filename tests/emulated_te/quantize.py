@@ -1,4 +1,4 @@
-"""To FP8 and back: per tensor with a given scale (delayed) or its own (current), and in blocks of 128."""
+"""To FP8 and back: per tensor with a given scale (delayed) or its own (current), in blocks of 128, and microscaled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from tests.emulated_te import microscaled
+from tests.emulated_te.fp8_types import as_bytes, largest, torch_dtype
 
 KERNELS = [
     "quantize",
@@ -25,16 +28,6 @@ KERNELS = [
 BLOCK = 128
 
 
-def torch_dtype(dtype: Any) -> torch.dtype:
-    from transformer_engine.pytorch.constants import TE_DType_To_Torch
-
-    return TE_DType_To_Torch[dtype]
-
-
-def largest(dtype: Any) -> float:
-    return torch.finfo(torch_dtype(dtype)).max
-
-
 def scale_for(amax: torch.Tensor, dtype: Any, power_of_2: bool, epsilon: float) -> torch.Tensor:
     """What values are multiplied by: compute_scale_from_amax of TE's common library."""
     amax = amax.clamp_min(epsilon)
@@ -44,18 +37,13 @@ def scale_for(amax: torch.Tensor, dtype: Any, power_of_2: bool, epsilon: float) 
     return torch.exp2(torch.floor(torch.log2(scale))) if power_of_2 else scale
 
 
-def as_bytes(values: torch.Tensor, dtype: Any) -> torch.Tensor:
-    limit = largest(dtype)
-    return values.clamp(-limit, limit).to(torch_dtype(dtype)).view(torch.uint8)
-
-
 def transposed(data: torch.Tensor) -> torch.Tensor:
     """The last dimension first."""
     return data.permute(data.ndim - 1, *range(data.ndim - 1)).contiguous()
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: torch.Tensor | None = None) -> Any:
-    from transformer_engine.pytorch.tensor import Float8BlockQuantizer, Float8CurrentScalingQuantizer, Float8Quantizer
+    from transformer_engine.pytorch import tensor as kinds
 
     if noop is not None and float(noop):
         return output
@@ -64,9 +52,11 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         if quantizer.internal:
             output = _storage_of(output)
     source = tensor.detach().float().contiguous()
-    if isinstance(quantizer, Float8BlockQuantizer):
+    if isinstance(quantizer, kinds.Float8BlockQuantizer):
         _quantize_blocks(source, quantizer, output)
-    elif isinstance(quantizer, Float8CurrentScalingQuantizer):
+    elif isinstance(quantizer, kinds.MXFP8Quantizer):
+        microscaled.quantize(source, quantizer, output)
+    elif isinstance(quantizer, kinds.Float8CurrentScalingQuantizer):
         if not quantizer.use_existing_amax:
             quantizer.amax.copy_(source.abs().max() if source.numel() else torch.zeros(()))
         if quantizer.with_amax_reduction:
@@ -74,7 +64,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         scale = scale_for(quantizer.amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
         quantizer.scale.copy_(scale)
         _quantize_tensor(source, quantizer, output)
-    elif isinstance(quantizer, Float8Quantizer):
+    elif isinstance(quantizer, kinds.Float8Quantizer):
         if quantizer.amax.numel():  # where it is asked for
             quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
         _quantize_tensor(source, quantizer, output)
@@ -131,24 +121,31 @@ def _put(padded: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
+    if hasattr(tensor, "_rowwise_data"):
+        return values_of(tensor, rowwise=True).view(tensor._rowwise_data.shape).to(torch_dtype(dtype))
     return (tensor._data.view(torch_dtype(tensor._fp8_dtype)).float() * tensor._scale_inv).to(torch_dtype(dtype))
 
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
     """What a product reads of an operand, as a matrix in fp32: of quantized ones the copy of that direction, which has
     to be there. Hopper multiplies FP8 in one layout only, so that each direction is a copy of its own."""
-    from transformer_engine.pytorch.tensor import Float8BlockwiseQTensorStorage, Float8TensorStorage
+    from transformer_engine.pytorch import tensor as kinds
+    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
-    if isinstance(tensor, Float8TensorStorage):
+    if isinstance(tensor, kinds.MXFP8TensorStorage):
+        return microscaled.values_of(tensor, rowwise)
+    if isinstance(tensor, kinds.Float8TensorStorage):
         if rowwise:
             data = tensor._data
             assert data is not None, "a product reads rows of an FP8 tensor that has none"
         else:
+            if is_non_tn_fp8_gemm_supported():  # of one scale there are no two copies then
+                return values_of(tensor, rowwise=True)
             assert tensor._transpose is not None and not tensor._transpose_invalid, "no valid transpose to read"
             data = tensor._transpose
         values = data.view(torch_dtype(tensor._fp8_dtype)).float() * tensor._scale_inv
         return values.reshape(-1, values.shape[-1]) if rowwise else values.reshape(values.shape[0], -1).T
-    if isinstance(tensor, Float8BlockwiseQTensorStorage):
+    if isinstance(tensor, kinds.Float8BlockwiseQTensorStorage):
         data = tensor._rowwise_data if rowwise else tensor._columnwise_data
         inverse = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
         assert data is not None, f"a product reads {'rows' if rowwise else 'columns'} of an FP8 tensor that has none"

@@ -62,6 +62,18 @@ def test_blocks_are_gathered(te_pool: Pool, corpus: Path, tmp_path: Path) -> Non
     assert 0 < apart(train(te_pool, 2, tmp_path / "blocks", corpus, "mlm", words), plain) < ROUNDING
 
 
+def test_blackwell(blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
+    """MXFP8, on ranks too and after a stop; and scales per tensor, of which there is one copy there."""
+    words = f"precision.name=mxfp8 {SHARDED}"
+    for steps in (4, 8):
+        found = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{words} run.steps={steps}")
+    assert 0 < apart(found, whole("bf16")) < ROUNDING
+    alone = train(blackwell_pool, 1, tmp_path / "alone", corpus, "mlm", "precision.name=mxfp8")
+    assert 0 < apart(found, alone) < ROUNDING
+    other = train(blackwell_pool, 1, tmp_path / "other", corpus, "mlm", "precision.name=fp8-current run.steps=2")
+    assert other.column("loss") == whole("fp8-current").column("loss")[:2]
+
+
 def test_layers_that_stay_in_bf16(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
     words = "precision.name=fp8-current precision.bf16_first_layers=1 precision.bf16_last_layers=1 parallel.pp=2"
     found = train(te_pool, 2, tmp_path, corpus, "mlm", words)

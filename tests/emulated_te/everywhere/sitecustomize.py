@@ -5,6 +5,6 @@ PYTHONPATH=.:tests/emulated_te/everywhere EMULATED_TE=FOLDER torchrun --no-pytho
 import os
 from pathlib import Path
 
-from tests.emulated_te.install import install
+from tests.emulated_te.install import BLACKWELL, HOPPER, install
 
-install(Path(os.environ["EMULATED_TE"]))
+install(Path(os.environ["EMULATED_TE"]), BLACKWELL if os.environ.get("EMULATED_BLACKWELL") else HOPPER)
