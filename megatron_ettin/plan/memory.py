@@ -12,6 +12,8 @@ from megatron_ettin.config.sizes import layer_parameter_count
 from megatron_ettin.config.zero import zero_stage
 from megatron_ettin.plan import activations
 
+FP8_COPIES = 2  # of a byte: Hopper reads rows in the forward pass and columns in the backward pass
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -51,9 +53,8 @@ def of_rank(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> Memor
     masters = 0 if wide and (not stage or (stage == 3 and offloaded == "none")) else 4  # fp32, beside the weights
     state = (parameters * (moments + masters) + embedding_moments) // shards
     weights = parameters * (4 if wide else 2) // (shards if stage == 3 else 1)
-    weights += fp8_parameters(config, pp_rank) * (
-        0 if config.precision.fp8_weights else 2
-    )  # rows and columns, a byte each
+    if not config.precision.fp8_weights:  # else in place of those of 16 bits
+        weights += fp8_parameters(config, pp_rank) * FP8_COPIES
     saved, loss = micro_batch_bytes(config, dp, pp_rank, on_gpu)
     hidden = activations.micro_batch_tokens(config) * model.hidden_size * activations.element_bytes(config)
     gathered = (hidden if parallel.sequence_parallel else 0) + (2 * hidden // parallel.tp if parallel.cp > 1 else 0)
@@ -82,8 +83,7 @@ def rank_parameters(config: Config, pp_rank: int) -> tuple[int, int]:
 
 
 def fp8_parameters(config: Config, pp_rank: int) -> int:
-    """Of `rank_parameters` those in linears that multiply in FP8. Each has two copies: Hopper reads rows in the
-    forward pass and columns in the backward pass."""
+    """Of `rank_parameters` those in linears that multiply in FP8."""
     model, parallel, precision = config.model, config.parallel, config.precision
     if PRECISIONS[precision.name].fp8_recipe is None:
         return 0

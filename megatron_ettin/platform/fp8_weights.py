@@ -1,4 +1,4 @@
-"""Weights that live in FP8 (`precision.weights=fp8`): Transformer Engine's quantized tensors as a model's parameters.
+"""Weights that live in FP8 (`precision.fp8_weights`): Transformer Engine's quantized tensors as a model's parameters.
 
 Core makes them (`fp8_param`), gathers their bytes and casts masters to them. What is here is what it leaves open:
 values beyond FP8's digits, which the fp32 masters begin with, and the copies for the backward pass after a gather that
