@@ -124,7 +124,7 @@ class TrainingOptimizer:
                     tensor.copy_(state[index][name])
         self.inner.updates = updates
 
-    def take_weights(self, exact: Mapping[int, torch.Tensor]) -> None:
+    def take_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 ->
         what it was cast from."""
         self.core.reload_model_params()

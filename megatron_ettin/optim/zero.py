@@ -130,7 +130,7 @@ class ZeroOptimizer:
         self._masters_to_weights()
         self.updates = updates
 
-    def take_weights(self, exact: Mapping[int, torch.Tensor]) -> None:
+    def take_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Start from the model's present weights (after loading weights alone)."""
         self.zero.refresh_fp32_params()
 

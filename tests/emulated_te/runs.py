@@ -40,8 +40,9 @@ def same_weights(found: Trained, expected: Trained) -> bool:
 
 
 def like_weights(found: Trained, expected: Trained) -> bool:
-    """The same up to the last digit of bf16 here and there, where ranks added squares in another order."""
+    """The same but for a third of one update at most: ranks add squares in another order, which FP8 rounds otherwise
+    here and there, and gradients of nearly nothing have steps as large as others."""
     ours, theirs = weights(found), weights(expected)
     return ours.keys() == theirs.keys() and all(
-        torch.allclose(ours[key].float(), theirs[key].float(), rtol=2**-7, atol=1e-5) for key in ours
+        torch.allclose(ours[key].float(), theirs[key].float(), rtol=2**-7, atol=1e-3) for key in ours
     )
