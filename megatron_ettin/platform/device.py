@@ -112,14 +112,12 @@ class Platform:
 
     def check_offload(self, layers: int) -> None:
         """Refuse activations in host memory where nothing moves them there. Raises UserError."""
-        reason = self.missing_for_transformer_engine
-        if layers and reason:
+        if layers and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
 
     def check_tp_overlap(self, wanted: bool) -> None:
         """Refuse overlapped tensor parallelism where nothing does it. Raises UserError."""
-        reason = self.missing_for_transformer_engine
-        if wanted and reason:
+        if wanted and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
 
     def check_graph(self, wanted: bool, attention: str) -> None:
