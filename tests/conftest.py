@@ -1,4 +1,5 @@
-"""Shared by all tests: the pool of ranks, and a small corpus with a small tokenizer, made by the commands themselves."""
+"""Fixtures that all tests share: the pool of ranks, a cluster, and a small corpus with a small tokenizer, made by the
+commands themselves. How tests are chosen and spread is in tests/tiers.py."""
 
 from __future__ import annotations
 
@@ -12,10 +13,20 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests import forkserver
 from tests.launch.cluster import Cluster, require_slurm
-from tests.pool import Pool
+from tests.pool import Pool, mutated
+
+pytest_plugins = ["tests.tiers"]
 
 SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mistake() -> Iterator[None]:
+    """Make the deliberate mistake that tests/test_mutations.py asks for, in this process too."""
+    with mutated(os.environ.get(forkserver.MISTAKE_VARIABLE)):
+        yield
 
 
 @pytest.fixture(scope="session")

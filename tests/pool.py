@@ -1,9 +1,9 @@
 """One pool of gloo workers a test session: each runs `ettin ...` as one rank, layout after layout, in process.
 
-Importing torch and core costs seconds a process; a pool pays it once. A job is a command line; every rank joins a
-fresh process group by a file, so that worlds smaller than the pool leave the other workers idle. A job that fails or
-hangs on one rank leaves the others inside a collective, and a rank may be killed from outside, for memory: the pool is
-then killed and made anew, so that one test fails and not all that follow."""
+Workers are forked from a process that has imported torch and core (tests/forkserver.py). A job is a command line; every
+rank joins a fresh process group by a file, so that worlds smaller than the pool leave the other workers idle. A job that
+fails or hangs on one rank leaves the others inside a collective, and a rank may be killed from outside, for memory: the
+pool is then killed and made anew, so that one test fails and not all that follow."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import ctypes
 import gc
 import importlib
 import io
-import multiprocessing
 import os
 import random
 import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from tests import forkserver
+
 NO_ANSWER = "no answer in time"
 DIED = "the worker died"
+PIPE = 3  # of a worker, after its standard files
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,17 @@ def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
     return list(results.values())
 
 
-def worker(rank: int, jobs: Connection, emulated: tuple[Path, tuple[int, int]] | None) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import warnings
-
+def worker(rank: int) -> None:
+    """Run jobs until there are no more."""
     warnings.simplefilter("ignore")
-    if emulated is not None:
-        from tests.emulated_te.install import install
-
-        install(*emulated)
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     from megatron_ettin.cli.main import main
     from megatron_ettin.platform import detect
 
     detect("cpu")
-    while (job := jobs.recv()) is not None:
+    jobs = Connection(PIPE)
+    while (job := received(jobs)) is not None:
         world, store, port, command, mutation, folder = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # where later phases of one job join again
@@ -94,6 +90,26 @@ def worker(rank: int, jobs: Connection, emulated: tuple[Path, tuple[int, int]] |
             dist.destroy_process_group()
         give_back_memory()
         jobs.send(Result(status, printed.getvalue()))
+
+
+def received(jobs: Connection) -> tuple | None:
+    try:
+        return jobs.recv()
+    except EOFError:
+        return None
+
+
+def warm_up_emulated(folder: str, major: int, minor: int) -> None:
+    """Have Transformer Engine, emulated, before core is imported."""
+    from tests.emulated_te.install import install
+
+    install(Path(folder), (major, minor))
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("megatron_ettin.train.chain", "megatron_ettin.cli.train", "megatron_ettin.train.loop"):
+        importlib.import_module(name)
+    forkserver.freeze()
 
 
 def give_back_memory() -> None:
@@ -114,13 +130,19 @@ def mutated(name: str | None) -> Iterator[None]:
 
 
 class Pool:
-    """`run` starts the workers it needs and returns one Result a rank. `emulated`: where Transformer Engine's Python is,
-    which they then have, and the capability of their device (tests/emulated_te)."""
+    """Run commands on ranks.
+
+    Args:
+        emulated: the folder of Transformer Engine's Python, which the workers then have, and the compute capability of
+            their device (tests/emulated_te).
+    """
 
     def __init__(self, emulated: tuple[Path, tuple[int, int]] | None = None) -> None:
-        self.emulated = emulated
-        self.context = multiprocessing.get_context("spawn")
-        self.workers: list[tuple[Connection, multiprocessing.process.BaseProcess]] = []
+        self.server: forkserver.ForkServer | None = None
+        if emulated is not None:
+            folder, capability = emulated
+            self.server = forkserver.ForkServer("tests.pool:warm_up_emulated", [str(folder), *capability])
+        self.workers: list[tuple[Connection, forkserver.Child]] = []
 
     def run(
         self,
@@ -130,27 +152,38 @@ class Pool:
         timeout_seconds: float = 180,
         cwd: Path | None = None,
     ) -> list[Result]:
-        """`ettin COMMAND` on `world` ranks, in `cwd`. A rank without an answer in time counts as status 1."""
-        if not all(process.is_alive() for _, process in self.workers):
-            self.close()
+        """Run `ettin COMMAND` on `world` ranks, in `cwd`. A rank without an answer in time counts as status 1."""
+        if any(child.poll() is not None for _, child in self.workers):
+            self.close_workers()
         while len(self.workers) < world:
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=worker, args=(len(self.workers), theirs, self.emulated))
-            process.start()
-            theirs.close()  # so that a dead worker reads as an end of file
-            self.workers.append((ours, process))
+            self.workers.append(self.start_worker(len(self.workers)))
+        mutation = mutation or os.environ.get(forkserver.MISTAKE_VARIABLE)
         with tempfile.TemporaryDirectory() as folder:
             store, port = str(Path(folder) / "store"), free_port()
             for pipe, _ in self.workers[:world]:
                 pipe.send((world, store, port, command, mutation, cwd or Path.cwd()))
             results = answers([pipe for pipe, _ in self.workers[:world]], timeout_seconds)
         if any(result.output in (NO_ANSWER, DIED) for result in results):
-            self.close()
+            self.close_workers()
         return results
 
-    def close(self) -> None:
-        for pipe, process in self.workers:
-            process.kill()
-            process.join()
+    def start_worker(self, rank: int) -> tuple[Connection, forkserver.Child]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            path = self.server.path if self.server else forkserver.shared()
+            files = [0, 1, 2, theirs.fileno()]
+            process = self.server.process if self.server else None
+            child = forkserver.call(path, "tests.pool:worker", [rank], files, process=process)
+        return Connection(ours.detach()), child
+
+    def close_workers(self) -> None:
+        for pipe, child in self.workers:
             pipe.close()
+            child.close()
         self.workers = []
+
+    def close(self) -> None:
+        """End the workers, and the process that they were forked from if no other pool has it."""
+        self.close_workers()
+        if self.server:
+            self.server.close()

@@ -1,0 +1,126 @@
+"""The two tiers of the suite, and how its files are spread over processes; a plugin of pytest.
+
+    pytest --tier first     what `bash tests/run.sh` runs: every test but those marked `full`
+    pytest --tier full      those alone
+    pytest                  both
+
+A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because a person waits for it.
+
+With `-n` (pytest-xdist) each process takes whole groups of files, long ones first. Files of one GROUP share something
+that is dear to make and stay together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import forkserver
+
+SECONDS_AT_MOST = 20.0
+# folder or file -> the group whose cluster, server or emulation it shares
+GROUPS = {
+    "tests/launch/": "slurm",
+    "tests/data/test_prepare_slurm.py": "slurm",
+    "tests/docs/": "docs",
+    "tests/emulated_te/": "emulated",
+    "tests/report/": "report",
+    "tests/chaos/": "chaos",
+}
+# what takes longest starts first, so that no process is left alone with it at the end
+FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/train/test_zero.py", "report")
+WANT_SERVER = {"pool", "corpus"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = ("first", "full", "all")
+    parser.addoption("--tier", choices=choices, default="all", help="which tests run (tests/README.md)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: runs in `tests/run.sh --all`, not in the first tier (tests/README.md)")
+    if forkserver.OWNER_VARIABLE not in os.environ or not is_worker(config):
+        os.environ[forkserver.FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="ettin-tests-")
+        os.environ[forkserver.OWNER_VARIABLE] = str(os.getpid())
+    if not is_worker(config):
+        config.pluginmanager.register(TimeLimit(config.getoption("tier")), "time limit")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if os.environ.get(forkserver.OWNER_VARIABLE) == str(os.getpid()):
+        forkserver.close_shared()
+        shutil.rmtree(os.environ.pop(forkserver.FOLDER_VARIABLE), ignore_errors=True)
+        del os.environ[forkserver.OWNER_VARIABLE]
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of several that pytest-xdist has started."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tier = config.getoption("tier")
+    if tier != "all":
+        wanted = [item for item in items if (item.get_closest_marker("full") is None) == (tier == "first")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+        items[:] = wanted
+    items.sort(key=lambda item: rank_of(group_of(item.nodeid)))  # keeps the order within each
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have the fork server import while the first tests run."""
+    if any(WANT_SERVER.intersection(getattr(item, "fixturenames", ())) for item in session.items):
+        forkserver.shared()
+
+
+def group_of(nodeid: str) -> str:
+    """Return the group of a test: its file, or what several files share."""
+    for place, group in GROUPS.items():
+        if nodeid.startswith(place):
+            return group
+    return nodeid.partition("::")[0]
+
+
+def rank_of(group: str) -> int:
+    return FIRST.index(group) if group in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole groups, in the order of the items."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+class TimeLimit:
+    """Fails a run of the first tier whose tests take too long."""
+
+    def __init__(self, tier: str) -> None:
+        self.tier = tier
+        self.late: list[tuple[float, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        limited = self.tier == "first" and report.when == "call"
+        if limited and report.duration > SECONDS_AT_MOST:
+            self.late.append((report.duration, report.nodeid))
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
+        if self.late and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return (yield)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for seconds, nodeid in sorted(self.late, reverse=True):
+            line = f"{nodeid} took {seconds:.1f} s; a test of the first tier may take {SECONDS_AT_MOST:.0f} s"
+            terminalreporter.write_line(f"TOO LONG {line}: make it cheaper or mark it `full`", red=True)
