@@ -31,7 +31,8 @@ MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
 
 @dataclass(frozen=True)
 class Module:
-    path: str  # from the package's folder, "data/rows.py"
+    path: str
+    """Path relative to the package, such as "data/rows.py"."""
     text: str
 
     @property
@@ -40,11 +41,11 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The package or top-level module it is part of: "data", "metrics"."""
+        """Return the package or top-level module that it is part of: "data", "metrics"."""
         return self.path.partition("/")[0].removesuffix(".py")
 
     def imports(self, nodes: ast.AST | None = None) -> Iterator[tuple[int, str]]:
-        """(line, dotted name) of every import, function-local, relative and `import_module("...")` ones too."""
+        """Yield (line, dotted name) of every import, also function-local, relative and `import_module("...")` ones."""
         here = [PACKAGE, *self.path.split("/")]
         for node in ast.walk(nodes or self.tree):
             if isinstance(node, ast.Import):
@@ -64,7 +65,7 @@ class Module:
 
 
 def imports_only_from_floors_below(module: Module) -> Iterator[str]:
-    own = FLOORS.get(module.room, -1)  # the package's __init__ may import nothing of it
+    own = FLOORS.get(module.room, -1)  # the package's __init__ may import nothing from the package
     for line, name in module.imports_of(PACKAGE):
         parts = name.split(".")
         target = parts[1] if len(parts) > 1 else ""
@@ -181,7 +182,7 @@ def modules(*folders: str) -> list[Module]:
 
 
 @pytest.mark.parametrize("rule", [*IN_THE_PACKAGE, *EVERYWHERE], ids=lambda rule: rule.__name__)
-def test_rule(rule):
+def test_architecture_rule_has_no_breach(rule):
     checked = modules(PACKAGE) if rule in IN_THE_PACKAGE else modules(PACKAGE, "examples", "tools")
     assert len(checked) > 10
     assert [f"{module.path}: {breach}" for module in checked for breach in rule(module)] == []
@@ -231,14 +232,14 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), BREACHES, ids=lambda value: getattr(value, "__name__", None))
-def test_a_breach_is_caught(rule, path, text):
+def test_architecture_rule_catches_breach(rule, path, text):
     assert list(rule(Module(path, text)))
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), ALLOWED, ids=lambda value: getattr(value, "__name__", None))
-def test_what_is_allowed_passes(rule, path, text):
+def test_architecture_rule_passes_allowed_code(rule, path, text):
     assert list(rule(Module(path, text))) == []
 
 
-def test_every_rule_has_a_breach():
+def test_architecture_rules_all_have_a_breach_example():
     assert {rule for rule, _, _ in BREACHES} == {*IN_THE_PACKAGE, *EVERYWHERE}

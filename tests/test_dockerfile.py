@@ -1,5 +1,5 @@
-"""The images are made by the scripts that a bare machine is set up by, from pinned parts. There is no container engine here:
-nothing is built, what can be read is checked."""
+"""The images use the setup scripts of a bare machine and pinned versions. There is no container engine here: nothing is
+built, the files are checked by reading them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def targets() -> dict[str, list[str]]:
-    """Instructions of each target, continued lines joined."""
+    """Return the instructions of each target, continued lines joined."""
     lines = [line for line in DOCKERFILE.splitlines() if line.strip() and not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     found: dict[str, list[str]] = {}
@@ -32,14 +32,14 @@ def targets() -> dict[str, list[str]]:
 
 
 def pins(name: str) -> dict[str, Version]:
-    """Versions of a constraints file."""
+    """Return the versions in a constraints file."""
     lines = (ROOT / name).read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {name.lower(): Version(version) for name, version in pairs}
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """Of setup.cfg, with these extras."""
+    """Return the requirements of setup.cfg with these extras."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     texts = [config["options"]["install_requires"], *(config["options.extras_require"][extra] for extra in extras)]
@@ -48,12 +48,13 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
-def test_each_target(target: str) -> None:
+def test_dockerfile_target_has_fixed_tag_user_healthcheck_and_labels(target: str) -> None:
     lines = targets()[target]
     image = lines[0].split()[1]
     assert re.search(r":\d+\.\d+", image), f"{image}: no fixed tag"
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
-    assert len(users) == 1 and int(users[0]) > 0  # a number: a cluster may run it without looking the name up
+    assert len(users) == 1
+    assert int(users[0]) > 0  # a number: a cluster may run it without looking the name up
     assert any(
         line.startswith("HEALTHCHECK ") and line.endswith('CMD ["ettin", "doctor", "--quick"]') for line in lines
     )
@@ -63,15 +64,16 @@ def test_each_target(target: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "script"), [("cpu", "tools/setup_venv.sh"), ("gpu", "tools/setup_gpu.sh")])
-def test_the_scripts_install_and_nothing_else(target: str, script: str) -> None:
+def test_dockerfile_target_installs_by_setup_script_alone(target: str, script: str) -> None:
     runs = [line for line in targets()[target] if line.startswith("RUN ")]
-    assert f"RUN bash {script}" in runs and (ROOT / script).is_file()
+    assert f"RUN bash {script}" in runs
+    assert (ROOT / script).is_file()
     assert not any("pip install" in line for line in runs)
     subprocess.run(["bash", "-n", ROOT / script], check=True)
     assert f"constraints-{target}.txt" in (ROOT / script).read_text()
 
 
-def test_the_tests_are_those_of_ci() -> None:
+def test_dockerfile_cpu_command_is_test_script_of_ci() -> None:
     assert targets()["cpu"][-1] == 'CMD ["bash", "tests/run.sh"]'
     assert "tests/run.sh" in (ROOT / ".ci" / "run").read_text()
 
@@ -79,25 +81,25 @@ def test_the_tests_are_those_of_ci() -> None:
 @pytest.mark.parametrize(
     ("name", "extras"), [("cpu", ("data", "deepspeed", "test")), ("gpu", ("gpu", "data", "deepspeed", "wandb"))]
 )
-def test_pins_are_within_the_ranges(name: str, extras: tuple[str, ...]) -> None:
+def test_constraints_pins_satisfy_setup_cfg_ranges(name: str, extras: tuple[str, ...]) -> None:
     pinned = pins(f"constraints-{name}.txt")
     wanted = {requirement.name.lower(): requirement for requirement in requirements(*extras)}
     if name == "gpu":
-        assert "torch" not in pinned  # the image's own, which the script holds to
+        assert "torch" not in pinned  # the image brings its own torch, which the script keeps
         del wanted["torch"]
     for key, requirement in wanted.items():
         assert key in pinned, f"{key} is not pinned"
         assert pinned[key] in requirement.specifier, f"{requirement} does not allow {pinned[key]}"
 
 
-def test_both_pin_the_same_versions() -> None:
+def test_constraints_cpu_and_gpu_pin_same_versions() -> None:
     cpu, gpu = pins("constraints-cpu.txt"), pins("constraints-gpu.txt")
     assert {key for key in cpu.keys() & gpu.keys() if cpu[key] != gpu[key]} == set()
     assert len({version for key, version in gpu.items() if key.startswith("transformer-engine")}) == 1
 
 
-def test_what_is_copied_is_what_is_tracked() -> None:
-    """`.dockerignore` leaves out nothing that the scripts need, and the environment of this checkout."""
+def test_dockerignore_keeps_needed_files_and_drops_venv_and_git() -> None:
+    """`.dockerignore` excludes no file that the scripts need, and excludes .venv and .git."""
     ignored = (ROOT / ".dockerignore").read_text().split()
     for needed in (
         "setup.cfg",
@@ -111,8 +113,8 @@ def test_what_is_copied_is_what_is_tracked() -> None:
     assert {".venv", ".git"} <= set(ignored)
 
 
-def test_a_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
-    """With the torch of the tests, which is built for CPUs: one line, and nothing is installed."""
+def test_setup_gpu_with_cpu_torch_is_refused_in_one_line(tmp_path: Path) -> None:
+    """The torch of the tests is built for CPUs, so the script refuses and installs nothing."""
     import torch
 
     if torch.version.cuda:
@@ -121,12 +123,14 @@ def test_a_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", ROOT / "tools" / "setup_gpu.sh"], capture_output=True, text=True, env=environment, check=False
     )
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("setup_gpu: the torch of ") and "tools/setup_venv.sh" in line
+    assert line.startswith("setup_gpu: the torch of ")
+    assert "tools/setup_venv.sh" in line
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_dockerfile_hadolint_finds_nothing() -> None:
     linter = shutil.which("hadolint") or Path(sys.executable).parent / "hadolint"
     done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

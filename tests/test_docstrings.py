@@ -1,4 +1,4 @@
-"""examples/docstrings.py: what counts as prose, and that the corpus is the same every time."""
+"""examples/docstrings.py extracts prose from docstrings and makes the same corpus every time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_prose_keeps_sentences_and_drops_the_rest(script):
     assert script.prose("half \ud800 a pair") == "half  a pair"
 
 
-def test_names_and_order(script):
+def test_docstrings_of_nested_code_are_named_in_order(script):
     source = '''"""Module."""
 if True:
     class A:
@@ -65,7 +65,7 @@ if True:
     assert list(script.docstrings(ast.parse(source), "")) == [("", "Module."), ("A", "A."), ("A.f", "F.")]
 
 
-def test_the_corpus_is_the_same_every_time(tmp_path):
+def test_docstrings_corpus_made_twice_is_identical(tmp_path):
     outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for out in outs:
         words = [sys.executable, str(SCRIPT), "--out", str(out), "--max-bytes", "300000"]

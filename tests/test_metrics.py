@@ -1,4 +1,4 @@
-"""The record of truth survives kills, full disks and resumes; the other sinks may fail without harm."""
+"""metrics.jsonl survives kills, full disks and resumes; a failure of the other sinks does no harm."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def steps_of(path):
     return [values["step"] for values in read_metrics(path)]
 
 
-def test_lines_are_readable_at_once(tmp_path):
+def test_jsonl_sink_line_is_readable_at_once(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.log(line(1))
     assert read_metrics(sink.path) == [line(1)]
     sink.close()
 
 
-def test_lines_are_strict_json_whatever_the_numbers(tmp_path):
+def test_jsonl_sink_nan_and_inf_are_written_as_null(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.log({"step": 1, "loss": math.nan, "by_source": {"wiki": math.inf}, "name": "é"})
 
@@ -52,7 +52,7 @@ def test_lines_are_strict_json_whatever_the_numbers(tmp_path):
     assert json.loads(text, parse_constant=refuse) == expected
 
 
-def test_resume_moves_later_lines_aside(tmp_path):
+def test_jsonl_sink_resume_moves_later_lines_aside(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 8))
     sink = JsonlSink(path, resume_step=5)
     sink.log(line(6, again=True))
@@ -64,17 +64,17 @@ def test_resume_moves_later_lines_aside(tmp_path):
     assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [6, 7, 5, 6]
 
 
-def test_resume_killed_between_its_two_replacements(tmp_path):
+def test_jsonl_sink_resume_killed_midway_is_repeatable(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 6))
     before = path.read_bytes()
     JsonlSink(path, resume_step=3).close()
-    path.write_bytes(before)  # as if killed after the copy, before the lines left
+    path.write_bytes(before)  # as if killed after the copy, before the lines were removed
     JsonlSink(path, resume_step=3).close()
     assert steps_of(path) == [1, 2, 3]
     assert steps_of(tmp_path / "metrics.rolled_back.jsonl") == [4, 5]
 
 
-def test_resume_past_the_end_changes_nothing(tmp_path):
+def test_jsonl_sink_resume_at_last_step_changes_nothing(tmp_path):
     path = written(tmp_path / "metrics.jsonl", [1, 2])
     JsonlSink(path, resume_step=2).close()
     assert steps_of(path) == [1, 2]
@@ -82,7 +82,7 @@ def test_resume_past_the_end_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("keep", range(1, len(json.dumps(line(3))) + 1))
-def test_a_torn_last_line_is_left_out_and_mended(tmp_path, keep):
+def test_metrics_torn_last_line_is_ignored_and_repaired(tmp_path, keep):
     path = written(tmp_path / "metrics.jsonl", [1, 2])
     whole = json.dumps(line(3)).encode()
     with open(path, "ab") as file:
@@ -95,7 +95,7 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, keep):
     assert steps_of(path) == [*expected, 9]
 
 
-def test_damage_before_the_last_line_is_named(tmp_path):
+def test_read_metrics_damaged_middle_line_is_named(tmp_path):
     path = written(tmp_path / "metrics.jsonl", [1, 2, 3])
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], b"\x00\x00", *lines[2:]]))
@@ -103,12 +103,12 @@ def test_damage_before_the_last_line_is_named(tmp_path):
         read_metrics(path)
 
 
-def test_a_missing_file_is_a_user_error(tmp_path):
+def test_read_metrics_missing_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
+def test_fan_out_full_disk_raises_and_leaves_whole_lines(tmp_path):
     sink = FanOut([JsonlSink(tmp_path / "metrics.jsonl")])
     path = tmp_path / "metrics.jsonl"
     sink.log(line(1))
@@ -125,7 +125,7 @@ def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
     assert steps_of(path) == [1, 3]
 
 
-def test_kill_9_loses_no_logged_line(tmp_path):
+def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     source = (
         "import sys\nfrom megatron_ettin.metrics import JsonlSink\nsink = JsonlSink(sys.argv[1])\n"
@@ -139,14 +139,14 @@ def test_kill_9_loses_no_logged_line(tmp_path):
     assert steps_of(path)[: last + 1] == list(range(last + 1))
 
 
-def test_tensorboard_holds_the_scalars_and_purges_on_resume(tmp_path):
+def test_tensorboard_sink_resume_purges_later_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first = TensorBoardSink(tmp_path)
     for step in (1, 2, 3):
         first.log(line(step, paired=True))
     first.close()
-    time.sleep(1.1)  # event files are told apart by the second
+    time.sleep(1.1)  # event files are named by the second
     second = TensorBoardSink(tmp_path, resume_step=1)
     second.log(line(2, loss=0.5))
     second.close()
@@ -155,7 +155,7 @@ def test_tensorboard_holds_the_scalars_and_purges_on_resume(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 0.5)]
 
 
-def test_a_failing_sink_is_named_once_and_switched_off(tmp_path):
+def test_fan_out_failing_sink_is_named_once_and_switched_off(tmp_path):
     (tmp_path / "events").write_text("a file where the directory should be")
     sinks = FanOut([JsonlSink(tmp_path / "metrics.jsonl"), TensorBoardSink(tmp_path / "events")])
     with pytest.warns(RuntimeWarning, match="TensorBoardSink is switched off") as caught:
@@ -166,6 +166,6 @@ def test_a_failing_sink_is_named_once_and_switched_off(tmp_path):
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
 
 
-def test_importing_metrics_imports_no_torch():
+def test_metrics_import_imports_no_torch_or_wandb():
     source = "import sys, megatron_ettin.metrics; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source]).returncode == 0

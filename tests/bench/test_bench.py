@@ -1,4 +1,4 @@
-"""`ettin bench` through real ranks: what it writes, goes on with, refuses, compares and draws. No second is asserted."""
+"""`ettin bench` on real ranks: results, resuming a sweep, refusals, comparison and picture. No timing is asserted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bench(pool: Pool, world: int, out: Path, *words: str) -> str:
     return found[0].output
 
 
-def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
+def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, tmp_path: Path) -> None:
     out, picture = tmp_path / "bench.jsonl", tmp_path / "bench.png"
     words = ["--layouts", "dp,tp2,tp3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
     said = bench(pool, 2, out, *words)
@@ -45,26 +45,33 @@ def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
             assert "parallel.tp: 3 does not divide 4 heads" in row["reason"]
             continue
         tp = int(next(word for word in row["words"] if "tp=" in word)[-1])
-        assert row["layout"] == ("dp 2" if tp == 1 else "tp 2 dp 1") and row["gpus"] == 2
-        assert row["global_batch_rows"] == row["micro_batch_rows"] * 2 * (2 // tp) and len(row["step_seconds"]) == 3
+        assert row["layout"] == ("dp 2" if tp == 1 else "tp 2 dp 1")
+        assert row["gpus"] == 2
+        assert row["global_batch_rows"] == row["micro_batch_rows"] * 2 * (2 // tp)
+        assert len(row["step_seconds"]) == 3
         low, high = row["tokens_per_second_range"]
         assert 0 < low <= row["tokens_per_second"] <= high
         assert row["mfu"] * row["peak_flops"] == pytest.approx(row["tflops_per_second_per_gpu"] * 1e12)
-        assert "measured here" in row["peak_source"] and row["peak_memory_bytes"] > 2**20
+        assert "measured here" in row["peak_source"]
+        assert row["peak_memory_bytes"] > 2**20
         phases = row["phase_seconds"]
-        assert phases["forward"] > 0 and phases["backward"] > 0 and phases["optimizer"] > 0
+        assert phases["forward"] > 0
+        assert phases["backward"] > 0
+        assert phases["optimizer"] > 0
         assert phases["communication dp" if tp == 1 else "communication tp"] > 0
         batch = [f"batch.{key}={row[key]}" for key in ("micro_batch_rows", "global_batch_rows")]
         config = parse("17m", "mlm", "pretrain", words=[*SHAPE, *row["words"], *batch, "batch.warmup_tokens=0"])
         sent = volumes(config, 2 // tp, 0)["dp" if tp == 1 else "tp"]
-        # labels' sums and gradients of norms are not in the planner's count, nor what aligns buckets
+        # the planner counts neither the sums of labels, the gradients of norms nor the alignment of buckets
         assert sent <= row["communication_bytes"]["dp" if tp == 1 else "tp"] <= 1.6 * sent
-    assert "MFU: of" in said and "a step of the fastest" in said
+    assert "MFU: of" in said
+    assert "a step of the fastest" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # again: nothing is measured, the same is told
+    # a second launch measures nothing and prints the table again
     before = out.read_text()
-    assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *words) and out.read_text() == before
-    # one that began and took its process along is not begun again by itself
+    assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *words)
+    assert out.read_text() == before
+    # an entry whose process died while it was measured is not started again on its own
     key, row = next(iter(rows.items()))
     began = {name: row[name] for name in results.SAME} | {"state": "began"}
     out.write_text(json.dumps(began) + "\n")
@@ -74,27 +81,34 @@ def test_a_sweep_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
     assert results.read(out).keys() == {key}
 
 
-def test_real_rows_and_pipeline_stages(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_bench_real_rows_with_pipeline_reports_pp_communication(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vp=2")
     (row,) = results.read(tmp_path / "b.jsonl").values()
-    assert row["chunk_tokens"] is None and 1 <= row["attended_chunk_tokens"] <= 64 and row["data"] == str(corpus)
+    assert row["chunk_tokens"] is None
+    assert 1 <= row["attended_chunk_tokens"] <= 64
+    assert row["data"] == str(corpus)
     assert row["layout"].startswith("pp 2 ")
-    assert row["phase_seconds"]["communication pp"] > 0 and "communication pp" in said
-    assert row["communication_bytes"]["pp"] > 0 and "it hands to collectives and transfers" in said
+    assert row["phase_seconds"]["communication pp"] > 0
+    assert "communication pp" in said
+    assert row["communication_bytes"]["pp"] > 0
+    assert "it hands to collectives and transfers" in said
 
 
-def test_a_plan_is_calibrated_by_it(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_calibrate_fits_every_bench_measurement(
+    pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "b.jsonl"
     bench(pool, 1, out, "--sweep", "batch.micro_batch_rows=1,4")
     words = ["--gpus", "1", "--gpu", "cpu", "--calibrate", str(out), "--json", *SHAPE]
     assert main(["plan", "--size", "17m", *words]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert len(answer["calibration"]) == 2 and answer["layouts"]
-    # of least squares with one positive column already, however much the two times disagree on a busy machine
+    assert len(answer["calibration"]) == 2
+    assert answer["layouts"]
+    # least squares with one positive column guarantees this, however much the two times disagree on a busy host
     assert all(abs(row["measured"] / row["predicted"] - 1) < 1 for row in answer["calibration"])
 
 
-def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_compare_marks_faster_and_slower_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = {"size": "17m", "objective": "mlm", "phase": "pretrain", "gpus": 1, "device": "cpu", "state": "done"}
 
     def write(name: str, speeds: dict[str, float]) -> Path:
@@ -111,7 +125,9 @@ def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--compare", str(old), str(new)]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[2] for line in lines] == ["a=1", "b=1", "c=1"]
-    assert lines[0].endswith("faster") and lines[1].endswith("4.0%") and lines[2].endswith("SLOWER")
+    assert lines[0].endswith("faster")
+    assert lines[1].endswith("4.0%")
+    assert lines[2].endswith("SLOWER")
     assert main(["bench", "--compare", str(old), str(new), "--json"]) == 0
     assert [row["moved"] for row in json.loads(capsys.readouterr().out)] == [True, False, True]
     assert main(["bench", "--compare", str(old), str(tmp_path / "none")]) == 2
@@ -120,19 +136,22 @@ def test_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no measurement is in both" in capsys.readouterr().err
 
 
-def test_words_of_all_are_told_once() -> None:
+def test_bench_table_lists_common_overrides_once() -> None:
     rows = [{"size": "17m", "objective": "mlm", "state": "invalid", "words": ["a=1", word]} for word in ("b=1", "b=2")]
     table = results.table(rows).splitlines()
-    assert table[1].startswith("17m mlm b=1 ") and table[-1] == "all with a=1"
+    assert table[1].startswith("17m mlm b=1 ")
+    assert table[-1] == "all with a=1"
 
 
-def test_synthetic_rows() -> None:
+def test_synthetic_rows_are_full_and_reproducible() -> None:
     source = SyntheticRows(1024, 300.0, 1000)
     rows = source.rows(range(400))
     assert all(len(row.tokens) == row.lengths.sum() == 1024 for row in rows)
     assert (source.row(7).tokens == rows[7].tokens).all()
-    lengths = np.concatenate([row.lengths[:-1] for row in rows])  # a row's last is cut
-    assert 100 < lengths.mean() < 300 and min(row.tokens.min() for row in rows) >= 5
+    # the last chunk of a row is cut
+    lengths = np.concatenate([row.lengths[:-1] for row in rows])
+    assert 100 < lengths.mean() < 300
+    assert min(row.tokens.min() for row in rows) >= 5
     assert attended_chunk_tokens(SyntheticRows(1024, 1e9, 1000)) == 1024
 
 
@@ -154,23 +173,29 @@ def test_synthetic_rows() -> None:
         (["--size", "17m", "--picture", "/"], "--picture /: is a folder; a file was expected"),
     ],
 )
-def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_invalid_arguments_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *words, "run.device=cpu"]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error and not (tmp_path / "b.jsonl").exists()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "b.jsonl").exists()
 
 
-def test_memory_that_ends_on_one_rank(pool: Pool, tmp_path: Path) -> None:
-    """The other waits in the sum of gradients; both go on with what is left of the sweep."""
+def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_path: Path) -> None:
+    """The other rank waits in the gradient all-reduce; both continue with the rest of the sweep."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE]
     found = pool.run(2, [*line, "--sweep", "batch.micro_batch_rows=2,1"], mutation="memory_ends_on_rank_1")
     assert [one.status for one in found] == [0, 0], found[0].output + found[1].output
     full, fits = results.read(tmp_path / "b.jsonl").values()
-    assert full["state"] == "out of memory" and full["reason"] == "rank 1: CUDA out of memory: all of it"
-    assert fits["state"] == "done" and "out of memory: rank 1: CUDA" in found[0].output
+    assert full["state"] == "out of memory"
+    assert full["reason"] == "rank 1: CUDA out of memory: all of it"
+    assert fits["state"] == "done"
+    assert "out of memory: rank 1: CUDA" in found[0].output
 
 
-def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_invalid_result_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.jsonl").write_text("nothing\n")
     assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
     assert "b.jsonl:1: is no result of `ettin bench`" in capsys.readouterr().err
@@ -178,16 +203,18 @@ def test_a_file_that_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is a folder; a file was expected" in capsys.readouterr().err
 
 
-def test_a_sweep_of_which_nothing_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_sweep_without_valid_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]
-    for _ in range(2):  # the second time they are known
+    # the second time the results are read from the file
+    for _ in range(2):
         assert main(["bench", *words]) == 2
         error = capsys.readouterr().err.strip()
-        assert "none of 2 combinations is valid; 17m mlm run.device=cpu parallel.tp=3: " in error and "\n" not in error
+        assert "none of 2 combinations is valid; 17m mlm run.device=cpu parallel.tp=3: " in error
+        assert "\n" not in error
     assert {row["state"] for row in results.read(tmp_path / "b.jsonl").values()} == {"invalid"}
 
 
-def test_layouts() -> None:
+def test_bench_combinations_expand_layouts_precisions_and_sweeps() -> None:
     found = combinations("dp, tp2sp,tp2pp2", "bf16,fp32", ["batch.micro_batch_rows=1,2"])
     assert len(found) == 12
     layout = ["parallel.tp=2", "parallel.pp=1", "parallel.sequence_parallel=true"]
@@ -196,8 +223,8 @@ def test_layouts() -> None:
     assert combinations(None, None, [])[0].words == []
 
 
-def test_what_is_measured_again() -> None:
-    """Other rows are another measurement; what was stopped is measured, what failed or did not fit is not."""
+def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:
+    """Other rows are a new measurement; a stopped one is repeated, one that failed or ran out of memory is not."""
     row = dict.fromkeys(results.SAME)
     for other in ({"data": "a"}, {"quick": True}, {"micro_batches": 8}, {"chunk_tokens": 100.0}, {"config": "a.yaml"}):
         assert results.key_of(row | other) != results.key_of(row)
@@ -209,22 +236,26 @@ def test_what_is_measured_again() -> None:
     for state, errors in states.items():
         for error in errors:
             found = results.failure(error, torch.OutOfMemoryError)
-            assert found["state"] == state and "\n" not in found.get("reason", "")
+            assert found["state"] == state
+            assert "\n" not in found.get("reason", "")
             assert results.to_measure(found, alone=True) == (state == "stopped")
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     assert results.failure(full, torch.OutOfMemoryError)["state"] == "out of memory"
-    assert results.to_measure(None, alone=False) and not results.to_measure({"state": "invalid"}, alone=False)
+    assert results.to_measure(None, alone=False)
+    assert not results.to_measure({"state": "invalid"}, alone=False)
 
 
-def test_a_picture_of_many_keys() -> None:
+def test_bench_picture_of_swept_keys_chooses_axes_and_labels() -> None:
     layouts = ["parallel.tp=1", "parallel.tp=2"]
     names = [[a, f"batch.micro_batch_rows={n}", f"precision.name={p}"] for a in layouts for n in (2, 16) for p in "xy"]
     rows = [{"size": "17m", "objective": "mlm", "gpus": 1, "state": "done", "words": one, "mfu": 0.4} for one in names]
     rows = [row | {"tokens_per_second_per_gpu": 9.0, "tokens_per_second_range": [8.0, 10.0]} for row in rows]
     assert draw(rows).startswith(b"\x89PNG")
     assert heat_sides(["parallel.tp", "a", "b"]) == (["parallel.tp"], ["a", "b"])
-    assert heat_sides(["a", "b"]) == (["a"], ["b"]) and heat_sides(["a"]) is None
+    assert heat_sides(["a", "b"]) == (["a"], ["b"])
+    assert heat_sides(["a"]) is None
     assert heat_sides(["parallel.tp", "parallel.pp"]) == (["parallel.tp"], ["parallel.pp"])
     assert sorted(["16", "2", "-"], key=lambda value: in_order([value])) == ["2", "16", "-"]
     values = {"parallel.tp": "2", "parallel.pp": "1", "parallel.sequence_parallel": "true", "precision.name": "bf16"}
-    assert label(values, [*LAYOUT, "precision.name"]) == "tp 2 sp, precision bf16" and label({}, LAYOUT) == "dp"
+    assert label(values, [*LAYOUT, "precision.name"]) == "tp 2 sp, precision bf16"
+    assert label({}, LAYOUT) == "dp"

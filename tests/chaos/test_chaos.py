@@ -1,4 +1,4 @@
-"""Faults on purpose, by tools/chaos.py as its users call it: they change no bit, and the tool sees what would."""
+"""Injected faults, by running tools/chaos.py: they change no bit, and the tool detects a mutation that does."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("ETTIN_CHAOS_ROUNDS", "10"))
 EVERYWHERE = {"kill", "stop", "term", "corrupt", "clock"}
-WITH_RIGHTS = {"disk", "network"}  # root may mount and make network namespaces, where the system lets it
+WITH_RIGHTS = {"disk", "network"}  # root may mount and make network namespaces where the system allows it
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus is made once, and the undisturbed runs."""
+    """Return the folder in which the corpus and the undisturbed runs are made once for all tests."""
     return tmp_path_factory.mktemp("chaos")
 
 
 def chaos(work: Path, *words: str, status: int = 0) -> str:
-    """What `tools/chaos.py WORDS` prints, errors first."""
+    """Return the output of `tools/chaos.py WORDS`, errors first."""
     line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), *words, "--work", str(work)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     said = done.stderr + done.stdout
@@ -32,34 +32,40 @@ def chaos(work: Path, *words: str, status: int = 0) -> str:
 
 
 def require_tracing(said: str) -> None:
-    """Skip where no process may be traced; in CI that is a failure."""
+    """Skip the test where processes cannot be traced; fail it in CI."""
     if said.startswith("left out"):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
 
 
-def test_rounds_end_identical_or_refuse_by_name(work: Path, tmp_path: Path) -> None:
+def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> None:
     said = chaos(work, "run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log"))
     told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert {line["outcome"] for line in told} <= {"identical", "refused"} and len(told) == ROUNDS
+    assert {line["outcome"] for line in told} <= {"identical", "refused"}
+    assert len(told) == ROUNDS
     left_out = {line.split(": ")[1] for line in said.splitlines() if line.startswith("left out")}
     assert left_out <= WITH_RIGHTS
     kinds = EVERYWHERE | WITH_RIGHTS - left_out
     assert {kind for line in told for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
-    assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3  # else little was disturbed
+    assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3  # otherwise too few rounds were disturbed
     again = chaos(work, "run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log"))
-    assert "round 0" not in again and f"{ROUNDS} rounds, 0 failed" in again  # nothing is left to be done
+    assert "round 0" not in again
+    assert f"{ROUNDS} rounds, 0 failed" in again  # every round is already in the log
 
 
-def test_a_resume_that_differs_in_one_bit_is_found(work: Path) -> None:
+def test_chaos_resume_differing_in_one_bit_is_found(work: Path) -> None:
     words = ["--faults", "kill", "--layouts", "tp2 pp2", "--mutation", "resumed_with_another_bit"]
     said = chaos(work, "run", "--rounds", "2", "--seed", "1", *words, "--log", str(work / "mutated"), status=1)
-    assert "differs" in said and "FAILED" in said and "repeat with: --seed 1 --only" in said
+    assert "differs" in said
+    assert "FAILED" in said
+    assert "repeat with: --seed 1 --only" in said
 
 
-def test_publishing_may_be_cut_at_any_call(work: Path) -> None:
+def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path) -> None:
     said = chaos(work, "cut", "--every", "3")
     require_tracing(said)
-    assert "the next step: " in said and "the same step again: " in said and " 0 did harm" in said
+    assert "the next step: " in said
+    assert "the same step again: " in said
+    assert " 0 did harm" in said
 
 
 @pytest.mark.parametrize(
@@ -69,14 +75,15 @@ def test_publishing_may_be_cut_at_any_call(work: Path) -> None:
         ("nothing_forced_to_the_disk", "lost, call"),
     ],
 )
-def test_a_wrong_order_of_publishing_is_found(work: Path, mutation: str, told: str) -> None:
+def test_chaos_cut_wrong_publishing_order_is_found(work: Path, mutation: str, told: str) -> None:
     if not (said := chaos(work, "cut", "--every", "1000")).startswith("left out"):
         said = chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
     require_tracing(said)
     assert told in said
 
 
-def test_a_run_goes_on_from_every_cut_of_its_saves(work: Path) -> None:
+def test_chaos_cut_training_saves_leave_run_resumable(work: Path) -> None:
     said = chaos(work, "cut", "--what", "training", "--every", "20")
     require_tracing(said)
-    assert "asynchronous=true: " in said and "asynchronous=false: " in said
+    assert "asynchronous=true: " in said
+    assert "asynchronous=false: " in said

@@ -48,7 +48,7 @@ def held(checkpoint):
     return (checkpoint / "__0_0.distcp").read_text()
 
 
-def test_names_sort_by_step(tmp_path):
+def test_list_checkpoints_sorts_by_step(tmp_path):
     assert step_name(7) == "step_000000007"
     steps = [3, 10, 2, 1_234_567_890, 999_999_999]
     for step in steps:
@@ -58,7 +58,7 @@ def test_names_sort_by_step(tmp_path):
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_publish_and_latest(tmp_path):
+def test_publish_updates_latest_and_integrity_record(tmp_path):
     assert latest(tmp_path) is None
     for step in (1, 2):
         final = save(tmp_path, step)
@@ -113,7 +113,7 @@ def kill_everywhere(folder, step):
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
-def test_killed_at_every_step_of_saving(tmp_path, step):
+def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, step):
     """There is always a whole checkpoint, the next save works, and nothing is left behind. Forks in a process of its
     own, which has no threads."""
     script = f"from tests.checkpoint.test_directory import *; kill_everywhere(Path({str(tmp_path)!r}), {step})"
@@ -136,18 +136,19 @@ def harm_latest(run, how):
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "torn", "binary", "dangling"])
-def test_harmed_latest_falls_back_and_says_so(tmp_path, caplog, how):
+def test_latest_damaged_or_missing_pointer_falls_back_to_newest(tmp_path, caplog, how):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
     harm_latest(tmp_path, how)
     with caplog.at_level(logging.WARNING):
         assert latest(tmp_path) == newest
     if how != "missing":
-        assert "latest" in caplog.text and "going on from" in caplog.text
+        assert "latest" in caplog.text
+        assert "going on from" in caplog.text
 
 
-def test_latest_that_names_an_older_one_is_followed_and_told_of(tmp_path, caplog):
-    """What a kill between the last two renames leaves; without a word it would hide damage too."""
+def test_latest_naming_older_checkpoint_is_followed_with_warning(tmp_path, caplog):
+    """A kill between the last two renames leaves this state; to follow it silently would hide damage too."""
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (older.parent / "latest").write_text(older.name + "\n")
     with caplog.at_level(logging.WARNING):
@@ -155,7 +156,7 @@ def test_latest_that_names_an_older_one_is_followed_and_told_of(tmp_path, caplog
     assert f"names {older.name}, though there is {newer.name}" in caplog.text
 
 
-def test_what_killed_saves_left_goes_and_what_was_moved_aside_comes_back(tmp_path):
+def test_tidy_removes_leftovers_and_restores_replaced_checkpoint(tmp_path):
     kept, newest = save(tmp_path, 1), save(tmp_path, 2)
     folder = newest.parent
     os.rename(newest, folder / f".tmp-replaced-{newest.name}")  # its step was being saved again
@@ -169,7 +170,7 @@ def test_what_killed_saves_left_goes_and_what_was_moved_aside_comes_back(tmp_pat
     tidy(tmp_path / "of a run that has not begun")
 
 
-def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, caplog):
+def test_latest_skips_damaged_checkpoints_and_names_their_files(tmp_path, caplog):
     good = save(tmp_path, 1)
     flipped, torn = save(tmp_path, 2), save(tmp_path, 3)
     (torn / "__0_0.distcp").write_text("weig")
@@ -183,7 +184,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, caplog):
         latest(tmp_path)
 
 
-def test_flipped_bit_in_the_latest_is_seen_where_asked(tmp_path):
+def test_latest_flipped_bit_is_found_only_with_checksums(tmp_path):
     good, flipped = save(tmp_path, 1), save(tmp_path, 2)
     (flipped / "__0_0.distcp").write_text("Weights of 2")
     assert latest(tmp_path) == flipped  # sizes only: cheap, for showing
@@ -206,7 +207,7 @@ def test_flipped_bit_in_the_latest_is_seen_where_asked(tmp_path):
         '{"format": 1, "files": {"a\\nb": {"bytes": 1, "sha256": ""}}}',
     ],
 )
-def test_torn_integrity_record_is_refused(tmp_path, text):
+def test_verify_malformed_or_missing_integrity_record_is_refused(tmp_path, text):
     final = save(tmp_path, 1)
     (final / "integrity.json").write_text(text)
     with pytest.raises(UserError, match=r"integrity\.json: unreadable"):
@@ -216,14 +217,14 @@ def test_torn_integrity_record_is_refused(tmp_path, text):
         verify(final)
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_publish_same_step_again_replaces_checkpoint(tmp_path):
     save(tmp_path, 1)
     final = save(tmp_path, 1, "new weights")
     assert held(final) == "new weights of 1"
     assert list_checkpoints(tmp_path) == [final]
 
 
-def test_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
+def test_publish_on_full_disk_keeps_previous_checkpoint(tmp_path, monkeypatch):
     good = save(tmp_path, 1)
 
     def full(handle):
@@ -250,7 +251,7 @@ def test_prune_keeps_the_newest_and_the_latest(tmp_path):
     assert not list(checkpoints_folder(tmp_path).glob(".tmp*"))
 
 
-def test_resolve_refuses_what_is_neither(tmp_path):
+def test_resolve_neither_run_nor_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for path, said in ((tmp_path / "no", "no such folder"), (tmp_path / "file", "not a folder"), (tmp_path, "neither")):
@@ -260,7 +261,7 @@ def test_resolve_refuses_what_is_neither(tmp_path):
         resolve(tmp_path / "run")
 
 
-def test_config_and_progress(tmp_path):
+def test_read_config_and_progress_malformed_files_are_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("model:\n  hidden_size: 64\nrun:\n  size: ${oc.env:HOME}\n")
     assert read_config(tmp_path) == {"model": {"hidden_size": 64}, "run": {"size": "${oc.env:HOME}"}}
     (tmp_path / "progress.json").write_text('{"step": 3}')
@@ -277,6 +278,6 @@ def test_config_and_progress(tmp_path):
         read_progress(tmp_path)
 
 
-def test_sha256_is_the_published_one(tmp_path):
+def test_sha256_of_abc_equals_published_value(tmp_path):
     (tmp_path / "abc").write_text("abc")
     assert integrity.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -18,7 +18,7 @@ from megatron_ettin.config.errors import UserError
 
 
 class Trap:
-    """Unpickled without care, it makes a folder."""
+    """Make a folder when unpickled without a restricted unpickler."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -56,11 +56,12 @@ def edit(folder, change):
 def assert_same(reader, expected):
     assert reader.keys() == sorted(expected)
     for key, tensor in expected.items():
-        assert reader.shape(key) == tuple(tensor.shape) and reader.dtype(key) == tensor.dtype
+        assert reader.shape(key) == tuple(tensor.shape)
+        assert reader.dtype(key) == tensor.dtype
         assert torch.equal(reader.read(key), tensor)
 
 
-def test_reads_what_was_written(written):
+def test_reader_reads_back_what_write_weights_wrote(written):
     assert_same(CheckpointReader(written), example())
     assert read_common(written) == {"progress": {"step": 3}}
     files = list(written.glob("*.distcp"))
@@ -70,7 +71,7 @@ def test_reads_what_was_written(written):
         CheckpointReader(written).read("other")
 
 
-def test_writing_holds_one_tensor_at_a_time(tmp_path):
+def test_write_weights_holds_one_tensor_at_a_time(tmp_path):
     import weakref
 
     alive = []
@@ -87,7 +88,7 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
     assert CheckpointReader(tmp_path).read("w4")[0] == 4
 
 
-def test_reads_what_torch_wrote(tmp_path):
+def test_reader_reads_checkpoint_of_torch_dcp(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     state = {key: tensor.contiguous() for key, tensor in example().items()}
@@ -106,7 +107,7 @@ def cut(metadata, first_rows, second_first=None):
         metadata.storage_data[MetadataIndex("w", chunk.offsets)] = info
 
 
-def test_chunks_are_put_together(tmp_path):
+def test_reader_tensor_stored_in_chunks_is_reassembled(tmp_path):
     whole = torch.arange(40.0).view(10, 4)
     write_weights(tmp_path, [("w.a", whole[:7]), ("w.b", whole[7:])], {})
     edit(tmp_path, lambda metadata: cut(metadata, 7))
@@ -114,7 +115,7 @@ def test_chunks_are_put_together(tmp_path):
 
 
 @pytest.mark.parametrize("start", [6, 8], ids=["overlap", "outside"])
-def test_chunks_that_do_not_tile_are_refused(tmp_path, start):
+def test_reader_chunks_that_do_not_tile_are_refused(tmp_path, start):
     whole = torch.zeros(10, 4)
     write_weights(tmp_path, [("w.a", whole[:7]), ("w.b", whole[7:])], {})
     edit(tmp_path, lambda metadata: cut(metadata, 7, second_first=start))
@@ -122,7 +123,7 @@ def test_chunks_that_do_not_tile_are_refused(tmp_path, start):
         CheckpointReader(tmp_path).read("w")
 
 
-def test_hostile_metadata_is_refused(written, tmp_path):
+def test_reader_hostile_metadata_is_refused_and_not_run(written, tmp_path):
     trap = tmp_path / "sprung"
     edit(written, lambda metadata: setattr(metadata, "planner_data", Trap(trap)))
     with pytest.raises(UserError, match=r"\.metadata: refused: it names posix\.mkdir"):
@@ -134,14 +135,14 @@ def test_hostile_metadata_is_refused(written, tmp_path):
     "content",
     [b"", b"\x80", b"garbage", pickle.dumps({}), pickle.dumps(None), b"cos\nsystem\n(S'true'\ntR.", b"\x80\x04K\x01."],
 )
-def test_no_metadata_at_all_is_refused(written, content):
+def test_reader_garbage_metadata_is_refused(written, content):
     (written / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=r"\.metadata"):
         CheckpointReader(written)
 
 
-def test_members_of_enumerations_by_getattr(written):
-    """As Python 3.11.0 to 3.11.3 pickle them; nothing else may be had that way."""
+def test_unpickler_getattr_reaches_enum_members_only(written):
+    """Python 3.11.0 to 3.11.3 pickle enum members as calls of getattr, which must reach nothing else."""
 
     def asking(kind, name):
         class Asks:
@@ -162,7 +163,7 @@ def test_members_of_enumerations_by_getattr(written):
             AllowListed(io.BytesIO(asking(kind, name))).load()
 
 
-def test_dotted_names_reach_nothing(written):
+def test_unpickler_dotted_name_is_refused(written):
     """Protocol 4 allows `Size.__class__...`; the list holds whole names only."""
     name = b"Size.__subclasses__"
     (written / ".metadata").write_bytes(b"\x80\x04\x8c\x05torch\x8c" + bytes([len(name)]) + name + b"\x93)R.")
@@ -170,7 +171,7 @@ def test_dotted_names_reach_nothing(written):
         CheckpointReader(written)
 
 
-def test_metadata_that_points_outside_is_refused(written):
+def test_reader_path_outside_checkpoint_is_refused(written):
     def move(metadata):
         info = next(iter(metadata.storage_data.values()))
         info.relative_path = "../elsewhere.distcp"
@@ -180,7 +181,7 @@ def test_metadata_that_points_outside_is_refused(written):
         CheckpointReader(written)
 
 
-def test_names_that_break_a_line_are_refused(written):
+def test_reader_file_name_with_line_break_is_refused(written):
     def rename(metadata):
         next(iter(metadata.storage_data.values())).relative_path = "__0_0.dist\x85p"
 
@@ -190,7 +191,7 @@ def test_names_that_break_a_line_are_refused(written):
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_pickled_tensor_is_refused(written, tmp_path):
+def test_reader_pickle_in_place_of_tensor_is_refused_and_not_run(written, tmp_path):
     """An entry whose bytes are a pickle of something else: torch's weights-only unpickler stops it."""
     trap = tmp_path / "sprung"
     reader = CheckpointReader(written)
@@ -212,7 +213,7 @@ def test_pickled_tensor_is_refused(written, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "garbage"])
-def test_damaged_file_is_named(written, harm):
+def test_reader_damaged_or_missing_file_is_named(written, harm):
     reader = CheckpointReader(written)
     for file in written.glob("*.distcp"):
         if harm == "missing":
@@ -224,7 +225,7 @@ def test_damaged_file_is_named(written, harm):
             reader.read(key)
 
 
-def test_tensor_of_another_shape_is_refused(written):
+def test_reader_tensor_of_another_shape_is_refused(written):
     def widen(metadata):
         entry = metadata.state_dict_metadata["scale"]
         entry.size = torch.Size([2])
@@ -237,7 +238,7 @@ def test_tensor_of_another_shape_is_refused(written):
         CheckpointReader(written).read("scale")
 
 
-def test_hostile_common_is_refused(written, tmp_path, monkeypatch):
+def test_read_common_hostile_pickle_is_refused_and_not_run(written, tmp_path, monkeypatch):
     trap = tmp_path / "sprung"
     torch.save({"progress": Trap(trap)}, written / "common.pt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -261,7 +262,7 @@ def alone(tmp_path):
 
 
 def sharded(key, tensor, axis, parts):
-    """This rank asking for every part of `key`, as the ranks of a tensor-parallel group would."""
+    """Return ShardedTensors that ask for every part of `key`, as the ranks of a tensor-parallel group would."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     return [
@@ -276,8 +277,8 @@ def load(state, folder):
     return dist_checkpointing.load(state, str(folder), load_strategy(), common_strategy())
 
 
-def test_core_reads_what_was_written(written, alone):
-    """At one and at two tensor-parallel ranks; common.pt arrives beside."""
+def test_core_load_reads_what_write_weights_wrote(written, alone):
+    """Load at one and at two tensor-parallel ranks; the content of common.pt is returned too."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     expected = {key: tensor.contiguous() for key, tensor in example().items()}
@@ -293,7 +294,7 @@ def test_core_reads_what_was_written(written, alone):
         assert torch.equal(torch.cat(parts, axis), expected[key])
 
 
-def test_core_is_told_of_damage_by_name(written, alone):
+def test_core_load_damaged_file_is_named(written, alone):
     wanted = {"w": sharded("scale2", torch.zeros(4), 0, 1)}
     file = min(written.glob("*.distcp"))
     whole = file.read_bytes()
@@ -310,8 +311,8 @@ def test_core_is_told_of_damage_by_name(written, alone):
         load(wanted, written)
 
 
-def test_core_never_unpickles_byte_entries(tmp_path, alone):
-    """As core saves a ShardedObject, and planted where a tensor is asked for."""
+def test_core_load_byte_entry_is_refused_and_not_unpickled(tmp_path, alone):
+    """Ask for a byte entry as core's ShardedObject, and plant it where a tensor is asked for."""
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
@@ -322,7 +323,8 @@ def test_core_never_unpickles_byte_entries(tmp_path, alone):
     assert not trap.exists()
     reader = CheckpointReader(folder)
     (name,) = reader.byte_entries()
-    assert reader.keys() == ["w"] and torch.equal(reader.read("w"), torch.ones(4))
+    assert reader.keys() == ["w"]
+    assert torch.equal(reader.read("w"), torch.ones(4))
     with pytest.raises(UserError, match="pickled object"):
         reader.read(name)
     with pytest.raises(UserError, match="pickled object"):
@@ -339,7 +341,7 @@ def test_core_never_unpickles_byte_entries(tmp_path, alone):
     assert not trap.exists()
 
 
-def test_names_swapped_in_core_are_put_back(written, alone):
+def test_core_load_restores_patched_names(written, alone):
     import megatron.core.dist_checkpointing.strategies.torch as core
 
     before = (core._get_filesystem_reader, core.MCoreLoadPlanner)
@@ -353,7 +355,7 @@ def test_names_swapped_in_core_are_put_back(written, alone):
     assert (core._get_filesystem_reader, core.MCoreLoadPlanner) == before
 
 
-def test_format_record_is_cores(written):
+def test_write_weights_format_record_is_read_by_core(written):
     from megatron.core.dist_checkpointing.core import maybe_load_config
 
     config = maybe_load_config(str(written))

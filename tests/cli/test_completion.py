@@ -1,4 +1,4 @@
-"""Completion: what is offered, and the shells' scripts that ask for it."""
+"""Completion: the candidates for a partial line, and the shell scripts that ask for them."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ from tests.cli.test_main import modules_after
         ("completion ", ["bash", "zsh", "fish"]),
     ],
 )
-def test_offers(line: str, offered: list[str]) -> None:
-    if line == "train opt":  # one group left: its keys
+def test_completion_of_partial_line_offers_candidates(line: str, offered: list[str]) -> None:
+    if line == "train opt":  # only one group of keys matches: its keys are offered
         offered = [f"{key}=" for key in key_types() if key.startswith("optim.")]
     assert list(offers(line.split(" "))) == offered
 
 
-def test_offers_import_nothing_heavy() -> None:
+def test_completion_imports_nothing_heavier_than_yaml() -> None:
     assert modules_after("__complete", "train", "parallel.") <= {"yaml"}
 
 
-def test_tables_name_what_exists() -> None:
+def test_completion_tables_match_gpus_config_keys_and_commands() -> None:
     import yaml
 
     parts = yaml.safe_load((Path(sys.modules["megatron_ettin"].__file__ or "").parent / "plan/gpus.yaml").read_text())
@@ -84,7 +84,7 @@ def test_tables_name_what_exists() -> None:
         ("hiden_size", "model.hidden_size"),
     ],
 )
-def test_keys_that_were_meant(written: str, meant: str) -> None:
+def test_nearest_key_of_misspelled_key_suggests_existing_one(written: str, meant: str) -> None:
     assert nearest_key(written, key_types()) == f" (did you mean {meant!r}?)"
     assert nearest_key("xyzzy.plugh", key_types()) == ""
 
@@ -102,7 +102,7 @@ def test_keys_that_were_meant(written: str, meant: str) -> None:
         ("--versoin", "(did you mean '--version'?)"),
     ],
 )
-def test_what_was_meant(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_wrong_word_exits_2_with_one_line_hint(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line.split(" ")) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert said in told
@@ -110,7 +110,7 @@ def test_what_was_meant(line: str, said: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with files to complete, an `ettin` in PATH, the scripts beside."""
+    """Make a folder with files to complete, an `ettin` on PATH and the completion scripts."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     (bin_folder / "ettin").write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron_ettin "$@"\n')
@@ -124,7 +124,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# what is typed, and what bash puts in place of the last word (after its last `=`)
+# typed line -> candidates with which bash replaces the last word (after its last `=`)
 TYPED = {
     "ettin tra": ["train"],
     "ettin train --size 17m parallel.t": ["parallel.tp=", "parallel.tp_overlap="],
@@ -135,8 +135,8 @@ TYPED = {
 }
 
 
-def test_bash(place: Path) -> None:
-    """The function that bash calls, called as bash does, on the line up to the cursor."""
+def test_bash_completion_of_partial_line_offers_candidates(place: Path) -> None:
+    """Call the completion function as bash does, with the line up to the cursor."""
     lines = "\n".join(f"try {line!r}" for line in TYPED)
     script = f"""source {place}/ettin.bash
 complete -p ettin
@@ -155,7 +155,9 @@ try() {{
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
-def test_the_shell_reads_its_script(shell: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_command_prints_script_that_shell_parses(
+    shell: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["completion", shell]) == 0
     assert capsys.readouterr().out == SCRIPTS[shell]
     if shutil.which(shell) is None:
@@ -164,7 +166,7 @@ def test_the_shell_reads_its_script(shell: str, place: Path, capsys: pytest.Capt
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
-def test_fish(place: Path) -> None:
+def test_fish_completion_of_config_value_offers_candidates(place: Path) -> None:
     line = "ettin train run.attention=fl"
     script = f"source {place}/ettin.fish; complete --do-complete '{line}'"
     done = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)

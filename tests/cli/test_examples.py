@@ -1,5 +1,5 @@
-"""Every example of every command's --help works as printed: each is read by the command's own parser, and those that are
-cheap run on tiny files of the names that they use. A new example has to say in `RUN` or `READ_ONLY` which it is."""
+"""Every example of every command's --help works as printed: each is parsed by the command's own parser, and the cheap ones
+run on tiny files with the names that they use. A new example must be listed in `RUN` or `READ_ONLY`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from tests.train.runs import command
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTERS = ("torchrun", "srun")
-SHELL = re.compile(r"\s+(?:\||>|#).*")  # what of a line is the shell's
-POOL = ("train", "convert", "eval", "order", "inspect", "compare")  # they import torch, a worker has it
+SHELL = re.compile(r"\s+(?:\||>|#).*")  # the part of a line that the shell reads: pipes, redirections, comments
+# commands that import torch run in a worker of the pool, which has imported it
+POOL = ("train", "convert", "eval", "order", "inspect", "compare")
 
-# example -> words in place of others, or added (a word that begins with `-` and is there already is replaced)
+# example -> options to add; the value of an option that the example already has is replaced
 RUN: dict[str, dict[str, str | None]] = {
     "prepare wiki.jsonl.zst books/": {"--workers": "1", "--tokenizer": "TOKENIZER", "--out": "data/new"},
     "inspect data/corpus": {},
@@ -70,7 +71,7 @@ def parser_of(name: str) -> OneLineParser:
 
 
 def helps(parser: argparse.ArgumentParser) -> list[str]:
-    """Of a command and of the commands in it."""
+    """Return the help texts of a command and of its subcommands."""
     found = [parser.format_help()]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -79,7 +80,7 @@ def helps(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def examples(text: str) -> list[str]:
-    """What follows `ettin` in each indented line that calls it, lines that end in a backslash joined."""
+    """Return the words after `ettin` of each indented line that calls it; continued lines are joined."""
     joined = re.sub(r"\\\n\s*", "", text)
     found = []
     for line in joined.splitlines():
@@ -96,7 +97,7 @@ EXAMPLES = list(
 
 
 def longest(example: str, table: dict) -> str:
-    """The entry that an example begins with."""
+    """Return the longest entry of the table that an example begins with."""
     return max((entry for entry in table if example.startswith(entry)), key=len, default="")
 
 
@@ -104,7 +105,7 @@ def runs(example: str) -> bool:
     return len(longest(example, RUN)) > len(longest(example, READ_ONLY))
 
 
-def test_each_command_has_one_and_each_entry_is_of_one() -> None:
+def test_help_examples_cover_every_command_and_table_entry() -> None:
     assert {name for name, _ in EXAMPLES} == set(COMMANDS)
     assert not [example for _, example in EXAMPLES if not longest(example, {**RUN, **READ_ONLY})]
     used = {longest(example, RUN if runs(example) else READ_ONLY) for _, example in EXAMPLES}
@@ -113,7 +114,7 @@ def test_each_command_has_one_and_each_entry_is_of_one() -> None:
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
-def test_it_is_read(name: str, example: str) -> None:
+def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
     command_name, *words = shlex.split(example)
     assert command_name == name
     args = parse_words(parser_of(name), name, words)
@@ -128,7 +129,7 @@ def test_it_is_read(name: str, example: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, tiny_tokenizer: Path) -> Path:
-    """A folder that has what the examples name."""
+    """Make a folder with the files, datasets and runs that the examples name."""
     import zstandard
 
     folder = tmp_path_factory.mktemp("examples")
@@ -155,7 +156,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, ti
 
 
 def words_of(example: str, tokenizer: Path) -> list[str]:
-    """As printed, with what `RUN` puts in place or adds; for `launch` before the `--`, without --submit."""
+    """Return the words of an example with the options of `RUN` and without --submit."""
     words = [word for word in shlex.split(example) if word != "--submit"]
     for option, value in RUN[longest(example, RUN)].items():
         value = str(tokenizer) if value == "TOKENIZER" else value
@@ -167,7 +168,7 @@ def words_of(example: str, tokenizer: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if any(runs(e) for n, e in EXAMPLES if n == name)])
-def test_it_runs(
+def test_help_examples_of_command_exit_0(
     name: str,
     place: Path,
     pool: Pool,
@@ -175,7 +176,7 @@ def test_it_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In order, for one may use what another made."""
+    """Run the examples in order, because one may use the output of another."""
     monkeypatch.chdir(place)
     for example in [example for of, example in EXAMPLES if of == name and runs(example)]:
         words = words_of(example, tiny_tokenizer)

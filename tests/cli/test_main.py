@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "megatron", "pyarrow", "matplotlib", "numpy", 
 
 
 def modules_after(*arguments: str) -> set[str]:
-    """Heavy packages that a fresh interpreter holds after `ettin ARGUMENTS`."""
+    """Return the heavy packages that a fresh interpreter has imported after `ettin ARGUMENTS`."""
     source = (
         "import sys\nfrom megatron_ettin.cli.main import main\n"
         f"try:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy():
     assert modules_after("--help") == set()
 
 
-def test_version(capsys):
+def test_version_prints_ettin_python_torch_and_megatron_core(capsys):
     assert main(["--version"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"ettin {re.escape(__version__)}(\+g[0-9a-f]{{7,}}(\.dirty)?)?", first)
@@ -52,8 +52,8 @@ def test_version_imports_nothing_heavy():
     assert modules_after("--version") == set()
 
 
-def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
-    """Of the checkout that the package lies in itself, not of one around its environment."""
+def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeypatch):
+    """The commit is that of the checkout that holds the package, not of one around its environment."""
 
     def git(*words):
         identity = ["-c", "user.name=n", "-c", "user.email=e"]
@@ -76,13 +76,13 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     assert installed.code_version() == __version__  # there is no git
 
 
-def test_python_m(tmp_path):
+def test_python_m_version_prints_ettin_version(tmp_path):
     call = [sys.executable, "-m", "megatron_ettin", "--version"]
     assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.startswith(f"ettin {__version__}")
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("inspekt", "inspect"), ("conver", "convert")])
-def test_unknown_command_suggests(typed, meant, capsys):
+def test_main_unknown_command_suggests_nearest(typed, meant, capsys):
     assert main([typed]) == 2
     error = capsys.readouterr().err
     assert f"no command {typed!r} (did you mean {meant!r}?)" in error
@@ -106,13 +106,14 @@ def test_command_help_imports_neither_torch_nor_transformers(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_unknown_option_is_a_user_error(name, capsys):
+def test_command_unknown_option_is_a_user_error(name, capsys):
     assert main([name, "--no-such-option"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ettin {name}: ") and "--help` shows the options" in line
+    assert line.startswith(f"ettin {name}: ")
+    assert "--help` shows the options" in line
 
 
-def test_output_into_a_closed_pipe_is_no_error():
+def test_main_output_into_closed_pipe_is_no_error():
     command = f"{sys.executable} -m megatron_ettin --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("0\n", "")

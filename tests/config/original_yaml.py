@@ -1,4 +1,4 @@
-"""YAML files with the keys of the original trainer's, written from numbers of its own (tests/config/test_tables.py)."""
+"""Write YAML files with the original trainer's keys from the published numbers (tests/config/test_tables.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tok(tokens: float) -> str:
 
 
 def original(size: str, objective: str, phase: str) -> dict[str, Any]:
-    """What the published file of these three names says."""
+    """Return the content of the published file of these three names."""
     causal, cross, long = objective == "clm", phase == "cross", phase != "pretrain"
     order = list(SIZE_TABLE).index(size)
     third = 3 if size == "1b" else 1

@@ -1,4 +1,4 @@
-"""Layers of pipeline stages against all ways to cut them."""
+"""Layers of pipeline stages against every possible split."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ def dearest(costs: list[float], lengths: list[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_split_is_cheaper(seed: int) -> None:
+def test_split_evenly_matches_the_best_of_all_splits(seed: int) -> None:
     drawn = random.Random(seed)
     costs = [drawn.choice([1.0, 1.0, 1.7, drawn.random(), 9.0]) for _ in range(drawn.randint(4, 12))]
     stages = drawn.randint(1, 4)
     cuts = itertools.combinations(range(1, len(costs)), stages - 1)
     every = [[b - a for a, b in itertools.pairwise([0, *cut, len(costs)])] for cut in cuts]
     found = split_evenly(costs, stages)
-    assert sum(found) == len(costs) and min(found) >= 1
+    assert sum(found) == len(costs)
+    assert min(found) >= 1
     assert dearest(costs, found) == pytest.approx(min(dearest(costs, split) for split in every))
 
 
-def test_equal_layers_are_dealt_equally() -> None:
+def test_split_evenly_equal_layers_gives_equal_stages() -> None:
     assert split_evenly([0.1] * 12, 4) == [3, 3, 3, 3]
     assert sorted(split_evenly([0.1] * 11, 4)) == [2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "hybrid"])
 @pytest.mark.parametrize("phase", ["pretrain", "extend"])
-def test_what_a_layer_costs(objective: str, phase: str) -> None:
-    """1b: 1,792 wide, gate and up 2 x 3,840, head over 50,368 words; global layers at 1, 4, 7, ..."""
+def test_layer_operations_match_hand_calculation(objective: str, phase: str) -> None:
+    """1b: hidden size 1,792, gate and up 2 x 3,840, head over 50,368 tokens; global layers at 1, 4, 7, ..."""
     costs = layer_operations(parse("1b", objective, phase))
     linear = 2 * (4 * 1792 * 1792 + 3 * 1792 * 3840)
     tokens = 1024 if phase == "pretrain" else 8192
@@ -60,6 +61,8 @@ def test_what_a_layer_costs(objective: str, phase: str) -> None:
         ("400m", "clm", "extend", [8, 8, 8, 4]),
     ],
 )
-def test_the_head_weighs_on_the_last_stage(size: str, objective: str, phase: str, layers: list[int]) -> None:
+def test_stage_layers_give_the_last_stage_fewer_for_the_head(
+    size: str, objective: str, phase: str, layers: list[int]
+) -> None:
     """The splits of docs/layouts.md."""
     assert stage_layers(parse(size, objective, phase, words=["parallel.pp=4"])) == layers

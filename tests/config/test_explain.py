@@ -18,7 +18,7 @@ THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "c
 
 
 @pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
-def test_no_unexplained_difference(size: str, objective: str, phase: str) -> None:
+def test_differences_every_combination_has_a_reason(size: str, objective: str, phase: str) -> None:
     found = differences(parse(size, objective, phase), {})
     assert [one.key for one in found if not one.why] == []
     keys = {one.key for one in found}
@@ -28,7 +28,7 @@ def test_no_unexplained_difference(size: str, objective: str, phase: str) -> Non
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_somebody_set_is_said_to_be_set(objective: str, capsys) -> None:
+def test_explain_key_set_by_user_names_the_override(objective: str, capsys) -> None:
     words = ["optim.lr=1e-3", "data.seq_len=512", "batch.global_batch_rows=64"]
     assert (
         main(["train", "--size", "17m", "--objective", objective, "--phase", "decay", "--explain", "--json", *words])
@@ -38,10 +38,11 @@ def test_what_somebody_set_is_said_to_be_set(objective: str, capsys) -> None:
     why = {one["key"]: one["why"] for one in told["keys"]}
     assert why["optim.lr"] == "set by `optim.lr=1e-3`"
     assert why["optim.max_lr"] == "set by optim.lr, which it follows (`optim.lr=1e-3`)"
-    assert why["data.seq_len"] == "set by `data.seq_len=512`" and len(told["always"]) > 4
+    assert why["data.seq_len"] == "set by `data.seq_len=512`"
+    assert len(told["always"]) > 4
 
 
-def test_explained_to_people(capsys, tmp_path) -> None:
+def test_explain_text_shows_differences_and_reasons(capsys, tmp_path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("model: {attention_output_dropout: 0}\n")
     assert (
@@ -51,13 +52,14 @@ def test_explained_to_people(capsys, tmp_path) -> None:
     out = capsys.readouterr().out
     assert "model.local_rope_theta: 160000.0 (original: 10000.0)\n    one base for both objectives" in out
     assert f"model.attention_output_dropout: 0.0 (original: 0.1)\n    set by {site}" in out
-    assert "NO REASON" not in out and "what no key reproduces:\n  masks:" in out
+    assert "NO REASON" not in out
+    assert "what no key reproduces:\n  masks:" in out
     words = ["--recipe", "original"]
     assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 0
     assert "recipe original: 0 keys differ" in capsys.readouterr().out
 
 
-def test_the_original_recipe() -> None:
+def test_original_recipe_has_published_values() -> None:
     config = recipe("150m", "clm", "pretrain", name="original")
     assert (config.data.batching, config.data.seq_len, config.batch.global_batch_rows) == ("padded", 1024, 4608)
     assert (config.batch.warmup_tokens, config.batch.loss_normalization) == (0, "microbatch")
@@ -69,7 +71,7 @@ def test_the_original_recipe() -> None:
     assert recipe("17m", "clm", "cross", name="original").run.objective == "clm"
 
 
-def test_the_published_number_of_steps(capsys) -> None:
+def test_dry_run_original_recipe_gives_published_step_count(capsys) -> None:
     words = [
         "train",
         "--size",
@@ -97,6 +99,6 @@ def test_the_published_number_of_steps(capsys) -> None:
         (["model.output_bias_init=ones"], "model.output_bias_init: 'ones' does not exist"),
     ],
 )
-def test_refusals(words: list[str], said: str, capsys) -> None:
+def test_explain_bad_recipe_or_value_is_refused(words: list[str], said: str, capsys) -> None:
     assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 2
     assert said in capsys.readouterr().err

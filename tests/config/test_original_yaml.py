@@ -1,4 +1,4 @@
-"""A YAML of the original trainer: every key is taken over, left aside with a reason, or refused."""
+"""A YAML file of the original trainer: each key is read, ignored with a reason, or refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ NAMES = {"size": None, "objective": None, "phase": None}
 
 
 @pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
-def test_the_48(size: str, objective: str, phase: str, tmp_path: Path) -> None:
-    """Each is the run that `recipe: original` makes of its three names, which it brings itself."""
+def test_original_yaml_equals_the_original_recipe_of_its_names(
+    size: str, objective: str, phase: str, tmp_path: Path
+) -> None:
+    """The file gives the same config as `recipe: original` with the three names that the file contains."""
     path = write(tmp_path / "original.yaml", original(size, objective, phase))
     found = names_of(read_site(path), path, NAMES)
     assert found == {
@@ -41,20 +43,22 @@ def run(path: Path, capsys, *words: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def test_through_the_command(tmp_path: Path, capsys) -> None:
+def test_train_with_original_yaml_reports_steps_and_unused_keys(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "original.yaml", original("150m", "clm", "pretrain"))
     status, out, err = run(path, capsys, "--dry-run", "--json", "optim.lr=1e-3")
     assert status == 0, err
     told = json.loads(out)
-    assert told["steps"] == 599_525 and told["config"]["optim"]["lr"] == 1e-3
+    assert told["steps"] == 599_525
+    assert told["config"]["optim"]["lr"] == 1e-3
     assert "left aside (a run reads data.mixture): data_local" in err
     assert "has no model.model_config.local_attn_rotary_emb_base: local layers have the global rotary base" in err
     status, out, _ = run(path, capsys, "--explain")
-    assert status == 0 and "0 keys differ" in out
+    assert status == 0
+    assert "0 keys differ" in out
 
 
 def changed(change: dict[str, Any]) -> dict[str, Any]:
-    """An encoder's file with dotted keys replaced, or taken out where the value is None."""
+    """Return an encoder's file with dotted keys replaced, or removed where the value is None."""
     content = original("17m", "mlm", "pretrain")
     for key, value in change.items():
         *parents, last = key.split(".")
@@ -84,7 +88,9 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
         ({"model.model_config.num_hidden_layers": 9}, "model.num_layers", 9),
     ],
 )
-def test_what_is_taken_over(change: dict[str, Any], key: str, value: Any, tmp_path: Path) -> None:
+def test_original_yaml_changed_key_sets_its_counterpart(
+    change: dict[str, Any], key: str, value: Any, tmp_path: Path
+) -> None:
     path = write(tmp_path / "original.yaml", changed(change))
     group, name = key.split(".")
     assert getattr(getattr(parse("17m", "mlm", "pretrain", path), group), name) == pytest.approx(value)
@@ -128,18 +134,22 @@ def test_what_is_taken_over(change: dict[str, Any], key: str, value: Any, tmp_pa
         ({"model.model_config.num_hidden_layers": 9}, "--size: is missing (its shape is none of the published ones)"),
     ],
 )
-def test_refusals(change: dict[str, Any], said: str, tmp_path: Path, capsys) -> None:
+def test_original_yaml_unsupported_value_is_refused_in_one_line(
+    change: dict[str, Any], said: str, tmp_path: Path, capsys
+) -> None:
     path = write(tmp_path / "original.yaml", changed(change))
     status, _, err = run(path, capsys, "--dry-run")
-    assert status == 2 and said in err.splitlines()[-1], err
+    assert status == 2, err
+    assert said in err.splitlines()[-1], err
     assert len(err.splitlines()) == 1
 
 
-def test_names_that_contradict_the_file(tmp_path: Path, capsys) -> None:
+def test_train_names_contradicting_the_original_yaml_are_refused(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "original.yaml", original("17m", "mlm", "pretrain"))
     for words, said in ((["--size", "1b"], f"--size 1b: {path} is of 17m"), (["--objective", "clm"], "is of mlm")):
         status, _, err = run(path, capsys, "--dry-run", *words)
-        assert status == 2 and said in err
+        assert status == 2
+        assert said in err
     assert run(path, capsys, "--dry-run", "--phase", "extend")[0] == 0
     assert main(["train", "--size", "17m", "--phase", "extend", "--dry-run"]) == 2
     assert "--objective: is missing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Precedence, typing, and refusals in one line that name the culprit and what is allowed."""
+"""Precedence, typing, and one-line refusals that name the key and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 
 
-def test_precedence(tmp_path: Path) -> None:
+def test_parse_overrides_win_over_yaml_and_yaml_over_recipe(tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("optim: {lr: 1e-3, eps: 1e-8}\nparallel: {tp: 2}\n")
     config = parse("150m", "mlm", "pretrain", site, ["optim.lr=2e-3"])
@@ -37,23 +37,23 @@ def test_precedence(tmp_path: Path) -> None:
         (12, 12),
     ],
 )
-def test_counts(text: str | int, count: int) -> None:
+def test_parse_count_reads_suffixes_and_plain_numbers(text: str | int, count: int) -> None:
     assert parse_count(text, "run.tokens") == count
     assert parse("17m", "mlm", "pretrain", words=[f"run.tokens={text}", "schedule.warmup_tokens=0"]).run.tokens == count
 
 
-def test_formatted_counts_read_back() -> None:
+def test_format_count_writes_the_short_suffix() -> None:
     assert [format_count(n) for n in (1.7e12, 250e9, 16.9e6, 512)] == ["1.7T", "250B", "16.9M", "512"]
 
 
-def test_what_follows_another_key() -> None:
+def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
     config = parse("17m", "clm", "decay", words=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
     assert config.optim.max_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
     assert config.model.max_position_embeddings == 256
     assert config.batch.micro_batch_rows == 4
 
 
-def test_yaml_round_trip(tmp_path: Path) -> None:
+def test_to_yaml_round_trip_gives_the_same_config(tmp_path: Path) -> None:
     config = parse("1b", "clm", "extend", words=["data.mixture=[{path: a, weight: 2}, {path: b, weight: 1}]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert from_yaml(tmp_path / "config.yaml") == config
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refusals(words: str) -> None:
+def test_parse_bad_override_is_refused_in_one_line(words: str) -> None:
     with pytest.raises(UserError, match=re.escape(REFUSED[words])) as caught:
         parse("1b", "mlm", "pretrain", words=words.split())
     assert "\n" not in str(caught.value)
@@ -119,12 +119,12 @@ def test_refusals(words: str) -> None:
         ("17m", "mlm", "pretraining", "did you mean 'pretrain'?"),
     ],
 )
-def test_names(size: str, objective: str, phase: str, message: str) -> None:
+def test_parse_misspelled_name_suggests_the_right_one(size: str, objective: str, phase: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         parse(size, objective, phase)
 
 
-def test_site_file_errors(tmp_path: Path) -> None:
+def test_parse_unreadable_user_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         parse("17m", "mlm", "pretrain", tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("optim: {lr: 1\n")
@@ -132,12 +132,13 @@ def test_site_file_errors(tmp_path: Path) -> None:
         parse("17m", "mlm", "pretrain", tmp_path / "bad.yaml")
 
 
-def test_layout_checks() -> None:
+def test_check_layout_gives_dp_or_names_the_conflict() -> None:
     config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=2", "batch.micro_batch_rows=16"])
     assert check_layout(config, 16) == 4
     with pytest.raises(UserError, match="= 4 does not divide 6 ranks"):
         check_layout(config, 6)
-    assert check_layout(config, 20) == 5 and empty_rows(config, 5) == 36 * 5 * 16 - 2816
+    assert check_layout(config, 20) == 5
+    assert empty_rows(config, 5) == 36 * 5 * 16 - 2816
     interleaved = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vp=7", "batch.global_batch_rows=16"])
     with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
         check_layout(interleaved, 4)
@@ -153,11 +154,11 @@ def test_layout_checks() -> None:
         ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4]),
     ],
 )
-def test_uneven_pipeline_splits(size: str, words: str, layers: list[int]) -> None:
+def test_stage_layers_split_unevenly_over_stages(size: str, words: str, layers: list[int]) -> None:
     assert stage_layers(parse(size, "mlm", "pretrain", words=words.split())) == layers
 
 
-def test_operations_keys_are_no_science() -> None:
+def test_science_keys_ignore_operations_keys() -> None:
     """Layout, micro-batch, precision and sinks may change at any resume; the rest is fingerprinted."""
     base = science_keys(parse("17m", "mlm", "pretrain"))
     operations = (
@@ -174,7 +175,7 @@ def test_operations_keys_are_no_science() -> None:
         assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word
 
 
-def test_settings_of_one_phase(tmp_path: Path) -> None:
+def test_parse_phase_settings_apply_to_that_phase_only(tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(
         "recipe: original\noptim: {lr: 1e-3}\nphases:\n  extend: {optim: {lr: 2e-3}, data: {mixture: long}}\n"
@@ -184,7 +185,8 @@ def test_settings_of_one_phase(tmp_path: Path) -> None:
     assert [c.optim.lr for c in (pretrain, extend, decay)] == [1e-3, 2e-3, 4e-3]
     assert [c.optim.eps for c in (pretrain, extend, decay)] == [1e-7, 1e-8, 1e-7]
     assert [c.data.mixture for c in (pretrain, extend, decay)] == [None, "long", None]
-    assert pretrain.run.recipe == "original" and pretrain.data.batching == "padded"
+    assert pretrain.run.recipe == "original"
+    assert pretrain.data.batching == "padded"
 
 
 @pytest.mark.parametrize(
@@ -200,8 +202,10 @@ def test_settings_of_one_phase(tmp_path: Path) -> None:
         ("", ["decay.optim.lrr=1"], "unknown key 'optim.lrr'"),
     ],
 )
-def test_mistakes_in_settings_of_other_phases(text: str, words: list[str], said: str, tmp_path: Path) -> None:
-    """They are told by the first phase already."""
+def test_parse_mistake_in_other_phase_settings_is_refused(
+    text: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    """Refuse mistakes in the settings of a later phase when the first phase is parsed."""
     site = tmp_path / "site.yaml"
     site.write_text(text)
     with pytest.raises(UserError, match=re.escape(said)):

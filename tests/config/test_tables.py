@@ -32,7 +32,7 @@ MICRO = {  # padded micro-batches by phase
 
 
 @pytest.mark.parametrize("size", SIZE_TABLE)
-def test_size(size: str) -> None:
+def test_size_has_its_published_shape_and_parameter_count(size: str) -> None:
     layers, hidden, ffn, heads, parameters, degrees = SIZE_TABLE[size]
     shape = SIZES[size]
     assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads) == (
@@ -49,8 +49,8 @@ def test_size(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_48_configurations(size: str, objective: str, phase: str) -> None:
-    """Each resolves as published, with the original's padded sequences."""
+def test_parse_every_combination_has_published_values(size: str, objective: str, phase: str) -> None:
+    """Every combination has its published values, with the original's padded sequences."""
     config = parse(size, objective, phase, words=["data.batching=padded"])
     third = size == "1b"
     final = phase in ("decay", "cross")
@@ -75,7 +75,7 @@ def test_the_48_configurations(size: str, objective: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_schedules(size: str) -> None:
+def test_recipe_schedules_match_the_published_phases(size: str) -> None:
     third = size == "1b"
     pretrain, extend, decay, cross = (recipe(size, "mlm", phase) for phase in PHASES)
     assert (pretrain.schedule.name, pretrain.schedule.warmup_tokens, pretrain.schedule.decay_tokens) == (
@@ -91,7 +91,7 @@ def test_schedules(size: str) -> None:
     assert cross.schedule.decay_tokens == (3_333_000_000 if third else 10e9)
 
 
-def test_local_thetas_as_run() -> None:
+def test_original_local_theta_matches_the_published_runs() -> None:
     assert ORIGINAL_LOCAL_THETA["extend", "mlm"]["17m"] == ORIGINAL_LOCAL_THETA["extend", "clm"]["17m"] == 10_000
     reset = [size for size, theta in ORIGINAL_LOCAL_THETA["decay", "clm"].items() if theta == 10_000]
     assert reset == ["17m", "32m", "68m", "400m"]
@@ -100,11 +100,13 @@ def test_local_thetas_as_run() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_pair_is_a_pair(size: str, phase: str) -> None:
+def test_recipe_encoder_and_decoder_share_model_optimizer_and_batch(size: str, phase: str) -> None:
     """Packed defaults: the same tokens a step as published (2.84M at 1,024), encoder and decoder alike."""
     encoder, decoder = recipe(size, "mlm", phase), recipe(size, "clm", phase)
     assert encoder.model == decoder.model
-    assert encoder.optim == decoder.optim and encoder.schedule == decoder.schedule and encoder.batch == decoder.batch
+    assert encoder.optim == decoder.optim
+    assert encoder.schedule == decoder.schedule
+    assert encoder.batch == decoder.batch
     assert (encoder.data.seq_len, encoder.batch.global_batch_rows) == (
         (1024, 2816) if phase == "pretrain" else (8192, 1024)
     )
@@ -122,7 +124,7 @@ def brute_force_pairs(n: int, causal: bool, window: int | None) -> int:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("n", [1, 5, 6, 64, 65, 130])
-def test_attended_pairs(n: int, causal: bool, window: int | None) -> None:
+def test_attended_pairs_match_brute_force(n: int, causal: bool, window: int | None) -> None:
     assert attended_pairs(n, causal, window) == brute_force_pairs(n, causal, window)
 
 
@@ -130,15 +132,15 @@ def test_attended_pairs(n: int, causal: bool, window: int | None) -> None:
     ("size", "context", "causal", "gigaflops"),
     [("1b", 1024, False, 6.07), ("1b", 8192, False, 7.61), ("1b", 1024, True, 6.32), ("1b", 8192, True, 7.09)],
 )
-def test_flops_per_token(size: str, context: int, causal: bool, gigaflops: float) -> None:
-    """The figures of the arithmetic's limit, encoder with labels at 30 % of positions."""
+def test_flops_per_token_match_the_published_figures(size: str, context: int, causal: bool, gigaflops: float) -> None:
+    """Match the published figures, for an encoder with labels at 30 % of positions."""
     found = flops_per_token(SIZES[size], VOCABULARY, context, causal, 64, 1.0 if causal else 0.3)
     assert found / 1e9 == pytest.approx(gigaflops, rel=0.005)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_flops_of_the_linears(size: str) -> None:
-    """Without attention and head: 6 operations a parameter of the layers' matrices."""
+def test_flops_per_token_of_one_token_match_the_linear_layers(size: str) -> None:
+    """Count 6 operations per parameter of the layers' matrices, plus attention to one key; no head."""
     shape = SIZES[size]
     short = flops_per_token(shape, VOCABULARY, 1, True, 64, 0.0)
     attention = 12 * shape.hidden_size * shape.num_layers

@@ -15,7 +15,7 @@ OTHER = {"mlm": "clm", "clm": "mlm"}
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("way", ["from-hf", "to-hf"])
-def test_to_the_other_objective_and_back(tmp_path, capsys, objective, way):
+def test_convert_to_other_objective_and_back_keeps_bits(tmp_path, capsys, objective, way):
     theirs = make_folder(tmp_path / "theirs", objective)
     options = {way: ["--objective", OTHER[objective]]}
     assert command(capsys, "from-hf", theirs, tmp_path / "checkpoint", *options.get("from-hf", []))[0] == 0
@@ -25,7 +25,8 @@ def test_to_the_other_objective_and_back(tmp_path, capsys, objective, way):
     status, out, err = command(capsys, *words)
     assert status == 0, err
     told = json.loads(out)
-    assert told["objective"] == OTHER[objective] and told["parity"]["max_abs_logit_difference"] < 1e-4
+    assert told["objective"] == OTHER[objective]
+    assert told["parity"]["max_abs_logit_difference"] < 1e-4
     check_names(tensors(theirs), tensors(tmp_path / "other"), objective)
     assert load(tmp_path / "other", OTHER[objective]).config.sliding_window == 8
     assert command(capsys, "from-hf", tmp_path / "other", tmp_path / "back", "--objective", objective)[0] == 0
@@ -34,7 +35,7 @@ def test_to_the_other_objective_and_back(tmp_path, capsys, objective, way):
 
 
 def check_names(theirs: dict[str, torch.Tensor], other: dict[str, torch.Tensor], objective: str) -> None:
-    """Written out by hand from the names of both classes: fused q, k and v, and the name of the head."""
+    """Compare by the names of both classes, written out by hand: fused q, k and v, and the name of the head."""
     encoder, decoder = (theirs, other) if objective == "mlm" else (other, theirs)
     for i in range(4):
         fused = encoder.pop(f"model.layers.{i}.attn.Wqkv.weight")
@@ -45,7 +46,7 @@ def check_names(theirs: dict[str, torch.Tensor], other: dict[str, torch.Tensor],
     assert same_bits(encoder, decoder)
 
 
-def test_the_card_says_what_it_is(tmp_path, capsys):
+def test_to_hf_card_of_decoder_made_encoder_says_so(tmp_path, capsys):
     """A decoder made an encoder predicts one position early until it is trained on."""
     make_folder(tmp_path / "theirs", "clm")
     command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "checkpoint")
@@ -57,7 +58,7 @@ def test_the_card_says_what_it_is(tmp_path, capsys):
         assert ("masked next-token prediction" in card) == (said is not None)
 
 
-def test_an_objective_that_does_not_exist(tmp_path, capsys):
+def test_convert_unknown_objective_is_refused(tmp_path, capsys):
     make_folder(tmp_path / "theirs", "clm")
     for way, source in (("from-hf", "theirs"), ("to-hf", "checkpoint")):
         status, _, err = command(capsys, way, tmp_path / source, tmp_path / "out", "--objective", "sft")

@@ -43,12 +43,16 @@ def reshard(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> No
 
 
 def assert_same(theirs: Path, again: Path, what: str) -> None:
-    """Tensor by tensor: two of these models at once are half of the memory."""
+    """Compare tensor by tensor, because two of these models at once take half of the memory."""
     with safe_open(theirs / "model.safetensors", "pt") as a, safe_open(again / "model.safetensors", "pt") as b:
         assert set(a.keys()) == set(b.keys())
         for name in a.keys():  # noqa: SIM118
             left, right = a.get_tensor(name), b.get_tensor(name)
-            assert left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8)), (
+            assert left.dtype == right.dtype, (
+                name,
+                what,
+            )
+            assert torch.equal(left.view(torch.uint8), right.view(torch.uint8)), (
                 name,
                 what,
             )
@@ -57,7 +61,7 @@ def assert_same(theirs: Path, again: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "precision"), [("mlm", "fp32"), ("clm", "bf16"), ("mlm", "bf16"), ("clm", "fp32")]
 )
-def test_bits_survive(tmp_path: Path, objective: str, precision: str) -> None:
+def test_convert_full_1b_through_one_and_four_ranks_keeps_bits(tmp_path: Path, objective: str, precision: str) -> None:
     name, dtype = DTYPES[precision]
     theirs = make_folder(tmp_path / "theirs", objective, shape(), dtype)
     from_hf(theirs, tmp_path / "imported")

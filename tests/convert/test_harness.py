@@ -59,7 +59,7 @@ class LocalSTS(AbsTaskSTS):
         ([], "--data: name a dataset, or --harness"),
     ],
 )
-def test_refusals(words: list[str], said: str, tmp_path: Path, capsys) -> None:
+def test_eval_harness_bad_options_are_refused(words: list[str], said: str, tmp_path: Path, capsys) -> None:
     assert main(["eval", str(tmp_path), *words]) == 2
     assert said in capsys.readouterr().err
 
@@ -73,7 +73,7 @@ def evaluated(folder: Path, *words: str) -> dict:
 
 
 @pytest.mark.skipif(not PYTHON, reason="ETTIN_HARNESS names no python with lm-eval and mteb")
-def test_both_harnesses(tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_eval_harness_lm_and_mteb_return_scores(tiny_tokenizer: Path, tmp_path: Path) -> None:
     examples = [
         {"text": text, "choices": [" word", " layer", " batch", " context"], "answer": seed % 4}
         for seed, text in enumerate(sentences(seed, 2) for seed in range(24))

@@ -33,7 +33,7 @@ def written(tmp_path, objective, model=MODEL, drop=(), **changes):
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("drop", [(), OLD_KEYS, NEW_KEYS], ids=["both", "5.x only", "4.x only"])
-def test_either_generation_reads_back_the_same(tmp_path, objective, drop):
+def test_hf_config_with_keys_of_4x_or_5x_reads_back_the_same(tmp_path, objective, drop):
     window = {"mlm": 32, "clm": 64}[objective]
     model = dataclasses.replace(MODEL, encoder_window=window, decoder_window_keys=window)
     parsed = from_hf_config(written(tmp_path, objective, model, drop))
@@ -41,7 +41,7 @@ def test_either_generation_reads_back_the_same(tmp_path, objective, drop):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_installed_transformers_understands_it(tmp_path, objective):
+def test_to_hf_config_is_read_by_installed_transformers(tmp_path, objective):
     model = dataclasses.replace(MODEL, encoder_window=32, decoder_window_keys=65)
     written(tmp_path, objective, model)
     config = classes(objective)[0].from_pretrained(tmp_path)
@@ -52,7 +52,7 @@ def test_installed_transformers_understands_it(tmp_path, objective):
     assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (50_283, 50_282, 7999)
 
 
-def test_decoder_window_of_the_original_trainer_is_said(tmp_path):
+def test_hf_config_decoder_window_of_original_trainer_is_kept(tmp_path):
     path = written(tmp_path, "clm", dataclasses.replace(MODEL, decoder_window_keys=65))
     config = json.loads(path.read_text())
     assert (config["local_attention"], config["sliding_window"]) == (130, 65)
@@ -65,16 +65,18 @@ def test_decoder_window_of_the_original_trainer_is_said(tmp_path):
     ("objective", "version", "local"),
     [("mlm", "4.48.0", 1e4), ("clm", "4.56.0", 1.6e5), ("clm", "5.1.0", 1e4), ("clm", None, 1.6e5)],
 )
-def test_missing_thetas_are_the_writers_defaults_and_told(tmp_path, objective, version, local):
+def test_from_hf_config_missing_thetas_take_writers_defaults_and_note(tmp_path, objective, version, local):
     drop = (*OLD_KEYS[:2], "rope_parameters")
     parsed = from_hf_config(written(tmp_path, objective, drop=drop, transformers_version=version))
     assert (parsed.model.global_rope_theta, parsed.model.local_rope_theta) == (160_000, local)
-    assert len(parsed.notes) == 2 and f"assumed {local:g}" in parsed.notes[1]
+    assert len(parsed.notes) == 2
+    assert f"assumed {local:g}" in parsed.notes[1]
 
 
-def test_null_local_theta_means_the_global_one(tmp_path):
+def test_from_hf_config_null_local_theta_takes_global_theta(tmp_path):
     parsed = from_hf_config(written(tmp_path, "mlm", drop=("rope_parameters",), local_rope_theta=None))
-    assert parsed.model.local_rope_theta == 160_000 and parsed.notes == ()
+    assert parsed.model.local_rope_theta == 160_000
+    assert parsed.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -96,25 +98,26 @@ def test_null_local_theta_means_the_global_one(tmp_path):
         ({"hidden_size": "wide"}, "wide"),
     ],
 )
-def test_what_is_no_model_of_ours_is_refused(tmp_path, changes, said):
+def test_from_hf_config_unsupported_model_is_refused(tmp_path, changes, said):
     with pytest.raises(UserError, match=f".*{said}") as caught:
         from_hf_config(written(tmp_path, "mlm", **changes))
-    assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\0"])
-def test_broken_config_is_refused_by_name(tmp_path, text):
+def test_from_hf_config_malformed_json_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         from_hf_config(tmp_path / "config.json")
 
 
-def test_missing_shape_is_named(tmp_path):
+def test_from_hf_config_missing_hidden_size_is_named(tmp_path):
     with pytest.raises(UserError, match="has no hidden_size"):
         from_hf_config(written(tmp_path, "mlm", drop=("hidden_size",)))
 
 
-def test_readers_are_warned_of_transformers_4_decoders():
+def test_reader_notes_decoder_with_local_theta_names_transformers_4():
     assert "transformers 4" in reader_notes(MODEL, "clm")[0]
     assert reader_notes(MODEL, "mlm") == []
     assert reader_notes(dataclasses.replace(MODEL, local_rope_theta=160_000.0), "clm") == []

@@ -82,7 +82,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("size", "objective", "precision"), cases())
-def test_bits_survive_training_layouts(
+def test_convert_trained_on_one_and_four_ranks_keeps_bits(
     pool: Pool, odd_corpus: Path, tmp_path: Path, size: str, objective: str, precision: str
 ) -> None:
     shape = shape_of(size)

@@ -42,7 +42,9 @@ def checkpoint(sources, tmp_path):
 def refused(capsys, tmp_path, way, source, said):
     before = sorted(path.name for path in tmp_path.iterdir())
     status, out, err = command(capsys, way, source, tmp_path / "out")
-    assert status == 2 and out == "" and err.startswith("ettin convert: ")
+    assert status == 2
+    assert out == ""
+    assert err.startswith("ettin convert: ")
     assert said in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -64,36 +66,36 @@ def rewrite(folder, change):
     return file
 
 
-def test_other_architecture(theirs, tmp_path, capsys):
+def test_from_hf_other_architecture_is_refused(theirs, tmp_path, capsys):
     edit_config(theirs, architectures=["BertForMaskedLM"], model_type="bert")
     refused(capsys, tmp_path, "from-hf", theirs, "BertForMaskedLM")
 
 
-def test_missing_shard(theirs, tmp_path, capsys):
+def test_from_hf_missing_shard_is_named(theirs, tmp_path, capsys):
     name = sorted(theirs.glob("model-*.safetensors"))[1]
     name.unlink()
     refused(capsys, tmp_path, "from-hf", theirs, f"{name.name}: missing")
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 4, 100, -1])
-def test_truncated_shard(theirs, tmp_path, capsys, keep_bytes):
+def test_from_hf_truncated_shard_is_named(theirs, tmp_path, capsys, keep_bytes):
     file = sorted(theirs.glob("model-*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:keep_bytes])
     refused(capsys, tmp_path, "from-hf", theirs, f"{file.name}: truncated")
 
 
-def test_header_that_claims_too_much(theirs, tmp_path, capsys):
+def test_from_hf_shard_header_longer_than_file_is_refused(theirs, tmp_path, capsys):
     file = sorted(theirs.glob("model-*.safetensors"))[0]
     file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
     refused(capsys, tmp_path, "from-hf", theirs, f"{file.name}: truncated")
 
 
-def test_vocabulary_mismatch(theirs, tmp_path, capsys):
+def test_from_hf_vocab_size_mismatch_is_refused(theirs, tmp_path, capsys):
     edit_config(theirs, vocab_size=400)
     refused(capsys, tmp_path, "from-hf", theirs, "the vocabulary of config.json asks for (400, 64)")
 
 
-def test_tokenizer_larger_than_the_vocabulary(sources, theirs, tmp_path, capsys, tiny_tokenizer):
+def test_from_hf_tokenizer_too_large_or_unreadable_is_refused(sources, theirs, tmp_path, capsys, tiny_tokenizer):
     shutil.copytree(tiny_tokenizer, theirs, dirs_exist_ok=True)
     record = json.loads((theirs / "tokenizer.json").read_text())
     record["added_tokens"].append(record["added_tokens"][0] | {"id": 320, "content": "[EXTRA]"})
@@ -103,19 +105,19 @@ def test_tokenizer_larger_than_the_vocabulary(sources, theirs, tmp_path, capsys,
     refused(capsys, tmp_path, "from-hf", theirs, "tokenizer.json: unreadable")
 
 
-def test_shape_mismatch(theirs, tmp_path, capsys):
+def test_from_hf_tensor_shape_mismatch_is_refused(theirs, tmp_path, capsys):
     edit_config(theirs, intermediate_size=128)
     refused(capsys, tmp_path, "from-hf", theirs, "mlp.Wi.weight is (192, 64), but config.json asks for (256, 64)")
 
 
-def test_missing_and_unknown_tensors(theirs, tmp_path, capsys):
+def test_from_hf_missing_or_unknown_tensor_is_named(theirs, tmp_path, capsys):
     rewrite(theirs, lambda held: held.pop("head.norm.weight"))
     refused(capsys, tmp_path, "from-hf", theirs, "lacks head.norm.weight")
     rewrite(theirs, lambda held: held.update({"head.norm.weight": torch.ones(64), "classifier.weight": torch.ones(2)}))
     refused(capsys, tmp_path, "from-hf", theirs, "holds classifier.weight")
 
 
-def test_index_names_a_tensor_that_is_elsewhere(theirs, tmp_path, capsys):
+def test_from_hf_wrong_shard_index_is_refused(theirs, tmp_path, capsys):
     path = theirs / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -129,30 +131,30 @@ def test_index_names_a_tensor_that_is_elsewhere(theirs, tmp_path, capsys):
     refused(capsys, tmp_path, "from-hf", theirs, "index.json: unreadable")
 
 
-def test_untied_output(theirs, tmp_path, capsys):
+def test_from_hf_untied_output_weight_is_refused(theirs, tmp_path, capsys):
     rewrite(theirs, lambda held: held.update({"decoder.weight": torch.ones(320, 64)}))
     refused(capsys, tmp_path, "from-hf", theirs, "decoder.weight differs from the embedding")
 
 
-def test_whole_number_weights(theirs, tmp_path, capsys):
+def test_from_hf_integer_weights_are_refused(theirs, tmp_path, capsys):
     rewrite(theirs, lambda held: held.update({"head.norm.weight": torch.ones(64, dtype=torch.int32)}))
     refused(capsys, tmp_path, "from-hf", theirs, "head.norm.weight is I32")
 
 
-def test_pickled_weights(theirs, tmp_path, capsys):
+def test_from_hf_pickled_weights_are_refused(theirs, tmp_path, capsys):
     for file in theirs.glob("*.safetensors*"):
         file.unlink()
     torch.save({}, theirs / "pytorch_model.bin")
     refused(capsys, tmp_path, "from-hf", theirs, "pytorch_model.bin is a pickle")
 
 
-def test_no_such_folder(tmp_path, capsys):
+def test_convert_source_missing_or_no_checkpoint_is_refused(tmp_path, capsys):
     refused(capsys, tmp_path, "from-hf", tmp_path / "nowhere", "no such folder")
     refused(capsys, tmp_path, "to-hf", tmp_path / "nowhere", "no such folder")
     refused(capsys, tmp_path, "to-hf", tmp_path, "neither a checkpoint")
 
 
-def test_output_not_empty(sources, tmp_path, capsys):
+def test_convert_output_not_empty_is_refused_and_kept(sources, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for way, source in (("to-hf", sources / "checkpoint"), ("from-hf", sources / "theirs")):
@@ -160,7 +162,7 @@ def test_output_not_empty(sources, tmp_path, capsys):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_empty_output_folder_is_used(sources, tmp_path, capsys):
+def test_convert_empty_output_folder_is_used(sources, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert command(capsys, "to-hf", sources / "checkpoint", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "config.json").is_file()
@@ -170,7 +172,7 @@ def test_empty_output_folder_is_used(sources, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "common.pt", "config.yaml", "progress.json"])
-def test_damaged_checkpoint(checkpoint, tmp_path, capsys, name):
+def test_to_hf_damaged_checkpoint_file_is_named(checkpoint, tmp_path, capsys, name):
     file = checkpoint / name
     whole = file.read_bytes()
     flipped = bytearray(whole)
@@ -183,7 +185,7 @@ def test_damaged_checkpoint(checkpoint, tmp_path, capsys, name):
     refused(capsys, tmp_path, "to-hf", checkpoint, f"{name}: missing")
 
 
-def test_checkpoint_that_is_not_what_its_config_says(checkpoint, tmp_path, capsys):
+def test_to_hf_checkpoint_unlike_its_config_is_refused(checkpoint, tmp_path, capsys):
     path = checkpoint / "config.yaml"
     text = path.read_text()
     for old, new, said in (
@@ -199,7 +201,7 @@ def test_checkpoint_that_is_not_what_its_config_says(checkpoint, tmp_path, capsy
         refused(capsys, tmp_path, "to-hf", checkpoint, said)
 
 
-def test_padded_vocabulary_is_stripped(sources, tmp_path):
+def test_to_hf_padded_vocabulary_is_stripped(sources, tmp_path):
     """Tensor parallelism of degree 3 rounds 320 rows up to 321; what the padding holds must not travel."""
     reader = CheckpointReader(sources / "checkpoint")
     padded = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118
@@ -214,7 +216,7 @@ def test_padded_vocabulary_is_stripped(sources, tmp_path):
     assert same_bits(tensors(sources / "whole"), tensors(tmp_path / "out"))
 
 
-def test_arguments(sources, tmp_path, capsys):
+def test_convert_bad_arguments_exit_2_and_write_nothing(sources, tmp_path, capsys):
     checkpoint = sources / "checkpoint"
     for words in ([], ["to-hf"], ["to-hf", checkpoint, tmp_path / "out", "--dtype", "float8"]):
         assert command(capsys, *words)[0] == 2

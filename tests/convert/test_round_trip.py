@@ -26,7 +26,7 @@ def imported(tmp_path, objective, **keywords):
 
 
 @BOTH
-def test_bits_and_logits_survive(tmp_path, capsys, objective):
+def test_round_trip_keeps_bits_and_logits(tmp_path, capsys, objective):
     theirs = make_folder(tmp_path / "theirs", objective)
     assert command(capsys, "from-hf", theirs, tmp_path / "checkpoint")[0] == 0
     status, out, _ = command(capsys, "to-hf", tmp_path / "checkpoint", tmp_path / "again", "--verify", "--json")
@@ -35,7 +35,9 @@ def test_bits_and_logits_survive(tmp_path, capsys, objective):
     assert torch.equal(logits(load(theirs, objective)), logits(load(tmp_path / "again", objective)))
     parity = json.loads(out)["parity"]
     assert parity == json.loads((tmp_path / "again" / "parity.json").read_text())
-    assert parity["tensors_identical"] and parity["argmax_equal"] and 0 < parity["max_abs_logit_difference"] < 1e-4
+    assert parity["tensors_identical"]
+    assert parity["argmax_equal"]
+    assert 0 < parity["max_abs_logit_difference"] < 1e-4
     assert parity["tokens"] > 2 * 16
     back = from_hf(tmp_path / "again", tmp_path / "checkpoint2")
     assert back["objective"] == objective
@@ -45,7 +47,7 @@ def test_bits_and_logits_survive(tmp_path, capsys, objective):
 
 
 @BOTH
-def test_published_shape(tmp_path, objective):
+def test_round_trip_of_17m_shape_keeps_bits_and_logits(tmp_path, objective):
     theirs, checkpoint = imported(tmp_path, objective, shape=SHAPE_17M)
     result = to_hf(checkpoint, tmp_path / "again")
     assert result["files"] == ["model.safetensors"]
@@ -56,7 +58,7 @@ def test_published_shape(tmp_path, objective):
 
 
 @BOTH
-def test_shards_hold_the_same(tmp_path, objective):
+def test_round_trip_with_shards_keeps_bits_and_logits(tmp_path, objective):
     theirs, checkpoint = imported(tmp_path, objective)
     result = to_hf(checkpoint, tmp_path / "again", max_shard_bytes=50_000)
     assert len(result["files"]) > 3
@@ -68,42 +70,48 @@ def test_shards_hold_the_same(tmp_path, objective):
 
 
 @BOTH
-def test_bfloat16_both_ways(tmp_path, capsys, objective):
+def test_round_trip_in_bfloat16_keeps_bits(tmp_path, capsys, objective):
     theirs, checkpoint = imported(tmp_path, objective, dtype=torch.bfloat16)
     reader = CheckpointReader(checkpoint)
     assert {reader.dtype(key) for key in reader.keys()} == {torch.float32}  # noqa: SIM118
     status, out, _ = command(
         capsys, "to-hf", checkpoint, tmp_path / "again", "--dtype", "bfloat16", "--verify", "--json"
     )
-    assert status == 0 and json.loads(out)["parity"]["max_abs_logit_difference"] < 1e-4
+    assert status == 0
+    assert json.loads(out)["parity"]["max_abs_logit_difference"] < 1e-4
     assert same_bits(tensors(theirs), tensors(tmp_path / "again"))
     assert load(tmp_path / "again", objective, "auto").dtype == torch.bfloat16
     assert [path.name for path in tmp_path.glob(".tmp*")] == []
 
 
-def test_rounding_to_bfloat16_is_of_the_stored_weights(tmp_path, capsys):
+def test_to_hf_bfloat16_rounds_the_stored_weights(tmp_path, capsys):
     theirs, checkpoint = imported(tmp_path, "clm")
     status, out, _ = command(
         capsys, "to-hf", checkpoint, tmp_path / "again", "--dtype", "bfloat16", "--verify", "--json"
     )
-    assert status == 0 and json.loads(out)["parity"]["max_abs_logit_difference"] < 1e-4
+    assert status == 0
+    assert json.loads(out)["parity"]["max_abs_logit_difference"] < 1e-4
     rounded = {name: tensor.bfloat16() for name, tensor in tensors(theirs).items()}
     assert same_bits(rounded, tensors(tmp_path / "again"))
 
 
-def test_imported_checkpoint_says_what_it_is(tmp_path, capsys):
+def test_from_hf_checkpoint_records_config_and_step_0(tmp_path, capsys):
     theirs = make_folder(tmp_path / "theirs", "mlm")
     status, out, _ = command(capsys, "from-hf", theirs, tmp_path / "checkpoint")
-    assert status == 0 and "fresh optimizer" in out and "no tokenizer" in out
+    assert status == 0
+    assert "fresh optimizer" in out
+    assert "no tokenizer" in out
     verify(tmp_path / "checkpoint")
     assert read_progress(tmp_path / "checkpoint") == {"step": 0, "tokens": 0}
     config = read_config(tmp_path / "checkpoint")
-    assert config["run"]["objective"] == "mlm" and config["model"]["encoder_window"] == 8
-    assert config["model"]["global_rope_theta"] == 20_000 and config["model"]["local_rope_theta"] == 500
+    assert config["run"]["objective"] == "mlm"
+    assert config["model"]["encoder_window"] == 8
+    assert config["model"]["global_rope_theta"] == 20_000
+    assert config["model"]["local_rope_theta"] == 500
 
 
 @BOTH
-def test_tied_output_stored_twice_is_accepted(tmp_path, objective):
+def test_from_hf_tied_output_stored_twice_is_accepted(tmp_path, objective):
     from safetensors.torch import save_file
 
     theirs = make_folder(tmp_path / "theirs", objective)
@@ -115,7 +123,7 @@ def test_tied_output_stored_twice_is_accepted(tmp_path, objective):
     assert same_bits(held, tensors(tmp_path / "again"))
 
 
-def test_tokenizer_travels_and_tasks_run(tmp_path, tiny_tokenizer):
+def test_round_trip_with_tokenizer_keeps_ids_and_runs_tasks(tmp_path, tiny_tokenizer):
     import shutil
 
     from transformers import AutoTokenizer, pipeline
@@ -138,16 +146,18 @@ def test_tokenizer_travels_and_tasks_run(tmp_path, tiny_tokenizer):
         assert [config[f"{name}_token_id"] for name in ("cls", "sep", "pad", "bos", "eos")] == [1, 2, 3, 1, 2]
         if objective == "mlm":
             answers = pipeline("fill-mask", str(room / "again"))("the reader [MASK] the next word.")
-            assert len(answers) == 5 and sum(answer["score"] for answer in answers) <= 1
+            assert len(answers) == 5
+            assert sum(answer["score"] for answer in answers) <= 1
         else:
             model = load(room / "again", "clm")
             ids = torch.tensor([tokenizer(text)["input_ids"]])
             cached = model.generate(ids, max_new_tokens=24, do_sample=False)
             plain = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=False)
-            assert torch.equal(cached, plain) and cached.shape[1] > ids.shape[1]
+            assert torch.equal(cached, plain)
+            assert cached.shape[1] > ids.shape[1]
 
 
-def test_export_that_differs_is_not_published(tmp_path, capsys, monkeypatch):
+def test_to_hf_verify_different_logits_are_refused(tmp_path, capsys, monkeypatch):
     _, checkpoint = imported(tmp_path, "mlm")
 
     def wrong(path, lists, objective):
@@ -164,7 +174,7 @@ def test_export_that_differs_is_not_published(tmp_path, capsys, monkeypatch):
         command(capsys, "to-hf", checkpoint, tmp_path / "again", "--verify")
 
 
-def test_verify_sees_one_flipped_bit(tmp_path):
+def test_compare_tensors_one_flipped_bit_is_refused(tmp_path):
     from megatron_ettin.convert.source import Source
     from megatron_ettin.convert.verify import compare_tensors
 
@@ -180,8 +190,8 @@ def test_verify_sees_one_flipped_bit(tmp_path):
         compare_tensors(source, tmp_path / "again", torch.float32)
 
 
-def test_logits_are_sensitive_to_what_conversion_could_get_wrong(tmp_path):
-    """The models of these tests would betray a swapped GLU half, head order, norm or window."""
+def test_tiny_model_logits_change_with_each_conversion_mistake(tmp_path):
+    """The models of these tests would reveal swapped GLU halves, a wrong head order, norm or bias."""
     model = folders.make_model("mlm")
     before = logits(model)
     layer = model.model.layers[1]

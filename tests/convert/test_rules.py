@@ -18,7 +18,7 @@ def model_of(size: str) -> ModelConfig:
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("size", SIZES)
-def test_table_covers_transformers_exactly(size, objective):
+def test_rules_cover_names_and_shapes_of_transformers_exactly(size, objective):
     model = model_of(size)
     config, model_class, _ = classes(objective)
     with torch.device("meta"):
@@ -36,14 +36,14 @@ def test_table_covers_transformers_exactly(size, objective):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ours_are_distinct_and_count_every_parameter(size):
+def test_rules_our_names_are_distinct_and_count_every_parameter(size):
     model = model_of(size)
     listed = list(pairs(model, "clm"))
     assert len({pair.ours for pair in listed}) == len(listed)
     assert sum(torch.Size(pair.shape).numel() for pair in listed) == parameter_count(model)
 
 
-def test_attention_rows_are_by_head():
+def test_qkv_merge_orders_rows_by_head_and_split_inverts_it():
     model = dataclasses.replace(model_of("17m"), hidden_size=24, num_attention_heads=3)
     fused = torch.arange(72.0)[:, None].expand(72, 24).contiguous()
     ours = QKV.merge([fused], model)

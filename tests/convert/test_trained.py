@@ -14,13 +14,17 @@ LAYOUT = ["parallel.tp=2", "parallel.pp=2", "run.steps=2"]
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("objective", "precision"), [("mlm", "fp32"), ("clm", "bf16")])
-def test_sharded_training_checkpoint_is_exported_and_verified(pool, corpus, tmp_path, capsys, objective, precision):
+def test_to_hf_of_sharded_training_checkpoint_verifies_and_round_trips(
+    pool, corpus, tmp_path, capsys, objective, precision
+):
     words = [*LAYOUT, f"precision.name={precision}"]
     train(pool, 4, tmp_path / "run", corpus, objective, words)
     status, out, err = command(capsys, "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--json")
     assert status == 0, err
     result = json.loads(out)
-    assert result["step"] == 2 and result["tokenizer"] and result["parity"]["tensors_identical"]
+    assert result["step"] == 2
+    assert result["tokenizer"]
+    assert result["parity"]["tensors_identical"]
     assert result["parity"]["max_abs_logit_difference"] < 1e-4
     assert command(capsys, "from-hf", tmp_path / "out", tmp_path / "back")[0] == 0
     status, out, err = command(capsys, "to-hf", tmp_path / "back", tmp_path / "again", "--verify", "--json")

@@ -43,7 +43,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def large_dataset(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that one process makes of them without interruption."""
+    """The files that one uninterrupted process makes of the inputs of `large`."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     running = start(arguments_for(large, folder / "out", 1), folder / "small_tasks.py")
     _, errors = running.communicate(timeout=120)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.cli.main import main
+from tests.forkserver import program
 
 WORDS = [
     "the",
@@ -112,13 +112,13 @@ def write_jsonl(path: Path, documents: int, seed: int = 0, longest_words: int = 
 
 
 def prepare_here(*arguments: object) -> int:
-    """`ettin prepare` in this process."""
+    """Run `ettin prepare` in this process and return its exit status."""
     return main(["prepare", *map(str, arguments)])
 
 
 def ettin(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python -m megatron_ettin ...` as a user runs it."""
-    command = [sys.executable, "-m", "megatron_ettin", *map(str, arguments)]
+    """Run `python -m megatron_ettin ...` in a subprocess, as a user does."""
+    command = program("ettin", *map(str, arguments))
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 

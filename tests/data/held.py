@@ -1,4 +1,4 @@
-"""What a prepared dataset holds, document by document, for tests that compare it with what went in."""
+"""Read prepared datasets document by document, for tests that compare them with their inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.data.corpora import prepare_here
 
 
 def documents(path: Path) -> list[tuple[str, str, list[int]]]:
-    """(source, document id, ids without [CLS] and [SEP]) of every document, its chunks joined."""
+    """Return (source, document id, ids without [CLS] and [SEP]) of every document, its chunks joined."""
     dataset = open_dataset(path)
     found: dict[int, tuple[str, str, list[int]]] = {}
     for i in range(dataset.num_chunks):
@@ -25,14 +25,14 @@ def documents(path: Path) -> list[tuple[str, str, list[int]]]:
 
 
 def prepared(folder: Path, *inputs: object, options: tuple[object, ...] = ()) -> list[tuple[str, str, list[int]]]:
-    """`ettin prepare` of the inputs with one worker and plain chunking: the documents that came of it."""
+    """Run `ettin prepare` on the inputs with one worker and plain chunking, and return the documents."""
     out = folder / f"out{len(list(folder.glob('out*')))}"
     assert prepare_here(*inputs, "--out", out, "--workers", 1, "--chunking", "plain", *options) == 0
     return documents(out)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
-    """The one line that `ettin prepare` refuses with; nothing is left behind."""
+    """Return the one line with which `ettin prepare` refuses, and assert that it leaves nothing behind."""
     capsys.readouterr()
     before = sorted(folder.rglob("*"))
     assert prepare_here(*arguments, "--out", folder / "refused", "--workers", 1) == 2

@@ -45,8 +45,10 @@ SMALL_TASKS = (
 def start(
     arguments: list[str], script: Path, sigint: Any = signal.SIG_DFL, **environment: str
 ) -> subprocess.Popen[str]:
-    """In a session of its own: its whole group can be killed. A shell's background jobs have SIGINT ignored, and so have
-    the tests where they are one: `sigint` says what the command finds."""
+    """Start the command in a session of its own, so that its whole process group can be killed.
+
+    `sigint` is the SIGINT handler that the command starts with. A shell's background jobs ignore SIGINT, and so would
+    the command where the tests are such a job."""
     script.write_text(SMALL_TASKS)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), **environment}
     command = [sys.executable, str(script), *arguments]

@@ -1,4 +1,4 @@
-"""Chunking: nothing twice, nothing lost but dropped last pieces, sizes in bounds, the recipe's numbers."""
+"""Chunking: no token twice, none lost except dropped last pieces, sizes in bounds, the recipe's numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def rules(draw: st.DrawFn) -> ChunkRule:
 
 
 @given(rule=rules(), num_tokens=st.integers(1, 2_000), key=st.text(max_size=4))
-def test_pieces(rule: ChunkRule, num_tokens: int, key: str) -> None:
+def test_piece_bounds_any_rule_covers_all_but_dropped_tail_within_size(
+    rule: ChunkRule, num_tokens: int, key: str
+) -> None:
     bounds = piece_bounds(num_tokens, rule, key)
     size = rule.chunk_tokens - 2
     assert bounds[0][0] == 0
@@ -29,12 +31,12 @@ def test_pieces(rule: ChunkRule, num_tokens: int, key: str) -> None:
     assert all(end - start == size for start, end in bounds[:-2])
     dropped = num_tokens - bounds[-1][1]
     assert dropped == 0 or (dropped < rule.skip_tokens and dropped == num_tokens % size and num_tokens > size)
-    if len(bounds) > 1 and not dropped:  # what was there, or more
+    if len(bounds) > 1 and not dropped:  # back-filled: as long as the remainder, or longer
         assert bounds[-1][1] - bounds[-1][0] >= ((num_tokens - 1) % size) + 1 >= rule.skip_tokens
     assert bounds == piece_bounds(num_tokens, rule, key)
 
 
-def test_boundary_moves_over_its_whole_range() -> None:
+def test_piece_bounds_many_keys_move_boundary_over_its_whole_range() -> None:
     rule = chunk_rule(1_024)
     lengths = [end - start for key in range(3_000) for start, end in piece_bounds(1_022 + 200, rule, str(key))[1:]]
     assert (min(lengths), max(lengths)) == (
@@ -44,7 +46,7 @@ def test_boundary_moves_over_its_whole_range() -> None:
     assert abs(np.mean(lengths) - 610.5) < 15
 
 
-def test_recipe_numbers() -> None:
+def test_chunk_rule_and_piece_bounds_defaults_match_recipe() -> None:
     assert chunk_rule(1_024) == ChunkRule(1_024, 512, 128)
     assert chunk_rule(8_192) == ChunkRule(8_192, 512, 32)
     assert chunk_rule(256) == ChunkRule(256, 128, 32)
@@ -53,7 +55,7 @@ def test_recipe_numbers() -> None:
     assert piece_bounds(1_022 + 600, chunk_rule(1_024), "") == [(0, 1_022), (1_022, 1_622)]
 
 
-def test_frames() -> None:
+def test_framed_adds_cls_and_sep_to_every_piece() -> None:
     out = framed(np.arange(5, dtype=np.uint16), [(0, 2), (2, 5)], cls_id=90, sep_id=91)
     assert out.tolist() == [90, 0, 1, 91, 90, 2, 3, 4, 91]
 
@@ -66,7 +68,7 @@ def test_frames() -> None:
         ((64, 10, 11), "--skip-tokens: 11"),
     ],
 )
-def test_impossible_rules(arguments: tuple[int, ...], told: str) -> None:
+def test_chunk_rule_impossible_sizes_are_refused(arguments: tuple[int, ...], told: str) -> None:
     with pytest.raises(UserError, match=told):
         chunk_rule(*arguments)
 
@@ -79,13 +81,13 @@ def test_impossible_rules(arguments: tuple[int, ...], told: str) -> None:
         ("none", [90, 0, 1, 90, 2, 3, 4]),
     ],
 )
-def test_end_tokens(end_token: str, expected: list[int]) -> None:
+def test_framed_end_token_setting_decides_which_pieces_get_sep(end_token: str, expected: list[int]) -> None:
     bounds = [(0, 2), (2, 5)]
     out = framed(np.arange(5, dtype=np.uint16), bounds, cls_id=90, sep_id=91, end_token=end_token)
     assert out.tolist() == expected
     assert sum(chunk_lengths(bounds, end_token)) == len(expected)
 
 
-def test_unknown_end_token() -> None:
+def test_chunk_rule_unknown_end_token_is_refused() -> None:
     with pytest.raises(UserError, match=r"--end-token: 'evry'.*every, last, none"):
         chunk_rule(1_024, end_token="evry")

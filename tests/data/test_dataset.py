@@ -20,7 +20,7 @@ from tests.data.corpora import ettin
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_megatron_reads_the_shards(prepared: Dataset, mmap: bool) -> None:
+def test_shards_opened_by_megatron_core_hold_the_same_chunks(prepared: Dataset, mmap: bool) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     first = 0
@@ -33,7 +33,7 @@ def test_megatron_reads_the_shards(prepared: Dataset, mmap: bool) -> None:
     assert first == prepared.num_chunks
 
 
-def test_wide_vocabularies_take_int32(tmp_path: Path) -> None:
+def test_shard_of_wide_vocabulary_is_int32_and_readable(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     assert (token_dtype(65_536), token_dtype(65_537)) == (np.uint16, np.int32)
@@ -45,7 +45,7 @@ def test_wide_vocabularies_take_int32(tmp_path: Path) -> None:
         assert theirs[i].tolist() == ours.chunk(i).tolist() == expected
 
 
-def test_chunks_lead_back_to_their_documents(prepared: Dataset, tokenizer: Tokenizer) -> None:
+def test_document_of_every_chunk_names_source_and_matches_its_text(prepared: Dataset, tokenizer: Tokenizer) -> None:
     lines = [json.loads(line) for line in (prepared.path.parent / "corpus.jsonl").read_text().splitlines()]
     texts = {line.get("id", f"corpus.jsonl:{i + 1}"): line["text"] for i, line in enumerate(lines)}
     heldout = open_dataset(prepared.path / "heldout")
@@ -56,17 +56,19 @@ def test_chunks_lead_back_to_their_documents(prepared: Dataset, tokenizer: Token
             source, document, start, number = dataset.document_of(i)
             inner = dataset.chunk(i)[1:-1]
             expected = tokenizer.encode_batch([texts[document]])[0][start : start + len(inner)]
-            assert source == "corpus.jsonl" and inner.tolist() == expected
+            assert source == "corpus.jsonl"
+            assert inner.tolist() == expected
             documents.append(number)
             seen[document] = max(seen.get(document, 0), start + len(inner))
-        assert documents == sorted(documents) and len(set(documents)) == dataset.num_documents
+        assert documents == sorted(documents)
+        assert len(set(documents)) == dataset.num_documents
     assert set(seen) == set(texts)  # a document is on one side or the other
     dropped = sum(len(tokenizer.encode_batch([texts[d]])[0]) - end for d, end in seen.items())
     assert dropped == prepared.manifest.dropped_tokens + heldout.manifest.dropped_tokens
     assert 0.04 < heldout.num_documents / len(texts) < 0.2
 
 
-def test_a_dataset_travels_to_other_processes(prepared: Dataset) -> None:
+def test_dataset_pickled_reads_the_same_chunks(prepared: Dataset) -> None:
     prepared.chunk(0)
     again = pickle.loads(pickle.dumps(prepared))
     assert np.array_equal(again.chunk(3), prepared.chunk(3))
@@ -74,7 +76,7 @@ def test_a_dataset_travels_to_other_processes(prepared: Dataset) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.arrow", ".starts.npy", ".checksums.json"])
-def test_truncated_files_are_named_on_opening(prepared: Dataset, tmp_path: Path, suffix: str) -> None:
+def test_open_dataset_truncated_or_missing_file_is_named(prepared: Dataset, tmp_path: Path, suffix: str) -> None:
     shutil.copytree(prepared.path, tmp_path / "copy")
     damaged = tmp_path / "copy" / f"shard_00000{suffix}"
     damaged.write_bytes(damaged.read_bytes()[:-3])
@@ -85,7 +87,7 @@ def test_truncated_files_are_named_on_opening(prepared: Dataset, tmp_path: Path,
         open_dataset(tmp_path / "copy")
 
 
-def test_a_flipped_bit_is_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
+def test_verify_flipped_bit_names_the_damaged_shard(prepared: Dataset, tmp_path: Path) -> None:
     copy = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
     copy.verify()
     file = copy.path / "shard_00000.bin"
@@ -95,10 +97,12 @@ def test_a_flipped_bit_is_found_by_verify(prepared: Dataset, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"shard_00000\.bin: damaged"):
         copy.verify()
     done = ettin("inspect", copy.path, "--verify")
-    assert done.returncode == 2 and "shard_00000.bin" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert "shard_00000.bin" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_damaged_manifests(prepared: Dataset, tmp_path: Path) -> None:
+def test_open_dataset_absent_or_damaged_manifest_is_refused(prepared: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         open_dataset(tmp_path / "absent")
     with pytest.raises(UserError, match=r"not a dataset: no manifest\.json"):
@@ -114,20 +118,23 @@ def test_damaged_manifests(prepared: Dataset, tmp_path: Path) -> None:
             open_dataset(tmp_path)
 
 
-def test_inspect_shows_what_is_there(prepared: Dataset) -> None:
+def test_inspect_reports_manifest_counts_and_samples(prepared: Dataset) -> None:
     told = json.loads(ettin("inspect", prepared.path, "--json", "--sample", 2, "--verify").stdout)
     assert (told["documents"], told["chunks"], told["tokens"]) == (
         prepared.num_documents,
         prepared.num_chunks,
         prepared.num_tokens,
     )
-    assert told["verified"] and len(told["samples"]) == 2
+    assert told["verified"]
+    assert len(told["samples"]) == 2
     assert all(sample["text"].startswith("[CLS]") and sample["text"].endswith("[SEP]") for sample in told["samples"])
     plain = ettin("inspect", prepared.path)
-    assert plain.returncode == 0 and f"{prepared.num_tokens:,} tokens" in plain.stdout and "ettin" in plain.stdout
+    assert plain.returncode == 0
+    assert f"{prepared.num_tokens:,} tokens" in plain.stdout
+    assert "ettin" in plain.stdout
 
 
-def test_data_imports_neither_torch_nor_transformers() -> None:
+def test_data_modules_import_without_torch_transformers_or_megatron() -> None:
     code = (
         "import sys, pkgutil, importlib, megatron_ettin.data as d;"
         "[importlib.import_module(m.name) for m in pkgutil.iter_modules(d.__path__, 'megatron_ettin.data.')];"
@@ -137,7 +144,7 @@ def test_data_imports_neither_torch_nor_transformers() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_lookups_of_many_chunks_are_those_of_each(prepared: Dataset) -> None:
+def test_documents_of_many_chunks_matches_single_lookups(prepared: Dataset) -> None:
     chunks = np.random.default_rng(0).integers(0, prepared.num_chunks, 500)
     places = prepared.documents_of(chunks)
     one_by_one = [prepared.document_of(int(i)) for i in chunks]

@@ -1,4 +1,4 @@
-"""Parquet files, saved datasets, other file systems: the same documents give the same dataset, whatever they lie in."""
+"""Parquet files, saved datasets, other file systems: the same documents give the same dataset in every format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(kind: pyarrow.DataType | None = None) -> pyarrow.Table:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """The ids of TEXTS, by way of JSON lines."""
+    """The token ids of TEXTS, prepared from JSON lines."""
     folder = tmp_path_factory.mktemp("lines")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return [ids for _, _, ids in prepared(folder, folder / "in.jsonl")]
@@ -52,7 +52,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
-def test_parquet(kind: str, compression: str, tmp_path: Path, expected: list[list[int]]) -> None:
+def test_prepare_parquet_of_any_string_type_and_codec_matches_jsonl(
+    kind: str, compression: str, tmp_path: Path, expected: list[list[int]]
+) -> None:
     path = tmp_path / "in.parquet"
     pyarrow.parquet.write_table(table(KINDS[kind]), path, row_group_size=7, compression=compression)
     found = prepared(tmp_path, path)
@@ -66,7 +68,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_ranges_of_a_large_file_hold_every_document_once(
+def test_cut_tasks_file_split_into_ranges_yields_every_document_once(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"in.{suffix}"
@@ -84,7 +86,7 @@ def test_ranges_of_a_large_file_hold_every_document_once(
         assert len(tasks) > 3 or size == 10_000
 
 
-def test_datasets_saved_to_disk(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_prepare_saved_datasets_and_splits_match_jsonl(tmp_path: Path, expected: list[list[int]]) -> None:
     whole = datasets.Dataset.from_dict({"text": TEXTS, "id": IDS})
     whole.save_to_disk(str(tmp_path / "saved"), num_shards=3)
     found = prepared(tmp_path, tmp_path / "saved")
@@ -102,10 +104,11 @@ def test_datasets_saved_to_disk(tmp_path: Path, expected: list[list[int]]) -> No
     assert [ids for _, _, ids in prepared(tmp_path, tmp_path / "above" / "splits")] == expected
     assert [ids for _, _, ids in prepared(tmp_path, tmp_path / "above" / "splits" / "test")] == expected[50:]
     above = prepared(tmp_path, tmp_path / "above", options=("--format", "datasets"))
-    assert len(above) == 60 and above[0][0] == "above/splits/train/data-00000-of-00001.arrow"
+    assert len(above) == 60
+    assert above[0][0] == "above/splits/train/data-00000-of-00001.arrow"
 
 
-def test_arrow_files_of_both_kinds(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_prepare_arrow_stream_and_file_match_jsonl(tmp_path: Path, expected: list[list[int]]) -> None:
     with pyarrow.ipc.new_stream(str(tmp_path / "stream.arrow"), table().schema) as writer:
         writer.write_table(table(), max_chunksize=9)
     with pyarrow.ipc.new_file(str(tmp_path / "file.arrow"), table().schema) as writer:
@@ -114,7 +117,9 @@ def test_arrow_files_of_both_kinds(tmp_path: Path, expected: list[list[int]]) ->
         assert [ids for _, _, ids in prepared(tmp_path, tmp_path / f"{name}.arrow")] == expected
 
 
-def test_a_state_that_cannot_be_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_saved_dataset_with_indices_or_absent_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(saved))
     state = json.loads((saved / "state.json").read_text())
@@ -124,7 +129,9 @@ def test_a_state_that_cannot_be_followed(tmp_path: Path, capsys: pytest.CaptureF
     assert "state.json: names the data file 'absent.arrow', which is not there" in refusal(capsys, tmp_path, saved)
 
 
-def test_damaged_parquet_and_arrow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_damaged_parquet_or_arrow_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parquet, arrow = tmp_path / "in.parquet", tmp_path / "in.arrow"
     pyarrow.parquet.write_table(table(), parquet, row_group_size=20, compression="zstd")
     with pyarrow.ipc.new_stream(str(arrow), table().schema) as writer:
@@ -144,7 +151,7 @@ def test_damaged_parquet_and_arrow(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "in.arrow#20: broken Arrow data, or truncated" in refusal(capsys, tmp_path, arrow)
 
 
-def test_columns_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_parquet_missing_or_unfit_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "in.parquet"
     pyarrow.parquet.write_table(table().rename_columns(["score", "texts", "id"]), path)
     told = refusal(capsys, tmp_path, path)
@@ -161,14 +168,16 @@ def test_columns_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "in.parquet#1: 'text' is not UTF-8, byte 3 of it" in refusal(capsys, tmp_path, path)
 
 
-def test_half_a_zstd_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_truncated_zstd_frame_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame = zstandard.compress(json.dumps({"text": words(500, 1)}).encode())
     path = tmp_path / "in.jsonl.zst"
     path.write_bytes(frame + frame[: len(frame) // 2])
     assert "in.jsonl.zst: zstd data ends in the middle, at byte" in refusal(capsys, tmp_path, path)
 
 
-def test_a_memory_file_system(tmp_path: Path, expected: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_memory_filesystem_matches_local_and_refuses_bad_files(
+    tmp_path: Path, expected: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
     memory = fsspec.filesystem("memory")
     root = f"/{tmp_path.name}"
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -195,7 +204,9 @@ def test_a_memory_file_system(tmp_path: Path, expected: list[list[int]], capsys:
     memory.rm(root, recursive=True)
 
 
-def test_ranges_of_a_remote_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]) -> None:
+def test_prepare_remote_file_in_ranges_matches_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/{tmp_path.name}/a.jsonl", lines.encode())
@@ -204,12 +215,13 @@ def test_ranges_of_a_remote_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = prepared(tmp_path, f"memory://{tmp_path.name}/a.jsonl")
     assert [ids for _, _, ids in found] == expected
     starts = [0, *itertools.accumulate(len(line) + 1 for line in lines.splitlines())]
-    assert [name for _, name, _ in found] == [f"a.jsonl@{start}" for start in starts[:-1]]  # no one counts the lines
+    # byte offsets in place of line numbers: nobody counts the lines of a remote file
+    assert [name for _, name, _ in found] == [f"a.jsonl@{start}" for start in starts[:-1]]
     assert len(list((tmp_path / "out0").glob("*.bin"))) > 3
     memory.rm(f"/{tmp_path.name}", recursive=True)
 
 
-def test_a_remote_file_system_that_fails(
+def test_prepare_remote_read_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = fsspec.filesystem("memory")
@@ -224,7 +236,9 @@ def test_a_remote_file_system_that_fails(
     memory.rm(f"/{tmp_path.name}", recursive=True)
 
 
-def test_names_do_not_depend_on_how_a_directory_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_source_names_are_the_same_for_any_path_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in" / "sub" / "deep").mkdir(parents=True)
     for i, place in enumerate((".", "sub", "sub/deep")):
         (tmp_path / "in" / place / "a.txt").write_text(f"Text {i}.")
@@ -234,7 +248,7 @@ def test_names_do_not_depend_on_how_a_directory_is_written(tmp_path: Path, monke
     assert all(way == ways[0] for way in ways)
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_prepare_one_or_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()
     pyarrow.parquet.write_table(table(), root / "a.parquet", row_group_size=7)
@@ -251,7 +265,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
     )
 
 
-def test_the_library_is_given_a_bounded_number_of_characters(
+def test_encode_arrays_long_texts_are_batched_by_bounded_characters(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -271,15 +285,16 @@ def test_the_library_is_given_a_bounded_number_of_characters(
     watched = Tokenizer(Watched(), tokenizer.roles, "watched")
     found = [ids.tolist() for ids in watched.encode_arrays(batch)]
     assert found == [tokenizer.encode_batch([text])[0] for text in batch]
-    assert max(sizes) < 1_600 and len(sizes) > 20
+    assert max(sizes) < 1_600
+    assert len(sizes) > 20
 
 
-def test_file_urls_are_paths(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_prepare_file_url_is_read_as_a_path(tmp_path: Path, expected: list[list[int]]) -> None:
     pyarrow.parquet.write_table(table(), tmp_path / "in.parquet")
     assert [ids for _, _, ids in prepared(tmp_path, f"file://{tmp_path}/in.parquet")] == expected
 
 
-def test_a_protocol_without_its_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_url_protocol_without_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if any(spec == "adlfs" for spec in os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         pytest.skip("adlfs is there")
     told = refusal(capsys, tmp_path, "abfs://container/in.jsonl")
@@ -289,7 +304,9 @@ def test_a_protocol_without_its_package(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Protocol not known: absent" in refusal(capsys, tmp_path, "absent://x/in.jsonl")
 
 
-def test_options_of_chunking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_chunking_options_are_validated_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": words(300, 1)}) + "\n")
     source = tmp_path / "in.jsonl"
     assert "--chunking: 'plan' (did you mean 'plain'?); allowed: recipe, plain" in refusal(
@@ -309,7 +326,7 @@ def test_options_of_chunking(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert manifest["dropped_tokens"] == 0
 
 
-def test_help_names_the_formats() -> None:
+def test_prepare_help_lists_every_format() -> None:
     told = ettin("prepare", "--help").stdout
     for format_name in inputs.FORMATS:
         assert format_name in told

@@ -1,4 +1,4 @@
-"""What `ettin prepare` takes of a directory, what it passes over and says so, and which column where there are two."""
+"""Which files of a folder `ettin prepare` reads, which it reports as passed over, and which of two columns it takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_parquet(path: Path, **columns: list[object]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def test_readmes_are_told_and_books_are_kept(tmp_path: Path) -> None:
+def test_list_inputs_keeps_texts_and_reports_readmes_passed_over(tmp_path: Path) -> None:
     root = tmp_path / "repo"
     write_parquet(root / "data" / "part.parquet", text=["a"])
     (root / "data" / "LICENSE.txt").write_text("no content")
@@ -55,7 +55,9 @@ def test_readmes_are_told_and_books_are_kept(tmp_path: Path) -> None:
         (("--text-key", "absent"), "tokens"),
     ],
 )
-def test_text_or_tokens(tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
+def test_prepare_key_options_choose_between_text_and_tokens(
+    tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
     write_parquet(tmp_path / "both.parquet", text=["some words"], input_ids=[[50281, 7, 8, 9, 50282]])
     out = tmp_path / "out"
     assert prepare_here(tmp_path / "both.parquet", "--out", out, "--workers", 1, *options) == 0
@@ -72,22 +74,23 @@ def test_text_or_tokens(tmp_path: Path, options: tuple[str, ...], expected: str)
         ("a.bin", b"\x00\x01", "a pair, name.bin and name.idx; the .idx is not there"),
     ],
 )
-def test_files_that_are_no_texts(
+def test_prepare_file_of_unknown_format_is_refused(
     tmp_path: Path, name: str, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert prepare_here(tmp_path / name, "--out", tmp_path / "out", "--workers", 1) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert name in line and message in line
+    assert name in line
+    assert message in line
 
 
-def test_a_url_is_no_place_for_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_output_url_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("x")
     assert prepare_here(tmp_path / "a.txt", "--out", "s3://bucket/x", "--workers", 1) == 2
     assert "is a URL; datasets are made in a local directory" in capsys.readouterr().err
 
 
-def test_words_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_overrides_between_options_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_ettin.cli.main import main
 
     words = ["train", "--size", "17m", "run.steps=7", "--objective", "clm", "--phase", "pretrain"]

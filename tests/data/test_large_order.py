@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(*words: object) -> tuple[str, dict[str, int], str]:
-    """What a command prints, its memory in KiB, the modules that it imported."""
+    """Return what a command prints, its memory in KiB and the modules that it imported."""
     command = [sys.executable, "-c", MEASURED, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -59,17 +59,18 @@ def measured(*words: object) -> tuple[str, dict[str, int], str]:
     return done.stdout, eval(memory + "}"), modules
 
 
-def test_opening(config: Path) -> None:
+def test_order_fingerprint_of_huge_mixture_needs_little_memory_and_no_torch(config: Path) -> None:
     """The whole process stays small, and needs neither torch nor the libraries of `prepare`."""
     printed, memory, modules = measured("order", config, "--fingerprint")
-    assert len(printed.strip()) == 64 and memory["VmHWM"] < 200 * 1024
+    assert len(printed.strip()) == 64
+    assert memory["VmHWM"] < 200 * 1024
     for heavy in ("'torch'", "'datasets'", "'datatrove'", "'pyarrow'", "'pandas'"):
         assert heavy not in modules
 
 
-def test_a_late_step(config: Path) -> None:
-    """Rows of every source, each once; what the process itself holds does not grow with the corpus (pages of mapped
-    files, which the kernel takes back, are not counted)."""
+def test_order_late_step_of_huge_mixture_is_exact_in_little_memory(config: Path) -> None:
+    """The step has rows of every source, each once, and the process's own memory stays small (pages of mapped files,
+    which the kernel can reclaim, are not counted)."""
     printed, memory, _ = measured("order", config, "--steps", f"{STEPS.start}:{STEPS.stop}", "--json")
     records = [json.loads(line) for line in printed.splitlines()]
     assert [(r["step"], r["slot"]) for r in records] == [(step, slot) for step in STEPS for slot in range(32)]
@@ -79,7 +80,7 @@ def test_a_late_step(config: Path) -> None:
     assert memory["RssAnon"] < 200 * 1024
 
 
-def test_a_corpus_travels_small(config: Path) -> None:
+def test_blended_dataset_of_huge_mixture_pickles_small(config: Path) -> None:
     corpus = open_run_corpus(from_yaml(config))
     assert corpus.num_rows == DATASETS * ROWS
     packed = pickle.dumps(corpus)

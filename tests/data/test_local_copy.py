@@ -1,4 +1,4 @@
-"""`data.local_copy`: whole, checked, gone on with after a kill, found again, and nothing of the order changes."""
+"""`data.local_copy`: complete, verified, resumed after a kill, found again, and without effect on the data order."""
 
 from __future__ import annotations
 
@@ -39,42 +39,50 @@ def says(lines: list[str]) -> str:
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_same_rows_from_the_copy(prepared: Dataset, other: Dataset, tmp_path: Path, batching: str) -> None:
+def test_local_copy_yields_the_same_rows_and_is_reused(
+    prepared: Dataset, other: Dataset, tmp_path: Path, batching: str
+) -> None:
     corpus, told = mixture(prepared, other, batching=batching), []
     local = local_corpus(corpus, str(tmp_path / "local"), told.append)
     assert local.fingerprint == corpus.fingerprint
     assert all(tmp_path / "local" in dataset.path.parents for dataset in local.datasets)
     for ours, theirs in zip(local.rows(range(50)), corpus.rows(range(50)), strict=True):
-        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.chunks.tolist() == theirs.chunks.tolist()
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.chunks.tolist() == theirs.chunks.tolist()
     folder = "rows_256" if batching == "packed" else "padded_256"
     for dataset, source in zip(local.datasets, (prepared, other), strict=True):
         dataset.verify()
         files = files_of(dataset.path)
-        assert "heldout/manifest.json" not in files and f"{folder}/plan.json" in files
+        assert "heldout/manifest.json" not in files
+        assert f"{folder}/plan.json" in files
         assert all((source.path / name).read_bytes() == content for name, content in files.items())
-    assert "copying" in told[0] and "every sha256 checked" in told[1] and len(told) == 2
+    assert "copying" in told[0]
+    assert "every sha256 checked" in told[1]
+    assert len(told) == 2
     local_corpus(corpus, str(tmp_path / "local"), told.append)
     assert len(told) == 2  # found, nothing copied
-    assert not list((tmp_path / "local").rglob(".tmp-*")) and not list((tmp_path / "local").rglob(".part-*"))
+    assert not list((tmp_path / "local").rglob(".tmp-*"))
+    assert not list((tmp_path / "local").rglob(".part-*"))
 
 
-def test_another_row_length_copies_its_plan_alone(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_other_row_length_adds_only_its_packing_index(prepared: Dataset, tmp_path: Path) -> None:
     local_corpus(mixture(prepared), str(tmp_path), print)
     folder = copy_path(prepared, tmp_path)
     before = (folder / "shard_00000.bin").stat().st_ino
     longer = open_corpus([MixtureEntry(str(prepared.path))], 300, "packed", 3, "pretrain")
     assert local_corpus(longer, str(tmp_path), print).fingerprint == longer.fingerprint
     assert (folder / "shard_00000.bin").stat().st_ino == before
-    assert (folder / "rows_256").is_dir() and (folder / "rows_300").is_dir()
+    assert (folder / "rows_256").is_dir()
+    assert (folder / "rows_300").is_dir()
 
 
-def test_a_dataset_listed_twice_is_copied_once(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_dataset_listed_twice_is_copied_once(prepared: Dataset, tmp_path: Path) -> None:
     corpus = mixture(prepared, prepared)
     assert local_corpus(corpus, str(tmp_path), print).fingerprint == corpus.fingerprint
     assert len(list(tmp_path.glob("dataset-*"))) == 1
 
 
-def test_damage_is_refused_while_copying_and_mended_files_go_on(copied: Dataset, tmp_path: Path) -> None:
+def test_local_copy_damaged_source_is_refused_until_repaired(copied: Dataset, tmp_path: Path) -> None:
     corpus = mixture(copied)
     path = copied.path / "shard_00000.starts.npy"
     good = path.read_bytes()
@@ -86,7 +94,7 @@ def test_damage_is_refused_while_copying_and_mended_files_go_on(copied: Dataset,
     local_corpus(corpus, str(tmp_path / "local"), print).datasets[0].verify()
 
 
-def test_a_copy_that_lost_a_file_is_mended(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_with_bad_or_missing_files_is_repaired(prepared: Dataset, tmp_path: Path) -> None:
     corpus = mixture(prepared)
     local_corpus(corpus, str(tmp_path), print)
     folder = copy_path(prepared, tmp_path)
@@ -99,7 +107,7 @@ def test_a_copy_that_lost_a_file_is_mended(prepared: Dataset, tmp_path: Path) ->
     assert (folder / "shard_00000.idx").stat().st_ino == kept
 
 
-def test_whole_files_are_kept_after_a_kill(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_after_kill_keeps_finished_files(prepared: Dataset, tmp_path: Path) -> None:
     """kill -9 after the third file: the next run copies the others."""
     code = (
         "import os, sys; from megatron_ettin.data import local_copy as c; from megatron_ettin.data.mixture import "
@@ -121,7 +129,7 @@ def test_whole_files_are_kept_after_a_kill(prepared: Dataset, tmp_path: Path) ->
     assert {name: (local.datasets[0].path / name).stat().st_ino for name in kept} == kept
 
 
-def test_ranks_of_a_machine_copy_once(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_concurrent_callers_copy_once(prepared: Dataset, tmp_path: Path) -> None:
     told: list[str] = []
     corpora = [mixture(prepared) for _ in range(4)]
     run = [threading.Thread(target=local_corpus, args=(corpus, str(tmp_path), told.append)) for corpus in corpora]
@@ -145,28 +153,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_room_is_looked_for_first(prepared: Dataset, small_disk: Path) -> None:
+def test_local_copy_too_little_space_is_refused_before_copying(prepared: Dataset, small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"data\.local_copy: .*small has 65.5 kB free, the data .* needs .*B more"):
         local_corpus(mixture(prepared), str(small_disk), print)
     assert [path.name for path in small_disk.iterdir()] == [".lock"]
 
 
-def test_a_disk_that_fills_up_is_told(prepared: Dataset, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room that another process takes after it was looked for."""
+def test_local_copy_disk_filling_up_is_reported(
+    prepared: Dataset, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the space after the check for it."""
     monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     with pytest.raises(UserError, match=r"data\.local_copy: .*No space left on device; what was copied is kept"):
         local_corpus(mixture(prepared), str(small_disk), print)
 
 
-def test_a_folder_that_cannot_be_made(prepared: Dataset, tmp_path: Path) -> None:
+def test_local_copy_folder_that_cannot_be_created_is_refused(prepared: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.local_copy: .*file/local: Not a directory"):
         local_corpus(mixture(prepared), str(tmp_path / "file" / "local"), print)
 
 
 @pytest.mark.ranks
-def test_training_reads_the_copy(pool, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The same losses on two ranks; a run that began without the copy goes on with it."""
+def test_train_from_local_copy_gives_the_same_losses(pool, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Two ranks have the same losses, and a run that began without the copy resumes with it."""
     from tests.train.runs import train
 
     plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", ["run.steps=4"])
@@ -177,4 +187,5 @@ def test_training_reads_the_copy(pool, corpus: Path, tmp_path: Path) -> None:  #
     opened = pool.run(
         1, command(tmp_path / "refused", corpus, "mlm", ["run.steps=1", f"data.local_copy={corpus}/manifest.json"])
     )
-    assert opened[0].status == 2 and "data.local_copy: " in opened[0].output
+    assert opened[0].status == 2
+    assert "data.local_copy: " in opened[0].output

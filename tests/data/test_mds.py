@@ -31,7 +31,9 @@ def copied(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_every_encoding_hash_and_compression(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_encodings_hashes_and_codecs_are_read_or_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if name == "hashes/br":
         told = refusal(capsys, tmp_path, FIXTURES / name)
         assert "shard.00000.mds.br: compressed by 'br'; zstd and uncompressed are read" in told
@@ -43,7 +45,7 @@ def test_every_encoding_hash_and_compression(name: str, tmp_path: Path, capsys: 
     assert [document for _, document, _ in by_length] == [str(len(ids)) for ids in EXPECTED[name]]
 
 
-def test_the_release_s_layout(tmp_path: Path) -> None:
+def test_prepare_mds_release_layout_reads_every_part_in_order(tmp_path: Path) -> None:
     """Sub-directories of token shards, uint32 plain and uint16 in zstd; a README beside them is not training data."""
     root = tmp_path / "tokens"
     for part in ("part0", "part1"):
@@ -59,7 +61,7 @@ def test_the_release_s_layout(tmp_path: Path) -> None:
     assert found[0][0] == "tokens/part0/shard.00000.mds"
 
 
-def test_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_mds_text_column_is_read_and_named_by_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
     found = prepared(tmp_path, FIXTURES / "text")
     assert len(found) == 12
     raw = (FIXTURES / "text" / "shard.00000.mds").read_bytes()
@@ -71,7 +73,7 @@ def test_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [tokenizer.decode(ids).strip() for _, _, ids in by_id] == [document for _, document, _ in found]
 
 
-def test_a_root_index_is_all_that_is_read(tmp_path: Path) -> None:
+def test_prepare_mds_root_index_decides_which_shards_are_read(tmp_path: Path) -> None:
     names = ("nested/a", "nested/b")
     without = prepared(tmp_path, FIXTURES / "nested")
     assert [ids for _, _, ids in without] == [inner(ids) for name in names for ids in EXPECTED[name]]
@@ -92,7 +94,7 @@ def test_a_root_index_is_all_that_is_read(tmp_path: Path) -> None:
     assert [found[1:] for found in by_index] == [found[1:] for found in chosen]
 
 
-def test_raw_is_preferred_to_compressed(tmp_path: Path) -> None:
+def test_prepare_mds_raw_shard_is_preferred_to_compressed(tmp_path: Path) -> None:
     root = copied("hashes/sha1", tmp_path)
     packed = root / "shard.00000.mds.zstd"
     (root / "shard.00000.mds").write_bytes(zstandard.decompress(packed.read_bytes()))
@@ -100,7 +102,7 @@ def test_raw_is_preferred_to_compressed(tmp_path: Path) -> None:
     assert [ids for _, _, ids in prepared(tmp_path, root)] == [inner(ids) for ids in EXPECTED["hashes/sha1"]]
 
 
-def test_an_index_that_names_an_absent_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_index_naming_absent_shard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("tokens/part0", tmp_path)
     (root / "shard.00001.mds").unlink()
     told = refusal(capsys, tmp_path, root)
@@ -109,7 +111,7 @@ def test_an_index_that_names_an_absent_shard(tmp_path: Path, capsys: pytest.Capt
     assert "names the shard 'a/shard.00000.mds'" in refusal(capsys, tmp_path, root)
 
 
-def test_shards_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_shards_without_index_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("tokens/part0", tmp_path)
     (root / "index.json").unlink()
     assert "holds MDS shards (shard.00000.mds) but no index.json" in refusal(capsys, tmp_path, root)
@@ -117,7 +119,9 @@ def test_shards_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("algorithm", ["sha1", "md5", "sha256", "xxh64", "xxh3_64"])
-def test_one_wrong_bit_is_told_by_its_hash(algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_flipped_bit_is_found_by_its_hash(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if algorithm.startswith("xx"):
         pytest.importorskip("xxhash")
     root = copied(f"hashes/{algorithm}", tmp_path)
@@ -129,7 +133,8 @@ def test_one_wrong_bit_is_told_by_its_hash(algorithm: str, tmp_path: Path, capsy
     shard["zip_data"] = None
     write_json(root / "index.json", index)
     told = refusal(capsys, tmp_path, root)
-    assert f"shard.00000.mds: damaged, its {algorithm} is " in told and "index.json says " in told
+    assert f"shard.00000.mds: damaged, its {algorithm} is " in told
+    assert "index.json says " in told
 
 
 def changed_index(root: Path, **changes: object) -> None:
@@ -143,7 +148,7 @@ def without_hashes(root: Path) -> None:
     changed_index(root, **{key: {**shard[key], "hashes": {}} for key in ("raw_data", "zip_data") if shard.get(key)})
 
 
-def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_damaged_shard_or_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(folder: Path) -> str:
         return refusal(capsys, tmp_path, folder)
 
@@ -159,7 +164,7 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     begin = int.from_bytes(whole[4:8], "little")
     shard.write_bytes(whole[:begin] + b"\xff" * 4 + whole[begin + 4 :])
-    assert "shard.00000.mds: damaged, its sha1 is" in refused(root)  # where there is a hash, it speaks first
+    assert "shard.00000.mds: damaged, its sha1 is" in refused(root)  # a hash, where there is one, is checked first
     without_hashes(root)
     assert "shard.00000.mds#0: damaged sample" in refused(root)
     shard.write_bytes(b"\xff" * 4 + whole[4:])
@@ -191,7 +196,7 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MDS version 3; version 2 is read" in refused(root)
 
 
-def test_columns_that_are_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_column_that_is_not_integers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("dtypes/static_uint32", tmp_path)
     for encoding in ("ndarray:float32", "bytes"):
         changed_index(root, column_encodings=["str", encoding, "int"])
@@ -201,7 +206,7 @@ def test_columns_that_are_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "column 'id' is encoded as 'str', not an ndarray of integers" in told
 
 
-def test_ids_outside_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_ids_outside_vocabulary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = tmp_path / "tokenizer"
     small.mkdir()
     (small / "tokenizer.json").write_text(SMALL_TOKENIZER)
@@ -227,7 +232,7 @@ SMALL_TOKENIZER = json.dumps(
 )
 
 
-def test_compressed_and_plain_give_the_same_dataset(tmp_path: Path) -> None:
+def test_prepare_mds_compressed_and_raw_shards_give_the_same_bytes(tmp_path: Path) -> None:
     plain = copied("tokens/part1", tmp_path)
     for packed in plain.glob("*.zstd"):
         packed.with_suffix("").write_bytes(zstandard.decompress(packed.read_bytes()))
@@ -238,7 +243,7 @@ def test_compressed_and_plain_give_the_same_dataset(tmp_path: Path) -> None:
     assert len(documents(tmp_path / "out1")) == 40
 
 
-def test_where_the_inputs_lie_does_not_matter(tmp_path: Path) -> None:
+def test_prepare_mds_input_location_does_not_change_the_dataset(tmp_path: Path) -> None:
     found = []
     for place in ("here", "there"):
         shutil.copytree(FIXTURES / "tokens", tmp_path / place / "tokens")
@@ -247,7 +252,7 @@ def test_where_the_inputs_lie_does_not_matter(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_the_compressed_file_s_own_hash_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_mds_hash_of_compressed_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied("hashes/sha1", tmp_path)
     shard = json.loads((root / "index.json").read_text())["shards"][0]
     changed_index(root, zip_data={**shard["zip_data"], "hashes": {"sha1": "0" * 40}})
@@ -256,7 +261,7 @@ def test_the_compressed_file_s_own_hash_is_checked(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("encoding", ["ndarray:uint16:2,3", "ndarray:uint16", "ndarray"])
-def test_a_matrix_is_a_sequence_a_row(encoding: str) -> None:
+def test_array_rows_matrix_yields_one_sequence_per_row(encoding: str) -> None:
     matrix = np.arange(6, dtype="<u2").reshape(2, 3)
     shape = b"" if encoding.endswith("2,3") else bytes([2 << 2, 2, 3])
     raw = (b"\x10" if encoding == "ndarray" else b"") + shape + matrix.tobytes()

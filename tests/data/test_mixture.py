@@ -1,4 +1,4 @@
-"""Mixtures: files of them, the proportions they guarantee, how often each source is read, and what is refused."""
+"""Mixtures: their files, the proportions they guarantee, the epochs of each source, and refused mixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAIN = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"]
 SHARES = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12)
 
 
-def test_a_file_names_datasets_from_its_own_folder_or_a_root(tmp_path: Path) -> None:
+def test_parse_mixture_relative_paths_resolve_from_file_or_root(tmp_path: Path) -> None:
     listed = "[{path: web, weight: 3}, {path: /abs/code, weight: 1e-1}]"
     (tmp_path / "list.yaml").write_text(listed)
     (tmp_path / "keyed.yml").write_text(f"datasets: {listed}")
@@ -33,7 +33,7 @@ def test_a_file_names_datasets_from_its_own_folder_or_a_root(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "billions", "sources"), [("pretrain", 1704.7, 13), ("extend", 249.3, 10), ("decay", 76.3, 9)])  # fmt: skip
-def test_the_published_mixtures_add_up(name: str, billions: float, sources: int) -> None:
+def test_example_mixtures_sum_to_published_token_counts(name: str, billions: float, sources: int) -> None:
     entries = parse_mixture(str(EXAMPLES / f"{name}.yaml"))
     assert len({entry.path for entry in entries}) == len(entries) == sources
     assert sum(entry.tokens or 0 for entry in entries) == pytest.approx(billions * 1e9, abs=1)
@@ -56,27 +56,32 @@ def test_the_published_mixtures_add_up(name: str, billions: float, sources: int)
         (None, "No such file"),
     ],
 )
-def test_mistakes_are_one_line(content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The same line from a dry run and from a run, which leaves nothing behind."""
+def test_train_invalid_mixture_file_is_refused_in_one_line(
+    content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A dry run and a run are both refused in one line, and the run leaves nothing behind."""
     path = tmp_path / "m.yaml"
     if content is not None:
         path.write_text(content)
     for words in (["--dry-run"], ["--run-dir", str(tmp_path / "run")]):
         assert main([*TRAIN, *words, f"data.mixture={path}"]) == 2
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and told in lines[0], lines
+        assert len(lines) == 1, lines
+        assert told in lines[0], lines
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_mixture_is_refused(capsys: pytest.CaptureFixture) -> None:
+def test_train_empty_mixture_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert main([*TRAIN, "--dry-run", "data.mixture=[]"]) == 2
     assert "data.mixture: empty" in capsys.readouterr().err
 
 
 @given(SHARES, st.integers(0, 5 * BLOCK_SLOTS), st.integers(1, 4 * BLOCK_SLOTS), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_proportions_hold_in_every_window(shares: list[float], begin: int, length: int, seed: int) -> None:
-    """The bound of keyed.py's docstring, and within one slot in aligned blocks."""
+def test_shuffled_sampler_any_window_holds_proportions_within_bound(
+    shares: list[float], begin: int, length: int, seed: int
+) -> None:
+    """Any window keeps to the bound of keyed.py's docstring, and aligned blocks have the exact counts."""
     exact = np.asarray(shares) / sum(shares)
     counts = np.asarray(largest_remainder(exact.tolist(), BLOCK_SLOTS))
     assert (np.abs(counts - exact * BLOCK_SLOTS) < 1).all()
@@ -90,15 +95,15 @@ def test_proportions_hold_in_every_window(shares: list[float], begin: int, lengt
     assert np.bincount(sources, minlength=len(shares)).tolist() == counts.tolist()
 
 
-def test_the_bound_is_met(prepared: Dataset) -> None:
-    """No smaller multiple of c (1 - c / B) would do: the front of a block that is sorted by source has it all."""
+def test_proportion_bound_is_reached_by_a_block_sorted_by_source(prepared: Dataset) -> None:
+    """The front of a block sorted by source deviates by exactly c (1 - c / B), so no smaller multiple would do."""
     count = BLOCK_SLOTS // 4
     front = np.repeat([0, 1], [count, BLOCK_SLOTS - count])[:count]
     assert np.sum(front == 0) - count * count / BLOCK_SLOTS == count * (1 - count / BLOCK_SLOTS)
 
 
-def test_epochs(prepared: Dataset, other: Dataset) -> None:
-    """Rows read over rows there are, counted on the order itself; manifests alone come close."""
+def test_epochs_of_mixture_match_counts_in_the_order(prepared: Dataset, other: Dataset) -> None:
+    """Epochs are the rows read, counted in the order, over the rows of the source; manifests alone come close."""
     mixture = [MixtureEntry(str(prepared.path), 1.0), MixtureEntry(str(other.path), 1.0)]
     corpus = open_corpus(mixture, 256, "packed", 21, "pretrain")
     rows = 2 * BLOCK_SLOTS
@@ -112,21 +117,22 @@ def test_epochs(prepared: Dataset, other: Dataset) -> None:
     assert [s.epochs for s in planned] == pytest.approx([s.epochs for s in table], rel=1e-3)
 
 
-def test_warnings_grow_with_repetition() -> None:
+def test_epoch_warnings_grow_with_repetition() -> None:
     table = [SourceEpochs(name, 0.3, 100, epochs) for name, epochs in (("a", 1.0), ("b", 2.5), ("c", 9.0))]
     quiet, loud = epoch_warnings(table)
     assert quiet == "note: data.mixture: b will be read 2.5 times"
     assert loud.startswith("warning: data.mixture: c will be read 9.0 times; beyond 4 epochs")
 
 
-def test_the_dry_run_shows_the_table(prepared: Dataset, other: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+def test_dry_run_shows_mixture_shares_and_epoch_notes(prepared: Dataset, other: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(f"[{{path: {prepared.path}, weight: 3}}, {{path: {other.path}, weight: 1}}]")
     words = [*TRAIN, "--dry-run", f"data.mixture={mixture}", f"run.tokens={2 * prepared.num_tokens}"]
     words += ["schedule.warmup_tokens=0"]
     assert main(words) == 0
     printed = capsys.readouterr()
-    assert str(other.path) in printed.out and "75.00%" in printed.out
+    assert str(other.path) in printed.out
+    assert "75.00%" in printed.out
     assert f"note: data.mixture: {prepared.path} will be read 1.5 times" in printed.err
     assert main([*words, "--json"]) == 0
     shares = [source["share"] for source in json.loads(capsys.readouterr().out)["mixture"]]

@@ -1,4 +1,4 @@
-"""Mixtures and the data order: proportions in every block, every row once an epoch, the same from anywhere."""
+"""Mixtures and the data order: proportions in every block, every row once an epoch, a pure function of the position."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corpus_of(*entries: tuple[Dataset, float | None], **changes: Any) -> Corpus:
         ),
     ],
 )
-def test_mixture_forms(value: Any, entries: list[MixtureEntry]) -> None:
+def test_parse_mixture_accepts_paths_weights_and_tokens(value: Any, entries: list[MixtureEntry]) -> None:
     assert parse_mixture(value) == entries
 
 
@@ -56,21 +56,21 @@ def test_mixture_forms(value: Any, entries: list[MixtureEntry]) -> None:
         ([{"path": "a", "weight": 1}, "b"], "entries with neither and weight"),
     ],
 )
-def test_mixture_mistakes(value: Any, told: str) -> None:
+def test_parse_mixture_invalid_value_is_refused_in_one_line(value: Any, told: str) -> None:
     with pytest.raises(UserError, match=told) as caught:
         parse_mixture(value)
     assert "\n" not in str(caught.value)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
-def test_largest_remainder(shares: list[float]) -> None:
+def test_largest_remainder_counts_sum_to_block_within_one_slot(shares: list[float]) -> None:
     fractions = [share / sum(shares) for share in shares]
     counts = largest_remainder(fractions, BLOCK_SLOTS)
     assert sum(counts) == BLOCK_SLOTS
     assert all(abs(count - fraction * BLOCK_SLOTS) < 1 for count, fraction in zip(counts, fractions, strict=True))
 
 
-def test_proportions_are_of_tokens_and_hold_in_every_block(prepared: Dataset, other: Dataset) -> None:
+def test_blended_dataset_block_proportions_follow_token_weights(prepared: Dataset, other: Dataset) -> None:
     corpus = corpus_of((prepared, 3.0), (other, 1.0))
     for block in (0, 7):
         positions = np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS)
@@ -83,7 +83,7 @@ def test_proportions_are_of_tokens_and_hold_in_every_block(prepared: Dataset, ot
     assert 0 < first.sum() < 100  # shuffled: no block begins with one source only
 
 
-def test_every_row_once_an_epoch(prepared: Dataset, other: Dataset) -> None:
+def test_blended_dataset_epoch_reads_every_row_once(prepared: Dataset, other: Dataset) -> None:
     corpus = corpus_of((prepared, 1.0), (other, 2.0))
     source, row, epoch = corpus.locate(np.arange(3 * BLOCK_SLOTS))
     for i, plan in enumerate(corpus.plans):
@@ -96,11 +96,11 @@ def test_every_row_once_an_epoch(prepared: Dataset, other: Dataset) -> None:
     assert sorted(single.locate(np.arange(single.num_rows))[1].tolist()) == list(range(single.num_rows))
 
 
-def test_order_is_a_pure_function(prepared: Dataset, other: Dataset) -> None:
+def test_locate_result_depends_only_on_position(prepared: Dataset, other: Dataset) -> None:
     one, two = (corpus_of((prepared, 1.0), (other, 1.0)) for _ in range(2))
     positions = np.array([10**15 + 3, 0, 9_999, 10_000, 123_456_789, 0])
     together = np.stack(one.locate(positions))
-    two.locate(np.arange(30_000, 30_500))  # what was asked before does not matter
+    two.locate(np.arange(30_000, 30_500))  # earlier calls must not matter
     apart = np.concatenate([np.stack(two.locate(positions[i : i + 1])) for i in reversed(range(6))], axis=1)
     assert np.array_equal(together, apart[:, ::-1])
     assert one.locate(5)[0].shape == ()
@@ -108,13 +108,15 @@ def test_order_is_a_pure_function(prepared: Dataset, other: Dataset) -> None:
         one.locate([-1])
 
 
-def test_rows_are_their_chunks(prepared: Dataset, other: Dataset) -> None:
+def test_blended_dataset_packed_rows_equal_their_chunks(prepared: Dataset, other: Dataset) -> None:
     corpus = corpus_of((prepared, 1.0), (other, 1.0))
     rows = corpus.rows(np.arange(40))
     for position, row in enumerate(rows):
         again = corpus.row(position)
-        assert np.array_equal(again.tokens, row.tokens) and row.position == position
-        assert row.tokens.ndim == 1 and len(row.tokens) == int(row.lengths.sum()) <= 256
+        assert np.array_equal(again.tokens, row.tokens)
+        assert row.position == position
+        assert row.tokens.ndim == 1
+        assert len(row.tokens) == int(row.lengths.sum()) <= 256
         pieces = np.split(row.tokens, np.cumsum(row.lengths)[:-1])
         for chunk, piece in zip(row.chunks, pieces, strict=True):
             assert np.array_equal(piece, corpus.datasets[row.source].chunk(int(chunk)))
@@ -122,17 +124,18 @@ def test_rows_are_their_chunks(prepared: Dataset, other: Dataset) -> None:
     assert corpus.tokens_at(np.arange(40)).tolist() == [len(row.tokens) for row in rows]
 
 
-def test_padded_rows_are_cut_and_keep_their_end(prepared: Dataset) -> None:
+def test_blended_dataset_padded_rows_are_truncated_and_keep_sep(prepared: Dataset) -> None:
     corpus = corpus_of((prepared, None), seq_len=100, batching="padded")
     rows = corpus.rows(np.arange(60))
     assert max(len(row.tokens) for row in rows) == 100
     for row in rows:
         chunk = prepared.chunk(int(row.chunks[0]))
         assert row.lengths.tolist() == [len(row.tokens)]
-        assert row.tokens[-1] == 50282 and np.array_equal(row.tokens[:-1], chunk[: len(row.tokens) - 1])
+        assert row.tokens[-1] == 50282
+        assert np.array_equal(row.tokens[:-1], chunk[: len(row.tokens) - 1])
 
 
-def test_fingerprint_tells_orders_apart(prepared: Dataset, other: Dataset) -> None:
+def test_fingerprint_differs_for_every_setting_that_changes_the_order(prepared: Dataset, other: Dataset) -> None:
     same = corpus_of((prepared, 1.0), (other, 1.0))
     corpora = [
         same,
@@ -147,7 +150,9 @@ def test_fingerprint_tells_orders_apart(prepared: Dataset, other: Dataset) -> No
     assert corpus_of((prepared, 10.0), (other, 10.0)).fingerprint == same.fingerprint
 
 
-def test_unusable_mixtures(prepared: Dataset, other: Dataset, tmp_path: Path, tiny_tokenizer: Path) -> None:
+def test_blended_dataset_unusable_mixture_is_refused(
+    prepared: Dataset, other: Dataset, tmp_path: Path, tiny_tokenizer: Path
+) -> None:
     with pytest.raises(UserError, match=f"{other.path} would get .* of the rows"):
         corpus_of((prepared, 1.0), (other, 1e-9))
     source = write_jsonl(tmp_path / "a.jsonl", 5)

@@ -13,7 +13,7 @@ KEYS = st.integers(0, 2**64 - 1)
 
 
 @given(n=st.integers(1, 3_000), key=KEYS)
-def test_every_value_comes_exactly_once(n: int, key: int) -> None:
+def test_permutation_of_any_size_is_a_bijection(n: int, key: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n, dtype=np.uint64))
 
 
@@ -26,7 +26,7 @@ AWKWARD = sorted(
 @pytest.mark.parametrize("n", AWKWARD)
 @given(key=KEYS)
 @settings(max_examples=3, deadline=None)
-def test_awkward_sizes_are_permuted_too(n: int, key: int) -> None:
+def test_permutation_of_edge_case_size_is_a_bijection(n: int, key: int) -> None:
     images = Permutation(n, key)(np.arange(n))
     assert np.bincount(images.astype(np.int64), minlength=n).tolist() == [1] * n
 
@@ -34,22 +34,23 @@ def test_awkward_sizes_are_permuted_too(n: int, key: int) -> None:
 @given(
     n=st.integers(1, 10**12), key=KEYS, places=st.lists(st.integers(0, 10**12), min_size=1, max_size=50, unique=True)
 )
-def test_large_domains_stay_inside_and_apart(n: int, key: int, places: list[int]) -> None:
+def test_permutation_of_large_domain_is_in_range_and_injective(n: int, key: int, places: list[int]) -> None:
     inside = np.array(sorted({place % n for place in places}), dtype=np.uint64)
     images = Permutation(n, key)(inside)
     assert int(images.max()) < n
     assert len(np.unique(images)) == len(inside)
-    assert [int(Permutation(n, key)(int(place))) for place in inside[:3]] == images[:3].tolist()  # one by one the same
+    # one by one, the same images
+    assert [int(Permutation(n, key)(int(place))) for place in inside[:3]] == images[:3].tolist()
 
 
-def test_place_outside_is_refused() -> None:
+def test_permutation_invalid_position_or_size_is_refused() -> None:
     with pytest.raises(IndexError, match="place 10 of a permutation of 10"):
         Permutation(10, 1)(np.array([3, 10]))
     with pytest.raises(ValueError, match="n must be in"):
         Permutation(0, 1)
 
 
-def test_it_shuffles() -> None:
+def test_permutation_shows_no_correlation_and_differs_by_key() -> None:
     n = 100_003
     images = Permutation(n, 5)(np.arange(n)).astype(float)
     assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.02
@@ -59,8 +60,8 @@ def test_it_shuffles() -> None:
     assert shared < 1e-3  # another key, another order
 
 
-def test_published_values_do_not_move() -> None:
-    """The order of every run ever made hangs on these: splitmix64's first outputs for seed 1234567, and our own."""
+def test_hash_and_permutation_values_match_pinned_ones() -> None:
+    """The data order of every run depends on these: splitmix64's first outputs for seed 1234567, and our own values."""
     assert counter_hash(1234567, [1, 2, 3]).tolist() == [
         6457827717110365317,
         3203168211198807973,

@@ -25,7 +25,7 @@ def documents_in(path: Path) -> list[tuple[str, str]]:
     return list(dict.fromkeys(dataset.document_of(i)[:2] for i in range(dataset.num_chunks)))
 
 
-def test_directories_text_and_compressed_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_mixed_directory_reads_text_and_compressed_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
     root = tmp_path / "in"
     (root / "sub").mkdir(parents=True)
     (root / ".hidden.txt").write_text("no")
@@ -54,7 +54,9 @@ def test_directories_text_and_compressed_lines(tmp_path: Path, tokenizer: Tokeni
     assert [source.name for source in dataset.manifest.sources] == ["in"]
 
 
-def test_split_lines_are_read_once_each_with_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_documents_of_split_jsonl_yields_each_line_once_with_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "lines.jsonl"
     texts = [words(1 + i % 7, i) for i in range(60)]
     lines = [json.dumps({"text": text}) + ("\n\n" if i % 9 == 0 else "\n") for i, text in enumerate(texts)]
@@ -74,7 +76,7 @@ def test_split_lines_are_read_once_each_with_their_places(tmp_path: Path, monkey
         assert found == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
 
 
-def test_any_number_of_workers_and_a_kill_give_the_same_bytes(large: Path, tmp_path: Path) -> None:
+def test_prepare_two_workers_or_resumed_after_kill_writes_the_same_bytes(large: Path, tmp_path: Path) -> None:
     script = tmp_path / "small_tasks.py"
     for out, workers in (("one", 1), ("two", 2)):
         running = start(arguments_for(large, tmp_path / out, workers), script)
@@ -99,7 +101,9 @@ def test_any_number_of_workers_and_a_kill_give_the_same_bytes(large: Path, tmp_p
     assert not work.exists()
 
 
-def test_again_says_so_and_otherwise_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_rerun_is_complete_and_changed_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", 10)
     arguments = (source, "--out", tmp_path / "out", "--workers", 1)
     assert prepare_here(*arguments) == 0
@@ -120,9 +124,10 @@ def test_again_says_so_and_otherwise_refuses(tmp_path: Path, capsys: pytest.Capt
     assert "is not a dataset" in capsys.readouterr().err
 
 
-def test_equal_texts_fall_on_one_side(tmp_path: Path) -> None:
+def test_holdout_equal_texts_fall_on_one_side(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": words(20, i % 50), "id": i}) + "\n" for i in range(200)))
     assert prepare_here(path, "--out", tmp_path / "out", "--holdout", 0.3, "--workers", 1) == 0
     sides = [{int(d) % 50 for _, d in documents_in(tmp_path / "out" / part)} for part in (".", "heldout")]
-    assert sides[0] | sides[1] == set(range(50)) and not sides[0] & sides[1]
+    assert sides[0] | sides[1] == set(range(50))
+    assert not sides[0] & sides[1]

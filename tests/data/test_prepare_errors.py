@@ -73,19 +73,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mistake(case: str, tmp_path: Path) -> None:
+def test_prepare_invalid_input_or_option_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     make, options, told = CASES[case]
     inputs = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     workers = [] if "--workers" in options else ["--workers", "1"]
     done = ettin("prepare", *inputs, "--out", tmp_path / "out", *workers, *options)
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr and done.stderr.startswith("ettin prepare: ")
-    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert told in done.stderr
+    assert done.stderr.startswith("ettin prepare: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+def test_prepare_unwritable_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = ettin("prepare", *good(tmp_path), "--out", tmp_path / "file" / "out", "--workers", 1)
-    assert done.returncode == 2 and "cannot write" in done.stderr
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr

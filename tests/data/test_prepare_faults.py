@@ -1,5 +1,5 @@
-"""What may happen to `ettin prepare`: kill -9 at any moment, a lost worker, a full disk, inputs that change. Whatever it
-was, the same command then makes the same bytes."""
+"""Faults during `ettin prepare`: kill -9 at any moment, a lost worker, a full disk, inputs that change. The same
+command run again makes the same bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finish(running: subprocess.Popen[str]) -> str:
 
 
 def fails(running: subprocess.Popen[str]) -> str:
-    """Its one line of error."""
+    """Return the one line of error of a command that exits with status 2."""
     _, errors = running.communicate(timeout=180)
     assert running.returncode == 2, errors
     (line,) = errors.strip().splitlines()
@@ -50,7 +50,9 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
-def test_kill_9_at_random_moments(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
+    large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
     draw = random.Random(3)
     arguments = arguments_for(large, tmp_path / "out", 2)
     script = tmp_path / "small_tasks.py"
@@ -65,13 +67,13 @@ def test_kill_9_at_random_moments(large: Path, large_dataset: dict[str, bytes], 
         try:
             running.wait(timeout=moment)
         except subprocess.TimeoutExpired:
-            if kills % 2:  # all of it, or the parent alone
+            if kills % 2:  # the whole process group, or the parent alone
                 os.killpg(running.pid, signal.SIGKILL)
             else:
                 running.kill()
             kills += 1
         running.communicate()
-        wait_for(lambda mark=mark: not marked_processes(mark), 20)  # nobody is left over
+        wait_for(lambda mark=mark: not marked_processes(mark), 20)  # no process is left over
         if running.returncode == 0:
             finished += 1
             assert files_of(tmp_path / "out") == large_dataset
@@ -84,7 +86,7 @@ def test_kill_9_at_random_moments(large: Path, large_dataset: dict[str, bytes], 
 
 
 @pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_lost_worker_is_told_and_made_up_for(
+def test_prepare_killed_worker_is_reported_and_rerun_completes(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path, sigint: signal.Handlers
 ) -> None:
     arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
@@ -101,14 +103,17 @@ def test_a_lost_worker_is_told_and_made_up_for(
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker(), signal.SIGKILL)
     line = fails(running)
-    assert "a worker process died" in line and "run the same command again" in line
+    assert "a worker process died" in line
+    assert "run the same command again" in line
     assert not (tmp_path / "out").exists()
     finish(start(arguments, script))
     assert files_of(tmp_path / "out") == large_dataset
     assert not (tmp_path / ".tmp-out").exists()
 
 
-def test_an_interrupt_leaves_it_to_be_continued(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
+def test_prepare_interrupted_by_sigint_can_be_resumed(
+    large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
     arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
     running = start(arguments, script, ETTIN_TEST_MARK=mark)
     wait_for(lambda: bool(list((tmp_path / ".tmp-out" / "tasks").glob("task_*.json"))))
@@ -136,7 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(
+def test_prepare_full_disk_is_reported_and_rerun_completes(
     large: Path, large_dataset: dict[str, bytes], small_disk: Path, tmp_path: Path, workers: int
 ) -> None:
     arguments, script = arguments_for(large, small_disk / "out", workers), tmp_path / "small_tasks.py"
@@ -149,8 +154,8 @@ def test_a_full_disk(
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
-def test_planning_anew_after_a_kill_at_the_end(tmp_path: Path) -> None:
-    """Shards have their numbers in the staged dataset when an input that comes before them is taken away."""
+def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> None:
+    """An input is emptied after the staged shards of later inputs got their numbers: --replan numbers them anew."""
     root, script = tmp_path / "in", tmp_path / "small_tasks.py"
     root.mkdir()
     for i in range(4):
@@ -171,8 +176,8 @@ def test_planning_anew_after_a_kill_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attempt", range(3))
-def test_a_bad_line_is_told_and_not_a_lost_worker(attempt: int, tmp_path: Path) -> None:
-    """Its pool ends the other workers, which are at work."""
+def test_prepare_bad_line_is_reported_instead_of_lost_worker(attempt: int, tmp_path: Path) -> None:
+    """The pool terminates the other workers, which are busy; they must not be reported as lost."""
     root, script = tmp_path / "in", tmp_path / "small_tasks.py"
     root.mkdir()
     for i in range(4):
@@ -180,11 +185,14 @@ def test_a_bad_line_is_told_and_not_a_lost_worker(attempt: int, tmp_path: Path) 
         (root / f"part{i}.jsonl").write_text("\n".join(lines) + ("\n{bad" if i == 1 else ""))
     arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "2"]
     line = fails(start(arguments, script))
-    assert "invalid JSON" in line and "part1.jsonl:301" in line
+    assert "invalid JSON" in line
+    assert "part1.jsonl:301" in line
 
 
-def test_a_limit_on_files(large: Path, large_dataset: dict[str, bytes], tmp_path: Path) -> None:
-    """Another error of the disk than a full one: one line too, and what is done stays."""
+def test_prepare_file_size_limit_is_reported_and_rerun_completes(
+    large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A disk error other than a full disk is also one line, and the same command then completes."""
     arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"
     script.write_text(SMALL_TASKS)
     command = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited", sys.executable, script, *arguments]
@@ -196,8 +204,8 @@ def test_a_limit_on_files(large: Path, large_dataset: dict[str, bytes], tmp_path
     assert files_of(tmp_path / "out") == large_dataset
 
 
-def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From different directories, too: what is frozen are the places, not the way to them."""
+def test_prepare_changed_inputs_are_refused_without_replan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen plan holds resolved paths: the same inputs named from another directory are recognized."""
     root, script = tmp_path / "in", tmp_path / "small_tasks.py"
     monkeypatch.chdir(tmp_path)
     root.mkdir()
@@ -208,12 +216,14 @@ def test_changed_inputs_are_refused_until_told_to_plan_anew(tmp_path: Path, monk
     (root / "part3.jsonl.gz").write_bytes(good[: len(good) // 2])
     arguments = [root.name, "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
     line = fails(start(arguments, script))
-    assert "part3.jsonl.gz: gzip data ends in the middle, at byte" in line and "finished tasks are kept in" in line
+    assert "part3.jsonl.gz: gzip data ends in the middle, at byte" in line
+    assert "finished tasks are kept in" in line
     (root / "part3.jsonl.gz").write_bytes(good)
     monkeypatch.chdir(root)
     arguments[0] = f"../{root.name}"
     line = fails(start(arguments, script))
-    assert f"part3.jsonl.gz had {len(good) // 2} bytes and has {len(good)}" in line and "--replan" in line
+    assert f"part3.jsonl.gz had {len(good) // 2} bytes and has {len(good)}" in line
+    assert "--replan" in line
     line = fails(start([*arguments, "--holdout", "0.5"], script))
     assert "holdout was 0.0 and is 0.5" in line
     told = json.loads(finish(start([*arguments, "--replan", "--json"], script)))

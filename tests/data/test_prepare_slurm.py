@@ -33,7 +33,7 @@ def queue(cluster: dict[str, str]) -> list[str]:
     return done.stdout.split()
 
 
-def test_an_array_makes_the_same_bytes(
+def test_prepare_slurm_array_writes_the_same_bytes_as_one_process(
     cluster: dict[str, str], large: Path, large_dataset: dict[str, bytes], tmp_path: Path
 ) -> None:
     running = start([*slurm_arguments(large, tmp_path / "out"), "--wait"], tmp_path / "script.py", **cluster)
@@ -43,7 +43,7 @@ def test_an_array_makes_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "script.py"]
 
 
-def test_it_returns_tells_and_never_submits_twice(
+def test_prepare_slurm_rerun_reports_queued_jobs_and_resubmits_cancelled(
     cluster: dict[str, str], large: Path, large_dataset: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments = [*slurm_arguments(large, tmp_path / "out"), "--json"]
@@ -55,8 +55,10 @@ def test_it_returns_tells_and_never_submits_twice(
         assert running.returncode == 0, errors
         told.append(json.loads(output))
     assert (told[0]["new"], told[1]["new"]) == (True, False)
-    assert told[0]["jobs"] == told[1]["jobs"] and len(told[0]["jobs"]) == 2
-    assert told[1]["tasks_done"] == 0 and told[1]["num_tasks"] > 4
+    assert told[0]["jobs"] == told[1]["jobs"]
+    assert len(told[0]["jobs"]) == 2
+    assert told[1]["tasks_done"] == 0
+    assert told[1]["num_tasks"] > 4
     subprocess.run(["scancel", *told[0]["jobs"]], check=True, env={**os.environ, **cluster})
     wait_for(lambda: not queue(cluster), 60)
     running = start([*arguments, "--wait"], script, **cluster)  # what was cancelled is submitted again
@@ -65,7 +67,7 @@ def test_it_returns_tells_and_never_submits_twice(
     assert files_of(tmp_path / "out") == large_dataset
 
 
-def test_a_bad_input_is_told_by_its_line(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_prepare_slurm_truncated_input_is_reported_by_name(cluster: dict[str, str], tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()
     for i in range(3):
@@ -81,31 +83,34 @@ def test_a_bad_input_is_told_by_its_line(cluster: dict[str, str], tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_is_told_by_the_next_launch(cluster: dict[str, str], tmp_path: Path) -> None:
-    """Also where no task was finished, and without --wait."""
+def test_prepare_slurm_task_error_is_reported_by_the_next_run(cluster: dict[str, str], tmp_path: Path) -> None:
+    """The error is reported although no task was finished and --wait was not given."""
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "good"}\n{"text": \n')
     arguments = [str(source), "--out", str(tmp_path / "out"), "--executor", "slurm", "--slurm-time", "10"]
     arguments.append("--slurm-arg=mem-per-cpu=500M")
     submitted = start([*arguments, "--json"], tmp_path / "script.py", **cluster)
     output, errors = submitted.communicate(timeout=60)
-    assert submitted.returncode == 0 and not errors, errors  # nothing of datatrove's own log
+    assert submitted.returncode == 0, errors
+    assert not errors, errors  # datatrove's own log must not appear
     assert len(json.loads(output)["jobs"]) == 2
     wait_for(lambda: not queue(cluster), 90)
     again = start(arguments, tmp_path / "script.py", **cluster)
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 2
     (line,) = errors.splitlines()
-    assert f"{source}:2: invalid JSON" in line and "ended without the dataset" in line
+    assert f"{source}:2: invalid JSON" in line
+    assert "ended without the dataset" in line
 
 
-def test_a_space_in_the_path_is_refused(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
+def test_prepare_slurm_space_in_path_is_refused(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
     running = start(slurm_arguments(large, tmp_path / "my data"), tmp_path / "script.py", **cluster)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 2 and "has a space in its path" in errors.splitlines()[-1]
+    assert running.returncode == 2
+    assert "has a space in its path" in errors.splitlines()[-1]
 
 
-def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(
+def test_prepare_slurm_sbatch_refusal_is_one_line_and_leaves_nothing(
     cluster: dict[str, str], large: Path, tmp_path: Path
 ) -> None:
     arguments = [*slurm_arguments(large, tmp_path / "out"), "--slurm-partition", "nosuch"]
@@ -113,11 +118,15 @@ def test_what_sbatch_refuses_is_one_line_and_leaves_nothing(
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2
     (line,) = errors.splitlines()
-    assert "sbatch refused the job array" in line and "Invalid partition name" in line
-    assert not (tmp_path / ".tmp-out").exists() and not queue(cluster)
+    assert "sbatch refused the job array" in line
+    assert "Invalid partition name" in line
+    assert not (tmp_path / ".tmp-out").exists()
+    assert not queue(cluster)
 
 
-def test_a_refused_finishing_job_takes_the_array_along(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
+def test_prepare_slurm_refused_finishing_job_cancels_the_array(
+    cluster: dict[str, str], large: Path, tmp_path: Path
+) -> None:
     refusing, real = tmp_path / "bin" / "sbatch", shutil.which("sbatch")
     refusing.parent.mkdir()
     refusing.write_text(
@@ -128,13 +137,16 @@ def test_a_refused_finishing_job_takes_the_array_along(cluster: dict[str, str], 
     arguments = [*slurm_arguments(large, tmp_path / "out"), "--slurm-arg=begin=now+600"]
     running = start(arguments, tmp_path / "script.py", **environment)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 2 and errors.strip().endswith("too many jobs; the array was cancelled")
+    assert running.returncode == 2
+    assert errors.strip().endswith("too many jobs; the array was cancelled")
     assert not (tmp_path / ".tmp-out").exists()
     wait_for(lambda: not queue(cluster), 60)
 
 
-def test_other_settings_wait_for_what_is_queued(cluster: dict[str, str], large: Path, tmp_path: Path) -> None:
-    """Tasks of one plan would be taken for tasks of the other. Also: memory a job in place of memory a CPU."""
+def test_prepare_slurm_other_settings_are_refused_while_jobs_are_queued(
+    cluster: dict[str, str], large: Path, tmp_path: Path
+) -> None:
+    """Tasks of one plan would be taken for tasks of the other. Also covers memory per job instead of per CPU."""
     arguments = [*arguments_for(large, tmp_path / "out", 2), "--executor", "slurm", "--slurm-time", "10"]
     arguments += ["--slurm-arg=mem=500M", "--slurm-arg=begin=now+600"]
     for more, status in (([], 0), (["--end-token", "none"], 2), (["--end-token", "none", "--replan"], 2)):
@@ -148,7 +160,7 @@ def test_other_settings_wait_for_what_is_queued(cluster: dict[str, str], large: 
     wait_for(lambda: not queue(cluster), 60)
 
 
-def test_without_slurm_one_line(large: Path, tmp_path: Path) -> None:
+def test_prepare_slurm_without_sbatch_is_refused(large: Path, tmp_path: Path) -> None:
     running = start(slurm_arguments(large, tmp_path / "out"), tmp_path / "script.py", PATH="/nonexistent")
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2

@@ -1,4 +1,4 @@
-"""Training in a given order: one that `ettin order` exported, or a published one matched by the content of its samples."""
+"""Training in a recorded order: exported by `ettin order`, or published and matched by the content of its samples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refused(match: str, *datasets: Dataset, words: tuple[str, ...]) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Dataset) -> Iterator[Path]:
-    """Orders compiled by a test go; nothing half-written may stay."""
+    """A folder for the test; afterwards its compiled orders are removed, and no temporary folder may be left."""
     yield tmp_path
     assert not list(prepared.path.glob(".tmp-order_*"))
     for folder in prepared.path.glob("order_*"):
@@ -57,7 +57,7 @@ def exported(config: Path, out: Path, steps: str = "1:30") -> Path:
     return out
 
 
-def test_an_exported_order_replays_byte_for_byte(prepared: Dataset, other: Dataset, cache: Path) -> None:
+def test_order_exported_and_replayed_gives_the_same_batches(prepared: Dataset, other: Dataset, cache: Path) -> None:
     """Tables and batches of a run in its own exported order are equal, warm-up included, in whatever order the mixture
     lists its datasets; --batches are the same bytes."""
     config = written_config(cache / "a.yaml", prepared, other)
@@ -70,7 +70,9 @@ def test_an_exported_order_replays_byte_for_byte(prepared: Dataset, other: Datas
     assert (cache / "a.npz").read_bytes() == (cache / "b.npz").read_bytes()
 
 
-def test_the_order_ends(prepared: Dataset, cache: Path, capsys: pytest.CaptureFixture) -> None:
+def test_order_step_past_the_recorded_end_is_refused(
+    prepared: Dataset, cache: Path, capsys: pytest.CaptureFixture
+) -> None:
     config = written_config(cache / "a.yaml", prepared)
     order = exported(config, cache / "order.parquet", "1:11")
     replay = written_config(cache / "b.yaml", prepared, words=(f"data.order={order}",))
@@ -80,19 +82,20 @@ def test_the_order_ends(prepared: Dataset, cache: Path, capsys: pytest.CaptureFi
     assert f"the order of {order} ends with step 10" in capsys.readouterr().err
 
 
-def test_rows_end_with_the_order(prepared: Dataset, cache: Path) -> None:
-    """A script's loop over rows, more of them than are looked up at once."""
+def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Path) -> None:
+    """A script loops over more rows than are looked up at once."""
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
     words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
     config = parse("17m", "mlm", "pretrain", words=words)
     rows = open_run_corpus(config).end
-    assert rows is not None and rows > 2 * ROWS_AT_ONCE
+    assert rows is not None
+    assert rows > 2 * ROWS_AT_ONCE
     assert [row.position for row in iterate_rows(config)] == list(range(rows))
     assert [row.position for row in iterate_rows(config, rows - 2, 5)] == [rows - 2, rows - 1]
     assert [row.position for row in iterate_rows(config, 3, ROWS_AT_ONCE + 1)] == list(range(3, ROWS_AT_ONCE + 4))
 
 
-def test_the_fingerprint_is_of_the_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
+def test_recorded_order_fingerprint_depends_only_on_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
     config = written_config(cache / "a.yaml", prepared, other)
     order = exported(config, cache / "order.parquet")
     one = corpus_of(prepared, other, words=(f"data.order={order}",))
@@ -102,12 +105,14 @@ def test_the_fingerprint_is_of_the_content(prepared: Dataset, other: Dataset, ca
     shorter = exported(config, cache / "shorter.parquet", "1:29")
     assert corpus_of(prepared, other, words=(f"data.order={shorter}",)).fingerprint != one.fingerprint
     again = pickle.loads(pickle.dumps(one))
-    assert again.fingerprint == one.fingerprint and len(pickle.dumps(one)) < 100_000
+    assert again.fingerprint == one.fingerprint
+    assert len(pickle.dumps(one)) < 100_000
     for mine, theirs in zip(one.places(range(20)), again.places(range(20)), strict=True):
-        assert mine[:2] == theirs[:2] and np.array_equal(mine.chunks, theirs.chunks)
+        assert mine[:2] == theirs[:2]
+        assert np.array_equal(mine.chunks, theirs.chunks)
 
 
-def test_a_folder_of_exports_is_read_by_the_numbers_in_the_names(prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_folder_is_read_by_step_numbers_in_names(prepared: Dataset, cache: Path) -> None:
     config = written_config(cache / "a.yaml", prepared)
     whole = exported(config, cache / "whole.parquet", "1:13")
     (cache / "parts").mkdir()
@@ -117,7 +122,7 @@ def test_a_folder_of_exports_is_read_by_the_numbers_in_the_names(prepared: Datas
     assert orders[0].fingerprint == orders[1].fingerprint
 
 
-def test_a_damaged_compiled_order_is_made_anew(prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_damaged_cache_is_rebuilt(prepared: Dataset, cache: Path) -> None:
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
     words = (f"data.order={order}",)
     before = corpus_of(prepared, words=words).fingerprint
@@ -126,7 +131,8 @@ def test_a_damaged_compiled_order_is_made_anew(prepared: Dataset, cache: Path) -
         stream.truncate(8)
     left = prepared.path / f".tmp-{folder.name}-killed"
     left.mkdir()  # what a killed process leaves
-    assert corpus_of(prepared, words=words).fingerprint == before and not left.exists()
+    assert corpus_of(prepared, words=words).fingerprint == before
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_a_damaged_compiled_order_is_made_anew(prepared: Dataset, cache: Path) -
         ({"step": None}, "a null in column step"),
     ],
 )
-def test_exports_that_do_not_fit(change: dict, told: str, prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_with_unfit_entries_is_refused(change: dict, told: str, prepared: Dataset, cache: Path) -> None:
     table = parquet.read_table(exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet"))
     records = table.to_pylist()
     place = 0 if "slot" not in change else len(records) - 1
@@ -147,7 +153,9 @@ def test_exports_that_do_not_fit(change: dict, told: str, prepared: Dataset, cac
     refused(told, prepared, words=(f"data.order={cache / 'changed.parquet'}",))
 
 
-def test_orders_that_are_none(prepared: Dataset, other: Dataset, cache: Path) -> None:
+def test_recorded_order_unreadable_or_incompatible_source_is_refused(
+    prepared: Dataset, other: Dataset, cache: Path
+) -> None:
     refused("no file or folder; give `keyed`", prepared, words=("data.order=keyd",))
     refused("no .parquet file", prepared, words=(f"data.order={other.path / 'tokenizer'}",))
     parquet.write_table(pa.table({"text": ["a"]}), cache / "text.parquet")
@@ -160,7 +168,8 @@ def test_orders_that_are_none(prepared: Dataset, other: Dataset, cache: Path) ->
 
 
 def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
-    """As the published order: folders and files by number, rows shuffled within a file, `step` counting samples."""
+    """Write samples as the published order does: numbered folders and files, rows shuffled within a file, `step`
+    counting samples."""
     draw = np.random.default_rng(0)
     for i, part in enumerate(np.array_split(np.arange(len(samples)), files)):
         shuffled = draw.permutation(part)
@@ -172,27 +181,27 @@ def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
 
 
 def dressed(chunk: np.ndarray, style: int) -> list[int]:
-    """A chunk with the special tokens that one or another trainer leaves around it."""
+    """Return a chunk with the special tokens that one or another trainer leaves around it."""
     inner = chunk[1:-1].tolist()
     return [[CLS, *inner, SEP], inner, [CLS, *inner], [CLS, *inner, SEP, PAD, PAD], [CLS, *inner, PAD]][style % 5]
 
 
 @pytest.fixture
 def drawn(prepared: Dataset, other: Dataset) -> list[tuple[Dataset, int]]:
-    """300 chunks of two datasets in an order of no system, some twice."""
+    """300 chunks of two datasets in random order, some twice."""
     draw = np.random.default_rng(3)
     return [(d, int(draw.integers(d.num_chunks))) for d in draw.choice(np.array([prepared, other]), 300)]
 
 
 def contents(corpus: Corpus) -> list[list[int]]:
-    """The tokens of every chunk in the order they are trained on."""
+    """Return the tokens of every chunk in the order they are trained on."""
     pieces = []
     for row in corpus.rows(range(corpus.num_rows)):
         pieces += [piece.tolist() for piece in np.split(row.tokens, np.cumsum(row.lengths)[:-1])]
     return pieces
 
 
-def test_a_published_order_is_matched_by_content(
+def test_recorded_order_published_samples_are_matched_by_content(
     prepared: Dataset, other: Dataset, drawn: list[tuple[Dataset, int]], cache: Path
 ) -> None:
     samples = [dressed(dataset.chunk(chunk), i) for i, (dataset, chunk) in enumerate(drawn)]
@@ -204,21 +213,24 @@ def test_a_published_order_is_matched_by_content(
     assert sorted(contents(packed)) == sorted(expected)
     assert packed.num_rows < 0.75 * len(samples)
     for position, row in enumerate(packed.rows(range(packed.num_rows))):
-        assert int(row.lengths.sum()) <= 256 and row.position == position
+        assert int(row.lengths.sum()) <= 256
+        assert row.position == position
     assert packed.tokens_at(np.arange(packed.num_rows)).tolist() == [
         len(row.tokens) for row in packed.rows(range(packed.num_rows))
     ]
 
 
-def test_samples_cut_by_the_trainer_match_the_cut_chunk(prepared: Dataset, cache: Path) -> None:
-    """What does not fit data.seq_len does not count on either side."""
+def test_recorded_order_truncated_samples_match_truncated_chunks(prepared: Dataset, cache: Path) -> None:
+    """Tokens beyond data.seq_len are ignored, in the sample and in the chunk."""
     long = [i for i in range(prepared.num_chunks) if len(prepared.chunk(i)) == 128][:10]
     samples = [prepared.chunk(i)[:100].tolist() for i in long]  # cut and without its end
     corpus = corpus_of(prepared, words=(f"data.order={publish(cache / 'p', samples)}", "data.batching=padded", "data.seq_len=100"))  # fmt: skip
     assert [row.tokens[:-1].tolist() for row in corpus.rows(range(10))] == [s[:99] for s in samples]
 
 
-def test_unmatched_samples(prepared: Dataset, drawn: list[tuple[Dataset, int]], cache: Path) -> None:
+def test_recorded_order_unmatched_samples_are_refused_or_skipped(
+    prepared: Dataset, drawn: list[tuple[Dataset, int]], cache: Path
+) -> None:
     samples = [dataset.chunk(chunk).tolist() for dataset, chunk in drawn if dataset is prepared]
     known = len(samples)
     samples[7:7] = [[CLS, 5, 6, 7, SEP], [CLS, SEP]]
@@ -229,12 +241,13 @@ def test_unmatched_samples(prepared: Dataset, drawn: list[tuple[Dataset, int]], 
     row = parquet.read_table(path)["step"].to_pylist().index(7)
     refused(f"2 of {known + 2} samples are in no dataset .*{share} are.*{path} row {row};", prepared, words=words)
     corpus = corpus_of(prepared, words=(*words, "data.order_missing=skip"))
-    assert corpus.num_rows == known and corpus.skipped_samples == 2
+    assert corpus.num_rows == known
+    assert corpus.skipped_samples == 2
     unknown = publish(cache / "unknown", [[CLS, 5, 6, 7, SEP]] * 3, files=1)
     refused("3 of 3 samples", prepared, words=(f"data.order={unknown}", "data.order_missing=skip"))
 
 
-def test_equal_content_is_the_first_chunk_that_has_it(prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset, cache: Path) -> None:
     copy = shutil.copytree(prepared.path, cache / "copy")
     words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
     config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
@@ -243,8 +256,8 @@ def test_equal_content_is_the_first_chunk_that_has_it(prepared: Dataset, cache: 
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 50, 1000])
-def test_steps_within_rows(rows: int) -> None:
-    """Against a count, step by step, through the warm-up."""
+def test_steps_within_matches_step_by_step_count_through_warmup(rows: int) -> None:
+    """Compare with a step-by-step count through the warm-up."""
     sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", words=WORDS).batch, 200.0)
     steps, used = 0, sizes.size_at(0)
     while used <= rows:

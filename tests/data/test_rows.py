@@ -27,7 +27,7 @@ from tests.data.corpora import files_of
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=300), extra=st.integers(0, 30), window=st.integers(3, 80)
 )
-def test_packing_keeps_every_chunk_once(lengths: list[int], extra: int, window: int) -> None:
+def test_pack_any_lengths_keep_every_chunk_once_within_row(lengths: list[int], extra: int, window: int) -> None:
     row_tokens = 40 + extra
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "WINDOW_CHUNKS", window)
@@ -41,7 +41,7 @@ def test_packing_keeps_every_chunk_once(lengths: list[int], extra: int, window: 
     assert rows.max() <= row_tokens
 
 
-def test_ordinary_text_fills_rows() -> None:
+def test_pack_lognormal_lengths_fill_rows_above_98_percent() -> None:
     rng = np.random.default_rng(0)
     lengths = []
     for tokens in rng.lognormal(6.2, 1.1, 30_000).astype(int) + 1:  # a median document of 500 tokens
@@ -51,7 +51,7 @@ def test_ordinary_text_fills_rows() -> None:
     assert sum(lengths) / (1_024 * sum(len(counts) for _, counts in packed)) > 0.98
 
 
-def test_plan_of_a_dataset(prepared: Dataset) -> None:
+def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
     plan = ensure_row_plan(prepared, 256)
     assert plan.fill > 0.98
     assert plan.num_tokens == prepared.num_tokens
@@ -64,7 +64,7 @@ def test_plan_of_a_dataset(prepared: Dataset) -> None:
     assert [(p.batching, p.seq_len) for p in existing_plans(prepared)].count(("packed", 256)) == 1
 
 
-def test_padded_plan_is_one_chunk_a_row(prepared: Dataset) -> None:
+def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None:
     plan = ensure_row_plan(prepared, 100, "padded")
     assert plan.num_rows == prepared.num_chunks
     assert plan.chunks_of(5).tolist() == [5]
@@ -73,14 +73,14 @@ def test_padded_plan_is_one_chunk_a_row(prepared: Dataset) -> None:
     assert [f.name for f in plan.folder.iterdir()] == ["plan.json"]
 
 
-def test_short_rows_are_refused(prepared: Dataset) -> None:
+def test_packing_index_short_rows_or_unknown_batching_are_refused(prepared: Dataset) -> None:
     with pytest.raises(UserError, match=r"chunk_tokens = 128\).*data\.seq_len = 100"):
         ensure_row_plan(prepared, 100)
     with pytest.raises(UserError, match=r"data\.batching: 'pack'; allowed: packed, padded"):
         ensure_row_plan(prepared, 256, "pack")
 
 
-def test_stale_and_damaged_plans_are_rebuilt(prepared: Dataset, tmp_path: Path) -> None:
+def test_packing_index_damaged_is_rebuilt_or_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
     first = ensure_row_plan(dataset, 512)
     chunks = first.folder / "chunks.int64"
@@ -97,7 +97,7 @@ def test_stale_and_damaged_plans_are_rebuilt(prepared: Dataset, tmp_path: Path) 
     assert not list(dataset.path.glob(".tmp-*"))
 
 
-def test_processes_at_once_share_one_plan(prepared: Dataset, tmp_path: Path) -> None:
+def test_packing_index_concurrent_builders_agree_and_leave_no_temporary(prepared: Dataset, tmp_path: Path) -> None:
     shutil.copytree(prepared.path, tmp_path / "copy", ignore=shutil.ignore_patterns("rows_*"))
     code = (
         "import sys; from megatron_ettin.data.dataset import open_dataset;"
@@ -107,7 +107,8 @@ def test_processes_at_once_share_one_plan(prepared: Dataset, tmp_path: Path) -> 
     command = [sys.executable, "-c", code, str(tmp_path / "copy")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = {process.communicate(timeout=60)[0] for process in running}
-    assert len(printed) == 1 and all(process.returncode == 0 for process in running)
+    assert len(printed) == 1
+    assert all(process.returncode == 0 for process in running)
     assert not list((tmp_path / "copy").glob(".tmp-*"))
 
 
@@ -171,7 +172,7 @@ def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50
 
 
 def cut(documents: np.ndarray, chunk_tokens: int) -> np.ndarray:
-    """Lengths of the chunks of documents of so many tokens, by the recipe's rule without its back-fill."""
+    """Return the chunk lengths of documents of these token counts, by the recipe's rule without its back-fill."""
     piece, skip = chunk_tokens - 2, 128 if chunk_tokens == 1_024 else 32
     lengths = []
     for tokens in documents.tolist():
@@ -181,15 +182,15 @@ def cut(documents: np.ndarray, chunk_tokens: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seq_len", [1_024, 8_192])
-def test_ordinary_lengths_fill_rows_to_99_percent(seq_len: int, tmp_path: Path) -> None:
+def test_packing_index_lognormal_lengths_fill_rows_to_99_percent(seq_len: int, tmp_path: Path) -> None:
     """200,000 documents of log-normal length, a median of 500 tokens."""
     documents = np.random.default_rng(0).lognormal(6.2, 1.1, 200_000).astype(int) + 1
     plan = ensure_row_plan(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
     assert plan.fill >= 0.99
 
 
-def test_any_number_of_workers_writes_the_same_plan(tmp_path: Path) -> None:
-    """Several segments, of which none ends with a shard. The script makes them small in the workers too."""
+def test_packing_index_any_number_of_workers_writes_the_same_files(tmp_path: Path) -> None:
+    """Several segments, none of which ends where a shard does. The script makes segments small in the workers too."""
     lengths = np.random.default_rng(1).integers(3, 200, 30_000).astype(np.int32)
     dataset = make_lengths_dataset(tmp_path / "dataset", lengths)
     site = tmp_path / "site"
@@ -218,7 +219,7 @@ def test_any_number_of_workers_writes_the_same_plan(tmp_path: Path) -> None:
     assert max(len(segments) for segments in rows_of) == 1  # chunks meet only within a segment
 
 
-def test_plans_pickle_small(prepared: Dataset) -> None:
+def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> None:
     for plan in (ensure_row_plan(prepared, 256), ensure_row_plan(prepared, 100, "padded")):
         raw = pickle.dumps(plan)
         assert len(raw) < 20_000
@@ -228,7 +229,7 @@ def test_plans_pickle_small(prepared: Dataset) -> None:
         assert again.tokens_of([0, 3]).tolist() == plan.tokens_of([0, 3]).tolist()
 
 
-def test_the_next_build_clears_what_a_killed_one_left(prepared: Dataset, tmp_path: Path) -> None:
+def test_packing_index_next_build_removes_leftovers_of_a_killed_one(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
     code = (
         "import sys, os; from megatron_ettin.data import rows; from megatron_ettin.data.dataset import open_dataset;"
@@ -241,11 +242,12 @@ def test_the_next_build_clears_what_a_killed_one_left(prepared: Dataset, tmp_pat
     assert not list(dataset.path.glob(".tmp-*"))
 
 
-def test_damaged_lengths_are_refused(tmp_path: Path) -> None:
+def test_packing_index_damaged_chunk_lengths_are_refused(tmp_path: Path) -> None:
     dataset = make_lengths_dataset(tmp_path / "dataset", np.full(10, 50, np.int32))
     with open(dataset.path / "shard_00001.idx", "r+b") as stream:
         stream.seek(HEADER.size)
         stream.write(np.int32(2_000_000_000).tobytes())
     with pytest.raises(UserError, match=r"a chunk of .*2000000000 tokens among chunks 0 to 9.*--verify"):
         ensure_row_plan(dataset, 64)
-    assert not list(dataset.path.glob(".tmp-*")) and not (dataset.path / "rows_64").exists()
+    assert not list(dataset.path.glob(".tmp-*"))
+    assert not (dataset.path / "rows_64").exists()

@@ -1,4 +1,4 @@
-"""Inputs that hold token ids already: parquet, saved datasets, Megatron's .bin/.idx, a dataset made here."""
+"""Inputs that hold token ids already: parquet, saved datasets, Megatron's .bin/.idx, a dataset of `ettin prepare`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FRAMED = [FRAMES[i % len(FRAMES)](ids) for i, ids in enumerate(DOCUMENTS)]
 
 
 @given(ids=st.lists(st.integers(5, 9), max_size=6), frame=st.integers(0, len(FRAMES) - 1), dtype=st.sampled_from("Hiq"))
-def test_outer_specials_are_taken_off_once(ids: list[int], frame: int, dtype: str) -> None:
+def test_without_outer_specials_removes_one_frame_only(ids: list[int], frame: int, dtype: str) -> None:
     expected = TokenFrame(50_368, CLS, SEP, PAD, "")
     framed = np.array(FRAMES[frame](ids), dtype)
     assert without_outer_specials(framed, expected).tolist() == ids
@@ -50,7 +50,7 @@ def test_outer_specials_are_taken_off_once(ids: list[int], frame: int, dtype: st
 
 
 @pytest.mark.parametrize("kind", ["list<uint16>", "large_list<int64>", "list<int32>"])
-def test_parquet_and_saved_datasets_of_ids(kind: str, tmp_path: Path) -> None:
+def test_prepare_token_columns_of_parquet_and_saved_dataset_keep_ids(kind: str, tmp_path: Path) -> None:
     value = {"uint16": pyarrow.uint16(), "int64": pyarrow.int64(), "int32": pyarrow.int32()}[kind.split("<")[1][:-1]]
     lists = pyarrow.large_list(value) if kind.startswith("large") else pyarrow.list_(value)
     columns = {"input_ids": pyarrow.array(FRAMED, lists), "id": [f"d{i}" for i in range(len(FRAMED))]}
@@ -64,7 +64,7 @@ def test_parquet_and_saved_datasets_of_ids(kind: str, tmp_path: Path) -> None:
         assert [ids for _, _, ids in saved] == DOCUMENTS
 
 
-def test_cut_chunks_stay_and_longer_ones_are_cut_like_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_token_ids_are_chunked_like_text_and_chunks_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = words(900, 5)
     ids = tokenizer.encode_batch([text])[0]
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": text}))
@@ -82,12 +82,13 @@ def test_cut_chunks_stay_and_longer_ones_are_cut_like_text(tmp_path: Path, token
     assert [dataset.chunk(i).tolist() for i in range(dataset.num_chunks)] == chunks
 
 
-def test_the_held_out_split_goes_by_the_ids(tmp_path: Path) -> None:
+def test_holdout_of_token_inputs_depends_on_the_ids(tmp_path: Path) -> None:
     ids = [[10, 20 + i % 40, 30] for i in range(120)]
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": ids}), tmp_path / "in.parquet")
     assert prepare_here(tmp_path / "in.parquet", "--out", tmp_path / "out", "--holdout", 0.3, "--workers", 1) == 0
     sides = [{tuple(found) for _, _, found in documents(tmp_path / "out" / part)} for part in (".", "heldout")]
-    assert sides[0] | sides[1] == {tuple(found) for found in ids} and not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {tuple(found) for found in ids}
+    assert not sides[0] & sides[1]
     for found in sides[1]:
         key = hashlib.sha256(struct.pack(f"<{len(found)}I", *found)).hexdigest()
         file = InputFile("", "", "", "parquet", None, 0)
@@ -102,7 +103,9 @@ def write_pair(prefix: Path, sequences: list[list[int]], per_document: list[int]
 
 
 @pytest.mark.parametrize("code", DTYPE_OF_CODE)
-def test_megatron_pairs_of_every_integer_dtype(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_megatron_pair_of_any_dtype_keeps_documents(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtype = DTYPE_OF_CODE[code]
     largest = min(int(np.iinfo(dtype).max), 50_000)
     rng = np.random.default_rng(code)
@@ -123,7 +126,7 @@ def test_megatron_pairs_of_every_integer_dtype(code: int, tmp_path: Path, monkey
     assert len(list((tmp_path / "out4").glob("*.bin"))) > 3
 
 
-def test_what_megatron_core_wrote(tmp_path: Path) -> None:
+def test_prepare_pair_written_by_megatron_core_is_read(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -134,8 +137,10 @@ def test_what_megatron_core_wrote(tmp_path: Path) -> None:
     assert [ids for _, _, ids in prepared(tmp_path, tmp_path / "core")] == DOCUMENTS
 
 
-def test_a_dataset_made_here_in_longer_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Documents, their ids and their held-out part stay what they were; so do the bytes of an equal rule."""
+def test_prepare_own_dataset_rechunked_keeps_documents_and_holdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents, their ids and their held-out part are kept, and the bytes equal those of chunking the text alike."""
     source = write_jsonl(tmp_path / "in.jsonl", 30, longest_words=300)
     plain = ("--chunking", "plain", "--workers", 1)
     assert prepare_here(source, "--out", tmp_path / "short", "--chunk-tokens", 32, "--holdout", 0.2, *plain) == 0
@@ -156,7 +161,7 @@ def test_a_dataset_made_here_in_longer_chunks(tmp_path: Path, capsys: pytest.Cap
     assert "manifest.json: names shard_00000.bin, which is not there" in told
 
 
-def test_ids_outside_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_token_ids_outside_vocabulary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule = "the tokenizer's vocabulary has ids 0 to 50367"
     rows = [[1, 2], [CLS, 7, 8, 50_368, 9], [-1]]
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "in.parquet")
@@ -169,13 +174,13 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"pair.bin: document 1: token id 60000 at position 2; {rule}" in told
 
 
-def test_nulls_among_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_null_token_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rows, told in (([[1], None], "#1: 'input_ids' is null"), ([[1], [2, None]], "#1: 'input_ids' has a null")):
         pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "in.parquet")
         assert told in refusal(capsys, tmp_path, tmp_path / "in.parquet")
 
 
-def test_damaged_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_damaged_megatron_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = tmp_path / "pair"
     dtype = np.dtype("<i4")
     index, tokens = tmp_path / "pair.idx", tmp_path / "pair.bin"
@@ -212,14 +217,14 @@ def test_damaged_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "a Megatron dataset is a pair, name.bin and name.idx; the .idx is not there" in told
 
 
-def test_an_idx_that_is_not_megatron_s_is_left_alone(tmp_path: Path) -> None:
+def test_prepare_directory_with_foreign_idx_skips_it(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "pack.idx").write_bytes(b"\xfftOc\x00\x00\x00\x02")
     (tmp_path / "in" / "a.txt").write_text("A text.")
     assert [source for source, _, _ in prepared(tmp_path, tmp_path / "in")] == ["in/a.txt"]
 
 
-def test_remote_token_inputs(tmp_path: Path) -> None:
+def test_prepare_remote_token_inputs_match_local(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     root = f"/{tmp_path.name}"
     fixtures = Path(__file__).parents[1] / "fixtures" / "mds"

@@ -29,27 +29,29 @@ VECTORS = {
 
 
 @pytest.mark.parametrize("text", VECTORS)
-def test_published_vectors(tokenizer: Tokenizer, text: str) -> None:
+def test_tokenizer_encodes_published_vectors(tokenizer: Tokenizer, text: str) -> None:
     ids = [int(i) for i in VECTORS[text].split()]
     assert tokenizer.encode_batch([text], add_prefix_space=False) == [ids]
     assert tokenizer.backend.encode(text).ids == [50281, *ids, 50282]  # by the template
 
 
-def test_ids_and_size(tokenizer: Tokenizer) -> None:
+def test_tokenizer_has_published_special_ids_and_vocabulary_size(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 50_368
     assert tokenizer.special_ids == (50280, 50281, 50282, 50283, 50284)
     assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id) == (50281, 50282, 50283, 50284)
     assert tokenizer.backend.token_to_id("[unused82]") == 50_367
 
 
-def test_prefix_space_is_of_the_text_only(tokenizer: Tokenizer) -> None:
+def test_encode_batch_prefix_space_is_added_only_where_missing(tokenizer: Tokenizer) -> None:
     plain, prefixed = (tokenizer.encode_batch(["def f():\n    return 1"], add)[0] for add in (False, True))
     assert tokenizer.decode(plain) == "def f():\n    return 1"
     assert tokenizer.decode(prefixed) == " def f():\n    return 1"  # none after the run of spaces, a token of its own
     assert tokenizer.encode_batch([" already", "already"]) == [tokenizer.encode_batch([" already"], False)[0]] * 2
 
 
-def test_long_text_in_pieces_gives_the_same_ids(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encode_batch_long_text_in_pieces_gives_the_same_ids(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "It's a naïve café [MASK] of b   c\n\n    d [unused3] e 12 x-ray [SEP] 日本 語 I'm " * 200
     whole = tokenizer.encode_batch([text, "and another"])
     for characters in (10, 333, 4_000):
@@ -57,7 +59,7 @@ def test_long_text_in_pieces_gives_the_same_ids(tokenizer: Tokenizer, monkeypatc
         assert tokenizer.encode_batch([text, "and another"]) == whole
 
 
-def test_saved_is_read_back_here_and_by_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_saved_reads_back_here_and_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer.save(tmp_path)
@@ -71,7 +73,7 @@ def test_saved_is_read_back_here_and_by_transformers(tokenizer: Tokenizer, tmp_p
         assert theirs(text)["input_ids"] == [50281, *map(int, ids.split()), 50282]
 
 
-def test_roles_fall_back_to_bos_and_eos(tmp_path: Path) -> None:
+def test_load_tokenizer_without_cls_falls_back_to_bos_and_eos(tmp_path: Path) -> None:
     backend = Backend(WordLevel({"<s>": 0, "</s>": 1, "word": 2, "<unk>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -80,7 +82,7 @@ def test_roles_fall_back_to_bos_and_eos(tmp_path: Path) -> None:
     assert found.special_ids == (0, 1, 3)
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_load_tokenizer_absent_or_invalid_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""`ettin inspect --verify`: every bad file by name, the bytes in which it is wrong, exit 2; and nothing of it in good ones."""
+"""`ettin inspect --verify` names every bad file and its damaged bytes and exits with 2; a sound dataset passes."""
 
 from __future__ import annotations
 
@@ -42,23 +42,26 @@ def flip(path: Path, *places: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_sound_dataset(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_sound_dataset_reports_nothing(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(sound, capsys) == (0, [])
     assert main(["inspect", str(sound), "--verify", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["verified"] is True and "bytes in" in told["verification"]
+    assert told["verified"] is True
+    assert "bytes in" in told["verification"]
 
 
-def test_the_bytes_of_flipped_bits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_flipped_bit_names_the_damaged_byte_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = copy / "shard_00000.bin"
     flip(file, BLOCK_BYTES + 7)
     status, lines = verify(copy, capsys)
     expected = f"{file}: damaged, within bytes {BLOCK_BYTES} to {file.stat().st_size - 1}"
-    assert status == 2 and len(lines) == 1
-    assert lines[0].startswith("ettin inspect: 1 of ") and lines[0].endswith(expected)
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("ettin inspect: 1 of ")
+    assert lines[0].endswith(expected)
 
 
-def test_runs_of_blocks(tmp_path: Path) -> None:
+def test_damaged_ranges_merge_adjacent_blocks(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(5 * BLOCK_BYTES + 3))
     before = digest_of(path)
@@ -68,24 +71,28 @@ def test_runs_of_blocks(tmp_path: Path) -> None:
     assert list(damaged_ranges(before.blocks, digest_of(path))) == ranges
 
 
-def test_every_bad_file_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_every_bad_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index, plan = copy / "shard_00000.idx", copy / "rows_128" / "chunks.int64"
     index.write_bytes(index.read_bytes()[:-10])
     (copy / "heldout" / "shard_00000.starts.npy").unlink()
     flip(plan, 0)
     size = index.stat().st_size
     status, lines = verify(copy, capsys)
-    assert status == 2 and len(lines) == 4
+    assert status == 2
+    assert len(lines) == 4
     assert lines[0] == f"{index}: truncated, bytes {size} to {size + 9} are missing"
     assert "heldout/shard_00000.starts.npy: missing (the manifest lists it with" in lines[1]
-    assert lines[2].startswith(f"{plan}: damaged") and "remove its folder" in lines[2]
-    assert lines[3].startswith("ettin inspect: 3 of ") and lines[3].endswith(", and 2 more")
+    assert lines[2].startswith(f"{plan}: damaged")
+    assert "remove its folder" in lines[2]
+    assert lines[3].startswith("ettin inspect: 3 of ")
+    assert lines[3].endswith(", and 2 more")
     assert main(["inspect", str(copy), "--verify", "--json"]) == 2
     told = json.loads(capsys.readouterr().out)
-    assert told["verified"] is False and told["problems"] == lines[:3]
+    assert told["verified"] is False
+    assert told["problems"] == lines[:3]
 
 
-def test_damaged_digests_do_not_hide_the_damage(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_damaged_checksums_do_not_hide_damaged_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(copy / "shard_00000.bin", 9)
     flip(copy / "shard_00000.checksums.json", 0)
     status, lines = verify(copy, capsys)
@@ -95,9 +102,13 @@ def test_damaged_digests_do_not_hide_the_damage(copy: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
-def test_a_record_whose_own_digest_has_lost_its_name(copy: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """It must not pass for one that is older than digests of records."""
+def test_verify_record_with_damaged_digest_key_is_reported(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Such a record must not pass for one written before records had digests."""
     (path,) = [*copy.glob(name), *copy.glob(f"rows_*/{name}")]
     flip(path, path.read_bytes().index(b"content_sha256") + 3)
     status, lines = verify(copy, capsys)
-    assert status == 2 and str(path) in lines[0] and "damaged" in lines[0]
+    assert status == 2
+    assert str(path) in lines[0]
+    assert "damaged" in lines[0]

@@ -1,5 +1,5 @@
-"""What stands in the place of `ettin`, `torchrun`, `python` and others on the PATH of a block: hands the call to the
-server with this process's files, and ends with its status."""
+"""Replaces `ettin`, `torchrun`, `python` and others on the PATH of a block: passes the call to the server with this
+process's standard streams, and exits with its status."""
 
 import array
 import json

@@ -1,4 +1,4 @@
-"""A server of commands, and the datasets and runs that pages name."""
+"""The command server, and the datasets and runs that pages name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_tokenizer
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
-            assert server.stdout is not None and server.stdout.readline() == "ready\n"
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
             base = folder / "base"
             shutil.copytree(corpus, base / "corpus")
             shutil.copytree(tiny_tokenizer, base / "tokenizer")
@@ -48,7 +49,7 @@ ettin convert to-hf mlm hf --no-verify
 
 
 def make_base(shell: Shell) -> None:
-    """A run of each objective, and a folder for transformers."""
+    """Train a run of each objective and export one of them for transformers."""
     for end in ("bin", "idx"):
         shutil.copy(shell.base / "corpus" / f"shard_00000.{end}", shell.base / f"shard.{end}")
     (shell.base / "book.txt").write_text(sentences(1, 40))

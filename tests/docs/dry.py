@@ -1,4 +1,4 @@
-"""Calls of tagged blocks: nothing is started, and nothing that does not exist passes."""
+"""Checks of the calls in tagged blocks: nothing is started, and a wrong option, key or target fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.docs.pages import ROOT
 
 
 def check(words: list[str]) -> int | None:
-    """Read a call by the parser that it is for; with --dry-run where the command has one."""
+    """Parse a call with its command's own parser; run it with --dry-run where the command has that option."""
     name, rest = words[0], words[1:]
     if name == "ettin":
         return ettin(rest)
@@ -30,7 +30,7 @@ def check(words: list[str]) -> int | None:
 
 
 def torchrun(words: list[str]) -> tuple[int, list[str]]:
-    """How many ranks it starts, and the call of ettin."""
+    """Return the number of ranks that it starts, and the words of the ettin call."""
     from torch.distributed.run import get_args_parser
 
     args = get_args_parser().parse_args(words)
@@ -55,7 +55,7 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
     args = parse_words(parser_of(name), name, rest)
     check_keys(from_words([*getattr(args, "words", [])]))
     if name in ("train", "bench") and "--compare" not in rest:
-        if ranks is not None:  # the layout is one that so many ranks can have
+        if ranks is not None:  # checks that the layout fits the number of ranks
             jobs_of(parse_call(name, rest, []), ranks, None)
         elif name == "bench":
             parse_call(name, rest, [])
@@ -63,7 +63,7 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
 
 
 def python(words: list[str]) -> int:
-    """Every option stands in the script's --help."""
+    """Check that every option occurs in the script's source."""
     if words[:2] == ["-m", "pytest"]:
         return 0
     path = ROOT / words[0]
@@ -75,7 +75,7 @@ def python(words: list[str]) -> int:
 
 
 def pip(words: list[str]) -> int:
-    """Every extra of this package exists."""
+    """Check that every extra of this package exists."""
     extras = {line for line in (ROOT / "setup.cfg").read_text().split("[options.extras_require]")[1].splitlines()}
     for word in words:
         found = re.fullmatch(r"(?:megatron[-_]ettin|\.)\[([\w,]+)\]", word)

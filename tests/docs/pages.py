@@ -1,6 +1,6 @@
 """The pages that users read, and the blocks of commands in them.
 
-A block is what stands in a fence of `bash` or `console`. It runs as printed, unless an HTML comment before it says
+A block is the text of a fence of `bash` or `console`. It runs as printed, unless an HTML comment before it says
 otherwise and why:
 
     <!-- run: gpu, because eight devices -->
@@ -23,8 +23,10 @@ TAG = re.compile(r"<!-- run: (?P<tag>\w+), because (?P<reason>[^>]{8,}?) -->\s*$
 
 @dataclass(frozen=True)
 class Block:
-    page: str  # from the repository's folder
-    line: int  # of its fence
+    page: str
+    """Path of the page, relative to the repository."""
+    line: int
+    """Line number of the fence."""
     language: str
     text: str
     tag: str = ""
@@ -35,12 +37,12 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README and everything under docs."""
+    """Return the README and every page under docs."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks_of(text: str, page: str) -> list[Block]:
-    """Every fence. Raises ValueError for a tag that does not exist or has no reason."""
+    """Return every fence. Raises ValueError for a tag that does not exist or has no reason."""
     found = []
     for match in FENCE.finditer(text):
         before, line = text[: match.start()], text.count("\n", 0, match.start()) + 1
@@ -58,7 +60,7 @@ def all_blocks() -> list[Block]:
 
 
 def commands(block: Block) -> str:
-    """What a shell is given of it; of a console session the lines after `$ `."""
+    """Return the commands for the shell; in a console session these are the lines after `$ `."""
     if block.language != "console":
         return block.text
     return "\n".join(line[2:] for line in block.text.splitlines() if line.startswith("$ "))

@@ -1,7 +1,7 @@
 """Runs commands of the docs, each in a fork of a process that has everything imported: importing takes seconds.
 
-A call brings its words, folder, environment and files. With DOCS_DRY set nothing is started: see `dry.py`. Else sizes
-are made small (`small.py`) and what remains is the real command."""
+A call brings its words, folder, environment and standard streams. With DOCS_DRY set nothing is started: see `dry.py`.
+Otherwise sizes are made small (`small.py`) and the real command runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def serve(path: str) -> None:
 
 
 def answer(connection: socket.socket) -> None:
-    """One call, in a process of its own, which ends."""
+    """Answer one call in a forked process, and exit."""
     head, rights, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(12))
     files = array.array("i", rights[0][2])
     text = b""
@@ -69,7 +69,7 @@ def answer(connection: socket.socket) -> None:
 
 
 def protected(function: Callable[[], int | None]) -> int:
-    """Its status, as a process would end with, and what it printed written."""
+    """Call the function, flush its output and return the exit status that a process would have."""
     try:
         status = function() or 0
     except SystemExit as end:
@@ -114,7 +114,7 @@ def script(words: list[str]) -> None:
 
 
 def launched(ranks: int, words: list[str]) -> int:
-    """As torchrun would: a process a rank, the worst of their statuses."""
+    """Start one process per rank, as torchrun does, and return the worst of their statuses."""
     from tests.pool import free_port
 
     port, children = free_port(), []

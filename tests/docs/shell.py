@@ -1,4 +1,4 @@
-"""A folder with what a page's commands name, and a shell in it."""
+"""A folder with the files that a page's commands name, and a shell in it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from tests.docs.pages import ROOT, Block, commands
 
-CALLS = ("ettin", "torchrun", "python")  # served in any block
-DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # and in those that start nothing
+CALLS = ("ettin", "torchrun", "python")  # passed to the server in every block
+DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # passed to the server in tagged blocks only
 ABSOLUTE = re.compile(r"(?<![\w./])/(?=(?:data|scratch|shared)/)")  # paths that pages invent
 MEASURED = """\
 {"size": "150m", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 331000, "chunk_tokens": 615}
 {"size": "1b", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 74000, "chunk_tokens": 615}
 """
-# page -> what it finds: a copy of a run (mlm, clm), of the corpus, of a folder for transformers, or a text
+# page -> path -> its content: a copy of a run (mlm, clm), of the corpus or of a folder for transformers, or a text
 CORPORA = {"corpus": "corpus", "corpus-8k": "corpus"}
 COMPOSER = {"ep0-ba5996-rank0.pt": str(ROOT / "tests" / "fixtures" / "composer" / "mlm.pt")}
 RUN = {"runs/17m-mlm": "mlm"}
@@ -42,12 +42,12 @@ NEEDS: dict[str, dict[str, str]] = {
     "docs/release.md": RUN,
     "docs/training.md": {**CORPORA, "runs/mlm": "mlm", "runs/clm": "clm", "runs/decay": "mlm", "some/hf-folder": "hf"},
 }
-EXACT = ("docs/tutorial.md",)  # small by themselves
+EXACT = ("docs/tutorial.md",)  # pages whose commands are small as printed
 
 
 @dataclass
 class Shell:
-    """`base` holds the things that are copied; `server` is the socket of tests/docs/server.py."""
+    """Run blocks. `base` holds the files to copy; `server` is the socket of tests/docs/server.py."""
 
     base: Path
     server: Path
@@ -72,7 +72,7 @@ class Shell:
         return folder
 
     def run(self, block: Block, folder: Path, timeout_seconds: float = 900) -> subprocess.CompletedProcess[str]:
-        """The block, by bash, with what it calls served; stops at the first that fails."""
+        """Run the block in bash, its calls answered by the server; stop at the first command that fails."""
         dry = bool(block.tag)
         programs = self.programs / ("dry" if dry else "run")
         text = ABSOLUTE.sub(f"{folder}/", commands(block))
@@ -93,7 +93,7 @@ class Shell:
 
 
 def make_programs(folder: Path) -> Path:
-    """The names under which client.py stands on the PATH."""
+    """Write client.py under the name of every program that blocks call."""
     client = Path(__file__).with_name("client.py")
     for kind, names in (("run", CALLS), ("dry", CALLS + DRY_CALLS)):
         (folder / kind).mkdir(parents=True)

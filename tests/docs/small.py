@@ -1,5 +1,5 @@
-"""The sizes that blocks run in: shape, rows and steps of the tests, a tokenizer of 320 entries, chunks of 48 tokens.
-What a block says itself is stronger, except for the number of workers."""
+"""The sizes that blocks run with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48 tokens.
+A block's own options take precedence, except for the number of workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREPARE = {"--tokenizer": "", "--chunk-tokens": "48"}
 
 
 def sized(words: list[str]) -> list[str]:
-    """A call of ettin with small sizes, unless its page has such."""
+    """Add small sizes to a call of ettin, unless its page has small sizes itself."""
     if words[:1] == ["release"]:  # each worker imports torch
         return [*words, "--workers", "1"]
     if os.environ.get("DOCS_EXACT"):

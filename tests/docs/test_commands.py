@@ -1,5 +1,5 @@
-"""Every block of commands in the README and the docs works as printed: it is run, with small sizes, on files of the
-names that its page uses, or, where a tag says that it cannot run here and why, checked without starting anything."""
+"""Every block of commands in the README and the docs works as printed: it is run, with small sizes, on files with the
+names that its page uses, or, where a tag says why it cannot run here, checked without starting anything."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ BY_PAGE = {page: [block for block in BLOCKS if block.page == page] for page in d
 INLINE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 GROUPS = ("model", "parallel", "precision", "optim", "schedule", "data", "batch")
-GROUPS += ("checkpoint", "metrics", "resilience", "profile")  # and `run`, which functions are called too
+GROUPS += ("checkpoint", "metrics", "resilience", "profile")  # without `run`, which is also a name of functions
 KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(GROUPS)})\.[a-z]\w*)(?![\w.(/])")
 FILES = (".jsonl", ".py", ".md")
-NO_KEYS = {"model.model_config", "model.name", "optim.lrr"}  # of the original trainer's YAML; a typo that is measured
+# keys of the original trainer's YAML, and a deliberate typo
+NO_KEYS = {"model.model_config", "model.name", "optim.lrr"}
 
 
 @pytest.mark.parametrize("page", BY_PAGE)
-def test_what_a_page_says_runs(page: str, shell: Shell, tmp_path: Path) -> None:
-    """Its blocks in order, in one folder."""
+def test_docs_page_command_blocks_exit_0(page: str, shell: Shell, tmp_path: Path) -> None:
+    """Run the page's blocks in order, in one folder."""
     folder = shell.sandbox(tmp_path / "here", page)
     for block in BY_PAGE[page]:
         if block.tag == "never":
@@ -39,14 +40,14 @@ def test_what_a_page_says_runs(page: str, shell: Shell, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{block} ends with {done.returncode}:\n{block.text}\n{told}"
 
 
-def test_most_blocks_are_run() -> None:
-    """Tags are for what cannot be run here, and each says why (pages.py)."""
+def test_docs_blocks_at_least_20_untagged_and_at_most_8_never_run() -> None:
+    """Tags are for blocks that cannot run here; each gives its reason (pages.py)."""
     assert sum(not block.tag for block in BLOCKS) >= 20
     assert sum(block.tag == "never" for block in BLOCKS) <= 8
 
 
 def options_and_keys(text: str) -> list[str]:
-    """What does not exist of the options of each call of ettin in `text`, and of the keys."""
+    """Return the options of the calls of ettin in `text` that do not exist."""
     wrong = []
     for call in re.split(r"\n(?! )|\||&&|;", re.sub(r"\\\n", " ", text)):
         found = re.search(r"\bettin ([a-z]+)\b(.*)", call, re.S)
@@ -58,8 +59,8 @@ def options_and_keys(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
-def test_what_else_it_names_exists(path: Path) -> None:
-    """Options and keys in the running text, tables and synopses."""
+def test_docs_page_named_options_and_keys_exist(path: Path) -> None:
+    """Check the options and keys in the running text, tables and synopses."""
     text = path.read_text()
     fences = [block for block in blocks_of(text, path.name) if block.language not in ("python", "yaml")]
     spans = INLINE.findall(re.sub(r"```.*?```", "", text, flags=re.S))
@@ -69,7 +70,7 @@ def test_what_else_it_names_exists(path: Path) -> None:
     assert not [wrong for text in [*spans, *(block.text for block in fences)] for wrong in options_and_keys(text)]
 
 
-# blocks that must not pass, and what is told
+# blocks that must fail, and a word of the message
 WRONG = [
     ("ettin plan --size 1b --gpus 8 --no-such", "--no-such"),
     ("ettin inspect data --deep", "--deep"),
@@ -94,7 +95,9 @@ WRONG_IN_TAGGED = [
 
 
 @pytest.mark.parametrize(("text", "told"), [*WRONG, *((text, told) for text, told in WRONG_IN_TAGGED)])
-def test_what_does_not_exist_fails(text: str, told: str, shell: Shell, tmp_path: Path) -> None:
+def test_docs_shell_wrong_block_exits_nonzero_naming_mistake(
+    text: str, told: str, shell: Shell, tmp_path: Path
+) -> None:
     tag = "gpu" if (text, told) in WRONG_IN_TAGGED else ""
     done = shell.run(
         Block("page", 1, "bash", text, tag, "a test of the test"), shell.sandbox(tmp_path / "here", "none")
@@ -103,7 +106,7 @@ def test_what_does_not_exist_fails(text: str, told: str, shell: Shell, tmp_path:
     assert told in done.stdout + done.stderr
 
 
-def test_a_tag_has_a_reason() -> None:
+def test_blocks_of_wrong_or_unexplained_tag_is_refused() -> None:
     text = "<!-- run: gpu, because eight devices -->\n```bash\nettin train\n```\n"
     (block,) = blocks_of(text, "page")
     assert (block.tag, block.reason, block.text) == ("gpu", "eight devices", "ettin train\n")
@@ -112,6 +115,6 @@ def test_a_tag_has_a_reason() -> None:
             blocks_of(f"{wrong}\n```bash\nettin train\n```\n", "page")
 
 
-def test_an_invented_option_in_the_text_is_found() -> None:
+def test_options_and_keys_invented_option_is_found() -> None:
     assert options_and_keys("ettin convert to-hf RUN OUT [--no-verify] [--quietly]") == ["ettin convert --quietly"]
     assert not options_and_keys("ettin order RUN --steps 1:2 | head --lines 3")

@@ -23,7 +23,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_it_runs(script: str, shell: Shell, tmp_path: Path) -> None:
+def test_library_script_on_tiny_corpus_exits_0(script: str, shell: Shell, tmp_path: Path) -> None:
     folder = shell.sandbox(tmp_path / "here", "docs/api.md")
     call = f"python examples/library/{script}.py {SCRIPTS[script]}"
     done = shell.run(Block("docs/api.md", 0, "bash", call), folder)
@@ -31,12 +31,12 @@ def test_it_runs(script: str, shell: Shell, tmp_path: Path) -> None:
     assert done.stdout
 
 
-def test_each_script_is_run_and_has_cells() -> None:
+def test_library_scripts_are_all_run_and_have_cells() -> None:
     assert {path.stem for path in LIBRARY.glob("*.py")} == {*SCRIPTS}
     assert all(path.read_text().count("# %%") >= 3 for path in LIBRARY.glob("*.py"))
 
 
-def test_each_function_is_used_and_documented() -> None:
+def test_api_names_are_documented_and_used_in_scripts() -> None:
     scripts = " ".join(path.read_text() for path in LIBRARY.glob("*.py"))
     page = (ROOT / "docs" / "api.md").read_text()
     for name in api.__all__:
@@ -45,7 +45,7 @@ def test_each_function_is_used_and_documented() -> None:
         assert name in scripts or name in ("Checkpoint", "Model", "UserError"), name
 
 
-def test_what_the_page_shows_is_in_a_script() -> None:
+def test_api_page_python_lines_are_in_library_scripts() -> None:
     lines = {line.strip() for path in LIBRARY.glob("*.py") for line in path.read_text().splitlines()}
     for block in blocks_of((ROOT / "docs" / "api.md").read_text(), "docs/api.md"):
         if block.language == "python":
@@ -54,7 +54,7 @@ def test_what_the_page_shows_is_in_a_script() -> None:
             assert not sorted(shown - lines), str(block)
 
 
-def test_the_package_is_typed() -> None:
+def test_api_functions_are_typed_and_py_typed_is_shipped() -> None:
     assert (ROOT / "megatron_ettin" / "py.typed").is_file()
     assert "megatron_ettin = py.typed" in (ROOT / "setup.cfg").read_text()
     functions = [
@@ -70,7 +70,7 @@ def test_the_package_is_typed() -> None:
     assert not untyped
 
 
-def test_importing_it_imports_no_torch(shell: Shell) -> None:
+def test_api_import_imports_no_torch(shell: Shell) -> None:
     import subprocess
     import sys
 
@@ -79,7 +79,7 @@ def test_importing_it_imports_no_torch(shell: Shell) -> None:
     assert done.stdout == "False\n"
 
 
-def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
+def test_api_wrong_argument_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such"):
         api.load_dataset(tmp_path / "none")
     with pytest.raises(UserError, match="did you mean"):

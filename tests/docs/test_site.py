@@ -1,4 +1,4 @@
-"""The site builds with --strict and without a network, fetches nothing when it is read, and every page can be reached."""
+"""The site builds with --strict and without a network, its pages fetch nothing, and every page can be reached."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.md"))]
 
 
-def test_it_builds_strictly(tmp_path: Path) -> None:
+def test_docs_site_strict_build_fetches_nothing(tmp_path: Path) -> None:
     if not os.environ.get("CI"):
         pytest.importorskip("mkdocs", reason="wants the extra docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
@@ -42,7 +42,7 @@ def test_it_builds_strictly(tmp_path: Path) -> None:
         assert [found["url"] for found in FETCHED.finditer(text) if "canonical" not in found[0]] == [], name
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_docs_site_navigation_lists_every_page_once() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     listed = re.findall(r"[\w./-]+\.md", yaml.dump(yaml.safe_load(text)["nav"]))
     assert sorted(listed) == sorted({*listed})
@@ -50,12 +50,12 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def links(page: Path) -> set[str]:
-    """Files of the repository that a page links to."""
+    """Return the files of the repository that a page links to."""
     folder = page.parent.relative_to(ROOT).as_posix()
     return {posixpath.normpath(posixpath.join(folder, target)) for target in LINK.findall(page.read_text())}
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
+def test_docs_pages_are_all_reachable_from_readme() -> None:
     reached, todo = set(), ["README.md"]
     while todo:
         page = todo.pop()
@@ -68,12 +68,12 @@ def test_every_page_is_reached_from_the_readme() -> None:
 @pytest.mark.parametrize(
     "page", [*pages(), *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
 )
-def test_what_it_names_exists(page: Path) -> None:
+def test_docs_page_links_and_paths_exist(page: Path) -> None:
     assert not [target for target in sorted(links(page)) if not (ROOT / target).exists()]
     assert not [path for path in PATHS.findall(page.read_text()) if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_each_topic_has_its_four_headings(topic: str) -> None:
+def test_docs_topic_page_has_four_headings_in_order(topic: str) -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "docs" / f"{topic}.md").read_text(), re.M)
     assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)

@@ -1,4 +1,4 @@
-"""Versions, packages, limits, devices: each state is reached by pretending, the real machine by running it."""
+"""Versions, packages, limits, devices: each state is simulated; the command itself runs on the real host."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def test_the_tested_matrix_is_that_of_the_constraints() -> None:
+def test_tested_versions_match_the_constraints_files() -> None:
     cpu, gpu = pins("cpu"), pins("gpu")
     assert {name: pin for name, pin in cpu.items() if name not in DEVELOPERS} == versions.TESTED
     assert versions.PINNED.items() <= gpu.items()
@@ -59,25 +59,28 @@ def judged(monkeypatch: pytest.MonkeyPatch, line: str, version: str | None, opti
         ("ray>=2.40", None, True, {"packages": "ok", "optional packages": "note"}),
     ],
 )
-def test_versions(
+def test_package_version_is_judged_by_its_requirement(
     line: str, version: str | None, optional: bool, state: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert judged(monkeypatch, line, version, optional) == state
 
 
-def test_the_requirements_are_read() -> None:
+def test_requirements_are_read_with_their_optional_flag() -> None:
     found = versions._requirements()
-    assert not found["torch"][1] and found["deepspeed"][1] and "pytest" not in found
+    assert not found["torch"][1]
+    assert found["deepspeed"][1]
+    assert "pytest" not in found
 
 
-def test_pypis_apex_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     assert inventory.apex_kind() is None
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     assert inventory.apex_kind() == "other"
     found = accelerator._apex(has_gpu=True)
-    assert found.state == "warning" and "pip uninstall apex" in found.todo
+    assert found.state == "warning"
+    assert "pip uninstall apex" in found.todo
     (tmp_path / "apex" / "optimizers").mkdir()
     (tmp_path / "apex" / "optimizers" / "fused_adam.py").touch()
     assert inventory.apex_kind() == "nvidia"
@@ -86,7 +89,7 @@ def test_pypis_apex_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert accelerator._apex(has_gpu=True).state == "ok"
 
 
-def test_absences_cost_something_on_a_gpu_only() -> None:
+def test_missing_gpu_packages_matter_only_with_a_gpu() -> None:
     here = [accelerator._transformer_engine(False, True), accelerator._apex(False), accelerator._flash_attention(False)]
     assert {one.state for one in here} == {"ok"}
     there = [accelerator._transformer_engine(True, True), accelerator._apex(True), accelerator._flash_attention(True)]
@@ -94,18 +97,21 @@ def test_absences_cost_something_on_a_gpu_only() -> None:
     assert all("absent: " in one.text for one in there)
 
 
-def test_a_transformer_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_broken_or_old_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "version_of", lambda name: "2.13.0")
     monkeypatch.setattr(inventory, "transformer_engine_error", lambda: "ImportError: undefined symbol: cublasLt")
     found = accelerator._transformer_engine(True, False)
-    assert found.state == "warning" and "undefined symbol" in found.text and "no FP8" in found.text
+    assert found.state == "warning"
+    assert "undefined symbol" in found.text
+    assert "no FP8" in found.text
     monkeypatch.setattr(inventory, "transformer_engine_error", lambda: None)
     monkeypatch.setattr(accelerator, "version_of", lambda name: "2.11.0")
     assert "older than 2.12.0" in accelerator._transformer_engine(True, False).text
 
 
-def test_gpus_that_should_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # a run on the processor in this process has emptied it
+def test_gpus_missing_or_too_old_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    # an earlier CPU run in this process has emptied it
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert accelerator._gpus([], 0)[0].state == "note"
     assert accelerator._gpus([], 8)[0].state == "problem"
     part = inventory.Gpu("NVIDIA H100", 79.6, "9.0", True)
@@ -117,7 +123,7 @@ def test_gpus_that_should_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert accelerator._gpus([], None)[0].state == "problem"  # a driver, and torch sees nothing
 
 
-def test_the_driver_is_read(tmp_path: Path) -> None:
+def test_driver_version_is_read_from_the_proc_file(tmp_path: Path) -> None:
     file = tmp_path / "version"
     assert inventory.driver(file) is None
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs)\n")
@@ -138,22 +144,25 @@ def test_the_driver_is_read(tmp_path: Path) -> None:
         (["sm_120"], (12, 1), True),
     ],
 )
-def test_kernels_for_a_capability(built_for: list[str], capability: tuple[int, int], runs: bool) -> None:
+def test_has_kernels_depends_on_built_architectures(
+    built_for: list[str], capability: tuple[int, int], runs: bool
+) -> None:
     assert inventory.has_kernels(built_for, *capability) is runs
 
 
-def test_threads_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_all_ranks_beyond_the_cpus_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "usable_cpus", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert machine._threads().state == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert machine._threads().state == "warning" and "OMP_NUM_THREADS=2" in machine._threads().todo
+    assert machine._threads().state == "warning"
+    assert "OMP_NUM_THREADS=2" in machine._threads().todo
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert machine._threads().state == "warning"
 
 
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_too_low_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: 128, resource.RLIMIT_NPROC: 100, resource.RLIMIT_MEMLOCK: 65536}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits.get(which, 0), -1))
     monkeypatch.setattr(inventory, "has_infiniband", lambda: True)
@@ -161,7 +170,7 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states == {"open files": "problem", "processes": "warning", "locked memory": "warning", "core dumps": "ok"}
 
 
-def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_unresolvable_hosts_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -173,22 +182,23 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "n03" in found[1].text
 
 
-def test_shared_memory(tmp_path: Path) -> None:
+def test_shared_memory_missing_is_a_problem(tmp_path: Path) -> None:
     assert machine._shared_memory(tmp_path / "none").state == "problem"
 
 
-def test_products_are_checked() -> None:
+def test_wrong_rows_detects_wrong_matrix_products() -> None:
     from megatron_ettin.platform.device import Platform
 
     done = products(Platform(torch.device("cpu"), "gloo", "cpu"), 0.0, side=64)
-    assert done.error is None and done.flops > 0
+    assert done.error is None
+    assert done.flops > 0
     a, b = torch.randn(64, 64), torch.randn(64, 64)
     assert wrong_rows(a, b, a @ b) is None
     assert "is off by" in (wrong_rows(a, b, a @ b + 10) or "")
     assert wrong_rows(a, b, torch.full((64, 64), float("nan"))) is not None
 
 
-def test_rates_are_judged() -> None:
+def test_rates_slow_or_wrong_products_name_the_rank() -> None:
     good = Products(700e12, 690e12, "bfloat16", 8192, None)
     assert sanity.judge_products("p", "NVIDIA H100", 989e12, good).state == "ok"
     assert sanity.judge_products("p", "NVIDIA H100", 989e12, Products(300e12, 290e12, "b", 8, None)).state == "warning"
@@ -198,13 +208,15 @@ def test_rates_are_judged() -> None:
     )
     ranks_of = [ok("products", "", tflops=rate) for rate in (700.0, 710.0, 705.0, 500.0)]
     slow = ranks.judge_rates(["a", "a", "b", "b"], ranks_of)
-    assert slow.state == "warning" and "rank 3 on b: 71%" in slow.text
+    assert slow.state == "warning"
+    assert "rank 3 on b: 71%" in slow.text
     wrong = ranks.judge_rates(["a", "b"], [ranks_of[0], problem("products", "computes wrongly", "replace it")])
-    assert wrong.state == "problem" and "rank 1 on b" in wrong.text
+    assert wrong.state == "problem"
+    assert "rank 1 on b" in wrong.text
     assert (flops_text(51.2e9), flops_text(612e12)) == ("51 GFLOP/s", "612 TFLOP/s")
 
 
-def test_sums_and_clocks_are_judged() -> None:
+def test_all_reduce_and_clocks_wrong_sums_or_skew_are_reported() -> None:
     from megatron_ettin.platform.device import Platform
 
     platform = Platform(torch.device("cpu"), "gloo", "cpu")
@@ -212,16 +224,17 @@ def test_sums_and_clocks_are_judged() -> None:
     assert "1.5 GB/s" in sanity.all_reduce_finding(AllReduces(1.5e9, 4 << 20, 2, None), platform).text
     assert ranks.judge_clocks(["a", "b", "c"], [100.0, 100.002, 100.001]).text.startswith("within 2 ms")
     late = ranks.judge_clocks(["a", "b", "c"], [100.0, 100.0, 160.0])
-    assert late.state == "warning" and "the clock of c is 60 s ahead" in late.text
+    assert late.state == "warning"
+    assert "the clock of c is 60 s ahead" in late.text
 
 
-def test_worst() -> None:
+def test_worst_of_findings_is_the_most_severe_state() -> None:
     assert worst([]) == "ok"
     assert worst([ok("a", ""), problem("b", "", ""), note("c", "")]) == "problem"
 
 
-def test_the_command_quick(tmp_path: Path) -> None:
-    """As a health check calls it: nothing heavy but torch, a few seconds."""
+def test_doctor_quick_reports_findings_without_heavy_imports(tmp_path: Path) -> None:
+    """Run doctor as a health check does; torch is the only heavy import."""
     call = [
         sys.executable,
         "-X",
@@ -236,14 +249,17 @@ def test_the_command_quick(tmp_path: Path) -> None:
     ]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
-    assert answer["state"] in ("ok", "note", "warning") and answer["version"] == installed.code_version()
+    assert answer["state"] in ("ok", "note", "warning")
+    assert answer["version"] == installed.code_version()
     assert {"python", "gpu", "packages", "/dev/shm", f"files in {tmp_path}"} <= {
         one["name"] for one in answer["findings"]
     }
     assert not re.search(r"\| +(megatron\.core|deepspeed|transformers|transformer_engine)$", done.stderr, re.MULTILINE)
 
 
-def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_exit_status_follows_the_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     words = ["doctor", "--quick", "--path", str(tmp_path)]
@@ -260,16 +276,19 @@ def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     capsys.readouterr()
-    assert main(words) == 0 and capsys.readouterr().out == ""  # rank 0 of this machine tells
+    assert main(words) == 0
+    # only rank 0 of this host reports
+    assert capsys.readouterr().out == ""
 
 
-def test_on_a_terminal_it_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_table_shows_text_literally_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     command.draw([ok("a", "fine"), Finding("b", "problem", "broken [red]", "mend it")], "host: 1 problem")
     text = capsys.readouterr().out
-    assert "broken [red]" in text and "-> mend it" in text
+    assert "broken [red]" in text
+    assert "-> mend it" in text
 
 
-def test_ranks_meet(pool, tmp_path: Path) -> None:
+def test_doctor_ranks_agree_or_name_the_differing_rank(pool, tmp_path: Path) -> None:
     words = ["doctor", "--ranks", "--path", str(tmp_path)]
     first, second = pool.run(2, words)
     assert (first.status, second.status, second.output) == (0, 0, ""), first.output + second.output
@@ -280,10 +299,10 @@ def test_ranks_meet(pool, tmp_path: Path) -> None:
     assert "problem  ranks alike: the ranks differ in code of megatron_ettin: rank 1" in first.output
 
 
-def test_ranks_do_not_wait_where_the_first_host_is_unknown(
+def test_doctor_ranks_with_unknown_first_host_do_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each rank tells it by itself, without a rendezvous."""
+    """Report the problem on each rank by itself, without a rendezvous."""
     monkeypatch.setattr(machine, "_names", lambda: [problem("first host", "n1 does not resolve", "mend it")])
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)

@@ -31,7 +31,7 @@ def get_fused_attn_backend(
     cuda_graph: bool,
     deterministic: bool,
 ) -> Any:
-    """What is emulated is what the F16_arbitrary_seqlen kernel is asked for here; anything else has no backend."""
+    """Return F16_arbitrary_seqlen for the arguments that are emulated, and no backend for any others."""
     import transformer_engine_torch as tex
 
     backends = tex.NVTE_Fused_Attn_Backend
@@ -52,7 +52,7 @@ def get_fused_attn_backend(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float, mask: Any, window: Any
 ) -> torch.Tensor:
-    """Each sequence by itself: masked softmax of [tokens, heads, channels] in fp32; what no sequence has is zero."""
+    """Attend within each sequence: masked softmax of [tokens, heads, channels] in fp32; tokens of no sequence give zero."""
     out = torch.zeros_like(q, dtype=torch.float32)
     left, right = window
     if mask.name == "NVTE_PADDING_CAUSAL_MASK":
@@ -96,9 +96,11 @@ def fused_attn_fwd(
     dtype: torch.dtype,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    """[result, softmax statistics, random state]. The longest sequence has to be within what the caller says."""
-    assert bounds_q.dtype == bounds_kv.dtype == torch.int32 and torch.equal(bounds_q, bounds_kv)
-    assert int(bounds_q.diff().max()) <= max_q and int(bounds_q[-1]) <= len(q), "sequences longer than the rows"
+    """Return [result, softmax statistics, random state]. No sequence may be longer than `max_q`."""
+    assert bounds_q.dtype == bounds_kv.dtype == torch.int32
+    assert torch.equal(bounds_q, bounds_kv)
+    assert int(bounds_q.diff().max()) <= max_q, "sequences longer than the rows"
+    assert int(bounds_q[-1]) <= len(q), "sequences longer than the rows"
     with torch.no_grad():
         out = _attend(q, k, v, bounds_q, scale, mask, window)
     stats = torch.zeros(len(q), q.shape[1], 1)
@@ -127,7 +129,7 @@ def fused_attn_bwd(
     gradient: torch.Tensor,
     *rest: Any,
 ) -> list[torch.Tensor | None]:
-    """Gradients of query, key and value, of no bias and no offset."""
+    """Return gradients of query, key and value, and None for bias and offset."""
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         again = _attend(*inputs, bounds_q, scale, mask, window)

@@ -17,8 +17,8 @@ from tests.pool import Pool
 
 @pytest.fixture(scope="session")
 def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel `transformer-engine` of the oldest version that is supported: Python alone, 0.7 MB. Never installed:
-    core would find it in every other test."""
+    """Unpack the wheel `transformer-engine` of the oldest supported version: Python alone, 0.7 MB. It is never installed,
+    because core would find it in every other test."""
     folder = tmp_path_factory.mktemp("transformer_engine")
     wanted = f"transformer-engine=={OLDEST_TRANSFORMER_ENGINE}"
     words = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]

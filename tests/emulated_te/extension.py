@@ -36,14 +36,14 @@ ENUMERATIONS = {
 
 
 class _Absent:
-    """Of communication that only a device has: TE's annotations name the classes, nothing here makes one."""
+    """Stub of a communication class that needs a device; TE's annotations name it, nothing here instantiates it."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("userbuffers are not emulated")
 
 
 def make(te: Path) -> types.ModuleType:
-    """`te`: the package transformer_engine. What it names and nothing here emulates refuses when called."""
+    """Build the module for the package transformer_engine in `te`; functions that are not emulated raise when called."""
     module = types.ModuleType("transformer_engine_torch", "emulated on a CPU")
     for name, members in ENUMERATIONS.items():
         setattr(module, name, enum.IntEnum(name, members.split(), start=0))
@@ -63,7 +63,7 @@ def make(te: Path) -> types.ModuleType:
 
 
 def _named_in(te: Path) -> set[str]:
-    """Functions of the extension that TE's Python names."""
+    """Return the functions of the extension that TE's Python names."""
     text = "\n".join(path.read_text() for path in (te / "pytorch").rglob("*.py"))
     return set(re.findall(r"\btex\.([a-z]\w*)", text))
 

@@ -1,4 +1,4 @@
-"""Gathers of weights of two types at once. Core coalesces those of a bucket group, where bytes of FP8 weights stand
+"""All-gathers of weights of two types at once. Core coalesces those of a bucket group, where bytes of FP8 weights stand
 beside weights of 16 bits; NCCL gathers each by itself, gloo copies them through one buffer of the first one's type."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from unittest import mock
 
 
 class _Works:
-    """Of one group of gathers, in place of what torch's manager collects."""
+    """Handles of one group of all-gathers, in place of torch's coalescing manager."""
 
     def __init__(self) -> None:
         self.started: list[Any] = []
@@ -23,7 +23,7 @@ class _Works:
 
 @contextlib.contextmanager
 def _at_once(*_: Any, **__: Any) -> Iterator[_Works]:
-    """For TE's own gathers of FP8 tensors and their scales, which each are done when they are called."""
+    """Replace the coalescing manager of TE's own all-gathers of FP8 tensors, which complete when called."""
     yield _Works()
 
 

@@ -23,8 +23,9 @@ HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
 def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
-    """`folder` holds TE's Python (its wheel, unpacked); `capability` decides what it offers: MXFP8 on Blackwell only.
-    Before anything imports core: core looks for TE once."""
+    """Install the emulation; call it before anything imports core, which looks for TE once.
+
+    `folder` holds TE's Python (its wheel, unpacked); `capability` decides what it offers: MXFP8 on Blackwell only."""
     sys.path.insert(0, str(folder))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # as run.deterministic sets it on a device
@@ -51,12 +52,13 @@ def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
 
 
 def _load_common(folder: Path) -> Any:
-    """transformer_engine.common before its parent, which imports everything."""
+    """Load transformer_engine.common before its parent package, which imports everything."""
     place = folder / "transformer_engine" / "common"
     spec = importlib.util.spec_from_file_location(
         "transformer_engine.common", place / "__init__.py", submodule_search_locations=[str(place)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["transformer_engine.common"] = module
     spec.loader.exec_module(module)
@@ -79,7 +81,7 @@ def _answer_for_a_device(capability: tuple[int, int]) -> None:
 
 
 class _InOrder:
-    """A stream or an event where everything is done in the order it is asked for."""
+    """Stub of a CUDA stream or event; everything runs in the order of the calls."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -97,7 +99,7 @@ class _InOrder:
 
 
 def _build_as_on_a_gpu() -> None:
-    """Weights are made by TE on its device, not by core on the host."""
+    """Let TE initialize weights as on a GPU, instead of core on the host."""
     from megatron_ettin.train import assembly
 
     plain = assembly.transformer_config
@@ -105,7 +107,7 @@ def _build_as_on_a_gpu() -> None:
 
 
 def _random_states_are_the_cpus() -> None:
-    """What TE keeps of them around recomputation."""
+    """Replace the CUDA random states that TE keeps around recomputation by the CPU's."""
     from transformer_engine.pytorch import distributed
 
     distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -13,7 +13,7 @@ GROUP, BIAS = 32, 127
 
 
 def _exponents(amax: torch.Tensor, dtype: Any) -> torch.Tensor:
-    """The least power of two that brings a group's largest value into the type."""
+    """Return the smallest power of two that brings a group's largest value into the type's range."""
     exponents = torch.ceil(torch.log2(amax / largest(dtype)))
     return exponents.nan_to_num(neginf=-BIAS).clamp(-BIAS, BIAS)
 
@@ -33,13 +33,13 @@ def quantize(source: torch.Tensor, quantizer: Any, output: Any) -> None:
 
 
 def _put(padded: torch.Tensor, exponents: torch.Tensor) -> None:
-    """Scales have room for whole tiles of 128 x 4."""
+    """Copy scales into their buffer, which is padded to whole tiles of 128 x 4."""
     padded.zero_()
     padded[: exponents.shape[0], : exponents.shape[1]].copy_(exponents + BIAS)
 
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
-    """As a matrix in fp32, of the copy of that direction."""
+    """Return the copy of that direction as a matrix in fp32."""
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     scales = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
     assert data is not None, f"a product reads {'rows' if rowwise else 'columns'} of an MXFP8 tensor that has none"

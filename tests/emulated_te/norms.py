@@ -23,7 +23,7 @@ def layernorm_fwd(
     margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Of [tokens, width]: (normalized, mean [tokens], 1 / deviation [tokens])."""
+    """Normalize [tokens, width]; return (normalized, mean [tokens], 1 / deviation [tokens])."""
     values = x.float()
     mean = values.mean(-1)
     inverse = torch.rsqrt((values - mean[:, None]).square().mean(-1) + eps)
@@ -43,7 +43,7 @@ def layernorm_bwd(
     margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(of the input, of the weight, of the bias)."""
+    """Return the gradients of the input, the weight and the bias."""
     normal = (x.float() - mean[:, None]) * inverse[:, None]
     arriving = gradient.float()
     scaled = arriving * (weight.float() + float(zero_centered_gamma))

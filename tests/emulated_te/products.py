@@ -37,8 +37,8 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Any, torch.Tensor | None, None, None]:
-    """op(b) op(a): cuBLAS counts columns first, so that rows of the result are those of the second operand. fp32
-    sums, rounded once. Returns (result, gradient of the bias, nothing, nothing)."""
+    """Compute op(b) op(a), summed in fp32 and rounded once: cuBLAS is column-major, so the result has the second operand's
+    rows. Return (result, gradient of the bias, None, None)."""
     if gelu or comm_overlap is not None or extra_output is not None:
         raise NotImplementedError("a product with an activation or with communication is not emulated")
     left = values_of(b, rowwise=not transpose_b)

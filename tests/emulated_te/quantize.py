@@ -29,7 +29,7 @@ BLOCK = 128
 
 
 def scale_for(amax: torch.Tensor, dtype: Any, power_of_2: bool, epsilon: float) -> torch.Tensor:
-    """What values are multiplied by: compute_scale_from_amax of TE's common library."""
+    """Return the factor applied to values, as compute_scale_from_amax of TE's common library does."""
     amax = amax.clamp_min(epsilon)
     scale = largest(dtype) / amax
     scale = torch.where((amax == 0) | ~amax.isfinite(), torch.ones_like(scale), scale)
@@ -38,7 +38,7 @@ def scale_for(amax: torch.Tensor, dtype: Any, power_of_2: bool, epsilon: float) 
 
 
 def transposed(data: torch.Tensor) -> torch.Tensor:
-    """The last dimension first."""
+    """Move the last dimension to the front."""
     return data.permute(data.ndim - 1, *range(data.ndim - 1)).contiguous()
 
 
@@ -74,7 +74,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
 
 
 def _storage_of(tensor: Any) -> Any:
-    """The same without being a torch tensor: what TE keeps inside of a layer."""
+    """Return the storage class of a quantized tensor, which TE keeps inside a layer."""
     storage = next(base for base in type(tensor).__mro__ if base.__name__ == f"{type(tensor).__name__}Storage")
     return storage(**tensor.get_metadata())
 
@@ -104,7 +104,7 @@ def _quantize_blocks(source: torch.Tensor, quantizer: Any, output: Any) -> None:
 
 
 def _blocks(source: torch.Tensor, quantizer: Any, tall: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes, inverse scale of each block of tall x 128) of a matrix."""
+    """Return the bytes of a matrix and the inverse scale of each block of tall x 128."""
     rows, columns = source.shape
     padded = F.pad(source, (0, -columns % BLOCK, 0, -rows % tall))
     tiles = padded.unflatten(0, (-1, tall)).unflatten(2, (-1, BLOCK))  # [a, tall, b, 128]
@@ -115,7 +115,7 @@ def _blocks(source: torch.Tensor, quantizer: Any, tall: int) -> tuple[torch.Tens
 
 
 def _put(padded: torch.Tensor, values: torch.Tensor) -> None:
-    """Scales have room for a multiple of four."""
+    """Copy scales into their buffer, which is padded to a multiple of four."""
     padded.zero_()
     padded[: values.shape[0], : values.shape[1]].copy_(values)
 
@@ -127,8 +127,7 @@ def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
 
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
-    """What a product reads of an operand, as a matrix in fp32: of quantized ones the copy of that direction, which has
-    to be there. Hopper multiplies FP8 in one layout only, so that each direction is a copy of its own."""
+    """Return an operand of a product as a matrix in fp32; quantized ones must have the copy of that direction. Hopper multiplies FP8 in one layout only, so that each direction is a copy of its own."""
     from transformer_engine.pytorch import tensor as kinds
     from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
@@ -141,7 +140,8 @@ def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
         else:
             if is_non_tn_fp8_gemm_supported():  # of one scale there are no two copies then
                 return values_of(tensor, rowwise=True)
-            assert tensor._transpose is not None and not tensor._transpose_invalid, "no valid transpose to read"
+            assert tensor._transpose is not None, "no valid transpose to read"
+            assert not tensor._transpose_invalid, "no valid transpose to read"
             data = tensor._transpose
         values = data.view(torch_dtype(tensor._fp8_dtype)).float() * tensor._scale_inv
         return values.reshape(-1, values.shape[-1]) if rowwise else values.reshape(values.shape[0], -1).T
@@ -191,7 +191,7 @@ def fused_amax_and_scale_update_after_reduction(
     dtype: Any,
     margin: float,
 ) -> None:
-    """A step of delayed scaling: this step's largest values go into the histories, whose maximum sets the scales."""
+    """Update delayed scaling: append this step's amax to the histories, whose maximum sets the scales."""
     parts = reduced.split([history.shape[1] for history in histories])
     for newest, history, scale in zip(parts, histories, scales, strict=True):
         shifted = torch.cat([history[1:], newest[None]])
@@ -219,7 +219,7 @@ def multi_tensor_compute_scale_and_scale_inv(
 
 
 def _with_blocks(part: torch.Tensor, height: int, width: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, column) of the block of 128 x 128 of each element of a run of a flattened matrix."""
+    """Return the 128 x 128 block (row, column) of each element in a range of a flattened matrix."""
     place = torch.arange(start, start + part.numel())
     assert start + part.numel() <= height * width
     return place // width // BLOCK, place % width // BLOCK

@@ -1,5 +1,4 @@
-"""FP8 by Transformer Engine's own Python: recipes, the state that outlives a step, precisions that change, weights that
-live in FP8."""
+"""FP8 by Transformer Engine's own Python: recipes, state kept across steps, changes of precision, weights stored in FP8."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from tests.train.runs import Trained, command
 
 pytestmark = pytest.mark.ranks
 RECIPES = ["fp8-delayed", "fp8-current", "fp8-blockwise"]
-ROUNDING = 2e-3  # of FP8 over eight steps, on another layout too
+ROUNDING = 2e-3  # relative difference that FP8 rounding makes over eight steps, on another layout too
 SHARDED = "parallel.tp=2 parallel.sequence_parallel=true"
 OVERLAP = "parallel.overlap=true"
 
 
 @pytest.fixture(scope="module")
 def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One rank's run in each precision, made when first asked for."""
+    """Return a function that trains one rank in a precision, once."""
     made: dict[str, Trained] = {}
 
     def get(precision: str) -> Trained:
@@ -34,7 +33,7 @@ def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_follow_bf16(whole, recipe: str) -> None:
+def test_fp8_recipe_losses_follow_bf16(whole, recipe: str) -> None:
     assert 0 < apart(whole(recipe), whole("bf16")) < ROUNDING
 
 
@@ -47,23 +46,27 @@ def test_recipes_follow_bf16(whole, recipe: str) -> None:
         ("fp8-blockwise", "parallel.cp=2"),
     ],
 )
-def test_layouts(te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str, words: str) -> None:
+def test_fp8_on_layout_follows_one_process(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str, words: str
+) -> None:
     if recipe == "fp8-blockwise":
         words += " model.num_attention_heads=2"
     found = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {words}")
     assert 0 < apart(found, whole(recipe)) < ROUNDING
 
 
-def test_blocks_are_gathered(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """fp8-blockwise under sequence parallelism, of the narrowest shape whose halves are whole blocks."""
+def test_fp8_blockwise_sequence_parallel_gather_follows_bf16(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """fp8-blockwise with sequence parallelism, in the narrowest shape whose halves are whole blocks."""
     wide = "model.hidden_size=256 run.steps=4"
     plain = train(te_pool, 1, tmp_path / "plain", corpus, "mlm", wide)
     words = f"{wide} {SHARDED} precision.name=fp8-blockwise precision.fp8_weights=true"
     assert 0 < apart(train(te_pool, 2, tmp_path / "blocks", corpus, "mlm", words), plain) < ROUNDING
 
 
-def test_blackwell(blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
-    """MXFP8, on ranks too and after a stop; and scales per tensor, of which there is one copy there."""
+def test_mxfp8_on_blackwell_with_ranks_and_resume_follows_bf16(
+    blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole
+) -> None:
+    """MXFP8 on two ranks with a resume and on one rank; fp8-current, which keeps one copy per tensor on Blackwell."""
     words = f"precision.name=mxfp8 {SHARDED}"
     for steps in (4, 8):
         found = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{words} run.steps={steps}")
@@ -74,7 +77,9 @@ def test_blackwell(blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole) ->
     assert other.column("loss") == whole("fp8-current").column("loss")[:2]
 
 
-def test_layers_that_stay_in_bf16(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
+def test_fp8_with_bf16_first_and_last_layers_differs_within_rounding(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole
+) -> None:
     words = "precision.name=fp8-current precision.bf16_first_layers=1 precision.bf16_last_layers=1 parallel.pp=2"
     found = train(te_pool, 2, tmp_path, corpus, "mlm", words)
     assert found.column("loss")[0] not in (whole("fp8-current").column("loss")[0], whole("bf16").column("loss")[0])
@@ -82,7 +87,9 @@ def test_layers_that_stay_in_bf16(te_pool: Pool, corpus: Path, tmp_path: Path, w
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recomputed_layers_quantize_the_same(te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str) -> None:
+def test_fp8_full_recompute_has_identical_losses(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
+) -> None:
     found = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} parallel.recompute=full")
     assert found.column("loss") == whole(recipe).column("loss")
 
@@ -91,14 +98,17 @@ def evaluated(corpus: Path) -> str:
     return f"precision.name=fp8-delayed data.validation={corpus / 'heldout'} metrics.eval_every_steps=2 metrics.eval_rows=8"
 
 
-def test_evaluations_leave_no_trace(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
-    """Passes forward quantize too, and delayed scales come from the largest values that were quantized."""
+def test_fp8_delayed_evaluations_change_no_bit(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
+    """Evaluation must not change delayed scales, which come from the amax of quantized values."""
     found = train(te_pool, 1, tmp_path, corpus, "mlm", evaluated(corpus))
-    assert found.column("loss") == whole("fp8-delayed").column("loss") and same_weights(found, whole("fp8-delayed"))
+    assert found.column("loss") == whole("fp8-delayed").column("loss")
+    assert same_weights(found, whole("fp8-delayed"))
 
 
-def test_delayed_scales_go_on(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
-    """Stopped after an evaluation and resumed: the same bits. On two ranks: as a run that never stopped."""
+def test_fp8_delayed_resume_after_evaluation_matches_uninterrupted(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole
+) -> None:
+    """A resume after an evaluation has the same losses, bit for bit; a resume on two ranks differs by rounding alone."""
     for steps in (4, 8):
         found = train(te_pool, 1, tmp_path / "one", corpus, "mlm", f"{evaluated(corpus)} run.steps={steps}")
     assert found.column("loss") == whole("fp8-delayed").column("loss")
@@ -107,8 +117,10 @@ def test_delayed_scales_go_on(te_pool: Pool, corpus: Path, tmp_path: Path, whole
     assert 0 < apart(found, whole("fp8-delayed")) < ROUNDING
 
 
-def test_precisions_and_layers_change(pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
-    """Local layers, then FP8, then FP8 of another recipe with weights of its own, then local layers in fp32."""
+def test_resume_across_precisions_and_layers_follows_bf16(
+    pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, whole
+) -> None:
+    """Train with local layers, then FP8, then another recipe with FP8 weights, then local layers in fp32."""
     train(pool, 1, tmp_path, corpus, "mlm", "run.steps=2")
     train(te_pool, 1, tmp_path, corpus, "mlm", "precision.name=fp8-delayed run.steps=4")
     train(te_pool, 2, tmp_path, corpus, "mlm", "precision.name=fp8-current precision.fp8_weights=true run.steps=6")
@@ -117,17 +129,22 @@ def test_precisions_and_layers_change(pool: Pool, te_pool: Pool, corpus: Path, t
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_in_fp8_change_nothing(te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str) -> None:
-    """They are the numbers that a product would have cast its weight to: the same losses, to the bit, and the same
+def test_fp8_weights_change_no_bit_of_losses_or_checkpoint(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
+) -> None:
+    """FP8 weights equal the casts that a product would make, so losses are the same, bit for bit, and so is the
     checkpoint, whose weights are not rounded to FP8."""
     found = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} precision.fp8_weights=true")
-    assert found.column("loss") == whole(recipe).column("loss") and same_weights(found, whole(recipe))
+    assert found.column("loss") == whole(recipe).column("loss")
+    assert same_weights(found, whole(recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_in_fp8_are_gathered(te_pool: Pool, corpus: Path, tmp_path: Path, recipe: str) -> None:
-    """On two data-parallel ranks, beside the forward pass, with evaluations and a resume between: as with 16-bit weights
-    that are gathered before it."""
+def test_fp8_weights_dp2_overlap_and_resume_match_16_bit_weights(
+    te_pool: Pool, corpus: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Weights are gathered on two data-parallel ranks during the forward pass, with evaluations and a resume; compare
+    with 16-bit weights that are gathered before it."""
     plain = (
         f"precision.name={recipe} data.validation={corpus / 'heldout'} metrics.eval_every_steps=3 metrics.eval_rows=8"
     )
@@ -135,27 +152,29 @@ def test_weights_in_fp8_are_gathered(te_pool: Pool, corpus: Path, tmp_path: Path
     for steps in (4, 8):
         found = train(te_pool, 2, tmp_path / "fp8", corpus, "mlm", f"{words} run.steps={steps}")
     expected = train(te_pool, 2, tmp_path / "plain", corpus, "mlm", plain)
-    assert found.column("loss")[0] == expected.column("loss")[0] and apart(found, expected) < 1e-4
+    assert found.column("loss")[0] == expected.column("loss")[0]
+    assert apart(found, expected) < 1e-4
     assert like_weights(found, expected)
 
 
 @pytest.mark.parametrize("recipe", ["fp8-delayed", "fp8-current"])
-def test_weights_in_fp8_begin_as_those_of_others(
+def test_fp8_weights_init_from_matches_16_bit_weights(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
 ) -> None:
-    """--init-from: their masters are the checkpoint's weights, not what FP8 left of them."""
+    """With --init-from, master weights are the checkpoint's weights, not rounded to FP8."""
     start = ["--init-from", str(whole("bf16").directory)]
     runs = [
         train(te_pool, 2, tmp_path / kept, corpus, "clm", f"precision.name={recipe} {words}", options=start)
         for kept, words in (("fp8", "precision.fp8_weights=true checkpoint.weights_every_tokens=1500"), ("plain", ""))
     ]
-    assert runs[0].column("loss")[0] == runs[1].column("loss")[0] and apart(*runs) < 1e-4
+    assert runs[0].column("loss")[0] == runs[1].column("loss")[0]
+    assert apart(*runs) < 1e-4
     assert like_weights(*runs)
     assert len(list((tmp_path / "fp8" / "milestones").iterdir())) == 2
 
 
-def test_memory_saved_is_as_planned(te_pool: Pool, tmp_path: Path) -> None:
-    """By the tensors of a step at its fullest."""
+def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Path) -> None:
+    """Compare the peak of the tensors in a step."""
     shape = ["model.num_layers=2", "model.num_attention_heads=4", "model.vocab_size=2048", "data.seq_len=64"]
     words = [*shape, "run.device=cpu", "precision.name=fp8-current", "--sweep", "precision.fp8_weights=false,true"]
     out = tmp_path / "b.jsonl"
@@ -177,7 +196,10 @@ def test_memory_saved_is_as_planned(te_pool: Pool, tmp_path: Path) -> None:
         ("precision.name=fp8-current run.cuda_graph=true", "goes not with precision.fp8_weights"),
     ],
 )
-def test_refusals(te_pool: Pool, corpus: Path, tmp_path: Path, words: str, told: str) -> None:
+def test_fp8_weights_with_unsupported_option_is_refused(
+    te_pool: Pool, corpus: Path, tmp_path: Path, words: str, told: str
+) -> None:
     line = [*["model.hidden_size=128", "model.ffn_hidden_size=256", "precision.fp8_weights=true"], *words.split()]
     (done,) = te_pool.run(1, command(tmp_path, corpus, "mlm", line))
-    assert done.status == 2 and told in done.output
+    assert done.status == 2
+    assert told in done.output

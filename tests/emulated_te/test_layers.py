@@ -1,4 +1,4 @@
-"""Transformer Engine's layers in bf16: their losses are the local layers', on every axis of parallelism."""
+"""Transformer Engine's layers in bf16: their losses follow the local layers, on every axis of parallelism."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ from tests.pool import Pool
 from tests.train.runs import Trained, command
 
 pytestmark = pytest.mark.ranks
-ROUNDING = 1e-3  # of bf16 over eight steps; half a layer's mistake is ten times that
+ROUNDING = 1e-3  # bf16 rounding over eight steps; an error in half a layer makes ten times as much
 
 
 @pytest.fixture(scope="module")
 def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One rank's run."""
+    """Train the reference run on one rank."""
     return train(te_pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", "")
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "hybrid"])
-def test_losses_equal_the_local_layers(pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str) -> None:
+def test_te_layers_losses_follow_local_layers(
+    pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str
+) -> None:
     words = "run.attention=te-fused model.attention_output_dropout=0.1"
     found = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
     expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
     assert 0 < apart(found, expected) < ROUNDING
-    assert found.weights().keys() == expected.weights().keys()  # no bias of a norm, nothing pickled
+    assert found.weights().keys() == expected.weights().keys()  # no bias of a norm and no pickled state
     assert found.column("loss")[0] - found.column("loss")[-1] > 1
 
 
-def test_what_is_in_use_is_told(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
     (done,) = te_pool.run(1, command(tmp_path, corpus, "clm", ["precision.name=bf16", "run.steps=1"]))
-    assert "transformer_engine layers" in done.output and "attention by te-fused (the first choice)" in done.output
+    assert "transformer_engine layers" in done.output
+    assert "attention by te-fused (the first choice)" in done.output
     (done,) = te_pool.run(1, command(tmp_path, corpus, "clm", ["precision.name=mxfp8"]))
-    assert done.status == 2 and "capability 10.0 or higher" in done.output and "nearest that runs" in done.output
+    assert done.status == 2
+    assert "capability 10.0 or higher" in done.output
+    assert "nearest that runs" in done.output
 
 
 @pytest.mark.parametrize(
@@ -48,12 +53,16 @@ def test_what_is_in_use_is_told(te_pool: Pool, corpus: Path, tmp_path: Path) -> 
         (2, "parallel.engine=deepspeed parallel.zero_stage=3"),
     ],
 )
-def test_layouts(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, world: int, words: str) -> None:
+def test_te_layers_on_layout_follow_one_process(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, world: int, words: str
+) -> None:
     assert apart(train(te_pool, world, tmp_path, corpus, "mlm", words), whole) < ROUNDING
 
 
-def test_kernels_follow_each_other(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained) -> None:
-    """In one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
+def test_te_attention_after_sdpa_in_one_process_is_identical(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
+) -> None:
+    """Switch in one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
     for kernel in ("sdpa", "te-fused"):
         found = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
         assert (found.column("loss") == whole.column("loss")) == (kernel == "te-fused")
@@ -63,13 +72,18 @@ def test_kernels_follow_each_other(te_pool: Pool, corpus: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     "words", ["parallel.recompute=full", "parallel.recompute=selective", "parallel.offload_layers=2"]
 )
-def test_less_memory_changes_no_bit(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, words: str) -> None:
+def test_te_layers_recompute_or_offload_changes_no_bit(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, words: str
+) -> None:
     found = train(te_pool, 1, tmp_path, corpus, "mlm", words)
-    assert found.column("loss") == whole.column("loss") and same_weights(found, whole)
+    assert found.column("loss") == whole.column("loss")
+    assert same_weights(found, whole)
 
 
-def test_recorded_micro_batches(te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained) -> None:
-    """Fixed shapes of `run.cuda_graph`: boundaries padded with chunks of no tokens, as TE's attention takes them."""
+def test_te_layers_captured_graph_follows_uncaptured(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
+) -> None:
+    """`run.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
     words = "run.cuda_graph=true data.max_chunks_per_row=12"
     found = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
     assert apart(found, whole) < ROUNDING

@@ -1,5 +1,5 @@
-"""tools/gpu_validate.py over the emulated Transformer Engine, in processes of its own: what the tool does on a device
-with it, but for speed. tests/nightly.sh runs the sections that take longer."""
+"""tools/gpu_validate.py on the emulated Transformer Engine, in processes of its own: the same as on a device, except
+speed. tests/nightly.sh runs the sections that take longer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = int(os.environ.get("ETTIN_EMULATED_STEPS", "0"))
 
 
 def validate(te_folder: Path, folder: Path, corpus: Path, only: str, steps: int) -> dict[tuple[str, str], dict]:
-    """(section, item) -> what the tool found."""
+    """Run the tool and return its result for each (section, item)."""
     shape = [word for word in (*TINY, *SHAPE) if word.startswith("model.")]
     done = subprocess.run(
         [
@@ -43,8 +43,8 @@ def validate(te_folder: Path, folder: Path, corpus: Path, only: str, steps: int)
     return {(section, item): result for section, items in found.items() for item, result in items.items()}
 
 
-def test_attention_against_float64(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    """Packed rows with their windows, in four roles; then another kernel in the same process."""
+def test_gpu_validate_attention_with_emulated_te_passes(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Compare packed rows with windows, in four roles, with float64; then run other kernels in the same process."""
     found = validate(te_folder, tmp_path, corpus, "attention", 1)
     states = {kernel: found["attention", f"17m {kernel}"]["state"] for kernel in ("te-fused", "sdpa", "flex")}
     assert states == {"te-fused": "passed", "sdpa": "passed", "flex": "does not run"}
@@ -52,7 +52,9 @@ def test_attention_against_float64(te_folder: Path, corpus: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(not STEPS, reason="takes a quarter of an hour: ETTIN_EMULATED_STEPS=100, or tests/nightly.sh")
-def test_curves_and_checkpoints(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_gpu_validate_curves_and_checkpoints_with_emulated_te_pass(
+    te_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
     found = validate(te_folder, tmp_path, corpus, "layers,precisions,checkpoints,export", STEPS)
     assert {result["state"] for result in found.values()} == {"passed"}
     assert {name for section, name in found if section == "precisions"} >= {"17m fp8-delayed, fp8_weights"}

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same runs as on the CPU, by Transformer Engine's layers where it imports. Skipped elsewhere."""
+"""The same runs on a CUDA device as on the CPU, with Transformer Engine's layers where it is installed; else skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def have_gpu() -> bool:
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not have_gpu(), reason="needs a CUDA device")]
-# head size 64 and widths that every kernel and FP8 recipe takes; rows longer than the window
+# head size 64 and widths that every kernel and FP8 recipe supports; rows longer than the window
 SHAPE = [
     "model.hidden_size=256",
     "model.ffn_hidden_size=384",
@@ -38,8 +38,8 @@ def run(directory: Path, corpus: Path, objective: str, device: str, words: list[
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_curves_equal_the_cpus(corpus: Path, tmp_path: Path, objective: str) -> None:
-    """Twenty steps of bf16 at a rate that learns: within 2 % of the CPU's local layers at every step."""
+def test_gpu_loss_curve_follows_cpu(corpus: Path, tmp_path: Path, objective: str) -> None:
+    """Train twenty steps in bf16; every loss is within 2 % of the CPU's local layers."""
     here, there = (run(tmp_path / device, corpus, objective, device, ["run.steps=20"]) for device in ("gpu", "cpu"))
     assert here.column("rows") == there.column("rows")
     assert here.column("loss") == pytest.approx(there.column("loss"), rel=0.02)
@@ -47,8 +47,10 @@ def test_curves_equal_the_cpus(corpus: Path, tmp_path: Path, objective: str) -> 
 
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu")])
-def test_checkpoints_travel(corpus: Path, tmp_path: Path, first: str, second: str) -> None:
-    """Ten steps on one device, ten on the other: the names are the same, no bias of a norm is among them."""
+def test_checkpoint_resumed_on_other_device_follows_first(
+    corpus: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    """Train ten steps on one device and ten on the other; the checkpoint has no bias of a norm and no pickled state."""
     whole = run(tmp_path / "whole", corpus, "mlm", first, ["run.steps=20"])
     run(tmp_path / "both", corpus, "mlm", first, ["run.steps=10"])
     both = run(tmp_path / "both", corpus, "mlm", second, ["run.steps=20"])
@@ -57,7 +59,7 @@ def test_checkpoints_travel(corpus: Path, tmp_path: Path, first: str, second: st
 
 
 @pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
-def test_fp8_follows_bf16(corpus: Path, tmp_path: Path, precision: str) -> None:
+def test_gpu_fp8_loss_curve_follows_bf16(corpus: Path, tmp_path: Path, precision: str) -> None:
     line = command(tmp_path / "fp8", corpus, "mlm", [*SHAPE, "run.steps=20", f"precision.name={precision}"])
     done = subprocess.run(
         [sys.executable, "-m", "megatron_ettin", *line, "run.device=gpu"], capture_output=True, text=True, check=False
@@ -67,7 +69,7 @@ def test_fp8_follows_bf16(corpus: Path, tmp_path: Path, precision: str) -> None:
     assert read(tmp_path / "fp8").column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
 
 
-def test_deterministic_runs_repeat(corpus: Path, tmp_path: Path) -> None:
+def test_gpu_deterministic_run_repeats_losses_exactly(corpus: Path, tmp_path: Path) -> None:
     words = ["run.steps=10", "run.deterministic=true"]
     twice = [run(tmp_path / name, corpus, "clm", "gpu", words) for name in ("first", "second")]
     assert json.dumps(twice[0].column("loss")) == json.dumps(twice[1].column("loss"))

@@ -1,4 +1,4 @@
-"""tools/gpu_validate.py on a CPU: the sections that run without a GPU do, the rest says why not, and nothing twice."""
+"""tools/gpu_validate.py on a CPU: sections that need no GPU run, the others say why not, and none runs twice."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subproc
     return done, json.loads(found.read_text()) if found.is_file() else {}
 
 
-def test_sections_without_a_gpu(corpus: Path, tmp_path: Path) -> None:
+def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
     done, found = validate(tmp_path, corpus, "attention,precisions,export")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     states = {(section, item): result["state"] for section, items in found.items() for item, result in items.items()}
-    assert states["attention", "17m sdpa"] == "passed" and found["attention"]["17m sdpa"]["roles"].keys() == {
+    assert states["attention", "17m sdpa"] == "passed"
+    assert found["attention"]["17m sdpa"]["roles"].keys() == {
         "encoder, global",
         "encoder, local",
         "decoder, global",
@@ -43,23 +44,28 @@ def test_sections_without_a_gpu(corpus: Path, tmp_path: Path) -> None:
     }
     assert states["attention", "17m te-fused"] == "does not run"
     assert "run.attention: te-fused needs a GPU" in found["attention"]["17m te-fused"]["says"]
-    assert states["precisions", "17m fp32"] == "passed" and len(found["precisions"]["17m fp32"]["losses"]) == 30
+    assert states["precisions", "17m fp32"] == "passed"
+    assert len(found["precisions"]["17m fp32"]["losses"]) == 30
     assert "fp8-current needs a GPU" in found["precisions"]["17m fp8-current"]["says"]
     assert states["export", "mlm"] == states["export", "clm"] == "passed"
     assert "| attention | 17m sdpa | passed |" in (tmp_path / "table.md").read_text()
     before = (tmp_path / "found.json").read_text()
     again, _ = validate(tmp_path, corpus, "attention,precisions,export")
-    assert again.returncode == 0 and (tmp_path / "found.json").read_text() == before
+    assert again.returncode == 0
+    assert (tmp_path / "found.json").read_text() == before
 
 
-def test_wrong_arguments(corpus: Path, tmp_path: Path) -> None:
+def test_gpu_validate_wrong_section_or_dataset_is_refused(corpus: Path, tmp_path: Path) -> None:
     done, _ = validate(tmp_path, corpus, "speed")
-    assert done.returncode == 2 and "'speed' is no section; they are rates," in done.stderr
+    assert done.returncode == 2
+    assert "'speed' is no section; they are rates," in done.stderr
     done, _ = validate(tmp_path, tmp_path, "rates")
-    assert done.returncode == 2 and "no dataset of `ettin prepare`" in done.stderr
+    assert done.returncode == 2
+    assert "no dataset of `ettin prepare`" in done.stderr
 
 
-def test_what_fails_is_told(corpus: Path, tmp_path: Path) -> None:
-    """Steps too few to learn anything: the curve fails, and so does the command."""
+def test_gpu_validate_failing_curve_exits_1(corpus: Path, tmp_path: Path) -> None:
+    """One step is too few to learn anything: the curve fails, and so does the command."""
     done, found = validate(tmp_path, corpus, "precisions", "--steps", "1")
-    assert done.returncode == 1 and found["precisions"]["17m fp32"]["state"] == "failed"
+    assert done.returncode == 1
+    assert found["precisions"]["17m fp32"]["state"] == "failed"

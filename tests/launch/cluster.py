@@ -1,4 +1,4 @@
-"""A real SLURM of a few nodes on this machine (tools/slurm_sandbox.sh), as tests use it: submit, look, break."""
+"""Start a real SLURM of a few nodes on this host (tools/slurm_sandbox.sh), submit to it, look at it and break it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.2  # each look at a job is a process
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here."""
+    """Return why no cluster can be started here, or None."""
     if shutil.which("slurmctld", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
         return "SLURM is not installed (tests/run.sh installs it where it may)"
     return None
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 @dataclass(frozen=True)
 class Process:
-    """One of this machine's, as /proc shows it."""
+    """A process of this host, as /proc shows it."""
 
     pid: int
     command: str
@@ -69,7 +69,7 @@ def processes() -> list[Process]:
 
 
 class Cluster:
-    """The cluster whose files are in `state`."""
+    """A cluster whose files are in the folder `state`."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -89,48 +89,48 @@ class Cluster:
         subprocess.run(["bash", SANDBOX, "node", self.state, name], check=True, timeout=60)
 
     def call(self, *command: str | Path, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command with this cluster in its environment."""
+        """Run a command with this cluster in its environment."""
         variables = {**os.environ, **self.environment, **environment}
         return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout, env=variables)
 
     def submit(self, *words: str | Path, **environment: str) -> str:
-        """sbatch; the job's id."""
+        """Submit with sbatch and return the job's id."""
         done = self.call("sbatch", "--parsable", *words, **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def state_of(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ...; empty when SLURM has forgotten it."""
+        """Return PENDING, RUNNING, COMPLETED, ...; empty when SLURM has forgotten the job."""
         for word in self.call("scontrol", "show", "job", job).stdout.split():
             if word.startswith("JobState="):
                 return word.partition("=")[2]
         return ""
 
     def shown(self, job: str, key: str) -> str:
-        """A field of `scontrol show job`."""
+        """Return a field of `scontrol show job`."""
         words = self.call("scontrol", "show", "job", job).stdout.split()
         return next((word.partition("=")[2] for word in words if word.startswith(key + "=")), "")
 
     def wait_for_end(self, job: str, seconds: float = 240) -> str:
-        """Its final state."""
+        """Wait for the end of a job and return its final state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         wait_until(lambda: self.state_of(job) in ended, seconds, f"end of job {job}, {self.state_of(job)}")
         return self.state_of(job)
 
     def step_processes(self, job: str) -> list[Process]:
-        """All that the job's steps run, without what SLURM runs for them."""
+        """Return the processes of the job's steps, without those that SLURM runs for them."""
         mine = [p for p in processes() if p.environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]]
         mine = [p for p in mine if p.environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in p.environment]
         return [p for p in mine if not p.command.startswith("slurmstepd")]
 
     def ranks(self, job: str) -> dict[int, Process]:
-        """The job's ranks of `ettin` by number: not what they started themselves."""
+        """Return the job's `ettin` ranks by number, without the processes that they started themselves."""
         mine = [p for p in self.step_processes(job) if "ettin " in p.command]
         pids = {p.pid for p in mine}
         return {int(p.environment["SLURM_PROCID"]): p for p in mine if p.parent not in pids}
 
     def slurmd(self, node: str) -> int:
-        """Its process."""
+        """Return the process id of a node's slurmd."""
         lines = [line.split() for line in (self.state / "pids").read_text().splitlines()]
         return int([pid for pid, name in lines if name == f"slurmd-{node}"][-1])
 

@@ -14,35 +14,35 @@ EVERY = 5
 
 
 def train_words(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
-    """A call of train, encoder 17m by name and tiny by shape."""
+    """Return the words of a train call: encoder 17m by name, tiny by shape."""
     named = ["--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--run-dir", str(run_dir)]
     saves = [f"run.steps={steps}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=0", "resilience.hang_seconds=10"]
     return [*named, *TINY, f"data.mixture={corpus}", *saves, *more]
 
 
 def launch_words(nodes: int, tasks: int, *more: str) -> list[str]:
-    """A call of launch up to the `--`, without GPUs."""
+    """Return the words of a launch call up to the `--`, without GPUs."""
     return ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), *more]
 
 
 def launch(cluster: Cluster, words: list[str], *options: str) -> str:
-    """`ettin launch --submit`; the id of the one job."""
+    """Submit with `ettin launch --submit` and return the id of the one job."""
     done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, PATH=PATH)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("job ", 1)[1].split(";", 1)[0]
 
 
 def all_said(run_dir: Path) -> str:
-    """What the run's jobs wrote, in one text."""
+    """Return the output of the run's jobs as one text."""
     return "\n".join(log_of(run_dir))
 
 
 def step_of(run_dir: Path) -> int:
-    """The last step that is told of."""
+    """Return the last step in metrics.jsonl."""
     return len(lines_of(run_dir / "metrics.jsonl"))
 
 
 def log_of(run_dir: Path) -> list[str]:
-    """What the run's jobs wrote, without the lines of steps."""
+    """Return the lines that the run's jobs wrote, without those of steps."""
     logs = sorted((run_dir / "slurm").glob("*.out"))
     return [line for log in logs for line in lines_of(log) if not line.startswith("step ")]

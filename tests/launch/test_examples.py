@@ -1,4 +1,4 @@
-"""The scripts of examples/slurm, as shipped: only sizes, and what a cluster of CPUs has not, are said differently."""
+"""The scripts of examples/slurm as shipped, but for sizes and for options that a cluster of CPUs lacks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ WORDS = [*TINY, "run.steps=3", "parallel.distributed_optimizer=false"]
 def submitted(
     cluster: Cluster, folder: Path, script: str, options: list[str], words: list[str], **variables: str
 ) -> str:
-    """sbatch in `folder`; the job's number."""
+    """Submit with sbatch in `folder` and return the job's id."""
     return cluster.submit("--chdir", folder, *SMALL, *options, EXAMPLES / script, *words, PATH=PATH, **variables)
 
 
 def happened(run_dir: Path) -> list[str]:
-    """The events of its jobs."""
+    """Return the events of the run's jobs."""
     return [json.loads(line)["event"] for line in lines_of(run_dir / "slurm" / "events.jsonl")]
 
 
@@ -36,7 +36,7 @@ def logs(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The scripts of one run, all jobs at once: the folder that each was submitted in, with what it made."""
+    """Submit the scripts of one run, all jobs at once; return the folder of each, which holds its output."""
     folders, jobs = {script: tmp_path_factory.mktemp(script) for script in NODES}, {}
     for script, nodes in NODES.items():
         words = [word for word in WORDS if script != "one_node" or "distributed" not in word]
@@ -49,13 +49,13 @@ def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("script", NODES)
-def test_a_run(ended: dict[str, Path], script: str) -> None:
+def test_run_scripts_train_on_the_requested_nodes(ended: dict[str, Path], script: str) -> None:
     assert read(ended[script] / "run").column("step") == [1, 2, 3]
     history = json.loads((ended[script] / "run" / "history.jsonl").read_text().splitlines()[0])
     assert history["world"] == NODES[script]
 
 
-def test_the_chain(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_chain_script_starts_each_phase_from_the_one_before(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     variables = {"RUN": str(tmp_path / "run"), "DATA": str(corpus), "PATH": PATH}
     variables["SBATCH_ARGS"] = " ".join([*SMALL, f"--chdir={tmp_path}"])
     done = slurm.call("bash", EXAMPLES / "chain.sh", *WORDS, **variables)
@@ -68,8 +68,8 @@ def test_the_chain(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     assert "/run/extend/checkpoints/step_000000003" in origin
 
 
-def test_the_suite(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """One size of six; both objectives; of the three phases each after its own earlier one."""
+def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Run one size of six and both objectives, each phase after its own earlier one."""
     variables = {"RUN": str(tmp_path / "suite"), "DATA": str(corpus), "SIZES": "17m", "PATH": PATH}
     options = ["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "10"]
     done = slurm.call("bash", EXAMPLES / "suite.sh", *options, "--", *WORDS, **variables)
@@ -89,7 +89,7 @@ def test_the_suite(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     assert sorted(state["job"] for state in latest) == tasks
 
 
-def test_prepare(slurm: Cluster, tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_prepare_script_writes_the_dataset(slurm: Cluster, tiny_tokenizer: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"text": sentences(seed, 12)}) for seed in range(60)]
     (tmp_path / "raw.jsonl").write_text("\n".join(lines) + "\n")
     variables = {"INPUT": str(tmp_path / "raw.jsonl"), "OUT": str(tmp_path / "dataset"), "PATH": PATH}
@@ -100,8 +100,8 @@ def test_prepare(slurm: Cluster, tiny_tokenizer: Path, tmp_path: Path) -> None:
     assert "60 documents" in inspected.stdout, inspected.stdout
 
 
-def test_bench(slurm: Cluster, tmp_path: Path) -> None:
-    """Two nodes: what each of them measures goes into one file."""
+def test_bench_script_on_two_nodes_writes_one_results_file(slurm: Cluster, tmp_path: Path) -> None:
+    """Run on two nodes; the measurements of both go into one file."""
     shape = [word for word in TINY if not word.startswith(("batch.", "metrics.", "checkpoint."))]
     words = ["--quick", *shape]
     job = submitted(slurm, tmp_path, "bench.sbatch", [], words, OUT=str(tmp_path / "bench.jsonl"))
@@ -112,7 +112,7 @@ def test_bench(slurm: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "bench.jsonl.png").stat().st_size > 1_000
 
 
-def test_release(slurm: Cluster, ended: dict[str, Path], tmp_path: Path) -> None:
+def test_release_script_exports_the_model(slurm: Cluster, ended: dict[str, Path], tmp_path: Path) -> None:
     options = ["--chdir", tmp_path, "--cpus-per-task=2", "--mem=1G"]
     variables = {"RUN": str(ended["one_node"] / "run"), "OUT": str(tmp_path / "out")}
     job = slurm.submit(*options, EXAMPLES / "release.sbatch", PATH=PATH, **variables)

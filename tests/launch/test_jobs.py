@@ -1,4 +1,4 @@
-"""Jobs of `ettin launch` on a real SLURM, and what happens to them: whatever it is, they end with the same weights."""
+"""Jobs of `ettin launch` on a real SLURM under faults: they end with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def undisturbed(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathF
 
 
 def assert_same(run_dir: Path, undisturbed: Trained) -> None:
-    """The same losses to the last bit, the same weights."""
+    """Assert the same steps, losses and weights, to the last bit."""
     disturbed = read(run_dir)
     assert disturbed.column("step") == undisturbed.column("step")
     assert disturbed.column("loss") == undisturbed.column("loss")
     ours, theirs = disturbed.weights(), undisturbed.weights()
-    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 10
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -52,7 +53,7 @@ def past(run_dir: Path, steps: int) -> None:
 
 
 def doing(run_dir: Path) -> str | None:
-    """What the heartbeat of the first attempt says."""
+    """Return the phase in the heartbeat of the first attempt."""
     beats = sorted((run_dir / "slurm" / "attempts").glob("*/heartbeat.json"))
     return json.loads(beats[0].read_text())["doing"] if beats else None
 
@@ -66,7 +67,7 @@ def status_of(cluster: Cluster, what: str | Path) -> dict:
 
 @contextlib.contextmanager
 def held(stopped: Iterable[Process]) -> Iterator[None]:
-    """Stop the processes meanwhile."""
+    """Stop the processes for the duration of the block."""
     stopped = list(stopped)
     for process in stopped:
         os.kill(process.pid, signal.SIGSTOP)
@@ -76,29 +77,38 @@ def held(stopped: Iterable[Process]) -> Iterator[None]:
             os.kill(process.pid, signal.SIGCONT)
 
 
-def test_time_runs_out(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
+def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+) -> None:
     """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
     at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 2, "--time", "1", "--margin-seconds", "10")
     job = launch(slurm, train_words(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *words)
     waiting = status_of(slurm, job)
-    assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING") and waiting["job"] == job
+    assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING")
+    assert waiting["job"] == job
     past(run_dir, 2)
     with held(slurm.ranks(job).values()):
         wait_until(lambda: status_of(slurm, run_dir)["state"] == "RUNNING", 60, "a job that runs")
         running = status_of(slurm, run_dir)
-        assert running["total_steps"] == STEPS and running["seconds_left"] > 0
+        assert running["total_steps"] == STEPS
+        assert running["seconds_left"] > 0
         wait_until(lambda: "supervisor: SIGUSR1: asks the run to save" in all_said(run_dir), 90, "SLURM's warning")
     assert slurm.wait_for_end(job) == "COMPLETED", all_said(run_dir)
     assert_same(run_dir, undisturbed)
     ended = status_of(slurm, run_dir)
-    assert ended["last_event"] == "done" and ended["launches"] >= 2 and ended["failures"] == 0
-    assert ended["checkpoint_step"] == STEPS and ended["fraction"] == 1.0
+    assert ended["last_event"] == "done"
+    assert ended["launches"] >= 2
+    assert ended["failures"] == 0
+    assert ended["checkpoint_step"] == STEPS
+    assert ended["fraction"] == 1.0
 
 
-def test_a_storm_of_signals(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
-    """To every rank, while it finishes its step, while it saves, while it ends: the checkpoint is whole."""
+def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+) -> None:
+    """Signal every rank while it finishes its step, saves and ends; the checkpoint must be complete."""
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
     past(run_dir, EVERY + 3)
@@ -111,7 +121,8 @@ def test_a_storm_of_signals(slurm: Cluster, corpus: Path, tmp_path: Path, undist
                     os.kill(process.pid, number)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     assert_same(run_dir, undisturbed)
-    assert "failed" not in events_of(run_dir) and slurm.shown(job, "Restarts") == "1"
+    assert "failed" not in events_of(run_dir)
+    assert slurm.shown(job, "Restarts") == "1"
 
 
 def kill_rank(cluster: Cluster, job: str) -> None:
@@ -119,12 +130,12 @@ def kill_rank(cluster: Cluster, job: str) -> None:
 
 
 def kill_slurmstepd(cluster: Cluster, job: str) -> None:
-    """SLURM itself never notices."""
+    """Kill a slurmstepd, which SLURM itself never notices."""
     cluster.kill(cluster.ranks(job)[3].parent)
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
-    """slurmd with its step and its ranks, as when a machine goes; it comes back later."""
+    """Kill a node's slurmd with its step and ranks, as when a host is lost; start it again later."""
     rank = cluster.ranks(job)[3]
     node = rank.environment["SLURMD_NODENAME"]
     for pid in (cluster.slurmd(node), rank.parent, rank.pid, cluster.ranks(job)[2].pid):
@@ -138,8 +149,10 @@ def node_down(cluster: Cluster, job: str) -> None:
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
 
-def test_whatever_is_killed(slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained) -> None:
-    """One run suffers all of it: a rank, a slurmstepd, a node's slurmd with all it runs, a node set down."""
+def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+) -> None:
+    """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
     for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
@@ -153,12 +166,13 @@ def test_whatever_is_killed(slurm: Cluster, corpus: Path, tmp_path: Path, undist
     assert "--- rank 3 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
     assert any("starting again (1 of 3 times" in line for line in log)
     assert any("a step of the job cannot be ended; requeued" in line for line in log)
-    assert int(slurm.shown(job, "Restarts")) == 3 and happened[-1] == "done"
+    assert int(slurm.shown(job, "Restarts")) == 3
+    assert happened[-1] == "done"
 
 
-def test_a_stopped_rank_is_a_hang(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """And two jobs on one node do not meet: same node, same moment. What follows a save may take longer than a step, so
-    that there is none before the end."""
+def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Stop one rank, with a second job on the same node at the same time, which must not be disturbed. There is no save
+    before the end, because the phase after a save may take longer than a step."""
     first, second = tmp_path / "first", tmp_path / "second"
     words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
     jobs = [launch(slurm, train_words(corpus, run_dir, 120, NO_SAVES), *words) for run_dir in (first, second)]
@@ -169,8 +183,8 @@ def test_a_stopped_rank_is_a_hang(slurm: Cluster, corpus: Path, tmp_path: Path) 
     assert read(first).column("loss") == read(second).column("loss")
 
 
-def test_a_node_that_fails_again_is_left_out(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """Twice in a row without a new checkpoint, with one restart: the job goes on where that node is not."""
+def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Fail twice in a row without a new checkpoint, with one restart allowed; the job continues without that node."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
     job = launch(slurm, train_words(corpus, run_dir, STEPS, NO_SAVES), *words)
@@ -186,10 +200,10 @@ def test_a_node_that_fails_again_is_left_out(slurm: Cluster, corpus: Path, tmp_p
     assert any("n2 failed 2 times; requeued, to run without n2" in line for line in log_of(run_dir))
 
 
-def test_an_error_is_the_last_thing_in_the_log(
+def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
     slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
 ) -> None:
-    """A damaged checkpoint of the step that is asked for: no restart mends it."""
+    """Resume from a damaged checkpoint, which no restart can mend."""
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed.directory, run_dir, ignore=shutil.ignore_patterns("slurm"))
     (part,) = list((run_dir / "checkpoints" / "step_000000010").glob("__0_0.distcp"))
@@ -198,12 +212,13 @@ def test_an_error_is_the_last_thing_in_the_log(
     job = launch(slurm, [*train_words(corpus, run_dir, STEPS), "--from-step", "10"], *words)
     assert slurm.wait_for_end(job) == "FAILED"
     log = log_of(run_dir)
-    assert "__0_0.distcp" in log[-1] and log[-2].startswith("--- rank "), log[-5:]
+    assert "__0_0.distcp" in log[-1], log[-5:]
+    assert log[-2].startswith("--- rank "), log[-5:]
     assert slurm.shown(job, "ExitCode").startswith("2:")
 
 
-def test_torchrun_in_place_of_srun(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """A task for each node; the batch shell's warning reaches the ranks all the same."""
+def test_job_with_torchrun_launcher_saves_and_requeues_on_signal(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Start one task per node; the signal to the batch shell must still reach the ranks."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 2, "--launcher", "torchrun", "--time", "10")
     job = launch(slurm, train_words(corpus, run_dir, 30), *words)
@@ -214,11 +229,12 @@ def test_torchrun_in_place_of_srun(slurm: Cluster, corpus: Path, tmp_path: Path)
     assert read(run_dir).column("step") == list(range(1, 31))
 
 
-def test_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_job_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, 5_000), *launch_words(1, 1, "--time", "10"))
     past(run_dir, 2)
     slurm.call("scancel", job)
     assert slurm.wait_for_end(job) == "CANCELLED"  # which it is when its batch script has ended
-    assert slurm.shown(job, "Restarts") == "0" and not slurm.ranks(job)
+    assert slurm.shown(job, "Restarts") == "0"
+    assert not slurm.ranks(job)
     assert "requeued" not in events_of(run_dir)

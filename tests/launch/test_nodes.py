@@ -1,5 +1,5 @@
-"""One node is not like the others: the line that names it, and the job that goes elsewhere. What is wrong is mounted over
-the node's files in its slurmd's own mount namespace, so that the other nodes stay as they are (root only)."""
+"""One node differs from the others: the line that names it, and the job that is requeued elsewhere. The fault is mounted
+over the node's files in its slurmd's own mount namespace, so that the other nodes stay as they are (root only)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bad_node(slurm: Cluster) -> Iterator[Cluster]:
 
 
 def failed_log(cluster: Cluster, corpus: Path, run_dir: Path, *options: str) -> list[str]:
-    """Of a job that cannot run: it ends with 2."""
+    """Run a job that must fail with exit status 2 and return its log."""
     words = launch_words(2, 1, "--time", "10", NO_SPARE, *options)
     job = launch(cluster, train_words(corpus, run_dir, 5), *words)
     assert cluster.wait_for_end(job) == "FAILED", log_of(run_dir)
@@ -42,15 +42,15 @@ def failed_log(cluster: Cluster, corpus: Path, run_dir: Path, *options: str) -> 
     return log_of(run_dir)
 
 
-def test_a_host_name_that_does_not_resolve(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_node_with_unresolvable_host_name_is_named(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("127.0.0.1 localhost n2\n")
     bad_node.in_node("n2", "mount", "--bind", tmp_path / "hosts", "/etc/hosts")
     (line,) = [line for line in failed_log(bad_node, corpus, tmp_path / "run") if line.startswith("supervisor:")]
     assert line.startswith("supervisor: node n2: host name n1 does not resolve")
 
 
-def test_a_missing_environment(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """The node has the path, and nothing in it."""
+def test_node_without_the_environment_is_named(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Mount an empty folder over the environment's folder on one node."""
     environment, empty = tmp_path / "bin", tmp_path / "empty"
     shutil.copytree(Path(sys.executable).parent, environment, symlinks=True)
     empty.mkdir()
@@ -64,8 +64,8 @@ def test_a_missing_environment(bad_node: Cluster, corpus: Path, tmp_path: Path) 
     )
 
 
-def test_a_full_disk_is_gone_around(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """With a spare node: the job is requeued without the full one, and trains."""
+def test_node_with_full_disk_is_excluded_and_the_run_finishes(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Requeue the job without the full node, and finish on the spare one."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     scratch = tmp_path / "scratch"
@@ -78,12 +78,13 @@ def test_a_full_disk_is_gone_around(bad_node: Cluster, corpus: Path, tmp_path: P
     log = log_of(run_dir)
     assert any(f"supervisor: node n2: {scratch} cannot be written (No space left on device)" in line for line in log)
     assert any("requeued, to run without n2" in line for line in log)
-    assert bad_node.shown(job, "ExcNodeList") == "n2" and bad_node.shown(job, "Restarts") == "1"
+    assert bad_node.shown(job, "ExcNodeList") == "n2"
+    assert bad_node.shown(job, "Restarts") == "1"
     assert read(run_dir).column("step") == [1, 2, 3, 4, 5]
 
 
-def test_other_code(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """An edited file in one node's checkout: the version is the same, the code is not."""
+def test_node_with_other_code_is_named(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Edit one file in one node's checkout, so that the version is the same and the code differs."""
     package, copy = Path(megatron_ettin.__file__).parent, tmp_path / "package"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with open(copy / "train" / "step.py", "a") as file:
@@ -91,5 +92,7 @@ def test_other_code(bad_node: Cluster, corpus: Path, tmp_path: Path) -> None:
     bad_node.in_node("n2", "mount", "--bind", copy, package)
     log = failed_log(bad_node, corpus, tmp_path / "run")
     told = [line for line in log if "the ranks differ in code of megatron_ettin" in line]
-    assert told and all("rank 1 on n2: " in line or "rank 0 on n1: " in line for line in told), log
-    assert log[-2].startswith("--- rank ") and log[-1] in told[0], log[-4:]
+    assert told, log
+    assert all("rank 1 on n2: " in line or "rank 0 on n1: " in line for line in told), log
+    assert log[-2].startswith("--- rank "), log[-4:]
+    assert log[-1] in told[0], log[-4:]

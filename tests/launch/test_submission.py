@@ -1,4 +1,4 @@
-"""`ettin launch` without a run: the scripts it writes, what it refuses, and that a refusal leaves nothing behind."""
+"""`ettin launch` without a run: the scripts it writes, its refusals, and that a refusal leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROFILES = sorted((ROOT / "examples" / "slurm" / "sites").glob("*.yaml"))
 
 
 def written(tmp_path: Path, options: list[str], call: list[str]) -> dict[str, str]:
-    """The scripts, by name; bash accepts each."""
+    """Run `ettin launch`, let bash check the syntax of each script, and return the scripts by name."""
     assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 0
     scripts = {path.stem: path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.sbatch")}
     for text in scripts.values():
@@ -30,7 +30,7 @@ def written(tmp_path: Path, options: list[str], call: list[str]) -> dict[str, st
     return scripts
 
 
-def test_the_script_of_a_run(tmp_path: Path) -> None:
+def test_launch_script_holds_options_overrides_and_config(tmp_path: Path) -> None:
     options = [
         "--nodes",
         "8",
@@ -55,14 +55,16 @@ def test_the_script_of_a_run(tmp_path: Path) -> None:
     ):
         assert f"#SBATCH {line}\n" in text
     assert "#SBATCH --signal=B:USR1@300\n" in text
-    assert "#SBATCH --exclusive\n" in text and f"--folder {folder}" in text and "    parallel.tp=2\n" in text
+    assert "#SBATCH --exclusive\n" in text
+    assert f"--folder {folder}" in text
+    assert "    parallel.tp=2\n" in text
     config = from_yaml(folder / "17m-mlm-pretrain.config.yaml")
     assert (config.parallel.tp, config.run.size) == (2, "17m")
     done = subprocess.run(["python3", folder / "supervisor", "--help"], capture_output=True, text=True, check=True)
     assert "requeue the job when it was saved" in " ".join(done.stdout.split())
 
 
-def test_the_suite_is_an_array_for_each_phase(tmp_path: Path) -> None:
+def test_launch_suite_writes_one_array_script_per_phase(tmp_path: Path) -> None:
     call = ["train", "--phase", "all", "data.mixture=corpus"]
     scripts = written(tmp_path, ["--suite", "--nodes", "1", "--gpus-per-node", "8", "--at-once", "4"], call)
     assert sorted(scripts) == ["run-decay", "run-extend", "run-pretrain"]
@@ -73,18 +75,19 @@ def test_the_suite_is_an_array_for_each_phase(tmp_path: Path) -> None:
     assert "--init-from" not in scripts["run-pretrain"]
 
 
-def test_a_sweep_and_a_site_file_of_the_run(tmp_path: Path) -> None:
-    """The file is copied: what is edited meanwhile does not change a job that waits."""
+def test_launch_sweep_copies_the_user_config_and_writes_each_config(tmp_path: Path) -> None:
+    """Copy the user config, because a later edit must not change a waiting job."""
     (tmp_path / "mine.yaml").write_text("optim:\n  lr: 0.001\n")
     options = ["--nodes", "1", "--gpus-per-node", "1", "--sweep", "run.seed=1,2"]
     (text,) = written(tmp_path, options, [*CALL, "--config", str(tmp_path / "mine.yaml")]).values()
     assert (tmp_path / "run" / "slurm" / "site.yaml").read_text() == "optim:\n  lr: 0.001\n"
-    assert f"--config {tmp_path}/run/slurm/site.yaml\n" in text and " words=(run.seed=2) ;;" in text
+    assert f"--config {tmp_path}/run/slurm/site.yaml\n" in text
+    assert " words=(run.seed=2) ;;" in text
     snapshots = sorted((tmp_path / "run" / "slurm").glob("*.config.yaml"))
     assert [from_yaml(path).run.seed for path in snapshots] == [1, 2]
 
 
-def test_options_of_a_site_with_and_without_values(tmp_path: Path) -> None:
+def test_launch_profile_sbatch_options_reach_the_script(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(
         "gpus_per_node: 1\nsbatch: {exclusive: true, contiguous: false, comment: a b, time: 1-0}\n"
     )
@@ -95,9 +98,10 @@ def test_options_of_a_site_with_and_without_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
-def test_the_profiles_of_the_examples(tmp_path: Path, profile: Path) -> None:
+def test_launch_example_profiles_give_valid_scripts(tmp_path: Path, profile: Path) -> None:
     (text,) = written(tmp_path, ["--nodes", "2", "--profile", str(profile)], CALL).values()
-    assert "#SBATCH --gpus-per-node=8\n" in text and "{" not in text.split("command=(")[1].replace("${command[@]}", "")
+    assert "#SBATCH --gpus-per-node=8\n" in text
+    assert "{" not in text.split("command=(")[1].replace("${command[@]}", "")
     container = {"pyxis": "--container-image=/shared", "apptainer": "apptainer exec --nv"}.get(profile.stem)
     assert container is None or container in text
 
@@ -115,14 +119,14 @@ def test_the_profiles_of_the_examples(tmp_path: Path, profile: Path) -> None:
         ("1-01:30", 91_799, 91_799),
     ],
 )
-def test_the_margin_is_a_part_of_the_time(time: str | None, asked: int | None, margin: int) -> None:
+def test_margin_of_time_limit_is_a_fraction_unless_given(time: str | None, asked: int | None, margin: int) -> None:
     assert margin_of(asked, time) == margin
 
 
 @pytest.mark.parametrize(
     ("time", "seconds"), [("90", 5400), ("1:30", 90), ("1:00:30", 3630), ("2-3", 183_600), ("1-00:01:01", 86_461)]
 )
-def test_times_as_sbatch_reads_them(time: str, seconds: int) -> None:
+def test_seconds_of_time_matches_sbatch_and_limits_the_margin(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
     with pytest.raises(UserError, match=f"--margin-seconds {seconds}: must be less than --time {time}"):
         margin_of(seconds, time)
@@ -148,12 +152,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "call", "told"), REFUSED)
-def test_one_line_and_nothing_left(
+def test_launch_refusal_is_one_line_and_leaves_no_files(
     tmp_path: Path, options: list[str], call: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ettin launch: ") and told in line
+    assert line.startswith("ettin launch: ")
+    assert told in line
     assert not (tmp_path / "run").exists()
 
 
@@ -172,57 +177,66 @@ def test_one_line_and_nothing_left(
         ("a: [\n", "not YAML"),
     ],
 )
-def test_a_bad_profile(tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_bad_profile_is_refused_in_one_line(
+    tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "site.yaml").write_text(content)
     words = ["--nodes", "1", "--profile", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path / "run")]
     assert main(["launch", *words[:4], "--", *CALL, *words[4:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line and str(tmp_path / "site.yaml") in line
+    assert told in line
+    assert str(tmp_path / "site.yaml") in line
 
 
-def test_what_sbatch_refuses_is_told_in_its_words(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_launch_sbatch_refusal_is_quoted_and_leaves_no_files(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     call = ["train", *train_words(corpus, tmp_path / "runs" / "a", 5)]
     for options, told in ((["--partition", "nosuch"], "nvalid partition"), (["--nodes", "9"], "Node count")):
         done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--submit", "--", *call, PATH=PATH)
-        assert done.returncode == 2 and done.stdout == ""
+        assert done.returncode == 2
+        assert done.stdout == ""
         (line,) = done.stderr.splitlines()
-        assert line.startswith("ettin launch: sbatch refused 17m-mlm-pretrain: ") and told in line
+        assert line.startswith("ettin launch: sbatch refused 17m-mlm-pretrain: ")
+        assert told in line
         assert not (tmp_path / "runs").exists()
 
 
-def test_a_refusal_puts_an_earlier_submission_back(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """What was written over an earlier launch's files is undone."""
+def test_launch_refusal_restores_files_of_an_earlier_launch(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Restore the files of an earlier launch that a refused one has overwritten."""
     call = ["train", *train_words(corpus, tmp_path / "run", 5)]
     assert slurm.call(ETTIN, "launch", *launch_words(2, 1), "--", *call, PATH=PATH).returncode == 0
     folder = tmp_path / "run" / "slurm"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     options = ["--time", "99", "--after", "nonsense:1", "--submit"]
     done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--", *call, PATH=PATH)
-    assert done.returncode == 2 and "dependency" in done.stderr.lower()
+    assert done.returncode == 2
+    assert "dependency" in done.stderr.lower()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_no_second_job_of_a_run_that_waits(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_launch_second_job_of_pending_run_needs_after(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     options = launch_words(2, 1, "--sbatch-arg=--begin=now+600", "--submit")
     call = ["--", "train", *train_words(corpus, tmp_path / "run", 5)]
     assert slurm.call(ETTIN, "launch", *options, *call, PATH=PATH).returncode == 0
     again = slurm.call(ETTIN, "launch", *options, *call, PATH=PATH)
     (line,) = again.stderr.splitlines()
     job = line.split("job ")[1].split()[0]
-    assert again.returncode == 2 and f"is PENDING; scancel it first, or give --after afterany:{job}" in line
+    assert again.returncode == 2
+    assert f"is PENDING; scancel it first, or give --after afterany:{job}" in line
     after = slurm.call(ETTIN, "launch", *options, "--after", f"afterany:{job}", "--json", *call, PATH=PATH)
     assert after.returncode == 0, after.stderr
     slurm.call("scancel", job, json.loads(after.stdout)["jobs"][0]["job"])
 
 
-def test_status_of_what_is_not_there(slurm: Cluster, tmp_path: Path) -> None:
+def test_status_of_unknown_job_or_run_is_refused(slurm: Cluster, tmp_path: Path) -> None:
     for what, told in (("999999", "SLURM does not know it"), ("nothing", "no such folder"), (tmp_path, "no run in it")):
         done = slurm.call(ETTIN, "status", what, PATH=PATH)
-        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert len(done.stderr.splitlines()) == 1
     assert "no squeue answers" in slurm.call(ETTIN, "status", PATH=str(Path(ETTIN).parent)).stderr
 
 
-def test_words_parse_to_what_they_came_from() -> None:
+def test_words_of_parsed_arguments_round_trip() -> None:
     from megatron_ettin.cli import train
 
     parser = OneLineParser()
@@ -243,11 +257,11 @@ def test_words_parse_to_what_they_came_from() -> None:
         ("7", None, False),
     ],
 )
-def test_tasks_of_an_array(job: str, task: str | None, is_covered: bool) -> None:
+def test_covers_array_job_matches_its_tasks(job: str, task: str | None, is_covered: bool) -> None:
     assert covers(job, task) is is_covered
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_json_lists_folder_and_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     assert (
         main(["launch", "--nodes", "1", "--gpus-per-node", "1", "--json", "--", *CALL, "--run-dir", str(run_dir)]) == 0

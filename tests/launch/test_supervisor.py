@@ -1,5 +1,5 @@
-"""The supervisor as real processes, without a cluster: what it does with a command that fails, hangs or is told to stop,
-and the parts that read what others leave."""
+"""The supervisor as real processes, without a cluster: commands that fail, hang or are asked to stop, and the parts that
+read the files of others."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ def ended(tmp_path: Path, body: str, *options: str) -> tuple[int, list[str], int
     return running.returncode, errors.splitlines(), len(list((tmp_path / "marks").iterdir()))
 
 
-def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
+def test_supervisor_finished_run_exits_zero_after_one_attempt(tmp_path: Path) -> None:
     assert ended(tmp_path, "beat('done', step=9)") == (0, [], 1)
 
 
-def test_a_run_that_is_done_does_not_wait_for_a_command_that_stays(tmp_path: Path) -> None:
-    """A slurmstepd that was killed lets srun wait for ever."""
+def test_supervisor_finished_run_does_not_wait_for_its_command(tmp_path: Path) -> None:
+    """Do not wait for the command, because srun waits for ever when a slurmstepd was killed."""
     status, _, attempts = ended(tmp_path, "beat('done', step=9); time.sleep(100)")
     assert (status, attempts) == (0, 1)
 
 
-def test_it_starts_again_as_long_as_new_checkpoints_come(tmp_path: Path) -> None:
-    """Five failures are no row of three where each attempt saved something new."""
+def test_supervisor_restarts_while_each_attempt_saves_a_checkpoint(tmp_path: Path) -> None:
+    """Restart after each of five failures, because every attempt saved a newer checkpoint."""
     status, lines, attempts = ended(
         tmp_path, "beat('step', saved_step=count); sys.exit(1) if count < 5 else beat('done')", "--restarts", "2"
     )
     assert (status, attempts) == (0, 6), lines
 
 
-def test_it_gives_up_and_the_culprit_has_the_last_word(tmp_path: Path) -> None:
+def test_supervisor_gives_up_and_logs_the_failed_rank_last(tmp_path: Path) -> None:
     body = "beat('step', saved_step=4); fail('error', 'Traceback\\nValueError: 7 is odd'); sys.exit(3)"
     status, lines, attempts = ended(tmp_path, body, "--restarts", "1")
     assert (status, attempts) == (3, 2)
@@ -82,27 +82,28 @@ def test_it_gives_up_and_the_culprit_has_the_last_word(tmp_path: Path) -> None:
     assert "2 failures without a new checkpoint in between; it ends here" in lines[-4]
 
 
-def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
+def test_supervisor_user_error_is_not_retried(tmp_path: Path) -> None:
     status, lines, attempts = ended(tmp_path, "fail('user', 'no such dataset'); sys.exit(2)")
     assert (status, attempts, lines[-1]) == (2, 1, "no such dataset")
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_supervisor_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "attempts").touch()
     status, (line,), attempts = ended(tmp_path, "beat('done')")
-    assert (status, attempts) == (2, 0) and line.startswith(f"supervisor: {tmp_path}/slurm/attempts/")
+    assert (status, attempts) == (2, 0)
+    assert line.startswith(f"supervisor: {tmp_path}/slurm/attempts/")
 
 
-def test_what_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
-    """Limit of a step: one second, in the heartbeat itself."""
+def test_supervisor_hung_run_is_ended_and_restarted(tmp_path: Path) -> None:
+    """End a run whose heartbeat allows one second for a step that takes longer."""
     status, lines, attempts = ended(tmp_path, "beat('step', step=8); time.sleep(0 if count else 100); beat('done')")
     assert (status, attempts) == (0, 2)
     assert any("nothing moved for" in line and "step after step 8" in line for line in lines)
 
 
-def test_a_stall_that_the_ranks_tell_of_is_a_hang(tmp_path: Path) -> None:
-    """Their line is the reason, the rank that it names the culprit; 75 alone would be a run that was saved."""
+def test_supervisor_stall_reported_by_rank_is_recorded_as_hang(tmp_path: Path) -> None:
+    """Take reason and failed rank from the ranks' line; exit status 75 alone would mean a saved run."""
     body = "beat('step', step=8)\nif not count: fail('stalled', 'stalled for 9 s: rank 3 on n2'); sys.exit(75)\nbeat('done')"
     status, lines, attempts = ended(tmp_path, body)
     assert (status, attempts) == (0, 2)
@@ -111,20 +112,22 @@ def test_a_stall_that_the_ranks_tell_of_is_a_hang(tmp_path: Path) -> None:
     assert (failed["result"], failed["node"], failed["why"]) == ("hung", "n2", "stalled for 9 s: rank 3 on n2")
 
 
-def test_what_never_begins_is_ended(tmp_path: Path) -> None:
+def test_supervisor_run_without_heartbeat_is_ended(tmp_path: Path) -> None:
     options = ("--start-seconds", "1", "--restarts", "0")
     status, lines, _ = ended(tmp_path, "time.sleep(100)", *options)
-    assert status == 1 and any("before the run's first heartbeat" in line for line in lines)
+    assert status == 1
+    assert any("before the run's first heartbeat" in line for line in lines)
 
 
-def test_a_rank_that_ended_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+def test_supervisor_failed_rank_ends_a_command_that_stays(tmp_path: Path) -> None:
     body = "beat('step', limit_seconds=60); fail('error', 'ValueError: 7'); time.sleep(100)"
     status, lines, _ = ended(tmp_path, body, "--restarts", "0")
-    assert status == 1 and any("a rank ended, the command not within" in line for line in lines)
+    assert status == 1
+    assert any("a rank ended, the command not within" in line for line in lines)
 
 
-def test_the_signal_is_passed_on_once_it_can_be_heard(tmp_path: Path) -> None:
-    """It comes while the run still imports; outside of SLURM nothing can be requeued, which is said."""
+def test_supervisor_signal_during_start_is_forwarded_once(tmp_path: Path) -> None:
+    """Signal a run that still imports; outside of SLURM nothing can be requeued, and the log says so."""
     body = (
         "beat('starting'); time.sleep(0.5)\nfor step in range(100):\n    beat('step', step=step); time.sleep(0.1)\n"
         "    if stopped: beat('stopped', saved_step=step); sys.exit(75)\n"
@@ -132,30 +135,34 @@ def test_the_signal_is_passed_on_once_it_can_be_heard(tmp_path: Path) -> None:
     running = supervise(tmp_path, body, "--grace-seconds", "20")
     wait_until(lambda: (tmp_path / "marks" / "0").exists(), 30, "start")
     running.send_signal(signal.SIGUSR1)
-    running.send_signal(signal.SIGTERM)  # a storm of them changes nothing
+    # further signals change nothing
+    running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 75 and "not requeued: not in a SLURM job" in errors
+    assert running.returncode == 75
+    assert "not requeued: not in a SLURM job" in errors
     assert errors.count("supervisor: SIGUSR1: asks the run to save and end") == 1
     recorded = events.Events(str(tmp_path / "slurm"), "").read()
     assert [event["event"] for event in recorded] == ["started", "saved", "requeued"]
 
 
-def test_asked_to_stop_before_it_began_it_ends(tmp_path: Path) -> None:
+def test_supervisor_terminated_before_first_heartbeat_exits_75(tmp_path: Path) -> None:
     running = supervise(tmp_path, "time.sleep(100)")
     wait_until(lambda: (tmp_path / "marks" / "0").exists(), 30, "start")
     running.terminate()
     began = time.monotonic()
     running.communicate(timeout=60)
-    assert running.returncode == 75 and time.monotonic() - began < 30
+    assert running.returncode == 75
+    assert time.monotonic() - began < 30
 
 
-def test_it_is_python_of_3_6() -> None:
-    """Compute nodes have old ones; only the grammar and the module names can be checked here."""
+def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:
+    """Check grammar, modules and keywords, because compute nodes may have Python 3.6 and this host does not."""
     for path in FOLDER.glob("*.py"):
         tree = ast.parse(path.read_text(), feature_version=(3, 6))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-        assert not names & {"dataclasses", "__future__"} and names <= set(sys.stdlib_module_names)
+        assert not names & {"dataclasses", "__future__"}
+        assert names <= set(sys.stdlib_module_names)
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         words = {word.arg for call in calls for word in call.keywords}
         assert not words & {"capture_output", "text", "missing_ok", "dirs_exist_ok"}
@@ -172,7 +179,7 @@ def test_it_is_python_of_3_6() -> None:
         ("srun: Force Terminated StepId=8.1", None, ""),
     ],
 )
-def test_what_srun_says_of_tasks(line: str, rank: int | None, kind: str) -> None:
+def test_from_srun_line_gives_rank_and_kind_of_failure(line: str, rank: int | None, kind: str) -> None:
     found = culprit.from_srun(line + "\n")
     assert (found and (found.rank, found.kind)) == ((rank, kind) if rank is not None else None)
 
@@ -182,27 +189,31 @@ def record(folder: Path, rank: int, when: float, text: str) -> None:
     (folder / f"rank_{rank:05d}.json").write_text(json.dumps(content))
 
 
-def test_the_culprit_is_no_victim(tmp_path: Path) -> None:
-    """A rank that was killed says nothing, and the others say of it before srun does."""
+def test_first_failed_rank_is_the_cause_not_a_victim(tmp_path: Path) -> None:
+    """Name the killed rank, although it writes no report and other ranks report its loss before srun does."""
     record(tmp_path, 0, 10.0, "RuntimeError: Connection closed by peer [n2]:41")
     killed = culprit.from_srun("srun: error: n2: task 2: Killed")
     assert killed is not None
     found = culprit.first(str(tmp_path), [killed])
-    assert found is not None and (found.rank, found.host) == (2, "n2")
+    assert found is not None
+    assert (found.rank, found.host) == (2, "n2")
     record(tmp_path, 1, 9.0, "ValueError: row 7 is damaged")
     found = culprit.first(str(tmp_path), [killed])
-    assert found is not None and found.rank == 1
+    assert found is not None
+    assert found.rank == 1
     (tmp_path / "rank_00004.json").write_text("{torn")
     assert culprit.first(str(tmp_path), []) == found
 
 
-def test_nodes_are_checked(tmp_path: Path) -> None:
+def test_check_node_names_each_problem(tmp_path: Path) -> None:
     wanted = {"names": ["localhost"], "files": [str(tmp_path)], "programs": ["sh"], "paths": [str(tmp_path)]}
     assert problems({**wanted, "min_free_gib": 0.0}) == []
     bad = {"names": ["no-such-host.invalid"], "files": ["/none"], "programs": ["none"], "paths": ["/proc/none"]}
     host, file, program, path = problems({**bad, "min_free_gib": 0.0})
-    assert "no-such-host.invalid does not resolve" in host and "/none is not there" in file
-    assert program.startswith("none is not there") and path.startswith("/proc/none cannot be written")
+    assert "no-such-host.invalid does not resolve" in host
+    assert "/none is not there" in file
+    assert program.startswith("none is not there")
+    assert path.startswith("/proc/none cannot be written")
     (full,) = problems({**wanted, "min_free_gib": 1e9})
     assert "GiB free, 1e+09 are needed" in full
     assert list(tmp_path.iterdir()) == []

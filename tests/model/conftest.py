@@ -1,4 +1,4 @@
-"""A process group of one and models of any shape, in this process."""
+"""A process group of one rank and models of any shape, in this process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture
 def build_model(alone: None) -> Callable[[Config], object]:
-    """EttinModel of a configuration with its initial weights, in evaluation mode."""
+    """Return a function that builds the EttinModel of a configuration, with initial weights, in evaluation mode."""
 
     def build(config: Config) -> object:
         from megatron.core.process_groups_config import ProcessGroupCollection

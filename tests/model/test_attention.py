@@ -20,7 +20,7 @@ ROWS = {
 
 
 def reference(q, k, v, lengths, seq_len, window, causal):
-    """softmax(q k^T / sqrt(d)) v over the keys each query may see; one query at a time."""
+    """Compute softmax(q k^T / sqrt(d)) v over the keys that each query may see, one query at a time."""
     out = torch.zeros_like(q)
     begin = 0
     for row in lengths:
@@ -39,7 +39,7 @@ def reference(q, k, v, lengths, seq_len, window, causal):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 64, 65, 130])
-def test_every_way_is_the_masked_softmax(rows: str, causal: bool, window: int | None) -> None:
+def test_attend_dense_chunks_and_bands_match_masked_softmax(rows: str, causal: bool, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(400, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     expected = reference(q, k, v, ROWS[rows], 200, window, causal)
@@ -56,8 +56,10 @@ def test_every_way_is_the_masked_softmax(rows: str, causal: bool, window: int | 
 @pytest.mark.parametrize("rows", ["several", "with a tail"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 130])
-def test_flex_sees_the_same(monkeypatch: pytest.MonkeyPatch, rows: str, causal: bool, window: int | None) -> None:
-    """Its forward pass, uncompiled; backward exists on GPUs only (tools/gpu_validate.py)."""
+def test_attend_flex_forward_matches_attend_dense(
+    monkeypatch: pytest.MonkeyPatch, rows: str, causal: bool, window: int | None
+) -> None:
+    """Only the forward pass, uncompiled: backward exists on GPUs only (tools/gpu_validate.py)."""
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention_kernels, "_flex", lambda: flex_attention)
@@ -70,8 +72,8 @@ def test_flex_sees_the_same(monkeypatch: pytest.MonkeyPatch, rows: str, causal: 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 64, 65])
-def test_sides_of_a_window_say_the_same(causal: bool, window: int | None) -> None:
-    """flash-attention's (left, right), both inclusive, -1 without end, against what `allowed` says."""
+def test_window_sides_match_allowed_mask(causal: bool, window: int | None) -> None:
+    """Compare flash-attention's (left, right), both inclusive, -1 for no limit, with `allowed`."""
     left, right = window_sides(window, causal)
     query, key = torch.arange(200)[:, None], torch.arange(200)[None]
     seen = (left < 0) | (query - key <= left)
@@ -80,7 +82,7 @@ def test_sides_of_a_window_say_the_same(causal: bool, window: int | None) -> Non
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_agree(causal: bool) -> None:
+def test_attend_bands_gradients_match_attend_dense(causal: bool) -> None:
     packed = pack_rows([[90, 110], [200]], 200)
     grads = []
     for way in (attend_dense, attend_bands):
@@ -94,8 +96,8 @@ def test_gradients_agree(causal: bool) -> None:
 
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("seq_len", [150, 200])
-def test_a_micro_batch_of_both_kinds(layer: int, seq_len: int) -> None:
-    """The first rows are causal, the others not, each with its window: as if the parts were alone."""
+def test_attention_hybrid_micro_batch_matches_its_parts_separately(layer: int, seq_len: int) -> None:
+    """The first rows are causal, the others bidirectional, each with its window; compare with each part computed alone."""
     config = EttinTransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2, hybrid=True)
     config.attention_windows = {True: 7, False: 20}
     attention = KernelAttention(config, layer)

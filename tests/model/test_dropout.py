@@ -1,4 +1,4 @@
-"""The mask depends on (seed, step, layer, slot, token, channel) and on nothing else; its statistics are a coin's."""
+"""The mask depends on (seed, step, layer, slot, token, channel) alone, and has the statistics of independent draws."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def mask(
     return keep_mask(token_keys(packed, layer, 0, 128 * len(slots)), channels, round(p * 65536))
 
 
-def test_rows_have_the_same_mask_in_any_micro_batch() -> None:
+def test_dropout_mask_of_row_is_same_in_any_micro_batch() -> None:
     together = mask([4, 5, 6, 7])
     apart = torch.cat([mask([4, 5]), mask([6]), mask([7])])
     assert torch.equal(together, apart)
 
 
-def test_a_sequence_parallel_slice_is_a_slice_of_the_mask() -> None:
+def test_dropout_keys_sequence_parallel_slices_join_to_whole() -> None:
     packed = pack_rows([[128]] * 2, 128, slots=[0, 1], dropout_key=5)
     whole = token_keys(packed, 3, 0, 256)
     assert torch.equal(whole, torch.cat([token_keys(packed, 3, first, 128) for first in (0, 128)]))
 
 
-def test_a_context_parallel_slice_is_a_slice_of_the_mask() -> None:
+def test_dropout_keys_context_parallel_slices_join_to_whole() -> None:
     rows = [[128]] * 2
     whole = token_keys(pack_rows(rows, 128, slots=[0, 1], dropout_key=5), 3, 0, 256).view(2, 128)
     slices = [
@@ -39,14 +39,14 @@ def test_a_context_parallel_slice_is_a_slice_of_the_mask() -> None:
 
 @pytest.mark.parametrize("channels", [64, 63, 2])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
-def test_the_fused_formula_is_the_same_mask(channels: int, p: float) -> None:
+def test_keep_mask_by_channel_equals_keep_mask(channels: int, p: float) -> None:
     keys = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     masks = [make(keys, channels, round(p * 65536)) for make in (keep_mask, keep_mask_by_channel)]
     assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
-def test_rate(p: float) -> None:
+def test_dropout_mask_rate_is_p_with_no_favoured_token_or_channel(p: float) -> None:
     kept = mask(list(range(32)), p=p).double()
     n = kept.numel()
     assert abs(kept.mean().item() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5 + 1 / 65536
@@ -56,8 +56,8 @@ def test_rate(p: float) -> None:
         assert means.std().item() == pytest.approx(expected, rel=0.15)
 
 
-def test_masks_are_independent() -> None:
-    """Another step, layer, seed, neighbouring token or channel: agreement is chance's."""
+def test_dropout_masks_of_other_step_layer_or_seed_are_uncorrelated() -> None:
+    """Masks of another step, layer, seed, slot, neighbouring token or channel agree no more than by chance."""
     base = mask([0, 1, 2, 3]).double() - 0.9
     others = [mask([0, 1, 2, 3], step=1), mask([0, 1, 2, 3], layer=2), mask([0, 1, 2, 3], seed=22), mask([4, 5, 6, 7])]
     pairs = [(base, other.double() - 0.9) for other in others]

@@ -1,4 +1,4 @@
-"""Initial weights: the recipe's distribution, by name, cut to shards without a seam."""
+"""Initial weights: the recipe's distribution, drawn by name, split into shards that join to the whole tensor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MODEL = parse("17m", "mlm", "pretrain").model
         ("embedding.word_embeddings.weight", 0.02),
     ],
 )
-def test_truncated_normal(name: str, sigma: float) -> None:
+def test_init_weight_is_normal_truncated_at_two_sigma(name: str, sigma: float) -> None:
     drawn = init.hashed(21, MODEL)(name, [512, 512])
     assert drawn.abs().max() <= 2 * sigma
     # a normal cut at two sigma keeps 0.8796 of its standard deviation
     assert drawn.std().item() == pytest.approx(0.8796 * sigma, rel=0.01)
 
 
-def test_a_name_is_a_weight() -> None:
+def test_init_weight_is_determined_by_seed_and_name() -> None:
     full_of = init.hashed(21, MODEL)
     first, second = "transformer.layers.1.mlp.linear_fc1.weight", "transformer.layers.2.mlp.linear_fc1.weight"
     assert torch.equal(full_of(first, [64, 32]), full_of(first, [64, 32]))
@@ -41,17 +41,18 @@ def test_a_name_is_a_weight() -> None:
     assert torch.equal(full_of("transformer.final_layernorm.weight", [8]), torch.ones(8))
 
 
-def test_the_original_trainers_vocabulary_bias() -> None:
-    """torch.nn.Linear's default: uniform up to one by the root of the width."""
+def test_init_original_recipe_vocabulary_bias_is_uniform() -> None:
+    """As torch.nn.Linear's default: uniform within one over the square root of the width."""
     bias = init.hashed(21, parse("17m", "mlm", "pretrain", words=["run.recipe=original"]).model)
     drawn = bias("output_layer.bias", [50_368])
-    assert drawn.abs().max() <= 1 / 16 and drawn.abs().max() > 0.999 / 16
+    assert drawn.abs().max() <= 1 / 16
+    assert drawn.abs().max() > 0.999 / 16
     assert drawn.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.01)
     assert torch.equal(drawn, bias("output_layer.bias", [50_368]))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-def test_shards_of_gated_and_padded_tensors(tp: int) -> None:
+def test_init_shards_of_gated_and_padded_tensors_join_to_whole(tp: int) -> None:
     gated = torch.arange(24.0).view(12, 2)
     parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=2, shape=(12 // tp, 2))
     shards = [init.shard(gated, parameter, tp, rank) for rank in range(tp)]
@@ -61,4 +62,5 @@ def test_shards_of_gated_and_padded_tensors(tp: int) -> None:
     rows = -(-10 // tp)
     parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=1, shape=(rows, 1))
     joined = torch.cat([init.shard(vocabulary, parameter, tp, rank) for rank in range(tp)])
-    assert torch.equal(joined[:10], vocabulary) and not joined[10:].any()
+    assert torch.equal(joined[:10], vocabulary)
+    assert not joined[10:].any()

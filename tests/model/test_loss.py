@@ -1,4 +1,4 @@
-"""The chunked output layer against torch's own cross entropy; the vocabulary split is tested by the invariance table."""
+"""The chunked output layer against torch's cross entropy; tests of layouts cover a vocabulary split over ranks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def tensors(n: int, vocabulary: int = 300, hidden: int = 16) -> tuple[torch.Tens
 
 @pytest.fixture(params=["in chunks", "fused"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways of the loss; the fused one's functions as they are, uncompiled."""
+    """Compute the loss in both ways; the functions of the fused one run uncompiled."""
     with mock.patch.object(loss, "fusing", lambda: request.param == "fused"):
         yield
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 200])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_against_torch(n: int, scale: float, way: None) -> None:
+def test_linear_cross_entropy_matches_torch_loss_and_gradients(n: int, scale: float, way: None) -> None:
     x, w, b, y = tensors(n)
     logits = x @ w.t() + b
     expected = F.cross_entropy(logits, y, reduction="none")
@@ -42,22 +42,23 @@ def test_against_torch(n: int, scale: float, way: None) -> None:
         assert torch.allclose(found, want, atol=1e-4)
 
 
-def test_no_labels(way: None) -> None:
+def test_linear_cross_entropy_without_labels_is_zero(way: None) -> None:
     x, w, b, y = tensors(0)
     total, losses, correct = loss.linear_cross_entropy(x, w, b, y)
-    assert total.item() == 0 and losses.shape == correct.shape == (0,)
+    assert total.item() == 0
+    assert losses.shape == correct.shape == (0,)
     assert all(not g.any() for g in torch.autograd.grad(total, [w, b]))
 
 
-def test_padding_columns_have_no_probability(way: None) -> None:
+def test_linear_cross_entropy_padding_columns_have_no_probability(way: None) -> None:
     x, w, b, _ = tensors(20)
     y = torch.randint(0, 290, (20,))
     _, losses, _ = loss.linear_cross_entropy(x, w, b, y, first=0, valid=290)
     assert torch.allclose(losses, F.cross_entropy((x @ w.t() + b)[:, :290], y, reduction="none"), atol=1e-5)
 
 
-def test_logits_never_exist_whole() -> None:
-    """The largest tensor alive is a chunk's, whatever the number of labels."""
+def test_linear_cross_entropy_largest_tensor_is_one_chunk() -> None:
+    """The largest tensor is that of one chunk of logits, whatever the number of labels."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -17,7 +17,7 @@ LAYERS = {"17m": 7, "32m": 10, "68m": 19, "150m": 22, "400m": 4, "1b": 4}
 
 
 def hf_model(size: str, objective: str):
-    """Seeded random weights with perturbed norms and biases, so that a swapped or forgotten tensor shows."""
+    """Build a model of transformers with seeded random weights, also in norms and biases, so that a swapped tensor shows."""
     from transformers import (
         ModernBertConfig,
         ModernBertDecoderConfig,
@@ -54,7 +54,7 @@ def hf_model(size: str, objective: str):
 
 
 def weights_of(model, heads: int) -> Callable[[str, list[int]], torch.Tensor]:
-    """transformers' tensors under our names, written out here independently of the converter's table."""
+    """Return transformers' tensors under our names; the mapping is written independently of the converter's table."""
     source = model.state_dict()
     head = "head" if "head.dense.weight" in source else "lm_head"
     fixed = {
@@ -91,7 +91,7 @@ def weights_of(model, heads: int) -> Callable[[str, list[int]], torch.Tensor]:
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("size", SIZES)
-def test_logits(size: str, objective: str, build_model: Callable) -> None:
+def test_logits_padded_and_packed_match_transformers(size: str, objective: str, build_model: Callable) -> None:
     """Inputs longer than the window, unpadded and padded, and two of them packed into one row."""
     theirs = hf_model(size, objective)
     words = f"precision.name=fp32 model.vocab_size={VOCABULARY} model.num_layers={LAYERS[size]}"
@@ -111,11 +111,11 @@ def test_logits(size: str, objective: str, build_model: Callable) -> None:
         assert (rows[i, :n] - padded[i, :n]).abs().max() <= 1e-4
         begin = sum(lengths[:i])
         assert (packed[begin : begin + n] - padded[i, :n]).abs().max() <= 1e-4
-    assert padded.abs().max() > 1  # logits of a size that could differ
+    assert padded.abs().max() > 1  # logits large enough to differ
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_packed_losses_are_those_of_the_chunks_alone(objective: str, build_model: Callable) -> None:
+def test_packed_losses_match_losses_of_separate_chunks(objective: str, build_model: Callable) -> None:
     words = "precision.name=fp32 model.vocab_size=320 model.num_layers=4 model.attention_output_dropout=0"
     model = build_model(parse("17m", objective, "pretrain", words=words.split()))
     lengths = [90, 7, 103, 200]

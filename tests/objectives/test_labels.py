@@ -26,22 +26,24 @@ def masked(probability: float, rows: int, seed: int = 21) -> list[tuple[np.ndarr
 
 
 @pytest.mark.parametrize("probability", [0.30, 0.15])
-def test_rates(probability: float) -> None:
-    """Bernoulli over non-special tokens; of the chosen 80 % mask, 10 % random, 10 % kept: within four sigmas."""
+def test_mlm_masks_at_given_probability_split_80_10_10(probability: float) -> None:
+    """Non-special tokens are chosen by Bernoulli draws, 80 % masked, 10 % random, 10 % kept: within four sigmas."""
     tokens, inputs, labels = (np.concatenate(part) for part in zip(*masked(probability, 400), strict=True))
     chosen, ordinary = labels != IGNORE, ~np.isin(tokens, SPECIAL)
     assert not chosen[~ordinary].any()
-    assert (labels[chosen] == tokens[chosen]).all() and (inputs[~chosen] == tokens[~chosen]).all()
+    assert (labels[chosen] == tokens[chosen]).all()
+    assert (inputs[~chosen] == tokens[~chosen]).all()
     n, k = int(ordinary.sum()), int(chosen.sum())
     assert abs(k / n - probability) < 4 * (probability * (1 - probability) / n) ** 0.5
     for rate, count in ((0.8, (inputs[chosen] == MASK).sum()), (0.1, (inputs[chosen] == tokens[chosen]).sum())):
         assert abs(count / k - rate) < 4 * (rate * (1 - rate) / k) ** 0.5
     drawn = inputs[chosen & (inputs != MASK) & (inputs != tokens)]
-    assert drawn.min() >= 0 and drawn.max() < VOCABULARY
+    assert drawn.min() >= 0
+    assert drawn.max() < VOCABULARY
     assert abs(drawn.mean() / VOCABULARY - 0.5) < 4 * (1 / 12 / len(drawn)) ** 0.5
 
 
-def test_masks_depend_on_seed_and_position_alone() -> None:
+def test_mlm_masks_are_determined_by_seed_and_row_index() -> None:
     again = zip(masked(0.3, 5), masked(0.3, 5), strict=True)
     assert all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in again)
     assert any((a[2] != b[2]).any() for a, b in zip(masked(0.3, 5), masked(0.3, 5, seed=22), strict=True))
@@ -52,7 +54,7 @@ def test_masks_depend_on_seed_and_position_alone() -> None:
     assert abs(overlap - 0.09) < 0.04  # neighbours in the order are independent
 
 
-def test_a_rows_mask_does_not_depend_on_what_follows_it() -> None:
+def test_mlm_mask_of_chunk_is_independent_of_later_chunks() -> None:
     label = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
     tokens, lengths = row(3)
     whole = label(tokens, lengths, 3)
@@ -60,7 +62,7 @@ def test_a_rows_mask_does_not_depend_on_what_follows_it() -> None:
     assert all((a[: lengths[0]] == b).all() for a, b in zip(whole, first, strict=True))
 
 
-def test_clm_shifts_inside_chunks() -> None:
+def test_clm_labels_are_shifted_inside_chunks() -> None:
     label = labeller("clm", 0.0, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
     tokens, lengths = row(1)
     inputs, labels = label(tokens, lengths, 1)
@@ -70,9 +72,10 @@ def test_clm_shifts_inside_chunks() -> None:
         assert labels[i] == (IGNORE if i in ends else tokens[i + 1])
 
 
-def test_mntp_predicts_a_masked_token_from_the_position_before() -> None:
-    """The same masks as mlm's, save on a chunk's first token, and labels moved by one inside the chunk."""
-    rule = labeller("mntp", 0.3, 21, "pretrain", VOCABULARY, (), MASK)  # nothing special: first tokens could be masked
+def test_mntp_labels_are_mlm_labels_shifted_by_one() -> None:
+    """Masks are those of mlm except on a chunk's first token; labels are shifted by one inside the chunk."""
+    # no special tokens, so that first tokens could be masked
+    rule = labeller("mntp", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
     plain = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
     firsts = 0
     for position in range(40):
@@ -83,10 +86,11 @@ def test_mntp_predicts_a_masked_token_from_the_position_before() -> None:
         masked_labels[starts] = IGNORE
         masked_inputs[starts] = tokens[starts]
         assert (inputs == masked_inputs).all()
-        assert (labels[:-1] == masked_labels[1:]).all() and labels[-1] == IGNORE
-    assert firsts > 10  # there was something to keep
+        assert (labels[:-1] == masked_labels[1:]).all()
+        assert labels[-1] == IGNORE
+    assert firsts > 10  # otherwise no first token would have been masked and nothing tested
 
 
-def test_an_encoder_needs_a_mask_token() -> None:
+def test_mlm_tokenizer_without_mask_token_is_refused() -> None:
     with pytest.raises(UserError, match="no mask token"):
         labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL[:-1], None)

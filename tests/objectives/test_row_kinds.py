@@ -1,4 +1,4 @@
-"""Which rows of a hybrid step are causal: as many as the share says, on average and at every point of its schedule."""
+"""The number of causal rows in a hybrid step follows the share, on average and at every point of its schedule."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def kinds(points: str, **changes: object) -> RowKinds:
         ("1B:0.2,2B:0.4", 0, 0.2),
     ],
 )
-def test_points(text: str, tokens: int, share: float) -> None:
+def test_share_at_interpolates_between_points(text: str, tokens: int, share: float) -> None:
     assert share_at(parse_points(text, "k"), tokens) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["1.5", "-0.1", "half", "0:1,0:0.5", "10B:1,5B:0", "0:", True, None, [0.5]])
-def test_what_is_no_share(text: object) -> None:
+def test_parse_points_invalid_share_is_refused(text: object) -> None:
     with pytest.raises(UserError, match=r"^k: "):
         parse_points(text, "k")
 
 
-def test_rows_of_pure_objectives() -> None:
+def test_objective_mix_pure_objective_has_all_or_no_causal_rows() -> None:
     assert RowKinds(("clm",)).causal_rows(SIZES, 3) == 8
     assert RowKinds(("mlm",)).causal_rows(SIZES, 3) == RowKinds(("mntp",)).causal_rows(SIZES, 3) == 0
 
 
-def test_a_fraction_of_a_row_is_a_chance() -> None:
+def test_objective_mix_fractional_row_is_rounded_at_random_by_seed() -> None:
     counts = [kinds("0.3").causal_rows(SIZES, step) for step in range(4000)]
     assert set(counts) == {2, 3}
     assert sum(counts) / len(counts) == pytest.approx(2.4, abs=4 * (0.24 / 4000) ** 0.5)
@@ -52,14 +52,15 @@ def test_a_fraction_of_a_row_is_a_chance() -> None:
     assert counts != [dataclasses.replace(kinds("0.3"), seed=22).causal_rows(SIZES, step) for step in range(4000)]
 
 
-def test_the_share_follows_its_schedule() -> None:
+def test_objective_mix_causal_rows_follow_share_schedule() -> None:
     rule = kinds("0:1,8000:0")  # nominal tokens: ten steps of 8 rows of 100
     counts = [rule.causal_rows(SIZES, step) for step in range(12)]
-    assert counts[0] == 8 and counts[10:] == [0, 0]
+    assert counts[0] == 8
+    assert counts[10:] == [0, 0]
     assert all(abs(count - 8 * (1 - step / 10)) < 1 for step, count in enumerate(counts[:10]))
 
 
-def test_only_hybrid_runs_have_a_share() -> None:
+def test_clm_fraction_of_non_hybrid_or_above_one_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.clm_fraction: mlm has rows of one kind; it is of hybrid, hybrid_mntp"):
         parse("17m", "mlm", "pretrain", words=["data.clm_fraction=0.5"])
     with pytest.raises(UserError, match=r"data\.clm_fraction: 2"):

@@ -22,7 +22,7 @@ def weights() -> list[torch.Tensor]:
 
 
 def gradients(step: int) -> list[torch.Tensor]:
-    """Mostly small, now and then a spike that makes the clip act."""
+    """Draw gradients that are mostly small, with a spike now and then that makes the clip act."""
     generator = torch.Generator().manual_seed(step + 1)
     scale = 30.0 if step % 17 == 5 else 0.1
     return [torch.randn(shape, generator=generator) * scale for shape in SHAPES]
@@ -52,7 +52,7 @@ def run(kind: type, after: Callable[[], None] = lambda: None, **settings: float)
     return [p.detach() for p in parameters]
 
 
-def test_stable_adamw_against_its_formula() -> None:
+def test_stable_adamw_with_clipping_matches_its_formula() -> None:
     P = [w.double() for w in weights()]
     M, V, clipped = [torch.zeros_like(p) for p in P], [torch.zeros_like(p) for p in P], 0
     for t in range(1, STEPS + 1):
@@ -72,8 +72,8 @@ def test_stable_adamw_against_its_formula() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
-def test_fused_stable_adamw_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kernels a tensor, clips left on the device, and nothing compiled after the first steps, nor for another size."""
+def test_stable_adamw_compiled_matches_eager_without_recompiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips stay on the device, and nothing is compiled after the first steps or for another tensor size."""
     expected = run(StableAdamW)
     fusion.fuse(True)
     compiled = []
@@ -99,7 +99,7 @@ def test_fused_stable_adamw_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert last - compiled[-1] <= 2  # on a CPU, large tensors have a kernel of their own
 
 
-def test_stable_adamw_against_torch_optimi() -> None:
+def test_stable_adamw_matches_torch_optimi() -> None:
     import optimi
 
     parameters = [torch.nn.Parameter(w) for w in weights()]
@@ -123,7 +123,7 @@ def test_stable_adamw_against_torch_optimi() -> None:
         assert (ours - expected.detach()).abs().max() / expected.abs().max() <= 1e-6
 
 
-def test_adamw_against_torch() -> None:
+def test_decoupled_adamw_matches_torch_adamw() -> None:
     """torch's decay is lr * coefficient; ours is (lr / max_lr) * coefficient."""
     parameters = [torch.nn.Parameter(w) for w in weights()]
     groups = [{"params": [parameters[0], parameters[2]]}, {"params": [parameters[1]], "weight_decay": 0.0}]
@@ -137,8 +137,8 @@ def test_adamw_against_torch() -> None:
 
 
 @pytest.mark.parametrize("kind", [StableAdamW, DecoupledAdamW])
-def test_the_first_gradient_moves_by_the_learning_rate(kind: type) -> None:
-    """Debiasing: after one step every weight has moved by lr in the gradient's direction."""
+def test_adamw_first_update_moves_by_learning_rate(kind: type) -> None:
+    """With debiasing, the first step moves every weight by lr against the gradient's sign."""
     optimizer, parameters = build(kind)
     before = [p.detach().clone() for p in parameters]
     for p, g in zip(parameters, gradients(0), strict=True):

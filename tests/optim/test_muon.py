@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon on the separate matrices, and StableAdamW for what is no matrix."""
+"""Muon against torch.optim.Muon on the separate matrices, and against StableAdamW on embeddings and norms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def drawn(seed: int) -> dict[str, torch.Tensor]:
 
 
 def separate(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """q, k and v lie by head; the halves of the gated MLP after one another."""
+    """Split a fused tensor: q, k and v are interleaved by head, the halves of the gated MLP are consecutive."""
     if "qkv" in name:
         return [
             torch.cat([tensor[(3 * h + i) * CHANNELS :][:CHANNELS] for h in range(HEADS)])
@@ -61,7 +61,7 @@ def trained(names: list[str], kind: type[StableAdamW], adjust_lr: str = "origina
 
 
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
-def test_matrices_against_torch(adjust_lr: str) -> None:
+def test_muon_matrices_match_torch_muon(adjust_lr: str) -> None:
     """torch's decay is lr * coefficient; ours is (lr / max_lr) * coefficient."""
     ours = trained(list(SHAPES), Muon, adjust_lr)
     for name in list(SHAPES)[:4]:
@@ -76,14 +76,14 @@ def test_matrices_against_torch(adjust_lr: str) -> None:
             assert (part - drawn(0)[name][: len(part)]).abs().max() > LR
 
 
-def test_the_rest_is_stable_adamw() -> None:
+def test_muon_embedding_and_norm_equal_stable_adamw() -> None:
     rest = list(SHAPES)[4:]
     both, alone = trained(list(SHAPES), Muon), trained(rest, StableAdamW)
     assert all(torch.equal(both[name], alone[name]) for name in rest)
 
 
 @pytest.mark.parametrize("name", list(SHAPES)[:4])
-def test_parts_and_back(name: str) -> None:
+def test_muon_matrix_parts_and_joined_round_trip(name: str) -> None:
     tensor = drawn(3)[name]
     matrix = Matrix(0, tensor.numel(), True, name, CHANNELS, 0)
     parts = matrix.parts(tensor)

@@ -17,7 +17,7 @@ def points() -> list[int]:
     return [TOTAL * i // 1000 for i in range(1001)]
 
 
-def test_wsd() -> None:
+def test_lr_fraction_wsd_matches_formula() -> None:
     schedule = ScheduleConfig("wsd", 50_000, 200_000, 0.02)
     for t in points():
         if t < 50_000:
@@ -29,12 +29,12 @@ def test_wsd() -> None:
         assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
 
 
-def test_wsd_without_decay_stays() -> None:
+def test_lr_fraction_wsd_without_decay_stays_at_one() -> None:
     assert lr_fraction(TOTAL, ScheduleConfig("wsd", 10, 0, 0.02), TOTAL) == 1.0
 
 
 @pytest.mark.parametrize("final", [0.5, 0.04])
-def test_one_minus_sqrt(final: float) -> None:
+def test_lr_fraction_one_minus_sqrt_matches_formula(final: float) -> None:
     schedule = ScheduleConfig("one_minus_sqrt", 0, TOTAL, final)
     for t in points():
         expected = final + (1 - final) * (1 - math.sqrt(t / TOTAL))
@@ -42,13 +42,13 @@ def test_one_minus_sqrt(final: float) -> None:
     assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final  # the floor
 
 
-def test_constant() -> None:
+def test_lr_fraction_constant_is_one_and_half_midway_through_warmup() -> None:
     assert lr_fraction(0, ScheduleConfig("constant", 0, 0, 0.0), TOTAL) == 1.0
     assert lr_fraction(5, ScheduleConfig("constant", 10, 0, 0.0), TOTAL) == pytest.approx(0.5)
 
 
-def test_the_chain_ends_where_the_recipe_does() -> None:
-    """pretrain's peak -> half of it after extend -> 0.02 of it after decay, without a jump between the phases."""
+def test_recipe_phases_chain_learning_rates_without_jump() -> None:
+    """The rate goes from pretrain's peak to half of it after extend and 0.02 of it after decay, without jumps."""
     pretrain, extend, decay = (recipe("150m", "clm", phase) for phase in ("pretrain", "extend", "decay"))
     last = [
         config.optim.lr * lr_fraction(config.run.tokens, config.schedule, config.run.tokens)

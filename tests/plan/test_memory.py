@@ -1,4 +1,4 @@
-"""Predicted memory against the tensors of real ranks: the sum of live storages at a step's fullest moment."""
+"""Predicted memory against the tensors of real ranks: the sum of live storages at a step's peak."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512", "ru
         (2, "mlm", ["parallel.pp=2"]),
     ],
 )
-def test_of_a_step(pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]) -> None:
+def test_bench_predicted_memory_matches_peak_tensor_bytes(
+    pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
+) -> None:
     out = tmp_path / "b.jsonl"
     line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
     found = pool.run(world, [*line, "batch.micro_batch_rows=4", *SHAPE, *words])
@@ -42,10 +44,11 @@ def test_of_a_step(pool: Pool, tmp_path: Path, world: int, objective: str, words
     (row,) = results.read(out).values()
     assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
     assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]  # of the whole process
-    assert "tensors at its fullest" in found[0].output and "as predicted" in found[0].output
+    assert "tensors at its fullest" in found[0].output
+    assert "as predicted" in found[0].output
 
 
-def test_parameters_of_stages_are_the_model_s() -> None:
+def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
     config = parse("150m", "mlm", "pretrain")
     assert rank_parameters(config, 0)[0] == parameter_count(config.model, config.model.vocab_size)
     piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=4"])
@@ -54,9 +57,9 @@ def test_parameters_of_stages_are_the_model_s() -> None:
     assert whole == parameter_count(config.model, config.model.vocab_size) + shared
 
 
-def test_weights_in_fp8() -> None:
-    """Copies for products beside 16 bits, or in their place; layers that stay in bf16, norms and embedding have none.
-    (What it saves on a rank: tests/emulated_te.)"""
+def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
+    """FP8 weights are copies in addition to the 16-bit weights, or replace them; layers that stay in bf16, norms and
+    embedding have none. (The saving on a real rank is tested in tests/emulated_te.)"""
     words = ["precision.name=fp8-current", "precision.bf16_first_layers=2", "parallel.pp=2", "parallel.tp=2"]
     plain, kept = (
         parse("1b", "mlm", "pretrain", words=[*words, f"precision.fp8_weights={on}"]) for on in (False, True)
@@ -65,28 +68,31 @@ def test_weights_in_fp8() -> None:
     assert [fp8_parameters(plain, rank) for rank in range(2)] == [12 * inside, 14 * inside]
     assert fp8_parameters(parse("1b", "mlm", "pretrain"), 0) == 0
     copies, weights = (of_rank(config, 4, 1).weights_bytes for config in (plain, kept))
-    assert copies - weights == 2 * 14 * inside and weights == 2 * rank_parameters(kept, 1)[0]
+    assert copies - weights == 2 * 14 * inside
+    assert weights == 2 * rank_parameters(kept, 1)[0]
     gathered = [data_bytes(config, 1)[1] for config in (plain, kept)]
     assert gathered[0] - gathered[1] == 14 * inside
 
 
-def test_the_fullest_stage_counts() -> None:
-    """Early stages hold more micro-batches, the last one the logits."""
+def test_estimate_takes_the_fullest_pipeline_stage() -> None:
+    """Take the stage with the highest sum: early stages hold more micro-batches, only the last one holds the logits."""
     words = ["parallel.pp=4", "batch.micro_batch_rows=32"]
     early, late = (estimate(parse("1b", "mlm", "pretrain", words=[*words, one]), 4) for one in ("run.fuse=auto",) * 2)
-    assert early == late and early.logits_bytes == 0
+    assert early == late
+    assert early.logits_bytes == 0
     small = estimate(parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"]), 4)
     assert small.logits_bytes > 0
 
 
-def test_live_storages() -> None:
+def test_live_tensors_count_storages_and_peak() -> None:
     before = torch.zeros(1000)
     with LiveTensors() as live:
         start = live.bytes
         assert start >= before.nbytes
         a = torch.ones(5000, requires_grad=True)
         b = (a * 2).exp()  # exp keeps its result, the product is freed
-        assert live.bytes - start == 2 * a.nbytes and live.peak_bytes - start == 3 * a.nbytes
+        assert live.bytes - start == 2 * a.nbytes
+        assert live.peak_bytes - start == 3 * a.nbytes
         view = b[:10]
         del b, a
         assert live.bytes - start == 40_000  # the view holds exp's storage, the graph its own inputs

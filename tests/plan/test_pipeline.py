@@ -8,38 +8,39 @@ from megatron_ettin.plan.pipeline import BACKWARD, FORWARD, order_of_passes, sim
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 5), (2, 8), (4, 8), (8, 64), (4, 2)])
-def test_1f1b_has_the_bubble_of_the_formula(ranks: int, micro_batches: int) -> None:
+def test_simulate_1f1b_bubble_matches_the_formula(ranks: int, micro_batches: int) -> None:
     found = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
     assert found.seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
     assert found.bubble == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(2, 2, 4), (4, 2, 8), (4, 7, 16), (2, 4, 2)])
-def test_interleaving_divides_it(ranks: int, chunks: int, micro_batches: int) -> None:
+def test_simulate_interleaved_bubble_is_divided_by_model_chunks(ranks: int, chunks: int, micro_batches: int) -> None:
     stages = ranks * chunks
     found = simulate([1.0 / chunks] * stages, [2.0 / chunks] * stages, micro_batches, ranks)
     assert found.seconds == pytest.approx(3.0 * (micro_batches + (ranks - 1) / chunks))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(4, 1, 6), (2, 3, 4)])
-def test_every_pass_is_run_once(ranks: int, chunks: int, micro_batches: int) -> None:
+def test_order_of_passes_runs_each_pass_once_forward_first(ranks: int, chunks: int, micro_batches: int) -> None:
     for rank in range(ranks):
         order = order_of_passes(rank, ranks, chunks, micro_batches)
         wanted = {(kind, c, m) for kind in (FORWARD, BACKWARD) for c in range(chunks) for m in range(micro_batches)}
-        assert len(order) == len(wanted) and set(order) == wanted
+        assert len(order) == len(wanted)
+        assert set(order) == wanted
         for chunk in range(chunks):
             for micro_batch in range(micro_batches):
                 assert order.index((FORWARD, chunk, micro_batch)) < order.index((BACKWARD, chunk, micro_batch))
 
 
-def test_the_dearest_stage_decides() -> None:
+def test_simulate_slowest_stage_sets_the_time() -> None:
     even = simulate([1.0] * 4, [2.0] * 4, 32, 4)
     uneven = simulate([1.0, 1.0, 1.0, 1.5], [2.0, 2.0, 2.0, 3.0], 32, 4)
     assert uneven.seconds > 4.5 * 32 > even.seconds
     assert simulate([1.0] * 4, [2.0] * 4, 32, 4, hop_seconds=0.1).seconds > even.seconds
 
 
-def test_one_slow_pass_is_waited_for_once() -> None:
+def test_simulate_one_slow_pass_delays_the_step_once() -> None:
     plain = simulate([1.0] * 4, [2.0] * 4, 16, 4).seconds
     slow = simulate(
         [1.0] * 4, [2.0] * 4, 16, 4, slowness=lambda rank, number: 5.0 if (rank, number) == (2, 10) else 1.0
@@ -47,6 +48,6 @@ def test_one_slow_pass_is_waited_for_once() -> None:
     assert plain < slow.seconds <= plain + 4 * 2.0
 
 
-def test_interleaving_wants_whole_groups() -> None:
+def test_order_of_passes_interleaved_partial_group_is_refused() -> None:
     with pytest.raises(ValueError, match="5 micro-batches are no multiple of 2"):
         order_of_passes(0, 2, 2, 5)

@@ -1,4 +1,4 @@
-"""`ettin plan`: what it says of published runs, of layouts, of mistakes; its model against arithmetic by hand."""
+"""`ettin plan`: published runs, layouts and refusals; its step-time model against arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def runs_file(folder: Path, *sizes: str) -> Path:
     return path
 
 
-def test_calibrated_on_two_sizes_it_predicts_the_others(tmp_path: Path) -> None:
+def test_calibration_on_two_sizes_predicts_the_others(tmp_path: Path) -> None:
     gpu = find_gpu("h100")
     constants = calibration.fit(calibration.read_runs(runs_file(tmp_path, "150m", "400m"), gpu))
     assert constants.operations == pytest.approx(PUBLISHED.operations, rel=0.02)  # the defaults are this fit
     assert constants.token_layer_seconds == pytest.approx(PUBLISHED.token_layer_seconds, rel=0.02)
     every = calibration.read_runs(runs_file(tmp_path, *PUBLISHED_RUNS), gpu)
     errors = {row["run"].split()[0]: row["error_percent"] for row in calibration.report(every, constants)}
-    assert abs(errors["150m"]) < 0.1 and abs(errors["400m"]) < 0.1
-    assert abs(errors["68m"]) < 20 and abs(errors["1b"]) < 20, errors
+    assert abs(errors["150m"]) < 0.1
+    assert abs(errors["400m"]) < 0.1
+    assert abs(errors["68m"]) < 20, errors
+    assert abs(errors["1b"]) < 20, errors
 
 
-def test_512_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_1b_on_512_gpus_ranks_plain_data_parallelism_first(capsys: pytest.CaptureFixture[str]) -> None:
     """A 1b fits one GPU: data parallelism with the distributed optimizer wins."""
     found = plan(capsys, "--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain")
     best = found["layouts"][0]
@@ -60,41 +62,46 @@ def test_512_gpus(capsys: pytest.CaptureFixture[str]) -> None:
         assert one["step_seconds"] == pytest.approx(sum(one["seconds"].values()))
         assert one["peak_memory_bytes"] == sum(one["memory_bytes"].values()) <= 0.92 * 80 * 2**30
         assert 0 < one["mfu"] < 0.6
-    assert all(one["reason"] for one in found["rejected"]) and any("pp 7" in one["layout"] for one in found["rejected"])
+    assert all(one["reason"] for one in found["rejected"])
+    assert any("pp 7" in one["layout"] for one in found["rejected"])
     cost = found["phase"]
     assert cost["gpu_hours"] == pytest.approx(cost["tokens"] / (speeds[0] * 512) / 3600 * 512)
 
 
-def test_the_table_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["plan", "--size", "1b", "--gpus", "512", "--price", "2", "--top", "3"]) == 0
     out = capsys.readouterr().out
-    assert "fastest: data parallelism with the distributed optimizer" in out and "% ahead of tp 2 dp 256" in out
+    assert "fastest: data parallelism with the distributed optimizer" in out
+    assert "% ahead of tp 2 dp 256" in out
     assert out.split("\n")[0].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
-    assert "256 a step are empty" in out and "GPU-hours" in out and " at 2 an hour" in out
+    assert "256 a step are empty" in out
+    assert "GPU-hours" in out
+    assert " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]
     (tmp_path / "site.yaml").write_text(pasted)
     assert yaml.safe_load(pasted)["batch"]["micro_batch_rows"] == 2
     config = parse("1b", "mlm", "pretrain", tmp_path / "site.yaml")
-    assert config.parallel.overlap and config.batch.micro_batch_rows == 2
+    assert config.parallel.overlap
+    assert config.batch.micro_batch_rows == 2
 
 
-def test_degrees_that_are_set_stay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_given_parallel_degrees_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--size", "400m", "--gpus", "16", "--gpu", "a100", "parallel.tp=2", "parallel.pp=2")
     assert {(one["tp"], one["pp"]) for one in found["layouts"]} == {(2, 2)}
 
 
-def test_stages_that_divide_the_gpus_and_recomputation_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_given_recompute_is_kept_for_every_dividing_stage_count(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--size", "150m", "--gpus", "24", "parallel.recompute=selective", "parallel.tp=2")
     assert {(one["pp"], one["recompute"]) for one in found["layouts"]} >= {(pp, "selective") for pp in (2, 3, 4, 6, 12)}
     assert {one["recompute"] for one in found["layouts"]} == {"selective"}
 
 
-def test_no_document_is_longer_than_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_chunk_tokens_are_capped_at_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     long, whole = (plan(capsys, "--size", "17m", "--gpus", "1", "--chunk-tokens", n) for n in ("99999", "1024"))
     assert long["layouts"] == whole["layouts"]
 
 
-def test_long_rows_of_a_small_gpu_are_recomputed_or_cut(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_long_rows_on_small_gpu_use_context_parallelism_and_fit(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(
         capsys, "--size", "1b", "--gpus", "8", "--gpu", "l40s", "--phase", "extend", "batch.micro_batch_rows=4"
     )
@@ -102,27 +109,27 @@ def test_long_rows_of_a_small_gpu_are_recomputed_or_cut(capsys: pytest.CaptureFi
     assert all(one["peak_memory_bytes"] <= 0.92 * 48 * 2**30 for one in found["layouts"])
 
 
-def test_communication_by_hand() -> None:
-    """150m, bf16, in machines of eight: bytes of a ring over the rate that all the machine's NICs have together."""
+def test_predict_communication_matches_hand_calculation() -> None:
+    """150m in bf16 on hosts of eight GPUs: bytes of a ring over the joint rate of all NICs of a host."""
     words = ["parallel.tp=2", "parallel.sequence_parallel=true", "batch.micro_batch_rows=4", "parallel.overlap=false"]
     gpu, config = find_gpu("h100"), parse("150m", "mlm", "pretrain", words=words)
     found = predict(config, gpu, 32, 615, PUBLISHED, node=8)
     steps, hidden = 2816 // (32 * 4), 4 * 1024 * 768 * 2
     assert found.exposed_tp == pytest.approx(steps * (22 * 10 + 3) * (hidden / 2 / (450e9 * LINK_SHARE) + 3.4e-6))
     moved = 149_014_272 / 2 * (4 + 2) * 31 / 32
-    around = 24 * 3.4e-6 + 7 * 14e-6  # eight machines, four ranks in each
+    around = 24 * 3.4e-6 + 7 * 14e-6  # eight hosts, four ranks in each
     assert found.exposed_dp == pytest.approx(moved / (4 * 50e9 * LINK_SHARE) + 2 * around, rel=0.01)
     whole = dataclasses.replace(config.parallel, distributed_optimizer=False)
     reduced = predict(dataclasses.replace(config, parallel=whole), gpu, 32, 615, PUBLISHED, node=8).exposed_dp
-    tree = 2 * (3 * 3.4e-6 + 3 * 14e-6)  # an all-reduce goes up and down a tree of eight machines
+    tree = 2 * (3 * 3.4e-6 + 3 * 14e-6)  # an all-reduce goes up and down a tree of eight hosts
     assert reduced == pytest.approx(moved * 8 / 6 / (4 * 50e9 * LINK_SHARE) + tree, rel=0.01)
     piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=4"])
     time = predict(piped, gpu, 32, 615, PUBLISHED, node=8)
     assert time.bubble == pytest.approx(time.compute / steps)
 
 
-def test_gradients_that_passes_hide() -> None:
-    """1b on 32: overlap hides all buckets but one of each direction; on 4,096 core has a single bucket."""
+def test_predict_overlap_hides_all_gradient_buckets_but_one() -> None:
+    """1b on 32 GPUs: overlap hides all buckets but one per direction; on 4,096 Megatron Core has a single bucket."""
     gpu = find_gpu("h100")
 
     def exposed(dp: int, *words: str) -> float:
@@ -140,8 +147,8 @@ def test_gradients_that_passes_hide() -> None:
     assert exposed(64, *deep, "parallel.vp=2") < exposed(64, *deep) * 1.01
 
 
-def test_a_stage_with_the_head_is_not_the_busiest_for_its_operations_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of a 150m's operations are its head's, but its layers cost a token time of their own."""
+def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of a 150m's operations are in its head, but its layers have a cost per token of their own."""
     found = plan(capsys, "--size", "150m", "--gpus", "8")
     assert found["layouts"][0]["pp"] == 1
 
@@ -182,20 +189,22 @@ def test_a_stage_with_the_head_is_not_the_busiest_for_its_operations_alone(capsy
         ("--gpus 8 --curve curve.json", "--curve: is of --scale"),
     ],
 )
-def test_refusals(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+def test_plan_bad_request_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert main(["plan", "--size", "1b", *words.split()]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    assert message in error
+    assert "\n" not in error
 
 
-def test_parts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_gpus_file_defines_own_gpu_and_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "gpus.yaml"
     keys = (
         "fp8_tflops: 0, memory_gib: 96, memory_tb_per_s: 4, link_gb_per_s: 100, network_gb_per_s: 25, gpus_per_node: 4"
     )
     path.write_text(f"mine: {{bf16_tflops: 500, {keys}}}\n")
     found = plan(capsys, "--size", "17m", "--gpus", "4", "--gpu", "mine", "--gpus-file", str(path))
-    assert found["gpu"]["memory_gib"] == 96 and found["layouts"]
+    assert found["gpu"]["memory_gib"] == 96
+    assert found["layouts"]
     path.write_text(f"mine: {{bf16_tflops: fast, {keys}}}\n")
     with pytest.raises(UserError, match=r"mine\.bf16_tflops: 'fast' is not a number above 0"):
         find_gpu("mine", path)
@@ -219,7 +228,7 @@ def test_parts_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ({"state": "done", "size": "1b"}, "run 1: is no whole line of `ettin bench`: it has no objective"),
     ],
 )
-def test_runs_that_are_none(tmp_path: Path, line: dict, message: str) -> None:
+def test_read_runs_malformed_line_is_refused(tmp_path: Path, line: dict, message: str) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match=message):

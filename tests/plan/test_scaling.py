@@ -19,11 +19,13 @@ TORCHTITAN = {8: 1.0, 128: 0.977}
 
 
 @pytest.mark.parametrize("others", [{}, {16: 46.04}])
-def test_a_curve_to_64_predicts_512(others: dict[int, float]) -> None:
+def test_fit_of_curve_to_64_gpus_predicts_512(others: dict[int, float]) -> None:
     found = fit({n: speed for n, speed in MOSAIC.items() if n <= 64} | others)
-    assert found.latency >= 0 and found.slowest >= 0
+    assert found.latency >= 0
+    assert found.slowest >= 0
     errors = {n: 100 * (1 / found.factor(n) - speed / MOSAIC[8]) for n, speed in MOSAIC.items()}
-    assert errors[8] == 0 and all(abs(error) <= 3 for error in errors.values()), errors
+    assert errors[8] == 0, errors
+    assert all(abs(error) <= 3 for error in errors.values()), errors
     assert found.factor(4096) > found.factor(512) > found.factor(64) > 1
 
 
@@ -32,7 +34,7 @@ def scale(capsys: pytest.CaptureFixture[str], *words: str) -> dict[int, dict[str
     return {row["gpus"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
-def test_the_command_goes_on_with_a_curve(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plan_scale_with_curve_extrapolates_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     few = {str(n): speed for n, speed in MOSAIC.items() if n <= 64}
     (tmp_path / "curve.json").write_text(json.dumps({**few, "step_seconds": 0.9}))
     rows = scale(capsys, "8:512", "--curve", str(tmp_path / "curve.json"), "--picture", str(tmp_path / "a.png"))
@@ -41,33 +43,36 @@ def test_the_command_goes_on_with_a_curve(capsys: pytest.CaptureFixture[str], tm
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_curve_the_links_and_one_percent_count(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_scale_without_curve_gives_falling_efficiency_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
     rows = scale(capsys, "8:4096")
     assert list(rows) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     assert 100 * rows[128]["weak_efficiency"] == pytest.approx(100 * TORCHTITAN[128], abs=3)
     for kind in ("weak_efficiency", "strong_efficiency", "goodput"):
         values = [row[kind] for row in rows.values()]
-        assert values == sorted(values, reverse=True) and 0 < values[-1] < values[0] <= 1, kind
+        assert values == sorted(values, reverse=True), kind
+        assert 0 < values[-1] < values[0] <= 1, kind
     assert rows[4096]["strong_efficiency"] < rows[4096]["weak_efficiency"]
     for row in rows.values():
         speed = row["strong_tokens_per_second_per_gpu"] * row["gpus"]
         assert row["phase_days"] == pytest.approx(1.7e12 / speed / row["goodput"] / 86_400, rel=0.01)
-        assert row["gpu_hours"] == pytest.approx(24 * row["phase_days"] * row["gpus"]) and row["cost"] is None
+        assert row["gpu_hours"] == pytest.approx(24 * row["phase_days"] * row["gpus"])
+        assert row["cost"] is None
     assert main(["plan", "--size", "1b", "--scale", "8,24", "--price", "2"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.endswith("cost") and [line.split()[0] for line in lines] == ["8", "24"]
+    assert head.endswith("cost")
+    assert [line.split()[0] for line in lines] == ["8", "24"]
     hours, cost = (float(word.replace(",", "")) for word in lines[0].split()[-2:])
     assert cost == pytest.approx(2 * hours, rel=1e-3)
 
 
-def test_with_calibration_its_errors_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plan_scale_with_calibration_prints_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = {"size": "1b", "gpus": 8, "tokens_per_second_per_gpu": 70e3}
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
     assert main(["plan", "--size", "1b", "--scale", "8,16", "--calibrate", str(tmp_path / "runs.jsonl")]) == 0
     assert "calibration: 1b mlm on 8: 70,000 predicted" in capsys.readouterr().out
 
 
-def test_strong_scaling_of_a_model_of_175_billion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_scale_of_175b_matches_published_strong_scaling(capsys: pytest.CaptureFixture[str]) -> None:
     """Megatron-LM's published curve, 96 to 4,608 H100 with the batch as it is: MFU 47 -> 42 %. A gated layer of 32,768
     has as many weights as a plain one of 49,152."""
     shape = ["hidden_size=12288", "num_layers=96", "num_attention_heads=96", "ffn_hidden_size=32768"]
@@ -79,20 +84,20 @@ def test_strong_scaling_of_a_model_of_175_billion(capsys: pytest.CaptureFixture[
     assert 100 * (rows[4608]["strong_efficiency"] - 42 / 47) == pytest.approx(-3, abs=3)
 
 
-def test_simulated_passes_are_the_formula_s_where_stages_are_equal() -> None:
+def test_simulated_seconds_of_equal_stages_match_the_simulation() -> None:
     for count in (48, 480, 482):
         whole = simulate([1 / 3] * 4, [2 / 3] * 4, count, 4).seconds
         assert simulated_seconds([1.0] * 4, count, 4, False, 0.0) == pytest.approx(whole)
 
 
-def test_the_slowest_of_many_is_that_of_draws() -> None:
+def test_growth_slowest_rank_matches_random_draws() -> None:
     drawn = np.random.default_rng(0)
     found = {n: np.max(drawn.standard_normal((400, n)), axis=1).mean() for n in (8, 64, 4096)}
     share = (found[4096] - found[8]) / (found[64] - found[8])
     assert Growth(8).slowest_at(4096) / Growth(8).slowest_at(64) == pytest.approx(share, rel=0.1)
 
 
-def test_curves_that_are_none() -> None:
+def test_fit_of_invalid_curve_is_refused() -> None:
     nan = float("nan")
     for wrong in ({}, {8: 1.0}, {64: 1.0, 128: 0.9}, {8: 1.0, 16: 0.0}, {8: nan, 16: 1.0}, {0: 1.0, 8: 1.0}):
         with pytest.raises(ValueError, match="a curve has two numbers"):
@@ -102,7 +107,7 @@ def test_curves_that_are_none() -> None:
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])
-def test_goodput_is_that_of_the_events(gpus: int) -> None:
+def test_goodput_matches_event_simulation_and_peaks_at_best_interval(gpus: int) -> None:
     failures = Failures(checkpoint_seconds=60)
     interval = best_interval(failures, gpus)
     hours = 2_000 * failures.mean_seconds(gpus) / 3600
@@ -111,10 +116,11 @@ def test_goodput_is_that_of_the_events(gpus: int) -> None:
         assert goodput(failures, gpus, other) < goodput(failures, gpus)
 
 
-def test_more_gpus_fail_more_often() -> None:
+def test_goodput_falls_with_more_gpus_and_interval_follows_young() -> None:
     failures = Failures()
     shares = [goodput(failures, gpus) for gpus in (8, 512, 4096, 65_536)]
-    assert shares == sorted(shares, reverse=True) and 0.99 < shares[0] < 1
+    assert shares == sorted(shares, reverse=True)
+    assert 0.99 < shares[0] < 1
     # Young's formula (1974), of which Daly's is a refinement
     young = (2 * failures.checkpoint_seconds * failures.mean_seconds(512)) ** 0.5
     assert best_interval(failures, 512) == pytest.approx(young, rel=0.05)

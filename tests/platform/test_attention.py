@@ -1,4 +1,4 @@
-"""Which attention kernel is chosen, on a machine that is pretended to have a GPU and nothing installed for it."""
+"""The choice of the attention kernel, on a simulated GPU machine without optional packages."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "have_transformer_engine", lambda: False)
 
 
-def test_auto_takes_the_first_that_runs_and_says_why() -> None:
+def test_choose_attention_auto_takes_first_that_runs_with_reason() -> None:
     chosen = choose_attention("auto", CPU, "bf16")
-    assert chosen.name == "sdpa" and "te-fused needs a GPU, found none" in chosen.why
+    assert chosen.name == "sdpa"
+    assert "te-fused needs a GPU, found none" in chosen.why
     chosen = choose_attention("auto", GPU, "bf16")  # this torch has varlen_attn, nothing else is installed
-    assert chosen.name == "varlen" and "te-fused needs Transformer Engine" in chosen.why and "sdpa" not in chosen.why
+    assert chosen.name == "varlen"
+    assert "te-fused needs Transformer Engine" in chosen.why
+    assert "sdpa" not in chosen.why
     assert choose_attention("auto", GPU, "fp32").name == "sdpa"
 
 
-def test_what_was_asked_for_is_refused_with_what_runs() -> None:
+def test_choose_attention_unavailable_kernel_is_refused_with_nearest() -> None:
     assert choose_attention("sdpa", GPU, "bf16").why == "asked for"
     with pytest.raises(UserError, match=r"^run\.attention: varlen has no fp32; the nearest that runs is sdpa$"):
         choose_attention("varlen", GPU, "fp32")
@@ -42,7 +45,7 @@ def test_what_was_asked_for_is_refused_with_what_runs() -> None:
         choose_attention("flex", GPU, "bf16")
 
 
-def test_the_table_of_precisions_in_the_documentation() -> None:
+def test_precision_docs_table_matches_tensor_parallel_degrees() -> None:
     text = Path(__file__).parents[2].joinpath("docs/precision.md").read_text()
     for size in SIZES:
         model = recipe(size, "mlm", "pretrain").model

@@ -1,4 +1,4 @@
-"""What is known of hardware by its name."""
+"""Device properties looked up by name, and environment variables set on detection."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_ettin.platform import Platform, detect
         ("NVIDIA A100-SXM4-80GB", 312.0),
     ],
 )
-def test_the_peak_is_of_the_very_part(name: str, tflops: float) -> None:
+def test_platform_peak_flops_matches_device_name(name: str, tflops: float) -> None:
     assert Platform(torch.device("cuda"), "nccl", name).peak_flops == tflops * 1e12
 
 
-def test_communication_begins_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set before CUDA starts, unless who starts the run has set it."""
+def test_detect_sets_cuda_device_max_connections_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is set before CUDA starts; a value that the user has set is kept."""
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     detect("cpu")
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -34,5 +34,5 @@ def test_communication_begins_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
-def test_a_cpu_is_in_no_table() -> None:
+def test_platform_peak_flops_of_cpu_is_none() -> None:
     assert Platform(torch.device("cpu"), "gloo", "AMD EPYC").peak_flops is None

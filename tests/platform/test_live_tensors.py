@@ -1,4 +1,4 @@
-"""Counting the memory that tensors hold."""
+"""Count the memory that tensors hold."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from megatron_ettin.platform.live_tensors import LiveTensors
 
 
-def test_what_lives_is_counted_once() -> None:
+def test_peak_memory_tracker_view_is_counted_once() -> None:
     gc.collect()
     before = LiveTensors().bytes
     whole = torch.zeros(1000)
     part = whole[10:20]
-    assert LiveTensors().bytes - before == 4000 and part.numel() == 10
+    assert LiveTensors().bytes - before == 4000
+    assert part.numel() == 10
 
 
-def test_a_peak_is_of_what_lives_at_once() -> None:
+def test_peak_memory_tracker_counts_only_concurrent_tensors() -> None:
     with LiveTensors() as live:
         before = live.bytes
         for _ in range(3):
             torch.zeros(1000)
         kept = torch.zeros(500)
-        assert live.bytes - before == 2000 and kept.numel() == 500
+        assert live.bytes - before == 2000
+        assert kept.numel() == 500
     assert live.peak_bytes - before == 4000
 
 
-def test_what_a_compiler_left_is_not() -> None:
-    """`ettin bench` measures a run that compiles before one that does not, in one process."""
+def test_peak_memory_tracker_fake_tensors_are_not_counted() -> None:
+    """`ettin bench` measures a compiled run before an uncompiled one in the same process, which leaves fake tensors."""
     environment = ShapeEnv()
     mode, dynamic = FakeTensorMode(shape_env=environment), StatelessSymbolicContext([DimDynamic.DYNAMIC])
     gc.collect()
@@ -39,4 +41,6 @@ def test_what_a_compiler_left_is_not() -> None:
     gc.collect()
     after = LiveTensors().bytes
     assert isinstance(symbol.shape[0], torch.SymInt)
-    assert type(after) is int and after == before and not environment.guards
+    assert type(after) is int
+    assert after == before
+    assert not environment.guards

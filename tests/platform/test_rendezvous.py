@@ -1,4 +1,4 @@
-"""Rank and address from torchrun, from a SLURM step, or alone; and topologies as values."""
+"""Rank and address from torchrun, a SLURM step or a single process; rendezvous; topologies."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ STEP = {
 }
 
 
-def test_torchrun() -> None:
+def test_distributed_env_torchrun_variables_are_read() -> None:
     place = find_place(TORCHRUN)
     assert (place.rank, place.world, place.local_rank, place.address, place.port) == (3, 8, 1, "node1", 12345)
 
 
-def test_slurm_step() -> None:
+def test_distributed_env_slurm_step_variables_are_read() -> None:
     place = find_place(STEP)
     assert (place.rank, place.world, place.local_rank, place.address) == (5, 16, 1, "gpu03")
-    assert place.port == job_port("4711", "0") and place.source == "slurm"
+    assert place.port == job_port("4711", "0")
+    assert place.source == "slurm"
 
 
-def test_a_batch_script_is_alone() -> None:
-    """SLURM_NTASKS is set there too, but nobody else comes."""
+def test_distributed_env_slurm_batch_script_is_single_process() -> None:
+    """SLURM_NTASKS is set in a batch script too, but no other task joins."""
     place = find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_NODELIST": "n[1-2]"})
     assert (place.rank, place.world, place.address) == (0, 1, None)
 
@@ -46,16 +47,17 @@ def test_a_batch_script_is_alone() -> None:
     ("nodes", "host"),
     [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[007,9],cpu1", "gpu007"), ("a-b[3-4]-ib", "a-b3-ib"), ("x,y", "x")],
 )
-def test_first_host(nodes: str, host: str) -> None:
+def test_first_host_of_node_list_is_expanded(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def test_two_jobs_on_a_node_have_two_ports() -> None:
+def test_job_port_of_jobs_and_steps_rarely_collides() -> None:
     ports = {job_port(str(job), str(step)) for job in range(4000, 4500) for step in range(3)}
-    assert len(ports) > 1450 and all(1024 < port < 65536 for port in ports)
+    assert len(ports) > 1450
+    assert all(1024 < port < 65536 for port in ports)
 
 
-def test_a_rank_outside_the_world() -> None:
+def test_distributed_env_rank_outside_world_is_refused() -> None:
     with pytest.raises(UserError, match="rank 8 is not among 8 ranks"):
         find_place({**TORCHRUN, "RANK": "8"})
 
@@ -80,17 +82,18 @@ def joining(rank: int, port: int, late_seconds: float, arrival_seconds: float) -
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables})
 
 
-def test_a_late_rank_is_waited_for_longer_than_a_collective() -> None:
-    """It comes 6 s late, collectives may take 2."""
+def test_rendezvous_late_rank_is_awaited_beyond_collective_timeout() -> None:
+    """One rank joins 6 s late while the timeout of collectives is 2 s."""
     port = free_port()
     for rank in [joining(0, port, 0, 120), joining(1, port, 6, 120)]:
         out, errors = rank.communicate(timeout=120)
         assert out == "2\n", errors
 
 
-def test_a_rank_that_does_not_come_is_told() -> None:
+def test_rendezvous_missing_rank_raises_rank_error_on_timeout() -> None:
     _, errors = joining(0, free_port(), 0, 3).communicate(timeout=120)
-    assert "RankError: rank 0: no rendezvous with 2 ranks at tcp://127.0.0.1" in errors and ", not 1)" in errors
+    assert "RankError: rank 0: no rendezvous with 2 ranks at tcp://127.0.0.1" in errors
+    assert ", not 1)" in errors
 
 
 def free_port() -> int:
@@ -99,7 +102,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_coordinates_cover_every_place_once() -> None:
+def test_topology_coords_are_unique_per_rank() -> None:
     config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=4", "batch.micro_batch_rows=8"])
     topology = Topology.of(config, 32)
     assert topology.dp == 4
@@ -117,7 +120,7 @@ def test_coordinates_cover_every_place_once() -> None:
         ("parallel.pp=7", "Et|t|t|t|t|t|tL"),
     ],
 )
-def test_pipeline_layout(words: str, layout: str | None) -> None:
+def test_topology_pipeline_layout_matches_pp_and_vpp(words: str, layout: str | None) -> None:
     config = parse(
         "17m", "mlm", "pretrain", words=[*words.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"]
     )

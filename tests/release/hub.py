@@ -21,7 +21,7 @@ LARGE = (".safetensors", ".parquet", ".png")
 
 @dataclass
 class Hub:
-    """What the server holds. `delay_seconds` slows uploads; `refuse` maps a path's pattern to a status."""
+    """State of the server. `delay_seconds` slows uploads; `refuse` maps a path's pattern to a status."""
 
     branches: dict[str, Tree] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)  # branches, one entry a commit
@@ -64,7 +64,7 @@ def entry(name: str, content: bytes) -> dict[str, Any]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. `hub` is the class's."""
+    """Answer one request; `hub` is set on the class."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"

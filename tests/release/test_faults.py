@@ -1,5 +1,5 @@
-"""kill -9 of `ettin release` at random moments, of all of it or of the command alone: nobody is left over, every folder
-that has a revision's name is whole, and the same command ends in the same bytes."""
+"""kill -9 of `ettin release` at random moments, of all of it or of the command alone: no process is left over, every
+folder that has a revision's name is whole, and the same command ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def finish(running: subprocess.Popen[str]) -> None:
 
 
 def check_whole(out: Path) -> None:
-    """No folder with a revision's name is half of one."""
+    """Assert that every folder with a revision's name is complete."""
     for folder in out.iterdir() if out.is_dir() else ():
         if folder.name in (*NAMES, "main"):
             record = read_record(folder)
-            assert record and is_whole(folder, record, checksums=True), folder
+            assert record, folder
+            assert is_whole(folder, record, checksums=True), folder
             assert {path.name for path in folder.iterdir()} == {*record["files"], "release.json"}
 
 
@@ -66,7 +67,7 @@ def kill(running: subprocess.Popen[str], revisions: int, seconds: float, everyth
     running.communicate()
 
 
-def test_kill_9_at_random_moments(trained, tmp_path):
+def test_release_kill_9_at_random_moments_resumes_to_same_bytes(trained, tmp_path):
     draw = random.Random(4)
     run, out = trained / "mlm/decay", tmp_path / "out"
     finish(start(run, tmp_path / "whole"))
@@ -82,25 +83,28 @@ def test_kill_9_at_random_moments(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_a_lost_worker_is_told(trained, tmp_path):
+def test_release_killed_worker_exits_1_with_advice(trained, tmp_path):
     mark = str(uuid.uuid4())
     running = start(trained / "mlm/decay", tmp_path / "out", mark)
-    assert running.stderr is not None and running.stderr.readline().startswith("9 revisions")
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("9 revisions")
     running.stderr.readline()  # one is there
     workers = [process for process in marked_processes(mark) if process.pid != running.pid]
     spawned = [process for process in workers if "spawn_main" in " ".join(process.cmdline())]
     spawned[0].kill()
     _, errors = running.communicate(timeout=100)
-    assert running.returncode == 1 and "run it again with fewer --workers" in errors.strip().splitlines()[-1]
+    assert running.returncode == 1
+    assert "run it again with fewer --workers" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
     wait_for(lambda: not marked_processes(mark), 20)
     check_whole(tmp_path / "out")
 
 
-def test_an_interrupt_leaves_nobody(trained, tmp_path):
+def test_release_interrupted_exits_130_and_leaves_no_process(trained, tmp_path):
     mark = str(uuid.uuid4())
     running = start(trained / "mlm/decay", tmp_path / "out", mark)
-    assert running.stderr is not None and running.stderr.readline().startswith("9 revisions")
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("9 revisions")
     running.stderr.readline()
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, errors = running.communicate(timeout=60)
@@ -111,14 +115,15 @@ def test_an_interrupt_leaves_nobody(trained, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="wants a device that is always full")
-def test_a_disk_that_is_full(trained, tmp_path):
-    """A limit on file sizes stands for it: the weights cannot be written, what is there stays."""
+def test_release_failing_writes_exit_2_and_repeat_succeeds(trained, tmp_path):
+    """A limit on file sizes stands in for a full disk: the weights cannot be written, what is there stays."""
     out = tmp_path / "out"
     line = f"ulimit -f 100; exec {sys.executable} -m megatron_ettin release {trained / 'mlm/decay'} --out {out}"
     run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=200)
     assert run.returncode == 2, run.stderr
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("ettin release: 9 of 9 revisions failed") and "File too large" in last
+    assert last.startswith("ettin release: 9 of 9 revisions failed")
+    assert "File too large" in last
     assert "Traceback" not in run.stderr
     assert sorted(path.name for path in out.iterdir()) == ["data_order", "release.json"]
     finish(start(trained / "mlm/decay", out))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forkserver import program
 from tests.release.conftest import NAMES
 from tests.release.hub import Hub, serving
 
@@ -42,7 +43,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 def start(hub: Hub, trained: Path, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     line = ["release", str(trained / "mlm/decay"), "--out", str(tmp_path / "out"), "--push", "lab/tiny", "--json"]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_ettin", *line, *words],
+        program("ettin", *line, *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,7 +67,7 @@ def check_hub(hub: Hub, out: Path) -> None:
         assert {path: content for path, content in tree.items() if path != ".gitattributes"} == wanted, name
 
 
-def test_a_kill_in_the_middle_and_on_from_there(hub, trained, tmp_path):
+def test_push_killed_midway_resumes_without_repeated_commits(hub, trained, tmp_path):
     hub.delay_seconds = 0.2
     running = start(hub, trained, tmp_path, "--private")
     while len(hub.commits) < 4:
@@ -75,14 +76,19 @@ def test_a_kill_in_the_middle_and_on_from_there(hub, trained, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.communicate()
     hub.delay_seconds = 0.0
-    assert len(hub.commits) < len(NAMES) and "main" not in hub.commits and hub.visibility == "private"
+    assert len(hub.commits) < len(NAMES)
+    assert "main" not in hub.commits
+    assert hub.visibility == "private"
     told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
-    assert told["kept"][:4] == NAMES[:4] and told["uploaded"][-1] == "main"
+    assert told["kept"][:4] == NAMES[:4]
+    assert told["uploaded"][-1] == "main"
     assert sorted(hub.commits) == sorted([*NAMES, "main"])  # one commit each, and none twice
     check_hub(hub, tmp_path / "out")
     uploads = hub.uploads
     told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
-    assert told["uploaded"] == [] and hub.uploads == uploads and len(hub.commits) == len(NAMES) + 1
+    assert told["uploaded"] == []
+    assert hub.uploads == uploads
+    assert len(hub.commits) == len(NAMES) + 1
     load = subprocess.run(
         [sys.executable, "-c", LOAD, "step3", str(tmp_path / "out" / "step3")],
         capture_output=True,
@@ -90,19 +96,24 @@ def test_a_kill_in_the_middle_and_on_from_there(hub, trained, tmp_path):
         env=environment(hub, tmp_path / "home"),
         timeout=200,
     )
-    assert load.returncode == 0 and load.stdout.strip() == "320", load.stderr
+    assert load.returncode == 0, load.stderr
+    assert load.stdout.strip() == "320", load.stderr
     # what a revision should not have goes, what changed is sent anew
     hub.branches["step2"] |= {"stray.bin": b"1", "config.json": b"{}"}
     told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
-    assert told["uploaded"] == ["step2"] and hub.uploads == uploads
+    assert told["uploaded"] == ["step2"]
+    assert hub.uploads == uploads
     check_hub(hub, tmp_path / "out")
 
 
-def test_a_hub_that_refuses(hub, trained, tmp_path):
+def test_push_refused_by_hub_names_http_status(hub, trained, tmp_path):
     hub.refuse = {r"/commit/step2": 403}
     line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
-    assert line.startswith("ettin release: --push lab/tiny: 403") and "run it again to go on" in line
-    assert "2 of 10 revisions are there" in line and "main" not in hub.commits
+    assert line.startswith("ettin release: --push lab/tiny: 403")
+    assert "run it again to go on" in line
+    assert "2 of 10 revisions are there" in line
+    assert "main" not in hub.commits
     hub.refuse = {"/api/repos/create": 401}
     line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
-    assert line.startswith("ettin release: --push lab/tiny: ") and "401" in line
+    assert line.startswith("ettin release: --push lab/tiny: ")
+    assert "401" in line

@@ -15,7 +15,7 @@ from tests.release.test_release import release
 pytestmark = pytest.mark.ranks
 
 
-def test_what_is_no_run(trained, tmp_path, capfd):
+def test_release_source_that_is_no_run_is_refused(trained, tmp_path, capfd):
     checkpoint = trained / "mlm/pretrain/checkpoints/step_000000001"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
@@ -30,40 +30,45 @@ def test_what_is_no_run(trained, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_checkpoints(trained, tmp_path, capfd):
+def test_release_run_without_checkpoints_is_refused(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm/pretrain", tmp_path / "run", ignore=shutil.ignore_patterns("step_*"))
     status, _, err = release(capfd, tmp_path / "run", "--out", tmp_path / "out")
     assert (status, err) == (2, f"ettin release: {tmp_path / 'run'}: the run has no checkpoint yet")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_run_it_began_from_is_gone(trained, tmp_path, capfd):
+def test_release_with_missing_parent_run_is_refused_unless_alone(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm/extend", tmp_path / "extend")
     history = tmp_path / "extend/history.jsonl"
     record = json.loads(history.read_text().splitlines()[0])
     gone = {"init_from": "/gone/pretrain/checkpoints/step_000000004", "init_from_relative": "../no/checkpoints/step_4"}
     history.write_text(json.dumps(record | gone) + "\n")
     status, _, err = release(capfd, tmp_path / "extend", "--out", tmp_path / "out")
-    assert status == 2 and "began from /gone/pretrain" in err and "--alone" in err
+    assert status == 2
+    assert "began from /gone/pretrain" in err
+    assert "--alone" in err
     assert not (tmp_path / "out").exists()
     status, _out, err = release(capfd, tmp_path / "extend", "--out", tmp_path / "out", "--alone", "--order", "none")
     assert status == 0, err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ext1", "ext2", "main", "release.json"]
 
 
-def test_runs_that_do_not_belong_together(trained, tmp_path, capfd):
+def test_release_unrelated_runs_are_refused(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm/extend", tmp_path / "again")
     status, _, err = release(capfd, trained / "mlm/extend", tmp_path / "again", "--out", tmp_path / "out")
-    assert status == 2 and "both are extend; release each by itself" in err
+    assert status == 2
+    assert "both are extend; release each by itself" in err
     config = tmp_path / "again/config.yaml"
     config.write_text(config.read_text().replace("objective: mlm", "objective: clm"))
     status, _, err = release(capfd, trained / "mlm/pretrain", tmp_path / "again", "--out", tmp_path / "out")
-    assert status == 2 and "trained as clm" in err
+    assert status == 2
+    assert "trained as clm" in err
     config.write_text(
         config.read_text().replace("objective: clm", "objective: mlm").replace("num_layers: 4", "num_layers: 7")
     )
     status, _, err = release(capfd, trained / "mlm/pretrain", tmp_path / "again", "--out", tmp_path / "out")
-    assert status == 2 and "another shape" in err
+    assert status == 2
+    assert "another shape" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -79,13 +84,15 @@ def test_runs_that_do_not_belong_together(trained, tmp_path, capfd):
         (["--push", "a/b/c"], "--push a/b/c"),
     ],
 )
-def test_options(trained, tmp_path, capfd, words, said):
+def test_release_bad_options_are_refused(trained, tmp_path, capfd, words, said):
     status, _, err = release(capfd, trained / "mlm/pretrain", "--out", tmp_path / "out", *words)
-    assert status == 2 and err.startswith("ettin release: ") and said in err, err
+    assert status == 2, err
+    assert err.startswith("ettin release: "), err
+    assert said in err, err
     assert not (tmp_path / "out").exists()
 
 
-def test_what_out_may_be(trained, tmp_path, capfd):
+def test_release_unusable_out_folder_is_refused(trained, tmp_path, capfd):
     run, out = trained / "mlm/pretrain", tmp_path / "out"
     out.write_text("")
     status, _, err = release(capfd, run, "--out", out)
@@ -99,18 +106,20 @@ def test_what_out_may_be(trained, tmp_path, capfd):
     index = {"name": "other", "objective": "mlm", "size": "17m"}
     (out / "release.json").write_text(json.dumps(index))
     status, _, err = release(capfd, run, "--out", out)
-    assert status == 2 and "holds the release of name other, this one has 17m-encoder" in err
+    assert status == 2
+    assert "holds the release of name other, this one has 17m-encoder" in err
     (out / "release.json").write_text("{")
     assert "unreadable" in release(capfd, run, "--out", out)[2]
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     status, _, err = release(capfd, run, "--out", out)
     os.close(handle)
-    assert status == 2 and "another `ettin release` is writing there" in err
+    assert status == 2
+    assert "another `ettin release` is writing there" in err
     assert sorted(path.name for path in out.iterdir()) == ["release.json"]
 
 
-def test_revisions_of_another_run_are_not_mixed_in(trained, tmp_path, capfd):
+def test_release_other_weights_under_same_step_need_replace(trained, tmp_path, capfd):
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained / "mlm/pretrain", run, ignore=shutil.ignore_patterns("step_*3", "step_*4"))
     (run / "checkpoints/latest").write_text("step_000000002\n")
@@ -125,4 +134,5 @@ def test_revisions_of_another_run_are_not_mixed_in(trained, tmp_path, capfd):
     assert (status, err) == (2, f"ettin release: {said}")
     assert files_of(out) == before
     status, told, err = release(capfd, *words, "--replace", "--json")
-    assert status == 0 and json.loads(told)["made"] == ["step1"], err
+    assert status == 0, err
+    assert json.loads(told)["made"] == ["step1"], err

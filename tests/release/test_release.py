@@ -35,11 +35,12 @@ def released(trained, tmp_path_factory) -> Path:
     return out
 
 
-def test_every_checkpoint_of_the_chain_is_a_revision(released, trained):
+def test_release_makes_each_checkpoint_of_chain_a_revision(released, trained):
     folders = sorted(path.name for path in released.iterdir())
     assert folders == sorted([*NAMES, "main", "data_order", "release.json"])
     index = json.loads((released / "release.json").read_text())
-    assert [one["revision"] for one in index["revisions"]] == NAMES and index["main"] == "decay2"
+    assert [one["revision"] for one in index["revisions"]] == NAMES
+    assert index["main"] == "decay2"
     for name, phase, step in (("step3", "pretrain", 3), ("ext1", "extend", 1), ("decay2", "decay", 2)):
         reader = CheckpointReader(trained / "mlm" / phase / "checkpoints" / f"step_{step:09d}")
         stored = tensors(released / name)
@@ -51,10 +52,11 @@ def test_every_checkpoint_of_the_chain_is_a_revision(released, trained):
         model = load(released / name, "mlm")
         assert model.config.num_hidden_layers == 4
         parity = json.loads((released / name / "parity.json").read_text())
-        assert parity["tensors_identical"] and parity["max_abs_logit_difference"] < 1e-4
+        assert parity["tensors_identical"]
+        assert parity["max_abs_logit_difference"] < 1e-4
 
 
-def test_step_0_is_what_training_began_with(released, trained):
+def test_release_step_0_equals_initial_weights(released, trained):
     config = from_yaml(trained / "mlm/pretrain/config.yaml")
     wanted = hashed(config.run.seed, config.model)("embedding.word_embeddings.weight", [320, 64])
     assert torch.equal(tensors(released / "step0")["model.embeddings.tok_embeddings.weight"], wanted)
@@ -62,16 +64,19 @@ def test_step_0_is_what_training_began_with(released, trained):
     assert 0 < (first - wanted).abs().max() < 0.05  # one step away
 
 
-def test_tokens_add_up_over_the_phases(released):
+def test_release_total_tokens_add_up_over_phases(released):
     records = {name: json.loads((released / name / "release.json").read_text()) for name in NAMES}
     totals = [records[name]["total_tokens"] for name in NAMES]
-    assert totals == sorted(totals) and len(set(totals)) == len(totals)
+    assert totals == sorted(totals)
+    assert len(set(totals)) == len(totals)
     assert records["ext1"]["total_tokens"] == records["step4"]["total_tokens"] + records["ext1"]["tokens"]
 
 
-def test_the_card_of_main(released, corpus):
+def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
     card = (released / "main" / "README.md").read_text()
-    assert card.startswith("---\n") and "license: mit\n" in card and "# tiny\n" in card
+    assert card.startswith("---\n")
+    assert "license: mit\n" in card
+    assert "# tiny\n" in card
     for said in ("pretrain", "extend", "decay", "learning rate", "| dataset | 100.00% |", "training_curve.png"):
         assert said in card, said
     assert all(f"| `{name}` |" in card for name in NAMES)
@@ -84,15 +89,16 @@ def test_the_card_of_main(released, corpus):
             assert str(corpus.parent.parent) not in path.read_text(), path
 
 
-def test_data_order_lies_beside(released, trained, capsys):
+def test_release_data_order_equals_order_command(released, trained, capsys):
     table = parquet.read_table(released / "data_order" / "extend.parquet")
-    assert set(table["dataset"].to_pylist()) == {"dataset"} and max(table["step"].to_pylist()) == 2
+    assert set(table["dataset"].to_pylist()) == {"dataset"}
+    assert max(table["step"].to_pylist()) == 2
     main(["order", str(trained / "mlm/extend"), "--steps", "1:3", "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["document"] for line in lines] == table["document"].to_pylist()
 
 
-def test_the_released_order_trains_the_same_rows(released, corpus, pool, tmp_path):
+def test_train_with_released_order_has_same_losses(released, corpus, pool, tmp_path):
     from tests.train.runs import train
 
     given = f"data.order={released / 'data_order/pretrain.parquet'}"
@@ -101,20 +107,21 @@ def test_the_released_order_trains_the_same_rows(released, corpus, pool, tmp_pat
     assert theirs.column("loss") == ours.column("loss")
 
 
-def test_a_second_time_nothing_is_made(released, trained, capfd):
+def test_release_repeated_makes_nothing(released, trained, capfd):
     before = {path: path.stat().st_mtime_ns for path in released.rglob("*")}
     words = (trained / "mlm/decay", "--out", released, "--licence", "mit", "--name", "tiny", "--json")
     for more in ((), ("--recheck",)):
         status, out, err = release(capfd, *words, *more)
         assert status == 0, err
         told = json.loads(out)
-        assert told["made"] == [] and told["kept"] == NAMES
+        assert told["made"] == []
+        assert told["kept"] == NAMES
     assert {path: path.stat().st_mtime_ns for path in before if path != released} == {
         path: time for path, time in before.items() if path != released
     }
 
 
-def test_what_is_damaged_or_missing_is_made_again(released, trained, tmp_path, capfd):
+def test_release_recheck_remakes_damaged_or_missing_revisions(released, trained, tmp_path, capfd):
     out = tmp_path / "out"
     shutil.copytree(released, out)
     shutil.rmtree(out / "ext2")
@@ -132,7 +139,7 @@ def test_what_is_damaged_or_missing_is_made_again(released, trained, tmp_path, c
     assert files_of(out) == files_of(released)
 
 
-def test_later_checkpoints_are_added_and_deleted_ones_stay(trained, tmp_path, capfd, released):
+def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path, capfd, released):
     runs = tmp_path / "runs"
     shutil.copytree(trained / "mlm/pretrain", runs / "pretrain")
     last = runs / "pretrain/checkpoints/step_000000004"
@@ -152,30 +159,33 @@ def test_later_checkpoints_are_added_and_deleted_ones_stay(trained, tmp_path, ca
     )
     status, out, err = release(capfd, *words)
     assert status == 0, err
-    assert json.loads(out)["made"] and json.loads((tmp_path / "out/release.json").read_text())["main"] == "step3"
+    assert json.loads(out)["made"]
+    assert json.loads((tmp_path / "out/release.json").read_text())["main"] == "step3"
     shutil.rmtree(runs / "pretrain/checkpoints/step_000000001")
     shutil.move(tmp_path / "later", last)
     status, out, err = release(capfd, *words)
     assert status == 0, err
     assert json.loads(out)["made"] == ["step4"]
     index = json.loads((tmp_path / "out/release.json").read_text())
-    assert [one["revision"] for one in index["revisions"]] == NAMES[:5] and index["main"] == "step4"
+    assert [one["revision"] for one in index["revisions"]] == NAMES[:5]
+    assert index["main"] == "step4"
     assert files_of(tmp_path / "out/step4") == files_of(released / "step4")
 
 
-def test_runs_that_moved_together_are_found(trained, tmp_path, capfd):
+def test_release_runs_moved_together_are_found(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm", tmp_path / "moved")
-    for phase in ("extend", "decay"):  # the absolute paths are of nowhere
+    for phase in ("extend", "decay"):  # the absolute paths lead nowhere
         history = tmp_path / "moved" / phase / "history.jsonl"
         history.write_text(history.read_text().replace(str(trained), "/nowhere"))
     words = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json", "--workers", "1")
     status, out, err = release(capfd, tmp_path / "moved/decay", *words)
     assert status == 0, err
-    assert json.loads(out)["made"] and json.loads(out)["revisions"] == NAMES
+    assert json.loads(out)["made"]
+    assert json.loads(out)["revisions"] == NAMES
     assert {tensor.dtype for tensor in tensors(tmp_path / "out/ext1").values()} == {torch.bfloat16}
 
 
-def test_a_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, capfd):
+def test_release_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm/pretrain", tmp_path / "run")
     (damaged,) = (tmp_path / "run/checkpoints/step_000000002").glob("__0_0.distcp")
     content = bytearray(damaged.read_bytes())
@@ -184,7 +194,9 @@ def test_a_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, capfd)
     (tmp_path / "run/checkpoints/step_000000003/integrity.json").unlink()
     status, out, err = release(capfd, tmp_path / "run", "--out", tmp_path / "out", "--order", "none")
     assert status == 2
-    assert "2 of 5 revisions failed" in err and "integrity.json" in err
-    assert "failed: step2" in out and "__0_0.distcp" in out
+    assert "2 of 5 revisions failed" in err
+    assert "integrity.json" in err
+    assert "failed: step2" in out
+    assert "__0_0.distcp" in out
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert folders == ["main", "release.json", "step0", "step1", "step4"]

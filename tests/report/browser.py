@@ -20,7 +20,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def require_chromium() -> str:
-    """Its path. Skips where there is none; in CI that is a failure."""
+    """Return the path of Chromium. Skip the test where there is none; in CI that is a failure."""
     found = next(filter(None, map(shutil.which, NAMES)), "")
     if not found:
         why = "no Chromium here (apt-get install chromium; tests/run.sh does so in CI)"
@@ -29,7 +29,7 @@ def require_chromium() -> str:
 
 
 class Browser:
-    """One page. `events`: everything that the browser told of it, oldest first."""
+    """One page of the browser; `events` are the messages that it sent about the page, oldest first."""
 
     def __init__(self, width: int = 1200, height: int = 1000) -> None:
         self.profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
@@ -65,7 +65,7 @@ class Browser:
         self.profile.cleanup()
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The browser's answer to one command."""
+        """Send one command and return the browser's answer."""
         self.number += 1
         asked = {"id": self.number, "method": method, "params": parameters}
         asked |= {"sessionId": self.session} if self.session else {}
@@ -93,7 +93,7 @@ class Browser:
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def value(self, expression: str) -> Any:
-        """Of an expression in the page."""
+        """Return the value of an expression that the page evaluates."""
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -115,7 +115,7 @@ class Browser:
         self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
     def colours(self, scheme: str) -> None:
-        """What the reader's system prefers: light or dark."""
+        """Emulate the reader's system preference, 'light' or 'dark'."""
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
@@ -124,12 +124,12 @@ class Browser:
 
     @property
     def errors(self) -> list[dict[str, Any]]:
-        """Exceptions, and errors and warnings of the console and of the browser itself."""
+        """Return the exceptions, and the messages of the console and of the browser itself."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.events if event.get("method") in kinds]
 
     @property
     def requests(self) -> list[str]:
-        """URLs that were asked for, the page's own included."""
+        """Return the requested URLs, the page's own included."""
         sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
         return [event["params"]["request"]["url"] for event in sent]

@@ -1,4 +1,4 @@
-"""A tiny pair, really trained: two phases a half; the encoder has a restart and a step whose gradients are no numbers."""
+"""Train a tiny pair of two phases each; the encoder has a restart and a step with NaN gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["metrics.eval_every_steps=2", "metrics.ranks_every_steps=2", "checkpoin
 
 @pytest.fixture(scope="session")
 def trained(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mlm and clm, each with pretrain and extend, and mlm/hf, which is made of mlm/extend."""
+    """Return a folder with mlm and clm, each with pretrain and extend, and with mlm/hf, exported from mlm/extend."""
     root = tmp_path_factory.mktemp("trained")
     words = [*WORDS, f"data.validation={corpus}/heldout"]
     for objective, world in (("mlm", 2), ("clm", 1)):

@@ -1,4 +1,4 @@
-"""Run directories as training writes them, with a made-up loss, for tests of what reads them."""
+"""Write run directories as training does, with a made-up loss, for tests of the code that reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_run(
     fingerprint: str = FINGERPRINT,
     **changed: Mapping[int, object],
 ) -> Path:
-    """A run of `steps` steps. `changed`: key of metrics.jsonl -> {step: another value}."""
+    """Write a run of `steps` steps; `changed` maps a key of metrics.jsonl to {step: another value}."""
     base = ("batch.global_batch_rows=64", "run.tokens=1_000_000_000", "schedule.warmup_tokens=100_000")
     config = parse("17m", objective, phase, words=(*base, "schedule.decay_tokens=100_000", *words))
     path.mkdir(parents=True)

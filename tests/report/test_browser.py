@@ -27,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URL of the page of two models of two phases, with a bad step and a restart."""
+    """Return the URL of a page of two models of two phases, with a bad step and a restart."""
     root = tmp_path_factory.mktemp("pair")
     for objective in ("mlm", "clm"):
         write_run(root / objective / "pretrain", objective, steps=800, loss={70: None})
@@ -40,14 +40,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def opened(browser: Browser, pair: str) -> Iterator[Browser]:
-    """The page of the pair, which has to stay without errors and requests whatever a test does to it."""
+    """Open the page of the pair; after the test it must have had no error and no request but its own."""
     browser.open(pair)
     yield browser
-    assert browser.errors == [] and browser.requests == [pair]
+    assert browser.errors == []
+    assert browser.requests == [pair]
 
 
 def shown(browser: Browser) -> list[str]:
-    """The first labels of the first chart's x."""
+    """Return the first three labels of the first chart's x axis."""
     return browser.value("[...document.querySelectorAll('.plot .xtick')].slice(0, 3).map((label) => label.textContent)")
 
 
@@ -55,12 +56,13 @@ def count(browser: Browser, selector: str) -> int:
     return browser.value(f"document.querySelectorAll({selector!r}).length")
 
 
-def test_curves_are_drawn(opened: Browser) -> None:
+def test_report_page_of_pair_draws_every_curve_and_mark(opened: Browser) -> None:
     assert count(opened, "figure") == 4
     assert count(opened, "#chart-loss .plot path.line") == 8  # training and validation of two phases of two models
     paths = opened.value("[...document.querySelectorAll('.plot path.line')].map((path) => path.getAttribute('d'))")
     assert all("L" in path and "NaN" not in path and "undefined" not in path for path in paths if len(path) > 9)
-    assert count(opened, "#chart-loss .shade") == 1 and count(opened, "#chart-loss .mark.restart") == 1
+    assert count(opened, "#chart-loss .shade") == 1
+    assert count(opened, "#chart-loss .mark.restart") == 1
     assert count(opened, "#chart-loss .mark.bad") == 1
     assert opened.value("document.querySelector('#chart-loss .mark.bad title').textContent") == (
         "step 70: its loss is no number"
@@ -68,12 +70,13 @@ def test_curves_are_drawn(opened: Browser) -> None:
     assert "17m clm, validation" in opened.value("document.querySelector('#chart-loss .legend').textContent")
 
 
-def test_zoom_by_keyboard(opened: Browser) -> None:
+def test_report_page_keyboard_zooms_moves_and_resets(opened: Browser) -> None:
     opened.value(f"{FIRST}.focus()")
     before = shown(opened)
     opened.press("+")
     opened.press("+")
-    assert shown(opened) != before and "tokens" in opened.value(SHOWN)
+    assert shown(opened) != before
+    assert "tokens" in opened.value(SHOWN)
     middle = opened.value(SHOWN)
     opened.press("ArrowRight")
     assert opened.value(SHOWN) != middle
@@ -82,20 +85,22 @@ def test_zoom_by_keyboard(opened: Browser) -> None:
     assert opened.value("document.querySelector('#chart-lr .cursor').getAttribute('visibility')") == "visible"
     opened.press("-")
     opened.press("0")
-    assert opened.value(SHOWN) == "all" and shown(opened) == before
+    assert opened.value(SHOWN) == "all"
+    assert shown(opened) == before
 
 
-def test_every_control_is_reached_by_tab(opened: Browser) -> None:
+def test_report_page_tab_key_reaches_every_control_in_order(opened: Browser) -> None:
     reached = []
     for _ in range(14):
         opened.press("Tab")
         reached.append(opened.value("document.activeElement.id || document.activeElement.className"))
         assert opened.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
     assert reached[:6] == ["skip", "theme", "axis", "in", "out", ""]  # the first chart's log button
-    assert reached.count("plot") == 4 and opened.value("document.activeElement.closest('section').id") == "comparison"
+    assert reached.count("plot") == 4
+    assert opened.value("document.activeElement.closest('section').id") == "comparison"
 
 
-def test_zoom_by_dragging_and_the_whole_again(opened: Browser) -> None:
+def test_report_page_drag_zooms_and_double_click_resets(opened: Browser) -> None:
     box = opened.value(
         f"(({FIRST}).scrollIntoView({{block: 'center'}}), (({{x, y, width, height}}) => [x, y, width, height])"
         f"({FIRST}.getBoundingClientRect()))"
@@ -109,7 +114,9 @@ def test_zoom_by_dragging_and_the_whole_again(opened: Browser) -> None:
     opened.mouse("mouseReleased", right, y, button="left", clickCount=1)
     assert count(opened, "rect.select") == 0
     low, high = (float(part.strip("M tokens")) for part in opened.value(SHOWN).split(" to "))
-    assert 20 < low < 30 and 35 < high < 45  # of 64 M tokens
+    # in millions of the 64 M tokens of the whole run
+    assert 20 < low < 30
+    assert 35 < high < 45
     opened.mouse("mousePressed", left, y, button="left", clickCount=2)
     opened.mouse("mouseReleased", left, y, button="left", clickCount=2)
     assert opened.value(SHOWN) == "all"
@@ -117,7 +124,7 @@ def test_zoom_by_dragging_and_the_whole_again(opened: Browser) -> None:
     assert opened.value(SHOWN) != "all"
 
 
-def test_the_axis_and_the_scale(opened: Browser) -> None:
+def test_report_page_axis_menu_and_log_button_redraw_the_curves(opened: Browser) -> None:
     opened.value(f"{FIRST}.focus()")
     opened.press("+")
     for axis, unit in (("steps", "steps"), ("hours", "hours in steps"), ("tokens", "tokens")):
@@ -133,7 +140,7 @@ def test_the_axis_and_the_scale(opened: Browser) -> None:
     assert opened.value("document.querySelector('#chart-loss .plot path.line').getAttribute('d')") != before
 
 
-def test_light_and_dark(opened: Browser) -> None:
+def test_report_page_colours_follow_the_system_and_the_theme_button(opened: Browser) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     opened.colours("light")
     assert opened.value(paper) == "rgb(255, 255, 255)"
@@ -142,12 +149,13 @@ def test_light_and_dark(opened: Browser) -> None:
     theme = "document.getElementById('theme')"
     for name, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 27)"), ("auto", "rgb(21, 24, 27)")):
         opened.value(f"{theme}.click()")
-        assert opened.value(f"{theme}.textContent") == f"Colours: {name}" and opened.value(paper) == colour
+        assert opened.value(f"{theme}.textContent") == f"Colours: {name}"
+        assert opened.value(paper) == colour
     opened.colours("light")
 
 
 @pytest.mark.parametrize("width", [320, 390, 1200])
-def test_no_screen_scrolls_sideways(opened: Browser, width: int, tmp_path: Path) -> None:
+def test_report_page_narrow_screen_does_not_scroll_sideways(opened: Browser, width: int, tmp_path: Path) -> None:
     opened.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
     opened.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     opened.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -156,33 +164,38 @@ def test_no_screen_scrolls_sideways(opened: Browser, width: int, tmp_path: Path)
     opened.ask("Emulation.clearDeviceMetricsOverride")
 
 
-def test_what_a_screen_reader_hears(opened: Browser) -> None:
+def test_report_page_accessibility_tree_names_controls_and_curves(opened: Browser) -> None:
     nodes = opened.ask("Accessibility.getFullAXTree")["nodes"]
     heard = {(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes}
-    assert ("button", "zoom in") in heard and ("combobox", "Against") in heard
+    assert ("button", "zoom in") in heard
+    assert ("combobox", "Against") in heard
     told = next(name for role, name in heard if name and name.startswith("Loss: "))
-    assert "17m mlm, training from 10." in told and "17m clm, validation" in told
+    assert "17m mlm, training from 10." in told
+    assert "17m clm, validation" in told
 
 
-def test_hostile_text_runs_nothing(browser: Browser, tmp_path: Path) -> None:
+def test_report_page_hostile_text_runs_no_script(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     hostile = "</script><img src=x onerror=alert(1)><script>alert(2)</script>"
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(f'{{"step": 41, "validation_loss/{hostile}": 1.0, "bad": "{hostile}", "tokens": 2700000}}\n')
     assert main(["report", str(run), "--title", hostile, "--out", str(tmp_path / "page.html")]) == 0
     browser.open((tmp_path / "page.html").as_uri())
-    assert browser.errors == [] and len(browser.requests) == 1
-    assert count(browser, "img") == 0 and browser.value("document.title") == hostile
+    assert browser.errors == []
+    assert len(browser.requests) == 1
+    assert count(browser, "img") == 0
+    assert browser.value("document.title") == hostile
     assert hostile in browser.value("document.querySelector('#chart-sources .legend').textContent")
 
 
-def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
+def test_live_page_adds_new_steps_and_keeps_zoom_and_focus(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     whole = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text("")
     with served(run) as (port, source):
         browser.open(f"http://127.0.0.1:{port}/")
-        assert browser.value("!document.getElementById('empty').hidden") and count(browser, "figure") == 0
+        assert browser.value("!document.getElementById('empty').hidden")
+        assert count(browser, "figure") == 0
         browser.value("document.querySelector('details').open = true")
         (run / "metrics.jsonl").write_text(whole)
         look_again(source)
@@ -196,14 +209,15 @@ def test_a_live_page_follows_its_run(browser: Browser, tmp_path: Path) -> None:
             file.write(STEP_41)
         look_again(source)
         browser.until("document.querySelector('.cards').textContent.startsWith('steps41')")
-        assert browser.value(SHOWN) == zoomed and browser.value("document.querySelector('details').open")
+        assert browser.value(SHOWN) == zoomed
+        assert browser.value("document.querySelector('details').open")
         assert browser.value(f"document.activeElement === {FIRST}")
         assert browser.errors == []
     browser.until("document.getElementById('live').textContent.startsWith('no answer')")
     browser.ask("Page.navigate", url="about:blank")
 
 
-def test_a_run_of_100_000_steps(browser: Browser, tmp_path: Path) -> None:
+def test_report_page_of_100_000_steps_opens_in_time_and_zooms_to_steps(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=100_000)
     page, began = tmp_path / "page.html", time.monotonic()
     assert main(["report", str(run), "--out", str(page)]) == 0

@@ -1,4 +1,4 @@
-"""`ettin compare` on run directories: what makes a pair, what breaks one and how it is named, and what is written."""
+"""`ettin compare` on run directories: verdicts, the named differences of a broken pair, and the files written."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def compared(first, second):
     return comparison.verdict, {check.name: check.detail for check in comparison.failed}
 
 
-def test_a_pair_is_paired(tmp_path, encoder):
+def test_compare_runs_differing_only_in_objective_are_paired(tmp_path, encoder):
     assert compared(encoder, write_run(tmp_path / "decoder", "clm")) == ("PAIRED", {})
 
 
-def test_operations_may_differ(tmp_path, encoder):
+def test_compare_different_operations_keys_are_still_paired(tmp_path, encoder):
     words = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "run.device=cpu")
     assert compared(encoder, write_run(tmp_path / "decoder", "clm", words=words)) == ("PAIRED", {})
 
 
-def test_two_runs_of_one_objective_are_the_same_training(tmp_path, encoder):
+def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
     assert compared(encoder, write_run(tmp_path / "again", words=("parallel.tp=2",))) == ("SAME TRAINING", {})
 
 
@@ -55,26 +55,26 @@ def test_two_runs_of_one_objective_are_the_same_training(tmp_path, encoder):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_breaks_a_pair_is_named(tmp_path, encoder, changes, check, told):
+def test_compare_difference_breaks_the_pair_and_is_named(tmp_path, encoder, changes, check, told):
     verdict, failed = compared(encoder, write_run(tmp_path / "decoder", "clm", **changes))
     assert verdict == "NOT PAIRED"
     assert told in failed[check]
 
 
-def test_a_change_on_the_way_breaks_a_pair(tmp_path, encoder):
+def test_compare_key_changed_during_the_run_breaks_the_pair(tmp_path, encoder):
     decoder = write_run(tmp_path / "decoder", "clm")
     with open(decoder / "history.jsonl", "a", encoding="utf-8") as history:
         history.write(json.dumps({"changes": ["optim.lr"]}) + "\n")
     assert compared(encoder, decoder) == ("NOT PAIRED", {"no change on the way": "decoder: optim.lr"})
 
 
-def test_the_original_decoder_window_is_part_of_the_objective(tmp_path, encoder):
+def test_compare_decoder_window_counts_as_part_of_the_objective(tmp_path, encoder):
     decoder = write_run(tmp_path / "decoder", "clm", words=("model.decoder_window_keys=65",))
     assert compared(encoder, decoder) == ("PAIRED", {})
     assert compared(decoder, write_run(tmp_path / "other", "clm"))[0] == "NOT PAIRED"
 
 
-def test_a_run_still_going_is_compared_up_to_where_it_is(tmp_path, encoder):
+def test_compare_running_run_uses_the_common_steps(tmp_path, encoder):
     decoder = write_run(tmp_path / "decoder", "clm", steps=15)
     with open(decoder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         metrics.write('{"step": 16, "tok')
@@ -83,7 +83,7 @@ def test_a_run_still_going_is_compared_up_to_where_it_is(tmp_path, encoder):
     assert "15 common steps (1 to 15; recorded 40 and 15)" in [check.detail for check in comparison.checks]
 
 
-def test_phases_follow_each_other_on_the_token_axis(tmp_path):
+def test_compare_later_phase_continues_the_token_axis(tmp_path):
     runs = [
         write_run(tmp_path / objective / phase, objective, phase, steps=20)
         for objective in ("mlm", "clm")
@@ -100,7 +100,7 @@ def test_phases_follow_each_other_on_the_token_axis(tmp_path):
     assert {check.name for check in shorter.failed} == {"phases"}
 
 
-def test_chains_of_one_name_are_told_apart(tmp_path):
+def test_compare_runs_with_same_name_get_distinct_chain_names(tmp_path):
     runs = [write_run(tmp_path / name / "run", steps=3) for name in ("a", "b")]
     names = [chain.name for chain in compare(runs).chains]
     assert len(set(names)) == 2
@@ -128,7 +128,7 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_and_its_picture(tmp_path, encoder, capsys):
+def test_compare_page_fetches_nothing_and_shows_differences(tmp_path, encoder, capsys):
     decoder = write_run(tmp_path / "<b>decoder", "clm", steps=900, words=("optim.lr=1e-3",))
     out = tmp_path / "reports" / "pair.html"
     assert main(["compare", str(encoder), str(decoder), "--out", str(out)]) == 0
@@ -137,10 +137,13 @@ def test_the_page_and_its_picture(tmp_path, encoder, capsys):
     assert "NOT PAIRED: 17m mlm / 17m clm" in told
     text = out.read_text(encoding="utf-8")
     links = Links(text)
-    assert links.fetched == [] and links.open == []
+    assert links.fetched == []
+    assert links.open == []
     assert not re.search(r"https?://|url\(|@import", text)
-    assert "<b>decoder" not in text and "&lt;b&gt;decoder" in text
-    assert "NOT PAIRED" in text and "optim.lr: 0.003 and 0.001" in text
+    assert "<b>decoder" not in text
+    assert "&lt;b&gt;decoder" in text
+    assert "NOT PAIRED" in text
+    assert "optim.lr: 0.003 and 0.001" in text
     assert text.count("<svg") == 5
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", text)
     assert len(text) < 200_000
@@ -148,7 +151,7 @@ def test_the_page_and_its_picture(tmp_path, encoder, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ["pair.html", "pair.png"]
 
 
-def test_json_and_require_paired(tmp_path, encoder, capsys):
+def test_compare_json_and_require_paired_set_the_exit_status(tmp_path, encoder, capsys):
     decoder = write_run(tmp_path / "decoder", "clm", words=("run.seed=3",))
     out = tmp_path / "pair.html"
     words = ["compare", str(encoder), str(decoder), "--out", str(out), "--json"]
@@ -173,15 +176,16 @@ def test_json_and_require_paired(tmp_path, encoder, capsys):
         (lambda run: (run / "config.yaml").write_text("run: {"), "config.yaml"),
     ],
 )
-def test_what_cannot_be_read_is_a_user_error(encoder, tmp_path, capsys, damage, told):
+def test_compare_unreadable_run_is_refused_in_one_line(encoder, tmp_path, capsys, damage, told):
     damage(encoder)
     out = tmp_path / "pair.html"
     assert main(["compare", str(encoder), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert told in error
+    assert error.count("\n") == 1
     assert not out.exists()
 
 
-def test_a_page_has_to_end_in_html(encoder, tmp_path, capsys):
+def test_compare_page_without_html_suffix_is_refused(encoder, tmp_path, capsys):
     assert main(["compare", str(encoder), "--out", str(tmp_path / "pair.pdf")]) == 2
     assert "has to end in .html" in capsys.readouterr().err

@@ -15,16 +15,17 @@ def chart(*segments, unit="nats", marks=()):
     return Chart("Loss", unit, [Curve("a", 0, segments)], marks)
 
 
-def test_thinning_keeps_the_spikes():
+def test_thin_long_curve_keeps_the_spikes():
     y = [1.0] * 100_000
     y[54_321], y[77_777] = 9.0, -9.0
     points = thin(range(len(y)), y)
     assert len(points) <= MOST_POINTS
-    assert (54_321, 9.0) in points and (77_777, -9.0) in points
+    assert (54_321, 9.0) in points
+    assert (77_777, -9.0) in points
     assert points == sorted(points)
 
 
-def test_medians_neither_lag_nor_follow_spikes():
+def test_medians_with_spikes_neither_lag_nor_follow_them():
     x = [float(step) for step in range(10_000)]
     y = [10 - step / 1_000 + (50 if step % 100 == 50 else 0) for step in range(10_000)]
     assert max(abs(value - (10 - position / 1_000)) for position, value in medians(x, y)) < 0.01
@@ -34,12 +35,12 @@ def test_medians_neither_lag_nor_follow_spikes():
     ("low", "high", "expected"),
     [(0, 10, [0, 2, 4, 6, 8, 10]), (2.9, 11.1, [4, 6, 8, 10]), (-1e-3, 1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3])],
 )
-def test_ticks_are_round(low, high, expected):
+def test_ticks_are_round_numbers(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e6))
-def test_ticks_are_few_and_inside(low, share):
+def test_ticks_of_any_range_are_few_and_inside_it(low, share):
     span = share * max(abs(low), 1e-9)
     high = low + span
     found = ticks(low, high)
@@ -50,7 +51,7 @@ def test_ticks_are_few_and_inside(low, share):
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (1e7, "10M"), (248_000, "248K"), (3e-3, "0.003"), (2.5, "2.5"), (1e-10, "1e-10")]
 )
-def test_tick_text(value, text):
+def test_tick_text_is_short_with_unit_suffixes(value, text):
     assert tick_text(value) == text
 
 
@@ -58,21 +59,24 @@ NUMBERS = st.floats(min_value=-1e30, max_value=1e30, allow_subnormal=False)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=90))
-def test_any_numbers_can_be_drawn(y):
+def test_svg_of_any_numbers_has_finite_coordinates(y):
     drawn = svg(chart(([float(step) for step in range(1, len(y) + 1)], y)))
     numbers = [float(number) for number in re.findall(r"[ML ]?(-?\d+\.\d) ", drawn)]
     assert all(math.isfinite(number) for number in numbers)
-    assert "nan" not in drawn and "inf" not in drawn
+    assert "nan" not in drawn
+    assert "inf" not in drawn
 
 
-def test_phases_are_separate_strokes_with_their_names():
+def test_svg_of_two_phases_draws_separate_strokes_with_their_names():
     drawn = svg(chart(([1.0, 2.0], [3.0, 2.0]), ([3.0, 4.0], [2.5, 2.0]), marks=[(0.0, "pretrain"), (2.0, "decay")]))
     (path,) = re.findall(r' d="([^"]*)"', drawn)
-    assert path.count("M") == 2 and path.count("L") == 2
-    assert ">pretrain</text>" in drawn and ">decay</text>" in drawn
+    assert path.count("M") == 2
+    assert path.count("L") == 2
+    assert ">pretrain</text>" in drawn
+    assert ">decay</text>" in drawn
 
 
-def test_a_wide_span_is_drawn_on_a_logarithmic_axis():
+def test_chart_wide_span_uses_a_logarithmic_axis():
     steps = [float(step) for step in range(1, 20)]
     assert chart((steps, [1.0] * 18 + [1e6])).logarithmic
     assert not chart((steps, [1.0] * 18 + [10.0])).logarithmic
@@ -80,5 +84,5 @@ def test_a_wide_span_is_drawn_on_a_logarithmic_axis():
     assert "1M" in svg(chart((steps, [1.0] * 18 + [1e6])))
 
 
-def test_one_chart_is_a_picture_too():
+def test_png_of_single_point_chart_is_a_png():
     assert png([chart(([1.0], [2.0]))]).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`ettin inspect` of checkpoints and runs: what it says, what it refuses."""
+"""`ettin inspect` of checkpoints and runs: its output and its refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_ettin.report.inspection import describe
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with two checkpoints, one of them with optimizer state, and a torn metrics file."""
+    """Return a run directory with two checkpoints, one with optimizer state, and a torn last line of metrics."""
     folder = tmp_path / "run"
     config = recipe("17m", "clm", "pretrain")
     for step in (10, 20):
@@ -36,35 +36,43 @@ def run(tmp_path):
     return folder
 
 
-def test_checkpoint(run, capsys):
+def test_inspect_checkpoint_reports_contents_and_verifies(run, capsys):
     path = checkpoints_folder(run) / step_name(20)
     found = describe(path, verify=True)
     assert (found["kind"], found["step"], found["tokens"], found["verified"]) == ("checkpoint", 20, 20_000, True)
     assert (found["size"], found["objective"], found["phase"]) == ("17m", "clm", "pretrain")
-    assert found["parameters"] == 20 and found["dtypes"] == ["float32"]
+    assert found["parameters"] == 20
+    assert found["dtypes"] == ["float32"]
     assert found["tensors"] == {"head.norm.weight": [8], "output_layer.bias": [4, 3]}
-    assert found["optimizer"] and found["optimizer_tensors"] == 1 and not found["tokenizer"]
+    assert found["optimizer"]
+    assert found["optimizer_tensors"] == 1
+    assert not found["tokenizer"]
     assert found["bytes"] == sum(file.stat().st_size for file in path.iterdir() if file.name != "integrity.json")
     assert not describe(checkpoints_folder(run) / step_name(10))["optimizer"]
     assert main(["inspect", str(path), "--verify"]) == 0
     text = capsys.readouterr().out
-    assert "17m clm pretrain" in text and "20 (20K tokens)" in text and "all good" in text
+    assert "17m clm pretrain" in text
+    assert "20 (20K tokens)" in text
+    assert "all good" in text
     assert main(["inspect", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found | {"verified": False}
 
 
-def test_run(run, capsys):
+def test_inspect_run_reports_progress_and_checkpoints(run, capsys):
     found = describe(run)
     assert (found["kind"], found["step"], found["seed"]) == ("run", 23, 21)
     assert found["loss"] == pytest.approx(2.7)
     assert found["checkpoints"] == [step_name(10), step_name(20)]
-    assert found["config"]["num_layers"] == 7 and found["config"]["tp"] == 1
+    assert found["config"]["num_layers"] == 7
+    assert found["config"]["tp"] == 1
     assert main(["inspect", str(run)]) == 0
     text = capsys.readouterr().out
-    assert "loss 2.7000" in text and step_name(20) in text and "--verify" in text
+    assert "loss 2.7000" in text
+    assert step_name(20) in text
+    assert "--verify" in text
 
 
-def test_run_that_has_not_begun(run, capsys):
+def test_inspect_run_without_metrics_says_none_recorded(run, capsys):
     (run / "metrics.jsonl").unlink()
     assert main(["inspect", str(run)]) == 0
     assert "none recorded yet" in capsys.readouterr().out
@@ -73,7 +81,7 @@ def test_run_that_has_not_begun(run, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
-def test_damage_is_named(run, capsys):
+def test_inspect_damaged_checkpoint_is_named(run, capsys):
     path = checkpoints_folder(run) / step_name(10) / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -87,7 +95,7 @@ def test_damage_is_named(run, capsys):
     assert "os.system" in capsys.readouterr().err
 
 
-def test_neither(tmp_path):
+def test_describe_path_without_run_or_checkpoint_is_refused(tmp_path):
     for path, said in ((tmp_path / "no", "no such"), (tmp_path, "neither")):
         with pytest.raises(UserError, match=said):
             describe(path)

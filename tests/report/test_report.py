@@ -1,4 +1,4 @@
-"""`ettin report` by its command line: what a page holds, of runs in any state, and that nothing in a run can harm it."""
+"""`ettin report` by its command line: the page of runs in any state, and that no content of a run can harm it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TOKEN = "hf_" + "q" * 30
 
 
 def reported(out: Path, *words: object) -> str:
-    """The page of runs."""
+    """Write the page of runs and return its text."""
     assert main(["report", *map(str, words), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
 def numbers(page: str) -> dict[str, Any]:
-    """What the page's script draws."""
+    """Return the JSON data that the page's script draws."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     return json.loads(text)
 
@@ -55,10 +55,13 @@ def page(tmp_path: Path) -> Path:
     return tmp_path / "page.html"
 
 
-def test_a_trained_pair(trained: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_trained_pair_holds_curves_and_marks_of_the_runs(
+    trained: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = reported(page, trained / "mlm", trained / "clm", "--title", "A pair")
     assert capsys.readouterr().out.startswith("PAIRED: 17m mlm / 17m clm\n")
-    assert "<title>A pair</title>" in text and '<span class="verdict good">PAIRED</span>' in section(text, "comparison")
+    assert "<title>A pair</title>" in text
+    assert '<span class="verdict good">PAIRED</span>' in section(text, "comparison")
     drawn = numbers(text)
     assert [model["name"] for model in drawn["models"]] == ["17m mlm", "17m clm"]
     assert drawn["axes"] == ["tokens", "steps", "hours"]
@@ -69,29 +72,37 @@ def test_a_trained_pair(trained: Path, page: Path, capsys: pytest.CaptureFixture
         lines = read(trained / name / "pretrain").metrics
         losses = floats(pretrain["series"]["loss"]["y"])
         assert losses == pytest.approx([line["loss"] for line in lines], rel=1e-6)
-        assert extend["span"]["steps"] == [7, 9] and extend["span"]["tokens"][0] > pretrain["span"]["tokens"][1]
+        assert extend["span"]["steps"] == [7, 9]
+        assert extend["span"]["tokens"][0] > pretrain["span"]["tokens"][1]
     encoder, decoder = (model["runs"][0]["marks"] for model in drawn["models"])
     assert [(mark["kind"], mark["steps"]) for mark in encoder] == [("restart", 4.0), ("bad", 3.0)]
-    assert "gradient norm is nan" in encoder[1]["text"] and decoder == []
+    assert "gradient norm is nan" in encoder[1]["text"]
+    assert decoder == []
 
 
-def test_what_is_told_of_a_trained_pair(trained: Path, corpus: Path, page: Path) -> None:
+def test_report_of_trained_pair_lists_data_layout_bad_steps_and_checkpoints(
+    trained: Path, corpus: Path, page: Path
+) -> None:
     text = reported(page, trained / "mlm", trained / "clm")
     assert section(text, "data-consumed").count(f"<code>{corpus}</code>") == 2
     assert section(text, "layout").count("dp 2") == 2
     launches = section(text, "environment")
-    assert launches.count("<tr>") == 1 + 5 and "torch" in launches
+    assert launches.count("<tr>") == 1 + 5
+    assert "torch" in launches
     assert "Hosts: not recorded" not in launches
     bad = section(text, "bad-steps")
-    assert bad.count("<tr>") == 1 + 1 and "skipped: gradient norm is nan" in bad
+    assert bad.count("<tr>") == 1 + 1
+    assert "skipped: gradient norm is nan" in bad
     assert "bad_steps/step_000000003.parquet" in bad
     saved = section(text, "checkpoints")
-    assert "milestone" in saved and saved.count("in their recorded sizes") == saved.count('class="good">whole')
+    assert "milestone" in saved
+    assert saved.count("in their recorded sizes") == saved.count('class="good">whole')
     assert saved.count("verified in hf: tensors equal, logits within") == 1
-    assert 'class="bad"' not in saved and "batch.micro_batch_rows" in section(text, "configuration")
+    assert 'class="bad"' not in saved
+    assert "batch.micro_batch_rows" in section(text, "configuration")
 
 
-def test_the_quick_start_ends_with_a_report(trained: Path, tmp_path: Path) -> None:
+def test_report_quickstart_command_writes_page_and_figures(trained: Path, tmp_path: Path) -> None:
     script = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
     (words,) = re.findall(r"^ +ettin (report .*)$", script, re.M)
     root = tmp_path / "out"
@@ -101,10 +112,12 @@ def test_the_quick_start_ends_with_a_report(trained: Path, tmp_path: Path) -> No
     assert main(shlex.split(words.replace("$out", str(root)))) == 0
     last = script.rpartition("<<END")[2].replace("$out", str(root))
     assert "PAIRED" in (root / "pair.html").read_text(encoding="utf-8")
-    assert f"{root}/pair.html" in last and f"{root}/figures" in last and (root / "figures" / "loss.png").exists()
+    assert f"{root}/pair.html" in last
+    assert f"{root}/figures" in last
+    assert (root / "figures" / "loss.png").exists()
 
 
-def test_a_damaged_checkpoint_is_told(trained: Path, tmp_path: Path, page: Path) -> None:
+def test_report_damaged_checkpoint_is_marked(trained: Path, tmp_path: Path, page: Path) -> None:
     copy = shutil.copytree(trained / "mlm" / "extend", tmp_path / "copy")
     (newest,) = (copy / "checkpoints").glob("step_*")
     (newest / "progress.json").write_text("{}   ")
@@ -113,16 +126,17 @@ def test_a_damaged_checkpoint_is_told(trained: Path, tmp_path: Path, page: Path)
     assert '<span class="bad">damaged</span>' in section(reported(page, copy), "checkpoints")
 
 
-def test_one_run_of_a_folder_of_runs(tmp_path: Path, run: Path, page: Path) -> None:
+def test_report_of_run_or_folder_lists_the_models_in_it(tmp_path: Path, run: Path, page: Path) -> None:
     write_run(tmp_path / "other", "clm")
     assert [model["name"] for model in numbers(reported(page, run))["models"]] == ["17m mlm"]
     both = numbers(reported(page, tmp_path))
     assert [model["name"] for model in both["models"]] == ["17m clm", "17m mlm"]
     text = reported(page, run)
-    assert section(text, "comparison") == "" and "NOT PAIRED" not in text
+    assert section(text, "comparison") == ""
+    assert "NOT PAIRED" not in text
 
 
-def test_the_newest_validation_may_be_of_an_earlier_phase(tmp_path: Path, page: Path) -> None:
+def test_report_validation_loss_of_earlier_phase_names_that_phase(tmp_path: Path, page: Path) -> None:
     phases = [write_run(tmp_path / "pretrain", steps=60), write_run(tmp_path / "extend", phase="extend")]
     (evaluated,) = [line for line in read(phases[0]).metrics if "validation_loss" in line]
     loss = f"{evaluated['validation_loss']:.4f}"
@@ -131,23 +145,26 @@ def test_the_newest_validation_may_be_of_an_earlier_phase(tmp_path: Path, page: 
     assert told.format("") in section(reported(page, phases[0]), "cards")
 
 
-def test_a_broken_pair_names_what_differs(tmp_path: Path, run: Path, page: Path) -> None:
+def test_report_of_broken_pair_names_the_difference_first(tmp_path: Path, run: Path, page: Path) -> None:
     text = reported(page, run, write_run(tmp_path / "other", "clm", words=("run.seed=3",)))
     told = section(text, "comparison")
-    assert "NOT PAIRED" in told and told.index("run.seed: 21 and 3") < told.index("All checks")
+    assert "NOT PAIRED" in told
+    assert told.index("run.seed: 21 and 3") < told.index("All checks")
 
 
-def test_the_page_lies_in_the_first_run_where_no_other_place_is_given(run: Path) -> None:
+def test_report_page_without_out_goes_into_the_run(run: Path) -> None:
     assert main(["report", str(run)]) == 0
     assert [path.name for path in (run / "report").iterdir()] == ["report.html"]
-    assert main(["report", str(run)]) == 0  # what is written there is no run
+    # the written report folder is not taken for a run
+    assert main(["report", str(run)]) == 0
 
 
-def test_a_torn_last_line_and_a_line_in_two_halves(run: Path, page: Path) -> None:
+def test_report_torn_metrics_lines_are_skipped_and_counted(run: Path, page: Path) -> None:
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 41, "tok')
     text = reported(page, run)
-    assert numbers(text)["models"][0]["runs"][0]["n"] == 40 and "could not be read" not in text
+    assert numbers(text)["models"][0]["runs"][0]["n"] == 40
+    assert "could not be read" not in text
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'\n\xff\xfe\n[1]\n{"step": 42, "tokens": 99000000, "loss": 3.0}\n')
     text = reported(page, run)
@@ -155,7 +172,7 @@ def test_a_torn_last_line_and_a_line_in_two_halves(run: Path, page: Path) -> Non
     assert "3 lines of metrics.jsonl could not be read" in section(text, "environment")
 
 
-def test_a_run_that_is_being_written_grows(run: Path, page: Path) -> None:
+def test_report_of_partly_written_metrics_uses_whole_lines(run: Path, page: Path) -> None:
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     for end in (1, 7):  # in the middle of a line too
         (run / "metrics.jsonl").write_bytes(b"".join(lines[:end]) + lines[end][:30])
@@ -164,19 +181,22 @@ def test_a_run_that_is_being_written_grows(run: Path, page: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [("config.yaml",), ("config.yaml", "metrics.jsonl")])
-def test_a_run_that_has_not_begun(run: Path, page: Path, left: tuple[str, ...], tmp_path: Path) -> None:
+def test_report_of_run_without_steps_draws_no_chart(
+    run: Path, page: Path, left: tuple[str, ...], tmp_path: Path
+) -> None:
     for path in run.iterdir():
         if path.name not in left:
             path.unlink()
         elif path.name == "metrics.jsonl":
             path.write_text("")
     text = reported(page, run)
-    assert numbers(text)["charts"] == [] and '<p class="soft" id="empty">No step is recorded yet.' in text
+    assert numbers(text)["charts"] == []
+    assert '<p class="soft" id="empty">No step is recorded yet.' in text
     beside = write_run(tmp_path / "beside", "clm")
     assert numbers(reported(page, run, beside))["charts"][0]["id"] == "loss"
 
 
-def test_files_of_other_shapes_are_passed_over(run: Path, page: Path) -> None:
+def test_report_malformed_files_are_passed_over(run: Path, page: Path) -> None:
     deep = "[" * 100_000
     for name in ("order.json", "history.jsonl", "bad_steps.jsonl", "metrics.rolled_back.jsonl"):
         (run / name).write_text(f"{deep}\n[]\n3\n")
@@ -191,14 +211,15 @@ def test_files_of_other_shapes_are_passed_over(run: Path, page: Path) -> None:
     assert page.stat().st_size < 2_000_000
 
 
-def test_steps_trained_again_stand_once(run: Path, page: Path) -> None:
+def test_report_repeated_step_keeps_the_latest_value(run: Path, page: Path) -> None:
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 39, "tokens": 2496000, "loss": 7.5}\n')
     series = numbers(reported(page, run))["models"][0]["runs"][0]["series"]
-    assert len(floats(series["loss"]["y"])) == 40 and floats(series["loss"]["y"])[38] == 7.5
+    assert len(floats(series["loss"]["y"])) == 40
+    assert floats(series["loss"]["y"])[38] == 7.5
 
 
-def test_hostile_text_is_inert(tmp_path: Path, page: Path) -> None:
+def test_report_page_hostile_text_is_escaped(tmp_path: Path, page: Path) -> None:
     folder = tmp_path / "a&b<i>"
     run = write_run(folder, loss={5: None})
     config = (run / "config.yaml").read_text()
@@ -209,33 +230,41 @@ def test_hostile_text_is_inert(tmp_path: Path, page: Path) -> None:
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 41, f"validation_loss/{HOSTILE}": 1.0, "bad": HOSTILE}) + "\n")
     text = reported(page, run, "--title", HOSTILE)
-    assert "<img" not in text and text.count("</script>") == 2
-    assert "<i>" not in text and "a&amp;b&lt;i&gt;" in text
+    assert "<img" not in text
+    assert text.count("</script>") == 2
+    assert "<i>" not in text
+    assert "a&amp;b&lt;i&gt;" in text
     assert f"validation_loss/{HOSTILE}" in numbers(text)["models"][0]["runs"][0]["series"]
     assert json.loads(embedded(HOSTILE)) == HOSTILE
 
 
-def test_nothing_is_fetched(run: Path, page: Path) -> None:
+def test_report_page_fetches_nothing(run: Path, page: Path) -> None:
     text = reported(page, run)
-    assert "default-src 'none'" in text and "connect-src 'none'" in text
+    assert "default-src 'none'" in text
+    assert "connect-src 'none'" in text
     assert set(re.findall(r'(?:src|href)="?([^" >]+)', text)) == {"data:,", "#curves"}
     assert not re.search(r"url\((?!#)|@import", text)
 
 
-def test_secrets_are_left_out(run: Path, page: Path) -> None:
+def test_report_page_hides_secrets(run: Path, page: Path) -> None:
     config = (run / "config.yaml").read_text()
     lines = [f"api_key: {'9' * 8}", f"store: https://me:{'s' * 9}@host/x", f"note: 'use {TOKEN}'"]
     (run / "config.yaml").write_text(config + "extra:\n" + "".join(f"  {line}\n" for line in lines))
     (run / "history.jsonl").write_text(json.dumps({"from": f"https://host/x?X-Amz-Signature={TOKEN}&a=1"}) + "\n")
     text = reported(page, run, "--title", f"of {TOKEN}")
-    assert TOKEN not in text and "9" * 8 not in text and "s" * 9 not in text
-    assert text.count("(hidden)") >= 5 and "X-Amz-Signature=(hidden)&amp;a=1" in text
+    assert TOKEN not in text
+    assert "9" * 8 not in text
+    assert "s" * 9 not in text
+    assert text.count("(hidden)") >= 5
+    assert "X-Amz-Signature=(hidden)&amp;a=1" in text
     snapshot = "models/snapshots/" + "0123456789" * 4
     (run / "history.jsonl").write_text(json.dumps({"from": snapshot}) + "\n")
     assert snapshot in reported(page, run)  # a commit is no key
 
 
-def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_bad_arguments_are_refused_in_one_line(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (run / "config.yaml").write_text("run: {")
     for words, told in (
@@ -250,10 +279,13 @@ def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, run: Path, capsys: pyt
     ):
         assert main(["report", *map(str, words)]) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1, error
+        assert told in error, error
+        assert error.count("\n") == 1, error
 
 
-def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_unwritable_output_is_refused_in_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     for words in (
         ["--out", tmp_path / "file" / "page.html"],
@@ -261,32 +293,41 @@ def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path, capsys: pytes
     ):
         assert main(["report", str(run), *map(str, words)]) == 2
         error = capsys.readouterr().err
-        assert f"{words[-2]} {words[-1]}: cannot be written" in error and error.count("\n") == 1
+        assert f"{words[-2]} {words[-1]}: cannot be written" in error
+        assert error.count("\n") == 1
 
 
-def test_figures_for_papers(tmp_path: Path, run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_figures_are_png_and_reproducible_svg(
+    tmp_path: Path, run: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_run(tmp_path / "other", "clm", steps=130)
     reported(page, run, other, "--png", tmp_path / "png", "--svg", tmp_path / "svg", "--json")
     told = json.loads(capsys.readouterr().out)
     names = {"loss", "lr", "grad_norm", "speed"}
-    assert {Path(path).stem for path in told["figures"]} == names and len(told["figures"]) == 8
+    assert {Path(path).stem for path in told["figures"]} == names
+    assert len(told["figures"]) == 8
     assert all((tmp_path / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in names)
     svg = (tmp_path / "svg" / "loss.svg").read_text()
-    assert "<svg" in svg and "17m mlm, loss" in svg  # its text is text
+    assert "<svg" in svg
+    # text is drawn as text, not as outlines
+    assert "17m mlm, loss" in svg
     reported(page, run, other, "--svg", tmp_path / "again")
     assert (tmp_path / "again" / "loss.svg").read_text() == svg
 
 
-def test_as_json(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_json_describes_page_and_models(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reported(page, run, "--json")
     told = json.loads(capsys.readouterr().out)
-    assert told["page"] == str(page) and told["bytes"] == page.stat().st_size
+    assert told["page"] == str(page)
+    assert told["bytes"] == page.stat().st_size
     (model,) = told["models"]
     assert (model["name"], model["phases"], model["steps"]) == ("17m mlm", ["pretrain"], 40)
-    assert told["verdict"] is None and model["runs"] == [str(run)] and model["tokens"] > 40 * 64_000
+    assert told["verdict"] is None
+    assert model["runs"] == [str(run)]
+    assert model["tokens"] > 40 * 64_000
 
 
-def test_the_slowest_host_is_named(tmp_path: Path, page: Path) -> None:
+def test_report_names_the_slowest_host(tmp_path: Path, page: Path) -> None:
     hosts = {10: "node-a", 20: "node-b", 30: "node-a", 40: "node-a"}
     run = write_run(tmp_path / "run", slowest_host=hosts, slowest_ratio=dict.fromkeys(hosts, 1.5))
     text = reported(page, run)
@@ -295,7 +336,7 @@ def test_the_slowest_host_is_named(tmp_path: Path, page: Path) -> None:
     assert "slowest" in {chart["id"] for chart in numbers(text)["charts"]}
 
 
-def test_shares_of_a_mixture(tmp_path: Path, run: Path, page: Path) -> None:
+def test_report_mixture_shows_share_of_each_source(tmp_path: Path, run: Path, page: Path) -> None:
     config = (run / "config.yaml").read_text()
     sources = [{"name": "web", "tokens": 3}, {"name": "books", "tokens": 1}]
     (tmp_path / "a").mkdir()
@@ -306,4 +347,5 @@ def test_shares_of_a_mixture(tmp_path: Path, run: Path, page: Path) -> None:
     told = re.sub("<[^>]+>", " ", section(reported(page, run), "data-consumed"))
     rows = [line.split() for line in told.splitlines() if "%" in line]
     assert [row[1] for row in rows] == ["75.0%", "56.2%", "18.8%", "25.0%"]
-    assert rows[0][-1] == "1.92" and rows[3][0] == f"{tmp_path}/b"
+    assert rows[0][-1] == "1.92"
+    assert rows[3][0] == f"{tmp_path}/b"

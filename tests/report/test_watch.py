@@ -1,4 +1,4 @@
-"""`ettin report --watch`: the page and its news, for this machine only."""
+"""`ettin report --watch`: the page and its updates, served to this host only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.report import document, serve
+from tests.forkserver import program
 from tests.report.synthetic import write_run
 
 STEP_41 = '{"step": 41, "tokens": 2700000, "loss": 3.25, "lr": 0.001}\n'
@@ -25,7 +25,7 @@ STEP_41 = '{"step": 41, "tokens": 2700000, "loss": 3.25, "lr": 0.001}\n'
 
 @contextmanager
 def served(run: Path) -> Iterator[tuple[int, serve.Source]]:
-    """Port and source of a server of one run."""
+    """Serve one run; yield the port and the source."""
     source = serve.Source(lambda: document.make([run]))
     server = serve.server(source, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -39,7 +39,7 @@ def served(run: Path) -> Iterator[tuple[int, serve.Source]]:
 
 
 def asked(port: int, path: str, host: str = "") -> tuple[int, str]:
-    """Status and text of an answer."""
+    """Return status and text of the answer to a GET request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers={"Host": host} if host else {})
     answer = connection.getresponse()
@@ -49,15 +49,16 @@ def asked(port: int, path: str, host: str = "") -> tuple[int, str]:
 
 
 def look_again(source: serve.Source) -> None:
-    """As if the time between two readings had passed."""
+    """Make the source read its runs again at the next request."""
     source._next = 0.0
 
 
-def test_the_page_and_its_news(tmp_path: Path) -> None:
+def test_watch_server_sends_page_then_only_changes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with served(run) as (port, source):
         status, page = asked(port, "/")
-        assert status == 200 and "connect-src 'self'" in page
+        assert status == 200
+        assert "connect-src 'self'" in page
         (version,) = re.findall(r'data-live="2000" data-version="(\d+)"', page)
         assert asked(port, f"/data.json?seen={version}") == (204, "")
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -65,16 +66,19 @@ def test_the_page_and_its_news(tmp_path: Path) -> None:
         look_again(source)
         status, text = asked(port, f"/data.json?seen={version}")
         news = json.loads(text)
-        assert status == 200 and news["version"] != version
+        assert status == 200
+        assert news["version"] != version
         assert news["data"]["models"][0]["runs"][0]["n"] == 41
-        assert "41" in news["sections"]["cards"] and set(news["sections"]) >= {"checkpoints", "environment"}
+        assert "41" in news["sections"]["cards"]
+        assert set(news["sections"]) >= {"checkpoints", "environment"}
         assert asked(port, f"/data.json?seen={news['version']}")[0] == 204
-        (run / "config.yaml").write_text("run: {")  # what cannot be read for a moment leaves the last page
+        # a run that cannot be read for a moment keeps the last page
+        (run / "config.yaml").write_text("run: {")
         look_again(source)
         assert asked(port, f"/data.json?seen={news['version']}")[0] == 204
 
 
-def test_other_names_and_paths_are_refused(tmp_path: Path) -> None:
+def test_watch_server_foreign_host_or_path_is_refused(tmp_path: Path) -> None:
     with served(write_run(tmp_path / "run", steps=3)) as (port, _):
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil"):
             assert asked(port, "/data.json", host)[0] == 403
@@ -84,7 +88,7 @@ def test_other_names_and_paths_are_refused(tmp_path: Path) -> None:
             assert asked(port, path)[0] == 404
 
 
-def test_a_taken_port_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_port_in_use_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", steps=3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -92,12 +96,13 @@ def test_a_taken_port_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFi
         port = taken.getsockname()[1]
         assert main(["report", str(run), "--watch", str(port)]) == 2
     error = capsys.readouterr().err
-    assert f"--watch {port}: Address already in use; name another port" in error and error.count("\n") == 1
+    assert f"--watch {port}: Address already in use; name another port" in error
+    assert error.count("\n") == 1
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+def test_watch_command_serves_until_sigint(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=3)
-    words = [sys.executable, "-m", "megatron_ettin", "report", str(run), "--watch", "0"]
+    words = program("ettin", "report", str(run), "--watch", "0")
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
@@ -106,4 +111,5 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     assert asked(int(address[1]), "/")[0] == 200
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (0, "") and "no longer served" in out
+    assert (process.returncode, error) == (0, "")
+    assert "no longer served" in out

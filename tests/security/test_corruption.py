@@ -1,4 +1,4 @@
-"""Every changed byte of a dataset or a checkpoint is detected and named, by tools/chaos.py as its users call it."""
+"""Every changed byte of a dataset or a checkpoint is detected and named; checked by running tools/chaos.py."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ COUNT = int(os.environ.get("ETTIN_CORRUPTIONS", "80"))
 
 
 def compile_an_order(pool: Pool, folder: Path) -> None:
-    """The dataset in `folder` with the rows of two steps of the run in it as an order given in a file."""
+    """Train on the rows of two steps of the run in `folder`, as an order from a file, so that order files exist."""
     given = folder / "steps.parquet"
     assert main(["order", str(folder / "run"), "--steps", "1:3", "--out", str(given)]) == 0
     train(pool, 2, folder / "again", folder / "dataset", "mlm", ["run.steps=2", f"data.order={given}"])
 
 
 @pytest.mark.ranks
-def test_every_changed_byte(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_chaos_corrupt_every_changed_byte_is_detected(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "dataset")
     train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=2", "checkpoint.every_steps=1"])
     compile_an_order(pool, tmp_path)
@@ -42,8 +42,8 @@ def test_every_changed_byte(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     assert sum(counts["harmless"] for counts in kinds.values()) < COUNT // 10
 
 
-def test_what_is_not_protected_is_missed(tmp_path: Path, corpus: Path) -> None:
-    """A dataset whose manifest has lost its digest: the tool sees it."""
+def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Path, corpus: Path) -> None:
+    """The tool reports an undetected byte in a dataset whose manifest has no digest."""
     shutil.copytree(corpus, tmp_path / "dataset", ignore=shutil.ignore_patterns("heldout"))
     path = tmp_path / "dataset" / "manifest.json"
     content = json.loads(path.read_text())
@@ -51,4 +51,5 @@ def test_what_is_not_protected_is_missed(tmp_path: Path, corpus: Path) -> None:
     path.write_text(json.dumps(content))
     line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), "corrupt", str(tmp_path / "dataset")]
     done = subprocess.run([*line, "--count", "400"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "manifest.json: byte" in done.stdout
+    assert done.returncode == 1
+    assert "manifest.json: byte" in done.stdout

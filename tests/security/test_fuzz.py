@@ -1,4 +1,4 @@
-"""Damaged and hostile files for every reader, by tools/fuzz.py as its users call it. tests/nightly.sh runs a million."""
+"""Damaged and hostile files for every reader, by running tools/fuzz.py. tests/nightly.sh runs a million."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_everything_is_read_or_refused(tmp_path: Path) -> None:
+def test_fuzz_every_reader_accepts_or_refuses_without_failure(tmp_path: Path) -> None:
     done = fuzz("--runs", str(RUNS), "--seed", "11", "--out", str(tmp_path / "failures"), "--json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(done.stdout)
-    assert len(rows) == 10 and sum(row["executions"] for row in rows) >= RUNS
+    assert len(rows) == 10
+    assert sum(row["executions"] for row in rows) >= RUNS
     for row in rows:
-        assert row["refused"] > row["executions"] // 4 and row["accepted"] > 0, row
-        assert row["peak_bytes"] < 1 << 30 and row["failures"] == [], row
+        assert row["refused"] > row["executions"] // 4, row
+        assert row["accepted"] > 0, row
+        assert row["peak_bytes"] < 1 << 30, row
+        assert row["failures"] == [], row
     assert not (tmp_path / "failures").exists()
 
 
-def test_what_fails_is_kept_and_told(tmp_path: Path) -> None:
-    """A reader that lets an error through, and one that does what a file asks for: the tool is no test that cannot fail."""
+def test_fuzz_faulty_readers_are_reported_and_kept(tmp_path: Path) -> None:
+    """The tool reports a reader that lets an error through and one that runs code from a file, so it can fail."""
     script = tmp_path / "broken.py"
     script.write_text(
         "import sys, pickle, json\n"
@@ -50,10 +53,12 @@ def test_what_fails_is_kept_and_told(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     unsafe, raw = map(json.loads, done.stdout.splitlines()[-2:])
     assert any("os.system" in line for line in unsafe), unsafe
-    assert len(raw) == 5 and all("JSONDecodeError" in line or "RecursionError" in line for line in raw), raw
+    assert len(raw) == 5, raw
+    assert all("JSONDecodeError" in line or "RecursionError" in line for line in raw), raw
     assert len(list((tmp_path / "kept").rglob("error.txt"))) == len(unsafe) + 5
 
 
-def test_an_unknown_reader(tmp_path: Path) -> None:
+def test_fuzz_unknown_reader_is_refused(tmp_path: Path) -> None:
     done = fuzz("--reader", "zip")
-    assert done.returncode == 2 and "--reader: 'zip' is none; they are idx, manifest" in done.stderr
+    assert done.returncode == 2
+    assert "--reader: 'zip' is none; they are idx, manifest" in done.stderr

@@ -1,4 +1,4 @@
-"""Starting tiny runs in the pool and reading back what they did."""
+"""Start tiny runs in the pool and read back their metrics and weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trained:
         return [line[key] for line in self.metrics]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole tensors under canonical names (the model's, not the optimizer's)."""
+        """Return the model's full tensors by canonical name, without the optimizer's."""
         checkpoint = latest(self.directory)
         assert checkpoint is not None
         reader = CheckpointReader(checkpoint)
@@ -55,8 +55,8 @@ class Trained:
 
 
 def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str]]:
-    """Each layout with half of the options, one half and the other in turn (0 3, 1 2: both objectives and both
-    optimizers of four); with ETTIN_WHOLE_TABLES (tests/nightly.sh) all of them."""
+    """Pair each layout with half of the options, alternating the halves; with ETTIN_WHOLE_TABLES (tests/nightly.sh)
+    with all of them. Of four options the halves are 0 and 3, 1 and 2: each has both objectives and both optimizers."""
     if os.environ.get("ETTIN_WHOLE_TABLES"):
         return [(layout, option) for layout in layouts for option in options]
     last = len(options) - 1

@@ -1,4 +1,4 @@
-"""What ranks compare before they start; through real nodes in tests/launch/test_nodes.py."""
+"""The consistency check of ranks before a run starts; tests/launch/test_nodes.py runs it on real nodes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from tests.train.runs import command
 HOSTS = ["n1", "n1", "n2", "n2"]
 
 
-def test_the_odd_one_is_named() -> None:
+def test_rank_consistency_one_differing_rank_is_named() -> None:
     facts = [{"code": "a", "data": "x"} for _ in HOSTS]
     assert first_difference(HOSTS, facts) is None
     facts[3] = {"code": "a", "data": "y"}
     assert first_difference(HOSTS, facts) == "the ranks differ in data: rank 3 on n2: y; the other 3 have x"
     facts[2] = {"code": "b", "data": "x"}
     told = first_difference(HOSTS, facts)
-    assert told is not None and told.startswith("the ranks differ in code: rank 2 on n2: b;")
+    assert told is not None
+    assert told.startswith("the ranks differ in code: rank 2 on n2: b;")
 
 
-def test_of_many_odd_ones_a_few_are_named() -> None:
+def test_rank_consistency_many_differing_ranks_lists_three_and_counts_rest() -> None:
     facts = [{"code": str(min(rank, 5))} for rank in range(12)]
     told = first_difference(["n"] * 12, facts)
-    assert told is not None and "rank 0 on n: 0, rank 1 on n: 1, rank 2 on n: 2 and 2 more; the other 7 have 5" in told
+    assert told is not None
+    assert "rank 0 on n: 0, rank 1 on n: 1, rank 2 on n: 2 and 2 more; the other 7 have 5" in told
 
 
-def test_clocks() -> None:
+def test_clock_skew_above_tolerance_is_warned_with_host_and_seconds() -> None:
     assert clock_warnings(HOSTS, [100.0, 100.1, 101.0, 102.0]) == []
     late = clock_warnings(["n1", "n1", "n2", "n3"], [100.0, 100.0, 40.0, 100.1])
     assert late == ["warning: the clock of n2 is 60 s behind the others"]
@@ -36,15 +38,17 @@ def test_clocks() -> None:
     ]
 
 
-def test_facts_are_of_this_code() -> None:
-    assert len(code_hash()) == 12 and "megatron-core 0." in versions()
+def test_code_hash_and_versions_have_expected_form() -> None:
+    assert len(code_hash()) == 12
+    assert "megatron-core 0." in versions()
 
 
-def test_ranks_with_other_code_do_not_train(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The same line on every rank, and a run directory that can be used afterwards."""
+def test_train_edited_code_on_one_rank_is_refused_on_all_ranks(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Every rank exits with 2, and the run directory can be used afterwards."""
     words = command(tmp_path / "run", corpus, "mlm", ["run.steps=2"])
     results = pool.run(2, words, "edited_code_on_rank_1")
     assert [result.status for result in results] == [2, 2]
     assert "the ranks differ in code of megatron_ettin: rank 1 on " in results[0].output
-    assert "(edited); the other 1 have " in results[0].output and not (tmp_path / "run" / "checkpoints").exists()
+    assert "(edited); the other 1 have " in results[0].output
+    assert not (tmp_path / "run" / "checkpoints").exists()
     assert [result.status for result in pool.run(2, words)] == [0, 0]

@@ -1,4 +1,4 @@
-"""`--phase all`: the three phases in one job are the three phases in three jobs, wherever the job is cut."""
+"""`--phase all`: three phases in one job match three jobs bit for bit, wherever the job is interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def line(corpus: Path, phase: str, run_dir: Path, *more: str) -> list[str]:
 
 
 def same(one: Path, other: Path) -> None:
-    """Every phase's losses, norms and rates, and the final weights, bit for bit."""
+    """Assert equal losses, norms, learning rates and final weights of every phase, bit for bit."""
     for phase in PHASES:
         ours, theirs = read(one / phase), read(other / phase)
         for key in ("step", "tokens", "loss", "grad_norm", "lr", "rows"):
@@ -39,7 +39,7 @@ def same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def apart(request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory) -> tuple[int, Path]:
-    """The phases as three jobs."""
+    """World size and folder of the three phases run as three jobs."""
     world, root = request.param, tmp_path_factory.mktemp("apart")
     before: list[str] = []
     for phase in PHASES:
@@ -50,20 +50,20 @@ def apart(request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_fac
     return world, root
 
 
-def test_one_job_is_three(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+def test_phase_all_in_one_job_matches_three_jobs(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
     world, root = apart
     results = pool.run(world, line(corpus, "all", tmp_path, f"parallel.tp={world}"))
     assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
     same(tmp_path, root)
     first = json.loads((tmp_path / "decay/history.jsonl").read_text().splitlines()[0])
     assert first["init_from_relative"] == "../extend/checkpoints/step_000000003"
-    # a finished chain has nothing to do, and says so by its status
+    # a finished chain has nothing left to train and exits with 0
     assert pool.run(world, line(corpus, "all", tmp_path, f"parallel.tp={world}"))[0].status == 0
     same(tmp_path, root)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_chain_that_was_stopped_goes_on_where_it_was(
+def test_phase_all_stopped_within_a_phase_resumes_bit_identically(
     pool: Pool, corpus: Path, tmp_path: Path, apart, phase: str
 ) -> None:
     world, root = apart
@@ -75,12 +75,15 @@ def test_a_chain_that_was_stopped_goes_on_where_it_was(
     same(tmp_path, root)
 
 
-def test_a_chain_goes_on_at_a_boundary(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
-    """Extend has ended and decay has not begun."""
+def test_phase_all_stopped_between_phases_resumes_bit_identically(
+    pool: Pool, corpus: Path, tmp_path: Path, apart
+) -> None:
+    """Interrupt the chain after extend has ended and before decay has begun."""
     world, root = apart
     words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
     assert {result.status for result in pool.run(world, words, mutation="stop_in_extend")} == {75}
-    assert read_progress(latest(tmp_path / "extend"))["step"] == 2 and not (tmp_path / "decay/checkpoints").exists()
+    assert read_progress(latest(tmp_path / "extend"))["step"] == 2
+    assert not (tmp_path / "decay/checkpoints").exists()
     only = line(
         corpus, "extend", tmp_path / "extend", f"parallel.tp={world}", "--init-from", str(tmp_path / "pretrain")
     )
@@ -89,20 +92,23 @@ def test_a_chain_goes_on_at_a_boundary(pool: Pool, corpus: Path, tmp_path: Path,
     same(tmp_path, root)
 
 
-def test_mistakes_of_later_phases_are_told_first(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_phase_all_invalid_later_phase_is_refused_before_training(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = line(corpus, "all", tmp_path / "runs", f"decay.data.mixture={tmp_path / 'nowhere'}")
     (result,) = pool.run(1, words)
-    assert result.status == 2 and str(tmp_path / "nowhere") in result.output.splitlines()[-1]
+    assert result.status == 2
+    assert str(tmp_path / "nowhere") in result.output.splitlines()[-1]
     assert not (tmp_path / "runs/pretrain/checkpoints").exists()
     (result,) = pool.run(1, [*line(corpus, "all", tmp_path / "runs"), "--from-step", "1"])
-    assert result.status == 2 and "--from-step: is of one phase" in result.output
+    assert result.status == 2
+    assert "--from-step: is of one phase" in result.output
 
 
-def test_an_order_of_phases_that_is_not_the_recipes(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
+def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
     _, root = apart
     words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", str(root / "pretrain"))
     (result,) = pool.run(1, words)
     assert result.status == 0
     assert "warning: decay begins from pretrain; the recipe goes on from extend" in result.output
     (result,) = pool.run(1, line(corpus, "extend", tmp_path / "b", "run.steps=1"))
-    assert result.status == 0 and "warning: extend begins from initial weights" in result.output
+    assert result.status == 0
+    assert "warning: extend begins from initial weights" in result.output

@@ -1,4 +1,4 @@
-"""What people see of a run: on a real terminal, in a log, and as JSON lines."""
+"""Output of a run on a real terminal, in a log, and as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,40 +21,47 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(words: list[str], columns: int) -> tuple[int, str]:
-    """Exit status and what `ettin` wrote to a terminal of that width, without the control sequences."""
+    """Run `ettin` on a terminal of that width; return its exit status and its output without control sequences."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(columns), OMP_NUM_THREADS="1")
         os.execv(sys.executable, [sys.executable, "-m", "megatron_ettin", *words])
     said = b""
-    with contextlib.suppress(OSError):  # how the end of a terminal reads
+    # reading a closed terminal raises OSError
+    with contextlib.suppress(OSError):
         while block := os.read(terminal, 65_536):
             said += block
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), CONTROL.sub("", said.decode())
 
 
-def test_a_terminal_shows_where_the_run_is(corpus: Path, tmp_path: Path) -> None:
+def test_terminal_progress_shows_step_loss_and_checkpoint(corpus: Path, tmp_path: Path) -> None:
     words = command(
         tmp_path / "run", corpus, "mlm", ["run.steps=6", "checkpoint.every_steps=3", "checkpoint.asynchronous=false"]
     )
     status, said = on_a_terminal(words, 150)
     assert status == 0, said[-2000:]
-    assert "17m mlm pretrain" in said and "100%" in said and "0s left" in said
+    assert "17m mlm pretrain" in said
+    assert "100%" in said
+    assert "0s left" in said
     last = read(tmp_path / "run").metrics[-1]
     assert "step 6 of 6 · " in said
     assert f"loss {last['loss']:.4f} · lr 3.00e-03 · norm {last['grad_norm']:.3f}" in said
-    assert "checkpoint: step 6" in said and "MFU" not in said  # a CPU's peak is in no table
+    assert "checkpoint: step 6" in said
+    # there is no peak FLOP/s for a CPU
+    assert "MFU" not in said
 
 
-def test_a_log_has_a_plain_line_a_step(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_log_without_terminal_has_one_plain_line_per_step(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     answers = pool.run(2, command(tmp_path / "run", corpus, "mlm", ["run.steps=2", "metrics.every_steps=1"]))
     lines = [line for line in answers[0].output.splitlines() if line.startswith("step ")]
-    assert len(lines) == 2 and lines[1].endswith(" 0s left") and "\x1b" not in answers[0].output
+    assert len(lines) == 2
+    assert lines[1].endswith(" 0s left")
+    assert "\x1b" not in answers[0].output
     assert re.fullmatch(r"step 1 tokens \d+ loss \S+ lr 3.00e-03 norm \S+ \S+ tokens/s \S.* left", lines[0])
     assert not [line for line in answers[1].output.splitlines() if line.startswith("step ")]
 
 
-def test_json_lines_are_those_of_the_metrics(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_json_output_lines_match_metrics_jsonl(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = command(tmp_path / "run", corpus, "clm", ["run.steps=3", "metrics.every_steps=1", "--json"])
     answers = pool.run(2, words)
     assert [one.status for one in answers] == [0, 0], answers[0].output
@@ -65,5 +72,5 @@ def test_json_lines_are_those_of_the_metrics(pool: Pool, corpus: Path, tmp_path:
         assert {key: line[key] for key in line if key != "peak_memory_bytes"}.items() <= recorded.items()
 
 
-def test_durations() -> None:
+def test_duration_format_shows_two_largest_units() -> None:
     assert [duration(x) for x in (0, 40, 7_500, 273_600, 60)] == ["0s", "40s", "2h 5m", "3d 4h", "1m 0s"]

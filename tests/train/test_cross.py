@@ -1,4 +1,4 @@
-"""Training on with the other objective: nothing is lost on the way, and the first loss is that of `transformers`."""
+"""Cross-training with the other objective keeps every tensor, and its first loss matches `transformers`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cross(pool: Pool, corpus: Path, run: Path, objective: str, source: Path, *wo
 
 
 def loss_of(folder: Path, objective: str, run: Path, room: Path) -> float:
-    """Of the run's first step, by the class of `transformers`."""
+    """Return the loss of the run's first step, computed by the `transformers` class from `ettin order --batches`."""
     assert main(["order", str(run), "--steps", "1:2", "--batches", str(room / "seen.npz")]) == 0
     seen, model = np.load(room / "seen.npz"), load(folder, objective)
     total, count = 0.0, 0
@@ -48,10 +48,10 @@ def loss_of(folder: Path, objective: str, run: Path, room: Path) -> float:
 
 
 @pytest.mark.parametrize("objective", ["clm", "mntp"])
-def test_the_first_loss_is_transformers(
+def test_cross_training_first_loss_matches_transformers(
     pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, objective: str
 ) -> None:
-    """A decoder of an encoder's weights; and an encoder of a decoder's that predicts from the place before."""
+    """Train a decoder from encoder weights, and an mntp encoder (predicting one position ahead) from a decoder."""
     source = encoder.directory
     if objective == "mntp":
         source = cross(pool, corpus, tmp_path / "decoder", "clm", source, "run.seed=4").directory
@@ -62,11 +62,14 @@ def test_the_first_loss_is_transformers(
         found.column("loss")[0], rel=1e-5
     )
     launch = json.loads((tmp_path / "run/history.jsonl").read_text().splitlines()[0])
-    assert launch["from"].startswith("weights of ")  # no optimizer with them
+    # the optimizer state is not taken along
+    assert launch["from"].startswith("weights of ")
 
 
-def test_there_and_back_keeps_every_tensor(pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path) -> None:
-    """Encoder, decoder, encoder: through checkpoints, and through folders of `transformers` on the way."""
+def test_cross_training_round_trip_keeps_every_tensor(
+    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path
+) -> None:
+    """Go from encoder to decoder to encoder through checkpoints, and through an exported Hugging Face folder."""
     decoder = cross(pool, corpus, tmp_path / "decoder", "clm", encoder.directory, world=2)
     back = cross(pool, corpus, tmp_path / "back", "mlm", decoder.directory)
     assert main(["convert", "to-hf", str(decoder.directory), str(tmp_path / "hf")]) == 0
@@ -79,15 +82,19 @@ def test_there_and_back_keeps_every_tensor(pool: Pool, corpus: Path, encoder: Tr
     assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "one")]) == 0
     assert main(["convert", "to-hf", str(through.directory), str(tmp_path / "other")]) == 0
     one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert read_config(through.directory)["run"]["seed"] == 210
 
 
-def test_the_card_of_a_masked_next_token_encoder(pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path) -> None:
+def test_model_card_of_mntp_encoder_explains_shifted_prediction(
+    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path
+) -> None:
     cross(pool, corpus, tmp_path / "run", "mntp", encoder.directory)
     assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     card = " ".join((tmp_path / "hf/README.md").read_text().split())
-    assert "position i holds the prediction of token i + 1" in card and "logits[0, at - 1]" in card
+    assert "position i holds the prediction of token i + 1" in card
+    assert "logits[0, at - 1]" in card
     assert "pipeline_tag: feature-extraction" in card
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
 
@@ -99,17 +106,20 @@ def test_the_card_of_a_masked_next_token_encoder(pool: Pool, corpus: Path, encod
         (["model.vocab_size=640"], "model.vocab_size: 640, but the dataset's tokenizer has 320 entries"),
     ],
 )
-def test_weights_of_another_shape(
+def test_cross_training_mismatched_shape_is_refused(
     pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, words: list[str], said: str
 ) -> None:
     line = command(tmp_path / "run", corpus, "clm", [*STILL, *words], ["--init-from", str(encoder.directory)])
     line[line.index("pretrain")] = "cross"
     (result,) = pool.run(1, line)
-    assert result.status == 2 and said in result.output.splitlines()[-1], result.output[-500:]
+    assert result.status == 2, result.output[-500:]
+    assert said in result.output.splitlines()[-1], result.output[-500:]
 
 
-def test_evaluated_in_every_way_and_from_a_folder(encoder: Trained, corpus: Path, tmp_path: Path, capsys) -> None:
-    """A run and its exported folder give one figure; reading rows otherwise gives another."""
+def test_eval_of_run_and_exported_folder_gives_same_loss(
+    encoder: Trained, corpus: Path, tmp_path: Path, capsys
+) -> None:
+    """A run and its exported folder have the same loss; another objective gives another loss."""
     assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "hf")]) == 0
     losses = {}
     for name, words in {
@@ -121,7 +131,8 @@ def test_evaluated_in_every_way_and_from_a_folder(encoder: Trained, corpus: Path
         capsys.readouterr()
         assert main(["eval", *words, "--data", str(corpus / "heldout"), "--json"]) == 0
         losses[name] = json.loads(capsys.readouterr().out)["loss"]
-    assert losses["run"] == losses["folder"] and len({losses["run"], losses["clm"], losses["mntp"]}) == 3
+    assert losses["run"] == losses["folder"]
+    assert len({losses["run"], losses["clm"], losses["mntp"]}) == 3
     for words, said in (
         (["--objective", "nsp"], "--objective: 'nsp'"),
         (["--seq-len", "9999"], "--seq-len 9999: a row"),

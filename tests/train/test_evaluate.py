@@ -1,4 +1,4 @@
-"""Evaluation by source: rows of one source each, a loss for each that sums to the whole, the same on every layout."""
+"""Evaluation by source: each row holds one source, and the losses of the sources add up to the total on any layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEWS, CODE, BOTH = 40, 25, 65
 
 @pytest.fixture(scope="module")
 def two_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A dataset of two INPUTs: a file `news.jsonl` and a folder `code` of two files of other text."""
+    """Dataset of two INPUTs: the file `news.jsonl` and the folder `code` of two files of other text."""
     folder = tmp_path_factory.mktemp("two")
     draw = random.Random(0)
     lines = [json.dumps({"text": sentences(seed, draw.randint(1, 9))}) for seed in range(NEWS)]
@@ -45,14 +45,14 @@ def run(
     two_inputs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trained:
-    """Four steps on two ranks, evaluated at the last on both datasets."""
+    """Run of four steps on two ranks, evaluated on both datasets at the last step."""
     held_out = f"data.validation={{old: {corpus / 'heldout'}, new: {two_inputs}}}"
     words = [held_out, "metrics.eval_every_steps=4", "metrics.eval_rows=1000", "run.steps=4"]
     return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, request.param, words)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_rows_hold_one_source(two_inputs: Path, batching: str) -> None:
+def test_rows_by_source_hold_one_source_and_cover_every_chunk(two_inputs: Path, batching: str) -> None:
     dataset = open_dataset(two_inputs)
     parts = open_by_source(str(two_inputs), 64, batching, 0, "validation")
     assert list(parts) == ["news.jsonl", "code"]
@@ -68,15 +68,18 @@ def test_rows_hold_one_source(two_inputs: Path, batching: str) -> None:
 
 
 @pytest.mark.ranks
-def test_training_logs_every_source(run: Trained) -> None:
+def test_train_validation_logs_a_loss_per_source(run: Trained) -> None:
     names = {"old", "new/news.jsonl", "new/code"}
     assert {key.partition("/")[2] for key in run.metrics[-1] if key.startswith("validation_loss/")} == names
-    assert "validation_loss" in run.metrics[-1] and "validation_loss" not in run.metrics[0]
+    assert "validation_loss" in run.metrics[-1]
+    assert "validation_loss" not in run.metrics[0]
 
 
 @pytest.mark.ranks
-def test_eval_agrees_with_training(run: Trained, pool: Pool, corpus: Path, two_inputs: Path) -> None:
-    """One process finds what two ranks found, for every source, and the parts sum to the whole."""
+def test_eval_single_process_matches_validation_loss_per_source(
+    run: Trained, pool: Pool, corpus: Path, two_inputs: Path
+) -> None:
+    """One process gets the losses of two ranks for every source, and the sources add up to the total."""
     words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--json"]
     answer = pool.run(1, ["eval", str(run.directory), *words])[0]
     assert answer.status == 0, answer.output
@@ -84,7 +87,8 @@ def test_eval_agrees_with_training(run: Trained, pool: Pool, corpus: Path, two_i
     assert found["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
     for name, part in found["sources"].items():
         assert part["loss"] == pytest.approx(logged[f"validation_loss/{name}"], rel=1e-5)
-        assert ("perplexity" in part) == (found["objective"] == "clm") and 0 <= part["accuracy"] <= 1
+        assert ("perplexity" in part) == (found["objective"] == "clm")
+        assert 0 <= part["accuracy"] <= 1
     parts = found["sources"].values()
     assert found["labels"] == sum(part["labels"] for part in parts)
     assert found["rows"] == sum(part["rows"] for part in parts)
@@ -93,20 +97,22 @@ def test_eval_agrees_with_training(run: Trained, pool: Pool, corpus: Path, two_i
 
 
 @pytest.mark.ranks
-def test_one_dataset_of_several_inputs(run: Trained, pool: Pool, two_inputs: Path) -> None:
-    """Sources are the INPUTs; a limit on rows leaves some of each."""
+def test_eval_dataset_of_two_inputs_reports_each_as_a_source(run: Trained, pool: Pool, two_inputs: Path) -> None:
+    """Each INPUT is a source, and a limit on rows leaves at least one row of each."""
     lines = pool.run(1, ["eval", str(run.directory), "--data", str(two_inputs), "--rows", "6"])[0].output.splitlines()
     assert [line.strip().partition(":")[0] for line in lines[-2:]] == ["news.jsonl", "code"]
     words = ["--data", str(two_inputs), "--rows", "6", "--json"]
     found = json.loads(pool.run(1, ["eval", str(run.directory), *words])[0].output.strip().splitlines()[-1])
-    assert found["rows"] == 6 and all(part["rows"] >= 1 for part in found["sources"].values())
+    assert found["rows"] == 6
+    assert all(part["rows"] >= 1 for part in found["sources"].values())
 
 
 @pytest.mark.ranks
-def test_one_source_has_no_parts(run: Trained, pool: Pool, corpus: Path) -> None:
+def test_eval_single_source_reports_one_part_equal_to_total(run: Trained, pool: Pool, corpus: Path) -> None:
     answer = pool.run(1, ["eval", str(run.directory), "--data", str(corpus / "heldout"), "--json"])[0]
     found = json.loads(answer.output.strip().splitlines()[-1])
-    assert list(found["sources"]) == ["dataset"] and found["sources"]["dataset"]["loss"] == found["loss"]
+    assert list(found["sources"]) == ["dataset"]
+    assert found["sources"]["dataset"]["loss"] == found["loss"]
 
 
 @pytest.mark.parametrize(
@@ -119,17 +125,19 @@ def test_one_source_has_no_parts(run: Trained, pool: Pool, corpus: Path) -> None
         ({"web": "x/a", "code": "y/a"}, {"web": "x/a", "code": "y/a"}),
     ],
 )
-def test_names(value: object, expected: dict[str, str]) -> None:
+def test_validation_sets_are_named_by_key_or_path(value: object, expected: dict[str, str]) -> None:
     assert validation_sets(value) == expected
 
 
 @pytest.mark.parametrize("value", [[], {}, "", 3, [3], ["a", "a"], {"web": None}, {"web": ["a"]}])
-def test_what_is_no_validation_set(value: object) -> None:
+def test_validation_sets_invalid_value_is_refused(value: object) -> None:
     with pytest.raises(UserError, match=r"^data\.validation: "):
         validation_sets(value)
 
 
-def test_refusals(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_empty_or_duplicate_validation_set_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for word, message in (
         ("data.validation=[]", "data.validation: empty; give a DATASET path"),
         (f"data.validation=[{corpus}, {corpus}]", "data.validation: a dataset is given twice"),

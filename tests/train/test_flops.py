@@ -1,4 +1,4 @@
-"""The count of operations against torch's counter on the real model, and of attended pairs against explicit masks."""
+"""FLOP counts against torch's counter on the real model, and attended pairs against explicit masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def added(into, a, b, **_) -> int:  # type: ignore[no-untyped-def]
 
 
 def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
-    """Ones of the mask of a row of these chunks."""
+    """Count the attended pairs in the explicit mask of a row with these chunk lengths."""
     chunk = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(chunk))
     seen = chunk[:, None] == chunk[None]
@@ -36,14 +36,14 @@ def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_what_a_step_computes(corpus: Path, objective: str) -> None:
+def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -> None:
     words = [*TINY, f"data.mixture={corpus}", "run.fuse=never"]
     config = parse("17m", objective, "pretrain", words=words)
     machine = machine_alone(config, training=True)
     try:
         batches = Batches.of(config, open_training_data(config), machine.layout, machine.platform.device)
         (batch, *_) = batches.step(0)
-        # torch counts products, but for those that add to what is there
+        # torch's counter has no entry for addmm_
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
             total, *_ = machine.wrapped[0](batch.input_ids, batch.packed, batch.labels, batch.at)
             total.backward()
@@ -59,7 +59,7 @@ def test_what_a_step_computes(corpus: Path, objective: str) -> None:
     window = config.windows[config.causal]
     of_global, of_local = (sum(pairs_of_mask(row, config.causal, reach) for row in rows) for reach in (None, window))
     assert batch.pairs == (of_global, of_local)
-    # linears run over padding too, which is not counted as work
+    # linear layers also run over padding, which training_flops does not count as work
     tokens = batch.input_ids.numel()
     assert dense == pytest.approx(training_flops(model, model.vocab_size, tokens, labels, 0, 0), rel=0.01)
     whole = training_flops(model, model.vocab_size, tokens, labels, *batch.pairs)
@@ -69,7 +69,7 @@ def test_what_a_step_computes(corpus: Path, objective: str) -> None:
 
 
 def lengths_of(batch) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    """Chunks of the rows of a micro-batch, padding left out: a tail is the one whose tokens are all padding."""
+    """Return the chunk lengths of each row of a micro-batch, without the padding at its end."""
     rows, row = [], []
     padding = batch.input_ids.flatten()
     at = 0
@@ -81,5 +81,6 @@ def lengths_of(batch) -> list[list[int]]:  # type: ignore[no-untyped-def]
         if at % batch.packed.seq_len == 0:
             rows.append(row)
             row = []
-    assert at == len(padding) and isinstance(batch.input_ids, torch.Tensor)
+    assert at == len(padding)
+    assert isinstance(batch.input_ids, torch.Tensor)
     return rows

@@ -1,5 +1,5 @@
-"""`ettin train data.order=FILE`: the rows of the file in its order, an end where it ends, and refusals on resume when the
-data is no longer what the run was started with."""
+"""`ettin train data.order=FILE` trains on the rows of the file in its order and ends with it; a resume is refused when
+the data is no longer what the run was started with."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def exported(run: Path, out: Path, steps: str) -> Path:
     return out
 
 
-def test_a_run_repeats_another_from_its_order(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Equal losses on one rank and on two, and it ends with the order, saying so; more steps are refused."""
+def test_data_order_exported_from_run_reproduces_its_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The losses are equal on one rank and the rows on two; the run ends with the order, and more steps are refused."""
     first = train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=4"])
     order = exported(first.directory, tmp_path / "order.parquet", "1:5")
     words = [f"data.order={order}"]
@@ -37,11 +37,12 @@ def test_a_run_repeats_another_from_its_order(pool: Pool, corpus: Path, tmp_path
     tables = [exported(run, tmp_path / f"{run.name}.parquet", "1:5") for run in (first.directory, tmp_path / "again")]
     assert parquet.read_table(tables[0]).equals(parquet.read_table(tables[1]))
     refused = pool.run(1, command(tmp_path / "more", corpus, "mlm", [*words, "run.steps=5"]))[0]
-    assert refused.status == 2 and f"run.steps: 5, but data.order {order} ends with step 4" in refused.output
+    assert refused.status == 2
+    assert f"run.steps: 5, but data.order {order} ends with step 4" in refused.output
 
 
-def test_resume_compares_orders_by_content(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The file may move; other rows, or the keyed order, need --allow-change data.order."""
+def test_resume_compares_data_order_by_content_not_path(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The file may move; other rows, or leaving out data.order, need --allow-change data.order."""
     first = train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=8"])
     order = exported(first.directory, tmp_path / "order.parquet", "1:9")
     other = exported(first.directory, tmp_path / "other.parquet", "3:9")
@@ -51,7 +52,8 @@ def test_resume_compares_orders_by_content(pool: Pool, corpus: Path, tmp_path: P
     train(pool, 1, run, corpus, "mlm", [f"data.order={moved}", "run.steps=3"])
     for words in ([f"data.order={other}", "run.steps=4"], ["run.steps=4"]):
         refused = pool.run(1, command(run, corpus, "mlm", words))[0]
-        assert refused.status == 2 and "was started with data.order=" in refused.output
+        assert refused.status == 2
+        assert "was started with data.order=" in refused.output
         assert len(refused.output.splitlines()) == 1
     words = [f"data.order={other}", "run.steps=4"]
     changed = train(pool, 1, run, corpus, "mlm", words, options=["--allow-change", "data.order"])
@@ -60,9 +62,9 @@ def test_resume_compares_orders_by_content(pool: Pool, corpus: Path, tmp_path: P
     assert history[-1]["changes"] == ["data.order"]
 
 
-def test_changed_data_is_refused_by_name(pool: Pool, tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """A file of another size, then another dataset under the same path; the latter may be allowed. `ettin order` does
-    not tell what a run read from data that is no longer there."""
+def test_resume_with_changed_dataset_is_refused(pool: Pool, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """Refuse a truncated shard, and another dataset under the same path unless it is allowed. `ettin order` refuses too
+    when the data of the run is no longer there."""
     (tmp_path / "data").mkdir()
     dataset = make_corpus(tmp_path / "data", tiny_tokenizer)
     run = train(pool, 1, tmp_path / "run", dataset, "mlm", ["run.steps=2"]).directory
@@ -70,7 +72,8 @@ def test_changed_data_is_refused_by_name(pool: Pool, tiny_tokenizer: Path, tmp_p
     content = shard.read_bytes()
     shard.write_bytes(content[:-2])
     refused = pool.run(1, command(run, dataset, "mlm", ["run.steps=3"]))[0]
-    assert refused.status == 2 and f"{shard}: truncated" in refused.output
+    assert refused.status == 2
+    assert f"{shard}: truncated" in refused.output
     shard.write_bytes(content)
     shutil.rmtree(dataset)
     text = tmp_path / "data" / "text.jsonl"
@@ -78,23 +81,27 @@ def test_changed_data_is_refused_by_name(pool: Pool, tiny_tokenizer: Path, tmp_p
     words = ["--out", str(dataset), "--tokenizer", str(tiny_tokenizer), "--chunk-tokens", "48", "--workers", "1"]
     assert main(["prepare", str(text), *words]) == 0
     refused = pool.run(1, command(run, dataset, "mlm", ["run.steps=3"]))[0]
-    assert refused.status == 2 and "was started with data.mixture=" in refused.output
+    assert refused.status == 2
+    assert "was started with data.mixture=" in refused.output
     told = pool.run(1, ["order", str(run), "--steps", "1"])[0]
-    assert told.status == 2 and "was trained in order" in told.output
+    assert told.status == 2
+    assert "was trained in order" in told.output
     changed = train(pool, 1, run, dataset, "mlm", ["run.steps=3"], options=["--allow-change", "data.mixture"])
     assert changed.column("step") == [1, 2, 3]
 
 
-def test_a_mixture_file_is_recorded_as_its_entries(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A run says what it read even when the file it was given is edited later; repeats are warned of."""
+def test_mixture_file_edited_after_launch_leaves_recorded_entries(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """`ettin order` works after the mixture file was edited; a run that repeats its data often is warned of it."""
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(f"[{{path: {corpus}, weight: 1}}]")
     result = pool.run(1, command(tmp_path / "run", mixture, "mlm", ["run.steps=2"]))[0]
     assert result.status == 0, result.output
-    assert "epochs" in result.output and str(corpus) in result.output
+    assert "epochs" in result.output
+    assert str(corpus) in result.output
     mixture.write_text("[{path: /elsewhere, weight: 1}]")
     assert main(["order", str(tmp_path / "run"), "--steps", "1"]) == 0
     long = pool.run(1, command(tmp_path / "long", corpus, "mlm", ["run.tokens=1T", "run.steps=1000000", "--dry-run"]))[
         0
     ]
-    assert long.status == 0 and "beyond 4 epochs repeated data adds little" in long.output
+    assert long.status == 0
+    assert "beyond 4 epochs repeated data adds little" in long.output

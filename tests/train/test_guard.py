@@ -1,4 +1,4 @@
-"""Bad numbers: what is skipped, told, written down, and that a resumed run judges as one that never stopped."""
+"""Anomalous steps: what is skipped, reported and recorded, and that a resumed run decides like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -30,27 +30,37 @@ def bad(run: object) -> dict[int, str]:
     return {line["step"]: line["bad"] for line in run.metrics if "bad" in line}  # type: ignore[attr-defined]
 
 
-def test_limit_against_numpy() -> None:
+def test_anomaly_detector_limit_matches_numpy() -> None:
     values = np.random.default_rng(7).normal(3, 0.2, 128)
     guard = Guard(ResilienceConfig(), tuple((v, 2 * v) for v in values.tolist()))
     limit = values.mean() + 6 * values.std(ddof=1)
     assert guard.limit(values.tolist()) == pytest.approx(limit, rel=1e-12)
-    assert guard.judge(limit * 0.999, 1.0) is None and guard.judge(limit * 1.001, 1.0).why.startswith("loss")
+    assert guard.judge(limit * 0.999, 1.0) is None
+    assert guard.judge(limit * 1.001, 1.0).why.startswith("loss")
     assert guard.judge(1.0, 2 * limit * 1.001).why.startswith("gradient norm")
-    assert Guard(ResilienceConfig(), guard.recent[:63]).judge(1e9, 1.0) is None  # too few to say
-    assert len(guard.after(3.0, 1.0)) == 128 and guard.after(float("nan"), 1.0) == guard.recent
+    # 63 values are too few for a limit
+    assert Guard(ResilienceConfig(), guard.recent[:63]).judge(1e9, 1.0) is None
+    assert len(guard.after(3.0, 1.0)) == 128
+    assert guard.after(float("nan"), 1.0) == guard.recent
 
 
 @pytest.mark.parametrize("second", ["tp2 pp2", "dp2 sharded"])
-def test_skipped_steps_resume(pool: Pool, corpus: Path, tmp_path: Path, second: str) -> None:
-    """On the same layout the same bits, on another the same steps and curve."""
+def test_resume_with_skipped_steps_matches_uninterrupted_run(
+    pool: Pool, corpus: Path, tmp_path: Path, second: str
+) -> None:
+    """On the same layout the run is bit-identical, on another it skips the same steps and its losses are close."""
     whole, resumed = halves(pool, tmp_path, corpus, "mlm", NERVOUS, "tp2 pp2", second)
-    assert 2 <= len(bad(whole)) < 17 and bad(resumed).keys() == bad(whole).keys()
-    assert any(step > 10 for step in bad(whole)) and all(text.startswith("skipped: ") for text in bad(whole).values())
+    assert 2 <= len(bad(whole)) < 17
+    assert bad(resumed).keys() == bad(whole).keys()
+    assert any(step > 10 for step in bad(whole))
+    assert all(text.startswith("skipped: ") for text in bad(whole).values())
     told = progress_of(whole.directory)
-    assert told["updates"] == 20 - len(bad(whole)) and told["skipped"] == len(bad(whole)) and len(told["recent"]) == 4
+    assert told["updates"] == 20 - len(bad(whole))
+    assert told["skipped"] == len(bad(whole))
+    assert len(told["recent"]) == 4
     if second == "tp2 pp2":
-        assert resumed.column("loss") == whole.column("loss") and progress_of(resumed.directory) == told
+        assert resumed.column("loss") == whole.column("loss")
+        assert progress_of(resumed.directory) == told
         ours, theirs = resumed.weights(), whole.weights()
         assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
     else:
@@ -58,22 +68,28 @@ def test_skipped_steps_resume(pool: Pool, corpus: Path, tmp_path: Path, second: 
 
 
 @pytest.mark.parametrize("words", ["", "parallel.distributed_optimizer=false", "parallel.overlap=true"])
-def test_a_skipped_update_leaves_no_trace(pool: Pool, corpus: Path, tmp_path: Path, words: str) -> None:
+def test_nonfinite_gradient_step_is_skipped_without_changing_weights(
+    pool: Pool, corpus: Path, tmp_path: Path, words: str
+) -> None:
     more = ["run.steps=3", *words.split()]
     two = train(pool, 2, tmp_path / "two", corpus, "clm", ["run.steps=2", *words.split()])
     results = pool.run(2, command(tmp_path / "run", corpus, "clm", more), "nan_gradients_in_step_3")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
     run = read(tmp_path / "run")
-    assert run.column("loss")[:2] == two.column("loss") and run.column("grad_norm")[2] is None
+    assert run.column("loss")[:2] == two.column("loss")
+    assert run.column("grad_norm")[2] is None
     ours, theirs = run.weights(), two.weights()
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
     assert progress_of(run.directory)["updates"] == 2
     told = "warning: step 3: gradient norm is nan; the update is left out (1 in a row); rows 16 to 23, documents in "
     (line,) = [line for result in results for line in result.output.splitlines() if line.startswith(told)]
     table = parquet.read_table(line.removeprefix(told)).to_pylist()
-    assert {row["step"] for row in table} == {3} and {row["position"] for row in table} == set(range(16, 24))
+    assert {row["step"] for row in table} == {3}
+    assert {row["position"] for row in table} == set(range(16, 24))
     (entry,) = map(json.loads, (run.directory / "bad_steps.jsonl").read_text().splitlines())
-    assert entry["outcome"] == "skipped" and entry["grad_norm"] is None and entry["rows"] == [16, 24]
+    assert entry["outcome"] == "skipped"
+    assert entry["grad_norm"] is None
+    assert entry["rows"] == [16, 24]
 
 
 @pytest.mark.parametrize(
@@ -84,18 +100,21 @@ def test_a_skipped_update_leaves_no_trace(pool: Pool, corpus: Path, tmp_path: Pa
         ("resilience.on_nonfinite=ignore", "gradient norm is nan; trained on all the same", 3),
     ],
 )
-def test_what_else_may_follow(pool: Pool, corpus: Path, tmp_path: Path, words: str, said: str, steps: int) -> None:
+def test_nonfinite_gradient_stops_or_is_ignored_as_configured(
+    pool: Pool, corpus: Path, tmp_path: Path, words: str, said: str, steps: int
+) -> None:
     more = ["run.steps=3", "checkpoint.every_steps=2", words]
     results = pool.run(2, command(tmp_path, corpus, "mlm", more), "nan_gradients_in_step_3")
     assert [result.status for result in results] == [int(steps == 2)] * 2
     assert any(said in result.output for result in results), results[0].output[-2000:]
     assert read(tmp_path).column("step") == list(range(1, steps + 1))
     checkpoint = latest(tmp_path)
-    assert checkpoint is not None and checkpoint.name == f"step_{steps:09d}"
+    assert checkpoint is not None
+    assert checkpoint.name == f"step_{steps:09d}"
 
 
-def test_a_bad_step_is_computed_again(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Sound ranks agree with themselves; one that does not is named."""
+def test_replay_check_names_rank_with_irreproducible_output(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Healthy ranks reproduce a spike bit for bit; a rank that does not is named."""
     words = ["run.steps=7", "resilience.recheck=true", "parallel.pp=2", *NERVOUS]
     results = pool.run(2, command(tmp_path / "sound", corpus, "mlm", words))
     assert [result.status for result in results] == [0, 0]
@@ -107,7 +126,7 @@ def test_a_bad_step_is_computed_again(pool: Pool, corpus: Path, tmp_path: Path) 
     assert "another rank failed: " in results[0].output
 
 
-def test_replicas_are_compared(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_replica_check_names_rank_with_flipped_weight(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = ["run.steps=4", "resilience.check_replicas_every=1", "parallel.tp=2", "checkpoint.every_steps=1"]
     assert [r.status for r in pool.run(4, command(tmp_path / "sound", corpus, "mlm", words))] == [0] * 4
     results = pool.run(4, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_weight_on_rank_1")
@@ -118,12 +137,14 @@ def test_replicas_are_compared(pool: Pool, corpus: Path, tmp_path: Path) -> None
     assert latest(tmp_path / "flipped").name == "step_000000001"  # type: ignore[union-attr]
 
 
-def test_zero_tells_and_stops(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """DeepSpeed updates before figures are known."""
+def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """DeepSpeed updates the weights before the loss and gradient norm are known."""
     words = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words))
-    assert result.status == 0 and "parallel.engine=deepspeed updates before figures are known" in result.output
-    assert bad(read(tmp_path)) and all(text.startswith("ignored: ") for text in bad(read(tmp_path)).values())
+    assert result.status == 0
+    assert "parallel.engine=deepspeed updates before figures are known" in result.output
+    assert bad(read(tmp_path))
+    assert all(text.startswith("ignored: ") for text in bad(read(tmp_path)).values())
     assert progress_of(tmp_path)["updates"] == 6
 
 
@@ -137,6 +158,7 @@ def test_zero_tells_and_stops(pool: Pool, corpus: Path, tmp_path: Path) -> None:
         ("resilience.check_replicas_every=0", "resilience.check_replicas_every: 0 is not allowed; it is at least 1"),
     ],
 )
-def test_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
+def test_resilience_invalid_setting_is_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", [word]))
-    assert result.status == 2 and said in result.output, result.output
+    assert result.status == 2, result.output
+    assert said in result.output, result.output

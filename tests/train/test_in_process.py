@@ -1,4 +1,4 @@
-"""`resilience.in_process_restarts`: with nvidia-resiliency-ext, where it is installed, and without."""
+"""`resilience.in_process_restarts` with nvidia-resiliency-ext (where it is installed) and without it."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ WORDS = ["run.steps=14", "checkpoint.every_steps=10", "resilience.hang_seconds=2
 
 
 @pytest.mark.skipif(INSTALLED, reason="the extra resilience is installed")
-def test_it_is_refused_where_it_is_not_installed(corpus: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_in_process_restarts_without_nvidia_resiliency_ext_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "15000"}.items():
         monkeypatch.setenv(name, value)
     assert main(command(tmp_path / "run", corpus, "mlm", ["resilience.in_process_restarts=1"])) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "needs nvidia-resiliency-ext" in line and "megatron_ettin[resilience]" in line
+    assert "needs nvidia-resiliency-ext" in line
+    assert "megatron_ettin[resilience]" in line
 
 
-def test_a_negative_number_is_refused(corpus: Path, tmp_path: Path, capsys) -> None:
+def test_in_process_restarts_negative_is_refused(corpus: Path, tmp_path: Path, capsys) -> None:
     assert main(command(tmp_path / "run", corpus, "mlm", ["resilience.in_process_restarts=-1"])) == 2
     assert "resilience.in_process_restarts: -1 is not allowed" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not INSTALLED, reason="wants the extra resilience")
-def test_an_error_of_one_rank_ends_no_process(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_in_process_restart_after_error_on_one_rank_resumes_same_losses(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
     words = [*WORDS, "resilience.in_process_restarts=1"]
     ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_once_on_rank_1")
     try:
         assert ranks.wait(120) == [0, 0], ranks.said()
     finally:
         ranks.close()
-    assert "a link went down" in ranks.said() and "resumed step_000000010" in ranks.said()
+    assert "a link went down" in ranks.said()
+    assert "resumed step_000000010" in ranks.said()
     undisturbed = train(pool, 2, tmp_path / "whole", corpus, "mlm", WORDS)
     assert read(tmp_path / "run").column("loss") == undisturbed.column("loss")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="wants the extra resilience")
-def test_restarts_are_used_up(corpus: Path, tmp_path: Path) -> None:
+def test_in_process_restarts_exhausted_fails_the_run(corpus: Path, tmp_path: Path) -> None:
     words = [*WORDS, "resilience.in_process_restarts=1"]
     ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_always_on_rank_1")
     try:

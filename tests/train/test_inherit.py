@@ -1,4 +1,4 @@
-"""Training on from weights that are not the recipe's: shape, windows, epsilon and rotary bases come with them."""
+"""`--init-from` weights of another recipe: shape, windows, epsilon and rotary bases are inherited from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.convert.folders import make_folder
 from tests.train.runs import TINY
 
 pytestmark = pytest.mark.ranks
-# what is no property of the model
+# the settings that are not of the model
 WORDS = [word for word in TINY if not word.startswith("model.")]
 
 
@@ -33,15 +33,16 @@ def imported(tmp_path_factory):
     return room / "weights"
 
 
-def test_nothing_of_the_model_has_to_be_written(pool, corpus, imported, tmp_path):
+def test_init_from_imported_weights_inherits_model_settings(pool, corpus, imported, tmp_path):
     run, theirs = tmp_path / "run", read_config(imported)["model"]
     said = start(pool, run, corpus, "--init-from", imported, "run.steps=2", "checkpoint.every_steps=1")
     assert "model.local_rope_theta=500.0 comes with the weights (the recipe has 10000.0)" in said
     assert "model.encoder_window=8 comes with the weights (the recipe has 64)" in said
     model = read_config(run)["model"]
     different = {key for key, value in theirs.items() if model[key] != value}
-    assert different == {"max_position_embeddings"}  # follows data.seq_len
-    # resumed without the weights, which are gone
+    # max_position_embeddings follows data.seq_len
+    assert different == {"max_position_embeddings"}
+    # a resume does not need the imported weights
     shutil.move(imported, tmp_path / "elsewhere")
     try:
         start(pool, run, corpus, "--init-from", imported, "run.steps=3")
@@ -50,16 +51,19 @@ def test_nothing_of_the_model_has_to_be_written(pool, corpus, imported, tmp_path
         shutil.move(tmp_path / "elsewhere", imported)
     launches = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [launch["step"] for launch in launches] == [0, 2, 3]
-    assert launches[0]["init_from"] == str(imported) and "init_from" not in launches[1]
-    # the next phase keeps bases that the recipe does not know
+    assert launches[0]["init_from"] == str(imported)
+    assert "init_from" not in launches[1]
+    # the next phase keeps rotary bases that differ from the recipe's
     start(pool, tmp_path / "decay", corpus, "--init-from", run, "run.steps=1", phase="decay", world=2)
     assert read_config(tmp_path / "decay")["model"]["local_rope_theta"] == 500.0
 
 
-def test_words_are_stronger(pool, corpus, imported, tmp_path):
+def test_init_from_overrides_win_over_inherited_settings(pool, corpus, imported, tmp_path):
     words = ("--init-from", imported, "run.steps=1", "model.local_rope_theta=700", "model.encoder_window=4")
     said = start(pool, tmp_path / "run", corpus, *words)
-    assert "local_rope_theta" not in said and "encoder_window" not in said and "global_rope_theta=20000.0" in said
+    assert "local_rope_theta" not in said
+    assert "encoder_window" not in said
+    assert "global_rope_theta=20000.0" in said
     model = read_config(tmp_path / "run")["model"]
     assert (model["local_rope_theta"], model["encoder_window"], model["num_layers"]) == (700.0, 4, 4)
 
@@ -70,7 +74,7 @@ def groups(size, phase, *words):
     return yaml.safe_load(to_yaml(parse(size, "clm", phase, words=words)))
 
 
-def test_a_run_of_the_recipe_leaves_its_phases_to_the_recipe():
+def test_inherited_recipe_settings_do_not_override_next_phase():
     kept = inherited(groups("17m", "pretrain"))
     assert not {"local_rope_theta", "global_rope_theta", "num_layers"} & set(kept)
     config = parse("17m", "clm", "extend", weights=kept)
@@ -78,11 +82,11 @@ def test_a_run_of_the_recipe_leaves_its_phases_to_the_recipe():
     assert config.model.global_rope_theta != parse("17m", "clm", "pretrain").model.global_rope_theta
 
 
-def test_another_published_size_is_not_taken_for_the_one_asked_for():
+def test_inherited_settings_of_another_published_size_are_ignored():
     kept = inherited(groups("32m", "pretrain"))
     assert parse("17m", "clm", "extend", weights=kept) == parse("17m", "clm", "extend")
 
 
-def test_a_window_of_65_keys_stays():
+def test_inherited_decoder_window_keys_65_are_kept():
     kept = inherited(groups("17m", "pretrain", "model.decoder_window_keys=65"))
     assert parse("17m", "clm", "decay", weights=kept).model.decoder_window_keys == 65

@@ -1,4 +1,5 @@
-"""The layout does not change the science: every layout's 20 steps against one process's, at a rate that learns."""
+"""The layout does not change the results: 20 steps on every layout against one process, at a learning rate at which the
+loss falls."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ OPTIONS = {
     "clm stable_adamw": ("clm", "optim.name=stable_adamw model.attention_output_dropout=0"),
     "clm adamw dropout": ("clm", "optim.name=adamw model.attention_output_dropout=0.1 optim.clip_grad=0.5"),
 }
-# rows that are masked and predicted from the position before; causal and masked rows in one step, their share changing
+# mntp: masked tokens are predicted from the position before; hybrid: causal and masked rows in one step, the share
+# changing during the run
 MORE = {
     "mntp": ("mntp", "optim.name=stable_adamw model.attention_output_dropout=0"),
     "hybrid": ("hybrid_mntp", "data.clm_fraction=0:0.8,8000:0.3 optim.name=stable_adamw"),
@@ -62,7 +64,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One process's run for each option (and number of layers), made when first asked for."""
+    """Return the one-process run of an option (and number of layers), trained at the first use."""
     made: dict[tuple[str, str, str | None], Trained] = {}
 
     def get(option: str, words: str = "", mutation: str | None = None) -> Trained:
@@ -77,7 +79,7 @@ def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def difference(found: Trained, expected: Trained) -> dict[str, float]:
-    """Largest relative difference of losses and gradient norms, largest absolute one of the final weights."""
+    """Return the largest relative difference of losses and of gradient norms and absolute one of weights."""
     assert found.column("rows") == expected.column("rows")
     assert found.column("tokens") == expected.column("tokens")
     relative = {
@@ -95,13 +97,15 @@ def equal(found: Trained, expected: Trained) -> bool:
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, *MORE, *MUON])
-def test_the_reference_learns(reference, option: str) -> None:
+def test_train_one_process_loss_decreases(reference, option: str) -> None:
     losses = reference(option).column("loss")
     assert losses[0] - losses[-1] >= 1.0
 
 
 @pytest.mark.parametrize(("layout", "option"), pairs(LAYOUTS, list(OPTIONS)))
-def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+def test_train_on_layout_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
+) -> None:
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
     found = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()])
@@ -119,7 +123,9 @@ def test_layout(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
         ),
     ],
 )
-def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, option: str, layout: str) -> None:
+def test_train_mntp_and_hybrid_on_layout_match_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, option: str, layout: str
+) -> None:
     world, words = LAYOUTS[layout]
     objective, choice = MORE[option]
     found = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()])
@@ -127,7 +133,8 @@ def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, op
     assert equal(found, expected), difference(found, expected)
     if option == "hybrid":
         shares = [clm / labels for clm, labels in zip(found.column("labels_clm"), found.column("labels"), strict=True)]
-        assert found.column("labels_clm") == expected.column("labels_clm") and shares[0] > 0.8 > shares[-1] > 0
+        assert found.column("labels_clm") == expected.column("labels_clm")
+        assert shares[0] > 0.8 > shares[-1] > 0
         for key in ("loss_clm", "loss_mntp"):
             pairs = zip(found.column(key), expected.column(key), strict=True)
             assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
@@ -136,8 +143,10 @@ def test_more_objectives(pool: Pool, corpus: Path, tmp_path: Path, reference, op
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
 @pytest.mark.parametrize("option", ["mlm stable_adamw dropout", "clm adamw dropout"])
 @pytest.mark.parametrize("layout", ["tp2 sp", "cp2"])
-def test_fused(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
-    """The element-wise kernels of torch's compiler, and the losses that are written for them."""
+def test_train_with_run_fuse_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
+) -> None:
+    """Use the element-wise kernels of torch.compile and the loss functions written for them."""
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
     found = train(
@@ -148,8 +157,10 @@ def test_fused(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str,
 
 @pytest.mark.parametrize("option", ["mlm stable_adamw dropout", "clm adamw dropout"])
 @pytest.mark.parametrize("layout", ["micro-batch 4", "tp2 sp", "cp2", "dp2 distributed optimizer"])
-def test_fixed_shapes(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
-    """What `run.cuda_graph` records: labels and boundaries padded to a capacity, keys of dropout in tensors."""
+def test_train_with_cuda_graph_shapes_on_cpu_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
+) -> None:
+    """Use the fixed shapes of `run.cuda_graph`: labels and boundaries padded to a capacity, dropout keys in tensors."""
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
     words = [*STEPS, *choice.split(), *words.split(), "run.cuda_graph=true", "data.max_chunks_per_row=12"]
@@ -161,8 +172,10 @@ def test_fixed_shapes(pool: Pool, corpus: Path, tmp_path: Path, reference, layou
     assert equal(found, reference(option)), difference(found, reference(option))
 
 
-def test_what_has_no_room_in_a_recording(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
-    """Some rows have more than a chunk and padding: those run as always, and it is said once."""
+def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
+    pool: Pool, corpus: Path, tmp_path: Path, reference
+) -> None:
+    """Rows of more chunks than data.max_chunks_per_row are computed without the graph, and this is logged once."""
     option = "mlm stable_adamw dropout"
     objective, choice = OPTIONS[option]
     words = [*STEPS, *choice.split(), "run.cuda_graph=true", "data.max_chunks_per_row=1", "batch.micro_batch_rows=1"]
@@ -173,8 +186,8 @@ def test_what_has_no_room_in_a_recording(pool: Pool, corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2 distributed optimizer"])
-def test_gradients_in_bf16(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
-    """Summed in bf16 over micro-batches and ranks: another rounding, the same curve."""
+def test_bf16_gradients_follow_fp32_gradient_losses(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+    """Gradients summed in bf16 over micro-batches and ranks give other bits but losses within 1 %."""
     world, words = LAYOUTS[layout]
     losses = {}
     for gradients in ("fp32", "bf16"):
@@ -187,7 +200,9 @@ def test_gradients_in_bf16(pool: Pool, corpus: Path, tmp_path: Path, layout: str
 
 @pytest.mark.parametrize("option", MUON)
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2 sp", "tp2 pp2 dp2", "pp2 vp2"])
-def test_muon(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+def test_muon_on_layout_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
+) -> None:
     world, words = LAYOUTS[layout]
     objective, choice = MUON[option]
     words = [*STEPS, *choice.split(), *words.split()]
@@ -198,13 +213,16 @@ def test_muon(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, 
         wrong = train(pool, world, tmp_path / "wrong", corpus, objective, words, mutation="orthogonal_per_shard")
         assert difference(wrong, one)["loss"] > 2e-3
         usual = train(pool, world, tmp_path / "usual", corpus, objective, words)
-        assert difference(usual, reference(option))["loss"] <= 5e-4  # bfloat16 inside, see fp32_orthogonal
+        # Muon orthogonalizes in bf16 unless patched by the mutation fp32_orthogonal
+        assert difference(usual, reference(option))["loss"] <= 5e-4
 
 
 @pytest.mark.parametrize(
     "layout", ["parallel.pp=2", "parallel.pp=2 parallel.vp=2", "parallel.pp=2 parallel.pipeline_layers=2,5"]
 )
-def test_seven_layers(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str) -> None:
+def test_pipeline_of_seven_layers_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
+) -> None:
     option, layers = "clm stable_adamw", "model.num_layers=7"
     objective, choice = OPTIONS[option]
     found = train(pool, 2, tmp_path, corpus, objective, [*STEPS, *choice.split(), layers, *layout.split()])
@@ -212,7 +230,7 @@ def test_seven_layers(pool: Pool, corpus: Path, tmp_path: Path, reference, layou
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2 pp2", "dp2", "tp2 sp", "dp2 distributed optimizer"])
-def test_initial_weights(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+def test_initial_weights_on_layout_match_one_process(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
     """A step at a vanishing learning rate leaves the initial weights in the checkpoint (the bias moves by 1e-30)."""
     world, words = LAYOUTS[layout]
     still = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0"]
@@ -231,7 +249,9 @@ def test_initial_weights(pool: Pool, corpus: Path, tmp_path: Path, layout: str) 
         ("no_tied_embedding_reduction", "pp2"),
     ],
 )
-def test_the_table_catches(pool: Pool, corpus: Path, tmp_path: Path, reference, mutation: str, layout: str) -> None:
+def test_train_with_broken_reduction_differs_from_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, mutation: str, layout: str
+) -> None:
     option = "mlm stable_adamw dropout"
     objective, choice = OPTIONS[option]
     world, words = LAYOUTS[layout]

@@ -1,5 +1,5 @@
-"""The loader gives the same micro-batches from any number of worker processes, from any step on, and its workers end
-with the run, however it ends."""
+"""The loader yields the same micro-batches with any number of worker processes and from any step on, and its workers
+exit with the run, however it ends."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron_ettin.objectives.labels import labeller
 from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.train.host_batches import HostBatches
 from megatron_ettin.train.loader import Loader, worker_count
+from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, train
 
@@ -32,7 +33,7 @@ BATCH = BatchConfig(8, 2, warmup_tokens=2_000, warmup_min_rows=3)
 
 
 def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 1) -> HostBatches:
-    """Rows of 64 tokens, batch sizes that grow from 3 to 8 rows: micro-batches of 2 rows are not always full."""
+    """Return host batches of 64-token rows, 3 growing to 8 rows per step, so micro-batches of 2 are not always full."""
     corpus = open_corpus([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
     sizes = BatchSizes.of(BATCH, corpus.mean_tokens_per_row)
     label = labeller("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
@@ -40,13 +41,13 @@ def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 
 
 
 def content(loader: Loader, steps: range) -> list[tuple]:
-    """What the micro-batches of these steps hold."""
+    """Return the contents of the micro-batches of these steps."""
     batches = [batch for step in steps for batch in loader.step(step)]
     return [(b.input_ids.tolist(), b.labels.tolist(), b.host.lengths, b.host.slots, b.host.pairs) for b in batches]
 
 
 @pytest.mark.parametrize("dp_rank", [0, 1])
-def test_same_batches_from_any_number_of_workers(corpus: Path, dp_rank: int) -> None:
+def test_loader_any_worker_count_yields_same_batches(corpus: Path, dp_rank: int) -> None:
     host = host_batches(corpus, dp_rank=dp_rank)
     expected = [host.make(step, index) for step in range(12) for index in range(host.count(step))]
     for workers, prefetch in ((0, 4), (1, 1), (2, 3)):
@@ -58,7 +59,7 @@ def test_same_batches_from_any_number_of_workers(corpus: Path, dp_rank: int) -> 
         assert [f[2:] for f in found] == [(b.lengths, b.slots, b.pairs) for b in expected]
 
 
-def test_resume_needs_the_step_alone(corpus: Path) -> None:
+def test_loader_started_at_a_step_continues_same_batches(corpus: Path) -> None:
     host = host_batches(corpus)
     whole, rest = Loader(host, 0, None, workers=0), Loader(host, 7, None, workers=2)
     assert content(whole, range(10))[-len(content(rest, range(7, 10))) :] == content(Loader(host, 7), range(7, 10))
@@ -67,8 +68,8 @@ def test_resume_needs_the_step_alone(corpus: Path) -> None:
         whole.step(3)
 
 
-def test_ranks_share_the_rows_of_a_step(corpus: Path) -> None:
-    """Two data-parallel ranks have together what one has alone, each row once."""
+def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -> None:
+    """Two data-parallel ranks together hold the rows of a single rank, each row once."""
     alone = host_batches(corpus, dp=1, dp_rank=0)
     ranks = [host_batches(corpus, dp=2, dp_rank=rank) for rank in (0, 1)]
     for step in (0, 5, 40):
@@ -88,21 +89,22 @@ def test_ranks_share_the_rows_of_a_step(corpus: Path) -> None:
         assert not found
 
 
-def test_workers_hold_no_megatron() -> None:
+def test_loader_imports_no_megatron_and_host_batches_no_torch() -> None:
     code = "import sys, megatron_ettin.train.loader; assert not [m for m in sys.modules if m.startswith('megatron.')]"
     subprocess.run([sys.executable, "-c", code], check=True)
     code = "import sys, megatron_ettin.train.host_batches; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_automatic_workers() -> None:
+def test_worker_count_unset_is_two_on_gpu_and_zero_on_cpu() -> None:
     assert (worker_count(None, True), worker_count(None, False), worker_count(0, True)) == (2, 0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_told_by_name(corpus: Path, tmp_path: Path, workers: int) -> None:
-    """An id beyond the vocabulary, and a shard that is gone after the run has begun."""
-    host_batches(corpus)  # builds the row plan
+def test_loader_damaged_or_missing_shard_is_named(corpus: Path, tmp_path: Path, workers: int) -> None:
+    """Report a token id beyond the vocabulary, and a shard that disappears after the run has begun."""
+    # build the row plan of the dataset before it is copied
+    host_batches(corpus)
     damaged = shutil.copytree(corpus, tmp_path / "damaged")
     with open(damaged / "shard_00000.bin", "r+b") as stream:
         tokens = np.full(stream.seek(0, 2) // 2, 60_000, "<u2")
@@ -112,7 +114,8 @@ def test_damage_is_told_by_name(corpus: Path, tmp_path: Path, workers: int) -> N
     with pytest.raises(UserError, match=r"damaged: row \d+ .* the largest 60000; .* ends with 319: damaged"):
         content(loader, range(3))
     loader.close()
-    gone = shutil.copytree(corpus, tmp_path / "gone")  # a path that this process has not mapped yet
+    # a new path, which this process has not memory-mapped yet
+    gone = shutil.copytree(corpus, tmp_path / "gone")
     host = host_batches(gone)
     (gone / "shard_00000.bin").unlink()
     loader = Loader(host, 0, 12, workers)
@@ -121,7 +124,7 @@ def test_damage_is_told_by_name(corpus: Path, tmp_path: Path, workers: int) -> N
     loader.close()
 
 
-def test_a_lost_worker_is_told(corpus: Path) -> None:
+def test_loader_killed_worker_is_reported(corpus: Path) -> None:
     loader = Loader(host_batches(corpus), 0, None, workers=2, prefetch=2)
     next(loader.step(0))
     for worker in loading_processes(os.getpid()):
@@ -132,14 +135,14 @@ def test_a_lost_worker_is_told(corpus: Path) -> None:
 
 
 def loading_processes(pid: int) -> list[psutil.Process]:
-    """Loaders' workers of a process: below its fork server."""
+    """Return the loader workers of a process: the children of its fork server."""
     servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
     return [worker for server in servers for worker in server.children(recursive=True)]
 
 
 @pytest.mark.ranks
-def test_losses_do_not_depend_on_workers(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Through `ettin train`: 0, 1 and 2 workers, and 2 workers after a resume in the middle of the batch warm-up."""
+def test_train_losses_do_not_depend_on_worker_count(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Run `ettin train` with 0, 1 and 2 workers, and with 2 after a resume in the middle of the batch warm-up."""
     words = ["batch.warmup_tokens=4000", "batch.warmup_min_rows=2", "run.steps=12"]
     runs = {
         workers: train(pool, 1, tmp_path / str(workers), corpus, "mlm", [*words, f"data.workers={workers}"])
@@ -153,7 +156,9 @@ def test_losses_do_not_depend_on_workers(pool: Pool, corpus: Path, tmp_path: Pat
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["parallel.pp=2 parallel.vp=2", "parallel.tp=2", ""])
-def test_every_layout_reads_through_workers(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
+def test_train_on_layout_with_workers_matches_without_workers(
+    pool: Pool, corpus: Path, tmp_path: Path, layout: str
+) -> None:
     words = [*layout.split(), "run.steps=4"]
     without = train(pool, 2, tmp_path / "without", corpus, "clm", [*words, "data.workers=0"])
     found = train(pool, 2, tmp_path / "with", corpus, "clm", [*words, "data.workers=1"])
@@ -161,8 +166,8 @@ def test_every_layout_reads_through_workers(pool: Pool, corpus: Path, tmp_path: 
 
 
 @pytest.mark.ranks
-def test_a_given_order_is_not_read_past_its_end(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The batches of four exported steps are all there is: workers that read ahead stop there."""
+def test_data_order_with_workers_is_not_read_past_its_end(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Workers that prefetch stop at the end of an order of four exported steps."""
     whole = train(pool, 1, tmp_path / "keyed", corpus, "clm", ["run.steps=4"])
     exported = tmp_path / "order.parquet"
     words = ["order", str(whole.directory), "--steps", "1:5", "--out", str(exported)]
@@ -174,7 +179,7 @@ def test_a_given_order_is_not_read_past_its_end(pool: Pool, corpus: Path, tmp_pa
 def start_training(corpus: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
     line = [*command(folder, corpus, "mlm", ["data.workers=2", *words])]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_ettin", *line],
+        program("ettin", *line),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -196,18 +201,19 @@ def all_end(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
-def test_workers_die_with_a_killed_run(corpus: Path, tmp_path: Path) -> None:
+def test_loader_workers_exit_after_run_is_killed(corpus: Path, tmp_path: Path) -> None:
     process = start_training(corpus, tmp_path / "run", "run.steps=100000")
     wait_for_step(process, tmp_path / "run")
     below = psutil.Process(process.pid).children(recursive=True)
-    assert len(below) >= 3  # a fork server and two workers
+    # a fork server and two workers
+    assert len(below) >= 3
     process.kill()
     process.wait()
     assert all_end(below)
 
 
-def test_a_signal_to_the_whole_job_saves_the_run(corpus: Path, tmp_path: Path) -> None:
-    """As a scheduler sends it: every process of the job gets it, the run finishes its step, saves and exits with 75."""
+def test_sigterm_to_process_group_saves_and_exits_75(corpus: Path, tmp_path: Path) -> None:
+    """SIGTERM to every process of the job, as a scheduler sends it: the run saves its last step and exits with 75."""
     process = start_training(corpus, tmp_path / "run", "run.steps=100000")
     wait_for_step(process, tmp_path / "run")
     below = psutil.Process(process.pid).children(recursive=True)
@@ -220,11 +226,12 @@ def test_a_signal_to_the_whole_job_saves_the_run(corpus: Path, tmp_path: Path) -
     assert all_end(below)
 
 
-def test_a_run_that_ends_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
+def test_train_finished_run_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
     process = start_training(corpus, tmp_path / "run", "run.steps=3")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    for _ in range(100):  # the fork server needs a moment to see that it is alone
+    # the fork server needs a moment to notice that its parent has exited
+    for _ in range(100):
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
@@ -234,7 +241,9 @@ def test_a_run_that_ends_leaves_no_process(corpus: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("word", ["data.workers=-1", "data.prefetch=0"])
-def test_refusals(corpus: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loader_invalid_setting_is_refused(
+    corpus: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from megatron_ettin.cli.main import main
 
     assert main(command(tmp_path / "run", corpus, "mlm", [word, "run.steps=1"])) == 2

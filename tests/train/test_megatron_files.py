@@ -1,4 +1,4 @@
-"""Files that megatron-core's own builder wrote: `ettin prepare` takes them, and a run learns from them."""
+"""`ettin prepare` reads files written by megatron-core's own builder, and a run learns from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.train.runs import train
 
 @pytest.fixture(scope="module")
 def written_by_core(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """The prefix of a .bin/.idx pair: a document a sequence, [SEP] as its end-of-document, as preprocess_data leaves it."""
+    """Prefix of a .bin/.idx pair as preprocess_data writes it: one sequence per document, [SEP] as end of document."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -31,7 +31,9 @@ def written_by_core(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pa
     return prefix
 
 
-def test_a_run_learns_from_them(written_by_core: Path, tiny_tokenizer: Path, tmp_path: Path, pool: Pool) -> None:
+def test_train_on_prepared_megatron_indexed_dataset_learns(
+    written_by_core: Path, tiny_tokenizer: Path, tmp_path: Path, pool: Pool
+) -> None:
     words = ["--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
     assert prepare_here(f"{written_by_core}.idx", "--out", tmp_path / "dataset", *words) == 0
     dataset = open_dataset(tmp_path / "dataset")

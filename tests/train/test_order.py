@@ -1,4 +1,4 @@
-"""`ettin order` names what a run trained on, and anyone can repeat a step from it in plain PyTorch."""
+"""`ettin order` lists what a run trained on, from which a step can be repeated in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.ranks
 def still(
     request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
-    """Three steps that train nothing and drop nothing: their losses are those of the checkpoint's weights."""
+    """Run of three steps without learning and dropout: its losses are those of the checkpoint's weights."""
     words = ["run.steps=3", "optim.lr=1e-30", "optim.weight_decay=0", "model.attention_output_dropout=0"]
-    # the exported class knows the published windows only; these rows are shorter than both
+    # the exported class only supports the published windows, which are longer than these rows
     words += ["model.encoder_window=64", "model.decoder_window_keys=64"]
     return train(pool, 2, tmp_path_factory.mktemp("still"), corpus, request.param, [*words, "parallel.tp=2"])
 
 
-def test_a_step_repeated_in_plain_pytorch(still: Trained, tmp_path: Path) -> None:
-    """Losses of metrics.jsonl from `transformers`' models of the exported weights and `order --batches` alone."""
+def test_order_batches_in_plain_pytorch_reproduce_logged_losses(still: Trained, tmp_path: Path) -> None:
+    """Compute the losses of metrics.jsonl from the exported `transformers` models and `order --batches` alone."""
     import torch
 
     assert main(["order", str(still.directory), "--steps", "1:4", "--batches", str(tmp_path / "seen.npz")]) == 0
@@ -50,7 +50,7 @@ def test_a_step_repeated_in_plain_pytorch(still: Trained, tmp_path: Path) -> Non
 
 
 def exported(run: Path, folder: Path, causal: bool):
-    """The run's weights as the class of `transformers` that attends so."""
+    """Export the run's weights and load them as the causal or masked `transformers` class."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     objective, loader = ("clm", AutoModelForCausalLM) if causal else ("mlm", AutoModelForMaskedLM)
@@ -59,8 +59,8 @@ def exported(run: Path, folder: Path, causal: bool):
     return loader.from_pretrained(out).eval()
 
 
-def test_the_table_names_documents_and_spans(still: Trained, corpus: Path, tmp_path: Path) -> None:
-    """Every chunk of every step: its tokens are the document's at that span, its place in the row is right."""
+def test_order_table_matches_documents_and_token_spans(still: Trained, corpus: Path, tmp_path: Path) -> None:
+    """Check source, document and span of every chunk of every step, and the token count of each step."""
     import pyarrow.parquet as parquet
 
     assert main(["order", str(still.directory), "--steps", "1:4", "--out", str(tmp_path / "order.parquet")]) == 0
@@ -77,17 +77,20 @@ def test_the_table_names_documents_and_spans(still: Trained, corpus: Path, tmp_p
     assert np.cumsum(list(tokens.values())).tolist() == still.column("tokens")
 
 
-def test_the_order_does_not_need_the_run(still: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    """From config.yaml alone, for a step that is far past the end, and the same fingerprint as the run recorded."""
+def test_order_from_config_alone_matches_recorded_fingerprint(
+    still: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From config.yaml alone: the fingerprint that the run recorded, and a step far past the end of the run."""
     config = str(still.directory / "config.yaml")
     assert main(["order", config, "--fingerprint"]) == 0
     assert capsys.readouterr().out.strip() == json.loads((still.directory / "order.json").read_text())["fingerprint"]
     assert main(["order", config, "--steps", "1000000", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {line["step"] for line in lines} == {1_000_000} and {line["slot"] for line in lines} == set(range(8))
+    assert {line["step"] for line in lines} == {1_000_000}
+    assert {line["slot"] for line in lines} == set(range(8))
 
 
-def test_encoder_and_decoder_read_the_same_rows(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_order_of_encoder_and_decoder_is_identical(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     runs = [train(pool, 1, tmp_path / objective, corpus, objective, ["run.steps=2"]) for objective in ("mlm", "clm")]
     orders = [json.loads((run.directory / "order.json").read_text()) for run in runs]
     assert orders[0] == orders[1]
@@ -107,18 +110,20 @@ def test_encoder_and_decoder_read_the_same_rows(pool: Pool, corpus: Path, tmp_pa
         (["--steps", "1:2", "--out", "/nowhere/order.parquet"], "/nowhere does not exist"),
     ],
 )
-def test_refusals(still: Trained, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_invalid_arguments_are_refused(
+    still: Trained, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["order", str(still.directory), *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_without_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["order", str(tmp_path), "--fingerprint"]) == 2
     assert "no config.yaml" in capsys.readouterr().err
 
 
-def test_eval_agrees_with_validation_during_training(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The loss that training logged at its last step is what `ettin eval` finds in the checkpoint, on another layout."""
+def test_eval_on_another_layout_matches_training_validation_loss(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """`ettin eval` of the last checkpoint on another layout gives the validation loss logged at the last step."""
     held_out = str(corpus / "heldout")
     words = [f"data.validation={held_out}", "metrics.eval_every_steps=4", "metrics.eval_rows=10", "run.steps=4"]
     run = train(pool, 2, tmp_path, corpus, "mlm", [*words, "parallel.pp=2"])
@@ -129,4 +134,5 @@ def test_eval_agrees_with_validation_during_training(pool: Pool, corpus: Path, t
     found = json.loads(result.output.strip().splitlines()[-1])
     assert found["loss"] == pytest.approx(run.metrics[-1]["validation_loss"], rel=1e-5)
     assert found["accuracy"] == pytest.approx(run.metrics[-1]["validation_accuracy"])
-    assert 3 < found["unigram_loss"] < np.log(320) and latest(tmp_path) is not None
+    assert 3 < found["unigram_loss"] < np.log(320)
+    assert latest(tmp_path) is not None

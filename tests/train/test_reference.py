@@ -1,5 +1,5 @@
-"""Fifty steps of training against plain PyTorch: `transformers`' model, the rows and masks that `ettin order` tells,
-losses and StableAdamW written out. Under our recipe and under the original's, at a rate at which the loss falls."""
+"""Fifty steps of training against plain PyTorch: the `transformers` model, rows and masks from `ettin order`, the loss
+and StableAdamW written out here. With our recipe and the original one, at a learning rate at which the loss falls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ RECIPES = {
 def stable_adamw(
     groups: list[list[torch.nn.Parameter]], state: dict, t: int, lr: float, max_lr: float, decay: float
 ) -> None:
-    """RECIPE section 5; a group is one tensor of the trainer's (q, k and v are). betas 0.9 and 0.98, eps 1e-6."""
+    """Update the parameters with StableAdamW (betas 0.9 and 0.98, eps 1e-6). A group is one tensor of the trainer;
+    a decoder layer's q, k and v form one."""
     for i, group in enumerate(groups):
         m, v = state.setdefault(i, ([torch.zeros_like(p) for p in group], [torch.zeros_like(p) for p in group]))
         ratios = []
@@ -46,7 +47,7 @@ def stable_adamw(
 
 
 def grouped(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """Each parameter alone, but the three projections of a decoder's layer together."""
+    """Group the parameters: q, k and v projections of a decoder layer together, every other parameter alone."""
     groups: dict[str, list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         key = name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv")
@@ -55,7 +56,7 @@ def grouped(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 
 def micro_batch(seen, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Chunks of these rows as a padded batch: ids, attention mask, labels."""
+    """Return the chunks of these rows as a padded batch: ids, attention mask, labels."""
     chunks = [span for span in seen["spans"].tolist() if span[0] in rows]
     longest = max(end - start for _, start, end in chunks)
     ids, mask, labels = (torch.full((len(chunks), longest), fill) for fill in (0, 0, -100))
@@ -67,7 +68,7 @@ def micro_batch(seen, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of_means: bool) -> list[float]:
-    """The mean loss over predicted tokens of every step."""
+    """Train in plain PyTorch and return the mean loss over predicted tokens of every step."""
     model.model.embeddings.tok_embeddings.padding_idx = (
         None  # a random replacement may be [PAD]: it has a gradient here
     )
@@ -94,7 +95,9 @@ def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_fifty_steps(pool: Pool, corpus: Path, tmp_path: Path, objective: str, recipe: str) -> None:
+def test_train_fifty_steps_matches_plain_pytorch(
+    pool: Pool, corpus: Path, tmp_path: Path, objective: str, recipe: str
+) -> None:
     words = [f"run.steps={STEPS}", "model.attention_output_dropout=0", *RECIPES[recipe]]
     found = train(pool, 1, tmp_path / "run", corpus, objective, words)
     config = from_yaml(tmp_path / "run/config.yaml")

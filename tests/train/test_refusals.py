@@ -1,4 +1,4 @@
-"""Wrong input: one line naming the culprit and what is allowed, exit 2, nothing half-written."""
+"""Invalid input of `ettin train`: one line that names the key and what is allowed, exit status 2, nothing written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tests.train.runs import command, train
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a refused command."""
+    """Run a command that must be refused and return its one line of error."""
     assert main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("ettin "), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("ettin "), lines
     return lines[0]
 
 
@@ -56,20 +57,25 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("optim.name=muon", "the distributed optimizer cuts them; add parallel.distributed_optimizer=false"),
     ],
 )
-def test_settings(words: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_invalid_setting_is_refused_without_writing(
+    words: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(command(tmp_path / "run", corpus, "mlm", words.split()), capsys)
     assert message in line
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_unwritable_run_directory(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_unwritable_run_directory_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     line = refused(command(tmp_path / "file" / "run", corpus, "mlm", ["run.steps=1"]), capsys)
     assert f"run directory {tmp_path / 'file' / 'run'}: cannot be written" in line
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mntp", "hybrid"])
-def test_a_tokenizer_without_mask_token(
+def test_train_masked_objective_without_mask_token_is_refused(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
 ) -> None:
     tokenizer = tmp_path / "tokenizer"
@@ -80,10 +86,11 @@ def test_a_tokenizer_without_mask_token(
     capsys.readouterr()
     line = refused(command(tmp_path / "run", corpus, objective, ["run.steps=1"]), capsys)
     assert f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none" in line
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_truncated_dataset(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_truncated_dataset_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "dataset"
     shutil.copytree(corpus, broken)
     shard = broken / "shard_00000.bin"
@@ -92,7 +99,9 @@ def test_truncated_dataset(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "shard_00000.bin" in line
 
 
-def test_datasets_of_two_tokenizers(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_mixture_of_two_tokenizers_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "dataset"
     shutil.copytree(corpus, other)
     manifest = json.loads((other / "manifest.json").read_text())
@@ -103,14 +112,15 @@ def test_datasets_of_two_tokenizers(corpus: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.ranks
-def test_science_is_fixed_by_the_first_launch(
+def test_resume_changed_science_key_is_refused_unless_allowed(
     pool: Pool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     train(pool, 1, run, corpus, "mlm", ["run.steps=2"])
     before = (run / "config.yaml").read_text()
     line = refused(command(run, corpus, "mlm", ["run.steps=4", "optim.lr=1e-4"]), capsys)
-    assert "was started with optim.lr=0.003, now optim.lr=0.0001" in line and "--allow-change optim.lr" in line
+    assert "was started with optim.lr=0.003, now optim.lr=0.0001" in line
+    assert "--allow-change optim.lr" in line
     assert "run.objective=mlm, now run.objective=clm" in refused(command(run, corpus, "clm", ["run.steps=4"]), capsys)
     assert "did you mean 'optim.lr'?" in refused(
         command(run, corpus, "mlm", ["run.steps=4"], ["--allow-change", "optim.lrr"]), capsys
@@ -118,17 +128,18 @@ def test_science_is_fixed_by_the_first_launch(
     line = refused(command(run, corpus / "heldout", "mlm", ["run.steps=4"]), capsys)
     assert "data.mixture" in line
     assert (run / "config.yaml").read_text() == before
-    # operations keys may change, and an allowed science key is recorded
+    # keys that are not science keys may change; an allowed science key is recorded
     words = ["run.steps=4", "optim.lr=1e-4", "optim.max_lr=1e-4", "batch.micro_batch_rows=4"]
     allow = ["--allow-change", "optim.lr", "--allow-change", "optim.max_lr"]
     assert pool.run(1, command(run, corpus, "mlm", words, allow))[0].status == 0
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert history[-1]["changes"] == ["optim.lr", "optim.max_lr"] and history[-1]["step"] == 2
+    assert history[-1]["changes"] == ["optim.lr", "optim.max_lr"]
+    assert history[-1]["step"] == 2
 
 
 @pytest.mark.ranks
-def test_init_from(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A checkpoint of another shape, weights alone where the optimizer is asked for, and a folder that is none."""
+def test_init_from_incompatible_source_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Refuse a checkpoint of another shape, a missing folder, and keeping the state of another optimizer."""
     train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=1"])
     source = ["--init-from", str(tmp_path / "first")]
     cases = [
@@ -142,12 +153,13 @@ def test_init_from(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     ]
     for options, words, message in cases:
         result = pool.run(1, command(tmp_path / "second", corpus, "mlm", ["run.steps=1", *words], options))[0]
-        assert result.status == 2 and message in result.output, result.output
+        assert result.status == 2, result.output
+        assert message in result.output, result.output
 
 
 @pytest.mark.ranks
-def test_data_of_another_tokenizer_of_the_same_size(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Nothing in the shapes differs; going on, evaluating and validating are refused all the same."""
+def test_dataset_with_other_tokenizer_of_same_size_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The shapes are equal; resuming, starting from the weights, evaluating and validating are refused all the same."""
     other = make_corpus(tmp_path, make_tokenizer(tmp_path / "tokenizer", range(50, 52)))
     train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=1"])
     source = ["--init-from", str(tmp_path / "run")]
@@ -158,20 +170,23 @@ def test_data_of_another_tokenizer_of_the_same_size(pool: Pool, corpus: Path, tm
     ]
     for words in commands:
         result = pool.run(1, words)[0]
-        assert result.status == 2 and "tokenizer" in result.output, result.output
+        assert result.status == 2, result.output
+        assert "tokenizer" in result.output, result.output
     assert "data.mixture" in pool.run(1, command(tmp_path / "run", other, "mlm", ["run.steps=2"]))[0].output
 
 
 @pytest.mark.ranks
-def test_a_loss_that_is_no_number_stops_the_run(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_train_nan_loss_stops_without_checkpoint(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     result = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=50", "optim.lr=1e30", "optim.max_lr=1e30"]))[0]
-    assert result.status == 1 and "nan" in result.output and "rows" in result.output
+    assert result.status == 1
+    assert "nan" in result.output
+    assert "rows" in result.output
     assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.ranks
-def test_a_second_launch_in_the_same_directory(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Two writers would tear one record: the second is told who is there, the first goes on."""
+def test_train_locked_run_directory_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The refusal names the holder of the lock; once it is released the directory can be used."""
     import fcntl
 
     with open(tmp_path / ".lock", "w") as lock:
@@ -179,12 +194,14 @@ def test_a_second_launch_in_the_same_directory(pool: Pool, corpus: Path, tmp_pat
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=1"]))[0]
-        assert result.status == 2 and "process 1 on elsewhere is training in it" in result.output
+        assert result.status == 2
+        assert "process 1 on elsewhere is training in it" in result.output
     train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=1"])
 
 
 @pytest.mark.ranks
-def test_one_line_for_all_ranks_of_a_machine(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_train_refusal_on_two_ranks_is_printed_once(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     results = pool.run(2, command(tmp_path, corpus, "mlm", ["parallel.tp=3"]))
     assert [result.status for result in results] == [2, 2]
-    assert "parallel.tp: 3 does not divide" in results[0].output and results[1].output == ""
+    assert "parallel.tp: 3 does not divide" in results[0].output
+    assert results[1].output == ""

@@ -1,4 +1,4 @@
-"""Stop and go on: bit-identical on the same layout, within 1e-5 on another, after a signal, from a damaged directory."""
+"""Resuming: bit-identical on the same layout, within 1e-5 on another, after a signal, from a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, step_name
 from megatron_ettin.checkpoint.reading import CheckpointReader
+from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 
@@ -40,7 +40,7 @@ def halves(
     second: str,
     mutation: str | None = None,
 ) -> tuple[Trained, Trained]:
-    """Twenty steps in one go on `first`, and ten on `first` followed by ten on `second`."""
+    """Train twenty steps without interruption on `first`, and ten on `first` followed by ten on `second`."""
     (world, layout), (other_world, other) = LAYOUTS[first], LAYOUTS[second]
 
     def run(world: int, name: str, *more: str) -> Trained:
@@ -53,7 +53,9 @@ def halves(
 
 @pytest.mark.parametrize("optim", ["stable_adamw", "adamw"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_layout_is_bit_identical(pool: Pool, corpus: Path, tmp_path: Path, layout: str, optim: str) -> None:
+def test_resume_on_same_layout_is_bit_identical(
+    pool: Pool, corpus: Path, tmp_path: Path, layout: str, optim: str
+) -> None:
     words = BASE.format(optim=optim).split()
     whole, resumed = halves(pool, tmp_path, corpus, "mlm", words, layout, layout)
     for key in ("step", "tokens", "loss", "grad_norm", "lr", "rows"):
@@ -74,7 +76,7 @@ def test_same_layout_is_bit_identical(pool: Pool, corpus: Path, tmp_path: Path, 
         ("cp2", "1"),
     ],
 )
-def test_another_layout_goes_on_with_the_same_curve(
+def test_resume_on_another_layout_matches_losses_and_norms(
     pool: Pool, corpus: Path, tmp_path: Path, first: str, second: str
 ) -> None:
     whole, resumed = halves(pool, tmp_path, corpus, "clm", BASE.format(optim="stable_adamw").split(), first, second)
@@ -84,7 +86,7 @@ def test_another_layout_goes_on_with_the_same_curve(
         assert max(abs(a - b) / abs(b) for a, b in pairs) <= 1e-5, key
 
 
-def test_muon_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_resume_with_muon_on_same_and_other_layout_matches_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = [*BASE.format(optim="muon").split(), "parallel.distributed_optimizer=false"]
     whole, resumed = halves(pool, tmp_path / "same", corpus, "mlm", words, "tp2 pp2", "tp2 pp2")
     assert resumed.column("loss") == whole.column("loss")
@@ -95,8 +97,8 @@ def test_muon_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp
     assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
 
-def test_bf16_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """fp32 masters are what is saved: another layout differs by bf16's rounding of activations alone."""
+def test_resume_with_bf16_on_same_and_other_layout_matches_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The checkpoint holds fp32 master weights: another layout differs only by the bf16 rounding of activations."""
     words = [*BASE.format(optim="stable_adamw").split(), "precision.name=bf16"]
     whole, resumed = halves(pool, tmp_path / "same", corpus, "mlm", words, "dp2", "dp2")
     assert resumed.column("loss") == whole.column("loss")
@@ -105,8 +107,10 @@ def test_bf16_resumes_bit_identically_and_reshards(pool: Pool, corpus: Path, tmp
 
 
 @pytest.mark.parametrize("second", ["1", "pp2 vp2"])
-def test_scales_of_delayed_fp8_go_on(pool: Pool, corpus: Path, tmp_path: Path, second: str) -> None:
-    """Stored once by four ranks as plain tensors, taken up by other layouts as if nothing had stopped."""
+def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
+    pool: Pool, corpus: Path, tmp_path: Path, second: str
+) -> None:
+    """Scales are saved once by four ranks as plain tensors and restored on other layouts as in an uninterrupted run."""
 
     def scales(run: Trained) -> dict[str, list[float]]:
         checkpoint = latest(run.directory)
@@ -118,24 +122,25 @@ def test_scales_of_delayed_fp8_go_on(pool: Pool, corpus: Path, tmp_path: Path, s
     whole, resumed = halves(pool, tmp_path, corpus, "mlm", [], "tp2 pp2", second, mutation="delayed_scales")
     found = scales(resumed)
     assert found == scales(whole)
-    assert len(found) == 4 * 2 * 4  # layers, linears, tensors
+    # 4 layers with 2 linears each, 4 tensors per linear
+    assert len(found) == 4 * 2 * 4
     assert found["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[20.0 * 4] * 2]
-    # other precisions leave them aside, and a run that has none begins its own
+    # another precision ignores the scales; a run that resumes without any starts with new ones
     train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=21"])
     again = train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=22"], mutation="delayed_scales")
     assert again.column("step")[-1] == 22
     assert scales(again)["fp8_scales.transformer.layers.0.mlp.linear_fc2.forward.amax_history"] == [[4.0] * 3]
 
 
-def test_retention_and_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_checkpoint_keep_retains_newest_and_updates_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = ["run.steps=9", "checkpoint.every_steps=2", "checkpoint.keep=2"]
     train(pool, 1, tmp_path, corpus, "mlm", words)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000008", "step_000000009"]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000009"
 
 
-def test_what_the_last_save_left_goes_though_there_is_no_next_one(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A kill while an old checkpoint is deleted, after the run's last step."""
+def test_checkpoint_interrupted_pruning_is_completed_by_next_launch(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A leftover of pruning that was killed after the last step is removed though the next launch trains nothing."""
     words = ["run.steps=2", "checkpoint.every_steps=1"]
     train(pool, 2, tmp_path, corpus, "mlm", words)
     folder = tmp_path / "checkpoints"
@@ -144,7 +149,7 @@ def test_what_the_last_save_left_goes_though_there_is_no_next_one(pool: Pool, co
     assert sorted(path.name for path in folder.iterdir()) == ["latest", step_name(2)]
 
 
-def test_checkpoints_by_tokens(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_checkpoint_every_tokens_saves_at_each_crossing(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     done = train(
         pool, 1, tmp_path, corpus, "mlm", ["run.steps=10", "checkpoint.every_tokens=1000", "checkpoint.keep=0"]
     )
@@ -157,8 +162,8 @@ def test_checkpoints_by_tokens(pool: Pool, corpus: Path, tmp_path: Path) -> None
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == expected
 
 
-def test_rolled_back_steps_leave_the_record(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A run that died after its checkpoint trains those steps again: metrics.jsonl has each step once."""
+def test_resume_metrics_after_checkpoint_move_to_rolled_back_file(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A run that crashed after its checkpoint repeats those steps; metrics.jsonl has each step once."""
     whole = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=6"])
     train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=4"])
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
@@ -169,13 +174,14 @@ def test_rolled_back_steps_leave_the_record(pool: Pool, corpus: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit flipped"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+def test_resume_damaged_checkpoint_falls_back_to_previous(
     pool: Pool, corpus: Path, tmp_path: Path, damage: str
 ) -> None:
     whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
     train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=5", "checkpoint.every_steps=2"])
     newest = latest(tmp_path / "run")
-    assert newest is not None and newest.name == "step_000000005"
+    assert newest is not None
+    assert newest.name == "step_000000005"
     data = next(newest.glob("*.distcp"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -185,24 +191,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
 
 
-def test_a_whole_checkpoint_that_does_not_fit_is_no_damage(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """It is refused for what it is; the ones before it are not tried."""
+def test_resume_intact_checkpoint_of_other_shape_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The refusal names the tensor that does not fit, and earlier checkpoints are not tried."""
     often = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
     train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *often])
     wider = ["run.steps=6", *often, "model.ffn_hidden_size=128"]
     results = pool.run(2, command(tmp_path / "run", corpus, "mlm", wider, ["--allow-change", "model.ffn_hidden_size"]))
     assert [result.status for result in results] == [2, 2]
     said = results[0].output + results[1].output
-    assert "step_000000004: " in said and "transformer.layers.0.mlp.linear_fc1.weight" in said
-    assert "step_000000002" not in said and "no checkpoint is whole" not in said
+    assert "step_000000004: " in said
+    assert "transformer.layers.0.mlp.linear_fc1.weight" in said
+    assert "step_000000002" not in said
+    assert "no checkpoint is whole" not in said
 
 
-def test_sigterm_saves_and_wants_requeueing(corpus: Path, tmp_path: Path) -> None:
-    """A real process: SIGTERM finishes the step, saves, exits 75; the next launch goes on from there."""
+def test_sigterm_saves_last_step_and_exits_75(corpus: Path, tmp_path: Path) -> None:
+    """A real process that gets SIGTERM finishes its step, saves it and exits with 75."""
     words = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_ettin", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(program("ettin", *words), env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while (not metrics.exists() or metrics.read_text().count("\n") < 3) and time.monotonic() < deadline:
@@ -211,11 +217,12 @@ def test_sigterm_saves_and_wants_requeueing(corpus: Path, tmp_path: Path) -> Non
     assert process.wait(timeout=60) == 75
     steps = read(tmp_path / "run").column("step")
     saved = latest(tmp_path / "run")
-    assert saved is not None and saved.name == f"step_{steps[-1]:09d}"
+    assert saved is not None
+    assert saved.name == f"step_{steps[-1]:09d}"
 
 
-def test_phases_chain_and_cross_starts_fresh(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """The next phase keeps the optimizer and restarts step, tokens and schedule; another objective keeps weights alone."""
+def test_init_from_next_phase_keeps_optimizer_and_cross_starts_fresh(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The next phase keeps the optimizer state and restarts the step count; another objective keeps weights only."""
     train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=5"])
     chained = command(
         tmp_path / "second",
@@ -228,9 +235,11 @@ def test_phases_chain_and_cross_starts_fresh(pool: Pool, corpus: Path, tmp_path:
     assert [result.status for result in pool.run(2, [*chained, "parallel.tp=2"])] == [0, 0]
     second = read(tmp_path / "second")
     progress = json.loads((latest(tmp_path / "second") / "progress.json").read_text())
-    assert second.column("step") == [1, 2] and progress["updates"] == 7
+    assert second.column("step") == [1, 2]
+    assert progress["updates"] == 7
     ours, theirs = second.weights(), read(tmp_path / "first").weights()
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-25  # nothing moved
+    # at a learning rate of 1e-30 the weights stay as they were
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-25
     crossed = command(tmp_path / "third", corpus, "clm", ["run.steps=1"], ["--init-from", str(tmp_path / "first")])
     crossed[crossed.index("pretrain")] = "cross"
     assert pool.run(1, crossed)[0].status == 0

@@ -1,4 +1,4 @@
-"""Going back to an earlier step, rows left out, and weights that are kept for good."""
+"""Rolling back to an earlier step, skipping rows, and milestones (weights that are kept for good)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ["run.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=0"]
 
 @pytest.fixture(scope="module")
 def whole(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
-    """Six steps of eight rows."""
+    """Uninterrupted run of six steps of eight rows."""
     return train(pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", WORDS)
 
 
@@ -35,9 +35,10 @@ def run(whole: Trained, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_back_and_on_again_is_the_same(pool: Pool, corpus: Path, whole: Trained, run: Path) -> None:
+def test_from_step_retrains_bit_identically(pool: Pool, corpus: Path, whole: Trained, run: Path) -> None:
     again = train(pool, 1, run, corpus, "mlm", WORDS, ["--from-step", "3"])
-    assert again.column("loss") == whole.column("loss") and again.column("step") == list(range(1, 7))
+    assert again.column("loss") == whole.column("loss")
+    assert again.column("step") == list(range(1, 7))
     ours, theirs = again.weights(), whole.weights()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     lines = (run / "metrics.rolled_back.jsonl").read_text().splitlines()
@@ -47,35 +48,38 @@ def test_back_and_on_again_is_the_same(pool: Pool, corpus: Path, whole: Trained,
     ]
     last = json.loads((run / "history.jsonl").read_text().splitlines()[-1])
     assert last["from"].startswith("went back to step_000000003")
-    # a requeued job runs the same command: it must not go back again
+    # a requeued job runs the same command and must not roll back again
     metrics = (run / "metrics.jsonl").read_bytes()
     train(pool, 1, run, corpus, "mlm", WORDS, ["--from-step", "3"])
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_rows_left_out_after_going_back(pool: Pool, corpus: Path, whole: Trained, run: Path, tmp_path: Path) -> None:
-    """Steps 1 to 3 as they were, then without the rows of step 4: what was step 5 comes next, masks and all."""
+def test_data_skip_after_from_step_leaves_out_rows(
+    pool: Pool, corpus: Path, whole: Trained, run: Path, tmp_path: Path
+) -> None:
+    """Steps 1 to 3 stay; the rows of step 4 are left out, so that the rows and labels of step 5 come next."""
     skip = "data.skip=24:32"
     (refused,) = pool.run(1, command(run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3"]))
-    assert refused.status == 2 and "was started with data.skip=None, now data.skip=24:32" in refused.output
+    assert refused.status == 2
+    assert "was started with data.skip=None, now data.skip=24:32" in refused.output
     found = train(pool, 1, run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3", "--allow-change", "data.skip"])
     assert found.column("rows") == [[0, 8], [8, 16], [16, 24], [32, 40], [40, 48], [48, 56]]
-    assert (
-        found.column("loss")[:3] == whole.column("loss")[:3]
-        and found.column("labels")[3:5] == whole.column("labels")[4:]
-    )
-    assert found.column("loss")[3] != whole.column("loss")[4]  # the same rows with other weights
-    # the record: what was trained on, and that the order is another one
+    assert found.column("loss")[:3] == whole.column("loss")[:3]
+    assert found.column("labels")[3:5] == whole.column("labels")[4:]
+    # the same rows with other weights
+    assert found.column("loss")[3] != whole.column("loss")[4]
+    # order.json records another order, and the order from which rows were left out
     orders = [json.loads((folder / "order.json").read_text()) for folder in (run, whole.directory)]
     assert orders[0]["fingerprint"] != orders[1]["fingerprint"]
     assert orders[0]["unskipped_fingerprint"] == orders[1]["unskipped_fingerprint"]
     assert main(["order", str(run), "--steps", "4:5", "--batches", str(tmp_path / "four.npz")]) == 0
     assert main(["order", str(whole.directory), "--steps", "5:6", "--batches", str(tmp_path / "five.npz")]) == 0
     four, five = np.load(tmp_path / "four.npz"), np.load(tmp_path / "five.npz")
-    assert (four["input_ids"] == five["input_ids"]).all() and (four["labels"] == five["labels"]).all()
+    assert (four["input_ids"] == five["input_ids"]).all()
+    assert (four["labels"] == five["labels"]).all()
 
 
-def test_rows_that_were_trained_on_already(pool: Pool, corpus: Path, run: Path) -> None:
+def test_data_skip_of_trained_rows_is_refused(pool: Pool, corpus: Path, run: Path) -> None:
     words = [*WORDS, "run.steps=8", "data.skip=40:48"]
     (result,) = pool.run(1, command(run, corpus, "mlm", words, ["--allow-change", "data.skip"]))
     assert result.status == 2
@@ -83,19 +87,22 @@ def test_rows_that_were_trained_on_already(pool: Pool, corpus: Path, run: Path) 
     assert said in result.output.splitlines()[-1]
 
 
-def test_the_order_without_some_rows(corpus: Path) -> None:
+def test_row_order_with_skips_leaves_out_rows(corpus: Path) -> None:
     entries = [MixtureEntry(str(corpus))]
     plain = open_corpus(entries, 64, "packed", 21, "pretrain")
     some = open_corpus(entries, 64, "packed", 21, "pretrain", skips=((3, 5), (7, 8)))
     assert some.place_of(range(6)).tolist() == [0, 1, 2, 5, 6, 8]
-    assert some.span_of(0, 4) == (0, 6) and some.span_of(3, 5) == (5, 7) and plain.span_of(3, 5) == (3, 5)
+    assert some.span_of(0, 4) == (0, 6)
+    assert some.span_of(3, 5) == (5, 7)
+    assert plain.span_of(3, 5) == (3, 5)
     assert some.fingerprint != plain.fingerprint == some.unskipped_fingerprint
     for ours, theirs in zip(some.rows(some.place_of(range(6))), plain.rows([0, 1, 2, 5, 6, 8]), strict=True):
-        assert ours.position == theirs.position and (ours.tokens == theirs.tokens).all()
+        assert ours.position == theirs.position
+        assert (ours.tokens == theirs.tokens).all()
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "6:5", "a:b", "1:3,2:4", "4:5,1:2", "", "1:2,", "-1:4"])
-def test_what_is_no_range(text: str) -> None:
+def test_parse_skips_invalid_range_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^data\.skip: "):
         parse_skips(text)
 
@@ -107,20 +114,28 @@ def test_what_is_no_range(text: str) -> None:
         (["--from-step", "0"], "--from-step 0: must be at least 1"),
     ],
 )
-def test_steps_that_are_not_there(pool: Pool, corpus: Path, run: Path, options: list[str], said: str) -> None:
+def test_from_step_without_checkpoint_is_refused(
+    pool: Pool, corpus: Path, run: Path, options: list[str], said: str
+) -> None:
     (result,) = pool.run(1, command(run, corpus, "mlm", WORDS, options))
-    assert result.status == 2 and said in result.output.splitlines()[-1]
-    assert latest(run).name == "step_000000006" and not (run / "rolled_back").exists()
+    assert result.status == 2
+    assert said in result.output.splitlines()[-1]
+    assert latest(run).name == "step_000000006"
+    assert not (run / "rolled_back").exists()
 
 
-def test_milestones(pool: Pool, corpus: Path, tmp_path: Path, whole: Trained) -> None:
-    """Weights at every multiple of so many tokens, kept beside one resumable checkpoint; a phase branches from one."""
-    every = whole.column("tokens")[1] // 2 + 20  # passed in steps 2, 3, ...
+def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
+    pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
+) -> None:
+    """Milestones are saved at multiples of a token count next to one full checkpoint; a phase can start from one."""
+    # multiples of it are passed in steps 2, 3, ...
+    every = whole.column("tokens")[1] // 2 + 20
     words = ["run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=1", f"checkpoint.weights_every_tokens={every}"]
     found = train(pool, 2, tmp_path / "run", corpus, "mlm", [*words, "parallel.tp=2"])
     tokens = [0, *found.column("tokens")]
     wanted = [step for step in range(1, 7) if tokens[step] // every > tokens[step - 1] // every]
-    assert [int(path.name[5:]) for path in list_milestones(tmp_path / "run")] == wanted and len(wanted) >= 3
+    assert [int(path.name[5:]) for path in list_milestones(tmp_path / "run")] == wanted
+    assert len(wanted) >= 3
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_000000006"]
     full = sum(path.stat().st_size for path in list_checkpoints(tmp_path / "run")[0].rglob("*"))
     milestone = list_milestones(tmp_path / "run")[0]

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the same bytes as when it waits, kills in the middle, a full disk, what is kept."""
+"""Asynchronous saving: the tensors of a synchronous save, kills while writing, a full disk, retention, verification."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,13 @@ import torch
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, verify
 from megatron_ettin.checkpoint.reading import CheckpointReader
+from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, read, train
 
 pytestmark = pytest.mark.ranks
-BLOCK = 1 << 16  # bytes, as small_blocks of tests/mutations.py has it
+# bytes, the same as in small_blocks of tests/mutations.py
+BLOCK = 1 << 16
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
 
 
@@ -43,13 +44,14 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         (2, "parallel.engine=deepspeed parallel.zero_stage=3"),
     ],
 )
-def test_the_same_as_when_training_waits(pool: Pool, corpus: Path, tmp_path: Path, world: int, words: str) -> None:
-    """Every checkpoint: what is written later is what was there, not what the optimizer has made of it since."""
+def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path: Path, world: int, words: str) -> None:
+    """Every checkpoint holds the tensors of its step, not those that the optimizer has updated while it was written."""
     for name in ("true", "false"):
         more = ["run.steps=6", *OFTEN, f"checkpoint.asynchronous={name}", *words.split()]
         train(pool, world, tmp_path / name, corpus, "mlm", more)
     ours, theirs = (list_checkpoints(tmp_path / name) for name in ("true", "false"))
-    assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 3
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    assert len(ours) == 3
     for one, other in zip(ours, theirs, strict=True):
         verify(one)
         first, second = tensors(one), tensors(other)
@@ -59,15 +61,18 @@ def test_the_same_as_when_training_waits(pool: Pool, corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("words", ["", "parallel.tp=2 precision.name=bf16", "parallel.pp=2 optim.name=adamw"])
-def test_each_rank_writes_its_own_shards(pool: Pool, corpus: Path, tmp_path: Path, words: str) -> None:
-    """Nothing is gathered, and what is read back is as with an optimizer that is not distributed."""
+def test_sharded_save_matches_unsharded_and_is_spread_over_ranks(
+    pool: Pool, corpus: Path, tmp_path: Path, words: str
+) -> None:
+    """The tensors are those of an optimizer that is not distributed, and every rank writes its share of the bytes."""
     found = {}
     for name in ("true", "false"):
         more = ["run.steps=3", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *words.split()]
         train(pool, 4, tmp_path / name, corpus, "mlm", more)
         found[name] = latest(tmp_path / name)
     ours, theirs = tensors(found["true"]), tensors(found["false"])
-    assert ours.keys() == theirs.keys() and any(key.startswith("optimizer.state.exp_avg.") for key in ours)
+    assert ours.keys() == theirs.keys()
+    assert any(key.startswith("optimizer.state.exp_avg.") for key in ours)
     for key in ours:
         assert ours[key].dtype == theirs[key].dtype
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=key)
@@ -75,11 +80,11 @@ def test_each_rank_writes_its_own_shards(pool: Pool, corpus: Path, tmp_path: Pat
     assert min(sizes) > sum(sizes) / 8, sizes
 
 
-def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
-    """A process that saves at every step, killed at random moments: what `latest` names is whole, and the run goes on
-    from there to the same end."""
+def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(corpus: Path, tmp_path: Path) -> None:
+    """A process that saves at every step is killed at random moments: the checkpoint that `latest` names is complete,
+    and the resumed run ends with the losses of an uninterrupted one."""
     words = [*OFTEN, "checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=60"]
-    line = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "run", corpus, "mlm", words)]
+    line = program("ettin", *command(tmp_path / "run", corpus, "mlm", words))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     draw = random.Random(5)
     for _ in range(3):
@@ -96,9 +101,10 @@ def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         found = latest(tmp_path / "run", checksums=True)
-        assert found is not None and found.name == (folder / "latest").read_text().strip()
+        assert found is not None
+        assert found.name == (folder / "latest").read_text().strip()
     assert subprocess.run(line, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    whole = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "whole", corpus, "mlm", ["run.steps=60"])]
+    whole = program("ettin", *command(tmp_path / "whole", corpus, "mlm", ["run.steps=60"]))
     assert subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL).returncode == 0
     assert read(tmp_path / "run").column("loss") == read(tmp_path / "whole").column("loss")
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
@@ -106,7 +112,7 @@ def test_kill_9_while_it_is_written(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MiB with 31 of them taken: too little for a checkpoint of the tiny shape with its optimizer."""
+    """File system of 32 MiB of which 31 are used: too small for a checkpoint of the tiny shape with its optimizer."""
     if os.geteuid() != 0:
         pytest.skip("mounting wants root")
     folder = tmp_path / "small"
@@ -117,21 +123,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_told_and_tried_again(pool: Pool, corpus: Path, small_disk: Path) -> None:
-    """Trains on; with room again the next try is good."""
+def test_save_on_full_disk_is_reported_and_retried(pool: Pool, corpus: Path, small_disk: Path) -> None:
+    """Training continues, and the save succeeds once there is room again."""
     words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
     results = pool.run(2, command(small_disk / "run", corpus, "mlm", words), "room_after_step_8")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
     said = results[0].output + results[1].output
-    assert "warning: step_000000003 could not be saved (" in said and "MiB free, a checkpoint takes some" in said
+    assert "warning: step_000000003 could not be saved (" in said
+    assert "MiB free, a checkpoint takes some" in said
     assert "there is none before it; tried again in 0.01 s" in said
     steps = [int(path.name[5:]) for path in list_checkpoints(small_disk / "run")]
-    assert steps and steps[0] in (8, 9, 10) and steps[-1] == 12
+    assert steps
+    assert steps[0] in (8, 9, 10)
+    assert steps[-1] == 12
     assert read(small_disk / "run").column("step") == list(range(1, 13))
 
 
-def test_a_disk_that_fills_up_meanwhile(pool: Pool, corpus: Path, small_disk: Path) -> None:
-    """No room although it looked like it: nothing is left behind, what was there stays the latest, the end says so."""
+def test_save_disk_filled_while_writing_keeps_previous_checkpoint(pool: Pool, corpus: Path, small_disk: Path) -> None:
+    """A save that runs out of space midway leaves no files, the previous checkpoint stays the latest, the run fails."""
     (small_disk / "filler").unlink()
     train(pool, 1, small_disk / "run", corpus, "mlm", ["run.steps=1"])
     words = ["run.steps=4", "checkpoint.every_steps=2", "checkpoint.retry_seconds=1000"]
@@ -141,24 +150,27 @@ def test_a_disk_that_fills_up_meanwhile(pool: Pool, corpus: Path, small_disk: Pa
     warned = [
         line for line in said.splitlines() if line.startswith("warning: step_000000002 could not be saved (rank ")
     ]
-    assert warned and "ENOSPC, " in warned[0], said[-3000:]
+    assert warned, said[-3000:]
+    assert "ENOSPC, " in warned[0], said[-3000:]
     assert "the latest is that of step 1; tried again in 1000 s" in said
-    assert "ettin train: step_000000004 could not be saved (" in said and "the run ends without it" in said
+    assert "ettin train: step_000000004 could not be saved (" in said
+    assert "the run ends without it" in said
     assert latest(small_disk / "run", checksums=True).name == "step_000000001"  # type: ignore[union-attr]
     assert not list((small_disk / "run" / "checkpoints").glob(".tmp-*"))
 
 
-def test_the_run_may_stop_instead(pool: Pool, corpus: Path, small_disk: Path) -> None:
+def test_save_failure_with_on_failure_stop_ends_the_run(pool: Pool, corpus: Path, small_disk: Path) -> None:
     words = ["run.steps=9", "checkpoint.every_steps=3", "checkpoint.on_failure=stop"]
     results = pool.run(2, command(small_disk / "run", corpus, "mlm", words))
     assert [result.status for result in results] == [1, 1]
     said = results[0].output + results[1].output
     assert "ettin train: step_000000003 could not be saved (" in said
-    assert "the run stops (checkpoint.on_failure)" in said and "Traceback" not in said
+    assert "the run stops (checkpoint.on_failure)" in said
+    assert "Traceback" not in said
     assert read(small_disk / "run").column("step")[-1] == 4
 
 
-def test_kept_for_good_and_staged_on_another_disk(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = ["run.steps=12", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=2000"]
     words.append(f"checkpoint.staging={tmp_path / 'own-disk'}")
     run = train(pool, 2, tmp_path / "run", corpus, "clm", words)
@@ -174,13 +186,14 @@ def test_kept_for_good_and_staged_on_another_disk(pool: Pool, corpus: Path, tmp_
         verify(path)
 
 
-def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Whichever rank's share a damaged block is in: its file is named, and the one before it is taken, of which the run
-    goes on with the same bits though the damaged one was loaded first."""
+def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Whichever rank verifies the damaged block, its file is named, and the run resumes bit-identically from the
+    checkpoint before, although the damaged one was loaded first."""
     whole = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN], mutation="small_blocks")
     newest = list_checkpoints(tmp_path / "run")[-1]
     entries = json.loads((newest / "integrity.json").read_text())["files"]
-    assert sum(len(entry.get("blocks", [])) > 3 for entry in entries.values()) == 2  # a file of each rank
+    # one file of each rank
+    assert sum(len(entry.get("blocks", [])) > 3 for entry in entries.values()) == 2
     places = [(name, entry["bytes"] // 2) for name, entry in sorted(entries.items())]
     places += [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
     for name, at in places:
@@ -193,13 +206,14 @@ def test_all_ranks_verify(pool: Pool, corpus: Path, tmp_path: Path) -> None:
         assert [result.status for result in results] == [0, 0]
         said = results[0].output + results[1].output
         block = rf"bytes {at // BLOCK * BLOCK:,} to [\d,]+: " if "blocks" in entries[name] else ""
-        assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said) and "resumed step_000000002" in said
+        assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said)
+        assert "resumed step_000000002" in said
         assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 
 
-def test_goes_on_from_a_checkpoint_of_the_first_format(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """One sha256 a file, and none of the record itself: verified as before, and refused where it is damaged."""
+def test_resume_from_integrity_format_1_verifies_and_falls_back(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Format 1 has one sha256 per file and none of the record itself; it is verified, and a damaged file is named."""
     whole = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
     train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
     newest = list_checkpoints(tmp_path / "run")[-1]
@@ -216,7 +230,8 @@ def test_goes_on_from_a_checkpoint_of_the_first_format(pool: Pool, corpus: Path,
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=6", *OFTEN]))
     said = results[0].output + results[1].output
-    assert f"{newest.name}/{data.name}: sha256 " in said and "resumed step_000000002" in said
+    assert f"{newest.name}/{data.name}: sha256 " in said
+    assert "resumed step_000000002" in said
 
 
 @pytest.mark.parametrize(
@@ -229,6 +244,7 @@ def test_goes_on_from_a_checkpoint_of_the_first_format(pool: Pool, corpus: Path,
         ("checkpoint.staging=/proc/nowhere", "checkpoint.staging: /proc/nowhere: cannot be written ("),
     ],
 )
-def test_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
+def test_checkpoint_invalid_setting_is_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=1", word]))
-    assert result.status == 2 and said in result.output, result.output[-500:]
+    assert result.status == 2, result.output[-500:]
+    assert said in result.output, result.output[-500:]

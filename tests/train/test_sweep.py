@@ -1,4 +1,4 @@
-"""`--sweep`: each combination is an ordinary run in a folder of its own, and a table and a picture say what came out."""
+"""`--sweep`: each combination is an ordinary run in a folder of its own; a table and a picture summarize them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ranks
 RATES = "--sweep=optim.lr=1e-3,3e-3"
 
 
-def test_learning_rates_of_both_objectives(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_sweep_member_matches_single_run_and_best_is_marked(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     line = command(tmp_path / "sweep", corpus, "mlm", ["run.steps=3"], [RATES, "--sweep", "objective=mlm,clm"])
     results = pool.run(2, line)
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
@@ -29,19 +29,21 @@ def test_learning_rates_of_both_objectives(pool: Pool, corpus: Path, tmp_path: P
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     told = json.loads((tmp_path / "sweep/sweep.json").read_text())
     assert [row["name"] for row in told] == names
-    for objective in ("mlm", "clm"):  # the best of each, for their losses do not compare
+    # the best of each objective: losses of different objectives do not compare
+    for objective in ("mlm", "clm"):
         rows = [row for row in told if row["values"]["objective"] == objective]
         (best,) = [row for row in rows if row["best"]]
         assert best["final_loss"] == min(row["final_loss"] for row in rows)
     assert (tmp_path / "sweep/sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert all(name in results[0].output for name in names) and "not begun" not in results[0].output
-    # again: nothing is trained
+    assert all(name in results[0].output for name in names)
+    assert "not begun" not in results[0].output
+    # a second launch trains nothing
     before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("metrics.jsonl")}
     assert pool.run(2, line)[0].status == 0
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_one_member_of_a_job_array(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_sweep_member_option_trains_only_that_member(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     line = command(tmp_path, corpus, "mlm", ["run.steps=1"], [RATES, "--sweep-member", "1"])
     (result,) = pool.run(1, line)
     assert result.status == 0
@@ -49,7 +51,7 @@ def test_one_member_of_a_job_array(pool: Pool, corpus: Path, tmp_path: Path) -> 
     assert "optim.lr=1e-3  not begun" in result.output
 
 
-def test_a_member_that_diverges_does_not_stop_the_others(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_sweep_diverging_member_does_not_stop_the_others(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     words = ["run.steps=3", "optim.name=adamw", "resilience.max_skips_in_row=0"]
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words, ["--sweep", "optim.lr=1e30,1e-3"]))
     assert result.status == 0, result.output[-2000:]
@@ -73,7 +75,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(pool: Pool, corpus: Pat
         ),
     ],
 )
-def test_what_is_no_sweep(sweeps: list[str], said: str) -> None:
+def test_sweep_invalid_definition_is_refused(sweeps: list[str], said: str) -> None:
     with pytest.raises(UserError) as refusal:
         members(sweeps)
     assert said in str(refusal.value)
@@ -88,7 +90,10 @@ def test_what_is_no_sweep(sweeps: list[str], said: str) -> None:
         (["--sweep", "optim.lr=1e-3,fast"], "optim.lr: 'fast' is not a number"),
     ],
 )
-def test_refusals(pool: Pool, corpus: Path, tmp_path: Path, options: list[str], said: str) -> None:
+def test_sweep_incompatible_options_are_refused(
+    pool: Pool, corpus: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
     (result,) = pool.run(1, command(tmp_path / "sweep", corpus, "mlm", ["run.steps=1"], options))
-    assert result.status == 2 and said in result.output.splitlines()[-1], result.output
+    assert result.status == 2, result.output
+    assert said in result.output.splitlines()[-1], result.output
     assert not (tmp_path / "sweep").exists()

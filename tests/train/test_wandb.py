@@ -1,5 +1,5 @@
-"""Weights & Biases, offline, as its own files read back: one page a run over resumes, encoder and decoder in one group;
-and a service that is away."""
+"""Weights & Biases in offline mode, checked by reading its files: one wandb run over all resumes, one group for encoder
+and decoder; and an unreachable service."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.metrics.names import grouped
+from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, read
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks
 
 
 def records(run_dir: Path) -> list[Any]:
-    """Everything that was handed to wandb, over all launches."""
+    """Return all records that were logged to wandb, over all launches."""
     from wandb.proto import wandb_internal_pb2
 
     found = []
@@ -34,7 +34,7 @@ def records(run_dir: Path) -> list[Any]:
 
 
 def blocks(content: bytes) -> Iterator[bytes]:
-    """Records of a .wandb file: LevelDB's log format (doc/log_format.md of LevelDB) after a head of seven bytes."""
+    """Yield the records of a .wandb file: LevelDB's log format (its doc/log_format.md) after a 7-byte header."""
     assert content.startswith(b":W&B")
     at, record = 7, b""
     while at + 7 <= len(content):
@@ -45,13 +45,14 @@ def blocks(content: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        # 1 is a full record, 4 the last part of one
+        if kind in (1, 4):
             yield record
             record = b""
 
 
 def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
-    """{(id, group)}, and the history."""
+    """Return {(run id, group)} and the history rows."""
     everything = records(run_dir)
     pages = {(r.run.run_id, r.run.run_group) for r in everything if r.WhichOneof("record_type") == "run"}
     rows = []
@@ -62,7 +63,7 @@ def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
 
 
 def artifacts(run_dir: Path) -> dict[str, set[str]]:
-    """{name: its aliases and the paths of its files}, over all launches."""
+    """Return the aliases and file paths of each artifact by name, over all launches."""
     found: dict[str, set[str]] = {}
     for record in records(run_dir):
         if record.WhichOneof("record_type") == "artifact":
@@ -72,7 +73,7 @@ def artifacts(run_dir: Path) -> dict[str, set[str]]:
     return found
 
 
-def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_wandb_resumed_runs_keep_one_page_and_share_a_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     groups = set()
     for objective in ("mlm", "clm"):
         run = tmp_path / objective
@@ -80,8 +81,10 @@ def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path
             words = [f"run.steps={steps}", "checkpoint.every_steps=2", "checkpoint.keep=0", "metrics.wandb=true"]
             words += ["metrics.wandb_checkpoints=reference", "metrics.wandb_report=true"]
             (result,) = pool.run(1, command(run, corpus, objective, words), "wandb_offline")
-            assert result.status == 0 and "switched off" not in result.output, result.output[-2000:]
-            if steps == 5:  # as after a kill: step 5 is trained again
+            assert result.status == 0, result.output[-2000:]
+            assert "switched off" not in result.output, result.output[-2000:]
+            # as after a kill: step 5 is trained again
+            if steps == 5:
                 shutil.rmtree(run / "checkpoints" / "step_000000005")
         pages, rows = page(run)
         ((name, group),) = pages
@@ -100,25 +103,28 @@ def test_a_pair_resumed_twice_is_two_pages_of_one_group(pool: Pool, corpus: Path
     assert len(groups) == 1
 
 
-def test_a_service_that_is_away(corpus: Path, tmp_path: Path) -> None:
-    """A key, and an address where nobody answers: the run goes on, and is written to disk. In a process of its own, for
-    wandb keeps the mode of a process's first run."""
+def test_wandb_unreachable_service_writes_to_disk_and_hides_key(corpus: Path, tmp_path: Path) -> None:
+    """With an address that does not answer the run continues and is logged to disk, and its API key stays secret. Runs
+    in a process of its own, because wandb keeps the mode of the first run of a process."""
     words = command(tmp_path, corpus, "mlm", ["run.steps=2", "metrics.wandb=true"])
     away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "5" * 40, "WANDB_INIT_TIMEOUT": "3"}
-    line = [sys.executable, "-m", "megatron_ettin", *words]
+    line = program("ettin", *words)
     done = subprocess.run(line, env={**os.environ, **away}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read(tmp_path).column("step") == [1, 2]
-    assert "to be sent by `wandb sync`" in done.stderr and "5" * 40 not in done.stdout + done.stderr
+    assert "to be sent by `wandb sync`" in done.stderr
+    assert "5" * 40 not in done.stdout + done.stderr
     assert [row["step"] for row in page(tmp_path)[1]] == [1, 2]
 
 
-def test_every_key_has_a_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    assert grouped("loss") == "train/loss" and grouped("bad") == "train/bad"
+def test_metric_names_are_prefixed_with_their_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    assert grouped("loss") == "train/loss"
+    assert grouped("bad") == "train/bad"
     assert grouped("validation_loss/web") == "validation/loss/web"
     assert grouped("validation_accuracy_clm") == "validation/accuracy_clm"
 
 
-def test_bad_choice(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_wandb_checkpoints_invalid_choice_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["metrics.wandb_checkpoints=yes"]))
-    assert result.status == 2 and "one of none, reference, upload" in result.output
+    assert result.status == 2
+    assert "one of none, reference, upload" in result.output

@@ -1,4 +1,4 @@
-"""Stalls of real ranks, and the parts that decide whose fault one is."""
+"""Hangs of real ranks, and the parts that decide which rank caused one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tests.train.runs import command, read, train
 
 Launch = Callable[..., Ranks]
 HANG = 5.0
-LATE = 15.0  # after `hang_seconds`: for the answers, and for a machine that is busy
+# seconds after `hang_seconds` for the ranks to report, also on a busy host
+LATE = 15.0
 
 
 @pytest.fixture
 def launch(tmp_path: Path, corpus: Path) -> Iterator[Launch]:
-    """Start ranks of a run in `tmp_path / "run"`; what is left of them is killed in the end."""
+    """Return a function that starts ranks of a run in `tmp_path / "run"`; they are killed at the end of the test."""
     started: list[Ranks] = []
 
     def start(world: int, *words: str, mutation: str | None = None) -> Ranks:
@@ -44,9 +45,11 @@ def launch(tmp_path: Path, corpus: Path) -> Iterator[Launch]:
         ranks.close()
 
 
-def test_a_stopped_rank_is_named(launch: Launch, pool: Pool, corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    """Within the time that a step may take; the others leave their stacks and end with 75, and a new launch goes on as
-    if nothing had been."""
+def test_watchdog_suspended_rank_is_named_and_others_exit_75(
+    launch: Launch, pool: Pool, corpus: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The others write their stacks and exit with 75 after hang_seconds, and a new launch resumes with the losses of
+    an uninterrupted run."""
     run_dir = tmp_path / "run"
     (tmp_path / "attempt").mkdir()
     monkeypatch.setenv("ETTIN_ATTEMPT_DIR", str(tmp_path / "attempt"))
@@ -58,14 +61,16 @@ def test_a_stopped_rank_is_named(launch: Launch, pool: Pool, corpus: Path, tmp_p
     assert time.monotonic() - began < HANG + LATE
     assert statuses == [75, 75, None, 75], ranks.said()
     line = run_state(run_dir).last_stall
-    assert line is not None and line in ranks.said()
+    assert line is not None
+    assert line in ranks.said()
     assert f"rank 2 on {os.uname().nodename} (pid {ranks.pid(2)}) has not been heard of" in line
     assert ranks.said().count("ettin train: stalled for") == 1
     (stall,) = (run_dir / "watch").glob("stall-*")
     assert sorted(path.name for path in stall.glob("*.txt")) == [f"rank_0000{rank}.txt" for rank in (0, 1, 3)]
     assert "in train_step" in (stall / "rank_00003.txt").read_text()
     (left,) = (tmp_path / "attempt").glob("rank_*.json")
-    assert left.name == "rank_00002.json" and json.loads(left.read_text())["kind"] == "stalled"
+    assert left.name == "rank_00002.json"
+    assert json.loads(left.read_text())["kind"] == "stalled"
     ranks.close()
     monkeypatch.delenv("ETTIN_ATTEMPT_DIR")
     words = [f"run.steps={step_of(run_dir) + 2}"]
@@ -74,28 +79,28 @@ def test_a_stopped_rank_is_named(launch: Launch, pool: Pool, corpus: Path, tmp_p
     assert resumed.column("loss") == undisturbed.column("loss")
 
 
-def test_a_rank_that_reads_for_ever_is_behind(launch: Launch, tmp_path: Path) -> None:
+def test_watchdog_rank_stuck_reading_data_is_named(launch: Launch, tmp_path: Path) -> None:
     ranks = launch(2, "run.steps=100", mutation="reading_stops_on_rank_1")
     assert ranks.wait(60) == [75, 75], ranks.said()
     line = run_state(tmp_path / "run").last_stall
-    assert (
-        line is not None and f"rank 1 on {os.uname().nodename} (pid {ranks.pid(1)}) is still in reading data of" in line
-    )
+    assert line is not None
+    assert f"rank 1 on {os.uname().nodename} (pid {ranks.pid(1)}) is still in reading data of" in line
     assert line.endswith("of step 4; the others wait in the gradient sum of step 4")
     (stacks,) = (tmp_path / "run" / "watch").glob("stall-*/rank_00001.txt")
     assert "_sleep_at_step_3" in stacks.read_text()
 
 
-def test_a_rank_in_c_code_is_silent(launch: Launch, tmp_path: Path) -> None:
-    """Its watchdog has no interpreter to run in; the others' name it."""
+def test_watchdog_rank_stuck_in_c_code_is_named(launch: Launch, tmp_path: Path) -> None:
+    """C code that holds the GIL stops the rank's own watchdog; those of other ranks name it."""
     ranks = launch(2, "run.steps=100", mutation="c_code_on_rank_1")
     assert ranks.wait(60, but=(1,)) == [75, None], ranks.said()
     line = run_state(tmp_path / "run").last_stall
-    assert line is not None and f"(pid {ranks.pid(1)}) has not been heard of" in line
+    assert line is not None
+    assert f"(pid {ranks.pid(1)}) has not been heard of" in line
 
 
-def test_slow_saves_and_evaluations_are_no_stalls(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Each longer than a step may take; and nothing of the watchdogs is left."""
+def test_watchdog_slow_saves_and_evaluations_are_not_stalls(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A save and an evaluation may take longer than hang_seconds; the watch folder is empty afterwards."""
     often = ["checkpoint.every_steps=2", "metrics.eval_every_steps=2", f"data.validation={corpus / 'heldout'}"]
     words = ["run.steps=2", "resilience.hang_seconds=3", *often]
     trained = train(pool, 2, tmp_path / "run", corpus, "mlm", words, mutation="slow_saves_and_evaluations")
@@ -103,7 +108,7 @@ def test_slow_saves_and_evaluations_are_no_stalls(pool: Pool, corpus: Path, tmp_
     assert list((tmp_path / "run" / "watch").iterdir()) == []
 
 
-def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path, capsys) -> None:
+def test_straggler_slow_rank_is_named_in_metrics_and_status(pool: Pool, corpus: Path, tmp_path: Path, capsys) -> None:
     words = ["run.steps=9", "metrics.ranks_every_steps=3", "parallel.tp=1"]
     run_dir = tmp_path / "run"
     line = command(run_dir, corpus, "mlm", words)
@@ -113,7 +118,8 @@ def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path, capsys
     assert [line["step"] for line in lines if "slowest_rank" in line] == [3, 6, 9]
     assert all(line["slowest_rank"] == 1 and line["slowest_ratio"] > 1.5 for line in lines[2::3])
     warnings = [line for line in results[0].output.splitlines() if line.startswith("warning: rank 1 on")]
-    assert len(warnings) == 1 and "over the last 9 steps" in warnings[0]
+    assert len(warnings) == 1
+    assert "over the last 9 steps" in warnings[0]
     state = run_state(run_dir)
     assert (state.slowest_rank, state.slowest_host) == (1, os.uname().nodename)
     assert main(["status", str(run_dir)]) == 0
@@ -128,7 +134,7 @@ def test_the_slow_rank_is_named(pool: Pool, corpus: Path, tmp_path: Path, capsys
         ("metrics.ranks_every_steps=0", "metrics.ranks_every_steps: 0 is not allowed; it is at least 1"),
     ],
 )
-def test_what_is_refused(word: str, told: str, corpus: Path, tmp_path: Path, capsys) -> None:
+def test_watchdog_invalid_setting_is_refused(word: str, told: str, corpus: Path, tmp_path: Path, capsys) -> None:
     assert main(command(tmp_path / "run", corpus, "mlm", [word])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
@@ -160,36 +166,43 @@ PEERS = [Peer(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]
         ([Sign(7, REDUCE, True, 1)] * 4, "all 4 ranks are in the gradient sum of step 8", None),
     ],
 )
-def test_whose_fault_it_is(signs: list[Sign | None], line: str, culprit: int | None) -> None:
+def test_hang_report_names_the_rank_that_others_wait_for(
+    signs: list[Sign | None], line: str, culprit: int | None
+) -> None:
     found = verdict(PEERS, {rank: sign for rank, sign in enumerate(signs) if sign is not None})
-    assert found.line == line and (found.culprit and found.culprit.rank) == culprit
+    assert found.line == line
+    assert (found.culprit and found.culprit.rank) == culprit
 
 
-def test_stages_are_not_compared() -> None:
+def test_straggler_detection_compares_ranks_within_a_stage() -> None:
     assert slowest([1.0, 1.2, 9.0, 9.0], [0, 0, 1, 1]) == Slowest(1, pytest.approx(1.2))
     assert slowest([1.0, 1.0, 1.0, 3.0, 1.0], [0] * 5) == Slowest(3, 3.0)
     assert slowest([1.0, 2.0], [0, 1]) is None
 
 
-def test_reporters_are_of_many_hosts() -> None:
+def test_watchdog_reporters_are_few_and_spread_over_hosts() -> None:
     assert [watchdog.reporters(world) for world in (1, 2, 4)] == [[0], [0, 1], [0, 1, 2, 3]]
     chosen = watchdog.reporters(4096)
-    assert chosen[:2] == [0, 1] and len(chosen) <= watchdog.REPORTERS and len({rank // 8 for rank in chosen}) > 4
+    assert chosen[:2] == [0, 1]
+    assert len(chosen) <= watchdog.REPORTERS
+    assert len({rank // 8 for rank in chosen}) > 4
 
 
-def test_signs_of_other_launches_are_none(tmp_path: Path) -> None:
+def test_rank_status_of_other_launch_or_torn_file_is_ignored(tmp_path: Path) -> None:
     heart = Heart(figures={"step": 4})
     heart.at(DATA)
     write_sign(tmp_path, "now", PEERS[3], heart, 1, stalled=False)
     sign = read_sign(tmp_path, "now", 3)
-    assert sign is not None and (sign.step, sign.doing, sign.stalled) == (4, DATA, False)
-    assert read_sign(tmp_path, "before", 3) is None and read_sign(tmp_path, "now", 2) is None
+    assert sign is not None
+    assert (sign.step, sign.doing, sign.stalled) == (4, DATA, False)
+    assert read_sign(tmp_path, "before", 3) is None
+    assert read_sign(tmp_path, "now", 2) is None
     (tmp_path / "rank_00003.json").write_text("{torn")
     assert read_sign(tmp_path, "now", 3) is None
 
 
-def test_neither_a_clock_nor_a_suspension_is_a_stall(tmp_path: Path, monkeypatch) -> None:
-    """The clock that does not go back says that an hour passed between two looks: the process was stopped meanwhile."""
+def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None:
+    """The monotonic clock jumps by an hour between two ticks, as when the process was suspended."""
     monkeypatch.setattr(watchdog, "meet", lambda rank: ([Peer.here(0)], "now"))
     monkeypatch.setattr(watchdog.Watchdog, "_stall", lambda *_: pytest.fail("a stall"))
     jumps = iter([3600.0 * number for number in range(1000)])

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO in core's place: the same twenty steps, checkpoints that either engine goes on from, refusals."""
+"""DeepSpeed's ZeRO as the engine: losses of the megatron engine, checkpoints that either engine resumes, refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENGINE = "parallel.engine=deepspeed"
 
 @pytest.fixture(scope="module")
 def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Core's run in one process for each option, made when first asked for."""
+    """Return the one-process run of an option on the megatron engine, trained at the first use."""
     made: dict[str, Trained] = {}
 
     def get(option: str, *words: str) -> Trained:
@@ -59,37 +59,44 @@ def zero(pool: Pool, corpus: Path, folder: Path, option: str, layout: str, *word
 
 
 @pytest.mark.parametrize(("layout", "option"), pairs(LAYOUTS, [DROPOUT, "mlm adamw", "clm stable_adamw", CLIPPED]))
-def test_same_losses_as_core(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str) -> None:
+def test_zero_on_layout_matches_megatron_engine(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
+) -> None:
     found = zero(pool, corpus, tmp_path, option, layout)
     assert equal(found, reference(option)), difference(found, reference(option))
 
 
 @pytest.mark.parametrize("layout", ["zero1", "zero3 tp2"])
-def test_hybrid_objective(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str) -> None:
+def test_zero_hybrid_objective_matches_megatron_engine(
+    pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
+) -> None:
     found = zero(pool, corpus, tmp_path, "hybrid", layout)
     assert equal(found, reference("hybrid")), difference(found, reference("hybrid"))
     assert found.column("labels_clm") == reference("hybrid").column("labels_clm")
 
 
-def test_batches_that_grow(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+def test_zero_batch_warmup_matches_megatron_engine(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
     words = ["batch.warmup_tokens=3000", "batch.warmup_min_rows=4"]
     for layout in ("zero2", "zero3"):
         found = zero(pool, corpus, tmp_path / layout, CLIPPED, layout, *words)
         assert equal(found, reference(CLIPPED, *words)), difference(found, reference(CLIPPED, *words))
     rows = [last - first for first, last in found.column("rows")]
-    assert rows[0] == 4 and rows[-1] == 8
+    assert rows[0] == 4
+    assert rows[-1] == 8
 
 
-def test_means_of_micro_batches(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
-    """Each one's mean counts the same, as in the original trainer."""
+def test_zero_microbatch_normalization_matches_megatron_engine(
+    pool: Pool, corpus: Path, tmp_path: Path, reference
+) -> None:
+    """With loss_normalization=microbatch every micro-batch has the same weight, as in the original trainer."""
     words = ["batch.loss_normalization=microbatch"]
     found, expected = zero(pool, corpus, tmp_path, CLIPPED, "zero2", *words), reference(CLIPPED, *words)
     assert equal(found, expected), difference(found, expected)
     assert found.column("grad_norm") != reference(CLIPPED).column("grad_norm")
 
 
-def test_bf16_keeps_fp32_masters(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
-    """Within bf16's rounding of core's run, and masters in the checkpoint that no bf16 number could hold."""
+def test_zero_bf16_keeps_fp32_master_weights(pool: Pool, corpus: Path, tmp_path: Path, reference) -> None:
+    """Losses are within bf16 rounding of the megatron engine's, and the saved master weights are not bf16 values."""
     losses = {}
     for layout in ("zero2", "zero3", "zero2 offload"):
         found = zero(pool, corpus, tmp_path / layout, DROPOUT, layout, "precision.name=bf16")
@@ -111,8 +118,10 @@ def test_bf16_keeps_fp32_masters(pool: Pool, corpus: Path, tmp_path: Path, refer
         ("2 engine=megatron pp=2", "2 zero_stage=2 zero_offload=optimizer"),
     ],
 )
-def test_either_engine_goes_on(pool: Pool, corpus: Path, tmp_path: Path, first: str, second: str) -> None:
-    """Bit-identical on the same layout; otherwise the same curve."""
+def test_zero_resume_on_either_engine_matches_uninterrupted_run(
+    pool: Pool, corpus: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    """The resumed run is bit-identical on the same layout and within tolerance on another."""
 
     def run(layout: str, folder: str, steps: int) -> Trained:
         world, *words = layout.split()
@@ -132,8 +141,8 @@ def test_either_engine_goes_on(pool: Pool, corpus: Path, tmp_path: Path, first: 
     assert equal(resumed, whole), difference(resumed, whole)
 
 
-def test_a_chain_with_evaluations_and_milestones(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Phase after phase in one process, the second from the first's weights alone, as core does it."""
+def test_zero_two_phases_match_megatron_train_and_validation_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Train two phases in the same processes, the second from the weights of the first alone, on either engine."""
     evaluated = [f"data.validation={corpus / 'heldout'}", "metrics.eval_every_steps=2", "metrics.eval_rows=16"]
     found = {}
     for engine in ("megatron", "deepspeed"):
@@ -168,14 +177,17 @@ def test_a_chain_with_evaluations_and_milestones(pool: Pool, corpus: Path, tmp_p
         ("parallel.engine=deepsped", "parallel.engine: 'deepsped' does not exist (did you mean 'deepspeed'?)"),
     ],
 )
-def test_refusals(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str, expected: str) -> None:
+def test_zero_invalid_setting_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str, expected: str
+) -> None:
     assert main(command(tmp_path / "run", corpus, "mlm", [ENGINE, *words.split()])) == 2
     error = capsys.readouterr().err.strip()
-    assert expected in error and "\n" not in error
+    assert expected in error
+    assert "\n" not in error
     assert not (tmp_path / "run").exists()
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_ettin.platform.deepspeed import check_engine
 
     check_engine("megatron")
@@ -184,8 +196,8 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         check_engine("deepspeed")
 
 
-def test_nothing_of_a_run_is_left(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """A process may train several runs: the groups of one, with their threads and sockets, end with it."""
+def test_zero_second_run_in_process_leaks_no_threads(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """A process may train several runs: the process groups of one and their threads end with it."""
     threads = []
     for number in range(2):
         words = ["run.steps=2", ENGINE, "parallel.zero_stage=3"]

@@ -1,4 +1,4 @@
-"""What an environment is given to check: exported folders and what our model makes of given tokens.
+"""Exported folders for an environment to check, with our model's logits for given tokens.
 
 `Case` reads what `exports.py` wrote, so it imports nothing of the project: it runs beside any transformers."""
 

@@ -1,4 +1,4 @@
-"""What a released folder must do, one function a promise: `check(case)` raises where it is not kept.
+"""Checks of a released folder, one function per promise: `check(case)` raises where it is not kept.
 
 Run beside any transformers by `probe.py`, so nothing of the project is imported, and of pytest neither."""
 
@@ -37,7 +37,7 @@ def is_misread(case: Case) -> bool:
 
 
 def as_trained(case: Case, model: Any) -> Any:
-    """The way round what is misread, as docs/convert.md gives it."""
+    """Apply the workaround of docs/convert.md where transformers misreads the folder."""
     if is_misread(case):
         config = copy.copy(model.config)
         config.global_rope_theta = config.local_rope_theta
@@ -46,7 +46,7 @@ def as_trained(case: Case, model: Any) -> Any:
 
 
 def saved_folder(case: Case) -> Path:
-    """Where this transformers' own copy of the model goes."""
+    """Return the folder for this transformers' own copy of the model."""
     import transformers
 
     return case.folder / f"saved_by_{transformers.__version__}"
@@ -114,7 +114,7 @@ def stored_precision_is_kept(case: Case) -> None:
 
 
 def saved_again_is_the_same(case: Case) -> None:
-    """By this transformers; the folder stays beside, for the project to import."""
+    """Save with this transformers and load again; the folder stays, for the project to import."""
     again = saved_folder(case)
     model, tokenizer = case.load(dtype="auto"), case.tokenizer()
     model.save_pretrained(again)

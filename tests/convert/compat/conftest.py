@@ -1,4 +1,4 @@
-"""The exported folders, and what each environment made of them; both once a session."""
+"""The exported folders and the outcome of the checks in each environment, both made once a session."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_INDEX = 69  # exit status of tools/compat_env.sh
 
 @dataclass(frozen=True)
 class Probed:
-    """What `probe.py` found in one environment."""
+    """Outcome of `probe.py` in one environment."""
 
     version: str
     found: dict[str, dict[str, str | None]]
@@ -33,7 +33,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
 
 @pytest.fixture(scope="session")
 def probed(exports: Path) -> Callable[[str], Probed]:
-    """By name of an environment, which is made on first use. Skips where no package index can be reached."""
+    """Return the outcome for an environment, made on first use; skip where no package index can be reached."""
     done: dict[str, Probed | str] = {}
 
     def of(name: str) -> Probed:
@@ -48,7 +48,7 @@ def probed(exports: Path) -> Callable[[str], Probed]:
 
 
 def probe(name: str, exports: Path) -> Probed | str:
-    """Make the environment and run every check in it; a text where it cannot be made here."""
+    """Make the environment and run every check in it; return a reason where it cannot be made here."""
     environment = {**os.environ, "PYTHON": sys.executable}
     made = subprocess.run(
         ["bash", str(ROOT / "tools/compat_env.sh"), name], capture_output=True, text=True, env=environment

@@ -1,4 +1,4 @@
-"""What a released decoder must do beyond its logits: generate, with and without its cache, alone and padded.
+"""Checks of a released decoder beyond its logits: generation, with and without its cache, alone and padded.
 
 Prompts are five windows long and longer, so that what a local layer's cache has dropped is needed by nobody."""
 

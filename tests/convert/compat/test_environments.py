@@ -21,13 +21,13 @@ CHECKED = [(name, check.__name__) for name in EXPORTS for check in checks_of(obj
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize(("name", "check"), CHECKED)
-def test_exported_folder(probed, environment, name, check):
+def test_export_in_other_transformers_passes_check(probed, environment, name, check):
     went_wrong = probed(environment).found[name][check]
     assert went_wrong is None, went_wrong
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_it_is_the_version_that_was_asked_for(probed, environment):
+def test_compat_environment_has_requested_transformers(probed, environment):
     lowest = re.search(r"transformers >= ([\d.]+)", (ROOT / "setup.cfg").read_text())[1]
     pinned = re.search(r"transformers==([\d.]+)", (ROOT / "constraints-cpu.txt").read_text())[1]
     wanted = {"oldest": f"{lowest}.0", "newest": pinned, "latest": ""}.get(environment, environment)
@@ -36,14 +36,16 @@ def test_it_is_the_version_that_was_asked_for(probed, environment):
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize("name", EXPORTS)
-def test_what_transformers_saved_again_is_imported(probed, environment, exports, tmp_path, name):
+def test_from_hf_folder_saved_by_other_transformers_keeps_bits(probed, environment, exports, tmp_path, name):
     version = probed(environment).version
     ettin("convert", "from-hf", exports / name / "model", tmp_path / "first")
     ettin("convert", "from-hf", exports / name / f"saved_by_{version}", tmp_path / "second")
     first, second = (yaml.safe_load((tmp_path / which / "config.yaml").read_text()) for which in ("first", "second"))
-    assert first["model"] == second["model"] and first["run"]["objective"] == second["run"]["objective"]
+    assert first["model"] == second["model"]
+    assert first["run"]["objective"] == second["run"]["objective"]
     for which in ("first", "second"):
         ettin("convert", "to-hf", tmp_path / which, tmp_path / f"{which}_out", "--no-verify")
     assert same_bits(tensors(tmp_path / "first_out"), tensors(tmp_path / "second_out"))
     for file in ("config.json", "tokenizer_config.json"):
-        assert (tmp_path / "first_out" / file).is_file() and (tmp_path / "second_out" / file).is_file()
+        assert (tmp_path / "first_out" / file).is_file()
+        assert (tmp_path / "second_out" / file).is_file()

@@ -19,7 +19,7 @@ DECODERS = [name for name in EXPORTS if objective_of(name) == "clm"]
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("check", generation.DECODER, ids=lambda check: check.__name__)
-def test_decoder_generates(exports, name, check):
+def test_export_of_decoder_passes_generation_check(exports, name, check):
     check(Case(exports / name))
 
 
@@ -99,7 +99,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("check", "name", "damage"), DAMAGE, ids=lambda value: getattr(value, "__name__", None))
-def test_check_notices(exports, tmp_path, check, name, damage):
+def test_compat_check_of_damaged_export_fails(exports, tmp_path, check, name, damage):
     folder = tmp_path / name
     shutil.copytree(exports / name, folder)
     damage(folder / "model")
@@ -107,7 +107,7 @@ def test_check_notices(exports, tmp_path, check, name, damage):
         check(Case(folder))
 
 
-def test_every_check_is_seen_to_notice():
+def test_compat_damage_table_covers_every_check():
     alike = {generation.beams_and_cache_agree}  # compares a model with itself: no folder breaks it
     every = {*checks_of("mlm"), *checks_of("clm")} - {*EMBEDDERS} - alike
     assert {check for check, _, _ in DAMAGE} == every

@@ -1,4 +1,4 @@
-"""What a file's model is known from: --config, the file's record, or a published size; and what is refused."""
+"""Sources of a file's model config (--config, the file's record, a published size), and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def imported(tmp_path, **options):
     return result, read_config(tmp_path / "out")
 
 
-def test_yaml_of_the_run(tmp_path):
+def test_from_composer_run_yaml_gives_model_config(tmp_path):
     """Numbers as the published files write them: 1e-5 is a text in YAML 1.1, an unset local base is the global one."""
     trainer_file(tmp_path / "file.pt", "clm", config=None)
     text = yaml.safe_dump(
@@ -41,22 +41,26 @@ def test_yaml_of_the_run(tmp_path):
     (tmp_path / "run.yaml").write_text(text.replace("1.0e-05", "1e-5").replace("20000.0", "160000.0"))
     result, config = imported(tmp_path, config=tmp_path / "run.yaml")
     model = config["model"]
-    assert model["global_rope_theta"] == model["local_rope_theta"] == 160_000 and model["norm_eps"] == 1e-5
-    assert model["max_position_embeddings"] == 7_999 and model["decoder_window_keys"] == 9
+    assert model["global_rope_theta"] == model["local_rope_theta"] == 160_000
+    assert model["norm_eps"] == 1e-5
+    assert model["max_position_embeddings"] == 7_999
+    assert model["decoder_window_keys"] == 9
     assert any("has no local_attn_rotary_emb_base: local layers have the global" in note for note in result["notes"])
     assert result["objective"] == "clm" == config["run"]["objective"]
 
 
-def test_config_json_of_transformers(tmp_path):
+def test_from_composer_transformers_config_json_gives_model_config(tmp_path):
     model = trainer_file(tmp_path / "file.pt", "clm", config=None)
     model.config.sliding_window = 8  # as a released folder has it
     model.config.save_pretrained(tmp_path / "hf")
     result, config = imported(tmp_path, config=tmp_path / "hf" / "config.json")
-    assert result["objective"] == "clm" and config["model"]["decoder_window_keys"] == 9
-    assert config["model"]["local_rope_theta"] == 500 and config["model"]["encoder_window"] == 8
+    assert result["objective"] == "clm"
+    assert config["model"]["decoder_window_keys"] == 9
+    assert config["model"]["local_rope_theta"] == 500
+    assert config["model"]["encoder_window"] == 8
 
 
-def test_config_alone_and_its_differences_from_the_record(tmp_path):
+def test_from_composer_config_unlike_record_wins_and_is_noted(tmp_path):
     trainer_file(tmp_path / "file.pt", "mlm")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"rotary_emb_base": 10_000.0}))
     result, config = imported(tmp_path, config=tmp_path / "run.yaml")
@@ -64,14 +68,14 @@ def test_config_alone_and_its_differences_from_the_record(tmp_path):
     assert any("gives global_rope_theta 10000.0, the file records 20000.0" in note for note in result["notes"])
 
 
-def test_the_trainers_defaults_are_told(tmp_path):
+def test_from_composer_missing_key_takes_trainers_default_and_note(tmp_path):
     trainer_file(tmp_path / "file.pt", "mlm", config=without("rotary_emb_base"))
     result, config = imported(tmp_path)
     assert config["model"]["global_rope_theta"] == 10_000
     assert any("has no rotary_emb_base: assumed 10000.0, the original trainer's default" in n for n in result["notes"])
 
 
-def test_no_window_is_all_layers_global(tmp_path):
+def test_from_composer_no_window_makes_all_layers_global(tmp_path):
     changes = {"sliding_window": -1, "global_attn_every_n_layers": -1, "local_attn_rotary_emb_base": -1}
     trainer_file(tmp_path / "file.pt", "mlm", config=CONFIG | changes)
     assert imported(tmp_path)[1]["model"]["global_attention_every"] == 1
@@ -84,20 +88,23 @@ def small_17m():
     return {"vocab_size": 320, "pad_token_id": 3, **{names.get(key, key): value for key, value in shape.items()}}
 
 
-def test_published_size_without_a_record(tmp_path, capsys):
+def test_from_composer_without_record_assumes_published_size(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm", small_17m(), config=None)
     status, out, _ = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "out")
-    assert status == 0 and ": mlm, 17m, 47 tensors" in out
-    assert "assumed size 17m (4 heads" in out and "import again with --config" in out
+    assert status == 0
+    assert ": mlm, 17m, 47 tensors" in out
+    assert "assumed size 17m (4 heads" in out
+    assert "import again with --config" in out
     assert "objective mlm: from the name head.*" in out
     model = read_config(tmp_path / "out")["model"]
-    assert model["global_rope_theta"] == 160_000 and model["num_attention_heads"] == 4
+    assert model["global_rope_theta"] == 160_000
+    assert model["num_attention_heads"] == 4
 
 
 @pytest.mark.parametrize(
     ("head", "name", "trained"), [("lm_head", "flex_gpt_to_bert", "mlm"), ("head", "flex_bert_to_gpt", "clm")]
 )
-def test_cross_trained_models_keep_their_first_head(tmp_path, head, name, trained):
+def test_from_composer_cross_trained_head_takes_trained_objective(tmp_path, head, name, trained):
     first = {"head": "mlm", "lm_head": "clm"}[head]
     trainer_file(tmp_path / "file.pt", first, config=None)
     result, config = imported(tmp_path, config=run_yaml(tmp_path / "run.yaml", name))
@@ -106,7 +113,7 @@ def test_cross_trained_models_keep_their_first_head(tmp_path, head, name, traine
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_objective_overrides(tmp_path, objective):
+def test_from_composer_objective_option_overrides_record(tmp_path, objective):
     other = {"mlm": "clm", "clm": "mlm"}[objective]
     trainer_file(tmp_path / "file.pt", objective)
     result, config = imported(tmp_path, objective=other)
@@ -114,7 +121,7 @@ def test_objective_overrides(tmp_path, objective):
     assert any(f"trained as {objective}, imported as {other}" in note for note in result["notes"])
 
 
-def test_contradictions(tmp_path, capsys):
+def test_from_composer_contradicting_objective_is_refused(tmp_path, capsys):
     file, path = tmp_path / "file.pt", tmp_path / "run.yaml"
     trainer_file(file, "mlm")
     refused(capsys, tmp_path, file, "allowed: mlm, clm", "--objective", "both")
@@ -147,17 +154,17 @@ def test_contradictions(tmp_path, capsys):
         ({"rotary_emb_base": float("nan")}, "rotary_emb_base is nan"),
     ],
 )
-def test_configurations_that_are_not_ours(tmp_path, capsys, changes, said):
+def test_from_composer_unsupported_config_is_refused(tmp_path, capsys, changes, said):
     trainer_file(tmp_path / "file.pt", "mlm", config=CONFIG | changes)
     refused(capsys, tmp_path, tmp_path / "file.pt", said)
 
 
-def test_missing_key_whose_default_is_not_ours(tmp_path, capsys):
+def test_from_composer_missing_key_with_unsupported_default_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm", config=without("head_pred_act"))
     refused(capsys, tmp_path, tmp_path / "file.pt", "head_pred_act is 'silu' (not given: the trainer's default)")
 
 
-def test_config_files_that_are_none(tmp_path, capsys):
+def test_from_composer_malformed_or_missing_config_file_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm")
     for text, said in (("a: [", "not valid YAML"), ("model: {name: x}", "no model.model_config"), ("- 1", "mapping")):
         (tmp_path / "run.yaml").write_text(text)
@@ -167,7 +174,7 @@ def test_config_files_that_are_none(tmp_path, capsys):
     refused(capsys, tmp_path, tmp_path / "file.pt", "is no published size")
 
 
-def test_tensors_that_are_not_ours(tmp_path, capsys):
+def test_from_composer_unsupported_tensors_are_refused(tmp_path, capsys):
     named = trainer_names(reference("mlm"), "mlm")
     weight = named["model.bert.final_norm.weight"]
 
@@ -192,7 +199,7 @@ def test_tensors_that_are_not_ours(tmp_path, capsys):
     refused(capsys, tmp_path, tmp_path / "file.pt", "has no head.* or lm_head.*")
 
 
-def test_tokenizers_that_do_not_fit(tmp_path, capsys, tiny_tokenizer):
+def test_from_composer_tokenizer_that_does_not_fit_is_refused(tmp_path, capsys, tiny_tokenizer):
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
     content = json.loads((tiny_tokenizer / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 320, "content": "[EXTRA]"})
@@ -202,7 +209,7 @@ def test_tokenizers_that_do_not_fit(tmp_path, capsys, tiny_tokenizer):
         refused(capsys, tmp_path, tmp_path / "file.pt", said)
 
 
-def test_output_not_empty(tmp_path, capsys):
+def test_from_composer_output_not_empty_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

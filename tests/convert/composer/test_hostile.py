@@ -30,7 +30,7 @@ sys.addaudithook(_watch)  # stays for the process; it looks only while a test ha
 
 
 class watching:
-    """Everything that Python itself audits while the body runs is in RAN."""
+    """Collect the watched audit events of Python in RAN while the body runs."""
 
     def __enter__(self):
         global _armed
@@ -43,7 +43,7 @@ class watching:
 
 
 class Calls:
-    """Pickles as a call of any function with any arguments, and then a state to build."""
+    """Pickle as a call of any function with any arguments, and then a state to build."""
 
     def __init__(self, function, *arguments, state=None):
         self.call = (function, arguments) if state is None else (function, arguments, state)
@@ -70,21 +70,24 @@ def attacks(marker):
     }
 
 
-def test_the_watch_sees_what_an_ordinary_unpickler_runs():
+def test_audit_hook_sees_what_ordinary_unpickler_runs():
     with watching():
         pickle.loads(pickle.dumps(Calls(eval, "1 + 1")))
-    assert any(event.startswith("pickle.find_class") for event in RAN) and any("exec" in event for event in RAN)
+    assert any(event.startswith("pickle.find_class") for event in RAN)
+    assert any("exec" in event for event in RAN)
 
 
 @pytest.mark.parametrize("kind", list(attacks("x")))
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_nothing_runs(tmp_path, kind, protocol):
+def test_read_pickle_of_attack_runs_nothing(tmp_path, kind, protocol):
     marker = tmp_path / "ran"
     content = pickle.dumps({"bad": attacks(marker)[kind], "good": 1}, protocol)
     with watching():
         tree = read_pickle(content)
-    assert not marker.exists() and RAN == []
-    assert isinstance(tree["bad"], Inert) and tree["good"] == 1
+    assert not marker.exists()
+    assert RAN == []
+    assert isinstance(tree["bad"], Inert)
+    assert tree["good"] == 1
 
 
 @pytest.mark.parametrize(
@@ -103,32 +106,35 @@ def test_nothing_runs(tmp_path, kind, protocol):
         b"\x80\x02(K\x01K\x02tQ.",  # a persistent id that is no storage
     ],
 )
-def test_hand_made_pickles(tmp_path, monkeypatch, content):
+def test_read_pickle_of_hand_made_opcodes_runs_nothing(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     with watching(), contextlib.suppress(ValueError):
         read_pickle(content)
-    assert RAN == [] and list(tmp_path.iterdir()) == []
+    assert RAN == []
+    assert list(tmp_path.iterdir()) == []
     assert PlainDict.__setitem__ is dict.__setitem__
     tensor = read_pickle(
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00K\x02K\x02\x86K\x02K\x01\x86\x89NtR."
     )
-    assert isinstance(tensor, TensorRecord) and tensor.shape == (2, 2)
+    assert isinstance(tensor, TensorRecord)
+    assert tensor.shape == (2, 2)
 
 
 @pytest.mark.parametrize("kind", list(attacks("x")))
-def test_hostile_state_beside_the_weights_is_passed_over(tmp_path, capsys, kind):
+def test_from_composer_hostile_state_beside_weights_is_ignored(tmp_path, capsys, kind):
     marker = tmp_path / "ran"
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
     tree["state"]["callbacks"] = tree["rng"] = attacks(marker)[kind]
     torch.save(tree, tmp_path / "file.pt")
     status, _, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours")
     assert status == 0, err
-    assert not marker.exists() and (tmp_path / "ours" / "config.yaml").is_file()
+    assert not marker.exists()
+    assert (tmp_path / "ours" / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("kind", list(attacks("x")))
 @pytest.mark.parametrize("where", ["model", "weight", "record"])
-def test_hostile_weights_are_refused(tmp_path, capsys, kind, where):
+def test_from_composer_hostile_weights_are_refused_and_not_run(tmp_path, capsys, kind, where):
     marker = tmp_path / "ran"
     bad = attacks(marker)[kind]
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
@@ -147,12 +153,14 @@ def test_hostile_weights_are_refused(tmp_path, capsys, kind, where):
 def refused(capsys, tmp_path, file, said, *words):
     before = sorted(path.name for path in tmp_path.iterdir())
     status, out, err = command(capsys, "from-composer", file, tmp_path / "out", *words)
-    assert status == 2 and out == "" and err.startswith("ettin convert: "), err
+    assert status == 2, err
+    assert out == "", err
+    assert err.startswith("ettin convert: "), err
     assert said in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_files_of_other_kinds(tmp_path, capsys):
+def test_from_composer_file_of_another_kind_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "good.pt", "mlm")
     whole = (tmp_path / "good.pt").read_bytes()
     bad = tmp_path / "bad.pt"
@@ -178,21 +186,21 @@ def test_files_of_other_kinds(tmp_path, capsys):
     refused(capsys, tmp_path, bad, "no weights found")
 
 
-def test_a_pickle_that_is_damaged_is_told(tmp_path, capsys):
+def test_from_composer_damaged_pickle_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "good.pt", "mlm")
     for change in (lambda content: content[:-20], lambda content: b"\x80\x02}q\x00(K\x01." + content, lambda _: b""):
         rewrite(tmp_path / "good.pt", tmp_path / "bad.pt", "data.pkl", change)
         refused(capsys, tmp_path, tmp_path / "bad.pt", "bad.pt: ")
 
 
-def test_a_compressed_record_is_refused(tmp_path, capsys):
+def test_from_composer_compressed_record_is_refused(tmp_path, capsys):
     """A zip bomb: a small file that says it unfolds into a large one."""
     trainer_file(tmp_path / "good.pt", "mlm")
     rewrite(tmp_path / "good.pt", tmp_path / "bad.pt", "data/0", lambda content: content, zipfile.ZIP_DEFLATED)
     refused(capsys, tmp_path, tmp_path / "bad.pt", "is compressed")
 
 
-def test_flipped_bit_in_a_weight(tmp_path, capsys):
+def test_from_composer_flipped_bit_in_weight_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm")
     content = bytearray((tmp_path / "file.pt").read_bytes())
     with zipfile.ZipFile(io.BytesIO(content)) as held:
@@ -202,7 +210,7 @@ def test_flipped_bit_in_a_weight(tmp_path, capsys):
     refused(capsys, tmp_path, tmp_path / "file.pt", "Bad CRC-32")
 
 
-def test_the_optimizer_is_never_read(tmp_path, capsys):
+def test_from_composer_without_optimizer_records_is_imported(tmp_path, capsys):
     """Records of the optimizer's state are taken out of the file: the import does not miss them."""
     model = trainer_names(reference("mlm"), "mlm")
     torch.save(composer_state(model, "mlm"), tmp_path / "file.pt")

@@ -17,7 +17,7 @@ from tests.train.runs import train
 
 
 def exported(capsys, tmp_path, objective, *words):
-    """`from-composer`, `to-hf` with verification, and what transformers loads of it."""
+    """Run `from-composer` and `to-hf` with verification; return the import's result and transformers' model."""
     status, out, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours", "--json", *words)
     assert status == 0, err
     assert command(capsys, "to-hf", tmp_path / "ours", tmp_path / "theirs")[0] == 0
@@ -33,14 +33,17 @@ def assert_equal(model, found, folder):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_weights_and_logits_are_the_original_ones(tmp_path, capsys, objective):
+def test_from_composer_keeps_weights_and_logits(tmp_path, capsys, objective):
     model = trainer_file(tmp_path / "file.pt", objective)
     result, found = exported(capsys, tmp_path, objective)
     assert_equal(model, found, tmp_path / "theirs")
-    assert result["objective"] == objective and result["tensors"] == 4 * 6 - 1 + 6
+    assert result["objective"] == objective
+    assert result["tensors"] == 4 * 6 - 1 + 6
     config = read_config(tmp_path / "ours")["model"]
-    assert config["decoder_window_keys"] == 9 and config["encoder_window"] == 8
-    assert config["global_rope_theta"] == 20_000 and config["local_rope_theta"] == 500
+    assert config["decoder_window_keys"] == 9
+    assert config["encoder_window"] == 8
+    assert config["global_rope_theta"] == 20_000
+    assert config["local_rope_theta"] == 500
     assert read_progress(tmp_path / "ours")["step"] == 0
     assert any("batch 5,996" in note and "token 17,000,000,000" in note for note in result["notes"])
 
@@ -55,7 +58,7 @@ def test_weights_and_logits_are_the_original_ones(tmp_path, capsys, objective):
         ("model._orig_mod.", ("model_state_dict",)),
     ],
 )
-def test_wrappers_and_places(tmp_path, prefix, place):
+def test_from_composer_state_dict_prefixes_and_locations_are_found(tmp_path, prefix, place):
     named = trainer_names(reference("clm"), "clm")
     tree = {name.replace("model.", prefix, 1): tensor for name, tensor in named.items()}
     for key in reversed(place):
@@ -63,11 +66,12 @@ def test_wrappers_and_places(tmp_path, prefix, place):
     torch.save(tree, tmp_path / "file.pt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
     result = from_composer(tmp_path / "file.pt", tmp_path / "ours", tmp_path / "run.yaml")
-    assert result["objective"] == "clm" and result["tensors"] == 29
+    assert result["objective"] == "clm"
+    assert result["tensors"] == 29
 
 
-def test_decoder_with_separate_attention_inputs(tmp_path, capsys):
-    """Names of transformers' decoder in a `.pt`."""
+def test_from_composer_decoder_with_separate_qkv_keeps_weights_and_logits(tmp_path, capsys):
+    """The file holds the names of transformers' decoder, with separate q, k and v."""
     model = reference("clm")
     torch.save(model.state_dict(), tmp_path / "file.pt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
@@ -76,7 +80,7 @@ def test_decoder_with_separate_attention_inputs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_widened(tmp_path, capsys, dtype):
+def test_from_composer_half_precision_is_widened(tmp_path, capsys, dtype):
     model = reference("mlm")
     for weight in model.parameters():
         weight.data = weight.data.to(dtype).float()
@@ -86,7 +90,7 @@ def test_half_precision_is_widened(tmp_path, capsys, dtype):
     assert_equal(model, found, tmp_path / "theirs")
 
 
-def test_views_and_shared_storages(tmp_path, capsys):
+def test_from_composer_views_of_shared_storage_keep_weights_and_logits(tmp_path, capsys):
     """One flat storage for all tensors, and a transposed one: strides and offsets are followed."""
     model = reference("mlm")
     named = trainer_names(model, "mlm")
@@ -100,7 +104,7 @@ def test_views_and_shared_storages(tmp_path, capsys):
     assert_equal(model, found, tmp_path / "theirs")
 
 
-def test_no_output_bias_is_a_bias_of_zero(tmp_path, capsys):
+def test_from_composer_missing_output_bias_becomes_zero(tmp_path, capsys):
     model = reference("mlm")
     torch.nn.init.zeros_(model.decoder.bias)
     named = trainer_names(model, "mlm")
@@ -111,7 +115,7 @@ def test_no_output_bias_is_a_bias_of_zero(tmp_path, capsys):
     assert any("no decoder.bias" in note for note in result["notes"])
 
 
-def test_the_recorded_tokenizer_comes_along(tmp_path, tiny_tokenizer):
+def test_from_composer_recorded_tokenizer_is_imported(tmp_path, tiny_tokenizer):
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
     files = {path.name: json.loads(path.read_text()) for path in sorted(tiny_tokenizer.glob("*.json"))}
     recorded = {name: {"file_extension": ".json", "content": content} for name, content in files.items()}
@@ -124,7 +128,7 @@ def test_the_recorded_tokenizer_comes_along(tmp_path, tiny_tokenizer):
     assert not list((tmp_path / "ours").glob(".recorded*"))
 
 
-def test_same_file_same_bytes(tmp_path):
+def test_from_composer_same_file_twice_writes_same_bytes(tmp_path):
     trainer_file(tmp_path / "file.pt", "clm")
     for name in ("a", "b"):
         from_composer(tmp_path / "file.pt", tmp_path / name)
@@ -135,7 +139,7 @@ def test_same_file_same_bytes(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("objective", "world", "layout"), [("mlm", 1, []), ("clm", 2, ["parallel.tp=2"])])
-def test_training_goes_on_from_it(pool, corpus, tmp_path, objective, world, layout):
+def test_train_from_composer_import_lowers_loss(pool, corpus, tmp_path, objective, world, layout):
     trainer_file(tmp_path / "file.pt", objective)
     from_composer(tmp_path / "file.pt", tmp_path / "ours")
     words = [*layout, "run.steps=3", "model.global_rope_theta=20000", "model.local_rope_theta=500", "optim.lr=1e-3"]
@@ -143,4 +147,5 @@ def test_training_goes_on_from_it(pool, corpus, tmp_path, objective, world, layo
     options = ["--init-from", str(tmp_path / "ours")]
     ran = train(pool, world, tmp_path / "run", corpus, objective, words, options)
     losses = ran.column("loss")
-    assert len(losses) == 3 and losses[2] < losses[0]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]

@@ -63,7 +63,7 @@ def wide_corpus(tmp_path_factory, tiny_tokenizer):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_imported_and_trained_on(pool, folder_of, wide_corpus, tmp_path, capsys, name):
+def test_from_hf_modernbert_keeps_bits_and_trains(pool, folder_of, wide_corpus, tmp_path, capsys, name):
     theirs, size = folder_of(name), SHAPES[name][3]
     status, _, err = command(capsys, "from-hf", theirs, tmp_path / "ours", "--json")
     assert status == 0, err

@@ -16,7 +16,7 @@ FILES = Path(__file__).resolve().parents[2] / "fixtures" / "composer"
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_logits_are_those_of_the_original_code(tmp_path, capsys, objective):
+def test_from_composer_logits_equal_original_code(tmp_path, capsys, objective):
     ours, theirs, expected = tmp_path / "ours", tmp_path / "theirs", load_file(FILES / f"{objective}.safetensors")
     status, out, err = command(capsys, "from-composer", FILES / f"{objective}.pt", ours, "--json")
     assert status == 0, err
@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_original_code(tmp_path, capsys, objective):
     assert model.config.sliding_window == (8 if objective == "mlm" else 9)
 
 
-def test_the_causal_window_matters(tmp_path, capsys):
+def test_to_hf_decoder_with_one_key_less_changes_logits(tmp_path, capsys):
     """With the 8 keys that transformers computes by itself the logits are others: the file is a real test of 9."""
     expected = load_file(FILES / "clm.safetensors")
     assert command(capsys, "from-composer", FILES / "clm.pt", tmp_path / "ours")[0] == 0

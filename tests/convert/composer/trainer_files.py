@@ -24,7 +24,7 @@ CLASSES = {"mlm": "FlexBertForMaskedLM", "clm": "FlexBertForCausalLM"}
 
 
 class Metric:
-    """Stands for the many classes that such a file has an object of."""
+    """Stand in for the many classes whose objects such a file holds."""
 
     def __init__(self) -> None:
         self.value = 1.0
@@ -54,7 +54,7 @@ def trainer_names(model: Any, objective: str) -> OrderedDict[str, torch.Tensor]:
 
 
 def composer_state(named: dict[str, torch.Tensor], objective: str, config: dict[str, Any] | None = CONFIG) -> Any:
-    """Everything that Composer puts around the weights, classes of its own included."""
+    """Return the tree that Composer puts around the weights, with objects of its own classes."""
     integrations: dict[str, Any] = {}
     if config is not None:
         content = config | {"causal_mask": objective == "clm"}
@@ -77,7 +77,7 @@ def composer_state(named: dict[str, torch.Tensor], objective: str, config: dict[
 
 
 def trainer_file(path: Path, objective: str, shape: dict[str, Any] = TINY, **changes: Any) -> Any:
-    """Write one; returns the model it was made of."""
+    """Write a trainer's file and return the model it was made of."""
     model = reference(objective, shape)
     torch.save(composer_state(trainer_names(model, objective), objective, **changes), path)
     return model
