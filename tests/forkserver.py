@@ -215,9 +215,17 @@ def close_shared() -> None:
 
 def program(*words: object) -> list[str]:
     """Return a command line that runs `ettin ...` in a fork of the shared server, for `subprocess`."""
-    path = str(shared())
-    connect(Path(path)).close()  # so that no test's time limit counts the server's imports
-    return [sys.executable, "-IS", str(CLIENT), path, "tests.forkserver:be_program", *map(str, words)]
+    return command("tests.forkserver:be_program", *words)
+
+
+def command(target: str, *arguments: object) -> list[str]:
+    """Return a command line that calls `module:function` with strings in a fork of the shared server.
+
+    It ends with the status that the function returns, or by the signal that ended the fork.
+    """
+    path = shared()
+    connect(path).close()  # so that no test's time limit counts the server's imports
+    return [sys.executable, "-IS", str(CLIENT), str(path), target, *map(str, arguments)]
 
 
 def warm_up(*more: str) -> None:
@@ -243,7 +251,7 @@ def be_program(*words: str) -> int | None:
     from tests.pool import mutated
 
     sys.argv = list(words)
-    with mutated(os.environ.get(MISTAKE_VARIABLE)):
+    with mutated(None):
         return main(list(words[1:]))
 
 
@@ -359,6 +367,7 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
     os.environ.update(request["env"])
     if request["leads"]:
         os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's own ends the server
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     target, _, name = request["target"].partition(":")
@@ -373,6 +382,7 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
 
 def protected(function: Callable[[], int | None]) -> int:
     """Return the status that an interpreter would end with; what was printed is written, exit handlers have run."""
+    interrupted = False
     try:
         status = function() or 0
     except SystemExit as end:
@@ -381,14 +391,14 @@ def protected(function: Callable[[], int | None]) -> int:
             print(end.code, file=sys.stderr)
     except BaseException as error:
         traceback.print_exc()
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
     with contextlib.suppress(Exception):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if status == 130:
+    if interrupted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return status

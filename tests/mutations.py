@@ -1,22 +1,28 @@
-"""Mistakes that the invariance table must catch: each makes distributed training wrong without an error."""
+"""Mistakes in the package's code that the first tier of tests must catch: each makes a result wrong without an error.
+
+`MISTAKES` names for each the test that fails under it, and `FAULTS` for each fault of tests/faults.py the test that
+sees it found. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import functools
 import importlib
+import inspect
 import os
-import time
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from unittest import mock
+
+import numpy as np
+
+from tests.conditions import newton_schulz
 
 
 @contextlib.contextmanager
 def rms_per_shard() -> Iterator[None]:
-    """StableAdamW's clip from this rank's shard alone."""
+    """Clip StableAdamW's update by the RMS of this rank's shard alone."""
     from megatron_ettin.optim import adamw
 
     bind = adamw.DecoupledAdamW.bind
@@ -34,7 +40,7 @@ def rms_per_shard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_data_parallel_reduction() -> Iterator[None]:
-    """Each replica trains on its own gradients."""
+    """Let each data-parallel replica train on its own gradients."""
     from megatron.core.distributed import DistributedDataParallel
 
     def nothing(self, *_, **__):
@@ -49,372 +55,27 @@ def no_data_parallel_reduction() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_tied_embedding_reduction() -> Iterator[None]:
-    """First and last pipeline stage update their copies of the embedding from their own gradients."""
+    """Let the first and the last pipeline stage update their copies of the embedding from their own gradients."""
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function hides its name
     with mock.patch.object(module, "_allreduce_word_embedding_grads", lambda *_, **__: None):
         yield
 
 
 @contextlib.contextmanager
-def _stop_in(phase: str) -> Iterator[None]:
-    """No mistake: a signal to stop that arrives in the second step of a phase."""
-    from megatron_ettin.train import loop
-
-    step = loop.train_step
-
-    def stopping(machine, batches, number, tokens, lr, stop, *more):
-        now = (machine.config.run.phase, number) == (phase, 1)
-        return step(machine, batches, number, tokens, lr, stop or now, *more)
-
-    with mock.patch.object(loop, "train_step", stopping):
-        yield
-
-
-stop_in_pretrain, stop_in_extend, stop_in_decay = (
-    functools.partial(_stop_in, phase) for phase in ("pretrain", "extend", "decay")
-)
-
-
-@contextlib.contextmanager
-def fp32_orthogonal() -> Iterator[None]:
-    """No mistake: Muon's iteration in fp32. In bfloat16 a gradient's last bit moves an update by a part in 256, which
-    would hide a wrong shard."""
-    from megatron_ettin.optim import muon
-
-    with mock.patch.object(muon, "steps", _newton_schulz):
-        yield
-
-
-@contextlib.contextmanager
 def orthogonal_per_shard() -> Iterator[None]:
-    """Muon on this rank's part of each matrix."""
+    """Orthogonalize, in Muon, this rank's part of each matrix."""
     from megatron_ettin.optim import muon
 
     def alone(self, shard, matrix, adjust_lr):
-        return matrix.joined(_newton_schulz(matrix.parts(shard), adjust_lr))
+        return matrix.joined(newton_schulz(matrix.parts(shard), adjust_lr))
 
     with mock.patch.object(muon.Muon, "_orthogonal", alone):
         yield
 
 
-def _newton_schulz(matrices, adjust_lr: str):
-    """https://kellerjordan.github.io/posts/muon, with the step sizes of torch.optim.Muon."""
-    results = []
-    for g in matrices:
-        rows, columns = g.shape
-        x = (g if rows <= columns else g.T) / g.norm().clamp(min=1e-7)
-        for _ in range(5):
-            a = x @ x.T
-            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        scale = max(1, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(rows, columns) ** 0.5
-        results.append(-scale * (x if rows <= columns else x.T))
-    return results
-
-
-@contextlib.contextmanager
-def delayed_scales() -> Iterator[None]:
-    """No mistake: linears with the state that Transformer Engine gives them in FP8 with delayed scaling, made at their
-    first forward pass in training, and changed by each. (TE wants a GPU: what is tested is what is kept of it.)"""
-    import torch
-
-    from megatron_ettin.checkpoint import fp8_state
-    from megatron_ettin.train import assembly
-
-    def make(linear, *_) -> None:
-        if "scaling_fwd" not in linear.fp8_meta:
-            for key, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-                state = types.SimpleNamespace(scale=torch.ones(tensors), amax_history=torch.zeros(1, tensors))
-                linear.fp8_meta[key] = state
-
-    def changed(linear, *_) -> None:
-        if linear.training:
-            make(linear)
-            for number, state in enumerate(linear.fp8_meta.values()):
-                state.scale.mul_(1.125).add_(linear.place + number)
-                state.amax_history.add_(1)
-
-    build = assembly.build_chunks
-
-    def with_state(*arguments, **named):
-        chunks = build(*arguments, **named)
-        for chunk in chunks:
-            for layer in chunk.transformer.layers:
-                for place, linear in enumerate((layer.self_attention.linear_qkv, layer.mlp.linear_fc2)):
-                    linear.fp8_meta, linear.place = {}, layer.layer_number + place / 2
-                    linear.register_forward_pre_hook(changed)
-        return chunks
-
-    with (
-        mock.patch.object(assembly, "build_chunks", with_state),
-        mock.patch.object(fp8_state, "keeps_scales", lambda config: True),
-        mock.patch.object(fp8_state, "make_delayed_scales", make),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def replayed_on_a_cpu() -> Iterator[None]:
-    """No mistake: `run.cuda_graph` without CUDA. Every call finds its inputs in the same memory, in the same shapes,
-    and leaves its outputs in the same memory, as in a recording; what it cannot show is the recording itself."""
-    import torch
-
-    from megatron_ettin.platform.device import Platform
-    from megatron_ettin.train import graphed
-
-    class InPlace:
-        def __init__(self, function) -> None:
-            self.function, self.calls = function, 0
-
-        def __call__(self, tensors):
-            self.calls += 1
-            if self.calls == 1:
-                self.inputs = [tensor.clone() for tensor in tensors]
-            for place, tensor in zip(self.inputs, tensors, strict=True):
-                assert place.shape == tensor.shape and place.dtype == tensor.dtype
-                place.copy_(tensor)
-            found = self.function(self.inputs)
-            if self.calls == 1:
-                self.outputs = [torch.empty_like(tensor) for tensor in found]
-                print("replaying")
-            for place, tensor in zip(self.outputs, found, strict=True):
-                place.copy_(tensor)
-            return self.outputs
-
-    with (
-        mock.patch.object(Platform, "check_graph", lambda *_: None),
-        mock.patch.object(graphed, "Replayed", InPlace),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def edited_code_on_rank_1() -> Iterator[None]:
-    """A node's checkout is not that of the others."""
-    from megatron_ettin.train import agreement
-
-    real = agreement.code_hash
-    agreement.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        agreement.code_hash = real
-
-
-@contextlib.contextmanager
-def nan_gradients_in_step_3() -> Iterator[None]:
-    """One rank's gradients come out of the third step's backward pass as no numbers."""
-    from megatron_ettin.train import step
-
-    real, calls = step.run_micro_batches, 0
-
-    def run(machine, *arguments, training):
-        nonlocal calls
-        found = real(machine, *arguments, training=training)
-        calls += training
-        if training and calls == 3 and machine.layout.rank == machine.layout.topology.world - 1:
-            machine.wrapped[0].buffers[0].grad_data.fill_(float("nan"))
-        return found
-
-    with mock.patch.object(step, "run_micro_batches", run):
-        yield
-
-
-@contextlib.contextmanager
-def flipped_weight_on_rank_1() -> Iterator[None]:
-    """After the second step a bit of rank 1's last norm is another one."""
-    import torch
-
-    from megatron_ettin.train import loop
-
-    real = loop.train_step
-
-    def step(machine, *arguments):
-        info = real(machine, *arguments)
-        if info.step == 2 and machine.layout.rank == 1:
-            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
-            weight.data.view(torch.int32)[3] ^= 1
-        return info
-
-    with mock.patch.object(loop, "train_step", step):
-        yield
-
-
-@contextlib.contextmanager
-def unsound_layer_on_rank_1() -> Iterator[None]:
-    """Rank 1's second layer computes something else each time when steps are checked again."""
-    from megatron_ettin.train import recheck
-
-    real, passes = recheck.digests, 0
-
-    def digests(machine, *arguments):
-        nonlocal passes
-        passes += 1
-        layer = machine.chunks[0].transformer.layers[1]
-        hook = layer.mlp.register_forward_pre_hook(lambda m, inputs: (inputs[0] * (1 + 1e-3 * passes), *inputs[1:]))
-        try:
-            return real(machine, *arguments)
-        finally:
-            hook.remove()
-
-    with contextlib.ExitStack() as stack:
-        if os.environ["RANK"] == "1":
-            stack.enter_context(mock.patch.object(recheck, "digests", digests))
-        yield
-
-
-@contextlib.contextmanager
-def _rank_1_reads(act) -> Iterator[None]:
-    """What rank 1 does before it reads the rows of a step."""
-    from megatron_ettin.train.host_batches import HostBatches
-
-    make = HostBatches.make
-
-    def made(self, step, index):
-        if os.environ["RANK"] == "1":
-            act(step)
-        return make(self, step, index)
-
-    with mock.patch.object(HostBatches, "make", made):
-        yield
-
-
-def _sleep_at_step_3(step: int) -> None:
-    if step == 3:
-        time.sleep(1000)
-
-
-def _hold_the_interpreter_at_step_3(step: int) -> None:
-    """A loop in C code that lets no other thread of Python in."""
-    if step == 3:
-        ctypes.PyDLL("libc.so.6").sleep(1000)
-
-
-reading_stops_on_rank_1 = functools.partial(_rank_1_reads, _sleep_at_step_3)
-c_code_on_rank_1 = functools.partial(_rank_1_reads, _hold_the_interpreter_at_step_3)
-slow_rank_1 = functools.partial(_rank_1_reads, lambda step: time.sleep(0.05))
-
-
-@contextlib.contextmanager
-def slow_saves_and_evaluations() -> Iterator[None]:
-    """No mistake: each of them takes longer than a step may."""
-    from megatron_ettin.train import evaluate, saving
-
-    def slowly(real):
-        def late(*arguments, **named):
-            time.sleep(3.5)
-            return real(*arguments, **named)
-
-        return late
-
-    with (
-        mock.patch.object(evaluate, "evaluate", slowly(evaluate.evaluate)),
-        mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def wandb_offline() -> Iterator[None]:
-    """No mistake: the environment of a machine without a way to wandb's service."""
-    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
-        yield
-
-
-@contextlib.contextmanager
-def room_after_step_8() -> Iterator[None]:
-    """Whoever filled the disk beside the run goes away."""
-    from megatron_ettin.train import hooks
-
-    real = hooks.Metrics.step
-
-    def step(self, run, info):
-        real(self, run, info)
-        if info.step == 8 and run.is_chief:
-            (run.directory.parent / "filler").unlink()
-
-    with mock.patch.object(hooks.Metrics, "step", step):
-        yield
-
-
-@contextlib.contextmanager
-def disk_full_while_writing() -> Iterator[None]:
-    """Each save finds the disk nearly full once it has begun to write."""
-    from megatron_ettin.checkpoint import background
-
-    real = background.Plan.write
-
-    def write(self, local=None):
-        filler = self.folder.parents[2] / "filler"
-        if self.rank == 0 and not filler.exists():
-            with contextlib.suppress(OSError), open(filler, "wb") as file:
-                while True:
-                    file.write(b"\0" * 4096)
-                    file.flush()
-        while not filler.exists():
-            pass
-        real(self, local)
-
-    with mock.patch.object(background.Plan, "write", write):
-        yield
-
-
-@contextlib.contextmanager
-def fails_once_on_rank_1() -> Iterator[None]:
-    """An error in the middle of a step, and not again."""
-    failed: list[int] = []
-
-    def act(step: int) -> None:
-        if step == 12 and not failed:
-            failed.append(step)
-            raise RuntimeError("a link went down")
-
-    with _rank_1_reads(act):
-        yield
-
-
-def _fail_at_step_12(step: int) -> None:
-    if step == 12:
-        raise RuntimeError("a link went down again")
-
-
-fails_always_on_rank_1 = functools.partial(_rank_1_reads, _fail_at_step_12)
-
-
-@contextlib.contextmanager
-def doctor_of_other_code_on_rank_1() -> Iterator[None]:
-    """A node's checkout is not that of the others, and `ettin doctor --ranks` looks."""
-    from megatron_ettin.doctor import ranks
-
-    real = ranks.code_hash
-    ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        ranks.code_hash = real
-
-
-@contextlib.contextmanager
-def memory_ends_on_rank_1() -> Iterator[None]:
-    """Micro-batches of two rows do not fit, on one rank alone, in the middle of a step."""
-    import torch
-
-    from megatron_ettin.train import step
-
-    real = step.run_micro_batches
-
-    def run(machine, *arguments, training):
-        found = real(machine, *arguments, training=training)
-        if os.environ["RANK"] == "1" and machine.config.batch.micro_batch_rows == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory: all of it")
-        return found
-
-    with mock.patch.object(step, "run_micro_batches", run):
-        yield
-
-
 @contextlib.contextmanager
 def resumed_with_another_bit() -> Iterator[None]:
-    """Whoever goes on from a checkpoint has one bit of the last rank's weights as another one."""
+    """Flip a bit of the last rank's weights when a run resumes from a checkpoint."""
     import torch
 
     from megatron_ettin.train import resume
@@ -435,7 +96,7 @@ def resumed_with_another_bit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def latest_before_the_checkpoint() -> Iterator[None]:
-    """`latest` names a checkpoint before it is there."""
+    """Write `latest` before the checkpoint that it names is there."""
     from megatron_ettin.checkpoint import directory
 
     real = directory.place
@@ -450,7 +111,7 @@ def latest_before_the_checkpoint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_forced_to_the_disk() -> Iterator[None]:
-    """No file of a checkpoint is on the disk before it is renamed."""
+    """Rename a checkpoint before any of its files is forced to the disk."""
     from megatron_ettin.checkpoint import directory, integrity
 
     with (
@@ -461,9 +122,177 @@ def nothing_forced_to_the_disk() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_blocks() -> Iterator[None]:
-    """No mistake: files of a tiny model have many blocks."""
-    from megatron_ettin.checkpoint import digests
+def window_one_too_wide() -> Iterator[None]:
+    """Let a local layer see one token more than its window."""
+    from megatron_ettin.model import attention
 
-    with mock.patch.object(digests, "BLOCK_BYTES", 1 << 16):
+    real = attention.allowed
+
+    def wider(query, key, window, causal):
+        return real(query, key, None if window is None else window + 1, causal)
+
+    with mock.patch.object(attention, "allowed", wider):
         yield
+
+
+@contextlib.contextmanager
+def masks_seeded_by_the_rank() -> Iterator[None]:
+    """Draw the masks of a row from its position and the rank that reads it."""
+    from megatron_ettin.objectives import labels
+
+    real = labels._masked
+
+    def masked(rule, tokens, position, *more):
+        return real(rule, tokens, position + 1_000_003 * int(os.environ.get("RANK", "0")), *more)
+
+    with mock.patch.object(labels, "_masked", masked):
+        yield
+
+
+@contextlib.contextmanager
+def loss_mean_per_micro_batch() -> Iterator[None]:
+    """Normalise the loss by each micro-batch's own number of labels where the batch's is meant."""
+    from megatron_ettin.train import step
+
+    real = step.sum_of_losses
+
+    def mean(losses, correct, causal_labels, total, *more, **named):
+        _, count, report = real(losses, correct, causal_labels, total, *more, **named)
+        return total / max(len(losses), 1), count.clamp(max=1), report
+
+    with mock.patch.object(step, "sum_of_losses", mean):
+        yield
+
+
+@contextlib.contextmanager
+def resume_skips_a_batch() -> Iterator[None]:
+    """Go on from a checkpoint with the batch after the one that is due."""
+    from megatron_ettin.train import resume
+    from megatron_ettin.train.host_batches import HostBatches
+
+    real, make, resumed = resume.begin, HostBatches.make, False
+
+    def begin(*arguments, **named):
+        nonlocal resumed
+        progress, origin = real(*arguments, **named)
+        resumed = progress.step > 0
+        return progress, origin
+
+    def made(self, step, index):
+        return make(self, step + resumed, index)
+
+    with mock.patch.object(HostBatches, "make", made), mock.patch.object(resume, "begin", begin):
+        yield
+
+
+@contextlib.contextmanager
+def swapped_query_and_key_in_exports() -> Iterator[None]:
+    """Write a layer's keys as its queries, and its queries as its keys, to Hugging Face folders."""
+    import torch
+
+    from megatron_ettin.convert import rules
+
+    real = rules.QKV.split
+
+    def swapped(tensor, model, parts):
+        query, key, value = real(tensor, model, 3)
+        return list(torch.cat([key, query, value]).chunk(parts))
+
+    object.__setattr__(rules.QKV, "split", swapped)  # a frozen dataclass that the table of rules holds
+    try:
+        yield
+    finally:
+        object.__setattr__(rules.QKV, "split", real)
+
+
+@contextlib.contextmanager
+def skips_are_ignored() -> Iterator[None]:
+    """Train on the rows that `data.skip` leaves out."""
+    from megatron_ettin.data.order import Corpus
+
+    with mock.patch.object(Corpus, "place_of", lambda self, counted: np.array(counted, np.int64)):
+        yield
+
+
+MISTAKES: dict[str, str] = {
+    "rms_per_shard": "tests/train/test_invariance.py"
+    "::test_train_on_layout_matches_one_process[dp2 distributed optimizer-clm stable_adamw dropout]",
+    "no_data_parallel_reduction": "tests/train/test_invariance.py"
+    "::test_train_on_layout_matches_one_process[dp2-mlm stable_adamw dropout]",
+    "no_tied_embedding_reduction": "tests/train/test_invariance.py"
+    "::test_train_on_layout_matches_one_process[pp2-clm adamw dropout]",
+    "masks_seeded_by_the_rank": "tests/train/test_invariance.py"
+    "::test_train_on_layout_matches_one_process[dp2-mlm stable_adamw dropout]",
+    "loss_mean_per_micro_batch": "tests/train/test_invariance.py"
+    "::test_train_on_layout_matches_one_process[micro-batch 1-mlm stable_adamw dropout]",
+    "orthogonal_per_shard": "tests/train/test_invariance.py::test_muon_on_layout_matches_one_process[tp2-clm muon]",
+    "window_one_too_wide": "tests/model/test_parity.py::test_logits_padded_and_packed_match_transformers[17m-mlm]",
+    "resume_skips_a_batch": "tests/train/test_resume.py::test_resume_on_same_layout_is_bit_identical[1-stable_adamw]",
+    "resumed_with_another_bit": "tests/train/test_resume.py"
+    "::test_resume_on_same_layout_is_bit_identical[1-stable_adamw]",
+    "swapped_query_and_key_in_exports": "tests/convert/test_round_trip.py::test_round_trip_keeps_bits_and_logits[mlm]",
+    "skips_are_ignored": "tests/train/test_roll_back.py::test_data_skip_after_from_step_leaves_out_rows",
+    "latest_before_the_checkpoint": "tests/checkpoint/test_directory.py"
+    "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
+    "nothing_forced_to_the_disk": "tests/checkpoint/test_directory.py"
+    "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
+}
+FAULTS: dict[str, str] = {
+    "edited_code_on_rank_1": "tests/train/test_agreement.py"
+    "::test_train_edited_code_on_one_rank_is_refused_on_all_ranks",
+    "nan_gradients_in_step_3": "tests/train/test_guard.py"
+    "::test_nonfinite_gradient_step_is_skipped_without_changing_weights[]",
+    "flipped_weight_on_rank_1": "tests/train/test_guard.py::test_replica_check_names_rank_with_flipped_weight",
+    "unsound_layer_on_rank_1": "tests/train/test_guard.py::test_replay_check_names_rank_with_irreproducible_output",
+    "reading_stops_on_rank_1": "tests/train/test_watchdog.py::test_watchdog_rank_stuck_reading_data_is_named",
+    "c_code_on_rank_1": "tests/train/test_watchdog.py::test_watchdog_rank_stuck_in_c_code_is_named",
+    "slow_rank_1": "tests/train/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",
+    "disk_full_while_writing": "tests/train/test_saving.py"
+    "::test_save_disk_filled_while_writing_keeps_previous_checkpoint",
+    "doctor_of_other_code_on_rank_1": "tests/doctor/test_findings.py"
+    "::test_doctor_ranks_agree_or_name_the_differing_rank",
+    "memory_ends_on_rank_1": "tests/bench/test_bench.py::test_bench_out_of_memory_on_one_rank_continues_the_sweep",
+}
+# their tests want nvidia-resiliency-ext, which the tests' environment has not
+UNPROVEN = {"fails_once_on_rank_1", "fails_always_on_rank_1"}
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"
+INTRODUCTION = """\
+# Mistakes that the tests catch
+
+Each line of the first table is a mistake that was made on purpose in the code of the package, and a test of the first
+tier (`bash tests/run.sh`) that fails under it. Each line of the second is a fault of a machine, and the test that sees
+the package find it or survive it; without the fault that test fails. `tests/test_mutations.py` proves every line in
+`bash tests/run.sh --all`. `python -m tests.mutations` writes this page.
+"""
+
+
+def page() -> str:
+    """Return docs/mistakes.md."""
+    parts = [INTRODUCTION]
+    for title, table in (("Mistakes", MISTAKES), ("Faults", FAULTS)):
+        rows = [f"| `{name}` | {first_sentence(name)} | `{test}` |" for name, test in sorted(table.items())]
+        parts.append("\n".join([f"## {title}\n", "| name | what is done | caught by |", "|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def first_sentence(name: str) -> str:
+    """Return what a mistake does, from its docstring."""
+    text = " ".join((inspect.getdoc(find(name)) or "").split())
+    return text.partition(". ")[0].rstrip(".")
+
+
+def find(name: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return the mistake, fault or condition of this name."""
+    for module in ("mutations", "faults", "conditions"):
+        found = getattr(importlib.import_module(f"tests.{module}"), name, None)
+        if found is not None:
+            return found
+    raise KeyError(name)
+
+
+if __name__ == "__main__":
+    from tests.mutations import page as imported_page  # under its own name, which the tables' functions are of
+
+    PAGE.write_text(imported_page())

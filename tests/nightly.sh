@@ -4,7 +4,7 @@
 #   ray   `ettin prepare --executor ray` beside one process, byte for byte
 #   kill  kill -9 of `ettin prepare` at 200 moments instead of 12
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
-#   release  kill -9 of `ettin release` at 60 moments instead of 4
+#   release  kill -9 of `ettin release` at 60 moments instead of 3
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
 #   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
 #   fuzz  a million damaged and hostile inputs for the readers of others' files instead of 20,000
@@ -12,7 +12,7 @@
 #   chaos  200 whole runs of four ranks under faults instead of 10
 #   cut  saves cut at every call that changes the disk instead of at some
 #   emulated  100 steps in each FP8 recipe, and checkpoints between them, by Transformer Engine over emulated kernels
-#   shapes  round trips of the whole 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
+#   shapes  round trips of the whole 32m, 68m, 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
 # Arguments choose stages; without any, all run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -61,7 +61,7 @@ transformers() { # a skip is no pass here: the package index has to answer
     ETTIN_COMPAT="4.56 4.57 5.0 latest" "$python" -m pytest tests/convert/compat
 }
 
-release() { ETTIN_TEST_RELEASE_KILLS=60 "$python" -m pytest tests/release/test_faults.py -k kill_9; }
+release() { ETTIN_TEST_RELEASE_KILLS=60 "$python" -m pytest tests/release/test_faults.py -k "kill_9 and real"; }
 
 harness() {
     local own=$work/harness
@@ -74,7 +74,7 @@ harness() {
 layouts() { ETTIN_WHOLE_TABLES=1 "$python" -m pytest tests/train/test_invariance.py tests/train/test_zero.py; }
 
 shapes() { # 25 minutes, 17 GB of memory and of disk
-    ETTIN_FULL_SHAPES="150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "150m or 400m" &&
+    ETTIN_FULL_SHAPES="32m 68m 150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "32m or 68m or 150m or 400m" &&
         ETTIN_FULL_SHAPES=1b "$python" -m pytest tests/convert/test_full_1b.py
 }
 

@@ -121,11 +121,15 @@ def give_back_memory() -> None:
 
 @contextlib.contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """A deliberate mistake of tests/mutations.py during one job."""
-    if name is None:
-        yield
-        return
-    with getattr(importlib.import_module("tests.mutations"), name)():
+    """Make a mistake, fault or condition of tests/mutations.py, faults.py or conditions.py during one job.
+
+    With `without:NAME` in the environment NAME is left out: tests/test_mutations.py sees so that its test can fail.
+    """
+    mistake = os.environ.get(forkserver.MISTAKE_VARIABLE, "")
+    with contextlib.ExitStack() as stack:
+        for one in (name, None if mistake.startswith("without:") else mistake):
+            if one and mistake != f"without:{one}":
+                stack.enter_context(importlib.import_module("tests.mutations").find(one)())
         yield
 
 
@@ -139,7 +143,11 @@ class Pool:
 
     def __init__(self, emulated: tuple[Path, tuple[int, int]] | None = None) -> None:
         self.server: forkserver.ForkServer | None = None
+        self.variables: dict[str, str] = {}
         if emulated is not None:
+            from tests.emulated_te.install import VARIABLES
+
+            self.variables = VARIABLES
             folder, capability = emulated
             self.server = forkserver.ForkServer("tests.pool:warm_up_emulated", [str(folder), *capability])
         self.workers: list[tuple[Connection, forkserver.Child]] = []
@@ -157,7 +165,6 @@ class Pool:
             self.close_workers()
         while len(self.workers) < world:
             self.workers.append(self.start_worker(len(self.workers)))
-        mutation = mutation or os.environ.get(forkserver.MISTAKE_VARIABLE)
         with tempfile.TemporaryDirectory() as folder:
             store, port = str(Path(folder) / "store"), free_port()
             for pipe, _ in self.workers[:world]:
@@ -173,7 +180,8 @@ class Pool:
             path = self.server.path if self.server else forkserver.shared()
             files = [0, 1, 2, theirs.fileno()]
             process = self.server.process if self.server else None
-            child = forkserver.call(path, "tests.pool:worker", [rank], files, process=process)
+            environment = {**os.environ, **self.variables}
+            child = forkserver.call(path, "tests.pool:worker", [rank], files, environment, process)
         return Connection(ours.detach()), child
 
     def close_workers(self) -> None:

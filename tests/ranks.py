@@ -25,7 +25,6 @@ class Ranks:
     def __init__(self, world: int, folder: Path, command: list[str], mutation: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
-        mutation = mutation or os.environ.get(forkserver.MISTAKE_VARIABLE)
         shared = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
         shared.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         self.processes: list[forkserver.Child] = []

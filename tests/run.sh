@@ -1,19 +1,42 @@
 #!/usr/bin/env bash
-# Everything a change has to pass, from a bare checkout: environment, ruff, mypy, pytest. Arguments go to pytest.
-# All checks run even where an earlier one failed; the exit status is that of the worst.
+# What a change has to pass, from a bare checkout: environment, ruff, codespell, mypy, pytest. tests/README.md describes it.
+#
+#   bash tests/run.sh                   the first tier, minutes: what to run before each commit
+#   bash tests/run.sh --all             every test that belongs to a commit
+#   bash tests/run.sh --rest            what --all runs beyond the first tier
+#   bash tests/run.sh tests/report -k page    these tests, of both tiers; words that are not listed here go to pytest
+#
+#   --install-system   install Debian packages that some tests want (SLURM, Chromium, iproute2); CI=true does it too
+#   --coverage         measure and print the lines of the package that the tests run, over all their processes
+#
+# WORKERS is the number of test processes: 2, or half of the processors where there are more. All checks run even where
+# an earlier one failed; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+tier=first coverage='' install=${CI:-} words=() chosen=''
+for word in "$@"; do
+    case $word in
+    --all) tier=all ;;
+    --rest) tier=full ;;
+    --coverage) coverage=1 ;;
+    --install-system) install=1 ;;
+    --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *)
+        words+=("$word")
+        [[ $word == -* ]] || chosen=1
+        ;;
+    esac
+done
+[[ -z $chosen ]] || tier=all # whoever names tests wants those
+
 status=0
-stage() { # NAME COMMAND...
-    local name=$1 began=$SECONDS
-    shift
-    echo "== $name"
-    if "$@"; then
-        echo "== $name: passed in $((SECONDS - began)) s"
+finish() { # NAME STATUS SECONDS
+    if (($2 == 0)); then
+        echo "== $1: passed in $3 s"
     else
         status=1
-        echo "== $name: FAILED after $((SECONDS - began)) s"
+        echo "== $1: FAILED after $3 s"
     fi
 }
 
@@ -21,49 +44,72 @@ began=$SECONDS
 venv=$(bash tools/setup_venv.sh) || { echo "== environment: FAILED"; exit 1; }
 echo "== environment: $venv, ready in $((SECONDS - began)) s"
 
-# The tests of the cluster want a SLURM, those of chaos network namespaces; where they cannot be installed the tests say
-# so and leave them out.
-wanted=()
-PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null ||
-    wanted+=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)
-PATH=$PATH:/usr/sbin command -v ip >/dev/null || wanted+=(iproute2)
-if ((${#wanted[@]})) && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
-    began_apt=$SECONDS
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${wanted[@]}"; } \
-        >"$venv/apt.log" 2>&1 || echo "== ${wanted[*]}: not installed (see $venv/apt.log); their tests are left out"
-    echo "== ${wanted[*]}: $((SECONDS - began_apt)) s"
-fi
-# The tests of the report's page want a Chromium, of which the download is large: only CI installs it.
-if [[ -n ${CI:-} ]] && ! command -v chromium >/dev/null && [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
-    began_apt=$SECONDS
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-dejavu-core; } \
-        >>"$venv/apt.log" 2>&1 || echo "== chromium: not installed (see $venv/apt.log)"
-    echo "== chromium: $((SECONDS - began_apt)) s"
+has() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }
+packages=() left_out=()
+want() { # PROGRAM TESTS PACKAGE...: unless the program is there
+    has "$1" && return
+    left_out+=("$2")
+    packages+=("${@:3}")
+}
+want slurmctld "jobs on SLURM" slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+want chromium "pages in a browser" chromium fonts-dejavu-core
+want ip "faults of the network" iproute2
+if ((${#packages[@]})) && [[ -n $install && $EUID -eq 0 ]] && has apt-get; then
+    began=$SECONDS
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } \
+        >"$venv/apt.log" 2>&1 || { echo "== system packages: FAILED (see $venv/apt.log)"; status=1; }
+    echo "== system packages: ${packages[*]}, $((SECONDS - began)) s"
+elif ((${#packages[@]})); then
+    list=$(printf ', %s' "${left_out[@]}")
+    echo "== left out: tests of ${list:2}; as root, \`bash tests/run.sh --install-system\` installs ${packages[*]}"
 fi
 
-stage ruff "$venv/bin/ruff" check .
-stage mypy "$venv/bin/mypy"
-# Jobs on the cluster, pages, releases, whole runs and files wait more than they compute: their tests run one after another beside all
-# others, where all are asked for.
-BESIDE=(tests/launch tests/docs tests/report tests/chaos tests/release tests/gpu tests/data tests/emulated_te)
-pytest() {
-    local argument
-    for argument in "$@"; do
-        [[ $argument == -* ]] || { "$venv/bin/python" -m pytest "$@"; return; }
-    done
-    local log beside failed=0
-    log=$(mktemp)
-    "$venv/bin/python" -m pytest "${BESIDE[@]}" "$@" >"$log" 2>&1 &
-    beside=$!
-    trap 'kill $beside; exit 130' INT TERM
-    "$venv/bin/python" -m pytest "${BESIDE[@]/#/--ignore=}" "$@" || failed=1
-    wait $beside || failed=1
-    trap - INT TERM
-    echo "== ${BESIDE[*]}, run beside them"
-    cat "$log" && rm "$log"
+lint() { # beside the tests, which wait now and then
+    local failed=0
+    "$venv/bin/ruff" check . || failed=1
+    "$venv/bin/ruff" format --check . || failed=1
+    "$venv/bin/codespell" || failed=1
+    "$venv/bin/mypy" || failed=1
     return $failed
 }
 
-stage pytest pytest "$@"
+processors=$(nproc)
+workers=${WORKERS:-$((processors > 5 ? processors / 2 : 2))}
+pytest=("$venv/bin/python" -m pytest --tier "$tier")
+[[ -n $chosen ]] || pytest+=(-n "$workers")
+if [[ -n $coverage ]]; then
+    export COVERAGE_FILE=$PWD/build/coverage/$tier COVERAGE_RCFILE=$PWD/setup.cfg
+    rm -rf "$COVERAGE_FILE"* && mkdir -p build/coverage
+    pytest=("$venv/bin/python" -m coverage run -m "${pytest[@]:2}")
+fi
+
+lint_log=$(mktemp)
+if [[ -z $chosen && $tier != full ]]; then
+    (began=$SECONDS; lint >"$lint_log" 2>&1; code=$?; echo "$((SECONDS - began))" >"$lint_log.seconds"; exit $code) &
+    linting=$!
+    trap 'kill "$linting" 2>/dev/null; exit 130' INT TERM
+fi
+case $tier in
+first) echo "== pytest, first tier: some eight minutes on two cores" ;;
+all) [[ -n $chosen ]] || echo "== pytest, every test: some forty minutes on two cores" ;;
+esac
+began=$SECONDS
+"${pytest[@]}" ${words[@]+"${words[@]}"}
+code=$?
+seconds=$((SECONDS - began))
+if [[ -n ${linting:-} ]]; then
+    wait "$linting"
+    lint_code=$?
+    trap - INT TERM
+    echo "== ruff, codespell, mypy"
+    cat "$lint_log"
+    finish "ruff, codespell, mypy" "$lint_code" "$(<"$lint_log.seconds")"
+fi
+rm -f "$lint_log" "$lint_log.seconds"
+if [[ -n $coverage ]]; then
+    "$venv/bin/python" -m coverage combine -q
+    echo "== coverage, tier $tier: $("$venv/bin/python" -m coverage report --format=total) % of the package's lines"
+fi
+finish pytest "$code" "$seconds"
 echo "== all stages: $SECONDS s, exit $status"
 exit "$status"

@@ -6,6 +6,7 @@ each rule catches what it is for."""
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Module:
     """Path relative to the package, such as "data/rows.py"."""
     text: str
 
-    @property
+    @functools.cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
@@ -176,9 +177,16 @@ IN_THE_PACKAGE = [
 EVERYWHERE = [short_files, short_functions, names_that_say_something]
 
 
+@functools.cache
+def modules_of(folder: str) -> list[Module]:
+    """Read the files of a folder; each is parsed once for all rules."""
+    base = ROOT / folder
+    files = sorted(base.rglob("*.py"))
+    return [Module(path.relative_to(base).as_posix(), path.read_text(encoding="utf-8")) for path in files]
+
+
 def modules(*folders: str) -> list[Module]:
-    files = [(ROOT / folder, path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [Module(path.relative_to(base).as_posix(), path.read_text(encoding="utf-8")) for base, path in files]
+    return [module for folder in folders for module in modules_of(folder)]
 
 
 @pytest.mark.parametrize("rule", [*IN_THE_PACKAGE, *EVERYWHERE], ids=lambda rule: rule.__name__)

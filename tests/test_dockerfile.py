@@ -113,6 +113,7 @@ def test_dockerignore_keeps_needed_files_and_drops_venv_and_git() -> None:
     assert {".venv", ".git"} <= set(ignored)
 
 
+@pytest.mark.full
 def test_setup_gpu_with_cpu_torch_is_refused_in_one_line(tmp_path: Path) -> None:
     """The torch of the tests is built for CPUs, so the script refuses and installs nothing."""
     import torch

@@ -132,9 +132,11 @@ def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):
         "for step in range(10**9):\n    sink.log({'step': step})\n    print(step, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE)
-    time.sleep(0.3)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    told = process.communicate()[0].split(b"\n")
+    told = (first + process.communicate()[0]).split(b"\n")
     last = int(told[-2])  # the last one that was printed whole
     assert steps_of(path)[: last + 1] == list(range(last + 1))
 
@@ -146,7 +148,10 @@ def test_tensorboard_sink_resume_purges_later_scalars(tmp_path):
     for step in (1, 2, 3):
         first.log(line(step, paired=True))
     first.close()
-    time.sleep(1.1)  # event files are named by the second
+    # event files are named by the second, and read in that order: let the first be of an earlier one
+    (events_file,) = tmp_path.iterdir()
+    second_of = events_file.name.split(".")[3]
+    events_file.rename(tmp_path / events_file.name.replace(second_of, f"{int(second_of) - 2:010d}", 1))
     second = TensorBoardSink(tmp_path, resume_step=1)
     second.log(line(2, loss=0.5))
     second.close()

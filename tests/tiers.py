@@ -30,6 +30,8 @@ GROUPS = {
     "tests/emulated_te/": "emulated",
     "tests/report/": "report",
     "tests/chaos/": "chaos",
+    "tests/release/": "release",
+    "tests/convert/compat/": "compat",
 }
 # what takes longest starts first, so that no process is left alone with it at the end
 FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/train/test_zero.py", "report")
@@ -43,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: runs in `tests/run.sh --all`, not in the first tier (tests/README.md)")
-    if forkserver.OWNER_VARIABLE not in os.environ or not is_worker(config):
+    if forkserver.FOLDER_VARIABLE not in os.environ:  # neither a worker nor a run within a test
         os.environ[forkserver.FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="ettin-tests-")
         os.environ[forkserver.OWNER_VARIABLE] = str(os.getpid())
     if not is_worker(config):

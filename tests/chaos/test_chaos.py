@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = int(os.environ.get("ETTIN_CHAOS_ROUNDS", "10"))
+from tests import forkserver
+
+ROUNDS = int(os.environ.get("ETTIN_CHAOS_ROUNDS", "7"))
 EVERYWHERE = {"kill", "stop", "term", "corrupt", "clock"}
 WITH_RIGHTS = {"disk", "network"}  # root may mount and make network namespaces where the system allows it
+TWO_RANKS = ["--ranks", "2", "--layouts", "tp2 dp2"]
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +26,33 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chaos(work: Path, *words: str, status: int = 0) -> str:
     """Return the output of `tools/chaos.py WORDS`, errors first."""
-    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), *words, "--work", str(work)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    line = forkserver.command("tests.chaos.forked:run_chaos", *words, "--work", work)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
     said = done.stderr + done.stdout
     assert done.returncode == status, said[-6000:]
     return said
 
 
-def require_tracing(said: str) -> None:
-    """Skip the test where processes cannot be traced; fail it in CI."""
+@pytest.fixture(scope="module")
+def tracing(work: Path) -> None:
+    """Skip a test where processes cannot be traced; fail it in CI."""
+    said = chaos(work, "cut", "--every", "1000")
     if said.startswith("left out"):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
 
 
+def test_chaos_round_of_killed_ranks_ends_identical(work: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    chaos(work, "run", "--rounds", "1", "--seed", "1", "--faults", "kill", *TWO_RANKS, "--log", str(log))
+    (told,) = map(json.loads, log.read_text().splitlines())
+    assert told["outcome"] == "identical"
+    assert len(told["launches"]) > 1
+
+
+@pytest.mark.full
 def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> None:
-    said = chaos(work, "run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log"))
+    words = ["run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log")]
+    said = chaos(work, *words)
     told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {line["outcome"] for line in told} <= {"identical", "refused"}
     assert len(told) == ROUNDS
@@ -47,27 +61,32 @@ def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> No
     kinds = EVERYWHERE | WITH_RIGHTS - left_out
     assert {kind for line in told for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
     assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3  # otherwise too few rounds were disturbed
-    again = chaos(work, "run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log"))
-    assert "round 0" not in again
-    assert f"{ROUNDS} rounds, 0 failed" in again  # every round is already in the log
+    # the tool as it is started by hand; every round is already in the log
+    script = [sys.executable, "-W", "ignore", str(forkserver.ROOT / "tools" / "chaos.py")]
+    again = subprocess.run([*script, *words, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)
+    assert again.returncode == 0, again.stderr
+    assert "round 0" not in again.stdout
+    assert f"{ROUNDS} rounds, 0 failed" in again.stdout
 
 
-def test_chaos_resume_differing_in_one_bit_is_found(work: Path) -> None:
-    words = ["--faults", "kill", "--layouts", "tp2 pp2", "--mutation", "resumed_with_another_bit"]
-    said = chaos(work, "run", "--rounds", "2", "--seed", "1", *words, "--log", str(work / "mutated"), status=1)
+@pytest.mark.full
+def test_chaos_resume_differing_in_one_bit_is_found(work: Path, tmp_path: Path) -> None:
+    words = ["--faults", "kill", *TWO_RANKS, "--mutation", "resumed_with_another_bit", "--log", str(tmp_path / "log")]
+    said = chaos(work, "run", "--rounds", "1", "--seed", "1", *words, status=1)
     assert "differs" in said
     assert "FAILED" in said
     assert "repeat with: --seed 1 --only" in said
 
 
-def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path) -> None:
+@pytest.mark.full
+def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path, tracing: None) -> None:
     said = chaos(work, "cut", "--every", "3")
-    require_tracing(said)
     assert "the next step: " in said
     assert "the same step again: " in said
     assert " 0 did harm" in said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mutation", "told"),
     [
@@ -75,15 +94,12 @@ def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path) -> Non
         ("nothing_forced_to_the_disk", "lost, call"),
     ],
 )
-def test_chaos_cut_wrong_publishing_order_is_found(work: Path, mutation: str, told: str) -> None:
-    if not (said := chaos(work, "cut", "--every", "1000")).startswith("left out"):
-        said = chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
-    require_tracing(said)
-    assert told in said
+def test_chaos_cut_wrong_publishing_order_is_found(work: Path, tracing: None, mutation: str, told: str) -> None:
+    assert told in chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
 
 
-def test_chaos_cut_training_saves_leave_run_resumable(work: Path) -> None:
+@pytest.mark.full
+def test_chaos_cut_training_saves_leave_run_resumable(work: Path, tracing: None) -> None:
     said = chaos(work, "cut", "--what", "training", "--every", "20")
-    require_tracing(said)
     assert "asynchronous=true: " in said
     assert "asynchronous=false: " in said

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,7 +127,7 @@ def test_read_entries_flipped_bit_is_refused_or_harmless(tmp_path):
     whole = (folder / "integrity.json").read_bytes()
     read = read_entries(folder)
     for at in range(len(whole)):
-        for flip in (1, 3, 64):
+        for flip in (1, 64):
             changed = bytearray(whole)
             changed[at] ^= flip
             (folder / "integrity.json").write_bytes(changed)
@@ -158,11 +158,13 @@ def test_share_with_one_file_per_rank_is_its_own_file(tmp_path):
 
 
 def test_in_threads_first_failure_stops_the_rest():
-    begun = []
+    begun, failed = [], threading.Event()
 
     def fail(item: int) -> None:
         begun.append(item)
-        time.sleep(0.02 if item else 0)
+        if item:
+            failed.wait(60)
+        failed.set()
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 0"):

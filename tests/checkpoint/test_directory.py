@@ -30,6 +30,7 @@ from megatron_ettin.checkpoint.directory import (
     verify,
 )
 from megatron_ettin.config.errors import UserError
+from tests.checkpoint.durable import watched
 
 
 def save(run, step, content="weights"):
@@ -123,6 +124,19 @@ def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, ste
     assert len(places) > 15
     assert {place["found"] for place in places} == {"weights of 1", f"new weights of {step}"}
     assert all(place["next"] and not place["left"] for place in places)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
+def test_publish_forces_checkpoint_to_the_disk_before_latest_names_it(tmp_path, again):
+    """A failure of power must leave a whole checkpoint: each file, its name, and then the name in `latest`."""
+    with watched(tmp_path) as seen:
+        save(tmp_path, 1)
+        final = save(tmp_path, 1 if again else 2, "new weights")
+    assert all(rename.unforced == [] for rename in seen.renames), seen.renames
+    named = [rename for rename in seen.renames if rename.target.name in (step_name(1), step_name(2), "latest")]
+    assert [rename.target.name for rename in named] == [step_name(1), "latest", final.name, "latest"]
+    assert [rename.unnamed for rename in named if rename.target.name == "latest"] == [[], []]
+    assert seen.unnamed == []
 
 
 def harm_latest(run, how):

@@ -15,9 +15,11 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.sizes import SIZES
 
 THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "clm") for phase in PHASES]
+# the smallest and the largest size have keys of their own; what the others have is in test_tables.py
+FIRST_AND_48 = [pytest.param(*one, marks=[] if one[0] in ("17m", "1b") else pytest.mark.full) for one in THE_48]
 
 
-@pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
+@pytest.mark.parametrize(("size", "objective", "phase"), FIRST_AND_48)
 def test_differences_every_combination_has_a_reason(size: str, objective: str, phase: str) -> None:
     found = differences(parse(size, objective, phase), {})
     assert [one.key for one in found if not one.why] == []

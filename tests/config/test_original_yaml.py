@@ -13,12 +13,12 @@ from megatron_ettin.config.layers import names_of, read_site
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
 from tests.config.original_yaml import original, write
-from tests.config.test_explain import THE_48
+from tests.config.test_explain import FIRST_AND_48
 
 NAMES = {"size": None, "objective": None, "phase": None}
 
 
-@pytest.mark.parametrize(("size", "objective", "phase"), THE_48)
+@pytest.mark.parametrize(("size", "objective", "phase"), FIRST_AND_48)
 def test_original_yaml_equals_the_original_recipe_of_its_names(
     size: str, objective: str, phase: str, tmp_path: Path
 ) -> None:

@@ -35,14 +35,14 @@ def written(tmp_path, objective, model=MODEL, drop=(), **changes):
 @pytest.mark.parametrize("drop", [(), OLD_KEYS, NEW_KEYS], ids=["both", "5.x only", "4.x only"])
 def test_hf_config_with_keys_of_4x_or_5x_reads_back_the_same(tmp_path, objective, drop):
     window = {"mlm": 32, "clm": 64}[objective]
-    model = dataclasses.replace(MODEL, encoder_window=window, decoder_window_keys=window)
+    model = dataclasses.replace(MODEL, encoder_window=window, decoder_window_keys=window, norm_eps=3e-6, init_std=0.03)
     parsed = from_hf_config(written(tmp_path, objective, model, drop))
     assert (parsed.objective, parsed.model, parsed.notes) == (objective, model, ())
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_to_hf_config_is_read_by_installed_transformers(tmp_path, objective):
-    model = dataclasses.replace(MODEL, encoder_window=32, decoder_window_keys=65)
+    model = dataclasses.replace(MODEL, encoder_window=32, decoder_window_keys=65, norm_eps=3e-6, init_std=0.03)
     written(tmp_path, objective, model)
     config = classes(objective)[0].from_pretrained(tmp_path)
     assert config.sliding_window == (32 if objective == "mlm" else 65)
@@ -50,6 +50,10 @@ def test_to_hf_config_is_read_by_installed_transformers(tmp_path, objective):
     assert config.rope_parameters["full_attention"]["rope_theta"] == 160_000
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
     assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (50_283, 50_282, 7999)
+    # of too little weight for logits to show
+    assert (config.norm_eps, config.initializer_range) == (3e-6, 0.03)
+    assert config.tie_word_embeddings is True
+    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (256, 384, 4)
 
 
 def test_hf_config_decoder_window_of_original_trainer_is_kept(tmp_path):

@@ -13,7 +13,9 @@ LAYOUT = ["parallel.tp=2", "parallel.pp=2", "run.steps=2"]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("objective", "precision"), [("mlm", "fp32"), ("clm", "bf16")])
+@pytest.mark.parametrize(
+    ("objective", "precision"), [("clm", "bf16"), pytest.param("mlm", "fp32", marks=pytest.mark.full)]
+)
 def test_to_hf_of_sharded_training_checkpoint_verifies_and_round_trips(
     pool, corpus, tmp_path, capsys, objective, precision
 ):

@@ -1,13 +1,52 @@
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron_ettin.data import tokenizer as tokenizers
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.corpora import files_of, prepare_here, write_jsonl
-from tests.data.small_tasks import arguments_for, start, write_inputs
+from tests.data.small_tasks import arguments_for, prepare_small_tasks, write_inputs
+
+LOADED: dict[str, Tokenizer] = {}
+SAVED: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def each_tokenizer_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Load and save each tokenizer once in this process: half a second of work in every `ettin prepare`.
+
+    test_tokenizer.py, and all other processes, load and save as users do."""
+    read, save = tokenizers.from_file, Tokenizer.save
+
+    def read_once(path: Path, config: dict, name: str) -> Tokenizer:
+        content = path.read_bytes() if path.is_file() else b""
+        key = hashlib.sha256(content + json.dumps(config).encode()).hexdigest()
+        if key not in LOADED:
+            LOADED[key] = read(path, config, name)
+            LOADED[key].fingerprint  # noqa: B018 (computed once, for the copies too)
+        again = copy.copy(LOADED[key])
+        again.name = name
+        return again
+
+    def save_once(self: Tokenizer, directory: str | Path) -> None:
+        if self.fingerprint not in SAVED:
+            SAVED[self.fingerprint] = tmp_path_factory.mktemp("saved")
+            save(self, SAVED[self.fingerprint])
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for file in SAVED[self.fingerprint].iterdir():
+            shutil.copyfile(file, Path(directory) / file.name)
+
+    with mock.patch.object(tokenizers, "from_file", read_once), mock.patch.object(Tokenizer, "save", save_once):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +81,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def large_dataset(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that one uninterrupted process makes of the inputs of `large`."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    running = start(arguments_for(large, folder / "out", 1), folder / "small_tasks.py")
-    _, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
-    return files_of(folder / "out")
+def large_dataset_folder(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset that one uninterrupted process makes of the inputs of `large`. Read-only."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert prepare_small_tasks(*arguments_for(large, out, 1)) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def large_dataset(large_dataset_folder: Path) -> dict[str, bytes]:
+    """Its files."""
+    return files_of(large_dataset_folder)

@@ -117,7 +117,7 @@ def prepare_here(*arguments: object) -> int:
 
 
 def ettin(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `python -m megatron_ettin ...` in a subprocess, as a user does."""
+    """Run `ettin ...` in a process of its own, forked from one that has imported everything."""
     command = program("ettin", *map(str, arguments))
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 

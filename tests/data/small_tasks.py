@@ -1,4 +1,4 @@
-"""`ettin prepare` on small inputs that still make several tasks, as a process of its own that can be killed."""
+"""`ettin prepare` on small inputs that still make several tasks: here, in a fork, or as a process that can be killed."""
 
 from __future__ import annotations
 
@@ -12,49 +12,138 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from tests.data.corpora import words
+from megatron_ettin.cli.main import main
+from megatron_ettin.data.ingest import engine, inputs
+from tests import forkserver
+from tests.data.corpora import WORDS, words
+
+TASK_BYTES = 100_000
+HOLD_VARIABLE = "ETTIN_TEST_HOLD"
 
 
 def write_inputs(root: Path) -> Path:
-    """Thirteen inputs: a directory of three small files and twelve archives."""
+    """A directory of three small files, twelve archives, and a tokenizer of their words, which loads at once."""
     (root / "texts").mkdir()
     for i in range(3):
         (root / "texts" / f"{i}.txt").write_text(words(3_000, i))
     rows = [json.dumps({"text": words(180, i)}) for i in range(3_000)]
     part = len(rows) // 12
     for i in range(12):
-        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows[i * part : (i + 1) * part]).encode(), 1))
+        content = "\n".join(rows[i * part : (i + 1) * part]).encode()
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress(content, 1, mtime=0))
+    write_tokenizer(root / "tokenizer")
     return root
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One id for each of WORDS."""
+    vocabulary = {text: i for i, text in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *WORDS])}
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "truncation": None,
+        "padding": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    }
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
 
 
 def arguments_for(large: Path, out: Path, workers: int) -> list[str]:
     parts = sorted(map(str, large.glob("*.gz")))
     settings = ["--out", str(out), "--chunk-tokens", "64", "--holdout", "0.05", "--seq-len", "64"]
-    return [str(large / "texts"), *parts, *settings, "--workers", str(workers)]
+    tokenizer = ["--tokenizer", str(large / "tokenizer")]
+    return [str(large / "texts"), *parts, *settings, *tokenizer, "--workers", str(workers)]
 
 
-# A task of at most 100 kB, set where the command reads it: small inputs then make several shards.
-SMALL_TASKS = (
-    "import sys; from megatron_ettin.data.ingest import inputs; inputs.TASK_BYTES = 100_000;"
-    "from megatron_ettin.cli.main import main;\n"
-    "if __name__ == '__main__': sys.exit(main(['prepare', *sys.argv[1:]]))"
-)
+def prepare_small_tasks(*arguments: str) -> int:
+    """Run the command with tasks of at most 100 kB, so that small inputs make several shards."""
+    with mock.patch.object(inputs, "TASK_BYTES", TASK_BYTES):
+        return main(["prepare", *arguments])
+
+
+def forked(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start the command in a fork of a process that has imported everything.
+
+    To stop it in its midst, use `start`: a signal reaches this one by way of another process."""
+    command = forkserver.command("tests.data.small_tasks:prepare_small_tasks", *arguments)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+# the workers run it too, up to its last line
+SCRIPT = """
+import sys
+from tests.data.small_tasks import hold_tasks, prepare_small_tasks
+hold_tasks()
+if __name__ == "__main__":
+    sys.exit(prepare_small_tasks(*sys.argv[1:]))
+"""
+
+
+def hold_tasks() -> None:
+    """Let no task end from the one on that the environment names, so that a test can stop the command in its midst."""
+    first = os.environ.get(HOLD_VARIABLE)
+    if first is None:
+        return
+    real = engine.run_task
+
+    def run_task(task: inputs.Task, *more: Any) -> None:
+        while task.index >= int(first):
+            time.sleep(0.05)
+        real(task, *more)
+
+    engine.run_task = run_task  # type: ignore[assignment]
+
+
+def killed_before_publishing(*arguments: str) -> None:
+    """Run the command, and kill -9 this process when all of the dataset is staged and has only to be renamed."""
+    from megatron_ettin.data.ingest import prepare
+
+    prepare.plan_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    prepare_small_tasks(*arguments)
 
 
 def start(
     arguments: list[str], script: Path, sigint: Any = signal.SIG_DFL, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start the command in a session of its own, so that its whole process group can be killed.
+    """Start the command as a script, in a session of its own, so that its whole process group can be killed.
 
     `sigint` is the SIGINT handler that the command starts with. A shell's background jobs ignore SIGINT, and so would
     the command where the tests are such a job."""
-    script.write_text(SMALL_TASKS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), **environment}
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(forkserver.ROOT), *sys.path]), **environment}
     command = [sys.executable, str(script), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, sigint))  # fmt: skip
+
+
+def without_progress(errors: str) -> list[str]:
+    """Return the lines of a command's standard error but those that a slow machine makes it print."""
+    return [line for line in errors.splitlines() if line and not line.startswith("prepare: ")]
+
+
+def finish(running: subprocess.Popen[str]) -> str:
+    """Return what a command prints that ends well."""
+    output, errors = running.communicate(timeout=180)
+    assert running.returncode == 0, errors
+    return output
+
+
+def fails(running: subprocess.Popen[str]) -> str:
+    """Return the one line of error of a command that exits with status 2."""
+    _, errors = running.communicate(timeout=180)
+    assert running.returncode == 2, errors
+    (line,) = without_progress(errors)
+    return line
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

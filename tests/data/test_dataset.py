@@ -12,37 +12,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import index_bytes, open_shard, token_dtype
 from megatron_ettin.data.tokenizer import Tokenizer
-from tests.data.corpora import ettin
+from tests.data.others import called
 
 
 @pytest.mark.parametrize("mmap", [True, False])
 def test_shards_opened_by_megatron_core_hold_the_same_chunks(prepared: Dataset, mmap: bool) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     first = 0
     for shard in prepared.manifest.shards:
-        theirs = IndexedDataset(str(prepared.path / shard.name), mmap=mmap)
-        assert (len(theirs), len(theirs.document_indices) - 1) == (shard.chunks, shard.documents)
-        for i in range(len(theirs)):
-            assert np.array_equal(theirs[i], prepared.chunk(first + i))
-        first += len(theirs)
+        theirs = called("read_by_core", prepared.path / shard.name, mmap)
+        assert (len(theirs["chunks"]), theirs["documents"]) == (shard.chunks, shard.documents)
+        for i, chunk in enumerate(theirs["chunks"]):
+            assert chunk == prepared.chunk(first + i).tolist()
+        first += len(theirs["chunks"])
     assert first == prepared.num_chunks
 
 
 def test_shard_of_wide_vocabulary_is_int32_and_readable(tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     assert (token_dtype(65_536), token_dtype(65_537)) == (np.uint16, np.int32)
     tokens = np.array([70_000, 1, 128_000], dtype=token_dtype(128_001))
     (tmp_path / "shard.bin").write_bytes(tokens.tobytes())
     (tmp_path / "shard.idx").write_bytes(index_bytes(np.array([2, 1]), np.array([0, 1, 2]), tokens.dtype))
-    theirs, ours = IndexedDataset(str(tmp_path / "shard"), mmap=True), open_shard(tmp_path / "shard")
-    for i, expected in enumerate(([70_000, 1], [128_000])):
-        assert theirs[i].tolist() == ours.chunk(i).tolist() == expected
+    ours = open_shard(tmp_path / "shard")
+    assert [ours.chunk(i).tolist() for i in range(2)] == [[70_000, 1], [128_000]]
+    assert called("read_by_core", tmp_path / "shard", True)["chunks"] == [[70_000, 1], [128_000]]
 
 
 def test_document_of_every_chunk_names_source_and_matches_its_text(prepared: Dataset, tokenizer: Tokenizer) -> None:
@@ -75,16 +72,18 @@ def test_dataset_pickled_reads_the_same_chunks(prepared: Dataset) -> None:
     assert again.lengths_of([0, 3]).tolist() == [len(prepared.chunk(0)), len(prepared.chunk(3))]
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.arrow", ".starts.npy", ".checksums.json"])
-def test_open_dataset_truncated_or_missing_file_is_named(prepared: Dataset, tmp_path: Path, suffix: str) -> None:
+def test_open_dataset_truncated_or_missing_file_is_named(prepared: Dataset, tmp_path: Path) -> None:
     shutil.copytree(prepared.path, tmp_path / "copy")
-    damaged = tmp_path / "copy" / f"shard_00000{suffix}"
-    damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(UserError, match=rf"shard_00000{suffix}: truncated, \d+ bytes, the manifest says"):
-        open_dataset(tmp_path / "copy")
-    damaged.unlink()
-    with pytest.raises(UserError, match=rf"shard_00000{suffix}: missing"):
-        open_dataset(tmp_path / "copy")
+    for suffix in (".bin", ".idx", ".documents.arrow", ".starts.npy", ".checksums.json"):
+        damaged = tmp_path / "copy" / f"shard_00000{suffix}"
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:-3])
+        with pytest.raises(UserError, match=rf"shard_00000{suffix}: truncated, \d+ bytes, the manifest says"):
+            open_dataset(tmp_path / "copy")
+        damaged.unlink()
+        with pytest.raises(UserError, match=rf"shard_00000{suffix}: missing"):
+            open_dataset(tmp_path / "copy")
+        damaged.write_bytes(whole)
 
 
 def test_verify_flipped_bit_names_the_damaged_shard(prepared: Dataset, tmp_path: Path) -> None:
@@ -96,10 +95,6 @@ def test_verify_flipped_bit_names_the_damaged_shard(prepared: Dataset, tmp_path:
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"shard_00000\.bin: damaged"):
         copy.verify()
-    done = ettin("inspect", copy.path, "--verify")
-    assert done.returncode == 2
-    assert "shard_00000.bin" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_open_dataset_absent_or_damaged_manifest_is_refused(prepared: Dataset, tmp_path: Path) -> None:
@@ -118,8 +113,10 @@ def test_open_dataset_absent_or_damaged_manifest_is_refused(prepared: Dataset, t
             open_dataset(tmp_path)
 
 
-def test_inspect_reports_manifest_counts_and_samples(prepared: Dataset) -> None:
-    told = json.loads(ettin("inspect", prepared.path, "--json", "--sample", 2, "--verify").stdout)
+def test_inspect_reports_manifest_counts_and_samples(prepared: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["inspect", str(prepared.path), "--json", "--sample", "2", "--verify"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert (told["documents"], told["chunks"], told["tokens"]) == (
         prepared.num_documents,
         prepared.num_chunks,
@@ -128,16 +125,16 @@ def test_inspect_reports_manifest_counts_and_samples(prepared: Dataset) -> None:
     assert told["verified"]
     assert len(told["samples"]) == 2
     assert all(sample["text"].startswith("[CLS]") and sample["text"].endswith("[SEP]") for sample in told["samples"])
-    plain = ettin("inspect", prepared.path)
-    assert plain.returncode == 0
-    assert f"{prepared.num_tokens:,} tokens" in plain.stdout
-    assert "ettin" in plain.stdout
+    assert main(["inspect", str(prepared.path)]) == 0
+    plain = capsys.readouterr().out
+    assert f"{prepared.num_tokens:,} tokens" in plain
+    assert "ettin" in plain
 
 
 def test_data_modules_import_without_torch_transformers_or_megatron() -> None:
     code = (
         "import sys, pkgutil, importlib, megatron_ettin.data as d;"
-        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(d.__path__, 'megatron_ettin.data.')];"
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(d.__path__, 'megatron_ettin.data.')];"
         "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_ettin.data.ingest.inputs import list_inputs
+from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import prepare_here
 from tests.data.held import documents
 
@@ -56,13 +57,14 @@ def test_list_inputs_keeps_texts_and_reports_readmes_passed_over(tmp_path: Path)
     ],
 )
 def test_prepare_key_options_choose_between_text_and_tokens(
-    tmp_path: Path, options: tuple[str, ...], expected: str
+    tmp_path: Path, options: tuple[str, ...], expected: str, tokenizer: Tokenizer
 ) -> None:
+    found = {"text": tokenizer.encode_batch(["some words"])[0], "tokens": [7, 8, 9]}
     write_parquet(tmp_path / "both.parquet", text=["some words"], input_ids=[[50281, 7, 8, 9, 50282]])
     out = tmp_path / "out"
     assert prepare_here(tmp_path / "both.parquet", "--out", out, "--workers", 1, *options) == 0
     ((_, _, ids),) = documents(out)
-    assert (ids == [7, 8, 9]) == (expected == "tokens")
+    assert ids == found[expected]
 
 
 @pytest.mark.parametrize(

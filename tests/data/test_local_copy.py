@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +18,11 @@ from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.local_copy import copy_path, local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.order import Corpus, open_corpus
-from tests.data.corpora import files_of
-from tests.train.runs import command
+from tests.data.corpora import ettin, files_of
+from tests.data.together import at_once
+from tests.train.runs import command, train
+
+SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2"]
 
 
 def mixture(*datasets: Dataset, batching: str = "packed") -> Corpus:
@@ -32,10 +34,6 @@ def mixture(*datasets: Dataset, batching: str = "packed") -> Corpus:
 def copied(prepared: Dataset, tmp_path: Path) -> Dataset:
     """A copy of the prepared dataset that a test may damage."""
     return open_dataset(shutil.copytree(prepared.path, tmp_path / "source"))
-
-
-def says(lines: list[str]) -> str:
-    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -129,15 +127,22 @@ def test_local_copy_after_kill_keeps_finished_files(prepared: Dataset, tmp_path:
     assert {name: (local.datasets[0].path / name).stat().st_ino for name in kept} == kept
 
 
-def test_local_copy_concurrent_callers_copy_once(prepared: Dataset, tmp_path: Path) -> None:
-    told: list[str] = []
-    corpora = [mixture(prepared) for _ in range(4)]
-    run = [threading.Thread(target=local_corpus, args=(corpus, str(tmp_path), told.append)) for corpus in corpora]
-    for thread in run:
-        thread.start()
-    for thread in run:
-        thread.join()
-    assert len(told) == 2
+def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: Path) -> None:
+    mixture(prepared)  # its row plan is there
+    said = at_once("tests.data.together:copy_locally", prepared.path, tmp_path)
+    lines = [line for text in said for line in text.splitlines()]
+    assert len([line for line in lines if "copying" in line]) == 1
+    assert len([line for line in lines if "every sha256 checked" in line]) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="local_corpus drops data.skip and data.mean_tokens_per_row: the owner's to mend")
+def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tmp_path: Path) -> None:
+    entries = [MixtureEntry(str(prepared.path))]
+    corpus = open_corpus(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))
+    local = local_corpus(corpus, str(tmp_path), print)
+    assert local.place_of(range(5)).tolist() == [0, 1, 2, 5, 6]
+    assert local.fingerprint == corpus.fingerprint
+    assert local.mean_tokens_per_row == corpus.mean_tokens_per_row
 
 
 @pytest.fixture
@@ -174,18 +179,20 @@ def test_local_copy_folder_that_cannot_be_created_is_refused(prepared: Dataset, 
         local_corpus(mixture(prepared), str(tmp_path / "file" / "local"), print)
 
 
+@pytest.mark.full
 @pytest.mark.ranks
 def test_train_from_local_copy_gives_the_same_losses(pool, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Two ranks have the same losses, and a run that began without the copy resumes with it."""
-    from tests.train.runs import train
-
-    plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", ["run.steps=4"])
-    words = [f"data.local_copy={tmp_path / 'local'}"]
-    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=2"])
-    found = train(pool, 2, tmp_path / "run", corpus, "mlm", [*words, "run.steps=4", "data.workers=1"])
+    plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", [*SMALL, "run.steps=3"])
+    words = [*SMALL, f"data.local_copy={tmp_path / 'local'}", "run.steps=3", "data.workers=1"]
+    train(pool, 2, tmp_path / "run", corpus, "mlm", [*SMALL, "run.steps=1"])
+    found = train(pool, 2, tmp_path / "run", corpus, "mlm", words)
     assert found.column("loss") == plain.column("loss")
-    opened = pool.run(
-        1, command(tmp_path / "refused", corpus, "mlm", ["run.steps=1", f"data.local_copy={corpus}/manifest.json"])
-    )
-    assert opened[0].status == 2
-    assert "data.local_copy: " in opened[0].output
+    assert list((tmp_path / "local").glob("dataset-*"))
+
+
+def test_train_local_copy_that_cannot_be_made_is_refused(corpus: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "run.steps=1", f"data.local_copy={corpus}/manifest.json"]
+    done = ettin(*command(tmp_path / "refused", corpus, "mlm", words))
+    assert done.returncode == 2
+    assert "data.local_copy: " in done.stderr

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from megatron_ettin.api import iterate_rows
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.resolve import parse
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
-from megatron_ettin.data.order import Corpus, open_corpus
+from megatron_ettin.data.order import Corpus, open_corpus, open_run_corpus
 from tests.data.corpora import prepare_here, write_jsonl
 
 
@@ -148,6 +150,19 @@ def test_fingerprint_differs_for_every_setting_that_changes_the_order(prepared: 
     ]
     assert len({corpus.fingerprint for corpus in corpora}) == len(corpora)
     assert corpus_of((prepared, 10.0), (other, 10.0)).fingerprint == same.fingerprint
+
+
+def test_open_run_corpus_with_data_skip_leaves_out_rows(prepared: Dataset) -> None:
+    words = ["data.seq_len=256", f"data.mixture=[{prepared.path}]"]
+    plain = parse("17m", "mlm", "pretrain", words=words)
+    some = parse("17m", "mlm", "pretrain", words=[*words, "data.skip='3:5,7:8'"])
+    left = [row for row in iterate_rows(plain, 0, 12) if row.position not in (3, 4, 7)]
+    found = list(iterate_rows(some, 0, 9))
+    assert [row.position for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
+    assert [row.tokens.tolist() for row in found] == [row.tokens.tolist() for row in left]
+    corpora = [open_run_corpus(config) for config in (plain, some)]
+    assert corpora[0].fingerprint != corpora[1].fingerprint
+    assert corpora[0].fingerprint == corpora[1].unskipped_fingerprint
 
 
 def test_blended_dataset_unusable_mixture_is_refused(

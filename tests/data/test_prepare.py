@@ -16,8 +16,9 @@ from megatron_ettin.data.ingest.documents import read_documents
 from megatron_ettin.data.ingest.inputs import cut_tasks, list_inputs
 from megatron_ettin.data.ingest.readers.document import ReadOptions
 from megatron_ettin.data.tokenizer import Tokenizer
+from tests.checkpoint.durable import Watched, watched
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
-from tests.data.small_tasks import arguments_for, start, wait_for
+from tests.data.small_tasks import HOLD_VARIABLE, arguments_for, finish, forked, start, wait_for
 
 
 def documents_in(path: Path) -> list[tuple[str, str]]:
@@ -76,28 +77,19 @@ def test_read_documents_of_split_jsonl_yields_each_line_once_with_offset(
         assert found == [(f"lines.jsonl@{offset}", text) for offset, text in zip(offsets, texts, strict=True)]
 
 
-def test_prepare_two_workers_or_resumed_after_kill_writes_the_same_bytes(large: Path, tmp_path: Path) -> None:
-    script = tmp_path / "small_tasks.py"
-    for out, workers in (("one", 1), ("two", 2)):
-        running = start(arguments_for(large, tmp_path / out, workers), script)
-        _, errors = running.communicate(timeout=120)
-        assert running.returncode == 0, errors
-    expected = files_of(tmp_path / "one")
-    assert files_of(tmp_path / "two") == expected
-    assert len([name for name in expected if name.endswith(".bin") and "/" not in name]) >= 4
-
-    work = tmp_path / ".tmp-killed"
-    running = start(arguments_for(large, tmp_path / "killed", 2), script)
+def test_prepare_two_workers_resumed_after_kill_write_the_bytes_of_one(
+    large: Path, large_dataset: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert len([name for name in large_dataset if name.endswith(".bin") and "/" not in name]) >= 4
+    work, arguments = tmp_path / ".tmp-out", arguments_for(large, tmp_path / "out", 2)
+    running = start(arguments, tmp_path / "small_tasks.py", **{HOLD_VARIABLE: "3"})
     wait_for(lambda: len(list(work.glob("tasks/task_*.json"))) >= 1)
     running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert not (tmp_path / "killed").exists()  # nothing half-written
+    running.communicate()
+    assert not (tmp_path / "out").exists()  # nothing half-written
     done_before = len(list(work.glob("tasks/task_*.json")))
-    resumed = start([*arguments_for(large, tmp_path / "killed", 2), "--json"], script)
-    output, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
-    assert json.loads(output)["tasks_resumed"] >= done_before
-    assert files_of(tmp_path / "killed") == expected
+    assert json.loads(finish(forked([*arguments, "--json"])))["tasks_resumed"] >= done_before
+    assert files_of(tmp_path / "out") == large_dataset
     assert not work.exists()
 
 
@@ -122,6 +114,30 @@ def test_prepare_rerun_is_complete_and_changed_settings_are_refused(
     (tmp_path / "mine" / "thesis.tex").touch()
     assert prepare_here(source, "--out", tmp_path / "mine", "--workers", 1) == 2
     assert "is not a dataset" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """What `ettin prepare` forces to the disk, and when."""
+    folder = tmp_path_factory.mktemp("published")
+    source = write_jsonl(folder / "a.jsonl", 30)
+    options = ("--chunk-tokens", 128, "--holdout", 0.3, "--seq-len", 128, "--workers", 1)
+    with watched(folder) as seen:
+        assert prepare_here(source, "--out", folder / "out", *options) == 0
+    assert seen.renames[-1].target == folder / "out"
+    return seen
+
+
+def test_prepare_forces_dataset_to_the_disk_before_it_has_its_name(published: Watched) -> None:
+    """A failure of power must not leave a dataset under its name that has lost what is in its files."""
+    lost = {f"{rename.target.name}/{name}" for rename in published.renames for name in rename.unforced}
+    assert {name for name in lost if "tokenizer" not in name} == set()
+    assert published.folder not in published.unnamed
+
+
+@pytest.mark.xfail(strict=True, reason="the tokenizer's files are copied without fsync: the owner's to mend")
+def test_prepare_forces_tokenizer_to_the_disk_before_dataset_has_its_name(published: Watched) -> None:
+    assert published.renames[-1].unforced == []
 
 
 def test_holdout_equal_texts_fall_on_one_side(tmp_path: Path) -> None:

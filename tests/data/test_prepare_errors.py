@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from tests.data.corpora import ettin
+from tests.data.corpora import prepare_here
 
 GOOD = b'{"text": "a good line"}\n'
 
@@ -73,22 +75,34 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_prepare_invalid_input_or_option_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+def test_prepare_invalid_input_or_option_is_refused_in_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, options, told = CASES[case]
     inputs = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     workers = [] if "--workers" in options else ["--workers", "1"]
-    done = ettin("prepare", *inputs, "--out", tmp_path / "out", *workers, *options)
-    assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert done.stderr.startswith("ettin prepare: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert not done.stdout
+    capsys.readouterr()
+    assert prepare_here(*inputs, "--out", tmp_path / "out", *workers, *options) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert printed.err.startswith("ettin prepare: ")
+    assert len(printed.err.splitlines()) == 1
+    assert not printed.out
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_prepare_unwritable_output_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    done = ettin("prepare", *good(tmp_path), "--out", tmp_path / "file" / "out", "--workers", 1)
+def test_prepare_process_with_invalid_input_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    (path,) = CASES["broken gzip"][0](tmp_path)
+    command = [sys.executable, "-m", "megatron_ettin", "prepare", path, "--out", tmp_path / "out", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "cannot write" in done.stderr
+    assert done.stderr.startswith(f"ettin prepare: {path}: broken gzip data")
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+
+
+def test_prepare_unwritable_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert prepare_here(*good(tmp_path), "--out", tmp_path / "file" / "out", "--workers", 1) == 2
+    assert "cannot write" in capsys.readouterr().err

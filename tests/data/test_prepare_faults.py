@@ -20,24 +20,23 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forkserver
 from tests.data.corpora import files_of, words
-from tests.data.small_tasks import SMALL_TASKS, arguments_for, start, wait_for
+from tests.data.small_tasks import (
+    HOLD_VARIABLE,
+    SCRIPT,
+    arguments_for,
+    fails,
+    finish,
+    forked,
+    prepare_small_tasks,
+    start,
+    wait_for,
+    without_progress,
+    write_tokenizer,
+)
 
-KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "12"))
-
-
-def finish(running: subprocess.Popen[str]) -> str:
-    output, errors = running.communicate(timeout=180)
-    assert running.returncode == 0, errors
-    return output
-
-
-def fails(running: subprocess.Popen[str]) -> str:
-    """Return the one line of error of a command that exits with status 2."""
-    _, errors = running.communicate(timeout=180)
-    assert running.returncode == 2, errors
-    (line,) = errors.strip().splitlines()
-    return line
+KILLS = int(os.environ.get("ETTIN_TEST_KILLS", "4"))
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
@@ -50,6 +49,20 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
+def write_parts(folder: Path, bad: int | None = None) -> list[str]:
+    """Write four inputs of 300 documents, the last line of `bad` cut off, and return the arguments for one worker."""
+    root = folder / "in"
+    root.mkdir()
+    for i in range(4):
+        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
+        text = "\n".join(lines) + ("\n{bad" if i == bad else "")
+        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress(text.encode(), 1, mtime=0))
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    options = ["--chunk-tokens", "64", "--tokenizer", str(tokenizer), "--workers", "1"]
+    return [str(root), "--out", str(folder / "out"), *options]
+
+
+@pytest.mark.full
 def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -59,6 +72,8 @@ def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
     began = time.monotonic()
     finish(start(arguments, script))
     whole_seconds = time.monotonic() - began
+    assert files_of(tmp_path / "out") == large_dataset
+    shutil.rmtree(tmp_path / "out")
     kills = finished = 0
     while kills < KILLS:
         mark = str(uuid.uuid4())
@@ -73,7 +88,7 @@ def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
                 running.kill()
             kills += 1
         running.communicate()
-        wait_for(lambda mark=mark: not marked_processes(mark), 20)  # no process is left over
+        wait_for(lambda mark=mark: not marked_processes(mark))  # no process is left over
         if running.returncode == 0:
             finished += 1
             assert files_of(tmp_path / "out") == large_dataset
@@ -85,46 +100,43 @@ def test_prepare_kill_9_at_random_moments_then_rerun_gives_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small_tasks.py"]
 
 
-@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])
+@pytest.mark.parametrize("sigint", [pytest.param(signal.SIG_DFL, marks=pytest.mark.full), signal.SIG_IGN])
 def test_prepare_killed_worker_is_reported_and_rerun_completes(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path, sigint: signal.Handlers
 ) -> None:
     arguments, script = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py"
-    running = start(arguments, script, sigint)
+    running = start(arguments, script, sigint, **{HOLD_VARIABLE: "3"})
     folder = tmp_path / ".tmp-out" / "running"
 
     def worker() -> int:
-        for file in folder.glob("*"):
-            with contextlib.suppress(OSError, ValueError):
-                return int(file.read_text())
-        return 0
+        """Return the process that holds one of the tasks which do not end."""
+        held = [file.read_text() for file in folder.glob("*") if int(file.name) >= 3]
+        return int(next(filter(None, held), 0))
 
     wait_for(lambda: worker() > 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(worker(), signal.SIGKILL)
+    os.kill(worker(), signal.SIGKILL)
     line = fails(running)
     assert "a worker process died" in line
     assert "run the same command again" in line
     assert not (tmp_path / "out").exists()
-    finish(start(arguments, script))
+    assert prepare_small_tasks(*arguments_for(large, tmp_path / "out", 1)) == 0
     assert files_of(tmp_path / "out") == large_dataset
     assert not (tmp_path / ".tmp-out").exists()
 
 
+@pytest.mark.full
 def test_prepare_interrupted_by_sigint_can_be_resumed(
     large: Path, large_dataset: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments, script, mark = arguments_for(large, tmp_path / "out", 2), tmp_path / "small_tasks.py", str(uuid.uuid4())
-    running = start(arguments, script, ETTIN_TEST_MARK=mark)
+    running = start(arguments, script, ETTIN_TEST_MARK=mark, **{HOLD_VARIABLE: "3"})
     wait_for(lambda: bool(list((tmp_path / ".tmp-out" / "tasks").glob("task_*.json"))))
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors.strip()) == (
-        1,
-        "ettin prepare: interrupted; run the same command again to continue",
-    )
-    wait_for(lambda: not marked_processes(mark), 20)
-    finish(start(arguments, script))
+    assert running.returncode == 1
+    assert without_progress(errors) == ["ettin prepare: interrupted; run the same command again to continue"]
+    wait_for(lambda: not marked_processes(mark))
+    assert prepare_small_tasks(*arguments_for(large, tmp_path / "out", 1)) == 0
     assert files_of(tmp_path / "out") == large_dataset
 
 
@@ -140,53 +152,41 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_prepare_full_disk_is_reported_and_rerun_completes(
-    large: Path, large_dataset: dict[str, bytes], small_disk: Path, tmp_path: Path, workers: int
+    large: Path, large_dataset: dict[str, bytes], small_disk: Path, workers: int
 ) -> None:
-    arguments, script = arguments_for(large, small_disk / "out", workers), tmp_path / "small_tasks.py"
-    line = fails(start(arguments, script))
+    arguments = arguments_for(large, small_disk / "out", workers)
+    line = fails(forked(arguments))
     assert "No space left on device; make room and run the same command again to continue" in line
     assert not (small_disk / "out").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    finish(start(arguments, script))
+    assert prepare_small_tasks(*arguments_for(large, small_disk / "out", 1)) == 0
     assert files_of(small_disk / "out") == large_dataset
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
 def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> None:
     """An input is emptied after the staged shards of later inputs got their numbers: --replan numbers them anew."""
-    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
-    root.mkdir()
-    for i in range(4):
-        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
-        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
-    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
-    running = start(arguments, script)
-    staged = tmp_path / ".tmp-out" / "dataset" / "shard_00002.bin"
-    wait_for(lambda: staged.exists() or running.poll() is not None)
-    running.kill()
-    running.communicate()
-    if running.returncode == 0:
-        pytest.skip("it was published before it could be killed")
-    (root / "part0.jsonl.gz").write_bytes(gzip.compress(b"", 1, mtime=0))  # a task without documents
-    finish(start([*arguments, "--replan"], script))
-    finish(start([*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]], script))
+    arguments = write_parts(tmp_path)
+    killed = forkserver.command("tests.data.small_tasks:killed_before_publishing", *arguments)
+    assert subprocess.run(killed, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert (tmp_path / ".tmp-out" / "dataset" / "shard_00003.bin").exists()
+    # a task without documents
+    (tmp_path / "in" / "part0.jsonl.gz").write_bytes(gzip.compress(b"", 1, mtime=0))
+    assert prepare_small_tasks(*arguments, "--replan") == 0
+    assert prepare_small_tasks(*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]) == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.full
+@pytest.mark.parametrize("attempt", range(max(1, KILLS // 4)))
 def test_prepare_bad_line_is_reported_instead_of_lost_worker(attempt: int, tmp_path: Path) -> None:
     """The pool terminates the other workers, which are busy; they must not be reported as lost."""
-    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
-    root.mkdir()
-    for i in range(4):
-        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
-        (root / f"part{i}.jsonl").write_text("\n".join(lines) + ("\n{bad" if i == 1 else ""))
-    arguments = [str(root), "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "2"]
-    line = fails(start(arguments, script))
+    arguments = write_parts(tmp_path, bad=1)
+    line = fails(forked([*arguments[:-1], "2"]))
     assert "invalid JSON" in line
-    assert "part1.jsonl:301" in line
+    assert "part1.jsonl.gz:301" in line
 
 
 def test_prepare_file_size_limit_is_reported_and_rerun_completes(
@@ -194,39 +194,45 @@ def test_prepare_file_size_limit_is_reported_and_rerun_completes(
 ) -> None:
     """A disk error other than a full disk is also one line, and the same command then completes."""
     arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"
-    script.write_text(SMALL_TASKS)
+    script.write_text(SCRIPT)
     command = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited", sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(forkserver.ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = without_progress(done.stderr)
     assert "File too large; when that is mended, run the same command again to continue" in line
-    finish(start(arguments, script))
+    assert prepare_small_tasks(*arguments) == 0
     assert files_of(tmp_path / "out") == large_dataset
 
 
-def test_prepare_changed_inputs_are_refused_without_replan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_changed_inputs_are_refused_without_replan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The frozen plan holds resolved paths: the same inputs named from another directory are recognized."""
-    root, script = tmp_path / "in", tmp_path / "small_tasks.py"
+
+    def refused(*words: str) -> str:
+        capsys.readouterr()
+        assert prepare_small_tasks(*words) == 2
+        (line,) = without_progress(capsys.readouterr().err)
+        return line
+
+    root, arguments = tmp_path / "in", write_parts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    root.mkdir()
-    for i in range(4):
-        lines = [json.dumps({"text": words(150, 100 * i + k)}) for k in range(300)]
-        (root / f"part{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1, mtime=0))
     good = (root / "part3.jsonl.gz").read_bytes()
     (root / "part3.jsonl.gz").write_bytes(good[: len(good) // 2])
-    arguments = [root.name, "--out", str(tmp_path / "out"), "--chunk-tokens", "64", "--workers", "1"]
-    line = fails(start(arguments, script))
+    arguments[0] = root.name
+    line = refused(*arguments)
     assert "part3.jsonl.gz: gzip data ends in the middle, at byte" in line
     assert "finished tasks are kept in" in line
     (root / "part3.jsonl.gz").write_bytes(good)
     monkeypatch.chdir(root)
     arguments[0] = f"../{root.name}"
-    line = fails(start(arguments, script))
+    line = refused(*arguments)
     assert f"part3.jsonl.gz had {len(good) // 2} bytes and has {len(good)}" in line
     assert "--replan" in line
-    line = fails(start([*arguments, "--holdout", "0.5"], script))
-    assert "holdout was 0.0 and is 0.5" in line
-    told = json.loads(finish(start([*arguments, "--replan", "--json"], script)))
-    assert told["tasks_resumed"] == 3  # of the files that are what they were
-    finish(start([*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]], script))
+    assert "holdout was 0.0 and is 0.5" in refused(*arguments, "--holdout", "0.5")
+    assert prepare_small_tasks(*arguments, "--replan", "--json") == 0
+    # of the files that are what they were
+    assert json.loads(capsys.readouterr().out)["tasks_resumed"] == 3
+    assert prepare_small_tasks(*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]) == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")

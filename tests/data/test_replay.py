@@ -20,6 +20,7 @@ from megatron_ettin.config.resolve import parse, to_yaml
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.order import Corpus, open_run_corpus
+from tests.checkpoint.durable import watched
 
 CLS, SEP, PAD = 50281, 50282, 50283
 WORDS = ["data.seq_len=256", "batch.global_batch_rows=8", "batch.warmup_min_rows=2", "batch.warmup_tokens=20000"]
@@ -120,6 +121,16 @@ def test_recorded_order_folder_is_read_by_step_numbers_in_names(prepared: Datase
         exported(config, cache / "parts" / f"steps_{steps.replace(':', '_to_')}.parquet", steps)
     orders = [corpus_of(prepared, words=(f"data.order={path}",)) for path in (whole, cache / "parts")]
     assert orders[0].fingerprint == orders[1].fingerprint
+
+
+def test_recorded_order_is_forced_to_the_disk_before_it_has_its_name(prepared: Dataset, cache: Path) -> None:
+    order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
+    with watched(prepared.path) as seen:
+        corpus_of(prepared, words=(f"data.order={order}",))
+    assert [rename.target.name for rename in seen.renames][:-1] == ["order.json"]
+    assert seen.renames[-1].target.name.startswith("order_")
+    assert [rename.unforced for rename in seen.renames] == [[], []]
+    assert seen.unnamed == []
 
 
 def test_recorded_order_damaged_cache_is_rebuilt(prepared: Dataset, cache: Path) -> None:

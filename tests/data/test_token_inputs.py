@@ -24,6 +24,7 @@ from megatron_ettin.data.ingest.task import document_key, is_held_out
 from megatron_ettin.data.tokenizer import Tokenizer
 from tests.data.corpora import files_of, prepare_here, words, write_jsonl
 from tests.data.held import documents, prepared, refusal
+from tests.data.others import called
 
 CLS, SEP, PAD = 50281, 50282, 50283
 RNG = np.random.default_rng(3)
@@ -116,24 +117,24 @@ def test_prepare_megatron_pair_of_any_dtype_keeps_documents(
     write_pair(tmp_path / "pairs" / "corpus_text_document", sequences, [len(d) for d in parts], dtype)
     expected = [[i for ids in document for i in ids] for document in parts]
     prefix = tmp_path / "pairs" / "corpus_text_document"
-    for given_name in (prefix, f"{prefix}.idx", f"{prefix}.bin", tmp_path / "pairs"):
-        found = prepared(tmp_path, given_name)
-        assert [ids for _, _, ids in found] == expected
+    found = prepared(tmp_path, tmp_path / "pairs")
+    assert [ids for _, _, ids in found] == expected
     assert [name for _, name, _ in found] == [f"pairs/corpus_text_document#{i}" for i in range(40)]
     monkeypatch.setattr(inputs, "TASK_BYTES", 97)
     monkeypatch.setattr(inputs, "SMALLEST_TASK_BYTES", 97)
     assert [ids for _, _, ids in prepared(tmp_path, prefix)] == expected
-    assert len(list((tmp_path / "out4").glob("*.bin"))) > 3
+    assert len(list((tmp_path / "out1").glob("*.bin"))) > 3
+
+
+def test_prepare_megatron_pair_is_named_by_prefix_or_either_file(tmp_path: Path) -> None:
+    write_pair(tmp_path / "pair", FRAMED, [1] * len(FRAMED), np.dtype("<u2"))
+    for name in ("pair", "pair.idx", "pair.bin"):
+        assert [ids for _, _, ids in prepared(tmp_path, tmp_path / name)] == DOCUMENTS
 
 
 def test_prepare_pair_written_by_megatron_core_is_read(tmp_path: Path) -> None:
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "core.bin"), dtype=np.int32)
-    for ids in FRAMED:
-        builder.add_document(torch.tensor(ids), [len(ids)])
-    builder.finalize(str(tmp_path / "core.idx"))
+    (tmp_path / "documents.json").write_text(json.dumps(FRAMED))
+    called("write_by_core", tmp_path / "core", tmp_path / "documents.json")
     assert [ids for _, _, ids in prepared(tmp_path, tmp_path / "core")] == DOCUMENTS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data import tokenizer as module
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.others import called
 
 VECTORS = {
     "The capital of France is [MASK].": "510 5347 273 6181 310 50284 15",
@@ -26,6 +28,11 @@ VECTORS = {
         "510 1331 30861 15425 8922 6656 18260 14 23674 22780 24045 670 10585 5829 850 692 16958 15"
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def each_tokenizer_once() -> None:
+    """Load and save tokenizers as users do, each time."""
 
 
 @pytest.mark.parametrize("text", VECTORS)
@@ -60,17 +67,14 @@ def test_encode_batch_long_text_in_pieces_gives_the_same_ids(
 
 
 def test_tokenizer_saved_reads_back_here_and_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(theirs) == 50_368
-    assert sorted(theirs.all_special_ids) == list(tokenizer.special_ids)
-    assert theirs.model_input_names == ["input_ids", "attention_mask"]
-    for text, ids in VECTORS.items():
-        assert theirs(text)["input_ids"] == [50281, *map(int, ids.split()), 50282]
+    theirs = called("read_by_transformers", tmp_path, json.dumps(list(VECTORS)))
+    assert theirs["size"] == 50_368
+    assert theirs["special"] == list(tokenizer.special_ids)
+    assert theirs["inputs"] == ["input_ids", "attention_mask"]
+    assert theirs["ids"] == [[50281, *map(int, ids.split()), 50282] for ids in VECTORS.values()]
 
 
 def test_load_tokenizer_without_cls_falls_back_to_bos_and_eos(tmp_path: Path) -> None:

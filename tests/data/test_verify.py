@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.data.checksums import BLOCK_BYTES, damaged_ranges, digest_of
+from megatron_ettin.data import checksums
+from megatron_ettin.data.checksums import damaged_ranges, digest_of
 from tests.data.corpora import prepare_here, write_jsonl
+
+BLOCK_BYTES = 1 << 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Blocks of which a small shard has more than one."""
+    with mock.patch.object(checksums, "BLOCK_BYTES", BLOCK_BYTES):
+        yield
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory: pytest.TempPathFactory, small_blocks: None) -> Path:
     """A shard of more than one block, a held-out part and a row plan."""
     folder = tmp_path_factory.mktemp("verify")
-    source = write_jsonl(folder / "corpus.jsonl", 3_600)
+    source = write_jsonl(folder / "corpus.jsonl", 150)
     words = ("--chunk-tokens", 128, "--holdout", 0.05, "--seq-len", 128, "--workers", 1)
     assert prepare_here(source, "--out", folder / "dataset", *words) == 0
     assert (folder / "dataset" / "shard_00000.bin").stat().st_size > BLOCK_BYTES

@@ -1,13 +1,9 @@
-"""The command server, and the datasets and runs that pages name."""
+"""The shell of the blocks, and the datasets and runs that pages name."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,28 +11,19 @@ import zstandard
 
 from tests.config.original_yaml import original, write
 from tests.conftest import sentences
-from tests.docs.pages import ROOT, Block
+from tests.docs.pages import Block
 from tests.docs.shell import Shell, make_programs
 
 
 @pytest.fixture(scope="session")
-def shell(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_tokenizer: Path) -> Iterator[Shell]:
+def shell(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_tokenizer: Path) -> Shell:
     folder = tmp_path_factory.mktemp("docs")
-    socket = folder / "server"
-    command = [sys.executable, "-m", "tests.docs.server", str(socket)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline() == "ready\n"
-            base = folder / "base"
-            shutil.copytree(corpus, base / "corpus")
-            shutil.copytree(tiny_tokenizer, base / "tokenizer")
-            made = Shell(base, socket, make_programs(folder / "programs"))
-            make_base(made)
-            yield made
-        finally:
-            server.kill()
+    base = folder / "base"
+    shutil.copytree(corpus, base / "corpus")
+    shutil.copytree(tiny_tokenizer, base / "tokenizer")
+    made = Shell(base, make_programs(folder / "programs"))
+    make_base(made)
+    return made
 
 
 BASE = r"""

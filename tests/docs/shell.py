@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.docs.pages import ROOT, Block, commands
+from tests.launch.forked import write_program
 
-CALLS = ("ettin", "torchrun", "python")  # passed to the server in every block
-DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # passed to the server in tagged blocks only
+CALLS = ("ettin", "torchrun", "python")  # forked in every block
+DRY_CALLS = ("srun", "pip", "docker", "apt-get", "nsys", "bash", "hf")  # forked in tagged blocks only
 ABSOLUTE = re.compile(r"(?<![\w./])/(?=(?:data|scratch|shared)/)")  # paths that pages invent
 MEASURED = """\
 {"size": "150m", "gpus": 8, "gpu": "h100", "tokens_per_second_per_gpu": 331000, "chunk_tokens": 615}
@@ -47,10 +47,14 @@ EXACT = ("docs/tutorial.md",)  # pages whose commands are small as printed
 
 @dataclass
 class Shell:
-    """Run blocks. `base` holds the files to copy; `server` is the socket of tests/docs/server.py."""
+    """Run blocks.
+
+    Attributes:
+        base: holds the files to copy.
+        programs: the folder of `make_programs`.
+    """
 
     base: Path
-    server: Path
     programs: Path
 
     def sandbox(self, folder: Path, page: str) -> Path:
@@ -72,14 +76,13 @@ class Shell:
         return folder
 
     def run(self, block: Block, folder: Path, timeout_seconds: float = 900) -> subprocess.CompletedProcess[str]:
-        """Run the block in bash, its calls answered by the server; stop at the first command that fails."""
+        """Run the block in bash; stop at the first command that fails."""
         dry = bool(block.tag)
         programs = self.programs / ("dry" if dry else "run")
         text = ABSOLUTE.sub(f"{folder}/", commands(block))
         environment = {
             **os.environ,
             "PATH": f"{programs}:/usr/bin:/bin",
-            "DOCS_SERVER": str(self.server),
             "DOCS_DRY": "1" if dry else "",
             "DOCS_EXACT": "1" if block.page in EXACT else "",
             "DOCS_TOKENIZER": str(self.base / "tokenizer"),
@@ -93,12 +96,9 @@ class Shell:
 
 
 def make_programs(folder: Path) -> Path:
-    """Write client.py under the name of every program that blocks call."""
-    client = Path(__file__).with_name("client.py")
+    """Write every program that blocks call."""
     for kind, names in (("run", CALLS), ("dry", CALLS + DRY_CALLS)):
         (folder / kind).mkdir(parents=True)
         for name in names:
-            program = folder / kind / name
-            program.write_text(f"#!{sys.executable} -IS\n{client.read_text()}")
-            program.chmod(0o755)
+            write_program(folder / kind / name, "tests.docs.server:run")
     return folder

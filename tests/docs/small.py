@@ -1,10 +1,11 @@
 """The sizes that blocks run with: the tests' shape, rows and steps, a tokenizer of 320 entries, chunks of 48 tokens.
-A block's own options take precedence, except for the number of workers."""
+A block's own options take precedence, except for the number of workers and the numbers of GPUs of a `plan --scale`."""
 
 from __future__ import annotations
 
 import os
 
+from megatron_ettin.plan.scale_table import numbers_of
 from tests.train.runs import TINY
 
 STEPS = ["run.steps=2", "checkpoint.every_steps=1", "metrics.eval_rows=8"]
@@ -21,6 +22,10 @@ def sized(words: list[str]) -> list[str]:
         return ["train", *TINY, *STEPS, *words[1:]]
     if words[:1] == ["bench"] and "--compare" not in words:
         return ["bench", *TINY, *words[1:]]
+    if words[:1] == ["plan"] and "--scale" in words:  # seconds for each number
+        place = words.index("--scale") + 1
+        first, *_ = numbers_of(words[place])  # refuses what is no range
+        return [*words[:place], f"{first}:{2 * first}", *words[place + 1 :]]
     if words[:1] == ["prepare"]:
         given = {"--tokenizer": os.environ["DOCS_TOKENIZER"], **{k: v for k, v in PREPARE.items() if v}}
         added = [word for option, value in given.items() if option not in words for word in (option, value)]

@@ -82,12 +82,12 @@ def test_file_findings_without_working_locks_warn(
     assert "flock" in found.text
 
 
-@pytest.mark.parametrize(("free", "inodes", "state"), [(1 << 20, 1 << 20, "problem"), (1 << 40, 5, "problem")])
+@pytest.mark.parametrize(("free", "inodes"), [(1 << 20, 1 << 20), (1 << 40, 5)])
 def test_file_findings_little_space_or_few_inodes_is_a_problem(
-    free: int, inodes: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    free: int, inodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.statvfs(tmp_path)
     values = list(real)
     values[4], values[7] = free // real.f_frsize, inodes
     monkeypatch.setattr(files.os, "statvfs", lambda _: os.statvfs_result(values))
-    assert states(tmp_path, quick=True)["room"] == state
+    assert states(tmp_path, quick=True)["room"] == "problem"

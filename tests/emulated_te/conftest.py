@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
 from tests.emulated_te.install import BLACKWELL, HOPPER
+from tests.emulated_te.runs import train
 from tests.pool import Pool
+from tests.train.runs import Trained
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,17 @@ def blackwell_pool(te_folder: Path) -> Iterator[Pool]:
     shared = Pool((te_folder, BLACKWELL))
     yield shared
     shared.close()
+
+
+@pytest.fixture(scope="session")
+def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Return a function that trains one rank in a precision, with more overrides, once."""
+    made: dict[tuple[str, str], Trained] = {}
+
+    def get(precision: str, words: str = "") -> Trained:
+        if (precision, words) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[precision, words] = train(te_pool, 1, folder, corpus, "mlm", f"precision.name={precision} {words}")
+        return made[precision, words]
+
+    return get

@@ -20,6 +20,15 @@ from tests.emulated_te.gathering import gather_one_by_one
 # exports to ONNX and kernels in Triton (of mixtures of experts, of MXFP8): they want packages that nothing here needs
 LEFT_OUT = ("onnx_extensions", "triton", "triton.pad", "triton.permutation", "triton.cross_entropy")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
+# each process that computes with the emulation has to have them
+VARIABLES = {
+    # its libraries are not loaded
+    "NVTE_PROJECT_BUILDING": "1",
+    # as run.deterministic sets it on a device
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    # DeepSpeed's own detection asks for a device
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
@@ -27,9 +36,7 @@ def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
 
     `folder` holds TE's Python (its wheel, unpacked); `capability` decides what it offers: MXFP8 on Blackwell only."""
     sys.path.insert(0, str(folder))
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not loaded
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # as run.deterministic sets it on a device
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own detection asks for a device
+    os.environ.update(VARIABLES)
     sys.modules["transformer_engine_torch"] = extension.make(folder / "transformer_engine")
     for name in LEFT_OUT:
         sys.modules[f"transformer_engine.pytorch.{name}"] = MagicMock()

@@ -8,19 +8,15 @@ import pytest
 
 from tests.emulated_te.runs import apart, same_weights, train
 from tests.pool import Pool
-from tests.train.runs import Trained, command
+from tests.train.runs import command
 
 pytestmark = pytest.mark.ranks
-ROUNDING = 1e-3  # bf16 rounding over eight steps; an error in half a layer makes ten times as much
+ROUNDING = 5e-4  # bf16 rounding over four steps
 
 
-@pytest.fixture(scope="module")
-def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Train the reference run on one rank."""
-    return train(te_pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", "")
-
-
-@pytest.mark.parametrize("objective", ["mlm", "clm", "hybrid"])
+@pytest.mark.parametrize(
+    "objective", ["mlm", *(pytest.param(one, marks=pytest.mark.full) for one in ("clm", "hybrid"))]
+)
 def test_te_layers_losses_follow_local_layers(
     pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str
 ) -> None:
@@ -29,7 +25,7 @@ def test_te_layers_losses_follow_local_layers(
     expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
     assert 0 < apart(found, expected) < ROUNDING
     assert found.weights().keys() == expected.weights().keys()  # no bias of a norm and no pickled state
-    assert found.column("loss")[0] - found.column("loss")[-1] > 1
+    assert found.column("loss")[0] - found.column("loss")[-1] > 0.5
 
 
 def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -42,48 +38,53 @@ def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, co
     assert "nearest that runs" in done.output
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("world", "words"),
+    "words",
     [
-        (2, "parallel.tp=2 parallel.sequence_parallel=true"),
-        (2, "parallel.pp=2 parallel.vp=2"),
-        (2, "parallel.cp=2"),
-        (2, "parallel.overlap=true precision.gradients=bf16"),
-        (2, "parallel.engine=deepspeed"),
-        (2, "parallel.engine=deepspeed parallel.zero_stage=3"),
+        "parallel.tp=2 parallel.sequence_parallel=true",
+        "model.num_layers=4 parallel.pp=2 parallel.vp=2",
+        "parallel.cp=2",
+        "parallel.overlap=true precision.gradients=bf16",
+        "parallel.engine=deepspeed",
+        "parallel.engine=deepspeed parallel.zero_stage=3",
     ],
 )
-def test_te_layers_on_layout_follow_one_process(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, world: int, words: str
-) -> None:
-    assert apart(train(te_pool, world, tmp_path, corpus, "mlm", words), whole) < ROUNDING
+def test_te_layers_on_layout_follow_one_process(te_pool: Pool, corpus: Path, tmp_path: Path, whole, words: str) -> None:
+    expected = whole("bf16", "model.num_layers=4") if "num_layers" in words else whole("bf16")
+    assert apart(train(te_pool, 2, tmp_path, corpus, "mlm", words), expected) < ROUNDING
 
 
+@pytest.mark.full
 def test_te_attention_after_sdpa_in_one_process_is_identical(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole
 ) -> None:
     """Switch in one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
     for kernel in ("sdpa", "te-fused"):
         found = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
-        assert (found.column("loss") == whole.column("loss")) == (kernel == "te-fused")
-        assert apart(found, whole) < ROUNDING
+        assert (found.column("loss") == whole("bf16").column("loss")) == (kernel == "te-fused")
+        assert apart(found, whole("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize(
-    "words", ["parallel.recompute=full", "parallel.recompute=selective", "parallel.offload_layers=2"]
+    "words",
+    [
+        "parallel.recompute=full",
+        pytest.param("parallel.recompute=selective", marks=pytest.mark.full),
+        pytest.param("parallel.offload_layers=1", marks=pytest.mark.full),
+    ],
 )
 def test_te_layers_recompute_or_offload_changes_no_bit(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained, words: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, words: str
 ) -> None:
     found = train(te_pool, 1, tmp_path, corpus, "mlm", words)
-    assert found.column("loss") == whole.column("loss")
-    assert same_weights(found, whole)
+    assert found.column("loss") == whole("bf16").column("loss")
+    assert same_weights(found, whole("bf16"))
 
 
-def test_te_layers_captured_graph_follows_uncaptured(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
-) -> None:
+@pytest.mark.full
+def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
     """`run.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
     words = "run.cuda_graph=true data.max_chunks_per_row=12"
     found = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
-    assert apart(found, whole) < ROUNDING
+    assert apart(found, whole("bf16")) < ROUNDING

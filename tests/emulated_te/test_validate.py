@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated_te.runs import SHAPE
+from tests.emulated_te.runs import WIDTHS
 from tests.train.runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = int(os.environ.get("ETTIN_EMULATED_STEPS", "0"))
+pytestmark = pytest.mark.full
 
 
 def validate(te_folder: Path, folder: Path, corpus: Path, only: str, steps: int) -> dict[tuple[str, str], dict]:
     """Run the tool and return its result for each (section, item)."""
-    shape = [word for word in (*TINY, *SHAPE) if word.startswith("model.")]
+    shape = [word for word in (*TINY, *WIDTHS) if word.startswith("model.")]
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "tools" / "gpu_validate.py"), "--data", str(corpus), "--device", "cpu"),

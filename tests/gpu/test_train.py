@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from tests.train.runs import Trained, command, read
 
 
 def have_gpu() -> bool:
+    """Return whether torch sees a device; it is not asked, which takes seconds, where there is no driver."""
+    if not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
+        return False
     asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
@@ -37,10 +42,25 @@ def run(directory: Path, corpus: Path, objective: str, device: str, words: list[
     return read(directory)
 
 
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Return a function that trains twenty steps of an objective on a device in a precision, once."""
+    made: dict[tuple[str, str, str], Trained] = {}
+
+    def get(objective: str, device: str, precision: str = "bf16") -> Trained:
+        if (objective, device, precision) not in made:
+            words = ["run.steps=20", f"precision.name={precision}"]
+            folder = tmp_path_factory.mktemp("whole")
+            made[objective, device, precision] = run(folder, corpus, objective, device, words)
+        return made[objective, device, precision]
+
+    return get
+
+
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_gpu_loss_curve_follows_cpu(corpus: Path, tmp_path: Path, objective: str) -> None:
+def test_gpu_loss_curve_follows_cpu(whole, objective: str) -> None:
     """Train twenty steps in bf16; every loss is within 2 % of the CPU's local layers."""
-    here, there = (run(tmp_path / device, corpus, objective, device, ["run.steps=20"]) for device in ("gpu", "cpu"))
+    here, there = (whole(objective, device) for device in ("gpu", "cpu"))
     assert here.column("rows") == there.column("rows")
     assert here.column("loss") == pytest.approx(there.column("loss"), rel=0.02)
     assert here.column("loss")[0] - here.column("loss")[-1] >= 1
@@ -48,25 +68,19 @@ def test_gpu_loss_curve_follows_cpu(corpus: Path, tmp_path: Path, objective: str
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu")])
 def test_checkpoint_resumed_on_other_device_follows_first(
-    corpus: Path, tmp_path: Path, first: str, second: str
+    corpus: Path, tmp_path: Path, whole, first: str, second: str
 ) -> None:
     """Train ten steps on one device and ten on the other; the checkpoint has no bias of a norm and no pickled state."""
-    whole = run(tmp_path / "whole", corpus, "mlm", first, ["run.steps=20"])
     run(tmp_path / "both", corpus, "mlm", first, ["run.steps=10"])
     both = run(tmp_path / "both", corpus, "mlm", second, ["run.steps=20"])
-    assert both.column("loss") == pytest.approx(whole.column("loss"), rel=0.02)
+    assert both.column("loss") == pytest.approx(whole("mlm", first).column("loss"), rel=0.02)
     assert not any("layer_norm_bias" in name or "_extra_state" in name for name in both.weights())
 
 
 @pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
-def test_gpu_fp8_loss_curve_follows_bf16(corpus: Path, tmp_path: Path, precision: str) -> None:
-    line = command(tmp_path / "fp8", corpus, "mlm", [*SHAPE, "run.steps=20", f"precision.name={precision}"])
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_ettin", *line, "run.device=gpu"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    plain = run(tmp_path / "bf16", corpus, "mlm", "gpu", ["run.steps=20"])
-    assert read(tmp_path / "fp8").column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
+def test_gpu_fp8_loss_curve_follows_bf16(whole, precision: str) -> None:
+    expected = whole("mlm", "gpu").column("loss")
+    assert whole("mlm", "gpu", precision).column("loss") == pytest.approx(expected, rel=0.05)
 
 
 def test_gpu_deterministic_run_repeats_losses_exactly(corpus: Path, tmp_path: Path) -> None:

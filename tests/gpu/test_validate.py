@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests import forkserver
 from tests.train.runs import TINY
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_validate.py"
 ITS_OWN = ("data.seq_len", "batch.", "precision.name", "optim.lr", "schedule.", "run.device", "metrics.", "checkpoint.")
 
 
-def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+def be_tool(*words: str) -> None:
+    """Run the tool as a script, in a fork of the server."""
+    sys.path.insert(0, str(TOOL.parent))
+    sys.argv = [str(TOOL), *words]
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def validate(
+    folder: Path, corpus: Path, only: str, *more: str, start: list[str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """Run the tool, by default in a fork, and return how it ended and its results by section and item."""
     words = [word for word in TINY if not word.startswith(ITS_OWN)]
+    start = start or forkserver.command("tests.gpu.test_validate:be_tool")
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "tools" / "gpu_validate.py"), "--data", str(corpus), "--device", "cpu"),
+            *start,
+            *("--data", str(corpus), "--device", "cpu"),
             *("--only", only, "--sizes", "17m", "--speed-sizes", "17m", "--seq-lens", "64", "--steps", "30"),
             *("--tokens", "512", "--rounds", "2", "--results", str(folder / "found.json"), "--work", str(folder / "work")),
             *("--out", str(folder / "table.md"), *more, "--", *words),
@@ -31,26 +47,40 @@ def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subproc
     return done, json.loads(found.read_text()) if found.is_file() else {}
 
 
-def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
-    done, found = validate(tmp_path, corpus, "attention,precisions,export")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    states = {(section, item): result["state"] for section, items in found.items() for item, result in items.items()}
-    assert states["attention", "17m sdpa"] == "passed"
+def check_attention(found: dict) -> None:
+    """Check the results of the section `attention`."""
+    assert found["attention"]["17m sdpa"]["state"] == "passed"
     assert found["attention"]["17m sdpa"]["roles"].keys() == {
         "encoder, global",
         "encoder, local",
         "decoder, global",
         "decoder, local",
     }
-    assert states["attention", "17m te-fused"] == "does not run"
+    assert found["attention"]["17m te-fused"]["state"] == "does not run"
     assert "run.attention: te-fused needs a GPU" in found["attention"]["17m te-fused"]["says"]
+
+
+def test_gpu_validate_attention_section_on_cpu_passes(corpus: Path, tmp_path: Path) -> None:
+    """Run what the tool starts for one section."""
+    done, found = validate(tmp_path, corpus, "attention", "--child", "attention")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_attention(found)
+
+
+@pytest.mark.full
+def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
+    start = [sys.executable, str(TOOL)]
+    done, found = validate(tmp_path, corpus, "attention,precisions,export", start=start)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_attention(found)
+    states = {(section, item): result["state"] for section, items in found.items() for item, result in items.items()}
     assert states["precisions", "17m fp32"] == "passed"
     assert len(found["precisions"]["17m fp32"]["losses"]) == 30
     assert "fp8-current needs a GPU" in found["precisions"]["17m fp8-current"]["says"]
     assert states["export", "mlm"] == states["export", "clm"] == "passed"
     assert "| attention | 17m sdpa | passed |" in (tmp_path / "table.md").read_text()
     before = (tmp_path / "found.json").read_text()
-    again, _ = validate(tmp_path, corpus, "attention,precisions,export")
+    again, _ = validate(tmp_path, corpus, "attention,precisions,export", start=start)
     assert again.returncode == 0
     assert (tmp_path / "found.json").read_text() == before
 
@@ -64,6 +94,7 @@ def test_gpu_validate_wrong_section_or_dataset_is_refused(corpus: Path, tmp_path
     assert "no dataset of `ettin prepare`" in done.stderr
 
 
+@pytest.mark.full
 def test_gpu_validate_failing_curve_exits_1(corpus: Path, tmp_path: Path) -> None:
     """One step is too few to learn anything: the curve fails, and so does the command."""
     done, found = validate(tmp_path, corpus, "precisions", "--steps", "1")

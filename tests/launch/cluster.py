@@ -7,21 +7,25 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from tests.launch.forked import NAMED
+
 ROOT = Path(__file__).resolve().parents[2]
 SANDBOX = ROOT / "tools" / "slurm_sandbox.sh"
-POLL_SECONDS = 0.2  # each look at a job is a process
+POLL_SECONDS = 0.05
+ASK_SECONDS = 0.2  # between calls of SLURM, each of which is a process
 
 
 def missing() -> str | None:
     """Return why no cluster can be started here, or None."""
     if shutil.which("slurmctld", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
-        return "SLURM is not installed (tests/run.sh installs it where it may)"
+        return "SLURM is not installed (as root, `bash tests/run.sh --install-system` installs it)"
     return None
 
 
@@ -34,38 +38,44 @@ def require_slurm() -> None:
         pytest.skip(why)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, poll_seconds: float = POLL_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds)
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this host, as /proc shows it."""
+    """A process of this host, as /proc shows it.
+
+    Attributes:
+        pid: of the process that works: the fork of a client of tests/forkserver.py.
+        started: of the process that was started: the client, otherwise the same.
+        parent: of the process that was started.
+    """
 
     pid: int
+    started: int
+    parent: int
     command: str
     environment: dict[str, str]
 
-    @property
-    def parent(self) -> int:
-        status = Path(f"/proc/{self.pid}/stat").read_text()
-        return int(status.rpartition(")")[2].split()[1])
-
 
 def processes() -> list[Process]:
-    found = []
+    found, forks = [], {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
+            name, _, status = (folder / "stat").read_text().partition("(")[2].rpartition(")")
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue  # it ended meanwhile
+        if name.startswith(NAMED):
+            forks[int(name.removeprefix(NAMED))] = int(folder.name)
         variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        found.append(Process(int(folder.name), command, variables))
-    return found
+        found.append(Process(int(folder.name), int(folder.name), int(status.split()[1]), command, variables))
+    return [replace(process, pid=forks.get(process.pid, process.pid)) for process in found]
 
 
 class Cluster:
@@ -77,7 +87,7 @@ class Cluster:
 
     def up(self, nodes: int = 3, cpus: int = 16, gpus: int = 8) -> None:
         port = 18_000 + os.getpid() % 100 * 10  # of several test sessions each has its own
-        settings = {**os.environ, "GPUS": str(gpus), "UTS": "1" if os.geteuid() == 0 else ""}
+        settings = {**os.environ, "GPUS": str(gpus)}
         command = ["bash", SANDBOX, "up", self.state, str(nodes), str(cpus), str(port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
         assert done.returncode == 0, done.stderr
@@ -114,7 +124,8 @@ class Cluster:
     def wait_for_end(self, job: str, seconds: float = 240) -> str:
         """Wait for the end of a job and return its final state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-        wait_until(lambda: self.state_of(job) in ended, seconds, f"end of job {job}, {self.state_of(job)}")
+        told = f"end of job {job}, {self.state_of(job)}"
+        wait_until(lambda: self.state_of(job) in ended, seconds, told, ASK_SECONDS)
         return self.state_of(job)
 
     def step_processes(self, job: str) -> list[Process]:
@@ -126,7 +137,7 @@ class Cluster:
     def ranks(self, job: str) -> dict[int, Process]:
         """Return the job's `ettin` ranks by number, without the processes that they started themselves."""
         mine = [p for p in self.step_processes(job) if "ettin " in p.command]
-        pids = {p.pid for p in mine}
+        pids = {p.started for p in mine}
         return {int(p.environment["SLURM_PROCID"]): p for p in mine if p.parent not in pids}
 
     def slurmd(self, node: str) -> int:
@@ -137,8 +148,17 @@ class Cluster:
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
+    @contextmanager
+    def mounted(self, node: str, what: str | Path, place: Path, *options: str) -> Iterator[None]:
+        """Mount for the duration of the block; that node alone sees it (root only)."""
+        self.in_node(node, "mount", *options, what, place)
+        try:
+            yield
+        finally:
+            self.in_node(node, "umount", "--lazy", place)
+
     def in_node(self, node: str, *command: str | Path) -> None:
-        """Run a command in the mount namespace of one node (root only): what it mounts, that node alone sees."""
+        """Run a command in the mount namespace of one node."""
         done = self.call("nsenter", "--target", str(self.slurmd(node)), "--mount", *command)
         assert done.returncode == 0, done.stderr
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.launch import forked
 from tests.launch.cluster import Cluster, lines_of
 from tests.train.runs import TINY
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 ETTIN = str(Path(sys.executable).parent / "ettin")
-EVERY = 5
+EVERY = 2
+PACE_SECONDS = 0.1
+
+
+def forked_path() -> str:
+    """Return a PATH on which `ettin` is a fork of the test session's server."""
+    return f"{forked.folder()}:{PATH}"
 
 
 def train_words(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
@@ -25,11 +32,29 @@ def launch_words(nodes: int, tasks: int, *more: str) -> list[str]:
     return ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), *more]
 
 
-def launch(cluster: Cluster, words: list[str], *options: str) -> str:
-    """Submit with `ettin launch --submit` and return the id of the one job."""
-    done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, PATH=PATH)
+def launch(cluster: Cluster, words: list[str], *options: str, pace: float = PACE_SECONDS, real: bool = False) -> str:
+    """Submit with `ettin launch --submit` and return the id of the one job.
+
+    Args:
+        cluster: where to.
+        words: of the call of `ettin train`.
+        options: of `ettin launch`.
+        pace: seconds that each step takes longer.
+        real: whether ranks are processes of their own from the start, which import for seconds and have no pace.
+    """
+    if not real and "--profile" not in options:
+        options = (*options, "--profile", str(profile()))
+    variables = {"PATH": PATH, forked.PACE_VARIABLE: str(pace)}
+    done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("job ", 1)[1].split(";", 1)[0]
+
+
+def profile(place: Path | None = None, text: str = "") -> Path:
+    """Write a profile whose `ettin` is forked, and more of it; beside the forked programs by default."""
+    path = place or forked.folder() / "site.yaml"
+    path.write_text(f"path: {forked.folder()}\n{text}")
+    return path
 
 
 def all_said(run_dir: Path) -> str:

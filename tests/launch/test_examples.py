@@ -9,9 +9,11 @@ import pytest
 
 from tests.conftest import sentences
 from tests.launch.cluster import ROOT, Cluster, lines_of, wait_until
-from tests.launch.jobs import PATH
+from tests.launch.forked import PACE_VARIABLE
+from tests.launch.jobs import forked_path, profile
 from tests.train.runs import TINY, read
 
+pytestmark = pytest.mark.usefixtures("programs")
 EXAMPLES = ROOT / "examples" / "slurm"
 SMALL = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
 NODES = {"one_node": 1, "eight_nodes": 2, "sixty_four_nodes": 3}
@@ -22,7 +24,9 @@ def submitted(
     cluster: Cluster, folder: Path, script: str, options: list[str], words: list[str], **variables: str
 ) -> str:
     """Submit with sbatch in `folder` and return the job's id."""
-    return cluster.submit("--chdir", folder, *SMALL, *options, EXAMPLES / script, *words, PATH=PATH, **variables)
+    return cluster.submit(
+        "--chdir", folder, *SMALL, *options, EXAMPLES / script, *words, PATH=forked_path(), **variables
+    )
 
 
 def happened(run_dir: Path) -> list[str]:
@@ -55,8 +59,9 @@ def test_run_scripts_train_on_the_requested_nodes(ended: dict[str, Path], script
     assert history["world"] == NODES[script]
 
 
+@pytest.mark.full
 def test_chain_script_starts_each_phase_from_the_one_before(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    variables = {"RUN": str(tmp_path / "run"), "DATA": str(corpus), "PATH": PATH}
+    variables = {"RUN": str(tmp_path / "run"), "DATA": str(corpus), "PATH": forked_path()}
     variables["SBATCH_ARGS"] = " ".join([*SMALL, f"--chdir={tmp_path}"])
     done = slurm.call("bash", EXAMPLES / "chain.sh", *WORDS, **variables)
     assert done.returncode == 0, done.stderr
@@ -68,17 +73,19 @@ def test_chain_script_starts_each_phase_from_the_one_before(slurm: Cluster, corp
     assert "/run/extend/checkpoints/step_000000003" in origin
 
 
+@pytest.mark.full
 def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Run one size of six and both objectives, each phase after its own earlier one."""
-    variables = {"RUN": str(tmp_path / "suite"), "DATA": str(corpus), "SIZES": "17m", "PATH": PATH}
-    options = ["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "10"]
+    variables = {"RUN": str(tmp_path / "suite"), "DATA": str(corpus), "SIZES": "17m", "PATH": forked_path()}
+    variables[PACE_VARIABLE] = "1.0"  # so that the first phase is still there when the queue is looked at
+    options = ["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "10", "--profile", profile()]
     done = slurm.call("bash", EXAMPLES / "suite.sh", *options, "--", *WORDS, **variables)
     assert done.returncode == 0, done.stderr
     jobs = [line.split("job ")[1].split(";")[0] for line in done.stdout.splitlines() if "  job " in line]
     assert len(jobs) == 3
 
     def states(*what: Path) -> list[dict]:
-        found = json.loads(slurm.call("ettin", "status", *what, "--json", PATH=PATH).stdout)
+        found = json.loads(slurm.call("ettin", "status", *what, "--json", PATH=forked_path()).stdout)
         return [state for state in found if state["run"].startswith(str(tmp_path))]
 
     tasks = sorted(f"{job}_{task}" for job in jobs for task in (0, 1))
@@ -89,17 +96,19 @@ def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, t
     assert sorted(state["job"] for state in latest) == tasks
 
 
+@pytest.mark.full
 def test_prepare_script_writes_the_dataset(slurm: Cluster, tiny_tokenizer: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"text": sentences(seed, 12)}) for seed in range(60)]
     (tmp_path / "raw.jsonl").write_text("\n".join(lines) + "\n")
-    variables = {"INPUT": str(tmp_path / "raw.jsonl"), "OUT": str(tmp_path / "dataset"), "PATH": PATH}
+    variables = {"INPUT": str(tmp_path / "raw.jsonl"), "OUT": str(tmp_path / "dataset"), "PATH": forked_path()}
     options = ["--tokenizer", tiny_tokenizer, "--chunk-tokens", "48", "--workers", "1", "--slurm-time", "10", "--wait"]
     done = slurm.call("bash", EXAMPLES / "prepare.sh", *options, "--slurm-arg=mem=500M", timeout=240, **variables)
     assert done.returncode == 0, done.stderr
-    inspected = slurm.call("ettin", "inspect", tmp_path / "dataset", PATH=PATH)
+    inspected = slurm.call("ettin", "inspect", tmp_path / "dataset", PATH=forked_path())
     assert "60 documents" in inspected.stdout, inspected.stdout
 
 
+@pytest.mark.full
 def test_bench_script_on_two_nodes_writes_one_results_file(slurm: Cluster, tmp_path: Path) -> None:
     """Run on two nodes; the measurements of both go into one file."""
     shape = [word for word in TINY if not word.startswith(("batch.", "metrics.", "checkpoint."))]
@@ -112,9 +121,10 @@ def test_bench_script_on_two_nodes_writes_one_results_file(slurm: Cluster, tmp_p
     assert (tmp_path / "bench.jsonl.png").stat().st_size > 1_000
 
 
+@pytest.mark.full
 def test_release_script_exports_the_model(slurm: Cluster, ended: dict[str, Path], tmp_path: Path) -> None:
     options = ["--chdir", tmp_path, "--cpus-per-task=2", "--mem=1G"]
     variables = {"RUN": str(ended["one_node"] / "run"), "OUT": str(tmp_path / "out")}
-    job = slurm.submit(*options, EXAMPLES / "release.sbatch", PATH=PATH, **variables)
+    job = slurm.submit(*options, EXAMPLES / "release.sbatch", "--workers", "1", PATH=forked_path(), **variables)
     assert slurm.wait_for_end(job) == "COMPLETED", logs(tmp_path)[-30:]
     assert list((tmp_path / "out").glob("**/model.safetensors"))

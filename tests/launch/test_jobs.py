@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.cluster import Cluster, Process, wait_until
+from tests.launch.cluster import ASK_SECONDS, Cluster, Process, wait_until
 from tests.launch.jobs import ETTIN, EVERY, PATH, all_said, launch, launch_words, log_of, step_of, train_words
 from tests.train.runs import Trained, read
 
-STEPS = 60
+pytestmark = pytest.mark.usefixtures("programs")
+STEPS = 24
 NO_SAVES = "checkpoint.every_steps=1000"
-TWO_BY_TWO = launch_words(2, 2, "--grace-seconds", "5", "--time", "20")
+TWO_NODES = launch_words(2, 1, "--grace-seconds", "5", "--time", "20")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Two nodes with two ranks each, from the first step to the last at one go; the third node does something else
-    meanwhile, on the ports that the job's number gives."""
+    """Train on two nodes with a rank each, from the first step to the last at one go."""
     run_dir = tmp_path_factory.mktemp("jobs") / "whole"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES, pace=0)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     return read(run_dir)
 
@@ -77,20 +77,21 @@ def held(stopped: Iterable[Process]) -> Iterator[None]:
             os.kill(process.pid, signal.SIGCONT)
 
 
+@pytest.mark.full
 def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
 ) -> None:
     """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
     at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
     run_dir = tmp_path / "run"
-    words = launch_words(2, 2, "--time", "1", "--margin-seconds", "10")
+    words = launch_words(2, 1, "--time", "1", "--margin-seconds", "10")
     job = launch(slurm, train_words(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *words)
     waiting = status_of(slurm, job)
     assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING")
     assert waiting["job"] == job
     past(run_dir, 2)
     with held(slurm.ranks(job).values()):
-        wait_until(lambda: status_of(slurm, run_dir)["state"] == "RUNNING", 60, "a job that runs")
+        wait_until(lambda: status_of(slurm, run_dir)["state"] == "RUNNING", 60, "a job that runs", ASK_SECONDS)
         running = status_of(slurm, run_dir)
         assert running["total_steps"] == STEPS
         assert running["seconds_left"] > 0
@@ -110,7 +111,7 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
 ) -> None:
     """Signal every rank while it finishes its step, saves and ends; the checkpoint must be complete."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES)
     past(run_dir, EVERY + 3)
     slurm.call("scancel", "--signal=USR1", job)
     # the storm itself goes past SLURM, which may deliver a signal seconds later, to the job that was requeued meanwhile
@@ -126,56 +127,85 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
 
 
 def kill_rank(cluster: Cluster, job: str) -> None:
-    cluster.kill(cluster.ranks(job)[3].pid)
+    cluster.kill(cluster.ranks(job)[1].pid)
 
 
 def kill_slurmstepd(cluster: Cluster, job: str) -> None:
     """Kill a slurmstepd, which SLURM itself never notices."""
-    cluster.kill(cluster.ranks(job)[3].parent)
+    cluster.kill(cluster.ranks(job)[1].parent)
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
     """Kill a node's slurmd with its step and ranks, as when a host is lost; start it again later."""
-    rank = cluster.ranks(job)[3]
+    rank = cluster.ranks(job)[1]
     node = rank.environment["SLURMD_NODENAME"]
-    for pid in (cluster.slurmd(node), rank.parent, rank.pid, cluster.ranks(job)[2].pid):
+    for pid in (cluster.slurmd(node), rank.parent, rank.pid):
         cluster.kill(pid)
-    wait_until(lambda: int(cluster.shown(job, "Restarts")) > 1, 90, "SLURM to requeue the job")
+    wait_until(lambda: int(cluster.shown(job, "Restarts")) > 1, 90, "SLURM to requeue the job", ASK_SECONDS)
     cluster.start_node(node)
 
 
 def node_down(cluster: Cluster, job: str) -> None:
-    node = cluster.ranks(job)[2].environment["SLURMD_NODENAME"]
+    node = cluster.ranks(job)[1].environment["SLURMD_NODENAME"]
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
 
+def test_job_with_killed_rank_restarts_and_matches_uninterrupted_run(
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+) -> None:
+    run_dir = tmp_path / "run"
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES)
+    past(run_dir, EVERY + 3)
+    kill_rank(slurm, job)
+    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    assert_same(run_dir, undisturbed)
+    assert any("--- rank 1 on n2 was killed (srun: Killed)" in line for line in log_of(run_dir)) or os.geteuid() != 0
+    assert events_of(run_dir) == ["submitted", "started", "failed", "done"]
+
+
+@pytest.mark.full
+def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Start the ranks as users do: each imports for seconds, and they meet when the last has done so."""
+    run_dir = tmp_path / "run"
+    job = launch(slurm, train_words(corpus, run_dir, 150, NO_SAVES), *TWO_NODES, real=True)
+    past(run_dir, EVERY + 3)
+    slurm.kill(slurm.ranks(job)[1].pid)
+    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    assert read(run_dir).column("step") == list(range(1, 151))
+    assert events_of(run_dir) == ["submitted", "started", "failed", "done"]
+
+
+@pytest.mark.full
 def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
 ) -> None:
     """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES, pace=0.25)
     for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
         past(run_dir, (number + 1) * 2 * EVERY + 3)
         act(slurm, job)
-        wait_until(lambda: len(slurm.ranks(job)) < 4, 60, f"effect of {act.__name__}")
-        wait_until(lambda: len(slurm.ranks(job)) == 4, 120, f"ranks after {act.__name__}")
+        wait_until(lambda: len(slurm.ranks(job)) < 2, 60, f"effect of {act.__name__}")
+        wait_until(lambda: len(slurm.ranks(job)) == 2, 120, f"ranks after {act.__name__}", ASK_SECONDS)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     assert_same(run_dir, undisturbed)
     log, happened = log_of(run_dir), events_of(run_dir)
-    assert "--- rank 3 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
+    assert "--- rank 1 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
     assert any("starting again (1 of 3 times" in line for line in log)
     assert any("a step of the job cannot be ended; requeued" in line for line in log)
     assert int(slurm.shown(job, "Restarts")) == 3
     assert happened[-1] == "done"
 
 
+@pytest.mark.full
 def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Stop one rank, with a second job on the same node at the same time, which must not be disturbed. There is no save
     before the end, because the phase after a save may take longer than a step."""
     first, second = tmp_path / "first", tmp_path / "second"
     words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
-    jobs = [launch(slurm, train_words(corpus, run_dir, 120, NO_SAVES), *words) for run_dir in (first, second)]
+    # the second one goes on for longer than it takes to end and to start the first one again
+    run_dirs = {first: 0.2, second: 0.5}
+    jobs = [launch(slurm, train_words(corpus, run, 30, NO_SAVES), *words, pace=pace) for run, pace in run_dirs.items()]
     wait_until(lambda: doing(first) == "step", 120, "a heartbeat of steps")
     os.kill(slurm.ranks(jobs[0])[1].pid, signal.SIGSTOP)
     assert [slurm.wait_for_end(job) for job in jobs] == ["COMPLETED", "COMPLETED"], log_of(first)[-30:]
@@ -183,11 +213,12 @@ def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus:
     assert read(first).column("loss") == read(second).column("loss")
 
 
+@pytest.mark.full
 def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Fail twice in a row without a new checkpoint, with one restart allowed; the job continues without that node."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, STEPS, NO_SAVES), *words)
+    job = launch(slurm, train_words(corpus, run_dir, 20, NO_SAVES), *words)
     for attempt in range(2):
         past(run_dir, 2)
         rank = slurm.ranks(job)[1]
@@ -200,16 +231,19 @@ def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster,
     assert any("n2 failed 2 times; requeued, to run without n2" in line for line in log_of(run_dir))
 
 
+@pytest.mark.full
 def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
     slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
 ) -> None:
     """Resume from a damaged checkpoint, which no restart can mend."""
     run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed.directory, run_dir, ignore=shutil.ignore_patterns("slurm"))
-    (part,) = list((run_dir / "checkpoints" / "step_000000010").glob("__0_0.distcp"))
+    saved = f"step_{2 * EVERY:09}"
+    others = sorted(path.name for path in (undisturbed.directory / "checkpoints").iterdir() if path.name != saved)
+    shutil.copytree(undisturbed.directory, run_dir, ignore=shutil.ignore_patterns("slurm", *others))
+    (part,) = list((run_dir / "checkpoints" / saved).glob("__0_0.distcp"))
     part.write_bytes(part.read_bytes()[:-7])
     words = launch_words(2, 1, "--time", "10")
-    job = launch(slurm, [*train_words(corpus, run_dir, STEPS), "--from-step", "10"], *words)
+    job = launch(slurm, [*train_words(corpus, run_dir, STEPS), "--from-step", str(2 * EVERY)], *words)
     assert slurm.wait_for_end(job) == "FAILED"
     log = log_of(run_dir)
     assert "__0_0.distcp" in log[-1], log[-5:]
@@ -217,18 +251,20 @@ def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
     assert slurm.shown(job, "ExitCode").startswith("2:")
 
 
+@pytest.mark.full
 def test_job_with_torchrun_launcher_saves_and_requeues_on_signal(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Start one task per node; the signal to the batch shell must still reach the ranks."""
     run_dir = tmp_path / "run"
     words = launch_words(2, 2, "--launcher", "torchrun", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, 30), *words)
+    job = launch(slurm, train_words(corpus, run_dir, 20), *words)
     past(run_dir, 3)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
     assert events_of(run_dir)[1:4] == ["started", "saved", "requeued"]
-    assert read(run_dir).column("step") == list(range(1, 31))
+    assert read(run_dir).column("step") == list(range(1, 21))
 
 
+@pytest.mark.full
 def test_job_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, 5_000), *launch_words(1, 1, "--time", "10"))

@@ -55,7 +55,7 @@ def test_attend_dense_chunks_and_bands_match_masked_softmax(rows: str, causal: b
 
 @pytest.mark.parametrize("rows", ["several", "with a tail"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 5, 130])
+@pytest.mark.parametrize("window", [None, 5, pytest.param(130, marks=pytest.mark.full)])
 def test_attend_flex_forward_matches_attend_dense(
     monkeypatch: pytest.MonkeyPatch, rows: str, causal: bool, window: int | None
 ) -> None:

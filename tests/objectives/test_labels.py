@@ -28,7 +28,7 @@ def masked(probability: float, rows: int, seed: int = 21) -> list[tuple[np.ndarr
 @pytest.mark.parametrize("probability", [0.30, 0.15])
 def test_mlm_masks_at_given_probability_split_80_10_10(probability: float) -> None:
     """Non-special tokens are chosen by Bernoulli draws, 80 % masked, 10 % random, 10 % kept: within four sigmas."""
-    tokens, inputs, labels = (np.concatenate(part) for part in zip(*masked(probability, 400), strict=True))
+    tokens, inputs, labels = (np.concatenate(part) for part in zip(*masked(probability, 150), strict=True))
     chosen, ordinary = labels != IGNORE, ~np.isin(tokens, SPECIAL)
     assert not chosen[~ordinary].any()
     assert (labels[chosen] == tokens[chosen]).all()

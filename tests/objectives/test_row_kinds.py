@@ -45,11 +45,13 @@ def test_objective_mix_pure_objective_has_all_or_no_causal_rows() -> None:
 
 
 def test_objective_mix_fractional_row_is_rounded_at_random_by_seed() -> None:
-    counts = [kinds("0.3").causal_rows(SIZES, step) for step in range(4000)]
+    rule = kinds("0.3")
+    counts = [rule.causal_rows(SIZES, step) for step in range(4000)]
     assert set(counts) == {2, 3}
     assert sum(counts) / len(counts) == pytest.approx(2.4, abs=4 * (0.24 / 4000) ** 0.5)
-    assert counts == [kinds("0.3").causal_rows(SIZES, step) for step in range(4000)]
-    assert counts != [dataclasses.replace(kinds("0.3"), seed=22).causal_rows(SIZES, step) for step in range(4000)]
+    again, other = kinds("0.3"), dataclasses.replace(rule, seed=22)
+    assert counts == [again.causal_rows(SIZES, step) for step in range(4000)]
+    assert counts != [other.causal_rows(SIZES, step) for step in range(4000)]
 
 
 def test_objective_mix_causal_rows_follow_share_schedule() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -52,6 +54,12 @@ def run(kind: type, after: Callable[[], None] = lambda: None, **settings: float)
     return [p.detach() for p in parameters]
 
 
+@functools.cache
+def stable() -> list[torch.Tensor]:
+    """Return the weights that StableAdamW ends with, uncompiled."""
+    return run(StableAdamW)
+
+
 def test_stable_adamw_with_clipping_matches_its_formula() -> None:
     P = [w.double() for w in weights()]
     M, V, clipped = [torch.zeros_like(p) for p in P], [torch.zeros_like(p) for p in P], 0
@@ -67,36 +75,57 @@ def test_stable_adamw_with_clipping_matches_its_formula() -> None:
             P[i] *= 1 - lr / MAX_LR * (DECAY if P[i].ndim > 1 else 0)
             P[i] -= lr * M[i] / (V[i].sqrt() + EPS)
     assert clipped > 20
-    for ours, theirs in zip(run(StableAdamW), P, strict=True):
+    for ours, theirs in zip(stable(), P, strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
-def test_stable_adamw_compiled_matches_eager_without_recompiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips stay on the device, and nothing is compiled after the first steps or for another tensor size."""
-    expected = run(StableAdamW)
-    fusion.fuse(True)
-    compiled = []
-
-    def graphs() -> int:
-        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
+@contextmanager
+def fused(backend: str) -> Iterator[None]:
+    """Have the update traced by torch's compiler, and compiled by `backend`."""
+    compile_function = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *given, **named: compile_function(*given, backend=backend, **named))
+        fusion.fuse(True)
+    torch._dynamo.utils.counters.clear()
     try:
+        yield
+    finally:
+        fusion.fuse(False)
+        torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def check_compiled(monkeypatch: pytest.MonkeyPatch, backend: str, sizes: Iterable[int]) -> None:
+    """Check that clips stay on the device, and that nothing is compiled after the first steps or for other sizes."""
+    compiled = []
+    with fused(backend):
         monkeypatch.setattr(adamw._Clips, "values", property(lambda clips: pytest.fail("waits for the device")))
-        torch._dynamo.utils.counters.clear()
         found = run(StableAdamW, after=lambda: compiled.append(graphs()))
-        for n in (*range(3, 40, 2), 700, 4096, 9999, 70_000):
+        for n in sizes:
             (g, m, v), b1, b2 = (torch.rand(n) for _ in range(3)), torch.tensor(0.1), torch.tensor(0.9)
             expected_sum = (g * g / (0.9 * v + 0.1 * g * g)).sum()
             with torch.no_grad():
                 torch.testing.assert_close(adamw.update_moments(g, m, v, b1, b2, EPS * EPS), expected_sum)
         last = graphs()
-    finally:
-        fusion.fuse(False)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, stable(), strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
     assert 2 <= compiled[2] == compiled[-1]
-    assert last - compiled[-1] <= 2  # on a CPU, large tensors have a kernel of their own
+    # on a CPU, large tensors have a kernel of their own
+    assert last - compiled[-1] <= 2
+
+
+def test_stable_adamw_traced_matches_eager_without_retracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace without compiling: what is traced anew would be compiled anew."""
+    check_compiled(monkeypatch, "eager", (*range(3, 40, 6), 700, 9999, 70_000))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch's compiler wants a C++ one")
+def test_stable_adamw_compiled_matches_eager_without_recompiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiled(monkeypatch, "inductor", (*range(3, 40, 2), 700, 4096, 9999, 70_000))
 
 
 def test_stable_adamw_matches_torch_optimi() -> None:

@@ -1,13 +1,11 @@
 """One rank of a large layout, alone: torch's fake process groups answer at once with nothing, everything else is the
-real code. Prints what the rank holds and what it hands to its groups in a step, as JSON.
-
-python -m tests.plan.fake_rank WORLD RANK SIZE key=value ..."""
+real code. Prints what the rank holds and what it hands to its groups in a step, as JSON. A fork of the test session's
+server runs it (tests/forkserver.py)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +29,7 @@ def no_span(_: str) -> Iterator[None]:
 
 
 def main(world: int, rank: int, size: str, words: list[str]) -> None:
+    torch.manual_seed(0)
     config = parse(size, "mlm", "pretrain", words=words)
     platform = detect("cpu", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -51,8 +50,3 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
         sent.setdefault(axis, {})[method] = count_bytes
     parameters = sum(one.numel() for chunk in machine.chunks for one in chunk.parameters())
     print(json.dumps({"parameters": parameters, "held": held, "peak": live.peak_bytes - empty, "sent": sent}))
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -15,7 +15,22 @@ from megatron_ettin.plan.volumes import data_bytes
 from megatron_ettin.platform.live_tensors import LiveTensors
 from tests.pool import Pool
 
-SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512", "run.device=cpu"]
+SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512"]
+SMALL = ["model.num_layers=4", "model.vocab_size=4096", "data.seq_len=256"]
+
+
+def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *words: str) -> None:
+    """Check the memory that `ettin bench` predicts against what its tensors hold at their fullest."""
+    out = folder / "b.jsonl"
+    line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
+    found = pool.run(world, [*line, "run.device=cpu", "batch.micro_batch_rows=4", *words])
+    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
+    (row,) = results.read(out).values()
+    assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
+    # of the whole process
+    assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]
+    assert "tensors at its fullest" in found[0].output
+    assert "as predicted" in found[0].output
 
 
 @pytest.mark.ranks
@@ -23,13 +38,26 @@ SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512", "ru
     ("world", "objective", "words"),
     [
         (1, "mlm", []),
+        pytest.param(1, "mlm", ["parallel.recompute=full"], marks=pytest.mark.full),
+        (2, "clm", ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    ],
+)
+def test_bench_predicted_memory_of_small_shape_matches_peak_tensor_bytes(
+    pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
+) -> None:
+    check_prediction(pool, tmp_path, world, objective, "--warm-up", "0", "--steps", "1", *SMALL, *words)
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world", "objective", "words"),
+    [
         (1, "clm", ["precision.name=fp32"]),
         (1, "mlm", ["parallel.recompute=selective", "parallel.recompute_modules=core_attn"]),
-        (1, "mlm", ["parallel.recompute=full"]),
         (2, "mlm", []),
         (2, "mlm", ["parallel.distributed_optimizer=false", "precision.gradients=bf16"]),
         (2, "mlm", ["parallel.tp=2"]),
-        (2, "clm", ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         (2, "mlm", ["parallel.cp=2"]),
         (2, "mlm", ["parallel.pp=2"]),
     ],
@@ -37,15 +65,7 @@ SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512", "ru
 def test_bench_predicted_memory_matches_peak_tensor_bytes(
     pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
 ) -> None:
-    out = tmp_path / "b.jsonl"
-    line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
-    found = pool.run(world, [*line, "batch.micro_batch_rows=4", *SHAPE, *words])
-    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
-    (row,) = results.read(out).values()
-    assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
-    assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]  # of the whole process
-    assert "tensors at its fullest" in found[0].output
-    assert "as predicted" in found[0].output
+    check_prediction(pool, tmp_path, world, objective, *SHAPE, *words)
 
 
 def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
@@ -76,12 +96,14 @@ def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
 
 def test_estimate_takes_the_fullest_pipeline_stage() -> None:
     """Take the stage with the highest sum: early stages hold more micro-batches, only the last one holds the logits."""
-    words = ["parallel.pp=4", "batch.micro_batch_rows=32"]
-    early, late = (estimate(parse("1b", "mlm", "pretrain", words=[*words, one]), 4) for one in ("run.fuse=auto",) * 2)
-    assert early == late
-    assert early.logits_bytes == 0
-    small = estimate(parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"]), 4)
-    assert small.logits_bytes > 0
+    large = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "batch.micro_batch_rows=32"])
+    small = parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"])
+    assert estimate(large, 4) == of_rank(large, 4, 0)
+    assert estimate(large, 4).total_bytes > of_rank(large, 4, 3).total_bytes
+    assert estimate(large, 4).logits_bytes == 0
+    assert estimate(small, 4) == of_rank(small, 4, 1)
+    assert estimate(small, 4).total_bytes > of_rank(small, 4, 0).total_bytes
+    assert estimate(small, 4).logits_bytes > 0
 
 
 def test_live_tensors_count_storages_and_peak() -> None:

@@ -157,10 +157,16 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
     ("words", "message"),
     [
         ("--gpus 8 --gpu h1000", "--gpu h1000: not known (did you mean 'h100'?)"),
-        ("--gpus 7 parallel.tp=2", "--gpus 7: no valid layout; the nearest: tp 2: parallel: tp 2 x pp 1 x cp 1 = 2"),
-        ("--gpus 7 parallel.tp=2", "does not divide 7 ranks; relax --gpus (6 or 8) or parallel.tp=2"),
-        ("--gpus 1 --gpu cpu", "does not fit: 17.9 GiB of 11.0 usable, with micro-batches of 1 and recompute=full"),
-        ("--gpus 1 --gpu cpu", "recompute=full; relax the memory (--gpu), --gpus or data.seq_len"),
+        (
+            "--gpus 7 parallel.tp=2",
+            "--gpus 7: no valid layout; the nearest: tp 2: parallel: tp 2 x pp 1 x cp 1 = 2"
+            " does not divide 7 ranks; relax --gpus (6 or 8) or parallel.tp=2",
+        ),
+        (
+            "--gpus 1 --gpu cpu",
+            "does not fit: 17.9 GiB of 11.0 usable, with micro-batches of 1 and recompute=full;"
+            " relax the memory (--gpu), --gpus or data.seq_len",
+        ),
         ("--gpus 1000003", "more than the 2816 rows of a step; relax --gpus or batch.global_batch_rows"),
         ("--gpus 8 --price nan", "--price nan: has to be above 0"),
         ("--gpus 8 --chunk-tokens inf", "--chunk-tokens inf: has to be finite"),
@@ -185,7 +191,7 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
         ),
         ("--scale 8:64 --curve /nowhere", "--curve /nowhere: "),
         ("--scale 8:64 --mtbf-hours 0", "--mtbf-hours 0.0: has to be above 0"),
-        ("--scale 8:64 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
+        ("--scale 8:8 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
         ("--gpus 8 --curve curve.json", "--curve: is of --scale"),
     ],
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan.memory import of_rank, rank_parameters
 from megatron_ettin.plan.volumes import data_bytes, tied_gradient_bytes, volumes
+from tests import forkserver
 
 COMMON = ["run.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
@@ -18,21 +18,37 @@ INTERLEAVED = ["parallel.pp=4", "parallel.vp=2", "parallel.overlap=true", "batch
 WORLD = 512
 
 
+@pytest.fixture(scope="module")
+def server() -> Path:
+    """Return the socket of the session's fork server once it answers, so that no test waits for its imports."""
+    path = forkserver.shared()
+    forkserver.connect(path).close()
+    return path
+
+
 @pytest.mark.parametrize(
     ("rank", "dp", "words"),
     [
-        (0, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"]),
-        (511, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"]),
+        pytest.param(0, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"], marks=pytest.mark.full),
+        pytest.param(511, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"], marks=pytest.mark.full),
         (200, 64, ["parallel.tp=2", *INTERLEAVED, "precision.gradients=bf16"]),
         (3, 128, ["parallel.cp=2", "parallel.tp=2", "batch.global_batch_rows=256", "precision.name=fp32"]),
-        (9, 512, ["parallel.distributed_optimizer=false", "batch.global_batch_rows=1024"]),
+        pytest.param(
+            *(9, 512, ["parallel.distributed_optimizer=false", "batch.global_batch_rows=1024"]), marks=pytest.mark.full
+        ),
     ],
 )
-def test_rank_of_512_matches_predicted_memory_and_traffic(rank: int, dp: int, words: list[str]) -> None:
-    line = [sys.executable, "-W", "ignore", "-m", "tests.plan.fake_rank", str(WORLD), str(rank), "17m"]
-    done = subprocess.run([*line, *COMMON, *words], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_rank_of_512_matches_predicted_memory_and_traffic(
+    server: Path, tmp_path: Path, rank: int, dp: int, words: list[str]
+) -> None:
+    with open(tmp_path / "told", "wb") as told, open(tmp_path / "errors", "wb") as errors:
+        files = (0, told.fileno(), errors.fileno())
+        arguments = [WORLD, rank, "17m", [*COMMON, *words]]
+        child = forkserver.call(server, "tests.plan.fake_rank:main", arguments, files)
+    status = child.wait(300)
+    child.close()
+    assert status == 0, (tmp_path / "errors").read_text()[-2000:]
+    found = json.loads((tmp_path / "told").read_text().splitlines()[-1])
     config = parse("17m", "mlm", "pretrain", words=[*COMMON, *words])
     pp_rank = rank // (WORLD // config.parallel.pp)
     parameters, _ = rank_parameters(config, pp_rank)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,8 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.parallel import Topology
 from megatron_ettin.platform.rendezvous import find_place, first_host, job_port
+from tests import forkserver
+from tests.pool import free_port
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
 STEP = {
@@ -62,44 +63,54 @@ def test_distributed_env_rank_outside_world_is_refused() -> None:
         find_place({**TORCHRUN, "RANK": "8"})
 
 
-JOINING = """
-import sys, time
-import torch, torch.distributed as dist
-from megatron_ettin.platform import detect
-from megatron_ettin.platform.rendezvous import find_place, join
-time.sleep(float(sys.argv[1]))
-join(find_place(), detect("cpu"), 2.0, float(sys.argv[2]))
-total = torch.ones(1)
-dist.all_reduce(total)
-print(int(total))
-"""
+@pytest.fixture(scope="module")
+def server() -> Path:
+    """Return the socket of the session's fork server once it answers, so that no test waits for its imports."""
+    path = forkserver.shared()
+    forkserver.connect(path).close()
+    return path
 
 
-def joining(rank: int, port: int, late_seconds: float, arrival_seconds: float) -> subprocess.Popen[str]:
+def join_and_sum(late_seconds: float, timeout_seconds: float, arrival_seconds: float) -> None:
+    """Be a rank that joins late and sums a one over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ettin.platform import detect
+    from megatron_ettin.platform.rendezvous import join
+
+    time.sleep(late_seconds)
+    join(find_place(), detect("cpu"), timeout_seconds, arrival_seconds)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    print(int(total))
+
+
+def joining(server: Path, log: Path, rank: int, port: int, *seconds: float) -> forkserver.Child:
+    """Start `join_and_sum` as one of two ranks, in a process of its own; `log` is to have what it prints."""
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, "-c", JOINING, str(late_seconds), str(arrival_seconds)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables})
+    target = "tests.platform.test_rendezvous:join_and_sum"
+    with open(log, "wb") as out:
+        files = (0, out.fileno(), out.fileno())
+        return forkserver.call(server, target, seconds, files, {**os.environ, **variables})
 
 
-def test_rendezvous_late_rank_is_awaited_beyond_collective_timeout() -> None:
-    """One rank joins 6 s late while the timeout of collectives is 2 s."""
-    port = free_port()
-    for rank in [joining(0, port, 0, 120), joining(1, port, 6, 120)]:
-        out, errors = rank.communicate(timeout=120)
-        assert out == "2\n", errors
+def test_rendezvous_late_rank_is_awaited_beyond_collective_timeout(server: Path, tmp_path: Path) -> None:
+    """One rank joins 5 s late while the timeout of collectives is 3 s."""
+    port, logs = free_port(), [tmp_path / "0", tmp_path / "1"]
+    for rank in [joining(server, logs[0], 0, port, 0, 3, 120), joining(server, logs[1], 1, port, 5, 3, 120)]:
+        rank.wait(120)
+        rank.close()
+    assert [log.read_text() for log in logs] == ["2\n", "2\n"]
 
 
-def test_rendezvous_missing_rank_raises_rank_error_on_timeout() -> None:
-    _, errors = joining(0, free_port(), 0, 3).communicate(timeout=120)
+def test_rendezvous_missing_rank_raises_rank_error_on_timeout(server: Path, tmp_path: Path) -> None:
+    rank = joining(server, tmp_path / "0", 0, free_port(), 0, 2, 0.5)
+    rank.wait(120)
+    rank.close()
+    errors = (tmp_path / "0").read_text()
     assert "RankError: rank 0: no rendezvous with 2 ranks at tcp://127.0.0.1" in errors
     assert ", not 1)" in errors
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_topology_coords_are_unique_per_rank() -> None:

@@ -1,22 +1,30 @@
-"""One tiny model trained through three phases, each on another layout, by the commands themselves."""
+"""One tiny model trained through three phases, each on another layout, and released, by the commands themselves."""
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_ettin.cli.main import main
 from tests.pool import Pool
 from tests.train.runs import command
 
-KEEP = ["checkpoint.keep=0", "checkpoint.every_steps=1"]
-# phase -> (ranks, steps, words)
+# phase -> (ranks, steps, steps from one checkpoint to the next, words)
 PHASES = {
-    "pretrain": (1, 4, []),
-    "extend": (2, 2, ["parallel.tp=2"]),
-    "decay": (2, 2, ["parallel.pp=2"]),
+    "pretrain": (1, 10, 5, []),
+    "extend": (2, 2, 1, ["parallel.tp=2"]),
+    "decay": (2, 1, 1, ["parallel.pp=2"]),
 }
-NAMES = ["step0", "step1", "step2", "step3", "step4", "ext1", "ext2", "decay1", "decay2"]
+# step10 stands before step5 where names are sorted as text
+NAMES = ["step0", "step5", "step10", "ext1", "ext2", "decay1"]
+# what makes a release in the bytes of the fixture `released`
+SAME = ["--licence", "mit", "--name", "tiny"]
 
 
 @pytest.fixture(scope="session")
@@ -29,14 +37,51 @@ def trained(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def train_phases(pool: Pool, corpus: Path, root: Path, objective: str) -> None:
     before: Path | None = None
-    for phase, (world, steps, words) in PHASES.items():
+    for phase, (world, steps, every, words) in PHASES.items():
         run = root / objective / phase
         options = ["--init-from", str(before)] if before else []
-        line = command(run, corpus, objective, [*KEEP, *words, f"run.steps={steps}"], options)
+        words = ["checkpoint.keep=0", f"checkpoint.every_steps={every}", f"run.steps={steps}", *words]
+        line = command(run, corpus, objective, words, options)
         line[line.index("pretrain")] = phase
         results = pool.run(world, line)
         assert {result.status for result in results} == {0}, results[0].output[-3000:]
         before = run
+
+
+@pytest.fixture(scope="session")
+def released(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The release of all three phases; read only."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    with without_workers():
+        assert main(["release", str(trained / "mlm/decay"), "--out", str(out), *SAME]) == 0
+    return out
+
+
+@contextlib.contextmanager
+def without_workers() -> Iterator[None]:
+    """Have the command make revisions by itself, of jobs as they would come to a worker process: those import for
+    seconds (test_faults.py has them)."""
+    import torch
+
+    from megatron_ettin.convert.release import build
+    from megatron_ettin.convert.release.revision import make
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: figures of parity depend on it
+    try:
+        with mock.patch.object(build, "make_all", lambda jobs, _: map(make, pickle.loads(pickle.dumps(jobs)))):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def release(capfd: Any, *words: object) -> tuple[int, str, str]:
+    """Run `ettin release WORDS` in this process: (status, standard output, last line of standard error)."""
+    capfd.readouterr()
+    with without_workers():
+        status = main(["release", *map(str, words)])
+    out, err = capfd.readouterr()
+    return status, out, (err.strip().splitlines() or [""])[-1]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

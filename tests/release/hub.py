@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +20,16 @@ LARGE = (".safetensors", ".parquet", ".png")
 
 @dataclass
 class Hub:
-    """State of the server. `delay_seconds` slows uploads; `refuse` maps a path's pattern to a status."""
+    """State of the server. After `held_after` commits uploads wait until their client is gone and `let_go` is set;
+    `refuse` maps a path's pattern to a status."""
 
     branches: dict[str, Tree] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)  # branches, one entry a commit
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: int = 0
     visibility: str | None = None
-    delay_seconds: float = 0.0
+    held_after: int | None = None
+    let_go: threading.Event = field(default_factory=threading.Event)
     refuse: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
@@ -42,6 +43,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.let_go.set()
         server.shutdown()
         server.server_close()
 
@@ -150,7 +152,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def store(self, body: bytes, oid: str) -> None:
-        time.sleep(self.hub.delay_seconds)
+        if self.hub.held_after is not None and len(self.hub.commits) >= self.hub.held_after:
+            self.hub.let_go.wait(300)
+            self.close_connection = True
+            return
         assert hashlib.sha256(body).hexdigest() == oid
         self.hub.objects[oid] = body
         self.hub.uploads += 1

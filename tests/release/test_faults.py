@@ -7,40 +7,36 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.convert.release.record import is_whole, read_record
 from tests.data.small_tasks import wait_for
-from tests.data.test_prepare_faults import marked_processes
-from tests.release.conftest import NAMES, files_of
+from tests.release.conftest import NAMES, SAME, files_of, release
+from tests.release.running import Running
 
 pytestmark = pytest.mark.ranks
-KILLS = int(os.environ.get("ETTIN_TEST_RELEASE_KILLS", "4"))
+KILLS = int(os.environ.get("ETTIN_TEST_RELEASE_KILLS", "3"))
+REAL = pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)], ids=["forked", "real"])
+# revisions to wait for, and most seconds from there, of a forked command and of one that imports first: from the first
+# look at the runs to the card of main
+MOMENTS = [(1, 0.5, 1.0), (0, 0.6, 6.0), (9, 0.8, 1.5), (2, 0.3, 1.0)]
 
 
-def start(run: Path, out: Path, mark: str = "") -> subprocess.Popen[str]:
-    words = ["release", str(run), "--out", str(out), "--workers", "2"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_ettin", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "ETTIN_TEST_MARK": mark},
-        # the tests may run in a shell's background, where it is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
 
+    def begin(*words: object, **options: object) -> Running:
+        started.append(Running(*words, **options))
+        return started[-1]
 
-def finish(running: subprocess.Popen[str]) -> None:
-    _, errors = running.communicate(timeout=200)
-    assert running.returncode == 0, errors
+    yield begin
+    for running in started:
+        running.close()
 
 
 def check_whole(out: Path) -> None:
@@ -53,78 +49,68 @@ def check_whole(out: Path) -> None:
             assert {path.name for path in folder.iterdir()} == {*record["files"], "release.json"}
 
 
-def kill(running: subprocess.Popen[str], revisions: int, seconds: float, everything: bool) -> None:
-    """SIGKILL `seconds` after so many revisions were told of (or the end, if that is sooner)."""
-    assert running.stderr is not None
-    told = 0
-    while told < revisions and (line := running.stderr.readline()):
-        told += line.startswith("[")
-    time.sleep(seconds)
-    if everything:
-        os.killpg(running.pid, signal.SIGKILL)
-    else:
-        running.kill()
-    running.communicate()
-
-
-def test_release_kill_9_at_random_moments_resumes_to_same_bytes(trained, tmp_path):
+@REAL
+def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released, trained, tmp_path, real):
     draw = random.Random(4)
-    run, out = trained / "mlm/decay", tmp_path / "out"
-    finish(start(run, tmp_path / "whole"))
+    out = tmp_path / "out"
+    words = [trained / "mlm/decay", "--out", out, "--workers", "2", *SAME]
     for number in range(KILLS):
-        mark = str(uuid.uuid4())
-        # from the first import to the card of main: after none, one or all of what is missing
-        revisions, seconds = draw.choice([(0, 6.0), (1, 1.0), (1, 1.0), (9, 1.5)])
-        kill(start(run, out, mark), revisions, draw.uniform(0, seconds), everything=bool(number % 2))
-        wait_for(lambda mark=mark: not marked_processes(mark), 20)
+        revisions, *seconds = MOMENTS[number % len(MOMENTS)]
+        running = start(*words, real=real)
+        running.wait_until_told(revisions)
+        time.sleep(draw.uniform(0, seconds[real]))
+        if running.process.poll() is None:
+            # of every process, or of the command alone
+            (os.killpg if number % 2 else os.kill)(running.pid, signal.SIGKILL)
+        running.ended()
+        wait_for(lambda running=running: not running.left_over())
         check_whole(out)
-    finish(start(run, out))
-    assert files_of(out) == files_of(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    running = start(*words, real=real)
+    assert running.ended() == 0, running.said()
+    assert files_of(out) == files_of(released)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_release_killed_worker_exits_1_with_advice(trained, tmp_path):
-    mark = str(uuid.uuid4())
-    running = start(trained / "mlm/decay", tmp_path / "out", mark)
-    assert running.stderr is not None
-    assert running.stderr.readline().startswith("9 revisions")
-    running.stderr.readline()  # one is there
-    workers = [process for process in marked_processes(mark) if process.pid != running.pid]
-    spawned = [process for process in workers if "spawn_main" in " ".join(process.cmdline())]
-    spawned[0].kill()
-    _, errors = running.communicate(timeout=100)
-    assert running.returncode == 1
-    assert "run it again with fewer --workers" in errors.strip().splitlines()[-1]
-    assert "Traceback" not in errors
-    wait_for(lambda: not marked_processes(mark), 20)
-    check_whole(tmp_path / "out")
+@REAL
+def test_release_killed_worker_exits_1_with_advice(start, trained, tmp_path, real):
+    out = tmp_path / "out"
+    running = start(trained / "mlm/decay", "--out", out, "--workers", "2", real=real, held="" if real else "ext1")
+    running.wait_until_told(1)
+    assert running.said().startswith(f"{len(NAMES)} revisions")
+    running.workers()[0].kill()
+    assert running.ended() == 1
+    assert "run it again with fewer --workers" in running.said().strip().splitlines()[-1]
+    assert "Traceback" not in running.said()
+    wait_for(lambda: not running.left_over())
+    check_whole(out)
 
 
-def test_release_interrupted_exits_130_and_leaves_no_process(trained, tmp_path):
-    mark = str(uuid.uuid4())
-    running = start(trained / "mlm/decay", tmp_path / "out", mark)
-    assert running.stderr is not None
-    assert running.stderr.readline().startswith("9 revisions")
-    running.stderr.readline()
+@REAL
+def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp_path, real):
+    out = tmp_path / "out"
+    words = [trained / "mlm/decay", "--out", out, "--workers", "1" if real else "2"]
+    running = start(*words, real=real, held="" if real else "ext1")
+    running.wait_until_told(1)
+    assert running.workers()
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130, errors  # what shells give for Ctrl-C
-    assert errors.strip().splitlines()[-1] == "ettin release: interrupted"
-    wait_for(lambda: not marked_processes(mark), 20)
-    check_whole(tmp_path / "out")
+    # what shells give for Ctrl-C; a fork that would end so ends by the signal itself
+    assert running.ended() == 130, running.said()
+    assert running.said().strip().splitlines()[-1] == "ettin release: interrupted"
+    wait_for(lambda: not running.left_over())
+    check_whole(out)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="wants a device that is always full")
-def test_release_failing_writes_exit_2_and_repeat_succeeds(trained, tmp_path):
+def test_release_failing_writes_exit_2_and_repeat_succeeds(start, trained, tmp_path, capfd):
     """A limit on file sizes stands in for a full disk: the weights cannot be written, what is there stays."""
     out = tmp_path / "out"
-    line = f"ulimit -f 100; exec {sys.executable} -m megatron_ettin release {trained / 'mlm/decay'} --out {out}"
-    run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=200)
-    assert run.returncode == 2, run.stderr
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("ettin release: 9 of 9 revisions failed")
+    words = [trained / "mlm/pretrain", "--out", out, "--workers", "1"]
+    running = start(*words, largest_file=100_000)
+    assert running.ended() == 2, running.said()
+    last = running.said().strip().splitlines()[-1]
+    assert last.startswith("ettin release: 3 of 3 revisions failed")
     assert "File too large" in last
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in running.said()
     assert sorted(path.name for path in out.iterdir()) == ["data_order", "release.json"]
-    finish(start(trained / "mlm/decay", out))
-    assert json.loads((out / "release.json").read_text())["main"] == "decay2"
+    status, _, err = release(capfd, *words)
+    assert status == 0, err
+    assert json.loads((out / "release.json").read_text())["main"] == "step10"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.forkserver import program
-from tests.release.conftest import NAMES
+from tests.data.small_tasks import wait_for
+from tests.release.conftest import NAMES, SAME
 from tests.release.hub import Hub, serving
+from tests.release.running import release_program
 
 pytestmark = pytest.mark.ranks
 LOAD = """
 import sys, torch, transformers
 found = transformers.AutoModelForMaskedLM.from_pretrained("lab/tiny", revision=sys.argv[1])
 same = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[2])
-pairs = zip(found.state_dict().values(), same.state_dict().values())
+pairs = zip(found.state_dict().values(), same.state_dict().values(), strict=True)
 assert all(torch.equal(a, b) for a, b in pairs)
 tokenizer = transformers.AutoTokenizer.from_pretrained("lab/tiny", revision=sys.argv[1])
 print(len(tokenizer))
@@ -35,19 +36,27 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+@pytest.fixture
+def out(released: Path, tmp_path: Path) -> Path:
+    """A release that lacks one revision."""
+    shutil.copytree(released, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "step10")
+    return tmp_path / "out"
+
+
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     mine = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     return {**os.environ, **mine, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
 
 
-def start(hub: Hub, trained: Path, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
-    line = ["release", str(trained / "mlm/decay"), "--out", str(tmp_path / "out"), "--push", "lab/tiny", "--json"]
+def start(hub: Hub, trained: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    line = [str(trained / "mlm/decay"), "--out", str(out), "--workers", "1", *SAME, "--push", "lab/tiny", "--json"]
     return subprocess.Popen(
-        program("ettin", *line, *words),
+        release_program(*line, *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(hub, tmp_path / "home"),
+        env=environment(hub, out.parent / "home"),
     )
 
 
@@ -67,53 +76,56 @@ def check_hub(hub: Hub, out: Path) -> None:
         assert {path: content for path, content in tree.items() if path != ".gitattributes"} == wanted, name
 
 
-def test_push_killed_midway_resumes_without_repeated_commits(hub, trained, tmp_path):
-    hub.delay_seconds = 0.2
-    running = start(hub, trained, tmp_path, "--private")
-    while len(hub.commits) < 4:
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.02)
+def test_push_killed_midway_resumes_without_repeated_commits(hub, trained, out):
+    hub.held_after = 4
+    running = start(hub, trained, out, "--private")
+    wait_for(lambda: len(hub.commits) == 4 or running.poll() is not None)
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    hub.delay_seconds = 0.0
-    assert len(hub.commits) < len(NAMES)
-    assert "main" not in hub.commits
+    hub.held_after = None
+    hub.let_go.set()
+    assert hub.commits == NAMES[:4]
     assert hub.visibility == "private"
-    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
-    assert told["kept"][:4] == NAMES[:4]
-    assert told["uploaded"][-1] == "main"
-    assert sorted(hub.commits) == sorted([*NAMES, "main"])  # one commit each, and none twice
-    check_hub(hub, tmp_path / "out")
+    told = json.loads(finished(start(hub, trained, out)))["push"]
+    assert told["kept"] == NAMES[:4]
+    assert told["uploaded"] == [*NAMES[4:], "main"]
+    assert hub.commits == [*NAMES, "main"]  # one commit each, and none twice
+    check_hub(hub, out)
     uploads = hub.uploads
-    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
+    told = json.loads(finished(start(hub, trained, out)))["push"]
     assert told["uploaded"] == []
     assert hub.uploads == uploads
     assert len(hub.commits) == len(NAMES) + 1
+    # what a revision should not have goes, what changed is sent anew
+    hub.branches["step5"] |= {"stray.bin": b"1", "config.json": b"{}"}
+    told = json.loads(finished(start(hub, trained, out)))["push"]
+    assert told["uploaded"] == ["step5"]
+    assert hub.uploads == uploads
+    check_hub(hub, out)
+
+
+@pytest.mark.full
+def test_push_revision_is_loaded_by_repository_and_branch(hub, trained, out):
+    finished(start(hub, trained, out))
     load = subprocess.run(
-        [sys.executable, "-c", LOAD, "step3", str(tmp_path / "out" / "step3")],
+        [sys.executable, "-c", LOAD, "ext1", str(out / "ext1")],
         capture_output=True,
         text=True,
-        env=environment(hub, tmp_path / "home"),
+        env=environment(hub, out.parent / "home"),
         timeout=200,
     )
     assert load.returncode == 0, load.stderr
     assert load.stdout.strip() == "320", load.stderr
-    # what a revision should not have goes, what changed is sent anew
-    hub.branches["step2"] |= {"stray.bin": b"1", "config.json": b"{}"}
-    told = json.loads(finished(start(hub, trained, tmp_path)))["push"]
-    assert told["uploaded"] == ["step2"]
-    assert hub.uploads == uploads
-    check_hub(hub, tmp_path / "out")
 
 
-def test_push_refused_by_hub_names_http_status(hub, trained, tmp_path):
-    hub.refuse = {r"/commit/step2": 403}
-    line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
+def test_push_refused_by_hub_names_http_status(hub, trained, out):
+    hub.refuse = {r"/commit/step10": 403}
+    line = finished(start(hub, trained, out), status=2)
     assert line.startswith("ettin release: --push lab/tiny: 403")
     assert "run it again to go on" in line
-    assert "2 of 10 revisions are there" in line
+    assert "2 of 7 revisions are there" in line
     assert "main" not in hub.commits
     hub.refuse = {"/api/repos/create": 401}
-    line = finished(start(hub, trained, tmp_path, "--order", "none"), status=2)
+    line = finished(start(hub, trained, out), status=2)
     assert line.startswith("ettin release: --push lab/tiny: ")
     assert "401" in line

@@ -9,14 +9,13 @@ import shutil
 
 import pytest
 
-from tests.release.conftest import files_of
-from tests.release.test_release import release
+from tests.release.conftest import files_of, release
 
 pytestmark = pytest.mark.ranks
 
 
 def test_release_source_that_is_no_run_is_refused(trained, tmp_path, capfd):
-    checkpoint = trained / "mlm/pretrain/checkpoints/step_000000001"
+    checkpoint = trained / "mlm/pretrain/checkpoints/step_000000005"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for given, said in (
@@ -41,7 +40,7 @@ def test_release_with_missing_parent_run_is_refused_unless_alone(trained, tmp_pa
     shutil.copytree(trained / "mlm/extend", tmp_path / "extend")
     history = tmp_path / "extend/history.jsonl"
     record = json.loads(history.read_text().splitlines()[0])
-    gone = {"init_from": "/gone/pretrain/checkpoints/step_000000004", "init_from_relative": "../no/checkpoints/step_4"}
+    gone = {"init_from": "/gone/pretrain/checkpoints/step_000000010", "init_from_relative": "../no/checkpoints/step_4"}
     history.write_text(json.dumps(record | gone) + "\n")
     status, _, err = release(capfd, tmp_path / "extend", "--out", tmp_path / "out")
     assert status == 2
@@ -121,18 +120,17 @@ def test_release_unusable_out_folder_is_refused(trained, tmp_path, capfd):
 
 def test_release_other_weights_under_same_step_need_replace(trained, tmp_path, capfd):
     run, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(trained / "mlm/pretrain", run, ignore=shutil.ignore_patterns("step_*3", "step_*4"))
-    (run / "checkpoints/latest").write_text("step_000000002\n")
+    shutil.copytree(trained / "mlm/pretrain", run)
     words = (run, "--out", out, "--order", "none")
     assert release(capfd, *words)[0] == 0
     before = files_of(out)
-    first, second = (run / f"checkpoints/step_00000000{step}" for step in (1, 2))
+    first, second = (run / f"checkpoints/step_{step:09d}" for step in (5, 10))
     shutil.rmtree(first)
     shutil.copytree(second, first)  # the weights of another run, as far as anybody can tell
     status, _, err = release(capfd, *words)
-    said = f"--out {out}: its step1 is of other weights than {first}; name a new folder, or --replace to make it anew"
+    said = f"--out {out}: its step5 is of other weights than {first}; name a new folder, or --replace to make it anew"
     assert (status, err) == (2, f"ettin release: {said}")
     assert files_of(out) == before
     status, told, err = release(capfd, *words, "--replace", "--json")
     assert status == 0, err
-    assert json.loads(told)["made"] == ["step1"], err
+    assert json.loads(told)["made"] == ["step5"], err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
@@ -15,24 +14,10 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.model.init import hashed
 from tests.convert.folders import load, tensors
-from tests.release.conftest import NAMES, files_of
+from tests.release.conftest import NAMES, PHASES, SAME, files_of, release
+from tests.train.runs import read, train
 
 pytestmark = pytest.mark.ranks
-
-
-def release(capfd, *words) -> tuple[int, str, str]:
-    """(status, standard output, last line of standard error)"""
-    capfd.readouterr()
-    status = main(["release", *map(str, words)])
-    out, err = capfd.readouterr()
-    return status, out, (err.strip().splitlines() or [""])[-1]
-
-
-@pytest.fixture(scope="session")
-def released(trained, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("released") / "out"
-    assert main(["release", str(trained / "mlm/decay"), "--out", str(out), "--licence", "mit", "--name", "tiny"]) == 0
-    return out
 
 
 def test_release_makes_each_checkpoint_of_chain_a_revision(released, trained):
@@ -40,12 +25,11 @@ def test_release_makes_each_checkpoint_of_chain_a_revision(released, trained):
     assert folders == sorted([*NAMES, "main", "data_order", "release.json"])
     index = json.loads((released / "release.json").read_text())
     assert [one["revision"] for one in index["revisions"]] == NAMES
-    assert index["main"] == "decay2"
-    for name, phase, step in (("step3", "pretrain", 3), ("ext1", "extend", 1), ("decay2", "decay", 2)):
+    assert index["main"] == "decay1"
+    for name, phase, step in (("step5", "pretrain", 5), ("ext1", "extend", 1), ("decay1", "decay", 1)):
         reader = CheckpointReader(trained / "mlm" / phase / "checkpoints" / f"step_{step:09d}")
         stored = tensors(released / name)
-        for ours, theirs in (("transformer.final_layernorm.weight", "model.final_norm.weight"),):
-            assert torch.equal(reader.read(ours), stored[theirs])
+        assert torch.equal(reader.read("transformer.final_layernorm.weight"), stored["model.final_norm.weight"])
         assert torch.equal(
             reader.read("embedding.word_embeddings.weight")[:320], stored["model.embeddings.tok_embeddings.weight"]
         )
@@ -60,8 +44,8 @@ def test_release_step_0_equals_initial_weights(released, trained):
     config = from_yaml(trained / "mlm/pretrain/config.yaml")
     wanted = hashed(config.run.seed, config.model)("embedding.word_embeddings.weight", [320, 64])
     assert torch.equal(tensors(released / "step0")["model.embeddings.tok_embeddings.weight"], wanted)
-    first = tensors(released / "step1")["model.embeddings.tok_embeddings.weight"]
-    assert 0 < (first - wanted).abs().max() < 0.05  # one step away
+    first = tensors(released / "step5")["model.embeddings.tok_embeddings.weight"]
+    assert 0 < (first - wanted).abs().max() < 0.05  # five steps away
 
 
 def test_release_total_tokens_add_up_over_phases(released):
@@ -69,7 +53,7 @@ def test_release_total_tokens_add_up_over_phases(released):
     totals = [records[name]["total_tokens"] for name in NAMES]
     assert totals == sorted(totals)
     assert len(set(totals)) == len(totals)
-    assert records["ext1"]["total_tokens"] == records["step4"]["total_tokens"] + records["ext1"]["tokens"]
+    assert records["ext1"]["total_tokens"] == records["step10"]["total_tokens"] + records["ext1"]["tokens"]
 
 
 def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
@@ -83,7 +67,7 @@ def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
     assert str(corpus.parent) not in card  # names, not the paths of a machine
     assert (released / "main" / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
     again = (released / "main" / "model.safetensors").stat()
-    assert again.st_ino == (released / "decay2" / "model.safetensors").stat().st_ino  # no second copy
+    assert again.st_ino == (released / "decay1" / "model.safetensors").stat().st_ino  # no second copy
     for path in released.rglob("*"):
         if path.suffix in (".md", ".json"):
             assert str(corpus.parent.parent) not in path.read_text(), path
@@ -98,18 +82,15 @@ def test_release_data_order_equals_order_command(released, trained, capsys):
     assert [line["document"] for line in lines] == table["document"].to_pylist()
 
 
-def test_train_with_released_order_has_same_losses(released, corpus, pool, tmp_path):
-    from tests.train.runs import train
-
+def test_train_with_released_order_has_same_losses(released, trained, corpus, pool, tmp_path):
     given = f"data.order={released / 'data_order/pretrain.parquet'}"
-    theirs = train(pool, 1, tmp_path / "run", corpus, "mlm", [given, "run.steps=3"])
-    ours = train(pool, 1, tmp_path / "own", corpus, "mlm", ["run.steps=3"])
-    assert theirs.column("loss") == ours.column("loss")
+    theirs = train(pool, 1, tmp_path / "run", corpus, "mlm", [given, f"run.steps={PHASES['pretrain'][1]}"])
+    assert theirs.column("loss") == read(trained / "mlm/pretrain").column("loss")
 
 
 def test_release_repeated_makes_nothing(released, trained, capfd):
     before = {path: path.stat().st_mtime_ns for path in released.rglob("*")}
-    words = (trained / "mlm/decay", "--out", released, "--licence", "mit", "--name", "tiny", "--json")
+    words = (trained / "mlm/decay", "--out", released, *SAME, "--json")
     for more in ((), ("--recheck",)):
         status, out, err = release(capfd, *words, *more)
         assert status == 0, err
@@ -125,78 +106,68 @@ def test_release_recheck_remakes_damaged_or_missing_revisions(released, trained,
     out = tmp_path / "out"
     shutil.copytree(released, out)
     shutil.rmtree(out / "ext2")
-    weights = out / "step2" / "model.safetensors"
+    weights = out / "step5" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.unlink()
     weights.write_bytes(content)
-    (out / "decay1" / "config.json").write_text("{}")
+    (out / "ext1" / "config.json").write_text("{}")
     shutil.rmtree(out / "main")
-    words = (trained / "mlm/decay", "--out", out, "--licence", "mit", "--name", "tiny", "--json", "--recheck")
+    words = (trained / "mlm/decay", "--out", out, *SAME, "--json", "--recheck")
     status, printed, err = release(capfd, *words)
     assert status == 0, err
-    assert sorted(json.loads(printed)["made"]) == ["decay1", "ext2", "step2"]
+    assert sorted(json.loads(printed)["made"]) == ["ext1", "ext2", "step5"]
     assert files_of(out) == files_of(released)
 
 
 def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path, capfd, released):
     runs = tmp_path / "runs"
     shutil.copytree(trained / "mlm/pretrain", runs / "pretrain")
-    last = runs / "pretrain/checkpoints/step_000000004"
+    last = runs / "pretrain/checkpoints/step_000000010"
     shutil.move(last, tmp_path / "later")
-    (runs / "pretrain/checkpoints/latest").write_text("step_000000003\n")
-    words = (
-        runs / "pretrain",
-        "--out",
-        tmp_path / "out",
-        "--order",
-        "none",
-        "--json",
-        "--licence",
-        "mit",
-        "--name",
-        "tiny",
-    )
+    (runs / "pretrain/checkpoints/latest").write_text("step_000000005\n")
+    words = (runs / "pretrain", "--out", tmp_path / "out", "--order", "none", "--json", *SAME)
     status, out, err = release(capfd, *words)
     assert status == 0, err
-    assert json.loads(out)["made"]
-    assert json.loads((tmp_path / "out/release.json").read_text())["main"] == "step3"
-    shutil.rmtree(runs / "pretrain/checkpoints/step_000000001")
+    assert json.loads(out)["made"] == ["step0", "step5"]
+    assert json.loads((tmp_path / "out/release.json").read_text())["main"] == "step5"
+    shutil.rmtree(runs / "pretrain/checkpoints/step_000000005")
     shutil.move(tmp_path / "later", last)
     status, out, err = release(capfd, *words)
     assert status == 0, err
-    assert json.loads(out)["made"] == ["step4"]
+    assert json.loads(out)["made"] == ["step10"]
     index = json.loads((tmp_path / "out/release.json").read_text())
-    assert [one["revision"] for one in index["revisions"]] == NAMES[:5]
-    assert index["main"] == "step4"
-    assert files_of(tmp_path / "out/step4") == files_of(released / "step4")
+    assert [one["revision"] for one in index["revisions"]] == NAMES[:3]
+    assert index["main"] == "step10"
+    assert files_of(tmp_path / "out/step10") == files_of(released / "step10")
 
 
 def test_release_runs_moved_together_are_found(trained, tmp_path, capfd):
-    shutil.copytree(trained / "mlm", tmp_path / "moved")
+    shutil.copytree(trained / "mlm", tmp_path / "moved", ignore=shutil.ignore_patterns("step_*5"))
+    shutil.rmtree(tmp_path / "moved/extend/checkpoints/step_000000001")
     for phase in ("extend", "decay"):  # the absolute paths lead nowhere
         history = tmp_path / "moved" / phase / "history.jsonl"
         history.write_text(history.read_text().replace(str(trained), "/nowhere"))
-    words = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json", "--workers", "1")
+    words = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json")
     status, out, err = release(capfd, tmp_path / "moved/decay", *words)
     assert status == 0, err
-    assert json.loads(out)["made"]
-    assert json.loads(out)["revisions"] == NAMES
-    assert {tensor.dtype for tensor in tensors(tmp_path / "out/ext1").values()} == {torch.bfloat16}
+    assert json.loads(out)["made"] == ["step0", "step10", "ext2", "decay1"]
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out/ext2").values()} == {torch.bfloat16}
 
 
 def test_release_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm/pretrain", tmp_path / "run")
-    (damaged,) = (tmp_path / "run/checkpoints/step_000000002").glob("__0_0.distcp")
+    (damaged,) = (tmp_path / "run/checkpoints/step_000000005").glob("__0_0.distcp")
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    (tmp_path / "run/checkpoints/step_000000003/integrity.json").unlink()
-    status, out, err = release(capfd, tmp_path / "run", "--out", tmp_path / "out", "--order", "none")
+    (tmp_path / "run/checkpoints/step_000000010/integrity.json").unlink()
+    words = (tmp_path / "run", trained / "mlm/extend", "--out", tmp_path / "out", "--order", "none")
+    status, out, err = release(capfd, *words)
     assert status == 2
     assert "2 of 5 revisions failed" in err
     assert "integrity.json" in err
-    assert "failed: step2" in out
+    assert "failed: step5" in out
     assert "__0_0.distcp" in out
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert folders == ["main", "release.json", "step0", "step1", "step4"]
+    assert folders == ["ext1", "ext2", "main", "release.json", "step0"]

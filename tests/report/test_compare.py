@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -13,9 +14,10 @@ from megatron_ettin.report.compare import compare
 from tests.report.synthetic import write_run
 
 
-@pytest.fixture
-def encoder(tmp_path):
-    return write_run(tmp_path / "encoder")
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Return a run that tests must not change."""
+    return write_run(tmp_path_factory.mktemp("runs") / "encoder")
 
 
 def compared(first, second):
@@ -129,7 +131,7 @@ class Links(HTMLParser):
 
 
 def test_compare_page_fetches_nothing_and_shows_differences(tmp_path, encoder, capsys):
-    decoder = write_run(tmp_path / "<b>decoder", "clm", steps=900, words=("optim.lr=1e-3",))
+    decoder = write_run(tmp_path / "<b>decoder", "clm", steps=130, words=("optim.lr=1e-3",))
     out = tmp_path / "reports" / "pair.html"
     assert main(["compare", str(encoder), str(decoder), "--out", str(out)]) == 0
     told = capsys.readouterr().out
@@ -177,9 +179,10 @@ def test_compare_json_and_require_paired_set_the_exit_status(tmp_path, encoder, 
     ],
 )
 def test_compare_unreadable_run_is_refused_in_one_line(encoder, tmp_path, capsys, damage, told):
-    damage(encoder)
+    run = shutil.copytree(encoder, tmp_path / "run")
+    damage(run)
     out = tmp_path / "pair.html"
-    assert main(["compare", str(encoder), "--out", str(out)]) == 2
+    assert main(["compare", str(run), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1

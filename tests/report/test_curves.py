@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.report.curves import MOST_POINTS, Chart, Curve, medians, png, svg, thin, tick_text, ticks
 
@@ -58,11 +57,10 @@ def test_tick_text_is_short_with_unit_suffixes(value, text):
 NUMBERS = st.floats(min_value=-1e30, max_value=1e30, allow_subnormal=False)
 
 
+@settings(max_examples=30)
 @given(st.lists(NUMBERS, min_size=1, max_size=90))
 def test_svg_of_any_numbers_has_finite_coordinates(y):
     drawn = svg(chart(([float(step) for step in range(1, len(y) + 1)], y)))
-    numbers = [float(number) for number in re.findall(r"[ML ]?(-?\d+\.\d) ", drawn)]
-    assert all(math.isfinite(number) for number in numbers)
     assert "nan" not in drawn
     assert "inf" not in drawn
 

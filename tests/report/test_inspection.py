@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.report.inspection import describe
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Return a run directory with two checkpoints, one with optimizer state, and a torn last line of metrics."""
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("runs") / "run"
     config = recipe("17m", "clm", "pretrain")
     for step in (10, 20):
         staging = new_staging(checkpoints_folder(folder), step)
@@ -34,6 +35,12 @@ def run(tmp_path):
     lines = [{"step": step, "tokens": step * 1000, "loss": 5 - step / 10, "lr": 1e-3} for step in range(1, 24)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 24, "lo')
     return folder
+
+
+@pytest.fixture
+def run(written, tmp_path):
+    """Return a copy that a test may change."""
+    return shutil.copytree(written, tmp_path / "run", symlinks=True)
 
 
 def test_inspect_checkpoint_reports_contents_and_verifies(run, capsys):

@@ -45,9 +45,15 @@ def floats(text: str) -> list[float]:
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run")
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run")
+def run(written: Path, tmp_path: Path) -> Path:
+    """Return a run that a test may change."""
+    return shutil.copytree(written, tmp_path / "run")
 
 
 @pytest.fixture

@@ -6,34 +6,40 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from megatron_ettin.cli.main import main
-from tests.pool import Pool
-from tests.train.runs import train
+from megatron_ettin.config.resolve import from_yaml
+from megatron_ettin.data.order import open_run_corpus
+from tests import forkserver
+from tests.train.runs import command
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT = int(os.environ.get("ETTIN_CORRUPTIONS", "80"))
+SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2"]
 
 
-def compile_an_order(pool: Pool, folder: Path) -> None:
-    """Train on the rows of two steps of the run in `folder`, as an order from a file, so that order files exist."""
+def corrupt(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run `tools/chaos.py corrupt WORDS`."""
+    line = forkserver.command("tests.chaos.forked:run_chaos", "corrupt", *words)
+    return subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
+
+
+def compile_an_order(folder: Path) -> None:
+    """Open the rows of two steps of the run in `folder` as an order from a file, so that order files exist."""
     given = folder / "steps.parquet"
     assert main(["order", str(folder / "run"), "--steps", "1:3", "--out", str(given)]) == 0
-    train(pool, 2, folder / "again", folder / "dataset", "mlm", ["run.steps=2", f"data.order={given}"])
+    config = from_yaml(folder / "run" / "config.yaml")
+    mixture = [{"path": str(folder / "dataset")}]
+    open_run_corpus(replace(config, data=replace(config.data, mixture=mixture, order=str(given))))
 
 
-@pytest.mark.ranks
-def test_chaos_corrupt_every_changed_byte_is_detected(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "dataset")
-    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=2", "checkpoint.every_steps=1"])
-    compile_an_order(pool, tmp_path)
-    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), "corrupt"]
-    line += [str(tmp_path / "dataset"), str(tmp_path / "run"), "--count", str(COUNT), "--seed", "3", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    words = [*SMALL, "run.steps=2", "checkpoint.every_steps=1"]
+    subprocess.run(forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", words)), check=True)
+    compile_an_order(tmp_path)
+    done = corrupt(tmp_path / "dataset", tmp_path / "run", "--count", COUNT, "--seed", 3, "--json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     kinds = json.loads(done.stdout)["kinds"]
     assert {"order.json", "chunks.int64", "sources.int16"} <= kinds.keys()
@@ -49,7 +55,6 @@ def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Pat
     content = json.loads(path.read_text())
     del content["content_sha256"]
     path.write_text(json.dumps(content))
-    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "chaos.py"), "corrupt", str(tmp_path / "dataset")]
-    done = subprocess.run([*line, "--count", "400"], capture_output=True, text=True, cwd=ROOT)
+    done = corrupt(tmp_path / "dataset", "--count", 400)
     assert done.returncode == 1
     assert "manifest.json: byte" in done.stdout

@@ -7,6 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import forkserver
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("ETTIN_FUZZ_RUNS", "20000"))
@@ -17,20 +22,35 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_fuzz_every_reader_accepts_or_refuses_without_failure(tmp_path: Path) -> None:
-    done = fuzz("--runs", str(RUNS), "--seed", "11", "--out", str(tmp_path / "failures"), "--json")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads(done.stdout)
+def check(rows: list[dict[str, Any]]) -> None:
     assert len(rows) == 10
-    assert sum(row["executions"] for row in rows) >= RUNS
     for row in rows:
         assert row["refused"] > row["executions"] // 4, row
         assert row["accepted"] > 0, row
         assert row["peak_bytes"] < 1 << 30, row
         assert row["failures"] == [], row
+
+
+def test_fuzz_every_reader_a_hundred_times_finds_no_failure(tmp_path: Path) -> None:
+    command = forkserver.command("tests.security.fuzzed:fuzz_all", 100, 12, tmp_path / "failures")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    check(rows)
+    assert [row["executions"] for row in rows] == [100] * 10
+
+
+@pytest.mark.full
+def test_fuzz_every_reader_accepts_or_refuses_without_failure(tmp_path: Path) -> None:
+    done = fuzz("--runs", str(RUNS), "--seed", "11", "--out", str(tmp_path / "failures"), "--json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    check(rows)
+    assert sum(row["executions"] for row in rows) >= RUNS
     assert not (tmp_path / "failures").exists()
 
 
+@pytest.mark.full
 def test_fuzz_faulty_readers_are_reported_and_kept(tmp_path: Path) -> None:
     """The tool reports a reader that lets an error through and one that runs code from a file, so it can fail."""
     script = tmp_path / "broken.py"

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import latest
@@ -55,8 +57,13 @@ class Trained:
 
 
 def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair each layout with half of the options, alternating the halves; with ETTIN_WHOLE_TABLES (tests/nightly.sh)
-    with all of them. Of four options the halves are 0 and 3, 1 and 2: each has both objectives and both optimizers."""
+    """Pair each layout with two of the options, layout after layout with the first and the last, the second and the
+    last but one, and so on; with ETTIN_WHOLE_TABLES (tests/nightly.sh) with all of them.
+
+    Args:
+        options: all combinations of two-valued choices, in the order of `itertools.product`. Two options equally far
+            from the ends then differ in every choice, so that each layout meets every value of each choice.
+    """
     if os.environ.get("ETTIN_WHOLE_TABLES"):
         return [(layout, option) for layout in layouts for option in options]
     last = len(options) - 1
@@ -64,7 +71,18 @@ def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str
         (layout, option)
         for number, layout in enumerate(layouts)
         for place, option in enumerate(options)
-        if min(place, last - place) % 2 == number % 2
+        if min(place, last - place) == number % (len(options) // 2)
+    ]
+
+
+def tiered(cases: Iterable[str | tuple[str, ...]], first: Sequence[str | tuple[str, ...]]) -> list[Any]:
+    """Return the cases for `pytest.mark.parametrize`, those that are not in `first` marked `full`."""
+    cases = list(cases)
+    assert set(first) <= set(cases), set(first) - set(cases)
+    words = [(case,) if isinstance(case, str) else case for case in cases]
+    return [
+        pytest.param(*word, marks=() if case in first else pytest.mark.full)
+        for case, word in zip(cases, words, strict=True)
     ]
 
 

@@ -45,7 +45,7 @@ def test_code_hash_and_versions_have_expected_form() -> None:
 
 def test_train_edited_code_on_one_rank_is_refused_on_all_ranks(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """Every rank exits with 2, and the run directory can be used afterwards."""
-    words = command(tmp_path / "run", corpus, "mlm", ["run.steps=2"])
+    words = command(tmp_path / "run", corpus, "mlm", ["run.steps=1"])
     results = pool.run(2, words, "edited_code_on_rank_1")
     assert [result.status for result in results] == [2, 2]
     assert "the ranks differ in code of megatron_ettin: rank 1 on " in results[0].output

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from tests.pool import Pool
 from tests.train.runs import TINY, read
 
 pytestmark = pytest.mark.ranks
+Apart = Callable[[int], Path]
 PHASES = ("pretrain", "extend", "decay")
 WORDS = [
-    *("model.attention_output_dropout=0.1", "checkpoint.every_steps=1", "checkpoint.keep=0", "run.steps=4"),
+    *("model.attention_output_dropout=0.1", "run.steps=4"),
     *("extend.data.seq_len=96", "extend.model.max_position_embeddings=96", "decay.data.seq_len=96"),
     *("decay.optim.lr=1e-3", "decay.schedule.name=one_minus_sqrt", "decay.schedule.decay_tokens=2000"),
     *("extend.run.steps=3", "decay.run.steps=3"),
@@ -37,21 +40,28 @@ def same(one: Path, other: Path) -> None:
         assert all(torch.equal(mine[name], yours[name]) for name in yours), phase
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def apart(request: pytest.FixtureRequest, pool: Pool, corpus: Path, tmp_path_factory) -> tuple[int, Path]:
-    """World size and folder of the three phases run as three jobs."""
-    world, root = request.param, tmp_path_factory.mktemp("apart")
-    before: list[str] = []
-    for phase in PHASES:
-        words = line(corpus, phase, root / phase, f"parallel.tp={world}")
-        results = pool.run(world, [*words, *before])
-        assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
-        before = ["--init-from", str(root / phase)]
-    return world, root
+@pytest.fixture(scope="module")
+def apart(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Apart:
+    """Return a function of the world size, for the folder of the three phases run as three jobs."""
+
+    @functools.cache
+    def run(world: int) -> Path:
+        root, before = tmp_path_factory.mktemp("apart"), []
+        for phase in PHASES:
+            words = line(corpus, phase, root / phase, f"parallel.tp={world}")
+            results = pool.run(world, [*words, *before])
+            assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
+            before = ["--init-from", str(root / phase)]
+        return root
+
+    return run
 
 
-def test_phase_all_in_one_job_matches_three_jobs(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
-    world, root = apart
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_phase_all_in_one_job_matches_three_jobs(
+    pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, world: int
+) -> None:
+    root = apart(world)
     results = pool.run(world, line(corpus, "all", tmp_path, f"parallel.tp={world}"))
     assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
     same(tmp_path, root)
@@ -62,11 +72,18 @@ def test_phase_all_in_one_job_matches_three_jobs(pool: Pool, corpus: Path, tmp_p
     same(tmp_path, root)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "world"),
+    [
+        ("extend", 1),
+        pytest.param("pretrain", 2, marks=pytest.mark.full),
+        pytest.param("decay", 2, marks=pytest.mark.full),
+    ],
+)
 def test_phase_all_stopped_within_a_phase_resumes_bit_identically(
-    pool: Pool, corpus: Path, tmp_path: Path, apart, phase: str
+    pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, phase: str, world: int
 ) -> None:
-    world, root = apart
+    root = apart(world)
     words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
     assert {result.status for result in pool.run(world, words, mutation=f"stop_in_{phase}")} == {75}
     assert read_progress(latest(tmp_path / phase))["step"] == 2
@@ -75,11 +92,12 @@ def test_phase_all_stopped_within_a_phase_resumes_bit_identically(
     same(tmp_path, root)
 
 
+@pytest.mark.full
 def test_phase_all_stopped_between_phases_resumes_bit_identically(
-    pool: Pool, corpus: Path, tmp_path: Path, apart
+    pool: Pool, corpus: Path, tmp_path: Path, apart: Apart
 ) -> None:
     """Interrupt the chain after extend has ended and before decay has begun."""
-    world, root = apart
+    world, root = 2, apart(2)
     words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
     assert {result.status for result in pool.run(world, words, mutation="stop_in_extend")} == {75}
     assert read_progress(latest(tmp_path / "extend"))["step"] == 2
@@ -103,9 +121,9 @@ def test_phase_all_invalid_later_phase_is_refused_before_training(pool: Pool, co
     assert "--from-step: is of one phase" in result.output
 
 
-def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_path: Path, apart) -> None:
-    _, root = apart
-    words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", str(root / "pretrain"))
+def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_path: Path, apart: Apart) -> None:
+    first = str(apart(1) / "pretrain")
+    words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", first)
     (result,) = pool.run(1, words)
     assert result.status == 0
     assert "warning: decay begins from pretrain; the recipe goes on from extend" in result.output

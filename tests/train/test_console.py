@@ -7,12 +7,12 @@ import json
 import os
 import pty
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.config.counts import duration
+from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, read
 
@@ -22,10 +22,11 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def on_a_terminal(words: list[str], columns: int) -> tuple[int, str]:
     """Run `ettin` on a terminal of that width; return its exit status and its output without control sequences."""
+    line = program("ettin", *words)
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(columns), OMP_NUM_THREADS="1")
-        os.execv(sys.executable, [sys.executable, "-m", "megatron_ettin", *words])
+        os.execv(line[0], line)
     said = b""
     # reading a closed terminal raises OSError
     with contextlib.suppress(OSError):
@@ -35,18 +36,17 @@ def on_a_terminal(words: list[str], columns: int) -> tuple[int, str]:
 
 
 def test_terminal_progress_shows_step_loss_and_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    words = command(
-        tmp_path / "run", corpus, "mlm", ["run.steps=6", "checkpoint.every_steps=3", "checkpoint.asynchronous=false"]
-    )
+    more = ["run.steps=3", "checkpoint.every_steps=3", "checkpoint.asynchronous=false"]
+    words = command(tmp_path / "run", corpus, "mlm", more)
     status, said = on_a_terminal(words, 150)
     assert status == 0, said[-2000:]
     assert "17m mlm pretrain" in said
     assert "100%" in said
     assert "0s left" in said
     last = read(tmp_path / "run").metrics[-1]
-    assert "step 6 of 6 · " in said
+    assert "step 3 of 3 · " in said
     assert f"loss {last['loss']:.4f} · lr 3.00e-03 · norm {last['grad_norm']:.3f}" in said
-    assert "checkpoint: step 6" in said
+    assert "checkpoint: step 3" in said
     # there is no peak FLOP/s for a CPU
     assert "MFU" not in said
 
@@ -62,11 +62,11 @@ def test_log_without_terminal_has_one_plain_line_per_step(pool: Pool, corpus: Pa
 
 
 def test_json_output_lines_match_metrics_jsonl(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = command(tmp_path / "run", corpus, "clm", ["run.steps=3", "metrics.every_steps=1", "--json"])
+    words = command(tmp_path / "run", corpus, "clm", ["run.steps=2", "metrics.every_steps=1", "--json"])
     answers = pool.run(2, words)
     assert [one.status for one in answers] == [0, 0], answers[0].output
     found = [json.loads(line) for line in answers[0].output.splitlines() if line.startswith("{")]
-    assert [line.pop("seconds_left") >= 0 for line in found] == [True] * 3
+    assert [line.pop("seconds_left") >= 0 for line in found] == [True] * 2
     metrics = read(tmp_path / "run").metrics
     for line, recorded in zip(found, metrics, strict=True):
         assert {key: line[key] for key in line if key != "peak_memory_bytes"}.items() <= recorded.items()

@@ -22,7 +22,21 @@ STILL = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "model.attenti
 
 @pytest.fixture(scope="module")
 def encoder(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
-    return train(pool, 1, tmp_path_factory.mktemp("encoder"), corpus, "mlm", ["run.steps=5"])
+    return train(pool, 1, tmp_path_factory.mktemp("encoder"), corpus, "mlm", ["run.steps=3"])
+
+
+@pytest.fixture(scope="module")
+def decoder(pool: Pool, corpus: Path, encoder: Trained, tmp_path_factory) -> Trained:
+    """Decoder from the encoder's weights, without learning, on two ranks."""
+    return cross(pool, corpus, tmp_path_factory.mktemp("decoder"), "clm", encoder.directory, world=2)
+
+
+@pytest.fixture(scope="module")
+def exported(encoder: Trained, tmp_path_factory) -> Path:
+    """Hugging Face folder of the encoder."""
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    assert main(["convert", "to-hf", str(encoder.directory), str(out)]) == 0
+    return out
 
 
 def cross(pool: Pool, corpus: Path, run: Path, objective: str, source: Path, *words: str, world: int = 1) -> Trained:
@@ -49,28 +63,25 @@ def loss_of(folder: Path, objective: str, run: Path, room: Path) -> float:
 
 @pytest.mark.parametrize("objective", ["clm", "mntp"])
 def test_cross_training_first_loss_matches_transformers(
-    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, objective: str
+    pool: Pool, corpus: Path, encoder: Trained, decoder: Trained, tmp_path: Path, objective: str
 ) -> None:
     """Train a decoder from encoder weights, and an mntp encoder (predicting one position ahead) from a decoder."""
-    source = encoder.directory
+    source, found = encoder.directory, decoder
     if objective == "mntp":
-        source = cross(pool, corpus, tmp_path / "decoder", "clm", source, "run.seed=4").directory
-    found = cross(pool, corpus, tmp_path / "run", objective, source, world=2)
+        source = decoder.directory
+        found = cross(pool, corpus, tmp_path / "run", objective, source, "run.seed=4", world=2)
     kind = "clm" if KINDS[objective].causal else "mlm"
     assert main(["convert", "to-hf", str(source), str(tmp_path / "hf"), "--objective", kind]) == 0
-    assert loss_of(tmp_path / "hf", kind, tmp_path / "run", tmp_path) == pytest.approx(
-        found.column("loss")[0], rel=1e-5
-    )
-    launch = json.loads((tmp_path / "run/history.jsonl").read_text().splitlines()[0])
+    assert loss_of(tmp_path / "hf", kind, found.directory, tmp_path) == pytest.approx(found.column("loss")[0], rel=1e-5)
+    launch = json.loads((found.directory / "history.jsonl").read_text().splitlines()[0])
     # the optimizer state is not taken along
     assert launch["from"].startswith("weights of ")
 
 
 def test_cross_training_round_trip_keeps_every_tensor(
-    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path
+    pool: Pool, corpus: Path, encoder: Trained, decoder: Trained, exported: Path, tmp_path: Path
 ) -> None:
     """Go from encoder to decoder to encoder through checkpoints, and through an exported Hugging Face folder."""
-    decoder = cross(pool, corpus, tmp_path / "decoder", "clm", encoder.directory, world=2)
     back = cross(pool, corpus, tmp_path / "back", "mlm", decoder.directory)
     assert main(["convert", "to-hf", str(decoder.directory), str(tmp_path / "hf")]) == 0
     through = cross(pool, corpus, tmp_path / "through", "mlm", tmp_path / "hf", world=2)
@@ -79,9 +90,8 @@ def test_cross_training_round_trip_keeps_every_tensor(
         weights = run.weights()
         assert weights.keys() == first.keys()
         assert all(torch.equal(weights[name], first[name]) for name in first)
-    assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "one")]) == 0
     assert main(["convert", "to-hf", str(through.directory), str(tmp_path / "other")]) == 0
-    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    one, other = tensors(exported), tensors(tmp_path / "other")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert read_config(through.directory)["run"]["seed"] == 210
@@ -117,14 +127,13 @@ def test_cross_training_mismatched_shape_is_refused(
 
 
 def test_eval_of_run_and_exported_folder_gives_same_loss(
-    encoder: Trained, corpus: Path, tmp_path: Path, capsys
+    encoder: Trained, exported: Path, corpus: Path, capsys
 ) -> None:
     """A run and its exported folder have the same loss; another objective gives another loss."""
-    assert main(["convert", "to-hf", str(encoder.directory), str(tmp_path / "hf")]) == 0
     losses = {}
     for name, words in {
         "run": [str(encoder.directory)],
-        "folder": [str(tmp_path / "hf"), "--seq-len", "64"],
+        "folder": [str(exported), "--seq-len", "64"],
         "clm": [str(encoder.directory), "--objective", "clm"],
         "mntp": [str(encoder.directory), "--objective", "mntp"],
     }.items():

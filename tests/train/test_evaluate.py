@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.validation import validation_sets
@@ -37,7 +38,7 @@ def two_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     return folder / "dataset"
 
 
-@pytest.fixture(scope="module", params=["mlm", "clm"])
+@pytest.fixture(scope="module", params=[("mlm", "", 1000), ("clm", "parallel.pp=2", 30)], ids=["mlm dp2", "clm pp2"])
 def run(
     request: pytest.FixtureRequest,
     pool: Pool,
@@ -45,10 +46,11 @@ def run(
     two_inputs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trained:
-    """Run of four steps on two ranks, evaluated on both datasets at the last step."""
+    """Run of two steps on two ranks, evaluated at the last one on both datasets: on all rows or on 30."""
+    objective, layout, rows = request.param
     held_out = f"data.validation={{old: {corpus / 'heldout'}, new: {two_inputs}}}"
-    words = [held_out, "metrics.eval_every_steps=4", "metrics.eval_rows=1000", "run.steps=4"]
-    return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, request.param, words)
+    words = [held_out, "metrics.eval_every_steps=2", f"metrics.eval_rows={rows}", "run.steps=2", *layout.split()]
+    return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, objective, words)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -79,12 +81,16 @@ def test_train_validation_logs_a_loss_per_source(run: Trained) -> None:
 def test_eval_single_process_matches_validation_loss_per_source(
     run: Trained, pool: Pool, corpus: Path, two_inputs: Path
 ) -> None:
-    """One process gets the losses of two ranks for every source, and the sources add up to the total."""
-    words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--json"]
-    answer = pool.run(1, ["eval", str(run.directory), *words])[0]
+    """One process gets the losses and accuracies of two ranks, in all and for every source, and the sources add up to
+    the total."""
+    rows = read_config(run.directory)["metrics"]["eval_rows"]
+    words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
+    answer = pool.run(1, ["eval", str(run.directory), *words, "--baseline", str(corpus)])[0]
     assert answer.status == 0, answer.output
     found, logged = json.loads(answer.output.strip().splitlines()[-1]), run.metrics[-1]
     assert found["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(logged["validation_accuracy"])
+    assert 3 < found["unigram_loss"] < np.log(320)
     for name, part in found["sources"].items():
         assert part["loss"] == pytest.approx(logged[f"validation_loss/{name}"], rel=1e-5)
         assert ("perplexity" in part) == (found["objective"] == "clm")
@@ -92,6 +98,7 @@ def test_eval_single_process_matches_validation_loss_per_source(
     parts = found["sources"].values()
     assert found["labels"] == sum(part["labels"] for part in parts)
     assert found["rows"] == sum(part["rows"] for part in parts)
+    assert (found["rows"] == 30) == (rows == 30)
     assert found["loss"] == pytest.approx(sum(part["loss"] * part["labels"] for part in parts) / found["labels"])
     assert len({round(part["loss"], 6) for part in parts}) == len(parts)
 

@@ -16,16 +16,17 @@ from tests.train.runs import train
 pytestmark = pytest.mark.ranks
 FILE = Path(__file__).with_name("golden.json")
 OBJECTIVES = ("mlm", "clm", "mntp", "hybrid", "hybrid_mntp")
-WORDS = ["run.steps=12", "run.deterministic=true", "model.attention_output_dropout=0.1"]
+WORDS = ["run.deterministic=true", "model.attention_output_dropout=0.1"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_train_deterministic_losses_match_golden_file(pool: Pool, corpus: Path, tmp_path: Path, objective: str) -> None:
     """A second run in the same process is bit-identical; the file is matched within the fp32 rounding of other CPUs."""
-    more = ["data.clm_fraction=0.5"] if objective.startswith("hybrid") else []
-    first, second = (train(pool, 1, tmp_path / name, corpus, objective, [*WORDS, *more]) for name in ("a", "b"))
-    assert first.column("loss") == second.column("loss")
-    assert first.column("grad_norm") == second.column("grad_norm")
+    words = [*WORDS, *(["data.clm_fraction=0.5"] if objective.startswith("hybrid") else [])]
+    first = train(pool, 1, tmp_path / "first", corpus, objective, ["run.steps=12", *words])
+    second = train(pool, 1, tmp_path / "second", corpus, objective, ["run.steps=4", *words])
+    assert second.column("loss") == first.column("loss")[:4]
+    assert second.column("grad_norm") == first.column("grad_norm")[:4]
     found = {key: first.column(key) for key in ("loss", "grad_norm", "labels", "tokens")}
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     if os.environ.get("ETTIN_WRITE_GOLDEN"):

@@ -3,6 +3,7 @@ exit with the run, however it ends."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from megatron_ettin.cli.main import main
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import BatchConfig
 from megatron_ettin.data.batch_sizes import BatchSizes
@@ -25,8 +28,9 @@ from megatron_ettin.objectives.labels import labeller
 from megatron_ettin.objectives.row_kinds import RowKinds
 from megatron_ettin.train.host_batches import HostBatches
 from megatron_ettin.train.loader import Loader, worker_count
-from tests.forkserver import program
-from tests.pool import Pool
+from tests import forkserver
+from tests.forkserver import Child
+from tests.pool import Pool, mutated
 from tests.train.runs import command, train
 
 BATCH = BatchConfig(8, 2, warmup_tokens=2_000, warmup_min_rows=3)
@@ -46,7 +50,7 @@ def content(loader: Loader, steps: range) -> list[tuple]:
     return [(b.input_ids.tolist(), b.labels.tolist(), b.host.lengths, b.host.slots, b.host.pairs) for b in batches]
 
 
-@pytest.mark.parametrize("dp_rank", [0, 1])
+@pytest.mark.parametrize("dp_rank", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_loader_any_worker_count_yields_same_batches(corpus: Path, dp_rank: int) -> None:
     host = host_batches(corpus, dp_rank=dp_rank)
     expected = [host.make(step, index) for step in range(12) for index in range(host.count(step))]
@@ -90,10 +94,13 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
 
 
 def test_loader_imports_no_megatron_and_host_batches_no_torch() -> None:
-    code = "import sys, megatron_ettin.train.loader; assert not [m for m in sys.modules if m.startswith('megatron.')]"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    code = "import sys, megatron_ettin.train.host_batches; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    lines = [
+        "import sys, megatron_ettin.train.host_batches",
+        "assert 'torch' not in sys.modules",
+        "import megatron_ettin.train.loader",
+        "assert not [name for name in sys.modules if name.startswith('megatron.')]",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def test_worker_count_unset_is_two_on_gpu_and_zero_on_cpu() -> None:
@@ -142,19 +149,19 @@ def loading_processes(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.ranks
 def test_train_losses_do_not_depend_on_worker_count(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Run `ettin train` with 0, 1 and 2 workers, and with 2 after a resume in the middle of the batch warm-up."""
-    words = ["batch.warmup_tokens=4000", "batch.warmup_min_rows=2", "run.steps=12"]
-    runs = {
-        workers: train(pool, 1, tmp_path / str(workers), corpus, "mlm", [*words, f"data.workers={workers}"])
-        for workers in (0, 1, 2)
-    }
-    train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words[:2], "run.steps=5", "data.workers=2"])
-    runs[3] = train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words, "data.workers=2", "data.prefetch=1"])
+    """Run `ettin train` without workers, and with 2 and a resume in the middle of the batch warm-up."""
+    words = ["batch.warmup_tokens=2000", "batch.warmup_min_rows=2"]
+    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", [*words, "run.steps=8", "data.workers=0"])
+    train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words, "run.steps=4", "data.workers=2"])
+    more = [*words, "run.steps=8", "data.workers=2", "data.prefetch=1"]
+    resumed = train(pool, 1, tmp_path / "halves", corpus, "mlm", more)
     for key in ("step", "loss", "grad_norm", "rows", "labels", "tokens"):
-        assert all(run.column(key) == runs[0].column(key) for run in runs.values()), key
+        assert resumed.column(key) == whole.column(key), key
+    assert [last - first for first, last in whole.column("rows")] == [2, 2, 2, 2, 3, 3, 3, 4]
 
 
 @pytest.mark.ranks
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["parallel.pp=2 parallel.vp=2", "parallel.tp=2", ""])
 def test_train_on_layout_with_workers_matches_without_workers(
     pool: Pool, corpus: Path, tmp_path: Path, layout: str
@@ -165,6 +172,7 @@ def test_train_on_layout_with_workers_matches_without_workers(
     assert found.column("loss") == without.column("loss")
 
 
+@pytest.mark.full
 @pytest.mark.ranks
 def test_data_order_with_workers_is_not_read_past_its_end(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """Workers that prefetch stop at the end of an order of four exported steps."""
@@ -176,67 +184,87 @@ def test_data_order_with_workers_is_not_read_past_its_end(pool: Pool, corpus: Pa
     assert given.column("loss") == whole.column("loss")
 
 
-def start_training(corpus: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
-    line = [*command(folder, corpus, "mlm", ["data.workers=2", *words])]
-    return subprocess.Popen(
-        program("ettin", *line),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def train_in_own_group(*words: str) -> int:
+    """Run `ettin WORDS` in this process, as the leader of a process group."""
+    os.setsid()
+    with mutated(None):
+        return main(list(words))
 
 
-def wait_for_step(process: subprocess.Popen[str], directory: Path) -> None:
-    for _ in range(600):
-        if (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").read_text():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise AssertionError("no step within a minute")
+@pytest.fixture
+def start(corpus: Path, tmp_path: Path) -> Iterator[Callable[[str], Child]]:
+    """Return a function that starts a run with two workers in a process of its own, which leads a group."""
+    started: list[Child] = []
+
+    def start_training(word: str) -> Child:
+        words = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", word])
+        with open(tmp_path / "said", "wb") as said:
+            files = (0, said.fileno(), said.fileno())
+            target = "tests.train.test_loader:train_in_own_group"
+            started.append(forkserver.call(forkserver.shared(), target, words, files))
+        return started[-1]
+
+    yield start_training
+    for one in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.pid, signal.SIGKILL)
+        one.close()
+
+
+def workers_after_a_step(child: Child, folder: Path) -> list[psutil.Process]:
+    """Wait for the first step of a run in `folder`, and return the processes that it has started."""
+    for _ in range(3000):
+        if (folder / "run" / "metrics.jsonl").exists() and (folder / "run" / "metrics.jsonl").read_text():
+            break
+        assert child.poll() is None, (folder / "said").read_text()
+        time.sleep(0.02)
+    below = psutil.Process(child.pid).children(recursive=True)
+    # a fork server and two workers
+    assert len(below) >= 3
+    return below
 
 
 def all_end(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     return not alive
 
 
-def test_loader_workers_exit_after_run_is_killed(corpus: Path, tmp_path: Path) -> None:
-    process = start_training(corpus, tmp_path / "run", "run.steps=100000")
-    wait_for_step(process, tmp_path / "run")
-    below = psutil.Process(process.pid).children(recursive=True)
-    # a fork server and two workers
-    assert len(below) >= 3
-    process.kill()
-    process.wait()
+def test_loader_workers_exit_after_run_is_killed(start: Callable[[str], Child], tmp_path: Path) -> None:
+    child = start("run.steps=100000")
+    below = workers_after_a_step(child, tmp_path)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait(60) == -signal.SIGKILL
     assert all_end(below)
 
 
-def test_sigterm_to_process_group_saves_and_exits_75(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_sigterm_to_process_group_saves_and_exits_75(start: Callable[[str], Child], tmp_path: Path) -> None:
     """SIGTERM to every process of the job, as a scheduler sends it: the run saves its last step and exits with 75."""
-    process = start_training(corpus, tmp_path / "run", "run.steps=100000")
-    wait_for_step(process, tmp_path / "run")
-    below = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
-    assert "Traceback" not in output
+    child = start("run.steps=100000")
+    below = workers_after_a_step(child, tmp_path)
+    assert {os.getpgid(process.pid) for process in below} == {child.pid}
+    os.killpg(child.pid, signal.SIGTERM)
+    said = tmp_path / "said"
+    assert child.wait(60) == 75, said.read_text()
+    assert "Traceback" not in said.read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert list((tmp_path / "run" / "checkpoints").glob(f"step_{lines[-1]['step']:09d}"))
     assert all_end(below)
 
 
+@pytest.mark.full
 def test_train_finished_run_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
-    process = start_training(corpus, tmp_path / "run", "run.steps=3")
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    """The command as users start it, in a process group of its own."""
+    words = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", "run.steps=3"])
+    process = subprocess.Popen([sys.executable, "-m", "megatron_ettin", *words], start_new_session=True)
+    assert process.wait(timeout=120) == 0
     # the fork server needs a moment to notice that its parent has exited
-    for _ in range(100):
+    for _ in range(3000):
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError("a process of the run is still there")
 
 
@@ -244,7 +272,5 @@ def test_train_finished_run_leaves_no_process(corpus: Path, tmp_path: Path) -> N
 def test_loader_invalid_setting_is_refused(
     corpus: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_ettin.cli.main import main
-
     assert main(command(tmp_path / "run", corpus, "mlm", [word, "run.steps=1"])) == 2
     assert f"{word.partition('=')[0]}: {word.partition('=')[2]} is not allowed" in capsys.readouterr().err

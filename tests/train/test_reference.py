@@ -1,4 +1,4 @@
-"""Fifty steps of training against plain PyTorch: the `transformers` model, rows and masks from `ettin order`, the loss
+"""Twelve steps of training against plain PyTorch: the `transformers` model, rows and masks from `ettin order`, the loss
 and StableAdamW written out here. With our recipe and the original one, at a learning rate at which the loss falls."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.pool import Pool
 from tests.train.runs import train
 
 pytestmark = pytest.mark.ranks
-STEPS, ROWS = 50, 8
+STEPS, ROWS = 12, 8
 RECIPES = {
     "paired": ["batch.micro_batch_rows=4"],
     "original": ["run.recipe=original", "data.batching=padded", "data.seq_len=48", "batch.micro_batch_rows=4"],
@@ -95,7 +95,7 @@ def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_train_fifty_steps_matches_plain_pytorch(
+def test_train_losses_match_plain_pytorch(
     pool: Pool, corpus: Path, tmp_path: Path, objective: str, recipe: str
 ) -> None:
     words = [f"run.steps={STEPS}", "model.attention_output_dropout=0", *RECIPES[recipe]]
@@ -111,4 +111,4 @@ def test_train_fifty_steps_matches_plain_pytorch(
     seen = dict(np.load(tmp_path / "seen.npz"))
     losses = plain_training(load(tmp_path / "hf", objective), seen, config.optim, 4, mean_of_means=original)
     assert losses[0] - losses[-1] > 1
-    assert losses == pytest.approx(found.column("loss"), rel=1e-4)
+    assert losses == pytest.approx(found.column("loss"), rel=3e-6)

@@ -79,12 +79,11 @@ def test_data_skip_after_from_step_leaves_out_rows(
     assert (four["labels"] == five["labels"]).all()
 
 
-def test_data_skip_of_trained_rows_is_refused(pool: Pool, corpus: Path, run: Path) -> None:
+def test_data_skip_of_trained_rows_is_refused(corpus: Path, whole: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS, "run.steps=8", "data.skip=40:48"]
-    (result,) = pool.run(1, command(run, corpus, "mlm", words, ["--allow-change", "data.skip"]))
-    assert result.status == 2
+    assert main(command(whole.directory, corpus, "mlm", words, ["--allow-change", "data.skip"])) == 2
     said = "data.skip: 40:48 begins before row 48, up to which this run has trained; go back with --from-step first"
-    assert said in result.output.splitlines()[-1]
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_row_order_with_skips_leaves_out_rows(corpus: Path) -> None:
@@ -115,41 +114,47 @@ def test_parse_skips_invalid_range_is_refused(text: str) -> None:
     ],
 )
 def test_from_step_without_checkpoint_is_refused(
-    pool: Pool, corpus: Path, run: Path, options: list[str], said: str
+    corpus: Path, whole: Trained, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    (result,) = pool.run(1, command(run, corpus, "mlm", WORDS, options))
-    assert result.status == 2
-    assert said in result.output.splitlines()[-1]
-    assert latest(run).name == "step_000000006"
-    assert not (run / "rolled_back").exists()
+    assert main(command(whole.directory, corpus, "mlm", WORDS, options)) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert latest(whole.directory).name == "step_000000006"
+    assert not (whole.directory / "rolled_back").exists()
+
+
+@pytest.fixture(scope="module")
+def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of four steps, of which the second and the fourth pass a multiple of 700 tokens."""
+    words = ["run.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.weights_every_tokens=700"]
+    found = train(pool, 2, tmp_path_factory.mktemp("milestones"), corpus, "mlm", [*words, "parallel.tp=2"])
+    tokens = [0, *found.column("tokens")]
+    assert [step for step in range(1, 5) if tokens[step] // 700 > tokens[step - 1] // 700] == [2, 4]
+    return found
 
 
 def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
-    pool: Pool, corpus: Path, tmp_path: Path, whole: Trained
+    pool: Pool, corpus: Path, tmp_path: Path, milestones: Trained
 ) -> None:
     """Milestones are saved at multiples of a token count next to one full checkpoint; a phase can start from one."""
-    # multiples of it are passed in steps 2, 3, ...
-    every = whole.column("tokens")[1] // 2 + 20
-    words = ["run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=1", f"checkpoint.weights_every_tokens={every}"]
-    found = train(pool, 2, tmp_path / "run", corpus, "mlm", [*words, "parallel.tp=2"])
-    tokens = [0, *found.column("tokens")]
-    wanted = [step for step in range(1, 7) if tokens[step] // every > tokens[step - 1] // every]
-    assert [int(path.name[5:]) for path in list_milestones(tmp_path / "run")] == wanted
-    assert len(wanted) >= 3
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_000000006"]
-    full = sum(path.stat().st_size for path in list_checkpoints(tmp_path / "run")[0].rglob("*"))
-    milestone = list_milestones(tmp_path / "run")[0]
+    run = milestones.directory
+    assert [path.name for path in list_milestones(run)] == ["step_000000002", "step_000000004"]
+    assert [path.name for path in list_checkpoints(run)] == ["step_000000004"]
+    full = sum(path.stat().st_size for path in list_checkpoints(run)[0].rglob("*"))
+    milestone = list_milestones(run)[0]
     assert sum(path.stat().st_size for path in milestone.rglob("*")) < full / 2
     assert main(["inspect", str(milestone), "--verify"]) == 0
-    branch = ["--init-from", str(tmp_path / "run"), "--from-step", str(wanted[0])]
+    branch = ["--init-from", str(run), "--from-step", "2"]
     line = command(tmp_path / "branch", corpus, "mlm", ["run.steps=1"], branch)
     line[line.index("pretrain")] = "decay"
     (result,) = pool.run(1, line)
     assert result.status == 0, result.output[-2000:]
     assert f"weights of {milestone}" in result.output
     assert read(tmp_path / "branch").column("step") == [1]
-    status = main(["release", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--order", "none", "--json"])
-    assert status == 0
-    index = json.loads((tmp_path / "out/release.json").read_text())
-    steps = sorted({0, *wanted, 6})
-    assert [one["revision"] for one in index["revisions"]] == [f"step{step}" for step in steps]
+
+
+@pytest.mark.full
+def test_release_of_run_with_milestones_has_a_revision_for_each(tmp_path: Path, milestones: Trained) -> None:
+    words = ["release", str(milestones.directory), "--out", str(tmp_path), "--order", "none", "--json"]
+    assert main(words) == 0
+    index = json.loads((tmp_path / "release.json").read_text())
+    assert [one["revision"] for one in index["revisions"]] == ["step0", "step2", "step4"]

@@ -13,20 +13,23 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, verify
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name, verify
 from megatron_ettin.checkpoint.reading import CheckpointReader
-from tests.forkserver import program
-from tests.pool import Pool
-from tests.train.runs import command, read, train
+from megatron_ettin.cli.main import main
+from tests import forkserver
+from tests.pool import Pool, mutated
+from tests.train.runs import Trained, command, read, train
 
 pytestmark = pytest.mark.ranks
-# bytes, the same as in small_blocks of tests/mutations.py
+# bytes, the same as in small_blocks of tests/conditions.py
 BLOCK = 1 << 16
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep=0"]
+EACH = ["checkpoint.every_steps=1", "checkpoint.keep=0"]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -37,21 +40,21 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (1, ""),
-        (4, "parallel.tp=2 parallel.pp=2"),
         (2, "precision.name=bf16"),
-        (2, "parallel.distributed_optimizer=false"),
-        (2, "parallel.engine=deepspeed parallel.zero_stage=3"),
+        pytest.param(1, "", marks=pytest.mark.full),
+        pytest.param(4, "parallel.tp=2 parallel.pp=2", marks=pytest.mark.full),
+        pytest.param(2, "parallel.distributed_optimizer=false", marks=pytest.mark.full),
+        pytest.param(2, "parallel.engine=deepspeed parallel.zero_stage=3", marks=pytest.mark.full),
     ],
 )
 def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path: Path, world: int, words: str) -> None:
     """Every checkpoint holds the tensors of its step, not those that the optimizer has updated while it was written."""
     for name in ("true", "false"):
-        more = ["run.steps=6", *OFTEN, f"checkpoint.asynchronous={name}", *words.split()]
+        more = ["run.steps=4", *OFTEN, f"checkpoint.asynchronous={name}", *words.split()]
         train(pool, world, tmp_path / name, corpus, "mlm", more)
     ours, theirs = (list_checkpoints(tmp_path / name) for name in ("true", "false"))
     assert [path.name for path in ours] == [path.name for path in theirs]
-    assert len(ours) == 3
+    assert len(ours) == 2
     for one, other in zip(ours, theirs, strict=True):
         verify(one)
         first, second = tensors(one), tensors(other)
@@ -60,14 +63,21 @@ def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path:
     assert not list((tmp_path / "true" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("words", ["", "parallel.tp=2 precision.name=bf16", "parallel.pp=2 optim.name=adamw"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "parallel.tp=2 precision.name=bf16",
+        pytest.param("", marks=pytest.mark.full),
+        pytest.param("parallel.pp=2 optim.name=adamw", marks=pytest.mark.full),
+    ],
+)
 def test_sharded_save_matches_unsharded_and_is_spread_over_ranks(
     pool: Pool, corpus: Path, tmp_path: Path, words: str
 ) -> None:
     """The tensors are those of an optimizer that is not distributed, and every rank writes its share of the bytes."""
     found = {}
     for name in ("true", "false"):
-        more = ["run.steps=3", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *words.split()]
+        more = ["run.steps=2", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *words.split()]
         train(pool, 4, tmp_path / name, corpus, "mlm", more)
         found[name] = latest(tmp_path / name)
     ours, theirs = tensors(found["true"]), tensors(found["false"])
@@ -80,15 +90,49 @@ def test_sharded_save_matches_unsharded_and_is_spread_over_ranks(
     assert min(sizes) > sum(sizes) / 8, sizes
 
 
-def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(corpus: Path, tmp_path: Path) -> None:
+def train_killed_at_second_save(moment: str, *words: str) -> int:
+    """Run `ettin WORDS` in this process, and end it by SIGKILL `before` or `after` step 2 gets its name."""
+    rename = os.rename
+
+    def killing(source: Path, target: Path, **named: int) -> None:
+        is_second = Path(target).name == step_name(2)
+        if is_second and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target, **named)
+        if is_second and moment == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(os, "rename", killing), mutated(None):
+        return main(list(words))
+
+
+def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
+    """`latest` names the checkpoint before it, which is whole, and the resumed run has the losses of a whole one."""
+    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
+    for moment in ("before", "after"):
+        run = tmp_path / moment
+        words = command(run, corpus, "mlm", ["run.steps=4", *EACH])
+        line = forkserver.command("tests.train.test_saving:train_killed_at_second_save", moment, *words)
+        assert subprocess.run(line, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+        assert (run / "checkpoints" / "latest").read_text() == "step_000000001\n"
+        assert latest(run, checksums=True) == run / "checkpoints" / "step_000000001"
+        assert (run / "checkpoints" / "step_000000002").exists() == (moment == "after")
+        resumed = train(pool, 1, run, corpus, "mlm", ["run.steps=4", *EACH])
+        assert resumed.column("loss") == whole.column("loss")
+        assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.full
+def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A process that saves at every step is killed at random moments: the checkpoint that `latest` names is complete,
     and the resumed run ends with the losses of an uninterrupted one."""
-    words = [*OFTEN, "checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=60"]
-    line = program("ettin", *command(tmp_path / "run", corpus, "mlm", words))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=30"]
+    line = forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", words))
     draw = random.Random(5)
     for _ in range(3):
-        process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         folder = tmp_path / "run" / "checkpoints"
         began = latest(tmp_path / "run") if folder.exists() else None
         deadline = time.monotonic() + 60
@@ -103,10 +147,9 @@ def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(corpus: Path
         found = latest(tmp_path / "run", checksums=True)
         assert found is not None
         assert found.name == (folder / "latest").read_text().strip()
-    assert subprocess.run(line, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    whole = program("ettin", *command(tmp_path / "whole", corpus, "mlm", ["run.steps=60"]))
-    assert subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    assert read(tmp_path / "run").column("loss") == read(tmp_path / "whole").column("loss")
+    resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", words)
+    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=30"])
+    assert resumed.column("loss") == whole.column("loss")
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
@@ -171,51 +214,67 @@ def test_save_failure_with_on_failure_stop_ends_the_run(pool: Pool, corpus: Path
 
 
 def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=12", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=2000"]
+    words = ["run.steps=8", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=1100"]
     words.append(f"checkpoint.staging={tmp_path / 'own-disk'}")
     run = train(pool, 2, tmp_path / "run", corpus, "clm", words)
     tokens = dict(zip(run.column("step"), run.column("tokens"), strict=True))
-    saved = range(2, 13, 2)
-    crossed = [s for s in saved if tokens[s] // 2000 > (tokens[s - 2] if s > 2 else 0) // 2000]
+    saved = range(2, 9, 2)
+    crossed = [s for s in saved if tokens[s] // 1100 > (tokens[s - 2] if s > 2 else 0) // 1100]
     assert len(crossed) == 2
+    assert 8 not in crossed
     found = list_checkpoints(tmp_path / "run")
-    assert [int(path.name[5:]) for path in found] == sorted({*crossed, 12})
+    assert [int(path.name[5:]) for path in found] == [*crossed, 8]
     assert [bool(read_progress(path).get("keep")) for path in found] == [int(p.name[5:]) in crossed for p in found]
     assert list((tmp_path / "own-disk").iterdir()) == []
     for path in found:
         verify(path)
 
 
-def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_checkpoints(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of two steps on two ranks that has saved both, in files of many blocks."""
+    words = ["run.steps=2", *EACH]
+    return train(pool, 2, tmp_path_factory.mktemp("saved"), corpus, "mlm", words, mutation="small_blocks")
+
+
+@pytest.mark.parametrize("places", ["one of each kind", pytest.param("all", marks=pytest.mark.full)])
+def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
+    pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained, places: str
+) -> None:
     """Whichever rank verifies the damaged block, its file is named, and the run resumes bit-identically from the
     checkpoint before, although the damaged one was loaded first."""
-    whole = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN], mutation="small_blocks")
-    newest = list_checkpoints(tmp_path / "run")[-1]
+    whole, newest = two_checkpoints, list_checkpoints(two_checkpoints.directory)[-1]
     entries = json.loads((newest / "integrity.json").read_text())["files"]
     # one file of each rank
-    assert sum(len(entry.get("blocks", [])) > 3 for entry in entries.values()) == 2
-    places = [(name, entry["bytes"] // 2) for name, entry in sorted(entries.items())]
-    places += [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
-    for name, at in places:
-        shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    ours, theirs = sorted(name for name, entry in entries.items() if len(entry.get("blocks", [])) > 3)
+    chosen = [(ours, 0), (theirs, entries[theirs]["bytes"] - 1), ("progress.json", 0)]
+    if places == "all":
+        middles = [(name, entry["bytes"] // 2) for name, entry in sorted(entries.items())]
+        ends = [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
+        chosen = [place for place in (*middles, *ends) if place not in chosen]
+    for name, at in chosen:
+        shutil.copytree(whole.directory, tmp_path / "damaged")
         path = tmp_path / "damaged" / "checkpoints" / newest.name / name
         content = bytearray(path.read_bytes())
         content[at] ^= 4
         path.write_bytes(content)
-        results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=4", *OFTEN]))
+        results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=2", *EACH]))
         assert [result.status for result in results] == [0, 0]
         said = results[0].output + results[1].output
         block = rf"bytes {at // BLOCK * BLOCK:,} to [\d,]+: " if "blocks" in entries[name] else ""
         assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said)
-        assert "resumed step_000000002" in said
+        assert "resumed step_000000001" in said
         assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 
 
-def test_resume_from_integrity_format_1_verifies_and_falls_back(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_resume_from_integrity_format_1_verifies_and_falls_back(
+    pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained
+) -> None:
     """Format 1 has one sha256 per file and none of the record itself; it is verified, and a damaged file is named."""
-    whole = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=6"])
-    train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", *OFTEN])
+    whole = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=3"])
+    shutil.copytree(two_checkpoints.directory, tmp_path / "run")
     newest = list_checkpoints(tmp_path / "run")[-1]
     files = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file() and path.name != "integrity.json"}
     entries = {
@@ -224,14 +283,14 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(pool: Pool, corp
     }
     (newest / "integrity.json").write_text(json.dumps({"format": 1, "files": entries}))
     shutil.copytree(tmp_path / "run", tmp_path / "damaged")
-    resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=6", *OFTEN])
+    resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=3", *EACH])
     assert resumed.column("loss") == whole.column("loss")
     data = next((tmp_path / "damaged" / "checkpoints" / newest.name).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1] + b"?")
-    results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=6", *OFTEN]))
+    results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=3", *EACH]))
     said = results[0].output + results[1].output
     assert f"{newest.name}/{data.name}: sha256 " in said
-    assert "resumed step_000000002" in said
+    assert "resumed step_000000001" in said
 
 
 @pytest.mark.parametrize(
@@ -244,7 +303,8 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(pool: Pool, corp
         ("checkpoint.staging=/proc/nowhere", "checkpoint.staging: /proc/nowhere: cannot be written ("),
     ],
 )
-def test_checkpoint_invalid_setting_is_refused(pool: Pool, corpus: Path, tmp_path: Path, word: str, said: str) -> None:
-    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=1", word]))
-    assert result.status == 2, result.output[-500:]
-    assert said in result.output, result.output[-500:]
+def test_checkpoint_invalid_setting_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+) -> None:
+    assert main(command(tmp_path, corpus, "mlm", ["run.steps=1", word])) == 2
+    assert said in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""The exported folders and the outcome of the checks in each environment, both made once a session."""
+"""The exported folders and the outcome of the checks in each environment, each made once a session, on first use."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.compat.exports import make_exports
+from tests.convert.compat.exports import EXPORTS, make_export
 
 ROOT = Path(__file__).resolve().parents[3]
 NO_INDEX = 69  # exit status of tools/compat_env.sh
@@ -27,8 +28,17 @@ class Probed:
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    return make_exports(tmp_path_factory.mktemp("compat"), tiny_tokenizer)
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[[str], Path]:
+    """Return the folder of an export by its name, made on first use."""
+    room = tmp_path_factory.mktemp("compat")
+    return functools.cache(lambda name: make_export(room, tiny_tokenizer, name))
+
+
+@pytest.fixture(scope="session")
+def exports(exported: Callable[[str], Path]) -> Path:
+    """The folder of all of them."""
+    folders = [exported(name) for name in EXPORTS]
+    return folders[0].parent
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from tests.convert.compat.exports import EXPORTS, ettin, objective_of
 from tests.convert.compat.probe import checks_of
 from tests.convert.folders import same_bits, tensors
 
+pytestmark = pytest.mark.full
 ENVIRONMENTS = os.environ.get("ETTIN_COMPAT", "oldest newest").split()
 CHECKED = [(name, check.__name__) for name in EXPORTS for check in checks_of(objective_of(name))]
 

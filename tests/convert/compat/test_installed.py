@@ -1,5 +1,5 @@
-"""The transformers of the project's own environment: generation from exported decoders, and proof that each check of
-`checks.py` and `generation.py` notices what it is for."""
+"""The transformers of the project's own environment: every check of an encoder and a decoder, generation from the other
+decoders, and proof that each check of `checks.py` and `generation.py` notices what it is for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from tests.convert.compat.cases import Case
 from tests.convert.compat.exports import EXPORTS, objective_of
 from tests.convert.compat.probe import EMBEDDERS, checks_of
 
-DECODERS = [name for name in EXPORTS if objective_of(name) == "clm"]
+FIRST = ("encoder", "decoder_of_encoder")
+CHECKED = [
+    *((name, check) for name in FIRST for check in checks_of(objective_of(name)) if check not in EMBEDDERS),
+    *(
+        pytest.param(name, check, marks=pytest.mark.full)
+        for name in EXPORTS
+        for check in generation.DECODER
+        if name not in FIRST and objective_of(name) == "clm"
+    ),
+]
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("check", generation.DECODER, ids=lambda check: check.__name__)
-def test_export_of_decoder_passes_generation_check(exports, name, check):
-    check(Case(exports / name))
+@pytest.mark.parametrize(("name", "check"), CHECKED, ids=lambda value: getattr(value, "__name__", None))
+def test_export_in_installed_transformers_passes_check(exported, name, check):
+    check(Case(exported(name)))
 
 
 def json_edit(file, **changes):
@@ -99,9 +107,9 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("check", "name", "damage"), DAMAGE, ids=lambda value: getattr(value, "__name__", None))
-def test_compat_check_of_damaged_export_fails(exports, tmp_path, check, name, damage):
+def test_compat_check_of_damaged_export_fails(exported, tmp_path, check, name, damage):
     folder = tmp_path / name
-    shutil.copytree(exports / name, folder)
+    shutil.copytree(exported(name), folder)
     damage(folder / "model")
     with pytest.raises((AssertionError, OSError)):  # OSError: from the code of the card
         check(Case(folder))

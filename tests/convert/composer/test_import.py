@@ -138,14 +138,12 @@ def test_from_composer_same_file_twice_writes_same_bytes(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("objective", "world", "layout"), [("mlm", 1, []), ("clm", 2, ["parallel.tp=2"])])
-def test_train_from_composer_import_lowers_loss(pool, corpus, tmp_path, objective, world, layout):
-    trainer_file(tmp_path / "file.pt", objective)
+def test_train_from_composer_import_on_two_ranks_lowers_loss(pool, corpus, tmp_path):
+    trainer_file(tmp_path / "file.pt", "clm")
     from_composer(tmp_path / "file.pt", tmp_path / "ours")
-    words = [*layout, "run.steps=3", "model.global_rope_theta=20000", "model.local_rope_theta=500", "optim.lr=1e-3"]
+    words = ["parallel.tp=2", "run.steps=8", "model.global_rope_theta=20000", "model.local_rope_theta=500"]
     words += ["model.decoder_window_keys=9", "model.attention_output_dropout=0"]
     options = ["--init-from", str(tmp_path / "ours")]
-    ran = train(pool, world, tmp_path / "run", corpus, objective, words, options)
-    losses = ran.column("loss")
-    assert len(losses) == 3
-    assert losses[2] < losses[0]
+    losses = train(pool, 2, tmp_path / "run", corpus, "clm", words, options).column("loss")
+    assert len(losses) == 8
+    assert losses[7] < losses[0] - 1

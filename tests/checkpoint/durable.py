@@ -1,0 +1,95 @@
+"""Watch what is forced to the disk, and what has its new name before that: what a failure of power may tear."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One rename.
+
+    Attributes:
+        target: the new name.
+        unforced: the files and folders of it, relative to it, that were changed since they were last forced, if ever.
+        unnamed: folders in which an earlier new name was not forced yet.
+    """
+
+    target: Path
+    unforced: list[str]
+    unnamed: list[Path]
+
+
+@dataclass
+class Watched:
+    """What happened in a folder.
+
+    Attributes:
+        renames: in their order.
+        unnamed: folders in which a new name is not forced yet.
+    """
+
+    folder: Path
+    renames: list[Rename] = field(default_factory=list)
+    unnamed: list[Path] = field(default_factory=list)
+    forced: dict[int, bytes] = field(default_factory=dict)
+
+    def force(self, handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if self.folder in path.parents or path == self.folder:
+            self.forced[os.fstat(handle).st_ino] = state_of(path)
+            if path in self.unnamed:
+                self.unnamed.remove(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        if self.folder not in target.parents:
+            return
+        paths = [source, *sorted(source.rglob("*"))] if source.is_dir() else [source]
+        # a lock is an empty file, and has nothing to lose
+        changed = [
+            path
+            for path in paths
+            if (path.is_dir() or path.stat().st_size) and self.forced.get(path.stat().st_ino) != state_of(path)
+        ]
+        self.renames.append(Rename(target, [str(path.relative_to(source)) for path in changed], list(self.unnamed)))
+        if target.parent not in self.unnamed:
+            self.unnamed.append(target.parent)
+
+
+def state_of(path: Path) -> bytes:
+    """Return what of a file or folder is on the disk once it is forced there."""
+    if path.is_dir():
+        return repr(sorted((entry.name, entry.inode()) for entry in os.scandir(path))).encode()
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[Watched]:
+    """Watch what this process does in a folder."""
+    seen = Watched(folder.resolve())
+    fsync = os.fsync
+
+    def forcing(handle: Any) -> None:
+        fsync(handle)
+        seen.force(handle if isinstance(handle, int) else handle.fileno())
+
+    def renaming(real: Callable[..., None]) -> Callable[..., None]:
+        def rename(source: Any, target: Any) -> None:
+            seen.rename(Path(source).absolute(), Path(target).absolute())
+            real(source, target)
+
+        return rename
+
+    with (
+        mock.patch.object(os, "fsync", forcing),
+        mock.patch.object(os, "rename", renaming(os.rename)),
+        mock.patch.object(os, "replace", renaming(os.replace)),
+    ):
+        yield seen

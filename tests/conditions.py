@@ -1,0 +1,182 @@
+"""Conditions that tests set up during one run, where neither the code nor the machine is at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+import types
+from collections.abc import Iterator
+from unittest import mock
+
+
+@contextlib.contextmanager
+def _stop_in(phase: str) -> Iterator[None]:
+    """Deliver a signal to stop in the second step of a phase."""
+    from megatron_ettin.train import loop
+
+    step = loop.train_step
+
+    def stopping(machine, batches, number, tokens, lr, stop, *more):
+        now = (machine.config.run.phase, number) == (phase, 1)
+        return step(machine, batches, number, tokens, lr, stop or now, *more)
+
+    with mock.patch.object(loop, "train_step", stopping):
+        yield
+
+
+stop_in_pretrain, stop_in_extend, stop_in_decay = (
+    functools.partial(_stop_in, phase) for phase in ("pretrain", "extend", "decay")
+)
+
+
+@contextlib.contextmanager
+def fp32_orthogonal() -> Iterator[None]:
+    """Iterate Muon in fp32. In bfloat16 a gradient's last bit moves an update by a part in 256, which
+    would hide a wrong shard."""
+    from megatron_ettin.optim import muon
+
+    with mock.patch.object(muon, "steps", newton_schulz):
+        yield
+
+
+def newton_schulz(matrices, adjust_lr: str):
+    """https://kellerjordan.github.io/posts/muon, with the step sizes of torch.optim.Muon."""
+    results = []
+    for g in matrices:
+        rows, columns = g.shape
+        x = (g if rows <= columns else g.T) / g.norm().clamp(min=1e-7)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        scale = max(1, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(rows, columns) ** 0.5
+        results.append(-scale * (x if rows <= columns else x.T))
+    return results
+
+
+@contextlib.contextmanager
+def delayed_scales() -> Iterator[None]:
+    """Give linears the state that Transformer Engine gives them in FP8 with delayed scaling, made at their
+    first forward pass in training, and changed by each. TE needs a GPU: what is tested is what we keep of it."""
+    import torch
+
+    from megatron_ettin.checkpoint import fp8_state
+    from megatron_ettin.train import assembly
+
+    def make(linear, *_) -> None:
+        if "scaling_fwd" not in linear.fp8_meta:
+            for key, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+                state = types.SimpleNamespace(scale=torch.ones(tensors), amax_history=torch.zeros(1, tensors))
+                linear.fp8_meta[key] = state
+
+    def changed(linear, *_) -> None:
+        if linear.training:
+            make(linear)
+            for number, state in enumerate(linear.fp8_meta.values()):
+                state.scale.mul_(1.125).add_(linear.place + number)
+                state.amax_history.add_(1)
+
+    build = assembly.build_chunks
+
+    def with_state(*arguments, **named):
+        chunks = build(*arguments, **named)
+        for chunk in chunks:
+            for layer in chunk.transformer.layers:
+                for place, linear in enumerate((layer.self_attention.linear_qkv, layer.mlp.linear_fc2)):
+                    linear.fp8_meta, linear.place = {}, layer.layer_number + place / 2
+                    linear.register_forward_pre_hook(changed)
+        return chunks
+
+    with (
+        mock.patch.object(assembly, "build_chunks", with_state),
+        mock.patch.object(fp8_state, "keeps_scales", lambda config: True),
+        mock.patch.object(fp8_state, "make_delayed_scales", make),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def replayed_on_a_cpu() -> Iterator[None]:
+    """Run `run.cuda_graph` without CUDA. Every call finds its inputs in the same memory, in the same shapes,
+    and leaves its outputs in the same memory, as in a recording; what it cannot show is the recording itself."""
+    import torch
+
+    from megatron_ettin.platform.device import Platform
+    from megatron_ettin.train import graphed
+
+    class InPlace:
+        def __init__(self, function) -> None:
+            self.function, self.calls = function, 0
+
+        def __call__(self, tensors):
+            self.calls += 1
+            if self.calls == 1:
+                self.inputs = [tensor.clone() for tensor in tensors]
+            for place, tensor in zip(self.inputs, tensors, strict=True):
+                assert place.shape == tensor.shape and place.dtype == tensor.dtype
+                place.copy_(tensor)
+            found = self.function(self.inputs)
+            if self.calls == 1:
+                self.outputs = [torch.empty_like(tensor) for tensor in found]
+                print("replaying")
+            for place, tensor in zip(self.outputs, found, strict=True):
+                place.copy_(tensor)
+            return self.outputs
+
+    with (
+        mock.patch.object(Platform, "check_graph", lambda *_: None),
+        mock.patch.object(graphed, "Replayed", InPlace),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def slow_saves_and_evaluations() -> Iterator[None]:
+    """Make each save and evaluation take longer than a step may."""
+    from megatron_ettin.train import evaluate, saving
+
+    def slowly(real):
+        def late(*arguments, **named):
+            time.sleep(3.5)
+            return real(*arguments, **named)
+
+        return late
+
+    with (
+        mock.patch.object(evaluate, "evaluate", slowly(evaluate.evaluate)),
+        mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def wandb_offline() -> Iterator[None]:
+    """Set the environment of a machine that cannot reach wandb's service."""
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline"}):
+        yield
+
+
+@contextlib.contextmanager
+def room_after_step_8() -> Iterator[None]:
+    """Free the disk after the eighth step."""
+    from megatron_ettin.train import hooks
+
+    real = hooks.Metrics.step
+
+    def step(self, run, info):
+        real(self, run, info)
+        if info.step == 8 and run.is_chief:
+            (run.directory.parent / "filler").unlink()
+
+    with mock.patch.object(hooks.Metrics, "step", step):
+        yield
+
+
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """Divide the files of a tiny model into many blocks."""
+    from megatron_ettin.checkpoint import digests
+
+    with mock.patch.object(digests, "BLOCK_BYTES", 1 << 16):
+        yield

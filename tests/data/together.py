@@ -1,0 +1,60 @@
+"""Processes that do the same at once, for tests of what they share: forks that begin when all of them are there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from megatron_ettin.data import rows
+from megatron_ettin.data.dataset import open_dataset
+from megatron_ettin.data.local_copy import local_corpus
+from megatron_ettin.data.mixture import MixtureEntry
+from megatron_ettin.data.order import open_corpus
+from tests import forkserver
+
+
+def at_once(target: str, *arguments: object, processes: int = 4) -> list[str]:
+    """Call `module:function` in so many processes and return what each of them prints. It has to call `meet` first."""
+    command, pipe = forkserver.command(target, *arguments), subprocess.PIPE
+    running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(processes)]
+    met = []
+    for one in running:
+        assert one.stdout is not None
+        met.append(one.stdout.readline())
+    for one in running:
+        assert one.stdin is not None
+        one.stdin.close()
+    said = []
+    for one, first in zip(running, met, strict=True):
+        one.stdin = None
+        output, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, errors
+        said.append(first + output)
+    return said
+
+
+def meet() -> None:
+    """Wait until all are there."""
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+def build_rows(folder: str) -> None:
+    """Open a row plan, and print `built` where this process had to build it."""
+    real = rows.build_plan
+
+    def build(*arguments: object) -> None:
+        print("built")
+        real(*arguments)  # type: ignore[arg-type]
+
+    rows.build_plan = build  # type: ignore[assignment]
+    dataset = open_dataset(folder)
+    meet()
+    rows.ensure_row_plan(dataset, 300)
+
+
+def copy_locally(folder: str, local: str) -> None:
+    """Open the copy of a dataset, which prints when it is made."""
+    corpus = open_corpus([MixtureEntry(folder)], 256, "packed", 3, "pretrain")
+    meet()
+    local_corpus(corpus, local).datasets[0].verify()

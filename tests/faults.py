@@ -1,0 +1,213 @@
+"""Faults of machines that the package finds or survives: made during a run by tests, and by tools/chaos.py."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+
+@contextlib.contextmanager
+def edited_code_on_rank_1() -> Iterator[None]:
+    """Give rank 1 a checkout that is not that of the others."""
+    from megatron_ettin.train import agreement
+
+    real = agreement.code_hash
+    agreement.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        agreement.code_hash = real
+
+
+@contextlib.contextmanager
+def nan_gradients_in_step_3() -> Iterator[None]:
+    """Make one rank's gradients of the third step NaN."""
+    from megatron_ettin.train import step
+
+    real, calls = step.run_micro_batches, 0
+
+    def run(machine, *arguments, training):
+        nonlocal calls
+        found = real(machine, *arguments, training=training)
+        calls += training
+        if training and calls == 3 and machine.layout.rank == machine.layout.topology.world - 1:
+            machine.wrapped[0].buffers[0].grad_data.fill_(float("nan"))
+        return found
+
+    with mock.patch.object(step, "run_micro_batches", run):
+        yield
+
+
+@contextlib.contextmanager
+def flipped_weight_on_rank_1() -> Iterator[None]:
+    """Flip a bit of rank 1's last norm after the second step."""
+    import torch
+
+    from megatron_ettin.train import loop
+
+    real = loop.train_step
+
+    def step(machine, *arguments):
+        info = real(machine, *arguments)
+        if info.step == 2 and machine.layout.rank == 1:
+            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+            weight.data.view(torch.int32)[3] ^= 1
+        return info
+
+    with mock.patch.object(loop, "train_step", step):
+        yield
+
+
+@contextlib.contextmanager
+def unsound_layer_on_rank_1() -> Iterator[None]:
+    """Have rank 1's second layer compute something else each time when a step is replayed."""
+    from megatron_ettin.train import recheck
+
+    real, passes = recheck.digests, 0
+
+    def digests(machine, *arguments):
+        nonlocal passes
+        passes += 1
+        layer = machine.chunks[0].transformer.layers[1]
+        hook = layer.mlp.register_forward_pre_hook(lambda m, inputs: (inputs[0] * (1 + 1e-3 * passes), *inputs[1:]))
+        try:
+            return real(machine, *arguments)
+        finally:
+            hook.remove()
+
+    with contextlib.ExitStack() as stack:
+        if os.environ["RANK"] == "1":
+            stack.enter_context(mock.patch.object(recheck, "digests", digests))
+        yield
+
+
+@contextlib.contextmanager
+def _rank_1_reads(act) -> Iterator[None]:
+    """Do something on rank 1 before it reads the rows of a step."""
+    from megatron_ettin.train.host_batches import HostBatches
+
+    make = HostBatches.make
+
+    def made(self, step, index):
+        if os.environ["RANK"] == "1":
+            act(step)
+        return make(self, step, index)
+
+    with mock.patch.object(HostBatches, "make", made):
+        yield
+
+
+def _sleep_at_step_3(step: int) -> None:
+    if step == 3:
+        time.sleep(1000)
+
+
+def _hold_the_interpreter_at_step_3(step: int) -> None:
+    """Loop in C code that lets no other thread of Python in."""
+    if step == 3:
+        ctypes.PyDLL("libc.so.6").sleep(1000)
+
+
+@contextlib.contextmanager
+def reading_stops_on_rank_1() -> Iterator[None]:
+    """Stop rank 1 before it reads the rows of the third step."""
+    with _rank_1_reads(_sleep_at_step_3):
+        yield
+
+
+@contextlib.contextmanager
+def c_code_on_rank_1() -> Iterator[None]:
+    """Stop rank 1 in C code that lets no other thread of Python in."""
+    with _rank_1_reads(_hold_the_interpreter_at_step_3):
+        yield
+
+
+@contextlib.contextmanager
+def slow_rank_1() -> Iterator[None]:
+    """Delay rank 1 in each step."""
+    with _rank_1_reads(lambda step: time.sleep(0.05)):
+        yield
+
+
+@contextlib.contextmanager
+def disk_full_while_writing() -> Iterator[None]:
+    """Fill the disk once a save has begun to write."""
+    from megatron_ettin.checkpoint import background
+
+    real = background.Plan.write
+
+    def write(self, local=None):
+        filler = self.folder.parents[2] / "filler"
+        if self.rank == 0 and not filler.exists():
+            with contextlib.suppress(OSError), open(filler, "wb") as file:
+                while True:
+                    file.write(b"\0" * 4096)
+                    file.flush()
+        while not filler.exists():
+            pass
+        real(self, local)
+
+    with mock.patch.object(background.Plan, "write", write):
+        yield
+
+
+@contextlib.contextmanager
+def fails_once_on_rank_1() -> Iterator[None]:
+    """Raise an error in the middle of a step, and not again."""
+    failed: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 12 and not failed:
+            failed.append(step)
+            raise RuntimeError("a link went down")
+
+    with _rank_1_reads(act):
+        yield
+
+
+def _fail_at_step_12(step: int) -> None:
+    if step == 12:
+        raise RuntimeError("a link went down again")
+
+
+@contextlib.contextmanager
+def fails_always_on_rank_1() -> Iterator[None]:
+    """Raise an error in the same step after each start."""
+    with _rank_1_reads(_fail_at_step_12):
+        yield
+
+
+@contextlib.contextmanager
+def doctor_of_other_code_on_rank_1() -> Iterator[None]:
+    """Give rank 1 a checkout that is not that of the others, for `ettin doctor --ranks`."""
+    from megatron_ettin.doctor import ranks
+
+    real = ranks.code_hash
+    ranks.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ranks.code_hash = real
+
+
+@contextlib.contextmanager
+def memory_ends_on_rank_1() -> Iterator[None]:
+    """Run out of memory with micro-batches of two rows, on one rank alone, in the middle of a step."""
+    import torch
+
+    from megatron_ettin.train import step
+
+    real = step.run_micro_batches
+
+    def run(machine, *arguments, training):
+        found = real(machine, *arguments, training=training)
+        if os.environ["RANK"] == "1" and machine.config.batch.micro_batch_rows == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory: all of it")
+        return found
+
+    with mock.patch.object(step, "run_micro_batches", run):
+        yield

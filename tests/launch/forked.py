@@ -1,0 +1,108 @@
+"""Programs on the PATH of jobs and shells that are forks of the test session's server (tests/forkserver.py).
+
+    write_program(path, "module:function")     a file that calls the function with its name and its words
+    folder()                                   `ettin` and `torchrun` for jobs on the cluster, in the node's namespaces
+
+Such a rank of a job is two processes: the client, which SLURM started, and the fork that does the work. The fork bears
+the client's process id in its name, by which tests/launch/cluster.py finds it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from tests import forkserver
+
+CLIENT_VARIABLE = "ETTIN_TEST_CLIENT"
+PACE_VARIABLE = "ETTIN_TEST_PACE"  # seconds that a rank sleeps in each step, so that a fault meets it while it trains
+NAMED = "fork of "  # and the client's process id: 15 characters is what a process may be called
+NAMESPACES = {"uts": 0x04000000, "mnt": 0x00020000}
+PROGRAM = """\
+#!{python} -IS
+import os, sys
+sys.path.insert(0, {folder!r})
+from forkserver_client import main
+os.environ[{variable!r}] = str(os.getpid())
+main({socket!r}, {target!r}, [os.path.basename(sys.argv[0]), *sys.argv[1:]])
+"""
+
+
+def write_program(path: Path, target: str) -> None:
+    """Write an executable file that calls `module:function` in a fork of the shared server."""
+    folder, socket = str(forkserver.CLIENT.parent), str(forkserver.shared())
+    values = {"folder": folder, "socket": socket, "target": target, "variable": CLIENT_VARIABLE}
+    path.write_text(PROGRAM.format(python=sys.executable, **values))
+    path.chmod(0o755)
+    forkserver.connect(forkserver.shared()).close()  # so that nobody waits for the server's imports
+
+
+def folder() -> Path:
+    """Return the folder of the programs for jobs, made by the first that asks."""
+    made = Path(os.environ[forkserver.FOLDER_VARIABLE]) / "jobs"
+    if not made.exists():
+        new = made.with_name(f"jobs.{os.getpid()}")
+        new.mkdir()
+        write_program(new / "ettin", "tests.launch.forked:be_rank")
+        write_program(new / "torchrun", "tests.launch.forked:be_torchrun")
+        new.rename(made)
+    return made
+
+
+def join_node() -> None:
+    """Take the client's place: a slurmd has a host name and mounts of its own, if it was started as root."""
+    client = int(os.environ.pop(CLIENT_VARIABLE))
+    Path("/proc/self/comm").write_text(f"{NAMED}{client}")
+    os.getppid = lambda: parent_of(client)  # ranks end with what started them
+    if os.geteuid() != 0:
+        return
+    libc, place = ctypes.CDLL(None, use_errno=True), os.getcwd()
+    for name, kind in NAMESPACES.items():
+        with open(f"/proc/{client}/ns/{name}") as namespace:
+            if libc.setns(namespace.fileno(), kind) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {name}")
+    os.chdir(place)
+
+
+def parent_of(pid: int) -> int:
+    """Return the id of a process's parent; 0 where the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def be_rank(*words: str) -> int | None:
+    """Run `ettin ...` on a node."""
+    join_node()
+    with paced(float(os.environ.get(PACE_VARIABLE) or 0)):
+        return forkserver.be_program(*words)
+
+
+@contextlib.contextmanager
+def paced(seconds: float) -> Iterator[None]:
+    """Sleep in each step."""
+    from megatron_ettin.train import loop
+
+    step = loop.train_step
+
+    def slowly(*arguments, **named):
+        time.sleep(seconds)
+        return step(*arguments, **named)
+
+    with mock.patch.object(loop, "train_step", slowly):
+        yield
+
+
+def be_torchrun(*words: str) -> None:
+    """Run `torchrun ...` on a node; the `ettin` that it starts is the one on the PATH."""
+    join_node()
+    from torch.distributed.run import main
+
+    sys.argv = list(words)
+    main(list(words[1:]))

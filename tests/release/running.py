@@ -1,0 +1,147 @@
+"""`ettin release` as the leader of a session of its own, to be killed: forked from the tests' server and with forked
+workers, or the command as users start it, which spawns workers that import for seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+from unittest import mock
+
+import psutil
+
+from megatron_ettin.convert.release import revision, workers
+from megatron_ettin.convert.release.revision import Job, Outcome
+from tests import forkserver
+from tests.data.small_tasks import wait_for
+
+HELD_VARIABLE = "ETTIN_TEST_HELD_REVISION"
+
+
+class Running:
+    """A release that was started.
+
+    Args:
+        words: of the command.
+        real: whether it is a program of its own.
+        largest_file: bytes, at which the system refuses to write on; 0 for no limit. Of a forked one.
+        held: the revision that a forked one's worker never ends.
+    """
+
+    def __init__(self, *words: object, real: bool = False, largest_file: int = 0, held: str = "") -> None:
+        self.mark = str(uuid.uuid4())
+        self.errors = tempfile.NamedTemporaryFile("r", encoding="utf-8")  # noqa: SIM115
+        line = ["release", *map(str, words)]
+        with open(os.devnull, "r+b") as nowhere, open(self.errors.name, "ab") as errors:
+            if real:
+                self.process: subprocess.Popen[bytes] | forkserver.Child = subprocess.Popen(
+                    [sys.executable, "-m", "megatron_ettin", *line],
+                    stdin=nowhere,
+                    stdout=nowhere,
+                    stderr=errors,
+                    start_new_session=True,
+                    env={**os.environ, "ETTIN_TEST_MARK": self.mark},
+                    # the tests may run in a shell's background, where it is ignored
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
+            else:
+                files = (nowhere.fileno(), nowhere.fileno(), errors.fileno())
+                target, environment = "tests.release.running:be_leader", {**os.environ, HELD_VARIABLE: held}
+                self.process = forkserver.call(forkserver.shared(), target, [largest_file, *line], files, environment)
+        self.pid = self.process.pid
+        with contextlib.suppress(ProcessLookupError):
+            wait_for(lambda: os.getsid(self.pid) == self.pid)
+
+    def said(self) -> str:
+        """Return all of standard error up to now."""
+        return Path(self.errors.name).read_text(encoding="utf-8")
+
+    def has_told(self, revisions: int) -> bool:
+        """Return whether it has told of so many revisions, or of all that it makes."""
+        if revisions == 0:
+            return True
+        told = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.said(), re.MULTILINE)]
+        return any(done == min(revisions, total) for done, total in told)
+
+    def wait_until_told(self, revisions: int) -> None:
+        """Wait until it has told of so many, or has ended."""
+        wait_for(lambda: self.has_told(revisions) or self.process.poll() is not None, 200)
+
+    def ended(self, seconds: float = 200) -> int:
+        """Return the exit status, once it has ended."""
+        wait_for(lambda: self.process.poll() is not None, seconds)
+        status = self.process.poll()
+        assert status is not None
+        return status
+
+    def workers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.pid).children()
+        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+    def left_over(self) -> list[psutil.Process]:
+        """Return what still runs of its session, or was started with its mark in the environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                ours = os.getsid(process.pid) == self.pid or process.environ().get("ETTIN_TEST_MARK") == self.mark
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def close(self) -> None:
+        """Kill what is left of it."""
+        for process in self.left_over():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if isinstance(self.process, forkserver.Child):
+            self.process.close()
+        else:
+            self.process.wait()
+        self.errors.close()
+
+
+def be_leader(largest_file: int, *line: str) -> int | None:
+    """Run `ettin release` as a shell would start it, but for the process that it is."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    return be_release(*line)
+
+
+def be_release(*line: str) -> int | None:
+    """Run `ettin release` with workers that are forked, for this process has one thread and has imported it all."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    forget_hub()
+    fork = multiprocessing.get_context("fork")
+    with (
+        mock.patch.object(multiprocessing, "get_context", lambda method=None: fork),
+        mock.patch.object(workers, "make", make_unless_held),
+    ):
+        return forkserver.be_program("ettin", *line)
+
+
+def make_unless_held(job: Job) -> Outcome:
+    if job.revision.name == os.environ.get(HELD_VARIABLE):
+        threading.Event().wait()
+    return revision.make(job)
+
+
+def forget_hub() -> None:
+    """Have huggingface_hub imported anew: it reads the environment then, and the server's is another one."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+
+
+def release_program(*words: object) -> list[str]:
+    """Return a command line that runs `ettin release WORDS` so, for `subprocess`."""
+    return forkserver.command("tests.release.running:be_release", "release", *words)
