@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ from tests.launch.cluster import Cluster, require_slurm
 from tests.pool import Pool, mutated
 
 pytest_plugins = ["tests.tiers"]
+# an example may take long beside other work
+hypothesis.settings.register_profile("ettin", deadline=None)
+hypothesis.settings.load_profile("ettin")
 
 SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 

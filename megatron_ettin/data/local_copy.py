@@ -71,7 +71,8 @@ def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = prin
         raise UserError(f"{KEY}: {error.filename or root}: {error.strerror or error}") from None
     datasets = [open_dataset(copy_path(dataset, root)) for dataset in corpus.datasets]
     plans = [local_plan(plan, dataset) for plan, dataset in zip(corpus.plans, datasets, strict=False)]
-    return Corpus(datasets, plans, corpus.order, corpus.seq_len, corpus.batching)
+    rows = (corpus.order, corpus.seq_len, corpus.batching, corpus.nominal_tokens, corpus.skips)
+    return Corpus(datasets, plans, *rows)
 
 
 def pairs(corpus: Corpus) -> Iterator[tuple[Dataset, RowPlan | None]]:

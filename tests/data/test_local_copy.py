@@ -135,7 +135,6 @@ def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: 
     assert len([line for line in lines if "every sha256 checked" in line]) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="local_corpus drops data.skip and data.mean_tokens_per_row: the owner's to mend")
 def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tmp_path: Path) -> None:
     entries = [MixtureEntry(str(prepared.path))]
     corpus = open_corpus(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.api import iterate_rows
 from megatron_ettin.config.errors import UserError
@@ -64,6 +64,7 @@ def test_parse_mixture_invalid_value_is_refused_in_one_line(value: Any, told: st
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
 def test_largest_remainder_counts_sum_to_block_within_one_slot(shares: list[float]) -> None:
     fractions = [share / sum(shares) for share in shares]

@@ -12,6 +12,7 @@ from megatron_ettin.data.permutation import Permutation
 KEYS = st.integers(0, 2**64 - 1)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 3_000), key=KEYS)
 def test_permutation_of_any_size_is_a_bijection(n: int, key: int) -> None:
     assert np.array_equal(np.sort(Permutation(n, key)(np.arange(n))), np.arange(n, dtype=np.uint64))
@@ -31,6 +32,7 @@ def test_permutation_of_edge_case_size_is_a_bijection(n: int, key: int) -> None:
     assert np.bincount(images.astype(np.int64), minlength=n).tolist() == [1] * n
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 10**12), key=KEYS, places=st.lists(st.integers(0, 10**12), min_size=1, max_size=50, unique=True)
 )

@@ -135,7 +135,6 @@ def test_prepare_forces_dataset_to_the_disk_before_it_has_its_name(published: Wa
     assert published.folder not in published.unnamed
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizer's files are copied without fsync: the owner's to mend")
 def test_prepare_forces_tokenizer_to_the_disk_before_dataset_has_its_name(published: Watched) -> None:
     assert published.renames[-1].unforced == []
 

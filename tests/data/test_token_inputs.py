@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.indexed import CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, index_bytes
@@ -40,6 +40,7 @@ FRAMES = [  # what may stand around a document's ids
 FRAMED = [FRAMES[i % len(FRAMES)](ids) for i, ids in enumerate(DOCUMENTS)]
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(5, 9), max_size=6), frame=st.integers(0, len(FRAMES) - 1), dtype=st.sampled_from("Hiq"))
 def test_without_outer_specials_removes_one_frame_only(ids: list[int], frame: int, dtype: str) -> None:
     expected = TokenFrame(50_368, CLS, SEP, PAD, "")

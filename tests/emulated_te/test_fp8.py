@@ -40,7 +40,8 @@ def test_fp8_on_layout_follows_one_process(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str, shape: str, layout: str
 ) -> None:
     found = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {shape} {layout}")
-    assert 0 < apart(found, whole(recipe, shape)) < ROUNDING
+    # blockwise on two ranks may differ by nothing at all
+    assert apart(found, whole(recipe, shape)) < ROUNDING
 
 
 @pytest.mark.full

@@ -1,4 +1,5 @@
-"""tools/gpu_validate.py on a CPU: sections that need no GPU run, the others say why not, and none runs twice."""
+"""tools/gpu_validate.py on a CPU: sections that need no GPU run, the others say why not, and none runs twice. Processes
+are forks here; tests/emulated_te/test_validate.py starts the tool itself."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -19,21 +22,29 @@ ITS_OWN = ("data.seq_len", "batch.", "precision.name", "optim.lr", "schedule.", 
 
 
 def be_tool(*words: str) -> None:
-    """Run the tool as a script, in a fork of the server."""
+    """Run the tool as a script, in a fork of the server; what it starts are forks too."""
+    start = subprocess.run
+
+    def run(line: list[str], **named: Any) -> subprocess.CompletedProcess[str]:
+        match line:
+            case [sys.executable, "-m", "megatron_ettin", *rest]:
+                line = forkserver.program("ettin", *rest)
+            case [sys.executable, path, *rest] if path == str(TOOL):
+                line = forkserver.command("tests.gpu.test_validate:be_tool", *rest)
+        return start(line, **named)
+
     sys.path.insert(0, str(TOOL.parent))
     sys.argv = [str(TOOL), *words]
-    runpy.run_path(str(TOOL), run_name="__main__")
+    with mock.patch.object(subprocess, "run", run):
+        runpy.run_path(str(TOOL), run_name="__main__")
 
 
-def validate(
-    folder: Path, corpus: Path, only: str, *more: str, start: list[str] | None = None
-) -> tuple[subprocess.CompletedProcess[str], dict]:
-    """Run the tool, by default in a fork, and return how it ended and its results by section and item."""
+def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """Run the tool and return how it ended and its results by section and item."""
     words = [word for word in TINY if not word.startswith(ITS_OWN)]
-    start = start or forkserver.command("tests.gpu.test_validate:be_tool")
     done = subprocess.run(
         [
-            *start,
+            *forkserver.command("tests.gpu.test_validate:be_tool"),
             *("--data", str(corpus), "--device", "cpu"),
             *("--only", only, "--sizes", "17m", "--speed-sizes", "17m", "--seq-lens", "64", "--steps", "30"),
             *("--tokens", "512", "--rounds", "2", "--results", str(folder / "found.json"), "--work", str(folder / "work")),
@@ -69,8 +80,7 @@ def test_gpu_validate_attention_section_on_cpu_passes(corpus: Path, tmp_path: Pa
 
 @pytest.mark.full
 def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
-    start = [sys.executable, str(TOOL)]
-    done, found = validate(tmp_path, corpus, "attention,precisions,export", start=start)
+    done, found = validate(tmp_path, corpus, "attention,precisions,export")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     check_attention(found)
     states = {(section, item): result["state"] for section, items in found.items() for item, result in items.items()}
@@ -80,7 +90,7 @@ def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: 
     assert states["export", "mlm"] == states["export", "clm"] == "passed"
     assert "| attention | 17m sdpa | passed |" in (tmp_path / "table.md").read_text()
     before = (tmp_path / "found.json").read_text()
-    again, _ = validate(tmp_path, corpus, "attention,precisions,export", start=start)
+    again, _ = validate(tmp_path, corpus, "attention,precisions,export")
     assert again.returncode == 0
     assert (tmp_path / "found.json").read_text() == before
 
@@ -94,7 +104,6 @@ def test_gpu_validate_wrong_section_or_dataset_is_refused(corpus: Path, tmp_path
     assert "no dataset of `ettin prepare`" in done.stderr
 
 
-@pytest.mark.full
 def test_gpu_validate_failing_curve_exits_1(corpus: Path, tmp_path: Path) -> None:
     """One step is too few to learn anything: the curve fails, and so does the command."""
     done, found = validate(tmp_path, corpus, "precisions", "--steps", "1")

@@ -20,15 +20,26 @@ from tests.train.runs import Trained, read
 pytestmark = pytest.mark.usefixtures("programs")
 STEPS = 24
 NO_SAVES = "checkpoint.every_steps=1000"
-TWO_NODES = launch_words(2, 1, "--grace-seconds", "5", "--time", "20")
+OPTIONS = ("--grace-seconds", "5", "--time", "20")
+TWO_NODES = launch_words(2, 1, *OPTIONS)
+TWO_BY_TWO = launch_words(2, 2, *OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train on two nodes with a rank each, from the first step to the last at one go."""
-    run_dir = tmp_path_factory.mktemp("jobs") / "whole"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES, pace=0)
-    assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
+    return at_one_go(slurm, corpus, tmp_path_factory.mktemp("jobs") / "two", TWO_NODES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_of_four(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train on two nodes with two ranks each, from the first step to the last at one go."""
+    return at_one_go(slurm, corpus, tmp_path_factory.mktemp("jobs") / "four", TWO_BY_TWO)
+
+
+def at_one_go(cluster: Cluster, corpus: Path, run_dir: Path, options: list[str]) -> Trained:
+    job = launch(cluster, train_words(corpus, run_dir, STEPS), *options, pace=0)
+    assert cluster.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     return read(run_dir)
 
 
@@ -126,27 +137,32 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
     assert slurm.shown(job, "Restarts") == "1"
 
 
+def last_rank(cluster: Cluster, job: str) -> Process:
+    ranks = cluster.ranks(job)
+    return ranks[max(ranks)]
+
+
 def kill_rank(cluster: Cluster, job: str) -> None:
-    cluster.kill(cluster.ranks(job)[1].pid)
+    cluster.kill(last_rank(cluster, job).pid)
 
 
 def kill_slurmstepd(cluster: Cluster, job: str) -> None:
     """Kill a slurmstepd, which SLURM itself never notices."""
-    cluster.kill(cluster.ranks(job)[1].parent)
+    cluster.kill(last_rank(cluster, job).parent)
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
     """Kill a node's slurmd with its step and ranks, as when a host is lost; start it again later."""
-    rank = cluster.ranks(job)[1]
-    node = rank.environment["SLURMD_NODENAME"]
-    for pid in (cluster.slurmd(node), rank.parent, rank.pid):
+    node = last_rank(cluster, job).environment["SLURMD_NODENAME"]
+    ranks = [rank for rank in cluster.ranks(job).values() if rank.environment["SLURMD_NODENAME"] == node]
+    for pid in (cluster.slurmd(node), ranks[0].parent, *(rank.pid for rank in ranks)):
         cluster.kill(pid)
     wait_until(lambda: int(cluster.shown(job, "Restarts")) > 1, 90, "SLURM to requeue the job", ASK_SECONDS)
     cluster.start_node(node)
 
 
 def node_down(cluster: Cluster, job: str) -> None:
-    node = cluster.ranks(job)[1].environment["SLURMD_NODENAME"]
+    node = last_rank(cluster, job).environment["SLURMD_NODENAME"]
     cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
 
@@ -177,20 +193,20 @@ def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus:
 
 @pytest.mark.full
 def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed_of_four: Trained
 ) -> None:
     """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES, pace=0.25)
+    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO, pace=0.25)
     for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
         past(run_dir, (number + 1) * 2 * EVERY + 3)
         act(slurm, job)
-        wait_until(lambda: len(slurm.ranks(job)) < 2, 60, f"effect of {act.__name__}")
-        wait_until(lambda: len(slurm.ranks(job)) == 2, 120, f"ranks after {act.__name__}", ASK_SECONDS)
+        wait_until(lambda: len(slurm.ranks(job)) < 4, 60, f"effect of {act.__name__}")
+        wait_until(lambda: len(slurm.ranks(job)) == 4, 120, f"ranks after {act.__name__}", ASK_SECONDS)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
-    assert_same(run_dir, undisturbed)
+    assert_same(run_dir, undisturbed_of_four)
     log, happened = log_of(run_dir), events_of(run_dir)
-    assert "--- rank 1 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
+    assert "--- rank 3 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
     assert any("starting again (1 of 3 times" in line for line in log)
     assert any("a step of the job cannot be ended; requeued" in line for line in log)
     assert int(slurm.shown(job, "Restarts")) == 3

@@ -65,7 +65,9 @@ def test_bench_predicted_memory_of_small_shape_matches_peak_tensor_bytes(
 def test_bench_predicted_memory_matches_peak_tensor_bytes(
     pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
 ) -> None:
-    check_prediction(pool, tmp_path, world, objective, *SHAPE, *words)
+    # context parallelism leaves ranks other numbers of labels in each step
+    steps = "3" if "parallel.cp=2" in words else "1"
+    check_prediction(pool, tmp_path, world, objective, "--steps", steps, *SHAPE, *words)
 
 
 def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:

@@ -53,8 +53,9 @@ def test_watchdog_suspended_rank_is_named_and_others_exit_75(
     (tmp_path / "attempt").mkdir()
     monkeypatch.setenv("ETTIN_ATTEMPT_DIR", str(tmp_path / "attempt"))
     # without a save that the signal could fall into
-    train(pool, 4, run_dir, corpus, "mlm", ["run.steps=2"])
-    ranks = launch(4, "run.steps=100000")
+    small = "model.num_layers=2"
+    train(pool, 4, run_dir, corpus, "mlm", ["run.steps=2", small])
+    ranks = launch(4, "run.steps=100000", small)
     wait_until(lambda: step_of(run_dir) > 4, 60, "some steps")
     os.kill(ranks.pid(2), signal.SIGSTOP)
     # the process groups' own time limits are later than that
@@ -74,7 +75,7 @@ def test_watchdog_suspended_rank_is_named_and_others_exit_75(
     ranks.close()
     monkeypatch.delenv("ETTIN_ATTEMPT_DIR")
     losses = read(run_dir).column("loss")
-    resumed = train(pool, 4, run_dir, corpus, "mlm", [f"run.steps={len(losses)}"])
+    resumed = train(pool, 4, run_dir, corpus, "mlm", [f"run.steps={len(losses)}", small])
     assert resumed.column("loss") == losses
     assert (run_dir / "metrics.rolled_back.jsonl").exists()
 

@@ -25,6 +25,7 @@ from megatron_ettin.data.manifest import (
     SourceRecord,
     TokenizerRecord,
     record_of,
+    sync,
     sync_directory,
     write_json_durably,
 )
@@ -77,6 +78,8 @@ def stage_split(
         shards.append(ShardRecord(name, part["documents"], part["chunks"], part["tokens"], files))
     shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     copied = sorted((folder / "tokenizer").iterdir())
+    for path in (*copied, folder / "tokenizer"):
+        sync(path)
     manifest = Manifest(
         tokenizer=tokenizer_record(tokenizer),
         dtype=token_dtype(tokenizer.vocab_size).name,
