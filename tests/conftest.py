@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests import forkserver
 from tests.launch.cluster import Cluster, require_slurm
 from tests.pool import Pool, mutated
 
@@ -34,6 +35,8 @@ def mistake() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
+    # so that no test's seconds count the server's imports
+    forkserver.connect(forkserver.shared()).close()
     shared = Pool()
     yield shared
     shared.close()

@@ -6,7 +6,7 @@
 #   transformers  exported folders under more releases of transformers, the newest that there is among them
 #   release  kill -9 of `ettin release` at 60 moments instead of 3
 #   harness  lm-evaluation-harness and mteb on exported folders, in an environment of their own
-#   layouts  every layout with every option of the invariance tables (each commit: half of the options for each)
+#   layouts  every layout with every option of the invariance tables (each commit: two of eight options for each)
 #   fuzz  a million damaged and hostile inputs for the readers of others' files instead of 20,000
 #   corrupt  600 single bytes of a dataset and a run, changed one at a time, instead of 80
 #   chaos  200 whole runs of four ranks under faults instead of 7

@@ -40,6 +40,11 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
+    @functools.cached_property
+    def nodes(self) -> list[ast.AST]:
+        """List every node of the tree."""
+        return list(ast.walk(self.tree))
+
     @property
     def room(self) -> str:
         """Return the package or top-level module that it is part of: "data", "metrics"."""
@@ -48,7 +53,7 @@ class Module:
     def imports(self, nodes: ast.AST | None = None) -> Iterator[tuple[int, str]]:
         """Yield (line, dotted name) of every import, also function-local, relative and `import_module("...")` ones."""
         here = [PACKAGE, *self.path.split("/")]
-        for node in ast.walk(nodes or self.tree):
+        for node in ast.walk(nodes) if nodes else self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -59,8 +64,12 @@ class Module:
                 if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                     yield node.lineno, node.args[0].value
 
+    @functools.cached_property
+    def all_imports(self) -> list[tuple[int, str]]:
+        return list(self.imports())
+
     def imports_of(self, *packages: str) -> Iterator[tuple[int, str]]:
-        for line, name in self.imports():
+        for line, name in self.all_imports:
             if any(name == package or name.startswith(package + ".") for package in packages):
                 yield line, name
 
@@ -100,7 +109,7 @@ def device_names_only_in_platform(module: Module) -> Iterator[str]:
     for line, name in module.imports():
         if "transformer_engine" in name.split(".") or name.startswith(("torch.cuda", "torch.backends.cuda")):
             yield f"line {line}: imports {name}"
-    for node in (node for node in ast.walk(module.tree) if hasattr(node, "lineno")):
+    for node in (node for node in module.nodes if hasattr(node, "lineno")):
         if isinstance(node, ast.Attribute) and node.attr == "cuda":
             yield f"line {node.lineno}: .cuda"
         text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
@@ -130,7 +139,7 @@ def global_groups_only_in_parallel(module: Module) -> Iterator[str]:
     for line, name in module.imports_of("megatron"):
         if "parallel_state" in name.split(".") or name == "megatron.core.mpu":
             yield f"line {line}: imports {name}"
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Attribute) and node.attr in ("parallel_state", "mpu"):
             yield f"line {node.lineno}: .{node.attr}"
 
@@ -146,7 +155,7 @@ def short_files(module: Module) -> Iterator[str]:
 
 
 def short_functions(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > MOST_FUNCTION_LINES:
@@ -157,7 +166,7 @@ def names_that_say_something(module: Module) -> Iterator[str]:
     for part in module.path.removesuffix(".py").split("/"):
         if EMPTY_NAMES & set(part.split("_")):
             yield f"{part!r} says nothing of what is inside"
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Manager"):
             yield f"line {node.lineno}: class {node.name}"
 

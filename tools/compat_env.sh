@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes an environment with another transformers beside the project's own (or re-uses it) and prints its python.
+# Makes an environment with another transformers beside the project's own (or reuses it) and prints its python.
 #   oldest    the lower bound of setup.cfg
 #   newest    the version that constraints-cpu.txt pins
 #   latest    the newest that setup.cfg allows, asked of the package index anew at every call

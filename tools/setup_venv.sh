@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the CPU environment (or re-uses it) and prints its path; what it does meanwhile goes to standard error.
+# Makes the CPU environment (or reuses it) and prints its path; what it does meanwhile goes to standard error.
 # $VENV names another place than .venv, $PYTHON another interpreter than python3 (3.11 or newer, as the pinned
 # versions want; the package itself takes 3.10).
 # A stamp with the hash of what was asked for tells a complete environment from one whose installation was cut off.

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
+from tests import forkserver
 from tests.emulated_te.install import BLACKWELL, HOPPER
 from tests.emulated_te.runs import train
 from tests.pool import Pool
@@ -34,16 +36,26 @@ def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def te_pool(te_folder: Path) -> Iterator[Pool]:
-    shared = Pool((te_folder, HOPPER))
-    yield shared
-    shared.close()
+    with emulated(te_folder, HOPPER) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="session")
 def blackwell_pool(te_folder: Path) -> Iterator[Pool]:
-    shared = Pool((te_folder, BLACKWELL))
-    yield shared
-    shared.close()
+    with emulated(te_folder, BLACKWELL) as shared:
+        yield shared
+
+
+@contextmanager
+def emulated(te_folder: Path, capability: tuple[int, int]) -> Iterator[Pool]:
+    """Give a pool on an emulated device once its server has imported, so that no test waits for that."""
+    shared = Pool((te_folder, capability))
+    assert shared.server is not None
+    try:
+        forkserver.connect(shared.server.path, shared.server.process).close()
+        yield shared
+    finally:
+        shared.close()
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_gpu_validate_wrong_section_or_dataset_is_refused(corpus: Path, tmp_path
     assert "no dataset of `ettin prepare`" in done.stderr
 
 
+@pytest.mark.full
 def test_gpu_validate_failing_curve_exits_1(corpus: Path, tmp_path: Path) -> None:
     """One step is too few to learn anything: the curve fails, and so does the command."""
     done, found = validate(tmp_path, corpus, "precisions", "--steps", "1")

@@ -141,7 +141,7 @@ REFUSED = [
     (["--nodes", "1", "--gpus-per-node", "1", "--time", "soon"], CALL, "--time soon: write minutes"),
     (["--nodes", "1", "--gpus-per-node", "1"], ["eval", "x"], "must be train or bench and its options, found 'eval'"),
     (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "model.nun_layers=3"], "num_layers"),
-    (["--nodes", "1", "--gpus-per-node", "7"], [*CALL, "parallel.tp=2"], "7"),
+    (["--nodes", "1", "--gpus-per-node", "7"], [*CALL, "parallel.tp=2"], "= 2 does not divide 7 ranks"),
     (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "--dry-run"], "--dry-run: not of a job"),
     (["--nodes", "1", "--gpus-per-node", "1", "--suite"], CALL, "--objective: the sweep says it"),
     (["--nodes", "1", "--gpus-per-node", "1", "--container", "x"], CALL, "--container: the profile says nothing"),

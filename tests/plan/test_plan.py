@@ -172,7 +172,7 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
         ("--gpus 8 --chunk-tokens inf", "--chunk-tokens inf: has to be finite"),
         ("--gpus 8 --scale 8:64", "--gpus: goes not with --scale, which has numbers of its own"),
         (
-            "--scale 8:8 --mtbf-hours 1e-9",
+            "--size 17m --scale 8:8 --mtbf-hours 1e-9",
             "one of 8 GPUs fails every 4.5e-07 s, so nothing is kept; relax --mtbf-hours",
         ),
         ("--gpus 0", "--gpus 0: has to be above 0"),
@@ -191,7 +191,7 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
         ),
         ("--scale 8:64 --curve /nowhere", "--curve /nowhere: "),
         ("--scale 8:64 --mtbf-hours 0", "--mtbf-hours 0.0: has to be above 0"),
-        ("--scale 8:8 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
+        ("--size 17m --scale 8:8 --picture /nowhere/a.png", "--picture /nowhere/a.png: "),
         ("--gpus 8 --curve curve.json", "--curve: is of --scale"),
     ],
 )

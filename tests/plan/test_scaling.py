@@ -29,15 +29,17 @@ def test_fit_of_curve_to_64_gpus_predicts_512(others: dict[int, float]) -> None:
     assert found.factor(4096) > found.factor(512) > found.factor(64) > 1
 
 
-def scale(capsys: pytest.CaptureFixture[str], *words: str) -> dict[int, dict[str, float]]:
-    assert main(["plan", "--size", "1b", "--gpu", "h100", "--json", "--scale", *words]) == 0
+def scale(capsys: pytest.CaptureFixture[str], *words: str, size: str = "1b") -> dict[int, dict[str, float]]:
+    assert main(["plan", "--size", size, "--gpu", "h100", "--json", "--scale", *words]) == 0
     return {row["gpus"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
 def test_plan_scale_with_curve_extrapolates_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     few = {str(n): speed for n, speed in MOSAIC.items() if n <= 64}
     (tmp_path / "curve.json").write_text(json.dumps({**few, "step_seconds": 0.9}))
-    rows = scale(capsys, "8,64,512", "--curve", str(tmp_path / "curve.json"), "--picture", str(tmp_path / "a.png"))
+    more = ["--curve", str(tmp_path / "curve.json"), "--picture", str(tmp_path / "a.png")]
+    rows = scale(capsys, "8,64,512", *more, size="17m")
+    assert list(rows) == [8, 64, 512]
     for gpus, row in rows.items():
         assert 100 * row["weak_efficiency"] == pytest.approx(100 * MOSAIC[gpus] / MOSAIC[8], abs=3), gpus
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -71,7 +73,7 @@ def test_plan_scale_with_price_gives_cost_of_first_to_last_by_doubling(capsys: p
 def test_plan_scale_with_calibration_prints_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = {"size": "1b", "gpus": 8, "tokens_per_second_per_gpu": 70e3}
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
-    assert main(["plan", "--size", "1b", "--scale", "8,16", "--calibrate", str(tmp_path / "runs.jsonl")]) == 0
+    assert main(["plan", "--size", "17m", "--scale", "8,16", "--calibrate", str(tmp_path / "runs.jsonl")]) == 0
     assert "calibration: 1b mlm on 8: 70,000 predicted" in capsys.readouterr().out
 
 

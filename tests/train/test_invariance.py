@@ -119,8 +119,8 @@ def difference(found: Trained, expected: Trained) -> dict[str, float]:
 
 def equal(found: Trained, expected: Trained) -> bool:
     apart = difference(found, expected)
-    import os; open("/tmp/trainA/apart.txt", "a").write(os.environ["PYTEST_CURRENT_TEST"] + " " + repr(apart) + "\n")  # TEMPORARY
-    return apart["loss"] <= 1e-5 and apart["grad_norm"] <= 1e-5 and apart["weights"] <= 1e-4
+    # sums in another order leave up to 5e-8, 6e-7 and 5e-6 after 8 steps
+    return apart["loss"] <= 1e-6 and apart["grad_norm"] <= 5e-6 and apart["weights"] <= 3e-5
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_muon_in_bf16_on_layout_follows_one_process_and_per_shard_does_not(
     usual = train(pool, world, tmp_path / "usual", corpus, objective, words)
     assert difference(usual, reference(option))["loss"] <= 5e-4
     wrong = train(pool, world, tmp_path / "wrong", corpus, objective, words, mutation="orthogonal_per_shard")
-    # ten times what `equal` allows
+    # a hundred times what `equal` allows
     assert difference(wrong, reference(option, mutation="fp32_orthogonal"))["loss"] > 1e-4
 
 

@@ -42,6 +42,8 @@ def test_train_on_prepared_megatron_indexed_dataset_learns(
     first = dataset.chunk(0).tolist()
     assert (first[0], first[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
     assert tokenizer.decode(first[1:-1]).strip() == sentences(0, 1)
-    run = train(pool, 1, tmp_path / "run", tmp_path / "dataset", "clm", ["run.steps=8", "run.tokens=1B", "optim.lr=1e-2"])
+    run = train(
+        pool, 1, tmp_path / "run", tmp_path / "dataset", "clm", ["run.steps=8", "run.tokens=1B", "optim.lr=1e-2"]
+    )
     losses = run.column("loss")
     assert losses[-1] < losses[0] - 1.0, json.dumps(losses)

@@ -64,6 +64,8 @@ def test_watchdog_suspended_rank_is_named_and_others_exit_75(
     line = run_state(run_dir).last_stall
     assert line is not None
     assert line in ranks.said()
+    # by the watchdog's own ticks, which do not count what a busy machine takes from it
+    assert line.startswith(("stalled for 3 s: ", "stalled for 4 s: "))
     assert f"rank 2 on {os.uname().nodename} (pid {ranks.pid(2)}) has not been heard of" in line
     assert ranks.said().count("ettin train: stalled for") == 1
     (stall,) = (run_dir / "watch").glob("stall-*")
