@@ -41,6 +41,7 @@ def tracing(work: Path) -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
 
 
+@pytest.mark.full
 def test_chaos_round_of_killed_ranks_ends_identical(work: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chaos(work, "run", "--rounds", "1", "--seed", "1", "--faults", "kill", *TWO_RANKS, "--log", str(log))

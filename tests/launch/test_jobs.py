@@ -118,6 +118,7 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
     assert ended["fraction"] == 1.0
 
 
+@pytest.mark.full
 def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
 ) -> None:
