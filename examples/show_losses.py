@@ -1,4 +1,4 @@
-"""Held-out losses of the quick start's pair beside what ignoring all context would reach.
+"""Print the held-out losses of the quick start's pair beside those of guessing by frequency.
 
 python examples/show_losses.py ENCODER_EVAL.json DECODER_EVAL.json
 """
@@ -9,18 +9,23 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = {"mlm": "encoder, masked positions", "clm": "decoder"}
+NAMES = {"mlm": "encoder", "clm": "decoder"}
+TASKS = {"mlm": "masked tokens", "clm": "next tokens"}
 
 
 def main(paths: list[str]) -> int:
     """Print the table; 1 where a model is no better than the unigram loss."""
     worse = 0
+    print(f"{'':9}{'held-out loss':>13}{'unigram loss':>14}{'difference':>12}{'right':>8}  of")
     for path in paths:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
-        loss, unigram = figures["loss"], figures["unigram_loss"]
+        loss, unigram, objective = figures["loss"], figures["unigram_loss"], figures["objective"]
         worse += loss >= unigram
-        print(f"{NAMES[figures['objective']]}: loss {loss:.3f} on held-out documents, unigram {unigram:.3f}", end="")
-        print(f" ({figures['labels']:,} predicted tokens, accuracy {figures['accuracy']:.3f})")
+        numbers = f"{loss:13.2f}{unigram:14.2f}{loss - unigram:12.2f}{figures['accuracy']:8.1%}"
+        print(f"{NAMES[objective]:9}{numbers}  {figures['labels']:,} {TASKS[objective]}")
+    print("Lower is better. The unigram loss is what guessing by frequency alone reaches.")
+    if worse:
+        print("show_losses: no better than guessing by frequency; train longer or on more text", file=sys.stderr)
     return 1 if worse else 0
 
 

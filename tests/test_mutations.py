@@ -17,7 +17,7 @@ FAILED = 1  # pytest's exit status where a test failed; others are errors of our
 
 def run_test(nodeid: str) -> int:
     """Run one test of the first tier in this process, a fork with everything imported, and return pytest's status."""
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tier", "first", nodeid]))
+    return int(pytest.main(["-x", "-p", "no:cacheprovider", "--tier", "first", nodeid]))
 
 
 def outcome(nodeid: str, mistake: str, folder: Path) -> tuple[int, str]:

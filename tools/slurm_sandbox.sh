@@ -5,33 +5,58 @@
 #   slurm_sandbox.sh node STATE_DIR NAME        (starts the slurmd of one node again)
 #   slurm_sandbox.sh down STATE_DIR
 #
-# After `up`, `source STATE_DIR/env.sh` makes sbatch, srun and squeue mean this cluster.
-# It wants Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge; no systemd, root or not (as an
-# ordinary user every daemon runs as that user, and only that user can submit). Everything (config, key, sockets, logs,
-# spool, pids) lives under STATE_DIR; /etc and /run are untouched. No CPU or memory limit is enforced.
-# All nodes have NodeAddr 127.0.0.1 and a port each. Environment variables of `up`:
-#   UTS=1        (root only) inside a job `hostname` says n1, n2, ... and those names resolve: a private UTS and mount
-#                namespace for each node, in which the host's /etc/hosts is covered, not changed
+# After `up`, `source STATE_DIR/env.sh` points sbatch, srun and squeue to this cluster.
+# Exit status: 0 done, 2 your mistake (one line says which), 1 anything else.
+#
+# It needs Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge; `up` names what is missing.
+# It needs no systemd and no root. As an ordinary user every daemon runs as that user, and only that user can submit.
+# Everything (config, key, sockets, logs, spool, pids) lies under STATE_DIR; /etc and /run are untouched.
+# No CPU or memory limit is enforced.
+# All nodes have NodeAddr 127.0.0.1. The controller listens on BASE_PORT, node nK on BASE_PORT + K.
+#
+# Nodes have names of their own: inside a job `hostname` prints n1, n2, ... and those names resolve. Each node has a
+# private UTS and mount namespace, in which the host's /etc/hosts is covered, not changed. Namespaces need root and a
+# working `unshare`. Elsewhere `up` says so in one line, and all nodes have the host's name. Outside of jobs the names
+# do not resolve.
+#
+# Environment variables of `up`:
+#   UTS=0        no namespaces; UTS=1 fails where they are not possible
 #   GPUS=K       nodes declare K make-believe GPUs, so that --gpus-per-node=K is accepted
 #   GPU_FILES    their device files, counted from 0 (/dev/tty, say: then CUDA_VISIBLE_DEVICES is set as on a real node)
 #   ANY_ADDR=1   do not bind to loopback alone (so anyway where `hostname` does not resolve to 127.0.0.1)
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
+PACKAGES="slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
+# NAME HOSTS_FILE COMMAND... follow: the command in a UTS and mount namespace of its own
+# shellcheck disable=SC2016 # the inner shell expands it
+NAMESPACE=(unshare --uts --mount --propagation private sh -c
+    'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"' sh)
+
 usage() {
-    sed -n 's/^#   slurm_sandbox/  slurm_sandbox/p' "$0" >&2
+    sed -n 's/^#   slurm_sandbox/  slurm_sandbox/p' "$0"
+}
+
+refuse() { # MESSAGE: the caller's mistake
+    echo "slurm_sandbox: $1" >&2
     exit 2
 }
 
-up() { # STATE_DIR NODES CPUS PORT
-    [ ! -e "$1/pids" ] || { echo "already up? ($1/pids exists; run: slurm_sandbox.sh down $1)" >&2; exit 1; }
-    local nodes=${2:-2}
-    mkdir -p "$1"/{munge,ctld,log,pid}
-    state=$(realpath "$1")
+up() { # STATE_DIR [NODES] [CPUS] [PORT]
+    local nodes=${2:-2} cpus=${3:-4} port=${4:-17000}
+    check_arguments "$nodes" "$cpus" "$port"
+    check_installed
+    state=$(realpath -m "$1")
+    [[ $state != *[[:space:]]* && ${#state} -le 96 ]] ||
+        refuse "STATE_DIR: $state has a space or more than 96 characters, which SLURM or munge do not take"
+    [ ! -e "$state/pids" ] || all_gone || refuse "$1: already up; first run: slurm_sandbox.sh down $1"
+    check_ports "$nodes" "$port"
+    choose_names
+    mkdir -p "$state"/{munge,ctld,log,pid}
+    printf '%s\n' "$named" >"$state/uts"
     chmod 0755 "$state" "$state/munge"
     [ -e "$state/munge/key" ] || (umask 077; head -c 128 /dev/urandom >"$state/munge/key")
-    write_config "$nodes" "${3:-4}" "${4:-17000}"
+    write_config "$nodes" "$cpus" "$port"
     printf 'export SLURM_CONF=%s\n' "$state/slurm.conf" >"$state/env.sh"
-    printf '%s\n' "${UTS:-}" >"$state/uts"
     : >"$state/pids"
     # --force: munged otherwise refuses a socket below a 0700 directory (mktemp -d, pytest's tmp_path)
     start munged munged --foreground --force --key-file="$state/munge/key" --socket="$state/munge/sock" \
@@ -44,11 +69,54 @@ up() { # STATE_DIR NODES CPUS PORT
     sinfo
 }
 
+check_arguments() { # NODES CPUS PORT
+    [[ $1 =~ ^[1-9][0-9]{0,2}$ ]] || refuse "NODES: '$1' is not a number from 1 to 999"
+    [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || refuse "CPUS_PER_NODE: '$2' is not a number from 1 to 9999"
+    [[ $3 =~ ^[1-9][0-9]{0,4}$ && $(($3 + $1)) -le 65535 ]] ||
+        refuse "BASE_PORT: '$3' is not a port, or BASE_PORT + NODES is above 65535"
+}
+
+check_installed() { # sets `plugins`
+    local missing=() program folder
+    for program in slurmctld slurmd sinfo squeue scancel srun munged munge setsid; do
+        command -v "$program" >/dev/null || missing+=("$program")
+    done
+    plugins=
+    for folder in /usr/lib/*/slurm-wlm; do
+        [ ! -e "$folder/auth_munge.so" ] || plugins=$folder
+    done
+    [ -n "$plugins" ] || missing+=("/usr/lib/*/slurm-wlm/auth_munge.so")
+    [ ${#missing[@]} = 0 ] || refuse "not installed: ${missing[*]}; on Debian or Ubuntu: apt-get install $PACKAGES"
+}
+
+check_ports() { # NODES PORT
+    local used=() port
+    for port in $(seq "$2" $(($2 + $1))); do
+        ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || used+=("$port")
+    done
+    [ ${#used[@]} = 0 ] || refuse "ports in use: ${used[*]}; give another BASE_PORT than $2"
+}
+
+choose_names() { # sets `named`: 1 where each node gets a name of its own, else 0
+    named=0
+    [ "${UTS:-}" != 0 ] || return 0
+    local why
+    if [ "$(id -u)" != 0 ]; then
+        why="names for the nodes need root"
+    elif "${NAMESPACE[@]}" n1 /etc/hosts true >/dev/null 2>&1; then
+        named=1
+        return
+    else
+        why="names for the nodes need unshare --uts --mount, which is not permitted here"
+    fi
+    [ "${UTS:-}" != 1 ] || refuse "UTS=1: $why"
+    echo "note: $why; all nodes have the name $(hostname), and n1, n2, ... do not resolve" >&2
+}
+
 write_config() { # NODES CPUS PORT
-    local host memory plugins addresses=NoCtldInAddrAny
+    local host memory addresses=NoCtldInAddrAny
     host=$(hostname -s)
     memory=${SLURM_NODE_MEM:-$(awk -v n="$1" '/MemTotal/{print int($2/1024/n)}' /proc/meminfo)}
-    plugins=$(ls -d /usr/lib/*/slurm-wlm | head -1)
     # NoInAddrAny binds slurmd and srun to the address of their own hostname: right only where that is NodeAddr
     if [ -z "${ANY_ADDR:-}" ] && [ "$(getent ahostsv4 "$(hostname)" | awk 'NR==1{print $1}')" = 127.0.0.1 ]; then
         addresses+=,NoInAddrAny
@@ -111,7 +179,7 @@ CONF
             "$i" "$host" $(($3 + i)) "$2" "$memory" "${GPUS:+Gres=gpu:$GPUS }"
         echo "127.0.0.1 n$i" >&3
     done >>"$state/slurm.conf" 3>"$state/names"
-    cat /etc/hosts "$state/names" >"$state/hosts"
+    { cat /etc/hosts; echo; cat "$state/names"; } >"$state/hosts"
     if [ -n "${GPUS:-}" ]; then
         mkdir -p "$state/dev"
         for i in $(seq 0 $((GPUS - 1))); do : >"$state/dev/gpu$i"; done
@@ -129,18 +197,19 @@ start() { # NAME COMMAND... : in its own session, in the foreground, its pid rec
 }
 
 start_node() { # NAME
+    local slurmd=(slurmd -D -N "$1" -f "$state/slurm.conf")
     mkdir -p "$state/spool-$1"
     if [ "$(cat "$state/uts")" = 1 ]; then
-        start "slurmd-$1" unshare --uts --mount --propagation private sh -c \
-            "hostname $1; mount --bind $state/hosts /etc/hosts; exec slurmd -D -N $1 -f $state/slurm.conf"
+        start "slurmd-$1" "${NAMESPACE[@]}" "$1" "$state/hosts" "${slurmd[@]}"
     else
-        start "slurmd-$1" slurmd -D -N "$1" -f "$state/slurm.conf"
+        start "slurmd-$1" "${slurmd[@]}"
     fi
 }
 
 node() { # STATE_DIR NAME
-    [ $# = 2 ] && [ -e "$1/pids" ] || usage
+    [ -e "$1/pids" ] || refuse "$1: not up; first run: slurm_sandbox.sh up $1"
     state=$(realpath "$1")
+    grep -q "^NodeName=$2 " "$state/slurm.conf" || refuse "$2: no such node; see $state/slurm.conf"
     export SLURM_CONF=$state/slurm.conf
     start_node "$2"
 }
@@ -186,10 +255,11 @@ kill_leftovers() { # of jobs of this cluster: known by SLURM_CONF and a job id i
     done
 }
 
-case ${1:-} in
-up | down | node)
-    [ $# -ge 2 ] || usage
-    "$@"
+case "${1:-} $#" in
+"up "[2-5] | "down 2" | "node 3") "$@" ;;
+"-h 1" | "--help 1" | "help 1") usage ;;
+*)
+    usage >&2
+    exit 2
     ;;
-*) usage ;;
 esac
