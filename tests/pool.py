@@ -184,14 +184,18 @@ class Pool:
             child = forkserver.call(path, "tests.pool:worker", [rank], files, environment, process)
         return Connection(ours.detach()), child
 
-    def close_workers(self) -> None:
-        for pipe, child in self.workers:
+    def close_workers(self, timeout_seconds: float = 0.001) -> None:
+        """End the workers; those that have not ended by themselves in time are killed."""
+        for pipe, _ in self.workers:
             pipe.close()
+        for _, child in self.workers:
+            child.wait(timeout_seconds)
             child.close()
         self.workers = []
 
     def close(self) -> None:
         """End the workers, and the process that they were forked from if no other pool has it."""
-        self.close_workers()
+        # idle ones end at once, and write what coverage.py has counted
+        self.close_workers(timeout_seconds=10)
         if self.server:
             self.server.close()
