@@ -35,6 +35,7 @@ GROUPS = {
 }
 # what takes longest starts first, so that no process is left alone with it at the end
 FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/train/test_zero.py", "report")
+FIRST += ("chaos", "release", "compat", "tests/test_mutations.py")
 WANT_SERVER = {"pool", "corpus"}
 
 
