@@ -123,9 +123,9 @@ class Chaos:
         return train_words(run_dir, self.corpus, *LAYOUTS[layout], *settings)
 
     def reference(self, layout: str) -> State:
-        """The run that nothing disturbs, once for each layout."""
+        """Train undisturbed, once for each layout and number of ranks."""
         if layout not in self.undisturbed:
-            run_dir = self.work / f"undisturbed-{layout.replace(' ', '-')}"
+            run_dir = self.work / f"undisturbed-{self.ranks}-{layout.replace(' ', '-')}"
             place = Place(self.zygote, self.ranks)
             launch = Launch(place, run_dir, run_dir / "logs", self.words(run_dir, layout, True))
             if launch.finish([], LIMIT_SECONDS)[0] != [0] * self.ranks:
