@@ -90,8 +90,8 @@ if [[ -z $chosen && $tier != full ]]; then
     trap 'kill "$linting" 2>/dev/null; exit 130' INT TERM
 fi
 case $tier in
-first) echo "== pytest, first tier: some eight minutes on two cores" ;;
-all) [[ -n $chosen ]] || echo "== pytest, every test: some forty minutes on two cores" ;;
+first) echo "== pytest, first tier: six to ten minutes on two cores" ;;
+all) [[ -n $chosen ]] || echo "== pytest, every test: some twenty-five minutes on two cores" ;;
 esac
 began=$SECONDS
 "${pytest[@]}" ${words[@]+"${words[@]}"}
