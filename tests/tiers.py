@@ -61,7 +61,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Whether this process is one of several that pytest-xdist has started."""
+    """Return whether pytest-xdist has started this process."""
     return hasattr(config, "workerinput")
 
 

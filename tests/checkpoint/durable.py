@@ -29,7 +29,7 @@ class Rename:
 
 @dataclass
 class Watched:
-    """What happened in a folder.
+    """Record of the renames in a folder.
 
     Attributes:
         renames: in their order.

@@ -1,4 +1,4 @@
-"""What Megatron-Core and transformers make of our files. Tests call these in forks that have imported both."""
+"""Read our files with Megatron-Core and transformers. Tests call these in forks that have imported both."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_prepare_rerun_is_complete_and_changed_settings_are_refused(
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """What `ettin prepare` forces to the disk, and when."""
+    """Record what `ettin prepare` forces to the disk, and when."""
     folder = tmp_path_factory.mktemp("published")
     source = write_jsonl(folder / "a.jsonl", 30)
     options = ("--chunk-tokens", 128, "--holdout", 0.3, "--seq-len", 128, "--workers", 1)
