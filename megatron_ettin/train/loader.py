@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -175,6 +176,9 @@ def as_it_is(item: Any) -> Any:
 def signals_blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """Processes started within leave these signals to the one that started them: a scheduler sends its warning to every
     process of a job, and the run that finishes its step upon it still needs its workers and their fork server."""
+    # the first use of multiprocessing starts its resource tracker and then unblocks SIGINT and SIGTERM, whatever was
+    # blocked before: a fork server that is started right after it would be ended by the scheduler's SIGTERM
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

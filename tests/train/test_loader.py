@@ -224,14 +224,25 @@ def workers_after_a_step(child: Child, folder: Path) -> list[psutil.Process]:
     return below
 
 
+def heeded_signals(process: psutil.Process) -> set[str]:
+    """Return the names of the signals of a scheduler that a process neither blocks nor ignores."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    masks = dict(line.split(":\t") for line in lines if line.startswith(("SigBlk", "SigIgn")))
+    left_out = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
+    return {number.name for number in (signal.SIGINT, signal.SIGTERM) if not left_out >> (number - 1) & 1}
+
+
 def all_end(processes: list[psutil.Process]) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=60)
     return not alive
 
 
-def test_loader_workers_exit_after_run_is_killed(start: Callable[[str], Child], tmp_path: Path) -> None:
+def test_loader_workers_leave_signals_to_run_and_exit_when_it_is_killed(
+    start: Callable[[str], Child], tmp_path: Path
+) -> None:
     child = start("run.steps=100000")
     below = workers_after_a_step(child, tmp_path)
+    assert [heeded_signals(process) for process in below] == [set()] * len(below)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait(60) == -signal.SIGKILL
     assert all_end(below)
