@@ -8,6 +8,7 @@ import os
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 
@@ -167,7 +168,7 @@ def room_after_step_8() -> Iterator[None]:
     def step(self, run, info):
         real(self, run, info)
         if info.step == 8 and run.is_chief:
-            (run.directory.parent / "filler").unlink()
+            (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").unlink()
 
     with mock.patch.object(hooks.Metrics, "step", step):
         yield

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 
@@ -152,6 +154,22 @@ def disk_full_while_writing() -> Iterator[None]:
         real(self, local)
 
     with mock.patch.object(background.Plan, "write", write):
+        yield
+
+
+@contextlib.contextmanager
+def copies_change_a_byte() -> Iterator[None]:
+    """Change a byte of each file that is copied from one file system to another."""
+    real = shutil.copyfile
+
+    def copyfile(source, target, **named):
+        found = real(source, target, **named)
+        if Path(source).suffix == ".distcp":
+            with open(target, "r+b") as file:
+                file.write(bytes([file.read(1)[0] ^ 1]))
+        return found
+
+    with mock.patch.object(shutil, "copyfile", copyfile):
         yield
 
 

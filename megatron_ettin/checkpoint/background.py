@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ettin.checkpoint.digests import Entry, digest
 from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.checkpoint.local_staging import staging_folder
 from megatron_ettin.checkpoint.writing import save_tensor
 
 MARK = ".written-"  # and the rank
@@ -32,6 +33,13 @@ POLL_SECONDS = 0.05
 
 class NotWritten(Exception):
     """Why a checkpoint could not be written: one line, with the rank and the file."""
+
+
+@dataclass
+class _At:
+    """Which file or folder is being written, for the message of what goes wrong."""
+
+    path: Path
 
 
 @dataclass
@@ -70,21 +78,30 @@ class Plan:
         """Write this rank's files and its mark, which says what went wrong where something did. `local`: a folder on
         this machine's own disk, where they are written first."""
         mark: dict[str, Any] = {"files": {}, "stored": []}
-        path = str(self.folder)
+        at = _At(self.folder if local is None else local)
         try:
-            for path, name, (items, tensors) in self.buckets:
-                first = Path(path) if local is None else local / f"{self.folder.name}-{name}"
-                assert not items, "pickled entries"  # state.py leaves them out
-                mark["stored"] += _write_file(first, name, tensors)
-                if local is not None:
-                    _move(first, Path(path))
-                mark["files"][name] = digest(Path(path))
+            if local is None:
+                self._write_files(self.folder, mark, at)
+            else:
+                with staging_folder(local, self.folder.absolute().parents[1].name) as staging:
+                    self._write_files(staging, mark, at)
         except Exception as error:
-            mark = {"error": f"rank {self.rank}: {path}: {_cause(error)}"}
+            mark = {"error": f"rank {self.rank}: {at.path}: {_cause(error)}"}
             for path, _, _ in self.buckets:  # of no use, and the mark needs room
                 Path(path).unlink(missing_ok=True)
         self.writer.write_buckets = None  # the copies are no longer needed
         _place(self.folder / f"{MARK}{self.rank}", mark)
+
+    def _write_files(self, first: Path, mark: dict[str, Any], at: _At) -> None:
+        """Write and hash each file in the folder `first`, and copy it to where it belongs if that is elsewhere."""
+        for path, name, (items, tensors) in self.buckets:
+            at.path = first / name
+            assert not items, "pickled entries"  # state.py leaves them out
+            mark["stored"] += _write_file(at.path, name, tensors)
+            # before it is copied: a digest of the copy would seal whatever the copy is
+            mark["files"][name] = digest(at.path)
+            if at.path != Path(path):
+                _move(at.path, Path(path), mark["files"][name], at)
 
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
         """On rank 0: wait for all marks, write what core leaves to the coordinator. Returns the digests of the ranks'
@@ -131,13 +148,14 @@ def _result(fqn: str, offset: Any, number: Any, name: str, first: int, length: i
     return WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(name, first, length))
 
 
-def _move(source: Path, target: Path) -> None:
-    """Between file systems."""
-    try:
-        shutil.copyfile(source, target)
-        fsync(target)
-    finally:
-        source.unlink(missing_ok=True)
+def _move(source: Path, target: Path, written: Entry, at: _At) -> None:
+    """Copy a file to another file system and remove it here. Raises OSError where the copy is not what was written."""
+    at.path = target
+    shutil.copyfile(source, target)
+    fsync(target)
+    if digest(target) != written:
+        raise OSError(errno.EIO, f"the copy is not what was written to {source}")
+    source.unlink()
 
 
 def _cause(error: BaseException) -> str:

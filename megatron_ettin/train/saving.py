@@ -173,8 +173,6 @@ class Saver:
     def _write(self, wish: Wish, plan: Plan) -> None:
         """The thread of a rank; what rank 0's finds out is the outcome."""
         local = self.machine.config.checkpoint.staging
-        if local is not None:
-            Path(local).mkdir(parents=True, exist_ok=True)
         plan.write(None if local is None else Path(local))
         if self.is_chief:
             try:
