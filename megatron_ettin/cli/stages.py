@@ -25,6 +25,16 @@ class Stage:
     init_from: Path | None
     kept: dict[str, Any]
     words: list[str]
+    begun: Config | None = None
+    """The run's recorded configuration; None before its first launch."""
+
+
+def begun_with(run_dir: Path) -> Config | None:
+    """Return the configuration that a run directory records, None where no run has begun in it. Raises UserError."""
+    from megatron_ettin.config.resolve import from_yaml
+
+    path = run_dir / "config.yaml"
+    return from_yaml(path) if path.exists() else None
 
 
 def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
@@ -59,15 +69,16 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     if args.sweep:
         return [stage for member in chosen_members(args) for stage in member_stages(args, member)]
     if args.phase != "all":
-        kept = weights_model(run_dir, args.init_from)
-        config = parse(args.size, args.objective, args.phase, args.config, words, kept)
-        return [Stage(config, run_dir, args.init_from, kept, words)]
+        kept, begun = weights_model(run_dir, args.init_from), begun_with(run_dir)
+        config = parse(args.size, args.objective, args.phase, args.config, words, kept, begun)
+        return [Stage(config, run_dir, args.init_from, kept, words, begun)]
     stages: list[Stage] = []
     for phase in CHAIN:
         own = run_dir / phase
+        begun = begun_with(own)
         kept = inherited(dataclasses.asdict(stages[-1].config)) if stages else weights_model(own, args.init_from)
-        config = parse(args.size, args.objective, phase, args.config, words, kept)
-        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept, words))
+        config = parse(args.size, args.objective, phase, args.config, words, kept, begun)
+        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept, words, begun))
     return stages
 
 
@@ -91,6 +102,19 @@ def member_stages(args: argparse.Namespace, member: Member) -> list[Stage]:
     names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
     own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.words], "sweep": []}
     return stages_of(argparse.Namespace(**{**vars(args), **names, **own}))
+
+
+def reference_rate_line(stage: Stage) -> str | None:
+    """Say that weight decay keeps its reference where a run goes on with another learning rate; None elsewhere."""
+    if stage.begun is None or stage.begun.optim.lr == stage.config.optim.lr:
+        return None
+    before, now = stage.begun.optim, stage.config.optim
+    if before.max_lr != now.max_lr:
+        return None
+    return (
+        f"optim.lr {before.lr:g} -> {now.lr:g}; optim.max_lr stays {now.max_lr:g}, so weights decay by"
+        f" {now.lr / before.lr:.3g} of what they did"
+    )
 
 
 def chain_warning(stage: Stage) -> str | None:

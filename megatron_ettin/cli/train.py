@@ -15,12 +15,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from megatron_ettin.attempt import record_failure
-from megatron_ettin.cli.stages import Stage, chain_warning, stages_of
+from megatron_ettin.cli.stages import Stage, chain_warning, reference_rate_line, stages_of
 from megatron_ettin.config.errors import EXIT_REQUEUE
 
 
@@ -72,7 +72,9 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import origins
 
-    found = differences(stage.config, origins(args.config, stage.words, stage.kept, stage.config.run.phase))
+    found = differences(
+        stage.config, origins(args.config, stage.words, stage.kept, stage.config.run.phase, stage.begun)
+    )
     return json.dumps(to_json(found), indent=1) if args.json else describe(found, stage.config)
 
 
@@ -99,16 +101,16 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
         raise UserError(f"--from-step {args.from_step}: must be at least 1")
 
 
-def tell(stages: list[Stage]) -> None:
-    """What is worth knowing before the start, on standard error."""
+def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
+    """What is worth knowing before the start, on standard error. `allowed`: science keys that may change."""
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.recipe import recipe
 
     first = stages[0]  # later phases begin from earlier ones, members of a sweep all from the same
     run = first.config.run
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
-    warning = chain_warning(first)
-    for line in (*told(first.kept, tables, first.config.model), *([warning] if warning else [])):
+    about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
+    for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(explain(stage, args) for stage in stages))
         return 0
     if is_chief:
-        tell(stages)
+        tell(stages, args.allow_change)
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 

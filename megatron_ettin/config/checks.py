@@ -23,6 +23,9 @@ from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
 from megatron_ettin.config.zero import check_zero
 
+# of a weight decay to the rate that it is for: torch's coefficient, of which 0.1 is usual
+MOST_DECAY_TO_RATE = 10
+
 
 def check(config: Config) -> None:
     """All checks that do not depend on the number of ranks."""
@@ -195,6 +198,17 @@ def check_fp8_weights(config: Config) -> None:
     if not config.parallel.distributed_optimizer:
         raise UserError(
             "precision.fp8_weights: wants parallel.distributed_optimizer=true, whose masters they are made from"
+        )
+
+
+def check_weight_decay(config: Config) -> None:
+    """Refuse a coefficient that is meant as another system's: torch's AdamW multiplies its own by the learning rate."""
+    decay, reference = config.optim.weight_decay, config.optim.max_lr
+    if decay > MOST_DECAY_TO_RATE * reference:
+        raise UserError(
+            f"optim.weight_decay: {decay:g} is what a weight loses a step at optim.max_lr {reference:g}, and more than"
+            f" {MOST_DECAY_TO_RATE} x that rate; torch's AdamW multiplies its coefficient by the rate: {decay:g} there"
+            f" is {decay * reference:.2g} here. Give the product, or as optim.max_lr the rate that it is for"
         )
 
 

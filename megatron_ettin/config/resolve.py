@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ettin.config.checks import check
+from megatron_ettin.config.checks import check, check_weight_decay
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layers import given, key_types, layers_of, read_site, read_yaml
 from megatron_ettin.config.recipe import recipe
@@ -38,33 +38,47 @@ def parse(
     site: Path | None = None,
     words: Sequence[str] = (),
     weights: Mapping[str, Any] | None = None,
+    begun: Config | None = None,
 ) -> Config:
     """Resolve and check a run. `site`: YAML of groups; `words`: `[phase.]group.key=value`; `weights`: keys of `model`
-    that come with the weights it begins from (inherit.py), stronger than the tables only. Raises UserError."""
+    that come with the weights it begins from (inherit.py), stronger than the tables only; `begun`: the recorded
+    configuration of a run that goes on, from which linked defaults are taken that nothing sets. Raises UserError."""
     layers = [layer.groups for layer in layers_of(read_site(site) if site else None, site, words, phase)]
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
     config = merge(base, [{"model": dict(weights or {})}, *layers])
-    follow_the_rows(base, config, layers)
+    follow_the_rows(base, config, layers, begun)
     resolved = to_config(config)
     check(resolved)
+    # a run that has begun with such a coefficient goes on as it is
+    if begun is None or begun.optim.weight_decay != resolved.optim.weight_decay:
+        check_weight_decay(resolved)
     return resolved
 
 
-def origins(site: Path | None, words: Sequence[str], weights: Mapping[str, Any], phase: str) -> dict[str, str]:
+def origins(
+    site: Path | None, words: Sequence[str], weights: Mapping[str, Any], phase: str, begun: Config | None = None
+) -> dict[str, str]:
     """Who set each key that is not the tables': the strongest of the layers of `parse`."""
     layers = layers_of(read_site(site) if site else None, site, words, phase)
     all_layers = [({"model": dict(weights)}, "the weights it begins from"), *layers]
     found = {f"{group}.{key}": who for layer, who in all_layers for group, keys in layer.items() for key in keys or {}}
+    if begun is not None:
+        found.setdefault("optim.max_lr", "the run itself, which has begun with it")
     for leader, follower in FOLLOWERS:
         if leader in found:
             found.setdefault(follower, f"{leader}, which it follows ({found[leader]})")
     return found
 
 
-def follow_the_rows(base: Config, merged: Any, layers: Sequence[dict]) -> None:
-    """Values that the recipe ties to another key follow it where only the other one was given."""
+def follow_the_rows(base: Config, merged: Any, layers: Sequence[dict], begun: Config | None = None) -> None:
+    """Values that the recipe ties to another key follow it where only the other one was given.
+
+    The rate that weight decay refers to stays that of a run that has begun: the original's restarts keep it too, and a
+    weight then decays in proportion to the new learning rate."""
     given = {f"{group}.{key}" for layer in layers for group, keys in layer.items() for key in keys or {}}
-    if "optim.lr" in given and "optim.max_lr" not in given:
+    if begun is not None and "optim.max_lr" not in given:
+        merged.optim.max_lr = begun.optim.max_lr
+    elif "optim.lr" in given and "optim.max_lr" not in given:
         merged.optim.max_lr = merged.optim.lr * (base.optim.max_lr / base.optim.lr)
     if "data.seq_len" in given and "model.max_position_embeddings" not in given:
         merged.model.max_position_embeddings = merged.data.seq_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
     assert config.batch.micro_batch_rows == 4
 
 
+def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
+    begun = parse("17m", "mlm", "decay", words=["optim.max_lr=5e-3"])
+    assert parse("17m", "mlm", "decay", words=["optim.lr=1e-4"], begun=begun).optim.max_lr == 5e-3
+    assert parse("17m", "mlm", "decay", begun=begun).optim.max_lr == 5e-3
+    assert parse("17m", "mlm", "decay", words=["optim.max_lr=4e-3"], begun=begun).optim.max_lr == 4e-3
+
+
+def test_parse_of_a_run_that_has_begun_with_a_large_decay_goes_on() -> None:
+    base = parse("17m", "mlm", "decay")
+    begun = dataclasses.replace(base, optim=dataclasses.replace(base.optim, weight_decay=0.1))
+    assert parse("17m", "mlm", "decay", words=["optim.weight_decay=0.1"], begun=begun).optim.weight_decay == 0.1
+    with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.2 is"):
+        parse("17m", "mlm", "decay", words=["optim.weight_decay=0.2"], begun=begun)
+
+
 def test_to_yaml_round_trip_gives_the_same_config(tmp_path: Path) -> None:
     config = parse("1b", "clm", "extend", words=["data.mixture=[{path: a, weight: 2}, {path: b, weight: 1}]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -91,6 +107,8 @@ REFUSED = {
     "parallel.tp_overlap=true": "parallel.tp_overlap: hides the gathers and scatters of sequence parallelism",
     "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of 28 layers in FP8",
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
+    "optim.weight_decay=0.1": "torch's AdamW multiplies its coefficient by the rate: 0.1 there is 5e-05 here",
+    "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.max_lr 1e-06, and more than 10 x",
     "optim.lr=-1": "optim.lr: -1.0 is not allowed; it is above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
     "batch.micro_batch_rows=3": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",

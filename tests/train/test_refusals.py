@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import main
+from megatron_ettin.config.resolve import from_yaml
 from tests.conftest import make_corpus, make_tokenizer
 from tests.pool import Pool
 from tests.train.runs import command, train
@@ -129,12 +130,15 @@ def test_resume_changed_science_key_is_refused_unless_allowed(
     assert "data.mixture" in line
     assert (run / "config.yaml").read_text() == before
     # keys that are not science keys may change; an allowed science key is recorded
-    words = ["run.steps=3", "optim.lr=1e-4", "optim.max_lr=1e-4", "batch.micro_batch_rows=4"]
-    allow = ["--allow-change", "optim.lr", "--allow-change", "optim.max_lr"]
-    assert pool.run(1, command(run, corpus, "mlm", words, allow))[0].status == 0
+    words = ["run.steps=3", "optim.lr=1e-4", "batch.micro_batch_rows=4"]
+    (result,) = pool.run(1, command(run, corpus, "mlm", words, ["--allow-change", "optim.lr"]))
+    assert result.status == 0, result.output[-2000:]
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert history[-1]["changes"] == ["optim.lr", "optim.max_lr"]
+    assert history[-1]["changes"] == ["optim.lr"]
     assert history[-1]["step"] == 2
+    # what the decay refers to is the run's own
+    assert "optim.lr 0.003 -> 0.0001; optim.max_lr stays 0.003" in result.output
+    assert from_yaml(run / "config.yaml").optim.max_lr == 3e-3
 
 
 @pytest.mark.ranks
