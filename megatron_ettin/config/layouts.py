@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megatron_ettin.config.balance import layer_operations, split_evenly
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.row_split import RowSplit
 from megatron_ettin.config.schema import Config, ParallelConfig
 from megatron_ettin.config.sizes import tensor_parallel_degrees
 
@@ -115,21 +118,50 @@ def check_layout(config: Config, world: int) -> int:
     if batch.global_batch_rows % (dp * batch.micro_batch_rows) and batch.loss_normalization == "microbatch":
         raise UserError(
             f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
-            f" {batch.micro_batch_rows}, and loss_normalization=microbatch counts micro-batches, which would be empty"
+            f" {batch.micro_batch_rows}, and loss_normalization=microbatch gives micro-batches of any size equal weight"
         )
-    if parallel.vp > 1 and micro_batches(config, dp) % parallel.pp:
+    alone = RowSplit.of(batch.global_batch_rows, dp, batch.micro_batch_rows).count
+    if parallel.vp > 1 and alone % parallel.pp:
         raise UserError(
-            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp}; there are"
-            f" {micro_batches(config, dp)}"
+            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp};"
+            f" there are {alone}"
         )
     return dp
 
 
+def micro_batch_group(config: Config) -> int:
+    """Return what a rank's number of micro-batches is a multiple of: the interleaved schedule runs whole groups of
+    pipeline ranks."""
+    return config.parallel.pp if config.parallel.vp > 1 else 1
+
+
+def has_fixed_shapes(config: Config) -> bool:
+    """Return whether all micro-batches of the run have one shape: recorded passes and userbuffers know no other."""
+    return config.run.cuda_graph or config.parallel.tp_overlap
+
+
+def full_split(config: Config, dp: int) -> RowSplit:
+    """Return how the rows of a full batch are shared out over ranks and micro-batches."""
+    return RowSplit.of(config.batch.global_batch_rows, dp, config.batch.micro_batch_rows, micro_batch_group(config))
+
+
 def micro_batches(config: Config, dp: int) -> int:
-    """That each rank runs a step of the full batch."""
-    return -(-config.batch.global_batch_rows // (dp * config.batch.micro_batch_rows))
+    """Micro-batches that each rank runs in a step of the full batch."""
+    return full_split(config, dp).count
 
 
-def empty_rows(config: Config, dp: int) -> int:
-    """Places of a step's micro-batches that have no row: the batch is not a multiple of what all ranks run at once."""
-    return micro_batches(config, dp) * dp * config.batch.micro_batch_rows - config.batch.global_batch_rows
+def with_split_rows(config: Config, dp: int) -> Config:
+    """Return the configuration with the micro-batch that the ranks run: rows spread evenly, not filled up."""
+    batch = dataclasses.replace(config.batch, micro_batch_rows=full_split(config, dp).size)
+    return dataclasses.replace(config, batch=batch)
+
+
+def describe_empty_rows(config: Config, dp: int) -> str | None:
+    """Return what a step of the full batch leaves empty, or None where every place has a row."""
+    split = full_split(config, dp)
+    if not split.empty:
+        return None
+    return (
+        f"{split.rows:,} rows on dp {dp}, {split.count} micro-batch{'es' * (split.count > 1)} of {split.size} each,"
+        f" leave {split.empty:,} places a step empty ({split.empty / split.places:.1%} of the work)"
+    )

@@ -23,6 +23,7 @@ from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
 from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.rows import check_rows
 from megatron_ettin.plan.memory import estimate
+from megatron_ettin.plan.places import describe_shares, empty_shares
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def facts(config: Config) -> dict[str, Any]:
         "tokens_per_step": round(batch.global_batch_rows * row_tokens),
         "steps": config.run.steps or sizes.steps_for(config.run.tokens / row_tokens),
         "smallest_world": model_ranks,
+        "empty_share": empty_shares(config),
         "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
     }
 
@@ -96,6 +98,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
             f"data            {untold}" if untold else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
+            f"empty places    {describe_shares(figures['empty_share'])}",
             "memory, GiB     " + ", ".join(f"{name} {value}" for name, value in memory.items())
             + " (fullest rank at dp 1, activations estimated)",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_ettin.config.layouts import micro_batches, stage_layers
+from megatron_ettin.config.layouts import micro_batches, stage_layers, with_split_rows
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count
@@ -41,6 +41,7 @@ def estimate(config: Config, dp: int, on_gpu: bool = True) -> Memory:
 
 def of_rank(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> Memory:
     """Memory of pipeline rank `pp_rank`."""
+    config = with_split_rows(config, dp)
     model, parallel = config.model, config.parallel
     parameters, embedding = rank_parameters(config, pp_rank)
     wide = PRECISIONS[config.precision.name].compute == "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def search(
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
         for recompute in ("none", "full") if config.parallel.recompute == "none" else (config.parallel.recompute,):
-            for rows in micro_batch_sizes(config):
+            for rows in micro_batch_sizes(config, gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))):
                 try:
                     options.append(planned(config, degrees, rows, recompute, gpus, gpu, constants, chunk_tokens, node))
                 except UserError as error:
@@ -119,10 +120,12 @@ def combinations(config: Config, gpus: int, node: int) -> Iterator[dict[str, int
                         yield {"tp": tp, "cp": cp, "pp": pp, "vp": vp}
 
 
-def micro_batch_sizes(config: Config) -> list[int]:
-    """Divisors of the batch up to twice the recipe's micro-batch, the largest first."""
-    rows, most = config.batch.global_batch_rows, 2 * config.batch.micro_batch_rows
-    return [size for size in range(min(rows, most), 0, -1) if rows % size == 0]
+def micro_batch_sizes(config: Config, dp: int) -> list[int]:
+    """Return the sizes of micro-batches into which a rank's rows can be cut evenly, the largest first, up to twice the
+    recipe's."""
+    share = -(-config.batch.global_batch_rows // dp)
+    sizes = {-(-share // count) for count in range(1, share + 1)}
+    return sorted((size for size in sizes if size <= 2 * config.batch.micro_batch_rows), reverse=True)
 
 
 def planned(

@@ -14,7 +14,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from megatron_ettin.config.balance import layer_operations
-from megatron_ettin.config.layouts import micro_batches, stage_layers
+from megatron_ettin.config.layouts import full_split, micro_batches, stage_layers, with_split_rows
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
@@ -101,8 +101,8 @@ def operations_per_token(config: Config, chunk_tokens: float) -> float:
 
 def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:
     """Of one rank's micro-batches, on each pipeline stage in model order."""
-    model, parallel, count = config.model, config.parallel, micro_batches(config, dp)
-    tokens = count * config.batch.micro_batch_rows * config.data.seq_len / parallel.cp
+    model, parallel = config.model, config.parallel
+    tokens = full_split(config, dp).places / dp * config.data.seq_len / parallel.cp
     operations = operations_per_token(config, chunk_tokens)
     linear = 6 * model.num_layers * layer_parameter_count(model)
     again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
@@ -142,6 +142,7 @@ def ring(gpu: Gpu, bytes_: float, ranks: int, apart: int, node: int, pieces: int
 
 def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: Constants, node: int) -> StepTime:
     """Seconds of a step on `gpu`s in machines of `node`. Ranks of tp lie next to each other, then cp, dp, pp."""
+    config = with_split_rows(config, dp)
     parallel, count = config.parallel, micro_batches(config, dp)
     compute = constants.seconds(features(config, gpu, dp, chunk_tokens, constants))
     bubble = compute * (parallel.pp - 1) / (parallel.vp * count)

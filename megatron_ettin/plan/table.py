@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ettin.config.counts import format_count
-from megatron_ettin.config.layouts import empty_rows
+from megatron_ettin.config.layouts import describe_empty_rows, full_split
+from megatron_ettin.plan.places import run_places
 from megatron_ettin.plan.search import Planned, Rejected
 
 SECONDS_A_DAY = 86_400
@@ -19,9 +20,12 @@ SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
 def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
-    """Days, GPU-hours and, with a price of a GPU's hour, money of the whole phase."""
+    """Days, GPU-hours and, with a price of a GPU's hour, money of the whole phase; the empty places of smaller steps in
+    a batch warm-up cost what rows do."""
     speed = best.tokens_per_second_per_gpu * best.gpus
-    seconds = best.config.run.tokens / speed
+    rows, places = run_places(best.config, best.dp)
+    full = full_split(best.config, best.dp)
+    seconds = best.config.run.tokens / speed * (places / rows) / (full.places / full.rows)
     found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
     return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})
 
@@ -62,8 +66,8 @@ def print_plan(
     if len(found) > top:
         console.print(f"... and {len(found) - top} slower ones (--top, --json)")
     console.print(advantage(found))
-    if empty := empty_rows(best.config, best.dp):
-        console.print(f"of its micro-batches' places {empty:,} a step are empty: the batch is no multiple of dp x rows")
+    if left := describe_empty_rows(best.config, best.dp):
+        console.print(f"its batch: {left}")
     memory = dataclasses.asdict(best.memory)
     parts = ", ".join(f"{key.removesuffix('_bytes')} {value / 2**30:.1f}" for key, value in memory.items())
     console.print(f"memory of its fullest GPU, GiB: {parts}")

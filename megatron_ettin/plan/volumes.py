@@ -3,7 +3,7 @@ as platform/traffic.py counts it on real ranks (tests/plan/test_volumes.py holds
 
 from __future__ import annotations
 
-from megatron_ettin.config.layouts import micro_batches, stage_layers
+from megatron_ettin.config.layouts import micro_batches, stage_layers, with_split_rows
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.activations import element_bytes, micro_batch_tokens
@@ -12,6 +12,7 @@ from megatron_ettin.plan.memory import fp8_parameters, rank_parameters
 
 def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
     """Of a rank of that pipeline stage. Left out: sums over labels in the loss, gradients of norms, single numbers."""
+    config = with_split_rows(config, dp)
     parallel, count = config.parallel, micro_batches(config, dp)
     hidden = hidden_bytes(config)
     found = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ettin import parallel
+from megatron_ettin.config.layouts import full_split
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.model import init
@@ -106,7 +107,7 @@ def assemble(
     topology = Topology.of(config, world)
     layout = parallel.initialize(topology, config.run.seed)
     if config.parallel.tp_overlap:
-        tokens = config.batch.micro_batch_rows * row_tokens(config, topology) // topology.cp
+        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
         te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
@@ -124,7 +125,7 @@ def assemble(
     graphed = None
     if config.run.cuda_graph:
         platform.check_graph(True, chunks[0].config.backend.attention.name)
-        tokens = config.batch.micro_batch_rows * row_tokens(config, topology) // topology.cp
+        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
     return Machine(config, platform, layout, chunks, wrapped, optimizer, graphed)
 

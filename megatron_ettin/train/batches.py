@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batch_group
 from megatron_ettin.config.objectives import IGNORE, KINDS
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
@@ -81,18 +82,20 @@ class Batches:
     @functools.cached_property
     def host(self) -> HostBatches:
         """The part that needs no device."""
-        topology = self.layout.topology
+        topology, config = self.layout.topology, self.config
+        fixed = has_fixed_shapes(config)
         return HostBatches(
             self.corpus,
             self.sizes,
             self.label,
             self.kinds,
-            self.config.windows,
+            config.windows,
             self.row_tokens,
-            self.config.batch.micro_batch_rows,
+            full_split(config, topology.dp).size if fixed else config.batch.micro_batch_rows,
             topology.dp,
             self.layout.dp_rank,
-            topology.pp if topology.vp > 1 else 1,  # the interleaved schedule runs whole groups of pipeline ranks
+            micro_batch_group(config),
+            fixed,
         )
 
     def micro_batch_count(self, step: int) -> int:

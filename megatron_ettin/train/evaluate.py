@@ -133,7 +133,7 @@ def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -
             for batches, count in zip(held_out.sources.values(), rows, strict=True):
                 totals = Totals()
                 for group in groups_in_order(batches, count):
-                    totals += run_micro_batches(machine, group, len(group), batches.row_tokens, training=False).read()
+                    totals += run_micro_batches(machine, group, len(group), training=False).read()
                 figures += [totals.loss, totals.labels, totals.correct]
     finally:
         for chunk in machine.chunks:
@@ -151,16 +151,11 @@ def measured(objective: str, sums: np.ndarray, rows: int) -> Measured:
 
 def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
     """This rank's share of the first `rows` rows, the same number of micro-batches on every rank, a few at a time."""
-    topology, size = batches.layout.topology, batches.config.batch.micro_batch_rows
-    together = 2 * topology.pp
-    count = -(-rows // (topology.dp * size))
-    for begin in range(0, count, together):
-        group = []
-        for index in range(begin, begin + together):
-            start = (index * topology.dp + batches.layout.dp_rank) * size
-            chosen = batches.host.rows(range(start, start + size), rows)
-            group.append(batches.held_out(chosen))
-        yield group
+    host, together = batches.host, 2 * batches.layout.topology.pp
+    split = host.split(rows)
+    for begin in range(0, split.count, together):
+        indices = range(begin, min(begin + together, split.count))
+        yield [batches.held_out(host.share(split, index)[1]) for index in indices]
 
 
 def unigram_loss(train: Corpus, held_out: HeldOut, max_rows: int | None = None) -> float:

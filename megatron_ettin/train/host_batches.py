@@ -1,7 +1,8 @@
 """The part of making a micro-batch that needs no device: which rows, their labels, laid out in arrays.
 
 A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
-starts at once. Rows that a layout's micro-batches have too many are empty: all padding, no labels, not counted."""
+starts at once. Rows are spread evenly over ranks and micro-batches (config/row_split.py); a place that is left over is
+an empty row: all padding, no labels, not counted."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from megatron_ettin.config.errors import RankError
 from megatron_ettin.config.flops import attended_pairs
 from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.row_split import RowSplit
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.order import Corpus, Row
 from megatron_ettin.objectives.labels import Labeller
@@ -43,27 +45,36 @@ class HostBatches:
     kinds: RowKinds
     windows: Mapping[bool, int]  # of a local layer: of causal rows (True) and of others
     row_tokens: int  # of a row on the device, padding included
-    micro_batch_rows: int
+    micro_batch_rows: int  # at most
     dp: int
     dp_rank: int
     group: int  # a rank runs a multiple of so many micro-batches
+    fixed: bool = False  # micro-batches of exactly `micro_batch_rows` places, whatever the step's rows
+
+    def split(self, rows: int) -> RowSplit:
+        """Return how so many rows are shared out over ranks and micro-batches."""
+        return RowSplit.of(rows, self.dp, self.micro_batch_rows, self.group, self.fixed)
 
     def count(self, step: int) -> int:
         """Micro-batches that a rank runs at `step`."""
-        count = -(-self.sizes.size_at(step) // (self.dp * self.micro_batch_rows))
-        return -(-count // self.group) * self.group
+        return self.split(self.sizes.size_at(step)).count
 
     def make(self, step: int, index: int) -> HostBatch:
         """This rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
         first, end = self.sizes.span(step)
-        start = (index * self.dp + self.dp_rank) * self.micro_batch_rows
-        slots = range(start, start + self.micro_batch_rows)
-        rows = self.rows([first + slot for slot in slots], end)
+        slots, rows = self.share(self.split(end - first), index, first)
         return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step))
 
-    def rows(self, positions: Sequence[int], end: int) -> list[Row | None]:
-        """The run's rows of these numbers, None from `end` on. Raises RankError where the data cannot be read."""
-        real = self.corpus.place_of([position for position in positions if position < end]).tolist()
+    def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
+        """This rank's places of micro-batch `index` and their rows, None for an empty one; `first`: number of the
+        split's first row within the run. Raises RankError where the data cannot be read."""
+        slots = split.slots(self.dp_rank, index)
+        rows = self.rows([first + slot for slot in slots])
+        return range(slots.start, slots.start + split.size), [*rows, *[None] * (split.size - len(rows))]
+
+    def rows(self, positions: Sequence[int]) -> list[Row]:
+        """The run's rows of these numbers. Raises RankError where the data cannot be read."""
+        real = self.corpus.place_of(positions).tolist()
         try:
             rows = self.corpus.rows(real) if real else []
         except OSError as error:
@@ -74,7 +85,7 @@ class HostBatches:
             raise RankError(f"data: {error} at positions {real}: a row plan or an order is damaged") from None
         for row in rows:
             self._check(row)
-        return [*rows, *[None] * (len(positions) - len(real))]
+        return rows
 
     def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int) -> HostBatch:
         """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal."""

@@ -18,7 +18,7 @@ from megatron_ettin import parallel
 from megatron_ettin.attempt import Heart, attempt_folder, end_now, end_with_launcher
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.layouts import empty_rows
+from megatron_ettin.config.layouts import describe_empty_rows
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import parameter_count
@@ -315,14 +315,8 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
         f" {machine.chunks[0].config.backend.name} layers; {origin}",
         flush=True,
     )
-    dp = machine.layout.topology.dp
-    if empty := empty_rows(config, dp):
-        share = empty / (empty + config.batch.global_batch_rows)
-        print(
-            f"batch: {config.batch.global_batch_rows:,} rows on dp {dp} x micro-batches of"
-            f" {config.batch.micro_batch_rows} leave {empty:,} places a step empty ({share:.0%} of the work)",
-            flush=True,
-        )
+    if left := describe_empty_rows(config, machine.layout.topology.dp):
+        print(f"batch: {left}", flush=True)
     assert machine.optimizer is not None
     if note := told_at_start(config, machine.optimizer.can_skip):
         print(note, flush=True)

@@ -62,7 +62,7 @@ def digests(machine: Machine, batches: Batches, step: int) -> list[Digest]:
             for layer in chunk.transformer.layers:
                 stack.enter_context(_noting(layer, found))
         count = batches.micro_batch_count(step)
-        run_micro_batches(machine, batches.step(step), count, batches.row_tokens, training=False).read()
+        run_micro_batches(machine, batches.step(step), count, training=False).read()
     return found
 
 

@@ -92,11 +92,9 @@ class Unread:
         return self.totals
 
 
-def run_micro_batches(
-    machine: Machine, batches: Iterable[MicroBatch], count: int, row_tokens: int, training: bool
-) -> Unread:
-    """Forward (and backward) of `count` micro-batches whose rows have `row_tokens` tokens on the device. The last
-    stage's first tensor rank counts, others have zeros."""
+def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: int, training: bool) -> Unread:
+    """Forward (and backward) of `count` micro-batches of one shape. The last stage's first tensor rank counts, others
+    have zeros."""
     models = machine.wrapped if training else machine.chunks
     totals, layout = Totals(), machine.layout
     counting = layout.is_last_pipeline_rank and layout.tp_rank == 0
@@ -107,21 +105,28 @@ def run_micro_batches(
                 totals.count(batch)
             yield batch
 
+    tokens, given = tokens_of_first(counted())
     run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
     graphed = machine.graphed if training else None
     with contextlib.nullcontext() if training else undisturbed(machine.chunks):
         outputs = run(
             forward_step_func=forward_step if graphed is None else functools.partial(graphed, forward_step),
             # model chunks of one rank each read the step's micro-batches
-            data_iterator=list(itertools.tee(counted(), len(models))) if len(models) > 1 else counted(),
+            data_iterator=list(itertools.tee(given, len(models))) if len(models) > 1 else given,
             model=list(models) if len(models) > 1 else models[0],
             num_microbatches=count,
             # rows are flattened: core sees one sequence of all their tokens
-            seq_length=machine.config.batch.micro_batch_rows * row_tokens,
+            seq_length=tokens * layout.topology.cp,
             micro_batch_size=1,
             forward_only=not training,
         )
     return Unread(totals, outputs if counting else [])
+
+
+def tokens_of_first(batches: Iterator[MicroBatch]) -> tuple[int, Iterator[MicroBatch]]:
+    """Return the tokens that this rank has of the first micro-batch, and all of them again."""
+    first = next(batches)
+    return first.input_ids.numel(), itertools.chain((first,), batches)
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
@@ -176,7 +181,7 @@ def train_step(
     read = clock.reading(batches.step(step, loaded))
     profiled = step + 1 in profiled_steps(machine.config)
     with named(machine.platform, f"forward and backward of step {step + 1}", profiled):
-        unread = run_micro_batches(machine, read, count, batches.row_tokens, training=True)
+        unread = run_micro_batches(machine, read, count, training=True)
     clock.update()
     with named(machine.platform, "gradients", profiled):
         optimizer.prepare()

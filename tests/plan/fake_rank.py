@@ -43,7 +43,7 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
     traffic = Traffic(parallel.axes_of_groups())
     with traffic.watch(no_span), LiveTensors() as live:
         machine.optimizer.zero_grad()
-        run_micro_batches(machine, batches.step(0), count, batches.row_tokens, training=True)
+        run_micro_batches(machine, batches.step(0), count, training=True)
         machine.optimizer.step(1e-4)
     sent: dict[str, dict[str, int]] = {}
     for (axis, method), count_bytes in traffic.sent.items():

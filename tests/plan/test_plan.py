@@ -50,7 +50,8 @@ def test_calibration_on_two_sizes_predicts_the_others(tmp_path: Path) -> None:
 
 def test_plan_1b_on_512_gpus_ranks_plain_data_parallelism_first(capsys: pytest.CaptureFixture[str]) -> None:
     """A 1b fits one GPU: data parallelism with the distributed optimizer wins."""
-    found = plan(capsys, "--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain")
+    words = ("--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain", "batch.warmup_tokens=0")
+    found = plan(capsys, *words)
     best = found["layouts"][0]
     assert {key: best[key] for key in ("tp", "pp", "vp", "cp", "dp")} == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "dp": 512}
     assert best["distributed_optimizer"]
@@ -74,7 +75,7 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
     assert "fastest: data parallelism with the distributed optimizer" in out
     assert "% ahead of tp 2 dp 256" in out
     assert out.split("\n")[0].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
-    assert "256 a step are empty" in out
+    assert "leave 256 places a step empty (8.3% of the work)" in out
     assert "GPU-hours" in out
     assert " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]
@@ -83,6 +84,18 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
     config = parse("1b", "mlm", "pretrain", tmp_path / "site.yaml")
     assert config.parallel.overlap
     assert config.batch.micro_batch_rows == 2
+
+
+def test_plan_phase_cost_counts_empty_places_of_batch_warmup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the run at 96 rows a step and then at 128, on 64 GPUs: a rank computes two rows in both."""
+    batch = ["batch.global_batch_rows=128", "batch.micro_batch_rows=2", "batch.warmup_min_rows=96", "run.tokens=10B"]
+    hours = []
+    for warmup in ("0", "10B"):
+        found = plan(capsys, "--size", "17m", "--gpus", "64", *batch, f"batch.warmup_tokens={warmup}", "parallel.pp=1")
+        hours.append(found["phase"]["gpu_hours"] * found["layouts"][0]["tokens_per_second_per_gpu"])
+    # levels of 96, 97, ... 127 rows take equally many tokens each
+    expected = sum(128 / (96 + level) for level in range(32)) / 32
+    assert hours[1] / hours[0] == pytest.approx(expected, rel=0.001)
 
 
 def test_plan_given_parallel_degrees_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,23 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
         assert not found
 
 
+@pytest.mark.parametrize("dp", [3, 4])
+def test_host_batches_during_batch_warmup_spread_rows_evenly(corpus: Path, dp: int) -> None:
+    """3 growing to 8 rows a step in micro-batches of at most 2: no rank computes for lack of rows of its own."""
+    ranks = [host_batches(corpus, dp=dp, dp_rank=rank) for rank in range(dp)]
+    for step in (0, 5, 40):
+        rows = ranks[0].sizes.size_at(step)
+        computed, real = [], []
+        for host in ranks:
+            batches = [host.make(step, index) for index in range(host.count(step))]
+            computed.append([len(batch.input_ids) for batch in batches])
+            real.append(sum(bool(lengths) for batch in batches for lengths in batch.lengths))
+        assert max(real) - min(real) <= 1, (step, real)
+        assert all(sizes == computed[0] for sizes in computed), (step, computed)
+        assert len(set(computed[0])) == 1, (step, computed)
+        assert sum(computed[0]) - -(-rows // dp) < max(computed[0]), (step, computed)
+
+
 def test_loader_imports_no_megatron_and_host_batches_no_torch() -> None:
     lines = [
         "import sys, megatron_ettin.train.host_batches",
