@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -20,6 +19,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron_ettin.run_log import log_exception
 
 FOLDER_VARIABLE = "ETTIN_ATTEMPT_DIR"
 HEARTBEAT = "heartbeat.json"
@@ -125,8 +126,7 @@ def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn
 def end_now(error: BaseException) -> NoReturn:
     """Tell of the error and end this process, whatever it still holds."""
     record_failure(error)
-    traceback.print_exception(error)
-    sys.stderr.flush()
+    log_exception(error)
     os._exit(1)
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_ettin"
 FLOORS = {
     "config": 0,
+    "run_log": 0,
     **dict.fromkeys(("platform", "parallel", "metrics", "attempt"), 1),
     **dict.fromkeys(("data", "model", "optim", "checkpoint"), 2),
     **dict.fromkeys(("objectives", "convert", "plan", "bench", "report", "launch", "doctor"), 3),
@@ -25,6 +26,12 @@ FLOORS = {
     "__main__": 6,
 }
 MEGATRON_ROOMS = {"parallel", "platform", "model", "optim", "checkpoint", "train"}
+# what a run calls while it trains
+WHILE_TRAINING = {
+    *("train", "attempt", "metrics", "platform", "parallel"),
+    *("data", "model", "objectives", "optim", "checkpoint"),
+}
+PRINTING = {"stdout", "stderr", "__stdout__", "__stderr__", "print_exc", "print_exception", "print_stack", "warn"}
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 DEVICE_NAMES = {"nccl", "gloo", "cuda"}
 MOST_FILE_LINES, MOST_FUNCTION_LINES = 400, 60
@@ -148,6 +155,21 @@ def never_megatron_training(module: Module) -> Iterator[str]:
     yield from (f"line {line}: imports {name}" for line, name in module.imports_of("megatron.training"))
 
 
+def lines_only_through_the_run_log(module: Module) -> Iterator[str]:
+    """What prints in another way can end a run whose log cannot be written."""
+    if module.room not in WHILE_TRAINING:
+        return
+    for node in module.nodes:
+        if isinstance(node, ast.Name) and node.id == "print":
+            yield f"line {node.lineno}: print"
+        owner = node.value if isinstance(node, ast.Attribute) else None
+        if isinstance(owner, ast.Name) and owner.id in ("sys", "traceback", "warnings") and node.attr in PRINTING:
+            yield f"line {node.lineno}: {owner.id}.{node.attr}"
+        draws = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Live"
+        if draws and "console" not in {word.arg for word in node.keywords}:
+            yield f"line {node.lineno}: rich draws on standard output itself"
+
+
 def short_files(module: Module) -> Iterator[str]:
     lines = len(module.text.splitlines())
     if lines > MOST_FILE_LINES:
@@ -182,6 +204,7 @@ IN_THE_PACKAGE = [
     megatron_only_where_it_is_wrapped,
     global_groups_only_in_parallel,
     never_megatron_training,
+    lines_only_through_the_run_log,
 ]
 EVERYWHERE = [short_files, short_functions, names_that_say_something]
 
@@ -230,6 +253,11 @@ BREACHES = [
     (global_groups_only_in_parallel, "model/a.py", "from megatron.core.parallel_state import get_tensor_rank"),
     (global_groups_only_in_parallel, "optim/a.py", "import megatron.core as core\ncore.parallel_state.destroy()"),
     (never_megatron_training, "train/a.py", "from megatron.training import get_args"),
+    (lines_only_through_the_run_log, "train/a.py", "print('step 1')"),
+    (lines_only_through_the_run_log, "data/a.py", "def copy(tell=print): ..."),
+    (lines_only_through_the_run_log, "metrics/a.py", "import sys\nsys.stderr.write('x')"),
+    (lines_only_through_the_run_log, "attempt.py", "import traceback\ntraceback.print_exception(error)"),
+    (lines_only_through_the_run_log, "train/a.py", "from rich.live import Live\nLive(bar)"),
     (short_files, "data/a.py", "\n" * 401),
     (short_functions, "data/a.py", "class A:\n    def f(self):\n" + "        pass\n" * 60),
     (names_that_say_something, "data/io_utils.py", ""),
@@ -244,6 +272,8 @@ ALLOWED = [
     (device_names_only_in_platform, "model/a.py", '"""No cuda, no gloo."""\nmodel_parallel_cuda_manual_seed(1)'),
     (transformers_only_in_convert_and_tokenizer, "data/tokenizer.py", "from transformers import AutoTokenizer"),
     (global_groups_only_in_parallel, "parallel.py", "from megatron.core import parallel_state as ps"),
+    (lines_only_through_the_run_log, "cli/a.py", "print('step 1')"),
+    (lines_only_through_the_run_log, "train/a.py", "log_info('step 1')"),
     (short_functions, "data/a.py", "def f():\n" + "    pass\n" * 59),
 ]
 

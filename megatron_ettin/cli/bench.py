@@ -95,8 +95,9 @@ def run(args: argparse.Namespace) -> None:
 def telling(place: Place) -> Iterator[Callable[[int, int, str], None]]:
     """A bar where a terminal has one; in a log each result's own line suffices."""
     from megatron_ettin.cli.progress import items_report
+    from megatron_ettin.run_log import errors_on_terminal
 
-    if place.rank or not sys.stderr.isatty():
+    if place.rank or not errors_on_terminal():
         yield lambda done, total, line: None
         return
     with items_report("bench") as tell:
@@ -150,6 +151,7 @@ def one(
     not valid and `alone`."""
     from megatron_ettin.bench import results
     from megatron_ettin.config.errors import UserError
+    from megatron_ettin.run_log import log_info
     from megatron_ettin.train.measure import Lengths, measure, out_of_memory
 
     row = identity(args, member, place, platform)
@@ -163,7 +165,7 @@ def one(
             results.append(args.out, row | state)
             if state["state"] == results.DONE:
                 said = f"{results.name_of(row)}: {state['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-                print(said, file=sys.stderr if args.json else sys.stdout, flush=True)
+                log_info(said, stream=sys.stderr if args.json else None)
         return row | state
 
     try:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from megatron_ettin import run_log
 from megatron_ettin.attempt import record_failure
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
@@ -47,23 +48,36 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 the user's mistake, 75 saved and wants requeueing)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    run_log.open_standard_files()
+    try:
+        return _status_of(arguments)
+    finally:
+        run_log.drop_unwritten()
+
+
+def _status_of(arguments: list[str]) -> int:
+    """Run one command and tell of how it failed; the exit status."""
     try:
         status = dispatch(arguments)
-        sys.stdout.flush()  # here, so that a closed pipe is met below and not at the interpreter's exit
+        if arguments[:1] == ["train"]:
+            run_log.flush()
+        else:
+            # here, so that a closed pipe is met below and not at the interpreter's exit
+            sys.stdout.flush()
         return status
     except UserError as error:
         record_failure(error, "user")
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
         if isinstance(error, RankError) or local_rank == "0":  # one line a machine, not a rank
-            print(f"ettin {arguments[0]}: {error}", file=sys.stderr, flush=True)
+            run_log.log_warning(f"ettin {arguments[0]}: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"ettin {arguments[0]}: interrupted", file=sys.stderr, flush=True)
+        run_log.log_warning(f"ettin {arguments[0]}: interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `ettin ... | head` is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        # `ettin order | head` is no error; any other pipe that broke is
+        if isinstance(error, BrokenPipeError) and run_log.output_has_no_reader():
+            return 0
         record_failure(error)
         raise
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 from megatron_ettin.config.counts import format_count
+from megatron_ettin.run_log import error_stream, errors_on_terminal, log_warning
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -15,7 +15,7 @@ LINE_EVERY_SECONDS = 10.0
 @contextlib.contextmanager
 def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
     """Yields report(done, total, tokens); the bar is drawn at the first call and removed at the end."""
-    if sys.stderr.isatty():
+    if errors_on_terminal():
         with bar(title) as report:
             yield report
     else:
@@ -35,7 +35,7 @@ def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
         line = f"{title}: {done / max(total, 1):.0%} of {format_count(total)} {unit}"
         if tokens:
             line += f", {format_count(tokens)} tokens, {format_count(tokens / (now - began))} tokens/s"
-        print(line, file=sys.stderr, flush=True)
+        log_warning(line)
 
     return report
 
@@ -46,7 +46,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=error_stream()), transient=True) as progress:
         began = time.monotonic()
         line = progress.add_task(title, total=None, speed="")
 
@@ -61,14 +61,14 @@ def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
 def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Of work in few large parts. Yields tell(done, total, line): on a terminal a bar with the newest line, elsewhere
     every line on standard error. Prints meanwhile appear above the bar."""
-    if not sys.stderr.isatty():
-        yield lambda done, total, line: print(f"[{done}/{total}] " * (done > 0) + line, file=sys.stderr, flush=True)
+    if not errors_on_terminal():
+        yield lambda done, total, line: log_warning(f"[{done}/{total}] " * (done > 0) + line)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = Console(file=error_stream())
     with Progress(*columns, TextColumn("{task.fields[line]}"), console=console, transient=True) as progress:
         bar = progress.add_task(title, total=None, line="")
         yield lambda done, total, line: progress.update(bar, completed=done, total=total, line=line)

@@ -22,6 +22,7 @@ from typing import TextIO
 from megatron_ettin.attempt import record_failure
 from megatron_ettin.cli.stages import Stage, chain_warning, reference_rate_line, stages_of
 from megatron_ettin.config.errors import EXIT_REQUEUE
+from megatron_ettin.run_log import log_info, log_warning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
     named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
     args.size, args.objective, args.phase = named["size"], named["objective"], named["phase"]
     for line in site.told if site and is_chief else ():
-        print(line, file=sys.stderr, flush=True)
+        log_warning(line)
     if args.recipe:
         args.words = [f"run.recipe={args.recipe}", *args.words]
     suffix = "" if args.phase == "all" else f"-{args.phase}"
@@ -111,7 +112,7 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
     about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
     for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
-        print(line, file=sys.stderr, flush=True)
+        log_warning(line)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,11 +172,11 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
     except TrainingStopped as stopped:
         # the same rows and weights would end the same way; a disk that is full may not be tomorrow
         record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
-        print(f"ettin train: {stopped}", file=sys.stderr, flush=True)
+        log_warning(f"ettin train: {stopped}")
         return 1
     if args.sweep and is_chief:
         from megatron_ettin.config.sweep import members
         from megatron_ettin.report.sweep import summarise
 
-        print(summarise(args.run_dir, members(args.sweep)))
+        log_info(summarise(args.run_dir, members(args.sweep)))
     return EXIT_REQUEUE if unfinished else 0

@@ -24,6 +24,7 @@ from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.rows import PLAN_FILE, RowPlan, file_lock, open_plan
+from megatron_ettin.run_log import log_info
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -54,7 +55,7 @@ class Unit:
                 yield name, record
 
 
-def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = print) -> Corpus:
+def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = log_info) -> Corpus:
     """The same corpus, read from copies under `folder`, which are made where they are not there. Raises UserError
     where there is no room, a file is damaged or the disk refuses."""
     root = Path(folder).expanduser()

@@ -4,10 +4,11 @@ Optional sinks open at their first line, so that opening is isolated as well."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_ettin.run_log import log_warning
 
 
 class Sink(Protocol):
@@ -52,6 +53,4 @@ class FanOut:
             if sink.required:
                 raise
             self.sinks.remove(sink)
-            warnings.warn(
-                f"{type(sink).__name__} is switched off: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3
-            )
+            log_warning(f"warning: {type(sink).__name__} is switched off: {type(error).__name__}: {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.metrics.names import scalars
+from megatron_ettin.run_log import log_warning
 
 STATE = "page.json"  # in the sink's folder: the page's id, and the last step that it was sent
 INIT_SECONDS = 60
@@ -81,7 +81,7 @@ class WandbSink:
             artifact.add_dir(str(make()))
             self._run.log_artifact(artifact)
         except Exception as error:
-            print(f"wandb: no {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            log_warning(f"wandb: no {name}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._run is None:
@@ -92,7 +92,7 @@ class WandbSink:
         ending.join(FINISH_SECONDS)
         if ending.is_alive():
             told = f"wandb: not all sent within {FINISH_SECONDS:.0f} s; `wandb sync {self.directory}` does"
-            print(told, file=sys.stderr, flush=True)
+            log_warning(told)
 
     def _open(self) -> None:
         import wandb
@@ -108,7 +108,7 @@ class WandbSink:
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError, OSError) as error:
             why = str(error).splitlines()[0]
             told = f"wandb: {why}; the run is written to {self.directory}, to be sent by `wandb sync`"
-            print(told, file=sys.stderr, flush=True)
+            log_warning(told)
             wandb.teardown()  # its process still has the run that did not begin
             self._run = self._begun(wandb, settings, "offline")
         # a pair is compared by tokens: the x-axis of everything

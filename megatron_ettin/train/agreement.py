@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import sys
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.platform.rank_facts import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.run_log import log_warning
 
 
 def facts_of(config: Config, corpus: Corpus) -> dict[str, str]:
@@ -46,4 +46,4 @@ def check_agreement(config: Config, corpus: Corpus) -> None:
     dist.all_gather_object(now, time.time())
     if dist.get_rank() == 0:
         for line in clock_warnings([rank["host"] for rank in ranks], now):
-            print(line, file=sys.stderr, flush=True)
+            log_warning(line)

@@ -6,7 +6,6 @@ each: a step that was trained again after a restart stands there again."""
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.metrics import finite
+from megatron_ettin.run_log import log_warning
 from megatron_ettin.train.guard import Bad
 from megatron_ettin.train.order import write_parquet
 from megatron_ettin.train.progress import Progress
@@ -71,5 +71,5 @@ def tell(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: P
     if found == "stopped":
         raise TrainingStopped(line)
     if chief:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        log_warning(f"warning: {line}")
     info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from megatron_ettin.run_log import log_warning
 from megatron_ettin.train.hooks import Hook, Run
 from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish, told
 from megatron_ettin.train.step import StepInfo
@@ -99,4 +98,4 @@ class Checkpoints(Hook):
             if stops:
                 run.request = STOP
             else:
-                print(f"warning: {self.why}", file=sys.stderr, flush=True)
+                log_warning(f"warning: {self.why}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +10,7 @@ from typing import TextIO
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.counts import duration, format_count
 from megatron_ettin.config.schema import RunSettings
+from megatron_ettin.run_log import error_stream, errors_on_terminal, log_info, output_on_terminal
 from megatron_ettin.train.hooks import Hook, Run, step_metrics
 from megatron_ettin.train.step import StepInfo
 
@@ -26,7 +26,7 @@ class Console(Hook):
 
     def start(self, run: Run) -> None:
         self.left = TimeLeft(run)
-        if run.is_chief and self.steps_to is None and sys.stderr.isatty():
+        if run.is_chief and self.steps_to is None and errors_on_terminal():
             self.screen = Screen(run)
 
     def step(self, run: Run, info: StepInfo) -> None:
@@ -38,10 +38,10 @@ class Console(Hook):
         elif info.step % run.config.metrics.every_steps == 0:
             if self.steps_to is not None:
                 told = step_metrics(info, run.machine.platform, run.machine.layout.topology.world)
-                print(json.dumps({**told, "seconds_left": left}), file=self.steps_to, flush=True)
+                log_info(json.dumps({**told, "seconds_left": left}), stream=self.steps_to)
             else:
                 what = [*figures(run, info), f"{duration(left)} left"]
-                print(f"step {info.step} tokens {info.tokens:,} {' '.join(what)}", flush=True)
+                log_info(f"step {info.step} tokens {info.tokens:,} {' '.join(what)}")
 
     def save(self, run: Run, path: Path) -> None:
         if self.screen is not None:
@@ -88,7 +88,7 @@ class Screen:
     """Two lines at the bottom of a terminal: how far the run is, and the figures of its latest step."""
 
     def __init__(self, run: Run) -> None:
-        from rich.console import Group
+        from rich.console import Console as RichConsole, Group
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
         from rich.text import Text
@@ -100,7 +100,13 @@ class Screen:
         self.numbers = Text("", no_wrap=True, overflow="ellipsis")
         self.latest = f"checkpoint: step {run.progress.step}" if run.progress.step else "no checkpoint yet"
         self.told: list[str] = []
-        self.live = Live(Group(self.bar, self.numbers), refresh_per_second=4)
+        # the bar is on standard error; lines that go elsewhere than to this terminal are left alone
+        self.live = Live(
+            Group(self.bar, self.numbers),
+            console=RichConsole(file=error_stream()),
+            refresh_per_second=4,
+            redirect_stdout=output_on_terminal(),
+        )
         self.live.start()
 
     def step(self, run: Run, info: StepInfo, left: float) -> None:

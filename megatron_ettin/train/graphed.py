@@ -23,6 +23,7 @@ from megatron_ettin.model.dropout import layer_keys
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.graphs import Replayed, Tensors
 from megatron_ettin.platform.transfer import to_device
+from megatron_ettin.run_log import log_info
 from megatron_ettin.train.batches import MicroBatch
 
 DEVIATIONS = 6  # of the number of masked tokens that there is room for
@@ -73,11 +74,10 @@ class GraphedStep:
         fits = labels <= self.capacity.labels and boundaries <= self.capacity.boundaries
         if not fits and self.chief:
             self.chief = False
-            print(
+            log_info(
                 f"run.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
                 f" recorded one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
-                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}",
-                flush=True,
+                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}"
             )
         return fits
 

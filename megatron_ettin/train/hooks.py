@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import gc
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
+from megatron_ettin.run_log import log_info
 from megatron_ettin.train import evaluate
 from megatron_ettin.train.agreement import code_hash, versions
 from megatron_ettin.train.assembly import Machine
@@ -188,10 +188,10 @@ class Evaluation(Hook):
             if len(result.sources) > 1:
                 parts = {f"validation_loss{suffix}/{name}": part.loss for name, part in result.sources.items()}
                 info.extra.update(parts)
-            if run.is_chief and not sys.stderr.isatty():
+            if run.is_chief:
                 whole, *lines = result.lines()
                 kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
-                print(f"step {info.step} validation {kind}{whole}", *lines, sep="\n", flush=True)
+                log_info(f"step {info.step} validation {kind}{whole}", *lines)
         run.heart.step()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import ResilienceConfig
 from megatron_ettin.platform import detect
 from megatron_ettin.platform.rendezvous import Place, find_place, join_anew, leave
+from megatron_ettin.run_log import log_exception
 from megatron_ettin.train.loop import TrainingStopped
 from megatron_ettin.train.watchdog import collective_seconds
 
@@ -78,8 +78,7 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
 def let_go(error: Exception) -> RankFailed:
     """The error, told, without what its frames hold: the model's memory, and groups whose connections would stay open
     and let the other ranks wait."""
-    traceback.print_exception(error)
-    sys.stderr.flush()
+    log_exception(error)
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = error.__context__ = error.__cause__ = None
     gc.collect()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_ettin.optim.schedules import lr_fraction
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.rendezvous import Place, abort, find_place, forget, join, leave
+from megatron_ettin.run_log import log_info, log_warning
 from megatron_ettin.train import bad_steps, resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.arrivals import Peer
@@ -121,7 +121,7 @@ def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:
         run.heart.slow("computing a step again")
         found = recheck(run.machine, run.batches, info.step - 1)
         if run.is_chief:
-            print(f"step {info.step}: {found}", file=sys.stderr, flush=True)
+            log_warning(f"step {info.step}: {found}")
     bad_steps.tell(run.directory, run.config, run.batches.corpus, info, progress, run.is_chief)
 
 
@@ -174,7 +174,7 @@ def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
                 if not each_alone:
                     raise
                 if place.rank == 0:
-                    print(f"{job.launch.run_dir}: {stopped}", file=sys.stderr, flush=True)
+                    log_warning(f"{job.launch.run_dir}: {stopped}")
         heart.slow("done")
         return False
     finally:
@@ -295,42 +295,40 @@ def announce_data(config: Config, corpus: Corpus) -> None:
     if run.steps is not None:
         tokens = min(tokens, round(sizes.rows_before(run.steps) * corpus.mean_tokens_per_row))
     table = corpus.epochs(tokens)
-    print(*describe_epochs(table), sep="\n", flush=True)
+    log_info(*describe_epochs(table))
     if corpus.end is not None:
         steps = sizes.steps_within(corpus.end)
         left = f", {skipped:,} samples left out" if (skipped := corpus.skipped_samples) else ""
-        print(f"order of {config.data.order}: {corpus.end:,} rows, {steps:,} steps{left}; the run ends with them")
+        log_info(f"order of {config.data.order}: {corpus.end:,} rows, {steps:,} steps{left}; the run ends with them")
     for line in epoch_warnings(table):
-        print(line, file=sys.stderr, flush=True)
+        log_warning(line)
 
 
 def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     config, machine = run.config, run.machine
     parameters = format_count(parameter_count(config.model, config.model.vocab_size))
     announce_data(config, corpus)
-    print(
+    log_info(
         f"{config.run.objective} {config.run.size} {config.run.phase}: {parameters} parameters,"
         f" {config.precision.name},"
         f" {place.world} rank{'s' * (place.world > 1)} on {machine.platform.name} ({machine.layout.topology}),"
-        f" {machine.chunks[0].config.backend.name} layers; {origin}",
-        flush=True,
+        f" {machine.chunks[0].config.backend.name} layers; {origin}"
     )
     if left := describe_empty_rows(config, machine.layout.topology.dp):
-        print(f"batch: {left}", flush=True)
+        log_info(f"batch: {left}")
     assert machine.optimizer is not None
     if note := told_at_start(config, machine.optimizer.can_skip):
-        print(note, flush=True)
+        log_info(note)
     attention = machine.chunks[0].config.backend.attention
-    print(f"attention by {attention.name} ({attention.why})", flush=True)
+    log_info(f"attention by {attention.name} ({attention.why})")
     gpus = gpu_count() if machine.platform.is_gpu else 0
     if place.source == "alone" and gpus > 1:
-        print(
+        log_info(
             f"this machine has {gpus} GPUs and one is used; to use all:"
-            f" torchrun --nproc-per-node {gpus} --no-python ettin train ...",
-            flush=True,
+            f" torchrun --nproc-per-node {gpus} --no-python ettin train ..."
         )
     if os.cpu_count() and not machine.platform.is_gpu and "OMP_NUM_THREADS" not in os.environ and place.world > 1:
-        print(f"OMP_NUM_THREADS is not set; every rank uses {torch.get_num_threads()} threads", flush=True)
+        log_info(f"OMP_NUM_THREADS is not set; every rank uses {torch.get_num_threads()} threads")
 
 
 def machine_alone(config: Config, training: bool = False, initial_weights: bool = True) -> Machine:

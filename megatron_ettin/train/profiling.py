@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from megatron_ettin.config.profiling import profiled_ranks, profiled_steps
 from megatron_ettin.platform.profiler import Profiler
+from megatron_ettin.run_log import log_info, log_warning
 from megatron_ettin.train.hooks import Hook, Run
 from megatron_ettin.train.step import StepInfo
 
@@ -43,11 +42,9 @@ class Profiling(Hook):
         try:
             text = self.profiler.write(run.directory / FOLDER, name)
         except OSError as error:  # a profile is no reason for a run to end
-            print(f"warning: profile.steps: {name} cannot be written ({error})", file=sys.stderr, flush=True)
+            log_warning(f"warning: profile.steps: {name} cannot be written ({error})")
         else:
             if run.is_chief:
-                print(
-                    f"profile of steps {self.first} to {last} in {run.directory / FOLDER}", text, sep="\n", flush=True
-                )
+                log_info(f"profile of steps {self.first} to {last} in {run.directory / FOLDER}", text)
         self.profiler = None
         self.is_chosen = last < self.steps[-1]

@@ -7,11 +7,11 @@ differ by nature; within a tensor-parallel group, and along a pipeline, all are 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ettin.run_log import log_warning
 from megatron_ettin.train.arrivals import Peer
 from megatron_ettin.train.hooks import Hook, Run
 from megatron_ettin.train.step import StepInfo
@@ -73,7 +73,7 @@ class Stragglers(Hook):
         if found.ratio <= WARN_RATIO:
             self.in_a_row = []
         if run.is_chief and len(self.in_a_row) == WARN_TIMES:
-            print(warning(peer, found, run.config.metrics.ranks_every_steps), file=sys.stderr, flush=True)
+            log_warning(warning(peer, found, run.config.metrics.ranks_every_steps))
 
 
 def warning(peer: Peer, found: Slowest, every_steps: int) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import faulthandler
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from megatron_ettin.attempt import SLOW_FACTOR, Heart, record_stall, write_record
 from megatron_ettin.config.errors import EXIT_REQUEUE
 from megatron_ettin.platform import flight_recorder
+from megatron_ettin.run_log import ERRORS, flush, log_warning
 from megatron_ettin.train.arrivals import FOLDER, Peer, Sign, read_sign, sign_path, verdict, write_sign
 
 ANSWER_SECONDS = 3.0  # that ranks may differ in seeing a stall
@@ -99,7 +99,7 @@ class Watchdog:
         """Should this thread not come here again in time, for want of the interpreter: stacks to standard error."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             seconds = self.sign_seconds + self.heart.limit_seconds + C_CODE_SECONDS
-            faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)  # type: ignore[arg-type]
+            faulthandler.dump_traceback_later(seconds, file=ERRORS)
 
     def _stall(self, seconds: float) -> NoReturn:
         """Leave what can be known of this rank, see that one rank reports, end."""
@@ -157,7 +157,7 @@ class Watchdog:
             record_stall(self.rank, "", line)  # of no host
         write_record(self.stall_folder / REPORT, {"line": line, "time": time.time()})
         told = f"ettin train: {line}; stacks in {self.stall_folder}"
-        within(TURN_SECONDS, lambda: print(told, file=sys.stderr, flush=True))
+        within(TURN_SECONDS, lambda: log_warning(told))
 
     def _answers(self) -> dict[int, Sign]:
         """The ranks' last signs."""
@@ -201,7 +201,7 @@ def forget_old_stalls(folder: Path, keep: int = KEPT_STALLS) -> None:
 
 def end() -> NoReturn:
     """End this process, whatever its main thread is in."""
-    within(TURN_SECONDS, lambda: (sys.stdout.flush(), sys.stderr.flush()))
+    within(TURN_SECONDS, flush)
     os._exit(EXIT_REQUEUE)
 
 

@@ -39,14 +39,13 @@ count = len(list(marks.iterdir()))
 """
 
 
-def supervise(tmp_path: Path, body: str, *options: str) -> subprocess.Popen[str]:
-    """Start it over RUN and `body`, in which `count` is the attempt's number."""
+def supervise(tmp_path: Path, body: str, *options: str, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Start it over RUN and `body`, in which `count` is the attempt's number; `errors`: where its log goes."""
     (tmp_path / "marks").mkdir(exist_ok=True)
     command = [sys.executable, FOLDER, "--folder", tmp_path / "slurm", "--grace-seconds", "1", *options]
     command += ["--", sys.executable, "-c", RUN + body, tmp_path / "marks"]
     (tmp_path / "slurm").mkdir(exist_ok=True)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], text=True, env=OUTSIDE, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([*map(str, command)], text=True, env=OUTSIDE, stdout=subprocess.PIPE, stderr=errors)
 
 
 def ended(tmp_path: Path, body: str, *options: str) -> tuple[int, list[str], int]:
@@ -153,6 +152,32 @@ def test_supervisor_terminated_before_first_heartbeat_exits_75(tmp_path: Path) -
     running.communicate(timeout=60)
     assert running.returncode == 75
     assert time.monotonic() - began < 30
+
+
+def test_supervisor_with_a_full_log_reads_its_command_to_the_end(tmp_path: Path) -> None:
+    """Let the command say more than its pipe holds."""
+    body = "beat('step', limit_seconds=60)\nfor line in range(9000): print('line', line, 'of text', file=sys.stderr)\nbeat('done')"
+    with open("/dev/full", "wb") as full:
+        running = supervise(tmp_path, body, errors=full.fileno())
+        running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert json.loads(next(tmp_path.glob("slurm/attempts/*/heartbeat.json")).read_text())["doing"] == "done"
+
+
+def test_supervisor_with_a_full_log_still_asks_the_run_to_save(tmp_path: Path) -> None:
+    body = (
+        "beat('step', step=1, limit_seconds=60)\nwhile not stopped: time.sleep(0.05)\n"
+        "beat('stopped', saved_step=1); sys.exit(75)\n"
+    )
+    with open("/dev/full", "wb") as full:
+        running = supervise(tmp_path, body, errors=full.fileno())
+        beating = "slurm/attempts/*/heartbeat.json"
+        wait_until(lambda: any(tmp_path.glob(beating)), 30, "start")
+        running.send_signal(signal.SIGUSR1)
+        running.communicate(timeout=60)
+    assert running.returncode == 75
+    recorded = events.Events(str(tmp_path / "slurm"), "").read()
+    assert [event["event"] for event in recorded] == ["started", "saved", "requeued"]
 
 
 def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:

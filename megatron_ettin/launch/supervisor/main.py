@@ -1,15 +1,15 @@
 """What follows from how an attempt ended: again, back into the queue, or over."""
 
 import os
-import sys
 import time
 from typing import Dict, List, Optional, Sequence
 
 from .events import Events
+from .log import open_standard_files, say, write
 from .nodes import check_nodes
 from .options import Options, parse
 from .slurm import Job
-from .watch import DONE, MISTAKE, SAVED, Outcome, Stop, Watch, say
+from .watch import DONE, MISTAKE, SAVED, Outcome, Stop, Watch
 
 REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeued
 
@@ -17,6 +17,7 @@ REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeu
 def main(arguments: Sequence[str]) -> int:
     """The batch script's exit status: 0 done, 2 a mistake, 75 saved, else as the command's."""
     options = parse(arguments)
+    open_standard_files()
     try:
         return Supervisor(options, Job(os.environ), Stop()).run()
     except OSError as error:  # of the command or the folder: no other attempt mends it
@@ -121,4 +122,4 @@ class Supervisor:
     def _tell(self, outcome: Optional[Outcome]) -> None:
         """The culprit's last lines."""
         if outcome is not None and outcome.culprit is not None:
-            print(outcome.culprit.told(), file=sys.stderr, flush=True)
+            write(outcome.culprit.told() + "\n")

@@ -5,13 +5,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from types import FrameType
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import culprit
+from .log import say, write
 from .options import Options
 from .slurm import Job
 
@@ -22,11 +22,6 @@ FIRST_PORT, PORTS = 15000, 17000  # below the range that systems hand out by the
 DONE, SAVED, MISTAKE = 0, 75, 2
 ENDS = {"done": "done", "stopped": "saved"}  # a run's last heartbeat, and what it makes of the attempt
 STOPPED_EARLY = "asked to stop before it had begun"
-
-
-def say(text: str) -> None:
-    """A line of the supervisor's own in the job's log."""
-    print("supervisor: " + text, file=sys.stderr, flush=True)
 
 
 class Stop:
@@ -113,8 +108,7 @@ class Watch:
         """Pass the command's errors on, and keep what srun says of tasks."""
         assert process.stderr is not None
         for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            write(line)
             ended = culprit.from_srun(line)
             if ended is not None:
                 self.said.append(ended)

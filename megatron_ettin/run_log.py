@@ -1,0 +1,190 @@
+"""Print what a run has to say. A line that cannot be written is lost, and the run goes on without it.
+
+A log's reader may end, its disk may be full, its terminal may be gone: none of that is a reason for a run of weeks to
+end, or to end with another exit status. So whatever prints while a run trains does it here
+(tests/test_architecture.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import IO, TextIO, cast
+
+STANDARD_FILES = (0, 1, 2)
+OUTPUT, ERRORS = 1, 2
+NAMES = {OUTPUT: "standard output", ERRORS: "standard error"}
+
+# file numbers whose failure was reported
+_failed: set[int] = set()
+
+
+def log_info(*lines: str, stream: TextIO | None = None) -> None:
+    """Print lines on standard output. Never raises.
+
+    Args:
+        stream: where else to print them.
+    """
+    _write("\n".join(lines) + "\n", stream or sys.stdout)
+
+
+def log_warning(*lines: str) -> None:
+    """Print lines on standard error. Never raises."""
+    _write("\n".join(lines) + "\n", sys.stderr)
+
+
+def log_exception(error: BaseException) -> None:
+    """Print an error with its traceback on standard error. Never raises."""
+    _write("".join(traceback.format_exception(error)), sys.stderr)
+
+
+def flush() -> None:
+    """Flush standard output and error. Never raises."""
+    for stream in (sys.stdout, sys.stderr):
+        _write("", stream)
+
+
+class LossyStream:
+    """A text stream whose `write` and `flush` never raise, for libraries that draw by themselves."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _losing(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _losing(self._stream):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return is_terminal(self._stream)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def errors_on_terminal() -> bool:
+    """Return whether standard error is a terminal."""
+    return is_terminal(sys.stderr)
+
+
+def output_on_terminal() -> bool:
+    """Return whether standard output is a terminal."""
+    return is_terminal(sys.stdout)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is an open terminal."""
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):
+        return False
+
+
+def error_stream() -> IO[str]:
+    """Return standard error as a stream that never raises."""
+    return cast(IO[str], LossyStream(sys.stderr))
+
+
+def open_standard_files() -> None:
+    """Open standard input, output and error on /dev/null where they were closed.
+
+    Else the next file that is opened, such as a checkpoint, would get the number and take what libraries print.
+    """
+    for number in STANDARD_FILES:
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(OUTPUT, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(ERRORS, "w", closefd=False)  # noqa: SIM115
+
+
+def output_has_no_reader() -> bool:
+    """Return whether standard output is a pipe whose reader has ended, and make it /dev/null if so."""
+    number = _number(sys.stdout)
+    if number < 0:
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    _point_at_nothing(number)
+    return True
+
+
+def drop_unwritten() -> None:
+    """Give up what a failed stream still holds, or the interpreter's last flush would change the exit status."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        number = _number(stream)
+        if stream is None or number not in _failed:
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _point_at_nothing(number)
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    """Write and flush, or lose the text. Characters that the stream's encoding lacks are escaped."""
+    if stream is None:
+        return
+    with _losing(stream):
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+
+
+@contextlib.contextmanager
+def _losing(stream: TextIO) -> Iterator[None]:
+    """Swallow what a stream raises because of its file, and report it once."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        number = _number(stream)
+        if isinstance(error, BrokenPipeError):
+            # its reader never comes back
+            _point_at_nothing(number)
+        if number not in _failed:
+            _failed.add(number)
+            _report(number, error)
+
+
+def _report(number: int, error: OSError | ValueError) -> None:
+    """Say on the other standard stream that this one fails."""
+    other = sys.stderr if number == OUTPUT else sys.stdout
+    if number not in NAMES or _number(other) in (number, -1):
+        return
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    with contextlib.suppress(OSError, ValueError):
+        other.write(f"warning: {NAMES[number]} cannot be written ({reason}); the run goes on, its lines are lost\n")
+        other.flush()
+
+
+def _number(stream: TextIO | None) -> int:
+    """Return the file number of a stream; -1 where it has none."""
+    try:
+        return -1 if stream is None else stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return -1
+
+
+def _point_at_nothing(number: int) -> None:
+    """Make a standard file /dev/null."""
+    if number in NAMES:
+        with contextlib.suppress(OSError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, number)
+            os.close(nothing)
