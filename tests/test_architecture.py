@@ -184,6 +184,82 @@ def short_functions(module: Module) -> Iterator[str]:
                 yield f"line {node.lineno}: {node.name} has {lines} lines; at most {MOST_FUNCTION_LINES}"
 
 
+def names_from_files_become_paths_in_one_place(module: Module) -> Iterator[str]:
+    """Follow what is read of a file through the assignments and loops of each function to `/`, `with_name` and `join`.
+
+    What a function is given as an argument is not followed, only its fields that hold names (`NAME_FIELDS`)."""
+    if module.path in ("config/file_names.py", "data/ingest/filesystem.py"):
+        return
+    functions = [node for node in module.tree.body if not isinstance(node, ast.ClassDef)]
+    functions += [part for node in module.tree.body if isinstance(node, ast.ClassDef) for part in node.body]
+    for function in functions:
+        nodes = list(ast.walk(function))
+        read = names_read(nodes)
+        for node in nodes:
+            joins = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+            if joins and is_read(node.right, read) and not is_read(node.left, read):
+                yield f"line {node.lineno}: {ast.unparse(node)}; path_in joins names from files"
+            called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if called in ("with_name", "joinpath", "join", "joined") and any(is_read(one, read) for one in node.args):
+                is_path = called != "join" or ast.unparse(node.func) == "os.path.join"
+                if is_path:
+                    yield f"line {node.lineno}: {ast.unparse(node)}; path_in joins names from files"
+
+
+NAME_SOURCES = {
+    *("load_json", "load_yaml", "loads", "json_object", "read_text", "read_record", "read_entries", "read_manifest"),
+    *("manifest_from", "plan_record", "order_record", "read_metadata", "file_records", "read_progress", "read_config"),
+}
+NAME_FIELDS = {"files", "tokenizer_files", "shards", "storage_data", "relative_path", "fingerprint"}
+NAME_CHECKS = {
+    "path_in",
+    "joined_in",
+    "shard_file",
+    "file_of",
+    "file_in",
+    "hf_file",
+    "checked_name",
+    "hexdigest",
+    "len",
+}
+
+
+def is_read(node: ast.AST, read: set[str]) -> bool:
+    """Whether an expression holds something out of a file; what has been checked does not count."""
+    if isinstance(node, ast.Call):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called in NAME_CHECKS:
+            return False
+        if called in NAME_SOURCES:
+            return True
+    if isinstance(node, ast.Attribute) and node.attr in NAME_FIELDS:
+        return True
+    if isinstance(node, ast.Name) and node.id in read:
+        return True
+    return any(is_read(child, read) for child in ast.iter_child_nodes(node))
+
+
+def names_read(nodes: list[ast.AST]) -> set[str]:
+    """Variables of a function that hold something out of a file."""
+    read: set[str] = set()
+    while True:
+        before = len(read)
+        for node in nodes:
+            if isinstance(node, ast.Assign):
+                targets, value = node.targets, node.value
+            elif isinstance(node, ast.AnnAssign | ast.NamedExpr | ast.AugAssign) and node.value is not None:
+                targets, value = [node.target], node.value
+            elif isinstance(node, ast.For | ast.comprehension):
+                targets, value = [node.target], node.iter
+            else:
+                continue
+            if is_read(value, read):
+                names = [one for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+                read |= {one.id for one in names if isinstance(one.ctx, ast.Store)}
+        if len(read) == before:
+            return read
+
+
 def names_that_say_something(module: Module) -> Iterator[str]:
     for part in module.path.removesuffix(".py").split("/"):
         if EMPTY_NAMES & set(part.split("_")):
@@ -205,6 +281,7 @@ IN_THE_PACKAGE = [
     global_groups_only_in_parallel,
     never_megatron_training,
     lines_only_through_the_run_log,
+    names_from_files_become_paths_in_one_place,
 ]
 EVERYWHERE = [short_files, short_functions, names_that_say_something]
 
@@ -258,6 +335,21 @@ BREACHES = [
     (lines_only_through_the_run_log, "metrics/a.py", "import sys\nsys.stderr.write('x')"),
     (lines_only_through_the_run_log, "attempt.py", "import traceback\ntraceback.print_exception(error)"),
     (lines_only_through_the_run_log, "train/a.py", "from rich.live import Live\nLive(bar)"),
+    (
+        names_from_files_become_paths_in_one_place,
+        "data/a.py",
+        "def f(folder):\n    for shard in manifest.shards:\n        open(folder / (shard.name + '.bin'))",
+    ),
+    (
+        names_from_files_become_paths_in_one_place,
+        "convert/a.py",
+        "def f(path):\n    raw = load_json(path.read_text())\n    return path.with_name(raw['file'])",
+    ),
+    (
+        names_from_files_become_paths_in_one_place,
+        "data/a.py",
+        "class A:\n    def f(self, root):\n        return os.path.join(root, self.dataset.fingerprint[:32])",
+    ),
     (short_files, "data/a.py", "\n" * 401),
     (short_functions, "data/a.py", "class A:\n    def f(self):\n" + "        pass\n" * 60),
     (names_that_say_something, "data/io_utils.py", ""),
@@ -274,6 +366,11 @@ ALLOWED = [
     (global_groups_only_in_parallel, "parallel.py", "from megatron.core import parallel_state as ps"),
     (lines_only_through_the_run_log, "cli/a.py", "print('step 1')"),
     (lines_only_through_the_run_log, "train/a.py", "log_info('step 1')"),
+    (
+        names_from_files_become_paths_in_one_place,
+        "data/a.py",
+        "def f(folder):\n    for name in read_entries(folder):\n        open(path_in(folder, name, folder / 'x'))",
+    ),
     (short_functions, "data/a.py", "def f():\n" + "    pass\n" * 59),
 ]
 

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_ettin.checkpoint.digests import Entry
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, path_in
 from megatron_ettin.config.json_reading import load_json
 
 __all__ = [
@@ -121,10 +122,12 @@ def _named_latest(run_dir: Path) -> Path | None:
     if not _STEP.fullmatch(name):
         _log.warning("%s: holds %r, not the name of a checkpoint; looking for the newest good one", path, name[:40])
         return None
-    if not (path.parent / name).is_dir():
+    # a checkpoint's folder may be a link to another disk
+    named = path_in(path.parent, name, path, links=Links.UNCHECKED)
+    if not named.is_dir():
         _log.warning("%s: names %s, which is not there; looking for the newest good one", path, name)
         return None
-    return path.parent / name
+    return named
 
 
 def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None] | None = None) -> Path | None:

@@ -15,12 +15,24 @@ from pathlib import Path
 from megatron_ettin.checkpoint import digests
 from megatron_ettin.checkpoint.digests import Block, Entry, sha256
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import checked_name, path_in, refuse_links
 from megatron_ettin.config.json_reading import DIGEST, checked_digest, load_json, with_digest
 
 INTEGRITY = "integrity.json"
 FORMATS = (1, 2)  # 1: a digest of each file, none of blocks, none of its own
 
-__all__ = ["FORMATS", "INTEGRITY", "fsync", "read_entries", "seal", "sha256", "verify", "verify_blocks", "write_synced"]
+__all__ = [
+    "FORMATS",
+    "INTEGRITY",
+    "check_nothing_else",
+    "fsync",
+    "read_entries",
+    "seal",
+    "sha256",
+    "verify",
+    "verify_blocks",
+    "write_synced",
+]
 
 
 def fsync(path: Path) -> None:
@@ -77,14 +89,18 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             raise ValueError(f"it has no {DIGEST}")
         entries = checked_digest(raw)["files"]
         for name, entry in entries.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
-                raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
+            checked_name(name, nested=True)
             digests.blocks_of(name, entry)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint was never finished, or is not one of ours") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: unreadable ({error}); the checkpoint cannot be trusted") from None
     return entries
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """A file that integrity.json names. Raises UserError where it leads out of the checkpoint."""
+    return path_in(folder, name, folder / INTEGRITY, nested=True)
 
 
 def verify(
@@ -96,7 +112,7 @@ def verify(
     `beside`: as in `in_threads`."""
     entries = read_entries(folder)
     for name, entry in entries.items():
-        path = folder / name
+        path = file_of(folder, name)
         if not path.is_file():
             raise UserError(f"{path}: missing; integrity.json lists it with {entry['bytes']:,} bytes")
         found = path.stat().st_size
@@ -107,11 +123,23 @@ def verify(
         verify_blocks(folder, [block for name in names for block in digests.blocks_of(name, entries[name])], beside)
 
 
+def check_nothing_else(folder: Path) -> None:
+    """Raise UserError naming the first link below a checkpoint, or the first file that integrity.json does not list:
+    what is published of a checkpoint is what was written."""
+    refuse_links(folder)
+    listed = read_entries(folder)
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        # names that begin with a dot are file systems' and desktops' own, and nothing copies them
+        if name not in listed and not path.name.startswith("."):
+            raise UserError(f"{path}: not in {INTEGRITY}: it came after the checkpoint was written; refused, remove it")
+
+
 def verify_blocks(folder: Path, blocks: Sequence[Block], beside: bool = False) -> None:
     """Raise UserError naming the first of `blocks` that is not what was written. `beside`: as in `in_threads`."""
 
     def check(block: Block) -> None:
-        path = folder / block.name
+        path = file_of(folder, block.name)
         try:
             found = sha256(path, block.first, block.size)
         except OSError as error:

@@ -15,7 +15,7 @@ import os
 import pickle
 import struct
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from megatron_ettin.checkpoint.pickle_limits import check_pickle
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, path_in
 
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
 ALLOWED = {
@@ -87,9 +88,7 @@ def _checked(metadata: Any, path: Path) -> Metadata:
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not _is_place(index, info):
             raise UserError(f"{path}: a place in its files is not what torch writes")
-        name = PurePosixPath(info.relative_path)
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path}: places {index.fqn} in {name}, outside the checkpoint; refused")
+        path_in(path.parent, info.relative_path, path, nested=True)
         if getattr(info, "transform_descriptors", None):
             raise UserError(f"{path}: {index.fqn} is stored through an extension; only plain tensors are read")
     return metadata
@@ -130,6 +129,11 @@ def _read_metadata(path: Path) -> Metadata:
         raise UserError(f"{path}: refused: {_one_line(error)}") from None
 
 
+def file_in(folder: Path | str | os.PathLike[str], name: str) -> Path:
+    """A file that `.metadata` names; it was checked for links when that was read."""
+    return path_in(Path(folder), name, Path(folder) / ".metadata", nested=True, links=Links.UNCHECKED)
+
+
 class SafeReader(FileSystemReader):
     """torch's reader with `.metadata` unpickled from an allow-list, read once, and errors that name the file."""
 
@@ -157,7 +161,7 @@ class SafeReader(FileSystemReader):
         done: Any = torch.futures.Future()
         for name, items in per_file.items():
             items.sort(key=lambda item: self.storage_data[item.storage_index].offset)  # from a disk in one go
-            with _naming(Path(self.path) / name):
+            with _naming(file_in(self.path, name)):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
         done.set_result(None)
         return done
@@ -165,7 +169,7 @@ class SafeReader(FileSystemReader):
     def read_chunk(self, index: MetadataIndex) -> torch.Tensor:
         """One stored tensor, whole."""
         info = self.read_metadata().storage_data[index]
-        path = Path(self.path) / info.relative_path
+        path = file_in(self.path, info.relative_path)
         with _naming(path), open(path, "rb") as file:
             return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
 
@@ -236,7 +240,7 @@ class CheckpointReader:
         if index not in self._metadata.storage_data:
             raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is stored nowhere")
         tensor = self._reader.read_chunk(index)
-        file = self.path / self._metadata.storage_data[index].relative_path
+        file = file_in(self.path, self._metadata.storage_data[index].relative_path)
         dtype = entry.properties.dtype
         if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
             raise UserError(f"{file}: {key} is not the {dtype} tensor {tuple(chunk.sizes)} that .metadata says")
@@ -249,7 +253,7 @@ class CheckpointReader:
             wanted = chunk.sizes.numel() * entry.properties.dtype.itemsize
             if info is None or info.length < wanted:
                 raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is not stored as large as it is")
-            file = self.path / info.relative_path
+            file = file_in(self.path, info.relative_path)
             if file.is_file() and file.stat().st_size < info.offset + info.length:
                 raise UserError(f"{file}: ends before {key}, which .metadata places there; the file is torn")
 

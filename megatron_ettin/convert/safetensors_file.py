@@ -20,6 +20,7 @@ import torch
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.convert.hf_files import hf_file
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX = "model.safetensors.index.json"
@@ -134,7 +135,7 @@ class ModelFiles:
         index, single = self._folder / INDEX, self._folder / SINGLE
         if not index.is_file():
             if single.is_file():
-                return {single: None}
+                return {hf_file(self._folder, SINGLE, self._folder): None}
             legacy = next(iter(sorted(self._folder.glob("*.bin"))), None)
             hint = f"; {legacy.name} is a pickle, which is not read: save it as safetensors" if legacy else ""
             raise UserError(f"{self._folder}: neither {SINGLE} nor {INDEX}{hint}")
@@ -142,9 +143,7 @@ class ModelFiles:
         try:
             weight_map = load_json(index.read_text(encoding="utf-8"))["weight_map"]
             for name, file in weight_map.items():
-                if Path(file).name != file:
-                    raise UserError(f"{index}: places {name} in {file!r}, outside the folder; refused")
-                names = files.setdefault(self._folder / file, set())
+                names = files.setdefault(hf_file(self._folder, file, index), set())
                 assert names is not None
                 names.add(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

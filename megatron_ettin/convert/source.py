@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve, verify
+from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import EXPORTED, KINDS, OBJECTIVES
@@ -49,6 +50,7 @@ class Source:
 
     def __init__(self, path: Path, objective: str | None = None) -> None:
         self.checkpoint = resolve(path)
+        check_nothing_else(self.checkpoint)
         verify(self.checkpoint, which=lambda name: not name.endswith(WEIGHTS))
         hashing = ThreadPoolExecutor(1, "sha256")
         weights = functools.partial(verify, which=lambda name: name.endswith(WEIGHTS), beside=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.convert.hf_files import hf_file
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDES = {"mlm": "right", "clm": "left"}  # that a batch is padded on
@@ -34,12 +35,14 @@ def import_tokenizer(source: Path, target: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> bool:
+    """Copy the files that are there. Raises UserError for one that is a link to somewhere else."""
     if not (source / FILES[0]).is_file():
         return False
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        path = hf_file(source, name)
+        if path.is_file():
+            shutil.copyfile(path, target / name)
     return True
 
 

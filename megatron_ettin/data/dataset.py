@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, refuse_links
 from megatron_ettin.data.indexed import Shard, index_file_bytes, open_shard
-from megatron_ettin.data.manifest import Manifest, check_file, read_manifest
+from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_file, read_manifest, shard_file
 from megatron_ettin.data.mapped import map_npy
 from megatron_ettin.data.verification import dataset_files, verify_files
 
@@ -52,7 +53,8 @@ class Dataset:
         self.dtype = np.dtype(manifest.dtype)
         self._first_chunk = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._first_document = np.cumsum([0] + [shard.documents for shard in manifest.shards])
-        self._prefixes = [str(path / shard.name) for shard in manifest.shards]
+        # links are looked for when the dataset is opened; a prefix is no file
+        self._prefixes = [str(shard_file(path, shard, "", Links.UNCHECKED)) for shard in manifest.shards]
         self._contents = ["".join(record.sha256[:16] for record in shard.files.values()) for shard in manifest.shards]
 
     def __repr__(self) -> str:
@@ -212,15 +214,21 @@ def arrow_integers(values: npt.NDArray[np.int64]) -> Any:
     return pyarrow.Array.from_buffers(pyarrow.int64(), len(values), [None, content])
 
 
+def check_shard_file(folder: Path, shard: ShardRecord, suffix: str, record: FileRecord) -> None:
+    check_file(shard_file(folder, shard, suffix), record, content=False)
+
+
 def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset directory. A missing, truncated or grown file is refused by name before anything reads it."""
     folder = Path(path)
     manifest = read_manifest(folder)
+    # its files go into checkpoints as they are, and from there into what is published
+    refuse_links(folder / "tokenizer")
     width = np.dtype(manifest.dtype).itemsize
     sizes: list[Callable[[], None]] = []
     for shard in manifest.shards:
         for suffix, record in shard.files.items():
-            sizes.append(partial(check_file, folder / (shard.name + suffix), record, content=False))
+            sizes.append(partial(check_shard_file, folder, shard, suffix, record))
         told = (shard.files[".bin"].bytes, shard.files[".idx"].bytes)
         if told != (width * shard.tokens, index_file_bytes(shard.chunks, shard.documents)):
             raise UserError(f"dataset {folder}: manifest.json contradicts itself about {shard.name}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.data.manifest import FileRecord
 from megatron_ettin.data.replay import RECORD_FILE, order_record
 from megatron_ettin.data.rows import PLAN_FILE, plan_record
@@ -20,8 +22,12 @@ def derived_files(folder: Path) -> Iterator[Expected]:
         try:
             read = plan_record if record_file.name == PLAN_FILE else order_record
             records = read(record_file.parent).files
+            paths = {name: path_in(record_file.parent, name, record_file) for name in records}
+        except UserError as error:
+            yield Expected(record_file, FileRecord(0, ""), remedy=REMEDY, problem=str(error))
+            continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"damaged ({type(error).__name__})"
             yield Expected(record_file, FileRecord(0, ""), remedy=REMEDY, problem=problem)
             continue
-        yield from (Expected(record_file.with_name(name), record, remedy=REMEDY) for name, record in records.items())
+        yield from (Expected(paths[name], record, remedy=REMEDY) for name, record in records.items())

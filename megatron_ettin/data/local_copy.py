@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, path_in
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
 from megatron_ettin.data.order import Corpus
@@ -44,11 +45,18 @@ class Unit:
     def staging(self) -> Path:
         return self.target.with_name(f".tmp-{self.target.name}")
 
+    def source_file(self, name: str) -> Path:
+        """A file to copy. Raises UserError for a link: what is copied is then read as if it were the dataset's."""
+        return path_in(self.source, name, self.source / self.last, nested=True, links=Links.NONE)
+
+    def staged(self, name: str) -> Path:
+        return path_in(self.staging, name, self.source / self.last, nested=True, links=Links.NONE)
+
     def missing(self) -> Iterator[tuple[str, FileRecord]]:
         """Files that are not in the staging folder yet."""
         for name, record in self.files.items():
             try:
-                whole = (self.staging / name).stat().st_size == record.bytes
+                whole = self.staged(name).stat().st_size == record.bytes
             except OSError:
                 whole = False
             if not whole:
@@ -87,7 +95,7 @@ def pairs(corpus: Corpus) -> Iterator[tuple[Dataset, RowPlan | None]]:
 
 def copy_path(dataset: Dataset, root: Path) -> Path:
     """Where a dataset's copy lies, whatever the dataset is called elsewhere."""
-    return root / f"dataset-{dataset.fingerprint[:32]}"
+    return path_in(root, f"dataset-{dataset.fingerprint[:32]}", dataset.path / FILE_NAME)
 
 
 def local_plan(plan: RowPlan, dataset: Dataset) -> RowPlan:
@@ -143,13 +151,15 @@ def copy(units: Sequence[Unit], root: Path, tell: Callable[[str], None]) -> None
 
 def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
     """Bring the files to the staging folder, several at a time, and give it its name."""
-    for folder in {unit.staging, *((unit.staging / name).parent for name in unit.files)}:
+    if unit.last == PLAN_FILE and unit.source.is_symlink():
+        raise UserError(f"{KEY}: {unit.source}: a link below a dataset is not copied; put the folder itself there")
+    for folder in {unit.staging, *(unit.staged(name).parent for name in unit.files)}:
         folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
         try:
             copies = [
-                pool.submit(copy_file, unit.source / name, unit.staging / name, record, stop)
+                pool.submit(copy_file, unit.source_file(name), unit.staged(name), record, stop)
                 for name, record in missing
             ]
             for future in copies:
@@ -158,7 +168,7 @@ def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    shutil.copyfile(unit.source / unit.last, unit.staging / unit.last)
+    shutil.copyfile(unit.source_file(unit.last), unit.staged(unit.last))
     sync_directory(unit.staging)
     if unit.target.exists():
         shutil.rmtree(unit.target)

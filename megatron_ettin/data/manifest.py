@@ -10,17 +10,20 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, checked_name, checked_sha256, path_in
 from megatron_ettin.config.json_reading import checked_digest, load_json
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
+SHARD_NAME = re.compile(r"shard_\d{5,}", re.ASCII)
 SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_SUFFIX)
 
 
@@ -107,8 +110,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_from(raw: dict[str, Any]) -> Manifest:
+    """The manifest that `raw` is. Raises ValueError, KeyError, TypeError and AttributeError where it is none, or
+    where names in it lead out of the dataset's folder."""
     tokenizer = {**raw["tokenizer"], "special_ids": tuple(raw["tokenizer"]["special_ids"])}
     shards = [ShardRecord(**{**shard, "files": file_records(shard["files"])}) for shard in raw["shards"]]
+    for shard in shards:
+        if not SHARD_NAME.fullmatch(checked_name(shard.name)):
+            raise ValueError(f"{shard.name[:80]!r} is no name of a shard")
+        if other := sorted(set(shard.files) - set(SHARD_SUFFIXES)):
+            raise ValueError(f"{other[0][:80]!r} is no file of a shard")
+    checked_sha256(raw["fingerprint"])
+    checked_sha256(tokenizer["fingerprint"])
     known = {
         "tokenizer": TokenizerRecord(**tokenizer),
         "shards": shards,
@@ -119,7 +131,18 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
 
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
-    return {name: FileRecord(**record) for name, record in raw.items()}
+    """The records of files by name or suffix. Raises ValueError, TypeError and AttributeError."""
+    records = {checked_name(name): FileRecord(**record) for name, record in raw.items()}
+    for record in records.values():
+        checked_sha256(record.sha256)
+        if type(record.bytes) is not int or record.bytes < 0:
+            raise ValueError("a file whose `bytes` are no count")
+    return records
+
+
+def shard_file(folder: Path, shard: ShardRecord, suffix: str, links: Links = Links.INSIDE) -> Path:
+    """A file of a shard of the dataset in `folder`. Raises UserError where it leads out of it."""
+    return path_in(folder, shard.name + suffix, folder / FILE_NAME, links=links)
 
 
 def write_json_durably(path: Path, content: Any) -> None:

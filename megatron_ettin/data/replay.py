@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import checked_digest, load_json, with_digest
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
@@ -168,7 +169,7 @@ def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None
     try:
         record = order_record(folder)
         for name in COLUMNS:
-            check_file(folder / name, record.files[name], content=False)
+            check_file(path_in(folder, name, folder / RECORD_FILE), record.files[name], content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
     return record if (record.seq_len, record.batching, record.version) == (seq_len, batching, VERSION) else None
@@ -203,7 +204,7 @@ def write_columns(folder: Path, rows: Iterator[GivenRows], datasets: Sequence[Da
     num_rows = num_chunks = skipped = 0
     nominal: float | None = None
     with contextlib.ExitStack() as stack:
-        streams = {name: stack.enter_context(open(folder / name, "wb")) for name in COLUMNS}
+        streams = {column: stack.enter_context(open(folder / column, "wb")) for column in COLUMNS}
         for batch in rows:
             for source in batch.sources[np.sort(np.unique(batch.sources, return_index=True)[1])].tolist():
                 if datasets[source].fingerprint not in names:

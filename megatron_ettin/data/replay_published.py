@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
 from megatron_ettin.data.indexed import open_shard
-from megatron_ettin.data.manifest import TokenizerRecord
+from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
 from megatron_ettin.data.replay_files import GivenRows, OrderFiles, one_line, open_parquet
 
@@ -127,7 +128,7 @@ def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Ar
     """(first chunk, content hashes) of every chunk, some at a time."""
     first = 0
     for record in dataset.manifest.shards:
-        shard = open_shard(dataset.path / record.name, scattered=False)
+        shard = open_shard(shard_file(dataset.path, record, "", Links.UNCHECKED), scattered=False)
         lengths = np.asarray(shard.chunk_lengths, np.int64)
         ends = np.cumsum(lengths)
         begin = 0

@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links
 from megatron_ettin.data.child_process import serve_parent
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.indexed import HEADER
-from megatron_ettin.data.manifest import FileRecord
+from megatron_ettin.data.manifest import FileRecord, shard_file
 from megatron_ettin.data.packing import WINDOW_CHUNKS, pack
 
 SEGMENT_CHUNKS = 64 * WINDOW_CHUNKS
@@ -120,7 +121,7 @@ def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32
     shard = int(np.searchsorted(begins, first, side="right")) - 1
     while first < end:
         stop = min(end, int(begins[shard + 1]))
-        path = dataset.path / f"{shards[shard].name}.idx"
+        path = shard_file(dataset.path, shards[shard], ".idx", Links.UNCHECKED)
         offset = HEADER.size + 4 * (first - int(begins[shard]))
         parts.append(np.fromfile(path, "<i4", count=stop - first, offset=offset))
         if len(parts[-1]) != stop - first:

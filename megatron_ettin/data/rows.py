@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import checked_digest, load_json, with_digest
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.manifest import (
@@ -132,7 +133,7 @@ class RowPlan:
     def verify(self) -> None:
         """Read every byte; UserError names the first damaged file."""
         for name, record in self.record.files.items():
-            check_file(self.folder / name, record, content=True)
+            check_file(path_in(self.folder, name, self.folder / PLAN_FILE), record, content=True)
 
 
 def map_rows(folder: Path) -> RowArrays:
@@ -208,7 +209,7 @@ def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> Ro
     try:
         record = plan_record(folder)
         for name, file in record.files.items():
-            check_file(folder / name, file, content=False)
+            check_file(path_in(folder, name, folder / PLAN_FILE), file, content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
     asked = (dataset.fingerprint, seq_len, batching, VERSION)

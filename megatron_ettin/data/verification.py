@@ -12,8 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.data.checksums import damaged_ranges, digest_of, read_blocks
-from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, FileRecord, Manifest, read_manifest
+from megatron_ettin.data.manifest import (
+    CHECKSUMS_SUFFIX,
+    FILE_NAME,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    shard_file,
+)
 
 THREADS = 8
 RANGES_SHOWN = 4
@@ -55,11 +63,11 @@ def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Ex
     """The files of a dataset, its held-out part included. Raises UserError where a manifest cannot be read."""
     manifest = manifest or read_manifest(folder)
     for name, record in manifest.tokenizer_files.items():
-        yield Expected(folder / "tokenizer" / name, record)
+        yield Expected(path_in(folder / "tokenizer", name, folder / FILE_NAME), record)
     for shard in manifest.shards:
-        blocks = folder / (shard.name + CHECKSUMS_SUFFIX)
+        blocks = shard_file(folder, shard, CHECKSUMS_SUFFIX)
         for suffix, record in shard.files.items():
-            yield Expected(folder / (shard.name + suffix), record, blocks if suffix != CHECKSUMS_SUFFIX else None)
+            yield Expected(shard_file(folder, shard, suffix), record, blocks if suffix != CHECKSUMS_SUFFIX else None)
     if (folder / "heldout").is_dir():
         yield from dataset_files(folder / "heldout")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from megatron_ettin.attempt import HEARTBEAT
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import Links, path_in
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.yaml_reading import load_yaml
 
@@ -183,10 +186,13 @@ def _newest_checkpoint(run: Path) -> Path | None:
     """What `latest` names."""
     try:
         name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
-    path = run / "checkpoints" / name
-    return path if path.is_dir() and name.rpartition("_")[2].isdigit() else None
+    try:
+        path = path_in(run / "checkpoints", name, "latest", links=Links.UNCHECKED)
+        return path if re.fullmatch(r"step_\d{9,18}", name, re.ASCII) and path.is_dir() else None
+    except (OSError, UserError):
+        return None
 
 
 def _time_of(path: Path) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import RunRecord, objects, read_json
 
@@ -120,8 +121,10 @@ def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
         return False, str(error), None
     for name, entry in entries.items():
         try:
-            if (checkpoint / name).stat().st_size != entry["bytes"]:
+            if path_in(checkpoint, name, checkpoint / INTEGRITY, nested=True).stat().st_size != entry["bytes"]:
                 return False, f"{name} has another size than recorded", None
+        except UserError as error:
+            return False, str(error), None
         except OSError:
             return False, f"{name} is missing", None
     return True, f"{len(entries)} files in their recorded sizes", sum(entry["bytes"] for entry in entries.values())

@@ -17,6 +17,7 @@ from megatron_ettin.checkpoint.directory import (
     total_bytes,
     verify as verify_checkpoint,
 )
+from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
@@ -42,6 +43,7 @@ def describe(path: Path, verify: bool = False) -> dict[str, Any]:
 def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
     """Step, shape and contents of one checkpoint."""
     if verify:
+        check_nothing_else(path)
         verify_checkpoint(path)
     run = read_config(path).get("run") or {}
     progress = read_progress(path)
@@ -74,6 +76,7 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
     checkpoints = list_checkpoints(path)
     if verify:
         for checkpoint in checkpoints:
+            check_nothing_else(checkpoint)
             verify_checkpoint(checkpoint)
     last = _last(read_metrics(path / METRICS_FILE)) if (path / METRICS_FILE).is_file() else {}
     return {

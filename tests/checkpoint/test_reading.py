@@ -177,7 +177,7 @@ def test_reader_path_outside_checkpoint_is_refused(written):
         info.relative_path = "../elsewhere.distcp"
 
     edit(written, move)
-    with pytest.raises(UserError, match="outside the checkpoint"):
+    with pytest.raises(UserError, match="leads out of its folder"):
         CheckpointReader(written)
 
 

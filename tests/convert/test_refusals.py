@@ -126,7 +126,7 @@ def test_from_hf_wrong_shard_index_is_refused(theirs, tmp_path, capsys):
     refused(capsys, tmp_path, "from-hf", theirs, f"{files[-1]}: lacks model.embeddings.norm.weight")
     index["weight_map"]["model.embeddings.norm.weight"] = "../elsewhere.safetensors"
     path.write_text(json.dumps(index))
-    refused(capsys, tmp_path, "from-hf", theirs, "outside the folder")
+    refused(capsys, tmp_path, "from-hf", theirs, "leads out of its folder")
     path.write_text("[")
     refused(capsys, tmp_path, "from-hf", theirs, "index.json: unreadable")
 

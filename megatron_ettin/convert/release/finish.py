@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import fsync, sha256
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.card import CURVE, main_card
 from megatron_ettin.convert.release.chain import Chain, PhaseRun, Revision
@@ -32,12 +33,12 @@ def write_main(
     notes: list[str],
 ) -> None:
     """The last of `records` under the name `main`: its files by hard links, with the card of the whole release."""
-    final = out / str(records[-1]["revision"])
+    final = path_in(out, records[-1]["revision"], out / RECORD)
     folder = out / WORK / "main"
     folder.mkdir()
     for name in records[-1]["files"]:
         if name != CARD:
-            _link(final / name, folder / name)
+            _link(path_in(final, name, final / RECORD, nested=True), path_in(folder, name, final / RECORD, nested=True))
     try:
         (folder / CURVE).write_bytes(draw_curve([run.path for run in chain.runs]))
     except UserError as error:

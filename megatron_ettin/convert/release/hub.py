@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.convert.release.finish import ORDERS
-from megatron_ettin.convert.release.record import read_record
+from megatron_ettin.convert.release.record import RECORD, read_record
 
 ATTRIBUTES = ".gitattributes"  # the hub's own
 
@@ -82,7 +83,9 @@ def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
     """Make the branch hold exactly the folder's files, in one commit; False where it does already."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    wanted = {file: out / name / file for file in sorted([*read_record(out / name)["files"], "release.json"])}
+    folder = out / name
+    files = sorted([*read_record(folder)["files"], RECORD])
+    wanted = {file: path_in(folder, file, folder / RECORD, nested=True) for file in files}
     if name == "main" and (out / ORDERS).is_dir():
         wanted |= {f"{ORDERS}/{path.name}": path for path in sorted((out / ORDERS).glob("*.parquet"))}
     there = {

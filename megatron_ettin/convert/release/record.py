@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.chain import Revision
 
@@ -77,7 +78,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def is_whole(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
     """Whether every file of the record is there in its size and, with `checksums`, in its bytes."""
     for name, entry in record["files"].items():
-        path = folder / name
+        path = path_in(folder, name, folder / RECORD, nested=True)
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return False
         if checksums and sha256(path) != entry["sha256"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_ettin.checkpoint.directory import list_checkpoints, place
-from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.checkpoint.integrity import check_nothing_else, fsync
 from megatron_ettin.checkpoint.writing import write_weights
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import OBJECTIVES
@@ -105,6 +105,7 @@ def write_initial(run: PhaseRun, folder: Path) -> Path:
     (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     tokenizer = next((path / "tokenizer" for path in list_checkpoints(run.path)), None)
     if tokenizer is not None and tokenizer.is_dir():
+        check_nothing_else(tokenizer.parent)
         shutil.copytree(tokenizer, staging / "tokenizer")
     place(staging, folder, known)
     return folder

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import checked_name, path_in
 
 BUFFER_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20  # asked for at once: a request over a network costs tens of milliseconds
@@ -59,6 +61,17 @@ def canonical(url: str) -> str:
 
 def joined(folder: str, name: str) -> str:
     return os.path.join(folder, name) if local_path(folder) is not None else f"{folder.rstrip('/')}/{name}"
+
+
+def joined_in(folder: str, name: object, named_by: str, nested: bool = False) -> str:
+    """The place of a file that another file names. Raises UserError where it leads out of the folder, by a link too."""
+    path = local_path(folder)
+    if path is not None:
+        return str(path_in(Path(path), name, named_by, nested))
+    try:
+        return joined(folder, checked_name(name, nested))
+    except ValueError as error:
+        raise UserError(f"{named_by}: {error}; refused") from None
 
 
 def parent_of(url: str) -> str:

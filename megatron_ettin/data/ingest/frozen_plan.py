@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
 from megatron_ettin.data.ingest.inputs import Task, cut_tasks
@@ -128,11 +129,11 @@ def is_whole(work: Path, index: int) -> bool:
     try:
         record = load_json(record_path(work, index).read_text(encoding="utf-8"))
         return all(
-            prefix.with_name(prefix.name + suffix).stat().st_size == file["bytes"]
+            path_in(prefix.parent, prefix.name + suffix, record_path(work, index)).stat().st_size == file["bytes"]
             for split, prefix in zip(SPLITS, shard_prefixes(work, index), strict=True)
             for suffix, file in record.get(split, {}).get("files", {}).items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, UserError):
         return False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
-from megatron_ettin.data.ingest.filesystem import Entry, entries, joined, read_whole
+from megatron_ettin.data.ingest.filesystem import Entry, entries, joined, joined_in, read_whole
 from megatron_ettin.data.ingest.input_file import InputFile
 
 
@@ -47,7 +47,7 @@ def dataset_dict_files(folder: str, listed: Mapping[str, Entry], name: str, sour
         return None
     files: list[InputFile] = []
     for split in map(str, raw["splits"]):
-        inside = joined(folder, split)
+        inside = joined_in(folder, split, path)
         held = {entry.url.rpartition("/")[2]: entry for entry in entries(inside)}
         if "state.json" not in held:
             raise UserError(f"{path}: names the split {split!r}, but {inside} has no state.json")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import checked_digest
 from megatron_ettin.data.indexed import MAGIC
-from megatron_ettin.data.ingest.filesystem import Entry, find, joined, open_input
+from megatron_ettin.data.ingest.filesystem import Entry, find, joined, joined_in, open_input
 from megatron_ettin.data.ingest.input_file import InputFile
 from megatron_ettin.data.ingest.readers.arrow_directory import json_object
 from megatron_ettin.data.manifest import FORMAT, VERSION, manifest_from
@@ -52,7 +52,10 @@ def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, sourc
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
     files = []
     for shard in manifest.shards:
-        found = {suffix: find(joined(folder, shard.name + suffix)) for suffix in (".bin", ".idx", ".documents.arrow")}
+        found = {
+            suffix: find(joined_in(folder, shard.name + suffix, path))
+            for suffix in (".bin", ".idx", ".documents.arrow")
+        }
         for suffix, entry in found.items():
             expected = shard.files[suffix].bytes
             if entry is None:

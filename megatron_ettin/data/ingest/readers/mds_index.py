@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.ingest.filesystem import Entry, entries, find, joined, parent_of
+from megatron_ettin.data.ingest.filesystem import Entry, entries, find, joined, joined_in, parent_of
 from megatron_ettin.data.ingest.input_file import InputFile
 from megatron_ettin.data.ingest.readers.arrow_directory import json_object
 
@@ -108,9 +108,7 @@ def _is_column(name: Any, encoding: Any, size: Any) -> bool:
 
 def entry_in(folder: str, file_name: str, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
     """A file that an index names, from one listing a directory: `present` keeps them."""
-    if file_name.startswith("/") or ".." in file_name.split("/"):
-        raise UserError(f"{path}: names {file_name!r}, outside the directory")
-    url = joined(folder, file_name)
+    url = joined_in(folder, file_name, path, nested=True)
     inside = parent_of(url)
     if inside not in present:
         present[inside] = {entry.url: entry for entry in entries(inside)} if find(inside) else {}
