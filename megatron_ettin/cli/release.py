@@ -91,7 +91,8 @@ def make_plan(args: argparse.Namespace) -> Any:
     name = args.name or f"{settings.size}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
-    return Plan(chain, args.out, options, logits_of, order, picture_of, args.workers, args.recheck, args.replace)
+    again = (args.workers, args.recheck, args.replace)
+    return Plan(chain, args.out, options, logits_of, order, picture_of, *again, args.push)
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def from_hf(
             _check_tokenizer(staging / "tokenizer", parsed.model, hf_dir)
         else:
             notes.append("the folder has no tokenizer.json: the checkpoint has no tokenizer")
-        progress = {"step": 0, "tokens": 0}
+        progress = {"step": 0, "tokens": 0, "special_ids": parsed.special_ids}
         known = write_weights(staging, _tensors(files, wanted, parsed.model, report), {"progress": progress})
         (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         config = imported_config(parsed.model, objective)

@@ -7,6 +7,7 @@ meaning: an encoder's local_attention is both sides together, a decoder's slidin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ _FIXED = {
     **{"hidden_activation": "gelu", "tie_word_embeddings": True},
 }
 
+_IDS = {"cls": "bos_token_id", "sep": "eos_token_id", "pad": ""}  # role -> what says it where NAME_token_id does not
 
-def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: dict[str, int]) -> dict[str, Any]:
+
+def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
     """The config.json of a model. `special_ids` maps unk, cls, sep, pad, mask to ids."""
     every = model.global_attention_every
     thetas = {_FULL: model.global_rope_theta, _SLIDING: model.local_rope_theta}
@@ -82,6 +85,7 @@ class Parsed:
     objective: str
     model: ModelConfig
     notes: tuple[str, ...]
+    special_ids: dict[str, int]  # cls, sep and pad, where it says them
 
 
 def from_hf_config(path: Path) -> Parsed:
@@ -125,7 +129,9 @@ def from_hf_config(path: Path) -> Parsed:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
         raise UserError(f"{path}: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}")
-    return Parsed(objective, model, tuple(notes))
+    ids = {role: config.get(f"{role}_token_id", config.get(other)) for role, other in _IDS.items()}
+    known = {role: i for role, i in ids.items() if type(i) is int and 0 <= i < model.vocab_size}
+    return Parsed(objective, model, tuple(notes), known)
 
 
 def _objective(config: dict[str, Any], path: Path) -> str:

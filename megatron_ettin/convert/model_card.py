@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.config.counts import format_count
-from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.config.sizes import VOCABULARY, parameter_count
 from megatron_ettin.convert.hf_config import reader_notes
 from megatron_ettin.convert.source import Source, cross_notes, predicts_next
 
+THIS_FOLDER = 'FOLDER = "."  # this one'
 _USE = {
     "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 FOLDER = "."  # this one
 model = AutoModelForMaskedLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-inputs = tokenizer("The capital of France is [MASK].", return_tensors="pt")
+inputs = tokenizer(f"The capital of France is {tokenizer.mask_token}.", return_tensors="pt")
 at = (inputs["input_ids"] == tokenizer.mask_token_id).nonzero()[0, 1]
 print(tokenizer.decode(model(**inputs).logits[0, at].argmax()))""",
     "clm": """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +41,7 @@ class About:
     name: str | None = None
     licence: str | None = None
     revision: str | None = None
+    total_tokens: int | None = None  # of all phases up to this one
 
 
 def model_card(
@@ -61,8 +64,9 @@ def model_card(
         f"{model.num_attention_heads} heads, vocabulary {model.vocab_size:,}",
         "attention": f"one layer in {model.global_attention_every} global, the others {window}",
         "rotary bases": f"global {model.global_rope_theta:g}, local {model.local_rope_theta:g}",
-        "trained": f"phase {source.run.get('phase') or 'not recorded'}, step {progress.get('step', 0):,}, "
-        f"{format_count(progress.get('tokens') or 0)} tokens",
+        "phase": f"{source.run.get('phase') or 'not recorded'}, step {progress.get('step', 0):,}",
+        **_tokens(source, about),
+        "longest text": f"{source.trained_length:,} tokens in training",
         "weights": dtype,
         "licence": about.licence or "not stated",
     }
@@ -84,8 +88,27 @@ def model_card(
     lines += [f"\n{note}." for note in (*reader_notes(model, source.objective), *cross_notes(source))]
     if not has_tokenizer:
         lines += ["", "The checkpoint came without a tokenizer: none is in this folder."]
+        if not source.special_ids and model.vocab_size != VOCABULARY:
+            lines[-1] += " The ids of special tokens in config.json only stand in for those of a tokenizer."
     lines += ["", _checked(parity), ""]
     return "\n".join(lines)
+
+
+def _tokens(source: Source, about: About) -> dict[str, str]:
+    """What these weights were trained on, and beside it what their phase is planned for."""
+    trained, planned = source.progress.get("tokens") or 0, planned_tokens(source.run)
+    rows = {"tokens trained": format_count(trained) + (" in this phase" if about.total_tokens is not None else "")}
+    if about.total_tokens is not None:
+        rows["tokens trained"] += f", {format_count(about.total_tokens)} in all"
+    return rows | ({"tokens planned": f"{planned} in this phase"} if planned else {})
+
+
+def planned_tokens(run: Mapping[str, Any]) -> str:
+    """What the `run` group of a config.yaml plans for its phase; empty where it plans nothing, as for imports."""
+    tokens, steps = run.get("tokens"), run.get("steps")
+    if not isinstance(tokens, int) or tokens <= 0:
+        return ""
+    return format_count(tokens) + (f", or {steps:,} steps" if isinstance(steps, int) else "")
 
 
 def _checked(parity: dict[str, Any] | None) -> str:

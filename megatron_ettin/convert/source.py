@@ -65,6 +65,10 @@ class Source:
             raise UserError(f"{config_path}: run.objective is {self.trained_objective!r}; allowed: {allowed}")
         self.objective = check_objective(objective or OBJECTIVES[self.trained_objective].exports[0])
         self.model = model_config(groups, config_path)
+        data = groups.get("data")
+        rows = data.get("seq_len") if isinstance(data, dict) else None
+        # of imported weights the folder says the length, and of a run its rows, whatever the model had room for
+        self.trained_length: int = rows if isinstance(rows, int) and rows > 0 else self.model.max_position_embeddings
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
         self.pairs = list(pairs(self.model, self.objective))
@@ -80,6 +84,12 @@ class Source:
             rows_fit = found[:1] >= pair.shape[:1] if pair.form.may_be_padded else found[:1] == pair.shape[:1]
             if len(found) != len(pair.shape) or found[1:] != pair.shape[1:] or not rows_fit:
                 raise UserError(f"{self.checkpoint}: {pair.ours} is {found}; the config's shape gives {pair.shape}")
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """What the folder that was imported said of its special tokens; empty for a run's checkpoint."""
+        recorded = self.progress.get("special_ids")
+        return recorded if isinstance(recorded, dict) else {}
 
     @property
     def tokenizer(self) -> Path:

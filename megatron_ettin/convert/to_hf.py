@@ -6,6 +6,7 @@ is the one that computed the training loss."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ import torch
 
 from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.convert.hf_config import reader_notes, to_hf_config
+from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
 from megatron_ettin.convert.safetensors_file import Entry, write_model
 from megatron_ettin.convert.source import Source, cross_notes
 from megatron_ettin.convert.staging import staged
-from megatron_ettin.convert.tokenizer_files import export_tokenizer, special_ids
+from megatron_ettin.convert.tokenizer_files import Form, export_tokenizer, special_ids
 from megatron_ettin.convert.verify import Logits, check_export
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +56,8 @@ def to_hf(
     with staged(out) as staging:
         try:
             files = _write(source, staging, dtype, max_shard_bytes, report)
-            has_tokenizer = export_tokenizer(source.tokenizer, staging, source.objective)
+            form = Form(source.objective, source.trained_length, source.progress.get("end_token") != "none")
+            has_tokenizer = export_tokenizer(source.tokenizer, staging, form)
             parity = check_export(source, staging, DTYPES[dtype], our_logits) if verify else None
         except UserError:
             source.check_weights()  # a damaged file is told by its checksum rather than by what it leads to
@@ -82,9 +84,14 @@ def to_hf(
 
 def _write(source: Source, staging: Path, dtype: str, max_shard_bytes: int, report: Report | None) -> list[str]:
     """config.json and the weights. Returns the names of the safetensors files."""
-    ids = special_ids(source.tokenizer, source.model.vocab_size)
-    config = to_hf_config(source.model, source.objective, dtype, ids)
+    ids = special_ids(source.tokenizer, source.model.vocab_size, source.special_ids)
+    model = dataclasses.replace(source.model, max_position_embeddings=source.trained_length)
+    config = to_hf_config(model, source.objective, dtype, ids)
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if source.objective == "clm":
+        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = {"_from_model_config": True, **ends, "transformers_version": WRITTEN_FOR}
+        (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     entries: list[Entry] = [(name, pair.their_shape) for pair in source.pairs for name in pair.theirs]
     return write_model(staging, entries, DTYPES[dtype], _tensors(source, report), max_shard_bytes)
 

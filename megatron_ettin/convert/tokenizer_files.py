@@ -1,37 +1,88 @@
 """Tokenizer files that travel with a model: between the checkpoint's tokenizer/ and the root of a Hugging Face folder.
 
 Checkpoints of both objectives hold the same files, so that a pair shares its data. What a tokenizer does with a text
-differs in a released folder: an encoder's writes [CLS] text [SEP] and pads on the right; a decoder's writes [CLS] text,
-for a text that ends with [SEP] is finished and `generate` would begin another, pads on the left, and also calls the two
-bos and eos, which evaluations of decoders ask for. The way back
-undoes exactly that. The special ids of a config.json are looked up in the files, so that a model trained with another
-tokenizer says its own; without files the published ids stand."""
+differs in a released folder: an encoder's writes what training put around every chunk, [CLS] text [SEP], and pads on
+the right; a decoder's writes [CLS] text, for a text that ends with [SEP] is finished and `generate` would begin
+another, pads on the left, and also calls the two bos and eos, which evaluations of decoders ask for. Ids and roles are
+those that training used (data/tokenizer.py). The way back undoes exactly that; what training had and the released
+files do not show is kept in tokenizer_config.json under `TRAINED`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.sizes import VOCABULARY
 from megatron_ettin.convert.hf_files import hf_file
+from megatron_ettin.data.tokenizer import special_tokens
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDES = {"mlm": "right", "clm": "left"}  # that a batch is padded on
 INPUTS = ["input_ids", "attention_mask"]
 PUBLISHED_IDS = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}
+TRAINED = "megatron_ettin_trained"
 
 
-def export_tokenizer(source: Path, target: Path, objective: str) -> bool:
-    """Copy a checkpoint's tokenizer into a released folder; False where there is none."""
-    return _copy(source, target) and _set_form(target, closing=objective == "mlm", padding_side=SIDES[objective])
+@dataclass(frozen=True)
+class Form:
+    """What a released tokenizer does with a text. `longest`: tokens of the longest text trained on, specials included.
+    `closing`: whether the chunks of training ended in [SEP]."""
+
+    objective: str
+    longest: int
+    closing: bool = True
+
+
+def export_tokenizer(source: Path, target: Path, form: Form) -> bool:
+    """Copy a checkpoint's tokenizer into a released folder and give it its form; False where there is none."""
+    if not _copy(source, target):
+        return False
+    content, settings = _read_json(target / FILES[0]), _read_json(target / FILES[1])
+    trained = {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}
+    tokens = special_tokens(target)
+    if "cls" in tokens and "sep" in tokens:
+        _set_frame(content, tokens, form.closing and form.objective == "mlm")
+        _write_json(target / FILES[0], content)
+    given = {key: value for key, value in settings.items() if value is not None}
+    settings = {f"{role}_token": text for role, (_, text) in tokens.items()} | given
+    _drop_ends(settings)
+    if form.objective == "clm":
+        settings.setdefault("bos_token", settings.get("cls_token"))
+        settings.setdefault("eos_token", settings.get("sep_token"))
+    # without model_input_names, transformers 4 makes token_type_ids, which the model refuses
+    settings = _for_both_generations(settings) | {"padding_side": SIDES[form.objective], "model_input_names": INPUTS}
+    settings["model_max_length"] = form.longest
+    _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True)
+    if trained != {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}:
+        settings[TRAINED] = trained
+    _write_json(target / FILES[1], settings)
+    return True
 
 
 def import_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a released folder's tokenizer into a checkpoint; False where there is none."""
-    return _copy(source, target) and _set_form(target, closing=True, padding_side=None)
+    """Copy a released folder's tokenizer into a checkpoint as training had it; False where there is none."""
+    if not _copy(source, target):
+        return False
+    content, found = _read_json(target / FILES[0]), _read_json(target / FILES[1])
+    settings = {key: value for key, value in found.items() if key not in (TRAINED, "padding_side")}
+    _drop_ends(settings)
+    trained = found.get(TRAINED)
+    if isinstance(trained, dict) and "post_processor" in trained:
+        content["post_processor"] = trained["post_processor"]
+        if trained.get("pad_token") is None:
+            settings.pop("pad_token", None)
+        _write_json(target / FILES[0], content)
+    elif _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True):
+        _write_json(target / FILES[0], content)
+    if settings != found:
+        _write_json(target / FILES[1], settings)
+    return True
 
 
 def _copy(source: Path, target: Path) -> bool:
@@ -46,25 +97,11 @@ def _copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _set_form(folder: Path, closing: bool, padding_side: str | None) -> bool:
-    """Let the tokenizer in `folder` end a text with [SEP] or not, and name the side it pads on. A file that says so
-    already is not rewritten; a tokenizer that has no such template keeps what it has."""
-    settings = _read_json(folder / FILES[1])
-    named = {role: _text(settings.get(f"{role}_token"), role) for role in ("cls", "sep")}
-    content = _read_json(folder / FILES[0])
-    if _set_closing(content, named["cls"], named["sep"], closing):
-        _write_json(folder / FILES[0], content)
-    ends = {"bos_token": settings.get("cls_token", named["cls"]), "eos_token": settings.get("sep_token", named["sep"])}
-    own = {key for key, value in ends.items() if settings.get(key) == value}
-    wanted = {key: value for key, value in settings.items() if key != "padding_side" and key not in own}
-    if padding_side == "left":
-        wanted = {**ends, **wanted}
-    if padding_side is not None:
-        # without the second, transformers 4 makes token_type_ids, which the model refuses
-        wanted = _for_both_generations(wanted) | {"padding_side": padding_side, "model_input_names": INPUTS}
-    if wanted != settings:
-        _write_json(folder / FILES[1], wanted)
-    return True
+def _drop_ends(settings: dict[str, Any]) -> None:
+    """Take out bos and eos where they are no more than second names of cls and sep."""
+    for end, role in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
+        if end in settings and settings[end] == settings.get(role):
+            del settings[end]
 
 
 def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +113,46 @@ def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
         settings = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
         settings |= {"additional_special_tokens": more} if more else {}
     return settings
+
+
+def _set_frame(content: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> None:
+    """Let the tokenizer put [CLS] before a text and, with `closing`, [SEP] after it, and nothing else."""
+    (cls_id, cls), (sep_id, sep) = tokens["cls"], tokens["sep"]
+    after = [sep_id] if closing else []
+    if _frames(content, [cls_id], after):
+        return
+    if _set_closing(content, cls, sep, closing) and _frames(content, [cls_id], after):
+        return
+    content["post_processor"] = _template(content.get("post_processor") or {}, tokens, closing)
+
+
+def _frames(content: dict[str, Any], before: list[int], after: list[int]) -> bool:
+    """Whether the tokenizer puts exactly these ids around a text."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{FILES[0]}: unreadable ({error})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    bare, framed = (tokenizer.encode("a text", add_special_tokens=special).ids for special in (False, True))
+    return framed == [*before, *bare, *after]
+
+
+def _template(old: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> dict[str, Any]:
+    """A post-processor that writes the frame; of the old one the part that only counts characters (ByteLevel) stays."""
+    known = {text: {"id": text, "ids": [number], "tokens": [text]} for number, text in (tokens["cls"], tokens["sep"])}
+    cls, sep = ({"SpecialToken": {"id": tokens[role][1], "type_id": 0}} for role in ("cls", "sep"))
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    frame = {
+        "type": "TemplateProcessing",
+        "single": [cls, first, *([sep] if closing else [])],
+        "pair": [cls, first, sep, second, sep],
+        "special_tokens": known,
+    }
+    steps = [step for step in [old, *old.get("processors", [])] if step.get("type") == "ByteLevel"]
+    return {"type": "Sequence", "processors": [*steps, frame]} if steps else frame
 
 
 def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> bool:
@@ -111,39 +188,33 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _text(token: Any, role: str) -> str:
+def _text(settings: dict[str, Any], role: str) -> str:
     """What tokenizer_config.json calls a role: a text, or an object with its `content`; the usual name by default."""
+    token = settings.get(f"{role}_token")
     token = token.get("content") if isinstance(token, dict) else token
     return str(token or f"[{role.upper()}]")
 
 
 def token_count(tokenizer: Path) -> int:
     """One more than the largest id of the tokenizer in the folder `tokenizer`."""
-    return max(_vocabulary(tokenizer).values(), default=-1) + 1
-
-
-def _vocabulary(tokenizer: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     path = tokenizer / FILES[0]
     try:
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path}: unreadable ({error})") from None
+    return max(vocabulary.values(), default=-1) + 1
 
 
-def special_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
-    """Ids of unk, cls, sep, pad and mask: the tokenizer's, else the published ones.
+def special_ids(tokenizer: Path, vocab_size: int, recorded: Mapping[str, int]) -> dict[str, int]:
+    """Ids of unk, cls, sep, pad and mask as training used them, else as an import `recorded` them.
 
-    A vocabulary too small for those (a test's) has them in its last five rows, for transformers wants a pad row."""
-    published = PUBLISHED_IDS if vocab_size > max(PUBLISHED_IDS.values()) else _last_rows(vocab_size)
-    if not (tokenizer / FILES[0]).is_file():
-        return published
-    vocabulary, named = _vocabulary(tokenizer), _read_json(tokenizer / FILES[1])
-    return {
-        kind: vocabulary.get(_text(named.get(f"{kind}_token"), kind), default) for kind, default in published.items()
-    }
-
-
-def _last_rows(vocab_size: int) -> dict[str, int]:
-    return {kind: max(0, vocab_size - 5 + place) for place, kind in enumerate(PUBLISHED_IDS)}
+    Where neither says anything, the published ids stand for a vocabulary of the published size. Of another one nothing
+    is known: its last rows stand in, for transformers wants every decoder to have such ids."""
+    known, has_tokenizer = dict(recorded), (tokenizer / FILES[0]).is_file()
+    if has_tokenizer:
+        known |= {role: number for role, (number, _) in special_tokens(tokenizer).items()}
+    if vocab_size == VOCABULARY and not has_tokenizer:
+        return PUBLISHED_IDS | known
+    return {role: max(0, vocab_size - 5 + place) for place, role in enumerate(PUBLISHED_IDS)} | known

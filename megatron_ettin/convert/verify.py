@@ -138,7 +138,7 @@ def transformers_logits(
     # eager: plain matrix products, the same in every version
     model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     longest = max(map(len, lists))
-    pad = model.config.pad_token_id
+    pad = model.config.pad_token_id or 0  # masked: any id does
     batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in lists])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in lists])
     with torch.no_grad():

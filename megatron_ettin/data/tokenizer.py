@@ -192,6 +192,11 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
 
 
 def from_directory(folder: Path, name: str) -> Tokenizer:
+    return from_file(folder / "tokenizer.json", read_settings(folder), name)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the files beside tokenizer.json say of its special tokens."""
     config: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -199,15 +204,28 @@ def from_directory(folder: Path, name: str) -> Tokenizer:
                 config.update(load_json((folder / file).read_text(encoding="utf-8")))
             except ValueError as error:
                 raise UserError(f"tokenizer {folder / file}: not valid JSON ({error})") from None
-    return from_file(folder / "tokenizer.json", config, name)
+    return config
 
 
 def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
+    backend = read_backend(path)
+    return Tokenizer(backend, special_roles(backend, config), name)
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise UserError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
-    return Tokenizer(backend, special_roles(backend, config), name)
+
+
+def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return (id, text) of the special tokens of a tokenizer folder by role, in the roles in which training uses them:
+    a tokenizer without a pad token pads with [SEP]. Roles that it has no token for are left out."""
+    backend = read_backend(folder / "tokenizer.json")
+    roles = special_roles(backend, read_settings(folder))
+    roles["pad"] = roles["sep"] if roles["pad"] is None else roles["pad"]
+    return {role: (number, str(backend.id_to_token(number))) for role, number in roles.items() if number is not None}
 
 
 def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:

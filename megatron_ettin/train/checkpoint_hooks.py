@@ -21,7 +21,8 @@ class Checkpoints(Hook):
         self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
         self.saved_step: int | None = run.progress.step or None
         self.retry = Retry(run.config.checkpoint.retry_seconds)
-        self.saver = Saver(run.machine, run.directory, run.tokenizer)
+        ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
+        self.saver = Saver(run.machine, run.directory, run.tokenizer, ends_in_sep)
         run.closing.callback(self.saver.close)
 
     def step(self, run: Run, info: StepInfo) -> None:

@@ -64,6 +64,7 @@ class Saver:
     machine: Machine
     run_dir: Path
     tokenizer: Path | None
+    ends_in_sep: bool = True  # any chunk of the data, by which an export knows its template
     outcome: Outcome | None = None  # of the last save, until it is taken
     _thread: threading.Thread | None = None
     _until: float = float("inf")  # when rank 0 stops waiting for the others
@@ -192,6 +193,7 @@ class Saver:
         record: dict[str, Any] = dataclasses.asdict(wish.progress)
         record |= {} if wish.milestone else {"optimizer": config.optim.name}
         record |= {"keep": True} if wish.keep else {}
+        record |= {} if self.ends_in_sep else {"end_token": "none"}
         write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
         if self.tokenizer is not None and self.tokenizer.is_dir():
             shutil.copytree(self.tokenizer, staging / "tokenizer")

@@ -102,7 +102,11 @@ def test_from_hf_checkpoint_records_config_and_step_0(tmp_path, capsys):
     assert "fresh optimizer" in out
     assert "no tokenizer" in out
     verify(tmp_path / "checkpoint")
-    assert read_progress(tmp_path / "checkpoint") == {"step": 0, "tokens": 0}
+    assert read_progress(tmp_path / "checkpoint") == {
+        "step": 0,
+        "tokens": 0,
+        "special_ids": {"cls": 1, "sep": 2, "pad": 3},
+    }
     config = read_config(tmp_path / "checkpoint")
     assert config["run"]["objective"] == "mlm"
     assert config["model"]["encoder_window"] == 8

@@ -11,6 +11,7 @@ import torch
 
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.cli.main import main
+from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.model.init import hashed
 from tests.convert.folders import load, tensors
@@ -71,6 +72,23 @@ def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
     for path in released.rglob("*"):
         if path.suffix in (".md", ".json"):
             assert str(corpus.parent.parent) not in path.read_text(), path
+
+
+def test_release_card_of_main_says_tokens_trained_beside_planned(released, trained):
+    card = (released / "main" / "README.md").read_text()
+    table = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| tokens ")]
+    tokens = [format_count(read(trained / "mlm" / phase).column("tokens")[-1]) for phase in PHASES]
+    assert ["tokens trained", *tokens] in table
+    assert ["tokens planned", "1.7T, or 10 steps", "250B, or 2 steps", "50B, or 1 steps"] in table
+
+
+def test_release_card_of_revision_says_its_own_tokens(released):
+    card, record = (
+        (released / "ext1" / "README.md").read_text(),
+        json.loads((released / "ext1/release.json").read_text()),
+    )
+    own, whole = format_count(record["tokens"]), format_count(record["total_tokens"])
+    assert f"| tokens trained | {own} in this phase, {whole} in all |" in card
 
 
 def test_release_data_order_equals_order_command(released, trained, capsys):

@@ -42,6 +42,7 @@ class Plan:
     workers: int | None = None
     recheck: bool = False  # compare checksums of what is released already, not its sizes alone
     replace: bool = False  # revisions made of other weights too
+    repository: str | None = None  # OWNER/NAME of the hub, for the code in the card of `main`
 
 
 @dataclass
@@ -123,7 +124,7 @@ def _finish(plan: Plan, revisions: list[Revision], result: Result) -> None:
     """`main` and the index, over all revisions that are there, those of deleted checkpoints too."""
     names = [revision.name for revision in revisions if revision.name not in result.failed]
     records = sorted_records(plan.out, names)
-    write_main(plan.out, plan.chain, records, result.orders, plan.draw_curve, result.notes)
+    write_main(plan.out, plan.chain, records, result.orders, plan.draw_curve, result.notes, plan.repository)
     index = {
         **_identity(plan),
         "main": revisions[-1].name,

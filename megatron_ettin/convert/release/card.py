@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
+from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
 from megatron_ettin.convert.release.chain import Chain
 from megatron_ettin.data.epochs import planned_epochs
 from megatron_ettin.data.mixture import MixtureEntry, parse_mixture
@@ -18,13 +20,22 @@ CURVE = "training_curve.png"
 
 
 def main_card(
-    final_card: str, chain: Chain, records: Sequence[dict[str, Any]], orders: dict[str, dict[str, Any]], has_curve: bool
+    final_card: str,
+    chain: Chain,
+    records: Sequence[dict[str, Any]],
+    orders: dict[str, dict[str, Any]],
+    has_curve: bool,
+    repository: str | None = None,
 ) -> str:
-    """`records`: release.json and parity.json ("parity") of every revision, oldest first."""
-    parts = [final_card.rstrip(), *_training(chain)]
+    """`records`: release.json and parity.json ("parity") of every revision, oldest first. `repository`: of the hub,
+    where the release is going to be pushed."""
+    text = final_card.rstrip()
+    if repository is not None:
+        text = text.replace(THIS_FOLDER, f'FOLDER = "{repository}"')
+    parts = [text, *_training(chain, records)]
     if has_curve:
         parts += [f"![Loss, learning rate and gradient norm against tokens]({CURVE})"]
-    parts += [*_data(chain, orders), *_revisions(records)]
+    parts += [*_data(chain, orders), *_revisions(records, repository)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -34,11 +45,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _training(chain: Chain) -> list[str]:
-    columns = [_recipe(run.config) for run in chain.runs]
+def _training(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
+    trained = _tokens_trained(chain, records)
+    columns = [{"tokens trained": tokens} | _recipe(run.config) for run, tokens in zip(chain.runs, trained)]
     rows = [[key, *(column[key] for column in columns)] for key in columns[0]]
     told = [f"{note[0].upper()}{note[1:]}." for note in chain.notes]
     return ["## Training", table(["", *(run.phase for run in chain.runs)], rows), *told]
+
+
+def _tokens_trained(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each phase, by the model of `main`: up to the checkpoint that the next phase began from."""
+    before = {one["phase"]: one["total_tokens"] - one["tokens"] for one in records}
+    phases = [run.phase for run in chain.runs]
+    ends = [*(before.get(phase) for phase in phases[1:]), records[-1]["total_tokens"]]
+    told = []
+    for phase, end in zip(phases, ends, strict=True):
+        begin = before.get(phase)
+        told.append("not recorded" if begin is None or end is None else format_count(end - begin))
+    return told
 
 
 def _recipe(config: Config) -> dict[str, str]:
@@ -46,7 +70,7 @@ def _recipe(config: Config) -> dict[str, str]:
     optim, schedule, batch = config.optim, config.schedule, config.batch
     parallel = config.parallel
     found = {
-        "tokens": format_count(config.run.tokens),
+        "tokens planned": planned_tokens(dataclasses.asdict(config.run)),
         "row length": f"{config.data.seq_len:,} tokens",
         "rows a step": f"{batch.global_batch_rows:,}",
         "optimizer": f"{optim.name}, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}",
@@ -114,7 +138,7 @@ def dataset_names(paths: Sequence[str | Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _revisions(records: Sequence[dict[str, Any]]) -> list[str]:
+def _revisions(records: Sequence[dict[str, Any]], repository: str | None) -> list[str]:
     rows = [
         [
             *(f"`{one['revision']}`", one["phase"], f"{one['step']:,}", format_count(one["total_tokens"])),
@@ -123,10 +147,11 @@ def _revisions(records: Sequence[dict[str, Any]]) -> list[str]:
         for one in records
     ]
     last = records[-1]["revision"]
+    where = f'"../{last}"' if repository is None else f'"{repository}", revision="{last}"'
     return [
         "## Revisions",
         f"`main` is `{last}`. Every revision has its own parity.json: each tensor equals the checkpoint's bit for bit,"
         " and logits differ from those of the training code by at most what the last column says.",
-        f'```python\nAutoModel.from_pretrained(REPOSITORY, revision="{last}")\n```',
+        f"```python\nfrom transformers import AutoModel\n\nAutoModel.from_pretrained({where})\n```",
         table(["revision", "phase", "step", "tokens so far", "logit difference"], rows),
     ]

@@ -31,6 +31,7 @@ def write_main(
     orders: dict[str, dict[str, Any]],
     draw_curve: DrawCurve,
     notes: list[str],
+    repository: str | None = None,
 ) -> None:
     """The last of `records` under the name `main`: its files by hard links, with the card of the whole release."""
     final = path_in(out, records[-1]["revision"], out / RECORD)
@@ -44,7 +45,7 @@ def write_main(
     except UserError as error:
         notes.append(f"no training curve: {error}")
     card = (final / CARD).read_text(encoding="utf-8")
-    text = main_card(card, chain, records, orders, (folder / CURVE).is_file())
+    text = main_card(card, chain, records, orders, (folder / CURVE).is_file(), repository)
     (folder / CARD).write_text(text, encoding="utf-8")
     made = {key: value for key, value in records[-1].items() if key not in ("files", "parity")}
     write_record(folder, made)

@@ -17,7 +17,7 @@ from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.convert.release.chain import Revision
 
 RECORD = "release.json"
-FORMAT = 1
+FORMAT = 2  # of what is in a revision; those of another one are made anew
 
 
 @dataclass(frozen=True)

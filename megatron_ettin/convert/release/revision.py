@@ -68,7 +68,9 @@ def _make(job: Job) -> None:
     made = made_of(revision, options)
     folder = job.out / WORK / revision.name
     checkpoint = revision.checkpoint or write_initial(revision.run, folder.with_name(f"{revision.name}.initial"))
-    card = functools.partial(model_card, about=About(options.name, options.licence, revision.name))
+    card = functools.partial(
+        model_card, about=About(options.name, options.licence, revision.name, revision.total_tokens)
+    )
     to_hf(checkpoint, folder, options.dtype, True, options.max_shard_bytes, job.our_logits, card=card)
     write_record(folder, made)
     put(folder, job.out / revision.name)

@@ -101,7 +101,7 @@ DAMAGE = [
     (generation.padded_batch_is_each_alone, "decoder_of_encoder", wider),
     (generation.tokenizer_pads_on_the_left, "decoder_of_encoder", on_the_right),
     (generation.text_generation_pipeline, "decoder_of_encoder", local_base),
-    (generation.generation_ends_with_sep, "decoder_of_encoder", json_edit("config.json", eos_token_id=4)),
+    (generation.generation_ends_with_sep, "decoder_of_encoder", json_edit("generation_config.json", eos_token_id=4)),
     (generation.local_base_is_ignored_by_transformers_4, "decoder_of_encoder", local_base),
 ]
 
