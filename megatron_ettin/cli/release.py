@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "float32", "bfloat16"), default="fp32", help="of weights")
-    parser.add_argument("--name", help="of the model on its card (SIZE-encoder or SIZE-decoder)")
+    parser.add_argument("--name", help="of the model on its card (17m-encoder, or 176K-decoder of another shape)")
     parser.add_argument("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
     parser.add_argument("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
     parser.add_argument("--alone", action="store_true", help="not the runs that RUN goes on from")
@@ -68,6 +68,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     """The options checked, the runs read. Raises UserError."""
     from megatron_ettin.config.counts import parse_count
     from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.model_names import short_name
     from megatron_ettin.config.objectives import OBJECTIVES
     from megatron_ettin.convert.release.build import Plan
     from megatron_ettin.convert.release.chain import find_chain
@@ -88,7 +89,8 @@ def make_plan(args: argparse.Namespace) -> Any:
     chain = find_chain(args.runs, args.alone)
     settings = chain.runs[-1].config.run
     exported = OBJECTIVES[settings.objective].exports[0]
-    name = args.name or f"{settings.size}-{'encoder' if exported == 'mlm' else 'decoder'}"
+    called = short_name(settings.size, chain.runs[-1].config.model)
+    name = args.name or f"{called}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)

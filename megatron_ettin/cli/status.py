@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from megatron_ettin.launch.queue import Queued
     from megatron_ettin.launch.run_state import RunState
 
-COLUMNS = ("run", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts", "slowest")
+COLUMNS = (
+    *("run", "model", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts"),
+    "slowest",
+)
 SILENT_SECONDS = 60.0  # worth a word from here on
 
 
@@ -150,6 +153,7 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
     requeued = max(state.launches - 1, 0)
     return (
         from_here(state.run),
+        state.model or "",
         state.job or "",
         queue_state(state, job),
         "" if state.step is None else f"{state.step:,}" + (f"/{state.total_steps:,}" if state.total_steps else ""),

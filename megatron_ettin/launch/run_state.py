@@ -17,6 +17,7 @@ from megatron_ettin.attempt import HEARTBEAT
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.file_names import Links, path_in
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.yaml_reading import load_yaml
 
 TAIL_BYTES = 64 << 10
@@ -29,6 +30,7 @@ class RunState:
     """`fraction`: of the phase's tokens or steps. `seconds_left`: at the speed of the latest steps."""
 
     run: Path
+    model: str | None  # what is trained: `17m mlm pretrain`
     step: int | None
     tokens: int | None
     total_tokens: int | None
@@ -71,7 +73,8 @@ def run_state(run: Path) -> RunState:
     lines = tail_lines(run / "metrics.jsonl")
     compared: dict[str, Any] = next((line for line in reversed(lines) if "slowest_rank" in line), {})
     last = lines[-1] if lines else {}
-    settings = _settings(run)
+    groups = _groups(run)
+    settings = groups.get("run") or {}
     folder, job, task = submission_of(run)
     events = [event for event in read_events(folder) if event.get("job") == task] if folder else []
     checkpoint = _newest_checkpoint(run)
@@ -79,6 +82,7 @@ def run_state(run: Path) -> RunState:
     signs = [path_time for path_time in (beat_time, _time_of(run / "metrics.jsonl")) if path_time is not None]
     return RunState(
         run=run,
+        model=_model(settings, groups.get("model")),
         step=last.get("step"),
         tokens=last.get("tokens"),
         total_tokens=settings.get("tokens"),
@@ -157,12 +161,19 @@ def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
     return None, None, None
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    """The group `run` of its configuration."""
+def _groups(run: Path) -> dict[str, dict[str, Any]]:
+    """The groups of its configuration."""
     try:
-        return dict(load_yaml((run / "config.yaml").read_text(encoding="utf-8")).get("run") or {})
+        found = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+        return {name: dict(group) for name, group in found.items() if isinstance(group, dict)}
     except (OSError, AttributeError, yaml.YAMLError):
         return {}
+
+
+def _model(settings: dict[str, Any], model: object) -> str | None:
+    if not settings.get("size"):
+        return None
+    return f"{short_name(settings['size'], model)} {settings.get('objective')} {settings.get('phase')}"
 
 
 def _median(lines: list[dict[str, Any]], key: str) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
@@ -116,7 +117,7 @@ def chains(runs: Sequence[Run]) -> list[Chain]:
     found: list[Chain] = []
     for run in runs:
         settings = run.config.run
-        name = f"{settings.size} {settings.objective}"
+        name = f"{short_name(settings.size, run.config.model)} {settings.objective}"
         last = next((chain for chain in reversed(found) if chain.name == name), None)
         if last is None or settings.phase in last.phases:
             last = Chain(name)

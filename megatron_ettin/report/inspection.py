@@ -21,6 +21,7 @@ from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
@@ -45,7 +46,8 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
     if verify:
         check_nothing_else(path)
         verify_checkpoint(path)
-    run = read_config(path).get("run") or {}
+    groups = read_config(path)
+    run = groups.get("run") or {}
     progress = read_progress(path)
     reader = CheckpointReader(path)
     others = (OPTIMIZER, FP8_SCALES)
@@ -58,6 +60,7 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
         "step": progress.get("step"),
         "tokens": progress.get("tokens"),
         **{key: run.get(key) for key in _RUN_KEYS},
+        **_names(run, groups.get("model")),
         "parameters": sum(map(math.prod, weights.values())),
         "dtypes": dtypes,
         "tensors": {key: list(shape) for key, shape in weights.items()},
@@ -83,6 +86,7 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
         "kind": "run",
         "path": str(path),
         **{key: run.get(key) for key in (*_RUN_KEYS, "seed")},
+        **_names(run, model),
         "config": {
             **{key: model.get(key) for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
             "seq_len": (groups.get("data") or {}).get("seq_len"),
@@ -108,7 +112,13 @@ def render(description: dict[str, Any]) -> str:
 
 
 def _named(description: dict[str, Any]) -> str:
-    return " ".join(str(description[key] or "?") for key in _RUN_KEYS)
+    named = " ".join(str(description[key] or "?") for key in ("name", "objective", "phase"))
+    return f"{named}: {description['model']}" if description["model"] else named
+
+
+def _names(run: dict[str, Any], model: object) -> dict[str, str]:
+    """What the model is called, and its parameters and shape."""
+    return {"name": short_name(run.get("size"), model), "model": long_name(run.get("size"), model)}
 
 
 def _checkpoint_rows(description: dict[str, Any]) -> Iterable[tuple[str, str]]:

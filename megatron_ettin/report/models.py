@@ -76,7 +76,7 @@ def join(runs: Sequence[RunRecord]) -> list[Model]:
     models: list[Model] = []
     known = {run.path.resolve(): run for run in runs}
     for run in sorted(runs, key=lambda run: PHASE_ORDER.get(run.named("phase"), 9)):
-        name = f"{run.named('size')} {run.named('objective')}"
+        name = f"{run.model_name} {run.named('objective')}"
         parent = began_from(run, known)
         fitting = (model for model in models if model.name == name and goes_on(run, parent, model))
         model = next(fitting, None)

@@ -19,6 +19,7 @@ from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.model_names import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
 
 Column = npt.NDArray[np.float64]
@@ -85,6 +86,11 @@ class RunRecord:
     def named(self, key: str) -> str:
         """`size`, `objective` or `phase`."""
         return str(self.setting("run", key) or "?")
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called: its size, or its parameter count where it has another shape."""
+        return short_name(self.setting("run", "size"), self.config.get("model"))
 
     @property
     def tokens(self) -> int:

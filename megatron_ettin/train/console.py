@@ -9,6 +9,7 @@ from typing import TextIO
 
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.counts import duration, format_count
+from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.schema import RunSettings
 from megatron_ettin.run_log import error_stream, errors_on_terminal, log_info, output_on_terminal
 from megatron_ettin.train.hooks import Hook, Run, step_metrics
@@ -95,8 +96,9 @@ class Screen:
 
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[at]}"))
         settings = run.config.run
+        name = short_name(settings.size, run.config.model)
         self.bar = Progress(*columns)
-        self.task = self.bar.add_task(f"{settings.size} {settings.objective} {settings.phase}", total=1.0, at="")
+        self.task = self.bar.add_task(f"{name} {settings.objective} {settings.phase}", total=1.0, at="")
         self.numbers = Text("", no_wrap=True, overflow="ellipsis")
         self.latest = f"checkpoint: step {run.progress.step}" if run.progress.step else "no checkpoint yet"
         self.told: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_ettin import __version__
 from megatron_ettin.attempt import Heart
 from megatron_ettin.checkpoint.directory import step_of
+from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.config.schema import Config
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
@@ -112,13 +113,15 @@ def page_of(run: Run) -> WandbIdentity:
     """The run's page at Weights & Biases."""
     config, corpus = run.config, run.batches.corpus
     settings, named = config.metrics, config.run
-    group = settings.wandb_group or f"{named.size}-{corpus.unskipped_fingerprint[:8]}-seed{named.seed}"
+    name = short_name(named.size, config.model)
+    group = settings.wandb_group or f"{name}-{corpus.unskipped_fingerprint[:8]}-seed{named.seed}"
     told = dataclasses.asdict(config)
     told["versions"] = {"megatron_ettin": __version__, "code": code_hash(), "libraries": versions()}
+    told["model_name"] = long_name(named.size, config.model)
     told["data_order"] = corpus.fingerprint
     return WandbIdentity(
         settings.wandb_project,
-        f"{named.size} {named.objective} {named.phase}",
+        f"{name} {named.objective} {named.phase}",
         group,
         told,
         history=len(rolled_back(run.directory)),

@@ -15,12 +15,11 @@ import torch
 
 from megatron_ettin import parallel
 from megatron_ettin.attempt import Heart, attempt_folder, end_now, end_with_launcher
-from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import describe_empty_rows
+from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.sizes import parameter_count
 from megatron_ettin.config.validation import validation_sets
 from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.epochs import describe_epochs, epoch_warnings
@@ -306,10 +305,10 @@ def announce_data(config: Config, corpus: Corpus) -> None:
 
 def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     config, machine = run.config, run.machine
-    parameters = format_count(parameter_count(config.model, config.model.vocab_size))
     announce_data(config, corpus)
+    named = short_name(config.run.size, config.model), long_name(config.run.size, config.model)
     log_info(
-        f"{config.run.objective} {config.run.size} {config.run.phase}: {parameters} parameters,"
+        f"{config.run.objective} {named[0]} {config.run.phase}: {named[1]},"
         f" {config.precision.name},"
         f" {place.world} rank{'s' * (place.world > 1)} on {machine.platform.name} ({machine.layout.topology}),"
         f" {machine.chunks[0].config.backend.name} layers; {origin}"

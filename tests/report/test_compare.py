@@ -34,6 +34,12 @@ def test_compare_different_operations_keys_are_still_paired(tmp_path, encoder):
     assert compared(encoder, write_run(tmp_path / "decoder", "clm", words=words)) == ("PAIRED", {})
 
 
+def test_compare_model_of_another_shape_is_not_called_by_the_size(tmp_path):
+    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    runs = [write_run(tmp_path / objective, objective, words=words) for objective in ("mlm", "clm")]
+    assert [chain.name for chain in compare(runs).chains] == ["207K mlm", "207K clm"]
+
+
 def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
     assert compared(encoder, write_run(tmp_path / "again", words=("parallel.tp=2",))) == ("SAME TRAINING", {})
 

@@ -40,7 +40,7 @@ def test_terminal_progress_shows_step_loss_and_checkpoint(corpus: Path, tmp_path
     words = command(tmp_path / "run", corpus, "mlm", more)
     status, said = on_a_terminal(words, 150)
     assert status == 0, said[-2000:]
-    assert "17m mlm pretrain" in said
+    assert "165K mlm pretrain" in said
     assert "100%" in said
     assert "0s left" in said
     last = read(tmp_path / "run").metrics[-1]

@@ -90,7 +90,7 @@ def test_wandb_resumed_runs_keep_one_page_and_share_a_group(pool: Pool, corpus: 
     launch("mlm", 4, reference, "metrics.wandb_report=true")
     pages, rows = page(run)
     ((name, group),) = pages
-    assert name.startswith("17m-mlm-pretrain-")
+    assert name.startswith("165K-mlm-pretrain-")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["train/loss"] for row in rows] == read(run).column("loss")
     assert [row["data/tokens"] for row in rows] == read(run).column("tokens")
@@ -98,10 +98,10 @@ def test_wandb_resumed_runs_keep_one_page_and_share_a_group(pool: Pool, corpus: 
     assert {"speed/tokens_per_second", "optim/lr", "optim/grad_norm", "memory/peak_bytes", "data/rows"} <= logged
     kept = artifacts(run)
     for step in (1, 2, 3, 4):
-        assert f"step-{step}" in kept["17m-mlm-pretrain-checkpoint"], kept.keys()
-    assert {"report.html", "figures/loss.png", "figures/speed.png"} <= kept["17m-mlm-pretrain-report"]
+        assert f"step-{step}" in kept["165K-mlm-pretrain-checkpoint"], kept.keys()
+    assert {"report.html", "figures/loss.png", "figures/speed.png"} <= kept["165K-mlm-pretrain-report"]
     ((name, decoders),), _ = page(launch("clm", 1))
-    assert name.startswith("17m-clm-pretrain-")
+    assert name.startswith("165K-clm-pretrain-")
     assert decoders == group
 
 

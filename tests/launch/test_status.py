@@ -1,0 +1,15 @@
+"""`ettin status` of runs that no job trains."""
+
+from __future__ import annotations
+
+import json
+
+from megatron_ettin.cli.main import main
+from tests.report.synthetic import write_run
+
+
+def test_status_of_another_shape_does_not_call_it_by_the_size(tmp_path, capsys):
+    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    write_run(tmp_path / "run", words=words)
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert [row["model"] for row in json.loads(capsys.readouterr().out)] == ["207K mlm pretrain"]
