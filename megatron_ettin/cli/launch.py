@@ -1,9 +1,9 @@
 """Write the sbatch script of a run, or of many, and submit it.
 
 Examples:
-  ettin launch --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition gpu --submit -- \\
+  ettin launch --nodes 8 --gpus-per-node 8 --cpus-per-task 12 --time 24:00:00 --partition gpu --submit -- \\
       train --size 1b --objective mlm --phase pretrain --run-dir runs/1b-mlm data.mixture=data/corpus
-  ettin launch --suite --nodes 4 --gpus-per-node 8 --profile site.yaml --submit -- \\
+  ettin launch --suite --nodes 4 --gpus-per-node 8 --cpus-per-task 12 --profile site.yaml --submit -- \\
       train --phase all --run-dir runs/suite data.mixture=data/corpus          # 6 sizes x 2 objectives x 3 phases
 What follows `--` is a call of `ettin train` or `ettin bench`. Of --phase all every phase is a job that waits for the
 one before; --sweep and --suite make arrays. docs/slurm.md tells what the job does when it is preempted or fails.
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nodes", type=int, required=True)
     add("--gpus-per-node", type=int, metavar="N", help="0: ranks without a GPU, of which --tasks-per-node tells")
     add("--tasks-per-node", type=int, metavar="N", help="ranks of a node; default: one for each GPU")
-    add("--cpus-per-task", type=int, metavar="N")
+    add("--cpus-per-task", type=int, metavar="N", help="cores of a rank; with GPUs it has to be said")
     add("--time", help="minutes, HH:MM:SS or DAYS-HH:MM:SS; the job goes on after it by itself")
     for name in ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude"):
         add(f"--{name}", help="as sbatch's")
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requeues", type=int, default=200, help="of each job, in all")
     add("--margin-seconds", type=int, help="to save before the time limit: 300, or a quarter of it")
     add("--grace-seconds", type=int, default=30, help="after one rank has ended, for the others to")
+    add("--allow-unseen-data", action="store_true", help="data that only the nodes see, or that is yet to be made")
     add("--submit", action="store_true", help="hand it to sbatch; without it the script is written only")
     add("--dry-run", action="store_true", help="print the script and write nothing")
     add("--json", action="store_true", help="folder, scripts, job ids as JSON")
@@ -59,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ettin.launch.script import script_of
     from megatron_ettin.launch.submission import held_for_good, script_path, submit, write
 
-    work, jobs = requested(args)
+    work, jobs, unseen = requested(args)
+    if unseen and not (args.dry_run or args.allow_unseen_data or work.container):
+        raise UserError(f"{unseen[0]}; --allow-unseen-data where only the nodes see it, or an earlier job makes it")
+    for line in unseen:
+        print(f"warning: {line}", file=sys.stderr)
     if args.dry_run:
         print("\n".join(script_of(job, work) for job in jobs), end="")
         return 0
@@ -84,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
-    """The submission, checked as far as that goes here. Raises UserError."""
-    from megatron_ettin.cli.launched import jobs_of, parse_call
+def requested(args: argparse.Namespace) -> tuple[Work, list[Job], list[str]]:
+    """The submission, checked as far as that goes here, and lines on data that is not here. Raises UserError."""
+    from megatron_ettin.cli.launched import jobs_of, parse_call, unseen_data
     from megatron_ettin.launch.profile import read_profile
     from megatron_ettin.launch.request import Work, allocation_of, margin_of
 
@@ -116,7 +121,7 @@ def requested(args: argparse.Namespace) -> tuple[Work, list[Job]]:
         written_by=shlex.join(["ettin", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else "ettin launch",
         cwd=Path.cwd(),
     )
-    return work, jobs_of(call, allocation.world, args.at_once)
+    return work, jobs_of(call, allocation.world, args.at_once), unseen_data(call)
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -129,3 +129,34 @@ def _shared_words(call: Call, stage: Stage) -> tuple[str, ...]:
     if call.site is not None:
         words += ["--config", str(call.base / "slurm" / "site.yaml")]
     return (*words, *call.words)
+
+
+def unseen_data(call: Call) -> list[str]:
+    """Return a line for each dataset of the runs that is not there, as seen from here.
+
+    Raises:
+        UserError: for a dataset that is there and cannot be that of its run.
+    """
+    from megatron_ettin.config.validation import validation_sets
+    from megatron_ettin.data.manifest import FILE_NAME, read_manifest
+    from megatron_ettin.data.mixture import parse_mixture, settled
+
+    lines: dict[str, None] = {}
+    for config in (stage.config for _, stages in call.runs for stage in stages):
+        data, vocabulary = settled(config.data), config.model.vocab_size
+        asked = [("data.mixture", entry.path) for entry in parse_mixture(data.mixture)]
+        held_out = validation_sets(data.validation) if data.validation is not None else {}
+        asked += [("data.validation", path) for path in held_out.values()]
+        for key, path in asked:
+            if not (Path(path) / FILE_NAME).exists():
+                lines[f"{key}: {path}: no dataset is there"] = None
+                continue
+            entries = read_manifest(Path(path)).tokenizer.vocab_size
+            if entries != vocabulary:
+                raise UserError(
+                    f"{key}: {path} was made with a tokenizer of {entries:,} entries, and model.vocab_size is"
+                    f" {vocabulary:,}"
+                )
+        if data.order != "keyed" and not Path(data.order).exists():
+            lines[f"data.order: {data.order}: no such file"] = None
+    return list(lines)

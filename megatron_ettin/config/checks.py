@@ -109,6 +109,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "batch.warmup_min_rows": (lambda v: v >= 1, "at least 1"),
     "checkpoint.keep": (lambda v: v >= 0, "0 (keep all) or above"),
     "checkpoint.every_steps": (lambda v: v >= 1, "at least 1"),
+    "checkpoint.every_minutes": (lambda v: v > 0 and math.isfinite(v), "above 0"),
     "checkpoint.every_tokens": (lambda v: v >= 1, "at least 1"),
     "checkpoint.weights_every_tokens": (lambda v: v >= 1, "at least 1"),
     "metrics.every_steps": (lambda v: v >= 1, "at least 1"),

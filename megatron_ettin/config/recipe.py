@@ -25,7 +25,6 @@ from megatron_ettin.config.schema import (
 from megatron_ettin.config.sizes import SIZES
 
 ORIGINAL_DECODER_KEYS = 65
-RESUMABLE_EVERY_TOKENS = 10**9  # minutes of the smallest size, about an hour of the largest on four accelerators
 CLM_FRACTION = 0.5  # of a hybrid run's rows, unless told otherwise
 
 
@@ -94,5 +93,5 @@ def paired(size: str, objective: str, phase: str, batching: str) -> Config:
             if batching == "packed"
             else rows.micro_rows[size],
         ),
-        checkpoint=CheckpointConfig(RESUMABLE_EVERY_TOKENS, weights_every_tokens=chosen.save_every_tokens[size]),
+        checkpoint=CheckpointConfig(weights_every_tokens=chosen.save_every_tokens[size]),
     )

@@ -115,7 +115,8 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_tokens: Optional[int]  # of resumable checkpoints: weights and optimizer
+    every_minutes: Optional[float] = 30.0  # of resumable checkpoints: weights and optimizer; by rank 0's clock
+    every_tokens: Optional[int] = None
     every_steps: Optional[int] = None
     keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
     keep_every_tokens: Optional[int] = None  # and one for each multiple of these, for good

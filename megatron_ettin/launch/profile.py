@@ -33,7 +33,7 @@ class Profile:
     setup: str = ""  # shell lines on the first node, before srun: module load ...
     environment: dict[str, str] = field(default_factory=dict)  # exported to every rank
     path: str = ""  # put before PATH on every node: a virtual environment's bin; default: where this ettin is
-    srun: list[str] = field(default_factory=lambda: ["--cpu-bind=cores"])
+    srun: list[str] = field(default_factory=lambda: ["--cpu-bind=cores", "--distribution=block:block"])
     container: str = ""  # the image where --container does not name one
     container_srun: list[str] = field(default_factory=list)  # srun's options with a container (pyxis)
     container_prefix: list[str] = field(default_factory=list)  # before the command in each task (apptainer exec ...)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,28 @@ def allocation_of(args: Any, profile: Profile) -> Allocation:
     names = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
     options = {name: str(value) for name, value in profile.sbatch.items()}
     options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if gpus and cpus is None:
+        raise UserError(
+            "--cpus-per-task: say how many cores each rank gets, a node's cores divided by its GPUs;"
+            " without it SLURM binds each rank, its data loader and its transfers to one core"
+        )
+    if is_exclusive(options, args.sbatch_arg) and not limits_memory(options, args.sbatch_arg):
+        # else clusters with a default per core or node give the job a part of the memory of its own nodes
+        options["mem"] = "0"
     time = first_given(args.time, options.pop("time", None))
     if time is not None and not TIME.match(time):
         raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as sbatch has it")
     return Allocation(args.nodes, tasks, gpus or 0, cpus, time, options, tuple(args.sbatch_arg))
+
+
+def is_exclusive(options: Mapping[str, str], more: Sequence[str]) -> bool:
+    """Return whether the job gets whole nodes."""
+    return options.get("exclusive") == "" or "--exclusive" in more
+
+
+def limits_memory(options: Mapping[str, str], more: Sequence[str]) -> bool:
+    """Return whether the memory is asked for already, per node, core or GPU."""
+    return any(name.startswith("mem") for name in options) or any(word.startswith("--mem") for word in more)
 
 
 def margin_of(asked: int | None, time: str | None) -> int:

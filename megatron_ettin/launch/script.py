@@ -12,9 +12,7 @@ from megatron_ettin.launch.request import Job, Member, Work
 
 # exported unless the profile says otherwise
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "${SLURM_CPUS_PER_TASK:-1}",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # communication begins in the order in which it was asked for
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that waits for a dead one ends
     "NCCL_DEBUG": "WARN",
 }
 TORCHRUN = (
@@ -72,12 +70,19 @@ def environment(work: Work) -> list[str]:
         lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
     if work.allocation.cpus_per_task:  # which srun does not take over from sbatch since SLURM 22.05
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-    for name, value in (ENVIRONMENT | profile.environment).items():
+    for name, value in ({"OMP_NUM_THREADS": threads(work)} | ENVIRONMENT | profile.environment).items():
         lines.append(f"export {name}={value if value.startswith('$') else shlex.quote(value)}")
     if work.env_file is not None:
         file = shlex.quote(str(work.env_file))
         lines += ["# may hold tokens: read when the job runs, copied nowhere", f"set -a; source {file}; set +a"]
     return lines
+
+
+def threads(work: Work) -> str:
+    """Return the cores of one rank, for the shell. Under torchrun a task is all ranks of its node."""
+    if work.launcher == "torchrun":
+        return str(work.allocation.cpus_per_task or 1)
+    return "${SLURM_CPUS_PER_TASK:-1}"
 
 
 def own_path() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from megatron_ettin.run_log import log_warning
 from megatron_ettin.train.hooks import Hook, Run
 from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish, told
@@ -19,6 +21,7 @@ class Checkpoints(Hook):
 
     def start(self, run: Run) -> None:
         self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
+        self.begun_at = time.monotonic()
         self.saved_step: int | None = run.progress.step or None
         self.retry = Retry(run.config.checkpoint.retry_seconds)
         ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
@@ -39,7 +42,8 @@ class Checkpoints(Hook):
             self._begin(run, self._wish(run))
         if run.is_chief:  # told with the next step
             self._take(run, self.saver.taken())
-            run.request = SAVE if self.retry.is_due else run.request
+            if run.request == NOTHING and (self.retry.is_due or self._minutes_are_over(run)):
+                run.request = SAVE
 
     def stop(self, run: Run) -> None:
         self._settle(run)
@@ -56,6 +60,11 @@ class Checkpoints(Hook):
         every = settings.every_tokens
         return every is not None and info.tokens // every > self.begun_tokens // every
 
+    def _minutes_are_over(self, run: Run) -> bool:
+        """Return whether the latest save began `checkpoint.every_minutes` ago, by this rank's clock."""
+        minutes = run.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self.begun_at >= 60.0 * minutes
+
     def _wish(self, run: Run) -> Wish:
         every = run.config.checkpoint.keep_every_tokens
         keep = every is not None and run.progress.tokens // every > self.begun_tokens // every
@@ -66,6 +75,7 @@ class Checkpoints(Hook):
         self._settle(run)
         run.heart.slow("saving weights" if wish.milestone else "saving a checkpoint")
         if not wish.milestone:
+            self.begun_at = time.monotonic()
             self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
             self.retry.due, run.request = None, NOTHING
         self.saver.begin(wish)

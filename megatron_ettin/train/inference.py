@@ -24,7 +24,7 @@ def alone_on_cpu(config: Config) -> Config:
         config,
         parallel=ParallelConfig(),
         precision=PrecisionConfig("fp32"),
-        checkpoint=CheckpointConfig(every_tokens=None),
+        checkpoint=CheckpointConfig(),
         run=dataclasses.replace(config.run, device="cpu"),
     )
 

@@ -18,12 +18,14 @@ from tests.launch.cluster import ROOT, Cluster
 from tests.launch.jobs import ETTIN, PATH, launch_words, train_words
 
 CALL = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "data.mixture=corpus"]
+ONE_NODE = ["--nodes", "1", "--gpus-per-node", "8", "--cpus-per-task", "12"]
 PROFILES = sorted((ROOT / "examples" / "slurm" / "sites").glob("*.yaml"))
 
 
 def written(tmp_path: Path, options: list[str], call: list[str]) -> dict[str, str]:
     """Run `ettin launch`, let bash check the syntax of each script, and return the scripts by name."""
-    assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 0
+    words = ["launch", *options, "--allow-unseen-data", "--", *call, "--run-dir", str(tmp_path / "run")]
+    assert main(words) == 0
     scripts = {path.stem: path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.sbatch")}
     for text in scripts.values():
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
@@ -64,9 +66,60 @@ def test_launch_script_holds_options_overrides_and_config(tmp_path: Path) -> Non
     assert "requeue the job when it was saved" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("launcher", "threads"), [("srun", "${SLURM_CPUS_PER_TASK:-1}"), ("torchrun", "12")], ids=["srun", "torchrun"]
+)
+def test_launch_threads_are_the_cores_of_one_rank(tmp_path: Path, launcher: str, threads: str) -> None:
+    """Under torchrun SLURM's task is all ranks of a node, and its cores are theirs together."""
+    (text,) = written(tmp_path, [*ONE_NODE, "--launcher", launcher], CALL).values()
+    assert f"export OMP_NUM_THREADS={threads}\n" in text
+    assert f"#SBATCH --cpus-per-task={12 if launcher == 'srun' else 96}\n" in text
+
+
+def test_launch_ranks_are_bound_beside_their_gpus(tmp_path: Path) -> None:
+    (text,) = written(tmp_path, ONE_NODE, CALL).values()
+    assert "--cpu-bind=cores --distribution=block:block" in text
+
+
+def test_launch_error_handling_is_left_to_torch(tmp_path: Path) -> None:
+    (text,) = written(tmp_path, ONE_NODE, CALL).values()
+    assert "ASYNC_ERROR_HANDLING" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "memory"),
+    [
+        (["--sbatch-arg=--exclusive"], ["--mem=0"]),
+        (["--sbatch-arg=--exclusive", "--mem", "64G"], ["--mem=64G"]),
+        (["--sbatch-arg=--exclusive", "--sbatch-arg=--mem-per-gpu=8G"], ["--mem-per-gpu=8G"]),
+        ([], []),
+    ],
+)
+def test_launch_whole_nodes_come_with_their_whole_memory(tmp_path: Path, options: list[str], memory: list[str]) -> None:
+    (text,) = written(tmp_path, [*ONE_NODE, *options], CALL).values()
+    assert [line.removeprefix("#SBATCH ") for line in text.splitlines() if "SBATCH --mem" in line] == memory
+
+
+def test_launch_corpus_of_another_vocabulary_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = [*CALL[:-1], f"data.mixture={corpus}", "--run-dir", str(tmp_path / "run")]
+    assert main(["launch", *ONE_NODE, "--allow-unseen-data", "--", *call]) == 2
+    assert "with a tokenizer of 320 entries, and model.vocab_size is 50,368" in capsys.readouterr().err
+
+
+def test_launch_dry_run_warns_of_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *ONE_NODE, "--dry-run", "--", *CALL, "data.validation=held"]) == 0
+    warned = capsys.readouterr().err.splitlines()
+    assert warned == [
+        "warning: data.mixture: corpus: no dataset is there",
+        "warning: data.validation: held: no dataset is there",
+    ]
+
+
 def test_launch_suite_writes_one_array_script_per_phase(tmp_path: Path) -> None:
     call = ["train", "--phase", "all", "data.mixture=corpus"]
-    scripts = written(tmp_path, ["--suite", "--nodes", "1", "--gpus-per-node", "8", "--at-once", "4"], call)
+    scripts = written(tmp_path, ["--suite", *ONE_NODE, "--at-once", "4"], call)
     assert sorted(scripts) == ["run-decay", "run-extend", "run-pretrain"]
     assert all("#SBATCH --array=0-11%4\n" in text for text in scripts.values())
     member = tmp_path / "run" / "size=1b_objective=clm"
@@ -78,7 +131,7 @@ def test_launch_suite_writes_one_array_script_per_phase(tmp_path: Path) -> None:
 def test_launch_sweep_copies_the_user_config_and_writes_each_config(tmp_path: Path) -> None:
     """Copy the user config, because a later edit must not change a waiting job."""
     (tmp_path / "mine.yaml").write_text("optim:\n  lr: 0.001\n")
-    options = ["--nodes", "1", "--gpus-per-node", "1", "--sweep", "run.seed=1,2"]
+    options = [*ONE_NODE, "--sweep", "run.seed=1,2"]
     (text,) = written(tmp_path, options, [*CALL, "--config", str(tmp_path / "mine.yaml")]).values()
     assert (tmp_path / "run" / "slurm" / "site.yaml").read_text() == "optim:\n  lr: 0.001\n"
     assert f"--config {tmp_path}/run/slurm/site.yaml\n" in text
@@ -89,7 +142,7 @@ def test_launch_sweep_copies_the_user_config_and_writes_each_config(tmp_path: Pa
 
 def test_launch_profile_sbatch_options_reach_the_script(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(
-        "gpus_per_node: 1\nsbatch: {exclusive: true, contiguous: false, comment: a b, time: 1-0}\n"
+        "gpus_per_node: 1\ncpus_per_task: 1\nsbatch: {exclusive: true, contiguous: false, comment: a b, time: 1-0}\n"
     )
     (text,) = written(tmp_path, ["--nodes", "1", "--profile", str(tmp_path / "site.yaml")], CALL).values()
     for line in ("--exclusive", "--comment='a b'", "--time=1-0"):
@@ -135,18 +188,25 @@ def test_seconds_of_time_matches_sbatch_and_limits_the_margin(time: str, seconds
 REFUSED = [
     (["--nodes", "1"], CALL, "--gpus-per-node: say how many, or 0 with --tasks-per-node"),
     (["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "0"], CALL, "--cpus-per-task 0: must be at least 1"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--margin-seconds", "0"], CALL, "--margin-seconds 0: must be at least 1"),
+    ([*ONE_NODE, "--margin-seconds", "0"], CALL, "--margin-seconds 0: must be at least 1"),
     (["--nodes", "0", "--gpus-per-node", "1"], CALL, "--nodes 0: must be at least 1"),
     (["--nodes", "1", "--gpus-per-node", "0"], CALL, "--tasks-per-node 0: must be at least 1"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--time", "soon"], CALL, "--time soon: write minutes"),
-    (["--nodes", "1", "--gpus-per-node", "1"], ["eval", "x"], "must be train or bench and its options, found 'eval'"),
-    (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "model.nun_layers=3"], "num_layers"),
-    (["--nodes", "1", "--gpus-per-node", "7"], [*CALL, "parallel.tp=2"], "= 2 does not divide 7 ranks"),
-    (["--nodes", "1", "--gpus-per-node", "1"], [*CALL, "--dry-run"], "--dry-run: not of a job"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--suite"], CALL, "--objective: the sweep says it"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--container", "x"], CALL, "--container: the profile says nothing"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--env-file", "none"], CALL, "--env-file none: no such file"),
-    (["--nodes", "1", "--gpus-per-node", "1", "--after", "afterok:1"], CALL, "--after: goes with --submit"),
+    (["--nodes", "1", "--gpus-per-node", "1"], CALL, "--cpus-per-task: say how many cores each rank gets"),
+    (ONE_NODE, CALL, "data.mixture: corpus: no dataset is there; --allow-unseen-data"),
+    (ONE_NODE, [*CALL, "data.order=none.npy"], "no dataset is there"),
+    ([*ONE_NODE, "--time", "soon"], CALL, "--time soon: write minutes"),
+    ([*ONE_NODE], ["eval", "x"], "must be train or bench and its options, found 'eval'"),
+    ([*ONE_NODE], [*CALL, "model.nun_layers=3"], "num_layers"),
+    (
+        ["--nodes", "1", "--gpus-per-node", "7", "--cpus-per-task", "1"],
+        [*CALL, "parallel.tp=2"],
+        "= 2 does not divide 7 ranks",
+    ),
+    ([*ONE_NODE], [*CALL, "--dry-run"], "--dry-run: not of a job"),
+    ([*ONE_NODE, "--suite"], CALL, "--objective: the sweep says it"),
+    ([*ONE_NODE, "--container", "x"], CALL, "--container: the profile says nothing"),
+    ([*ONE_NODE, "--env-file", "none"], CALL, "--env-file none: no such file"),
+    ([*ONE_NODE, "--after", "afterok:1"], CALL, "--after: goes with --submit"),
     (["--nodes", "1", "--profile", "none.yaml"], CALL, "--profile none.yaml: No such file"),
 ]
 
@@ -263,9 +323,7 @@ def test_covers_array_job_matches_its_tasks(job: str, task: str | None, is_cover
 
 def test_launch_json_lists_folder_and_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    assert (
-        main(["launch", "--nodes", "1", "--gpus-per-node", "1", "--json", "--", *CALL, "--run-dir", str(run_dir)]) == 0
-    )
+    assert main(["launch", *ONE_NODE, "--allow-unseen-data", "--json", "--", *CALL, "--run-dir", str(run_dir)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {
         "folder": str(run_dir / "slurm"),

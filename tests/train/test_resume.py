@@ -197,6 +197,19 @@ def test_checkpoint_every_tokens_saves_at_each_crossing(pool: Pool, corpus: Path
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == expected
 
 
+def test_checkpoint_every_minutes_saves_on_all_ranks_by_the_clock_of_rank_0(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
+    """Every step is later than so few minutes after the last save; rank 0 asks for the next with the sums of a step."""
+    words = ["run.steps=4", "checkpoint.every_minutes=1e-9", "checkpoint.keep=0", "checkpoint.asynchronous=false"]
+    train(pool, 2, tmp_path, corpus, "mlm", words)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [2, 3, 4]
+    # a run of a version that had no such key goes on
+    recorded = tmp_path / "config.yaml"
+    recorded.write_text("".join(line for line in recorded.open() if "every_minutes" not in line))
+    train(pool, 2, tmp_path, corpus, "mlm", ["run.steps=5"])
+
+
 def test_resume_metrics_after_checkpoint_move_to_rolled_back_file(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A run that crashed after its checkpoint repeats those steps; metrics.jsonl has each step once."""
     whole = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=3"])
