@@ -1,8 +1,9 @@
 """Texts or token ids from files, directories and URLs -> an indexed, tokenized dataset.
 
-INPUT: text files (one document each), JSON lines (.jsonl .jsonl.gz .jsonl.zst), parquet, datasets saved to disk, MDS
-directories of texts or token ids, Megatron's .bin/.idx, a dataset made here, or a directory with any of them, read
-recursively in sorted order. A URL (s3:// gs:// hf:// memory://) is read where its package is installed.
+INPUT: text files (one document each), JSON lines (.jsonl .ndjson, also .gz .zst .bz2 .xz, .json.gz), parquet, datasets
+saved to disk, MDS directories of texts or token ids, Megatron's .bin/.idx, a dataset made here, or a directory with any
+of them, one kind in each folder, read recursively in sorted order. A URL (s3:// gs:// hf:// memory://) is read where
+its package is installed.
 Run the same command again to continue one that was killed. The output is the same for any number of workers, on one
 machine, a SLURM cluster (a job array) or Ray.
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.config.counts import format_count
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.errors import EXIT_INTERRUPTED, UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", default=None, metavar="N[,N]", help="build the row plans of these lengths at once")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--replan", action="store_true", help="the inputs changed: plan anew, keep what is unchanged")
+    copied = "a finished DATASET: inputs of the same names and sizes are the same, whatever their times"
+    parser.add_argument("--accept-copied", action="store_true", help=copied)
     scale = parser.add_argument_group("at scale")
     scale.add_argument("--executor", default="local", metavar="E", help="local (default), slurm or ray")
     scale.add_argument("--wait", action="store_true", help="slurm: until the dataset is there")
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             result = prepare(request, progress)
     except KeyboardInterrupt:
         print("ettin prepare: interrupted; run the same command again to continue", file=sys.stderr)
-        return 1
+        return EXIT_INTERRUPTED
     if isinstance(result, Submitted):
         print_submitted(request, result, args.json)
     elif args.json:
@@ -105,6 +108,7 @@ def request_from(args: argparse.Namespace) -> PrepareRequest:
         seq_lens=seq_lens(args.seq_len),
         executor=args.executor,
         replan=args.replan,
+        accept_copied=args.accept_copied,
         wait=args.wait,
         slurm_time=args.slurm_time,
         slurm_partition=args.slurm_partition,
@@ -147,7 +151,7 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
         **dataset_summary(result.dataset, request.seq_lens),
         "already_complete": result.already_complete,
         "tasks_resumed": result.tasks_resumed,
-        "passed_over": result.passed_over,
+        "passed_over": result.passed_over.urls,
         "seconds": round(result.seconds, 3),
         "tokens_per_second": round(result.tokens_written / result.seconds) if result.tokens_written else None,
         "heldout": None if result.heldout is None else dataset_summary(result.heldout, request.seq_lens),
@@ -181,7 +185,8 @@ def print_submitted(request: PrepareRequest, submitted: Submitted, as_json: bool
 def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
     content = summary(request, result)
     if result.already_complete:
-        print(f"{result.dataset.path}: already complete: the same settings, inputs of the same names and sizes")
+        times = ", sizes and times" if result.times_compared else " and sizes (times were not compared)"
+        print(f"{result.dataset.path}: already complete: the same settings, inputs of the same names{times}")
     for part in filter(None, (content, content["heldout"])):
         counts = f"{part['documents']:,} documents, {part['chunks']:,} chunks, {part['tokens']:,} tokens"
         passed_over = f", {part['empty_documents']:,} empty documents passed over" if part["empty_documents"] else ""
@@ -190,11 +195,8 @@ def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
             print(f"  rows of {plan['seq_len']}: {plan['rows']:,}, {plan['fill']:.2%} full")
     if request.holdout and result.heldout is None:
         print(f"  no document fell into the held-out {request.holdout:g}: no heldout dataset")
-    if result.passed_over:
-        more = ", ..." if len(result.passed_over) > 3 else ""
-        files = f"{len(result.passed_over)} file{'s' * (len(result.passed_over) > 1)} passed over"
-        what = f"{files} (empty, of unknown kinds, or texts beside other formats)"
-        print(f"  {what}: {', '.join(result.passed_over[:3])}{more}")
+    for line in result.passed_over.lines():
+        print(f"  {line}")
     if result.tokens_written:
         resumed = f", after {result.tasks_resumed} tasks done before" if result.tasks_resumed else ""
         speed = format_count(result.tokens_written / result.seconds)

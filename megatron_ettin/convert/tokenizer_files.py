@@ -20,7 +20,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.sizes import VOCABULARY
 from megatron_ettin.convert.hf_files import hf_file
-from megatron_ettin.data.tokenizer import special_tokens
+from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDES = {"mlm": "right", "clm": "left"}  # that a batch is padded on
@@ -197,14 +197,7 @@ def _text(settings: dict[str, Any], role: str) -> str:
 
 def token_count(tokenizer: Path) -> int:
     """One more than the largest id of the tokenizer in the folder `tokenizer`."""
-    from tokenizers import Tokenizer
-
-    path = tokenizer / FILES[0]
-    try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: unreadable ({error})") from None
-    return max(vocabulary.values(), default=-1) + 1
+    return vocabulary_size(read_backend(tokenizer / FILES[0]))
 
 
 def special_ids(tokenizer: Path, vocab_size: int, recorded: Mapping[str, int]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +40,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= LARGEST_UINT16_VOCAB else np.dtype("<i4")
 
 
+def narrowed(values: npt.NDArray[Any], dtype: np.dtype, what: str) -> npt.NDArray[Any]:
+    """Return whole numbers as `dtype`. Raises UserError naming `what` where one does not fit: a cast would wrap it."""
+    limits = np.iinfo(dtype)
+    if values.size and (int(values.min()) < limits.min or int(values.max()) > limits.max):
+        wrong = int(values.min()) if int(values.min()) < limits.min else int(values.max())
+        raise UserError(f"{what}: {wrong} does not fit into {dtype.name} ({limits.min} to {limits.max})")
+    return values.astype(dtype)
+
+
 def index_bytes(chunk_lengths: IntArray, document_indices: IntArray, dtype: np.dtype) -> bytes:
     """The content of an .idx file."""
-    lengths = np.asarray(chunk_lengths, dtype="<i4")
+    lengths = narrowed(np.asarray(chunk_lengths), np.dtype("<i4"), "length of a chunk in tokens")
     pointers = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
     pointers *= dtype.itemsize

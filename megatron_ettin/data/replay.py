@@ -26,6 +26,7 @@ from megatron_ettin.config.file_names import path_in
 from megatron_ettin.config.json_reading import checked_digest, load_json, with_digest
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
+from megatron_ettin.data.indexed import narrowed
 from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
@@ -214,7 +215,7 @@ def write_columns(folder: Path, rows: Iterator[GivenRows], datasets: Sequence[Da
             ends = num_chunks + np.cumsum(batch.counts)
             columns = (batch.chunks, ends, number[batch.sources], batch.tokens, batch.rows)
             for (name, stream), values in zip(streams.items(), columns, strict=True):
-                stream.write(np.asarray(values).astype(COLUMNS[name]).tobytes())
+                stream.write(narrowed(np.asarray(values), COLUMNS[name], name).tobytes())
             for i, count in enumerate(np.bincount(number[batch.sources], batch.tokens, len(names)).tolist()):
                 tokens[i] += int(count)
             num_rows, num_chunks = num_rows + len(batch.counts), num_chunks + len(batch.chunks)

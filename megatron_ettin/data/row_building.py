@@ -24,7 +24,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.file_names import Links
 from megatron_ettin.data.child_process import serve_parent
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.indexed import HEADER
+from megatron_ettin.data.indexed import HEADER, narrowed
 from megatron_ettin.data.manifest import FileRecord, shard_file
 from megatron_ettin.data.packing import WINDOW_CHUNKS, pack
 
@@ -62,7 +62,7 @@ class PlanFiles:
         """`ends` count from the first of these chunks on."""
         parts = {CHUNKS_FILE: chunks, ENDS_FILE: ends + self.chunks, TOKENS_FILE: tokens}
         for name, values in parts.items():
-            raw = values.astype(DTYPES[name]).tobytes()
+            raw = narrowed(values, DTYPES[name], name).tobytes()
             self._streams[name].write(raw)
             self._hashes[name].update(raw)
         self.chunks += len(chunks)
@@ -165,7 +165,7 @@ def _pack_part(segment: int) -> Path:
         before = 0
         for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
             for name, values in ((CHUNKS_FILE, chunks), (ENDS_FILE, ends + before), (TOKENS_FILE, tokens)):
-                streams[name].write(values.astype(DTYPES[name]).tobytes())
+                streams[name].write(narrowed(values, DTYPES[name], name).tobytes())
             before += len(chunks)
     return prefix
 

@@ -46,6 +46,12 @@ ROLE_TEXTS = {
 }
 
 
+def vocabulary_size(backend: tokenizers.Tokenizer) -> int:
+    """Return one more than the largest id: the rows that a model needs. Ids may have holes, and then there are fewer
+    entries than that."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` and the roles of its special ids."""
 
@@ -61,7 +67,7 @@ class Tokenizer:
         self.mask_id = roles.get("mask")
         pad = roles.get("pad")
         self.pad_id = self.sep_id if pad is None else pad  # never trained on: rows carry their lengths
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = vocabulary_size(backend)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
@@ -76,6 +82,11 @@ class Tokenizer:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether ids below `vocab_size` belong to no entry."""
+        return self.backend.get_vocab_size(with_added_tokens=True) < self.vocab_size
+
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
         """Ids of each text, without special tokens (those written in the text itself are recognised)."""
         return [ids.tolist() for ids in self.encode_arrays(texts, add_prefix_space)]
@@ -86,7 +97,7 @@ class Tokenizer:
         parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
         next_text = 0
         for group in grouped(self._pieces(texts, add_prefix_space)):
-            encoded = self.backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            encoded = self._encoded([piece for _, piece in group])
             for (i, _), encoding in zip(group, encoded, strict=True):
                 parts[i].append(np.array(encoding.ids, dtype=np.uint32))
             while next_text < group[-1][0]:  # the group's last text may go on in the next one
@@ -94,6 +105,13 @@ class Tokenizer:
                 parts[next_text] = []
                 next_text += 1
         yield from (joined(part) for part in parts[next_text:])
+
+    def _encoded(self, pieces: list[str]) -> list[tokenizers.Encoding]:
+        try:
+            return self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        except BaseException as error:
+            raise_unless_library(error)
+            raise UserError(f"tokenizer {self.name}: cannot encode a text ({first_line(error)})") from None
 
     def _pieces(self, texts: Sequence[str], add_prefix_space: bool) -> Iterator[tuple[int, str]]:
         """(number of its text, piece) of every text, at least one piece each."""
@@ -201,22 +219,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
             try:
-                config.update(load_json((folder / file).read_text(encoding="utf-8")))
+                content = load_json((folder / file).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"tokenizer {folder / file}: not valid JSON ({error})") from None
+            if not isinstance(content, dict):
+                raise UserError(f"tokenizer {folder / file}: holds a {type(content).__name__}, not an object")
+            config.update(content)
     return config
 
 
 def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
     backend = read_backend(path)
     return Tokenizer(backend, special_roles(backend, config), name)
-
-
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise UserError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
 
 
 def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
@@ -228,12 +242,32 @@ def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
     return {role: (number, str(backend.id_to_token(number))) for role, number in roles.items() if number is not None}
 
 
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json. Raises UserError where the library cannot read it."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:  # the library raises bare Exception for whatever it cannot read
+        raise_unless_library(error)
+        raise UserError(f"tokenizer {path}: not a tokenizer.json ({first_line(error)})") from None
+
+
+def raise_unless_library(error: BaseException) -> None:
+    """Raise an interrupt or an exit again. What is left is the library's: a panic of its Rust code derives from
+    BaseException, so that `except Exception` lets it through."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:
     """role -> id, from the config where it says, else from the usual token texts."""
     roles: dict[str, int | None] = {}
     for role, keys in ROLE_KEYS.items():
         entries = [config.get(key) for key in keys]
-        texts = [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
+        texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
         candidates = [text for text in texts if isinstance(text, str)] + list(ROLE_TEXTS[role])
         ids = (backend.token_to_id(text) for text in candidates)
         roles[role] = next((i for i in ids if i is not None), None)

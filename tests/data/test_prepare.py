@@ -26,7 +26,7 @@ def documents_in(path: Path) -> list[tuple[str, str]]:
     return list(dict.fromkeys(dataset.document_of(i)[:2] for i in range(dataset.num_chunks)))
 
 
-def test_prepare_mixed_directory_reads_text_and_compressed_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_directory_of_folders_reads_text_and_compressed_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
     root = tmp_path / "in"
     (root / "sub").mkdir(parents=True)
     (root / ".hidden.txt").write_text("no")
@@ -35,23 +35,24 @@ def test_prepare_mixed_directory_reads_text_and_compressed_jsonl(tmp_path: Path,
     (root / "empty.txt").touch()
     (root / "sub" / "a.md").write_text("Third text.")
     line = b'{"text": "Packed \\ud800 text.", "id": 7}\n\n{"text": ""}\n'
-    (root / "a.jsonl.gz").write_bytes(gzip.compress(line) + gzip.compress(b'{"text": "More."}'))
-    (root / "c.jsonl.zst").write_bytes(zstandard.compress(line[:20]) + zstandard.compress(line[20:]))
+    (root / "lines").mkdir()
+    (root / "lines" / "a.jsonl.gz").write_bytes(gzip.compress(line) + gzip.compress(b'{"text": "More."}'))
+    (root / "lines" / "c.jsonl.zst").write_bytes(zstandard.compress(line[:20]) + zstandard.compress(line[20:]))
     done = ettin("prepare", root, "--out", tmp_path / "out", "--workers", 2, "--json", "--seq-len", "1024,2048")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert documents_in(tmp_path / "out") == [
-        ("in/a.jsonl.gz", "7"),
-        ("in/a.jsonl.gz", "in/a.jsonl.gz:4"),
         ("in/b.txt", "in/b.txt"),
-        ("in/c.jsonl.zst", "7"),
+        ("in/lines/a.jsonl.gz", "7"),
+        ("in/lines/a.jsonl.gz", "in/lines/a.jsonl.gz:4"),
+        ("in/lines/c.jsonl.zst", "7"),
         ("in/sub/a.md", "in/sub/a.md"),
     ]
     assert (told["documents"], told["empty_documents"], len(told["passed_over"])) == (5, 2, 2)
     assert [plan["seq_len"] for plan in told["rows"]] == [1024, 2048]
     dataset = open_dataset(tmp_path / "out")
-    assert tokenizer.decode(dataset.chunk(0).tolist()) == "[CLS] Packed \ufffd text.[SEP]"
-    assert tokenizer.decode(dataset.chunk(2).tolist()) == "[CLS] Second text.[SEP]"
+    assert tokenizer.decode(dataset.chunk(0).tolist()) == "[CLS] Second text.[SEP]"
+    assert tokenizer.decode(dataset.chunk(1).tolist()) == "[CLS] Packed \ufffd text.[SEP]"
     assert [source.name for source in dataset.manifest.sources] == ["in"]
 
 

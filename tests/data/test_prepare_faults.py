@@ -133,7 +133,7 @@ def test_prepare_interrupted_by_sigint_can_be_resumed(
     wait_for(lambda: bool(list((tmp_path / ".tmp-out" / "tasks").glob("task_*.json"))))
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 1
+    assert running.returncode == 130
     assert without_progress(errors) == ["ettin prepare: interrupted; run the same command again to continue"]
     wait_for(lambda: not marked_processes(mark))
     assert prepare_small_tasks(*arguments_for(large, tmp_path / "out", 1)) == 0

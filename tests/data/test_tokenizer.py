@@ -11,8 +11,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.convert.tokenizer_files import token_count
 from megatron_ettin.data import tokenizer as module
+from megatron_ettin.data.dataset import open_dataset
+from megatron_ettin.data.indexed import token_dtype
+from megatron_ettin.data.ingest.chunking import chunk_rule
+from megatron_ettin.data.ingest.shards import ShardWriter
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.corpora import prepare_here
 from tests.data.others import called
 
 VECTORS = {
@@ -95,3 +101,82 @@ def test_load_tokenizer_absent_or_invalid_file_is_refused(tmp_path: Path) -> Non
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(UserError, match="no such file or directory"):
         load_tokenizer(tmp_path / "absent")
+
+
+def save_words(folder: Path, vocabulary: dict[str, int]) -> Path:
+    backend = Backend(WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, **vocabulary}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("largest", [100, 70_000])
+def test_tokenizer_with_holes_in_its_ids_has_largest_id_plus_one(tmp_path: Path, largest: int) -> None:
+    """The number of its entries was taken instead: by data, but not by convert."""
+    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": largest})
+    assert load_tokenizer(folder).vocab_size == largest + 1
+    assert token_count(folder) == largest + 1
+
+
+def test_prepare_ids_beyond_uint16_of_few_entries_are_kept(tmp_path: Path) -> None:
+    """70000 was stored as 4464."""
+    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": 70_000})
+    (tmp_path / "a.txt").write_text("alpha beta")
+    assert prepare_here(tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1) == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.manifest.dtype == "int32"
+    assert dataset.manifest.tokenizer.vocab_size == 70_001
+    assert dataset.chunk(0).tolist() == [1, 3, 70_000, 2]
+
+
+def test_prepare_dataset_made_by_number_of_entries_is_not_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What earlier versions made of such a tokenizer has wrapped ids in it."""
+    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": 70_000})
+    (tmp_path / "a.txt").write_text("alpha beta")
+    arguments = (tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "has_holes", False)
+        assert prepare_here(*arguments) == 0
+    assert prepare_here(*arguments) == 2
+    assert "holds a dataset of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [-1, 65_536])
+def test_shard_writer_refuses_id_that_does_not_fit(tmp_path: Path, wrong: int) -> None:
+    writer = ShardWriter(tmp_path / "shard", chunk_rule(16), token_dtype(100), 1, 2)
+    with pytest.raises(UserError, match=rf"a.txt: first: token id: {wrong} does not fit into uint16 \(0 to 65535\)"):
+        writer.add("in", "a.txt", "first", [5, wrong], "key")
+    writer.discard()
+
+
+BROKEN = {
+    "config is a number": ("tokenizer_config.json", "5", r"tokenizer_config\.json: holds a int, not an object"),
+    "config is a list": ("special_tokens_map.json", "[]", r"special_tokens_map\.json: holds a list, not an object"),
+    "role is an empty object": ("tokenizer_config.json", '{"cls_token": {}}', None),
+    "role is a number": ("tokenizer_config.json", '{"cls_token": 7}', None),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_load_tokenizer_settings_of_wrong_types_are_refused_or_left_out(tmp_path: Path, case: str) -> None:
+    name, content, told = BROKEN[case]
+    folder = save_words(tmp_path / "t", {"alpha": 3})
+    (folder / name).write_text(content)
+    if told is None:
+        assert load_tokenizer(folder).cls_id == 1
+    else:
+        with pytest.raises(UserError, match=told):
+            load_tokenizer(folder)
+
+
+def test_load_tokenizer_panic_of_the_library_is_refused(tmp_path: Path) -> None:
+    """PanicException is no Exception."""
+    folder = save_words(tmp_path / "t", {"alpha": 3})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load_tokenizer(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # an input byte counts as so many of text, where compression or format make it more; by compression, else by kind
-GROWTH = {"gzip": 4, "zstd": 4, "parquet": 3}
+GROWTH = {"gzip": 4, "zstd": 4, "bzip2": 4, "xz": 4, "parquet": 3}
 
 
 @dataclass(frozen=True)

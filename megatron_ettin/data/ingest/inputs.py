@@ -16,6 +16,22 @@ from dataclasses import dataclass
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.data.ingest.filesystem import Entry, base_name, canonical, find, local_path, parent_of, walk
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
+from megatron_ettin.data.ingest.kinds import (
+    ABOUT_DATA,
+    CACHED,
+    COMPRESSIBLE,
+    EMPTY,
+    FOREIGN,
+    FORMATS,
+    KIND_OF_SUFFIX,
+    UNKNOWN,
+    WHOLE_FOLDER,
+    PassedOver,
+    extensions,
+    is_about,
+    kind_of,
+    one_kind_a_folder,
+)
 from megatron_ettin.data.ingest.readers.arrow_directory import dataset_dict_files, saved_dataset_files
 from megatron_ettin.data.ingest.readers.indexed_files import own_dataset_files, pair_at, pair_of
 from megatron_ettin.data.ingest.readers.mds_index import mds_files
@@ -25,22 +41,7 @@ SMALLEST_TASK_BYTES = 4 << 20
 LARGEST_TASK_BYTES = 1 << 30
 FEWEST_TASKS = 64  # tasks shrink below TASK_BYTES before there are fewer
 MOST_TASKS = 1_024  # and grow beyond it before there are more
-FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-KIND_OF_SUFFIX = {
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "datasets",
-    ".idx": "indexed",
-}
 PARTNERS = (".bin", ".crc", ".lock")  # belong to another file
-# named on the command line, these are not taken for texts: somebody meant their content
-STRUCTURED = (".json", ".csv", ".tsv", ".xml", ".zstd", ".bz2", ".xz", ".zip", ".tar", ".bin")
-COMPRESSIBLE = ("text", "jsonl")
 SPLITTABLE = ("jsonl", "parquet", "datasets", "indexed")
 # a file by which a directory is known as one corpus: it names what belongs to it, and nothing else in it is read
 CONTAINERS = {
@@ -57,76 +58,118 @@ class Task:
     segments: tuple[Segment, ...]
 
 
-def list_inputs(inputs: Sequence[str], format_name: str) -> tuple[list[InputFile], list[str]]:
-    """Every file to read, in order, and the files that were passed over in directories: those that are empty, those of
-    unknown kinds, and texts in or above a directory of other formats, which are a repository's README."""
+def list_inputs(
+    inputs: Sequence[str], format_name: str, out: str | os.PathLike[str] | None = None
+) -> tuple[list[InputFile], PassedOver]:
+    """Every file to read, in order, and the files of directories that were passed over. `out` is never an input."""
     if format_name not in FORMATS:
         raise UserError(f"--format: {format_name!r}{nearest(format_name, FORMATS)}; allowed: {', '.join(FORMATS)}")
+    if "" in inputs:
+        raise UserError("INPUT: an empty name; the current directory is `.`")
     files: list[InputFile] = []
-    passed_over: list[str] = []
+    passed_over = PassedOver()
     taken: dict[str, int] = {}
     for given in map(canonical, inputs):
+        refuse_output(given, out)
         label = base_name(given)
         taken[label] = taken.get(label, 0) + 1
         source = label if taken[label] == 1 else f"{label}#{taken[label]}"
-        found = list(files_of_input(given, source, format_name, passed_over))
-        described = described_folders(found) if format_name == "auto" else set()
-        for file in found:
-            is_readme = file.kind == "text" and parent_of(file.url) in described
-            if file.kind in COMPRESSIBLE and (not file.bytes or is_readme):
-                passed_over.append(file.url)
-            else:
-                files.append(file)
+        files += read_files(given, Listing(source, format_name, out, passed_over))
     if not files:
-        known = " ".join((*KIND_OF_SUFFIX, ".jsonl.gz", ".jsonl.zst", *CONTAINERS))
-        raise UserError(f"no input documents in {', '.join(inputs)}; looked for files that are not empty: {known}")
+        known = " ".join((*KIND_OF_SUFFIX, ".jsonl.gz", ".json.zst", *CONTAINERS))
+        left = "".join(f"; {line}" for line in passed_over.lines())
+        raise UserError(
+            f"no input documents in {', '.join(inputs)}; looked for files that are not empty: {known}{left}"
+        )
+    passed_over.read_bytes = sum(file.bytes for file in files)
     return files, passed_over
 
 
-def described_folders(files: list[InputFile]) -> set[str]:
-    """The directories that hold files of other formats than text and JSON lines, and those above them."""
-    folders: set[str] = set()
-    for file in files:
-        folder = parent_of(file.url)
-        while file.kind not in COMPRESSIBLE and folder not in folders:
-            folders.add(folder)
-            folder = parent_of(folder)
-    return folders
+@dataclass(frozen=True)
+class Listing:
+    """How the files of one INPUT are listed."""
+
+    source: str
+    format_name: str
+    out: str | os.PathLike[str] | None
+    passed_over: PassedOver
+
+    def takes(self, kind: str) -> bool:
+        return self.format_name in ("auto", kind)
 
 
-def files_of_input(given: str, source: str, format_name: str, passed_over: list[str]) -> Iterator[InputFile]:
-    entry = find(given)
+def read_files(given: str, listing: Listing) -> list[InputFile]:
+    """The files of one INPUT, those of one kind only in each folder. Raises UserError also where its extensions would
+    leave out most of it, by files and by bytes."""
+    before = len(listing.passed_over.by_reason.get(UNKNOWN, []))
+    found = []
+    for file in files_of_input(given, listing):
+        check_name(file.url)
+        if file.kind in COMPRESSIBLE and not file.bytes:
+            listing.passed_over.add(EMPTY, Entry(file.url, False, 0, file.modified))
+        else:
+            found.append(file)
+    unknown = listing.passed_over.by_reason.get(UNKNOWN, [])[before:]
+    unknown_bytes, found_bytes = sum(entry.bytes for entry in unknown), sum(file.bytes for file in found)
+    if len(unknown) > len(found) > 0 and unknown_bytes > found_bytes:
+        raise UserError(
+            f"{given}: the extensions of {len(unknown):,} of {len(unknown) + len(found):,} files, most of its bytes, do"
+            f" not say what is in them ({extensions(unknown)}); --format text (or jsonl, parquet) reads every file as"
+            " that; or name the files to read"
+        )
+    return one_kind_a_folder(found, listing.passed_over) if listing.format_name == "auto" else found
+
+
+def refuse_output(given: str, out: str | os.PathLike[str] | None) -> None:
+    """Raise UserError where an INPUT is the output, which would be read while it is made."""
+    path = local_path(given)
+    if path is not None and out is not None and os.path.realpath(path) == os.fspath(out):
+        raise UserError(f"{given}: is also --out; name another directory for the dataset")
+
+
+def check_name(url: str) -> None:
+    """Raise UserError for a name that is no UTF-8: the dataset's tables could not hold it."""
+    try:
+        url.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(url).decode("utf-8", "backslashreplace")
+        raise UserError(f"{shown}: the file's name is not UTF-8; rename it") from None
+
+
+def files_of_input(given: str, listing: Listing) -> Iterator[InputFile]:
+    entry, source = find(given), listing.source
     if entry is None:
-        pair = pair_at(given, source, source) if format_name in ("auto", "indexed") else None
+        pair = pair_at(given, source, source) if listing.takes("indexed") else None
         if pair is None:
             raise UserError(f"{given}: no such file or directory")
         yield pair
     elif entry.is_directory:
-        yield from directory_files(given, source, format_name, passed_over)
-    elif base_name(given) in CONTAINERS and (
-        found := container_files(parent_of(given), [entry], source, source, format_name)
-    ):
+        yield from directory_files(given, listing)
+    elif base_name(given) in CONTAINERS and (found := container_files(parent_of(given), [entry], source, listing)):
         yield from found
     else:
-        yield explicit_file(entry, source, format_name)
+        yield explicit_file(entry, source, listing.format_name)
 
 
-def directory_files(folder: str, source: str, format_name: str, passed_over: list[str]) -> Iterator[InputFile]:
-    """Files under a directory whose names or indices say that they are wanted; the others go to `passed_over`."""
+def directory_files(folder: str, listing: Listing) -> Iterator[InputFile]:
+    """Files under a directory whose names or indices say that they are wanted; the others are passed over."""
     for here, folders, files in walk(folder):
+        path = local_path(here)
+        if path is not None and listing.out is not None and os.path.realpath(path) == os.fspath(listing.out):
+            folders.clear()
+            continue
         within = here.removeprefix(folder).strip("/")
-        name = f"{source}/{within}" if within else source
-        contained = container_files(here, files, name, source, format_name)
+        name = f"{listing.source}/{within}" if within else listing.source
+        contained = container_files(here, files, name, listing)
         if contained is not None:
             folders.clear()
             yield from contained
             continue
         for entry in files:
-            file = found_file(entry, f"{name}/{base_name_of(entry)}", source, format_name)
+            check_name(entry.url)
+            file = found_file(entry, f"{name}/{base_name_of(entry)}", listing)
             if file is not None:
                 yield file
-            elif not entry.url.endswith(PARTNERS):
-                passed_over.append(entry.url)
 
 
 def base_name_of(entry: Entry) -> str:
@@ -134,45 +177,57 @@ def base_name_of(entry: Entry) -> str:
     return entry.url.rpartition("/")[2]
 
 
-def container_files(
-    folder: str, files: list[Entry], name: str, source: str, format_name: str
-) -> list[InputFile] | None:
+def container_files(folder: str, files: list[Entry], name: str, listing: Listing) -> list[InputFile] | None:
     """The files of a directory that is one corpus, None where it is not. `files`: what lies in it, as listed."""
     listed = {base_name_of(entry): entry for entry in files}
     for marker, (kind, list_files) in CONTAINERS.items():
-        if marker in listed and format_name in ("auto", kind):
-            found = list_files(folder, listed, name, source)
+        if marker in listed and listing.takes(kind):
+            found = list_files(folder, listed, name, listing.source)
             if found is not None:
                 return found
     loose = next((n for n in listed if n.endswith((".mds", ".mds.zstd"))), None)
-    if loose is not None and format_name in ("auto", "mds") and "index.json" not in listed:
+    if loose is not None and listing.takes("mds") and "index.json" not in listed:
         raise UserError(f"{folder}: holds MDS shards ({loose}) but no index.json, without which they cannot be read")
     return None
 
 
-def kind_of(name: str) -> tuple[str | None, str | None]:
-    """(kind, compression) by a file's extensions; kind is None where they do not tell."""
-    stem, suffix = os.path.splitext(name.lower())
-    compression = COMPRESSIONS.get(suffix)
-    kind = KIND_OF_SUFFIX.get(os.path.splitext(stem)[1] if compression else suffix)
-    return (kind if compression is None or kind in COMPRESSIBLE else None), compression
-
-
-def found_file(entry: Entry, name: str, source: str, format_name: str) -> InputFile | None:
-    """A file found in a directory: None unless its extension says that it is wanted."""
+def found_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
+    """A file found in a directory. None, and passed over with its reason, where it is not read."""
     file_name = base_name_of(entry)
     kind, compression = kind_of(file_name)
-    if kind is None or (kind == "text" and compression) or format_name not in ("auto", kind):
+    wanted = listing.format_name
+    if wanted in WHOLE_FOLDER:
+        if wanted != "text" and kind in (None, "text") and is_about(file_name):
+            listing.passed_over.add(ABOUT_DATA, entry)
+            return None
+        kept = compression if wanted in COMPRESSIBLE else None
+        return InputFile(entry.url, name, listing.source, wanted, kept, entry.bytes, entry.modified)
+    if kind == "datasets" and file_name.startswith("cache-"):
+        listing.passed_over.add(CACHED, entry)
         return None
-    if kind == "datasets" and file_name.startswith("cache-"):  # what `datasets` keeps of a map or a filter
-        return None
+    file = None
+    if kind == "indexed" and listing.takes("indexed"):
+        file = pair_of(entry, name, listing.source, strict=wanted == "indexed")
+    elif kind is not None and listing.takes(kind) and not (kind == "text" and compression):
+        file = InputFile(entry.url, name, listing.source, kind, compression, entry.bytes, entry.modified)
+    if file is None and not entry.url.endswith(PARTNERS):
+        listing.passed_over.add(reason_of(entry, kind, wanted), entry)
+    return file
+
+
+def reason_of(entry: Entry, kind: str | None, format_name: str) -> str:
+    """Why a file is passed over that its extension does not ask for."""
+    if not entry.bytes:
+        return EMPTY
+    if kind is None and is_about(base_name_of(entry)):
+        return ABOUT_DATA
     if kind == "indexed":
-        return pair_of(entry, name, source, strict=format_name == "indexed")
-    return InputFile(entry.url, name, source, kind, compression, entry.bytes, entry.modified)
+        return FOREIGN
+    return UNKNOWN if format_name == "auto" else f"not {format_name}"
 
 
 def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
-    """A file named on the command line: --format decides, else its extension, else it is text."""
+    """A file named on the command line: --format decides, else its extension, which must be known."""
     path = local_path(entry.url)
     if path is not None and not os.path.isfile(path):
         raise UserError(f"{path}: neither a file nor a directory")
@@ -188,10 +243,12 @@ def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
         raise UserError(f"{entry.url}: an MDS shard is read through its directory; name the one with index.json")
     if format_name == "auto" and entry.url.endswith(".bin"):
         kind = "indexed"
-    if format_name == "auto" and kind is None and entry.url.lower().endswith(STRUCTURED):
-        known = ", ".join(FORMATS[1:])
-        raise UserError(f"{entry.url}: its extension does not say what is in it; say so with --format ({known})")
-    kind = (kind or "text") if format_name == "auto" else format_name
+    if format_name == "auto" and kind is None:
+        raise UserError(
+            f"{entry.url}: its extension does not say what is in it; say so with --format: text (the file is one"
+            " document), jsonl (a document a line), parquet, datasets, mds or indexed"
+        )
+    kind = format_name if format_name != "auto" or kind is None else kind
     if kind == "indexed":
         pair = pair_at(entry.url, source, source)
         if pair is None:

@@ -31,7 +31,16 @@ from megatron_ettin.data.ingest.engine import (
 )
 from megatron_ettin.data.ingest.frozen_plan import changed_since, freeze
 from megatron_ettin.data.ingest.inputs import InputFile, list_inputs
-from megatron_ettin.data.ingest.request import PrepareRequest, check_request, hash_of_settings, settings_of
+from megatron_ettin.data.ingest.kinds import PassedOver
+from megatron_ettin.data.ingest.request import (
+    PrepareRequest,
+    check_request,
+    hash_of_settings,
+    rewritten_input,
+    settings_of,
+    working_place,
+    write_inputs,
+)
 from megatron_ettin.data.ingest.staging import NoDocumentsError, read_task_records, stage
 from megatron_ettin.data.ingest.task import IngestSettings
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory
@@ -49,20 +58,21 @@ class PrepareResult:
     seconds: float = 0.0
     tokens_written: int = 0  # by this command; less than the dataset's after a resume
     tasks_resumed: int = 0
-    passed_over: list[str] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    times_compared: bool = True  # where it was already complete: the inputs' times too, not only their sizes
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:
     """Make the dataset, continue making it, or find it made. On a cluster: submit it, or tell how far it is."""
     began = time.monotonic()
-    check_request(request)
+    request = check_request(request)
     tokenizer = load_tokenizer(request.tokenizer)
-    files, passed_over = list_inputs(request.inputs, request.format)
+    files, passed_over = list_inputs(request.inputs, request.format, request.out)
     build = Build(request, tokenizer, files, progress)
-    found = existing_output(request.out, build.settings_sha256)
+    found = build.finished()
     if found is not None:
         build.clear()
-        result = PrepareResult(found, heldout_of(found), already_complete=True)
+        result = found
     else:
         answer = build.submit() if request.executor == "slurm" else build.run()
         if isinstance(answer, cluster.Submitted):
@@ -109,12 +119,31 @@ class Build:
         self.progress = progress
         self.settings = settings_of(request, tokenizer)
         self.settings_sha256 = hash_of_settings(self.settings, files)
-        self.work = request.out.absolute().parent / f".tmp-{request.out.name}"
+        self.work = working_place(request.out)
+
+    def finished(self) -> PrepareResult | None:
+        """The dataset of this very request, where it is there. Raises UserError where another one is, or where an input
+        was written since."""
+        out = self.request.out
+        found = existing_output(out, self.settings_sha256)
+        if found is None:
+            return None
+        known, rewritten = rewritten_input(out, self.files)
+        if rewritten is not None and not self.request.accept_copied:
+            raise UserError(
+                f"--out {out}: was made of inputs of the same names and sizes, but {rewritten.url} was written at"
+                " another time: the dataset may hold other text; name another --out, remove it, or say --accept-copied"
+                " where only the time differs"
+            )
+        compared = known and rewritten is None
+        return PrepareResult(found, heldout_of(found), already_complete=True, times_compared=compared)
 
     def run(self) -> PrepareResult:
         """All the way, with processes of this machine or on Ray."""
         with working_directory(self.work):
             cluster.check_not_queued(self.work)
+            if (found := self.finished_meanwhile()) is not None:
+                return found
             settings, counter = self.planned()
             if counter.open:
                 self.run_tasks(settings, counter)
@@ -130,6 +159,13 @@ class Build:
             with contextlib.suppress(UserError), working_directory(self.work):
                 shutil.rmtree(self.work, ignore_errors=True)
 
+    def finished_meanwhile(self) -> PrepareResult | None:
+        """The dataset, where another `ettin prepare` published it between the listing of the inputs and the lock."""
+        found = self.finished()
+        if found is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return found
+
     def run_tasks(self, settings: IngestSettings, counter: Counter) -> None:
         if self.request.executor == "ray":
             run_on_ray(settings, counter, self.request.workers, self.progress)
@@ -141,6 +177,8 @@ class Build:
     def submit(self) -> PrepareResult | cluster.Submitted:
         """To the cluster; with `--wait` until the dataset is there."""
         with working_directory(self.work):
+            if (found := self.finished_meanwhile()) is not None:
+                return found
             jobs = cluster.submitted_jobs(self.work)
             difference = changed_since(self.work, self.settings, self.files)
             if difference and cluster.queue_states(jobs):
@@ -168,6 +206,7 @@ class Build:
         settings = IngestSettings(
             self.work, request.rule, token_dtype(self.tokenizer.vocab_size).str, request.text_key, request.id_key,
             request.add_prefix_space, request.holdout, request.tokens_key, request.tokens_first,
+            request.format == "text",
         )  # fmt: skip
         return settings, Counter(self.work, tasks)
 
@@ -180,11 +219,12 @@ class Build:
         except NoDocumentsError:
             shutil.rmtree(self.work, ignore_errors=True)  # there is nothing in the tasks to go on with
             raise
+        write_inputs(staged, self.files)
         plan_rows(open_dataset(staged), self.request)
         remove_leftovers(staged)
         sync_directory(staged)
         os.rename(staged, out)  # an empty directory in its place gives way
-        sync_directory(out.absolute().parent)
+        sync_directory(out.parent)
         shutil.rmtree(self.work, ignore_errors=True)
         return open_dataset(out)
 
@@ -205,6 +245,8 @@ def working_directory(work: Path) -> Iterator[None]:
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)
+    except FileNotFoundError:
+        raise UserError(f"{work}: another `ettin prepare` has just finished it; run the same command again") from None
     except OSError as error:
         raise UserError(f"--out: cannot write {work.parent}: {error.strerror}") from None
     with lock:

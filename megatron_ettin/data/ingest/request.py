@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.data.ingest.chunking import ChunkRule
 from megatron_ettin.data.ingest.input_file import InputFile
+from megatron_ettin.data.manifest import FILE_NAME, write_json_durably
 from megatron_ettin.data.tokenizer import Tokenizer
 
 EXECUTORS = ("local", "slurm", "ray")
+INPUTS_FILE = "inputs.json"  # of a finished dataset: the inputs, with their times
 INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks
 
 
@@ -34,13 +39,15 @@ class PrepareRequest:
     tokens_first: bool = False  # where an input has both columns, take the tokens
     executor: str = "local"  # of EXECUTORS
     replan: bool = False
+    accept_copied: bool = False  # inputs of another time are taken for the same where names and sizes are
     wait: bool = False  # slurm: until the dataset is there
     slurm_time: str = "24:00:00"
     slurm_partition: str | None = None
     slurm_arguments: tuple[tuple[str, str], ...] = ()  # more options of sbatch
 
 
-def check_request(request: PrepareRequest) -> None:
+def check_request(request: PrepareRequest) -> PrepareRequest:
+    """Return the request with `out` resolved. Raises UserError for what cannot be done."""
     if not 0 <= request.holdout < 1:
         raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
     if "://" in str(request.out) or ":/" in str(request.out):
@@ -55,11 +62,40 @@ def check_request(request: PrepareRequest) -> None:
             raise UserError(
                 f"--seq-len: rows of {seq_len} tokens cannot hold chunks of --chunk-tokens {request.rule.chunk_tokens}"
             )
+    return replace(request, out=resolved_output(request.out))
+
+
+def resolved_output(out: Path) -> Path:
+    """Return where the dataset will lie, links followed. Raises UserError for a place that the last rename cannot give
+    its name to: it is asked for before the work and not after it."""
+    if not out.name and out == Path():
+        raise UserError("--out: is the current directory; name a new one in it")
+    try:
+        found = out.resolve()
+        os.fsencode(found).decode("utf-8")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(working_place(found))
+    except UnicodeDecodeError:
+        raise UserError(f"--out {os.fsencode(out)!r}: the name is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # the second: a link to itself
+        raise UserError(f"--out {out!s:.80}: {getattr(error, 'strerror', None) or error}") from None
+    if not (found / FILE_NAME).is_file() and (found == Path.cwd() or os.path.ismount(found)):
+        what = "a mount point" if os.path.ismount(found) else "the current directory"
+        raise UserError(f"--out {out}: is {what}; name a new directory in it")
+    return found
+
+
+def working_place(out: Path) -> Path:
+    """Where an unfinished dataset lies: beside its place, so that a rename publishes it."""
+    return out.parent / f".tmp-{out.name}"
 
 
 def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the output, besides the inputs."""
+    """What decides the output, besides the inputs. The vocabulary is named where ids have holes: earlier versions
+    counted its entries, and wrapped the ids above."""
+    holes = {"vocab_size": tokenizer.vocab_size} if tokenizer.has_holes else {}
     return {
+        **holes,
         "version": INGEST_VERSION,
         "tokenizer": tokenizer.fingerprint,
         **asdict(request.rule),
@@ -74,6 +110,26 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
 
 def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
     """By which a finished dataset knows the same request: settings, names and sizes. Times are left out: a copy of the
-    inputs makes the same dataset."""
+    inputs makes the same dataset. They are compared apart (`rewritten_input`)."""
     listed = [[file.name, file.source, file.kind, file.compression, file.bytes, file.detail] for file in files]
     return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def write_inputs(folder: Path, files: list[InputFile]) -> None:
+    """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
+    rewritten."""
+    listed = [[file.name, file.bytes, file.modified] for file in files]
+    write_json_durably(folder / INPUTS_FILE, {"version": 1, "files": listed})
+
+
+def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:
+    """Return (whether times were kept, the first input whose time is another than when the dataset was made)."""
+    try:
+        raw = load_json((folder / INPUTS_FILE).read_text(encoding="utf-8"))
+        before = [str(modified) for _, _, modified in raw["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False, None
+    if len(before) != len(files):
+        return False, None
+    pairs = zip(files, before, strict=True)
+    return True, next((file for file, time in pairs if time and file.modified and time != file.modified), None)

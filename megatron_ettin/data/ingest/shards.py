@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.data.checksums import digest_of, write_blocks
-from megatron_ettin.data.indexed import index_bytes
+from megatron_ettin.data.indexed import index_bytes, narrowed
 from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_lengths, framed, piece_bounds
 from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
 
@@ -42,7 +42,8 @@ class ShardWriter:
     ) -> None:
         """One document of at least one token. `document_key` decides what the recipe leaves to chance."""
         bounds = piece_bounds(len(ids), self.rule, document_key)
-        tokens = framed(np.asarray(ids, dtype=self.dtype), bounds, self.cls_id, self.sep_id, self.rule.end_token)
+        known = narrowed(np.asarray(ids), self.dtype, f"{name}: {document_id}: token id")
+        tokens = framed(known, bounds, self.cls_id, self.sep_id, self.rule.end_token)
         self._stream.write(tokens.tobytes())
         self._lengths += chunk_lengths(bounds, self.rule.end_token)
         self._starts += [start for start, _ in bounds]

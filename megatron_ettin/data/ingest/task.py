@@ -39,6 +39,7 @@ class IngestSettings:
     holdout: float
     tokens_key: str = "input_ids"
     tokens_first: bool = False
+    text_may_be_json: bool = False
 
 
 def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
@@ -83,7 +84,9 @@ def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
     frame = TokenFrame(
         tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
     )
-    return ReadOptions(settings.text_key, settings.id_key, settings.tokens_key, frame, settings.tokens_first)
+    return ReadOptions(
+        settings.text_key, settings.id_key, settings.tokens_key, frame, settings.tokens_first, settings.text_may_be_json
+    )
 
 
 def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:

@@ -50,6 +50,7 @@ class ReadOptions:
     tokens_key: str = "input_ids"
     frame: TokenFrame | None = None  # None: token inputs cannot be read
     tokens_first: bool = False  # where there are both, take the tokens
+    text_may_be_json: bool = False  # by `--format text`; else JSON lines under a text's name are refused
 
 
 def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame) -> npt.NDArray[np.uint32]:

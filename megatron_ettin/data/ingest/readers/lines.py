@@ -6,6 +6,7 @@ lost its second half trains just as quietly. Only blank lines are passed over.""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -17,10 +18,31 @@ from megatron_ettin.data.ingest.readers.compressed import BLOCK_BYTES, blocks
 from megatron_ettin.data.ingest.readers.document import Document, ReadOptions
 
 KEYS_SHOWN = 8
+NOT_BLANK = re.compile(r"\S")
 
 
 def text_document(segment: Segment, options: ReadOptions) -> Iterator[Document]:
-    yield Document(segment.file, segment.file.name, whole_text(segment.file))
+    text = whole_text(segment.file)
+    if not options.text_may_be_json and begins_with_json_object(text):
+        raise UserError(
+            f"{segment.file.url}: its first line is a JSON object, which would be trained on as text; say --format"
+            " jsonl, or --format text where that is meant"
+        )
+    yield Document(segment.file, segment.file.name, text)
+
+
+def begins_with_json_object(text: str) -> bool:
+    """Whether the first line that is not blank is a JSON object: JSON lines under a text's name."""
+    visible = NOT_BLANK.search(text)
+    start = visible.start() if visible else 0
+    end = text.find("\n", start)
+    line = text[start:] if end < 0 else text[start:end]
+    if not line.startswith("{"):
+        return False
+    try:
+        return isinstance(load_json(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def whole_text(file: InputFile) -> str:
