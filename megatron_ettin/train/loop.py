@@ -216,6 +216,7 @@ def _train_watched(
             machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
         )
         batches = Batches.of(config, read, machine.layout, platform.device)
+        run_directory.check_reader(config, corpus, batches.corpus)
         run_directory.check_skips(launch.run_dir, corpus, batches.sizes.rows_before(progress.step))
         run = Run(machine, batches, launch.run_dir, progress, heart)
         heart.slow("first step", step=progress.step, saved_step=progress.step)

@@ -135,10 +135,9 @@ def origin(
     return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
 
 
-def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
-    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
-    write_synced(run_dir / "config.yaml", to_yaml(config))
-    order = {
+def order_record(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Return the content of order.json: which rows a run is trained on, in which order."""
+    return {
         "fingerprint": corpus.fingerprint,
         "unskipped_fingerprint": corpus.unskipped_fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
@@ -146,7 +145,25 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
         "rows_per_step": config.batch.global_batch_rows,
         "mean_tokens_per_row": corpus.mean_tokens_per_row,
     }
-    write_synced(run_dir / "order.json", json.dumps(order, indent=1) + "\n")
+
+
+def check_reader(config: Config, corpus: Corpus, reader: Corpus) -> None:
+    """Raise UserError where the batches would come from other rows than those that the run records. `reader`: the
+    corpus that the batches are read from, a copy on this machine for instance; `corpus`: the one that is recorded."""
+    recorded, read = order_record(config, corpus), order_record(config, reader)
+    for key, value in recorded.items():
+        if read[key] != value:
+            raise UserError(
+                f"data: the batches are read in another order than order.json records: {key} is {read[key]!s:.20} and"
+                f" not {value!s:.20}; nothing was trained; this is a fault of the package"
+                + (", start without data.local_copy" if config.data.local_copy else "")
+            )
+
+
+def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
+    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
+    write_synced(run_dir / "config.yaml", to_yaml(config))
+    write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")

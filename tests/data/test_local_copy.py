@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -18,6 +19,8 @@ from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.local_copy import copy_path, local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.order import Corpus, open_corpus
+from megatron_ettin.train import loop
+from tests import forkserver
 from tests.data.corpora import ettin, files_of
 from tests.data.together import at_once
 from tests.train.runs import command, train
@@ -195,3 +198,32 @@ def test_train_local_copy_that_cannot_be_made_is_refused(corpus: Path, tmp_path:
     done = ettin(*command(tmp_path / "refused", corpus, "mlm", words))
     assert done.returncode == 2
     assert "data.local_copy: " in done.stderr
+
+
+FORGOTTEN = {"data.skip": "skips", "data.mean_tokens_per_row": "nominal_tokens"}
+
+
+def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
+    """Run `ettin train` with a local copy that has lost what `key` says."""
+    copy = loop.local_corpus
+
+    def forgetful(corpus: Corpus, folder: str) -> Corpus:
+        state = copy(corpus, folder).__getstate__()
+        return Corpus(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
+
+    with mock.patch.object(loop, "local_corpus", forgetful):
+        return forkserver.be_program("ettin", *words)
+
+
+@pytest.mark.parametrize("key", FORGOTTEN)
+def test_train_reader_of_another_order_than_the_recorded_is_refused(corpus: Path, tmp_path: Path, key: str) -> None:
+    """Rows that had been left out were trained on, under the fingerprint of a run without them."""
+    words = [*SMALL, "run.steps=1", f"data.local_copy={tmp_path / 'local'}", "data.skip=0:8"]
+    words.append("data.mean_tokens_per_row=50")
+    target = "tests.data.test_local_copy:train_from_reader_that_forgets"
+    line = forkserver.command(target, key, *command(tmp_path / "run", corpus, "mlm", words))
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "data: the batches are read in another order than order.json records" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "order.json").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
