@@ -1,9 +1,10 @@
-"""Rows for a benchmark without a dataset: full ones, of chunks whose lengths are those of documents; and how long
-any rows' chunks are."""
+"""Rows for a benchmark without a dataset, of chunks whose lengths are those of documents: full ones, or under padded
+batching of one chunk each; and how long any rows' chunks are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,14 @@ class SyntheticRows:
     special_ids: tuple[int, ...] = tuple(range(SPECIALS))
     pad_id: int = 3
     mask_id: int = 4
+    padded: bool = False
 
-    @property
+    @functools.cached_property
     def mean_tokens_per_row(self) -> float:
-        return float(self.seq_len)
+        return float(self.tokens_at(range(SAMPLED_ROWS)).mean()) if self.padded else float(self.seq_len)
+
+    def tokens_at(self, positions: Iterable[int]) -> np.ndarray:
+        return np.array([len(self.row(int(position)).tokens) for position in positions], np.int64)
 
     def place_of(self, counted: Sequence[int]) -> np.ndarray:
         return np.asarray(counted, np.int64)
@@ -47,7 +52,9 @@ class SyntheticRows:
         while (room := self.seq_len - sum(lengths)) > 0:
             mean = np.log(self.chunk_tokens) - SPREAD**2 / 2
             lengths.append(min(room, max(8, int(drawn.lognormal(mean, SPREAD)))))
-        tokens = drawn.integers(SPECIALS, self.vocab_size, self.seq_len)
+        if self.padded:
+            lengths = lengths[:1]
+        tokens = drawn.integers(SPECIALS, self.vocab_size, sum(lengths))
         found = np.array(lengths, np.int64)
         return Row(tokens, found, 0, position, np.arange(len(found)), position)
 

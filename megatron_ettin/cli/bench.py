@@ -255,4 +255,5 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
     check_layout(config, world)
     if args.data:
         return config, open_training_data(config)
-    return config, SyntheticRows(config.data.seq_len, args.chunk_tokens, config.model.vocab_size)
+    shape = config.data.seq_len, args.chunk_tokens, config.model.vocab_size
+    return config, SyntheticRows(*shape, padded=config.data.batching == "padded")

@@ -226,10 +226,10 @@ def check_schedule(config: Config) -> None:
 
 def check_batch(config: Config) -> None:
     batch = config.batch
-    if batch.global_batch_rows % batch.micro_batch_rows:
+    if batch.global_batch_rows % batch.micro_batch_rows and batch.loss_normalization == "microbatch":
         raise UserError(
             f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of micro_batch_rows"
-            f" {batch.micro_batch_rows}"
+            f" {batch.micro_batch_rows}, and loss_normalization=microbatch gives micro-batches of any size equal weight"
         )
     if batch.warmup_tokens and batch.warmup_min_rows > batch.global_batch_rows:
         raise UserError(

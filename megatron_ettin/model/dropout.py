@@ -61,8 +61,12 @@ def token_keys(packed: PackedRows, layer: int, first: int, tokens: int) -> torch
     if packed.layer_keys is not None:
         slot_key, token_key = packed.layer_keys[layer].unbind()
     flat = torch.arange(first, first + tokens, device=device)
-    slots = packed.slots[flat // packed.slice_tokens].to(torch.int32)
-    places = (packed.first_place + flat % packed.slice_tokens).to(torch.int32)
+    if packed.flat:
+        flat += packed.first_place
+        slots, places = packed.slots[packed.segments[flat]], packed.positions[flat]
+    else:
+        slots, places = packed.slots[flat // packed.slice_tokens], packed.first_place + flat % packed.slice_tokens
+    slots, places = slots.to(torch.int32), places.to(torch.int32)
     return mix32(mix32(slots * _signed(_TOKEN) + slot_key) ^ (places * _signed(_TOKEN) + token_key))
 
 

@@ -44,11 +44,16 @@ class MicroBatch:
 
 
 def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1) -> int:
-    """Row length on the device: seq_len rounded up so that every axis divides it, and each slice of it that a
-    rank has what the precision quantises in blocks."""
-    blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
-    multiple = math.lcm(blocks * topology.cp, topology.tp * topology.cp)
+    """Row length on the device: seq_len rounded up to what `token_multiple` says."""
+    multiple = token_multiple(topology, precision_multiple)
     return -(-seq_len // multiple) * multiple
+
+
+def token_multiple(topology: Topology, precision_multiple: int = 1) -> int:
+    """Return what tokens are a multiple of so that every axis divides them, and each slice of them that a rank has what
+    the precision quantises in blocks."""
+    blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
+    return math.lcm(blocks * topology.cp, topology.tp * topology.cp)
 
 
 def row_tokens(config: Config, topology: Topology) -> int:
@@ -84,6 +89,7 @@ class Batches:
         """The part that needs no device."""
         topology, config = self.layout.topology, self.config
         fixed = has_fixed_shapes(config)
+        flat = config.data.batching == "padded" and not fixed
         return HostBatches(
             self.corpus,
             self.sizes,
@@ -96,6 +102,8 @@ class Batches:
             self.layout.dp_rank,
             micro_batch_group(config),
             fixed,
+            token_multiple(topology, PRECISIONS[config.precision.name].multiple) if flat else 0,
+            flat and topology.pp > 1,
         )
 
     def micro_batch_count(self, step: int) -> int:
@@ -109,17 +117,24 @@ class Batches:
             loaded = (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
         return (self.on_device(batch, key) for batch in loaded)
 
-    def held_out(self, rows: Sequence[Row | None]) -> MicroBatch:
-        """Rows of an evaluation, all of one kind; None is an empty row."""
+    def held_out(self, rows: Sequence[Row | None], least: int = 0) -> MicroBatch:
+        """Rows of an evaluation, all of one kind; None is an empty row. `least`: see `HostBatches.lay_out`."""
         causal = len(rows) if KINDS[self.kinds.kinds[0]].causal else 0
-        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal)), dropout_key=0)
+        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal, least)), dropout_key=0)
 
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
         """Tensors on the device, without waiting for it."""
         host = batch.host
         context = self.layout.cp_rank, self.layout.topology.cp
         packed = pack_rows(
-            host.lengths, self.row_tokens, self.device, host.slots, dropout_key, host.causal_rows, context
+            host.lengths,
+            host.input_ids.shape[1],
+            self.device,
+            host.slots,
+            dropout_key,
+            host.causal_places,
+            context,
+            host.flat,
         )
         ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
         labels = batch.labels[:, ours].reshape(-1)
@@ -128,7 +143,7 @@ class Batches:
             to_device(batch.input_ids[:, ours], self.device),
             to_device(labels[at], self.device),
             to_device(at, self.device),
-            int(torch.searchsorted(at, host.causal_rows * packed.slice_tokens)),
+            packed.causal_part(at),
             packed,
             host.tokens,
             host.pairs,

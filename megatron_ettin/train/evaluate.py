@@ -155,7 +155,8 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
     split = host.split(rows)
     for begin in range(0, split.count, together):
         indices = range(begin, min(begin + together, split.count))
-        yield [batches.held_out(host.share(split, index)[1]) for index in indices]
+        least = host.longest(split, indices) if host.equal else 0
+        yield [batches.held_out(host.share(split, index)[1], least) for index in indices]
 
 
 def unigram_loss(train: Corpus, held_out: HeldOut, max_rows: int | None = None) -> float:

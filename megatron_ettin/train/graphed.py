@@ -115,7 +115,7 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
         first_place=like.first_place,
         slice_tokens=like.slice_tokens,
         layer_keys=keys,
-        causal_rows=like.causal_rows,
+        causal_places=like.causal_places,
     )
     total, losses, _ = model(input_ids, packed, labels, at)
     total.backward()

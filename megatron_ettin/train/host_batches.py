@@ -2,11 +2,12 @@
 
 A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
 starts at once. Rows are spread evenly over ranks and micro-batches (config/row_split.py); a place that is left over is
-an empty row: all padding, no labels, not counted."""
+an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` places each; those of padded batching
+are laid end to end, and the padding at the micro-batch's end is all that is computed for nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +25,16 @@ from megatron_ettin.objectives.row_kinds import RowKinds
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Rows of one forward pass in host memory; arrays [rows, buffer tokens]."""
+    """Rows of one forward pass in host memory; arrays [rows, buffer tokens], or [1, tokens] of rows laid end to end."""
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    lengths: tuple[tuple[int, ...], ...]  # of the chunks of each row
-    slots: tuple[int, ...]  # of each row within the step
+    lengths: tuple[tuple[int, ...], ...]  # of the chunks of each row of the arrays
+    slots: tuple[int, ...]  # of each row within the step; laid end to end each is a chunk of the only row
     tokens: int  # that are no padding
     pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
-    causal_rows: int  # the first so many rows are causal
+    causal_places: int  # the first so many places of the arrays are of causal rows
+    flat: bool = False  # rows, of a chunk each, are laid end to end
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class HostBatches:
     dp_rank: int
     group: int  # a rank runs a multiple of so many micro-batches
     fixed: bool = False  # micro-batches of exactly `micro_batch_rows` places, whatever the step's rows
+    flat_multiple: int = 0  # rows laid end to end, tokens a multiple of it; 0: each in `row_tokens` places
+    equal: bool = False  # all micro-batches of a step have equally many tokens, as pipeline stages need
 
     def split(self, rows: int) -> RowSplit:
         """Return how so many rows are shared out over ranks and micro-batches."""
@@ -62,8 +66,18 @@ class HostBatches:
     def make(self, step: int, index: int) -> HostBatch:
         """This rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
         first, end = self.sizes.span(step)
-        slots, rows = self.share(self.split(end - first), index, first)
-        return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step))
+        split = self.split(end - first)
+        slots, rows = self.share(split, index, first)
+        least = self.longest(split, range(split.count), first) if self.equal else 0
+        return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step), least)
+
+    def longest(self, split: RowSplit, indices: Iterable[int], first: int = 0) -> int:
+        """Return the real tokens of the longest of these micro-batches of this rank."""
+        found = 0
+        for index in indices:
+            places = self.corpus.place_of([first + slot for slot in split.slots(self.dp_rank, index)])
+            found = max(found, int(self.corpus.tokens_at(places).sum()) if len(places) else 0)
+        return found
 
     def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
         """This rank's places of micro-batch `index` and their rows, None for an empty one; `first`: number of the
@@ -87,23 +101,37 @@ class HostBatches:
             self._check(row)
         return rows
 
-    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int) -> HostBatch:
-        """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal."""
-        input_ids = np.full((len(rows), self.row_tokens), self.corpus.pad_id, dtype=np.int64)
-        labels = np.full((len(rows), self.row_tokens), IGNORE, dtype=np.int64)
-        for i, row in enumerate(rows):
-            if row is not None:
-                n = len(row.tokens)
-                kind = self.kinds.of_slot(slots[i], causal_slots)
-                input_ids[i, :n], labels[i, :n] = self.label(row.tokens, row.lengths, row.position, kind)
+    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, least: int = 0) -> HostBatch:
+        """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal. Laid end to end
+        they have at least `least` tokens, padding included."""
         lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
         causal_rows = sum(slot < causal_slots for slot in slots)
-        tokens, pairs = 0, np.zeros(2, np.int64)
+        tokens, pairs = [], np.zeros(2, np.int64)
         for causal, part in ((True, lengths[:causal_rows]), (False, lengths[causal_rows:])):
             real = np.array([n for row in part for n in row], dtype=np.int64)
-            tokens += int(real.sum())
+            tokens.append(int(real.sum()))
             pairs += [attended_pairs(real, causal, window).sum() for window in (None, self.windows[causal])]
-        return HostBatch(input_ids, labels, lengths, tuple(slots), tokens, (int(pairs[0]), int(pairs[1])), causal_rows)
+        if self.flat_multiple:
+            places = max(1, -(-max(sum(tokens), least) // self.flat_multiple)) * self.flat_multiple
+            starts, shape = np.cumsum([0, *map(sum, lengths)]), (1, places)
+            causal_places = tokens[0] if causal_rows < len(rows) else places
+        else:
+            starts, shape = np.arange(len(rows)) * self.row_tokens, (len(rows), self.row_tokens)
+            causal_places = causal_rows * self.row_tokens
+        input_ids, labels = np.full(shape, self.corpus.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+        for row, slot, start in zip(rows, slots, starts.tolist(), strict=False):
+            if row is not None:
+                part = slice(start, start + len(row.tokens))
+                kind = self.kinds.of_slot(slot, causal_slots)
+                found = self.label(row.tokens, row.lengths, row.position, kind)
+                input_ids.reshape(-1)[part], labels.reshape(-1)[part] = found
+        all_pairs = int(pairs[0]), int(pairs[1])
+        if self.flat_multiple:
+            lengths = (tuple(n for row in lengths for n in row),)
+            slots = [slot for row, slot in zip(rows, slots, strict=True) if row is not None for _ in row.lengths]
+        return HostBatch(
+            input_ids, labels, lengths, tuple(slots), sum(tokens), all_pairs, causal_places, self.flat_multiple > 0
+        )
 
     def _check(self, row: Row) -> None:
         """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""

@@ -111,7 +111,7 @@ REFUSED = {
     "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.max_lr 1e-06, and more than 10 x",
     "optim.lr=-1": "optim.lr: -1.0 is not allowed; it is above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
-    "batch.micro_batch_rows=3": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
+    "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
     "data.mlm_probability=0": "data.mlm_probability: 0 leaves the encoder nothing to predict",
     "data.seq_len=4096 model.max_position_embeddings=1024": "data.seq_len: 4096 is above model.max_position_embeddings 1024",
     "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",

@@ -14,6 +14,7 @@ _LOGGING = "metrics.* decide what is logged"
 _EVALUATION = "held-out rows are data.validation, always masked at 15 %"
 _STARTING = "every phase begins its steps, tokens and schedule anew; --init-from says from what"
 _RESUMING = "a run directory always goes on by itself"
+_UNPADDED = "padding is not computed (but with run.cuda_graph or parallel.tp_overlap)"
 _OPERATIONS = "this system's own way (parallel.*, checkpoint.*)"
 
 # key -> (what may stand there, what that says); anything else cannot be honoured
@@ -70,9 +71,9 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(("save_latest_filename", "dist_timeout", "fsdp_config.*", "deepspeed_config.*"), _OPERATIONS),
     **dict.fromkeys(("parallelism_config.*", "device", "max_split_size_mb"), _OPERATIONS),
     **dict.fromkeys(("optimizer.foreach", "optimizer.triton", "optimizer.kahan_sum"), _OPERATIONS),
-    "model.model_config.padding": "batches are always unpadded inside the model",
-    "model.model_config.unpad_embeddings": "batches are always unpadded inside the model",
-    "model.model_config.pad_logits": "batches are always unpadded inside the model",
+    "model.model_config.padding": _UNPADDED,
+    "model.model_config.unpad_embeddings": _UNPADDED,
+    "model.model_config.pad_logits": _UNPADDED,
     "model.model_config.masked_prediction": "logits are made where a label is, and nowhere else",
     "model.model_config.allow_embedding_resizing": "the vocabulary is the tokenizer's",
     "model.model_config.compile_model": "kernels are Megatron-Core's and Transformer Engine's",
