@@ -121,10 +121,10 @@ class HostBatches:
         input_ids, labels = np.full(shape, self.corpus.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
         for row, slot, start in zip(rows, slots, starts.tolist(), strict=False):
             if row is not None:
-                part = slice(start, start + len(row.tokens))
+                own = slice(start, start + len(row.tokens))
                 kind = self.kinds.of_slot(slot, causal_slots)
                 found = self.label(row.tokens, row.lengths, row.position, kind)
-                input_ids.reshape(-1)[part], labels.reshape(-1)[part] = found
+                input_ids.reshape(-1)[own], labels.reshape(-1)[own] = found
         all_pairs = int(pairs[0]), int(pairs[1])
         if self.flat_multiple:
             lengths = (tuple(n for row in lengths for n in row),)
