@@ -138,12 +138,19 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         os.replace(staging, path)
 
 
+def is_launched() -> bool:
+    """Return whether torchrun or srun started this process as one of several ranks."""
+    by_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return by_srun or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 @functools.cache
-def end_with_launcher(source: str) -> None:
-    """End this process when the one that started it has gone: a rank whose slurmstepd or torchrun agent was killed is
-    seen by nobody, and would go on holding its GPU. `source`: as `Place.source`; one that is alone stays."""
-    if source == "alone":
-        return
+def end_with_launcher() -> None:
+    """End this process when the one that started it has gone.
+
+    A rank whose slurmstepd or torchrun agent was killed is seen by nobody, and would go on holding its GPU. A command
+    calls this first, before its large imports: a launcher that is killed meanwhile would leave another parent behind.
+    """
     threading.Thread(target=_watch_parent, args=(os.getppid(),), name="end with launcher", daemon=True).start()
 
 

@@ -10,12 +10,14 @@ import contextlib
 import os
 import select
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import IO, TextIO, cast
 
 STANDARD_FILES = (0, 1, 2)
 OUTPUT, ERRORS = 1, 2
+SLOW_SECONDS = 5.0
 NAMES = {OUTPUT: "standard output", ERRORS: "standard error"}
 
 # file numbers whose failure was reported
@@ -39,6 +41,18 @@ def log_warning(*lines: str) -> None:
 def log_exception(error: BaseException) -> None:
     """Print an error with its traceback on standard error. Never raises."""
     _write("".join(traceback.format_exception(error)), sys.stderr)
+
+
+@contextlib.contextmanager
+def log_when_slow(line: str) -> Iterator[None]:
+    """Print a line on standard error where what is done within takes longer than `SLOW_SECONDS`."""
+    timer = threading.Timer(SLOW_SECONDS, log_warning, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def flush() -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_ettin import run_log
-from megatron_ettin.attempt import record_failure
+from megatron_ettin.attempt import end_with_launcher, is_launched, record_failure
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 the user's mistake, 75 saved and wants requeueing)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     run_log.open_standard_files()
+    if arguments[:1] in (["train"], ["bench"]) and is_launched():
+        end_with_launcher()
     try:
         return _status_of(arguments)
     finally:

@@ -8,6 +8,7 @@ of fingerprints, not of paths. Held-out parts and row plans that are not in use 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -25,7 +26,7 @@ from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.rows import PLAN_FILE, RowPlan, file_lock, open_plan
-from megatron_ettin.run_log import log_info
+from megatron_ettin.run_log import log_info, log_when_slow
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -69,7 +70,9 @@ def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = log_
     root = Path(folder).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with file_lock(root / ".lock"):
+        with contextlib.ExitStack() as held:
+            with log_when_slow(f"{KEY}: waits for another process, which copies to {root}"):
+                held.enter_context(file_lock(root / ".lock"))
             units = [unit for pair in pairs(corpus) for unit in units_to_copy(*pair, root)]
             if units:
                 copy(units, root, tell)

@@ -106,21 +106,25 @@ def _older(version: str, than: str) -> bool:
 
 
 def _apex(has_gpu: bool) -> Finding:
-    kind, te = inventory.apex_kind(), version_of("transformer-engine") is not None
-    cost = (
-        "the head's weight gradient takes one more pass over its buffer; Transformer Engine does the rest"
-        if te
-        else "weight gradients are added to their buffers in a pass of their own; updates and norms are torch's"
-    )
+    """Judge Apex by its one part that is used here, on Megatron-Core's own layers: those of fp32, and of any precision
+    where there is no Transformer Engine, whose layers add their weights' gradients themselves."""
+    kind, te = inventory.apex_kind(), version_of("transformer-engine")
+    has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)
     if kind == "other":
         text = f"the installed `apex` {version_of('apex') or ''} is not NVIDIA's but PyPI's toolkit for web sites"
         todo = "pip uninstall apex; NVIDIA's comes with its containers or from github.com/NVIDIA/apex, never from PyPI"
         return warning("apex", text, todo)
-    if kind is None:
-        return note("apex", f"absent: {cost}") if has_gpu else ok("apex", f"absent; {NOT_HERE}")
-    if not inventory.apex_adds_gradients():
-        return note("apex", f"NVIDIA's, without fused_weight_gradient_mlp_cuda (built without --cuda_ext): {cost}")
-    return ok("apex", "NVIDIA's, with fused weight gradients")
+    is_whole = inventory.apex_adds_gradients()
+    state = "NVIDIA's" if is_whole else "absent"
+    if kind is not None and not is_whole:
+        state = "NVIDIA's, without fused_weight_gradient_mlp_cuda (built without --cuda_ext)"
+    if not has_gpu:
+        return ok("apex", f"{state}; {NOT_HERE}")
+    if has_te:
+        return ok("apex", f"{state}; beside Transformer Engine only runs in fp32 would use it")
+    if is_whole:
+        return ok("apex", f"{state}: products add to weights' gradients themselves")
+    return note("apex", f"{state}: weights' gradients are added to their buffers in a pass of their own")
 
 
 def _flash_attention(has_gpu: bool) -> Finding:

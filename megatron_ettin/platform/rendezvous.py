@@ -4,6 +4,7 @@ SLURM is believed only inside a step (srun): a batch script's own shell has SLUR
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
+from megatron_ettin.run_log import SLOW_SECONDS, log_warning, log_when_slow
 
 _kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
 _anew = [0]  # how often the ranks began again in their processes
 FIRST_PORT, PORTS = 15_000, 17_000  # below the range that systems hand out by themselves
 TOLD_RANKS = 8
+TELL_AGAIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def join(
     patience = timedelta(seconds=arrival_seconds or timeout_seconds)
     try:
         if not _kept:
-            _kept.append(_meeting_point(place, patience))
+            waiting = f"rank {place.rank} waits for rank 0 at {url}{_believed(place)}"
+            with log_when_slow(waiting) if place.local_rank == 0 else contextlib.nullcontext():
+                _kept.append(_meeting_point(place, patience))
         store = dist.PrefixStore(f"join{_anew[0]}.{len(_kept)}", _kept[0])
         _kept.append(store)
         _await_all(store, place, patience)
@@ -125,16 +130,39 @@ def join(
 def _await_all(store: dist.Store, place: Place, patience: timedelta) -> None:
     """Come back when all ranks are here. Raises RuntimeError, naming those that are not, after `patience`."""
     deadline = time.monotonic() + patience.total_seconds()
+    tell_at = time.monotonic() + SLOW_SECONDS
     store.set(f"here{place.rank}", "")
     arrived = store.add("arrived", 1)
     while arrived < place.world:
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank in range(place.world) if not store.check([f"here{rank}"])]
-            told = ", ".join(missing[:TOLD_RANKS]) + (" and more" if len(missing) > TOLD_RANKS else "")
             came = f"{arrived} of {place.world} ranks came within {patience.total_seconds():,.0f} s"
-            raise RuntimeError(f"{came}, not {told}")
+            raise RuntimeError(f"{came}, not {_missing(store, place)}")
+        if time.monotonic() > tell_at:
+            tell_at += TELL_AGAIN_SECONDS
+            _tell_missing(store, place, arrived)
         time.sleep(0.05)
         arrived = store.add("arrived", 0)
+
+
+def _tell_missing(store: dist.Store, place: Place, arrived: int) -> None:
+    """Print who is waited for: rank 0 does, or where it is the one, the first rank of each machine."""
+    if place.rank == 0 or (place.local_rank == 0 and not store.check(["here0"])):
+        log_warning(
+            f"rank {place.rank} waits for {place.world - arrived} of {place.world} ranks: {_missing(store, place)}"
+            f"{_believed(place)}"
+        )
+
+
+def _missing(store: dist.Store, place: Place) -> str:
+    """Return the numbers of the first few ranks that have not come."""
+    missing = [str(rank) for rank in range(place.world) if not store.check([f"here{rank}"])]
+    return ", ".join(missing[:TOLD_RANKS]) + (" and more" if len(missing) > TOLD_RANKS else "")
+
+
+def _believed(place: Place) -> str:
+    """Return why this process thinks that there are others: variables may be left from another launch."""
+    names = "RANK and WORLD_SIZE" if place.source == "torchrun" else "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
+    return f" ({names} say that there are {place.world})"
 
 
 def from_chief(place: Place, platform: Platform, make: Callable[[], Any]) -> Any:

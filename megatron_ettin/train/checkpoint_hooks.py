@@ -10,7 +10,7 @@ from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish,
 from megatron_ettin.train.step import StepInfo
 
 # what rank 0 asks of all ranks through the sums of a step
-NOTHING, SAVE, STOP = 0.0, 1.0, 2.0
+NOTHING, SAVE, STOP, GONE = 0.0, 1.0, 2.0, 3.0
 
 
 class Checkpoints(Hook):

@@ -6,11 +6,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megatron_ettin import __version__
@@ -196,16 +194,3 @@ class Evaluation(Hook):
                 kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
                 log_info(f"step {info.step} validation {kind}{whole}", *lines)
         run.heart.step()
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a stop after the step in hand; the loop tells the other ranks."""
-
-    def __init__(self, listen: bool) -> None:
-        self.received = False
-        if listen:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True

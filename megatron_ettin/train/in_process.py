@@ -23,9 +23,10 @@ from megatron_ettin.platform import detect
 from megatron_ettin.platform.rendezvous import Place, find_place, join_anew, leave
 from megatron_ettin.run_log import log_exception
 from megatron_ettin.train.loop import TrainingStopped
+from megatron_ettin.train.stop_signal import STOPS
 from megatron_ettin.train.watchdog import collective_seconds
 
-LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGUSR1)
+LEFT_TO_THE_RANK = STOPS
 AFTER_THE_WATCHDOG = timedelta(seconds=60)
 
 

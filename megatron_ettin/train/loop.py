@@ -39,6 +39,7 @@ from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.checkpoint_hooks import Checkpoints
 from megatron_ettin.train.console import Console
+from megatron_ettin.train.directory_check import DirectoryCheck
 from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
@@ -47,7 +48,6 @@ from megatron_ettin.train.hooks import (
     Hook,
     Metrics,
     Run,
-    StopSignal,
 )
 from megatron_ettin.train.loader import Loader, worker_count
 from megatron_ettin.train.profiling import Profiling
@@ -55,6 +55,7 @@ from megatron_ettin.train.progress import Progress, is_done
 from megatron_ettin.train.recheck import recheck
 from megatron_ettin.train.replicas import Replicas
 from megatron_ettin.train.step import StepInfo, train_step
+from megatron_ettin.train.stop_signal import StopSignal
 from megatron_ettin.train.stragglers import Stragglers
 from megatron_ettin.train.watchdog import Watchdog, collective_seconds
 
@@ -82,6 +83,7 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
 
 
 def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
+    stop.begun = True
     for hook in hooks:
         hook.start(run)
     stopped = is_done(run.config, run.progress)
@@ -156,12 +158,13 @@ def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
 
     `each_alone`: one that cannot go on (TrainingStopped) is told of and the next begins."""
     place = find_place()
-    end_with_launcher(place.source)
+    if place.source != "alone":
+        end_with_launcher()
     first = jobs[0].config
     platform = detect(first.run.device, place.local_rank)
     if first.run.deterministic:
         platform.make_deterministic()
-    stop = StopSignal(first.resilience.save_on_signal)
+    stop = StopSignal(first.resilience.save_on_signal, tells=place.local_rank == 0)
     heart = Heart(attempt_folder() if place.rank == 0 else None, first.resilience.hang_seconds)
     try:
         for job in jobs:
@@ -177,11 +180,15 @@ def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
         heart.slow("done")
         return False
     finally:
+        stop.close()
         forget()
 
 
 def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
     """One job; True if it was stopped before its end."""
+    if stop.received:
+        return True
+    stop.begun = False
     with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
         folder = job.config.data.local_copy
         heart.hang_seconds = job.config.resilience.hang_seconds
@@ -259,7 +266,7 @@ def build_hooks(run: Run, peers: Sequence[Peer], steps_to: TextIO | None = None)
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Replicas(), Checkpoints(hooks), Profiling()]
+    return [*hooks, Replicas(), Checkpoints(hooks), DirectoryCheck(), Profiling()]
 
 
 def open_training_data(config: Config) -> Corpus:

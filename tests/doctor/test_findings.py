@@ -90,6 +90,20 @@ def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch
     assert accelerator._apex(has_gpu=True).state == "ok"
 
 
+def test_apex_beside_transformer_engine_is_said_to_be_of_fp32_runs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is there or not: with Transformer Engine nothing of bf16 or FP8 asks for it (platform/layers.py)."""
+    metadata = tmp_path / "transformer_engine-2.12.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.12.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    absent = accelerator._apex(has_gpu=True)
+    assert (absent.state, absent.text) == ("ok", "absent; beside Transformer Engine only runs in fp32 would use it")
+    (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
+    assert accelerator._apex(has_gpu=True).text == "NVIDIA's; beside Transformer Engine only runs in fp32 would use it"
+
+
 def test_missing_gpu_packages_matter_only_with_a_gpu() -> None:
     here = [accelerator._transformer_engine(False, True), accelerator._apex(False), accelerator._flash_attention(False)]
     assert {one.state for one in here} == {"ok"}

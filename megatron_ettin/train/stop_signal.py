@@ -1,0 +1,70 @@
+"""The wish to stop that a scheduler, a launcher or a terminal sends as a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from megatron_ettin.config.errors import EXIT_REQUEUE
+from megatron_ettin.run_log import log_warning
+
+# SIGHUP: the terminal or the connection is gone
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopSignal:
+    """Ask for a stop after the step in hand; the loop tells the other ranks.
+
+    Before the first step nothing was trained that could be saved, and the process ends at once with 75. Its main
+    thread may be in a library's C code then, waiting for other ranks, where no handler of Python runs: so a thread of
+    its own hears of the signal.
+
+    Attributes:
+        received: whether the signal came.
+        begun: whether the steps have begun.
+    """
+
+    def __init__(self, listen: bool, tells: bool = True) -> None:
+        """Listen from now on.
+
+        Args:
+            listen: `resilience.save_on_signal`.
+            tells: whether this process says that it ends; one a machine does.
+        """
+        self.received = self.begun = False
+        self.tells = tells
+        self._waking: int | None = None
+        if not listen:
+            return
+        for number in STOPS:
+            # nohup has it ignored, and so it stays
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        self._reading, self._waking = os.pipe()
+        os.set_blocking(self._waking, False)
+        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop signal", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread. A signal that comes later changes nothing."""
+        if self._waking is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._waking)
+            self._waking = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in numbers:
+                if number in STOPS and not self.begun:
+                    self._end(signal.Signals(number).name)
+        os.close(self._reading)
+
+    def _end(self, name: str) -> None:
+        if self.tells:
+            log_warning(f"ettin train: {name} before the first step: nothing to save, exit status {EXIT_REQUEUE}")
+        os._exit(EXIT_REQUEUE)
