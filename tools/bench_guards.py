@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     machine, batches = build(args.size, args.rows)
     draw = random.Random(3)
-    guard = Guard(ResilienceConfig(), tuple((50 + draw.random(), 50 + draw.random()) for _ in range(128)))
+    guard = Guard(ResilienceConfig(), tuple(50 + draw.random() for _ in range(128)))
     seconds: dict[str, list[float]] = {"plain": [], "judged": []}
     for number in range(args.steps + 1):
         for side in draw.sample(sorted(seconds), len(seconds)):

@@ -1,4 +1,4 @@
-"""Prove that runs are a pair (same shape, data order, schedule, rows and tokens) and draw their curves on one page.
+"""Prove that runs are a pair (same shape, data order, schedule, rows, tokens, updates) and draw their curves on a page.
 
 Give the runs of an encoder and of a decoder; several phases of one model follow each other on the token axis.
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for check in comparison.failed:
             print(f"differs: {check.name}{f' ({check.phase})' if check.phase else ''}: {check.detail}")
-        print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}")
+        told = f" (updates left out: {comparison.left_out})" if comparison.left_out else ""
+        print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}{told}")
         print(f"{args.out} and {picture}")
     return 1 if args.require_paired and comparison.verdict == "NOT PAIRED" else 0

@@ -82,6 +82,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "checkpoint.retry_seconds": (lambda v: v > 0, "above 0"),
     "resilience.spike_sigmas": (lambda v: v > 0, "above 0"),
     "resilience.spike_window": (lambda v: v >= 4, "at least 4"),
+    "resilience.spike_ratio": (lambda v: v >= 1 and math.isfinite(v), "at least 1"),
     "resilience.max_skips_in_row": (lambda v: v >= 0, "0 (the first one stops the run) or above"),
     "resilience.check_replicas_every": (lambda v: v >= 1, "at least 1, or null"),
     "parallel.recompute_layers": (lambda v: v >= 1, "at least 1"),
@@ -256,6 +257,12 @@ def check_validation(config: Config) -> None:
         validation_sets(config.data.validation)
 
 
+# what decides which updates are made
+GUARD_KEYS = tuple(
+    f"resilience.{key}" for key in ("on_nonfinite", "on_spike", "spike_sigmas", "spike_window", "spike_ratio")
+)
+
+
 def science_keys(config: Config) -> dict[str, object]:
     """What must not change within a run directory, flat. Operations keys (layout, micro-batch, sinks) may change."""
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
@@ -268,6 +275,7 @@ def science_keys(config: Config) -> dict[str, object]:
     keys |= {
         f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key != "micro_batch_rows"
     }
+    keys |= {key: getattr(config.resilience, key.partition(".")[2]) for key in GUARD_KEYS}
     if config.schedule.name == "wsd" and config.schedule.decay_tokens:
         keys["run.tokens"] = config.run.tokens  # the decay ends there
     return keys

@@ -35,6 +35,9 @@ REASONS = {
     " the means of its micro-batches",
     "run.objective": "a masked token is predicted at its own place, as released encoders are used; the original trained"
     " decoders on as encoders that predict it from the place before (--objective mntp)",
+    "resilience.on_nonfinite": "an update that is not finite ends a model; the original made every update",
+    "resilience.on_spike": "a gradient norm far above the latest ones is reported and its update made; the original"
+    " looked for none",
     "run.phase": "another phase",
 }
 

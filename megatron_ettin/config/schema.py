@@ -144,9 +144,10 @@ class MetricsConfig:
 @dataclass(frozen=True)
 class ResilienceConfig:
     on_nonfinite: str = "skip"  # a loss or gradient norm that is no number: skip the update, stop the run, or ignore it
-    on_spike: str = "skip"  # one far above the latest steps'
-    spike_sigmas: float = 6.0  # how far: so many standard deviations above the mean
+    on_spike: str = "warn"  # a gradient norm far above the latest steps': tell of it, skip, stop, or look for none
+    spike_sigmas: float = 6.0  # how far: its logarithm so many robust standard deviations above their median
     spike_window: int = 128  # of so many latest steps; nothing is a spike before half of them are done
+    spike_ratio: float = 4.0  # and the norm itself so many times their median
     max_skips_in_row: int = 8  # of more the run stops
     recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
     check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share
@@ -223,7 +224,7 @@ CHOICES = {
     "checkpoint.on_failure": ("retry", "stop"),
     "metrics.wandb_checkpoints": ("none", "reference", "upload"),
     "resilience.on_nonfinite": ("skip", "stop", "ignore"),
-    "resilience.on_spike": ("skip", "stop", "ignore"),
+    "resilience.on_spike": ("warn", "skip", "stop", "ignore"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.zero_offload": ("none", "optimizer", "all"),
     "parallel.recompute": ("none", "selective", "full"),

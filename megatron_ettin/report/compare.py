@@ -1,8 +1,8 @@
 """Are these runs a pair? Reads run directories, joins a model's phases into a chain, checks chain against chain.
 
-A pair shares shape, data order, schedule, optimizer, batch and seed by configuration, and rows, tokens and learning
-rate by the record of every step that both have. The configuration alone would be a promise; the record is the proof.
-What may differ (layout, micro-batch, precision, device) is shown and never judged."""
+A pair shares shape, data order, schedule, optimizer, batch and seed by configuration, and rows, tokens, learning rate
+and whether the update was made by the record of every step that both have. The configuration alone would be a promise;
+the record is the proof. What may differ (layout, micro-batch, precision, device) is shown and never judged."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.checks import GUARD_KEYS
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.stored import stored_science_keys
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
+from megatron_ettin.report.updates import left_out, named, unproven
 
 OBJECTIVE_KEYS = {
     "run.objective",
@@ -35,6 +37,7 @@ GROUPS = {
     "schedule": ("schedule.", "run.tokens"),
     "optimizer": ("optim.",),
     "batch and rows": ("batch.", "data."),
+    "bad steps": ("resilience.",),
 }
 
 
@@ -44,6 +47,7 @@ class Run:
 
     path: Path
     config: Config
+    science: dict[str, object]  # the keys that its config.yaml fixes
     order: dict[str, Any]
     changes: list[str]  # science keys that --allow-change let through on the way
     steps: dict[int, dict[str, Any]]  # step -> its line
@@ -60,7 +64,9 @@ class Run:
         history = _json_lines(path / "history.jsonl")
         changes = [key for launch in history for key in launch.get("changes") or []]
         order = next(iter(_json_lines(path / "order.json", whole=True)), {})
-        return cls(path, from_yaml(path / "config.yaml"), order, changes, dict(sorted(steps.items())))
+        config = path / "config.yaml"
+        science = stored_science_keys(config)
+        return cls(path, from_yaml(config), science, order, changes, dict(sorted(steps.items())))
 
     @property
     def tokens(self) -> int:
@@ -106,6 +112,11 @@ class Chain:
                 found.append((tokens, [float(line[key]) for line in lines]))
             before += run.tokens
         return found
+
+    def left_out(self) -> dict[str, list[int]]:
+        """Phase -> the steps whose updates were left out; phases without any are not in it."""
+        found = {run.config.run.phase: left_out(run.steps) for run in self.runs}
+        return {phase: steps for phase, steps in found.items() if steps}
 
     def phase_starts(self) -> list[tuple[float, str]]:
         ends = itertools.accumulate((run.tokens for run in self.runs), initial=0)
@@ -161,6 +172,17 @@ class Comparison:
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
 
+    @property
+    def left_out(self) -> str:
+        """Which updates each model left out, in words; empty where none left out any."""
+        if not any(chain.left_out() for chain in self.chains):
+            return ""
+        told = []
+        for chain in self.chains:
+            phases = [f"{phase} {named(steps)}" for phase, steps in chain.left_out().items()]
+            told.append(f"{chain.name} {', '.join(phases) or 'none'}")
+        return "; ".join(told)
+
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""
@@ -180,16 +202,21 @@ def check_pair(first: Chain, second: Chain) -> Iterator[Check]:
 
 def check_runs(a: Run, b: Run) -> Iterator[tuple[str, tuple[bool, str]]]:
     """Every check of two runs of one phase: by configuration, then by the record."""
-    keys_a, keys_b = science_keys(a.config), science_keys(b.config)
+    keys_a, keys_b = a.science, b.science
+    if not all(key in keys for keys in (keys_a, keys_b) for key in GUARD_KEYS):
+        # a run of an older version fixes none of them: the record of its updates is the proof
+        keys_a, keys_b = ({key: keys[key] for key in keys if key not in GUARD_KEYS} for keys in (keys_a, keys_b))
     own = OBJECTIVE_KEYS if a.config.run.objective != b.config.run.objective else set()
     for name, prefixes in GROUPS.items():
         keys = [key for key in {**keys_a, **keys_b} if key.startswith(prefixes) and key not in own]
-        yield name, _equal_values({key: (keys_a.get(key), keys_b.get(key)) for key in keys})
+        if keys:
+            yield name, _equal_values({key: (keys_a.get(key), keys_b.get(key)) for key in keys})
     yield "data order", check_order(a, b)
     yield "no change on the way", check_changes(a, b)
     yield "rows of every step", check_steps(a, b, "rows")
     yield "tokens of every step", check_steps(a, b, "tokens")
     yield "learning rate of every step", check_steps(a, b, "lr")
+    yield "updates of every step", check_updates(a, b)
 
 
 def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
@@ -224,6 +251,23 @@ def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
         if not (math.isclose(left, right, rel_tol=1e-9) if isinstance(left, float) else left == right):
             return False, f"step {step}: {left} and {right}"
     return True, f"{len(common)} common steps ({common[0]} to {common[-1]}; recorded {len(a.steps)} and {len(b.steps)})"
+
+
+def check_updates(a: Run, b: Run) -> tuple[bool, str]:
+    """Whether both made, and left out, the updates of the same steps."""
+    common = {step for step in a.steps if step in b.steps}
+    if not common:
+        return False, "the runs have no step in common"
+    for run in (a, b):
+        if (why := unproven(run.path, run.steps)) is not None:
+            return False, why
+    left, right = ([step for step in left_out(run.steps) if step in common] for run in (a, b))
+    if left == right:
+        return True, f"left out in both: {named(left)}" if left else f"made at all of {len(common)} common steps"
+    names = [run.config.run.objective for run in (a, b)]
+    if names[0] == names[1]:
+        names = [str(run.path) for run in (a, b)]
+    return False, f"left out in {names[0]}: {named(left)}; in {names[1]}: {named(right)}"
 
 
 def operations(run: Run) -> dict[str, str]:

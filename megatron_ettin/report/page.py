@@ -82,6 +82,7 @@ def summary(chain: Chain) -> dict[str, Any]:
         "tokens": sum(run.tokens for run in chain.runs),
         "final_loss": statistics.fmean(last) if last else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "updates_left_out": chain.left_out(),
         **operations(chain.runs[-1]),
     }
 
@@ -132,12 +133,15 @@ def render(comparison: Comparison, drawn: Sequence[Chart]) -> str:
 def _verdict(comparison: Comparison) -> str:
     failed = comparison.failed
     told = {
-        "PAIRED": "Same shape, data order, schedule, optimizer and batch; same rows and tokens at every common step. "
+        "PAIRED": "Same shape, data order, schedule, optimizer and batch; same rows, tokens and "
+        "updates at every common step. "
         "Losses of two objectives share an axis here, not a meaning: compare the shapes, not the heights.",
         "SAME TRAINING": "Everything that shapes the result is the same, the objective too.",
         "ONE MODEL": "Nothing to compare with.",
         "NOT PAIRED": f"{len(failed)} of {len(comparison.checks)} checks failed; the table below names what differs.",
     }[comparison.verdict]
+    if comparison.left_out:
+        told += f" Updates left out: {comparison.left_out}."
     tone = "bad" if failed else "good"
     return f'<p><span class="verdict {tone}">{comparison.verdict}</span>{html.escape(told)}</p>'
 

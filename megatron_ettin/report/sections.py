@@ -116,6 +116,7 @@ def comparison(compared: Comparison | str | None) -> str:
         return f'<h2>Comparison</h2><p class="soft">No verdict: {escaped(compared)}</p>'
     tone, failed = "bad" if compared.failed else "good", len(compared.failed)
     told = f"{failed} of {len(compared.checks)} checks failed." if failed else f"{len(compared.checks)} checks passed."
+    told += f" Updates left out: {escaped(compared.left_out)}." if compared.left_out else ""
     heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
     differs = table("What differs", heads, map(_check, compared.failed)) if failed else ""
     proof = table("What was compared", heads, map(_check, compared.checks), quiet=True)

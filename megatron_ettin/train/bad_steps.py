@@ -29,10 +29,11 @@ class TrainingStopped(RuntimeError):
 
 
 def outcome(config: Config, info: StepInfo, after: Progress) -> str:
-    """What becomes of a bad step: "ignored", "skipped" or "stopped"."""
+    """What becomes of a bad step: "ignored", "warned", "skipped" or "stopped"."""
     assert info.bad is not None
     too_many = after.skipped_in_row > config.resilience.max_skips_in_row
-    return {"ignore": "ignored", "stop": "stopped"}.get(info.bad.action, "stopped" if too_many else "skipped")
+    known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
+    return known.get(info.bad.action, "stopped" if too_many else "skipped")
 
 
 def record(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: Progress, found: str) -> str:
@@ -58,7 +59,7 @@ def consequence(bad: Bad, after: Progress, found: str) -> str:
     """In words."""
     if found == "skipped":
         return f"the update is left out ({after.skipped_in_row} in a row)"
-    if found == "ignored":
+    if found in ("ignored", "warned"):
         return "trained on all the same"
     in_row = f" after {after.skipped_in_row} in a row" if bad.action == "skip" and after.skipped_in_row else ""
     return f"the run stops{in_row}. Nothing of this step was saved"

@@ -1,9 +1,11 @@
 """Whether a step's loss and gradient norm are numbers to train on.
 
-A figure is bad that is not finite, or a spike: more than `resilience.spike_sigmas` standard deviations above the mean
-of the latest `spike_window` steps (the rule and its defaults are those of OLMo-core's SkipStepOptimizer). All ranks
-judge the same global figures, so all come to the same; what is remembered is part of the run's progress, so a resumed
-run judges as one that never stopped."""
+A figure that is not finite is bad, and so is a spike: a gradient norm whose logarithm lies more than
+`resilience.spike_sigmas` robust standard deviations above the median of the latest `spike_window` steps, and that is at
+least `spike_ratio` times that median. Median and spread (the median absolute deviation) do not move with the spikes
+themselves; the logarithm makes a norm that is often twice its usual value an ordinary one. `tools/spike_rate.py`
+measures how often a healthy run is called a spike. All ranks judge the same global figures, so all come to the same;
+what is remembered is part of the run's progress, so a resumed run judges as one that never stopped."""
 
 from __future__ import annotations
 
@@ -12,28 +14,37 @@ from dataclasses import dataclass
 
 from megatron_ettin.config.schema import Config, ResilienceConfig
 
+NORMAL_MAD = 0.674489750196  # median absolute deviation of a normal distribution of standard deviation 1
+SMALLEST_NORM = 1e-300  # that has a logarithm
+LARGEST_EXPONENT = 700.0  # of a float
+
 
 @dataclass(frozen=True)
 class Bad:
-    """`action`: "skip" (the update is left out), "stop" (the run), "ignore" (told of)."""
+    """`action`: "skip" (the update is left out), "stop" (the run), "warn" and "ignore" (trained on, told of)."""
 
     why: str
     action: str
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the update is not to be made."""
+        return self.action in ("skip", "stop")
+
 
 @dataclass(frozen=True)
 class Guard:
-    """What one step is judged by. `recent`: (loss, gradient norm) of steps before it, the latest last."""
+    """What one step is judged by. `recent`: gradient norms of steps before it, the latest last."""
 
     settings: ResilienceConfig
-    recent: tuple[tuple[float, float], ...] = ()
+    recent: tuple[float, ...] = ()
     can_skip: bool = True  # an engine that updates before its figures are known cannot
 
     @property
     def skips(self) -> bool:
         """Whether the update has to wait for the verdict."""
         wanted = (self.settings.on_nonfinite, self.settings.on_spike)
-        return self.can_skip and any(action != "ignore" for action in wanted)
+        return self.can_skip and any(action in ("skip", "stop") for action in wanted)
 
     def judge(self, loss: float, grad_norm: float) -> Bad | None:
         """What is wrong with the figures of the step at hand, None where nothing is."""
@@ -42,28 +53,35 @@ class Guard:
                 # with the weights already updated, what may not be kept ends the run
                 action = self.settings.on_nonfinite
                 return Bad(f"{name} is {value}", "stop" if action == "skip" and not self.can_skip else action)
-        for number, (name, value) in enumerate((("loss", loss), ("gradient norm", grad_norm))):
-            limit = self.limit([pair[number] for pair in self.recent])
-            if limit is not None and value > limit:
-                action = self.settings.on_spike
-                why = f"{name} {value:.4g} is above {limit:.4g} ({self.settings.spike_sigmas:g} sigmas)"
-                return Bad(why, "ignore" if action == "skip" and not self.can_skip else action)
-        return None
-
-    def limit(self, values: list[float]) -> float | None:
-        """The largest value that is no spike; None while there are too few to say."""
-        if len(values) < max(2, self.settings.spike_window // 2):
+        limit, action = self.limit(), self.settings.on_spike
+        if limit is None or grad_norm <= limit:
             return None
-        mean = math.fsum(values) / len(values)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        return mean + self.settings.spike_sigmas * math.sqrt(variance)
+        why = f"gradient norm {grad_norm:.4g} is above {limit:.4g} ({self.settings.spike_sigmas:g} sigmas)"
+        return Bad(why, "warn" if action == "skip" and not self.can_skip else action)
 
-    def after(self, loss: float, grad_norm: float) -> tuple[tuple[float, float], ...]:
+    def limit(self) -> float | None:
+        """The largest gradient norm that is no spike; None where none is looked for, or too few steps are known."""
+        settings = self.settings
+        if settings.on_spike == "ignore" or len(self.recent) < max(2, settings.spike_window // 2):
+            return None
+        logs = [math.log(max(norm, SMALLEST_NORM)) for norm in self.recent]
+        middle = median(logs)
+        sigma = median([abs(value - middle) for value in logs]) / NORMAL_MAD
+        above = max(settings.spike_sigmas * sigma, math.log(settings.spike_ratio))
+        return math.exp(min(middle + above, LARGEST_EXPONENT))
+
+    def after(self, loss: float, grad_norm: float) -> tuple[float, ...]:
         """`recent` for the next step. A spike is remembered (of a new level, the later steps are none), what is no
         number is not."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self.recent
-        return (*self.recent, (loss, grad_norm))[-self.settings.spike_window :]
+        return (*self.recent, grad_norm)[-self.settings.spike_window :]
+
+
+def median(values: list[float]) -> float:
+    """Of at least one value."""
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def told_at_start(config: Config, can_skip: bool) -> str | None:

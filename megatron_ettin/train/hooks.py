@@ -96,6 +96,7 @@ def step_metrics(info: StepInfo, platform: Platform, world: int) -> dict[str, An
         "loss": info.loss,
         "lr": info.lr,
         "grad_norm": info.grad_norm,
+        "updated": info.updated,
         "tokens_per_second": info.step_tokens / info.seconds,
         "mfu": info.flops / info.seconds / (peak * world) if peak else None,
         "tflops_per_second": info.flops / info.seconds / 1e12,

@@ -324,8 +324,9 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     if left := describe_empty_rows(config, machine.layout.topology.dp):
         log_info(f"batch: {left}")
     assert machine.optimizer is not None
-    if note := told_at_start(config, machine.optimizer.can_skip):
-        log_info(note)
+    for note in (told_at_start(config, machine.optimizer.can_skip), run_directory.told_of_guard(run.directory, config)):
+        if note is not None:
+            log_info(note)
     attention = machine.chunks[0].config.backend.attention
     log_info(f"attention by {attention.name} ({attention.why})")
     gpus = gpu_count() if machine.platform.is_gpu else 0

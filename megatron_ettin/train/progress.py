@@ -20,7 +20,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     updates: int = 0
-    recent: tuple[tuple[float, float], ...] = ()
+    recent: tuple[float, ...] = ()
     skipped_in_row: int = 0
     skipped: int = 0
 
@@ -40,7 +40,9 @@ class Progress:
     def restored(cls, saved: Mapping[str, Any]) -> Progress:
         """From what a checkpoint says; older ones say less."""
         counts = {f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(cls) if f.name != "recent"}
-        return cls(recent=tuple((float(a), float(b)) for a, b in saved.get("recent", ())), **counts)
+        # once pairs of loss and gradient norm
+        norms = (one[1] if isinstance(one, list | tuple) else one for one in saved.get("recent", ()))
+        return cls(recent=tuple(float(norm) for norm in norms), **counts)
 
 
 def is_done(config: Config, progress: Progress) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_ettin import __version__
 from megatron_ettin.checkpoint.directory import at_step, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
-from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.history import HISTORY, first_launch
 from megatron_ettin.config.json_reading import load_json
@@ -27,6 +27,7 @@ from megatron_ettin.config.layers import key_types
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.skips import parse_skips, place_of
+from megatron_ettin.config.stored import fixes_guard, stored_science_keys
 from megatron_ettin.data.order import Corpus
 
 # these stand for the data order's fingerprint in --allow-change
@@ -73,8 +74,8 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    before, now = science_keys(from_yaml(path)), science_keys(config)
-    changed = [key for key in now if before.get(key) != now[key]]
+    before, now = stored_science_keys(path), science_keys(config)
+    changed = [key for key in now if before.get(key) != now[key] and (key in before or key not in GUARD_KEYS)]
     order = read_order(run_dir)
     # rows left out are a key of their own, data.skip
     known = order.get("unskipped_fingerprint", order.get("fingerprint"))
@@ -92,6 +93,18 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
                 f" directory, or go on with --allow-change {key}"
             )
     return changed
+
+
+def told_of_guard(run_dir: Path, config: Config) -> str | None:
+    """A line where a run of an older version, whose bad steps were judged otherwise, goes on under today's rule."""
+    path = run_dir / "config.yaml"
+    if not path.exists() or fixes_guard(path):
+        return None
+    before, now = from_yaml(path).resilience, config.resilience
+    return (
+        f"this run began under an older rule for spikes (resilience.on_spike={before.on_spike}); from here on it is"
+        f" on_spike={now.on_spike}, judged by the logarithm of the gradient norm, and fixed for this run"
+    )
 
 
 def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:

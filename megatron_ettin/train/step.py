@@ -193,7 +193,8 @@ def train_step(
     sums = summed(machine, unread.read(), optimizer.norm(), stop, asked)
     loss = sums.loss / max(sums.labels, 1)
     bad = None if guard is None else guard.judge(loss, sums.grad_norm)
-    if judged_first and bad is None:
+    left_out = judged_first and bad is not None and bad.leaves_out
+    if judged_first and not left_out:
         clock.late_update()
         with named(machine.platform, "update", profiled):
             optimizer.update(lr)
@@ -214,7 +215,7 @@ def train_step(
         extra=by_kind(machine.config, sums.loss, sums.labels, sums.causal_loss, sums.causal_labels),
         asked=sums.asked,
         bad=bad,
-        updated=bad is None or not judged_first,
+        updated=not left_out,
     )
 
 

@@ -189,6 +189,11 @@ def test_science_keys_ignore_operations_keys() -> None:
         "data.seq_len=512",
         "batch.global_batch_rows=1408",
         "model.init_std=0.01",
+        "resilience.on_nonfinite=stop",
+        "resilience.on_spike=skip",
+        "resilience.spike_sigmas=7",
+        "resilience.spike_window=64",
+        "resilience.spike_ratio=3",
     ):
         assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word
 

@@ -46,6 +46,7 @@ def write_run(
             "grad_norm": 0.5 + 3 * math.exp(-step / 40) + (12 if step % 97 == 96 else 0) + dice.random() * 0.2,
             "tokens_per_second": 250_000 * dice.uniform(0.97, 1.01),
             "mfu": None,
+            "updated": True,
             "rows": [(step - 1) * 64, step * 64],
         }
         if step % 50 == 0:

@@ -60,6 +60,14 @@ def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
         ({"rows": {9: None}}, "rows of every step", "step 9: rows was not recorded"),
         ({"tokens": {12: 5}}, "tokens of every step", "step 12: "),
         ({"lr": {3: 0.5}}, "learning rate of every step", "step 3: "),
+        ({"words": ("resilience.on_spike=skip",)}, "bad steps", "resilience.on_spike: warn and skip"),
+        ({"updated": {9: False}}, "updates of every step", "left out in mlm: none; in clm: 9"),
+        (
+            {"updated": dict.fromkeys((3, 7, 8, 9), False)},
+            "updates of every step",
+            "left out in mlm: none; in clm: 3, 7 to 9",
+        ),
+        ({"bad": {9: "skipped: loss is nan"}}, "updates of every step", "left out in mlm: none; in clm: 9"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -80,6 +88,60 @@ def test_compare_decoder_window_counts_as_part_of_the_objective(tmp_path, encode
     decoder = write_run(tmp_path / "decoder", "clm", words=("model.decoder_window_keys=65",))
     assert compared(encoder, decoder) == ("PAIRED", {})
     assert compared(decoder, write_run(tmp_path / "other", "clm"))[0] == "NOT PAIRED"
+
+
+def without_guard(run):
+    """Make a run of what wrote it one of the version that judged spikes by mean and standard deviation."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        re.sub(r"  spike_ratio: .*\n", "", config).replace("on_spike: warn", "on_spike: skip")
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    old = [{key: value for key, value in line.items() if key != "updated"} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    return run
+
+
+def with_checkpoint(run, step, skipped):
+    """Add what a checkpoint says of the updates that were left out."""
+    folder = run / "checkpoints" / f"step_{step:09d}"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({"step": step, "tokens": 1, "skipped": skipped}))
+    return run
+
+
+def test_compare_updates_left_out_in_both_are_named_in_verdict_page_and_json(tmp_path, capsys):
+    changed = {"updated": {9: False}, "bad": {9: "skipped: loss is nan"}}
+    runs = [str(write_run(tmp_path / objective, objective, **changed)) for objective in ("mlm", "clm")]
+    out = tmp_path / "pair.html"
+    assert main(["compare", *runs, "--out", str(out)]) == 0
+    told = "pdates left out: 17m mlm pretrain 9; 17m clm pretrain 9"
+    assert f"PAIRED: 17m mlm / 17m clm (u{told})\n" in capsys.readouterr().out
+    assert f"U{told}" in out.read_text(encoding="utf-8")
+    assert main(["compare", *runs, "--out", str(out), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [model["updates_left_out"] for model in answer["models"]] == [{"pretrain": [9]}] * 2
+
+
+def test_compare_update_left_out_after_the_common_steps_does_not_break_the_pair(tmp_path, encoder):
+    decoder = write_run(tmp_path / "decoder", "clm", steps=50, updated={45: False})
+    assert compared(encoder, decoder) == ("PAIRED", {})
+
+
+def test_compare_older_runs_are_judged_by_their_updates_alone(tmp_path, encoder):
+    decoder = without_guard(write_run(tmp_path / "decoder", "clm"))
+    assert compared(encoder, decoder) == ("PAIRED", {})
+    skipped = without_guard(write_run(tmp_path / "skipped", "clm", bad={9: "skipped: gradient norm 2 is above 1"}))
+    assert compared(encoder, skipped)[0] == "NOT PAIRED"
+
+
+def test_compare_older_step_called_ignored_wants_a_checkpoint_that_counts_it(tmp_path, encoder):
+    decoder = without_guard(write_run(tmp_path / "decoder", "clm", bad={9: "ignored: gradient norm 2 is above 1"}))
+    told = f"{decoder}: whether the update of step 9 was made was not recorded"
+    assert compared(encoder, decoder) == ("NOT PAIRED", {"updates of every step": told})
+    assert compared(encoder, with_checkpoint(decoder, 20, skipped=0)) == ("PAIRED", {})
+    told = f"{decoder}: the checkpoint of step 30 counts 1 updates that were left out, metrics.jsonl names 0"
+    assert compared(encoder, with_checkpoint(decoder, 30, skipped=1)) == ("NOT PAIRED", {"updates of every step": told})
 
 
 def test_compare_running_run_uses_the_common_steps(tmp_path, encoder):

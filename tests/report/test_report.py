@@ -65,11 +65,12 @@ def test_report_of_trained_pair_holds_curves_and_marks_of_the_runs(
     trained: Path, page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = reported(page, trained / "mlm", trained / "clm", "--title", "A pair")
-    assert capsys.readouterr().out.startswith("PAIRED: 17m mlm / 17m clm\n")
+    assert capsys.readouterr().out.startswith("NOT PAIRED: 165K mlm / 165K clm\n")
     assert "<title>A pair</title>" in text
-    assert '<span class="verdict good">PAIRED</span>' in section(text, "comparison")
+    assert '<span class="verdict bad">NOT PAIRED</span>' in section(text, "comparison")
+    assert "Updates left out: 165K mlm pretrain 3; 165K clm none." in section(text, "comparison")
     drawn = numbers(text)
-    assert [model["name"] for model in drawn["models"]] == ["17m mlm", "17m clm"]
+    assert [model["name"] for model in drawn["models"]] == ["165K mlm", "165K clm"]
     assert drawn["axes"] == ["tokens", "steps", "hours"]
     assert {"loss", "lr", "speed", "memory", "slowest"} <= {chart["id"] for chart in drawn["charts"]}
     for model, name in zip(drawn["models"], ("mlm", "clm")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,15 +14,23 @@ from megatron_ettin.checkpoint.directory import latest
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import ResilienceConfig
 from megatron_ettin.train.guard import Guard
+from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
-from tests.train.runs import command, read, train
+from tests.train.runs import command, read, tiered, train
 from tests.train.test_resume import Halves
 
 pytestmark = pytest.mark.ranks
-# of a run at a rate so high that its losses rise after step 6: steps of both its halves are left out
+# of a run at a rate so high that its gradient norms rise: steps of both its halves are left out
 STEPS = 14
 DIVERGING = ["optim.lr=3e-2", "optim.max_lr=3e-2"]
-NERVOUS = ["resilience.spike_window=4", "resilience.spike_sigmas=0.5", "resilience.max_skips_in_row=50"]
+# every norm above the median of the latest four steps is a spike
+NERVOUS = [
+    "resilience.spike_window=4",
+    "resilience.spike_sigmas=1e-6",
+    "resilience.spike_ratio=1",
+    "resilience.max_skips_in_row=50",
+]
+SKIPPING = [*NERVOUS, "resilience.on_spike=skip"]
 
 
 def progress_of(directory: Path) -> dict:
@@ -35,17 +44,83 @@ def bad(run: object) -> dict[int, str]:
 
 
 def test_anomaly_detector_limit_matches_numpy() -> None:
-    values = np.random.default_rng(7).normal(3, 0.2, 128)
-    guard = Guard(ResilienceConfig(), tuple((v, 2 * v) for v in values.tolist()))
-    limit = values.mean() + 6 * values.std(ddof=1)
-    assert guard.limit(values.tolist()) == pytest.approx(limit, rel=1e-12)
-    assert guard.judge(limit * 0.999, 1.0) is None
-    assert guard.judge(limit * 1.001, 1.0).why.startswith("loss")
-    assert guard.judge(1.0, 2 * limit * 1.001).why.startswith("gradient norm")
-    # 63 values are too few for a limit
-    assert Guard(ResilienceConfig(), guard.recent[:63]).judge(1e9, 1.0) is None
-    assert len(guard.after(3.0, 1.0)) == 128
-    assert guard.after(float("nan"), 1.0) == guard.recent
+    norms = np.random.default_rng(7).lognormal(0.3, 0.4, 128)
+    guard = Guard(ResilienceConfig(), tuple(norms.tolist()))
+    logs = np.log(norms)
+    middle = np.median(logs)
+    limit = np.exp(middle + 6 * np.median(np.abs(logs - middle)) / 0.67448975)
+    assert guard.limit() == pytest.approx(limit, rel=1e-7)
+    assert guard.judge(3.0, limit * 0.999) is None
+    spike = guard.judge(3.0, limit * 1.001)
+    assert spike is not None
+    assert spike.why.startswith("gradient norm ")
+    assert spike.action == "warn"
+
+
+def test_anomaly_detector_quiet_norm_below_the_ratio_is_no_spike() -> None:
+    norms = np.random.default_rng(7).normal(1, 0.01, 128)
+    guard = Guard(ResilienceConfig(), tuple(norms.tolist()))
+    assert guard.limit() == pytest.approx(4 * np.median(norms), rel=1e-6)
+
+
+def test_anomaly_detector_remembers_finite_norms_of_one_window() -> None:
+    recent = (1.0,) * 128
+    guard = Guard(ResilienceConfig(), recent)
+    assert guard.after(3.0, 2.0) == (*recent[1:], 2.0)
+    assert guard.after(float("nan"), 1.0) == recent
+    assert guard.after(3.0, float("inf")) == recent
+
+
+@pytest.mark.parametrize("norms", [(1.0,) * 63, (), (0.0,) * 64, (1e-300, 1e300) * 64])
+def test_anomaly_detector_without_a_usable_window_finds_no_spike(norms: tuple[float, ...]) -> None:
+    assert Guard(ResilienceConfig(), norms).judge(1e9, 0.0) is None
+
+
+def test_anomaly_detector_told_to_ignore_spikes_finds_none() -> None:
+    assert Guard(ResilienceConfig(on_spike="ignore"), (1.0,) * 128).judge(3.0, 1e9) is None
+
+
+def test_progress_of_an_older_checkpoint_keeps_its_gradient_norms() -> None:
+    saved = {"step": 3, "tokens": 9, "updates": 3, "recent": [[4.5, 1.5], [4.0, 1.25]], "skipped": 0}
+    assert Progress.restored(saved).recent == (1.5, 1.25)
+    assert Progress.restored({"step": 3, "tokens": 9, "recent": [1.5]}).recent == (1.5,)
+
+
+def test_compare_pair_with_one_update_left_out_is_not_paired(
+    pool: Pool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(pool, 1, tmp_path / "mlm", corpus, "mlm", ["run.steps=4"])
+    train(pool, 1, tmp_path / "clm", corpus, "clm", ["run.steps=4"], mutation="nan_gradients_in_step_3")
+    words = ["compare", str(tmp_path / "mlm"), str(tmp_path / "clm"), "--out", str(tmp_path / "pair.html")]
+    assert main([*words, "--require-paired"]) == 1
+    said = capsys.readouterr().out
+    assert "differs: updates of every step (pretrain): left out in mlm: none; in clm: 3\n" in said
+    assert "NOT PAIRED: 165K mlm / 165K clm (updates left out: 165K mlm none; 165K clm pretrain 3)\n" in said
+
+
+LEFT_OUT = list(itertools.product(("", "nan_gradients_in_step_3"), ("skip", "ignore"), ("skip", "warn", "ignore")))
+FIRST = [("", "skip", "warn"), ("", "ignore", "skip"), ("nan_gradients_in_step_3", "ignore", "skip")]
+
+
+@pytest.mark.parametrize(("fault", "on_nonfinite", "on_spike"), tiered(LEFT_OUT, FIRST))
+def test_updates_left_out_are_those_of_settings_that_skip(
+    pool: Pool, corpus: Path, tmp_path: Path, fault: str, on_nonfinite: str, on_spike: str
+) -> None:
+    words = [*NERVOUS, "run.steps=6", f"resilience.on_nonfinite={on_nonfinite}", f"resilience.on_spike={on_spike}"]
+    results = pool.run(1, command(tmp_path, corpus, "mlm", words), fault or None)
+    assert results[0].status == 0, results[0].output[-2000:]
+    found = bad(read(tmp_path))
+    spikes = {step for step, text in found.items() if "nan" not in text}
+    left_out = spikes if on_spike == "skip" else set()
+    if fault:
+        assert found[3].endswith("gradient norm is nan")
+        left_out |= {3} if on_nonfinite == "skip" else set()
+    assert bool(spikes) == (on_spike != "ignore" and (not fault or on_nonfinite == "skip"))
+    told = progress_of(tmp_path)
+    assert told["skipped"] == len(left_out)
+    assert told["updates"] == 6 - len(left_out)
+    assert {line["step"] for line in read(tmp_path).metrics if not line["updated"]} == left_out
+    assert results[0].output.count("trained on all the same") == len(found.keys() - left_out)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +131,7 @@ def nervous(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("second", ["dp2 sharded", pytest.param("tp2 pp2", marks=pytest.mark.full)])
 def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: Halves, second: str) -> None:
     """On the same layout the run is bit-identical, on another it skips the same steps and its losses are close."""
-    whole, resumed = nervous.pair("dp2 sharded", second, [*NERVOUS, *DIVERGING])
+    whole, resumed = nervous.pair("dp2 sharded", second, [*SKIPPING, *DIVERGING])
     assert 2 <= len(bad(whole)) < STEPS - 3
     assert bad(resumed).keys() == bad(whole).keys()
     assert min(bad(whole)) <= STEPS // 2 < max(bad(whole))
@@ -132,6 +207,26 @@ def test_nonfinite_gradient_stops_or_is_ignored_as_configured(
     assert checkpoint.name == f"step_{steps:09d}"
 
 
+def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """What decides which updates are made is fixed by the first launch, but for a run that began before it was."""
+    train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=2"])
+    (refused,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3", "resilience.on_spike=skip"]))
+    assert refused.status == 2
+    assert "was started with resilience.on_spike=warn, now resilience.on_spike=skip" in refused.output
+    path = tmp_path / "config.yaml"
+    older = path.read_text().replace("  spike_ratio: 4.0\n", "").replace("on_spike: warn", "on_spike: skip")
+    assert older != path.read_text()
+    path.write_text(older)
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3"]))
+    assert result.status == 0, result.output[-2000:]
+    told = "this run began under an older rule for spikes (resilience.on_spike=skip); from here on it is on_spike=warn"
+    assert told in result.output
+    assert progress_of(tmp_path)["updates"] == 3
+    (again,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=4"]))
+    assert again.status == 0
+    assert "older rule" not in again.output
+
+
 def test_replay_check_names_rank_with_irreproducible_output(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """Healthy ranks reproduce a spike bit for bit; a rank that does not is named."""
     words = ["run.steps=7", "resilience.recheck=true", "parallel.pp=2", *NERVOUS]
@@ -164,16 +259,20 @@ def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Pa
     assert result.status == 0
     assert "parallel.engine=deepspeed updates before figures are known" in result.output
     assert bad(read(tmp_path))
-    assert all(text.startswith("ignored: ") for text in bad(read(tmp_path)).values())
+    assert all(text.startswith("warned: ") for text in bad(read(tmp_path)).values())
     assert progress_of(tmp_path)["updates"] == 6
 
 
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("resilience.on_spike=jump", "resilience.on_spike: 'jump' does not exist; it is one of skip, stop, ignore"),
+        (
+            "resilience.on_spike=jump",
+            "resilience.on_spike: 'jump' does not exist; it is one of warn, skip, stop, ignore",
+        ),
         ("resilience.spike_window=3", "resilience.spike_window: 3 is not allowed; it is at least 4"),
         ("resilience.spike_sigmas=0", "resilience.spike_sigmas: 0.0 is not allowed; it is above 0"),
+        ("resilience.spike_ratio=0.5", "resilience.spike_ratio: 0.5 is not allowed; it is at least 1"),
         ("resilience.max_skips_in_row=-1", "resilience.max_skips_in_row: -1 is not allowed; it is 0"),
         ("resilience.check_replicas_every=0", "resilience.check_replicas_every: 0 is not allowed; it is at least 1"),
     ],

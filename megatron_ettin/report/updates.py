@@ -1,0 +1,70 @@
+"""Which updates a run left out, by its own record: metrics.jsonl step by step, and the counts of its newest checkpoint.
+
+Lines of older versions do not say `updated`. A step that they call skipped was left out; of one that they call ignored
+nobody knows, for its update was left out under some settings and made under others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, step_of
+from megatron_ettin.config.errors import UserError
+
+MOST_RANGES = 12  # of steps, that a line names
+
+Steps = Mapping[int, Mapping[str, Any]]  # step -> its line in metrics.jsonl
+
+
+def is_left_out(line: Mapping[str, Any]) -> bool:
+    """Whether a step's update was left out."""
+    return line.get("updated") is False or str(line.get("bad", "")).startswith("skipped")
+
+
+def left_out(steps: Steps) -> list[int]:
+    """The steps whose updates were left out."""
+    return [step for step, line in steps.items() if is_left_out(line)]
+
+
+def unproven(run_dir: Path, steps: Steps) -> str | None:
+    """Why the record does not prove which updates were made, in words; None where it does."""
+    unclear = [s for s, line in steps.items() if "updated" not in line and str(line.get("bad")).startswith("ignored")]
+    counted = newest_count(run_dir)
+    if counted is not None:
+        reached, count = counted
+        known = sum(step <= reached for step in left_out(steps))
+        if count != known:
+            return (
+                f"{run_dir}: the checkpoint of step {reached:,} counts {count:,} updates that were left out,"
+                f" metrics.jsonl names {known:,}"
+            )
+        unclear = [step for step in unclear if step > reached]
+    return f"{run_dir}: whether the update of step {unclear[0]} was made was not recorded" if unclear else None
+
+
+def newest_count(run_dir: Path) -> tuple[int, int] | None:
+    """(step, updates left out until then) of the newest checkpoint that tells of them."""
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        try:
+            count = read_progress(checkpoint).get("skipped")
+        except UserError:
+            continue
+        if isinstance(count, int):
+            return step_of(checkpoint), count
+    return None
+
+
+def named(steps: Sequence[int]) -> str:
+    """Steps in words: `3, 7 to 9`; `none`."""
+    ranges = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges_of(steps)]
+    more = f" and {len(ranges) - MOST_RANGES} more ranges" if len(ranges) > MOST_RANGES else ""
+    return ", ".join(ranges[:MOST_RANGES]) + more or "none"
+
+
+def ranges_of(steps: Iterable[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of consecutive steps."""
+    groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
+    runs = [[step for _, step in group] for _, group in groups]
+    return [(run[0], run[-1]) for run in runs]
