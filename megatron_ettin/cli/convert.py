@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,28 @@ def _way(ways: Any, name: str, summary: str, example: str) -> argparse.ArgumentP
 
 
 def run(args: argparse.Namespace) -> None:
+    with _tidied_on_sigterm():
+        _run(args)
+
+
+@contextlib.contextmanager
+def _tidied_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which a scheduler sends, unwind the conversion: what was begun beside the output is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.counts import parse_count
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf

@@ -26,7 +26,7 @@ from megatron_ettin.convert.read_ahead import read_ahead
 from megatron_ettin.convert.rules import TIED, Pair, pairs
 from megatron_ettin.convert.safetensors_file import NAMES, ModelFiles
 from megatron_ettin.convert.source import check_objective
-from megatron_ettin.convert.staging import staged
+from megatron_ettin.convert.staging import resolved, staged
 from megatron_ettin.convert.tokenizer_files import import_tokenizer, token_count
 
 FRESH = "the folder holds weights only: training from it starts with a fresh optimizer"
@@ -59,7 +59,7 @@ def from_hf(
         (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         config = imported_config(parsed.model, objective)
         (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        place(staging, Path(out).absolute(), known)
+        place(staging, resolved(out), known)
     return {
         **{"source": str(hf_dir), "out": str(out), "objective": objective, "size": size_of(parsed.model)},
         **{"tensors": len(wanted), "notes": notes},

@@ -21,7 +21,7 @@ from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_co
 from megatron_ettin.convert.model_card import model_card
 from megatron_ettin.convert.safetensors_file import Entry, write_model
 from megatron_ettin.convert.source import Source, cross_notes
-from megatron_ettin.convert.staging import staged
+from megatron_ettin.convert.staging import resolved, staged
 from megatron_ettin.convert.tokenizer_files import Form, export_tokenizer, special_ids
 from megatron_ettin.convert.verify import Logits, check_export
 
@@ -73,8 +73,8 @@ def to_hf(
         for path in staging.iterdir():
             fsync(path)
         fsync(staging)
-        os.rename(staging, Path(out).absolute())
-        fsync(Path(out).absolute().parent)
+        os.rename(staging, resolved(out))
+        fsync(resolved(out).parent)
     return {
         **{"checkpoint": str(source.checkpoint), "out": str(out), "objective": source.objective, "dtype": dtype},
         **{"step": source.progress.get("step"), "files": files, "tokenizer": has_tokenizer, "parity": parity},

@@ -1,10 +1,15 @@
-"""kill -9 of a conversion that has written its weights: nothing has the output's name, and the same command makes it."""
+"""A conversion that has written its weights is killed, ended, or meets another one: nothing half-written has the output's
+name, and the same command makes it."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -48,3 +53,67 @@ def test_convert_killed_while_writing_leaves_nothing_and_repeats(tmp_path, capsy
     assert list((tmp_path / ".tmp-out").rglob("*.safetensors" if way == "to-hf" else "*.distcp"))
     assert command(capsys, *words)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {*before, "out"}
+
+
+def convert_slowly(way: str, source: str, out: str, signs: str) -> int | None:
+    """Run `ettin convert`, waiting at that place until the file `signs`/go is there; `signs`/reached tells of it."""
+    module, name = WAYS[way]
+    real, folder = getattr(importlib.import_module(module), name), Path(signs)
+
+    def wait(*given, **named):
+        (folder / "reached").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.02)
+        return real(*given, **named)
+
+    with mock.patch.object(importlib.import_module(module), name, wait):
+        return forkserver.be_program("ettin", "convert", way, source, out)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A conversion from-hf that waits between its weights and its end, as a process of its own."""
+    make_folder(tmp_path / "theirs", "mlm")
+    (tmp_path / "signs").mkdir()
+    code = "import sys; from tests.convert.test_killed import convert_slowly; sys.exit(convert_slowly(*sys.argv[1:]))"
+    words = ["from-hf", tmp_path / "theirs", tmp_path / "out", tmp_path / "signs"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(forkserver.ROOT), *sys.path])}
+    child = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment)
+    end = time.monotonic() + 120
+    while not (tmp_path / "signs" / "reached").exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def test_convert_two_to_one_output_refuses_the_second_and_keeps_the_first(tmp_path, capsys, begun):
+    """The second removed what the first one had written, and both failed."""
+    status, _, err = command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "out")
+    assert status == 2
+    assert "out: another process is writing it; wait for it or name another folder" in err
+    (tmp_path / "signs" / "go").touch()
+    assert begun.wait(timeout=60) == 0
+    assert (tmp_path / "out" / "config.yaml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "signs", "theirs"]
+
+
+@pytest.mark.full
+def test_convert_ended_by_sigterm_leaves_nothing(tmp_path, begun):
+    begun.send_signal(signal.SIGTERM)
+    assert begun.wait(timeout=60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["signs", "theirs"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_convert_output_link_is_followed(tmp_path, capsys, exists):
+    make_folder(tmp_path / "theirs", "mlm")
+    (tmp_path / "disk").mkdir()
+    if exists:
+        (tmp_path / "disk" / "out").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    assert command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "out")[0] == 0
+    assert (tmp_path / "disk" / "out" / "config.yaml").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]

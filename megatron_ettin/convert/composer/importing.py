@@ -24,7 +24,7 @@ from megatron_ettin.convert.composer.torch_file import DTYPES, TorchFile
 from megatron_ettin.convert.from_hf import imported_config, size_of
 from megatron_ettin.convert.rules import TIED, Pair, pairs
 from megatron_ettin.convert.source import check_objective
-from megatron_ettin.convert.staging import staged
+from megatron_ettin.convert.staging import resolved, staged
 
 BIAS = "decoder.bias"
 FRESH = "only weights are read: training from them starts with a fresh optimizer"
@@ -49,7 +49,7 @@ def from_composer(
         with staged(out) as staging:
             notes += write_tokenizer(source.tree, staging, decision.model, file)
             known = _write(staging, _tensors(source, weights, wanted, decision.model, report), decision)
-            place(staging, out.absolute(), known)
+            place(staging, resolved(out), known)
     finally:
         source.close()
     return {
