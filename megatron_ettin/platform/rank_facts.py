@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,6 +16,7 @@ import megatron_ettin
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "deepspeed")  # what decides a step's numbers
 CLOCK_SECONDS = 5.0  # log lines of two hosts further apart are put in the wrong order
 TOLD_RANKS = 3
+GIT_SECONDS = 10.0  # on a slow file system; a run does without it
 
 
 @cache
@@ -25,6 +27,27 @@ def code_hash() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout that the package runs from, `+` behind it where tracked files were changed since; None
+    where it is no checkout."""
+    folder = Path(megatron_ettin.__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")  # a package in another project's tree is none of it
+        found = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+    )
+    return done.stdout.strip()
 
 
 def versions() -> str:

@@ -29,6 +29,7 @@ OBJECTIVE_KEYS = {
     "data.clm_fraction",
     "model.decoder_window_keys",
 }  # what a pair differs in
+PHASE_ORDER = {"pretrain": 0, "extend": 1, "decay": 2, "cross": 3}
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
 # what is checked by configuration -> prefixes of its science keys
 GROUPS = {
@@ -89,7 +90,7 @@ def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
 
 @dataclass
 class Chain:
-    """The phases of one model, in the order given."""
+    """The phases of one model, in the order in which they are trained."""
 
     name: str
     runs: list[Run] = field(default_factory=list)
@@ -134,6 +135,8 @@ def chains(runs: Sequence[Run]) -> list[Chain]:
             last = Chain(name)
             found.append(last)
         last.runs.append(run)
+    for chain in found:  # a pattern of the shell names them by the alphabet
+        chain.runs.sort(key=lambda run: PHASE_ORDER.get(run.config.run.phase, len(PHASE_ORDER)))
     for name in {chain.name for chain in found}:
         same = [chain for chain in found if chain.name == name]
         for chain in same if len(same) > 1 else []:

@@ -18,6 +18,8 @@ from megatron_ettin.config.counts import format_count
 
 MOST_POINTS = 600  # of one curve on the page
 LEAST_TO_SMOOTH, MOST_MEDIANS = 60, 150
+MOST_DOTS = 40  # a segment of so few evaluations is drawn with a dot at each; of steps, one that stands alone
+CLIP_QUANTILE, CLIP_ROOM, CLIP_FROM = 0.95, 1.25, 2.0
 COLOURS = ("#2563c9", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")  # the page has lighter ones for the dark
 Points = list[tuple[float, float]]
 
@@ -29,6 +31,11 @@ class Curve:
     name: str
     colour: int
     segments: Sequence[tuple[Sequence[float], Sequence[float]]]
+    dotted: bool = False  # whether its points are evaluations, far apart
+
+    def has_dots(self, points: int) -> bool:
+        """Whether each point of a segment is drawn: one alone has no line."""
+        return points <= (MOST_DOTS if self.dotted else 1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Chart:
     curves: Sequence[Curve]
     marks: Sequence[tuple[float, str]] = ()  # where phases start
     wide: bool = False
+    clipped: bool = False  # whether a few high values may leave the plot, each with a mark at its top
 
     @property
     def values(self) -> list[float]:
@@ -47,13 +55,41 @@ class Chart:
     def logarithmic(self) -> bool:
         """Whether values span so much that a linear axis would hide most of them."""
         values = self.values
-        return values[0] > 0 and values[-1] > 50 * values[len(values) // 2]
+        return not self.clipped and values[0] > 0 and values[-1] > 50 * values[len(values) // 2]
+
+    @property
+    def ceiling(self) -> float:
+        """The highest value that is drawn in its place."""
+        return clip_limit(self.values) if self.clipped else self.values[-1]
 
     @property
     def smoothed(self) -> bool:
         """Whether medians are drawn over the noise. A learning rate has none."""
         longest = max(len(x) for curve in self.curves for x, _ in curve.segments)
         return longest >= LEAST_TO_SMOOTH and self.unit != "lr"
+
+
+def colour_places(objectives: Sequence[str]) -> list[int]:
+    """A place in the palette for each model: the first encoder and the first decoder have theirs on every page, in
+    whatever order the runs were named."""
+    places, taken = [-1] * len(objectives), set[int]()
+    for place, objective in enumerate(("mlm", "clm")):
+        if objective in objectives:
+            places[objectives.index(objective)] = place
+            taken.add(place)
+    free = (place for place in range(len(objectives) + 2) if place not in taken)
+    return [next(free) if place < 0 else place for place in places]
+
+
+def clip_limit(values: Sequence[float]) -> float:
+    """Where an axis ends that a few of its ascending values would flatten; else the highest of them."""
+    common = values[int((len(values) - 1) * CLIP_QUANTILE)]
+    return common * CLIP_ROOM if 0 < common * CLIP_FROM < values[-1] else values[-1]
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is written: between two dollars it would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def buckets(length: int, count: int) -> list[range]:
@@ -64,6 +100,16 @@ def medians(x: Sequence[float], y: Sequence[float]) -> Points:
     """The middle of the curve without its noise: the median of each bucket, which neither lags nor follows spikes."""
     parts = buckets(len(x), max(1, min(MOST_MEDIANS, len(x) // 12)))
     return [(statistics.fmean(x[i] for i in part), statistics.median(y[i] for i in part)) for part in parts]
+
+
+def smooth(x: Sequence[float], y: Sequence[float]) -> Points:
+    """The curve without its noise, in at most MOST_POINTS points; one too short for that as it is."""
+    if len(x) < LEAST_TO_SMOOTH:
+        return list(zip(x, y))
+    if len(x) > MOST_POINTS:
+        return medians(x, y)
+    half = max(1, len(y) // 40)
+    return [(x[i], statistics.median(y[max(0, i - half) : i + half + 1])) for i in range(len(y))]
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> Points:
@@ -115,7 +161,7 @@ class Frame:
     @classmethod
     def of(cls, chart: Chart) -> Frame:
         values = chart.values
-        low, high = values[0], values[-1]
+        low, high = values[0], chart.ceiling
         if not chart.logarithmic:
             room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
             low, high = (0.0 if 0 <= low <= 2 * room else low - room), high + room
@@ -134,7 +180,10 @@ class Frame:
         return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
     def path(self, segments: Iterable[Points]) -> str:
-        return "".join("M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points) for points in segments)
+        high = self.high[1]
+        return "".join(
+            "M" + "L".join(f"{self.x(x):.1f} {self.y(min(y, high)):.1f}" for x, y in points) for points in segments
+        )
 
 
 def svg(chart: Chart) -> str:
@@ -145,16 +194,37 @@ def svg(chart: Chart) -> str:
         *_axes(frame, chart),
     ]
     for number, curve in enumerate(chart.curves):
+        # Later curves are dashed in every chart, so that one that is covered exactly can still be seen through another.
+        dash = ' stroke-dasharray="7 5"' if number else ""
         raw = frame.path(thin(x, y) for x, y in curve.segments)
         if chart.smoothed:
             parts.append(f'<path class="raw c{curve.colour}" d="{raw}"/>')
-            middle = frame.path(medians(x, y) for x, y in curve.segments)
-            parts.append(f'<path class="line c{curve.colour}" d="{middle}"/>')
+            middle = frame.path(smooth(x, y) for x, y in curve.segments)
+            parts.append(f'<path class="line c{curve.colour}"{dash} d="{middle}"/>')
         else:
-            # Later curves are dashed, so that one that is covered exactly can still be seen through another.
-            dash = ' stroke-dasharray="7 5"' if number else ""
             parts.append(f'<path class="line c{curve.colour}"{dash} d="{raw}"/>')
+        parts += _dots(frame, curve)
+        parts += _above(frame, chart, curve)
     return "\n".join([*parts, "</svg>"])
+
+
+def _dots(frame: Frame, curve: Curve) -> list[str]:
+    return [
+        f'<circle class="f{curve.colour}" cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="3"/>'
+        for x, y in curve.segments
+        if curve.has_dots(len(x))
+        for a, b in zip(x, y)
+    ]
+
+
+def _above(frame: Frame, chart: Chart, curve: Curve) -> list[str]:
+    """A mark at the top for each of the values that leave the plot, a few pixels apart at least."""
+    high = {round(frame.x(a) / 4): (a, b) for x, y in curve.segments for a, b in zip(x, y) if b > chart.ceiling}
+    return [
+        f'<path class="f{curve.colour}" d="M{frame.x(a) - 4:.1f} {frame.top + 8}h8l-4 -7z">'
+        f"<title>{tick_text(b)} at {tick_text(a)} tokens</title></path>"
+        for a, b in high.values()
+    ]
 
 
 def _axes(frame: Frame, chart: Chart) -> list[str]:
@@ -195,13 +265,15 @@ def png(charts: Sequence[Chart]) -> bytes:
         for start, phase in chart.marks if len(chart.marks) > 1 else ():
             axes.axvline(start, color="0.6", linestyle=":", linewidth=1)
             if chart is first:
-                axes.text(start, 1.01, phase, transform=axes.get_xaxis_transform(), color="0.4")
+                axes.text(start, 1.01, plain(phase), transform=axes.get_xaxis_transform(), color="0.4")
         if chart.logarithmic:
             axes.set_yscale("log")
         else:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
-        axes.set(title=chart.title, xlabel="tokens", xlim=(0, None))
+        axes.set(title=plain(chart.title), xlabel="tokens", xlim=(0, None))
+        if chart.clipped:
+            _clip(axes, chart)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
@@ -210,13 +282,26 @@ def png(charts: Sequence[Chart]) -> bytes:
     return written.getvalue()
 
 
+def _clip(axes: Any, chart: Chart) -> None:
+    frame = Frame.of(chart)
+    axes.set_ylim(frame.low[1], frame.high[1])
+    for curve in chart.curves:
+        x = [a for segment, y in curve.segments for a, b in zip(segment, y) if b > chart.ceiling]
+        mark_above(axes, x, frame.high[1], COLOURS[curve.colour % len(COLOURS)])
+
+
+def mark_above(axes: Any, x: Sequence[float], top: float, colour: str) -> None:
+    """Draw a triangle at the top of the plot for each value that leaves it."""
+    (drawn,) = axes.plot(x, [top] * len(x), "^", color=colour, clip_on=False)
+    drawn.set_in_layout(False)  # one without points has no extent, and the layout gives up
+
+
 def _plot(axes: Any, chart: Chart) -> None:
     for number, curve in enumerate(chart.curves):
-        colour = COLOURS[curve.colour % len(COLOURS)]
+        colour, style = COLOURS[curve.colour % len(COLOURS)], "--" if number else "-"
         for index, (x, y) in enumerate(curve.segments):
-            name = curve.name if index == 0 else None
+            name, marker = plain(curve.name) if index == 0 else None, "o" if curve.has_dots(len(x)) else ""
             if chart.smoothed:
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(*zip(*medians(x, y)), color=colour, linewidth=1.8, label=name)
-            else:
-                axes.plot(x, y, "--" if number else "-", color=colour, linewidth=1.8, label=name)
+                x, y = zip(*smooth(x, y))
+            axes.plot(x, y, style, marker=marker, markersize=3, color=colour, linewidth=1.8, label=name)

@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 KEYS_HELP = (
     "Drag over a chart to zoom in, double-click for everything; the wheel zooms after a click, or with Ctrl. On a"
     " focused chart: + and - zoom, arrows move, Shift with arrows reads values, 0 shows everything."
-    " Flags: a restart; triangles on the floor: a bad step."
+    " Flags: a restart; triangles on the floor: a bad step; triangles at the top: values above the axis. Dots: each"
+    " point, where there are few. Smoothing is a running median; what was measured stands paler behind it."
 )
 
 
@@ -91,6 +92,7 @@ def render(report: Report, live: tuple[int, str] | None = None) -> str:
 <p class="soft" id="empty"{" hidden" if report.data["charts"] else ""}>No step is recorded yet.</p>
 <div class="bar" id="bar" role="toolbar" aria-label="Range of the curves" hidden>
 <label for="axis">Against</label><select id="axis"></select>
+<label for="smooth">Smoothing</label><input type="range" id="smooth" min="0" max="100" value="20">
 <button type="button" id="in" aria-label="zoom in">+</button>
 <button type="button" id="out" aria-label="zoom out">&minus;</button>
 <button type="button" id="reset" disabled>Show everything</button>

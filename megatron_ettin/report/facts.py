@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
 from megatron_ettin.config.errors import UserError
@@ -165,9 +167,43 @@ def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tupl
     return found
 
 
+def used(run: RunRecord, key: str) -> str:
+    """What the latest launch ran with (`device`, `attention`), or what was asked for where that is not recorded."""
+    found = run.launches[-1].get(key) if run.launches else None
+    return str(found) if found else f"{run.setting('run', key)} (as configured)"
+
+
+def device_hours(model: Model) -> float | None:
+    """Hours in steps times the ranks that each launch had; None where one of the two was not recorded."""
+    total, before = 0.0, 0.0
+    for run, own in zip(model.runs, model.axes(), strict=True):
+        if not len(own["steps"]):
+            continue
+        launches = [one for one in run.launches if type(one.get("world")) is int and type(one.get("step")) is int]
+        if not launches or "hours" not in own:
+            return None
+        place = np.searchsorted([one["step"] for one in launches], run.metrics.steps, side="left") - 1
+        worlds = np.array([one["world"] for one in launches])[np.maximum(place, 0)]
+        total += float((np.diff(own["hours"], prepend=before) * worlds).sum())
+        before = float(own["hours"][-1])
+    return total
+
+
+def commits(model: Model) -> list[str]:
+    """What the phases ran, oldest first: the commit, or version and digest of the code where it was no checkout."""
+    found = [
+        one.get("commit") or f"{one.get('version')} ({one['code']})"
+        for run in model.runs
+        for one in run.launches
+        if one.get("commit") or one.get("code")
+    ]
+    return list(dict.fromkeys(map(str, found)))
+
+
 def hosts(run: RunRecord) -> list[str]:
     """Machines that are known to have trained: from the ranks' own files, the job's events and the metrics."""
     found = [str(read_json(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]]
+    found += [str(launch.get("host") or "") for launch in run.launches]
     path = run.path.absolute()
     for above in (path, *list(path.parents)[:2]):
         found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.report.compare import PHASE_ORDER
 from megatron_ettin.report.record import Column, RunRecord, find_runs
 
-PHASE_ORDER = {"pretrain": 0, "extend": 1, "decay": 2, "cross": 3}
 MOST_MODELS = 12  # more curves cannot be told apart
 SECONDS_AN_HOUR = 3_600.0
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.model_names import long_name
 from megatron_ettin.report.compare import Chain, Check, Comparison, Run, chains, operations
-from megatron_ettin.report.curves import Chart, Curve, png, svg
+from megatron_ettin.report.curves import Chart, Curve, colour_places, png, svg
 
 # key of metrics.jsonl -> (title, unit)
 CHARTS = {
@@ -41,6 +42,8 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px sys
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.mark{stroke:var(--soft);stroke-dasharray:2 4}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.raw{fill:none;stroke-width:1;opacity:.3}
 .c0{stroke:var(--c0)}.c1{stroke:var(--c1)}.c2{stroke:var(--c2)}.c3{stroke:var(--c3)}.c4{stroke:var(--c4)}.c5{stroke:var(--c5)}
+.f0{fill:var(--c0)}.f1{fill:var(--c1)}.f2{fill:var(--c2)}.f3{fill:var(--c3)}.f4{fill:var(--c4)}.f5{fill:var(--c5)}
+details{margin:10px 0}summary{cursor:pointer;font-weight:600}
 .key{display:inline-block;width:22px;border-top:3px solid;vertical-align:middle;margin-right:6px}
 .legend span.entry{margin-right:18px;white-space:nowrap}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
@@ -54,14 +57,19 @@ def charts(comparison: Comparison) -> list[Chart]:
     drawn = []
     for key, (title, unit) in CHARTS.items():
         curves = []
-        for colour, chain in enumerate(comparison.chains):
+        for colour, chain in zip(colours(comparison), comparison.chains, strict=True):
             segments = chain.segments(key)
             if segments:
-                curves.append(Curve(chain.name, colour % 6, segments))
+                curves.append(Curve(chain.name, colour, segments, dotted=key == "validation_loss"))
         if curves:
             longest = max(comparison.chains, key=lambda chain: len(chain.runs))
-            drawn.append(Chart(title, unit, curves, longest.phase_starts(), wide=key == "loss"))
+            starts = longest.phase_starts()
+            drawn.append(Chart(title, unit, curves, starts, wide=key == "loss", clipped=key == "grad_norm"))
     return drawn
+
+
+def colours(comparison: Comparison) -> list[int]:
+    return [place % 6 for place in colour_places([chain.objective for chain in comparison.chains])]
 
 
 def picture_of(runs: list[Path]) -> bytes:
@@ -76,6 +84,7 @@ def summary(chain: Chain) -> dict[str, Any]:
     speeds = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
     return {
         "name": chain.name,
+        "model": long_name(chain.runs[-1].config.run.size, chain.runs[-1].config.model),
         "runs": [str(run.path) for run in chain.runs],
         "phases": chain.phases,
         "steps": len(steps),
@@ -149,8 +158,8 @@ def _verdict(comparison: Comparison) -> str:
 def _legend(comparison: Comparison) -> str:
     key = '<span class="key" style="color:var(--c{})"></span>'
     return "".join(
-        f'<span class="entry">{key.format(number % 6)}{html.escape(chain.name)}</span>'
-        for number, chain in enumerate(comparison.chains)
+        f'<span class="entry">{key.format(colour)}{html.escape(chain.name)}</span>'
+        for colour, chain in zip(colours(comparison), comparison.chains, strict=True)
     )
 
 
@@ -161,7 +170,11 @@ def _proof(comparison: Comparison) -> str:
     rows = "\n".join(_proof_row(check, many) for check in comparison.checks)
     pair = "<th>Pair</th>" if many else ""
     heads = f"<tr>{pair}<th>Phase</th><th>Shared</th><th></th><th>What was compared, or what differs</th></tr>"
-    return f'<h2>Proof</h2><div class="scroll"><table>{heads}\n{rows}</table></div>'
+    failed = "\n".join(_proof_row(check, many) for check in comparison.failed)
+    differs = f'<div class="scroll"><table>{heads}\n{failed}</table></div>' if failed else ""
+    told = f"All {len(comparison.checks)} checks" + ("" if failed else " passed")
+    whole = f'<div class="scroll"><table>{heads}\n{rows}</table></div>'
+    return f"<h2>Proof</h2>{differs}<details><summary>{told}</summary>{whole}</details>"
 
 
 def _proof_row(check: Check, with_pair: bool) -> str:
@@ -186,7 +199,7 @@ def _runs(comparison: Comparison) -> str:
         figures = summary(chain)
         loss, speed = figures["final_loss"], figures["tokens_per_second"]
         rows.append(
-            f"<tr><td>{html.escape(chain.name)}<br>"
+            f"<tr><td>{html.escape(chain.name)}<br>{html.escape(figures['model'])}<br>"
             + "<br>".join(f'<code class="soft">{html.escape(path)}</code>' for path in figures["runs"])
             + f"</td><td>{html.escape(', '.join(chain.phases))}</td><td class=number>{figures['steps']:,}</td>"
             f"<td class=number>{figures['tokens']:,}</td><td class=number>{'' if loss is None else f'{loss:.4f}'}</td>"

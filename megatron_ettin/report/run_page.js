@@ -4,9 +4,10 @@
   const $ = (id) => document.getElementById(id);
   const read = () => JSON.parse($("data").textContent);
   const AXIS = { tokens: "tokens", steps: "steps", hours: "hours in steps" };
+  const LEAST_TO_SMOOTH = 60, MOST_DOTS = 40;
   const EDGE = { left: 64, right: 14, top: 22, bottom: 38 };
   let data = read();
-  const view = { axis: data.axes[0], low: null, high: null, cursor: null }; // low null: everything
+  const view = { axis: data.axes[0], low: null, high: null, cursor: null, smooth: 20 }; // low null: everything
   const logs = {}; // chart -> whether its y is logarithmic, where the reader chose
   let charts = [];
 
@@ -104,16 +105,16 @@
   }
 
   // ---- a chart -------------------------------------------------------------------------------------------------
-  function curvesOf(spec) { // colour: the model's, or the key's where one model has several
+  function curvesOf(spec) { // colour: the model's in every chart; the key's where one model has a chart of several
     const found = [];
     data.models.forEach((model, m) => spec.keys.forEach((key, k) => {
       if (!model.runs.some((run) => run.series[key])) return;
-      const named = ["sources", "parts", "accuracy"].includes(spec.id), bySource = named || data.models.length === 1;
+      const named = ["sources", "parts", "accuracy"].includes(spec.id), byKey = data.models.length === 1 && spec.id !== "loss";
       const part = key.replace(/^(validation_)?(loss|accuracy)\/?_?/, "") || "validation";
       const label = spec.keys.length === 1 && !named ? "" : spec.id === "loss" ? (key === "loss" ? "training" : "validation") : part;
       const name = data.models.length > 1 ? [model.name, label].filter(Boolean).join(", ") : label || model.name;
-      const dash = bySource ? (spec.id === "loss" ? k % 3 : m % 3) : spec.keys.length > 1 ? k % 3 : m % 3;
-      found.push({ name, key, model, colour: (bySource ? k : m) % 6, dash });
+      const under = spec.id === "lr" && m === 0 && data.models.length > 1; // the others lie on it
+      found.push({ name, key, model, colour: byKey ? k % 6 : model.colour, dash: byKey ? 0 : k % 3, under });
     }));
     return found;
   }
@@ -148,9 +149,13 @@
     let low = Infinity, high = -Infinity;
     for (const point of seen) { low = Math.min(low, point[1]); high = Math.max(high, point[3]); }
     if (!(low <= high)) return null;
-    const wild = low > 0 && high > 50 * middles[middles.length >> 1];
+    const wild = low > 0 && !chart.spec.clip && high > 50 * middles[middles.length >> 1];
     chart.logarithmic = low > 0 && (logs[chart.spec.id] ?? wild);
     if (chart.logarithmic) return [low / 1.05, high * 1.05];
+    if (chart.spec.clip) { // a few high values would flatten the rest: they get a mark at the top instead
+      const tops = seen.map((point) => point[3]).sort((a, b) => a - b), common = tops[Math.floor((tops.length - 1) * 0.95)];
+      if (common > 0 && high > 2 * common) high = common * 1.25;
+    }
     if (chart.spec.zero) low = Math.min(0, low);
     const room = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
     return [low >= 0 && low <= 2 * room ? 0 : low - room, high + room];
@@ -179,7 +184,13 @@
     svg.append(make("line", { class: "axis", x1: EDGE.left, x2: right, y1: floor, y2: floor }),
       make("text", { x: right, y: floor + 34, "text-anchor": "end" }, AXIS[view.axis]));
     const curves = make("g", { "clip-path": `url(#clip-${spec.id})` });
-    for (const curve of drawn) for (const part of curve.parts) line(curves, curve, part, px, py);
+    for (const curve of drawn) curve.parts = curve.parts.map((part) => {
+      const smooth = spec.smooth ? smoothed(part) : part;
+      if (smooth !== part) curves.append(make("path", { class: `raw s${curve.colour}`, d: stroke(part, px, py) }));
+      line(curves, curve, smooth, px, py, curve.key.startsWith("validation") && part.length <= MOST_DOTS);
+      above(curves, curve, part, px, y[1]);
+      return smooth;
+    });
     svg.append(curves);
     marks(svg, px, floor, low, high);
     chart.cursor = make("line", { class: "cursor", y1: EDGE.top, y2: floor, visibility: "hidden" });
@@ -190,7 +201,34 @@
     plot.setAttribute("aria-label", `${spec.title}: ${describe(chart)}`);
     readout(chart);
   }
-  function line(parent, curve, part, px, py) {
+  function smoothed(part) { // running median, centred: it neither lags nor follows spikes
+    const half = Math.round((part.length * view.smooth) / 1000);
+    if (part.length < LEAST_TO_SMOOTH || half < 1) return part;
+    return part.map((point, i) => {
+      if (!point) return null;
+      const near = part.slice(Math.max(0, i - half), i + half + 1).filter(Boolean).map((one) => one[2]).sort((a, b) => a - b);
+      return [point[0], point[1], near[near.length >> 1], point[3]];
+    });
+  }
+  function stroke(part, px, py) {
+    let path = "", pen = "M";
+    for (const point of part) {
+      path += point ? `${pen}${px(point[0]).toFixed(1)} ${py(point[2]).toFixed(1)}` : "";
+      pen = point ? "L" : "M";
+    }
+    return path;
+  }
+  function above(parent, curve, part, px, top) {
+    const taken = new Set();
+    for (const point of part) {
+      if (!point || !(point[3] > top) || taken.has(Math.round(px(point[0]) / 4))) continue;
+      taken.add(Math.round(px(point[0]) / 4));
+      const mark = make("path", { class: `above f${curve.colour}`, d: `M${px(point[0]) - 4} ${EDGE.top}h8l-4 -7z` });
+      mark.append(make("title", {}, `${curve.name}: ${short(point[3])} at ${short(point[0])} ${AXIS[view.axis]}`));
+      parent.append(mark);
+    }
+  }
+  function line(parent, curve, part, px, py, dotted) {
     let path = "", dots = "", band = [], bands = "", pen = "M", spread = false;
     const close = () => {
       if (band.length > 1) bands += "M" + band.map((p) => `${px(p[0]).toFixed(1)} ${py(p[3]).toFixed(1)}`).join("L") + "L"
@@ -201,13 +239,13 @@
       if (!point) { pen = "M"; close(); return; }
       const here = `${px(point[0]).toFixed(1)} ${py(point[2]).toFixed(1)}`;
       path += pen + here;
-      if (pen === "M" && !part[i + 1]) dots += `M${here}m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0`; // alone between gaps
+      if (dotted || (pen === "M" && !part[i + 1])) dots += `M${here}m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0`; // evaluations, or one step alone
       pen = "L"; band.push(point); spread = spread || point[3] > point[1];
     });
     close();
     if (spread) parent.append(make("path", { class: `band f${curve.colour}`, d: bands }));
     if (dots) parent.append(make("path", { class: `dot f${curve.colour}`, d: dots }));
-    parent.append(make("path", { class: `line s${curve.colour} dash${curve.dash}`, d: path }));
+    parent.append(make("path", { class: `line s${curve.colour} dash${curve.dash}${curve.under ? " under" : ""}`, d: path }));
   }
   function phases(parent, px, floor) { // of the model with the most of them
     const model = data.models.reduce((most, one) => (one.runs.length > most.runs.length ? one : most));
@@ -345,6 +383,7 @@
     }
     drawAll();
   });
+  $("smooth").addEventListener("input", () => { view.smooth = Number($("smooth").value); drawAll(); });
   $("in").addEventListener("click", () => { zoom(0.5); say("shown: " + spoken()); });
   $("out").addEventListener("click", () => { zoom(2); say("shown: " + spoken()); });
   $("reset").addEventListener("click", () => { show(...whole()); say("shown: all"); });

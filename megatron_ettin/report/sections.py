@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.counts import duration, format_count
+from megatron_ettin.config.model_names import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison
 from megatron_ettin.report.escaping import escaped
-from megatron_ettin.report.models import Model
+from megatron_ettin.report.models import SECONDS_AN_HOUR, Model
 from megatron_ettin.report.record import RunRecord
 
 LAST_STEPS = 20
@@ -81,12 +82,9 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     step = metrics.last("step")
     of = f"of {goal_steps:,} in {escaped(last.named('phase'))}" if isinstance(goal_steps, int) else ""
     yield "steps", f"{sum(len(run.metrics.steps) for run in model.runs):,}", of or "none recorded yet" * (step is None)
-    goal = (
-        f"{last.tokens / goal_tokens:.1%} of {format_count(goal_tokens)} in "
-        if isinstance(goal_tokens, int) and goal_tokens > 0
-        else ""
-    )
-    yield "tokens", count(sum(run.tokens for run in model.runs)), f"{goal}{escaped(last.named('phase'))}"
+    planned = f" of {format_count(goal_tokens)} planned" if isinstance(goal_tokens, int) and goal_tokens > 0 else ""
+    here = f"{count(last.tokens)}{planned} in {escaped(last.named('phase'))}"
+    yield "tokens", count(sum(run.tokens for run in model.runs)), here
     losses = metrics.known("loss")[-LAST_STEPS:].tolist()
     yield (
         "training loss",
@@ -105,7 +103,27 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     rolled = sum(run.rolled_back_lines for run in model.runs)
     yield "restarts", f"{again:,}", f"{rolled:,} steps trained again" if rolled else ""
     bad = sum(len({*run.metrics.bad, *run.bad_steps}) for run in model.runs)
+    yield from _costs(model)
     yield "bad steps", f"{bad:,}", "marked in the curves" if bad else ""
+
+
+def _costs(model: Model) -> Iterable[tuple[str, str, str]]:
+    """Size of the model, what its training took, and the code that trained it."""
+    last = model.runs[-1]
+    parameters, _, shape = long_name(last.setting("run", "size"), last.config.get("model")).partition(" parameters, ")
+    yield "parameters", escaped(parameters) or NONE, escaped(shape)
+    hours = [own["hours"][-1] for own in model.axes() if "hours" in own and len(own["hours"])]
+    if hours:
+        used = facts.device_hours(model)
+        told = "" if used is None else f"{used:.3g} device-hours"
+        yield "time in steps", duration(float(hours[-1]) * SECONDS_AN_HOUR), told
+    found = facts.commits(model)
+    if found:
+        yield (
+            "commit",
+            f"<code>{escaped(found[-1])}</code>",
+            f"and {len(found) - 1} before it" if len(found) > 1 else "",
+        )
 
 
 def comparison(compared: Comparison | str | None) -> str:
@@ -179,8 +197,8 @@ def layout(models: Sequence[Model]) -> str:
         )
         shown = (
             (last.get("layout") or configured or "data-parallel"), last.get("world", ""),
-            run.setting("batch", "micro_batch_rows"), run.setting("precision", "name"), run.setting("run", "device"),
-            run.setting("run", "attention"), run.setting("parallel", "engine"),
+            run.setting("batch", "micro_batch_rows"), run.setting("precision", "name"), facts.used(run, "device"),
+            facts.used(run, "attention"), run.setting("parallel", "engine"),
         )  # fmt: skip
         rows.append((escaped(model.name), escaped(run.named("phase")), *map(escaped, shown)))
     return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
@@ -189,12 +207,16 @@ def layout(models: Sequence[Model]) -> str:
 def environment(models: Sequence[Model]) -> str:
     """Launches, each with the software it ran on, and the hosts that are known."""
     shown = [(model, run, launch) for model, run in _runs(models) for launch in run.launches[-MOST_ROWS:]]
-    keys = list(dict.fromkeys(key for _, _, launch in shown for key in launch if key not in _NOT_SHOWN))
     rows = [
-        [escaped(model.name), escaped(run.named("phase")), *(escaped(_plain(launch.get(key)), key) for key in keys)]
+        [
+            *(escaped(model.name), escaped(run.named("phase"))),
+            escaped(_plain(launch.get("time")).replace("T", " ", 1)),
+            *(_wrapped(escaped(_plain(launch.get(key)), key)) for key in list(_LAUNCH)[1:]),
+            _wrapped(", ".join(f"{escaped(key)} {escaped(_plain(launch[key]), key)}" for key in _others(launch))),
+        ]
         for model, run, launch in shown
     ]
-    heads = ("Model", "Phase", *map(escaped, keys))
+    heads = ("Model", "Phase", *_LAUNCH.values(), "With")
     parts = ["<h2>Environment and launches</h2>"]
     parts.append(
         table("Launches", heads, rows, quiet=True) if rows else '<p class="soft">No launch is recorded yet.</p>'
@@ -216,6 +238,25 @@ def environment(models: Sequence[Model]) -> str:
 
 
 _NOT_SHOWN = ("model_of_weights", "init_from_relative")
+# keys of a launch's record with a column of their own; the others share one
+_LAUNCH = {
+    "time": "Time",
+    "step": "After step",
+    "from": "From",
+    "layout": "Layout",
+    "world": "Ranks",
+    "changes": "Changes",
+}
+
+
+def _others(launch: dict[str, Any]) -> list[str]:
+    hidden = {*_NOT_SHOWN, *_LAUNCH, *(("init_from",) if launch.get("from") else ())}
+    return [key for key, value in launch.items() if key not in hidden and value is not None]
+
+
+def _wrapped(text: str) -> str:
+    """A cell that breaks anywhere, so that a long path does not push others off the page."""
+    return f"<span class=any>{text}</span>"
 
 
 def _plain(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.config.secrets import masked
+from megatron_ettin.report.curves import colour_places
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import Column, RunRecord
 
@@ -37,6 +38,9 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
     ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
     ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0),
 )
+CLIPPED = ("grad_norm",)  # a few high values leave the plot, with a mark, where they would flatten the rest
+SMOOTHED = ("loss", "parts", "grad_norm", "speed", "mfu")
+LEAST_SLOWEST = 1.1  # a chart of the slowest rank below is one of noise
 FROM_ZERO = ("speed", "mfu", "memory")  # else noise would fill the chart
 
 
@@ -44,13 +48,22 @@ def page_data(models: Sequence[Model]) -> dict[str, Any]:
     """What the page's script draws."""
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
-    drawn = [model_data(model, size) for model in models]
+    colours = colour_places([model.runs[0].named("objective") for model in models])
+    drawn = [model_data(model, size) | {"colour": colour % 6} for model, colour in zip(models, colours, strict=True)]
     every_run = [run for model in drawn for run in model["runs"] if run["n"]]
     return {
         "axes": [axis for axis in AXES if every_run and all(axis in run["grid"] for run in every_run)],
-        "charts": charts({key for run in every_run for key in run["series"]}),
+        "charts": charts(shown_keys(models) & {key for run in every_run for key in run["series"]}),
         "models": drawn,
     }
+
+
+def shown_keys(models: Sequence[Model]) -> set[str]:
+    """Keys of metrics that have something to show: numbers, and of the slowest rank one that is slow."""
+    columns = [
+        (masked(key), run.metrics.known(key)) for model in models for run in model.runs for key in run.metrics.columns
+    ]
+    return {key for key, known in columns if len(known) and (key != "slowest_ratio" or known.max() >= LEAST_SLOWEST)}
 
 
 def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -60,7 +73,8 @@ def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
         if shown:
             found.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
-            found[-1] |= {"zero": True} if name in FROM_ZERO else {}
+            flags = {"zero": FROM_ZERO, "clip": CLIPPED, "smooth": SMOOTHED}
+            found[-1] |= {flag: True for flag, names in flags.items() if name in names}
     return found
 
 

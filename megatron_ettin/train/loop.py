@@ -234,6 +234,8 @@ def _train_watched(
                 "changes": job.changes,
                 "layout": str(machine.layout.topology),
                 "world": place.world,
+                "device": platform.name,
+                "attention": machine.chunks[0].config.backend.attention.name,
             }
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             began = run_directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)

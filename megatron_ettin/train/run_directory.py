@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform as machine
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.skips import parse_skips, place_of
 from megatron_ettin.config.stored import fixes_guard, stored_science_keys
 from megatron_ettin.data.order import Corpus
+from megatron_ettin.platform.rank_facts import code_hash, commit
 
 # these stand for the data order's fingerprint in --allow-change
 DATA_KEY = "data.mixture"
@@ -177,6 +179,7 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
     write_synced(run_dir / "config.yaml", to_yaml(config))
     write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
-    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, **launch}
+    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, "code": code_hash()}
+    record |= {"commit": commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,11 +92,11 @@ def test_report_page_keyboard_zooms_moves_and_resets(opened: Browser) -> None:
 
 def test_report_page_tab_key_reaches_every_control_in_order(opened: Browser) -> None:
     reached = []
-    for _ in range(14):
+    for _ in range(15):
         opened.press("Tab")
         reached.append(opened.value("document.activeElement.id || document.activeElement.className"))
         assert opened.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    assert reached[:6] == ["skip", "theme", "axis", "in", "out", ""]  # the first chart's log button
+    assert reached[:7] == ["skip", "theme", "axis", "smooth", "in", "out", ""]  # the first chart's log button
     assert reached.count("plot") == 4
     assert opened.value("document.activeElement.closest('section').id") == "comparison"
 
@@ -138,6 +139,65 @@ def test_report_page_axis_menu_and_log_button_redraw_the_curves(opened: Browser)
     opened.value(f"{log}.click()")
     assert opened.value(f"{log}.getAttribute('aria-pressed')") == "true"
     assert opened.value("document.querySelector('#chart-loss .plot path.line').getAttribute('d')") != before
+
+
+COLOUR = r"""[...document.querySelectorAll('.legend span')].map((entry) => [entry.textContent.slice(4, 7),
+    entry.querySelector('path').getAttribute('class').match(/s(\d)/)[1]])"""
+
+
+def test_report_page_model_has_one_colour_in_every_chart(opened: Browser) -> None:
+    assert {tuple(pair) for pair in opened.value(COLOUR)} == {("mlm", "0"), ("clm", "1")}
+
+
+def test_report_page_draws_a_dot_at_each_evaluation_of_a_short_phase(opened: Browser) -> None:
+    dots = (
+        "[...document.querySelectorAll('#chart-loss .dot')].map((dot) => dot.getAttribute('d').split('M').length - 1)"
+    )
+    assert opened.value(dots) == [4, 2, 4, 2]
+
+
+def test_report_page_smoothing_slider_moves_the_line_over_the_raw_curve(opened: Browser) -> None:
+    line = "document.querySelector('#chart-loss .plot path.line').getAttribute('d')"
+    slider = "document.getElementById('smooth')"
+
+    def drawn(value: int) -> str:
+        opened.value(f"({slider}.value = {value}, {slider}.dispatchEvent(new Event('input')))")
+        return opened.value(line)
+
+    raw = drawn(0)
+    assert count(opened, "#chart-loss .raw") == 0
+    assert len({raw, drawn(20), drawn(100)}) == 3
+    assert opened.value("document.querySelector('#chart-loss .raw').getAttribute('d')") == raw
+    drawn(20)
+
+
+def test_report_page_marks_gradient_norms_above_the_axis(opened: Browser) -> None:
+    assert count(opened, "#chart-grad_norm .above") == 6  # step 96 and 193 of the longer phase, 96 of the other
+    assert count(opened, "#chart-loss .above") == 0
+
+
+def test_report_page_tables_fit_a_screen_of_1280(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    place = "/scratch/of/a/large/site/" * 4 + "step_000000120"
+    launch = {"time": "2026-11-29T16:34:37+0000", "version": "0.1.0", "code": "0123456789ab", "commit": "0123456789ab"}
+    launch |= {"host": "node-0017.site", "from": f"weights of {place}", "init_from": place, "layout": "tp 2 pp 4 dp 8"}
+    launch |= {
+        "world": 64,
+        "threads": 12,
+        "torch": "2.13.0+cu130",
+        "step": 0,
+        "changes": ["run.tokens"],
+        "device": "gpu",
+    }
+    (run / "history.jsonl").write_text(json.dumps(launch) + "\n")
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    browser.open((tmp_path / "page.html").as_uri())
+    browser.ask("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    browser.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)"
+    told = browser.value(f"{wide}.map((one) => one.getAttribute('aria-label'))")
+    browser.ask("Emulation.clearDeviceMetricsOverride")
+    assert told == []
 
 
 def test_report_page_colours_follow_the_system_and_the_theme_button(opened: Browser) -> None:

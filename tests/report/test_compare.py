@@ -11,6 +11,8 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.report.compare import compare
+from megatron_ettin.report.curves import svg
+from megatron_ettin.report.page import charts
 from tests.report.synthetic import write_run
 
 
@@ -38,6 +40,24 @@ def test_compare_model_of_another_shape_is_not_called_by_the_size(tmp_path):
     words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
     runs = [write_run(tmp_path / objective, objective, words=words) for objective in ("mlm", "clm")]
     assert [chain.name for chain in compare(runs).chains] == ["207K mlm", "207K clm"]
+
+
+def test_compare_phases_named_by_the_alphabet_are_joined_in_training_order(tmp_path):
+    runs = [write_run(tmp_path / phase, phase=phase) for phase in ("decay", "extend", "pretrain")]
+    (chain,) = compare(runs).chains
+    assert chain.phases == ["pretrain", "extend", "decay"]
+
+
+def test_compare_page_draws_the_evaluation_of_a_short_phase(tmp_path):
+    runs = [write_run(tmp_path / phase, phase=phase, steps=60) for phase in ("pretrain", "decay")]
+    (validation,) = [chart for chart in charts(compare(runs)) if chart.title == "Validation loss"]
+    assert svg(validation).count("<circle") == 2
+
+
+def test_compare_folder_named_like_a_formula_is_drawn(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("plain", r"x$\frac{$y")]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out.html")]) == 0
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
@@ -192,7 +212,7 @@ class Links(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        assert tag in ("path", "line")
+        assert tag in ("path", "line", "circle")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

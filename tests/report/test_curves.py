@@ -7,7 +7,20 @@ import re
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_ettin.report.curves import MOST_POINTS, Chart, Curve, medians, png, svg, thin, tick_text, ticks
+from megatron_ettin.report.curves import (
+    MOST_POINTS,
+    Chart,
+    Curve,
+    clip_limit,
+    colour_places,
+    medians,
+    png,
+    smooth,
+    svg,
+    thin,
+    tick_text,
+    ticks,
+)
 
 
 def chart(*segments, unit="nats", marks=()):
@@ -72,6 +85,41 @@ def test_svg_of_two_phases_draws_separate_strokes_with_their_names():
     assert path.count("L") == 2
     assert ">pretrain</text>" in drawn
     assert ">decay</text>" in drawn
+
+
+def test_svg_single_evaluation_is_drawn_as_a_dot():
+    assert svg(Chart("Validation loss", "nats", [Curve("a", 0, [([5.0], [2.0])], dotted=True)])).count("<circle") == 1
+
+
+def test_svg_clipped_chart_marks_the_values_above():
+    steps = [float(step) for step in range(1, 101)]
+    norms = [100.0 if step in (40, 80) else 1.0 + step / 200 for step in range(100)]
+    drawn = Chart("Gradient norm", "norm", [Curve("a", 0, [(steps, norms)])], clipped=True)
+    assert drawn.ceiling < 2
+    assert not drawn.logarithmic
+    assert svg(drawn).count("<title>100 at") == 2
+
+
+@pytest.mark.parametrize("most", [1.0, 1.9])
+def test_clip_limit_without_outliers_is_the_highest_value(most):
+    assert clip_limit([0.5] * 50 + [1.0] * 49 + [most]) == most
+
+
+@pytest.mark.parametrize(
+    ("objectives", "places"),
+    [
+        (["mlm", "clm"], [0, 1]),
+        (["clm", "mlm"], [1, 0]),
+        (["clm"], [1]),
+        (["clm", "clm", "mlm", "mlm"], [1, 2, 0, 3]),
+    ],
+)
+def test_colour_places_of_encoder_and_decoder_are_theirs_in_any_order(objectives, places):
+    assert colour_places(objectives) == places
+
+
+def test_smooth_short_segment_is_drawn_as_it_is():
+    assert smooth([1.0, 2.0], [5.0, 9.0]) == [(1.0, 5.0), (2.0, 9.0)]
 
 
 def test_chart_wide_span_uses_a_logarithmic_axis():

@@ -72,7 +72,7 @@ def test_report_of_trained_pair_holds_curves_and_marks_of_the_runs(
     drawn = numbers(text)
     assert [model["name"] for model in drawn["models"]] == ["165K mlm", "165K clm"]
     assert drawn["axes"] == ["tokens", "steps", "hours"]
-    assert {"loss", "lr", "speed", "memory", "slowest"} <= {chart["id"] for chart in drawn["charts"]}
+    assert {"loss", "lr", "speed", "memory"} <= {chart["id"] for chart in drawn["charts"]}
     for model, name in zip(drawn["models"], ("mlm", "clm")):
         pretrain, extend = model["runs"]
         assert (pretrain["phase"], pretrain["n"], extend["phase"], extend["n"]) == ("pretrain", 6, "extend", 3)
@@ -93,6 +93,7 @@ def test_report_of_trained_pair_lists_data_layout_bad_steps_and_checkpoints(
     text = reported(page, trained / "mlm", trained / "clm")
     assert section(text, "data-consumed").count(f"<code>{corpus}</code>") == 2
     assert section(text, "layout").count("dp 2") == 2
+    assert "auto" not in section(text, "layout")
     launches = section(text, "environment")
     assert launches.count("<tr>") == 1 + 5
     assert "torch" in launches
@@ -317,7 +318,8 @@ def test_report_figures_are_png_and_reproducible_svg(
     svg = (tmp_path / "svg" / "loss.svg").read_text()
     assert "<svg" in svg
     # text is drawn as text, not as outlines
-    assert "17m mlm, loss" in svg
+    assert "17m mlm, training loss" in svg
+    assert "validation_loss" not in svg
     reported(page, run, other, "--svg", tmp_path / "again")
     assert (tmp_path / "again" / "loss.svg").read_text() == svg
 
@@ -332,6 +334,53 @@ def test_report_json_describes_page_and_models(run: Path, page: Path, capsys: py
     assert told["verdict"] is None
     assert model["runs"] == [str(run)]
     assert model["tokens"] > 40 * 64_000
+
+
+def cards_of(run: Path, page: Path) -> str:
+    return re.sub("<[^>]+>", " ", section(reported(page, run), "cards"))
+
+
+def test_report_card_says_parameters_and_shape(tmp_path: Path, page: Path) -> None:
+    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    run = write_run(tmp_path / "run", words=words)
+    assert "parameters  207K 2 layers x 64, vocabulary 2,048 (from 17m)" in cards_of(run, page)
+
+
+def test_report_card_says_time_device_hours_and_commit(tmp_path: Path, page: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40, step_seconds=dict.fromkeys(range(1, 41), 90.0))
+    launches = [{"step": 0, "world": 2, "commit": "aaaa"}, {"step": 20, "world": 4, "commit": "bbbb+"}]
+    (run / "history.jsonl").write_text("".join(json.dumps(one) + "\n" for one in launches))
+    told = cards_of(run, page)
+    assert "time in steps  1h 0m 3 device-hours" in told
+    assert "bbbb+  and 1 before it" in told
+
+
+def test_report_layout_says_what_was_used_instead_of_auto(run: Path, page: Path) -> None:
+    assert "auto (as configured)" in section(reported(page, run), "layout")
+    (run / "history.jsonl").write_text(json.dumps({"step": 0, "device": "cpu", "attention": "sdpa"}) + "\n")
+    told = section(reported(page, run), "layout")
+    assert "auto" not in told
+    assert "<td>sdpa</td>" in told
+
+
+def test_report_ranks_of_equal_speed_draw_no_chart_of_the_slowest(tmp_path: Path, page: Path) -> None:
+    run = write_run(tmp_path / "run", slowest_ratio=dict.fromkeys((10, 20), 1.05))
+    text = reported(page, run, "--png", tmp_path / "figures")
+    assert "slowest" not in {chart["id"] for chart in numbers(text)["charts"]}
+    assert not (tmp_path / "figures" / "slowest.png").exists()
+
+
+def test_report_encoder_and_decoder_have_their_colours_in_any_order(tmp_path: Path, run: Path, page: Path) -> None:
+    other = write_run(tmp_path / "other", "clm")
+    for named in ((run, other), (other, run)):
+        models = numbers(reported(page, *named))["models"]
+        assert {model["name"]: model["colour"] for model in models} == {"17m mlm": 0, "17m clm": 1}
+
+
+def test_report_folders_named_like_a_formula_are_drawn(tmp_path: Path, page: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("plain", r"x$\frac{$y")]
+    reported(page, *runs, "--png", tmp_path / "figures")
+    assert (tmp_path / "figures" / "loss.png").exists()
 
 
 def test_report_names_the_slowest_host(tmp_path: Path, page: Path) -> None:
