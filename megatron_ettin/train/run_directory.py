@@ -179,7 +179,7 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
     write_synced(run_dir / "config.yaml", to_yaml(config))
     write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
-    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__, "code": code_hash()}
-    record |= {"commit": commit(), "host": socket.gethostname(), **launch}
+    record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
+    record |= {"code": code_hash(), "commit": commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")
