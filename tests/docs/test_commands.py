@@ -85,7 +85,10 @@ WRONG = [
 ]
 WRONG_IN_TAGGED = [
     ("ettin launch --nodes 1 --gpus-per-node 8 --no-such --submit -- train --size 1b", "--no-such"),
-    ("ettin launch --nodes 1 --gpus-per-node 8 -- train --size 1b --objective mlm --phase pretrain a.b=1", "a.b"),
+    (
+        "ettin launch --nodes 1 --gpus-per-node 8 --cpus-per-task 12 -- train --size 1b --objective mlm --phase pretrain a.b=1",
+        "a.b",
+    ),
     ("ettin release runs/a --out b --push c/d --invented", "--invented"),
     (
         "torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective mlm --phase pretrain parallel.tp=3",

@@ -32,7 +32,22 @@ def test_secret_tokens_appear_in_no_output_or_file(corpus: Path, tmp_path: Path)
     secrets.write_text("".join(f"{name}={value}\n" for name, value in TOKENS.items()))
     words = command(run, corpus, "mlm", ["run.steps=2", "metrics.wandb=true", "metrics.tensorboard=true"])
     said = ran(words, {})
-    said += ran(["launch", "--nodes", "1", "--gpus-per-node", "1", "--env-file", str(secrets), "--", *words], {})
+    said += ran(
+        [
+            "launch",
+            "--nodes",
+            "1",
+            "--gpus-per-node",
+            "1",
+            "--cpus-per-task",
+            "1",
+            "--env-file",
+            str(secrets),
+            "--",
+            *words,
+        ],
+        {},
+    )
     said += ran(["compare", str(run), str(run), "--out", str(tmp_path / "page.html")], {})
     said += ran(["report", str(run), "--out", str(tmp_path / "report.html"), "--svg", str(tmp_path / "svg")], {})
     said += ran(["inspect", str(run), "--json"], {})
