@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import shutil
 import time
@@ -154,6 +156,17 @@ def disk_full_while_writing() -> Iterator[None]:
         real(self, local)
 
     with mock.patch.object(background.Plan, "write", write):
+        yield
+
+
+@contextlib.contextmanager
+def no_locks() -> Iterator[None]:
+    """Refuse file locks as a file system without them does."""
+
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with mock.patch.object(fcntl, "flock", flock):
         yield
 
 

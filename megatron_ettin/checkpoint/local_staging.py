@@ -7,13 +7,14 @@ happens. What a killed process left has no lock any more, and goes at the next s
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_ettin.config.locks import LockHeld, try_lock
 
 PREFIX = ".ettin-staging-"
 _OURS = re.compile(re.escape(PREFIX) + r"[\w.-]*-\d+-\w+", re.ASCII)
@@ -48,11 +49,11 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.iterdir():
         if not _OURS.fullmatch(folder.name) or folder.is_symlink():
             continue
-        with contextlib.suppress(OSError):  # another user's, or one that has just gone
+        with contextlib.suppress(OSError, LockHeld):  # another user's, or one that has just gone
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(folder)
+                if try_lock(lock) is None:
+                    _remove(folder)
             finally:
                 os.close(lock)
 
@@ -64,13 +65,10 @@ def _locked_folder(root: Path, prefix: str) -> tuple[Path, int]:
         lock = None
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError):
+            # without locks nothing there is taken for a leftover
+            try_lock(lock)
+        except (LockHeld, FileNotFoundError):
             pass
-        except OSError:
-            if lock is None:
-                raise
-            return folder, lock  # a file system without locks: nothing there is taken for a leftover
         else:
             if folder.is_dir():
                 return folder, lock

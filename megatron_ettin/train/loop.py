@@ -220,7 +220,13 @@ def _train_watched(
         machine = assemble(config, platform, place.world)
         machine.clock.heart = heart
         progress, origin = resume.begin(
-            machine, launch.run_dir, launch.init_from, launch.keep_optimizer, corpus, launch.from_step
+            machine,
+            launch.run_dir,
+            launch.init_from,
+            launch.keep_optimizer,
+            corpus,
+            launch.from_step,
+            launch.allow_change,
         )
         batches = Batches.of(config, read, machine.layout, platform.device)
         run_directory.check_reader(config, corpus, batches.corpus)

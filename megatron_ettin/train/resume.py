@@ -5,6 +5,7 @@ another objective starts it fresh), or from initial weights. Position in the dat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.loading import agree, load, load_newest
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.roll_back import roll_back
+from megatron_ettin.train.run_directory import check_checkpoint
 
 
 def begin(
@@ -27,6 +29,7 @@ def begin(
     keep_optimizer: bool | None,
     corpus: Corpus,
     from_step: int | None = None,
+    allow_change: Sequence[str] = (),
 ) -> tuple[Progress, str]:
     """Load what the run goes on from; returns its progress and a line that says so. Collective.
 
@@ -38,6 +41,8 @@ def begin(
     own = load_newest(machine, run_dir)
     if own is not None:
         name, progress = own
+        checkpoint = directory.checkpoints_folder(run_dir) / name
+        agree(machine.layout, lambda: check_checkpoint(checkpoint, run_dir, machine.config, allow_change))
         return progress, f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
     if init_from is None:
         return Progress(), "initial weights"

@@ -6,7 +6,6 @@ and then history.jsonl records it. The data order is fixed by its fingerprint, n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform as machine
@@ -17,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
-from megatron_ettin.checkpoint.directory import at_step, resolve
+from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.history import HISTORY, first_launch
+from megatron_ettin.config.history import HISTORY, first_launch, read_launches
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
+from megatron_ettin.config.locks import LockHeld, try_lock
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.skips import parse_skips, place_of
 from megatron_ettin.config.stored import fixes_guard, stored_science_keys
+from megatron_ettin.config.yaml_reading import load_yaml
 from megatron_ettin.data.order import Corpus
 from megatron_ettin.platform.rank_facts import code_hash, commit
+from megatron_ettin.run_log import log_warning
 
 # these stand for the data order's fingerprint in --allow-change
 DATA_KEY = "data.mixture"
@@ -57,11 +59,15 @@ def locked(run_dir: Path, chief: bool) -> Iterator[None]:
         return
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            why = try_lock(file.fileno())
+        except LockHeld:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(f"run directory {run_dir}: {holder} is training in it; wait for it or stop it") from None
+        if why is not None:
+            log_warning(
+                f"warning: {run_dir}: its file system has no locks ({why}); start no second run in it meanwhile"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {machine.node()}")
         file.flush()
@@ -74,11 +80,23 @@ def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequen
         if key not in key_types():
             raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
     path = run_dir / "config.yaml"
+    saved = next(iter([*list_checkpoints(run_dir)[-1:], *list_milestones(run_dir)[-1:]]), None)
     if not path.exists():
+        if saved is not None:
+            raise UserError(
+                f"{path}: missing, though the run has checkpoints: nothing says what it may not change; put"
+                f" {saved / 'config.yaml'} there"
+            )
         return []
     before, now = stored_science_keys(path), science_keys(config)
     changed = [key for key in now if before.get(key) != now[key] and (key in before or key not in GUARD_KEYS)]
     order = read_order(run_dir)
+    if order is None and saved is not None and not {DATA_KEY, ORDER_KEY} & set(allow):
+        raise UserError(
+            f"{run_dir / 'order.json'}: missing or damaged, though the run has checkpoints: nothing says what data they"
+            f" were trained on; put it back, or if the data are the same go on with --allow-change {DATA_KEY}"
+        )
+    order = order or {}
     # rows left out are a key of their own, data.skip
     known = order.get("unskipped_fingerprint", order.get("fingerprint"))
     if order and known != corpus.unskipped_fingerprint and not set(changed) & {"run.seed", "run.phase"}:
@@ -125,17 +143,44 @@ def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
 
 def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
     """Which datasets are not those of the first launch, in words; empty where all are."""
-    known = set(order.get("datasets", []))
+    known = set(texts_of(order.get("datasets")))
     other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
     return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
 
 
-def read_order(run_dir: Path) -> dict[str, Any]:
-    """order.json: fingerprint of the data order and of the tokenizer; empty where the run has not started."""
+def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
+    """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
+    it is another run's then. Keys that a launch of this run was allowed to change may differ."""
+    groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
+    allowed = {*allow, *(key for launch in read_launches(run_dir) for key in texts_of(launch.get("changes")))}
+    if not fixes_guard(checkpoint / "config.yaml"):
+        allowed |= set(GUARD_KEYS)
+    for name in science_keys(config):
+        group, _, key = name.partition(".")
+        theirs = groups.get(group)
+        # an order's path may change, its content is compared by its fingerprint; earlier versions had fewer keys
+        if name == ORDER_KEY or name in allowed or not isinstance(theirs, dict) or key not in theirs:
+            continue
+        if theirs[key] != own[group][key]:
+            raise UserError(
+                f"{checkpoint}: was written with {name}={theirs[key]}, this run has {own[group][key]}: it is another"
+                f" run's; take it out of {checkpoint.parent}, or go on with --allow-change {name}"
+            )
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts in what should be a list of them."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def read_order(run_dir: Path) -> dict[str, Any] | None:
+    """order.json: fingerprint of the data order and of the tokenizer; None where it is missing or damaged."""
     try:
-        return load_json((run_dir / "order.json").read_text(encoding="utf-8"))
+        order = load_json((run_dir / "order.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return None
+    known = order.get("unskipped_fingerprint", order.get("fingerprint")) if isinstance(order, dict) else None
+    return order if isinstance(known, str) else None
 
 
 def origin(

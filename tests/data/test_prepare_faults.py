@@ -16,10 +16,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
+from megatron_ettin.cli.main import main
 from tests import forkserver
 from tests.data.corpora import files_of, words
 from tests.data.small_tasks import (
@@ -236,3 +239,58 @@ def test_prepare_changed_inputs_are_refused_without_replan(
     assert json.loads(capsys.readouterr().out)["tasks_resumed"] == 3
     assert prepare_small_tasks(*arguments[:2], str(tmp_path / "fresh"), *arguments[3:]) == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def write_in_between(path: Path, change: str, *words: str) -> int:
+    """Run `ettin WORDS` here; another process changes `path` after it was listed, or after it was read."""
+    from megatron_ettin.data.ingest import prepare
+
+    real = prepare.run_here if change == "written" else prepare.list_inputs
+
+    def changed(*given: Any) -> Any:
+        found = real(*given)
+        if change == "written":
+            path.write_bytes(path.read_bytes().replace(b"the", b"not"))
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rpartition(b"\n")[0] + b"\n")
+        return found
+
+    with mock.patch.object(prepare, real.__name__, changed):
+        return main(list(words))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_prepare_input_that_shrinks_after_it_was_listed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A file that is still being copied, or is rewritten, must not lose its second half."""
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": words(150, k)}) + "\n" for k in range(100)))
+    size = path.stat().st_size
+    line = [
+        str(path.parent),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(write_tokenizer(tmp_path / "tokenizer")),
+    ]
+    assert write_in_between(path, "cut", "prepare", *line, "--workers", "1") == 2
+    assert (
+        f"{path}: ends at byte {path.stat().st_size:,}, it had {size:,} when it was listed" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_input_that_is_written_to_before_publishing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in" / "a.txt"
+    path.parent.mkdir()
+    path.write_text(words(500, 1))
+    line = ["prepare", str(path.parent), "--out", str(tmp_path / "out")]
+    line += ["--tokenizer", str(write_tokenizer(tmp_path / "tokenizer")), "--workers", "1"]
+    assert write_in_between(path, "written", *line) == 2
+    assert f"{path}: was written to while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*line, "--replan"]) == 0

@@ -9,6 +9,8 @@ import shutil
 
 import pytest
 
+from megatron_ettin.convert.release import build
+from tests.faults import no_locks
 from tests.release.conftest import files_of, release
 
 pytestmark = pytest.mark.ranks
@@ -134,3 +136,11 @@ def test_release_other_weights_under_same_step_need_replace(trained, tmp_path, c
     status, told, err = release(capfd, *words, "--replace", "--json")
     assert status == 0, err
     assert json.loads(told)["made"] == ["step5"], err
+
+
+def test_release_on_a_file_system_without_locks_warns_and_goes_on(tmp_path, capsys):
+    with no_locks(), build._locked(tmp_path / "out", {"name": "a", "objective": "mlm", "size": "17m"}):
+        pass
+    said = capsys.readouterr().err
+    assert said.count("its file system has no locks (Function not implemented)") == 1
+    assert (tmp_path / "out" / "release.json").is_file()

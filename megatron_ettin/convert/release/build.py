@@ -6,7 +6,6 @@ the same bytes. Revisions of checkpoints that were deleted meanwhile stay."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,12 +18,14 @@ from typing import Any
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.locks import LockHeld, try_lock
 from megatron_ettin.convert.release.chain import Chain, Revision
 from megatron_ettin.convert.release.finish import DrawCurve, WriteOrder, write_main, write_orders
 from megatron_ettin.convert.release.record import RECORD, Options, is_released, made_of, read_record
 from megatron_ettin.convert.release.revision import WORK, Job, Outcome
 from megatron_ettin.convert.release.workers import make_all, worker_count
 from megatron_ettin.convert.verify import Logits
+from megatron_ettin.run_log import log_warning
 
 RESERVED = {"main", "data_order", WORK, RECORD}
 
@@ -171,9 +172,11 @@ def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            why = try_lock(handle)
+        except LockHeld:
             raise UserError(f"--out {out}: another `ettin release` is writing there; wait for it") from None
+        if why is not None:
+            log_warning(f"warning: {out}: its file system has no locks ({why}); start no second release into it")
         _check_index(index, identity)
         if not index.is_file():
             _write_index(out, identity)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.locks import LockHeld, try_lock
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.ingest import cluster
@@ -43,9 +43,11 @@ from megatron_ettin.data.ingest.request import (
 )
 from megatron_ettin.data.ingest.staging import NoDocumentsError, read_task_records, stage
 from megatron_ettin.data.ingest.task import IngestSettings
+from megatron_ettin.data.ingest.unchanged import check_unchanged
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory
 from megatron_ettin.data.rows import ensure_row_plan
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ettin.run_log import log_warning
 
 LOCK_SECONDS = 3.0
 
@@ -213,6 +215,7 @@ class Build:
     def publish(self, num_tasks: int) -> Dataset:
         """Merge the records, plan rows, and put the dataset in its place."""
         out = self.request.out
+        check_unchanged(self.files)
         records = read_task_records(self.work, num_tasks)
         try:
             staged = stage(self.work, records, self.request, self.tokenizer, self.settings_sha256)
@@ -276,14 +279,14 @@ def take(lock: int, work: Path) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            why = try_lock(lock)
+        except LockHeld:
             if time.monotonic() > deadline:
                 raise UserError(f"{work}: another `ettin prepare` is writing it") from None
             time.sleep(0.1)
-        except OSError:
-            return  # a file system without locks
         else:
-            if not (work / "lock").exists():  # whoever held it has just published and removed the folder
+            if why is not None:
+                log_warning(f"warning: {work}: its file system has no locks ({why}); start no second prepare into it")
+            elif not (work / "lock").exists():  # whoever held it has just published and removed the folder
                 raise UserError(f"{work}: another `ettin prepare` has just finished it; run the same command again")
             return

@@ -16,6 +16,7 @@ from megatron_ettin.data.ingest.filesystem import open_input
 from megatron_ettin.data.ingest.input_file import InputFile, Segment
 from megatron_ettin.data.ingest.readers.compressed import BLOCK_BYTES, blocks
 from megatron_ettin.data.ingest.readers.document import Document, ReadOptions
+from megatron_ettin.data.ingest.unchanged import shrunk
 
 KEYS_SHOWN = 8
 NOT_BLANK = re.compile(r"\S")
@@ -48,6 +49,8 @@ def begins_with_json_object(text: str) -> bool:
 def whole_text(file: InputFile) -> str:
     """A text file's content, without a byte order mark."""
     raw = b"".join(blocks(file))
+    if file.compression is None and len(raw) < file.bytes:
+        raise shrunk(file, len(raw))
     try:
         return decoded(raw, 0).removeprefix("\ufeff")
     except UserError as error:
@@ -127,6 +130,8 @@ def lines(segment: Segment) -> Iterator[tuple[int, int, bytes]]:
         while offset < segment.end and (line := stream.readline()):
             yield number, offset, line.rstrip(b"\n")
             number, offset = number + step, offset + len(line)
+    if offset < segment.end:
+        raise shrunk(segment.file, offset)
 
 
 def seek_first_line(stream: IO[bytes], start: int) -> int:
