@@ -264,7 +264,7 @@ GUARD_KEYS = tuple(
 
 
 def science_keys(config: Config) -> dict[str, object]:
-    """What must not change within a run directory, flat. Operations keys (layout, micro-batch, sinks) may change."""
+    """What must not change within a run directory, flat. Operations keys (layout, sinks) may change."""
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
@@ -272,9 +272,9 @@ def science_keys(config: Config) -> dict[str, object]:
     keys |= {f"data.{key}": getattr(config.data, key) for key in named}
     # a given order is fixed by the fingerprint of its content, not by the path of its files
     keys["data.order"] = "keyed" if config.data.order == "keyed" else "given"
-    keys |= {
-        f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key != "micro_batch_rows"
-    }
+    # a mean of micro-batches' means depends on what is in one
+    free = () if config.batch.loss_normalization == "microbatch" else ("micro_batch_rows",)
+    keys |= {f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key not in free}
     keys |= {key: getattr(config.resilience, key.partition(".")[2]) for key in GUARD_KEYS}
     if config.schedule.name == "wsd" and config.schedule.decay_tokens:
         keys["run.tokens"] = config.run.tokens  # the decay ends there

@@ -33,6 +33,7 @@ REASONS = {
     "batch.warmup_min_rows": "only a batch warm-up reads it",
     "batch.loss_normalization": "every predicted token of a step counts the same on any layout; the original averaged"
     " the means of its micro-batches",
+    "batch.micro_batch_rows": "follows the rows of a batch; under loss_normalization=microbatch it decides the loss",
     "run.objective": "a masked token is predicted at its own place, as released encoders are used; the original trained"
     " decoders on as encoders that predict it from the place before (--objective mntp)",
     "resilience.on_nonfinite": "an update that is not finite ends a model; the original made every update",

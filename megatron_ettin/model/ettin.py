@@ -62,6 +62,11 @@ class PredictionHead(MegatronModule):
         return self.norm(F.gelu(self.dense(x)))
 
 
+# parameters with a row for each entry of the vocabulary, padded for tensor parallelism: `real_rows` of the whole tensor
+# are trained, which the optimizer's statistics of whole tensors are told by this attribute
+VOCABULARY = ("embedding.word_embeddings.", "output_layer.")
+
+
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
     """Rows of the embedding: the vocabulary rounded up to what tensor parallelism divides."""
     return -(-vocab_size // tp) * tp
@@ -99,6 +104,9 @@ class EttinModel(LanguageModule):
             self.output_layer = self._output_layer(vocabulary, groups)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+        for name, parameter in self.named_parameters():
+            if name.startswith(VOCABULARY):
+                parameter.real_rows = config.vocab_size
 
     def _output_layer(self, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
         """Holds the vocabulary bias and, on a last stage that has no embedding, the copy of the tied weight."""
@@ -127,9 +135,10 @@ class EttinModel(LanguageModule):
         packed: PackedRows,
         labels: torch.Tensor | None = None,
         at: torch.Tensor | None = None,
+        loss_factor: float = 1.0,
     ) -> Any:
         """input_ids and labels [rows, seq_len]; or, with `at`, labels [n] at the flat positions `at` [n] (without it
-        they are looked for, which waits for the device).
+        they are looked for, which waits for the device). `loss_factor`: by what the sum of losses will be multiplied.
 
         A stage without the head returns hidden states [tokens, 1, hidden]; with labels the last one returns (sum of
         losses, losses [labelled], correct [labelled]) in flat order; without labels logits [tokens, vocabulary]."""
@@ -149,14 +158,13 @@ class EttinModel(LanguageModule):
         if at is None:
             at = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
             labels = labels.reshape(-1)[at]
-        return self._losses(self.head(x[at]), weight, labels, padded=packed.layer_keys is not None)
+        return self._losses(self.head(x[at]), weight, labels, packed.layer_keys is not None, loss_factor)
 
     def _losses(
-        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool, factor: float
     ) -> tuple[torch.Tensor, ...]:
         group = self.pg_collection.tp
         first = group.rank() * weight.shape[0]
         valid = max(0, min(weight.shape[0], self.config.vocab_size - first))
-        return linear_cross_entropy(
-            hidden, weight, self.output_layer.bias, labels, first, valid, group if group.size() > 1 else None, padded
-        )
+        whole = group if group.size() > 1 else None
+        return linear_cross_entropy(hidden, weight, self.output_layer.bias, labels, first, valid, whole, padded, factor)

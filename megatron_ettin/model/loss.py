@@ -22,7 +22,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-        first: int, valid: int, group: Any, wants: bool, padded: bool,
+        first: int, valid: int, group: Any, wants: bool, padded: bool, factor: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
@@ -36,8 +36,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = rows if hidden.device.type == "cpu" else DEVICE_CHUNK_ROWS
             for start in range(0, len(labels), rows):
                 part = slice(start, start + rows)
-                losses[part] = _fused_chunk(hidden[part], weight, bias, labels[part], first, valid, group, grads, part)
-            return _finish(ctx, losses, correct, grads, weight, bias, group)
+                losses[part] = _fused_chunk(
+                    hidden[part], weight, bias, labels[part], first, valid, group, grads, part, factor
+                )
+            return _finish(ctx, losses, correct, grads, weight, bias, group, factor)
         # the same memory for every chunk: on the CPU the page faults of fresh tensors cost as much as the products
         logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
         log_softmax = torch.empty_like(logits, dtype=torch.float32)
@@ -54,23 +56,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 softmax = found.exp_()
                 if padded:
                     softmax.mul_((labels[part] >= 0)[:, None])
-                _accumulate(softmax, here, column, hidden[part], weight, grads, part)
+                _accumulate(softmax, here, column, hidden[part], weight, grads, part, factor)
             else:  # another pass over the logits, for evaluation only
                 correct[part] = -losses[part] >= _reduced(found.amax(dim=1), dist.ReduceOp.MAX, group)
-        return _finish(ctx, losses, correct, grads if wants else None, weight, bias, group)
+        return _finish(ctx, losses, correct, grads if wants else None, weight, bias, group, factor)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
-        return (*(grad.mul_(upstream[0].to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 6)
+        left = upstream[0] / ctx.factor
+        return (*(grad.mul_(left.to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 7)
 
 
 def _finish(
     ctx: Any, losses: torch.Tensor, correct: torch.Tensor, grads: tuple[torch.Tensor, ...] | None,
-    weight: torch.Tensor, bias: torch.Tensor, group: Any,
+    weight: torch.Tensor, bias: torch.Tensor, group: Any, factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Keep what backward scales, and what `linear_cross_entropy` returns."""
+    ctx.factor = factor
     if grads is not None:
         _reduced(grads[0], dist.ReduceOp.SUM, group)
+        if factor != 1:
+            grads[2].mul_(factor)
         ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
     ctx.mark_non_differentiable(losses, correct)
     return losses.sum(), losses, correct
@@ -78,7 +84,7 @@ def _finish(
 
 def _fused_chunk(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int,
-    group: Any, grads: tuple[torch.Tensor, ...], part: slice,
+    group: Any, grads: tuple[torch.Tensor, ...], part: slice, factor: float,
 ) -> torch.Tensor:  # fmt: skip
     """Losses of some rows; their gradients are added to `grads`. Logits are read twice and never widened in memory."""
     logits = torch.mm(hidden, weight.t())
@@ -89,8 +95,8 @@ def _fused_chunk(
         _reduced(target, dist.ReduceOp.SUM, group)
     logit_grad, bias_grad = logit_gradient(logits, bias, labels, normaliser, first, valid)
     grads[2].add_(bias_grad)
-    torch.mm(logit_grad, weight, out=grads[0][part])
-    grads[1].add_(torch.mm(logit_grad.t(), hidden))
+    _product(logit_grad, weight, factor, out=grads[0][part])
+    grads[1].add_(_product(logit_grad.t(), hidden, factor))
     return torch.where(labels >= 0, normaliser - target, 0.0)
 
 
@@ -148,29 +154,42 @@ def _log_softmax(logits: torch.Tensor, valid: int, group: Any, out: torch.Tensor
 
 def _accumulate(
     softmax: torch.Tensor, here: torch.Tensor, column: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], part: slice,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], part: slice, factor: float,
 ) -> None:  # fmt: skip
     """softmax - one_hot is the gradient of the logits; pass it on to hidden, weight and bias."""
     softmax.scatter_add_(1, column, -here.to(softmax.dtype)[:, None])
     grads[2].addmv_(softmax.t(), softmax.new_ones(len(softmax)))
     logit_grad = softmax.to(weight.dtype)
-    torch.mm(logit_grad, weight, out=grads[0][part])
+    _product(logit_grad, weight, factor, out=grads[0][part])
     if weight.dtype == torch.float32:
         grads[1].addmm_(logit_grad.t(), hidden)
     else:
-        grads[1].add_(torch.mm(logit_grad.t(), hidden))
+        grads[1].add_(_product(logit_grad.t(), hidden, factor))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, factor: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b x factor, scaled as it is summed, in fp32, and rounded once: what is rounded before and after is rounded to
+    one side by factors near a power of two."""
+    if factor == 1:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor, out=out)
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-    first: int = 0, valid: int | None = None, group: Any = None, padded: bool = False,
+    first: int = 0, valid: int | None = None, group: Any = None, padded: bool = False, factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sum (differentiable) and values (not) of the cross entropy of `hidden @ weight.T + bias` at `labels`, and, where
     no gradient is asked for, whether each label was the likeliest (else False).
 
     hidden [n, H]; weight [V/tp, H] and bias [V/tp] are this rank's rows, beginning at row `first` of the vocabulary,
     of which `valid` are real; labels [n] are whole-vocabulary ids; `group` is the tensor-parallel group or None.
-    `padded`: some labels are negative, whose losses and gradients are zero.
+    `padded`: some labels are negative, whose losses and gradients are zero. `factor`: by what the caller will multiply
+    the sum. Gradients in 16 bits are multiplied by it before they are rounded: what is left for backward is then 1,
+    while a factor rounded to bf16, up to 0.4 % off, would scale all gradients of a micro-batch alike.
     Returns fp32 (), fp32 [n], bool [n]. n may be 0. The gradient scales both: call backward once."""
     valid = weight.shape[0] if valid is None else valid
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled(), padded)
+    factor = 1.0 if weight.dtype == torch.float32 else factor
+    return _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled(), padded, factor
+    )

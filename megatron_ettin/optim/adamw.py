@@ -28,7 +28,7 @@ class WholeTensor:
     """What a shard needs to know of the tensor it is part of."""
 
     index: int  # in the vector of sums
-    numel: int  # of the whole tensor
+    numel: int  # of the whole tensor, without rows that only pad it
     counts: bool  # False where another rank counts the same values (replicated over tensor parallelism)
 
 

@@ -208,9 +208,10 @@ def _no_state(*_: Any) -> None:
 
 
 def whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> WholeTensor:
-    """Of a parameter that tensor parallelism may have cut, which nothing else has."""
+    """Describe the whole of a parameter that tensor parallelism may have cut, without the rows that pad it for that."""
     split = getattr(model, "tensor_model_parallel", False)
-    numel = model.numel() * (tensor_group.size() if split else 1)
+    rows = model.shape[0] * (tensor_group.size() if split else 1)
+    numel = getattr(model, "real_rows", rows) * (model.numel() // model.shape[0])
     return WholeTensor(index, numel, counts=split or tensor_group.rank() == 0)
 
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,11 +106,12 @@ def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: in
             yield batch
 
     tokens, given = tokens_of_first(counted())
+    forward = functools.partial(forward_step, functools.partial(normalising_factor, machine.config, count))
     run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
     graphed = machine.graphed if training else None
     with contextlib.nullcontext() if training else undisturbed(machine.chunks):
         outputs = run(
-            forward_step_func=forward_step if graphed is None else functools.partial(graphed, forward_step),
+            forward_step_func=forward if graphed is None else functools.partial(graphed, forward),
             # model chunks of one rank each read the step's micro-batches
             data_iterator=list(itertools.tee(given, len(models))) if len(models) > 1 else given,
             model=list(models) if len(models) > 1 else models[0],
@@ -129,10 +130,21 @@ def tokens_of_first(batches: Iterator[MicroBatch]) -> tuple[int, Iterator[MicroB
     return first.input_ids.numel(), itertools.chain((first,), batches)
 
 
-def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
-    """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it."""
+def normalising_factor(config: Config, micro_batches: int, labels: int) -> float:
+    """Return by what core, or DeepSpeed's engine, multiplies the sum of losses of a micro-batch before backward.
+
+    Under `global` that is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers."""
+    if config.batch.loss_normalization == "global":
+        return 1.0
+    # of DeepSpeed the number of micro-batches is in its loss scale
+    return 1 / (max(labels, 1) * (1 if config.parallel.engine == "deepspeed" else micro_batches))
+
+
+def forward_step(factor_of: Callable[[int], float], batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+    """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it. `factor_of`: by
+    what the loss of so many labels will be multiplied."""
     batch = next(batches)
-    output = model(batch.input_ids, batch.packed, batch.labels, batch.at)
+    output = model(batch.input_ids, batch.packed, batch.labels, batch.at, factor_of(len(batch.labels)))
     if not isinstance(output, tuple):  # hidden states for the next stage
         return output, None
     total, losses, correct = output

@@ -321,6 +321,21 @@ def test_pipeline_of_seven_layers_matches_one_process(
     assert equal(found, reference(option, layers)), difference(found, reference(option, layers))
 
 
+def test_train_with_vocabulary_padded_over_three_ranks_matches_one_process(
+    pool: Pool, corpus: Path, tmp_path: Path, reference
+) -> None:
+    """The row that pads 320 entries to 321 counts in no mean of the optimizer."""
+    option, shape = "clm stable_adamw none", "model.num_attention_heads=3 model.hidden_size=48 optim.lr=1e-2"
+    objective, choice = OPTIONS[option]
+    words = [*STEPS, *choice.split(), *shape.split(), "parallel.tp=3"]
+    found, expected = train(pool, 3, tmp_path, corpus, objective, words), reference(option, shape)
+    assert found.column("loss") == pytest.approx(expected.column("loss"), rel=1e-6)
+    name = "embedding.word_embeddings.weight"
+    ours, theirs = found.weights()[name], expected.weights()[name]
+    assert not ours[320:].any()
+    assert float((ours[:320] - theirs).abs().max()) <= 3e-5
+
+
 # a step at a vanishing learning rate leaves the initial weights in the checkpoint (the bias moves by 1e-30)
 STILL = ["run.steps=1", "optim.lr=1e-30", "optim.weight_decay=0"]
 
