@@ -73,7 +73,7 @@ def _clip(axes: Any, models: Sequence[Model], places: Sequence[int], chart: dict
     top = clip_limit(values)
     if top >= values[-1]:
         return
-    axes.set_ylim(top=top)
+    axes.set_ylim(max(0.0, float(values[0]) - 0.05 * top), top)
     for place, model in zip(places, models, strict=True):
         for run, own in zip(model.runs, model.axes()):
             high = np.flatnonzero(run.metrics.columns.get(key, np.empty(0)) * chart["factor"] > top)

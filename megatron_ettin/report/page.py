@@ -45,6 +45,7 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px sys
 .f0{fill:var(--c0)}.f1{fill:var(--c1)}.f2{fill:var(--c2)}.f3{fill:var(--c3)}.f4{fill:var(--c4)}.f5{fill:var(--c5)}
 details{margin:10px 0}summary{cursor:pointer;font-weight:600}
 .key{display:inline-block;width:22px;border-top:3px solid;vertical-align:middle;margin-right:6px}
+.key.dashed{border-top-style:dashed}
 .legend span.entry{margin-right:18px;white-space:nowrap}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
@@ -156,10 +157,10 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def _legend(comparison: Comparison) -> str:
-    key = '<span class="key" style="color:var(--c{})"></span>'
+    key = '<span class="key{}" style="color:var(--c{})"></span>'
     return "".join(
-        f'<span class="entry">{key.format(colour)}{html.escape(chain.name)}</span>'
-        for colour, chain in zip(colours(comparison), comparison.chains, strict=True)
+        f'<span class="entry">{key.format(" dashed" if number else "", colour)}{html.escape(chain.name)}</span>'
+        for number, (colour, chain) in enumerate(zip(colours(comparison), comparison.chains, strict=True))
     )
 
 
