@@ -37,6 +37,7 @@ def on_a_terminal(words: list[str], columns: int) -> tuple[int, str]:
 
 def test_terminal_progress_shows_step_loss_and_checkpoint(corpus: Path, tmp_path: Path) -> None:
     more = ["run.steps=3", "checkpoint.every_steps=3", "checkpoint.asynchronous=false"]
+    more += [f"data.validation={corpus}/heldout", "metrics.eval_every_steps=2", "metrics.eval_rows=8"]
     words = command(tmp_path / "run", corpus, "mlm", more)
     status, said = on_a_terminal(words, 150)
     assert status == 0, said[-2000:]
@@ -47,6 +48,7 @@ def test_terminal_progress_shows_step_loss_and_checkpoint(corpus: Path, tmp_path
     assert "step 3 of 3 · " in said
     assert f"loss {last['loss']:.4f} · lr 3.00e-03 · norm {last['grad_norm']:.3f}" in said
     assert "checkpoint: step 3" in said
+    assert "step 2 validation loss " in said
     # there is no peak FLOP/s for a CPU
     assert "MFU" not in said
 
