@@ -387,3 +387,11 @@ def test_architecture_rule_passes_allowed_code(rule, path, text):
 
 def test_architecture_rules_all_have_a_breach_example():
     assert {rule for rule, _, _ in BREACHES} == {*IN_THE_PACKAGE, *EVERYWHERE}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_floors_of_docs_name_every_room(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rooms = [room for room in FLOORS if room != "__main__"]
+    names = {room: f"{room}/" if (ROOT / PACKAGE / room).is_dir() else f"{room}.py" for room in rooms}
+    assert [room for room, name in names.items() if name not in text] == []

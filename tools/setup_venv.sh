@@ -22,8 +22,13 @@ flock 9 # on the directory itself; a second caller waits here and then finds the
 
 # The checkout's path counts: an editable installation points to it.
 wanted=$({ echo "$root"; cat "$root/constraints-cpu.txt" "$root/setup.cfg"; } | sha256sum | cut -d' ' -f1)
-if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+finish() { # on standard error how to use it, on standard output the path that scripts read
+    say "ready: source $venv/bin/activate"
     echo "$venv"
+}
+
+if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    finish
     exit 0
 fi
 
@@ -36,9 +41,9 @@ install() { # pip's own lines go to a log, whose end is shown where it fails
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >"$venv/install.log" 2>&1 ||
         { tail -n 30 "$venv/install.log" >&2; say "pip failed; all of its output: $venv/install.log"; exit 1; }
 }
-say "installing torch"
+say "installing torch; a minute or two in all"
 install "$(grep '^torch==' "$root/constraints-cpu.txt")" # first: later ranges then take this CPU build
 say "installing megatron_ettin and what its tests need"
 install --editable "$root[data,deepspeed,docs,test]" --constraint "$root/constraints-cpu.txt"
 echo "$wanted" >"$stamp"
-echo "$venv"
+finish

@@ -14,7 +14,7 @@ from megatron_ettin.cli.parsing import options_of
 from megatron_ettin.config.layers import key_types
 from tests.cli.test_examples import parser_of
 from tests.docs.pages import Block, all_blocks, blocks_of, pages
-from tests.docs.shell import Shell
+from tests.docs.shell import EXACT, Shell
 
 SHELLS = ("bash", "console", "sh")
 BLOCKS = [block for block in all_blocks() if block.language in SHELLS]
@@ -43,6 +43,27 @@ def test_docs_page_command_blocks_exit_0(page: str, shell: Shell, tmp_path: Path
         done = shell.run(block, folder)
         told = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, f"{block} ends with {done.returncode}:\n{block.text}\n{told}"
+        if page in EXACT:
+            assert not worse_than_guessing(done.stdout)
+
+
+def worse_than_guessing(text: str) -> list[str]:
+    """Return the lines of `ettin eval` with a loss that is not below the unigram loss of the line after."""
+    pairs = re.findall(r"^(.*loss ([0-9.]+) .*)\n.*unigram loss .*: ([0-9.]+)", text, re.M)
+    return [line for line, loss, unigram in pairs if float(loss) >= float(unigram)]
+
+
+def test_tutorial_torchrun_names_the_threads_of_a_rank() -> None:
+    """Without them torchrun prints a banner, which is the first that a newcomer sees of it."""
+    calls = [line for block in BY_PAGE["docs/tutorial.md"] for line in block.text.splitlines() if "torchrun" in line]
+    assert calls
+    assert [line for line in calls if not line.startswith("OMP_NUM_THREADS=1 torchrun ")] == []
+
+
+def test_worse_than_guessing_finds_loss_above_unigram() -> None:
+    told = "runs/a: loss {} accuracy 0.1 (286 predicted tokens in 8 rows)\nunigram loss of corpus on the same: 6.1320\n"
+    assert worse_than_guessing(told.format(6.189)) == [told.format(6.189).splitlines()[0]]
+    assert worse_than_guessing(told.format(5.876)) == []
 
 
 def test_docs_blocks_at_least_20_untagged_and_at_most_8_never_run() -> None:

@@ -1,0 +1,28 @@
+"""`tools/setup_venv.sh` on an environment that is complete: what it prints, and where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ASKED_FOR = ("constraints-cpu.txt", "setup.cfg")
+
+
+def test_setup_venv_prints_path_for_scripts_and_activation_for_people(tmp_path: Path) -> None:
+    """Scripts read the path from standard output, so that how to activate it stands on standard error."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    wanted = hashlib.sha256(f"{ROOT}\n".encode() + b"".join((ROOT / name).read_bytes() for name in ASKED_FOR))
+    (venv / ".complete").write_text(f"{wanted.hexdigest()}\n")
+    environment = {**os.environ, "VENV": str(venv), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / "setup_venv.sh"], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{venv}\n"
+    assert done.stderr.splitlines()[-1] == f"setup_venv: ready: source {venv}/bin/activate"
