@@ -97,6 +97,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.clip_grad": (lambda v: v >= 0, "0 (no clipping) or above"),
     "schedule.warmup_tokens": (lambda v: v >= 0, "0 or above"),
     "schedule.decay_tokens": (lambda v: v >= 0, "0 or above"),
+    "schedule.end_tokens": (lambda v: v >= 1, "at least 1, or null"),
     "schedule.final_lr_fraction": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "data.seq_len": (lambda v: v >= 8, "at least 8"),
     "data.mean_tokens_per_row": (lambda v: v > 0 and math.isfinite(v), "above 0"),
@@ -218,10 +219,15 @@ def check_schedule(config: Config) -> None:
     schedule, run = config.schedule, config.run
     if schedule.name == "one_minus_sqrt" and schedule.decay_tokens == 0:
         raise UserError("schedule.decay_tokens: one_minus_sqrt decays over them; 0 is not allowed")
-    if schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > run.tokens:
+    key, end = ("run.tokens", run.tokens) if schedule.end_tokens is None else ("end_tokens", schedule.end_tokens)
+    if schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > end:
         raise UserError(
             f"schedule.warmup_tokens + decay_tokens: {schedule.warmup_tokens} + {schedule.decay_tokens} is more than"
-            f" run.tokens {run.tokens}"
+            f" {key} {end}"
+        )
+    if schedule.name == "one_minus_sqrt" and schedule.decay_tokens > end:
+        raise UserError(
+            f"schedule.decay_tokens: {schedule.decay_tokens} is more than {key} {end}, over the last of which it decays"
         )
 
 
@@ -276,6 +282,7 @@ def science_keys(config: Config) -> dict[str, object]:
     free = () if config.batch.loss_normalization == "microbatch" else ("micro_batch_rows",)
     keys |= {f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key not in free}
     keys |= {key: getattr(config.resilience, key.partition(".")[2]) for key in GUARD_KEYS}
-    if config.schedule.name == "wsd" and config.schedule.decay_tokens:
+    schedule = config.schedule
+    if schedule.name != "constant" and schedule.decay_tokens and schedule.end_tokens is None:
         keys["run.tokens"] = config.run.tokens  # the decay ends there
     return keys

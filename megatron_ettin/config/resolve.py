@@ -124,7 +124,18 @@ def from_yaml(path: Path) -> Config:
     for group, key in REMOVED:
         if isinstance(content.get(group), dict):
             content[group].pop(key, None)
+    keep_early_decay(content)
     try:
         return to_config(content)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a resolved config of this version ({error})") from None
+
+
+def keep_early_decay(content: dict[str, Any]) -> None:
+    """Give a run of an earlier version the schedule that it was trained with: `one_minus_sqrt` decayed over its first
+    `decay_tokens` then, which is the same where they are the whole run."""
+    schedule, run = content.get("schedule"), content.get("run")
+    if not isinstance(schedule, dict) or not isinstance(run, dict) or "end_tokens" in schedule:
+        return
+    if schedule.get("name") == "one_minus_sqrt" and schedule.get("decay_tokens") != run.get("tokens"):
+        schedule["end_tokens"] = schedule.get("decay_tokens")

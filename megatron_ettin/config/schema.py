@@ -82,6 +82,7 @@ class ScheduleConfig:
     warmup_tokens: int
     decay_tokens: int
     final_lr_fraction: float
+    end_tokens: Optional[int] = None  # where the decay ends; None: at run.tokens
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,22 @@ def warmup(tokens: float, warmup_tokens: int) -> float:
     return 1.0 if tokens >= warmup_tokens else FLOOR + (1 - FLOOR) * tokens / warmup_tokens
 
 
-def wsd(tokens: float, schedule: ScheduleConfig, total_tokens: int) -> float:
-    """Warm-up, stable, linear decay to final_lr_fraction over the last `decay_tokens` of `total_tokens`."""
+def wsd(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
+    """Warm-up, stable, linear decay to final_lr_fraction over the last `decay_tokens` before `end_tokens`."""
     if tokens < schedule.warmup_tokens:
         return warmup(tokens, schedule.warmup_tokens)
-    begin = total_tokens - schedule.decay_tokens
-    if schedule.decay_tokens == 0 or tokens <= begin:
-        return 1.0
-    done = min((tokens - begin) / schedule.decay_tokens, 1.0)
-    return 1 - done * (1 - schedule.final_lr_fraction)
+    return 1 - decayed(tokens, schedule, end_tokens) * (1 - schedule.final_lr_fraction)
 
 
-def one_minus_sqrt(tokens: float, schedule: ScheduleConfig, total_tokens: int) -> float:
-    """f + (1 - f)(1 - sqrt(t / decay_tokens)), no lower than f = final_lr_fraction."""
-    done = min(tokens / schedule.decay_tokens, 1.0)
+def one_minus_sqrt(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
+    """Warm-up, stable, f + (1 - f)(1 - sqrt(x)) while x goes from 0 to 1 over the last `decay_tokens` before
+    `end_tokens`, and f = final_lr_fraction after it."""
     final = schedule.final_lr_fraction
+    done = decayed(tokens, schedule, end_tokens)
     return warmup(tokens, schedule.warmup_tokens) * (final + (1 - final) * (1 - math.sqrt(done)))
 
 
-def constant(tokens: float, schedule: ScheduleConfig, total_tokens: int) -> float:
+def constant(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
     """1 after the warm-up."""
     return warmup(tokens, schedule.warmup_tokens)
 
@@ -43,6 +40,18 @@ def constant(tokens: float, schedule: ScheduleConfig, total_tokens: int) -> floa
 SCHEDULES = {"wsd": wsd, "one_minus_sqrt": one_minus_sqrt, "constant": constant}
 
 
-def lr_fraction(tokens: float, schedule: ScheduleConfig, total_tokens: int) -> float:
-    """Fraction of the learning rate for the step that begins after `tokens`."""
-    return SCHEDULES[schedule.name](tokens, schedule, total_tokens)
+def decayed(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
+    """Return the part of the decay that lies before `tokens`: 0 until it begins, 1 from `end_tokens` on."""
+    begin = end_tokens - schedule.decay_tokens
+    if schedule.decay_tokens == 0 or tokens <= begin:
+        return 0.0
+    return min((tokens - begin) / schedule.decay_tokens, 1.0)
+
+
+def lr_fraction(tokens: float, schedule: ScheduleConfig, run_tokens: int) -> float:
+    """Return the fraction of the learning rate for the step that begins after `tokens`.
+
+    Args:
+        run_tokens: `run.tokens`, where the decay ends unless `schedule.end_tokens` says otherwise.
+    """
+    return SCHEDULES[schedule.name](tokens, schedule, schedule.end_tokens or run_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.config.layers import names_of, read_site
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
+from megatron_ettin.optim.schedules import lr_fraction
 from tests.config.original_yaml import original, write
 from tests.config.test_explain import FIRST_AND_48
 
+NULL = object()
+"""Stands for a key that is there without a value."""
 NAMES = {"size": None, "objective": None, "phase": None}
 
 
@@ -34,6 +38,12 @@ def test_original_yaml_equals_the_original_recipe_of_its_names(
     for group in ("run", "model", "optim", "schedule", "data", "batch", "precision"):
         assert getattr(config, group) == getattr(wanted, group), group
     assert config.checkpoint.weights_every_tokens == 8_500_000_000
+
+
+ONE_MINUS_SQRT = {
+    **{"scheduler.name": "one_minus_sqrt", "scheduler.t_decay": "10_000_000_000tok", "scheduler.alpha_f": 0.04},
+    "max_duration": "50_000_000_000tok",
+}
 
 
 def run(path: Path, capsys, *words: str) -> tuple[int, str, str]:
@@ -58,7 +68,7 @@ def test_train_with_original_yaml_reports_steps_and_unused_keys(tmp_path: Path, 
 
 
 def changed(change: dict[str, Any]) -> dict[str, Any]:
-    """Return an encoder's file with dotted keys replaced, or removed where the value is None."""
+    """Return an encoder's file with dotted keys replaced, removed where the value is None, empty where it is NULL."""
     content = original("17m", "mlm", "pretrain")
     for key, value in change.items():
         *parents, last = key.split(".")
@@ -68,7 +78,7 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             place.pop(last)
         else:
-            place[last] = value
+            place[last] = None if value is NULL else value
     return content
 
 
@@ -76,7 +86,15 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
     ("change", "key", "value"),
     [
         ({"scheduler.t_warmup": "0.1dur"}, "schedule.warmup_tokens", 170_000_000_000),
+        ({"scheduler.t_decay": None}, "schedule.decay_tokens", 170_000_000_000),
+        (ONE_MINUS_SQRT, "schedule.decay_tokens", 10_000_000_000),
+        (
+            {"scheduler.name": "constant_with_warmup", "scheduler.alpha_f": None},
+            "schedule.warmup_tokens",
+            4_000_000_000,
+        ),
         ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.weight_decay", 3e-4),
+        ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.max_lr", 3e-3),
         ({"optimizer.name": "decoupled_adamw"}, "optim.name", "adamw"),
         ({"algorithms.gradient_clipping.clipping_threshold": 1.0}, "optim.clip_grad", 1.0),
         ({"train_loader.sequence_packing": True}, "batch.warmup_tokens", 125_000_000_000),
@@ -94,6 +112,15 @@ def test_original_yaml_changed_key_sets_its_counterpart(
     path = write(tmp_path / "original.yaml", changed(change))
     group, name = key.split(".")
     assert getattr(getattr(parse("17m", "mlm", "pretrain", path), group), name) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("before_end", [50e9, 40e9, 30e9, 10e9, 1e9, 0])
+def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float, tmp_path: Path) -> None:
+    """The original's scheduler is 1 until `t_max - t_decay` and falls over the last `t_decay`."""
+    config = parse("17m", "mlm", "decay", write(tmp_path / "original.yaml", changed(ONE_MINUS_SQRT)))
+    done = max(0.0, 10e9 - before_end) / 10e9
+    expected = 0.04 + 0.96 * (1 - math.sqrt(done))
+    assert lr_fraction(50e9 - before_end, config.schedule, config.run.tokens) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +147,16 @@ def test_original_yaml_changed_key_sets_its_counterpart(
         ({"max_duration": "1dur"}, "max_duration is '1dur'; give it in tokens"),
         ({"max_duration": None, "scheduler.t_decay": "0tok"}, "max_duration is missing"),
         ({"scheduler.t_max": "5tok"}, "scheduler.t_max is '5tok'; a schedule ends with max_duration"),
+        ({"scheduler.t_warmup": None}, "scheduler.t_warmup is missing"),
+        ({"scheduler.alpha_f": None}, "scheduler.alpha_f is missing; neither this system nor the original trainer"),
+        (ONE_MINUS_SQRT | {"scheduler.t_decay": None}, "scheduler.t_decay is missing"),
+        (ONE_MINUS_SQRT | {"scheduler.t_decay": "0tok"}, "scheduler.t_decay is '0tok'; it has to be above 0"),
+        (ONE_MINUS_SQRT | {"scheduler.t_decay": "60_000_000_000tok"}, "no more than max_duration"),
+        ({"optimizer.eps": None}, "optimizer.eps is missing"),
+        (
+            {"model.model_config.init_cutoff_factor": NULL},
+            "init_cutoff_factor is None; this system has 2 only: weights are drawn within two sigma",
+        ),
         ({"optimizer.name": "lion"}, "optimizer.name is 'lion'; allowed: decoupled_stableadamw"),
         ({"optimizer.filter_bias_norm_wd": False}, "norms and biases never decay"),
         ({"optimizer.lr": "fast"}, "optimizer.lr is 'fast'; a number was expected"),

@@ -42,6 +42,22 @@ def test_lr_fraction_one_minus_sqrt_matches_formula(final: float) -> None:
     assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final  # the floor
 
 
+def test_lr_fraction_one_minus_sqrt_decays_over_the_last_tokens() -> None:
+    schedule = ScheduleConfig("one_minus_sqrt", 0, 200_000, 0.04)
+    for t in points():
+        expected = 1.0 if t <= 800_000 else 0.04 + 0.96 * (1 - math.sqrt((t - 800_000) / 200_000))
+        assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["wsd", "one_minus_sqrt"])
+def test_lr_fraction_with_end_tokens_ends_its_decay_there(name: str) -> None:
+    short = ScheduleConfig(name, 0, 200_000, 0.04, end_tokens=500_000)
+    whole = ScheduleConfig(name, 0, 200_000, 0.04)
+    for t in range(0, 500_000, 10_000):
+        assert lr_fraction(t, short, TOTAL) == lr_fraction(t, whole, 500_000)
+    assert lr_fraction(TOTAL, short, TOTAL) == pytest.approx(0.04)
+
+
 def test_lr_fraction_constant_is_one_and_half_midway_through_warmup() -> None:
     assert lr_fraction(0, ScheduleConfig("constant", 0, 0, 0.0), TOTAL) == 1.0
     assert lr_fraction(5, ScheduleConfig("constant", 10, 0, 0.0), TOTAL) == pytest.approx(0.5)

@@ -37,6 +37,7 @@ OPTIMIZERS = {
 }
 PRECISIONS = {"amp_bf16": "bf16", "bf16": "bf16", "fp32": "fp32"}
 NEVER_BATCHES = 10**12
+WSD_DECAY = "0.1dur"  # of a warmup_stable_decay that has no t_decay
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Reading:
 
     def need(self, key: str) -> Any:
         if self.keys.get(key) is None:
-            raise self.wrong(key, "is missing; this system has no default for it")
+            raise self.wrong(key, "is missing; neither this system nor the original trainer has a default for it")
         return self.take(key)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -211,28 +212,40 @@ def _duration(reading: Reading) -> int:
 
 
 def _schedule(reading: Reading) -> dict[str, dict[str, Any]]:
+    """Read the schedule. What the trainer itself has no default for is refused, as it stops there."""
     name, whole = reading.choice("scheduler.name", SCHEDULES), _duration(reading)
-    warmup, decay = (
-        _tokens(reading, f"scheduler.{key}", reading.take(f"scheduler.{key}") or 0, whole)
-        for key in ("t_warmup", "t_decay")
-    )
     end = reading.take("scheduler.t_max")
     if end is not None and _tokens(reading, "scheduler.t_max", end, whole) != whole:
         raise reading.wrong("scheduler.t_max", f"is {end!r}; a schedule ends with max_duration here")
+    decay = reading.take("scheduler.t_decay", WSD_DECAY if name == "wsd" else 0)
     if name == "one_minus_sqrt":  # it has no warm-up, whatever the file says
-        warmup, decay = 0, decay or whole
-    final = reading.number("scheduler.alpha_f", 1.0 if name == "constant" else 0.0)
-    return {"schedule": {"name": name, "warmup_tokens": warmup, "decay_tokens": decay, "final_lr_fraction": final}}
+        reading.used.add("scheduler.t_warmup")
+        warmup, decay = 0, reading.need("scheduler.t_decay")
+    else:
+        warmup = _tokens(reading, "scheduler.t_warmup", reading.need("scheduler.t_warmup"), whole)
+    if name == "constant":
+        reading.used.add("scheduler.alpha_f")
+        final = 1.0
+    else:
+        final = reading.number("scheduler.alpha_f")
+    decay_tokens = _tokens(reading, "scheduler.t_decay", decay, whole)
+    if name == "one_minus_sqrt" and not 0 < decay_tokens <= whole:
+        raise reading.wrong("scheduler.t_decay", f"is {decay!r}; it has to be above 0 and no more than max_duration")
+    return {
+        "schedule": {"name": name, "warmup_tokens": warmup, "decay_tokens": decay_tokens, "final_lr_fraction": final}
+    }
 
 
 def _optimizer(reading: Reading) -> dict[str, dict[str, Any]]:
     name, coupled = reading.choice("optimizer.name", OPTIMIZERS)
-    lr, decay = reading.number("optimizer.lr"), reading.number("optimizer.weight_decay", 0.0)
-    betas = reading.take("optimizer.betas", [0.9, 0.99])
+    lr, decay = reading.number("optimizer.lr"), reading.number("optimizer.weight_decay")
+    betas = reading.need("optimizer.betas")
     if not (isinstance(betas, list) and len(betas) == 2):
         raise reading.wrong("optimizer.betas", f"is {betas!r}; two numbers were expected")
     optim: dict[str, Any] = {"name": name, "lr": lr, "weight_decay": decay * lr if coupled else decay}
-    optim |= {"beta1": float(betas[0]), "beta2": float(betas[1]), "eps": reading.number("optimizer.eps", 1e-8)}
+    if coupled:
+        optim["max_lr"] = lr  # a weight then loses lr x weight_decay a step, as in torch
+    optim |= {"beta1": float(betas[0]), "beta2": float(betas[1]), "eps": reading.number("optimizer.eps")}
     clip = "algorithms.gradient_clipping."
     if reading.take(f"{clip}clipping_threshold") is not None:
         if reading.take(f"{clip}clipping_type", "norm") != "norm":

@@ -40,7 +40,10 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.model_config.loss_function": (("fa_cross_entropy", "cross_entropy"), "the loss is the cross entropy"),
     "model.model_config.loss_kwargs.reduction": (("mean",), "the loss is a mean"),
     "model.model_config.activation_function": (("gelu",), "the activation is the exact GELU"),
-    "model.model_config.init_cutoff_factor": ((2, None), "weights are drawn within two sigma"),
+    "model.model_config.init_cutoff_factor": (
+        (2,),
+        "weights are drawn within two sigma, the trainer's default; null is three",
+    ),
     "train_loader.name": (("text",), "text is what is read"),
     "train_loader.dataset.shuffle": ((True,), "data is always shuffled"),
     "train_loader.dataset.split": (("train",), "datasets are named by their folders"),
