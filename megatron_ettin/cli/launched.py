@@ -103,7 +103,7 @@ def jobs_of(call: Call, world: int, at_once: int | None) -> list[Job]:
             check_layout(stage.config, world)
             begin = () if stage.init_from is None else ("--init-from", str(stage.init_from.absolute()))
             members.append(Member(stage.run_dir, (*own, *begin)))
-            snapshots[_snapshot_name(call, name, stage)] = to_yaml(stage.config)
+            snapshots[_snapshot_name(call, name, stage)] = to_yaml(stage.planned)
         after = jobs[-1].name if jobs else None
         jobs.append(Job(name, "train", _shared_words(call, first), tuple(members), snapshots, after, at_once))
         snapshots = {}

@@ -27,6 +27,22 @@ class Stage:
     words: list[str]
     begun: Config | None = None
     """The run's recorded configuration; None before its first launch."""
+    given: frozenset[str] = frozenset()
+    """`group.key` of all that the user sets."""
+
+    @property
+    def free(self) -> frozenset[str]:
+        """Keys of the schedule that follow the run's length."""
+        from megatron_ettin.config.linked import SPAN
+
+        return frozenset() if self.begun is not None else frozenset(SPAN) - self.given
+
+    @property
+    def planned(self) -> Config:
+        """The configuration with the schedule that it has for `run.steps`, as far as that is known without the data."""
+        from megatron_ettin.plan.schedule_end import expected_row_tokens, fit_schedule
+
+        return fit_schedule(self.config, self.free, expected_row_tokens(self.config))
 
 
 def begun_with(run_dir: Path) -> Config | None:
@@ -63,7 +79,7 @@ def weights_config(init_from: Path) -> dict[str, Any]:
 def stages_of(args: argparse.Namespace) -> list[Stage]:
     """The phases asked for, resolved and checked. Raises UserError."""
     from megatron_ettin.config.inherit import inherited
-    from megatron_ettin.config.resolve import parse
+    from megatron_ettin.config.resolve import given_by_user, parse
 
     run_dir, words = args.run_dir, args.words
     if args.sweep:
@@ -71,14 +87,16 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     if args.phase != "all":
         kept, begun = weights_model(run_dir, args.init_from), begun_with(run_dir)
         config = parse(args.size, args.objective, args.phase, args.config, words, kept, begun)
-        return [Stage(config, run_dir, args.init_from, kept, words, begun)]
+        given = given_by_user(args.config, words, args.phase)
+        return [Stage(config, run_dir, args.init_from, kept, words, begun, given)]
     stages: list[Stage] = []
     for phase in CHAIN:
         own = run_dir / phase
         begun = begun_with(own)
         kept = inherited(dataclasses.asdict(stages[-1].config)) if stages else weights_model(own, args.init_from)
         config = parse(args.size, args.objective, phase, args.config, words, kept, begun)
-        stages.append(Stage(config, own, stages[-1].run_dir if stages else args.init_from, kept, words, begun))
+        source, given = stages[-1].run_dir if stages else args.init_from, given_by_user(args.config, words, phase)
+        stages.append(Stage(config, own, source, kept, words, begun, given))
     return stages
 
 

@@ -73,10 +73,9 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import origins
 
-    found = differences(
-        stage.config, origins(args.config, stage.words, stage.kept, stage.config.run.phase, stage.begun)
-    )
-    return json.dumps(to_json(found), indent=1) if args.json else describe(found, stage.config)
+    config = stage.planned
+    found = differences(config, origins(args.config, stage.words, stage.kept, stage.config.run.phase, stage.begun))
+    return json.dumps(to_json(found), indent=1) if args.json else describe(found, config)
 
 
 def complete(args: argparse.Namespace, is_chief: bool) -> None:
@@ -111,8 +110,23 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     run = first.config.run
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
     about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
+    about += [line for stage in stages for line in remarks(stage)]
     for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
         log_warning(line)
+
+
+def remarks(stage: Stage) -> list[str]:
+    """Return a line for each thing about the run that its user may not have meant."""
+    from megatron_ettin.config.linked import rate_line, rows_line
+    from megatron_ettin.config.recipe import recipe
+    from megatron_ettin.plan.dry_run import memory_line
+    from megatron_ettin.plan.schedule_end import describe_fit
+
+    config, run = stage.config, stage.config.run
+    tables = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
+    rows = None if "batch.global_batch_rows" in stage.given else rows_line(tables, config)
+    lines = [rows, rate_line(tables, config), describe_fit(config, stage.planned), memory_line(config)]
+    return [line for line in lines if line is not None]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 
-        print("\n".join(describe(stage.config, as_json=args.json) for stage in stages))
+        print("\n".join(describe(stage.planned, as_json=args.json) for stage in stages))
         return 0
     with told_to(args.json) as steps_to:
         return trained(args, stages, is_chief, steps_to)
@@ -162,7 +176,7 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
             stages = [dataclasses.replace(one, init_from=here.get(one.init_from, one.init_from)) for one in stages]
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     launches = [
-        Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept, steps_to)
+        Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept, steps_to, one.free)
         for one in stages
     ]
     try:

@@ -40,6 +40,11 @@ class Site:
     names: dict[str, str] = field(default_factory=dict)
     told: tuple[str, ...] = ()
 
+    @property
+    def is_original(self) -> bool:
+        """Whether it is a YAML of the original trainer, which alone names what it trains."""
+        return bool(self.names)
+
 
 def read_site(path: Path) -> Site:
     """A site file, or a YAML of the original trainer. Raises UserError."""
@@ -116,6 +121,11 @@ def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
     """What the strongest of the layers says of a key that decides which tables are taken."""
     values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]
     return str(values[-1]) if values else None
+
+
+def keys_of(layers: Sequence[Groups]) -> frozenset[str]:
+    """Return the `group.key` of everything that the layers set."""
+    return frozenset(f"{group}.{key}" for layer in layers for group, keys in layer.items() for key in keys or {})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

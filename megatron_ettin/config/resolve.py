@@ -16,17 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ettin.config.checks import check, check_weight_decay
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.layers import given, key_types, layers_of, read_site, read_yaml
+from megatron_ettin.config.layers import given, key_types, keys_of, layers_of, read_site, read_yaml
+from megatron_ettin.config.linked import FOLLOWERS, follow, kept_by
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import Config
-
-# keys whose value in the tables follows another one's: (leader, follower)
-FOLLOWERS = (
-    ("optim.lr", "optim.max_lr"),
-    ("data.seq_len", "model.max_position_embeddings"),
-    ("batch.global_batch_rows", "batch.micro_batch_rows"),
-    ("batch.global_batch_rows", "batch.warmup_min_rows"),
-)
 
 REMOVED = (("resilience", "stop_on_nonfinite"),)  # keys of earlier versions, whose runs go on all the same
 
@@ -43,16 +36,29 @@ def parse(
     """Resolve and check a run. `site`: YAML of groups; `words`: `[phase.]group.key=value`; `weights`: keys of `model`
     that come with the weights it begins from (inherit.py), stronger than the tables only; `begun`: the recorded
     configuration of a run that goes on, from which linked defaults are taken that nothing sets. Raises UserError."""
-    layers = [layer.groups for layer in layers_of(read_site(site) if site else None, site, words, phase)]
+    read = read_site(site) if site else None
+    layers = [layer.groups for layer in layers_of(read, site, words, phase)]
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
-    config = merge(base, [{"model": dict(weights or {})}, *layers])
-    follow_the_rows(base, config, layers, begun)
+    below, of_file = [{"model": dict(weights or {})}], frozenset[str]()
+    if read is not None and read.is_original:
+        # a whole run, as the tables are: words change it, and what follows them does so from its values
+        of_file = keys_of(layers[:1])
+        base = to_config(follow(base, merge(base, [*below, layers[0]]), of_file))
+        below, layers = [], layers[1:]
+    config = follow(base, merge(base, [*below, *layers]), keys_of(layers), begun, of_file)
     resolved = to_config(config)
     check(resolved)
     # a run that has begun with such a coefficient goes on as it is
     if begun is None or begun.optim.weight_decay != resolved.optim.weight_decay:
         check_weight_decay(resolved)
     return resolved
+
+
+def given_by_user(site: Path | None, words: Sequence[str], phase: str) -> frozenset[str]:
+    """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
+    read = read_site(site) if site else None
+    layers = [layer.groups for layer in layers_of(read, site, words, phase)]
+    return keys_of(layers[1:] if read is not None and read.is_original else layers)
 
 
 def origins(
@@ -62,30 +68,12 @@ def origins(
     layers = layers_of(read_site(site) if site else None, site, words, phase)
     all_layers = [({"model": dict(weights)}, "the weights it begins from"), *layers]
     found = {f"{group}.{key}": who for layer, who in all_layers for group, keys in layer.items() for key in keys or {}}
-    if begun is not None:
-        found.setdefault("optim.max_lr", "the run itself, which has begun with it")
+    for key in kept_by(begun, found):
+        found[key] = "the run itself, which has begun with it"
     for leader, follower in FOLLOWERS:
         if leader in found:
             found.setdefault(follower, f"{leader}, which it follows ({found[leader]})")
     return found
-
-
-def follow_the_rows(base: Config, merged: Any, layers: Sequence[dict], begun: Config | None = None) -> None:
-    """Values that the recipe ties to another key follow it where only the other one was given.
-
-    The rate that weight decay refers to stays that of a run that has begun: the original's restarts keep it too, and a
-    weight then decays in proportion to the new learning rate."""
-    given = {f"{group}.{key}" for layer in layers for group, keys in layer.items() for key in keys or {}}
-    if begun is not None and "optim.max_lr" not in given:
-        merged.optim.max_lr = begun.optim.max_lr
-    elif "optim.lr" in given and "optim.max_lr" not in given:
-        merged.optim.max_lr = merged.optim.lr * (base.optim.max_lr / base.optim.lr)
-    if "data.seq_len" in given and "model.max_position_embeddings" not in given:
-        merged.model.max_position_embeddings = merged.data.seq_len
-    if "batch.global_batch_rows" in given and "batch.micro_batch_rows" not in given:
-        merged.batch.micro_batch_rows = min(merged.batch.micro_batch_rows, merged.batch.global_batch_rows)
-    if "batch.global_batch_rows" in given and "batch.warmup_min_rows" not in given:
-        merged.batch.warmup_min_rows = min(merged.batch.warmup_min_rows, merged.batch.global_batch_rows)
 
 
 def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:

@@ -22,8 +22,10 @@ from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warn
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
 from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.rows import check_rows
+from megatron_ettin.plan.hardware import TABLE, read_table
 from megatron_ettin.plan.memory import estimate
 from megatron_ettin.plan.places import describe_shares, empty_shares
+from megatron_ettin.plan.schedule_end import describe_end, expected_row_tokens, lr_at_end
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def facts(config: Config) -> dict[str, Any]:
         "steps": config.run.steps or sizes.steps_for(config.run.tokens / row_tokens),
         "smallest_world": model_ranks,
         "empty_share": empty_shares(config),
+        "lr_at_end": lr_at_end(config, expected_row_tokens(config)),
         "memory_bytes": {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes},
     }
 
@@ -81,6 +84,18 @@ def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
         return [], str(error)
 
 
+def memory_line(config: Config) -> str | None:
+    """Return a warning where no GPU that is known can hold the fullest rank; None elsewhere."""
+    wanted = estimate(config, dp=1).total_bytes / 2**30
+    largest = max(read_table(TABLE).values(), key=lambda gpu: gpu.memory_gib)
+    if wanted <= largest.memory_gib:
+        return None
+    return (
+        f"warning: the fullest rank wants about {wanted:,.0f} GiB at dp 1, {config.batch.micro_batch_rows:,} rows of"
+        f" {config.data.seq_len:,} tokens at a time; a {largest.name} has {largest.memory_gib:g}"
+    )
+
+
 def describe(config: Config, as_json: bool) -> str:
     figures = facts(config)
     table, untold = mixture_epochs(config)
@@ -96,6 +111,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"parameters      {figures['parameters']:,}",
             f"operations      {format_count(figures['flops_per_token'])} a token (forward and backward)",
             f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
+            f"schedule        {describe_end(config, expected_row_tokens(config))}",
             f"data            {untold}" if untold else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
             f"empty places    {describe_shares(figures['empty_share'])}",

@@ -17,6 +17,7 @@ from megatron_ettin import parallel
 from megatron_ettin.attempt import Heart, attempt_folder, end_now, end_with_launcher
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import describe_empty_rows
+from megatron_ettin.config.linked import keep_begun
 from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.schema import Config
@@ -27,6 +28,7 @@ from megatron_ettin.data.local_copy import local_corpus
 from megatron_ettin.data.mixture import settled
 from megatron_ettin.data.order import Corpus, open_run_corpus
 from megatron_ettin.optim.schedules import lr_fraction
+from megatron_ettin.plan.schedule_end import describe_end, fit_schedule, free_by_value
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.rendezvous import Place, abort, find_place, forget, join, leave
@@ -74,6 +76,7 @@ class Launch:
     from_step: int | None = None  # of `init_from`, or of the run itself, which goes back to it
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
     steps_to: TextIO | None = None  # where steps are told as JSON lines, instead of to people
+    free: frozenset[str] | None = None  # keys of the schedule that follow the run's length; None: by their values
 
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
@@ -140,7 +143,7 @@ def prepare(config: Config, launch: Launch) -> Job:
     """Open the data, check the run directory. Raises UserError."""
     config = dataclasses.replace(config, data=settled(config.data))
     corpus = open_training_data(config)
-    config = ending_with(config, corpus)
+    config = with_schedule(ending_with(config, corpus), launch, corpus)
     run_directory.check_writable(launch.run_dir)
     if config.checkpoint.staging is not None:
         run_directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
@@ -303,6 +306,13 @@ def ending_with(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=config.run.steps or steps))
 
 
+def with_schedule(config: Config, launch: Launch, corpus: Corpus) -> Config:
+    """Return the run with a schedule in proportion to where it ends; one that has begun keeps its own."""
+    free = free_by_value(config) if launch.free is None else launch.free
+    begun = run_directory.recorded(launch.run_dir)
+    return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)
+
+
 def announce_data(config: Config, corpus: Corpus) -> None:
     """What the run reads, and how often."""
     sizes, run = BatchSizes.of(config.batch, corpus.mean_tokens_per_row), config.run
@@ -322,6 +332,7 @@ def announce_data(config: Config, corpus: Corpus) -> None:
 def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     config, machine = run.config, run.machine
     announce_data(config, corpus)
+    log_info(f"schedule: {describe_end(config, corpus.mean_tokens_per_row)}")
     named = short_name(config.run.size, config.model), long_name(config.run.size, config.model)
     log_info(
         f"{config.run.objective} {named[0]} {config.run.phase}: {named[1]},"

@@ -74,6 +74,12 @@ def locked(run_dir: Path, chief: bool) -> Iterator[None]:
         yield
 
 
+def recorded(run_dir: Path) -> Config | None:
+    """Return the configuration of a run that has begun; None before its first launch. Raises UserError."""
+    path = run_dir / "config.yaml"
+    return from_yaml(path) if path.exists() else None
+
+
 def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequence[str]) -> list[str]:
     """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
     for key in allow:

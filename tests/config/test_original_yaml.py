@@ -114,6 +114,22 @@ def test_original_yaml_changed_key_sets_its_counterpart(
     assert getattr(getattr(parse("17m", "mlm", "pretrain", path), group), name) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(
+    ("words", "warmup", "decay"),
+    [
+        (["run.tokens=5B"], 300_000_000, 10**9),
+        (["run.tokens=5B", "schedule.warmup_tokens=1B"], 10**9, 10**9),
+        (["schedule.decay_tokens=5B"], 3 * 10**9, 5 * 10**9),
+    ],
+)
+def test_original_yaml_shortened_by_a_word_keeps_its_shares(
+    words: list[str], warmup: int, decay: int, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "original.yaml", original("17m", "clm", "cross"))
+    schedule = parse("17m", "clm", "cross", path, words).schedule
+    assert (schedule.warmup_tokens, schedule.decay_tokens) == (warmup, decay)
+
+
 @pytest.mark.parametrize("before_end", [50e9, 40e9, 30e9, 10e9, 1e9, 0])
 def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float, tmp_path: Path) -> None:
     """The original's scheduler is 1 until `t_max - t_decay` and falls over the last `t_decay`."""

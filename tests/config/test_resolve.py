@@ -114,6 +114,7 @@ REFUSED = {
     "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
     "data.mlm_probability=0": "data.mlm_probability: 0 leaves the encoder nothing to predict",
     "data.seq_len=4096 model.max_position_embeddings=1024": "data.seq_len: 4096 is above model.max_position_embeddings 1024",
+    "schedule.name=one_minus_sqrt schedule.decay_tokens=2T": "schedule.decay_tokens: 2000000000000 is more than run.tokens",
     "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",
     "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
     "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: '20,9' must be 2 whole numbers",
@@ -233,3 +234,59 @@ def test_parse_mistake_in_other_phase_settings_is_refused(
     site.write_text(text)
     with pytest.raises(UserError, match=re.escape(said)):
         parse("17m", "mlm", "pretrain", site, words)
+
+
+@pytest.mark.parametrize(
+    ("phase", "words", "shares"),
+    [
+        ("pretrain", ["run.tokens=17B"], (40_000_000, 0, None)),
+        ("pretrain", ["run.tokens=3.4T"], (8 * 10**9, 0, None)),
+        ("decay", ["run.tokens=5B"], (0, 5 * 10**9, None)),
+        ("cross", ["run.tokens=5B"], (300_000_000, 10**9, None)),
+        ("cross", ["run.tokens=5B", "schedule.decay_tokens=2B"], (300_000_000, 2 * 10**9, None)),
+        ("cross", ["run.tokens=5B", "schedule.end_tokens=100B"], (6 * 10**9, 20 * 10**9, 100 * 10**9)),
+    ],
+)
+def test_parse_warmup_and_decay_are_the_recipes_shares_of_the_run(
+    phase: str, words: list[str], shares: tuple[int, int, int | None]
+) -> None:
+    schedule = parse("17m", "mlm", phase, words=words).schedule
+    assert (schedule.warmup_tokens, schedule.decay_tokens, schedule.end_tokens) == shares
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "micro"),
+    [
+        (["data.seq_len=8192"], 352, 11),
+        (["data.seq_len=512"], 5_632, 176),
+        (["data.seq_len=1000"], 2_880, 90),
+        (["data.seq_len=131072"], 22, 1),
+        (["data.seq_len=1M"], 3, 1),
+        (["data.seq_len=8192", "batch.micro_batch_rows=16"], 352, 16),
+        (["data.seq_len=8192", "batch.global_batch_rows=88"], 88, 88),
+        (["data.seq_len=2048", "data.batching=padded"], 4_608, 144),
+    ],
+)
+def test_parse_rows_of_another_length_keep_the_tokens_of_a_step(words: list[str], rows: int, micro: int) -> None:
+    batch = parse("17m", "mlm", "pretrain", words=words).batch
+    assert (batch.global_batch_rows, batch.micro_batch_rows) == (rows, micro)
+
+
+def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
+    """What earlier versions had other defaults for stays as the run has begun with it, until a key is given."""
+    old = ["batch.warmup_tokens=125B", "schedule.warmup_tokens=4B", "batch.warmup_min_rows=88"]
+    words = ["data.seq_len=2048", "run.tokens=1T"]
+    begun = parse("17m", "mlm", "pretrain", words=[*words, *old, "batch.global_batch_rows=2816"])
+    assert science_keys(parse("17m", "mlm", "pretrain", words=words, begun=begun)) == science_keys(begun)
+    assert (
+        parse("17m", "mlm", "pretrain", words=[*words, "batch.warmup_tokens=0"], begun=begun).batch.warmup_tokens == 0
+    )
+
+
+def test_from_yaml_of_an_earlier_version_keeps_its_early_decay(tmp_path: Path) -> None:
+    """It decayed over the first tokens: of a run with as many of them the schedule is today's."""
+    path = tmp_path / "config.yaml"
+    for decay, end in ((20_000, 20_000), (50_000, None)):
+        words = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]
+        path.write_text(to_yaml(parse("17m", "mlm", "decay", words=words)).replace("  end_tokens: null\n", ""))
+        assert from_yaml(path).schedule.end_tokens == end

@@ -1,0 +1,159 @@
+"""Where a run ends in its schedule: the schedule of a run that `run.steps` cuts short, and the line that says it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.linked import SPAN
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.schema import Config, ScheduleConfig
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.manifest import read_manifest
+from megatron_ettin.data.mixture import parse_mixture
+from megatron_ettin.optim.schedules import decayed, lr_fraction
+
+FIXED_POINT = 20  # a batch warm-up in proportion to an end that depends on it is settled after a few rounds
+
+
+def expected_row_tokens(config: Config) -> float:
+    """Return the mean tokens of a row as far as they are known without row plans: of padded rows those of the datasets'
+    chunks, of packed ones the whole row."""
+    data = config.data
+    if data.mean_tokens_per_row is not None or data.batching == "packed" or data.mixture is None:
+        return data.mean_tokens_per_row or float(data.seq_len)
+    try:
+        manifests = [read_manifest(Path(entry.path)) for entry in parse_mixture(data.mixture, data.root)]
+    except UserError:  # whoever opens the data says it
+        return float(data.seq_len)
+    return min(sum(one.tokens for one in manifests) / max(sum(one.chunks for one in manifests), 1), data.seq_len)
+
+
+def end_tokens(config: Config, row_tokens: float) -> int:
+    """Return the tokens after which the run ends, by its tokens or by its steps.
+
+    Args:
+        row_tokens: mean tokens of a row.
+    """
+    if config.run.steps is None:
+        return config.run.tokens
+    rows = BatchSizes.of(config.batch, row_tokens).rows_before(config.run.steps)
+    return min(config.run.tokens, round(rows * row_tokens))
+
+
+def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Config:
+    """Return the run with its schedule in proportion to its steps, where they end before `run.tokens`.
+
+    Args:
+        config: as `parse` has it, with a schedule that spans `run.tokens`.
+        free: which of `SPAN` follow; a `schedule.end_tokens` that is set is the span itself.
+        row_tokens: mean tokens of a row.
+    """
+    if config.schedule.end_tokens is not None or "schedule.end_tokens" not in free:
+        return config
+    whole, fitted = config.run.tokens, config
+    for _ in range(FIXED_POINT):
+        end = end_tokens(fitted, row_tokens)
+        if end >= whole:
+            return config
+        before, fitted = fitted, _spanning(config, free, end)
+        if fitted == before:
+            break
+    return fitted
+
+
+def _spanning(config: Config, free: Collection[str], end: int) -> Config:
+    """Return the run with the free keys of its schedule in the proportions that they have to `run.tokens`."""
+
+    def share(key: str) -> int:
+        group, name = key.split(".")
+        value: int = getattr(getattr(config, group), name)
+        return value * end // config.run.tokens if key in free else value
+
+    warmup, decay, batch_warmup = map(share, SPAN[:-1])
+    schedule = dataclasses.replace(config.schedule, warmup_tokens=warmup, decay_tokens=decay)
+    if decays(schedule) and decay + (warmup if schedule.name == "wsd" else 0) <= end:
+        schedule = dataclasses.replace(schedule, end_tokens=end)
+    batch = dataclasses.replace(config.batch, warmup_tokens=batch_warmup)
+    return dataclasses.replace(config, schedule=schedule, batch=batch)
+
+
+def decays(schedule: ScheduleConfig) -> bool:
+    """Return whether the rate falls at the end."""
+    return schedule.name != "constant" and schedule.decay_tokens > 0
+
+
+def free_by_value(config: Config) -> frozenset[str]:
+    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run of which only the result is known."""
+    run, schedule = config.run, config.schedule
+    base = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
+    keys = ["schedule.end_tokens"] if schedule.end_tokens is None else []
+    for key in SPAN[:-1]:
+        group, name = key.split(".")
+        whole: int = getattr(getattr(base, group), name)
+        if getattr(getattr(config, group), name) == whole * run.tokens // base.run.tokens:
+            keys.append(key)
+    return frozenset(keys)
+
+
+def lr_at_end(config: Config, row_tokens: float) -> float:
+    """Return the learning rate at the run's end.
+
+    Args:
+        row_tokens: mean tokens of a row.
+    """
+    return config.optim.lr * lr_fraction(end_tokens(config, row_tokens), config.schedule, config.run.tokens)
+
+
+def describe_end(config: Config, row_tokens: float) -> str:
+    """Return the line that says how far the run comes in its schedule, and at which rate it ends.
+
+    Args:
+        row_tokens: mean tokens of a row.
+    """
+    schedule, end = config.schedule, end_tokens(config, row_tokens)
+    about = "about " if config.run.steps is not None and end < config.run.tokens else ""
+    parts = []
+    if schedule.warmup_tokens:
+        parts.append(f"{_share(end, schedule.warmup_tokens)} of warm-up ({format_count(schedule.warmup_tokens)})")
+    if config.batch.warmup_tokens:
+        whole = config.batch.warmup_tokens
+        parts.append(f"{_share(end, whole)} of batch warm-up ({format_count(whole)})")
+    if decays(schedule):
+        done = decayed(end, schedule, schedule.end_tokens or config.run.tokens)
+        parts.append(f"{100 * done:.3g} % of decay ({format_count(schedule.decay_tokens)})")
+    else:
+        parts.append("no decay")
+    rate = lr_fraction(end, schedule, config.run.tokens)
+    return (
+        f"{schedule.name} ends after {about}{format_count(end)} tokens, at {', '.join(parts)}; the rate there is"
+        f" {rate:.3g} of optim.lr {config.optim.lr:g}"
+    )
+
+
+def describe_fit(config: Config, fitted: Config) -> str | None:
+    """Return the line that says what `run.steps` changed in the schedule; None where nothing was.
+
+    Args:
+        config: as `parse` has it.
+        fitted: as `fit_schedule` returned it.
+    """
+    if fitted == config:
+        return None
+    changed = [
+        f"{key} {getattr(getattr(fitted, group), name):,}"
+        for key in SPAN
+        for group, name in [key.split(".")]
+        if getattr(getattr(fitted, group), name) != getattr(getattr(config, group), name)
+    ]
+    return (
+        f"run.steps {config.run.steps:,} ends before run.tokens {config.run.tokens:,}, and the schedule with it:"
+        f" {', '.join(changed)}; schedule.end_tokens={config.run.tokens} keeps that of run.tokens"
+    )
+
+
+def _share(end: int, whole: int) -> str:
+    return f"{100 * min(end / whole, 1):.3g} %"
