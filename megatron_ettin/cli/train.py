@@ -75,7 +75,7 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
 
     config = stage.planned
     found = differences(config, origins(args.config, stage.words, stage.kept, stage.config.run.phase, stage.begun))
-    return json.dumps(to_json(found), indent=1) if args.json else describe(found, config)
+    return json.dumps(to_json(found, config), indent=1) if args.json else describe(found, config)
 
 
 def complete(args: argparse.Namespace, is_chief: bool) -> None:

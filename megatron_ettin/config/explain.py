@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_ettin.config.checks import science_keys
+from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import Config
 
@@ -28,8 +30,6 @@ REASONS = {
     " initialisation, and torch's default stayed",
     "batch.global_batch_rows": "2,816 packed rows of 1,024 (1,024 of 8,192) hold the tokens of 4,608 padded sequences,"
     " about 2.84M",
-    "batch.warmup_tokens": "the published files ask for it, but their trainer heeded it in its packer alone, which"
-    " they switched off: every step had the full batch",
     "batch.warmup_min_rows": "only a batch warm-up reads it",
     "batch.loss_normalization": "every predicted token of a step counts the same on any layout; the original averaged"
     " the means of its micro-batches",
@@ -60,6 +60,11 @@ ALWAYS = (
     Fact(
         "data order", "a keyed permutation of each dataset, in fixed shares", "one shuffle of all samples, in memory",
         "constant memory at any size; data.order=FILE trains in a published order",
+    ),
+    Fact(
+        "ends of chunks", "[SEP] ends every chunk, of both objectives (ettin prepare --end-token every)",
+        "[SEP] is forced on encoders only; a decoder's chunk ends as its data does",
+        "encoder and decoder read the same tokens, so that a pair is a pair",
     ),
     Fact(
         "precision", "bf16 weights with fp32 masters, bf16 residual stream", "fp32 weights under bf16 autocast",
@@ -107,6 +112,25 @@ def _keys(config: Config) -> dict[str, Any]:
     return {**science_keys(config), "run.tokens": config.run.tokens, "data.order": config.data.order}
 
 
+def facts(config: Config) -> list[Fact]:
+    """Return what no key reproduces, and what the published files say but no published run did."""
+    phase, size = PHASES[config.run.phase], config.run.size
+    tokens = phase.configured_batch_warmup[size]
+    if not tokens:
+        return [*ALWAYS]
+    rows = (phase.padded if config.data.batching == "padded" else phase.packed).micro_rows[size]
+    ours = config.batch.warmup_tokens
+    normalised = " batch.loss_normalization=global" if config.batch.loss_normalization == "microbatch" else ""
+    warmup = Fact(
+        "batch warm-up",
+        f"{ours:,} tokens" if ours else "none: every step has the full batch",
+        f"none; its files configure {tokens:,} tokens from {phase.padded.micro_rows[size]} sequences",
+        "their trainer reads the key in its sequence packer alone, which was off;"
+        f" batch.warmup_tokens={format_count(tokens)} batch.warmup_min_rows={rows}{normalised} trains as configured",
+    )
+    return [*ALWAYS, warmup]
+
+
 def describe(found: list[Difference], config: Config) -> str:
     """As text."""
     name = f"{config.run.size} {config.run.objective} {config.run.phase}"
@@ -115,14 +139,14 @@ def describe(found: list[Difference], config: Config) -> str:
         lines.append(f"  {one.key}: {_shown(one.here)} (original: {_shown(one.original)})")
         lines.append(f"    {one.why or 'NO REASON IS RECORDED'}")
     lines.append("what no key reproduces:")
-    for fact in ALWAYS:
+    for fact in facts(config):
         lines.append(f"  {fact.what}: {fact.here} (original: {fact.original})")
         lines.append(f"    {fact.why}")
     return "\n".join(lines)
 
 
-def to_json(found: list[Difference]) -> dict[str, Any]:
-    return {"keys": [one._asdict() for one in found], "always": [fact._asdict() for fact in ALWAYS]}
+def to_json(found: list[Difference], config: Config) -> dict[str, Any]:
+    return {"keys": [one._asdict() for one in found], "always": [fact._asdict() for fact in facts(config)]}
 
 
 def _shown(value: Any) -> str:

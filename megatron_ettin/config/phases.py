@@ -52,7 +52,7 @@ class Phase:
     local_rope_theta: dict[str, float]
     seed: int
     save_every_tokens: dict[str, int]
-    batch_warmup_tokens: dict[str, int]
+    configured_batch_warmup: dict[str, int]  # tokens; no published run had it: their trainer did not read the key
     packed: Batching
     padded: Batching
 
@@ -75,7 +75,7 @@ PHASES = {
         local_rope_theta=by_size(*[10_000.0] * 6),
         seed=21,
         save_every_tokens=counts(*[8.5 * B] * 6),
-        batch_warmup_tokens=counts(125 * B, 100 * B, 75 * B, 50 * B, 10 * B, 3 * B),
+        configured_batch_warmup=counts(125 * B, 100 * B, 75 * B, 50 * B, 10 * B, 3 * B),
         packed=Batching(1_024, 2_816, counts(88, 64, 64, 44, 32, 16)),
         padded=Batching(1_024, 4_608, counts(144, 128, 96, 72, 48, 24)),
     ),
@@ -92,7 +92,7 @@ PHASES = {
         local_rope_theta={**THETA_160K, "17m": 10_000.0},
         seed=21,
         save_every_tokens=counts(*[8.5 * B] * 6),
-        batch_warmup_tokens=NOTHING,
+        configured_batch_warmup=NOTHING,
         packed=Batching(8_192, 1_024, counts(16, 16, 8, 8, 4, 2)),
         padded=Batching(7_999, 4_608, counts(24, 24, 18, 16, 6, 2)),
     ),
@@ -109,7 +109,7 @@ PHASES = {
         local_rope_theta=THETA_160K,
         seed=21,
         save_every_tokens=counts(*[8.5 * B] * 6),
-        batch_warmup_tokens=NOTHING,
+        configured_batch_warmup=NOTHING,
         packed=Batching(8_192, 1_024, counts(8, 8, 8, 8, 2, 2)),
         padded=Batching(7_999, 4_608, counts(12, 12, 8, 12, 2, 2)),
     ),
@@ -126,7 +126,7 @@ PHASES = {
         local_rope_theta=THETA_160K,
         seed=210,
         save_every_tokens=counts(10 * B, 10 * B, 10 * B, 10 * B, 10 * B, 3_333_333_333),
-        batch_warmup_tokens=NOTHING,
+        configured_batch_warmup=counts(*[10 * B] * 6),
         packed=Batching(8_192, 1_024, counts(8, 8, 8, 8, 4, 2)),
         padded=Batching(7_999, 4_608, counts(12, 12, 8, 12, 4, 2)),
     ),

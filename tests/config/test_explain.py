@@ -13,6 +13,7 @@ from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.sizes import SIZES
+from tests.config.test_tables import BATCH_WARMUP
 
 THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "clm") for phase in PHASES]
 # the smallest and the largest size have keys of their own; what the others have is in test_tables.py
@@ -59,6 +60,47 @@ def test_explain_text_shows_differences_and_reasons(capsys, tmp_path) -> None:
     words = ["--recipe", "original"]
     assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 0
     assert "recipe original: 0 keys differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "phase", "words", "said"),
+    [
+        ("17m", "pretrain", [], "configure 125,000,000,000 tokens from 144 sequences"),
+        ("17m", "pretrain", [], "batch.warmup_tokens=125B batch.warmup_min_rows=88 trains as configured"),
+        ("1b", "cross", [], "batch.warmup_tokens=10B batch.warmup_min_rows=2 trains as configured"),
+        ("17m", "cross", ["batch.warmup_tokens=1B"], "batch warm-up: 1,000,000,000 tokens (original: none;"),
+        ("150m", "pretrain", ["--recipe=original"], "min_rows=72 batch.loss_normalization=global trains as configured"),
+        ("17m", "decay", [], "ends of chunks: [SEP] ends every chunk, of both objectives"),
+    ],
+)
+def test_explain_names_what_no_published_run_did(size: str, phase: str, words: list[str], said: str, capsys) -> None:
+    assert main(["train", "--size", size, "--objective", "clm", "--phase", phase, "--explain", *words]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["17m", "1b"])
+def test_explained_override_trains_as_configured(size: str, capsys) -> None:
+    """What `--explain` names as the override is accepted, and is what the files configure."""
+    for phase in ("pretrain", "cross"):
+        command = ["train", "--size", size, "--objective", "mlm", "--phase", phase]
+        assert main([*command, "--explain", "--json"]) == 0
+        why = next(
+            one["why"] for one in json.loads(capsys.readouterr().out)["always"] if one["what"] == "batch warm-up"
+        )
+        words = [word for word in why.split() if word.startswith("batch.")]
+        assert main([*command, *words, "--dry-run", "--json"]) == 0
+        batch = json.loads(capsys.readouterr().out)["config"]["batch"]
+        assert batch["warmup_tokens"] == (10e9 if phase == "cross" else BATCH_WARMUP[size])
+
+
+def test_dry_run_default_has_the_full_batch_in_every_step(capsys) -> None:
+    """1.7T tokens are 589,545 steps of 2,816 full rows; with the batch warm-up that was never applied, 725,649."""
+    command = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--dry-run", "--json"]
+    steps = []
+    for words in ([], ["batch.warmup_tokens=125B"]):
+        assert main([*command, *words]) == 0
+        steps.append(json.loads(capsys.readouterr().out)["steps"])
+    assert steps == [589_545, 725_649]
 
 
 def test_original_recipe_has_published_values() -> None:

@@ -118,7 +118,7 @@ REFUSED = {
     "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",
     "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
     "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: '20,9' must be 2 whole numbers",
-    "batch.loss_normalization=microbatch": "it needs batch.warmup_tokens=0, found 3000000000",
+    "batch.loss_normalization=microbatch batch.warmup_tokens=3B": "it needs batch.warmup_tokens=0, found 3000000000",
     "run.device=tpu": "run.device: 'tpu' does not exist",
 }
 

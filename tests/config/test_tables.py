@@ -60,7 +60,7 @@ def test_parse_every_combination_has_published_values(size: str, objective: str,
     assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.98, 1e-6)
     assert config.batch.global_batch_rows == 4608
     assert config.batch.micro_batch_rows == MICRO[phase][list(SIZES).index(size)]
-    assert config.batch.warmup_tokens == (BATCH_WARMUP[size] if phase == "pretrain" else 0)
+    assert config.batch.warmup_tokens == 0
     assert config.run.seed == (210 if phase == "cross" else 21)
     assert config.data.seq_len == (1024 if phase == "pretrain" else 7999)
     assert config.data.mlm_probability == (0 if objective == "clm" else 0.15 if final else 0.30)

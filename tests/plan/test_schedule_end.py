@@ -73,7 +73,7 @@ def test_free_by_value_names_what_has_the_recipes_value() -> None:
 
 def test_describe_end_says_shares_and_rate() -> None:
     words = ["schedule.name=wsd", "schedule.warmup_tokens=1M", "schedule.decay_tokens=10M", "run.tokens=100M"]
-    config = parse("17m", "mlm", "pretrain", words=[*words, "run.steps=47", "batch.warmup_tokens=0"])
+    config = parse("17m", "mlm", "pretrain", words=[*words, "run.steps=47"])
     assert describe_end(config, 1_000_000 / 2816 * 2) == (
         "wsd ends after about 94M tokens, at 100 % of warm-up (1M), 40 % of decay (10M); the rate there is 0.608 of"
         " optim.lr 0.003"

@@ -71,7 +71,7 @@ def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
         ({"words": ("run.seed=7",)}, "phase and seed", "run.seed: 21 and 7"),
         ({"words": ("schedule.decay_tokens=5M",)}, "schedule", "schedule.decay_tokens: 100000 and 5000000"),
         ({"words": ("run.tokens=5M",)}, "schedule", "run.tokens: 1000000000 and 5000000"),
-        ({"words": ("batch.warmup_tokens=0",)}, "batch and rows", "batch.warmup_tokens: 125000000000 and 0"),
+        ({"words": ("batch.warmup_tokens=5M",)}, "batch and rows", "batch.warmup_tokens: 0 and 5000000"),
         ({"words": ("data.seq_len=512",)}, "batch and rows", "data.seq_len: 1024 and 512"),
         ({"words": ("model.num_layers=6",)}, "model shape", "model.num_layers: 7 and 6"),
         ({"fingerprint": "ab" * 32}, "data order", f"fingerprint: {'5f' * 32} and {'ab' * 32}"),
