@@ -94,8 +94,7 @@ train() { # OBJECTIVE: pretrain, extend and decay; resumes, or does nothing when
         "extend.data.mixture=$out/corpus-512" "extend.data.validation=$out/corpus-512/heldout" \
         "decay.data.mixture=$out/corpus-512" "decay.data.validation=$out/corpus-512/heldout" \
         "pretrain.run.tokens=$((pretrain * budget))" "pretrain.schedule.warmup_tokens=$((pretrain * budget / 5))" \
-        "extend.run.tokens=$((extend * budget))" "extend.schedule.decay_tokens=$((extend * budget))" \
-        "decay.run.tokens=$((decay * budget))" "decay.schedule.decay_tokens=$((decay * budget))"
+        "extend.run.tokens=$((extend * budget))" "decay.run.tokens=$((decay * budget))"
 }
 
 is_newer() { # PATH OBJECTIVE: whether PATH was made from the objective's last checkpoint
