@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint.directory import step_name
+from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, step_of
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.order import Corpus
@@ -26,6 +26,10 @@ FOLDER = "bad_steps"
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on for a reason that is nobody's typing mistake (exit 1)."""
+
+
+class BadNumbers(TrainingStopped):
+    """The figures of too many steps, or of the last ones, were bad."""
 
 
 def outcome(config: Config, info: StepInfo, after: Progress) -> str:
@@ -70,7 +74,30 @@ def tell(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: P
     found = outcome(config, info, after)
     line = record(run_dir, config, corpus, info, after, found) if chief else f"step {info.step}: stopped"
     if found == "stopped":
-        raise TrainingStopped(line)
+        raise BadNumbers(line)
     if chief:
         log_warning(f"warning: {line}")
     info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found
+
+
+def way_back(run_dir: Path, progress: Progress) -> str:
+    """Return which checkpoint is the last good one and how to go on from it, in words.
+
+    Weights are known to be good by the step after them. A checkpoint of the last update that was made holds the weights
+    that gave the bad figures.
+    """
+    last_made = progress.step - progress.skipped_in_row
+    steps = [step_of(path) for path in list_checkpoints(run_dir)]
+    good = [step for step in steps if step < last_made]
+    change = "change what led here (a lower optim.lr, data.skip=FIRST:END of the rows)"
+    if last_made in steps:
+        found = f"the weights of {step_name(last_made)} gave these figures"
+        if not good:
+            return f"{found}, and no checkpoint is older; {change} in another run directory"
+        return f"{found}; the last good checkpoint is {step_name(good[-1])}: {change} and add --from-step {good[-1]}"
+    if not good:
+        return f"no checkpoint was saved before; {change} and begin again"
+    return (
+        f"the last good checkpoint is {step_name(good[-1])}, from which the same command goes on: {change}, or go"
+        " further back with --from-step"
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 from megatron_ettin.run_log import log_warning
+from megatron_ettin.train.bad_steps import way_back
 from megatron_ettin.train.hooks import Hook, Run
+from megatron_ettin.train.progress import is_done
 from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish, told
 from megatron_ettin.train.step import StepInfo
 
@@ -23,6 +25,7 @@ class Checkpoints(Hook):
         self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
         self.begun_at = time.monotonic()
         self.saved_step: int | None = run.progress.step or None
+        self.is_due = self.milestone_is_due = False
         self.retry = Retry(run.config.checkpoint.retry_seconds)
         ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
         self.saver = Saver(run.machine, run.directory, run.tokenizer, ends_in_sep)
@@ -37,9 +40,11 @@ class Checkpoints(Hook):
             return  # `stop` saves
         milestone = run.config.checkpoint.weights_every_tokens
         if milestone is not None and info.tokens // milestone > (info.tokens - info.step_tokens) // milestone:
-            self._begin(run, Wish(run.progress, milestone=True))
-        if self._is_time(run, info) or info.asked == SAVE:
-            self._begin(run, self._wish(run))
+            self.milestone_is_due = True
+        self.is_due |= self._is_time(run, info) or info.asked == SAVE
+        # weights that give bad figures are not saved: what is due waits for the next update that is made
+        if not run.progress.skipped_in_row:
+            self._begin_due(run)
         if run.is_chief:  # told with the next step
             self._take(run, self.saver.taken())
             if run.request == NOTHING and (self.retry.is_due or self._minutes_are_over(run)):
@@ -49,9 +54,21 @@ class Checkpoints(Hook):
         self._settle(run)
         # rank 0 takes outcomes between steps, the others learn of them here
         self.saved_step = run.machine.layout.from_chief(self.saved_step)
-        if run.progress.step != self.saved_step:
+        if run.progress.skipped_in_row:
+            if run.is_chief and not is_done(run.config, run.progress):
+                why = f"the updates of its last {run.progress.skipped_in_row} steps were left out"
+                log_warning(f"step {run.progress.step}: not saved, for {why}; {way_back(run.directory, run.progress)}")
+        elif run.progress.step != self.saved_step:
             self._begin(run, self._wish(run))
             self._settle(run, final=True)
+
+    def _begin_due(self, run: Run) -> None:
+        if self.milestone_is_due:
+            self.milestone_is_due = False
+            self._begin(run, Wish(run.progress, milestone=True))
+        if self.is_due:
+            self.is_due = False
+            self._begin(run, self._wish(run))
 
     def _is_time(self, run: Run, info: StepInfo) -> bool:
         settings = run.config.checkpoint

@@ -171,15 +171,15 @@ def report_of(run_dir: Path) -> Path:
 
 
 class Evaluation(Hook):
-    """Loss on the validation datasets every so many steps, in all and by source; of a hybrid run, read in each of its
-    ways, the first of which needs no suffix."""
+    """Loss on the validation datasets every so many steps and at the end, in all and by source; of a hybrid run, read
+    in each of its ways, the first of which needs no suffix."""
 
     def __init__(self, held_out: Sequence[evaluate.HeldOut]) -> None:
         self.held_out = held_out
 
     def step(self, run: Run, info: StepInfo) -> None:
         every = run.config.metrics.eval_every_steps
-        if every is None or info.step % every:
+        if (every is None or info.step % every) and not is_done(run.config, run.progress):
             return
         run.heart.slow("evaluating")
         for number, held_out in enumerate(self.held_out):

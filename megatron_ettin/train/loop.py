@@ -37,7 +37,7 @@ from megatron_ettin.train import bad_steps, resume, run_directory
 from megatron_ettin.train.agreement import check_agreement
 from megatron_ettin.train.arrivals import Peer
 from megatron_ettin.train.assembly import Machine, assemble
-from megatron_ettin.train.bad_steps import TrainingStopped
+from megatron_ettin.train.bad_steps import BadNumbers, TrainingStopped
 from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.checkpoint_hooks import Checkpoints
 from megatron_ettin.train.console import Console
@@ -81,8 +81,12 @@ class Launch:
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     """Step until the run is done; True if it was asked to stop before. Every rank returns the same."""
-    with run.closing:
-        return _train(run, hooks, stop)
+    try:
+        with run.closing:
+            return _train(run, hooks, stop)
+    except BadNumbers as bad:
+        told = f"; {bad_steps.way_back(run.directory, run.progress)}" if run.is_chief else ""
+        raise BadNumbers(f"{bad}{told}") from None
 
 
 def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
@@ -108,7 +112,13 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             stopped = info.stop_requested or is_done(run.config, run.progress)
     for hook in reversed(hooks):  # the last checkpoint is told to those that then close
         hook.stop(run)
-    return not is_done(run.config, run.progress)
+    done = is_done(run.config, run.progress)
+    if done and run.progress.skipped_in_row:
+        left_out = run.progress.skipped_in_row
+        raise BadNumbers(
+            f"the run ends with the updates of its last {left_out} steps left out; nothing of them was saved"
+        )
+    return not done
 
 
 def open_loader(run: Run) -> Loader:

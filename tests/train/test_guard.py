@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from megatron_ettin.checkpoint.directory import latest
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import ResilienceConfig
 from megatron_ettin.train.guard import Guard
@@ -282,3 +283,68 @@ def test_resilience_invalid_setting_is_refused(
 ) -> None:
     assert main(command(tmp_path, corpus, "mlm", [word])) == 2
     assert said in capsys.readouterr().err
+
+
+# a rate that wrecks every weight by its first update
+WRECKING = ["optim.lr=1e30", "optim.max_lr=1e30", "optim.weight_decay=0"]
+
+
+@pytest.fixture(scope="module")
+def healthy(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run with checkpoints of steps 3 and 6."""
+    directory = tmp_path_factory.mktemp("healthy") / "run"
+    train(pool, 1, directory, corpus, "mlm", ["run.steps=6", "checkpoint.every_steps=3"])
+    return directory
+
+
+def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, words: list[str]) -> tuple[int, str]:
+    """Go on with a copy of the healthy run at a rate that wrecks it; return its exit status and output."""
+    shutil.copytree(healthy, directory)
+    options = [word for key in ("optim.lr", "optim.max_lr", "optim.weight_decay") for word in ("--allow-change", key)]
+    (result,) = pool.run(1, command(directory, corpus, "mlm", [*WRECKING, *words], options))
+    return result.status, result.output
+
+
+def names(directory: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(directory)]
+
+
+def test_checkpoints_are_kept_while_updates_are_left_out(
+    pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
+) -> None:
+    """Nothing is saved of weights that give bad figures, nothing is pruned, and the run goes on from before."""
+    run = tmp_path / "run"
+    words = ["run.steps=60", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.weights_every_tokens=1"]
+    words += ["resilience.max_skips_in_row=3"]
+    status, said = wrecked(pool, corpus, healthy, run, words)
+    assert status == 1
+    assert names(run) == ["step_000000003", "step_000000006"]
+    assert latest(run) == run / "checkpoints" / "step_000000006"
+    assert [path.name for path in list_milestones(run)] == ["step_000000007"]
+    assert "step 11: loss is nan; the run stops after 4 in a row. Nothing of this step was saved" in said
+    assert "the last good checkpoint is step_000000006, from which the same command goes on" in said
+    options = [word for key in ("optim.lr", "optim.max_lr", "optim.weight_decay") for word in ("--allow-change", key)]
+    (again,) = pool.run(1, command(run, corpus, "mlm", ["run.steps=8"], options))
+    assert again.status == 0, again.output[-2000:]
+
+
+def test_checkpoint_that_gave_bad_figures_is_named_with_the_one_before(
+    pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["run.steps=60", "checkpoint.every_steps=1", "resilience.max_skips_in_row=1"]
+    status, said = wrecked(pool, corpus, healthy, run, words)
+    assert status == 1
+    assert "the weights of step_000000007 gave these figures; the last good checkpoint is step_000000006" in said
+    assert "add --from-step 6" in said
+
+
+def test_run_that_ends_while_updates_are_left_out_is_no_success(
+    pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    status, said = wrecked(pool, corpus, healthy, run, ["run.steps=9", "checkpoint.every_steps=1000"])
+    assert status == 1
+    assert "the run ends with the updates of its last 2 steps left out; nothing of them was saved" in said
+    assert names(run) == ["step_000000003", "step_000000006"]
+    assert progress_of(run)["step"] == 6
