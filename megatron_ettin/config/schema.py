@@ -148,7 +148,7 @@ class ResilienceConfig:
     on_spike: str = "warn"  # a gradient norm far above the latest steps': tell of it, skip, stop, or look for none
     spike_sigmas: float = 6.0  # how far: its logarithm so many robust standard deviations above their median
     spike_window: int = 128  # of so many latest steps; nothing is a spike before half of them are done
-    spike_ratio: float = 4.0  # and the norm itself so many times their median
+    spike_ratio: float = 5.0  # and the norm itself so many times their median
     max_skips_in_row: int = 8  # of more the run stops
     recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
     check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share

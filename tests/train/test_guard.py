@@ -61,7 +61,7 @@ def test_anomaly_detector_limit_matches_numpy() -> None:
 def test_anomaly_detector_quiet_norm_below_the_ratio_is_no_spike() -> None:
     norms = np.random.default_rng(7).normal(1, 0.01, 128)
     guard = Guard(ResilienceConfig(), tuple(norms.tolist()))
-    assert guard.limit() == pytest.approx(4 * np.median(norms), rel=1e-6)
+    assert guard.limit() == pytest.approx(5 * np.median(norms), rel=1e-6)
 
 
 def test_anomaly_detector_remembers_finite_norms_of_one_window() -> None:
@@ -215,7 +215,7 @@ def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: P
     assert refused.status == 2
     assert "was started with resilience.on_spike=warn, now resilience.on_spike=skip" in refused.output
     path = tmp_path / "config.yaml"
-    older = path.read_text().replace("  spike_ratio: 4.0\n", "").replace("on_spike: warn", "on_spike: skip")
+    older = path.read_text().replace("  spike_ratio: 5.0\n", "").replace("on_spike: warn", "on_spike: skip")
     assert older != path.read_text()
     path.write_text(older)
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3"]))
