@@ -112,12 +112,10 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             stopped = info.stop_requested or is_done(run.config, run.progress)
     for hook in reversed(hooks):  # the last checkpoint is told to those that then close
         hook.stop(run)
-    done = is_done(run.config, run.progress)
-    if done and run.progress.skipped_in_row:
-        left_out = run.progress.skipped_in_row
-        raise BadNumbers(
-            f"the run ends with the updates of its last {left_out} steps left out; nothing of them was saved"
-        )
+    done, left_out = is_done(run.config, run.progress), run.progress.skipped_in_row
+    if done and left_out:
+        last = "step" if left_out == 1 else f"{left_out} steps"
+        raise BadNumbers(f"the run ends with the updates of its last {last} left out; nothing of them was saved")
     return not done
 
 
