@@ -33,6 +33,21 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 
 
 @contextlib.contextmanager
+def late_updates_are_told() -> Iterator[None]:
+    """Print a line for each update that waited for the verdict on its step's figures."""
+    from megatron_ettin.train.step_clock import StepClock
+
+    late_update = StepClock.late_update
+
+    def told(self):
+        print("updated after its figures were judged")
+        late_update(self)
+
+    with mock.patch.object(StepClock, "late_update", told):
+        yield
+
+
+@contextlib.contextmanager
 def fp32_orthogonal() -> Iterator[None]:
     """Iterate Muon in fp32. In bfloat16 a gradient's last bit moves an update by a part in 256, which
     would hide a wrong shard."""

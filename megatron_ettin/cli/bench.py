@@ -237,6 +237,7 @@ def described(config: Config, corpus: Any, place: Place, platform: Platform) -> 
 def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str], world: int) -> tuple[Config, Any]:
     """The run to time, its batch cut to a few micro-batches, and its rows. Raises UserError."""
     from megatron_ettin.bench.synthetic import SyntheticRows
+    from megatron_ettin.config.layers import given_keys
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.loop import open_training_data
@@ -245,7 +246,7 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
         words = [*words, f"data.mixture={args.data}"]
     config = parse(size, objective, args.phase, args.config, words)
     rows = config.batch.micro_batch_rows
-    if args.quick and not any(word.startswith("batch.micro_batch_rows=") for word in words):
+    if args.quick and "batch.micro_batch_rows" not in given_keys(args.config, words, args.phase):
         rows = min(rows, QUICK_ROWS)
     parallel = config.parallel
     dp = max(1, world // (parallel.tp * parallel.pp * parallel.cp))

@@ -117,6 +117,12 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     return common, of_phase
 
 
+def given_keys(site: Path | None, words: Sequence[str], phase: str) -> set[str]:
+    """Return the `group.key`s that a site file or words set, to the recipe's value or another."""
+    layers = layers_of(read_site(site) if site else None, site, words, phase)
+    return {f"{group}.{key}" for layer in layers for group, keys in layer.groups.items() for key in keys or {}}
+
+
 def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
     """What the strongest of the layers says of a key that decides which tables are taken."""
     values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Platform:
     device: torch.device
     backend: str
     name: str  # what the hardware calls itself
+    _peaks: dict[torch.dtype, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_gpu(self) -> bool:
@@ -77,7 +78,13 @@ class Platform:
         return first.elapsed_time(last) / 1e3 if self.is_gpu else last - first
 
     def measured_peak_flops(self, dtype: torch.dtype) -> float:
-        """Operations a second of a large matrix product here: what a CPU's speed is divided by."""
+        """Operations a second of a large matrix product here: what a CPU's speed is divided by. Measured once, so that
+        all that a process divides by it can be compared."""
+        if dtype not in self._peaks:
+            self._peaks[dtype] = self._measure_peak_flops(dtype)
+        return self._peaks[dtype]
+
+    def _measure_peak_flops(self, dtype: torch.dtype) -> float:
         n = 8192 if self.is_gpu else 1024
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
         best = float("inf")

@@ -44,11 +44,15 @@ class Traffic:
         work_class: Any = torch._C._distributed_c10d.Work
         # as the class has them: what getattr returns would no longer be given the group when it is put back
         before = {name: vars(group_class)[name] for name in SENT if name in vars(group_class)}
-        wait, waited_for = vars(work_class)["wait"], {}
+        wait = vars(work_class)["wait"]
+        waited_for: dict[int, tuple[Any, str | None]] = {}
 
         def call(name: str, group: Any, *arguments: Any, **named: Any) -> Any:
             if group.size() == 1:
-                return before[name].__get__(group)(*arguments, **named)
+                work = before[name].__get__(group)(*arguments, **named)
+                if work is not None:
+                    waited_for[id(work)] = work, None  # nothing travels: its wait is none for other ranks
+                return work
             axis, place = self.axes.get(group.group_name, "all"), SENT[name]
             if place is not None:
                 tensors = [one for one in tree_leaves(arguments[place]) if isinstance(one, torch.Tensor)]
@@ -60,7 +64,8 @@ class Traffic:
             return work
 
         def wait_for(work: Any, *arguments: Any, **named: Any) -> Any:
-            with span(waited_for.pop(id(work), (work, "all"))[1]):
+            _, axis = waited_for.pop(id(work), (work, "all"))
+            with contextlib.nullcontext() if axis is None else span(axis):
                 return wait.__get__(work)(*arguments, **named)
 
         try:

@@ -24,6 +24,7 @@ from megatron_ettin.platform.rendezvous import Place, join, leave
 from megatron_ettin.platform.traffic import Traffic
 from megatron_ettin.train.assembly import Machine, assemble
 from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.guard import Guard
 from megatron_ettin.train.loader import LoadedBatch, Loader, worker_count
 from megatron_ettin.train.step import StepInfo, train_step
 from megatron_ettin.train.timers import COMMUNICATION, PhaseTimers
@@ -67,14 +68,20 @@ def measured(machine: Machine, corpus: Any, lengths: Lengths) -> dict[str, Any]:
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
     loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
     try:
-        infos = []
+        infos, guard = [], guard_of(machine)
         for step in range(timed_from):  # no comprehension: its closure would keep the machine of a step that fails
-            infos.append(train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step)))
+            infos.append(train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step), guard))
         phases, sent = timed(machine, batches, loader, timed_from)
         tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
     finally:
         loader.close()
     return figures(machine, infos[lengths.warm_up :], phases, sent, tensors)
+
+
+def guard_of(machine: Machine) -> Guard:
+    """Return the guard that `ettin train` runs: it decides whether the update waits for the step's figures."""
+    assert machine.optimizer is not None
+    return Guard(machine.config.resilience, (), machine.optimizer.can_skip)
 
 
 def out_of_memory() -> type[BaseException]:
@@ -106,7 +113,8 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
         for step in range(first, first + TIMED_STEPS):
             waited = waiting(loader.step(step), timers)
             with traffic.watch(timers.communication):
-                seconds += train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited).seconds
+                info = train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited, guard_of(machine))
+            seconds += info.seconds
     finally:
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
@@ -117,7 +125,8 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
 def counted(machine: Machine, batches: Batches, loader: Loader, step: int) -> int:
     """Bytes of the tensors that live at once at the fullest moment of a step on this rank."""
     with LiveTensors() as live:
-        train_step(machine, batches, step, 0, machine.config.optim.lr, False, loader.step(step))
+        guard = guard_of(machine)
+        train_step(machine, batches, step, 0, machine.config.optim.lr, False, loader.step(step), guard)
     return live.peak_bytes
 
 

@@ -94,6 +94,28 @@ def test_bench_real_rows_with_pipeline_reports_pp_communication(pool: Pool, corp
     assert "it hands to collectives and transfers" in said
 
 
+def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_path: Path) -> None:
+    out, site = tmp_path / "b.jsonl", tmp_path / "site.yaml"
+    site.write_text("batch: {micro_batch_rows: 4}\n")
+    bench(pool, 1, out, "--config", str(site), "--sweep", "data.seq_len=64,128")
+    rows = list(results.read(out).values())
+    assert len({row["peak_flops"] for row in rows}) == 1
+    for row in rows:
+        assert not [phase for phase in row["phase_seconds"] if phase.startswith("communication")]
+        assert row["communication_bytes"] == {}
+        # --quick leaves what a site file sets
+        assert row["micro_batch_rows"] == 4
+
+
+def test_bench_steps_run_the_guard_of_training(pool: Pool, tmp_path: Path) -> None:
+    """Whether the update waits for the step's figures is part of the time that is measured."""
+    line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE, "batch.micro_batch_rows=1"]
+    (found,) = pool.run(1, line, mutation="late_updates_are_told")
+    assert found.status == 0, found.output[-2000:]
+    # a warm-up step, three that count, two with timers, one whose tensors are counted
+    assert found.output.count("updated after its figures were judged") == 7
+
+
 def test_plan_calibrate_fits_every_bench_measurement(
     pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
