@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.errors import UserError
+    from megatron_ettin.config.layers import given_keys
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
-    from megatron_ettin.plan.search import limit_to_relax, nearest_miss, search
+    from megatron_ettin.plan.search import efficiency, limit_to_relax, nearest_miss, search
     from megatron_ettin.plan.step_time import PUBLISHED, usual_chunk_tokens
 
     for key in POSITIVE:
@@ -70,8 +72,10 @@ def run(args: argparse.Namespace) -> None:
     gpu = find_gpu(args.gpu, args.gpus_file)
     config = parse(args.size, args.objective, args.phase, args.config, args.words)
     check_fp8(config, gpu)
+    given = given_keys(args.config, args.words, args.phase)
     runs = calibration.read_runs(args.calibrate, gpu, args.gpus_file) if args.calibrate else []
     constants = calibration.fit(runs) if runs else PUBLISHED
+    runs = runs or calibration.published_runs()
     errors = calibration.report(runs, constants)
     chunk_tokens = min(args.chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
     node = args.gpus_per_node or gpu.gpus_per_node
@@ -82,23 +86,25 @@ def run(args: argparse.Namespace) -> None:
     elif args.gpus is not None:
         raise UserError("--gpus: goes not with --scale, which has numbers of its own")
     else:
-        print_scaling(args, config, gpu, constants, errors, chunk_tokens, node)
+        print_scaling(args, config, gpu, constants, errors, chunk_tokens, node, given)
         return
     if args.gpus is None:
         raise UserError("--gpus: is missing (or --scale FIRST:LAST)")
-    found, rejected = search(config, args.gpus, gpu, constants, chunk_tokens, node)
+    found, rejected = search(config, args.gpus, gpu, constants, chunk_tokens, node, given)
     if not found:
         nearest = nearest_miss(rejected)
         relax = limit_to_relax(nearest.partition(": ")[2], config, args.gpus)
         raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest}{relax}")
+    compared = efficiency(found[0], config, constants, chunk_tokens, node, given)
     if not args.json:
-        table.print_plan(found, rejected, args.top, args.price, errors)
+        table.print_plan(found, rejected, args.top, args.price, errors, compared)
         return
     answer = {
         "gpu": vars(gpu),
         "constants": calibration.to_json(constants),
         "calibration": errors,
         "phase": table.phase_cost(found[0], args.price),
+        "efficiency": None if compared is None else {"over_gpus": compared[0], "share": compared[1]},
         "layouts": [one.to_json() for one in found],
         "rejected": [vars(one) for one in rejected],
     }
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 def print_scaling(
     args: argparse.Namespace, config: Config, gpu: Gpu, constants: Constants, errors: list[dict[str, Any]],
-    chunk_tokens: float, node: int,
+    chunk_tokens: float, node: int, given: Set[str],
 ) -> None:  # fmt: skip
     """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
     from megatron_ettin.config.errors import UserError
@@ -118,7 +124,7 @@ def print_scaling(
     numbers = scale_table.numbers_of(args.scale)
     growth = scale_table.read_curve(args.curve) if args.curve else Growth(8)
     failures = Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
-    rows = scale_table.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node)
+    rows = scale_table.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given)
     rows = scale_table.priced(rows, args.price)
     if args.picture:
         try:

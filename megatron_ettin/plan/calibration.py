@@ -1,6 +1,6 @@
 """The step model's constants from measured runs, and how far it is from each of them.
 
-Least squares of relative errors over every choice of the three constants, none negative; the choice with the least
+Least squares of relative errors over every choice of the four constants, none negative; the choice with the least
 error counts, of equal ones that with fewer constants. Communication, update and the seconds of a step are not fitted:
 they are taken off first."""
 
@@ -17,18 +17,27 @@ import numpy as np
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
-from megatron_ettin.config.layouts import check_layout
+from megatron_ettin.config.layouts import check_layout, micro_batches
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.hardware import ALIASES, TABLE, Gpu, find_gpu, read_table
-from megatron_ettin.plan.step_time import PUBLISHED, Constants, features, predict, usual_chunk_tokens
+from megatron_ettin.plan.step_time import (
+    PUBLISHED,
+    PUBLISHED_CHUNK_TOKENS,
+    Constants,
+    features,
+    predict,
+    usual_chunk_tokens,
+)
 
 NEEDED = ("size", "gpus", "tokens_per_second_per_gpu")
 KNOWN = (*NEEDED, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
 OF_BENCH = ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")  # what a line of it has, and more:
 MORE_OF_BENCH = ("micro_batch_rows", "global_batch_rows", "words", "device")
 NAMES, WHOLE = ("size", "objective", "phase", "gpu"), ("gpus", "gpus_per_node")
-CHOICES = [choice for n in (1, 2, 3) for choice in itertools.combinations(range(3), n)]
+CHOICES = [choice for n in (1, 2, 3, 4) for choice in itertools.combinations(range(4), n)]
+# tokens/s of each of four H100, encoders at 1,024: from the original's published hours for 2T tokens
+PUBLISHED_RUNS = {"17m": 985e3, "32m": 655e3, "68m": 463e3, "150m": 296e3, "400m": 146e3, "1b": 64e3}
 
 
 @dataclass(frozen=True)
@@ -141,24 +150,24 @@ def _check_types(row: dict[str, Any]) -> None:
 
 
 def fit(runs: list[Measured]) -> Constants:
-    """Constants of these runs. One run fits one constant, two fit two."""
+    """Constants of these runs. No more constants than runs are fitted."""
     rows, wanted = [], []
     nothing = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
     for run in runs:
         rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, nothing, run.node).total
         pp, vp = run.config.parallel.pp, run.config.parallel.vp
         share = features(run.config, run.gpu, run.dp, run.chunk_tokens)
-        count = run.config.batch.global_batch_rows / (run.dp * run.config.batch.micro_batch_rows)
+        count = micro_batches(run.config, run.dp)
         longer = 1 + (pp - 1) / (vp * count)  # the bubble is of what is fitted
-        part = np.array([share.operations, share.traffic, share.token_layers]) * longer
+        part = np.array([share.operations, share.traffic, share.token_layers, share.micro_batches]) * longer
         rows.append(part / run.step_seconds)
         wanted.append(max(0.0, 1 - rest / run.step_seconds))
     best = _non_negative(np.array(rows), np.array(wanted))
-    return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds)
+    return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds, float(best[3]))
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 of least |a x - b|, found over every choice of columns (three have seven)."""
+    """The x >= 0 of least |a x - b|, found over every choice of columns."""
     best, least = np.zeros(a.shape[1]), float("inf")
     for choice in CHOICES:
         if len(choice) > len(b):
@@ -169,6 +178,16 @@ def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             least, best = error, np.zeros(a.shape[1])
             best[list(choice)] = x
     return best
+
+
+def published_runs() -> list[Measured]:
+    """Return the published runs that the default constants are fitted to."""
+    gpu = find_gpu("h100")
+    rows = [
+        {"size": size, "gpus": 4, "chunk_tokens": PUBLISHED_CHUNK_TOKENS, "tokens_per_second_per_gpu": speed}
+        for size, speed in PUBLISHED_RUNS.items()
+    ]
+    return [_measured(row, gpu, None) for row in rows]
 
 
 def report(runs: list[Measured], constants: Constants) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def read_curve(path: Path) -> Growth:
 
 def scaled(
     config: Config, gpu: Gpu, numbers: Sequence[int], growth: Growth, failures: Failures, constants: Constants,
-    chunk_tokens: float, node: int,
+    chunk_tokens: float, node: int, given: Set[str] = frozenset(),
 ) -> list[Scaled]:  # fmt: skip
     """A row for each number of GPUs that has a valid layout. Raises UserError where none has."""
     if growth.latency is not None:  # measured: the links' own would count it twice
@@ -84,7 +84,7 @@ def scaled(
     lacking: list[str] = []
 
     def fastest(one: Config, gpus: int) -> Planned | None:
-        found, rejected = search(one, gpus, gpu, constants, chunk_tokens, node)
+        found, rejected = search(one, gpus, gpu, constants, chunk_tokens, node, given)
         if not found:
             lacking.append(f"{gpus}: {nearest_miss(rejected)}")
         return found[0] if found else None

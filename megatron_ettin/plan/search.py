@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +70,26 @@ class Rejected:
 
 
 def search(
-    config: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int
-) -> tuple[list[Planned], list[Rejected]]:
+    config: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int,
+    given: Set[str] = frozenset(),
+) -> tuple[list[Planned], list[Rejected]]:  # fmt: skip
     """(valid layouts, fastest first; the others with their reasons). Of each combination of degrees the best
-    micro-batch is kept, and recomputation is looked at only where it does not fit without."""
+    micro-batch is kept, and recomputation is looked at only where it does not fit without. `given`: keys that stay as
+    they are, be it at their defaults."""
     found, rejected = [], []
-    for degrees in combinations(config, gpus, node):
+    open_recompute = config.parallel.recompute == "none" and "parallel.recompute" not in given
+    for degrees in combinations(config, gpus, node, given):
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
-        for recompute in ("none", "full") if config.parallel.recompute == "none" else (config.parallel.recompute,):
-            for rows in micro_batch_sizes(config, gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))):
+        dp = gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))
+        sizes = micro_batch_sizes(config, dp)
+        if "batch.micro_batch_rows" in given:
+            sizes = [config.batch.micro_batch_rows]
+        for recompute in ("none", "full") if open_recompute else (config.parallel.recompute,):
+            for rows in sizes:
                 try:
-                    options.append(planned(config, degrees, rows, recompute, gpus, gpu, constants, chunk_tokens, node))
+                    one = layout(config, degrees, rows, recompute, node, given)
+                    options.append(planned(one, gpus, gpu, constants, chunk_tokens, node))
                 except UserError as error:
                     reasons.append(str(error))
             if options:
@@ -104,18 +112,19 @@ def nearest_reason(reasons: list[str]) -> str:
     return lacking[-1] if lacking else reasons[0]
 
 
-def combinations(config: Config, gpus: int, node: int) -> Iterator[dict[str, int]]:
+def combinations(config: Config, gpus: int, node: int, given: Set[str] = frozenset()) -> Iterator[dict[str, int]]:
     """Degrees that are worth a look: those that the configuration sets, else what the shape allows."""
     own = config.parallel
+    is_open = {axis: getattr(own, axis) == 1 and f"parallel.{axis}" not in given for axis in ("tp", "cp", "pp", "vp")}
     degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
     contexts = [1, 2, 4, 8] if config.data.seq_len >= LONG_ROWS else [1]
     most = min(MOST_STAGES, config.model.num_layers)
     stages = [pp for pp in range(1, most + 1) if pp in STAGES or gpus % pp == 0]
-    for tp in degrees if own.tp == 1 else [own.tp]:
-        for cp in contexts if own.cp == 1 else [own.cp]:
-            for pp in stages if own.pp == 1 else [own.pp]:
+    for tp in degrees if is_open["tp"] else [own.tp]:
+        for cp in contexts if is_open["cp"] else [own.cp]:
+            for pp in stages if is_open["pp"] else [own.pp]:
                 if tp * cp * pp <= gpus:
-                    chunks = (CHUNKS if own.vp == 1 else (own.vp,)) if pp > 1 else (1,)
+                    chunks = (CHUNKS if is_open["vp"] else (own.vp,)) if pp > 1 else (1,)
                     for vp in chunks:
                         yield {"tp": tp, "cp": cp, "pp": pp, "vp": vp}
 
@@ -128,23 +137,33 @@ def micro_batch_sizes(config: Config, dp: int) -> list[int]:
     return sorted((size for size in sizes if size <= 2 * config.batch.micro_batch_rows), reverse=True)
 
 
-def planned(
-    config: Config, degrees: dict[str, int], rows: int, recompute: str, gpus: int, gpu: Gpu, constants: Constants,
-    chunk_tokens: float, node: int,
-) -> Planned:  # fmt: skip
-    """One layout. Raises UserError where it is not valid or does not fit."""
+def layout(config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]) -> Config:
+    """Return the configuration in a layout; what is not `given` is as usually fastest. Raises UserError."""
     if degrees["tp"] > node:
         raise UserError(f"tp {degrees['tp']} would span machines of {node} GPUs, on every layer's way")
-    parallel = dataclasses.replace(
-        config.parallel,
-        **degrees,  # type: ignore[arg-type]
-        sequence_parallel=degrees["tp"] > 1,
-        distributed_optimizer=config.optim.name != "muon",
-        overlap=True,
-        recompute=recompute,
+    usual = {"sequence_parallel": degrees["tp"] > 1, "distributed_optimizer": config.optim.name != "muon"}
+    usual |= {"overlap": True, "recompute": recompute}
+    free: dict[str, Any] = {key: value for key, value in usual.items() if f"parallel.{key}" not in given}
+    parallel = dataclasses.replace(config.parallel, **degrees, **free)
+    return dataclasses.replace(
+        config, parallel=parallel, batch=dataclasses.replace(config.batch, micro_batch_rows=rows)
     )
-    batch = dataclasses.replace(config.batch, micro_batch_rows=rows)
-    one = dataclasses.replace(config, parallel=parallel, batch=batch)
+
+
+def efficiency(
+    best: Planned, config: Config, constants: Constants, chunk_tokens: float, node: int, given: Set[str]
+) -> tuple[int, float] | None:
+    """Return (GPUs of one machine, the best layout's speed a GPU over that of the best layout on them), or None where
+    the run has no more GPUs than that or no layout fits on them."""
+    if best.gpus <= node:
+        return None
+    found, _ = search(config, node, best.gpu, constants, chunk_tokens, node, given)
+    return (node, best.tokens_per_second_per_gpu / found[0].tokens_per_second_per_gpu) if found else None
+
+
+def planned(one: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int) -> Planned:
+    """One layout. Raises UserError where it is not valid or does not fit."""
+    config = one
     dp = check_layout(one, gpus)
     if dp > config.batch.global_batch_rows:
         raise UserError(f"dp {dp} is more than the {config.batch.global_batch_rows} rows of a step")
@@ -154,7 +173,7 @@ def planned(
     if memory.total_bytes > room:
         raise UserError(
             f"does not fit: {memory.total_bytes / 2**30:.1f} GiB of {room / 2**30:.1f} usable, with micro-batches of"
-            f" {rows} and recompute={recompute}"
+            f" {one.batch.micro_batch_rows} and recompute={one.parallel.recompute}"
         )
     row_tokens = config.data.mean_tokens_per_row or float(config.data.seq_len)
     return Planned(

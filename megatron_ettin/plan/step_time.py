@@ -1,20 +1,21 @@
 """How long a step takes: arithmetic, memory traffic and communication of the busiest rank, by part.
 
-A part's seconds are what it moves or computes over the rate of the part it runs on, times a constant. Three constants
+A part's seconds are what it moves or computes over the rate of the part it runs on, times a constant. Four constants
 are fitted to measured runs (calibration.py): operations at the peak, a cost a token and layer, traffic of element-wise
-work. Communication is that of rings (each rank sends 2 (n-1)/n of what is all-reduced, (n-1)/n of what is gathered or
-scattered) at the links' rates, and a latency for each rank passed; only what `parallel.overlap` hides is taken as
-hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble, (2205.05198) for sequence parallelism."""
+work, a cost a micro-batch. Communication is that of rings (each rank sends 2 (n-1)/n of what is all-reduced, (n-1)/n of
+what is gathered or scattered) at the links' rates, and a latency for each rank passed; only what `parallel.overlap`
+hides is taken as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble, (2205.05198) for sequence
+parallelism."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from megatron_ettin.config.balance import layer_operations
-from megatron_ettin.config.layouts import full_split, micro_batches, stage_layers, with_split_rows
+from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batches, stage_layers, with_split_rows
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
@@ -34,12 +35,14 @@ LINK_SHARE = 0.8  # of a link's rate that a ring reaches
 @dataclass(frozen=True)
 class Constants:
     """`operations`: seconds over seconds at the peak (2: half of the peak); `traffic`: the same of element-wise bytes;
-    `token_layer_seconds`: of each token in each layer, whatever its width, on an H100; `step_seconds`: of each step."""
+    `token_layer_seconds`: of each token in each layer, whatever its width, on an H100; `micro_batch_seconds`: of each
+    micro-batch, whatever its size, shared by pipeline stages as layers are; `step_seconds`: of each step."""
 
     operations: float
     token_layer_seconds: float
     traffic: float = 0.0
     step_seconds: float = 0.005
+    micro_batch_seconds: float = 0.0
 
     def seconds(self, found: Features) -> float:
         """Of forward and backward."""
@@ -47,26 +50,25 @@ class Constants:
             self.operations * found.operations
             + self.traffic * found.traffic
             + self.token_layer_seconds * found.token_layers
+            + self.micro_batch_seconds * found.micro_batches
         )
 
 
-# fitted to the original's published 150m and 400m on four H100 (296k and 146k tokens/s each); its 68m and 1b are then
-# predicted within 2 % and 8 %: tests/plan/test_plan.py
-PUBLISHED = Constants(operations=2.02, token_layer_seconds=79.8e-9)
+# fitted to the original's six published runs on four H100, `calibration.PUBLISHED_RUNS`, and within 3 % of each of them
+PUBLISHED = Constants(operations=1.773, token_layer_seconds=26.58e-9, micro_batch_seconds=66.1e-3)
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the constants multiply, in seconds: of the busiest rank, a step."""
+    """What the constants multiply: of the busiest rank, a step."""
 
     operations: float
     traffic: float
     token_layers: float
+    micro_batches: float
 
     def plus(self, other: Features) -> Features:
-        return Features(
-            self.operations + other.operations, self.traffic + other.traffic, self.token_layers + other.token_layers
-        )
+        return Features(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,13 @@ def usual_chunk_tokens(config: Config) -> float:
     return min(PUBLISHED_CHUNK_TOKENS, seq_len) if config.run.phase == "pretrain" else seq_len
 
 
+def computed_row_tokens(config: Config) -> float:
+    """Return the tokens of a row that are computed: padding is not, where it can be left out."""
+    if config.data.batching == "padded" and not has_fixed_shapes(config):
+        return config.data.mean_tokens_per_row or float(config.data.seq_len)
+    return float(config.data.seq_len)
+
+
 def operations_per_token(config: Config, chunk_tokens: float) -> float:
     """Forward and backward, rows being chunks of that length."""
     data = dataclasses.replace(config.data, seq_len=max(1, round(chunk_tokens)))
@@ -102,7 +111,8 @@ def operations_per_token(config: Config, chunk_tokens: float) -> float:
 def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:
     """Of one rank's micro-batches, on each pipeline stage in model order."""
     model, parallel = config.model, config.parallel
-    tokens = full_split(config, dp).places / dp * config.data.seq_len / parallel.cp
+    split = full_split(config, dp)
+    tokens = split.places / dp * computed_row_tokens(config) / parallel.cp
     operations = operations_per_token(config, chunk_tokens)
     linear = 6 * model.num_layers * layer_parameter_count(model)
     again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
@@ -120,6 +130,7 @@ def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> li
                 operations=a_token * share * tokens * wide / gpu.flops,
                 traffic=layers * moved * tokens / gpu.bytes_per_second,
                 token_layers=layers * tokens * REFERENCE_BANDWIDTH / gpu.bytes_per_second / parallel.tp,
+                micro_batches=split.count * layers / model.num_layers,
             )
         )
     return found

@@ -16,6 +16,7 @@ from megatron_ettin.plan.search import Planned, Rejected
 
 SECONDS_A_DAY = 86_400
 SHOWN_REASONS = 5
+LEAST_EFFICIENCY = 0.5  # below it a plan warns
 SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
@@ -47,8 +48,9 @@ def layout_name(one: Planned) -> str:
 
 
 def print_plan(
-    found: list[Planned], rejected: list[Rejected], top: int, price: float | None, errors: list[dict[str, Any]]
-) -> None:
+    found: list[Planned], rejected: list[Rejected], top: int, price: float | None, errors: list[dict[str, Any]],
+    compared: tuple[int, float] | None,
+) -> None:  # fmt: skip
     console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
     columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "pp", "dp", "GiB")
     table = Table(*columns, box=None, header_style="", pad_edge=False)
@@ -66,6 +68,8 @@ def print_plan(
     if len(found) > top:
         console.print(f"... and {len(found) - top} slower ones (--top, --json)")
     console.print(advantage(found))
+    if compared is not None:
+        console.print(efficiency_line(best, *compared))
     if left := describe_empty_rows(best.config, best.dp):
         console.print(f"its batch: {left}")
     memory = dataclasses.asdict(best.memory)
@@ -85,6 +89,18 @@ def print_plan(
     if len(reasons) > SHOWN_REASONS:
         console.print(f"not: {len(reasons) - SHOWN_REASONS} more reasons (--json)")
     console.print("\n" + parallel_yaml(best))
+
+
+def efficiency_line(best: Planned, gpus: int, share: float) -> str:
+    """Return what is left of a GPU's speed on one machine, and a warning where that is little."""
+    line = f"efficiency: {share:.0%} of a GPU's speed on {gpus}"
+    if share >= LEAST_EFFICIENCY:
+        return line
+    rows = best.config.batch.global_batch_rows
+    return (
+        f"warning: {line}; {rows:,} rows a step are few for {best.gpus:,} GPUs: take fewer (--scale shows where the"
+        " speed goes) or a larger batch.global_batch_rows, which is another run"
+    )
 
 
 def advantage(found: list[Planned]) -> str:
