@@ -141,10 +141,13 @@ def layout(config: Config, degrees: dict[str, int], rows: int, recompute: str, n
     """Return the configuration in a layout; what is not `given` is as usually fastest. Raises UserError."""
     if degrees["tp"] > node:
         raise UserError(f"tp {degrees['tp']} would span machines of {node} GPUs, on every layer's way")
-    usual = {"sequence_parallel": degrees["tp"] > 1, "distributed_optimizer": config.optim.name != "muon"}
+    usual: dict[str, Any] = {
+        "sequence_parallel": degrees["tp"] > 1,
+        "distributed_optimizer": config.optim.name != "muon",
+    }
     usual |= {"overlap": True, "recompute": recompute}
-    free: dict[str, Any] = {key: value for key, value in usual.items() if f"parallel.{key}" not in given}
-    parallel = dataclasses.replace(config.parallel, **degrees, **free)
+    free = {key: value for key, value in usual.items() if f"parallel.{key}" not in given}
+    parallel = dataclasses.replace(config.parallel, **{**degrees, **free})
     return dataclasses.replace(
         config, parallel=parallel, batch=dataclasses.replace(config.batch, micro_batch_rows=rows)
     )
