@@ -95,12 +95,23 @@ def test_metrics_torn_last_line_is_ignored_and_repaired(tmp_path, keep):
     assert steps_of(path) == [*expected, 9]
 
 
-def test_read_metrics_damaged_middle_line_is_named(tmp_path):
+DAMAGE = [b"\x00\x00", b'{"step": null}', b'{"step": "x"}', b"[1]", b"[" * 20_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["bytes", "null", "text", "list", "deep"])
+def test_record_with_damaged_middle_line_is_read_and_gone_on_with(tmp_path, capsys, damage):
     path = written(tmp_path / "metrics.jsonl", [1, 2, 3])
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([lines[0], b"\x00\x00", *lines[2:]]))
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
-        read_metrics(path)
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
+    assert steps_of(path) == [1, 3]
+    assert f"{path}:2: not a JSON object with a step; left out" in capsys.readouterr().err
+    sink = JsonlSink(path, resume_step=3)
+    sink.log(line(4))
+    sink.close()
+    assert "moved to metrics.damaged.jsonl" in capsys.readouterr().err
+    assert steps_of(path) == [1, 3, 4]
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
 
 
 def test_read_metrics_missing_file_is_a_user_error(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.printable import KEPT_OF_TEXTS, printable, printable_json
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_ettin.report.inspection import describe, render
 
         facts = describe(path, verify=args.verify)
-        print(json.dumps(facts, indent=1, ensure_ascii=False) if args.json else render(facts))
+        print(printable_json(facts) if args.json else render(facts))
         return 0
     from megatron_ettin.data.dataset import open_dataset
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     content = describe_dataset(dataset, verified)
     content["samples"] = samples(dataset, args.sample)
     if args.json:
-        print(json.dumps(content, indent=1, ensure_ascii=False))
+        print(printable_json(content))
     else:
         print_dataset(content)
     return 0
@@ -122,13 +123,13 @@ def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
 
 def print_dataset(content: dict[str, Any]) -> None:
     tokenizer = content["tokenizer"]
-    print(f"dataset {content['path']}  fingerprint {content['fingerprint'][:16]}")
+    print(f"dataset {printable(content['path'])}  fingerprint {content['fingerprint'][:16]}")
     counts = ", ".join(f"{content[key]:,} {key}" for key in ("documents", "chunks", "tokens"))
     print(f"  {counts} ({content['dtype']})")
     rule = f"up to {content['chunk_tokens']} tokens, last pieces under {content['skip_tokens']} dropped"
     print(f"  chunks: {rule}, under {content['min_chunk_tokens']} filled up")
     size, fingerprint = f"{tokenizer['vocab_size']:,} tokens", tokenizer["fingerprint"][:16]
-    print(f"  tokenizer: {tokenizer['name']}, {size}, fingerprint {fingerprint}")
+    print(f"  tokenizer: {printable(tokenizer['name'])}, {size}, fingerprint {fingerprint}")
     table("sources", ("name", "documents", "chunks", "tokens"), content["sources"], SOURCES_SHOWN)
     table("shards", ("name", "documents", "chunks", "tokens", "bytes"), content["shards"], SHARDS_SHOWN)
     plans = [{**plan, "fill": f"{plan['fill']:.2%}"} for plan in content["rows"]]
@@ -136,15 +137,16 @@ def print_dataset(content: dict[str, Any]) -> None:
     if content["verified"]:
         print(f"  verified: every file has its recorded sha256; {content['verification']}")
     for sample in content["samples"]:
-        place = f"{sample['source']} {sample['document']} from token {sample['start_token']}, {sample['tokens']} tokens"
-        print(f"--- chunk {sample['chunk']}: {place}\n{sample['text']}")
+        document = f"{printable(sample['source'])} {printable(sample['document'])}"
+        place = f"{document} from token {sample['start_token']}, {sample['tokens']} tokens"
+        print(f"--- chunk {sample['chunk']}: {place}\n{printable(sample['text'], KEPT_OF_TEXTS)}")
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]], limit: int) -> None:
     """Left-aligned first column, right-aligned figures; what is past `limit` is counted, not shown."""
     if not rows:
         return
-    cells = [[f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in columns] for row in rows[:limit]]
+    cells = [[f"{row[c]:,}" if isinstance(row[c], int) else printable(row[c]) for c in columns] for row in rows[:limit]]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     print(f"  {title}:")
     for line in [list(columns), *cells]:

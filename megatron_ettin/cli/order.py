@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_ettin.config.printable import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN_OR_CONFIG")
@@ -54,4 +56,5 @@ def run(args: argparse.Namespace) -> None:
 
 def line(record: dict) -> str:
     span = f"tokens {record['start_token']}-{record['end_token'] - 1}"
-    return f"step {record['step']} slot {record['slot']} {record['source']} {record['document']} {span}"
+    where = f"{printable(record['source'])} {printable(record['document'])}"
+    return f"step {record['step']} slot {record['slot']} {where} {span}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.config.counts import duration
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,9 +89,9 @@ def rows(what: str | None) -> list[Row]:
 def rows_below(folder: Path) -> list[Row]:
     """All runs in a folder, with those that were submitted and have not begun."""
     from megatron_ettin.launch.queue import covers, shown
-    from megatron_ettin.launch.run_state import read_events, run_state, runs_below
+    from megatron_ettin.launch.run_state import read_events, run_state, runs_below, runs_of_event
 
-    submitted = [Path(run) for event in read_events(folder / "slurm") for run in event.get("runs", [])]
+    submitted = [Path(run) for event in read_events(folder / "slurm") for run in runs_of_event(event)]
     paths = list(dict.fromkeys([*(path.absolute() for path in runs_below(folder)), *submitted]))
     if not paths:
         raise UserError(f"{folder}: no run in it")
@@ -103,14 +104,14 @@ def rows_below(folder: Path) -> list[Row]:
 def runs_of(job: Queued) -> list[Row]:
     """Of a job: the runs of its submission that are its own."""
     from megatron_ettin.launch.queue import covers
-    from megatron_ettin.launch.run_state import read_events, run_state
+    from megatron_ettin.launch.run_state import read_events, run_state, runs_of_event
 
     if job.log is None or job.log.parent.name != "slurm":
         return []
     whole = job.id.partition("_")[0]
     for event in read_events(job.log.parent):
         if event["event"] == "submitted" and event.get("job") == whole:
-            states = [run_state(Path(path)) for path in event["runs"]]
+            states = [run_state(Path(path)) for path in runs_of_event(event)]
             return [(state, job) for state in states if covers(job.id, state.job)]
     return []
 
@@ -151,7 +152,7 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
     saved = "" if state.checkpoint_step is None else f"{state.checkpoint_step:,}"
     saved += f" ({duration(state.checkpoint_age_seconds)} ago)" if state.checkpoint_age_seconds is not None else ""
     requeued = max(state.launches - 1, 0)
-    return (
+    shown = (
         from_here(state.run),
         state.model or "",
         state.job or "",
@@ -165,6 +166,7 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
         f"{requeued} requeued, {state.failures} failed" if requeued or state.failures else "",
         "" if state.slowest_ratio is None else slowest(state),
     )
+    return tuple(map(printable, shown))
 
 
 def from_here(path: Path) -> str:

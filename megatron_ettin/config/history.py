@@ -10,19 +10,31 @@ from megatron_ettin.config.json_reading import load_json
 HISTORY = "history.jsonl"
 
 
-def read_launches(run_dir: Path) -> list[dict[str, Any]]:
-    """Every launch's record, oldest first. Lines that a full disk or a kill has torn are left out."""
+def read_launches(run_dir: Path, unreadable: list[int] | None = None) -> list[dict[str, Any]]:
+    """Return every launch's record, oldest first.
+
+    Lines that a full disk or a kill has torn are left out; their numbers go to `unreadable`."""
     try:
         lines = (run_dir / HISTORY).read_bytes().splitlines()
     except OSError:
         return []
-    found = []
-    for line in lines:
+    launches = []
+    for number, line in enumerate(lines, start=1):
         try:
-            found.append(load_json(line))
+            found = load_json(line) if line.strip() else {}
         except ValueError:
-            continue
-    return [record for record in found if isinstance(record, dict)]
+            found = None
+        if isinstance(found, dict):
+            launches += [found] if found else []
+        elif unreadable is not None:
+            unreadable.append(number)
+    return launches
+
+
+def allowed_changes(launch: dict[str, Any]) -> list[str]:
+    """The science keys that a launch was allowed to change, by its record."""
+    changes = launch.get("changes")
+    return [key for key in changes if isinstance(key, str)] if isinstance(changes, list) else []
 
 
 def first_launch(run_dir: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.errors import RankError, UserError
 from megatron_ettin.data.mapped import map_in_order, map_scattered
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -73,10 +73,18 @@ class Shard:
     chunk_lengths: npt.NDArray[np.int32]
     chunk_offsets: npt.NDArray[np.int64]  # bytes into the .bin
     document_indices: npt.NDArray[np.int64]
+    index_path: Path
 
     def chunk(self, i: int) -> IntArray:
-        first = int(self.chunk_offsets[i]) // self.tokens.itemsize
-        return self.tokens[first : first + int(self.chunk_lengths[i])]
+        """The tokens of a chunk. Raises RankError where the index places them outside of the .bin."""
+        first, length = int(self.chunk_offsets[i]) // self.tokens.itemsize, int(self.chunk_lengths[i])
+        tokens = self.tokens[first : first + length] if first >= 0 and length > 0 else self.tokens[:0]
+        if len(tokens) != length or not length:
+            raise RankError(
+                f"{self.index_path}: damaged: chunk {i} is {length} tokens from {first:,} on, and the .bin has"
+                f" {len(self.tokens):,}; `ettin inspect --verify` tells where"
+            )
+        return tokens
 
 
 def open_shard(prefix: Path, scattered: bool = True) -> Shard:
@@ -99,4 +107,4 @@ def open_shard(prefix: Path, scattered: bool = True) -> Shard:
     place += offsets.nbytes
     document_indices = np.frombuffer(raw, dtype="<i8", count=documents, offset=place)
     dtype: np.dtype = DTYPE_OF_CODE[int(code)]
-    return Shard(mapped(prefix.with_suffix(".bin"), dtype), lengths, offsets, document_indices)
+    return Shard(mapped(prefix.with_suffix(".bin"), dtype), lengths, offsets, document_indices, index_path)

@@ -23,6 +23,15 @@ FILE_NAME = "manifest.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
+# what a field may be, by its annotation
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "str": (str,),
+    "bool": (bool,),
+    "float": (float, int),
+}
+TOKEN_DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 SHARD_NAME = re.compile(r"shard_\d{5,}", re.ASCII)
 SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_SUFFIX)
 
@@ -127,7 +136,26 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
         "sources": [SourceRecord(**source) for source in raw["sources"]],
         "tokenizer_files": file_records(raw["tokenizer_files"]),
     }
-    return Manifest(**{**raw, **known})
+    manifest = Manifest(**{**raw, **known})
+    for record in (manifest, manifest.tokenizer, *manifest.sources, *shards):
+        check_kinds(record)
+    if manifest.dtype not in TOKEN_DTYPES:
+        raise ValueError(f"tokens of type {manifest.dtype[:80]!r}; known: {', '.join(TOKEN_DTYPES)}")
+    for count in ("documents", "chunks", "tokens"):
+        if getattr(manifest, count) != sum(getattr(shard, count) for shard in shards):
+            raise ValueError(f"its {count} are not those of its shards")
+    return manifest
+
+
+def check_kinds(record: Any) -> None:
+    """Raise ValueError where a field of a record is not of the kind that it is declared as."""
+    for field in dataclasses.fields(record):
+        kinds = KINDS.get(str(field.type))
+        value = getattr(record, field.name)
+        if kinds is not None and type(value) not in kinds:
+            raise ValueError(f"{field.name} is a {type(value).__name__}, not {field.type}")
+        if type(value) is int and not 0 <= value < 1 << 63:
+            raise ValueError(f"{field.name} is no count")
 
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:

@@ -75,22 +75,31 @@ def read_mixture_file(path: Path) -> Any:
     """The list of a YAML file, which may stand under `datasets:`. Raises UserError."""
     import yaml
 
+    from megatron_ettin.config.yaml_reading import load_yaml
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"data.mixture: {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
     if isinstance(content, Mapping):
         for key in content:
             if key != "datasets":
-                raise UserError(f"{path}: no key {key!r}{nearest(str(key), ['datasets'])}; keys: datasets")
+                raise UserError(f"{path}: no key {shown(key)}{nearest(shown(key), ['datasets'])}; keys: datasets")
         content = content.get("datasets")
     if content is not None and not isinstance(content, list):
-        raise UserError(f"{path}: a list of datasets was expected, found {content!r:.60}")
+        raise UserError(f"{path}: a list of datasets was expected, found {shown(content)}")
     return content
+
+
+def shown(value: Any) -> str:
+    """A value for a message. What is nested is named by its type: written out, aliases can stand for billions."""
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value[:60] if isinstance(value, str) else value)[:80]
+    return f"a {type(value).__name__}"
 
 
 def parse_entry(where: str, item: Any) -> MixtureEntry:
@@ -99,10 +108,10 @@ def parse_entry(where: str, item: Any) -> MixtureEntry:
             raise UserError(f"{where}: an empty path")
         return MixtureEntry(item)
     if not isinstance(item, Mapping):
-        raise UserError(f"{where}: {item!r}; give a path or {{path, weight}} or {{path, tokens}}")
+        raise UserError(f"{where}: {shown(item)}; give a path or {{path, weight}} or {{path, tokens}}")
     for key in item:
         if key not in KEYS:
-            raise UserError(f"{where}: no key {key!r}{nearest(str(key), KEYS)}; keys: {', '.join(KEYS)}")
+            raise UserError(f"{where}: no key {shown(key)}{nearest(shown(key), KEYS)}; keys: {', '.join(KEYS)}")
     path = item.get("path")
     if not isinstance(path, str) or not path.strip():
         raise UserError(f"{where}: no path")
@@ -118,7 +127,7 @@ def positive_weight(where: str, weight: Any) -> float | None:
     try:
         number = math.nan if isinstance(weight, bool) else float(weight)  # YAML 1.1 reads `1e-3` as text
     except (TypeError, ValueError):
-        raise UserError(f"{where}.weight: {weight!r}; give a number above 0") from None
+        raise UserError(f"{where}.weight: {shown(weight)}; give a number above 0") from None
     if not 0 < number < LARGEST_WEIGHT:  # false for NaN
         raise UserError(f"{where}.weight: {weight}; give a finite number above 0")
     return number

@@ -268,7 +268,9 @@ def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict
     for role, keys in ROLE_KEYS.items():
         entries = [config.get(key) for key in keys]
         texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
-        candidates = [text for text in texts if isinstance(text, str)] + list(ROLE_TEXTS[role])
+        # half of a surrogate pair, which JSON can hold, is no text of any token
+        given = [text for text in texts if isinstance(text, str) and text.encode("utf-8", "ignore").decode() == text]
+        candidates = [*given, *ROLE_TEXTS[role]]
         ids = (backend.token_to_id(text) for text in candidates)
         roles[role] = next((i for i in ids if i is not None), None)
     return roles

@@ -19,6 +19,7 @@ from megatron_ettin.config.file_names import Links, path_in
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.yaml_reading import load_yaml
+from megatron_ettin.run_log import log_warning
 
 TAIL_BYTES = 64 << 10
 SPEED_STEPS = 20  # the speed is their median
@@ -60,49 +61,71 @@ class RunState:
 
 def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The run itself, or those in the folders below."""
-    if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
-        yield folder
+    try:
+        if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
+            yield folder
+            return
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "slurm") if depth else []
+    except OSError as error:
+        # others' runs beside one's own are no reason to show none
+        log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; passed over")
         return
-    if depth and folder.is_dir():
-        for below in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "slurm"):
-            yield from runs_below(below, depth - 1)
+    for below in inside:
+        yield from runs_below(below, depth - 1)
 
 
 def run_state(run: Path) -> RunState:
     """Of one run; what has not begun has None in most fields."""
     lines = tail_lines(run / "metrics.jsonl")
-    compared: dict[str, Any] = next((line for line in reversed(lines) if "slowest_rank" in line), {})
+    is_compared = ("slowest_rank", "slowest_host", "slowest_ratio")
+    compared: dict[str, Any] = next((line for line in reversed(lines) if all(key in line for key in is_compared)), {})
+    if _number(compared.get("slowest_ratio")) is None:
+        compared = {}
     last = lines[-1] if lines else {}
     groups = _groups(run)
     settings = groups.get("run") or {}
     folder, job, task = submission_of(run)
     events = [event for event in read_events(folder) if event.get("job") == task] if folder else []
     checkpoint = _newest_checkpoint(run)
+    saved = None if checkpoint is None else _time_of(checkpoint)
     beat, beat_time = _heartbeat(folder, task)
     signs = [path_time for path_time in (beat_time, _time_of(run / "metrics.jsonl")) if path_time is not None]
     return RunState(
         run=run,
         model=_model(settings, groups.get("model")),
-        step=last.get("step"),
-        tokens=last.get("tokens"),
-        total_tokens=settings.get("tokens"),
-        total_steps=settings.get("steps"),
+        step=_count(last.get("step")),
+        tokens=_count(last.get("tokens")),
+        total_tokens=_count(settings.get("tokens")),
+        total_steps=_count(settings.get("steps")),
         tokens_per_second=_median(lines, "tokens_per_second"),
         seconds_left=_seconds_left(lines, settings),
-        loss=last.get("loss"),
+        loss=_number(last.get("loss")),
         checkpoint_step=None if checkpoint is None else int(checkpoint.name.rpartition("_")[2]),
-        checkpoint_age_seconds=None if checkpoint is None else time.time() - checkpoint.stat().st_mtime,
+        checkpoint_age_seconds=None if saved is None else time.time() - saved,
         silent_seconds=time.time() - max(signs) if signs else None,
-        doing=beat.get("doing"),
+        doing=_text(beat.get("doing")),
         job=task or job,
         failures=sum(event["event"] == "failed" for event in events),
         launches=sum(event["event"] == "started" for event in events),
         last_event=events[-1]["event"] if events else None,
-        slowest_rank=compared.get("slowest_rank"),
-        slowest_host=compared.get("slowest_host"),
-        slowest_ratio=compared.get("slowest_ratio"),
+        slowest_rank=_count(compared.get("slowest_rank")),
+        slowest_host=_text(compared.get("slowest_host")),
+        slowest_ratio=_number(compared.get("slowest_ratio")),
         last_stall=_last_stall(run),
     )
+
+
+def _count(value: Any) -> int | None:
+    """A count, or None for what is none."""
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def _number(value: Any) -> float | None:
+    return value if type(value) in (int, float) and -1e300 < value < 1e300 else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _last_stall(run: Path) -> str | None:
@@ -136,7 +159,7 @@ def tail_lines(path: Path) -> list[dict[str, Any]]:
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Of a submission's folder, all of them."""
     try:
-        text = (folder / "events.jsonl").read_text(encoding="utf-8")
+        text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     found = []
@@ -145,7 +168,13 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
             found.append(load_json(line))
         except ValueError:
             continue
-    return [event for event in found if isinstance(event, dict) and "event" in event]
+    return [event for event in found if isinstance(event, dict) and isinstance(event.get("event"), str)]
+
+
+def runs_of_event(event: dict[str, Any]) -> list[str]:
+    """The run directories that a submission names."""
+    runs = event.get("runs")
+    return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
 
 
 def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
@@ -154,10 +183,10 @@ def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
     for above in (run, *list(run.parents)[:2]):
         folder = above / "slurm"
         for event in reversed(read_events(folder)):
-            if event["event"] == "submitted" and str(run) in event.get("runs", []):
+            runs = runs_of_event(event)
+            if event["event"] == "submitted" and str(run) in runs and re.fullmatch(r"\w+", str(event.get("job"))):
                 job = str(event["job"])
-                many = len(event["runs"]) > 1
-                return folder, job, f"{job}_{event['runs'].index(str(run))}" if many else job
+                return folder, job, f"{job}_{runs.index(str(run))}" if len(runs) > 1 else job
     return None, None, None
 
 
@@ -166,7 +195,7 @@ def _groups(run: Path) -> dict[str, dict[str, Any]]:
     try:
         found = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
         return {name: dict(group) for name, group in found.items() if isinstance(group, dict)}
-    except (OSError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return {}
 
 
@@ -177,7 +206,7 @@ def _model(settings: dict[str, Any], model: object) -> str | None:
 
 
 def _median(lines: list[dict[str, Any]], key: str) -> float | None:
-    values = [line[key] for line in lines[-SPEED_STEPS:] if isinstance(line.get(key), (int, float))]
+    values = [value for line in lines[-SPEED_STEPS:] if (value := _number(line.get(key))) is not None]
     return statistics.median(values) if values else None
 
 
@@ -185,10 +214,11 @@ def _seconds_left(lines: list[dict[str, Any]], settings: dict[str, Any]) -> floa
     """By tokens, or by steps where they end the run."""
     if not lines:
         return None
-    steps, seconds = settings.get("steps"), _median(lines, "step_seconds")
-    by_steps = (steps - lines[-1]["step"]) * seconds if steps and seconds else None
-    total, speed = settings.get("tokens"), _median(lines, "tokens_per_second")
-    by_tokens = (total - lines[-1]["tokens"]) / speed if total and speed else None
+    step, tokens = _count(lines[-1].get("step")), _count(lines[-1].get("tokens"))
+    steps, seconds = _count(settings.get("steps")), _median(lines, "step_seconds")
+    by_steps = (steps - step) * seconds if steps and seconds and step is not None else None
+    total, speed = _count(settings.get("tokens")), _median(lines, "tokens_per_second")
+    by_tokens = (total - tokens) / speed if total and speed and tokens is not None else None
     known = [left for left in (by_steps, by_tokens) if left is not None]
     return max(0.0, min(known)) if known else None
 
@@ -217,11 +247,15 @@ def _heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], f
     """The newest of the job's attempts, and when it was written."""
     if folder is None or task is None:
         return {}, None
-    found = [(path.stat().st_mtime, path) for path in (folder / "attempts").glob(f"{task}.*/{HEARTBEAT}")]
+    try:
+        found = [(path.stat().st_mtime, path) for path in (folder / "attempts").glob(f"{task}.*/{HEARTBEAT}")]
+    except OSError:
+        return {}, None
     if not found:
         return {}, None
     when, path = max(found)
     try:
-        return load_json(path.read_text(encoding="utf-8")), when
+        beat = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}, when
+    return (beat if isinstance(beat, dict) else {}), when

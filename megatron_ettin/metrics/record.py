@@ -13,35 +13,49 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.run_log import log_warning
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
+DAMAGED_FILE = "metrics.damaged.jsonl"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a metrics file, in order. A torn last line (a killed writer) is left out."""
-    return [load_json(line) for line in _whole_lines(Path(path))]
+    """Return every line of a metrics file that holds an object, in order.
+
+    A torn last line, of a killed writer, is left out; damaged lines before it too, and told of."""
+    lines, damaged = _split(Path(path))
+    if damaged:
+        log_warning(f"warning: {path}:{damaged[0][0]}: {_told(damaged)}; left out")
+    return [load_json(line) for line in lines]
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines that hold an object, without their newline. Raises UserError for damage before the last line."""
+def _told(damaged: list[tuple[int, bytes]]) -> str:
+    return f"not a JSON object with a step{f', and {len(damaged) - 1} more lines' if len(damaged) > 1 else ''}"
+
+
+def _is_sound(line: bytes) -> bool:
+    """Whether a line is an object, with a whole number for its step if it has one."""
+    try:
+        found = load_json(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and type(found.get("step", 0)) is int
+
+
+def _split(path: Path) -> tuple[list[bytes], list[tuple[int, bytes]]]:
+    """The sound lines of a file without their newlines, and the damaged ones with their numbers, but for a torn last
+    one, which a killed writer leaves. Raises UserError where the file cannot be read."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"metrics {path}: {error.strerror or error}") from None
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            if not isinstance(load_json(line), dict):
-                raise ValueError
-        except ValueError:
-            if any(later.strip() for later in lines[number:]):
-                raise UserError(f"metrics {path}:{number}: not a JSON object; the file is damaged") from None
-            continue
-        kept.append(line)
-    return kept
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    damaged = [(number, line) for number, line in numbered if not _is_sound(line)]
+    lost = {number for number, _ in damaged}
+    if damaged and damaged[-1][0] == numbered[-1][0]:
+        damaged.pop()
+    return [line for number, line in numbered if number not in lost], damaged
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
@@ -70,11 +84,16 @@ class JsonlSink:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def _mend(self, resume_step: int | None) -> None:
-        lines = _whole_lines(self.path)
+        lines, damaged = _split(self.path)
+        if damaged:  # a full disk or a hand: no reason for a run to end, and none to throw anything away
+            aside = self.path.with_name(DAMAGED_FILE)
+            log_warning(f"warning: {self.path}:{damaged[0][0]}: {_told(damaged)}; moved to {aside.name}")
+            earlier = aside.read_bytes().splitlines() if aside.exists() else []
+            _replace(aside, [*earlier, *(line for _, line in damaged)])
         past = [line for line in lines if resume_step is not None and load_json(line).get("step", 0) > resume_step]
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
-            earlier = _whole_lines(rolled_back) if rolled_back.exists() else []
+            earlier = _split(rolled_back)[0] if rolled_back.exists() else []
             if earlier[-len(past) :] != past:  # equal: killed between the two replacements below
                 _replace(rolled_back, earlier + past)
             dropped = set(past)

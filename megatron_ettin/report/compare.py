@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_ettin.config.checks import GUARD_KEYS
 from megatron_ettin.config.errors import UserError
+from megatron_ettin.config.history import allowed_changes, read_launches
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.resolve import from_yaml
@@ -31,6 +32,8 @@ OBJECTIVE_KEYS = {
 }  # what a pair differs in
 PHASE_ORDER = {"pretrain": 0, "extend": 1, "decay": 2, "cross": 3}
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
+# of a step's line
+NUMBERS = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "updates")
 # what is checked by configuration -> prefixes of its science keys
 GROUPS = {
     "model shape": ("model.",),
@@ -52,6 +55,8 @@ class Run:
     order: dict[str, Any]
     changes: list[str]  # science keys that --allow-change let through on the way
     steps: dict[int, dict[str, Any]]  # step -> its line
+    torn_launches: list[int] = field(default_factory=list)
+    """Numbers of lines of history.jsonl that cannot be read."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -59,31 +64,49 @@ class Run:
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path}: no run directory (it has no config.yaml)")
         lines = read_metrics(path / METRICS_FILE)
-        steps = {line["step"]: line for line in lines if isinstance(line.get("step"), int) and line.get("tokens")}
+        steps = {line["step"]: _sound(line) for line in lines if _is_count(line.get("step")) and is_step(line)}
         if not steps:
             raise UserError(f"{path}: {METRICS_FILE} holds no step yet")
-        history = _json_lines(path / "history.jsonl")
-        changes = [key for launch in history for key in launch.get("changes") or []]
-        order = next(iter(_json_lines(path / "order.json", whole=True)), {})
+        torn: list[int] = []
+        changes = [key for launch in read_launches(path, torn) for key in allowed_changes(launch)]
+        order = _json_object(path / "order.json")
         config = path / "config.yaml"
         science = stored_science_keys(config)
-        return cls(path, from_yaml(config), science, order, changes, dict(sorted(steps.items())))
+        return cls(path, from_yaml(config), science, order, changes, dict(sorted(steps.items())), torn)
 
     @property
     def tokens(self) -> int:
         return max(line["tokens"] for line in self.steps.values())
 
 
-def _json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file, or none where it is missing. Raises UserError where it is damaged."""
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_step(line: dict[str, Any]) -> bool:
+    """Whether a line of the record is a step's: evaluations have no tokens of their own."""
+    return _is_count(line.get("tokens")) and line["tokens"] > 0
+
+
+def _sound(line: dict[str, Any]) -> dict[str, Any]:
+    """A step's line without what is no number where every step has one: as if it had not been recorded."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and -1e300 < value < 1e300
+
+    wrong = {key for key in NUMBERS if line.get(key) is not None and not is_number(line[key])}
+    return {key: value for key, value in line.items() if key not in wrong} if wrong else line
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none. Raises UserError where it is damaged."""
     if not path.exists():
-        return []
+        return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        found = [load_json(part) for part in ([text] if whole else text.splitlines()) if part.strip()]
-    except ValueError as error:
+        found = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not all(isinstance(entry, dict) for entry in found):
+    if not isinstance(found, dict):
         raise UserError(f"{path}: JSON objects were expected")
     return found
 
@@ -238,7 +261,9 @@ def check_order(a: Run, b: Run) -> tuple[bool, str]:
 def check_changes(a: Run, b: Run) -> tuple[bool, str]:
     """A run whose science changed half-way is described by no configuration, so it is nobody's pair."""
     changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
-    return not changed, "; ".join(changed) or "neither run used --allow-change"
+    torn = [f"{run.path.name}: line {number} cannot be read" for run in (a, b) for number in run.torn_launches]
+    told = "; ".join(["neither run used --allow-change", *torn])
+    return not changed, "; ".join(changed) or told
 
 
 def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
@@ -251,7 +276,7 @@ def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
         if left is None or right is None:
             return False, f"step {step}: {key} was not recorded"
         # Learning rates may have been computed on other machines: the last bit is no difference.
-        if not (math.isclose(left, right, rel_tol=1e-9) if isinstance(left, float) else left == right):
+        if not _equal(left, right):
             return False, f"step {step}: {left} and {right}"
     return True, f"{len(common)} common steps ({common[0]} to {common[-1]}; recorded {len(a.steps)} and {len(b.steps)})"
 
@@ -271,6 +296,13 @@ def check_updates(a: Run, b: Run) -> tuple[bool, str]:
     if names[0] == names[1]:
         names = [str(run.path) for run in (a, b)]
     return False, f"left out in {names[0]}: {named(left)}; in {names[1]}: {named(right)}"
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Learning rates may have been computed on other machines: the last bit is no difference."""
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-9)
+    return bool(left == right)
 
 
 def operations(run: Run) -> dict[str, str]:

@@ -22,6 +22,7 @@ from megatron_ettin.checkpoint.reading import CheckpointReader
 from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.model_names import long_name, short_name
+from megatron_ettin.config.printable import printable
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
@@ -108,7 +109,7 @@ def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def render(description: dict[str, Any]) -> str:
     """The description as lines for people."""
     rows = _checkpoint_rows(description) if description["kind"] == "checkpoint" else _run_rows(description)
-    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+    return "\n".join(f"{name:<12} {printable(value)}" for name, value in rows)
 
 
 def _named(description: dict[str, Any]) -> str:

@@ -135,8 +135,8 @@ class HostBatches:
 
     def _check(self, row: Row) -> None:
         """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""
-        largest = int(row.tokens.max()) if len(row.tokens) else 0
-        if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or int(row.tokens.min()) < 0:
+        largest, smallest = (int(row.tokens.max()), int(row.tokens.min())) if len(row.tokens) else (0, -1)
+        if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or smallest < 0:
             raise RankError(
                 f"dataset {self.corpus.datasets[row.source].path}: row {row.row} (chunks {row.chunks.tolist()[:8]}) has"
                 f" {len(row.tokens)} tokens, the largest {largest}; a row holds {self.row_tokens}, the vocabulary ends"

@@ -20,7 +20,7 @@ from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.history import HISTORY, first_launch, read_launches
+from megatron_ettin.config.history import HISTORY, allowed_changes, first_launch, read_launches
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
@@ -149,7 +149,8 @@ def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
 
 def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
     """Which datasets are not those of the first launch, in words; empty where all are."""
-    known = set(texts_of(order.get("datasets")))
+    listed = order.get("datasets")
+    known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
     other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
     return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
 
@@ -158,7 +159,7 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
     """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
     it is another run's then. Keys that a launch of this run was allowed to change may differ."""
     groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
-    allowed = {*allow, *(key for launch in read_launches(run_dir) for key in texts_of(launch.get("changes")))}
+    allowed = {*allow, *(key for launch in read_launches(run_dir) for key in allowed_changes(launch))}
     if not fixes_guard(checkpoint / "config.yaml"):
         allowed |= set(GUARD_KEYS)
     for name in science_keys(config):
@@ -172,11 +173,6 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
                 f"{checkpoint}: was written with {name}={theirs[key]}, this run has {own[group][key]}: it is another"
                 f" run's; take it out of {checkpoint.parent}, or go on with --allow-change {name}"
             )
-
-
-def texts_of(value: Any) -> list[str]:
-    """The texts in what should be a list of them."""
-    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def read_order(run_dir: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -20,7 +21,8 @@ def fuzz_all(runs: str, seed: str, out: str) -> int:
         child = os.fork()
         if child == 0:
             with open(writing, "w") as pipe:
-                json.dump(fuzz.run_reader(name, int(runs), 0, int(seed), out), pipe)
+                share = math.ceil(int(runs) * fuzz.WEIGHTS.get(name, 1.0))
+                json.dump(fuzz.run_reader(name, share, 0, int(seed), out), pipe)
             os._exit(0)
         os.close(writing)
         with open(reading) as pipe:

