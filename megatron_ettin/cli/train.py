@@ -103,6 +103,7 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
 
 def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     """What is worth knowing before the start, on standard error. `allowed`: science keys that may change."""
+    from megatron_ettin.config.ignored import ignored_lines, phase_lines
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.recipe import recipe
 
@@ -111,6 +112,8 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
     about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
     about += [line for stage in stages for line in remarks(stage)]
+    about += dict.fromkeys(line for stage in stages for line in ignored_lines(stage.config, stage.given))
+    about += phase_lines(first.words, list(dict.fromkeys(stage.config.run.phase for stage in stages)))
     for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
         log_warning(line)
 

@@ -76,3 +76,13 @@ def test_json_output_lines_match_metrics_jsonl(pool: Pool, corpus: Path, tmp_pat
 
 def test_duration_format_shows_two_largest_units() -> None:
     assert [duration(x) for x in (0, 40, 7_500, 273_600, 60)] == ["0s", "40s", "2h 5m", "3d 4h", "1m 0s"]
+
+
+def test_terminal_shows_the_validation_loss_of_the_last_step(corpus: Path, tmp_path: Path) -> None:
+    """Without a cadence held-out data are evaluated once, when the run is done."""
+    words = command(tmp_path / "run", corpus, "mlm", ["run.steps=3", f"data.validation={corpus}/heldout"])
+    status, said = on_a_terminal(words, 150)
+    assert status == 0, said[-2000:]
+    metrics = read(tmp_path / "run").metrics
+    assert [line["step"] for line in metrics if "validation_loss" in line] == [3]
+    assert f"step 3 validation loss {metrics[-1]['validation_loss']:.4f}" in said
