@@ -17,19 +17,23 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, phases in order")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directories, phases in order; or folders of them"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="REPORT.html", help="the page to write")
     parser.add_argument("--json", action="store_true", help="print verdict, checks and figures as JSON")
     parser.add_argument("--require-paired", action="store_true", help="exit 1 where the verdict is NOT PAIRED")
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.config.chain_folder import phases_in
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.report import compare, page
 
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: a page is written, so its name has to end in .html")
-    comparison = compare.compare(args.runs)
+    # of a chain's folder every phase, which are held against the other chain's one by one
+    comparison = compare.compare([phase for run in args.runs for phase in phases_in(run) or [run]])
     try:
         picture = page.write(comparison, args.out)
     except OSError as error:

@@ -83,6 +83,7 @@ def _tidied_on_sigterm() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.chain_folder import last_phase
     from megatron_ettin.config.counts import parse_count
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf
@@ -102,6 +103,7 @@ def _run(args: argparse.Namespace) -> None:
             result = from_composer(args.file, args.out, args.config, report, args.objective)
         _print(result, _imported(result), args.json)
         return
+    args.checkpoint = last_phase(args.checkpoint)
     max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
     our_logits = _our_logits() if args.verify else None
     with _progress("writing") as report:

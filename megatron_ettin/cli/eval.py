@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
     )
     parser.add_argument("--harness", metavar="lm|mteb", help="lm-evaluation-harness or mteb on the exported folder")
+    parser.add_argument(
+        "--as",
+        dest="reading",
+        choices=("encoder", "decoder"),
+        help="of the harness: evaluate a model as what it was not trained as",
+    )
     parser.add_argument("--tasks", metavar="NAME,NAME", help="of the harness")
     parser.add_argument("--task-path", type=Path, metavar="PATH", help="lm: folder of task files; mteb: Python file")
     parser.add_argument("--limit", type=int, metavar="N", help="only so many examples of each task of lm")
@@ -31,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.chain_folder import last_phase
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.convert.hf_folder import as_checkpoint
     from megatron_ettin.data.mixture import MixtureEntry
@@ -40,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.train.loading import load
     from megatron_ettin.train.resume import check_tokenizer
 
+    args.checkpoint = last_phase(args.checkpoint)
     if args.harness:
         run_harness(args)
         return
@@ -74,16 +82,22 @@ def run_harness(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.to_hf import to_hf
 
     tasks = [task for task in (args.tasks or "").split(",") if task]
-    objective = harness.check(args.harness, tasks, args.task_path)
+    objective = harness.check(args.harness, tasks, args.task_path, args.checkpoint, args.reading)
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="ettin-") as room:
         folder = args.checkpoint
         if not is_hf_folder(folder):
             folder = Path(room) / "exported"
-            to_hf(args.checkpoint, folder, objective=objective)
+            notes += to_hf(args.checkpoint, folder, objective=objective)["notes"]
+        elif objective not in harness.trained_as(folder):
+            notes.append("this folder is a decoder's: its hidden states are causal, and are pooled as they are")
         found = harness.evaluate(args.harness, folder, tasks, args.task_path, args.limit, args.batch_rows)
     if args.json:
-        print(json.dumps({"checkpoint": str(args.checkpoint), "harness": args.harness, "results": found}))
+        told = {"checkpoint": str(args.checkpoint), "harness": args.harness, "notes": notes, "results": found}
+        print(json.dumps(told))
         return
+    for note in notes:
+        print(f"note: {note}")
     for task, measures in found.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 

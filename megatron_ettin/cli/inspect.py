@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.config.chain_folder import last_phase
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.printable import KEPT_OF_TEXTS, printable, printable_json
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = Path(args.path)
+    path = last_phase(Path(args.path))
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
     if args.sample < 0:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.config.chain_folder import last_phase
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.train import order
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     for out in (args.out, args.batches):
         if out is not None and not out.parent.is_dir():
             raise UserError(f"{out}: the folder {out.parent} does not exist")
+    args.run = last_phase(args.run)
     config, corpus = order.open_run(args.run)
     if steps:
         order.check_same_order(args.run, corpus)

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Any:
     """The options checked, the runs read. Raises UserError."""
+    from megatron_ettin.config.chain_folder import last_phase
     from megatron_ettin.config.counts import parse_count
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.config.model_names import short_name
@@ -86,7 +87,7 @@ def make_plan(args: argparse.Namespace) -> Any:
         value = getattr(args, option)
         if value is not None and (not value.strip() or "\n" in value):
             raise UserError(f"--{option} {value!r}: give one line of text")
-    chain = find_chain(args.runs, args.alone)
+    chain = find_chain([last_phase(run) for run in args.runs], args.alone)
     settings = chain.runs[-1].config.run
     exported = OBJECTIVES[settings.objective].exports[0]
     called = short_name(settings.size, chain.runs[-1].config.model)

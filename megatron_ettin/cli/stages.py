@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.config.chain_folder import CHAIN, last_phase, phases_in
+
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.config.sweep import Member
 
-CHAIN = ("pretrain", "extend", "decay")  # of --phase all
 BEFORE = {"extend": "pretrain", "decay": "extend"}  # what a phase of the recipe goes on from
 
 
@@ -82,9 +83,12 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     from megatron_ettin.config.resolve import given_by_user, parse
 
     run_dir, words = args.run_dir, args.words
+    if args.init_from is not None:
+        args.init_from = last_phase(args.init_from)
     if args.sweep:
         return [stage for member in chosen_members(args) for stage in member_stages(args, member)]
     if args.phase != "all":
+        check_begin(args)
         kept, begun = weights_model(run_dir, args.init_from), begun_with(run_dir)
         config = parse(args.size, args.objective, args.phase, args.config, words, kept, begun)
         given = given_by_user(args.config, words, args.phase)
@@ -98,6 +102,21 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
         source, given = stages[-1].run_dir if stages else args.init_from, given_by_user(args.config, words, phase)
         stages.append(Stage(config, own, source, kept, words, begun, given))
     return stages
+
+
+def check_begin(args: argparse.Namespace) -> None:
+    """Raise UserError for a phase in a chain's folder, beside its phases, and for cross-training of no weights."""
+    from megatron_ettin.checkpoint.directory import list_checkpoints
+    from megatron_ettin.config.errors import UserError
+
+    if phases := phases_in(args.run_dir):
+        names = ", ".join(one.name for one in phases)
+        own = args.run_dir / args.phase
+        raise UserError(f"--run-dir {args.run_dir}: holds the phases {names}; say --run-dir {own}, or --phase all")
+    if args.phase == "cross" and args.init_from is None and not args.explain and not list_checkpoints(args.run_dir):
+        raise UserError(
+            "--phase cross: trains on weights of the other objective; name them with --init-from RUN|CHECKPOINT|HF_DIR"
+        )
 
 
 def chosen_members(args: argparse.Namespace) -> list[Member]:
@@ -140,7 +159,13 @@ def chain_warning(stage: Stage) -> str | None:
     from megatron_ettin.config.history import first_launch
 
     phase = stage.config.run.phase
-    if phase not in BEFORE or first_launch(stage.run_dir) is not None:
+    if first_launch(stage.run_dir) is not None:
+        return None
+    if phase == "cross" and stage.init_from is not None:
+        source = (weights_config(stage.init_from).get("run") or {}).get("objective")
+        if source == stage.config.run.objective:
+            return f"note: cross goes on from weights of the same objective, {source}: a control, no cross-training"
+    if phase not in BEFORE:
         return None
     if stage.init_from is None:
         return f"warning: {phase} begins from initial weights; the recipe goes on from {BEFORE[phase]} (--init-from)"

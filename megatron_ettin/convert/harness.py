@@ -12,15 +12,55 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.checkpoint.directory import read_config, resolve
 from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.convert.hf_folder import is_hf_folder
 from megatron_ettin.platform.device import device_name
 
 HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}  # name -> (module, the objective it is for)
 EXTRA = "pip install megatron_ettin[harness]"
 
 
-def check(harness: str, tasks: Sequence[str], task_path: Path | None) -> str:
-    """The objective that the harness is for. Raises UserError."""
+READINGS = {"encoder": "mlm", "decoder": "clm"}  # of --as -> the objective of the export
+KINDS_OF_MODEL = {objective: reading for reading, objective in READINGS.items()}
+
+
+def trained_as(path: Path) -> tuple[str, ...]:
+    """Return the exports ("mlm", "clm") that a run, a checkpoint or a Hugging Face folder was trained for; nothing
+    where that cannot be read."""
+    try:
+        if is_hf_folder(path):
+            names = load_json((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+            causal = any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
+            return (("clm",) if causal else ("mlm",)) if names else ()
+        return OBJECTIVES[read_config(resolve(path))["run"]["objective"]].exports
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def check_reading(harness: str, path: Path, reading: str | None) -> None:
+    """Raise UserError where a model would be evaluated as what it was not trained as, unless `reading` asks for it."""
+    needed = HARNESSES[harness][1]
+    kind = KINDS_OF_MODEL[needed]
+    if reading is not None and READINGS[reading] != needed:
+        raise UserError(f"--as {reading}: --harness {harness} is for {kind}s")
+    found = trained_as(path)
+    if not found or needed in found:
+        return
+    if is_hf_folder(path) and harness == "lm":
+        raise UserError(f"--harness lm: {path} holds an encoder's class, which cannot generate; name a decoder's")
+    if reading is None:
+        other = KINDS_OF_MODEL[found[0]]
+        raise UserError(
+            f"--harness {harness}: is for {kind}s, and {path} was trained as {'an' if other[0] in 'aeiou' else 'a'}"
+            f" {other}; --as {kind} evaluates it as what it was not trained as"
+        )
+
+
+def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path, reading: str | None) -> str:
+    """Return the objective that the harness is for. `path`: of the model; `reading`: of --as. Raises UserError."""
     if harness not in HARNESSES:
         raise UserError(f"--harness: {harness!r}{nearest(harness, HARNESSES)}; it is one of {', '.join(HARNESSES)}")
     module, objective = HARNESSES[harness]
@@ -28,6 +68,7 @@ def check(harness: str, tasks: Sequence[str], task_path: Path | None) -> str:
         raise UserError(f"--harness {harness}: name its tasks with --tasks NAME,NAME")
     if task_path is not None and not task_path.exists():
         raise UserError(f"--task-path {task_path}: no such file or folder")
+    check_reading(harness, path, reading)
     if importlib.util.find_spec(module) is None:
         raise UserError(f"--harness {harness}: {module} is not installed; {EXTRA}")
     return objective
@@ -84,11 +125,8 @@ def _mteb(
             raise UserError(f"--tasks: mteb has no {name!r}{hint}; --task-path names a Python file of more") from None
     model = SentenceTransformer(str(folder))
     found = mteb.evaluate(model, chosen, encode_kwargs={"batch_size": batch_rows}, cache=None)
-    return {
-        result.task_name: {"main_score": float(scores[0]["main_score"])}
-        for result in found.task_results
-        for scores in result.scores.values()
-    }
+    # over all subsets and splits of a task, as mteb weighs them
+    return {result.task_name: {"main_score": float(result.get_score())} for result in found.task_results}
 
 
 def _tasks_of(path: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from megatron_ettin.train.batches import Batches
 from megatron_ettin.train.checkpoint_hooks import Checkpoints
 from megatron_ettin.train.console import Console
 from megatron_ettin.train.directory_check import DirectoryCheck
+from megatron_ettin.train.ending import complete_line, ending_lines
 from megatron_ettin.train.evaluate import open_held_out
 from megatron_ettin.train.guard import told_at_start
 from megatron_ettin.train.hooks import (
@@ -93,7 +94,7 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     stop.begun = True
     for hook in hooks:
         hook.start(run)
-    stopped = is_done(run.config, run.progress)
+    stopped, loss = is_done(run.config, run.progress), None
     with contextlib.closing(open_loader(run)) as loader:
         while not stopped:
             step, tokens = run.progress.step, run.progress.tokens
@@ -105,7 +106,7 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             progress = run.progress.after(info, guard)
             if info.bad is not None:
                 after_bad_step(run, info, progress)
-            run.progress = progress
+            run.progress, loss = progress, info.loss
             run.heart.step(step=info.step, tokens=info.tokens)
             for hook in hooks:
                 hook.step(run, info)
@@ -116,6 +117,8 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     if done and left_out:
         last = "step" if left_out == 1 else f"{left_out} steps"
         raise BadNumbers(f"the run ends with the updates of its last {last} left out; nothing of them was saved")
+    if run.is_chief:
+        log_info(*ending_lines(run.config, run.directory, run.progress, loss))
     return not done
 
 
@@ -201,6 +204,8 @@ def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart
         return True
     stop.begun = False
     with run_directory.locked(job.launch.run_dir, chief=place.rank == 0):
+        if place.rank == 0 and (line := complete_line(job.config, job.launch.run_dir)):
+            log_info(line)
         folder = job.config.data.local_copy
         heart.hang_seconds = job.config.resilience.hang_seconds
         heart.slow("starting", None if folder is None else COPY_SECONDS)

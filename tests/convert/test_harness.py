@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import main
+from megatron_ettin.convert.harness import check_reading
 from tests.conftest import sentences
 from tests.convert.folders import make_folder
 
@@ -62,6 +63,32 @@ class LocalSTS(AbsTaskSTS):
 def test_eval_harness_bad_options_are_refused(words: list[str], said: str, tmp_path: Path, capsys) -> None:
     assert main(["eval", str(tmp_path), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objective", "harness", "said"),
+    [
+        ("mlm", "lm", "is for decoders, and {} was trained as an encoder; --as decoder evaluates it"),
+        ("clm", "mteb", "is for encoders, and {} was trained as a decoder; --as encoder evaluates it"),
+    ],
+)
+def test_eval_harness_of_the_other_kind_is_refused_unless_named(
+    objective: str, harness: str, said: str, tmp_path: Path, capsys
+) -> None:
+    folder, imported = make_folder(tmp_path / "hf", objective), tmp_path / "imported"
+    assert main(["convert", "from-hf", str(folder), str(imported)]) == 0
+    words = ["--harness", harness, "--tasks", "a"]
+    capsys.readouterr()
+    assert main(["eval", str(imported), *words]) == 2
+    assert said.format(imported) in capsys.readouterr().err
+    # of the same weights as a folder, an encoder has no class that generates
+    assert main(["eval", str(folder), *words]) == 2
+    other = "holds an encoder's class, which cannot generate" if harness == "lm" else said.format(folder)
+    assert other in capsys.readouterr().err
+    reading = {"lm": "decoder", "mteb": "encoder"}[harness]
+    check_reading(harness, imported, reading)
+    assert main(["eval", str(imported), *words, "--as", {"lm": "encoder", "mteb": "decoder"}[harness]]) == 2
+    assert f"--harness {harness} is for {reading}s" in capsys.readouterr().err
 
 
 def evaluated(folder: Path, *words: str) -> dict:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import latest, read_progress
+from megatron_ettin.cli.main import main
 from tests.pool import Pool
 from tests.train.runs import TINY, read
 
@@ -130,3 +131,64 @@ def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_pat
     (result,) = pool.run(1, line(corpus, "extend", tmp_path / "b", "run.steps=1"))
     assert result.status == 0
     assert "warning: extend begins from initial weights" in result.output
+
+
+def test_train_one_phase_in_the_folder_of_a_chain_is_refused(
+    pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = apart(1)
+    assert main(line(corpus, "pretrain", root)) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{root}: holds the phases pretrain, extend, decay; say --run-dir {root / 'pretrain'}, or --phase all" in said
+    )
+    assert not (root / "config.yaml").exists()
+
+
+def test_commands_given_the_folder_of_a_chain_read_its_last_phase(
+    pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, told = apart(1), {}
+    for words in (["order", "--fingerprint"], ["inspect"], ["eval", "--data", str(corpus / "heldout")]):
+        for run in (root, root / "decay"):
+            capsys.readouterr()
+            assert main([words[0], str(run), *words[1:], "--json"]) == 0
+            answer = capsys.readouterr()
+            told[words[0], run == root] = answer.out
+            assert (f"{root}: holds pretrain, extend, decay; reading {root / 'decay'}" in answer.err) == (run == root)
+        assert told[words[0], True] == told[words[0], False]
+    assert main(["convert", "to-hf", str(root), str(tmp_path / "hf"), "--no-verify"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["compare", str(root), "--out", str(page), "--json"]) == 0
+
+
+def test_train_says_what_came_out_and_that_a_run_is_complete(pool: Pool, corpus: Path, apart: Apart) -> None:
+    run = apart(1) / "decay"
+    (result,) = pool.run(1, line(corpus, "decay", run))
+    said = result.output.splitlines()
+    complete = f"{run}: is complete; nothing is left to train (run.tokens or run.steps would have to be more)"
+    # before the model is built, of which the second line tells
+    assert said.index(complete) < next(at for at, one in enumerate(said) if "parameters" in one)
+    assert said[-2].startswith(f"{run}: complete at step 3, ")
+    assert said[-2].endswith(f"checkpoint {latest(run)}")
+    assert said[-1] == f"next: ettin report {run}; ettin convert to-hf {run} OUT"
+
+
+@pytest.mark.parametrize(
+    "before", [[], ["launch", "--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--dry-run", "--"]]
+)
+def test_cross_without_weights_is_refused(
+    before: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*before, *line(corpus, "cross", tmp_path / "run")]) == 2
+    assert (
+        "--phase cross: trains on weights of the other objective; name them with --init-from" in capsys.readouterr().err
+    )
+
+
+def test_cross_from_the_same_objective_is_told(
+    corpus: Path, tmp_path: Path, apart: Apart, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*line(corpus, "cross", tmp_path / "run"), "--init-from", str(apart(1)), "--dry-run"]
+    assert main(words) == 0
+    assert "note: cross goes on from weights of the same objective, clm: a control" in capsys.readouterr().err
