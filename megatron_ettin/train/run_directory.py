@@ -31,6 +31,7 @@ from megatron_ettin.config.skips import parse_skips, place_of
 from megatron_ettin.config.stored import fixes_guard, stored_science_keys
 from megatron_ettin.config.yaml_reading import load_yaml
 from megatron_ettin.data.order import Corpus
+from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.platform.rank_facts import code_hash, commit
 from megatron_ettin.run_log import log_warning
 
@@ -48,6 +49,10 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{what}{run_dir}: cannot be written ({error.strerror or error})") from None
+    for name in (".lock", HISTORY, METRICS_FILE):
+        path = run_dir / name
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written, it is another user's (uid {path.stat().st_uid}); chmod g+w it")
 
 
 @contextlib.contextmanager

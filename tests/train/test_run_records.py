@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.checkpoint.directory import list_checkpoints
+from megatron_ettin.config.errors import UserError
+from megatron_ettin.train.run_directory import check_writable
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 
@@ -98,3 +102,26 @@ def test_train_on_a_file_system_without_locks_warns_and_trains(pool: Pool, corpu
     assert result.status == 0, result.output[-2000:]
     assert result.output.count("its file system has no locks (Function not implemented)") == 1
     assert read(tmp_path / "run").column("step") == [1]
+
+
+@pytest.mark.parametrize("name", [".lock", "history.jsonl", "metrics.jsonl"])
+def test_run_directory_with_another_users_file_is_refused_by_name(name: str) -> None:
+    """Of a run that a group shares; asked as another user, in a fork."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user wants root")
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    folder.chmod(0o777)
+    (folder / name).write_text("")
+    (folder / name).chmod(0o644)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            check_writable(folder)
+        except UserError as error:
+            os._exit(7 if f"{folder / name}: cannot be written, it is another user's (uid 0)" in str(error) else 1)
+        finally:
+            os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    shutil.rmtree(folder)
+    assert status == 7
