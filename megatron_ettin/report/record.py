@@ -100,12 +100,17 @@ class RunRecord:
 
 def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The run directory itself, or those in the folders below."""
-    if (folder / "config.yaml").is_file():
-        yield folder
-    elif depth and folder.is_dir():
-        for below in sorted(folder.iterdir()):
-            if below.is_dir() and not below.name.startswith("."):
-                yield from find_runs(below, depth - 1)
+    try:
+        if (folder / "config.yaml").is_file():
+            yield folder
+            return
+        inside = sorted(path for path in folder.iterdir() if path.is_dir()) if depth and folder.is_dir() else []
+    except OSError:
+        # another user's folder among one's own
+        return
+    for below in inside:
+        if not below.name.startswith("."):
+            yield from find_runs(below, depth - 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
