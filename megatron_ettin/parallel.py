@@ -170,6 +170,7 @@ class OptimizerGroups:
     grad_stats: Any  # over which gradient norms are summed
     tensor: Any
     tensor_and_data: Any
+    embedding: Any  # first and last stage, which hold copies of the tied embedding; None on stages between
     index_in_model: int
 
 
@@ -180,6 +181,7 @@ def optimizer_groups(distributed: bool) -> OptimizerGroups:
         grad_stats=ps.get_intra_distributed_optimizer_instance_group() if distributed else model,
         tensor=ps.get_tensor_model_parallel_group(),
         tensor_and_data=ps.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        embedding=ps.get_embedding_group(check_initialized=False),
         index_in_model=dist.get_rank(model),
     )
 

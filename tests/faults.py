@@ -67,6 +67,26 @@ def flipped_weight_on_rank_1() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def flipped_tied_weight_on_last_stage() -> Iterator[None]:
+    """Flip a bit of the last stage's copy of the tied embedding after the second step."""
+    import torch
+
+    from megatron_ettin.train import loop
+
+    real = loop.train_step
+
+    def step(machine, *arguments):
+        info = real(machine, *arguments)
+        weight = dict(machine.chunks[-1].named_parameters()).get("output_layer.weight")
+        if info.step == 2 and weight is not None:
+            weight.data.view(torch.int32)[3] ^= 1
+        return info
+
+    with mock.patch.object(loop, "train_step", step):
+        yield
+
+
+@contextlib.contextmanager
 def unsound_layer_on_rank_1() -> Iterator[None]:
     """Have rank 1's second layer compute something else each time when a step is replayed."""
     from megatron_ettin.train import recheck

@@ -368,6 +368,8 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
     if request["leads"]:
         os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's own ends the server
+    # the server ignores it where the tests were started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     target, _, name = request["target"].partition(":")

@@ -103,7 +103,7 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
 
 def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     """What is worth knowing before the start, on standard error. `allowed`: science keys that may change."""
-    from megatron_ettin.config.ignored import ignored_lines, phase_lines
+    from megatron_ettin.config.ignored import phase_lines
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.recipe import recipe
 
@@ -112,10 +112,17 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
     about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
     about += [line for stage in stages for line in remarks(stage)]
-    about += dict.fromkeys(line for stage in stages for line in ignored_lines(stage.config, stage.given))
     about += phase_lines(first.words, list(dict.fromkeys(stage.config.run.phase for stage in stages)))
     for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
         log_warning(line)
+
+
+def unread_keys(stage: Stage) -> tuple[str, ...]:
+    """Return a line for each override that this run does not read; a file is left out, for one serves both halves."""
+    from megatron_ettin.config.ignored import ignored_lines
+    from megatron_ettin.config.resolve import given_by_user
+
+    return tuple(ignored_lines(stage.config, given_by_user(None, stage.words, stage.config.run.phase)))
 
 
 def remarks(stage: Stage) -> list[str]:
@@ -144,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 
+        for line in dict.fromkeys(line for stage in stages for line in unread_keys(stage)):
+            log_warning(line)
         print("\n".join(describe(stage.planned, as_json=args.json) for stage in stages))
         return 0
     with told_to(args.json) as steps_to:
@@ -179,7 +188,17 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
             stages = [dataclasses.replace(one, init_from=here.get(one.init_from, one.init_from)) for one in stages]
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     launches = [
-        Launch(one.run_dir, one.init_from, keep, args.allow_change, args.from_step, one.kept, steps_to, one.free)
+        Launch(
+            one.run_dir,
+            one.init_from,
+            keep,
+            args.allow_change,
+            args.from_step,
+            one.kept,
+            steps_to,
+            one.free,
+            unread_keys(one),
+        )
         for one in stages
     ]
     try:

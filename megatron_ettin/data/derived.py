@@ -1,4 +1,4 @@
-"""What is computed from a dataset and kept in its folder: row plans and compiled orders."""
+"""What lies in a dataset's folder beside what its manifest lists: row plans, compiled orders, the list of inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.file_names import path_in
-from megatron_ettin.data.manifest import FileRecord
+from megatron_ettin.config.json_reading import DIGEST, checked_digest, load_json
+from megatron_ettin.data.manifest import INPUTS_FILE, FileRecord
 from megatron_ettin.data.replay import RECORD_FILE, order_record
 from megatron_ettin.data.rows import PLAN_FILE, plan_record
 from megatron_ettin.data.verification import Expected
@@ -16,7 +17,9 @@ REMEDY = " (remove its folder: it is built again)"
 
 
 def derived_files(folder: Path) -> Iterator[Expected]:
-    """The files of the row plans and compiled orders beside a dataset, as their records have them."""
+    """The files of the row plans and compiled orders beside a dataset, as their records have them, and the list of its
+    inputs where it is damaged."""
+    yield from damaged_input_list(folder)
     plans, orders = sorted(folder.glob(f"*_*/{PLAN_FILE}")), sorted(folder.glob(f"order_*/{RECORD_FILE}"))
     for record_file in [*plans, *orders]:
         try:
@@ -31,3 +34,18 @@ def derived_files(folder: Path) -> Iterator[Expected]:
             yield Expected(record_file, FileRecord(0, ""), remedy=REMEDY, problem=problem)
             continue
         yield from (Expected(paths[name], record, remedy=REMEDY) for name, record in records.items())
+
+
+def damaged_input_list(folder: Path) -> Iterator[Expected]:
+    """Yield inputs.json of a dataset if it is not what was written."""
+    path = folder / INPUTS_FILE
+    try:
+        raw = load_json(path.read_text(encoding="utf-8"))
+        if DIGEST not in raw:
+            raise ValueError(f"it has no {DIGEST}")
+        checked_digest(raw)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        remedy = " (remove it: `ettin prepare` then compares names and sizes of its inputs alone)"
+        yield Expected(path, FileRecord(0, ""), remedy=remedy, problem=f"damaged ({error})")

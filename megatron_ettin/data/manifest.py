@@ -20,6 +20,8 @@ from megatron_ettin.config.file_names import Links, checked_name, checked_sha256
 from megatron_ettin.config.json_reading import checked_digest, load_json
 
 FILE_NAME = "manifest.json"
+# of a finished dataset: its inputs, with their times
+INPUTS_FILE = "inputs.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"

@@ -33,6 +33,16 @@ class WholeTensor:
 
 
 @dataclass(frozen=True)
+class TiedCopies:
+    """The tied embedding where first and last pipeline stage each hold a copy of it."""
+
+    index: int
+    """Of this rank's copy in the vector of sums."""
+    group: Any
+    """The ranks that hold the same part of it; its first is of the first stage."""
+
+
+@dataclass(frozen=True)
 class Piece:
     """Part of a flat shard (ZeRO lays many tensors in one), or all of a tensor that is not flat."""
 
@@ -45,6 +55,7 @@ class DecoupledAdamW(torch.optim.AdamW):
     param_groups in place by flat fp32 shards (views, which no optimizer could be built on afterwards)."""
 
     device = torch.device("cpu")  # set by `build_optimizer`: a rank without shards has no parameter to ask
+    tied: TiedCopies | None = None  # set by `build_optimizer` on the stages that hold a copy
 
     def bind(self, tensors: Mapping[torch.Tensor, Sequence[Piece]], length: int, group: Any) -> None:
         """Tell which tensors each shard has pieces of; sums of `length` tensors are all-reduced over `group`."""
@@ -82,11 +93,35 @@ class DecoupledAdamW(torch.optim.AdamW):
                 denominator = state["exp_avg_sq"].sqrt().div_(correction).add_(eps)
                 p.addcdiv_(state["exp_avg"], denominator, value=-scale)
 
+    @torch.no_grad()
+    def scale_moments(self, first: float, second: float) -> None:
+        """Multiply every first and every second moment by a factor."""
+        if first == second == 1:
+            return
+        for state in self.state.values():
+            for name, factor in (("exp_avg", first), ("exp_avg_sq", second)):
+                if name in state:
+                    state[name].mul_(factor)
+
     @staticmethod
     def _decay(p: torch.Tensor, group: dict[str, Any], lr: float) -> None:
         weight_decay = group["weight_decay"] * group["wd_mult"]
         if weight_decay:
             p.mul_(1 - lr / group["max_lr"] * weight_decay)
+
+
+def stored_share(optimizer: str, beta: float, updates: int) -> float:
+    """Return what part of a debiased moment an optimizer keeps in its state.
+
+    StableAdamW debiases its moments in place. AdamW keeps raw ones: after t updates 1 - beta^t of them (Kingma &
+    Ba 2015, arXiv 1412.6980, section 3).
+
+    Args:
+        optimizer: `stable_adamw` or `adamw`.
+        beta: beta1 of a first moment, beta2 of a second one.
+        updates: t, at least 1.
+    """
+    return 1.0 if optimizer == "stable_adamw" else 1 - beta**updates
 
 
 @dataclass
@@ -119,6 +154,10 @@ class StableAdamW(DecoupledAdamW):
             self._update_moments(group, p, t, sums)
         if self.sum_group is not None:
             dist.all_reduce(sums, group=self.sum_group)
+        if self.tied is not None:
+            # one clip for all copies: each stage may have added the parts of its own in another order
+            first = dist.get_global_rank(self.tied.group, 0)
+            dist.broadcast(sums[self.tied.index : self.tied.index + 1], src=first, group=self.tied.group)
         clips = _Clips((sums / self._numels).sqrt_().clamp_(min=1))
         for group, p in self._with_gradients():
             self._update_weights(group, p, clips)

@@ -20,8 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
 from megatron_ettin.optim import grad_norm, shards
-from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
-from megatron_ettin.optim.muon import Matrix, Muon, is_inside
+from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, TiedCopies, WholeTensor
+from megatron_ettin.optim.muon import NOT_INSIDE, Matrix, Muon, is_inside
 from megatron_ettin.parallel import OptimizerGroups
 from megatron_ettin.platform.fp8_weights import finish_gather
 
@@ -185,6 +185,9 @@ def build_optimizer(
     tensors = {main: [Piece(wholes[model])] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
     inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
+    if groups.embedding is not None and groups.embedding.size() > 1:
+        (copy,) = (index for index, (name, _) in enumerate(named) if name.endswith(NOT_INSIDE))
+        inner.tied = TiedCopies(copy, groups.embedding)
     return TrainingOptimizer(core, inner, chunks, optim.clip_grad)
 
 

@@ -7,6 +7,7 @@ that finds damage loads the checkpoint before that one over it. Every rank hashe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from megatron_ettin.config.errors import UserError
 from megatron_ettin.parallel import Layout
 from megatron_ettin.platform.fp8_weights import is_fp8
 from megatron_ettin.train.assembly import Machine
+from megatron_ettin.train.moments import MomentChange, moment_change
 from megatron_ettin.train.progress import Progress
 
 DATA = ".distcp"
@@ -141,6 +143,9 @@ def _load_hashing(machine: Machine, checkpoint: Path, with_optimizer: bool = Tru
 
 def _load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
     metadata, scales = state.sharding_metadata(machine.layout.dp_group), {}
+    change = moment_change(checkpoint, machine.config.optim) if with_optimizer else MomentChange(kept=False)
+    starts_fresh = with_optimizer and not change.kept
+    with_optimizer = change.kept
     with machine.whole_weights(writing=True):
         model, optimizer = state.model_state(machine.chunks, metadata), None
         if with_optimizer:
@@ -157,9 +162,10 @@ def _load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Pr
     if with_optimizer:
         assert machine.optimizer is not None
         machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
+        machine.optimizer.inner.scale_moments(change.first, change.second)
     elif machine.optimizer is not None:
         machine.optimizer.take_weights(_exact(machine, loaded))
-    return progress
+    return dataclasses.replace(progress, updates=0) if starts_fresh else progress
 
 
 def _exact(machine: Machine, loaded: dict[str, Any]) -> dict[int, Any]:

@@ -78,6 +78,7 @@ class Launch:
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
     steps_to: TextIO | None = None  # where steps are told as JSON lines, instead of to people
     free: frozenset[str] | None = None  # keys of the schedule that follow the run's length; None: by their values
+    unread: Sequence[str] = ()  # a line for each override that the run does not read, printed once it starts
 
 
 def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
@@ -251,6 +252,8 @@ def _train_watched(
         heart.slow("first step", step=progress.step, saved_step=progress.step)
         if run.is_chief:
             announce(run, place, origin, corpus)
+            for line in launch.unread:
+                log_info(line)
             record = {
                 "from": origin,
                 "changes": job.changes,

@@ -18,6 +18,8 @@ from megatron_ettin.train.recheck import sum_of_bits
 from megatron_ettin.train.step import StepInfo
 
 Place = tuple[int, int, int, int]  # pp, tp, dp, cp rank
+# the tied embedding on the first stage, and its copy on the last
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class ReplicasDiffer(RuntimeError):
@@ -69,7 +71,9 @@ def first_odd(ranks: list[tuple[str, Place, dict[str, tuple[bool, int]]]]) -> tu
     groups: dict[tuple[Any, ...], dict[int, int]] = {}
     for rank, (_, (pp, tp, _, _), weights) in enumerate(ranks):
         for name, (cut, total) in weights.items():
-            groups.setdefault((pp, tp if cut else None, name), {})[rank] = total
+            tied = name.endswith(TIED)
+            stage, known = (None, TIED[0]) if tied else (pp, name)
+            groups.setdefault((stage, tp if cut else None, known), {})[rank] = total
     for (*_, name), totals in groups.items():
         usual, count = Counter(totals.values()).most_common(1)[0]
         for rank, total in totals.items():

@@ -17,6 +17,7 @@ from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.loading import agree, load, load_newest
+from megatron_ettin.train.moments import moment_change
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.roll_back import roll_back
 from megatron_ettin.train.run_directory import check_checkpoint
@@ -43,7 +44,9 @@ def begin(
         name, progress = own
         checkpoint = directory.checkpoints_folder(run_dir) / name
         agree(machine.layout, lambda: check_checkpoint(checkpoint, run_dir, machine.config, allow_change))
-        return progress, f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
+        note = moment_change(checkpoint, machine.config.optim).note
+        origin = f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
+        return progress, f"{origin}; {note}" if note else origin
     if init_from is None:
         return Progress(), "initial weights"
     source = directory.resolve(init_from) if from_step is None else directory.at_step(init_from, from_step)

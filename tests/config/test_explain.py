@@ -88,9 +88,8 @@ def test_explained_override_trains_as_configured(size: str, capsys) -> None:
             one["why"] for one in json.loads(capsys.readouterr().out)["always"] if one["what"] == "batch warm-up"
         )
         words = [word for word in why.split() if word.startswith("batch.")]
-        assert main([*command, *words, "--dry-run", "--json"]) == 0
-        batch = json.loads(capsys.readouterr().out)["config"]["batch"]
-        assert batch["warmup_tokens"] == (10e9 if phase == "cross" else BATCH_WARMUP[size])
+        batch = parse(size, "mlm", phase, words=words).batch
+        assert batch.warmup_tokens == (10e9 if phase == "cross" else BATCH_WARMUP[size])
 
 
 def test_dry_run_default_has_the_full_batch_in_every_step(capsys) -> None:

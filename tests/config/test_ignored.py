@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_ettin.cli.main import main
@@ -46,3 +48,10 @@ def test_override_of_a_phase_that_is_not_run_is_reported(capsys: pytest.CaptureF
 def test_validation_without_a_cadence_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     said = reported(capsys, "mlm", "pretrain", "data.validation=somewhere")
     assert "data.validation: evaluated at the end of the run only" in said
+
+
+def test_key_in_the_file_of_both_halves_is_not_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    site = tmp_path / "pair.yaml"
+    site.write_text("model: {encoder_window: 32, decoder_window_keys: 32}\n")
+    for objective in ("mlm", "clm"):
+        assert "has no effect" not in reported(capsys, objective, "pretrain", "--config", str(site))

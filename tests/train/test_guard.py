@@ -256,6 +256,16 @@ def test_replica_check_names_rank_with_flipped_weight(pool: Pool, corpus: Path, 
     assert latest(tmp_path / "flipped").name == "step_000000001"  # type: ignore[union-attr]
 
 
+def test_replica_check_compares_both_copies_of_tied_embedding(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """First and last stage hold a copy each, and update it with a clip that each computes."""
+    words = ["run.steps=3", "resilience.check_replicas_every=1", "parallel.pp=2"]
+    sound = command(tmp_path / "sound", corpus, "mlm", words)
+    assert [r.status for r in pool.run(2, sound)] == [0, 0]
+    results = pool.run(2, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_tied_weight_on_last_stage")
+    assert [result.status for result in results] == [1, 1]
+    assert "other bits of embedding.word_embeddings.weight than" in results[0].output
+
+
 def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """DeepSpeed updates the weights before the loss and gradient norm are known."""
     words = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]

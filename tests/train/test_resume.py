@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_ettin.checkpoint.directory import latest, list_checkpoints, step_name
+from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name
 from megatron_ettin.checkpoint.reading import CheckpointReader
 from tests.forkserver import program
 from tests.pool import Pool
@@ -287,3 +288,50 @@ def test_init_from_next_phase_keeps_optimizer_and_cross_starts_fresh(pool: Pool,
     crossed[crossed.index("pretrain")] = "cross"
     assert pool.run(1, crossed)[0].status == 0
     assert json.loads((latest(tmp_path / "third") / "progress.json").read_text())["updates"] == 1
+
+
+# no weight moves: gradients, and what becomes of them, are the same whatever the optimizer is
+STILL = ["optim.lr=1e-12", "optim.max_lr=1", "optim.weight_decay=0", "optim.beta2=0.9"]
+
+
+def moments(run: Trained) -> dict[str, torch.Tensor]:
+    """Return the moments in the last checkpoint of a run."""
+    checkpoint = latest(run.directory)
+    assert checkpoint is not None
+    reader = CheckpointReader(checkpoint)
+    return {key: reader.read(key) for key in reader.keys() if ".state.exp_avg" in key}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "layout"),
+    [
+        ("stable_adamw", "adamw", "dp2 sharded"),
+        pytest.param("adamw", "stable_adamw", "1", marks=pytest.mark.full),
+    ],
+)
+def test_resume_with_another_optimizer_converts_its_moments(
+    halves: Halves, tmp_path: Path, before: str, after: str, layout: str
+) -> None:
+    whole = halves.run(layout, 4, [*STILL, f"optim.name={after}"], None, tmp_path / "whole")
+    halves.run(layout, 3, [*STILL, f"optim.name={before}"], None, tmp_path / "changed")
+    world, parallel = LAYOUTS[layout]
+    words = [*STILL, f"optim.name={after}", "run.steps=4", *parallel.split()]
+    options = ["--allow-change", "optim.name"]
+    results = halves.pool.run(world, command(tmp_path / "changed", halves.corpus, "mlm", words, options))
+    assert [result.status for result in results] == [0] * world, results[0].output
+    assert f"moments converted from {before} to {after}" in results[0].output
+    expected, found = moments(whole), moments(read(tmp_path / "changed"))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.full
+def test_resume_with_muon_starts_with_fresh_moments(halves: Halves, tmp_path: Path) -> None:
+    halves.run("1", 3, [], None, tmp_path)
+    words = ["optim.name=muon", "parallel.distributed_optimizer=false", "run.steps=5"]
+    options = ["--allow-change", "optim.name"]
+    (result,) = halves.pool.run(1, command(tmp_path, halves.corpus, "mlm", words, options))
+    assert result.status == 0, result.output
+    assert "muon starts with fresh moments: those of stable_adamw are of another kind" in result.output
+    assert read_progress(latest(tmp_path))["updates"] == 2  # type: ignore[arg-type]

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.config.errors import UserError, nearest
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.config.json_reading import load_json, with_digest
 from megatron_ettin.data.ingest.chunking import ChunkRule
 from megatron_ettin.data.ingest.input_file import InputFile
-from megatron_ettin.data.manifest import FILE_NAME, write_json_durably
+from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE, write_json_durably
 from megatron_ettin.data.tokenizer import Tokenizer
 
 EXECUTORS = ("local", "slurm", "ray")
-INPUTS_FILE = "inputs.json"  # of a finished dataset: the inputs, with their times
 INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks
 
 
@@ -119,7 +118,7 @@ def write_inputs(folder: Path, files: list[InputFile]) -> None:
     """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
     rewritten."""
     listed = [[file.name, file.bytes, file.modified] for file in files]
-    write_json_durably(folder / INPUTS_FILE, {"version": 1, "files": listed})
+    write_json_durably(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
 
 
 def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:
