@@ -48,11 +48,11 @@ def moment_change(checkpoint: Path, optim: OptimConfig) -> MomentChange:
         return MomentChange(False, note=f"{optim.name} starts with fresh moments: those of {name} are of another kind")
     if name not in ALIKE or updates < 1:
         return MomentChange()
-    factors = [
+    first, second = (
         stored_share(optim.name, new, updates) / stored_share(name, old, updates)
         for new, old in zip((optim.beta1, optim.beta2), betas, strict=True)
-    ]
-    if factors == [1.0, 1.0]:
+    )
+    if first == second == 1:
         return MomentChange()
     changed = f"from {name} to {optim.name}" if name != optim.name else f"to the betas of this run's {name}"
-    return MomentChange(True, *factors, note=f"moments converted {changed}")
+    return MomentChange(True, first, second, f"moments converted {changed}")
