@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         for check in comparison.failed:
             print(f"differs: {check.name}{f' ({check.phase})' if check.phase else ''}: {check.detail}")
         told = f" (updates left out: {comparison.left_out})" if comparison.left_out else ""
+        if comparison.without_partner:
+            told += f" (steps without a partner: {comparison.without_partner})"
         print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}{told}")
         print(f"{args.out} and {picture}")
     return 1 if args.require_paired and comparison.verdict == "NOT PAIRED" else 0

@@ -209,6 +209,17 @@ class Comparison:
             told.append(f"{chain.name} {', '.join(phases) or 'none'}")
         return "; ".join(told)
 
+    @property
+    def without_partner(self) -> str:
+        """How many steps of a model the first one has not, or it has more, in words; empty where there are none."""
+        told = []
+        for other in self.chains[1:]:
+            for a, b in zip(self.chains[0].runs, other.runs):
+                for chain, own, theirs in ((self.chains[0], a, b), (other, b, a)):
+                    if more := len(own.steps.keys() - theirs.steps.keys()):
+                        told.append(f"{chain.name} {own.config.run.phase} {more:,}")
+        return ", ".join(told)
+
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""

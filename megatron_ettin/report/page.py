@@ -100,6 +100,7 @@ def summary(chain: Chain) -> dict[str, Any]:
 def as_json(comparison: Comparison, page: Path, picture: Path) -> dict[str, Any]:
     return {
         "verdict": comparison.verdict,
+        "steps_without_partner": comparison.without_partner,
         "models": [summary(chain) for chain in comparison.chains],
         "checks": [vars(check) for check in comparison.checks],
         "page": str(page),
@@ -152,6 +153,8 @@ def _verdict(comparison: Comparison) -> str:
     }[comparison.verdict]
     if comparison.left_out:
         told += f" Updates left out: {comparison.left_out}."
+    if comparison.without_partner:
+        told += f" Steps without a partner: {comparison.without_partner}."
     tone = "bad" if failed else "good"
     return f'<p><span class="verdict {tone}">{comparison.verdict}</span>{html.escape(told)}</p>'
 

@@ -3,6 +3,7 @@ same time, and what a finished dataset answers."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_prepare_output_inside_input_is_never_an_input(tmp_path: Path, capsys: p
     told = capsys.readouterr().err
     assert "a.txt is text" in told
     assert "shard_00000.bin is indexed" in told
+
+
+def test_prepare_folder_of_texts_and_a_dataset_of_them_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens of the first dataset were read beside its texts: every document twice, with status 0."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": "a word and another " * 300}) + "\n")
+    arguments = (tmp_path / "in", "--workers", 1, "--out")
+    assert prepare_here(*arguments, tmp_path / "in" / "first") == 0
+    capsys.readouterr()
+    assert prepare_here(*arguments, tmp_path / "second") == 2
+    told = capsys.readouterr().err
+    assert "is indexed and" in told
+    assert "a.jsonl is jsonl: which of them is the corpus?" in told
+    assert not (tmp_path / "second").exists()
 
 
 def test_prepare_input_that_is_the_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,7 @@ def test_compare_running_run_uses_the_common_steps(tmp_path, encoder):
         metrics.write('{"step": 16, "tok')
     comparison = compare([encoder, decoder])
     assert comparison.verdict == "PAIRED"
+    assert comparison.without_partner == "17m mlm pretrain 25"
     assert "15 common steps (1 to 15; recorded 40 and 15)" in [check.detail for check in comparison.checks]
 
 

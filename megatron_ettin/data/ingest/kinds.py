@@ -112,6 +112,11 @@ def one_kind_a_folder(files: Iterable[InputFile], passed_over: PassedOver) -> li
     gone = [file for file in files if is_text_about(file) and parent_of(file.url) in data]
     for file in gone:
         passed_over.add(ABOUT_DATA, Entry(file.url, False, file.bytes, file.modified))
+    text = next((file for file in kept if file.kind in COMPRESSIBLE), None)
+    tokens = next((file for file in kept if file.kind == "indexed"), None)
+    if text is not None and tokens is not None:
+        # a dataset that was made of these texts: each document would be read twice
+        raise two_kinds(tokens, text)
     first: dict[str, InputFile] = {}
     for file in kept:
         folder = parent_of(file.url)
@@ -120,11 +125,16 @@ def one_kind_a_folder(files: Iterable[InputFile], passed_over: PassedOver) -> li
             other = data.get(folder, other)
             other = other if other.kind not in COMPRESSIBLE else file
         if other.kind != file.kind:
-            raise UserError(
-                f"{other.url} is {other.kind} and {file.url} is {file.kind}: which of them is the corpus? Name the "
-                "files to read, each kind as an INPUT of its own, or move the others away"
-            )
+            raise two_kinds(other, file)
     return kept
+
+
+def two_kinds(one: InputFile, other: InputFile) -> UserError:
+    """Return the error for an INPUT that holds files of two kinds."""
+    return UserError(
+        f"{one.url} is {one.kind} and {other.url} is {other.kind}: which of them is the corpus? Name the files to read,"
+        " each kind as an INPUT of its own, or move the others away"
+    )
 
 
 def is_text_about(file: InputFile) -> bool:
