@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from tests.pool import Pool
 
 SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512"]
 SMALL = ["model.num_layers=4", "model.vocab_size=4096", "data.seq_len=256"]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Start workers for this file alone: what a job of another file left in its process would be counted."""
+    own = Pool()
+    yield own
+    own.close()
 
 
 def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *words: str) -> None:
