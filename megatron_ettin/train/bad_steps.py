@@ -76,7 +76,8 @@ def tell(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: P
     if found == "stopped":
         raise BadNumbers(line)
     if chief:
-        log_warning(f"warning: {line}")
+        # a spike whose update was made is no alarm
+        log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")
     info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found
 
 

@@ -28,7 +28,9 @@ def complete_line(config: Config, run_dir: Path) -> str | None:
             return None
     except UserError:
         return None
-    return f"{run_dir}: is complete; nothing is left to train (run.tokens or run.steps would have to be more)"
+    return (
+        f"{run_dir}: complete by its record; nothing is left to train (run.tokens or run.steps would have to be more)"
+    )
 
 
 def ending_lines(config: Config, run_dir: Path, progress: Progress, loss: float | None) -> list[str]:

@@ -166,7 +166,9 @@ def test_train_says_what_came_out_and_that_a_run_is_complete(pool: Pool, corpus:
     run = apart(1) / "decay"
     (result,) = pool.run(1, line(corpus, "decay", run))
     said = result.output.splitlines()
-    complete = f"{run}: is complete; nothing is left to train (run.tokens or run.steps would have to be more)"
+    complete = (
+        f"{run}: complete by its record; nothing is left to train (run.tokens or run.steps would have to be more)"
+    )
     # before the model is built, of which the second line tells
     assert said.index(complete) < next(at for at, one in enumerate(said) if "parameters" in one)
     assert said[-2].startswith(f"{run}: complete at step 3, ")

@@ -125,6 +125,7 @@ def test_updates_left_out_are_those_of_settings_that_skip(
     assert told["step"] == max(set(range(1, 8)) - left_out)
     assert {line["step"] for line in read(tmp_path).metrics if not line["updated"]} == left_out
     assert results[0].output.count("trained on all the same") == len(found.keys() - left_out)
+    assert results[0].output.count("note: step ") == len(spikes - left_out)
 
 
 @pytest.fixture(scope="module")
