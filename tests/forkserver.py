@@ -368,8 +368,9 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
     if request["leads"]:
         os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's own ends the server
-    # the server ignores it where the tests were started in the background
+    # the server ignores these where the tests were started in the background, or by nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     target, _, name = request["target"].partition(":")

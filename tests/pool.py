@@ -170,7 +170,12 @@ class Pool:
             for pipe, _ in self.workers[:world]:
                 pipe.send((world, store, port, command, mutation, cwd or Path.cwd()))
             results = answers([pipe for pipe, _ in self.workers[:world]], timeout_seconds)
-        if any(result.output in (NO_ANSWER, DIED) for result in results):
+        lost = [number for number, result in enumerate(results) if result.output in (NO_ANSWER, DIED)]
+        for number in lost:
+            if results[number].output == DIED:
+                # the status tells a signal from an exit
+                results[number] = Result(1, f"{DIED} with status {self.workers[number][1].wait(10)}")
+        if lost:
             self.close_workers()
         return results
 
