@@ -102,7 +102,12 @@ def complete(args: argparse.Namespace, is_chief: bool) -> None:
 
 
 def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
-    """What is worth knowing before the start, on standard error. `allowed`: science keys that may change."""
+    """Print on standard error what a user should know before training starts.
+
+    Args:
+        stages: the runs to train.
+        allowed: science keys that may change in a run that has begun.
+    """
     from megatron_ettin.config.ignored import phase_lines
     from megatron_ettin.config.inherit import told
     from megatron_ettin.config.recipe import recipe

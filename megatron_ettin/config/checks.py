@@ -270,7 +270,7 @@ GUARD_KEYS = tuple(
 
 
 def science_keys(config: Config) -> dict[str, object]:
-    """What must not change within a run directory, flat. Operations keys (layout, sinks) may change."""
+    """Return the keys that must not change within a run directory, flat; operations keys (layout, sinks) may."""
     keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
     for group in ("model", "optim", "schedule"):
         keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}

@@ -18,7 +18,7 @@ _SHOWN_CHARACTERS = 80
 
 
 class Links(enum.Enum):
-    """What `path_in` does about symbolic links below the folder."""
+    """Choose which symbolic links below a folder `path_in` refuses."""
 
     INSIDE = "inside"
     """Refuse those that lead out of it."""

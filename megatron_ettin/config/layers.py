@@ -42,7 +42,7 @@ class Site:
 
     @property
     def is_original(self) -> bool:
-        """Whether it is a YAML of the original trainer, which alone names what it trains."""
+        """Return whether it is a YAML of the original trainer; no other file names size, objective and phase."""
         return bool(self.names)
 
 

@@ -1,4 +1,4 @@
-"""What a model is called: by its published size where it has that very shape, else by its number of parameters.
+"""Name models: by the published size if the shape is exactly that one, else by the number of parameters.
 
 `run.size` names the recipe that a run began with; its keys may have given the model any other shape since."""
 

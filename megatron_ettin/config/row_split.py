@@ -1,4 +1,4 @@
-"""How a step's rows are shared out: over data-parallel ranks, then over the micro-batches of each."""
+"""Split the rows of a step over data-parallel ranks, then over the micro-batches of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run directory's config.yaml fixes for good.
+"""Read the science keys that a run directory's config.yaml fixes for good.
 
 Up to the version that judged spikes by the mean and standard deviation of loss and norm, what becomes of a bad step was
 no science key: such a run goes on under the new rule, and its record alone says which of its updates were left out."""
@@ -22,5 +22,5 @@ def stored_science_keys(path: Path) -> dict[str, object]:
 
 
 def fixes_guard(path: Path) -> bool:
-    """Whether a config.yaml was written by a version for which the guard's keys are science keys."""
+    """Return whether a config.yaml is of a version that has the guard's keys among its science keys."""
     return "spike_ratio" in (read_yaml(path).get("resilience") or {})

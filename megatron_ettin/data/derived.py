@@ -1,4 +1,4 @@
-"""What lies in a dataset's folder beside what its manifest lists: row plans, compiled orders, the list of inputs."""
+"""Check the files of a dataset's folder that its manifest does not list: row plans, compiled orders, inputs.json."""
 
 from __future__ import annotations
 

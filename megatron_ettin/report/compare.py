@@ -211,7 +211,7 @@ class Comparison:
 
     @property
     def without_partner(self) -> str:
-        """How many steps of a model the first one has not, or it has more, in words; empty where there are none."""
+        """Name how many steps of each run have no partner in the other model's; empty if every step has one."""
         told = []
         for other in self.chains[1:]:
             for a, b in zip(self.chains[0].runs, other.runs):

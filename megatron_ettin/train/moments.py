@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint's moments where the run's optimizer is not the one that wrote them."""
+"""Take over a checkpoint's moments when the run's optimizer is not the one that wrote them."""
 
 from __future__ import annotations
 

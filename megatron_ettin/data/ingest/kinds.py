@@ -31,7 +31,6 @@ KIND_OF_SUFFIX = {
     ".idx": "indexed",
 }
 COMPRESSIBLE = ("text", "jsonl")
-COMPRESSIBLE = ("text", "jsonl")
 # formats of which every file of a folder can be one; the others have an index that says which files belong to them
 WHOLE_FOLDER = ("text", "jsonl", "parquet")
 # corpora of JSON lines are published as .json.gz; a plain .json is one object more often than not
