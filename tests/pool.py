@@ -160,21 +160,7 @@ class Pool:
         timeout_seconds: float = 180,
         cwd: Path | None = None,
     ) -> list[Result]:
-        """Run `ettin COMMAND` on `world` ranks, in `cwd`. A rank without an answer in time counts as status 1.
-
-        A job whose worker died without a word is repeated once, with a warning that pytest lists. One such death was
-        seen, in thousands of jobs, and its cause is not known yet; code that always ends its process does so again.
-        """
-        results = self._run_once(world, command, mutation, timeout_seconds, cwd)
-        died = [result.output for result in results if result.output.startswith(DIED)]
-        if died and mutation is None:
-            warnings.warn(f"{died[0]} in `ettin {' '.join(command)}`; the job was repeated", stacklevel=2)
-            results = self._run_once(world, command, mutation, timeout_seconds, cwd)
-        return results
-
-    def _run_once(
-        self, world: int, command: list[str], mutation: str | None, timeout_seconds: float, cwd: Path | None
-    ) -> list[Result]:
+        """Run `ettin COMMAND` on `world` ranks, in `cwd`. A rank without an answer in time counts as status 1."""
         if any(child.poll() is not None for _, child in self.workers):
             self.close_workers()
         while len(self.workers) < world:

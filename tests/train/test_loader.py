@@ -151,7 +151,9 @@ def test_loader_damaged_or_missing_shard_is_named(corpus: Path, tmp_path: Path, 
 def test_loader_killed_worker_is_reported(corpus: Path) -> None:
     loader = Loader(host_batches(corpus), 0, None, workers=2, prefetch=2)
     next(loader.step(0))
-    for worker in loading_processes(os.getpid()):
+    workers = loading_processes(os.getpid())
+    assert len(workers) == 2
+    for worker in workers:
         worker.kill()
     with pytest.raises(UserError, match=r"data\.workers: .*; out of memory, .*data\.workers=0"):
         content(loader, range(1, 40))
@@ -159,8 +161,12 @@ def test_loader_killed_worker_is_reported(corpus: Path) -> None:
 
 
 def loading_processes(pid: int) -> list[psutil.Process]:
-    """Return the loader workers of a process: the children of its fork server."""
-    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
+    """Return the loader workers of a process: the children of its multiprocessing's fork server.
+
+    The tests' own fork server (tests/forkserver.py) may be a child of this process too, and has other tests' ranks.
+    """
+    children = psutil.Process(pid).children()
+    servers = [child for child in children if "multiprocessing.forkserver" in " ".join(child.cmdline())]
     return [worker for server in servers for worker in server.children(recursive=True)]
 
 
