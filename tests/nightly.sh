@@ -13,7 +13,8 @@
 #   cut  saves cut at every call that changes the disk instead of at some
 #   emulated  100 steps in each FP8 recipe, and checkpoints between them, by Transformer Engine over emulated kernels
 #   shapes  round trips of the whole 32m, 68m, 150m, 400m and 1b shapes, bit for bit, through one rank and TP 2 x PP 2
-# Arguments choose stages; without any, all run.
+# Arguments choose stages; without any, all run. `--jobs N` before them runs N stages at a time, the longest first; what
+# a stage prints then comes in one piece when it has ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -93,12 +94,36 @@ cut() { # 40 minutes
         "$python" -W ignore tools/chaos.py cut --what training --work "$work/cut"
 }
 
-status=0
-for stage in "${@:-mds ray kill transformers release harness layouts fuzz corrupt chaos cut emulated shapes}"; do
-    for name in $stage; do
+ALL="chaos shapes fuzz cut kill layouts emulated release harness transformers mds ray corrupt"
+
+one_after_another() { # STAGE...
+    local name began status=0
+    for name in "$@"; do
         began=$SECONDS
         if "$name"; then echo "== $name: passed in $((SECONDS - began)) s"
         else status=1; echo "== $name: FAILED after $((SECONDS - began)) s"; fi
     done
+    return "$status"
+}
+
+at_once() { # JOBS STAGE...
+    local jobs=$1
+    shift
+    printf '%s\n' "$@" | xargs -P "$jobs" -I {} bash -c 'bash tests/nightly.sh {} >"$0/{}.log" 2>&1; status=$?
+        cat "$0/{}.log"; exit "$status"' "$work"
+}
+
+jobs=1
+if [ "${1:-}" = --jobs ]; then
+    jobs=${2:-}
+    [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "nightly: --jobs ${jobs:-without a number}: a number from 1 on" >&2; exit 2; }
+    shift 2
+fi
+[ $# -gt 0 ] || set -- $ALL
+for name in "$@"; do
+    [[ " $ALL " == *" $name "* ]] || { echo "nightly: $name: no stage; known: $ALL" >&2; exit 2; }
 done
-exit "$status"
+if [ "$jobs" = 1 ]; then one_after_another "$@"; else at_once "$jobs" "$@"; fi
+status=$?
+[ $# = 1 ] || echo "== nightly: $# stages in $SECONDS s"
+exit $((status != 0))
