@@ -134,6 +134,16 @@ def output_has_no_reader() -> bool:
     return True
 
 
+def output_failure() -> str:
+    """Return why what was printed on standard output cannot be written, and give it up; empty where it can."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        _failed.add(_number(sys.stdout))
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
 def drop_unwritten() -> None:
     """Give up what a failed stream still holds, or the interpreter's last flush would change the exit status."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):

@@ -183,7 +183,7 @@ def room_after_step_8() -> Iterator[None]:
     def step(self, run, info):
         real(self, run, info)
         if info.step == 8 and run.is_chief:
-            (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").unlink()
+            (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").resolve().unlink()
 
     with mock.patch.object(hooks.Metrics, "step", step):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -119,21 +121,47 @@ def test_read_metrics_missing_file_is_a_user_error(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_fan_out_full_disk_raises_and_leaves_whole_lines(tmp_path):
-    sink = FanOut([JsonlSink(tmp_path / "metrics.jsonl")])
-    path = tmp_path / "metrics.jsonl"
-    sink.log(line(1))
+@contextlib.contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """Have the system refuse to write past so many bytes of a file, as at the limit of a quota."""
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
-        with pytest.raises(OSError):
-            sink.log(line(2))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
-    sink.log(line(3))
-    assert steps_of(path) == [1, 3]
+
+
+def test_jsonl_sink_on_full_disk_keeps_lines_until_there_is_room(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sinks = FanOut([sink])
+    sinks.log(line(1))
+    whole = path.stat().st_size
+    with file_size_limit(whole + 10):
+        sinks.log(line(2))
+        sinks.log(line(3))
+        assert sinks.problem == f"{path}: File too large"
+        assert path.stat().st_size == whole
+    sinks.log(line(4))
+    assert sinks.problem is None
+    assert steps_of(path) == [1, 2, 3, 4]
+    said = "".join(capsys.readouterr())
+    assert said.count("lines wait in memory, and nothing is saved before they are written") == 1
+    assert "the 3 lines that waited are written" in said
+
+
+def test_jsonl_sink_closed_on_full_disk_says_how_many_lines_are_lost(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log(line(1))
+    with file_size_limit(path.stat().st_size + 10):
+        sink.log(line(2))
+        sink.close()
+    assert steps_of(path) == [1]
+    assert "File too large; the last line could not be written" in "".join(capsys.readouterr())
 
 
 def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):

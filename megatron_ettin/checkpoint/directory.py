@@ -170,6 +170,8 @@ def resolve(path: Path) -> Path:
     if (path / "metadata.json").is_file() or (path / "integrity.json").is_file():
         return path
     if not checkpoints_folder(path).is_dir():
+        if (path / "config.yaml").is_file():
+            raise UserError(f"{path}: the run has no checkpoint yet")
         raise UserError(f"{path}: neither a checkpoint (no metadata.json) nor a run directory (no checkpoints/)")
     found = latest(path)
     if found is None:

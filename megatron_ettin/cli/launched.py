@@ -155,7 +155,7 @@ def unseen_data(call: Call) -> list[str]:
             if entries != vocabulary:
                 raise UserError(
                     f"{key}: {path} was made with a tokenizer of {entries:,} entries, and model.vocab_size is"
-                    f" {vocabulary:,}"
+                    f" {vocabulary:,}; set model.vocab_size={entries} or prepare the data with the model's tokenizer"
                 )
         if data.order != "keyed" and not Path(data.order).exists():
             lines[f"data.order: {data.order}: no such file"] = None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron_ettin import run_log
 from megatron_ettin.attempt import end_with_launcher, is_launched, record_failure
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
-from megatron_ettin.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
+from megatron_ettin.config.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
 COMMANDS = {
@@ -80,8 +80,20 @@ def _status_of(arguments: list[str]) -> int:
         # `ettin order | head` is no error; any other pipe that broke is
         if isinstance(error, BrokenPipeError) and run_log.output_has_no_reader():
             return 0
+        printing = isinstance(error, OSError) and error.filename is None and arguments[:1] != ["train"]
+        if printing and (why := run_log.output_failure()):
+            return _output_lost(arguments, why)
         record_failure(error)
         raise
+    except SystemExit:  # of a command's --help
+        if why := run_log.output_failure():
+            return _output_lost(arguments, why)
+        raise
+
+
+def _output_lost(arguments: list[str], why: str) -> int:
+    run_log.log_warning(f"ettin {arguments[0]}: standard output cannot be written ({why})")
+    return EXIT_FAILURE
 
 
 def dispatch(arguments: list[str]) -> int:

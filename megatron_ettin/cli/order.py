@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.config.chain_folder import last_phase
+    from megatron_ettin.config.counts import counted
     from megatron_ettin.config.errors import UserError
     from megatron_ettin.train import order
 
@@ -48,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     if args.fingerprint:
         print(json.dumps({"fingerprint": corpus.fingerprint}) if args.json else corpus.fingerprint)
     if args.out is not None:
-        print(f"{args.out}: {order.write_parquet(args.out, config, corpus, steps):,} chunks")
+        print(f"{args.out}: {counted(order.write_parquet(args.out, config, corpus, steps), 'chunk')}")
     if args.batches is not None:
-        print(f"{args.batches}: {order.write_batches(args.batches, config, corpus, steps):,} rows")
+        print(f"{args.batches}: {counted(order.write_batches(args.batches, config, corpus, steps), 'row')}")
     if args.out is None and args.batches is None:
         for record in order.spans(config, corpus, steps):
             print(json.dumps(record) if args.json else line(record))

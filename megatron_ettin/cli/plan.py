@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest}{relax}")
     compared = efficiency(found[0], config, constants, chunk_tokens, node, given)
     if not args.json:
-        table.print_plan(found, rejected, args.top, args.price, errors, compared)
+        table.print_plan(found, rejected, gpu, args.top, args.price, errors, compared)
         return
     answer = {
         "gpu": vars(gpu),

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.counts import counted, format_count
 from megatron_ettin.config.errors import EXIT_INTERRUPTED, UserError, nearest
 
 if TYPE_CHECKING:
@@ -200,5 +200,5 @@ def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
     if result.tokens_written:
         resumed = f", after {result.tasks_resumed} tasks done before" if result.tasks_resumed else ""
         speed = format_count(result.tokens_written / result.seconds)
-        workers = f"{request.workers} worker{'s' * (request.workers > 1)}"
+        workers = f"{counted(request.workers, 'worker')}"
         print(f"  {result.seconds:.1f} s, {speed} tokens/s with {workers}{resumed}")

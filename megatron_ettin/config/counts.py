@@ -30,6 +30,15 @@ def format_count(count: float) -> str:
     return f"{count:g}"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: `1 row`, `2,000 rows`.
+
+    Args:
+        plural: of a noun that takes more than an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def duration(seconds: float) -> str:
     """`3d 4h`, `2h 5m`, `40s`."""
     units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
@@ -23,6 +24,14 @@ class RankError(UserError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    """Return ` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message.
+
+    A name of as many digits, but others, is no guess: of 18m nobody knows whether 17m or 68m was meant.
+    """
+    candidates = [one for one in allowed if _digits(one) == _digits(name) or len(_digits(one)) != len(_digits(name))]
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _digits(name: str) -> str:
+    return "".join(filter(str.isdigit, name))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.objectives import KINDS, OBJECTIVES
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import Config
@@ -116,8 +117,10 @@ def facts(config: Config) -> list[Fact]:
     """Return what no key reproduces, and what the published files say but no published run did."""
     phase, size = PHASES[config.run.phase], config.run.size
     tokens = phase.configured_batch_warmup[size]
+    masks = any(KINDS[kind].masks for kind in OBJECTIVES[config.run.objective].kinds)
+    always = [fact for fact in ALWAYS if masks or fact.what != "masks"]
     if not tokens:
-        return [*ALWAYS]
+        return always
     rows = (phase.padded if config.data.batching == "padded" else phase.packed).micro_rows[size]
     ours = config.batch.warmup_tokens
     normalised = " batch.loss_normalization=global" if config.batch.loss_normalization == "microbatch" else ""
@@ -128,7 +131,7 @@ def facts(config: Config) -> list[Fact]:
         "their trainer reads the key in its sequence packer alone, which was off;"
         f" batch.warmup_tokens={format_count(tokens)} batch.warmup_min_rows={rows}{normalised} trains as configured",
     )
-    return [*ALWAYS, warmup]
+    return [*always, warmup]
 
 
 def describe(found: list[Difference], config: Config) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_ettin.config.balance import layer_operations, split_evenly
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.row_split import RowSplit
 from megatron_ettin.config.schema import Config, ParallelConfig
@@ -162,6 +163,7 @@ def describe_empty_rows(config: Config, dp: int) -> str | None:
     if not split.empty:
         return None
     return (
-        f"{split.rows:,} rows on dp {dp}, {split.count} micro-batch{'es' * (split.count > 1)} of {split.size} each,"
-        f" leave {split.empty:,} places a step empty ({split.empty / split.places:.1%} of the work)"
+        f"{counted(split.rows, 'row')} on dp {dp}, {counted(split.count, 'micro-batch', 'micro-batches')} of"
+        f" {split.size} each: {counted(split.empty, 'place')} of a step {'is' if split.empty == 1 else 'are'} empty"
+        f" ({split.empty / split.places:.1%} of the work)"
     )

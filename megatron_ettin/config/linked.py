@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.schema import Config
 
 # The schedule follows the run's length: `run.tokens`, or `run.steps` where they end earlier (plan/schedule_end.py).
@@ -127,9 +128,10 @@ def rows_line(base: Config, config: Config) -> str | None:
     ours, theirs = length * rows, base.data.seq_len * base.batch.global_batch_rows
     warning = "warning: " if length > LONGEST_USUAL_ROW else ""
     return (
-        f"{warning}data.seq_len {length:,}: {rows:,} rows a step have up to {ours:,} tokens,"
+        f"{warning}data.seq_len {length:,}: {counted(rows, 'row')} a step {'has' if rows == 1 else 'have'} up to"
+        f" {ours:,} tokens,"
         f" {ours / theirs:.3g} x the recipe's {theirs:,}"
-        f" ({base.batch.global_batch_rows:,} rows of {base.data.seq_len:,})"
+        f" ({counted(base.batch.global_batch_rows, 'row')} of {base.data.seq_len:,})"
     )
 
 

@@ -4,6 +4,7 @@ Non-finite numbers are written as null: every line is strict JSON that any reade
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
-from megatron_ettin.run_log import log_warning
+from megatron_ettin.run_log import log_info, log_warning
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
@@ -69,10 +70,19 @@ def _replace(path: Path, lines: Iterable[bytes]) -> None:
 
 
 class JsonlSink:
-    """Appends one line a step, in the kernel's hands when `log` returns: kill -9 loses nothing, at worst tears a line.
+    """Append one line a step, in the kernel's hands when `log` returns: kill -9 at worst tears one.
 
-    `resume_step`: the step of the checkpoint a run goes on from. Lines past it move to metrics.rolled_back.jsonl, so
-    that the record has each step once; they are copied there before they leave here."""
+    What cannot be written (a full disk, a quota) waits in memory and is written before the next line. A run is not
+    saved meanwhile, so that a checkpoint never stands past the record.
+
+    Args:
+        path: the file.
+        resume_step: the step of the checkpoint a run goes on from. Lines past it move to metrics.rolled_back.jsonl, so
+            that the record has each step once; they are copied there before they leave here.
+
+    Attributes:
+        problem: why lines wait to be written; None where none do.
+    """
 
     required = True
 
@@ -82,6 +92,8 @@ class JsonlSink:
         if self.path.exists():
             self._mend(resume_step)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting: list[bytes] = []
+        self.problem: str | None = None
 
     def _mend(self, resume_step: int | None) -> None:
         lines, damaged = _split(self.path)
@@ -102,19 +114,50 @@ class JsonlSink:
             _replace(self.path, lines)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        end = self._file.seek(0, os.SEEK_END)
+        self._waiting.append(json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write what waits, whole lines in their order, as far as there is room."""
+        count, earlier = len(self._waiting), self.problem
+        self.problem = None
+        while self._waiting and self.problem is None:
+            self.problem = self._why_not_written(self._waiting[0])
+            if self.problem is None:
+                del self._waiting[0]
+        if self.problem is not None and earlier is None:
+            log_warning(f"warning: {self.problem}; lines wait in memory, and nothing is saved before they are written")
+        elif self.problem is None and earlier is not None:
+            log_info(f"{self.path}: the {count} lines that waited are written")
+
+    def _why_not_written(self, line: bytes) -> str | None:
+        """Write a line; return None, or the reason why the file is as it was before."""
         try:
-            if self._file.write(line) != len(line):
-                raise OSError(f"{self.path}: a line was written in part (disk full?)")
-        except OSError:
-            os.ftruncate(self._file.fileno(), end)  # so that a retry does not append to half a line
-            raise
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                # what is written in part says why only when the rest is tried
+                while written < len(line):
+                    written += self._file.write(line[written:])
+                return None
+            except OSError as failed:
+                error = failed
+            os.ftruncate(self._file.fileno(), end)  # so that the next try does not append to half a line
+        except OSError as failed:
+            error = failed
+        return f"{self.path}: {error.strerror or error}"
 
     def close(self) -> None:
-        if not self._file.closed:
+        """Write what waits and force the file to the disk; warn of lines that are lost."""
+        if self._file.closed:
+            return
+        self._write_waiting()
+        if self._waiting:
+            lost = "line" if len(self._waiting) == 1 else f"{len(self._waiting)} lines"
+            log_warning(f"warning: {self.problem}; the last {lost} could not be written")
+        with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
-            self._file.close()
+        self._file.close()
 
 
 def finite(value: Any) -> Any:

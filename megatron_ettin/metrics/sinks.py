@@ -1,6 +1,6 @@
-"""Where a run's numbers go. A failure of the record raises, because a run whose numbers are lost is not worth its GPU
-hours; any other sink that fails is named once in a warning and switched off, because a dashboard must never stop a run.
-Optional sinks open at their first line, so that opening is isolated as well."""
+"""Where a run's numbers go. The record keeps what it cannot write, and the run is not saved before it is written. Any
+other sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
+sinks open at their first line, so that opening is isolated as well."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ class FanOut:
         for sink in list(self.sinks):
             if hasattr(sink, "keep"):
                 self._ask(sink, sink.keep, checkpoint, step)
+
+    @property
+    def problem(self) -> str | None:
+        """Why lines of the record wait to be written; None where none do."""
+        return next(filter(None, (getattr(sink, "problem", None) for sink in self.sinks)), None)
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:
         """Files of the run, which `make` writes and returns the folder of: for the sinks that care."""

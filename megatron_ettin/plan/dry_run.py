@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.counts import counted, format_count
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.fractions import parse_points, share_at
@@ -91,8 +91,9 @@ def memory_line(config: Config) -> str | None:
     if wanted <= largest.memory_gib:
         return None
     return (
-        f"warning: the fullest rank wants about {wanted:,.0f} GiB at dp 1, {config.batch.micro_batch_rows:,} rows of"
-        f" {config.data.seq_len:,} tokens at a time; a {largest.name} has {largest.memory_gib:g}"
+        f"warning: the fullest rank wants about {wanted:,.0f} GiB at dp 1,"
+        f" {counted(config.batch.micro_batch_rows, 'row')} of {config.data.seq_len:,} tokens at a time;"
+        f" a {largest.name} has {largest.memory_gib:g}"
     )
 
 

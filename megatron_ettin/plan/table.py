@@ -9,8 +9,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.config.counts import counted, format_count
 from megatron_ettin.config.layouts import describe_empty_rows, full_split
+from megatron_ettin.plan.hardware import Gpu
 from megatron_ettin.plan.places import run_places
 from megatron_ettin.plan.search import Planned, Rejected
 
@@ -48,10 +49,14 @@ def layout_name(one: Planned) -> str:
 
 
 def print_plan(
-    found: list[Planned], rejected: list[Rejected], top: int, price: float | None, errors: list[dict[str, Any]],
-    compared: tuple[int, float] | None,
+    found: list[Planned], rejected: list[Rejected], gpu: Gpu, top: int, price: float | None,
+    errors: list[dict[str, Any]], compared: tuple[int, float] | None,
 ) -> None:  # fmt: skip
     console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
+    console.print(
+        f"{best.config.run.size} {best.config.run.objective} {best.config.run.phase} on {counted(best.gpus, 'GPU')}:"
+        f" {gpu.name}, {gpu.bf16_tflops:g} TFLOPS in bf16, {gpu.memory_gib:g} GiB each; predicted, not measured"
+    )
     columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "pp", "dp", "GiB")
     table = Table(*columns, box=None, header_style="", pad_edge=False)
     for one in found[:top]:
@@ -60,11 +65,13 @@ def print_plan(
         again = ", recompute" if one.config.parallel.recompute != "none" else ""
         table.add_row(
             *(layout_name(one) + again, str(one.config.batch.micro_batch_rows)),
-            *(f"{one.tokens_per_second_per_gpu:,.0f}", f"{one.mfu:.1%}", f"{seconds.total:.3f}"),
+            *(f"{one.tokens_per_second_per_gpu:,.0f}", f"{one.mfu:.{1 if one.mfu >= 0.01 else 3}%}"),
+            f"{seconds.total:.3f}",
             *(f"{share / seconds.total:.1%}" for share in shares),
             f"{one.memory.total_bytes / 2**30:.1f}",
         )
     console.print(table)
+    console.print("bubble, tp, cp, pp, dp: shares of the step spent idle and in communication that nothing hides")
     if len(found) > top:
         console.print(f"... and {len(found) - top} slower ones (--top, --json)")
     console.print(advantage(found))
@@ -87,7 +94,7 @@ def print_plan(
     for reason in reasons[:SHOWN_REASONS]:
         console.print(f"not: {reason}")
     if len(reasons) > SHOWN_REASONS:
-        console.print(f"not: {len(reasons) - SHOWN_REASONS} more reasons (--json)")
+        console.print(f"not: {counted(len(reasons) - SHOWN_REASONS, 'more reason')} (--json)")
     console.print("\n" + parallel_yaml(best))
 
 
@@ -97,8 +104,9 @@ def efficiency_line(best: Planned, gpus: int, share: float) -> str:
     if share >= LEAST_EFFICIENCY:
         return line
     rows = best.config.batch.global_batch_rows
+    few = "row a step is" if rows == 1 else "rows a step are"
     return (
-        f"warning: {line}; {rows:,} rows a step are few for {best.gpus:,} GPUs: take fewer (--scale shows where the"
+        f"warning: {line}; {rows:,} {few} few for {best.gpus:,} GPUs: take fewer (--scale shows where the"
         " speed goes) or a larger batch.global_batch_rows, which is another run"
     )
 

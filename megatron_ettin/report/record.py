@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class RunRecord:
     metrics: Metrics
     launches: list[dict[str, Any]]
     order: dict[str, Any]
-    bad_steps: dict[int, dict[str, Any]]  # of bad_steps.jsonl, by step
+    bad_steps: dict[int, dict[str, Any]]  # of bad_steps.jsonl, by step; those that the record still has
     rolled_back_lines: int
 
     @classmethod
@@ -72,11 +73,15 @@ class RunRecord:
             raise UserError(f"{path}: no run directory (it has no config.yaml)")
         rolled_back = sum(1 for _ in objects(path / ROLLED_BACK_FILE))
         launches = [launch for _, launch in zip(range(MOST_LAUNCHES), objects(path / HISTORY))]
-        told = {
-            entry["step"]: entry for entry in objects(path / "bad_steps.jsonl") if isinstance(entry.get("step"), int)
-        }
-        order = read_json(path / "order.json")
-        return cls(path, read_config(path), read_metrics(path / METRICS_FILE), launches, order, told, rolled_back)
+        metrics = read_metrics(path / METRICS_FILE)
+        bad = standing_bad_steps(path / "bad_steps.jsonl", metrics, launches)
+        return cls(path, read_config(path), metrics, launches, read_json(path / "order.json"), bad, rolled_back)
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """The launches after the first that trained something, so far as the record says."""
+        last = int(self.metrics.steps[-1]) if len(self.metrics.steps) else 0
+        return [launch for launch in self.launches[1:] if not at_least(launch.get("step"), last)]
 
     def setting(self, group: str, key: str) -> Any:
         """A value of the configuration, or None."""
@@ -96,6 +101,36 @@ class RunRecord:
     def tokens(self) -> int:
         known = self.metrics.known("tokens")
         return int(known.max()) if len(known) else 0
+
+
+def at_least(step: Any, last: int) -> bool:
+    return isinstance(step, int) and step >= last
+
+
+def standing_bad_steps(path: Path, metrics: Metrics, launches: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return the entries of bad_steps.jsonl by step, without those of steps that were taken back.
+
+    A step that a launch trained again is bad if its new line in metrics.jsonl says so. One that ended its launch has no
+    line there; it stands until a later launch has begun before it.
+    """
+    steps, found = set(metrics.steps.astype(int).tolist()), {}
+    began = [(seconds_of(launch.get("time")), launch.get("step")) for launch in launches]
+    for entry in objects(path):
+        step, at = entry.get("step"), entry.get("time")
+        if not isinstance(step, int) or (step in steps and step not in metrics.bad):
+            continue
+        later = [first for seconds, first in began if isinstance(at, int | float) and seconds > at]
+        if step in metrics.bad or not any(isinstance(first, int) and first < step for first in later):
+            found[step] = entry
+    return found
+
+
+def seconds_of(time: Any) -> float:
+    """Return the seconds since 1970 of a launch's time; 0 where it is none."""
+    try:
+        return datetime.strptime(str(time), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        return 0.0
 
 
 def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:

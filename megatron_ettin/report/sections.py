@@ -99,7 +99,7 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
         count(statistics.median(speeds)) if speeds else NONE,
         "median" + (f", MFU {mfu:.1%}" if mfu else ""),
     )
-    again = sum(max(len(run.launches) - 1, 0) for run in model.runs)
+    again = sum(len(run.restarts) for run in model.runs)
     rolled = sum(run.rolled_back_lines for run in model.runs)
     yield "restarts", f"{again:,}", f"{rolled:,} steps trained again" if rolled else ""
     bad = sum(len({*run.metrics.bad, *run.bad_steps}) for run in model.runs)

@@ -159,7 +159,7 @@ def marks(run: RunRecord, axes: dict[str, Column]) -> list[dict[str, Any]]:
         return []
     restarts = [
         ("restart", launch["step"], f"launched again after step {launch['step']:,}")
-        for launch in run.launches[1:]
+        for launch in run.restarts
         if isinstance(launch.get("step"), int)
     ]
     told = run.metrics.bad | {step: str(entry.get("why")) for step, entry in run.bad_steps.items()}

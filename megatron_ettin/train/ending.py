@@ -10,26 +10,33 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.train.progress import Progress, is_done
 
 
+def saved_progress(run_dir: Path) -> Progress | None:
+    """Return where the newest checkpoint of a run stands; None where there is none. Raises UserError."""
+    newest = latest(run_dir) if (run_dir / "checkpoints").is_dir() else None
+    return None if newest is None else Progress.restored(read_progress(newest))
+
+
 def is_finished(config: Config, run_dir: Path) -> bool:
-    """Return whether the run's newest checkpoint has trained all it was asked to."""
-    if not (run_dir / "checkpoints").is_dir():
-        return False
-    newest = latest(run_dir)
-    if newest is None:
-        return False
-    saved = read_progress(newest)
-    return is_done(config, Progress(int(saved.get("step", 0)), int(saved.get("tokens", 0))))
+    """Return whether the run's newest checkpoint has trained all it was asked to. Raises UserError."""
+    saved = saved_progress(run_dir)
+    return saved is not None and is_done(config, saved)
 
 
 def complete_line(config: Config, run_dir: Path) -> str | None:
     """Return what to say at the start of a run that has nothing left to train; None where something is left."""
     try:
-        if not is_finished(config, run_dir):
-            return None
+        saved = saved_progress(run_dir)
     except UserError:
         return None
+    if saved is None or not is_done(config, saved):
+        return None
+    steps = config.run.steps
+    behind = ""
+    if steps is not None and steps < saved.step:
+        behind = f", and run.steps={steps} is behind its step {saved.step:,}"
     return (
-        f"{run_dir}: complete by its record; nothing is left to train (run.tokens or run.steps would have to be more)"
+        f"{run_dir}: complete by its record{behind}; nothing is left to train (run.tokens or run.steps would have to be"
+        " more)"
     )
 
 

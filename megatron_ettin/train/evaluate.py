@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.objectives import IGNORE
 from megatron_ettin.config.schema import Config
@@ -45,7 +46,9 @@ class Measured:
 
     def __str__(self) -> str:
         measure = f"perplexity {self.perplexity:.2f}" if self.objective == "clm" else f"accuracy {self.accuracy:.4f}"
-        return f"loss {self.loss:.4f} {measure} ({self.labels:,} predicted tokens in {self.rows:,} rows)"
+        return (
+            f"loss {self.loss:.4f} {measure} ({counted(self.labels, 'predicted token')} in {counted(self.rows, 'row')})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the perplexity only of a decoder."""

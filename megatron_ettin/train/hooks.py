@@ -61,12 +61,16 @@ class Run:
 
 
 class Hook:
-    """Four moments; the default is to do nothing."""
+    """Four moments, at which the default is to do nothing."""
 
     def start(self, run: Run) -> None: ...
     def step(self, run: Run, info: StepInfo) -> None: ...
     def save(self, run: Run, path: Path) -> None: ...
     def stop(self, run: Run) -> None: ...
+
+    def hindrance(self) -> str | None:
+        """Return why the run must not be saved now; rank 0 is asked before each save."""
+        return None
 
 
 class GarbageCollection(Hook):
@@ -149,6 +153,9 @@ class Metrics(Hook):
 
     def save(self, run: Run, path: Path) -> None:
         self.sinks.keep(path, step_of(path))
+
+    def hindrance(self) -> str | None:
+        return self.sinks.problem
 
     def stop(self, run: Run) -> None:
         metrics = run.config.metrics

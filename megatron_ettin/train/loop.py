@@ -15,6 +15,7 @@ import torch
 
 from megatron_ettin import parallel
 from megatron_ettin.attempt import Heart, attempt_folder, end_now, end_with_launcher
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import describe_empty_rows
 from megatron_ettin.config.linked import keep_begun
@@ -313,11 +314,12 @@ def ending_with(config: Config, corpus: Corpus) -> Config:
         return config
     steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.end)
     if steps == 0:
-        raise UserError(f"data.order: {config.data.order} has {corpus.end:,} rows, fewer than the first step needs")
+        rows = counted(corpus.end, "row")
+        raise UserError(f"data.order: {config.data.order} has {rows}, fewer than the first step needs")
     if config.run.steps is not None and config.run.steps > steps:
         raise UserError(
             f"run.steps: {config.run.steps:,}, but data.order {config.data.order} ends with step {steps:,}"
-            f" ({corpus.end:,} rows)"
+            f" ({counted(corpus.end, 'row')})"
         )
     return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=config.run.steps or steps))
 
@@ -338,9 +340,9 @@ def announce_data(config: Config, corpus: Corpus) -> None:
     table = corpus.epochs(tokens)
     log_info(*describe_epochs(table))
     if corpus.end is not None:
-        steps = sizes.steps_within(corpus.end)
-        left = f", {skipped:,} samples left out" if (skipped := corpus.skipped_samples) else ""
-        log_info(f"order of {config.data.order}: {corpus.end:,} rows, {steps:,} steps{left}; the run ends with them")
+        span = f"{counted(corpus.end, 'row')}, {counted(sizes.steps_within(corpus.end), 'step')}"
+        left = f", {counted(skipped, 'sample')} left out" if (skipped := corpus.skipped_samples) else ""
+        log_info(f"order of {config.data.order}: {span}{left}; the run ends with them")
     for line in epoch_warnings(table):
         log_warning(line)
 
@@ -353,7 +355,7 @@ def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
     log_info(
         f"{config.run.objective} {named[0]} {config.run.phase}: {named[1]},"
         f" {config.precision.name},"
-        f" {place.world} rank{'s' * (place.world > 1)} on {machine.platform.name} ({machine.layout.topology}),"
+        f" {counted(place.world, 'rank')} on {machine.platform.name} ({machine.layout.topology}),"
         f" {machine.chunks[0].config.backend.name} layers; {origin}"
     )
     if left := describe_empty_rows(config, machine.layout.topology.dp):

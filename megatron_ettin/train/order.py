@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.objectives import IGNORE, KINDS
@@ -77,7 +78,7 @@ def batch_sizes(config: Config, corpus: Corpus, steps: range) -> BatchSizes:
     if corpus.end is not None and sizes.rows_before(steps.stop - 1) > corpus.end:
         raise UserError(
             f"--steps: {steps.start}:{steps.stop}, but the order of {config.data.order} ends with step"
-            f" {sizes.steps_within(corpus.end):,} ({corpus.end:,} rows)"
+            f" {sizes.steps_within(corpus.end):,} ({counted(corpus.end, 'row')})"
         )
     return sizes
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Saver:
     run_dir: Path
     tokenizer: Path | None
     ends_in_sep: bool = True  # any chunk of the data, by which an export knows its template
+    hindrance: Callable[[], str | None] = lambda: None  # why the run must not be saved now, rank 0's
     outcome: Outcome | None = None  # of the last save, until it is taken
     _thread: threading.Thread | None = None
     _until: float = float("inf")  # when rank 0 stops waiting for the others
@@ -127,7 +128,9 @@ class Saver:
         return directory.staging_of(self._folder(wish), wish.progress.step)
 
     def _prepare(self, wish: Wish) -> str | None:
-        """An empty folder to write in; why there cannot be one."""
+        """Make an empty folder to write in; return why nothing can be saved."""
+        if (why := self.hindrance()) is not None:
+            return why
         folder = self._folder(wish)
         try:
             directory.new_staging(folder, wish.progress.step)

@@ -14,6 +14,7 @@ import megatron_ettin
 from megatron_ettin import __version__
 from megatron_ettin.cli.main import COMMANDS, main
 from megatron_ettin.doctor import installed
+from tests import forkserver
 
 HEAVY = ("torch", "transformers", "megatron", "pyarrow", "matplotlib", "numpy", "yaml")
 
@@ -87,6 +88,23 @@ def test_main_unknown_command_suggests_nearest(typed, meant, capsys):
     error = capsys.readouterr().err
     assert f"no command {typed!r} (did you mean {meant!r}?)" in error
     assert error.count("\n") == 1
+
+
+def test_name_with_other_digits_is_no_guess(capsys):
+    """Of 18m nobody knows whether 17m or 68m was meant."""
+    assert main(["plan", "--size", "18m", "--gpus", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean" not in error
+    assert "17m, 32m, 68m" in error
+
+
+@pytest.mark.parametrize("words", ["--help", "plan --size 17m --gpus 8", "order --help"])
+def test_command_output_on_full_disk_exits_1_in_one_line(words):
+    with open("/dev/full", "w") as full:
+        line = forkserver.program("ettin", *words.split())
+        ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == f"ettin {words.split()[0]}: standard output cannot be written (No space left on device)\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -63,6 +63,6 @@ def test_recipe_batch_on_many_ranks_leaves_few_places_empty(size: str, dp: int, 
 def test_describe_empty_rows_tells_of_places_without_rows() -> None:
     config = parse("1b", "mlm", "pretrain")
     assert describe_empty_rows(config, 64) == (
-        "2,816 rows on dp 64, 3 micro-batches of 15 each, leave 64 places a step empty (2.2% of the work)"
+        "2,816 rows on dp 64, 3 micro-batches of 15 each: 64 places of a step are empty (2.2% of the work)"
     )
     assert describe_empty_rows(config, 128) is None

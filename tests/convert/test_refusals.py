@@ -152,6 +152,9 @@ def test_convert_source_missing_or_no_checkpoint_is_refused(tmp_path, capsys):
     refused(capsys, tmp_path, "from-hf", tmp_path / "nowhere", "no such folder")
     refused(capsys, tmp_path, "to-hf", tmp_path / "nowhere", "no such folder")
     refused(capsys, tmp_path, "to-hf", tmp_path, "neither a checkpoint")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    refused(capsys, tmp_path, "to-hf", tmp_path / "run", "the run has no checkpoint yet")
 
 
 def test_convert_output_not_empty_is_refused_and_kept(sources, tmp_path, capsys):

@@ -105,7 +105,8 @@ def test_launch_corpus_of_another_vocabulary_is_refused(
 ) -> None:
     call = [*CALL[:-1], f"data.mixture={corpus}", "--run-dir", str(tmp_path / "run")]
     assert main(["launch", *ONE_NODE, "--allow-unseen-data", "--", *call]) == 2
-    assert "with a tokenizer of 320 entries, and model.vocab_size is 50,368" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "with a tokenizer of 320 entries, and model.vocab_size is 50,368; set model.vocab_size=320 or" in said
 
 
 def test_launch_dry_run_warns_of_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,10 @@ def test_calibration_on_five_sizes_predicts_the_sixth() -> None:
 
 def test_plan_prints_residuals_of_all_published_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--size", "17m", "--gpus", "8", "--top", "1"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("17m mlm pretrain on 8 GPUs: h100-sxm, 989")
+    assert said[0].endswith("predicted, not measured")
+    lines = [line for line in said if line.startswith("calibration: ")]
     assert [line.split()[1] for line in lines] == ["17m", "32m", "68m", "150m", "400m", "1b"]
 
 
@@ -102,8 +105,8 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "fastest: data parallelism with the distributed optimizer" in out
     assert "% ahead of tp 2 dp 256" in out
-    assert out.split("\n")[0].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
-    assert "leave 256 places a step empty (8.3% of the work)" in out
+    assert out.split("\n")[1].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
+    assert ": 256 places of a step are empty (8.3% of the work)" in out
     assert "GPU-hours" in out
     assert " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]

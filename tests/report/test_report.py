@@ -227,6 +227,25 @@ def test_report_repeated_step_keeps_the_latest_value(run: Path, page: Path) -> N
     assert floats(series["loss"]["y"])[38] == 7.5
 
 
+def test_report_bad_steps_of_a_stretch_trained_again_are_not_counted(tmp_path: Path, page: Path) -> None:
+    """Of four steps that were bad once, one was good when it was trained again, one was bad again, one has not been
+    reached again; one ended the latest launch, and stands."""
+    run = write_run(tmp_path / "run", bad={7: "skipped: again"})
+    launches = [(0, "2026-01-01T00:00:00+0000"), (0, "2026-01-02T00:00:00+0000"), (40, "2026-01-03T00:00:00+0000")]
+    lines = [json.dumps({"time": time, "step": step, "changes": []}) for step, time in launches]
+    (run / "history.jsonl").write_text("\n".join(lines) + "\n")
+    day, first = 86_400, 1_767_225_600
+    bad = [(5, 0.5), (7, 0.5), (90, 0.5), (41, 2.5)]
+    entries = [{"step": step, "outcome": "stopped", "why": "w", "time": first + days * day} for step, days in bad]
+    (run / "bad_steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    text = reported(page, run)
+    rows = re.findall(r"<tr>(.*?)</tr>", section(text, "bad-steps"), re.S)[1:]
+    assert [re.findall(r"<td[^>]*>(\d+)</td>", row) for row in rows] == [["7"], ["41"]]
+    # the third launch trained nothing that the record has
+    (model,) = numbers(text)["models"]
+    assert [mark["steps"] for mark in model["runs"][0]["marks"] if mark["kind"] == "restart"] == [1.0]
+
+
 def test_report_page_hostile_text_is_escaped(tmp_path: Path, page: Path) -> None:
     folder = tmp_path / "a&b<i>"
     run = write_run(folder, loss={5: None})

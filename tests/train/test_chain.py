@@ -174,6 +174,8 @@ def test_train_says_what_came_out_and_that_a_run_is_complete(pool: Pool, corpus:
     assert said[-2].startswith(f"{run}: complete at step 3, ")
     assert said[-2].endswith(f"checkpoint {latest(run)}")
     assert said[-1] == f"next: ettin report {run}; ettin convert to-hf {run} OUT"
+    (shorter,) = pool.run(1, [*line(corpus, "decay", run), "decay.run.steps=2"])
+    assert f"{run}: complete by its record, and run.steps=2 is behind its step 3; nothing is left" in shorter.output
 
 
 @pytest.mark.parametrize(

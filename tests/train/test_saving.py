@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -200,6 +201,54 @@ def test_save_disk_filled_while_writing_keeps_previous_checkpoint(pool: Pool, co
     assert "the run ends without it" in said
     assert latest(small_disk / "run", checksums=True).name == "step_000000001"  # type: ignore[union-attr]
     assert not list((small_disk / "run" / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.fixture
+def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
+    """Give a run's folder whose metrics.jsonl alone lies on a full file system, with the file that fills it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting wants root")
+    small, run = tmp_path / "small", tmp_path / "run"
+    small.mkdir()
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    (small / "metrics.jsonl").touch()
+    with contextlib.suppress(OSError), open(small / "filler", "wb", buffering=0) as filler:
+        while filler.write(b"\0" * 4096):
+            pass
+    subprocess.run(["mount", "--bind", small / "metrics.jsonl", run / "metrics.jsonl"], check=True)
+    # where `room_after_step_8` finds it
+    (tmp_path / "filler").symlink_to(small / "filler")
+    yield run
+    subprocess.run(["umount", "-l", run / "metrics.jsonl"], check=True)
+    subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_save_waits_for_metrics_that_cannot_be_written(pool: Pool, corpus: Path, full_disk_under_metrics: Path) -> None:
+    """No checkpoint stands past the record; once there is room every step is in it, and the run is saved."""
+    run = full_disk_under_metrics
+    words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
+    results = pool.run(2, command(run, corpus, "mlm", words), "room_after_step_8")
+    assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
+    said = results[0].output + results[1].output
+    assert said.count("lines wait in memory, and nothing is saved before they are written") == 1
+    assert f"step_000000003 could not be saved ({run}/metrics.jsonl: No space left on device); there is none" in said
+    assert "Traceback" not in said
+    assert [int(path.name[5:]) for path in list_checkpoints(run)][-1] == 12
+    assert read(run).column("step") == list(range(1, 13))
+
+
+def test_run_that_ends_with_metrics_unwritten_exits_1_in_one_line(
+    pool: Pool, corpus: Path, full_disk_under_metrics: Path
+) -> None:
+    results = pool.run(1, command(full_disk_under_metrics, corpus, "mlm", ["run.steps=3"]))
+    assert results[0].status == 1
+    assert "ettin train: step_000000003 could not be saved (" in results[0].output
+    assert (
+        "metrics.jsonl: No space left on device); there is none before it; the run ends without it" in results[0].output
+    )
+    assert "Traceback" not in results[0].output
 
 
 def test_save_failure_with_on_failure_stop_ends_the_run(pool: Pool, corpus: Path, small_disk: Path) -> None:

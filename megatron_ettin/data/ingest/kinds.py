@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from megatron_ettin.config.counts import counted
 from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.ingest.filesystem import Entry, parent_of
 from megatron_ettin.data.ingest.input_file import InputFile
@@ -72,7 +73,7 @@ class PassedOver:
             of_kinds = f" ({extensions(entries)}; `--format text` reads every file)" if reason == UNKNOWN else ""
             most = reason == UNKNOWN and sum(entry.bytes for entry in entries) > self.read_bytes
             warning = "warning: more bytes than were read: " if most else ""
-            yield f"{warning}{len(entries):,} file{'s' * (len(entries) > 1)} passed over, {reason}{of_kinds}: {shown}"
+            yield f"{warning}{counted(len(entries), 'file')} passed over, {reason}{of_kinds}: {shown}"
 
 
 def extensions(entries: list[Entry]) -> str:
