@@ -8,7 +8,7 @@
 #
 # OUT (quickstart, or quickstart-full) is where everything goes, PERCENT (100) of the token budgets below, TOKENIZER a
 # folder to use instead of the small one trained here (`ettin` is the recipe's, whose 50,368 entries want far more text
-# than this).
+# than this), SEED another seed of weights, masks and order.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -94,7 +94,7 @@ train() { # OBJECTIVE: pretrain, extend and decay; resumes, or does nothing when
         "extend.data.mixture=$out/corpus-512" "extend.data.validation=$out/corpus-512/heldout" \
         "decay.data.mixture=$out/corpus-512" "decay.data.validation=$out/corpus-512/heldout" \
         "pretrain.run.tokens=$((pretrain * budget))" "pretrain.schedule.warmup_tokens=$((pretrain * budget / 5))" \
-        "extend.run.tokens=$((extend * budget))" "decay.run.tokens=$((decay * budget))"
+        "extend.run.tokens=$((extend * budget))" "decay.run.tokens=$((decay * budget))" ${SEED:+"run.seed=$SEED"}
 }
 
 is_newer() { # PATH OBJECTIVE: whether PATH was made from the objective's last checkpoint

@@ -22,6 +22,7 @@ from megatron_ettin.config.history import HISTORY
 from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.model_names import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
+from megatron_ettin.run_log import log_warning
 
 Column = npt.NDArray[np.float64]
 DEPTH = 3  # how far below a folder runs are looked for: MODEL/PHASE, and a folder of models
@@ -140,8 +141,9 @@ def find_runs(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
             yield folder
             return
         inside = sorted(path for path in folder.iterdir() if path.is_dir()) if depth and folder.is_dir() else []
-    except OSError:
+    except OSError as error:
         # another user's folder among one's own
+        log_warning(f"warning: {folder}: {error.strerror}; passed over")
         return
     for below in inside:
         if not below.name.startswith("."):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.printable import printable
+from megatron_ettin.report.record import find_runs
 from tests.pool import Pool
 from tests.train.runs import command, read, train
 
@@ -46,6 +50,37 @@ def test_status_with_damaged_runs_shows_all_others(
     assert len(lines) == len(HARMS) + 1
     assert "step 2" in lines[-1]
     assert main(["status", str(tmp_path / "runs"), "--json"]) == 0
+
+
+@pytest.mark.ranks
+def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
+    """Among one's runs lies a private folder; asked as another user, in a fork."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user wants root")
+    # what is imported before the fork need not be readable after it
+    main(["status", str(run)])
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    shutil.copytree(run, folder / "mine")
+    (folder / "private").mkdir(mode=0o700)
+    folder.chmod(0o777)
+    said, child = folder / "said", os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            with open(said, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                status = main(["status", str(folder)])
+                print([path.name for path in find_runs(folder)])
+            os._exit(status)
+        finally:
+            os._exit(99)
+    status, lines = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text().splitlines()
+    shutil.rmtree(folder)
+    assert status == 0
+    assert len(lines) == 4
+    assert lines[0] == f"warning: {folder}/private/config.yaml: Permission denied; passed over"
+    assert "step 2" in lines[1]
+    assert lines[2] == f"warning: {folder}/private: Permission denied; passed over"
+    assert lines[3] == "['mine']"
 
 
 @pytest.mark.ranks
