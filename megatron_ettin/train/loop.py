@@ -58,6 +58,7 @@ from megatron_ettin.train.profiling import Profiling
 from megatron_ettin.train.progress import Progress, is_done
 from megatron_ettin.train.recheck import recheck
 from megatron_ettin.train.replicas import Replicas
+from megatron_ettin.train.roll_back import check_roll_back
 from megatron_ettin.train.step import StepInfo, train_step
 from megatron_ettin.train.stop_signal import StopSignal
 from megatron_ettin.train.stragglers import Stragglers
@@ -157,6 +158,8 @@ def prepare(config: Config, launch: Launch) -> Job:
     config = dataclasses.replace(config, data=settled(config.data))
     corpus = open_training_data(config)
     config = with_schedule(ending_with(config, corpus), launch, corpus)
+    if launch.from_step is not None and launch.init_from is None:
+        check_roll_back(launch.run_dir, launch.from_step, config.data.skip)
     run_directory.check_writable(launch.run_dir)
     if config.checkpoint.staging is not None:
         run_directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")

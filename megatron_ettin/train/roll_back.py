@@ -21,12 +21,22 @@ RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
 
 
+def check_roll_back(run_dir: Path, step: int, skip: str | None) -> None:
+    """Raise UserError where the run neither went back to `step` before nor has a checkpoint of it."""
+    if not _was_done(run_dir, step, skip):
+        directory.at_step(run_dir, step)
+
+
+def _was_done(run_dir: Path, step: int, skip: str | None) -> bool:
+    return any((entry.get("to"), entry.get("skip")) == (step, skip) for entry in rolled_back(run_dir))
+
+
 def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
     """Make `step` the newest checkpoint of the run; False where that was done before. Raises UserError where the run
     has no such checkpoint. A kill in between leaves nothing that the same call does not finish."""
-    done = rolled_back(run_dir)
-    if any((entry.get("to"), entry.get("skip")) == (step, skip) for entry in done):
+    if _was_done(run_dir, step, skip):
         return False
+    done = rolled_back(run_dir)
     target = directory.at_step(run_dir, step)
     if target.parent != directory.checkpoints_folder(run_dir):
         raise UserError(f"--from-step {step}: {target} holds weights alone; begin a new run with --init-from {target}")

@@ -122,6 +122,14 @@ def test_from_step_without_checkpoint_is_refused(
     assert not (whole.directory / "rolled_back").exists()
 
 
+def test_from_step_of_a_run_that_has_not_begun_is_refused_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tmp_path / "new", corpus, "mlm", WORDS, ["--from-step", "9"])) == 2
+    assert "has no checkpoint of that step; there are: none" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture(scope="module")
 def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run of four steps, of which the second and the fourth pass a multiple of 700 tokens."""
