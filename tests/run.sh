@@ -106,7 +106,20 @@ if [[ -n ${linting:-} ]]; then
     finish "ruff, codespell, mypy" "$lint_code" "$(<"$lint_log.seconds")"
 fi
 rm -f "$lint_log" "$lint_log.seconds"
+drop_damaged() { # FILE...: what a process that was killed meanwhile has half written; one ends `coverage combine`
+    "$venv/bin/python" - "$@" <<'END'
+import contextlib, os, sqlite3, sys
+for name in filter(os.path.exists, sys.argv[1:]):
+    found = None
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(name)) as data:
+        found = data.execute("pragma quick_check").fetchone()
+    if found != ("ok",):
+        os.remove(name)
+        print(f"== coverage: one process's lines are lost, it was killed while it wrote them ({os.path.basename(name)})")
+END
+}
 if [[ -n $coverage ]]; then
+    drop_damaged "$COVERAGE_FILE".*
     "$venv/bin/python" -m coverage combine -q
     echo "== coverage, tier $tier: $("$venv/bin/python" -m coverage report --format=total) % of the package's lines"
 fi

@@ -199,7 +199,9 @@ def test_prepare_file_size_limit_is_reported_and_rerun_completes(
     arguments, script = arguments_for(large, tmp_path / "out", 1), tmp_path / "small_tasks.py"
     script.write_text(SCRIPT)
     command = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited", sys.executable, script, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(forkserver.ROOT)}
+    # coverage.py would warn that it cannot write its own file
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    environment = {**inherited, "PYTHONPATH": str(forkserver.ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2, done.stderr
     (line,) = without_progress(done.stderr)
