@@ -135,12 +135,13 @@ def remarks(stage: Stage) -> list[str]:
     from megatron_ettin.config.linked import rate_line, rows_line
     from megatron_ettin.config.recipe import recipe
     from megatron_ettin.plan.dry_run import memory_line
-    from megatron_ettin.plan.schedule_end import describe_fit
+    from megatron_ettin.plan.schedule_end import describe_fit, expected_row_tokens
 
     config, run = stage.config, stage.config.run
     tables = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     rows = None if "batch.global_batch_rows" in stage.given else rows_line(tables, config)
-    lines = [rows, rate_line(tables, config), describe_fit(config, stage.planned), memory_line(config)]
+    fit = describe_fit(config, stage.planned, expected_row_tokens(config))
+    lines = [rows, rate_line(tables, config), fit, memory_line(config)]
     return [line for line in lines if line is not None]
 
 

@@ -134,12 +134,13 @@ def describe_end(config: Config, row_tokens: float) -> str:
     )
 
 
-def describe_fit(config: Config, fitted: Config) -> str | None:
+def describe_fit(config: Config, fitted: Config, row_tokens: float) -> str | None:
     """Return the line that says what `run.steps` changed in the schedule; None where nothing was.
 
     Args:
         config: as `parse` has it.
         fitted: as `fit_schedule` returned it.
+        row_tokens: mean tokens of a row that it was given; the run takes the mean of its data.
     """
     if fitted == config:
         return None
@@ -150,8 +151,9 @@ def describe_fit(config: Config, fitted: Config) -> str | None:
         if getattr(getattr(fitted, group), name) != getattr(getattr(config, group), name)
     ]
     return (
-        f"run.steps {config.run.steps:,} ends before run.tokens {config.run.tokens:,}, and the schedule with it:"
-        f" {', '.join(changed)}; schedule.end_tokens={config.run.tokens} keeps that of run.tokens"
+        f"run.steps {config.run.steps:,} ends before run.tokens {config.run.tokens:,}, and the schedule with it, for"
+        f" rows of {row_tokens:,.0f} tokens: {', '.join(changed)}; schedule.end_tokens={config.run.tokens} keeps that"
+        " of run.tokens"
     )
 
 

@@ -93,7 +93,8 @@ def test_dry_run_says_where_the_run_ends(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["train", "--size", "17m", "--objective", "mlm", "--phase", "decay", "--dry-run", "run.steps=9"]) == 0
     captured = capsys.readouterr()
     assert "schedule        one_minus_sqrt ends after about 75.5M tokens, at 100 % of decay (75.5M)" in captured.out
-    assert "run.steps 9 ends before run.tokens 50,000,000,000, and the schedule with it" in captured.err
+    said = "run.steps 9 ends before run.tokens 50,000,000,000, and the schedule with it, for rows of 8,192 tokens: "
+    assert said in captured.err
 
 
 @pytest.mark.parametrize(
