@@ -89,6 +89,7 @@ def worker(rank: int) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         give_back_memory()
+        write_coverage()
         jobs.send(Result(status, printed.getvalue()))
 
 
@@ -117,6 +118,15 @@ def give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def write_coverage() -> None:
+    """Write what coverage.py has counted, where it counts: a worker may be killed in a later job."""
+    if "COVERAGE_RUN" in os.environ:
+        from coverage import Coverage
+
+        if (counting := Coverage.current()) is not None:
+            counting.save()
 
 
 @contextlib.contextmanager
