@@ -200,5 +200,5 @@ def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
     if result.tokens_written:
         resumed = f", after {result.tasks_resumed} tasks done before" if result.tasks_resumed else ""
         speed = format_count(result.tokens_written / result.seconds)
-        workers = f"{counted(request.workers, 'worker')}"
+        workers = counted(request.workers, "worker")
         print(f"  {result.seconds:.1f} s, {speed} tokens/s with {workers}{resumed}")

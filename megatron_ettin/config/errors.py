@@ -26,7 +26,7 @@ class RankError(UserError):
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message.
 
-    A name of as many digits, but others, is no guess: of 18m nobody knows whether 17m or 68m was meant.
+    Names with as many digits but different ones are not suggested: 18m may mean 17m or 68m.
     """
     candidates = [one for one in allowed if _digits(one) == _digits(name) or len(_digits(one)) != len(_digits(name))]
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)

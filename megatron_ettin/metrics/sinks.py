@@ -1,5 +1,7 @@
-"""Where a run's numbers go. The record keeps what it cannot write, and the run is not saved before it is written. Any
-other sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
+"""Write the metrics of each step to every sink of a run.
+
+The record (metrics.jsonl) keeps lines that cannot be written, and no checkpoint is saved before they are. Any other
+sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
 sinks open at their first line, so that opening is isolated as well."""
 
 from __future__ import annotations

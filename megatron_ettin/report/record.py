@@ -80,9 +80,13 @@ class RunRecord:
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
-        """The launches after the first that trained something, so far as the record says."""
+        """Return the launches after the first that began before the last recorded step, so trained something."""
         last = int(self.metrics.steps[-1]) if len(self.metrics.steps) else 0
-        return [launch for launch in self.launches[1:] if not at_least(launch.get("step"), last)]
+        return [
+            launch
+            for launch in self.launches[1:]
+            if not (isinstance(launch.get("step"), int) and launch["step"] >= last)
+        ]
 
     def setting(self, group: str, key: str) -> Any:
         """A value of the configuration, or None."""
@@ -102,10 +106,6 @@ class RunRecord:
     def tokens(self) -> int:
         known = self.metrics.known("tokens")
         return int(known.max()) if len(known) else 0
-
-
-def at_least(step: Any, last: int) -> bool:
-    return isinstance(step, int) and step >= last
 
 
 def standing_bad_steps(path: Path, metrics: Metrics, launches: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -28,7 +28,7 @@ class Checkpoints(Hook):
         self.is_due = self.milestone_is_due = False
         self.retry = Retry(run.config.checkpoint.retry_seconds)
         ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
-        self.saver = Saver(run.machine, run.directory, run.tokenizer, ends_in_sep, self._hindrance)
+        self.saver = Saver(run.machine, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
         run.closing.callback(self.saver.close)
 
     def step(self, run: Run, info: StepInfo) -> None:
@@ -62,9 +62,9 @@ class Checkpoints(Hook):
             self._begin(run, self._wish(run))
             self._settle(run, final=True)
 
-    def _hindrance(self) -> str | None:
+    def _save_blocker(self) -> str | None:
         """Return why another hook does not want the run saved now."""
-        return next(filter(None, (hook.hindrance() for hook in self.others)), None)
+        return next(filter(None, (hook.save_blocker() for hook in self.others)), None)
 
     def _begin_due(self, run: Run) -> None:
         if self.milestone_is_due:

@@ -68,7 +68,7 @@ class Hook:
     def save(self, run: Run, path: Path) -> None: ...
     def stop(self, run: Run) -> None: ...
 
-    def hindrance(self) -> str | None:
+    def save_blocker(self) -> str | None:
         """Return why the run must not be saved now; rank 0 is asked before each save."""
         return None
 
@@ -154,7 +154,7 @@ class Metrics(Hook):
     def save(self, run: Run, path: Path) -> None:
         self.sinks.keep(path, step_of(path))
 
-    def hindrance(self) -> str | None:
+    def save_blocker(self) -> str | None:
         return self.sinks.problem
 
     def stop(self, run: Run) -> None:

@@ -65,7 +65,7 @@ class Saver:
     run_dir: Path
     tokenizer: Path | None
     ends_in_sep: bool = True  # any chunk of the data, by which an export knows its template
-    hindrance: Callable[[], str | None] = lambda: None  # why the run must not be saved now, rank 0's
+    save_blocker: Callable[[], str | None] = lambda: None  # why the run must not be saved now, rank 0's
     outcome: Outcome | None = None  # of the last save, until it is taken
     _thread: threading.Thread | None = None
     _until: float = float("inf")  # when rank 0 stops waiting for the others
@@ -129,7 +129,7 @@ class Saver:
 
     def _prepare(self, wish: Wish) -> str | None:
         """Make an empty folder to write in; return why nothing can be saved."""
-        if (why := self.hindrance()) is not None:
+        if (why := self.save_blocker()) is not None:
             return why
         folder = self._folder(wish)
         try:

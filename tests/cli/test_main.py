@@ -91,7 +91,7 @@ def test_main_unknown_command_suggests_nearest(typed, meant, capsys):
 
 
 def test_name_with_other_digits_is_no_guess(capsys):
-    """Of 18m nobody knows whether 17m or 68m was meant."""
+    """Suggest no size for 18m, because 17m and 68m are equally likely."""
     assert main(["plan", "--size", "18m", "--gpus", "8"]) == 2
     error = capsys.readouterr().err
     assert "did you mean" not in error

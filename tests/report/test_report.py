@@ -228,8 +228,8 @@ def test_report_repeated_step_keeps_the_latest_value(run: Path, page: Path) -> N
 
 
 def test_report_bad_steps_of_a_stretch_trained_again_are_not_counted(tmp_path: Path, page: Path) -> None:
-    """Of four steps that were bad once, one was good when it was trained again, one was bad again, one has not been
-    reached again; one ended the latest launch, and stands."""
+    """List a step that was bad again and one that ended the latest launch; leave out one that was good when it was
+    trained again, and one that has not been reached again."""
     run = write_run(tmp_path / "run", bad={7: "skipped: again"})
     launches = [(0, "2026-01-01T00:00:00+0000"), (0, "2026-01-02T00:00:00+0000"), (40, "2026-01-03T00:00:00+0000")]
     lines = [json.dumps({"time": time, "step": step, "changes": []}) for step, time in launches]

@@ -49,7 +49,7 @@ def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Pa
 
 
 def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Path, corpus: Path) -> None:
-    """The tool reports an undetected byte in a dataset whose manifest has no digest.
+    """Report an undetected byte in a dataset whose manifest has no digest.
 
     Most of that manifest is the name of a source, which nothing else repeats. The bytes that are changed are drawn, so
     in an ordinary manifest all of them may meet something that is checked.

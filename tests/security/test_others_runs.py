@@ -54,7 +54,7 @@ def test_status_with_damaged_runs_shows_all_others(
 
 @pytest.mark.ranks
 def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
-    """Among one's runs lies a private folder; asked as another user, in a fork."""
+    """List the readable run and warn of the private folder, as another user in a fork."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user wants root")
     # what is imported before the fork need not be readable after it
@@ -69,7 +69,7 @@ def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
             os.setuid(65534)
             with open(said, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 status = main(["status", str(folder)])
-                print([path.name for path in find_runs(folder)])
+                out.write(f"{[path.name for path in find_runs(folder)]}\n")
             os._exit(status)
         finally:
             os._exit(99)

@@ -226,7 +226,7 @@ def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_save_waits_for_metrics_that_cannot_be_written(pool: Pool, corpus: Path, full_disk_under_metrics: Path) -> None:
-    """No checkpoint stands past the record; once there is room every step is in it, and the run is saved."""
+    """Publish no checkpoint before its steps are in metrics.jsonl; write and save them once there is room."""
     run = full_disk_under_metrics
     words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
     results = pool.run(2, command(run, corpus, "mlm", words), "room_after_step_8")
