@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.fractions import parse_points
@@ -17,7 +18,7 @@ from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.profiling import check_profile
 from megatron_ettin.config.schema import CHOICES, Config
-from megatron_ettin.config.secrets import check_secrets
+from megatron_ettin.config.secrets import refuse_secrets
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets
@@ -286,3 +287,23 @@ def science_keys(config: Config) -> dict[str, object]:
     if schedule.name != "constant" and schedule.decay_tokens and schedule.end_tokens is None:
         keys["run.tokens"] = config.run.tokens  # the decay ends there
     return keys
+
+
+def check_secrets(config: Config) -> None:
+    """Raise UserError where a value holds a URL with a key in it."""
+    for group, values in dataclasses.asdict(config).items():
+        for key, value in values.items():
+            for text in _texts(value):
+                refuse_secrets(text, f"{group}.{key}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
