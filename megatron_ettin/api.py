@@ -14,19 +14,19 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_ettin.batching.batches import Batches
+    from megatron_ettin.data.blended_dataset import Row
     from megatron_ettin.data.dataset import Dataset
-    from megatron_ettin.data.order import Row
+    from megatron_ettin.evaluate.evaluation import Evaluated
     from megatron_ettin.plan.search import Planned
     from megatron_ettin.report.compare import Comparison
-    from megatron_ettin.train.assembly import Machine
-    from megatron_ettin.train.batches import Batches
-    from megatron_ettin.train.evaluate import Evaluated
+    from megatron_ettin.train.setup import Machine
     from megatron_ettin.train.step import StepInfo
 
 __all__ = [
@@ -59,7 +59,7 @@ def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> It
     """Rows of a run in its order, from position `first` on: `count` of them, or for ever; a `data.order` has an end.
 
     Of each row: `tokens`, `lengths` of its chunks, `source`, `chunks`, `position`. Needs `data.mixture`, no model."""
-    from megatron_ettin.data.order import open_run_corpus
+    from megatron_ettin.data.blended_dataset import open_run_corpus
 
     corpus = open_run_corpus(config)
     ends = [end for end in (corpus.end, None if count is None else first + count) if end is not None]
@@ -88,8 +88,8 @@ class Model:
     @functools.cached_property
     def batches(self) -> Batches:
         """What the steps of the run train on."""
-        from megatron_ettin.data.order import open_run_corpus
-        from megatron_ettin.train.batches import Batches
+        from megatron_ettin.batching.batches import Batches
+        from megatron_ettin.data.blended_dataset import open_run_corpus
 
         machine = self.machine
         return Batches.of(self.config, open_run_corpus(self.config), machine.layout, machine.platform.device)
@@ -117,12 +117,12 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
     """The model of a run with its initial weights, or those of a checkpoint, a run or a Hugging Face folder.
 
     One at a time: core's process groups are the process's own, and are gone after the `with`. Collective."""
-    from megatron_ettin import parallel
     from megatron_ettin.convert.hf_folder import as_checkpoint
+    from megatron_ettin.parallel.layout import destroy_model_parallel
+    from megatron_ettin.parallel.rendezvous import find_place, join, leave
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import find_place, join, leave
     from megatron_ettin.train import loading
-    from megatron_ettin.train.assembly import assemble
+    from megatron_ettin.train.setup import assemble
 
     place = find_place()
     platform = detect(config.run.device, place.local_rank)
@@ -137,7 +137,7 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
     finally:
         if machine is not None:
             machine.close()
-        parallel.destroy()
+        destroy_model_parallel()
         leave()
 
 
@@ -145,7 +145,7 @@ def run_step(model: Model, lr: float | None = None) -> StepInfo:
     """The run's next step: its rows, forward and backward, one update, at the schedule's rate or `lr`. Collective.
 
     Returns `loss`, `grad_norm`, `lr`, `labels`, `rows`, `seconds` and more, equal on every rank."""
-    from megatron_ettin.optim.schedules import lr_fraction
+    from megatron_ettin.optim.schedule import lr_fraction
     from megatron_ettin.train.step import train_step
 
     config = model.config
@@ -160,7 +160,7 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
     """What `ettin train` does: a whole run with metrics and checkpoints, or the rest of one.
 
     True where it was asked to stop before its end."""
-    from megatron_ettin.train.loop import Launch, run_training
+    from megatron_ettin.train.trainer import Launch, run_training
 
     return run_training(config, Launch(Path(run_dir), Path(init_from) if init_from is not None else None))
 
@@ -184,7 +184,7 @@ class Checkpoint:
 
     @functools.cached_property
     def _reader(self) -> Any:
-        from megatron_ettin.checkpoint.reading import CheckpointReader
+        from megatron_ettin.checkpoint.reader import CheckpointReader
 
         return CheckpointReader(self.path)
 
@@ -206,7 +206,7 @@ def to_hf(
 ) -> dict[str, Any]:
     """A checkpoint, or a run's latest, as a folder for `transformers`. What was written, `parity` where verified."""
     from megatron_ettin.convert.to_hf import to_hf as export
-    from megatron_ettin.train.inference import logits_of
+    from megatron_ettin.evaluate.inference import logits_of
 
     logits = logits_of if verify else None
     return export(Path(checkpoint), Path(out), dtype, verify, our_logits=logits, objective=objective)
@@ -231,8 +231,9 @@ def evaluate(
     `loss`, `accuracy`, `perplexity`, `labels`, `rows`, `sources`. `data`: a dataset, or names and datasets."""
     from megatron_ettin.config.objectives import OBJECTIVES
     from megatron_ettin.convert.hf_folder import as_checkpoint
-    from megatron_ettin.train import evaluate as evaluation, loading, resume
-    from megatron_ettin.train.inference import alone
+    from megatron_ettin.evaluate import evaluation as evaluation
+    from megatron_ettin.evaluate.inference import alone
+    from megatron_ettin.train import loading, resume
 
     named = data if isinstance(data, Mapping) else {Path(data).name: data}
     with as_checkpoint(Path(checkpoint)) as found:
@@ -248,7 +249,7 @@ def evaluate(
 
 def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
     """Which documents and spans steps `first` to `last` of a run used or will use: an object a chunk."""
-    from megatron_ettin.train import order as orders
+    from megatron_ettin.runs import order_export as orders
 
     config, corpus = orders.open_run(Path(run))
     orders.check_same_order(Path(run), corpus)

@@ -15,15 +15,15 @@ from unittest import mock
 @contextlib.contextmanager
 def _stop_in(phase: str) -> Iterator[None]:
     """Deliver a signal to stop in the second step of a phase."""
-    from megatron_ettin.train import loop
+    from megatron_ettin.train import trainer
 
-    step = loop.train_step
+    step = trainer.train_step
 
     def stopping(machine, batches, number, tokens, lr, stop, *more):
         now = (machine.config.run.phase, number) == (phase, 1)
         return step(machine, batches, number, tokens, lr, stop or now, *more)
 
-    with mock.patch.object(loop, "train_step", stopping):
+    with mock.patch.object(trainer, "train_step", stopping):
         yield
 
 
@@ -35,7 +35,7 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 @contextlib.contextmanager
 def late_updates_are_told() -> Iterator[None]:
     """Print a line for each update that waited for the verdict on its step's figures."""
-    from megatron_ettin.train.step_clock import StepClock
+    from megatron_ettin.faults.step_timer import StepClock
 
     late_update = StepClock.late_update
 
@@ -78,7 +78,7 @@ def delayed_scales() -> Iterator[None]:
     import torch
 
     from megatron_ettin.checkpoint import fp8_state
-    from megatron_ettin.train import assembly
+    from megatron_ettin.train import setup
 
     def make(linear, *_) -> None:
         if "scaling_fwd" not in linear.fp8_meta:
@@ -93,7 +93,7 @@ def delayed_scales() -> Iterator[None]:
                 state.scale.mul_(1.125).add_(linear.place + number)
                 state.amax_history.add_(1)
 
-    build = assembly.build_chunks
+    build = setup.build_chunks
 
     def with_state(*arguments, **named):
         chunks = build(*arguments, **named)
@@ -105,7 +105,7 @@ def delayed_scales() -> Iterator[None]:
         return chunks
 
     with (
-        mock.patch.object(assembly, "build_chunks", with_state),
+        mock.patch.object(setup, "build_chunks", with_state),
         mock.patch.object(fp8_state, "keeps_scales", lambda config: True),
         mock.patch.object(fp8_state, "make_delayed_scales", make),
     ):
@@ -119,7 +119,7 @@ def replayed_on_a_cpu() -> Iterator[None]:
     import torch
 
     from megatron_ettin.platform.device import Platform
-    from megatron_ettin.train import graphed
+    from megatron_ettin.train import graphed_step
 
     class InPlace:
         def __init__(self, function) -> None:
@@ -142,7 +142,7 @@ def replayed_on_a_cpu() -> Iterator[None]:
 
     with (
         mock.patch.object(Platform, "check_graph", lambda *_: None),
-        mock.patch.object(graphed, "Replayed", InPlace),
+        mock.patch.object(graphed_step, "Replayed", InPlace),
     ):
         yield
 
@@ -150,7 +150,8 @@ def replayed_on_a_cpu() -> Iterator[None]:
 @contextlib.contextmanager
 def slow_saves_and_evaluations() -> Iterator[None]:
     """Make each save and evaluation take longer than a step may."""
-    from megatron_ettin.train import evaluate, saving
+    from megatron_ettin.evaluate import evaluation
+    from megatron_ettin.train import saving
 
     def slowly(real):
         def late(*arguments, **named):
@@ -160,7 +161,7 @@ def slow_saves_and_evaluations() -> Iterator[None]:
         return late
 
     with (
-        mock.patch.object(evaluate, "evaluate", slowly(evaluate.evaluate)),
+        mock.patch.object(evaluation, "evaluate", slowly(evaluation.evaluate)),
         mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
     ):
         yield
@@ -176,23 +177,23 @@ def wandb_offline() -> Iterator[None]:
 @contextlib.contextmanager
 def room_after_step_8() -> Iterator[None]:
     """Free the disk after the eighth step."""
-    from megatron_ettin.train import hooks
+    from megatron_ettin.train.hooks import base
 
-    real = hooks.Metrics.step
+    real = base.Metrics.step
 
     def step(self, run, info):
         real(self, run, info)
         if info.step == 8 and run.is_chief:
             (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").resolve().unlink()
 
-    with mock.patch.object(hooks.Metrics, "step", step):
+    with mock.patch.object(base.Metrics, "step", step):
         yield
 
 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Divide the files of a tiny model into many blocks."""
-    from megatron_ettin.checkpoint import digests
+    from megatron_ettin.base import digests
 
     with mock.patch.object(digests, "BLOCK_BYTES", 1 << 16):
         yield

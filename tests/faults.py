@@ -17,14 +17,14 @@ from unittest import mock
 @contextlib.contextmanager
 def edited_code_on_rank_1() -> Iterator[None]:
     """Give rank 1 a checkout that is not that of the others."""
-    from megatron_ettin.train import agreement
+    from megatron_ettin.faults import consistency
 
-    real = agreement.code_hash
-    agreement.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
+    real = consistency.code_hash
+    consistency.code_hash = lambda: "edited" if os.environ["RANK"] == "1" else real()  # type: ignore[assignment]
     try:
         yield
     finally:
-        agreement.code_hash = real
+        consistency.code_hash = real
 
 
 @contextlib.contextmanager
@@ -51,9 +51,9 @@ def flipped_weight_on_rank_1() -> Iterator[None]:
     """Flip a bit of rank 1's last norm after the second step."""
     import torch
 
-    from megatron_ettin.train import loop
+    from megatron_ettin.train import trainer
 
-    real = loop.train_step
+    real = trainer.train_step
 
     def step(machine, *arguments):
         info = real(machine, *arguments)
@@ -62,7 +62,7 @@ def flipped_weight_on_rank_1() -> Iterator[None]:
             weight.data.view(torch.int32)[3] ^= 1
         return info
 
-    with mock.patch.object(loop, "train_step", step):
+    with mock.patch.object(trainer, "train_step", step):
         yield
 
 
@@ -71,9 +71,9 @@ def flipped_tied_weight_on_last_stage() -> Iterator[None]:
     """Flip a bit of the last stage's copy of the tied embedding after the second step."""
     import torch
 
-    from megatron_ettin.train import loop
+    from megatron_ettin.train import trainer
 
-    real = loop.train_step
+    real = trainer.train_step
 
     def step(machine, *arguments):
         info = real(machine, *arguments)
@@ -82,16 +82,16 @@ def flipped_tied_weight_on_last_stage() -> Iterator[None]:
             weight.data.view(torch.int32)[3] ^= 1
         return info
 
-    with mock.patch.object(loop, "train_step", step):
+    with mock.patch.object(trainer, "train_step", step):
         yield
 
 
 @contextlib.contextmanager
 def unsound_layer_on_rank_1() -> Iterator[None]:
     """Have rank 1's second layer compute something else each time when a step is replayed."""
-    from megatron_ettin.train import recheck
+    from megatron_ettin.faults import replay_check
 
-    real, passes = recheck.digests, 0
+    real, passes = replay_check.digests, 0
 
     def digests(machine, *arguments):
         nonlocal passes
@@ -105,14 +105,14 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] == "1":
-            stack.enter_context(mock.patch.object(recheck, "digests", digests))
+            stack.enter_context(mock.patch.object(replay_check, "digests", digests))
         yield
 
 
 @contextlib.contextmanager
 def _rank_1_reads(act) -> Iterator[None]:
     """Do something on rank 1 before it reads the rows of a step."""
-    from megatron_ettin.train.host_batches import HostBatches
+    from megatron_ettin.batching.host import HostBatches
 
     make = HostBatches.make
 
@@ -160,9 +160,9 @@ def slow_rank_1() -> Iterator[None]:
 @contextlib.contextmanager
 def disk_full_while_writing() -> Iterator[None]:
     """Fill the disk once a save has begun to write."""
-    from megatron_ettin.checkpoint import background
+    from megatron_ettin.checkpoint import writer
 
-    real = background.Plan.write
+    real = writer.Plan.write
 
     def write(self, local=None):
         filler = self.folder.parents[2] / "filler"
@@ -175,7 +175,7 @@ def disk_full_while_writing() -> Iterator[None]:
             pass
         real(self, local)
 
-    with mock.patch.object(background.Plan, "write", write):
+    with mock.patch.object(writer.Plan, "write", write):
         yield
 
 

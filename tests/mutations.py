@@ -138,14 +138,14 @@ def window_one_too_wide() -> Iterator[None]:
 @contextlib.contextmanager
 def masks_seeded_by_the_rank() -> Iterator[None]:
     """Draw the masks of a row from its position and the rank that reads it."""
-    from megatron_ettin.objectives import labels
+    from megatron_ettin.batching import objectives
 
-    real = labels._masked
+    real = objectives._masked
 
     def masked(rule, tokens, position, *more):
         return real(rule, tokens, position + 1_000_003 * int(os.environ.get("RANK", "0")), *more)
 
-    with mock.patch.object(labels, "_masked", masked):
+    with mock.patch.object(objectives, "_masked", masked):
         yield
 
 
@@ -167,8 +167,8 @@ def loss_mean_per_micro_batch() -> Iterator[None]:
 @contextlib.contextmanager
 def resume_skips_a_batch() -> Iterator[None]:
     """Go on from a checkpoint with the batch after the one that is due."""
+    from megatron_ettin.batching.host import HostBatches
     from megatron_ettin.train import resume
-    from megatron_ettin.train.host_batches import HostBatches
 
     real, make, resumed = resume.begin, HostBatches.make, False
 
@@ -208,7 +208,7 @@ def swapped_query_and_key_in_exports() -> Iterator[None]:
 @contextlib.contextmanager
 def skips_are_ignored() -> Iterator[None]:
     """Train on the rows that `data.skip` leaves out."""
-    from megatron_ettin.data.order import Corpus
+    from megatron_ettin.data.blended_dataset import Corpus
 
     with mock.patch.object(Corpus, "place_of", lambda self, counted: np.array(counted, np.int64)):
         yield

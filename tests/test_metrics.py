@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.metrics import FanOut, JsonlSink, TensorBoardSink, read_metrics
 
 

@@ -31,9 +31,9 @@ LOADS = ["load", "load and verify", "load from the disk", "load and verify from 
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any]:
+    from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.batches import Batches
-    from megatron_ettin.train.loop import machine_alone
+    from megatron_ettin.train.trainer import machine_alone
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
     words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")

@@ -21,9 +21,9 @@ from bench_step import RandomRows
 
 def build(size: str, rows: int) -> tuple[Any, Any]:
     """Machine and batches of one rank, fp32."""
+    from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.batches import Batches
-    from megatron_ettin.train.loop import machine_alone
+    from megatron_ettin.train.trainer import machine_alone
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     config = parse(size, "mlm", "pretrain", words=[*words.split(), "batch.warmup_tokens=0"])
@@ -36,9 +36,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from megatron_ettin.config.schema import ResilienceConfig
-    from megatron_ettin.train.guard import Guard
-    from megatron_ettin.train.recheck import recheck
-    from megatron_ettin.train.replicas import sums
+    from megatron_ettin.faults.anomalies import Guard
+    from megatron_ettin.faults.replay_check import recheck
+    from megatron_ettin.faults.weight_hashes import sums
     from megatron_ettin.train.step import train_step
 
     torch.set_num_threads(args.threads)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_ettin import parallel
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.optim.build import build_optimizer
+from megatron_ettin.optim.megatron import build_optimizer
+from megatron_ettin.parallel.layout import optimizer_groups
 from megatron_ettin.platform import Platform
-from megatron_ettin.train.assembly import Machine, wrap
-from megatron_ettin.train.loop import machine_alone
+from megatron_ettin.train.setup import Machine, wrap
+from megatron_ettin.train.trainer import machine_alone
 
 OURS, TORCH = ("stable_adamw", "adamw", "muon"), "torch.optim.AdamW, foreach"
 
@@ -29,7 +29,7 @@ def ours(machine: Machine, name: str) -> Callable[[], None]:
     """A function that does one update of ours."""
     optim = dataclasses.replace(machine.config.optim, name=name)
     wrapped = wrap(machine.config, machine.chunks)
-    groups = parallel.optimizer_groups(False)
+    groups = optimizer_groups(False)
     optimizer = build_optimizer(wrapped, optim, False, False, groups, machine.platform.device)
     for chunk in wrapped:
         for p in chunk.parameters():

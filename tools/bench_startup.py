@@ -24,7 +24,7 @@ CASES = {
     "ettin train ... --dry-run": [*TRAIN, "--dry-run"],
     "ettin train ... optim.lrr=1 (refused)": [*TRAIN, "optim.lrr=1"],
 }
-MODULES = ("torch", "megatron.core", "transformers", "megatron_ettin.train.loop")
+MODULES = ("torch", "megatron.core", "transformers", "megatron_ettin.train.trainer")
 
 
 def seconds(command: list[str], repeats: int) -> float:

@@ -67,11 +67,11 @@ class RandomRows:
 
 def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     """A function that runs step n of this package."""
+    from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
+    from megatron_ettin.parallel.rendezvous import find_place, join
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import find_place, join
-    from megatron_ettin.train.assembly import assemble
-    from megatron_ettin.train.batches import Batches
+    from megatron_ettin.train.setup import assemble
     from megatron_ettin.train.step import train_step
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
@@ -95,7 +95,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
         ModernBertForMaskedLM,
     )
 
-    from megatron_ettin.objectives.labels import labeller
+    from megatron_ettin.batching.objectives import labeller
 
     shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
     if kind == "clm":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, index_file_bytes
 from megatron_ettin.data.manifest import (
     FILE_NAME,
@@ -23,8 +24,7 @@ from megatron_ettin.data.manifest import (
     write_json_durably,
 )
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import open_corpus
-from megatron_ettin.data.rows import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PlanRecord
+from megatron_ettin.data.packing_index import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PlanRecord
 
 DTYPE = np.dtype("<u2")
 VOCABULARY = 50_368

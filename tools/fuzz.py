@@ -87,7 +87,7 @@ def run_reader(name: str, runs: int, first: int, seed: int, out: str) -> dict[st
 
 def one_execution(reader: Reader, folder: Path) -> tuple[str, str]:
     """("accepted", "refused" or "failure", the failure's text)."""
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
 
     signal.alarm(SLOW_SECONDS)
     try:

@@ -15,7 +15,7 @@ from fake_corpora import make_sparse_dataset
 
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.indexed import HEADER
-from megatron_ettin.data.rows import ensure_row_plan
+from megatron_ettin.data.packing_index import ensure_row_plan
 
 ROW_TOKENS = 1_024
 AT_ONCE = 1_000_000

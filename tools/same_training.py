@@ -23,10 +23,11 @@ from pathlib import Path
 
 TINY = (
     "model.num_layers=4 model.hidden_size=64 model.ffn_hidden_size=96 model.num_attention_heads=4 "
-    "model.encoder_window=8 model.decoder_window_keys=8 data.seq_len=64 batch.global_batch_rows=8 "
+    "model.vocab_size=320 model.encoder_window=8 model.decoder_window_keys=8 data.seq_len=64 batch.global_batch_rows=8 "
     "batch.micro_batch_rows=2 batch.warmup_tokens=0 optim.lr=3e-3 schedule.name=constant schedule.warmup_tokens=0 "
     "run.device=cpu run.deterministic=true metrics.tensorboard=false checkpoint.every_tokens=null"
 )
+WORDS = "reader model encoder decoder token row follows predicts learns packs the a every next hidden layer"
 STEPS = 6
 FP32 = "precision.name=fp32"
 DROPOUT = "model.attention_output_dropout=0.1"
@@ -75,7 +76,7 @@ class Checkout:
 def text_of(out: Path) -> Path:
     """Write the text that all cases train on; it follows from nothing but this file."""
     path = out / "text.jsonl"
-    words = "reader model encoder decoder token row follows predicts learns packs the a every next hidden layer".split()
+    words = WORDS.split()
     with path.open("w") as lines:
         for number in range(400):
             drawn = hashlib.sha256(str(number).encode()).digest() * (1 + number % 5)
@@ -94,7 +95,7 @@ def run(checkout: Path, out: Path, before: Path | None, cases: list[str]) -> Non
     for case in cases:
         package.train(case, f"run.steps={STEPS}")
         package.run("convert", "to-hf", case, f"{case}-hf")
-        (out / f"{case}.order").write_text(package.run("order", case, "--steps", f"0:{STEPS}"))
+        (out / f"{case}.order").write_text(package.run("order", case, "--steps", f"1:{STEPS + 1}"))
         print(f"{case}: trained", flush=True)
     if before:
         for case, other in zip(cases, [*cases[1:], cases[0]], strict=True):

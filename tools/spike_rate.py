@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.faults.anomalies import NORMAL_MAD
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
-from megatron_ettin.train.guard import NORMAL_MAD
 
 CHUNK_STEPS = 20_000  # judged at once
 DRIFT_STEPS = 20_000  # of one period

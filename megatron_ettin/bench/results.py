@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
 
 BEGAN, DONE, INVALID, NO_MEMORY = "began", "done", "invalid", "out of memory"
 STOPPED, FAILED = "stopped", "failed"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ettin.data.order import Row
+from megatron_ettin.data.blended_dataset import Row
 
 SPREAD = 1.0  # of the logarithm of a document's length
 SPECIALS = 5  # ids that are no words

@@ -1,0 +1,1 @@
+"""Floor 4: writing, verifying and reading checkpoints under any layout."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint.digests import Entry
+from megatron_ettin.base.digests import Entry
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, path_in
-from megatron_ettin.config.json_reading import load_json
 
 __all__ = [
     "at_step",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
-from megatron_ettin.parallel import Layout
+from megatron_ettin.parallel.layout import Layout
 from megatron_ettin.platform.fp8_scales import delayed_scales, make_delayed_scales
 
 PREFIX = "fp8_scales."

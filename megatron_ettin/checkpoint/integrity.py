@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_ettin.checkpoint import digests
-from megatron_ettin.checkpoint.digests import Block, Entry, sha256
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import checked_name, path_in, refuse_links
-from megatron_ettin.config.json_reading import DIGEST, checked_digest, load_json, with_digest
+from megatron_ettin.base import digests
+from megatron_ettin.base.digests import Block, Entry, sha256
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import DIGEST, checked_digest, load_json, with_digest
+from megatron_ettin.base.paths import checked_name, path_in, refuse_links
 
 INTEGRITY = "integrity.json"
 FORMATS = (1, 2)  # 1: a digest of each file, none of blocks, none of its own

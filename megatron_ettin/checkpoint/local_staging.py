@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ettin.config.locks import LockHeld, try_lock
+from megatron_ettin.base.locks import LockHeld, try_lock
 
 PREFIX = ".ettin-staging-"
 _OURS = re.compile(re.escape(PREFIX) + r"[\w.-]*-\d+-\w+", re.ASCII)

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_ettin.checkpoint.background import Plan
-from megatron_ettin.checkpoint.reading import common_strategy, load_strategy
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.checkpoint.reader import common_strategy, load_strategy
+from megatron_ettin.checkpoint.writer import Plan
 
 
 def sharding_metadata(dp_group: Any) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.config.sweep import Member
+    from megatron_ettin.parallel.rendezvous import Place
     from megatron_ettin.platform import Platform
-    from megatron_ettin.platform.rendezvous import Place
 
 USUAL = {"micro_batches": 4, "steps": 8, "warm_up": 3}
 QUICK = {"micro_batches": 2, "steps": 3, "warm_up": 1}
@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.bench import results
     from megatron_ettin.bench.layouts import combinations
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.parallel.rendezvous import find_place, forget, from_chief
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import find_place, forget, from_chief
 
     if args.compare:
         moved = results.compare(*args.compare)
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def telling(place: Place) -> Iterator[Callable[[int, int, str], None]]:
     """A bar where a terminal has one; in a log each result's own line suffices."""
-    from megatron_ettin.cli.progress import items_report
-    from megatron_ettin.run_log import errors_on_terminal
+    from megatron_ettin.base.log import errors_on_terminal
+    from megatron_ettin.base.progress import items_report
 
     if place.rank or not errors_on_terminal():
         yield lambda done, total, line: None
@@ -106,7 +106,7 @@ def telling(place: Place) -> Iterator[Callable[[int, int, str], None]]:
 
 def settle(args: argparse.Namespace) -> None:
     """Numbers that were not given. Raises UserError for those that cannot be."""
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
 
     for name, number in (QUICK if args.quick else USUAL).items():
         if getattr(args, name) is None:
@@ -149,10 +149,10 @@ def one(
 ) -> dict[str, Any]:
     """One combination: measured, or what is known of it. Every rank returns the same. Raises UserError for one that is
     not valid and `alone`."""
+    from megatron_ettin.base.errors import UserError
+    from megatron_ettin.base.log import log_info
     from megatron_ettin.bench import results
-    from megatron_ettin.config.errors import UserError
-    from megatron_ettin.run_log import log_info
-    from megatron_ettin.train.measure import Lengths, measure, out_of_memory
+    from megatron_ettin.bench.measure import Lengths, measure, out_of_memory
 
     row = identity(args, member, place, platform)
     found = known.get(results.key_of(row))
@@ -190,9 +190,9 @@ def one(
 def after_failure(place: Place, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The state of a measurement that failed on this rank (that memory did not suffice where it did not on another),
     and whether all ranks are here and can go on together: one in a collective that never ends does not come."""
+    from megatron_ettin.base.errors import RankError
     from megatron_ettin.bench import results
-    from megatron_ettin.config.errors import RankError
-    from megatron_ettin.platform.rendezvous import from_all
+    from megatron_ettin.parallel.rendezvous import from_all
 
     if own["state"] == results.STOPPED:
         return own, False
@@ -240,7 +240,7 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
     from megatron_ettin.config.layers import given_keys
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.loop import open_training_data
+    from megatron_ettin.train.trainer import open_training_data
 
     if args.data:
         words = [*words, f"data.mixture={args.data}"]

@@ -83,12 +83,12 @@ def _tidied_on_sigterm() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from megatron_ettin.config.chain_folder import last_phase
-    from megatron_ettin.config.counts import parse_count
+    from megatron_ettin.base.counts import parse_count
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.convert.verify import ParityError
     from megatron_ettin.platform.memory import keep_freed_memory
+    from megatron_ettin.runs.chain_folder import last_phase
 
     keep_freed_memory()
     if args.way == "from-hf":
@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _our_logits() -> Callable[..., Any]:
-    from megatron_ettin.train.inference import logits_of
+    from megatron_ettin.evaluate.inference import logits_of
 
     return logits_of
 
@@ -155,7 +155,7 @@ def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    from megatron_ettin.cli.progress import progress_report
+    from megatron_ettin.base.progress import progress_report
 
     with progress_report(title, "tensors") as report:
         yield lambda done, total: report(done, total, 0)

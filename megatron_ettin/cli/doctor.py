@@ -25,11 +25,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ettin.doctor.finding import Finding
-    from megatron_ettin.platform.rendezvous import Place
+    from megatron_ettin.doctor.findings import Finding
+    from megatron_ettin.parallel.rendezvous import Place
 
 NO_FURTHER = ("megatron-core", "torch", "first host")  # a problem with these ends what follows
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.doctor.finding import worst
-    from megatron_ettin.platform.rendezvous import find_place
+    from megatron_ettin.doctor.findings import worst
+    from megatron_ettin.parallel.rendezvous import find_place
 
     began = time.monotonic()
     place = find_place()
@@ -97,8 +97,8 @@ def findings(args: argparse.Namespace, place: Place) -> list[Finding]:
 
 def show(found: list[Finding], as_json: bool, seconds: float) -> None:
     """A table on a terminal, an object for scripts, plain lines elsewhere."""
-    from megatron_ettin.doctor.finding import STATES, worst
-    from megatron_ettin.doctor.installed import code_version
+    from megatron_ettin.base.versions import code_version
+    from megatron_ettin.doctor.findings import STATES, worst
 
     if as_json:
         answer = {"host": socket.gethostname(), "version": code_version(), "state": worst(found), "seconds": seconds}

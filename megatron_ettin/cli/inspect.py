@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.config.chain_folder import last_phase
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.printable import KEPT_OF_TEXTS, printable, printable_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.printable import KEPT_OF_TEXTS, printable, printable_json
+from megatron_ettin.runs.chain_folder import last_phase
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
-    from megatron_ettin.data.verification import Verified
+    from megatron_ettin.data.verify import Verified
 
 SHARDS_SHOWN = 12
 SOURCES_SHOWN = 30
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def verify(path: Path, as_json: bool = False) -> Verified:
     """Read every byte of a dataset, its row plans and orders. UserError names the first bad file of several."""
     from megatron_ettin.data.derived import derived_files
-    from megatron_ettin.data.verification import dataset_files, verify_files
+    from megatron_ettin.data.verify import dataset_files, verify_files
 
     found = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
     if found.problems:
@@ -79,7 +79,7 @@ def verify(path: Path, as_json: bool = False) -> Verified:
 
 
 def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, Any]:
-    from megatron_ettin.data.rows import existing_plans
+    from megatron_ettin.data.packing_index import existing_plans
 
     plans = existing_plans(dataset)
     manifest = asdict(dataset.manifest)

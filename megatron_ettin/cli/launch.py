@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.launch.request import Job, Work

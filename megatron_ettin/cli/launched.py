@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.parsing import OneLineParser, parse_words, words_of
 from megatron_ettin.cli.stages import Stage, stages_of
-from megatron_ettin.config.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ettin.config.sweep import Member

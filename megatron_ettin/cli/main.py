@@ -10,10 +10,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_ettin import run_log
-from megatron_ettin.attempt import end_with_launcher, is_launched, record_failure
+from megatron_ettin.base import log
+from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
 from megatron_ettin.cli.parsing import OneLineParser, parse_words
-from megatron_ettin.config.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
+from megatron_ettin.parallel.failure_report import end_with_launcher, is_launched, record_failure
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
 COMMANDS = {
@@ -48,13 +48,13 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 the user's mistake, 75 saved and wants requeueing)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    run_log.open_standard_files()
+    log.open_standard_files()
     if arguments[:1] in (["train"], ["bench"]) and is_launched():
         end_with_launcher()
     try:
         return _status_of(arguments)
     finally:
-        run_log.drop_unwritten()
+        log.drop_unwritten()
 
 
 def _status_of(arguments: list[str]) -> int:
@@ -62,7 +62,7 @@ def _status_of(arguments: list[str]) -> int:
     try:
         status = dispatch(arguments)
         if arguments[:1] == ["train"]:
-            run_log.flush()
+            log.flush()
         else:
             # here, so that a closed pipe is met below and not at the interpreter's exit
             sys.stdout.flush()
@@ -71,28 +71,28 @@ def _status_of(arguments: list[str]) -> int:
         record_failure(error, "user")
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
         if isinstance(error, RankError) or local_rank == "0":  # one line a machine, not a rank
-            run_log.log_warning(f"ettin {arguments[0]}: {error}")
+            log.log_warning(f"ettin {arguments[0]}: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        run_log.log_warning(f"ettin {arguments[0]}: interrupted")
+        log.log_warning(f"ettin {arguments[0]}: interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         # `ettin order | head` is no error; any other pipe that broke is
-        if isinstance(error, BrokenPipeError) and run_log.output_has_no_reader():
+        if isinstance(error, BrokenPipeError) and log.output_has_no_reader():
             return 0
         printing = isinstance(error, OSError) and error.filename is None and arguments[:1] != ["train"]
-        if printing and (why := run_log.output_failure()):
+        if printing and (why := log.output_failure()):
             return _output_lost(arguments, why)
         record_failure(error)
         raise
     except SystemExit:  # of a command's --help
-        if why := run_log.output_failure():
+        if why := log.output_failure():
             return _output_lost(arguments, why)
         raise
 
 
 def _output_lost(arguments: list[str], why: str) -> int:
-    run_log.log_warning(f"ettin {arguments[0]}: standard output cannot be written ({why})")
+    log.log_warning(f"ettin {arguments[0]}: standard output cannot be written ({why})")
     return EXIT_FAILURE
 
 
@@ -102,7 +102,7 @@ def dispatch(arguments: list[str]) -> int:
         print(help_text(), end="")
         return 0
     if arguments[0] in ("-V", "--version"):
-        from megatron_ettin.doctor.installed import version_text
+        from megatron_ettin.base.versions import version_text
 
         print(version_text())
         return 0

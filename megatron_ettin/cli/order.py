@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ettin.config.printable import printable
+from megatron_ettin.base.printable import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,31 +29,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.config.chain_folder import last_phase
-    from megatron_ettin.config.counts import counted
-    from megatron_ettin.config.errors import UserError
-    from megatron_ettin.train import order
+    from megatron_ettin.base.counts import counted
+    from megatron_ettin.base.errors import UserError
+    from megatron_ettin.runs import order_export
+    from megatron_ettin.runs.chain_folder import last_phase
 
     if not args.fingerprint and args.steps is None:
         raise UserError("--steps A:B or --fingerprint: say what to show")
     if args.steps is None and (args.out or args.batches):
         raise UserError(f"{args.out or args.batches}: --steps A:B says which steps to write")
-    steps = order.parse_steps(args.steps) if args.steps else range(0)
+    steps = order_export.parse_steps(args.steps) if args.steps else range(0)
     for out in (args.out, args.batches):
         if out is not None and not out.parent.is_dir():
             raise UserError(f"{out}: the folder {out.parent} does not exist")
     args.run = last_phase(args.run)
-    config, corpus = order.open_run(args.run)
+    config, corpus = order_export.open_run(args.run)
     if steps:
-        order.check_same_order(args.run, corpus)
+        order_export.check_same_order(args.run, corpus)
     if args.fingerprint:
         print(json.dumps({"fingerprint": corpus.fingerprint}) if args.json else corpus.fingerprint)
     if args.out is not None:
-        print(f"{args.out}: {counted(order.write_parquet(args.out, config, corpus, steps), 'chunk')}")
+        print(f"{args.out}: {counted(order_export.write_parquet(args.out, config, corpus, steps), 'chunk')}")
     if args.batches is not None:
-        print(f"{args.batches}: {counted(order.write_batches(args.batches, config, corpus, steps), 'row')}")
+        print(f"{args.batches}: {counted(order_export.write_batches(args.batches, config, corpus, steps), 'row')}")
     if args.out is None and args.batches is None:
-        for record in order.spans(config, corpus, steps):
+        for record in order_export.spans(config, corpus, steps):
             print(json.dumps(record) if args.json else line(record))
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, nearest
 
 INTERMIXED = ("train", "plan", "bench")  # key=value words may stand before and after options
 

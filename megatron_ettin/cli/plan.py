@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.layers import given_keys
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.plan import calibration, table
@@ -116,7 +116,7 @@ def print_scaling(
     chunk_tokens: float, node: int, given: Set[str],
 ) -> None:  # fmt: skip
     """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.plan import calibration, scale_table
     from megatron_ettin.plan.scaling import Failures, Growth
     from megatron_ettin.plan.table import calibration_lines
@@ -146,7 +146,7 @@ def print_scaling(
 
 
 def check_fp8(config: Config, gpu: Gpu) -> None:
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.precisions import PRECISIONS
 
     if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:

@@ -21,15 +21,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.config.counts import counted, format_count
-from megatron_ettin.config.errors import EXIT_INTERRUPTED, UserError, nearest
+from megatron_ettin.base.counts import counted, format_count
+from megatron_ettin.base.errors import EXIT_INTERRUPTED, UserError, nearest
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
-    from megatron_ettin.data.ingest.chunking import ChunkRule
-    from megatron_ettin.data.ingest.cluster import Submitted
-    from megatron_ettin.data.ingest.prepare import PrepareResult
-    from megatron_ettin.data.ingest.request import PrepareRequest
+    from megatron_ettin.prepare.chunking import ChunkRule
+    from megatron_ettin.prepare.cluster import Submitted
+    from megatron_ettin.prepare.request import PrepareRequest
+    from megatron_ettin.prepare.run import PrepareResult
 
 CHUNKINGS = ("recipe", "plain")
 
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.cli.progress import progress_report
-    from megatron_ettin.config.secrets import refuse_secrets
-    from megatron_ettin.data.ingest.cluster import Submitted
-    from megatron_ettin.data.ingest.prepare import prepare
+    from megatron_ettin.base.progress import progress_report
+    from megatron_ettin.base.secrets import refuse_secrets
+    from megatron_ettin.prepare.cluster import Submitted
+    from megatron_ettin.prepare.run import prepare
 
     for text in (*args.inputs, str(args.out)):
         refuse_secrets(text, "INPUT" if text in args.inputs else "--out")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def request_from(args: argparse.Namespace) -> PrepareRequest:
-    from megatron_ettin.data.ingest.request import PrepareRequest
+    from megatron_ettin.prepare.request import PrepareRequest
 
     return PrepareRequest(
         inputs=tuple(args.inputs),
@@ -124,7 +124,7 @@ def key_and_value(word: str) -> tuple[str, str]:
 
 
 def rule_from(args: argparse.Namespace) -> ChunkRule:
-    from megatron_ettin.data.ingest.chunking import chunk_rule
+    from megatron_ettin.prepare.chunking import chunk_rule
 
     if args.chunking not in CHUNKINGS:
         hint = nearest(args.chunking, CHUNKINGS)
@@ -159,7 +159,7 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
 
 
 def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any]:
-    from megatron_ettin.data.rows import ensure_row_plan
+    from megatron_ettin.data.packing_index import ensure_row_plan
 
     plans = [ensure_row_plan(dataset, seq_len) for seq_len in lengths]
     return {

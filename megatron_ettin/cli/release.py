@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
 
     plan = make_plan(args)
     if args.push:
         _check_push(args.push)
-    from megatron_ettin.convert.release import build
-    from megatron_ettin.convert.release.workers import WorkerLost
+    from megatron_ettin.release import build
+    from megatron_ettin.release.workers import WorkerLost
 
     try:
         with _telling(args.json) as tell:
@@ -66,17 +66,17 @@ def run(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Any:
     """The options checked, the runs read. Raises UserError."""
-    from megatron_ettin.config.chain_folder import last_phase
-    from megatron_ettin.config.counts import parse_count
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.counts import parse_count
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.model_names import short_name
     from megatron_ettin.config.objectives import OBJECTIVES
-    from megatron_ettin.convert.release.build import Plan
-    from megatron_ettin.convert.release.chain import find_chain
-    from megatron_ettin.convert.release.record import Options
     from megatron_ettin.convert.to_hf import SHORT
+    from megatron_ettin.evaluate.inference import logits_of
+    from megatron_ettin.release.build import Plan
+    from megatron_ettin.release.chain import find_chain
+    from megatron_ettin.release.record import Options
     from megatron_ettin.report.page import picture_of
-    from megatron_ettin.train.inference import logits_of
+    from megatron_ettin.runs.chain_folder import last_phase
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
@@ -100,17 +100,17 @@ def make_plan(args: argparse.Namespace) -> Any:
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:
     """Steps 1 to `last_step` of a run's data order as parquet, datasets by name; None beyond `most_rows`."""
-    from megatron_ettin.convert.release.card import dataset_names
-    from megatron_ettin.train import order
+    from megatron_ettin.release.card import dataset_names
+    from megatron_ettin.runs import order_export
 
-    config, corpus = order.open_run(run_dir)
-    order.check_same_order(run_dir, corpus)
+    config, corpus = order_export.open_run(run_dir)
+    order_export.check_same_order(run_dir, corpus)
     steps = range(1, last_step + 1)
-    if most_rows is not None and order.batch_sizes(config, corpus, steps).rows_before(last_step) > most_rows:
+    if most_rows is not None and order_export.batch_sizes(config, corpus, steps).rows_before(last_step) > most_rows:
         return None
     paths = [str(dataset.path) for dataset in corpus.datasets]
     names = dict(zip(paths, dataset_names(paths), strict=True))
-    return {"chunks": order.write_parquet(out, config, corpus, steps, names), "fingerprint": corpus.fingerprint}
+    return {"chunks": order_export.write_parquet(out, config, corpus, steps, names), "fingerprint": corpus.fingerprint}
 
 
 def write_short_order(run_dir: Path, last_step: int, out: Path) -> dict[str, Any] | None:
@@ -118,10 +118,10 @@ def write_short_order(run_dir: Path, last_step: int, out: Path) -> dict[str, Any
 
 
 def _check_push(repository: str) -> None:
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
 
     try:
-        from megatron_ettin.convert.release.hub import check_repository
+        from megatron_ettin.release.hub import check_repository
     except ImportError as error:
         raise UserError(f"--push: {error}; pip install huggingface_hub") from None
     check_repository(repository)
@@ -129,7 +129,7 @@ def _check_push(repository: str) -> None:
 
 def _push(args: argparse.Namespace) -> dict[str, Any]:
     """All that the index names: revisions of deleted checkpoints too."""
-    from megatron_ettin.convert.release.hub import push
+    from megatron_ettin.release.hub import push
 
     index = json.loads((args.out / "release.json").read_text(encoding="utf-8"))
     done = push(args.out, args.push, [one["revision"] for one in index["revisions"]], args.private)
@@ -139,7 +139,7 @@ def _push(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def _telling(as_json: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
     """Progress on standard error, so that standard output is the answer; what failed stays to be read."""
-    from megatron_ettin.cli.progress import items_report
+    from megatron_ettin.base.progress import items_report
 
     if as_json:
         yield None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ettin.report.document import Report

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.config.chain_folder import CHAIN, last_phase, phases_in
+from megatron_ettin.runs.chain_folder import CHAIN, last_phase, phases_in
 
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
@@ -57,7 +57,7 @@ def begun_with(run_dir: Path) -> Config | None:
 def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
     """Keys of `model` that come with the weights which the run began from: as its first launch recorded them, so that a
     run resumes without them too, or as `init_from` has them. Raises UserError where there are no such weights."""
-    from megatron_ettin.config.history import first_launch
+    from megatron_ettin.runs.history import first_launch
 
     first = first_launch(run_dir)
     if first is not None:
@@ -106,8 +106,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
 
 def check_begin(args: argparse.Namespace) -> None:
     """Raise UserError for a phase in a chain's folder, beside its phases, and for cross-training of no weights."""
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.checkpoint.directory import list_checkpoints
-    from megatron_ettin.config.errors import UserError
 
     if phases := phases_in(args.run_dir):
         names = ", ".join(one.name for one in phases)
@@ -121,7 +121,7 @@ def check_begin(args: argparse.Namespace) -> None:
 
 def chosen_members(args: argparse.Namespace) -> list[Member]:
     """Those of the sweep that this job runs. Raises UserError."""
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.sweep import members
 
     if args.phase == "all" or args.from_step is not None:
@@ -156,7 +156,7 @@ def reference_rate_line(stage: Stage) -> str | None:
 
 def chain_warning(stage: Stage) -> str | None:
     """Where a phase does not go on from the one that the recipe has before it."""
-    from megatron_ettin.config.history import first_launch
+    from megatron_ettin.runs.history import first_launch
 
     phase = stage.config.run.phase
     if first_launch(stage.run_dir) is not None:

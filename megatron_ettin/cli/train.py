@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from megatron_ettin.attempt import record_failure
+from megatron_ettin.base.errors import EXIT_REQUEUE
+from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.cli.stages import Stage, chain_warning, reference_rate_line, stages_of
-from megatron_ettin.config.errors import EXIT_REQUEUE
-from megatron_ettin.run_log import log_info, log_warning
+from megatron_ettin.parallel.failure_report import record_failure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
 
 def complete(args: argparse.Namespace, is_chief: bool) -> None:
     """Fill in what an original trainer's file says and what follows from other options. Raises UserError."""
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.layers import names_of, read_site
 
     site = read_site(args.config) if args.config else None
@@ -180,10 +180,10 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
     """Train through the stages; the exit status."""
     if stages[0].config.resilience.in_process_restarts:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells of every look into the library's store
+    from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.train.chain import run_chain, run_sweep
-    from megatron_ettin.train.in_process import with_restarts
-    from megatron_ettin.train.loop import Launch, TrainingStopped
     from megatron_ettin.train.saving import SaveFailed
+    from megatron_ettin.train.trainer import Launch, TrainingStopped
 
     if args.init_from is not None:
         from megatron_ettin.convert.hf_folder import import_once, is_hf_folder

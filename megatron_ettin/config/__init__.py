@@ -1,1 +1,1 @@
-"""Floor 0: what a run is, as plain values. No torch here."""
+"""Floor 1: what a run is, as plain values. No torch here."""

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.secrets import refuse_secrets
 from megatron_ettin.config.fractions import parse_points
 from megatron_ettin.config.graphs import check_graphs
 from megatron_ettin.config.layouts import check_parallel
@@ -18,7 +19,6 @@ from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.profiling import check_profile
 from megatron_ettin.config.schema import CHOICES, Config
-from megatron_ettin.config.secrets import refuse_secrets
 from megatron_ettin.config.sizes import HEAD_DIM
 from megatron_ettin.config.skips import parse_skips
 from megatron_ettin.config.validation import validation_sets

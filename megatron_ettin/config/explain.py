@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megatron_ettin.base.counts import format_count
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.objectives import KINDS, OBJECTIVES
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.recipe import recipe

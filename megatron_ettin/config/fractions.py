@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 from typing import Any
 
-from megatron_ettin.config.counts import parse_count
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.counts import parse_count
+from megatron_ettin.base.errors import UserError
 
 Points = tuple[tuple[int, float], ...]
 

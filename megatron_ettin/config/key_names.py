@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-from megatron_ettin.config.errors import nearest
+from megatron_ettin.base.errors import nearest
 
 # names of Megatron-LM, Hugging Face's Trainer and Composer, without dashes
 ELSEWHERE = {

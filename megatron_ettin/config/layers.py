@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
-from megatron_ettin.config.counts import parse_count
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.counts import parse_count
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.yaml_reading import load_yaml
 from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.yaml_reading import load_yaml
 
 Groups = dict[str, Any]  # group -> key -> value
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_ettin.base.counts import counted
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.balance import layer_operations, split_evenly
-from megatron_ettin.config.counts import counted
-from megatron_ettin.config.errors import UserError, nearest
 from megatron_ettin.config.row_split import RowSplit
 from megatron_ettin.config.schema import Config, ParallelConfig
 from megatron_ettin.config.sizes import tensor_parallel_degrees

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from megatron_ettin.config.counts import counted
+from megatron_ettin.base.counts import counted
 from megatron_ettin.config.schema import Config
 
 # The schedule follows the run's length: `run.tokens`, or `run.steps` where they end earlier (plan/schedule_end.py).

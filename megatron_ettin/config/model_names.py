@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.base.counts import format_count
 from megatron_ettin.config.sizes import SIZES, VOCABULARY, Shape, parameter_count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
 
 MOST_STEPS = 50  # a trace of a step is megabytes, and is held in memory until it is written

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.phases import ORIGINAL_LOCAL_THETA, ORIGINAL_MEAN_TOKENS, PHASES, WEIGHT_DECAY
 from megatron_ettin.config.schema import (

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layers import given, key_types, keys_of, layers_of, read_site, read_yaml
 from megatron_ettin.config.linked import FOLLOWERS, follow, kept_by
 from megatron_ettin.config.recipe import recipe

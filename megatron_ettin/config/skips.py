@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 Skips = tuple[tuple[int, int], ...]
 FORM = "write FIRST:END, such as 281600:309760, several with commas between"

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.key_names import nearest_key
 from megatron_ettin.config.layers import key_types
 

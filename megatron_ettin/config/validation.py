@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 FORMS = "a DATASET path, a list of paths or {name: path}"
 HELD_OUT = "heldout"  # the folder that `ettin prepare --holdout` makes within a dataset

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.config.schema import ModelConfig
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}

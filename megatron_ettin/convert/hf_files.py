@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ettin.config.file_names import path_in
+from megatron_ettin.base.paths import path_in
 
 
 def hf_file(folder: Path, name: object, named_by: Path | None = None) -> Path:

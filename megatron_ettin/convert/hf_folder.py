@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import RankError
+from megatron_ettin.base.errors import RankError
 from megatron_ettin.convert.hf_config import from_hf_config
 
 WAIT_SECONDS = 3_600.0  # for the rank that imports

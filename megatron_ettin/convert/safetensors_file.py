@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.convert.hf_files import hf_file
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

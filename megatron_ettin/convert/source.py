@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve, verify
 from megatron_ettin.checkpoint.integrity import check_nothing_else
-from megatron_ettin.checkpoint.reading import CheckpointReader
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.objectives import EXPORTED, KINDS, OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.read_ahead import read_ahead

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)

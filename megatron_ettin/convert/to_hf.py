@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
 from megatron_ettin.convert.safetensors_file import Entry, write_model

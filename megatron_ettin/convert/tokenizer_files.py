@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.config.sizes import VOCABULARY
 from megatron_ettin.convert.hf_files import hf_file
 from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size

@@ -1,1 +1,1 @@
-"""Text to chunks to rows to positions: the dataset on disk, and the order in which a run reads it. No torch here."""
+"""Floor 4: datasets on disk, chunks to rows, the order of rows, tokenizers."""

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, refuse_links
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links, refuse_links
 from megatron_ettin.data.indexed import Shard, index_file_bytes, open_shard
 from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_file, read_manifest, shard_file
 from megatron_ettin.data.mapped import map_npy
-from megatron_ettin.data.verification import dataset_files, verify_files
+from megatron_ettin.data.verify import dataset_files, verify_files
 
 MOST_FILES = 16_384  # that are asked for; half of the maps a process may have by Linux's default, and some
 FILES_EACH = 4  # of the limit for one entry, which has two at most: the rest is everybody else's

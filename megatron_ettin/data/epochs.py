@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ettin.config.counts import format_count
+from megatron_ettin.base.counts import format_count
 from megatron_ettin.data.manifest import read_manifest
 from megatron_ettin.data.mixture import MixtureEntry
 

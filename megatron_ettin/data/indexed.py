@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.config.errors import RankError, UserError
+from megatron_ettin.base.errors import RankError, UserError
 from megatron_ettin.data.mapped import map_in_order, map_scattered
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, path_in
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.log import log_info, log_when_slow
+from megatron_ettin.base.paths import Links, path_in
+from megatron_ettin.data.blended_dataset import Corpus
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
-from megatron_ettin.data.order import Corpus
-from megatron_ettin.data.rows import PLAN_FILE, RowPlan, file_lock, open_plan
-from megatron_ettin.run_log import log_info, log_when_slow
+from megatron_ettin.data.packing_index import PLAN_FILE, RowPlan, file_lock, open_plan
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20

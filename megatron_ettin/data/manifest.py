@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, checked_name, checked_sha256, path_in
-from megatron_ettin.config.json_reading import checked_digest, load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import checked_digest, load_json
+from megatron_ettin.base.paths import Links, checked_name, checked_sha256, path_in
 
 FILE_NAME = "manifest.json"
 # of a finished dataset: its inputs, with their times

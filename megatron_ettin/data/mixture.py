@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.counts import parse_count
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.counts import parse_count
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.schema import DataConfig
 
 BLOCK_SLOTS = 10_000
@@ -75,7 +75,7 @@ def read_mixture_file(path: Path) -> Any:
     """The list of a YAML file, which may stand under `datasets:`. Raises UserError."""
     import yaml
 
-    from megatron_ettin.config.yaml_reading import load_yaml
+    from megatron_ettin.base.yaml_reading import load_yaml
 
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links
-from megatron_ettin.data.child_process import serve_parent
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links
+from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.indexed import HEADER, narrowed
 from megatron_ettin.data.manifest import FileRecord, shard_file

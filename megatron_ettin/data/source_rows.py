@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ettin.data.blended_dataset import Corpus
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.keyed import KeyedOrder
 from megatron_ettin.data.mixture import BLOCK_SLOTS
-from megatron_ettin.data.order import Corpus
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.rows import PlanRecord, RowArrays, RowPlan, check_rows, ensure_row_plan
+from megatron_ettin.data.packing_index import PlanRecord, RowArrays, RowPlan, check_rows, ensure_row_plan
+from megatron_ettin.data.sampler import KeyedOrder
 
 MOST_CHUNKS = 1 << 24
 CHUNKS_AT_ONCE = 1 << 16

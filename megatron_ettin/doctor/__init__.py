@@ -1,1 +1,1 @@
-"""Floor 3: is this machine fit to train, and what do its gaps cost? Each module makes `Finding`s of one kind."""
+"""Floor 5: whether this machine is fit to train, and what its gaps cost. Each module makes `Finding`s."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from importlib.util import find_spec
 
-from megatron_ettin.doctor.finding import Finding, note, ok, problem, warning
-from megatron_ettin.doctor.installed import version_of
+from megatron_ettin.base.versions import version_of
+from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
 from megatron_ettin.platform import inventory
 from megatron_ettin.platform.device import OLDEST_TRANSFORMER_ENGINE
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.doctor.finding import Finding, first_line, note, ok, problem, warning
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.doctor.findings import Finding, first_line, note, ok, problem, warning
+from megatron_ettin.parallel.rendezvous import first_host
 from megatron_ettin.platform import inventory
-from megatron_ettin.platform.rendezvous import first_host
 
 GIB = float(1 << 30)
 FEWEST_FILES, GOOD_FILES = 256, 4096

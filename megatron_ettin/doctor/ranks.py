@@ -14,13 +14,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ettin.config.errors import RankError
-from megatron_ettin.doctor.finding import Finding, flops_text, ok, problem, warning
-from megatron_ettin.doctor.installed import code_version
+from megatron_ettin.base.errors import RankError
+from megatron_ettin.base.rank_facts import CLOCK_SECONDS, clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.base.versions import code_version
+from megatron_ettin.doctor.findings import Finding, flops_text, ok, problem, warning
 from megatron_ettin.doctor.sanity import CPU_SECONDS, GPU_SECONDS, all_reduce_finding, products_finding
+from megatron_ettin.parallel.rendezvous import Place, forget, join, leave
 from megatron_ettin.platform import Platform, inventory
-from megatron_ettin.platform.rank_facts import CLOCK_SECONDS, clock_warnings, code_hash, first_difference, versions
-from megatron_ettin.platform.rendezvous import Place, forget, join, leave
 from megatron_ettin.platform.sanity import all_reduces
 
 ARRIVAL_SECONDS = 120.0

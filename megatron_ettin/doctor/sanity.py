@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ettin.doctor.finding import Finding, first_line, flops_text, ok, problem, warning
+from megatron_ettin.doctor.findings import Finding, first_line, flops_text, ok, problem, warning
+from megatron_ettin.parallel.rendezvous import Place, join, leave
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.platform.rendezvous import Place, join, leave
 from megatron_ettin.platform.sanity import AllReduces, Products, all_reduces, products
 
 GPU_SECONDS, CPU_SECONDS = 5.0, 0.5  # of each of the two

@@ -9,8 +9,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from megatron_ettin.doctor.finding import Finding, note, ok, problem, warning
-from megatron_ettin.doctor.installed import code_version, version_of
+from megatron_ettin.base.versions import code_version, version_of
+from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
 
 PACKAGE = "megatron-ettin"
 OLDEST_PYTHON = (3, 10)

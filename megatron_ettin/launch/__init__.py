@@ -1,1 +1,1 @@
-"""SLURM: submission scripts, the supervisor inside the job, the state of runs."""
+"""Floor 7: sbatch scripts, the supervisor inside the job, the state of runs."""

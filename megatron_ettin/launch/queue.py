@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 ASK_SECONDS = 30.0
 

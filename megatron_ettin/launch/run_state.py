@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from megatron_ettin.attempt import HEARTBEAT
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, path_in
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.paths import Links, path_in
+from megatron_ettin.base.yaml_reading import load_yaml
 from megatron_ettin.config.model_names import short_name
-from megatron_ettin.config.yaml_reading import load_yaml
-from megatron_ettin.run_log import log_warning
+from megatron_ettin.parallel.failure_report import HEARTBEAT
 
 TAIL_BYTES = 64 << 10
 SPEED_STEPS = 20  # the speed is their median
@@ -129,7 +129,7 @@ def _text(value: Any) -> str | None:
 
 
 def _last_stall(run: Path) -> str | None:
-    """RUN/watch/stall-TIME/report.json of the newest (train/watchdog.py)."""
+    """RUN/watch/stall-TIME/report.json of the newest (faults/watchdog.py)."""
     for path in sorted((run / "watch").glob("stall-*/report.json"), reverse=True):
         try:
             return str(load_json(path.read_text(encoding="utf-8"))["line"])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.launch import supervisor
 from megatron_ettin.launch.queue import shown
 from megatron_ettin.launch.request import Job, Work

@@ -1,10 +1,10 @@
-"""Floor 1: where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases beside it. The trainer
+"""Floor 2: where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases beside it. The trainer
 hands one flat dict a step to `FanOut.log`."""
 
 from megatron_ettin.metrics.record import METRICS_FILE, ROLLED_BACK_FILE, JsonlSink, finite, read_metrics
 from megatron_ettin.metrics.sinks import FanOut, Sink
 from megatron_ettin.metrics.tensorboard import TensorBoardSink
-from megatron_ettin.metrics.wandb_sink import WandbIdentity, WandbSink
+from megatron_ettin.metrics.wandb import WandbIdentity, WandbSink
 
 __all__ = [
     "METRICS_FILE",

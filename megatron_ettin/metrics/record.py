@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
-from megatron_ettin.run_log import log_info, log_warning
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.log import log_info, log_warning
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ettin.run_log import log_warning
+from megatron_ettin.base.log import log_warning
 
 
 class Sink(Protocol):

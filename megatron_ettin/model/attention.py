@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_ettin.model.context_parallel import to_heads, to_tokens
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.model.rotary import rotary_tables, rotate
-from megatron_ettin.model.ulysses import to_heads, to_tokens
 
 BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
 DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.fusion import fusible, fusing
+from megatron_ettin.platform.compile import fusible, fusing
 
 _TOKEN, _WORD = 0x9E3779B1, 0x85EBCA77  # odd constants that spread consecutive counters
 

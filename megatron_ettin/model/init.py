@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.model.specs import CANONICAL, first_layer
+from megatron_ettin.model.layer import CANONICAL, first_layer
 from megatron_ettin.platform.fp8_weights import set_weight
 
 LAYERS = "transformer.layers."

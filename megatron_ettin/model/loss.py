@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.platform.fusion import fusible, fusing
+from megatron_ettin.platform.compile import fusible, fusing
 
 CHUNK_LOGITS_BYTES = 64 * 2**20  # fp32 logits alive at once; large enough for efficient matrix products
 DEVICE_CHUNK_ROWS = 4_096  # what fills a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary

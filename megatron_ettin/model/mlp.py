@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 
-from megatron_ettin.platform.fusion import fusible
+from megatron_ettin.platform.compile import fusible
 
 
 @fusible

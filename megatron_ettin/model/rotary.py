@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.fusion import fusible
+from megatron_ettin.platform.compile import fusible
 
 
 def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

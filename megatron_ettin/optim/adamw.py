@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ettin.optim.fused_update import update_moments, update_weights
-from megatron_ettin.platform.fusion import fusing
+from megatron_ettin.platform.compile import fusing
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_ettin.platform.fusion import fusible_at_any_size
+from megatron_ettin.platform.compile import fusible_at_any_size
 
 
 @fusible_at_any_size

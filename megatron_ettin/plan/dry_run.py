@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.counts import counted, format_count
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.counts import counted, format_count
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.fractions import parse_points, share_at
 from megatron_ettin.config.objectives import KINDS, OBJECTIVES
@@ -21,7 +21,7 @@ from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warnings, planned_epochs
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
 from megatron_ettin.data.mixture import parse_mixture
-from megatron_ettin.data.rows import check_rows
+from megatron_ettin.data.packing_index import check_rows
 from megatron_ettin.plan.hardware import TABLE, read_table
 from megatron_ettin.plan.memory import estimate
 from megatron_ettin.plan.places import describe_shares, empty_shares

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import load_json
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.config.layouts import micro_batches
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.hardware import Gpu

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.checks import check
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.sizes import tensor_parallel_degrees

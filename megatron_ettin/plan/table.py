@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ettin.config.counts import counted, format_count
+from megatron_ettin.base.counts import counted, format_count
 from megatron_ettin.config.layouts import describe_empty_rows, full_split
 from megatron_ettin.plan.hardware import Gpu
 from megatron_ettin.plan.places import run_places

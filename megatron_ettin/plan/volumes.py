@@ -1,5 +1,5 @@
 """Bytes that a rank hands to collectives and transfers in a step, by axis: of what is gathered or scattered the whole,
-as platform/traffic.py counts it on real ranks (tests/plan/test_volumes.py holds one against the other)."""
+as platform/comm_volume.py counts it on real ranks (tests/plan/test_volumes.py holds one against the other)."""
 
 from __future__ import annotations
 

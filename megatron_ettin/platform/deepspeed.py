@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 
 
 def check_engine(engine: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from megatron_ettin.config.errors import RankError, UserError
+from megatron_ettin.base.errors import RankError, UserError
 from megatron_ettin.config.graphs import KERNELS
 from megatron_ettin.config.precisions import PRECISIONS
 

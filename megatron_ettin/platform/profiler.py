@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.platform.device import Platform
 
 TOP = 15  # kernels of the summary

@@ -1,0 +1,1 @@
+"""Floor 7: what is drawn and proven from what runs recorded."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.integrity import write_synced
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.report import compare, sections
 from megatron_ettin.report.escaping import embedded, escaped
 from megatron_ettin.report.models import Model, read_models

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from megatron_ettin.config.secrets import masked
+from megatron_ettin.base.secrets import masked
 
 
 def escaped(text: object, key: str = "") -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import path_in
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import path_in
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import RunRecord, objects, read_json
 

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.printable import printable
 from megatron_ettin.checkpoint.directory import (
     list_checkpoints,
     read_config,
@@ -18,11 +21,8 @@ from megatron_ettin.checkpoint.directory import (
     verify as verify_checkpoint,
 )
 from megatron_ettin.checkpoint.integrity import check_nothing_else
-from megatron_ettin.checkpoint.reading import CheckpointReader
-from megatron_ettin.config.counts import format_count
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.model_names import long_name, short_name
-from megatron_ettin.config.printable import printable
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.report.compare import PHASE_ORDER
 from megatron_ettin.report.record import Column, RunRecord, find_runs
 

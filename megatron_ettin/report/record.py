@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.checkpoint.directory import read_config
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.history import HISTORY
-from megatron_ettin.config.json_reading import load_json
 from megatron_ettin.config.model_names import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
-from megatron_ettin.run_log import log_warning
+from megatron_ettin.runs.history import HISTORY
 
 Column = npt.NDArray[np.float64]
 DEPTH = 3  # how far below a folder runs are looked for: MODEL/PHASE, and a folder of models

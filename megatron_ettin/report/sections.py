@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.counts import duration, format_count
+from megatron_ettin.base.counts import duration, format_count
 from megatron_ettin.config.model_names import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.secrets import masked
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.secrets import masked
 from megatron_ettin.report.document import Report, render
 
 HOST = "127.0.0.1"

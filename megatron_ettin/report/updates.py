@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, step_of
-from megatron_ettin.config.errors import UserError
 
 MOST_RANGES = 12  # of steps, that a line names
 

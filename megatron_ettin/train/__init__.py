@@ -1,0 +1,1 @@
+"""Floor 8: the trainer: setup, one step, hooks, saving, resuming."""

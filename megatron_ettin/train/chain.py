@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.ending import is_finished
-from megatron_ettin.train.loop import Launch, prepare, run_jobs
+from megatron_ettin.train.trainer import Launch, prepare, run_jobs
 
 
 def run_chain(stages: Sequence[tuple[Config, Launch]]) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.progress import Progress, is_done
 

@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import Block, blocks_of
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint import directory, fp8_state, state
-from megatron_ettin.checkpoint.digests import Block, blocks_of
 from megatron_ettin.checkpoint.integrity import read_entries, verify, verify_blocks
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.parallel import Layout
+from megatron_ettin.parallel.layout import Layout
 from megatron_ettin.platform.fp8_weights import is_fp8
-from megatron_ettin.train.assembly import Machine
 from megatron_ettin.train.moments import MomentChange, moment_change
 from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.setup import Machine
 
 DATA = ".distcp"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.train.guard import Guard
+from megatron_ettin.faults.anomalies import Guard
 from megatron_ettin.train.step import StepInfo
 
 

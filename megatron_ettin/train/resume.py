@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint import directory
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.order import Corpus
+from megatron_ettin.data.blended_dataset import Corpus
 from megatron_ettin.data.tokenizer import load_tokenizer
-from megatron_ettin.train.assembly import Machine
+from megatron_ettin.runs.directory import check_checkpoint
+from megatron_ettin.runs.rollback import roll_back
 from megatron_ettin.train.loading import agree, load, load_newest
 from megatron_ettin.train.moments import moment_change
 from megatron_ettin.train.progress import Progress
-from megatron_ettin.train.roll_back import roll_back
-from megatron_ettin.train.run_directory import check_checkpoint
+from megatron_ettin.train.setup import Machine
 
 
 def begin(

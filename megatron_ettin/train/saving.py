@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.checkpoint import directory, fp8_state, state
-from megatron_ettin.checkpoint.background import NotWritten, Plan
 from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.checkpoint.writer import NotWritten, Plan
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.faults.skipped_steps import TrainingStopped
 from megatron_ettin.platform.fp8_weights import raw
-from megatron_ettin.train.assembly import Machine
-from megatron_ettin.train.bad_steps import TrainingStopped
 from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.setup import Machine
 
 BYTES_OF_A_WEIGHT = {True: 16, False: 4}  # with optimizer (weight, master, two moments) and without, at most
 SPARE = 1.05  # of the space that a checkpoint is expected to take

@@ -7,8 +7,8 @@ import signal
 import threading
 from types import FrameType
 
-from megatron_ettin.config.errors import EXIT_REQUEUE
-from megatron_ettin.run_log import log_warning
+from megatron_ettin.base.errors import EXIT_REQUEUE
+from megatron_ettin.base.log import log_warning
 
 # SIGHUP: the terminal or the connection is gone
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

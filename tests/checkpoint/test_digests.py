@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_ettin.checkpoint import digests
+from megatron_ettin.base import digests
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import DIGEST, with_digest
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import DIGEST, with_digest
 from megatron_ettin.train.loading import _share
 
 BLOCK = 1000

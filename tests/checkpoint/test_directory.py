@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.checkpoint import digests, directory, integrity
+from megatron_ettin.base import digests
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.checkpoint import directory, integrity
 from megatron_ettin.checkpoint.directory import (
     checkpoints_folder,
     latest,
@@ -29,7 +31,6 @@ from megatron_ettin.checkpoint.directory import (
     tidy,
     verify,
 )
-from megatron_ettin.config.errors import UserError
 from tests.checkpoint.durable import watched
 
 

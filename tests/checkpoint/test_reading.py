@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_ettin.checkpoint.reading import AllowListed, CheckpointReader, common_strategy, load_strategy, read_common
-from megatron_ettin.checkpoint.writing import write_weights
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.checkpoint.reader import AllowListed, CheckpointReader, common_strategy, load_strategy, read_common
+from megatron_ettin.checkpoint.weights_writer import write_weights
 
 
 class Trap:

@@ -12,8 +12,8 @@ import pytest
 
 import megatron_ettin
 from megatron_ettin import __version__
+from megatron_ettin.base import versions
 from megatron_ettin.cli.main import COMMANDS, main
-from megatron_ettin.doctor import installed
 from tests import forkserver
 
 HEAVY = ("torch", "transformers", "megatron", "pyarrow", "matplotlib", "numpy", "yaml")
@@ -64,17 +64,17 @@ def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeyp
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(megatron_ettin, "__file__", str(package / "__init__.py"))
-    assert installed.commit() is None
+    assert versions.commit() is None
     git("init")
     git("add", ".")
     git("commit", "--message", "all")
-    commit = installed.commit()
+    commit = versions.commit()
     assert re.fullmatch("[0-9a-f]{9}", commit)
     git("tag", "v9")
     (package / "__init__.py").write_text("x = 1")
-    assert installed.commit() == f"{commit}.dirty"
+    assert versions.commit() == f"{commit}.dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert installed.code_version() == __version__  # there is no git
+    assert versions.code_version() == __version__  # there is no git
 
 
 def test_python_m_version_prints_ettin_version(tmp_path):

@@ -13,7 +13,7 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.config.layers import names_of, read_site
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.optim.schedules import lr_fraction
+from megatron_ettin.optim.schedule import lr_fraction
 from tests.config.original_yaml import original, write
 from tests.config.test_explain import FIRST_AND_48
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ettin.base.counts import format_count, parse_count
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.counts import format_count, parse_count
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.layouts import check_layout, full_split, stage_layers
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml

@@ -10,11 +10,11 @@ from pathlib import Path
 from megatron_ettin.checkpoint import directory, state
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.evaluate.inference import alone_on_cpu
+from megatron_ettin.parallel.rendezvous import find_place, join, leave
 from megatron_ettin.platform import detect
-from megatron_ettin.platform.rendezvous import find_place, join, leave
 from megatron_ettin.train import loading, resume
-from megatron_ettin.train.assembly import assemble
-from megatron_ettin.train.inference import alone_on_cpu
+from megatron_ettin.train.setup import assemble
 
 
 def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.convert.harness import check_reading
+from megatron_ettin.evaluate.harness import check_reading
 from tests.conftest import sentences
 from tests.convert.folders import make_folder
 

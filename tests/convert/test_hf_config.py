@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.hf_config import from_hf_config, reader_notes, to_hf_config
 from megatron_ettin.convert.tokenizer_files import PUBLISHED_IDS

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from megatron_ettin.checkpoint.directory import place
 from megatron_ettin.checkpoint.integrity import seal
-from megatron_ettin.checkpoint.reading import CheckpointReader
-from megatron_ettin.checkpoint.writing import write_weights
+from megatron_ettin.checkpoint.reader import CheckpointReader
+from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import to_hf
 from tests.convert.folders import command, make_folder, same_bits, tensors

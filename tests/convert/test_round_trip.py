@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import read_config, read_progress, verify
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import to_hf
 from megatron_ettin.convert.verify import ParityError
@@ -174,7 +174,7 @@ def test_to_hf_verify_different_logits_are_refused(tmp_path, capsys, monkeypatch
     nans = [torch.full((2 * 8 + 37, 320), float("nan")), torch.zeros(17, 320), torch.zeros(4, 320)]
     with pytest.raises(ParityError, match="inf"):
         to_hf(checkpoint, tmp_path / "again", verify=True, our_logits=lambda path, lists, objective: nans)
-    monkeypatch.setattr("megatron_ettin.train.inference.logits_of", wrong)
+    monkeypatch.setattr("megatron_ettin.evaluate.inference.logits_of", wrong)
     with pytest.raises(SystemExit, match="logits differ"):
         command(capsys, "to-hf", checkpoint, tmp_path / "again", "--verify")
 

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.data.ingest import engine, inputs
+from megatron_ettin.prepare import engine, inputs
 from tests import forkserver
 from tests.data.corpora import WORDS, words
 
@@ -105,9 +105,9 @@ def hold_tasks() -> None:
 
 def killed_before_publishing(*arguments: str) -> None:
     """Run the command, and kill -9 this process when all of the dataset is staged and has only to be renamed."""
-    from megatron_ettin.data.ingest import prepare
+    from megatron_ettin.prepare import run
 
-    prepare.plan_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    run.plan_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     prepare_small_tasks(*arguments)
 
 

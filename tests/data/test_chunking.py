@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.ingest.chunking import ChunkRule, chunk_lengths, chunk_rule, framed, piece_bounds
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, chunk_rule, framed, piece_bounds
 
 
 @st.composite

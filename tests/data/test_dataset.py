@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import index_bytes, open_shard, token_dtype
 from megatron_ettin.data.tokenizer import Tokenizer

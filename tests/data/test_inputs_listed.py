@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.ingest.inputs import list_inputs
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare.inputs import list_inputs
 from tests.data.corpora import prepare_here
 from tests.data.held import documents
 

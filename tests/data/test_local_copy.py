@@ -13,13 +13,13 @@ from unittest import mock
 
 import pytest
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.data import local_copy
+from megatron_ettin.data.blended_dataset import Corpus, open_corpus
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.local_copy import copy_path, local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import Corpus, open_corpus
-from megatron_ettin.train import loop
+from megatron_ettin.train import trainer
 from tests import forkserver
 from tests.data.corpora import ettin, files_of
 from tests.data.together import at_once
@@ -112,7 +112,7 @@ def test_local_copy_after_kill_keeps_finished_files(prepared: Dataset, tmp_path:
     """kill -9 after the third file: the next run copies the others."""
     code = (
         "import os, sys; from megatron_ettin.data import local_copy as c; from megatron_ettin.data.mixture import "
-        "MixtureEntry; from megatron_ettin.data.order import open_corpus\n"
+        "MixtureEntry; from megatron_ettin.data.blended_dataset import open_corpus\n"
         "c.COPIED_AT_ONCE, real, done = 1, c.copy_file, []\n"
         "def copy_file(*given):\n"
         "    if len(done) == 3: os.kill(os.getpid(), 9)\n"
@@ -205,13 +205,13 @@ FORGOTTEN = {"data.skip": "skips", "data.mean_tokens_per_row": "nominal_tokens"}
 
 def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
     """Run `ettin train` with a local copy that has lost what `key` says."""
-    copy = loop.local_corpus
+    copy = trainer.local_corpus
 
     def forgetful(corpus: Corpus, folder: str) -> Corpus:
         state = copy(corpus, folder).__getstate__()
         return Corpus(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
 
-    with mock.patch.object(loop, "local_corpus", forgetful):
+    with mock.patch.object(trainer, "local_corpus", forgetful):
         return forkserver.be_program("ettin", *words)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.data.ingest.readers.mds import array_rows
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare.readers.mds import array_rows
 from tests.data.corpora import files_of
 from tests.data.held import documents, prepared, refusal, write_json
 

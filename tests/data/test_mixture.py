@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.cli.main import main
+from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.epochs import SourceEpochs, epoch_warnings, planned_epochs
-from megatron_ettin.data.keyed import KeyedOrder
 from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
-from megatron_ettin.data.order import open_corpus
+from megatron_ettin.data.sampler import KeyedOrder
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "mixtures"
 TRAIN = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.api import iterate_rows
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
+from megatron_ettin.data.blended_dataset import Corpus, open_corpus, open_run_corpus
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
-from megatron_ettin.data.order import Corpus, open_corpus, open_run_corpus
 from tests.data.corpora import prepare_here, write_jsonl
 
 

@@ -245,9 +245,9 @@ def test_prepare_changed_inputs_are_refused_without_replan(
 
 def write_in_between(path: Path, change: str, *words: str) -> int:
     """Run `ettin WORDS` here; another process changes `path` after it was listed, or after it was read."""
-    from megatron_ettin.data.ingest import prepare
+    from megatron_ettin.prepare import run
 
-    real = prepare.run_here if change == "written" else prepare.list_inputs
+    real = run.run_here if change == "written" else run.list_inputs
 
     def changed(*given: Any) -> Any:
         found = real(*given)
@@ -257,7 +257,7 @@ def write_in_between(path: Path, change: str, *words: str) -> int:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rpartition(b"\n")[0] + b"\n")
         return found
 
-    with mock.patch.object(prepare, real.__name__, changed):
+    with mock.patch.object(run, real.__name__, changed):
         return main(list(words))
 
 

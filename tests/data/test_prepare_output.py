@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.ingest import prepare as module
+from megatron_ettin.prepare import run as module
 from tests.data.corpora import prepare_here, write_jsonl
 from tests.data.small_tasks import HOLD_VARIABLE, arguments_for, fails, forked, start, wait_for
 

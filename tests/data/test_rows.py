@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.json_reading import DIGEST, with_digest
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import DIGEST, with_digest
 from megatron_ettin.data import packing, row_building
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.rows import ensure_row_plan, existing_plans, open_plan
+from megatron_ettin.data.packing_index import ensure_row_plan, existing_plans, open_plan
 from tests.data.corpora import files_of
 from tests.data.together import at_once
 
@@ -187,7 +187,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     patch = "from megatron_ettin.data import row_building\nrow_building.SEGMENT_CHUNKS = 7_000\n"
     script = (
         patch + "import sys\nfrom megatron_ettin.data.dataset import open_dataset\n"
-        "from megatron_ettin.data.rows import ensure_row_plan\n"
+        "from megatron_ettin.data.packing_index import ensure_row_plan\n"
         "if __name__ == '__main__':\n"
         "    print(ensure_row_plan(open_dataset(sys.argv[1]), 200, workers=int(sys.argv[2])).fingerprint)\n"
     )

@@ -17,11 +17,11 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.indexed import CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, index_bytes
-from megatron_ettin.data.ingest import inputs
-from megatron_ettin.data.ingest.input_file import InputFile
-from megatron_ettin.data.ingest.readers.document import Document, TokenFrame, without_outer_specials
-from megatron_ettin.data.ingest.task import document_key, is_held_out
 from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare import inputs
+from megatron_ettin.prepare.input_file import InputFile
+from megatron_ettin.prepare.readers.document import Document, TokenFrame, without_outer_specials
+from megatron_ettin.prepare.task import document_key, is_held_out
 from tests.data.corpora import files_of, prepare_here, words, write_jsonl
 from tests.data.held import documents, prepared, refusal
 from tests.data.others import called

@@ -10,14 +10,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.convert.tokenizer_files import token_count
 from megatron_ettin.data import tokenizer as module
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.indexed import token_dtype
-from megatron_ettin.data.ingest.chunking import chunk_rule
-from megatron_ettin.data.ingest.shards import ShardWriter
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ettin.prepare.chunking import chunk_rule
+from megatron_ettin.prepare.shards import ShardWriter
 from tests.data.corpora import prepare_here
 from tests.data.others import called
 

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
+from megatron_ettin.base import checksums
+from megatron_ettin.base.checksums import damaged_ranges, digest_of
 from megatron_ettin.cli.main import main
-from megatron_ettin.data import checksums
-from megatron_ettin.data.checksums import damaged_ranges, digest_of
 from tests.data.corpora import prepare_here, write_jsonl
 
 BLOCK_BYTES = 1 << 16

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from megatron_ettin.data import rows
+from megatron_ettin.data import packing_index
+from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.local_copy import local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import open_corpus
 from tests import forkserver
 
 
@@ -41,16 +41,16 @@ def meet() -> None:
 
 def build_rows(folder: str) -> None:
     """Open a row plan, and print `built` where this process had to build it."""
-    real = rows.build_plan
+    real = packing_index.build_plan
 
     def build(*arguments: object) -> None:
         print("built")
         real(*arguments)  # type: ignore[arg-type]
 
-    rows.build_plan = build  # type: ignore[assignment]
+    packing_index.build_plan = build  # type: ignore[assignment]
     dataset = open_dataset(folder)
     meet()
-    rows.ensure_row_plan(dataset, 300)
+    packing_index.ensure_row_plan(dataset, 300)
 
 
 def copy_locally(folder: str, local: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin import api
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from tests.docs.pages import ROOT, Block, blocks_of
 from tests.docs.shell import Shell
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from megatron_ettin.base import versions as base_versions
 from megatron_ettin.cli import doctor as command
 from megatron_ettin.cli.main import main
-from megatron_ettin.doctor import accelerator, installed, machine, ranks, sanity, versions
-from megatron_ettin.doctor.finding import Finding, flops_text, note, ok, problem, worst
+from megatron_ettin.doctor import accelerator, machine, ranks, sanity, versions
+from megatron_ettin.doctor.findings import Finding, flops_text, note, ok, problem, worst
 from megatron_ettin.platform import inventory
 from megatron_ettin.platform.sanity import AllReduces, Products, products, wrong_rows
 
@@ -265,7 +266,7 @@ def test_doctor_quick_reports_findings_without_heavy_imports(tmp_path: Path) -> 
     done = subprocess.run(call, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
     assert answer["state"] in ("ok", "note", "warning")
-    assert answer["version"] == installed.code_version()
+    assert answer["version"] == base_versions.code_version()
     assert {"python", "gpu", "packages", "/dev/shm", f"files in {tmp_path}"} <= {
         one["name"] for one in answer["findings"]
     }

@@ -107,10 +107,10 @@ class _InOrder:
 
 def _build_as_on_a_gpu() -> None:
     """Let TE initialize weights as on a GPU, instead of core on the host."""
-    from megatron_ettin.train import assembly
+    from megatron_ettin.train import setup
 
-    plain = assembly.transformer_config
-    assembly.transformer_config = lambda config, backend, layout, on_gpu: plain(config, backend, layout, True)
+    plain = setup.transformer_config
+    setup.transformer_config = lambda config, backend, layout, on_gpu: plain(config, backend, layout, True)
 
 
 def _random_states_are_the_cpus() -> None:

@@ -87,15 +87,15 @@ def be_rank(*words: str) -> int | None:
 @contextlib.contextmanager
 def paced(seconds: float) -> Iterator[None]:
     """Sleep in each step."""
-    from megatron_ettin.train import loop
+    from megatron_ettin.train import trainer
 
-    step = loop.train_step
+    step = trainer.train_step
 
     def slowly(*arguments, **named):
         time.sleep(seconds)
         return step(*arguments, **named)
 
-    with mock.patch.object(loop, "train_step", slowly):
+    with mock.patch.object(trainer, "train_step", slowly):
         yield
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
 from megatron_ettin.cli.parsing import OneLineParser, words_of
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.launch.queue import covers
 from megatron_ettin.launch.request import margin_of, seconds_of

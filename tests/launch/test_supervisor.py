@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.launch import supervisor
-from megatron_ettin.launch.supervisor import culprit, events
+from megatron_ettin.launch.supervisor import events, failed_rank
 from megatron_ettin.launch.supervisor.check_node import problems
 from tests.launch.cluster import wait_until
 
 FOLDER = Path(supervisor.__file__).parent
 OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-# a run in a few lines: it beats as attempt.py's Heart does, and fails as it is told
+# a run in a few lines: it beats as parallel/failure_report.py's Heart does, and fails as it is told
 RUN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["ETTIN_ATTEMPT_DIR"])
@@ -205,7 +205,7 @@ def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:
     ],
 )
 def test_from_srun_line_gives_rank_and_kind_of_failure(line: str, rank: int | None, kind: str) -> None:
-    found = culprit.from_srun(line + "\n")
+    found = failed_rank.from_srun(line + "\n")
     assert (found and (found.rank, found.kind)) == ((rank, kind) if rank is not None else None)
 
 
@@ -217,17 +217,17 @@ def record(folder: Path, rank: int, when: float, text: str) -> None:
 def test_first_failed_rank_is_the_cause_not_a_victim(tmp_path: Path) -> None:
     """Name the killed rank, although it writes no report and other ranks report its loss before srun does."""
     record(tmp_path, 0, 10.0, "RuntimeError: Connection closed by peer [n2]:41")
-    killed = culprit.from_srun("srun: error: n2: task 2: Killed")
+    killed = failed_rank.from_srun("srun: error: n2: task 2: Killed")
     assert killed is not None
-    found = culprit.first(str(tmp_path), [killed])
+    found = failed_rank.first(str(tmp_path), [killed])
     assert found is not None
     assert (found.rank, found.host) == (2, "n2")
     record(tmp_path, 1, 9.0, "ValueError: row 7 is damaged")
-    found = culprit.first(str(tmp_path), [killed])
+    found = failed_rank.first(str(tmp_path), [killed])
     assert found is not None
     assert found.rank == 1
     (tmp_path / "rank_00004.json").write_text("{torn")
-    assert culprit.first(str(tmp_path), []) == found
+    assert failed_rank.first(str(tmp_path), []) == found
 
 
 def test_check_node_names_each_problem(tmp_path: Path) -> None:

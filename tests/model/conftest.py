@@ -12,16 +12,15 @@ from megatron_ettin.config.schema import Config
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
-    from megatron_ettin import parallel
-    from megatron_ettin.parallel import Topology
+    from megatron_ettin.parallel.layout import Topology, destroy_model_parallel, initialize_model_parallel
+    from megatron_ettin.parallel.rendezvous import Place, join, leave
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import Place, join, leave
 
     platform = detect("cpu")
     join(Place(0, 1, 0, None, 0, "alone"), platform)
-    parallel.initialize(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
+    initialize_model_parallel(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
     yield
-    parallel.destroy()
+    destroy_model_parallel()
     leave()
 
 
@@ -33,8 +32,8 @@ def build_model(alone: None) -> Callable[[Config], object]:
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         from megatron_ettin.model import init
-        from megatron_ettin.model.build import transformer_config
-        from megatron_ettin.model.ettin import EttinModel
+        from megatron_ettin.model.config import transformer_config
+        from megatron_ettin.model.model import EttinModel
         from megatron_ettin.platform import detect
         from megatron_ettin.platform.layers import layer_backend
 

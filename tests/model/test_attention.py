@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.model import attention_kernels
+from megatron_ettin.model import kernels
 from megatron_ettin.model.attention import KernelAttention, allowed, attend_bands, attend_chunks, attend_dense
-from megatron_ettin.model.attention_kernels import attend_flex, window_sides
-from megatron_ettin.model.build import EttinTransformerConfig
+from megatron_ettin.model.config import EttinTransformerConfig
+from megatron_ettin.model.kernels import attend_flex, window_sides
 from megatron_ettin.model.packed import pack_rows
 
 ROWS = {
@@ -62,7 +62,7 @@ def test_attend_flex_forward_matches_attend_dense(
     """Only the forward pass, uncompiled: backward exists on GPUs only (tools/gpu_validate.py)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(attention_kernels, "_flex", lambda: flex_attention)
+    monkeypatch.setattr(kernels, "_flex", lambda: flex_attention)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(400, 2, 16, generator=generator) for _ in range(3))
     packed = pack_rows(ROWS[rows], 200)

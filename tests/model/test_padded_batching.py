@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.dropout import token_keys
 from megatron_ettin.model.packed import pack_rows
-from megatron_ettin.parallel import Layout, Topology
-from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.loop import open_training_data
+from megatron_ettin.parallel.layout import Layout, Topology
+from megatron_ettin.train.trainer import open_training_data
 from tests.train.runs import TINY
 
 

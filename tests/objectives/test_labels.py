@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.objectives.labels import IGNORE, labeller
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.batching.objectives import IGNORE, labeller
 
 SPECIAL, MASK, VOCABULARY = (50_280, 50_281, 50_282, 50_283, 50_284), 50_284, 50_368
 

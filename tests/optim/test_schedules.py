@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.schema import ScheduleConfig
-from megatron_ettin.optim.schedules import lr_fraction
+from megatron_ettin.optim.schedule import lr_fraction
 
 TOTAL = 1_000_000
 

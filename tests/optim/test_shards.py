@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_ettin.optim.shards import rectangles
+from megatron_ettin.optim.sharded_state import rectangles
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4), (4, 1), (2, 3, 4)])

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_ettin import parallel
+from megatron_ettin.batching.batches import Batches
 from megatron_ettin.bench.synthetic import SyntheticRows
 from megatron_ettin.config.resolve import parse
+from megatron_ettin.parallel.layout import axes_of_groups
 from megatron_ettin.platform import detect
+from megatron_ettin.platform.comm_volume import Traffic
 from megatron_ettin.platform.live_tensors import LiveTensors
-from megatron_ettin.platform.traffic import Traffic
-from megatron_ettin.train.assembly import assemble
-from megatron_ettin.train.batches import Batches
+from megatron_ettin.train.setup import assemble
 from megatron_ettin.train.step import run_micro_batches
 
 
@@ -40,7 +40,7 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
     corpus = SyntheticRows(config.data.seq_len, 200.0, config.model.vocab_size)
     batches = Batches.of(config, corpus, machine.layout, platform.device)
     count = batches.micro_batch_count(0)
-    traffic = Traffic(parallel.axes_of_groups())
+    traffic = Traffic(axes_of_groups())
     with traffic.watch(no_span), LiveTensors() as live:
         machine.optimizer.zero_grad()
         run_micro_batches(machine, batches.step(0), count, training=True)

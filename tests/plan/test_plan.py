@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan import calibration
 from megatron_ettin.plan.hardware import find_gpu

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.sizes import SIZES, tensor_parallel_degrees

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.parallel import Topology
-from megatron_ettin.platform.rendezvous import find_place, first_host, job_port
+from megatron_ettin.parallel.layout import Topology
+from megatron_ettin.parallel.rendezvous import find_place, first_host, job_port
 from tests import forkserver
 from tests.pool import free_port
 
@@ -76,8 +76,8 @@ def join_and_sum(late_seconds: float, timeout_seconds: float, arrival_seconds: f
     import torch
     import torch.distributed as dist
 
+    from megatron_ettin.parallel.rendezvous import join
     from megatron_ettin.platform import detect
-    from megatron_ettin.platform.rendezvous import join
 
     time.sleep(late_seconds)
     join(find_place(), detect("cpu"), timeout_seconds, arrival_seconds)

@@ -63,8 +63,8 @@ def without_workers() -> Iterator[None]:
     seconds (test_faults.py has them)."""
     import torch
 
-    from megatron_ettin.convert.release import build
-    from megatron_ettin.convert.release.revision import make
+    from megatron_ettin.release import build
+    from megatron_ettin.release.revision import make
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker: figures of parity depend on it

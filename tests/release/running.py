@@ -19,8 +19,8 @@ from unittest import mock
 
 import psutil
 
-from megatron_ettin.convert.release import revision, workers
-from megatron_ettin.convert.release.revision import Job, Outcome
+from megatron_ettin.release import revision, workers
+from megatron_ettin.release.revision import Job, Outcome
 from tests import forkserver
 from tests.data.small_tasks import wait_for
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from megatron_ettin.convert.release import build
+from megatron_ettin.release import build
 from tests.faults import no_locks
 from tests.release.conftest import files_of, release
 

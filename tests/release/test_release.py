@@ -9,9 +9,9 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.base.counts import format_count
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.counts import format_count
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.model.init import hashed
 from tests.convert.folders import load, tensors

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import checkpoints_folder, new_staging, publish, step_name
-from megatron_ettin.checkpoint.writing import write_weights
+from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.report.inspection import describe

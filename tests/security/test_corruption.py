@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.data.order import open_run_corpus
+from megatron_ettin.data.blended_dataset import open_run_corpus
 from tests import forkserver
 from tests.train.runs import command
 

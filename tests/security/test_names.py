@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links, checked_name, path_in
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
-from megatron_ettin.config.file_names import Links, checked_name, path_in
 from tests.convert.folders import make_folder
 from tests.forkserver import program
 from tests.train.runs import command

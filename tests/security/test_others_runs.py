@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ettin.base.printable import printable
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.printable import printable
 from megatron_ettin.report.record import find_runs
 from tests.pool import Pool
 from tests.train.runs import command, read, train
@@ -144,7 +144,7 @@ def test_mixture_of_hostile_yaml_is_refused_in_one_line(tmp_path: Path, capsys: 
 
 
 def test_index_that_points_outside_of_its_tokens_is_named(corpus: Path, tmp_path: Path) -> None:
-    from megatron_ettin.config.errors import UserError
+    from megatron_ettin.base.errors import UserError
     from megatron_ettin.data.dataset import open_dataset
     from megatron_ettin.data.indexed import HEADER
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import latest
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from tests.pool import Pool
 
 TINY = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ettin.train.agreement import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.faults.consistency import clock_warnings, code_hash, first_difference, versions
 from tests.pool import Pool
 from tests.train.runs import command
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.validation import validation_sets
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.source_rows import open_by_source

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ettin import parallel
+from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.platform.rendezvous import forget, leave
-from megatron_ettin.train.batches import Batches
-from megatron_ettin.train.loop import machine_alone, open_training_data
+from megatron_ettin.parallel.layout import destroy_model_parallel
+from megatron_ettin.parallel.rendezvous import forget, leave
+from megatron_ettin.train.trainer import machine_alone, open_training_data
 from tests.train.runs import TINY
 
 
@@ -49,7 +49,7 @@ def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -
             total.backward()
     finally:
         machine.close()
-        parallel.destroy()
+        destroy_model_parallel()
         leave()
         forget()
     counted = counter.get_flop_counts()["Global"]

@@ -14,7 +14,7 @@ import pytest
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import ResilienceConfig
-from megatron_ettin.train.guard import Guard
+from megatron_ettin.faults.anomalies import Guard
 from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
 from tests.train.runs import command, read, tiered, train

@@ -18,16 +18,16 @@ import numpy as np
 import psutil
 import pytest
 
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.batching.host import HostBatches
+from megatron_ettin.batching.loader import Loader, worker_count
+from megatron_ettin.batching.objectives import labeller
+from megatron_ettin.batching.row_kinds import RowKinds
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.schema import BatchConfig
 from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import open_corpus
-from megatron_ettin.objectives.labels import labeller
-from megatron_ettin.objectives.row_kinds import RowKinds
-from megatron_ettin.train.host_batches import HostBatches
-from megatron_ettin.train.loader import Loader, worker_count
 from tests import forkserver
 from tests.forkserver import Child
 from tests.pool import Pool, mutated
@@ -112,9 +112,9 @@ def test_host_batches_during_batch_warmup_spread_rows_evenly(corpus: Path, dp: i
 
 def test_loader_imports_no_megatron_and_host_batches_no_torch() -> None:
     lines = [
-        "import sys, megatron_ettin.train.host_batches",
+        "import sys, megatron_ettin.batching.host",
         "assert 'torch' not in sys.modules",
-        "import megatron_ettin.train.loader",
+        "import megatron_ettin.batching.loader",
         "assert not [name for name in sys.modules if name.startswith('megatron.')]",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

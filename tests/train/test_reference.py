@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.convert.release.chain import PhaseRun
-from megatron_ettin.convert.release.revision import write_initial
 from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.release.chain import PhaseRun
+from megatron_ettin.release.revision import write_initial
 from tests.convert.folders import load
 from tests.pool import Pool
 from tests.train.runs import train

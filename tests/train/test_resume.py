@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.skips import parse_skips
+from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.order import open_corpus
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 

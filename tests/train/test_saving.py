@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress, step_name, verify
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
 from tests import forkserver
 from tests.pool import Pool, mutated

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ettin.config.schema import ResilienceConfig
-from megatron_ettin.train.guard import Guard
+from megatron_ettin.faults.anomalies import Guard
 from tools.spike_rate import made_up, spikes
 
 DEFAULT = ResilienceConfig()

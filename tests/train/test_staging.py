@@ -17,7 +17,7 @@ import torch
 
 from megatron_ettin.checkpoint.directory import list_checkpoints, verify
 from megatron_ettin.checkpoint.local_staging import remove_leftovers, staging_folder
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
 from tests import forkserver
 from tests.pool import Pool, mutated

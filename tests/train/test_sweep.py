@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from megatron_ettin.config.sweep import members
 from tests.pool import Pool
 from tests.train.runs import command, read, train

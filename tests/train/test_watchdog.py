@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.attempt import Heart
 from megatron_ettin.cli.main import main
+from megatron_ettin.faults import watchdog
+from megatron_ettin.faults.hang_report import COMPUTE, DATA, REDUCE, Peer, Sign, read_sign, verdict, write_sign
+from megatron_ettin.faults.stragglers import Slowest, slowest
 from megatron_ettin.launch.run_state import run_state
-from megatron_ettin.train import watchdog
-from megatron_ettin.train.arrivals import COMPUTE, DATA, REDUCE, Peer, Sign, read_sign, verdict, write_sign
-from megatron_ettin.train.stragglers import Slowest, slowest
+from megatron_ettin.parallel.failure_report import Heart
 from tests.launch.cluster import wait_until
 from tests.launch.jobs import step_of
 from tests.pool import Pool

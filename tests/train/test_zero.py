@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, list_milestones
-from megatron_ettin.checkpoint.reading import CheckpointReader
+from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.errors import UserError
 from tests.pool import Pool
 from tests.train.runs import Trained, command, pairs, read, tiered, train
 from tests.train.test_invariance import CLIPPED, DROPOUT, MORE, OPTIONS, difference, equal

@@ -20,9 +20,9 @@ from chaos_parts.launch import Launch, Place
 from chaos_parts.specimen import corpus_in, train_words
 from chaos_parts.tracing import Call, Cut
 from chaos_parts.zygote import Zygote
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint import directory
 from megatron_ettin.checkpoint.directory import checkpoints_folder, latest, step_name, verify
-from megatron_ettin.config.errors import UserError
 from tests.pool import mutated
 
 LIMIT_SECONDS = 120.0

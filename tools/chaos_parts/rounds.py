@@ -19,9 +19,9 @@ from chaos_parts.faults import KINDS, Fault, Round
 from chaos_parts.launch import Launch, Place
 from chaos_parts.specimen import LAYOUTS, STEPS, corpus_in, train_words
 from chaos_parts.zygote import Zygote
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, read_progress, verify
-from megatron_ettin.checkpoint.reading import CheckpointReader
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.checkpoint.reader import CheckpointReader
 
 PATIENT_SECONDS = 30.0  # without a step, on a machine that is busy with other things too
 LAUNCHES = 8  # the most of a round

@@ -41,7 +41,7 @@ def make_index(folder: Path) -> list[str]:
 def read_index(folder: Path) -> None:
     """The shard as training opens it, and the documents as `ettin prepare` reads them."""
     from megatron_ettin.data.indexed import open_shard
-    from megatron_ettin.data.ingest.readers.indexed import read_header
+    from megatron_ettin.prepare.readers.indexed import read_header
 
     with open(folder / "a.idx", "rb") as stream:
         read_header(stream, str(folder / "a.idx"), (folder / "a.idx").stat().st_size)
@@ -87,9 +87,9 @@ def make_mds(folder: Path) -> list[str]:
 
 
 def read_mds(folder: Path) -> None:
-    from megatron_ettin.data.ingest.filesystem import entries
-    from megatron_ettin.data.ingest.readers.mds import samples
-    from megatron_ettin.data.ingest.readers.mds_index import mds_files, shard_from_json
+    from megatron_ettin.prepare.filesystem import entries
+    from megatron_ettin.prepare.readers.mds import samples
+    from megatron_ettin.prepare.readers.mds_index import mds_files, shard_from_json
 
     listed = {entry.url: entry for entry in entries(str(folder))}
     for file in mds_files(str(folder), listed, "x", "x") or []:
@@ -203,7 +203,7 @@ def make_checkpoint(folder: Path) -> list[str]:
     import torch
 
     from megatron_ettin.checkpoint.integrity import seal
-    from megatron_ettin.checkpoint.writing import write_weights
+    from megatron_ettin.checkpoint.weights_writer import write_weights
 
     write_weights(folder, ((f"w{n}", torch.ones(n + 1, 3)) for n in range(3)), {"progress": {"step": 3}})
     seal(folder)
@@ -211,7 +211,7 @@ def make_checkpoint(folder: Path) -> list[str]:
 
 
 def read_checkpoint(folder: Path) -> None:
-    from megatron_ettin.checkpoint.reading import CheckpointReader, read_common
+    from megatron_ettin.checkpoint.reader import CheckpointReader, read_common
 
     read_common(folder)
     reader = CheckpointReader(folder)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from gpu_checks.session import DoesNotRun, Session, median_seconds
-from megatron_ettin import parallel
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.packed import PackedRows, pack_rows
-from megatron_ettin.platform.rendezvous import forget, leave
-from megatron_ettin.train.loop import machine_alone
+from megatron_ettin.parallel.layout import destroy_model_parallel
+from megatron_ettin.parallel.rendezvous import forget, leave
+from megatron_ettin.train.trainer import machine_alone
 
 KERNELS = ("te-fused", "flash", "varlen", "sdpa", "flex")
 KINDS = {
@@ -56,7 +56,7 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
     finally:
         if machine is not None:
             machine.close()
-        parallel.destroy()
+        destroy_model_parallel()
         leave()
         forget()
     worst = max(figures["error"] for figures in found.values())

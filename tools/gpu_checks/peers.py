@@ -81,11 +81,11 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 
 def host_batches(config: Config) -> Any:
     """The run's micro-batches in host memory, as one rank has them."""
+    from megatron_ettin.batching.host import HostBatches
+    from megatron_ettin.batching.objectives import corpus_labeller
+    from megatron_ettin.batching.row_kinds import RowKinds
     from megatron_ettin.data.batch_sizes import BatchSizes
-    from megatron_ettin.objectives.labels import corpus_labeller
-    from megatron_ettin.objectives.row_kinds import RowKinds
-    from megatron_ettin.train.host_batches import HostBatches
-    from megatron_ettin.train.loop import open_training_data
+    from megatron_ettin.train.trainer import open_training_data
 
     corpus = open_training_data(config)
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)

@@ -20,8 +20,8 @@ BEGAN = time.perf_counter()
 
 
 def ettin_rows(folder: Path, rows: int) -> Iterator[Any]:
+    from megatron_ettin.data.blended_dataset import open_corpus
     from megatron_ettin.data.mixture import MixtureEntry
-    from megatron_ettin.data.order import open_corpus
 
     parts = sorted(folder.glob("part*")) or [folder]
     corpus = open_corpus([MixtureEntry(str(p), weight=1.0) for p in parts], ROW_TOKENS, "packed", 21, "pretrain")

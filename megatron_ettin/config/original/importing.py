@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ettin.config.counts import parse_count
-from megatron_ettin.config.errors import UserError, nearest
+from megatron_ettin.base.counts import parse_count
+from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.config.original import model as trainer_model
 from megatron_ettin.config.original.keys import FIXED, IGNORED, reason_to_ignore
 from megatron_ettin.config.sizes import SIZES

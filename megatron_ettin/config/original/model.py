@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import ModelConfig
 
 # bert-base-uncased, which the trainer starts from, with the trainer's own keys

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.phases import PHASES
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.sizes import SIZES

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.checkpoint.digests import Entry
+from megatron_ettin.base.digests import Entry
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import place
-from megatron_ettin.checkpoint.writing import write_weights
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.composer.description import Decision, decide

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.convert.composer.inert import TensorRecord
 
 PLACES = (("state", "model"), ("model",), ("state_dict",), ("model_state_dict",), ())

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.convert.composer.names import at
 from megatron_ettin.convert.tokenizer_files import FILES, import_tokenizer, token_count

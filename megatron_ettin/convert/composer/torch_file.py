@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.convert.composer.inert import TensorRecord, read_pickle
 
 DTYPES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.config.errors import UserError
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.layers import read_yaml
 from megatron_ettin.config.original.model import DEFAULTS, KINDS, check_fixed, default_note, model_of
 from megatron_ettin.config.schema import ModelConfig

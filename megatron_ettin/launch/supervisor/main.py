@@ -4,12 +4,12 @@ import os
 import time
 from typing import Dict, List, Optional, Sequence
 
+from .agent import DONE, MISTAKE, SAVED, Outcome, Stop, Watch
 from .events import Events
 from .log import open_standard_files, say, write
 from .nodes import check_nodes
 from .options import Options, parse
 from .slurm import Job
-from .watch import DONE, MISTAKE, SAVED, Outcome, Stop, Watch
 
 REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeued
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.data.tokenizer import load_tokenizer
+from megatron_ettin.evaluate.inference import alone
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.train import loading
-from megatron_ettin.train.inference import alone
 from tests.conftest import sentences
 from tests.convert.folders import make_folder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ettin.train.inference import logits_of
+from megatron_ettin.evaluate.inference import logits_of
 from tests.convert.folders import command, load
 
 FILES = Path(__file__).resolve().parents[2] / "fixtures" / "composer"

@@ -1,0 +1,1 @@
+"""Floor 0: what every room needs: errors, messages, files, digests. No torch here."""

@@ -1,0 +1,74 @@
+"""Progress of long work on standard error: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.log import error_stream, errors_on_terminal, log_warning
+
+LINE_EVERY_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Yields report(done, total, tokens); the bar is drawn at the first call and removed at the end."""
+    if errors_on_terminal():
+        with bar(title) as report:
+            yield report
+    else:
+        yield plain_lines(title, unit)
+
+
+def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
+    began = time.monotonic()
+    last = began
+
+    def report(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_EVERY_SECONDS:
+            return
+        last = now
+        line = f"{title}: {done / max(total, 1):.0%} of {format_count(total)} {unit}"
+        if tokens:
+            line += f", {format_count(tokens)} tokens, {format_count(tokens / (now - began))} tokens/s"
+        log_warning(line)
+
+    return report
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=error_stream()), transient=True) as progress:
+        began = time.monotonic()
+        line = progress.add_task(title, total=None, speed="")
+
+        def report(done: int, total: int, tokens: int) -> None:
+            speed = f"{format_count(tokens / max(time.monotonic() - began, 1e-9))} tokens/s" if tokens else ""
+            progress.update(line, completed=done, total=total, speed=speed)
+
+        yield report
+
+
+@contextlib.contextmanager
+def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Of work in few large parts. Yields tell(done, total, line): on a terminal a bar with the newest line, elsewhere
+    every line on standard error. Prints meanwhile appear above the bar."""
+    if not errors_on_terminal():
+        yield lambda done, total, line: log_warning(f"[{done}/{total}] " * (done > 0) + line)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(file=error_stream())
+    with Progress(*columns, TextColumn("{task.fields[line]}"), console=console, transient=True) as progress:
+        bar = progress.add_task(title, total=None, line="")
+        yield lambda done, total, line: progress.update(bar, completed=done, total=total, line=line)

@@ -1,0 +1,1 @@
+"""Floor 5: rows of tokens to micro-batches on the device."""

@@ -1,0 +1,150 @@
+"""From a step number to micro-batches: which rows it trains on, their labels and boundaries, as this rank needs them.
+
+Everything is a pure function of (config, data, step): each data-parallel rank and each pipeline stage makes its own
+without talking. Batch warm-up counts nominal tokens (rows x the mean tokens a row), so its row counts are a closed
+form. host_batches.py makes a micro-batch in host memory, here or in a loader's worker; what is left to do here is to
+put it on the device and to say where its chunks begin and end."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ettin.batching.host import HostBatches
+from megatron_ettin.batching.loader import LoadedBatch
+from megatron_ettin.batching.objectives import Labeller, corpus_labeller
+from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batch_group
+from megatron_ettin.config.objectives import IGNORE, KINDS
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.blended_dataset import Corpus, Row
+from megatron_ettin.model.dropout import step_key
+from megatron_ettin.model.packed import PackedRows, pack_rows
+from megatron_ettin.parallel.layout import Layout, Topology
+from megatron_ettin.platform.transfer import to_device
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass on this rank: this rank's slices of them."""
+
+    input_ids: torch.Tensor  # [rows, buffer tokens / cp]
+    labels: torch.Tensor  # [n]
+    at: torch.Tensor  # [n] their flat positions in input_ids
+    causal_labels: int  # how many of them are of causal rows, which come first
+    packed: PackedRows
+    tokens: int  # that are no padding
+    pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
+
+
+def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1) -> int:
+    """Row length on the device: seq_len rounded up to what `token_multiple` says."""
+    multiple = token_multiple(topology, precision_multiple)
+    return -(-seq_len // multiple) * multiple
+
+
+def token_multiple(topology: Topology, precision_multiple: int = 1) -> int:
+    """Return what tokens are a multiple of so that every axis divides them, and each slice of them that a rank has what
+    the precision quantises in blocks."""
+    blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
+    return math.lcm(blocks * topology.cp, topology.tp * topology.cp)
+
+
+def row_tokens(config: Config, topology: Topology) -> int:
+    """Tokens of a run's row on the device, padding included."""
+    return buffer_tokens(config.data.seq_len, topology, PRECISIONS[config.precision.name].multiple)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Micro-batches of any step for one data-parallel rank."""
+
+    config: Config
+    corpus: Corpus
+    sizes: BatchSizes
+    label: Labeller
+    kinds: RowKinds
+    layout: Layout
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: Config, corpus: Corpus, layout: Layout, device: torch.device) -> Batches:
+        sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
+        kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
+        return cls(config, corpus, sizes, corpus_labeller(config, corpus), kinds, layout, device)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row on the device, padding included."""
+        return row_tokens(self.config, self.layout.topology)
+
+    @functools.cached_property
+    def host(self) -> HostBatches:
+        """The part that needs no device."""
+        topology, config = self.layout.topology, self.config
+        fixed = has_fixed_shapes(config)
+        flat = config.data.batching == "padded" and not fixed
+        return HostBatches(
+            self.corpus,
+            self.sizes,
+            self.label,
+            self.kinds,
+            config.windows,
+            self.row_tokens,
+            full_split(config, topology.dp).size if fixed else config.batch.micro_batch_rows,
+            topology.dp,
+            self.layout.dp_rank,
+            micro_batch_group(config),
+            fixed,
+            token_multiple(topology, PRECISIONS[config.precision.name].multiple) if flat else 0,
+            flat and topology.pp > 1,
+        )
+
+    def micro_batch_count(self, step: int) -> int:
+        """Micro-batches a rank runs at `step`; whole groups of pipeline ranks under the interleaved schedule."""
+        return self.host.count(step)
+
+    def step(self, step: int, loaded: Iterable[LoadedBatch] | None = None) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of `step` in order, from a loader or made here."""
+        key = step_key(self.config.run.seed, self.config.run.phase, step)
+        if loaded is None:
+            loaded = (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
+        return (self.on_device(batch, key) for batch in loaded)
+
+    def held_out(self, rows: Sequence[Row | None], least: int = 0) -> MicroBatch:
+        """Rows of an evaluation, all of one kind; None is an empty row. `least`: see `HostBatches.lay_out`."""
+        causal = len(rows) if KINDS[self.kinds.kinds[0]].causal else 0
+        return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal, least)), dropout_key=0)
+
+    def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
+        """Tensors on the device, without waiting for it."""
+        host = batch.host
+        context = self.layout.cp_rank, self.layout.topology.cp
+        packed = pack_rows(
+            host.lengths,
+            host.input_ids.shape[1],
+            self.device,
+            host.slots,
+            dropout_key,
+            host.causal_places,
+            context,
+            host.flat,
+        )
+        ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
+        labels = batch.labels[:, ours].reshape(-1)
+        at = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
+        return MicroBatch(
+            to_device(batch.input_ids[:, ours], self.device),
+            to_device(labels[at], self.device),
+            to_device(at, self.device),
+            packed.causal_part(at),
+            packed,
+            host.tokens,
+            host.pairs,
+        )

@@ -1,0 +1,144 @@
+"""The part of making a micro-batch that needs no device: which rows, their labels, laid out in arrays.
+
+A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
+starts at once. Rows are spread evenly over ranks and micro-batches (config/row_split.py); a place that is left over is
+an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` places each; those of padded batching
+are laid end to end, and the padding at the micro-batch's end is all that is computed for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import RankError
+from megatron_ettin.batching.objectives import Labeller
+from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.config.flops import attended_pairs
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.row_split import RowSplit
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.blended_dataset import Corpus, Row
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Rows of one forward pass in host memory; arrays [rows, buffer tokens], or [1, tokens] of rows laid end to end."""
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    lengths: tuple[tuple[int, ...], ...]  # of the chunks of each row of the arrays
+    slots: tuple[int, ...]  # of each row within the step; laid end to end each is a chunk of the only row
+    tokens: int  # that are no padding
+    pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
+    causal_places: int  # the first so many places of the arrays are of causal rows
+    flat: bool = False  # rows, of a chunk each, are laid end to end
+
+
+@dataclass(frozen=True)
+class HostBatches:
+    """Micro-batches of any step for one data-parallel rank. Pickles small: it travels to worker processes."""
+
+    corpus: Corpus
+    sizes: BatchSizes
+    label: Labeller
+    kinds: RowKinds
+    windows: Mapping[bool, int]  # of a local layer: of causal rows (True) and of others
+    row_tokens: int  # of a row on the device, padding included
+    micro_batch_rows: int  # at most
+    dp: int
+    dp_rank: int
+    group: int  # a rank runs a multiple of so many micro-batches
+    fixed: bool = False  # micro-batches of exactly `micro_batch_rows` places, whatever the step's rows
+    flat_multiple: int = 0  # rows laid end to end, tokens a multiple of it; 0: each in `row_tokens` places
+    equal: bool = False  # all micro-batches of a step have equally many tokens, as pipeline stages need
+
+    def split(self, rows: int) -> RowSplit:
+        """Return how so many rows are shared out over ranks and micro-batches."""
+        return RowSplit.of(rows, self.dp, self.micro_batch_rows, self.group, self.fixed)
+
+    def count(self, step: int) -> int:
+        """Micro-batches that a rank runs at `step`."""
+        return self.split(self.sizes.size_at(step)).count
+
+    def make(self, step: int, index: int) -> HostBatch:
+        """This rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
+        first, end = self.sizes.span(step)
+        split = self.split(end - first)
+        slots, rows = self.share(split, index, first)
+        least = self.longest(split, range(split.count), first) if self.equal else 0
+        return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step), least)
+
+    def longest(self, split: RowSplit, indices: Iterable[int], first: int = 0) -> int:
+        """Return the real tokens of the longest of these micro-batches of this rank."""
+        found = 0
+        for index in indices:
+            places = self.corpus.place_of([first + slot for slot in split.slots(self.dp_rank, index)])
+            found = max(found, int(self.corpus.tokens_at(places).sum()) if len(places) else 0)
+        return found
+
+    def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
+        """This rank's places of micro-batch `index` and their rows, None for an empty one; `first`: number of the
+        split's first row within the run. Raises RankError where the data cannot be read."""
+        slots = split.slots(self.dp_rank, index)
+        rows = self.rows([first + slot for slot in slots])
+        return range(slots.start, slots.start + split.size), [*rows, *[None] * (split.size - len(rows))]
+
+    def rows(self, positions: Sequence[int]) -> list[Row]:
+        """The run's rows of these numbers. Raises RankError where the data cannot be read."""
+        real = self.corpus.place_of(positions).tolist()
+        try:
+            rows = self.corpus.rows(real) if real else []
+        except OSError as error:
+            raise RankError(
+                f"{error.filename or 'data'}: cannot be read any more ({error.strerror or error})"
+            ) from None
+        except IndexError as error:
+            raise RankError(f"data: {error} at positions {real}: a row plan or an order is damaged") from None
+        for row in rows:
+            self._check(row)
+        return rows
+
+    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, least: int = 0) -> HostBatch:
+        """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal. Laid end to end
+        they have at least `least` tokens, padding included."""
+        lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
+        causal_rows = sum(slot < causal_slots for slot in slots)
+        tokens, pairs = [], np.zeros(2, np.int64)
+        for causal, part in ((True, lengths[:causal_rows]), (False, lengths[causal_rows:])):
+            real = np.array([n for row in part for n in row], dtype=np.int64)
+            tokens.append(int(real.sum()))
+            pairs += [attended_pairs(real, causal, window).sum() for window in (None, self.windows[causal])]
+        if self.flat_multiple:
+            places = max(1, -(-max(sum(tokens), least) // self.flat_multiple)) * self.flat_multiple
+            starts, shape = np.cumsum([0, *map(sum, lengths)]), (1, places)
+            causal_places = tokens[0] if causal_rows < len(rows) else places
+        else:
+            starts, shape = np.arange(len(rows)) * self.row_tokens, (len(rows), self.row_tokens)
+            causal_places = causal_rows * self.row_tokens
+        input_ids, labels = np.full(shape, self.corpus.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+        for row, slot, start in zip(rows, slots, starts.tolist(), strict=False):
+            if row is not None:
+                own = slice(start, start + len(row.tokens))
+                kind = self.kinds.of_slot(slot, causal_slots)
+                found = self.label(row.tokens, row.lengths, row.position, kind)
+                input_ids.reshape(-1)[own], labels.reshape(-1)[own] = found
+        all_pairs = int(pairs[0]), int(pairs[1])
+        if self.flat_multiple:
+            lengths = (tuple(n for row in lengths for n in row),)
+            slots = [slot for row, slot in zip(rows, slots, strict=True) if row is not None for _ in row.lengths]
+        return HostBatch(
+            input_ids, labels, lengths, tuple(slots), sum(tokens), all_pairs, causal_places, self.flat_multiple > 0
+        )
+
+    def _check(self, row: Row) -> None:
+        """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""
+        largest, smallest = (int(row.tokens.max()), int(row.tokens.min())) if len(row.tokens) else (0, -1)
+        if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or smallest < 0:
+            raise RankError(
+                f"dataset {self.corpus.datasets[row.source].path}: row {row.row} (chunks {row.chunks.tolist()[:8]}) has"
+                f" {len(row.tokens)} tokens, the largest {largest}; a row holds {self.row_tokens}, the vocabulary ends"
+                f" with {self.corpus.vocab_size - 1}: damaged; `ettin inspect --verify` tells where"
+            )

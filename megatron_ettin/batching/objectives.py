@@ -1,0 +1,130 @@
+"""Inputs and labels of a row, for each kind of row (config/objectives.py).
+
+`mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
+80 % become [MASK], half of the rest a uniformly random id, the others stay), its random numbers a hash of (seed,
+phase, position in the data order, token): the same masks on every layout and after every resume.
+`clm` shifts by one inside each chunk; the last token of a chunk predicts nothing.
+`mntp` masks as `mlm` does, and the position before a masked token predicts it; a chunk's first token is never masked,
+for nothing before it could."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.config.objectives import IGNORE, OBJECTIVES
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.hashing import key64, mix64
+
+MASKED, RANDOM = 0.8, 0.1
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Everything that labels depend on besides the row, its position and its kind. `kinds`: of the objective."""
+
+    kinds: tuple[str, ...]
+    probability: float
+    seed_key: int
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    mask_id: int | None
+
+    def __call__(
+        self, tokens: np.ndarray, lengths: np.ndarray, position: int, kind: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """tokens [n] of whole chunks with these lengths -> input ids [n], labels [n] (int64, -100 where none).
+        `kind`: one of `kinds`, needed where there are several."""
+        if kind is None:
+            (kind,) = self.kinds
+        return LABELLERS[kind](self, tokens.astype(np.int64), lengths, position)
+
+
+def labeller(
+    objective: str,
+    probability: float,
+    seed: int,
+    phase: str,
+    vocab_size: int,
+    special_ids: Sequence[int],
+    mask_id: int | None,
+) -> Labeller:
+    """The labeller of a run. Raises UserError where the tokenizer has no mask token and the objective needs one."""
+    if OBJECTIVES[objective].needs_mask_token and mask_id is None:
+        raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
+    return Labeller(
+        OBJECTIVES[objective].kinds, probability, key64("mlm", seed, phase), vocab_size, tuple(special_ids), mask_id
+    )
+
+
+def mask_tokens(
+    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masked language modelling; see the module docstring."""
+    return _masked(rule, tokens, position, rule.special_ids, None)
+
+
+def mask_next_tokens(
+    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masked next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
+    inputs, labels = _masked(rule, tokens, position, rule.special_ids, np.cumsum(lengths) - lengths)
+    return inputs, np.append(labels[1:], IGNORE)
+
+
+def _masked(
+    rule: Labeller, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs with masks, and the tokens that were chosen; those of `kept_ids` and at `kept_places` never are."""
+    row_key = mix64(np.array([position], dtype=np.uint64) ^ np.uint64(rule.seed_key))
+    draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
+    chosen = _uniform(draw) < rule.probability
+    chosen &= ~np.isin(tokens, kept_ids)
+    if kept_places is not None:
+        chosen[kept_places] = False
+    fate, word = mix64(draw ^ np.uint64(0x5851F42D4C957F2D)), mix64(draw ^ np.uint64(0x14057B7EF767814F))
+    kind = _uniform(fate)
+    assert rule.mask_id is not None  # `labeller` has seen to it
+    inputs = np.where(chosen & (kind < MASKED), rule.mask_id, tokens)
+    random_ids = (_uniform(word) * rule.vocab_size).astype(np.int64)
+    inputs = np.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), random_ids, inputs)
+    return inputs, np.where(chosen, tokens, IGNORE)
+
+
+def shift_tokens(
+    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Causal language modelling: labels[i] is the token at i + 1 of the same chunk."""
+    labels = np.append(tokens[1:], IGNORE)
+    labels[np.cumsum(lengths) - 1] = IGNORE
+    return tokens, labels
+
+
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    """uint64 -> float64 in [0, 1), the upper 53 bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+LABELLERS: dict[str, Callable[[Labeller, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
+    "mlm": mask_tokens,
+    "clm": shift_tokens,
+    "mntp": mask_next_tokens,
+}
+
+
+def corpus_labeller(config: Config, corpus: Corpus, probability: float | None = None) -> Labeller:
+    """The labeller of a run on this corpus. Raises UserError where the vocabularies differ."""
+    if corpus.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
+            f" set model.vocab_size={corpus.vocab_size} or prepare the data with the model's tokenizer"
+        )
+    chance = config.data.mlm_probability if probability is None else probability
+    return labeller(
+        config.run.objective, chance, config.run.seed, config.run.phase, corpus.vocab_size, corpus.special_ids,
+        corpus.mask_id,
+    )  # fmt: skip

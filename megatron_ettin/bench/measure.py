@@ -1,0 +1,184 @@
+"""Timing training steps of a run as `ettin train` does them: the same assembly, loader and step, nothing written.
+
+Warm-up steps first, then steps whose seconds count, then two with timers in them for the phases of a step, which are
+not counted: timers cost a little themselves; where no device counts its allocations one more, whose tensors are."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ettin.batching.batches import Batches
+from megatron_ettin.batching.loader import LoadedBatch, Loader, worker_count
+from megatron_ettin.bench.timers import COMMUNICATION, PhaseTimers
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.model.config import DTYPES
+from megatron_ettin.parallel.layout import AXES, axes_of_groups, destroy_model_parallel
+from megatron_ettin.parallel.rendezvous import Place, join, leave
+from megatron_ettin.platform import Platform
+from megatron_ettin.platform.comm_volume import Traffic
+from megatron_ettin.platform.live_tensors import LiveTensors
+from megatron_ettin.train.setup import Machine, assemble
+from megatron_ettin.train.step import StepInfo, train_step
+
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Steps of a measurement."""
+
+    warm_up: int
+    counted: int
+
+
+def measure(config: Config, corpus: Any, place: Place, platform: Platform, lengths: Lengths) -> dict[str, Any]:
+    """Figures of one run on all ranks, equal on every rank. Raises UserError, or torch's error of a full device."""
+    machine = None
+    platform.forget_peak_memory()
+    try:
+        join(place, platform)
+        machine = assemble(config, platform, place.world)
+        return measured(machine, corpus, lengths)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # its frames hold the groups, and the other ranks wait in them
+        raise
+    finally:
+        if machine is not None:
+            machine.close()
+        machine = None
+        destroy_model_parallel()
+        leave()
+
+
+def measured(machine: Machine, corpus: Any, lengths: Lengths) -> dict[str, Any]:
+    """Figures of a machine's steps."""
+    platform, config = machine.platform, machine.config
+    batches = Batches.of(config, corpus, machine.layout, platform.device)
+    workers = worker_count(config.data.workers, platform.is_gpu)
+    timed_from = lengths.warm_up + lengths.counted
+    end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
+    loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
+    try:
+        infos, guard = [], guard_of(machine)
+        for step in range(timed_from):  # no comprehension: its closure would keep the machine of a step that fails
+            infos.append(train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step), guard))
+        phases, sent = timed(machine, batches, loader, timed_from)
+        tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
+    finally:
+        loader.close()
+    return figures(machine, infos[lengths.warm_up :], phases, sent, tensors)
+
+
+def guard_of(machine: Machine) -> Guard:
+    """Return the guard that `ettin train` runs: it decides whether the update waits for the step's figures."""
+    assert machine.optimizer is not None
+    return Guard(machine.config.resilience, (), machine.optimizer.can_skip)
+
+
+def out_of_memory() -> type[BaseException]:
+    """What torch raises where a device's memory does not suffice."""
+    return torch.OutOfMemoryError
+
+
+def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds of a step's phases on this rank and what they leave over, bytes that it gives to each axis's groups)."""
+    timers, traffic = PhaseTimers(machine.platform), Traffic(axes_of_groups())
+    settings = machine.chunks[0].config
+    optimizer: Any = machine.optimizer
+    prepare, update = optimizer.prepare, optimizer.update
+
+    def timed_as_update(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            timers("optimizer").start()
+            try:
+                function(*arguments)
+            finally:
+                timers("optimizer").stop()
+
+        return call
+
+    settings.timers, settings.barrier_with_L1_time = timers, False
+    optimizer.prepare, optimizer.update = timed_as_update(prepare), timed_as_update(update)
+    try:
+        seconds = 0.0
+        for step in range(first, first + TIMED_STEPS):
+            waited = waiting(loader.step(step), timers)
+            with traffic.watch(timers.communication):
+                info = train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited, guard_of(machine))
+            seconds += info.seconds
+    finally:
+        settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
+    found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
+    found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
+    return found, {axis: sent / TIMED_STEPS for axis, sent in traffic.by_axis().items()}
+
+
+def counted(machine: Machine, batches: Batches, loader: Loader, step: int) -> int:
+    """Bytes of the tensors that live at once at the fullest moment of a step on this rank."""
+    with LiveTensors() as live:
+        guard = guard_of(machine)
+        train_step(machine, batches, step, 0, machine.config.optim.lr, False, loader.step(step), guard)
+    return live.peak_bytes
+
+
+def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
+    while True:
+        timers("data").start()
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        finally:
+            timers("data").stop()
+        yield batch
+
+
+def figures(
+    machine: Machine, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
+) -> dict[str, Any]:
+    """What is kept of the steps."""
+    world, platform = machine.layout.topology.world, machine.platform
+    speeds = [info.step_tokens / info.seconds for info in infos]
+    rates = [info.flops / info.seconds / world for info in infos]
+    dtype = DTYPES[PRECISIONS[machine.config.precision.name].compute]
+    peak, source = platform.peak_flops, f"data sheet of {platform.name}, dense bf16"
+    if peak is None:
+        peak, source = platform.measured_peak_flops(dtype), f"largest matrix product measured here, {dtype}"
+    axes = sorted(set(AXES) | {"all"})
+    # the same names in the same order on every rank
+    parts = {**{COMMUNICATION + axis: 0.0 for axis in axes}, **phases}
+    names = sorted(parts)
+    own = [float(rank == machine.layout.rank) for rank in range(world)]  # every rank's place in a sum over all
+    memory = [one * part for part in (platform.peak_memory_bytes(), tensor_bytes) for one in own]
+    bytes_ = [sent.get(axis, 0.0) for axis in axes]
+    sums = machine.layout.sum_over_world([*(parts[name] for name in names), *bytes_, *memory], platform.device)
+    moved, of_ranks = sums[len(names) :][: len(axes)], sums[len(names) + len(axes) :]
+    middle = statistics.median(speeds)
+    return {
+        "tokens_per_second": middle,
+        "tokens_per_second_per_gpu": middle / world,
+        "tokens_per_second_range": [min(speeds), max(speeds)],
+        "step_seconds": [info.seconds for info in infos],
+        "tflops_per_second_per_gpu": statistics.median(rates) / 1e12,
+        "mfu": statistics.median(rates) / peak,
+        "peak_flops": peak,
+        "peak_source": source,
+        "peak_memory_bytes": int(max(of_ranks[:world])),
+        "peak_tensor_bytes": int(max(of_ranks[world:])),
+        "phase_seconds": {name: value / world for name, value in zip(names, sums, strict=False) if value},
+        "communication_bytes": {axis: value / world for axis, value in zip(axes, moved, strict=True) if value},
+        "layout": str(machine.layout.topology),
+        "attention": machine.chunks[0].config.backend.attention.name,
+        "steps": len(infos),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }

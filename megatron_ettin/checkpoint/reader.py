@@ -1,0 +1,342 @@
+"""Reading torch_dist checkpoints without unpickling anything a checkpoint could abuse.
+
+torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False): either runs whatever
+the file says. Here `.metadata` goes through an allow-list of the dozen classes it needs, and byte entries are refused
+(ours have none). Core has no argument for reader or planner, so `load_strategy` swaps two names of core's module while
+it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import io
+import os
+import pickle
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links, path_in
+from megatron_ettin.checkpoint.pickle_limits import check_pickle
+
+_DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": [
+        *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    ],
+    "torch.distributed.checkpoint.planner": [
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    ],
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo", "_StoragePrefix"],
+    "torch": ["Size", *_DTYPES.split()],
+    "torch.serialization": ["_get_layout"],
+    "collections": ["OrderedDict"],
+    # folders are recorded as the Path they were given as
+    "pathlib": ["PosixPath", "PurePosixPath", "WindowsPath"],
+    "pathlib._local": ["PosixPath", "PurePosixPath", "WindowsPath"],
+}
+# What a damaged or hostile file makes torch and pickle raise.
+_DAMAGE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, ImportError, OverflowError, MemoryError, struct.error, pickle.PickleError),
+)
+
+
+class AllowListed(pickle.Unpickler):
+    """An unpickler that knows the classes of `.metadata` and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, for which a checkpoint has no use")
+        return super().find_class(module, name)
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """A member of an allowed enumeration; a getattr of anything else is refused."""
+    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, for which a checkpoint has no use")
+    return kind[name]
+
+
+def _checked(metadata: Any, path: Path) -> Metadata:
+    """`metadata` if it has the shape torch writes and names files inside the checkpoint only."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise UserError(f"{path}: does not describe a checkpoint (found {type(metadata).__name__})")
+    if not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path}: says nothing of where tensors lie")
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not key.isprintable() or not _is_whole(entry):
+            raise UserError(f"{path}: what it says of {str(key)[:60]!r} is not what torch writes")
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not _is_place(index, info):
+            raise UserError(f"{path}: a place in its files is not what torch writes")
+        path_in(path.parent, info.relative_path, path, nested=True)
+        if getattr(info, "transform_descriptors", None):
+            raise UserError(f"{path}: {index.fqn} is stored through an extension; only plain tensors are read")
+    return metadata
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether an entry has the fields that are read of it; an unpickled object may lack any."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    sizes = [getattr(entry, "size", None)]
+    for chunk in getattr(entry, "chunks", [None]):
+        sizes += [getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)]
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    return isinstance(dtype, torch.dtype) and all(
+        isinstance(one, torch.Size) and len(one) == len(entry.size) and all(n >= 0 for n in one) for one in sizes
+    )
+
+
+def _is_place(index: MetadataIndex, info: Any) -> bool:
+    numbers = [getattr(info, "offset", None), getattr(info, "length", None)]
+    names = [getattr(index, "fqn", None), getattr(info, "relative_path", None)]
+    offset = getattr(index, "offset", None)
+    return (
+        all(isinstance(one, int) and one >= 0 for one in numbers)
+        and all(isinstance(one, str) and one.isprintable() for one in names)  # messages of one line have them
+        and (offset is None or isinstance(offset, torch.Size))
+    )
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        content = path.read_bytes()
+        check_pickle(content)
+        return _checked(AllowListed(io.BytesIO(content)).load(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; this is no torch_dist checkpoint, or a torn one") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: refused: {_one_line(error)}") from None
+
+
+def file_in(folder: Path | str | os.PathLike[str], name: str) -> Path:
+    """A file that `.metadata` names; it was checked for links when that was read."""
+    return path_in(Path(folder), name, Path(folder) / ".metadata", nested=True, links=Links.UNCHECKED)
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader with `.metadata` unpickled from an allow-list, read once, and errors that name the file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._cached: Metadata | None = None
+        self.refusal: UserError | None = None  # torch swallows what read_metadata raises
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._cached is None:
+            try:
+                self._cached = _read_metadata(Path(self.path) / ".metadata")
+            except UserError as error:
+                self.refusal = error
+                raise
+        if self._cached.storage_meta is None:
+            self._cached.storage_meta = StorageMeta()
+        self._cached.storage_meta.load_id = self.load_id
+        return self._cached
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        per_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        done: Any = torch.futures.Future()
+        for name, items in per_file.items():
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)  # from a disk in one go
+            with _naming(file_in(self.path, name)):
+                super().read_data(dataclasses.replace(plan, items=items), planner)
+        done.set_result(None)
+        return done
+
+    def read_chunk(self, index: MetadataIndex) -> torch.Tensor:
+        """One stored tensor, whole."""
+        info = self.read_metadata().storage_data[index]
+        path = file_in(self.path, info.relative_path)
+        with _naming(path), open(path, "rb") as file:
+            return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file raises into an error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the checkpoint is incomplete") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: damaged or refused ({_one_line(error)})") from error
+
+
+class CheckpointReader:
+    """Full tensors of a checkpoint, one at a time, whatever layout wrote them; without a process group."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._reader = SafeReader(self.path)
+        self._metadata = self._reader.read_metadata()
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        entries = self._metadata.state_dict_metadata
+        return sorted(key for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata))
+
+    def byte_entries(self) -> list[str]:
+        """Names of pickled objects; they are never read."""
+        entries = self._metadata.state_dict_metadata
+        return sorted(key for key, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata.get(key)
+        if entry is None:
+            raise UserError(f"{self.path}: no tensor {key!r}; {len(self.keys())} others are there")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{self.path}: {key} is a pickled object, not a tensor; refused")
+        return entry
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._entry(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key).properties.dtype
+
+    def read(self, key: str) -> torch.Tensor:
+        """The full tensor. Memory: the tensor and its largest stored chunk."""
+        entry = self._entry(key)
+        self._check_coverage(key, entry)
+        self._check_sizes(key, entry)
+        if len(entry.chunks) == 1:
+            return self._chunk(key, entry, 0)
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for number, chunk in enumerate(entry.chunks):
+            place = tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes))
+            whole[place] = self._chunk(key, entry, number)
+        return whole
+
+    def _chunk(self, key: str, entry: TensorStorageMetadata, number: int) -> torch.Tensor:
+        chunk = entry.chunks[number]
+        index = MetadataIndex(key, chunk.offsets)
+        if index not in self._metadata.storage_data:
+            raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is stored nowhere")
+        tensor = self._reader.read_chunk(index)
+        file = file_in(self.path, self._metadata.storage_data[index].relative_path)
+        dtype = entry.properties.dtype
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
+            raise UserError(f"{file}: {key} is not the {dtype} tensor {tuple(chunk.sizes)} that .metadata says")
+        return tensor
+
+    def _check_sizes(self, key: str, entry: TensorStorageMetadata) -> None:
+        """Nothing is allocated for what the files are too small to hold."""
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            wanted = chunk.sizes.numel() * entry.properties.dtype.itemsize
+            if info is None or info.length < wanted:
+                raise UserError(f"{self.path / '.metadata'}: a chunk of {key} is not stored as large as it is")
+            file = file_in(self.path, info.relative_path)
+            if file.is_file() and file.stat().st_size < info.offset + info.length:
+                raise UserError(f"{file}: ends before {key}, which .metadata places there; the file is torn")
+
+    def _check_coverage(self, key: str, entry: TensorStorageMetadata) -> None:
+        """Chunks must tile the tensor: a hole would be read as whatever the memory held."""
+        boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+        volume = sum(torch.Size(sizes).numel() for _, sizes in boxes)
+        inside = all(o >= 0 and o + s <= n for offsets, sizes in boxes for o, s, n in zip(offsets, sizes, entry.size))
+        if volume != entry.size.numel() or not inside or _overlap(boxes):
+            raise UserError(f"{self.path / '.metadata'}: the chunks of {key} do not tile its shape {tuple(entry.size)}")
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    return any(
+        all(a < b + t and b < a + s for a, s, b, t in zip(*first, *second))
+        for number, first in enumerate(boxes)
+        for second in boxes[:number]
+    )
+
+
+def read_common(path: Path) -> Any:
+    """common.pt of a checkpoint, by torch's weights-only unpickler whatever the environment asks for."""
+    file = Path(path) / "common.pt"
+    with _naming(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _cause(failure: CheckpointException, folder: Any) -> UserError:
+    """What went wrong on the first rank that failed, in one line."""
+    error = next(iter(failure.failures.values()))[0]
+    return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {_one_line(error)[:300]}")
+
+
+@contextlib.contextmanager
+def _swapped(module: Any, **names: Any) -> Iterator[None]:
+    kept = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def load_strategy() -> Any:
+    """Core's sharded load strategy on the safe reader and planner, to pass to dist_checkpointing.load."""
+    import megatron.core.dist_checkpointing.strategies.torch as core  # seconds, and no use to convert or inspect
+
+    class SafePlanner(core.MCoreLoadPlanner):  # type: ignore[misc]
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object, not a tensor")
+
+    def reader(path: str | os.PathLike[str], cache_metadata: bool = False) -> SafeReader:
+        return SafeReader(path)
+
+    class SafeLoadStrategy(core.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+        def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+            one = SafeReader(checkpoint_dir)
+            swapped = _swapped(core, _get_filesystem_reader=lambda *_, **__: one, MCoreLoadPlanner=SafePlanner)
+            try:
+                with swapped:
+                    return super().load(sharded_state_dict, checkpoint_dir)
+            except CheckpointException as failure:  # raised on every rank, with the failing ranks' errors inside
+                raise one.refusal or _cause(failure, checkpoint_dir) from failure
+
+        def load_tensors_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with _swapped(core, _get_filesystem_reader=reader):
+                return super().load_tensors_metadata(*args, **kwargs)
+
+        def load_sharded_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with _swapped(core, _get_filesystem_reader=reader):
+                return super().load_sharded_metadata(*args, **kwargs)
+
+    return SafeLoadStrategy()
+
+
+def common_strategy() -> Any:
+    """Core's strategy for common.pt through `read_common`, to pass to dist_checkpointing.load."""
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class SafeCommonStrategy(TorchCommonLoadStrategy):  # type: ignore[misc]
+        def load_common(self, checkpoint_dir: Any) -> Any:
+            return read_common(Path(checkpoint_dir))
+
+    return SafeCommonStrategy()

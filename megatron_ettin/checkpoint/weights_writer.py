@@ -1,0 +1,109 @@
+"""Writing a weights-only torch_dist checkpoint from one process, one tensor in memory at a time.
+
+Core's own save wants process groups and the whole state at once. The format underneath is plain: torch.save of each
+tensor at an offset of a .distcp file, and `.metadata` saying where. Written here directly, it is read by core's
+dist_checkpointing.load at any layout, and an import needs the memory of its largest tensor only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_ettin.base.digests import Entry, digest
+from megatron_ettin.checkpoint.integrity import fsync
+
+FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
+FORMAT = {
+    **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
+    **{"common_backend": "torch", "common_backend_version": 1},
+}
+
+
+def write_weights(
+    staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], common: dict[str, Any], file_bytes: int = FILE_BYTES
+) -> dict[str, Entry]:
+    """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`. Returns
+    the digests of the files of tensors, each computed while the next one is written."""
+    staging = Path(staging)
+    staging.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    file, name = None, ""
+    behind = ThreadPoolExecutor(1, "behind")
+    hashed: dict[str, Future[Entry]] = {}
+
+    def close() -> None:
+        if file is not None:
+            file.close()
+            hashed[name] = behind.submit(_forced_and_hashed, staging / name)
+
+    try:
+        for key, tensor in tensors:
+            if file is None or file.tell() >= file_bytes:
+                close()
+                name = f"__0_{len({info.relative_path for info in places.values()})}.distcp"
+                file = open(staging / name, "wb")  # noqa: SIM115
+            tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
+            first = file.tell()
+            save_tensor(tensor, file)
+            corner = torch.Size([0] * tensor.dim())
+            entries[key] = TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(corner, tensor.shape)]
+            )
+            places[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
+    finally:
+        close()
+        behind.shutdown()
+    _write_metadata(staging, entries, places)
+    torch.save(common, staging / "common.pt")
+    (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
+    return {name: one.result() for name, one in hashed.items()}
+
+
+def _forced_and_hashed(path: Path) -> Entry:
+    entry = digest(path)
+    fsync(path)
+    return entry
+
+
+def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
+    """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there. Without the zip's
+    own checksums: no reader of checkpoints looks at them, and integrity.json has better ones."""
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, file)
+        file.flush()
+    except RuntimeError as error:
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, f"not written whole: {error}") from None
+    finally:
+        torch.serialization.set_crc32_options(wanted)
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    """torch.save writes the whole storage behind a view; what is stored must be the tensor alone."""
+    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def _write_metadata(staging: Path, entries: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
+    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+    metadata.version = CURRENT_DCP_VERSION
+    with open(staging / ".metadata", "wb") as out:
+        pickle.dump(metadata, out)

@@ -1,0 +1,180 @@
+"""Writing a planned checkpoint while training goes on: a thread of every rank writes and hashes this rank's files, from
+copies in host memory, and leaves a mark beside them; a thread of rank 0 finishes once all marks are there.
+
+After the planning nothing is collective, so that nothing waits: marks are files, on the file system that the checkpoint
+is on anyway. Threads and not processes, for a process would outlive a killed rank and its memory be copied once more;
+what takes long (writing, forcing to the disk, hashing) lets go of the interpreter's lock."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_ettin.base.digests import Entry, digest
+from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.checkpoint.local_staging import staging_folder
+from megatron_ettin.checkpoint.weights_writer import save_tensor
+
+MARK = ".written-"  # and the rank
+POLL_SECONDS = 0.05
+
+
+class NotWritten(Exception):
+    """Why a checkpoint could not be written: one line, with the rank and the file."""
+
+
+@dataclass
+class _At:
+    """Which file or folder is being written, for the message of what goes wrong."""
+
+    path: Path
+
+
+@dataclass
+class Plan:
+    """What this rank writes into `folder`. `writer` and `metadata` are core's; the latter is rank 0's alone."""
+
+    folder: Path
+    rank: int
+    world: int
+    writer: Any
+    metadata: Any
+
+    @property
+    def buckets(self) -> list[Any]:
+        """(path, name, (byte items, tensor items)) of each file."""
+        return self.writer.write_buckets or []
+
+    def copy_tensors(self, live: set[int] | None, synchronize: Callable[[], None]) -> None:
+        """Replace every tensor whose storage is in `live` (addresses; None: every one) or on a device by a copy in host
+        memory, for training goes on in place. The others are copies already, which core made of views."""
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_cpu:
+                is_live = live is None or tensor.untyped_storage().data_ptr() in live
+                return tensor.clone() if is_live else tensor
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
+        self.writer.write_buckets = [
+            (path, name, (items, [(item, copied(tensor)) for item, tensor in tensors]))
+            for path, name, (items, tensors) in self.buckets
+        ]
+        synchronize()
+
+    def write(self, local: Path | None = None) -> None:
+        """Write this rank's files and its mark, which says what went wrong where something did. `local`: a folder on
+        this machine's own disk, where they are written first."""
+        mark: dict[str, Any] = {"files": {}, "stored": []}
+        at = _At(self.folder if local is None else local)
+        try:
+            if local is None:
+                self._write_files(self.folder, mark, at)
+            else:
+                with staging_folder(local, self.folder.absolute().parents[1].name) as staging:
+                    self._write_files(staging, mark, at)
+        except Exception as error:
+            mark = {"error": f"rank {self.rank}: {at.path}: {_cause(error)}"}
+            for path, _, _ in self.buckets:  # of no use, and the mark needs room
+                Path(path).unlink(missing_ok=True)
+        self.writer.write_buckets = None  # the copies are no longer needed
+        _place(self.folder / f"{MARK}{self.rank}", mark)
+
+    def _write_files(self, first: Path, mark: dict[str, Any], at: _At) -> None:
+        """Write and hash each file in the folder `first`, and copy it to where it belongs if that is elsewhere."""
+        for path, name, (items, tensors) in self.buckets:
+            at.path = first / name
+            assert not items, "pickled entries"  # state.py leaves them out
+            mark["stored"] += _write_file(at.path, name, tensors)
+            # before it is copied: a digest of the copy would seal whatever the copy is
+            mark["files"][name] = digest(at.path)
+            if at.path != Path(path):
+                _move(at.path, Path(path), mark["files"][name], at)
+
+    def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
+        """On rank 0: wait for all marks, write what core leaves to the coordinator. Returns the digests of the ranks'
+        files. Raises NotWritten, and OSError of its own files."""
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+        marks = [self._mark_of(rank, given_up) for rank in range(self.world)]
+        failed = [mark["error"] for mark in marks if "error" in mark]
+        if failed:
+            raise NotWritten(failed[0])
+        self.writer.finish(self.metadata, [[_result(*stored) for stored in mark["stored"]] for mark in marks])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+        for rank in range(self.world):
+            (self.folder / f"{MARK}{rank}").unlink()
+        return {name: entry for mark in marks for name, entry in mark["files"].items()}
+
+    def _mark_of(self, rank: int, given_up: Callable[[], bool]) -> dict[str, Any]:
+        path = self.folder / f"{MARK}{rank}"
+        while not path.exists():
+            if given_up():
+                raise NotWritten(f"rank {rank} had not written its part when the run ended")
+            time.sleep(POLL_SECONDS)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if text else {"error": f"rank {rank}: ENOSPC, the disk is full"}
+
+
+def _write_file(path: Path, name: str, tensors: list[Any]) -> list[list[Any]]:
+    """One file of tensors, forced to the disk. Returns where each lies: name, offset and number of the piece (as in
+    MetadataIndex), file, first byte, bytes."""
+    stored = []
+    with open(path, "wb") as stream:
+        for item, tensor in tensors:
+            first = stream.tell()
+            save_tensor(tensor, stream)
+            offset = None if item.index.offset is None else list(item.index.offset)
+            stored.append([item.index.fqn, offset, item.index.index, name, first, stream.tell() - first])
+        os.fsync(stream.fileno())
+    return stored
+
+
+def _result(fqn: str, offset: Any, number: Any, name: str, first: int, length: int) -> WriteResult:
+    """As core wants to have it."""
+    index = MetadataIndex(fqn, None if offset is None else torch.Size(offset), number)
+    return WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(name, first, length))
+
+
+def _move(source: Path, target: Path, written: Entry, at: _At) -> None:
+    """Copy a file to another file system and remove it here. Raises OSError where the copy is not what was written."""
+    at.path = target
+    shutil.copyfile(source, target)
+    fsync(target)
+    if digest(target) != written:
+        raise OSError(errno.EIO, f"the copy is not what was written to {source}")
+    source.unlink()
+
+
+def _cause(error: BaseException) -> str:
+    """torch tells of a full disk as an error of its zip writer."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return f"{errno.errorcode.get(seen.errno or 0, 'error')}, {seen.strerror or seen}"
+        seen = seen.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _place(path: Path, mark: dict[str, Any]) -> None:
+    """A few bytes, which a full disk may still refuse: then rank 0 learns of it when the run ends."""
+    beside = path.with_name(f".tmp{path.name}")
+    try:
+        beside.write_text(json.dumps(mark), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        for left in (beside, path):
+            left.unlink(missing_ok=True)
+        path.touch()  # an empty file takes no block

@@ -1,1 +1,0 @@
-"""Releasing every checkpoint of a run as revisions of one Hugging Face repository."""

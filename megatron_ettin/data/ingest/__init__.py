@@ -1,1 +1,0 @@
-"""Text and tokens from anywhere -> an indexed dataset: inputs, tasks, the engine that runs them, publishing."""

@@ -1,0 +1,1 @@
+"""Orders that are given in files instead of drawn."""

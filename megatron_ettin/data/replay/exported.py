@@ -1,0 +1,160 @@
+"""Rows of an order that `ettin order --out` exported: each chunk a line, lines of one (step, slot) a row.
+
+Read batch by batch, in the sequence of the lines. Datasets are known by the fingerprint that the file notes, so that
+they may have moved; a file without that note (written by something else) knows them by path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.replay.files import GivenRows, OrderFiles, metadata_of, one_line, open_parquet
+
+BATCH_LINES = 1 << 18
+COLUMNS = ("step", "slot", "dataset", "chunk")
+ROW_COLUMN = "row"  # not needed; carried into the table of `ettin order` where it is there
+
+Int64Array = npt.NDArray[np.int64]
+Lines = dict[str, Int64Array]  # COLUMNS and ROW_COLUMN, the dataset as its place in the mixture
+
+
+def exported_rows(
+    files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
+) -> Iterator[GivenRows]:
+    """The rows of the files in order. Raises UserError naming file, step and slot of what does not fit; `missing`
+    does not matter: a chunk that its dataset does not have is an error of the file."""
+    first, last = 0, (-1, -1)
+    for path in files.paths:
+        notes = metadata_of(path)
+        check_notes(path, notes, seq_len, batching)
+        for lines in whole_rows(path, datasets, notes.get("datasets") or {}):
+            rows = rows_of(path, lines, datasets, seq_len, batching, last)
+            last = int(lines["step"][-1]), int(lines["slot"][-1])
+            if ROW_COLUMN not in lines:
+                rows = replace(rows, rows=np.arange(first, first + len(rows.counts)))
+            first += len(rows.counts)
+            yield replace(rows, nominal_tokens=notes.get("mean_tokens_per_row"))
+
+
+def check_notes(path: Path, notes: dict[str, Any], seq_len: int, batching: str) -> None:
+    for key, ours in (("seq_len", seq_len), ("batching", batching)):
+        theirs = notes.get(key, ours)
+        if theirs != ours:
+            raise UserError(f"data.order: {path} was exported with data.{key}={theirs}, this run has {ours}")
+
+
+def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, str]) -> Iterator[Lines]:
+    """The lines of a file in batches that end where a row ends."""
+    import pyarrow
+
+    file = open_parquet(path)
+    names = [*COLUMNS, *([ROW_COLUMN] if ROW_COLUMN in file.schema_arrow.names else [])]
+    sources: dict[str, int] = {}
+    held: Lines = {name: np.zeros(0, np.int64) for name in names}
+    try:
+        for batch in file.iter_batches(BATCH_LINES, columns=names):
+            lines = {}
+            for name in names:
+                column = batch.column(name)
+                if column.null_count:
+                    raise UserError(f"data.order: {path}: a null in column {name}")
+                if name == "dataset":
+                    column = places_of(path, column, datasets, fingerprints, sources)
+                lines[name] = np.concatenate([held[name], np.asarray(column).astype(np.int64)])
+            cut = last_row_begins(lines)
+            held = {name: values[cut:] for name, values in lines.items()}
+            if cut:
+                yield {name: values[:cut] for name, values in lines.items()}
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"data.order: {path}: damaged ({one_line(error)})") from None
+    if len(held["step"]):
+        yield held
+
+
+def last_row_begins(lines: Lines) -> int:
+    """Where the lines of the last (step, slot) begin."""
+    others = np.flatnonzero((lines["step"] != lines["step"][-1]) | (lines["slot"] != lines["slot"][-1]))
+    return int(others[-1]) + 1 if others.size else 0
+
+
+def places_of(
+    path: Path, column: Any, datasets: Sequence[Dataset], fingerprints: dict[str, str], known: dict[str, int]
+) -> Int64Array:
+    """The place in the mixture of each line's dataset. `known` remembers those found before."""
+    import pyarrow
+
+    encoded = column if pyarrow.types.is_dictionary(column.type) else column.dictionary_encode()
+    table = []
+    for name in encoded.dictionary.to_pylist():
+        if name not in known:
+            known[name] = place_of(path, name, datasets, fingerprints.get(name))
+        table.append(known[name])
+    return np.asarray(table, np.int64)[np.asarray(encoded.indices).astype(np.int64)]
+
+
+def place_of(path: Path, name: str, datasets: Sequence[Dataset], fingerprint: str | None) -> int:
+    for place, dataset in enumerate(datasets):
+        if dataset.fingerprint == fingerprint if fingerprint else same_folder(dataset.path, name):
+            return place
+    told = f" (fingerprint {fingerprint[:12]})" if fingerprint else ""
+    raise UserError(
+        f"data.order: {path}: trains on dataset {name}{told}, which data.mixture does not have; it has "
+        + ", ".join(f"{dataset.path} ({dataset.fingerprint[:12]})" for dataset in datasets)
+    )
+
+
+def same_folder(path: Path, name: str) -> bool:
+    return str(path) == name or path.resolve() == Path(name).resolve()
+
+
+def rows_of(
+    path: Path, lines: Lines, datasets: Sequence[Dataset], seq_len: int, batching: str, last: tuple[int, int]
+) -> GivenRows:
+    """Whole rows from their lines, checked. `last`: step and slot of the row before them."""
+    step, slot, source, chunks = (lines[name] for name in COLUMNS)
+    before_step, before_slot = np.append(last[0], step[:-1]), np.append(last[1], slot[:-1])
+    begins = (step != before_step) | (slot != before_slot)
+    begins[0] = True
+    back = np.flatnonzero((step < before_step) | ((step == before_step) & (slot < before_slot)))
+    if (step[0], slot[0]) == last:
+        back = np.zeros(1, np.int64)
+    if back.size:
+        i = int(back[0])
+        raise UserError(
+            f"data.order: {path}: step {step[i]} slot {slot[i]} comes after step {before_step[i]} slot"
+            f" {before_slot[i]}; its lines must be sorted by step and slot"
+        )
+    starts = np.flatnonzero(begins)
+    counts = np.diff(np.append(starts, len(step)))
+    lengths = np.empty(len(chunks), np.int64)
+    for s in np.unique(source).tolist():
+        chosen = np.flatnonzero(source == s)
+        outside = chosen[(chunks[chosen] < 0) | (chunks[chosen] >= datasets[s].num_chunks)]
+        if outside.size:
+            i = int(outside[0])
+            raise UserError(
+                f"data.order: {path}: step {step[i]} slot {slot[i]} has chunk {chunks[i]} of {datasets[s].path}, which"
+                f" has {datasets[s].num_chunks:,} chunks"
+            )
+        lengths[chosen] = datasets[s].lengths_of(chunks[chosen])
+    if batching == "padded":
+        lengths = np.minimum(lengths, seq_len)
+    tokens = np.add.reduceat(lengths, starts)
+    mixed = np.maximum.reduceat(source, starts) != np.minimum.reduceat(source, starts)
+    faults = {
+        "has chunks of two datasets": mixed,
+        f"has more tokens than data.seq_len={seq_len}": tokens > seq_len,
+        "has several chunks, and data.batching=padded puts one in a row": (counts > 1) & (batching == "padded"),
+    }
+    for fault, found in faults.items():
+        if found.any():
+            i = int(starts[np.flatnonzero(found)[0]])
+            raise UserError(f"data.order: {path}: the row of step {step[i]} slot {slot[i]} {fault}")
+    return GivenRows(source[starts], counts, chunks, tokens, lines.get(ROW_COLUMN, step)[starts])

@@ -1,0 +1,195 @@
+"""Rows of a published order: samples of token ids, found again in the datasets by their content.
+
+A streaming join: hash every sample of the files, then scan the datasets once and look each chunk's hash up. In memory
+are about 32 bytes a sample (its hash, its place by hash, its chunk twice) and a batch of either side. Special tokens
+around a sample or chunk do not count, nor what is beyond the tokens that a row can hold, since trainers differ in what
+they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of them is
+matched falsely is some 5 %. Equal samples get the first chunk that has their content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
+from megatron_ettin.data.indexed import open_shard
+from megatron_ettin.data.manifest import TokenizerRecord, shard_file
+from megatron_ettin.data.packing import pack
+from megatron_ettin.data.replay.files import GivenRows, OrderFiles, one_line, open_parquet
+
+WINDOW_SAMPLES = 4_096  # consecutive samples that are packed together
+BATCH_TOKENS = 1 << 21  # hashed at once: some 100 MB of intermediate arrays
+SPREAD_SAMPLES = 1 << 20
+NOT_FOUND = -1
+SOURCE_SHIFT = 44  # a chunk's place as one number: source << 44 | chunk
+
+Int64Array = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.integer]
+
+
+def published_rows(
+    files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
+) -> Iterator[GivenRows]:
+    """The rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
+
+    Raises UserError where samples have no chunk, unless `missing` is "skip"."""
+    longest = max(datasets, key=lambda dataset: dataset.manifest.longest_chunk_tokens)
+    if batching == "packed" and longest.manifest.longest_chunk_tokens > seq_len:
+        raise UserError(
+            f"dataset {longest.path}: chunks of {longest.manifest.longest_chunk_tokens} tokens do not fit rows of"
+            f" data.seq_len = {seq_len}; raise seq_len or use data.batching=padded, which cuts them"
+        )
+    tokenizer = datasets[0].manifest.tokenizer
+    samples = [open_parquet(path).metadata.num_rows for path in files.paths]
+    hashes = np.empty(sum(samples), np.uint64)
+    for path, end, count in zip(files.paths, np.cumsum(samples).tolist(), samples, strict=True):
+        hashes[end - count : end] = sample_hashes(path, tokenizer, seq_len)
+    found = find_chunks(hashes, datasets, seq_len)
+    lost = np.flatnonzero(found == NOT_FOUND)
+    if lost.size and (missing == "error" or lost.size == found.size):
+        ends = np.cumsum(samples)
+        file = int(np.searchsorted(ends, lost[0], side="right"))
+        place = int(lost[0] - (ends[file] - samples[file]))
+        row = int(steps_order(files.paths[file])[place])
+        raise UserError(
+            f"data.order: {lost.size:,} of {found.size:,} samples are in no dataset of data.mixture"
+            f" ({100 * (1 - lost.size / found.size):.2f} % are), the first in {files.paths[file]} row {row};"
+            " add their datasets, or leave them out with data.order_missing=skip"
+        )
+    found = found[found != NOT_FOUND]
+    first = 0
+    for begin in range(0, len(found), WINDOW_SAMPLES):
+        window = found[begin : begin + WINDOW_SAMPLES]
+        rows = window_rows(window >> SOURCE_SHIFT, window & ((1 << SOURCE_SHIFT) - 1), datasets, seq_len, batching)
+        numbers = np.arange(first, first + len(rows[1]))
+        first += len(numbers)
+        yield GivenRows(*rows, numbers, skipped_samples=lost.size if begin == 0 else 0)
+
+
+def window_rows(
+    sources: Int64Array, chunks: Int64Array, datasets: Sequence[Dataset], seq_len: int, batching: str
+) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
+    """(source, chunks, chunk numbers, tokens) of the rows of one window, by the first of their samples."""
+    lengths = np.empty(len(chunks), np.int64)
+    row_of, num_rows = np.empty(len(chunks), np.int64), 0
+    for s in np.unique(sources).tolist():
+        of_source = np.flatnonzero(sources == s)
+        lengths[of_source] = np.minimum(datasets[s].lengths_of(chunks[of_source]), seq_len)
+        if batching == "padded":
+            continue
+        for members, counts in pack(lengths[of_source], seq_len):
+            row_of[of_source[members]] = num_rows + np.repeat(np.arange(len(counts)), counts)
+            num_rows += len(counts)
+    if batching == "padded":
+        return sources, np.ones_like(chunks), chunks, lengths
+    _, first_of_row, row = np.unique(row_of, return_index=True, return_inverse=True)
+    leader = first_of_row[row]  # of each sample: the first sample of its row
+    in_order = np.argsort(leader, kind="stable")
+    first, counts = np.unique(leader, return_counts=True)
+    tokens = np.add.reduceat(lengths[in_order], np.cumsum(counts) - counts)
+    return sources[first], counts, chunks[in_order], tokens
+
+
+def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) -> Int64Array:
+    """source << SOURCE_SHIFT | chunk of each sample, or NOT_FOUND. Sorts `hashes` in place."""
+    by_hash = np.argsort(hashes, kind="stable")
+    hashes.sort()
+    found = np.full(len(hashes), NOT_FOUND, np.int64)  # of the first among equal hashes
+    wanted = 1 + int(np.count_nonzero(hashes[1:] != hashes[:-1])) if len(hashes) else 0
+    for source, dataset in enumerate(datasets):
+        for first, of_chunk in chunk_hashes(dataset, seq_len):
+            if wanted == 0:
+                break
+            asked = np.argsort(of_chunk)  # in the order of the table, or each look-up misses every cache
+            place = np.empty(len(of_chunk), np.int64)
+            place[asked] = np.minimum(np.searchsorted(hashes, of_chunk[asked]), len(hashes) - 1)
+            hit = np.flatnonzero((hashes[place] == of_chunk) & (found[place] == NOT_FOUND))[::-1]
+            found[place[hit]] = (source << SOURCE_SHIFT) + first + hit  # of equal chunks the first is written last
+            wanted -= len(np.unique(place[hit]))
+    leader = 0
+    for begin in range(0, len(hashes), SPREAD_SAMPLES):  # to the others of equal hash
+        places = np.arange(begin, min(begin + SPREAD_SAMPLES, len(hashes)))
+        new = (places == 0) | (hashes[places] != hashes[np.maximum(places - 1, 0)])
+        leaders = np.maximum.accumulate(np.where(new, places, leader))
+        found[places] = found[leaders]
+        leader = int(leaders[-1])
+    in_order = np.empty_like(found)
+    in_order[by_hash] = found
+    return in_order
+
+
+def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Array]]:
+    """(first chunk, content hashes) of every chunk, some at a time."""
+    first = 0
+    for record in dataset.manifest.shards:
+        shard = open_shard(shard_file(dataset.path, record, "", Links.UNCHECKED), scattered=False)
+        lengths = np.asarray(shard.chunk_lengths, np.int64)
+        ends = np.cumsum(lengths)
+        begin = 0
+        while begin < len(lengths):
+            start = int(ends[begin] - lengths[begin])
+            end = max(begin + 1, int(np.searchsorted(ends, start + BATCH_TOKENS, side="right")))
+            tokens = shard.tokens[start : int(ends[end - 1])]
+            yield first + begin, content_hashes(tokens, lengths[begin:end], dataset.manifest.tokenizer, seq_len - 2)
+            begin = end
+        first += len(lengths)
+
+
+def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt64Array:
+    """Content hashes of a file's samples, in the order of their steps."""
+    import pyarrow
+
+    file, parts = open_parquet(path), [np.zeros(0, np.uint64)]
+    kind, row = file.schema_arrow.field("input_ids").type, 0
+    nested = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not nested or not pyarrow.types.is_integer(kind.value_type):
+        raise UserError(f"data.order: {path}: column input_ids holds {kind}, wanted lists of token ids")
+    try:
+        for batch in file.iter_batches(max(1, BATCH_TOKENS // seq_len), columns=["input_ids"]):
+            column = batch.column(0).cast(pyarrow.large_list(kind.value_type))
+            if column.null_count:
+                raise UserError(f"data.order: {path}: row {row + int(np.argmin(column.is_valid()))} has no input_ids")
+            lengths = np.asarray(column.value_lengths()).astype(np.int64)
+            parts.append(content_hashes(np.asarray(column.flatten()), lengths, tokenizer, seq_len - 2))
+            row += len(lengths)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"data.order: {path}: damaged ({one_line(error)})") from None
+    return np.concatenate(parts)[steps_order(path)]
+
+
+def steps_order(path: Path) -> Int64Array:
+    """The rows of a file in the order of their `step`; as they stand where it has none."""
+    file = open_parquet(path)
+    if "step" not in file.schema_arrow.names:
+        return np.arange(file.metadata.num_rows)
+    steps = np.asarray(file.read(columns=["step"]).column(0).combine_chunks())
+    return np.argsort(steps, kind="stable")
+
+
+def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRecord, limit: int) -> UInt64Array:
+    """A 64-bit hash of each sequence's own tokens, `limit` of them at most; the sequences stand one after another.
+
+    Without one [CLS] before, any [PAD] and then one [SEP] after."""
+    if len(tokens) == 0:
+        return mix64(np.zeros(len(lengths), np.uint64))
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    start = begins.copy()
+    padded = np.flatnonzero(ends > start)
+    while (padded := padded[tokens[ends[padded] - 1] == tokenizer.pad_id]).size:
+        ends[padded] -= 1
+        padded = padded[ends[padded] > start[padded]]
+    ends -= (ends > start) & (tokens[np.maximum(ends - 1, 0)] == tokenizer.sep_id)
+    start += (ends > start) & (tokens[np.minimum(start, len(tokens) - 1)] == tokenizer.cls_id)
+    ends = np.minimum(ends, start + limit)
+    place = np.arange(len(tokens)) - np.repeat(start, lengths)
+    words = mix64((tokens.astype(np.uint64) << np.uint64(32)) ^ place.astype(np.uint64))
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum(words, out=sums[1:])  # modulo 2**64: a difference of two is the sum between them
+    return mix64(sums[ends] - sums[start] + (ends - start).astype(np.uint64) * np.uint64(GOLDEN))

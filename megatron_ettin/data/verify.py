@@ -1,0 +1,107 @@
+"""Reading every byte of a dataset again: which files are not what the manifest says, and where they are not.
+
+Files are hashed by several threads (hashlib and reads let go of the interpreter's lock). All bad files are told, not
+the first one: a file system that lost one file has often lost more."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ettin.base.checksums import damaged_ranges, digest_of, read_blocks
+from megatron_ettin.base.paths import path_in
+from megatron_ettin.data.manifest import (
+    CHECKSUMS_SUFFIX,
+    FILE_NAME,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    shard_file,
+)
+
+THREADS = 8
+RANGES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One file as it should be."""
+
+    path: Path
+    record: FileRecord
+    blocks: Path | None = None  # the sidecar that has its blocks' digests
+    remedy: str = ""
+    problem: str = ""  # known before reading
+
+
+@dataclass(frozen=True)
+class Verified:
+    problems: list[str]  # one line a bad file
+    files: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        speed = self.bytes / max(self.seconds, 1e-9) / 1e6
+        return f"{self.files} files, {self.bytes:,} bytes in {self.seconds:.1f} s ({speed:,.0f} MB/s)"
+
+
+def verify_files(expected: list[Expected]) -> Verified:
+    """Read them all."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        problems = [problem for problem in pool.map(problem_of, expected) if problem]
+    size = sum(file.record.bytes for file in expected)
+    return Verified(problems, len(expected), size, time.monotonic() - began)
+
+
+def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Expected]:
+    """The files of a dataset, its held-out part included. Raises UserError where a manifest cannot be read."""
+    manifest = manifest or read_manifest(folder)
+    for name, record in manifest.tokenizer_files.items():
+        yield Expected(path_in(folder / "tokenizer", name, folder / FILE_NAME), record)
+    for shard in manifest.shards:
+        blocks = shard_file(folder, shard, CHECKSUMS_SUFFIX)
+        for suffix, record in shard.files.items():
+            yield Expected(shard_file(folder, shard, suffix), record, blocks if suffix != CHECKSUMS_SUFFIX else None)
+    if (folder / "heldout").is_dir():
+        yield from dataset_files(folder / "heldout")
+
+
+def problem_of(file: Expected) -> str | None:
+    """What is wrong with one file, by name and bytes; None where nothing is."""
+    path, record = file.path, file.record
+    if file.problem:
+        return f"{path}: {file.problem}{file.remedy}"
+    try:
+        size = path.stat().st_size
+        if size == record.bytes:
+            found = digest_of(path)
+            return None if found.sha256 == record.sha256 else f"{path}: damaged{ranges(file)}{file.remedy}"
+    except FileNotFoundError:
+        return f"{path}: missing (the manifest lists it with {record.bytes} bytes){file.remedy}"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if size < record.bytes:
+        return f"{path}: truncated, bytes {size} to {record.bytes - 1} are missing{file.remedy}"
+    return f"{path}: changed, {size} bytes, the manifest says {record.bytes}{file.remedy}"
+
+
+def ranges(file: Expected) -> str:
+    """ ", bytes A to B" of the damaged blocks, as far as the sidecar tells."""
+    if file.blocks is None:
+        return ", its sha256 is not the manifest's"
+    suffix = file.path.name.removeprefix(file.blocks.name.removesuffix(CHECKSUMS_SUFFIX))
+    try:
+        places = list(damaged_ranges(read_blocks(file.blocks)[suffix], digest_of(file.path)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return f", its sha256 is not the manifest's ({file.blocks.name}, which has the places, is damaged too)"
+    if not places:
+        return ", its sha256 is not the manifest's"
+    shown = ", ".join(f"{first} to {end - 1}" for first, end in places[:RANGES_SHOWN])
+    more = f" and {len(places) - RANGES_SHOWN} more ranges" if len(places) > RANGES_SHOWN else ""
+    return f", within bytes {shown}{more}"

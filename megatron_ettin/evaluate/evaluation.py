@@ -1,0 +1,183 @@
+"""Loss on held-out rows, in all and by source: the same rows and, for the encoder, the same masks (15 %, whatever the
+run trains with) at every evaluation, so that numbers compare over a run, over phases and between checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ettin.base.counts import counted
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.batching.batches import Batches, MicroBatch
+from megatron_ettin.batching.objectives import corpus_labeller
+from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.mixture import largest_remainder
+from megatron_ettin.data.source_rows import open_by_source
+from megatron_ettin.train.setup import Machine
+from megatron_ettin.train.step import Totals, run_micro_batches
+
+VALIDATION_MLM_PROBABILITY = 0.15
+VALIDATION_SEED, VALIDATION_PHASE = 0, "validation"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean loss over predicted tokens; accuracy of the likeliest token (masked positions of an encoder)."""
+
+    objective: str
+    loss: float
+    labels: int
+    rows: int
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        measure = f"perplexity {self.perplexity:.2f}" if self.objective == "clm" else f"accuracy {self.accuracy:.4f}"
+        return (
+            f"loss {self.loss:.4f} {measure} ({counted(self.labels, 'predicted token')} in {counted(self.rows, 'row')})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the perplexity only of a decoder."""
+        perplexity = {"perplexity": self.perplexity} if self.objective == "clm" else {}
+        return {**dataclasses.asdict(self), **perplexity}
+
+
+@dataclass(frozen=True)
+class Evaluated(Measured):
+    """The whole, and its parts by source: their labels, and their losses times labels, sum to the whole's."""
+
+    sources: dict[str, Measured]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {name: part.to_json() for name, part in self.sources.items()}
+        for part in parts.values():
+            del part["objective"]
+        return {**super().to_json(), "sources": parts}
+
+    def lines(self) -> list[str]:
+        """The whole and, where there are several, each source."""
+        parts = [f"  {name}: {part}" for name, part in self.sources.items()]
+        return [str(self), *(parts if len(parts) > 1 else [])]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to evaluate on, by source, all read in one way."""
+
+    sources: dict[str, Batches]
+    kind: str
+
+    @property
+    def corpus(self) -> Corpus:
+        """Of the first source; tokenizer, vocabulary and row length are everyone's."""
+        return next(iter(self.sources.values())).corpus
+
+    def rows(self, most: int | None) -> list[int]:
+        """Rows of each source to read: all, or `most` of them in proportion and at least one of each."""
+        there = [batches.corpus.num_rows for batches in self.sources.values()]
+        total = sum(there)
+        if most is None or most >= total:
+            return there
+        shares = largest_remainder([rows / total for rows in there], most)
+        return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
+
+
+def open_held_out(machine: Machine, datasets: Mapping[str, str], kind: str, seq_len: int | None = None) -> HeldOut:
+    """Rows of the datasets named, read as `kind` has it, in an order of their own that no run's seed changes. Sources
+    are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
+    UserError."""
+    data = machine.config.data
+    run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
+    length = seq_len or data.seq_len
+    if not 8 <= length <= machine.config.model.max_position_embeddings:
+        most = machine.config.model.max_position_embeddings
+        raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")
+    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=length))
+    sources = {}
+    for name, path in datasets.items():
+        parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
+        for part, corpus in parts.items():
+            label = name if not part else part if len(datasets) == 1 else f"{name}/{part}"
+            sources[label] = held_out_batches(config, machine, corpus)
+    return HeldOut(sources, kind)
+
+
+def held_out_batches(config: Config, machine: Machine, corpus: Corpus) -> Batches:
+    label = corpus_labeller(config, corpus, VALIDATION_MLM_PROBABILITY)
+    sizes = BatchSizes((config.batch.global_batch_rows,), (0,))
+    kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
+    return Batches(config, corpus, sizes, label, kinds, machine.layout, machine.platform.device)
+
+
+def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -> Evaluated:
+    """Forward over `max_rows` rows (all by default), shared out over the sources. Collective; equal on every rank and
+    layout."""
+    rows = held_out.rows(max_rows)
+    machine.settle()
+    for chunk in machine.chunks:
+        chunk.eval()
+    figures: list[float] = []
+    try:
+        with torch.no_grad():
+            for batches, count in zip(held_out.sources.values(), rows, strict=True):
+                totals = Totals()
+                for group in groups_in_order(batches, count):
+                    totals += run_micro_batches(machine, group, len(group), training=False).read()
+                figures += [totals.loss, totals.labels, totals.correct]
+    finally:
+        for chunk in machine.chunks:
+            chunk.train()
+    sums = np.array(machine.layout.sum_over_world(figures, machine.platform.device)).reshape(-1, 3)
+    kind = held_out.kind
+    parts = {name: measured(kind, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)}
+    return Evaluated(**dataclasses.asdict(measured(kind, sums.sum(axis=0), sum(rows))), sources=parts)
+
+
+def measured(objective: str, sums: np.ndarray, rows: int) -> Measured:
+    loss, labels, correct = sums.tolist()
+    return Measured(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
+
+
+def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
+    """This rank's share of the first `rows` rows, the same number of micro-batches on every rank, a few at a time."""
+    host, together = batches.host, 2 * batches.layout.topology.pp
+    split = host.split(rows)
+    for begin in range(0, split.count, together):
+        indices = range(begin, min(begin + together, split.count))
+        least = host.longest(split, indices) if host.equal else 0
+        yield [batches.held_out(host.share(split, index)[1], least) for index in indices]
+
+
+def unigram_loss(train: Corpus, held_out: HeldOut, max_rows: int | None = None) -> float:
+    """Cross entropy, on the positions that `evaluate` predicts, of the training corpus's token frequencies with one
+    added to each: what a model that ignores all context can reach."""
+    counts = np.ones(train.vocab_size, dtype=np.float64)
+    together = 4096  # chunks counted at once: a count over the vocabulary for each would cost more than reading it
+    for dataset in train.datasets:
+        for begin in range(0, dataset.num_chunks, together):
+            chunks = [dataset.chunk(i) for i in range(begin, min(begin + together, dataset.num_chunks))]
+            counts += np.bincount(np.concatenate(chunks), minlength=train.vocab_size)
+    log_probabilities = np.log(counts / counts.sum())
+    total, labels = 0.0, 0
+    for batches, rows in zip(held_out.sources.values(), held_out.rows(max_rows), strict=True):
+        for position in range(rows):
+            row = batches.corpus.row(position)
+            _, targets = batches.label(row.tokens, row.lengths, row.position)
+            targets = targets[targets != IGNORE]
+            total -= float(log_probabilities[targets].sum())
+            labels += len(targets)
+    return total / max(labels, 1)

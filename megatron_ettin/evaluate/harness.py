@@ -1,0 +1,151 @@
+"""Other people's evaluations of an exported folder: lm-evaluation-harness for decoders, mteb for encoders.
+
+Both are extras (`pip install megatron_ettin[harness]`) and neither is imported before it is asked for. Tasks are named,
+or lie in a folder (lm: YAML files with `data_files` of one's own) or a Python file (mteb: its AbsTask classes)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.checkpoint.directory import read_config, resolve
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.convert.hf_folder import is_hf_folder
+from megatron_ettin.platform.device import device_name
+
+HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}  # name -> (module, the objective it is for)
+EXTRA = "pip install megatron_ettin[harness]"
+
+
+READINGS = {"encoder": "mlm", "decoder": "clm"}  # of --as -> the objective of the export
+KINDS_OF_MODEL = {objective: reading for reading, objective in READINGS.items()}
+
+
+def trained_as(path: Path) -> tuple[str, ...]:
+    """Return the exports ("mlm", "clm") that a run, a checkpoint or a Hugging Face folder was trained for; nothing
+    where that cannot be read."""
+    try:
+        if is_hf_folder(path):
+            names = load_json((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+            causal = any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
+            return (("clm",) if causal else ("mlm",)) if names else ()
+        return OBJECTIVES[read_config(resolve(path))["run"]["objective"]].exports
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def check_reading(harness: str, path: Path, reading: str | None) -> None:
+    """Raise UserError where a model would be evaluated as what it was not trained as, unless `reading` asks for it."""
+    needed = HARNESSES[harness][1]
+    kind = KINDS_OF_MODEL[needed]
+    if reading is not None and READINGS[reading] != needed:
+        raise UserError(f"--as {reading}: --harness {harness} is for {kind}s")
+    found = trained_as(path)
+    if not found or needed in found:
+        return
+    if is_hf_folder(path) and harness == "lm":
+        raise UserError(f"--harness lm: {path} holds an encoder's class, which cannot generate; name a decoder's")
+    if reading is None:
+        other = KINDS_OF_MODEL[found[0]]
+        raise UserError(
+            f"--harness {harness}: is for {kind}s, and {path} was trained as {'an' if other[0] in 'aeiou' else 'a'}"
+            f" {other}; --as {kind} evaluates it as what it was not trained as"
+        )
+
+
+def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path, reading: str | None) -> str:
+    """Return the objective that the harness is for. `path`: of the model; `reading`: of --as. Raises UserError."""
+    if harness not in HARNESSES:
+        raise UserError(f"--harness: {harness!r}{nearest(harness, HARNESSES)}; it is one of {', '.join(HARNESSES)}")
+    module, objective = HARNESSES[harness]
+    if not tasks:
+        raise UserError(f"--harness {harness}: name its tasks with --tasks NAME,NAME")
+    if task_path is not None and not task_path.exists():
+        raise UserError(f"--task-path {task_path}: no such file or folder")
+    check_reading(harness, path, reading)
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"--harness {harness}: {module} is not installed; {EXTRA}")
+    return objective
+
+
+def evaluate(
+    harness: str, folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
+) -> dict[str, dict[str, float]]:
+    """Task -> measure -> figure. `limit`: so many examples a task. Raises UserError for tasks that do not exist."""
+    run = {"lm": _lm_eval, "mteb": _mteb}[harness]
+    with contextlib.redirect_stdout(sys.stderr):  # what they print is not the answer
+        return run(folder, tasks, task_path, limit, batch_rows)
+
+
+def _lm_eval(
+    folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
+) -> dict[str, dict[str, float]]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(task_path) if task_path else None)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        close = nearest(unknown[0], manager.all_tasks)
+        raise UserError(
+            f"--tasks: lm-evaluation-harness has no {unknown[0]!r}{close}; --task-path names a folder of more"
+        )
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        # as the paper's decoders were evaluated; chunks begin with this token in training too
+        model_args={"pretrained": str(folder), "add_bos_token": True, "dtype": "float32"},
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        batch_size=batch_rows,
+        device=device_name(),
+    )
+    return {task: _figures(measures) for task, measures in found["results"].items()}
+
+
+def _mteb(
+    folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
+) -> dict[str, dict[str, float]]:
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    own = _tasks_of(task_path) if task_path else {}
+    chosen: list[Any] = []
+    for name in tasks:
+        try:
+            chosen.append(own[name]() if name in own else mteb.get_task(name))
+        except KeyError:
+            hint = nearest(name, own)
+            raise UserError(f"--tasks: mteb has no {name!r}{hint}; --task-path names a Python file of more") from None
+    model = SentenceTransformer(str(folder))
+    found = mteb.evaluate(model, chosen, encode_kwargs={"batch_size": batch_rows}, cache=None)
+    # over all subsets and splits of a task, as mteb weighs them
+    return {result.task_name: {"main_score": float(result.get_score())} for result in found.task_results}
+
+
+def _tasks_of(path: Path) -> dict[str, Any]:
+    """The AbsTask classes of a Python file by name."""
+    from mteb.abstasks import AbsTask
+
+    spec = importlib.util.spec_from_file_location("ettin_tasks", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--task-path {path}: is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kinds: list[Any] = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, AbsTask)]
+    return {kind.metadata.name: kind for kind in kinds if getattr(kind, "metadata", None) is not None}
+
+
+def _figures(measures: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` -> `acc`; names and versions are left out."""
+    return {
+        key.split(",")[0] if key.endswith(",none") else key: float(value)
+        for key, value in measures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

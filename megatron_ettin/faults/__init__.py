@@ -1,0 +1,1 @@
+"""Floor 8: what notices and explains hangs, bad steps, slow ranks and flipped bits."""

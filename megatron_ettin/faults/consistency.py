@@ -1,0 +1,49 @@
+"""Before the first step: do all ranks run the same thing? A node with an older checkout, another dataset under the same
+path or a clock that is off trains on without a word, and the run is lost; here the odd rank is named, with its host."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+import megatron_ettin
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.rank_facts import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.blended_dataset import Corpus
+
+
+def facts_of(config: Config, corpus: Corpus) -> dict[str, str]:
+    """What must be equal on all ranks, by its name in the message."""
+    return {
+        "code of megatron_ettin": f"{megatron_ettin.__version__} ({code_hash()})",
+        "libraries": versions(),
+        "configuration (sha256)": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
+        "data order": corpus.fingerprint[:12],
+        "tokenizer": corpus.tokenizer_fingerprint[:12],
+    }
+
+
+def check_agreement(config: Config, corpus: Corpus) -> None:
+    """Compare all ranks of the default group. Raises UserError, the same on each, naming who differs from the most."""
+    world = dist.get_world_size()
+    if world == 1:
+        return
+    mine = {"host": socket.gethostname(), "facts": facts_of(config, corpus)}
+    ranks: list[Any] = [None] * world
+    dist.all_gather_object(ranks, mine)
+    disagreement = first_difference([rank["host"] for rank in ranks], [rank["facts"] for rank in ranks])
+    if disagreement is not None:
+        raise UserError(disagreement)
+    dist.barrier()
+    now = [0.0] * world
+    dist.all_gather_object(now, time.time())
+    if dist.get_rank() == 0:
+        for line in clock_warnings([rank["host"] for rank in ranks], now):
+            log_warning(line)

@@ -1,0 +1,104 @@
+"""What follows a step whose figures are bad: it is told of, with its rows and documents written down; some end the run.
+
+`RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for the step, `RUN/bad_steps.jsonl` has a line for
+each: a step that was trained again after a restart stands there again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, step_of
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.faults.anomalies import Bad
+from megatron_ettin.metrics import finite
+from megatron_ettin.runs.order_export import write_parquet
+from megatron_ettin.train.progress import Progress
+from megatron_ettin.train.step import StepInfo
+
+FOLDER = "bad_steps"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on for a reason that is nobody's typing mistake (exit 1)."""
+
+
+class BadNumbers(TrainingStopped):
+    """The figures of too many steps, or of the last ones, were bad."""
+
+
+def outcome(config: Config, info: StepInfo, after: Progress) -> str:
+    """What becomes of a bad step: "ignored", "warned", "skipped" or "stopped"."""
+    assert info.bad is not None
+    too_many = after.skipped_in_row > config.resilience.max_skips_in_row
+    known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
+    return known.get(info.bad.action, "stopped" if too_many else "skipped")
+
+
+def record(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: Progress, found: str) -> str:
+    """Write down the step (on one rank); returns the line that tells of it."""
+    assert info.bad is not None
+    rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
+    table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
+    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": found, "why": info.bad.why}
+    entry |= {"loss": finite(info.loss), "grad_norm": finite(info.grad_norm), "lr": info.lr, "rows": list(info.rows)}
+    entry |= {"in_row": after.skipped_in_row, "documents": str(table.relative_to(run_dir)), "time": time.time()}
+    try:
+        table.parent.mkdir(exist_ok=True)
+        write_parquet(table, config, corpus, range(info.step, info.step + 1))
+        with open(run_dir / f"{FOLDER}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        named = f"documents in {table}"
+    except (OSError, UserError) as error:  # a full disk is no reason to end here
+        named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
+    return f"step {info.step}: {info.bad.why}; {consequence(info.bad, after, found)}; {rows}, {named}"
+
+
+def consequence(bad: Bad, after: Progress, found: str) -> str:
+    """In words."""
+    if found == "skipped":
+        return f"the update is left out ({after.skipped_in_row} in a row)"
+    if found in ("ignored", "warned"):
+        return "trained on all the same"
+    in_row = f" after {after.skipped_in_row} in a row" if bad.action == "skip" and after.skipped_in_row else ""
+    return f"the run stops{in_row}. Nothing of this step was saved"
+
+
+def tell(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: Progress, chief: bool) -> None:
+    """Record a bad step and go on, or raise TrainingStopped, the same on every rank."""
+    found = outcome(config, info, after)
+    line = record(run_dir, config, corpus, info, after, found) if chief else f"step {info.step}: stopped"
+    if found == "stopped":
+        raise BadNumbers(line)
+    if chief:
+        # a spike whose update was made is no alarm
+        log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")
+    info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found
+
+
+def way_back(run_dir: Path, progress: Progress) -> str:
+    """Return which checkpoint is the last good one and how to go on from it, in words.
+
+    Weights are known to be good by the step after them. A checkpoint of the last update that was made holds the weights
+    that gave the bad figures.
+    """
+    last_made = progress.step - progress.skipped_in_row
+    steps = [step_of(path) for path in list_checkpoints(run_dir)]
+    good = [step for step in steps if step < last_made]
+    change = "change what led here (a lower optim.lr, data.skip=FIRST:END of the rows)"
+    if last_made in steps:
+        found = f"the weights of {step_name(last_made)} gave these figures"
+        if not good:
+            return f"{found}, and no checkpoint is older; {change} in another run directory"
+        return f"{found}; the last good checkpoint is {step_name(good[-1])}: {change} and add --from-step {good[-1]}"
+    if not good:
+        return f"no checkpoint was saved before; {change} and begin again"
+    return (
+        f"the last good checkpoint is {step_name(good[-1])}, from which the same command goes on: {change}, or go"
+        " further back with --from-step"
+    )

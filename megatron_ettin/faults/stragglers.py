@@ -1,0 +1,83 @@
+"""The slow rank: one GPU that is hot, one disk that is shared, and all ranks wait for it at every step.
+
+Each rank's own seconds, up to the step's first sum over all ranks, are means over the steps since they were last
+compared; one number of each rank is gathered. Ranks are compared with those of their own pipeline stage, for stages
+differ by nature; within a tensor-parallel group, and along a pipeline, all are as slow as the slowest of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.faults.hang_report import Peer
+from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.step import StepInfo
+
+WARN_RATIO = 1.5
+WARN_TIMES = 3  # in a row, always the same rank
+
+
+@dataclass(frozen=True)
+class Slowest:
+    """`ratio`: of its seconds to the median of the others of its pipeline stage."""
+
+    rank: int
+    ratio: float
+
+
+def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
+    """The rank that its stage waits for the most; None where no stage has two ranks. `seconds` and `stages`, of the
+    pipeline, are by rank."""
+    by_stage: dict[int, list[int]] = defaultdict(list)
+    for rank, stage in enumerate(stages):
+        by_stage[stage].append(rank)
+    found = []
+    for ranks in by_stage.values():
+        rank = max(ranks, key=lambda one: seconds[one])
+        others = [seconds[one] for one in ranks if one != rank]
+        if others and (middle := statistics.median(others)) > 0:
+            found.append(Slowest(rank, seconds[rank] / middle))
+    return max(found, key=lambda one: one.ratio, default=None)
+
+
+class Stragglers(Hook):
+    """Every `metrics.ranks_every_steps` steps the slowest rank into the metrics, a line where it stays the same one."""
+
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        self.peers = peers
+        self.seconds: list[float] = []
+        self.in_a_row: list[int] = []
+
+    def start(self, run: Run) -> None:
+        topology = run.machine.layout.topology
+        self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
+        self.first_step = run.progress.step + 1  # kernels are compiled in it, and files opened
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        if len(self.peers) == 1 or info.step == self.first_step:
+            return
+        self.seconds.append(run.machine.clock.seconds)
+        if info.step % run.config.metrics.ranks_every_steps:
+            return
+        mean = statistics.fmean(self.seconds)
+        self.seconds = []
+        found = slowest(run.machine.layout.of_each_rank(mean, run.machine.platform.device), self.stages)
+        if found is None:
+            return
+        peer = self.peers[found.rank]
+        info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(found.ratio, 4))
+        self.in_a_row = [*(self.in_a_row if peer.rank in self.in_a_row else []), peer.rank]
+        if found.ratio <= WARN_RATIO:
+            self.in_a_row = []
+        if run.is_chief and len(self.in_a_row) == WARN_TIMES:
+            log_warning(warning(peer, found, run.config.metrics.ranks_every_steps))
+
+
+def warning(peer: Peer, found: Slowest, every_steps: int) -> str:
+    return (
+        f"warning: {peer} is slow: {found.ratio:.1f} times the others' seconds until the gradient sum, over the last"
+        f" {WARN_TIMES * every_steps} steps; all ranks wait for it"
+    )

@@ -1,0 +1,145 @@
+"""Weights & Biases: a page for each run that stays the same over requeues, encoder and decoder of a pair in one group.
+
+Mode (online, offline, disabled) and key are wandb's own environment variables. Where the service cannot be reached the
+run is written to disk instead (`wandb sync` sends it later). Steps that the page has already are not sent again after a
+resume from an earlier checkpoint: they are the same to the bit, and wandb cannot take them back."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.metrics.names import scalars
+
+STATE = "page.json"  # in the sink's folder: the page's id, and the last step that it was sent
+INIT_SECONDS = 60
+FINISH_SECONDS = 120.0  # the longest that the end of a run waits for what is not sent yet
+
+
+@dataclass(frozen=True)
+class WandbIdentity:
+    """What the page is called. `group`: shared by a pair. `history`: changes where a run went back to an earlier step
+    to train on other rows, which begins another page."""
+
+    project: str
+    name: str
+    group: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    history: int = 0
+    checkpoints: str = "none"  # or "reference": where they are, or "upload": the files
+
+
+class WandbSink:
+    """One page. `directory`: of this run, kept over restarts."""
+
+    required = False
+
+    def __init__(self, identity: WandbIdentity, directory: str | Path):
+        self.identity, self.directory = identity, Path(directory)
+        self._run: Any = None
+        self._id, self._sent = "", 0  # what is in page.json
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        if self._run is None:
+            self._open()
+        step = int(values["step"])
+        if step > self._sent:
+            self._run.log({"step": step, **scalars(values)}, step=step)
+            self._sent = step
+            self._remember()
+
+    def keep(self, checkpoint: Path, step: int) -> None:
+        """A published checkpoint, as an artifact where that is asked for."""
+        if self._run is None or self.identity.checkpoints == "none":
+            return
+        import wandb
+
+        name = f"{self.identity.name.replace(' ', '-')}-checkpoint"
+        artifact = wandb.Artifact(name, "model", metadata={"step": step})
+        if self.identity.checkpoints == "upload":
+            artifact.add_dir(str(checkpoint))
+        else:
+            artifact.add_reference(checkpoint.absolute().as_uri(), checksum=False)
+        self._run.log_artifact(artifact, aliases=[f"step-{step}"])
+
+    def attach(self, name: str, make: Callable[[], Path]) -> None:
+        """A folder as an artifact. What goes wrong with it is told, and the page ends as without it."""
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            artifact = wandb.Artifact(f"{self.identity.name.replace(' ', '-')}-{name}", name)
+            artifact.add_dir(str(make()))
+            self._run.log_artifact(artifact)
+        except Exception as error:
+            log_warning(f"wandb: no {name}: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        # the service may be away, and a job that has saved must end
+        ending = threading.Thread(target=self._run.finish, daemon=True)
+        ending.start()
+        ending.join(FINISH_SECONDS)
+        if ending.is_alive():
+            told = f"wandb: not all sent within {FINISH_SECONDS:.0f} s; `wandb sync {self.directory}` does"
+            log_warning(told)
+
+    def _open(self) -> None:
+        import wandb
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        state = self._state()
+        self._id, self._sent = state["id"], state["step"]
+        self._remember()
+        seconds = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS))
+        settings = wandb.Settings(init_timeout=seconds, x_disable_stats=True, console="off", silent=True)
+        try:
+            self._run = self._begun(wandb, settings, None)
+        except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError, OSError) as error:
+            why = str(error).splitlines()[0]
+            told = f"wandb: {why}; the run is written to {self.directory}, to be sent by `wandb sync`"
+            log_warning(told)
+            wandb.teardown()  # its process still has the run that did not begin
+            self._run = self._begun(wandb, settings, "offline")
+        # a pair is compared by tokens: the x-axis of everything
+        self._run.define_metric("data/tokens")
+        self._run.define_metric("*", step_metric="data/tokens")
+
+    def _begun(self, wandb: Any, settings: Any, mode: Any) -> Any:
+        return wandb.init(
+            project=self.identity.project,
+            name=self.identity.name,
+            group=self.identity.group,
+            id=self._id,
+            resume="allow",
+            config=dict(self.identity.config),
+            dir=str(self.directory),
+            mode=mode,
+            settings=settings,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """Of this history of the run; a new page where there is none."""
+        try:
+            found = load_json((self.directory / STATE).read_text(encoding="utf-8"))
+            if found["history"] == self.identity.history:
+                return {"id": str(found["id"]), "step": int(found["step"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return {"id": f"{self.identity.name.replace(' ', '-')}-{secrets.token_hex(4)}", "step": 0}
+
+    def _remember(self) -> None:
+        record = {"id": self._id, "step": self._sent, "history": self.identity.history}
+        beside = self.directory / f".tmp-{STATE}"
+        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        beside.replace(self.directory / STATE)

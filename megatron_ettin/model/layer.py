@@ -1,0 +1,98 @@
+"""The layer as core's ModuleSpec tree: which class plays which role, for core's own layers and Transformer Engine's.
+
+Layer 0 has no norm before its attention. Core slices no list of specs for a pipeline stage, so `block_spec` makes the
+stage's own, first layer and number of layers asked of core (uneven splits and virtual stages included)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
+from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
+from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
+from megatron_ettin.model.mlp import GatedMlp
+from megatron_ettin.model.norm import BiasFreeLayerNorm
+
+# of every layer on every rank it tells that the MLP is none of its own
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+
+ATTENTIONS = {"sdpa": attend, "flash": attend_flash, "varlen": attend_varlen, "flex": attend_flex}
+# canonical (checkpoint) names are those of layers that fuse the norm into the linear behind it
+CANONICAL = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class EttinLayer(TransformerLayer):
+    """Core's layer, which tells its dropout the layer number and the boundaries of the micro-batch."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        add = self.self_attn_bda
+        add.config, add.layer_number = self.config, self.layer_number
+        if self.config.sequence_parallel:
+            tp_rank = self.pg_collection.tp.rank()
+            add.first_token = lambda tokens: tp_rank * tokens
+
+    def _forward_attention(self, *arguments: Any, packed_seq_params: Any = None, **keywords: Any) -> Any:
+        self.self_attn_bda.packed = packed_seq_params
+        return super()._forward_attention(*arguments, packed_seq_params=packed_seq_params, **keywords)
+
+
+def layer_spec(config: Any, first: bool) -> ModuleSpec:
+    """One layer; `first` is the model's first."""
+    backend = config.backend
+    mask = AttnMaskType.padding_causal if config.causal else AttnMaskType.padding
+    fused = backend.norm_column_linear
+    qkv = fused if fused is not None and not first else backend.column_linear
+    attention = ModuleSpec(module=KernelAttention, params={"kernel": ATTENTIONS.get(backend.attention.name)})
+    if backend.core_attention is not None:
+        attention = ModuleSpec(module=TransformerEngineAttention, params={"kernel": backend.core_attention})
+    return ModuleSpec(
+        module=EttinLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if first or fused is not None else BiasFreeLayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=qkv, core_attention=attention, linear_proj=backend.row_linear
+                ),
+            ),
+            self_attn_bda=ModuleSpec(module=CounterDropoutAdd),
+            pre_mlp_layernorm=IdentityOp if fused is not None else BiasFreeLayerNorm,
+            mlp=ModuleSpec(
+                module=GatedMlp,
+                submodules=MLPSubmodules(linear_fc1=fused or backend.column_linear, linear_fc2=backend.row_linear),
+            ),
+            mlp_bda=ModuleSpec(module=PlainAdd),
+            sharded_state_dict_keys_map={} if fused is not None else CANONICAL,
+        ),
+    )
+
+
+def first_layer(config: Any, vp_stage: int | None, pp_rank: int) -> int:
+    """Index in the whole model of this stage's first layer."""
+    return get_transformer_layer_offset(config, vp_stage, pp_rank)
+
+
+def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm."""
+    offset = first_layer(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    layers = [layer_spec(config, first=offset + i == 0) for i in range(count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=BiasFreeLayerNorm)

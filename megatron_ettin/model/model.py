@@ -1,0 +1,170 @@
+"""The model of both objectives on core's LanguageModule and TransformerBlock.
+
+embedding -> norm -> layers -> final norm -> [at labelled positions only] dense, GELU, norm -> tied output with a
+vocabulary bias. Encoder and decoder differ by the attention mask of the configuration, in nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.model.config import EttinTransformerConfig
+from megatron_ettin.model.layer import block_spec
+from megatron_ettin.model.loss import linear_cross_entropy
+from megatron_ettin.model.norm import BiasFreeLayerNorm
+from megatron_ettin.model.packed import PackedRows
+
+
+class Embedding(MegatronModule):
+    """Token embedding and its norm. Core's tying code reads the name `word_embeddings`."""
+
+    def __init__(self, config: EttinTransformerConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.word_embeddings = VocabParallelEmbedding(
+            vocab_size,
+            config.hidden_size,
+            init_method=config.embedding_init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=groups.tp,
+        )
+        self.norm = BiasFreeLayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [rows, seq_len] -> [tokens (/ tp under sequence parallelism), 1, hidden]."""
+        x = self.word_embeddings(input_ids.reshape(1, -1))
+        if not self.config.sequence_parallel:  # else core has transposed it before scattering
+            x = x.transpose(0, 1).contiguous()
+        return self.norm(x)
+
+
+class PredictionHead(MegatronModule):
+    """dense -> GELU -> norm, replicated over tensor-parallel ranks: all of them run it on the same gathered positions,
+    so its gradients are equal everywhere and nothing needs reducing."""
+
+    def __init__(self, config: EttinTransformerConfig) -> None:
+        super().__init__(config=config)
+        self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False, dtype=config.params_dtype)
+        self.norm = BiasFreeLayerNorm(config, config.hidden_size, config.layernorm_epsilon, sequence_parallel=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(self.dense(x)))
+
+
+# parameters with a row for each entry of the vocabulary, padded for tensor parallelism: `real_rows` of the whole tensor
+# are trained, which the optimizer's statistics of whole tensors are told by this attribute
+VOCABULARY = ("embedding.word_embeddings.", "output_layer.")
+
+
+def padded_vocabulary(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to what tensor parallelism divides."""
+    return -(-vocab_size // tp) * tp
+
+
+class EttinModel(LanguageModule):
+    """One pipeline stage (or the whole) of an encoder or decoder."""
+
+    def __init__(
+        self,
+        config: EttinTransformerConfig,
+        groups: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=groups)
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = True
+        self.model_type = ModelType.encoder_or_decoder  # read by core's schedules
+        self.pp_rank = groups.pp.rank()
+        vocabulary = padded_vocabulary(config.vocab_size, config.tensor_model_parallel_size)
+        if pre_process:
+            self.embedding = Embedding(config, vocabulary, groups)
+        self.transformer = TransformerBlock(
+            config,
+            block_spec(config, vp_stage, self.pp_rank),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=groups,
+        )
+        if post_process:
+            self.head = PredictionHead(config)
+            self.output_layer = self._output_layer(vocabulary, groups)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        for name, parameter in self.named_parameters():
+            if name.startswith(VOCABULARY):
+                parameter.real_rows = config.vocab_size
+
+    def _output_layer(self, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+        """Holds the vocabulary bias and, on a last stage that has no embedding, the copy of the tied weight."""
+        config = copy.copy(self.config)  # dataclasses.replace would run core's checks on derived values again
+        config.sequence_parallel = False  # its input is gathered already
+        config.gradient_accumulation_fusion = False  # the loss makes its weight's gradient
+        return ColumnParallelLinear(
+            config.hidden_size,
+            vocabulary,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process,
+            tp_group=groups.tp,
+        )
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Core's schedules hand over the previous stage's hidden states."""
+        self.transformer.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        packed: PackedRows,
+        labels: torch.Tensor | None = None,
+        at: torch.Tensor | None = None,
+        loss_factor: float = 1.0,
+    ) -> Any:
+        """input_ids and labels [rows, seq_len]; or, with `at`, labels [n] at the flat positions `at` [n] (without it
+        they are looked for, which waits for the device). `loss_factor`: by what the sum of losses will be multiplied.
+
+        A stage without the head returns hidden states [tokens, 1, hidden]; with labels the last one returns (sum of
+        losses, losses [labelled], correct [labelled]) in flat order; without labels logits [tokens, vocabulary]."""
+        x = self.embedding(input_ids) if self.pre_process else None
+        x = self.transformer(hidden_states=x, attention_mask=None, packed_seq_params=packed)
+        if not self.post_process:
+            return x
+        if self.config.sequence_parallel:
+            # every rank works on the same rows from here on: backward splits the gradient, it must not sum it
+            x = tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        x = x.squeeze(1)
+        weight = self.shared_embedding_or_output_weight()
+        if labels is None:
+            logits, _ = self.output_layer(self.head(x).unsqueeze(1), weight=weight)
+            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits).squeeze(1)
+            return whole[:, : self.config.vocab_size]
+        if at is None:
+            at = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+            labels = labels.reshape(-1)[at]
+        return self._losses(self.head(x[at]), weight, labels, packed.layer_keys is not None, loss_factor)
+
+    def _losses(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool, factor: float
+    ) -> tuple[torch.Tensor, ...]:
+        group = self.pg_collection.tp
+        first = group.rank() * weight.shape[0]
+        valid = max(0, min(weight.shape[0], self.config.vocab_size - first))
+        whole = group if group.size() > 1 else None
+        return linear_cross_entropy(hidden, weight, self.output_layer.bias, labels, first, valid, whole, padded, factor)

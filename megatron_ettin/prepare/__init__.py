@@ -1,0 +1,1 @@
+"""Floor 5: text and tokens from anywhere to a dataset."""

@@ -1,0 +1,216 @@
+"""Where inputs lie: local paths through the operating system, URLs (s3://, gs://, hf://, memory://) through fsspec.
+
+A place is a string, a path or a URL; `file://` is a path. Remote files are opened for streaming, never copied. What a
+remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import checked_name, path_in
+
+BUFFER_BYTES = 1 << 20
+REMOTE_BLOCK_BYTES = 8 << 20  # asked for at once: a request over a network costs tens of milliseconds
+PACKAGES = {  # protocol -> what to install for it
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "oci": "ocifs",
+    "sftp": "paramiko",
+    "hdfs": "pyarrow",
+}
+CHANGE_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or directory as its file system describes it."""
+
+    url: str
+    is_directory: bool
+    bytes: int
+    modified: str  # changes when the content does; empty where the file system says nothing
+
+
+def local_path(url: str) -> str | None:
+    """The path of a local place, None for a remote one."""
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    return None if "://" in url else url
+
+
+def canonical(url: str) -> str:
+    """An absolute path for what is local, so that a build goes on from any directory; a URL without a slash at its
+    end."""
+    path = local_path(url)
+    if path is not None:
+        return os.path.abspath(path)
+    return url if url.endswith("://") else url.rstrip("/")
+
+
+def joined(folder: str, name: str) -> str:
+    return os.path.join(folder, name) if local_path(folder) is not None else f"{folder.rstrip('/')}/{name}"
+
+
+def joined_in(folder: str, name: object, named_by: str, nested: bool = False) -> str:
+    """The place of a file that another file names. Raises UserError where it leads out of the folder, by a link too."""
+    path = local_path(folder)
+    if path is not None:
+        return str(path_in(Path(path), name, named_by, nested))
+    try:
+        return joined(folder, checked_name(name, nested))
+    except ValueError as error:
+        raise UserError(f"{named_by}: {error}; refused") from None
+
+
+def parent_of(url: str) -> str:
+    if local_path(url) is not None:
+        return os.path.dirname(url) or "."
+    return url.rpartition("/")[0]
+
+
+def base_name(url: str) -> str:
+    """The last part of a place's name: what a dataset calls an INPUT."""
+    path = local_path(url)
+    if path is not None:
+        return os.path.basename(os.path.realpath(path)) or "root"
+    return url.partition("://")[2].rstrip("/").rpartition("/")[2] or url.partition("://")[0]
+
+
+def file_system_of(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path on it) of a remote URL."""
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(protocol.rpartition("::")[2])
+        how = f"pip install {package}" if package else one_line(error)
+        raise UserError(f"{url}: reading {protocol}:// needs a package that is not installed ({how})") from None
+    except ValueError as error:
+        known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "hf", "memory"))
+        raise UserError(f"{url}: {one_line(error)}; known are {known} and what else fsspec knows") from None
+    except Exception as error:  # each file system has exceptions of its own: credentials, networks
+        raise unreachable(url, error) from None
+
+
+def find(url: str) -> Entry | None:
+    """What is at a place; None where nothing is."""
+    path = local_path(url)
+    if path is not None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        return Entry(path, os.path.isdir(path), status.st_size, str(status.st_mtime_ns))
+    system, remote = file_system_of(url)
+    try:
+        return entry_of(url, system.info(remote))
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise unreachable(url, error) from None
+
+
+def entries(folder: str) -> list[Entry]:
+    """What a directory holds, sorted by name, hidden entries left out; links are followed."""
+    path = local_path(folder)
+    if path is not None:
+        try:
+            with os.scandir(path) as found:
+                return sorted((e for raw in found if (e := local_entry(raw))), key=lambda entry: entry.url)
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: {error.strerror}") from None
+    system, remote = file_system_of(folder)
+    try:
+        listed = system.ls(remote, detail=True)
+    except Exception as error:
+        raise unreachable(folder, error) from None
+    named = {raw["name"].rstrip("/").rpartition("/")[2]: raw for raw in listed if not is_folder_itself(raw, remote)}
+    return [entry_of(joined(folder, name), named[name]) for name in sorted(named) if name and not name.startswith(".")]
+
+
+def local_entry(raw: os.DirEntry[str]) -> Entry | None:
+    if raw.name.startswith("."):
+        return None
+    try:
+        status = raw.stat()
+    except FileNotFoundError:  # a link to nowhere
+        return None
+    return Entry(raw.path, raw.is_dir(), status.st_size, str(status.st_mtime_ns))
+
+
+def is_folder_itself(raw: dict[str, Any], remote: str) -> bool:
+    """Object stores list an empty object of the directory's own name."""
+    return raw["name"].strip("/") == remote.strip("/")
+
+
+def entry_of(url: str, raw: dict[str, Any]) -> Entry:
+    changed = next((str(raw[key]) for key in CHANGE_KEYS if raw.get(key)), "")
+    return Entry(url, raw["type"] == "directory", int(raw.get("size") or 0), changed)
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
+    """(directory, its directories, its files), top down and sorted; a directory taken out of the second is not
+    entered. Links to directories are followed, each directory is visited once."""
+    visited: set[str] = set()
+    pending = [folder]
+    while pending:
+        here = pending.pop()
+        path = local_path(here)
+        real = here if path is None else os.path.realpath(path)
+        if real in visited:
+            continue
+        visited.add(real)
+        found = entries(here)
+        folders = [entry for entry in found if entry.is_directory]
+        yield here, folders, [entry for entry in found if not entry.is_directory]
+        pending += [entry.url for entry in reversed(folders)]
+
+
+def open_input(url: str) -> IO[bytes]:
+    """A file to read: buffered, with `seek`."""
+    path = local_path(url)
+    if path is not None:
+        try:
+            return open(path, "rb", buffering=BUFFER_BYTES)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+    system, remote = file_system_of(url)
+    try:
+        return system.open(remote, "rb", block_size=REMOTE_BLOCK_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such file") from None
+    except Exception as error:
+        raise unreachable(url, error) from None
+
+
+def read_whole(url: str) -> bytes:
+    """A small file's content."""
+    with open_input(url) as stream:
+        return stream.read()
+
+
+def unreachable(url: str, error: BaseException) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{url}: cannot be read ({type(error).__name__}: {one_line(error)})")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")

@@ -1,0 +1,157 @@
+"""prepare.json: the settings, the inputs and the tasks of an unfinished dataset, frozen at the first launch.
+
+Whoever goes on with it, with any number of workers and any executor, works off these tasks: task 17 is the same bytes
+of the same files for ever, which is what a record "task 17 is done" means. Inputs that changed since are refused by
+name; `--replan` cuts the work anew and keeps the finished tasks whose input is what it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.paths import path_in
+from megatron_ettin.data.manifest import SHARD_SUFFIXES, write_json_durably
+from megatron_ettin.prepare.input_file import InputFile, Segment
+from megatron_ettin.prepare.inputs import Task, cut_tasks
+from megatron_ettin.prepare.task import SPLITS, record_path, shard_prefixes
+
+FILE_NAME = "prepare.json"
+VERSION = 1
+
+
+def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan: bool) -> list[Task]:
+    """The tasks of this work: those frozen before, else cut now and frozen. Raises UserError where a plan with
+    finished tasks was made for other settings or inputs."""
+    stored = read_plan(work)
+    wanted = wanted_plan(settings, files)
+    if stored is not None and {key: stored.get(key) for key in wanted} == wanted:
+        return tasks_of(stored)
+    kept = 0
+    tasks = cut_tasks(files)
+    if stored is not None and any_finished(work, stored):
+        difference = first_difference(stored, wanted)
+        if not replan:
+            raise UserError(
+                f"{work}: begun with other settings or inputs: {difference}; run what it was begun with, or add "
+                "--replan: finished tasks whose input did not change are kept"
+            )
+        shutil.rmtree(work / "dataset", ignore_errors=True)  # shards under the numbers of the old plan
+        shutil.rmtree(work / "errors", ignore_errors=True)
+        kept = keep_unchanged(work, stored, wanted, tasks)
+    if not kept:
+        empty(work)
+    write_json_durably(work / FILE_NAME, {**wanted, **packed(tasks, files)})
+    load_tasks.cache_clear()
+    return tasks
+
+
+def read_plan(work: Path) -> dict[str, Any] | None:
+    """What stands in prepare.json; None where nothing readable does."""
+    try:
+        stored: dict[str, Any] = load_json((work / FILE_NAME).read_text(encoding="utf-8"))
+        return stored if stored["version"] == VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def load_tasks(work: Path) -> list[Task]:
+    """The frozen tasks, for a worker process: read once. Raises UserError where they are gone."""
+    stored = read_plan(work)
+    if stored is None:
+        raise UserError(f"{work / FILE_NAME}: missing or damaged; run `ettin prepare` again")
+    return tasks_of(stored)
+
+
+def packed(tasks: list[Task], files: list[InputFile]) -> dict[str, Any]:
+    """Tasks by the numbers of their files: a corpus of 100,000 files would be named again and again otherwise."""
+    number = {file: i for i, file in enumerate(files)}
+    cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
+    return {"num_tasks": len(tasks), "tasks": cut}
+
+
+def tasks_of(stored: dict[str, Any]) -> list[Task]:
+    files = [InputFile(**raw) for raw in stored["inputs"]]
+    return [
+        Task(i, tuple(Segment(files[file], start, end) for file, start, end in segments))
+        for i, segments in enumerate(stored["tasks"])
+    ]
+
+
+def any_finished(work: Path, stored: dict[str, Any]) -> bool:
+    return any(record_path(work, i).is_file() for i in range(stored["num_tasks"]))
+
+
+def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What a user has to know about the first thing that is not as it was."""
+    before, now = stored["settings"], wanted["settings"]
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+    old = {raw["url"]: raw for raw in stored["inputs"]}
+    new = {raw["url"]: raw for raw in wanted["inputs"]}
+    for url in {**old, **new}:
+        if url not in new:
+            return f"{url} is gone"
+        if url not in old:
+            return f"{url} was added"
+        if old[url]["bytes"] != new[url]["bytes"]:
+            return f"{url} had {old[url]['bytes']} bytes and has {new[url]['bytes']}"
+        if old[url] != new[url]:
+            return f"{url} was written since"
+    return "the order of the inputs"
+
+
+def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], tasks: list[Task]) -> int:
+    """Drop what finished tasks left unless the new plan has the very same task; returns how many are kept."""
+    before = tasks_of(stored)
+    kept = 0
+    for i, task in enumerate(before):
+        same = stored["settings"] == wanted["settings"] and i < len(tasks) and task == tasks[i]
+        if same and is_whole(work, i):
+            kept += 1
+            continue
+        record_path(work, i).unlink(missing_ok=True)
+        for prefix in shard_prefixes(work, i):
+            for suffix in SHARD_SUFFIXES:
+                prefix.with_name(prefix.name + suffix).unlink(missing_ok=True)
+    return kept
+
+
+def is_whole(work: Path, index: int) -> bool:
+    """Whether a finished task's shards lie where it left them."""
+    try:
+        record = load_json(record_path(work, index).read_text(encoding="utf-8"))
+        return all(
+            path_in(prefix.parent, prefix.name + suffix, record_path(work, index)).stat().st_size == file["bytes"]
+            for split, prefix in zip(SPLITS, shard_prefixes(work, index), strict=True)
+            for suffix, file in record.get(split, {}).get("files", {}).items()
+        )
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+
+
+def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) -> str:
+    """How settings or inputs differ from the frozen ones, in words; empty where they do not or nothing is frozen."""
+    stored = read_plan(work)
+    wanted = wanted_plan(settings, files)
+    if stored is None or {key: stored.get(key) for key in wanted} == wanted:
+        return ""
+    return first_difference(stored, wanted)
+
+
+def wanted_plan(settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any]:
+    return {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [asdict(f) for f in files]}
+
+
+def empty(work: Path) -> None:
+    """Remove what another plan left."""
+    for entry in work.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

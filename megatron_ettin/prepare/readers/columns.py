@@ -1,0 +1,135 @@
+"""Documents in the columns of Arrow record batches, as parquet files and saved datasets have them.
+
+A text column makes documents of texts. Where there is none, a column of lists of integers makes documents of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.prepare.input_file import InputFile
+from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
+
+BATCH_BYTES = 8 << 20  # rows are turned into Python's objects so many bytes at a time
+BATCH_ROWS = 1_024
+COLUMNS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file are read."""
+
+    content: str
+    is_text: bool
+    id: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.content] if self.id is None else [self.content, self.id]
+
+
+def choose_columns(schema: Any, options: ReadOptions, where: str) -> Columns:
+    """The text column, else the token column; with `tokens_first` the other way round. UserError naming the columns
+    found where neither is there."""
+    found = {name: schema.field(i).type for i, name in enumerate(schema.names)}
+    id_key = options.id_key if options.id_key in found else None
+    if options.text_key in found and not (options.tokens_first and options.tokens_key in found):
+        if not is_text(found[options.text_key]):
+            raise UserError(f"{where}: column {options.text_key!r} is {found[options.text_key]}, not a string")
+        return Columns(options.text_key, True, id_key)
+    if options.tokens_key in found:
+        if not is_token_list(found[options.tokens_key]):
+            kind = found[options.tokens_key]
+            raise UserError(f"{where}: column {options.tokens_key!r} is {kind}, not a list of integers")
+        return Columns(options.tokens_key, False, id_key)
+    shown = ", ".join(f"{name} ({kind})" for name, kind in list(found.items())[:COLUMNS_SHOWN])
+    more = ", ..." if len(found) > COLUMNS_SHOWN else ""
+    raise UserError(
+        f"{where}: no text column {options.text_key!r}{nearest(options.text_key, found)} and no token column "
+        f"{options.tokens_key!r}; columns found: {shown or 'none'}{more} (choose with --text-key or --tokens-key)"
+    )
+
+
+def is_text(kind: Any) -> bool:
+    import pyarrow
+
+    kinds = pyarrow.types
+    if kinds.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+
+
+def is_token_list(kind: Any) -> bool:
+    import pyarrow
+
+    kinds = pyarrow.types
+    lists = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
+    return lists and kinds.is_integer(kind.value_type)
+
+
+def batch_documents(
+    batch: Any, first_row: int, columns: Columns, file: InputFile, options: ReadOptions
+) -> Iterator[Document]:
+    """A document a row of a record batch; `first_row` is its first row's number within the file, from 0."""
+    rows = rows_at_once(batch.nbytes, batch.num_rows)
+    for start in range(0, batch.num_rows, rows):
+        part = batch.slice(start, rows)
+        content = part.column(part.schema.get_field_index(columns.content))
+        names = row_names(part, first_row + start, columns, file)
+        if columns.is_text:
+            found = texts(content, first_row + start, columns.content, file)
+            yield from (Document(file, name, text=text) for name, text in zip(names, found, strict=True))
+        else:
+            ids = token_arrays(content, first_row + start, columns.content, file, options)
+            yield from (Document(file, name, tokens=tokens) for name, tokens in zip(names, ids, strict=True))
+
+
+def row_names(part: Any, first_row: int, columns: Columns, file: InputFile) -> list[str]:
+    """The ids of the rows; file#row where there is none."""
+    numbered = [f"{file.name}#{first_row + i}" for i in range(part.num_rows)]
+    if columns.id is None:
+        return numbered
+    given = part.column(part.schema.get_field_index(columns.id)).to_pylist()
+    return [number if name is None else str(name) for number, name in zip(numbered, given, strict=True)]
+
+
+def rows_at_once(total_bytes: int, rows: int) -> int:
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(total_bytes, 1)))
+
+
+def texts(column: Any, first_row: int, name: str, file: InputFile) -> Iterator[str]:
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [value_at(column, i, f"{file.url}#{first_row + i}", name) for i in range(len(column))]
+    for i, value in enumerate(values):
+        if value is None:
+            raise UserError(f"{file.url}#{first_row + i}: {name!r} is null, not a string")
+        yield value
+
+
+def value_at(column: Any, i: int, where: str, name: str) -> str | None:
+    try:
+        return column[i].as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: {name!r} is not UTF-8, byte {error.start} of it") from None
+
+
+def token_arrays(
+    column: Any, first_row: int, name: str, file: InputFile, options: ReadOptions
+) -> Iterator[npt.NDArray[np.uint32]]:
+    """Ids of each row, its outer special ids taken off."""
+    assert options.frame is not None
+    for i in range(len(column)):
+        where = f"{file.url}#{first_row + i}"
+        ids = column[i].values
+        if ids is None:
+            raise UserError(f"{where}: {name!r} is null, not a list of token ids")
+        if ids.null_count:
+            raise UserError(f"{where}: {name!r} has a null among its token ids")
+        yield document_tokens([ids.to_numpy(zero_copy_only=False)], where, options.frame)

@@ -1,0 +1,83 @@
+"""What every reader yields, and what it has to know: a document is a text, or the token ids of one.
+
+Token inputs come framed: chunks with [CLS] and [SEP] around them, rows filled up with [PAD]. What lies outside is taken
+off, sequence by sequence, and the tokens are then cut like a text's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.prepare.input_file import InputFile
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Exactly one of `text` and `tokens` is given."""
+
+    file: InputFile
+    id: str  # from the id column, else file:line or file#row; the file's name for text
+    text: str = ""
+    tokens: npt.NDArray[np.uint32] | None = None  # without the special ids around them
+
+    @property
+    def size(self) -> int:
+        """Characters or tokens: what a batch is measured by."""
+        return len(self.text) if self.tokens is None else len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TokenFrame:
+    """The tokenizer that token ids are expected to come from."""
+
+    vocab_size: int
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    text_key: str = "text"
+    id_key: str = "id"
+    tokens_key: str = "input_ids"
+    frame: TokenFrame | None = None  # None: token inputs cannot be read
+    tokens_first: bool = False  # where there are both, take the tokens
+    text_may_be_json: bool = False  # by `--format text`; else JSON lines under a text's name are refused
+
+
+def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame) -> npt.NDArray[np.uint32]:
+    """The sequences of one document, each without its outer special ids, joined. `where` names the document."""
+    pieces: list[IntArray] = []
+    first = 0
+    for ids in sequences:
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= frame.vocab_size):
+            position = int(np.flatnonzero((ids < 0) | (ids >= frame.vocab_size))[0])
+            raise UserError(
+                f"{where}: token id {int(ids[position])} at position {first + position}; "
+                f"the tokenizer's vocabulary has ids 0 to {frame.vocab_size - 1}"
+            )
+        pieces.append(without_outer_specials(ids, frame))
+        first += len(ids)
+    joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+    return joined.astype(np.uint32, copy=False)
+
+
+def without_outer_specials(ids: IntArray, frame: TokenFrame) -> IntArray:
+    """One leading [CLS], every trailing [PAD] and then one trailing [SEP] taken off."""
+    start, end = 0, len(ids)
+    if end and ids[0] == frame.cls_id:
+        start = 1
+    if end > start and ids[end - 1] == frame.pad_id:
+        kept = np.flatnonzero(ids[start:] != frame.pad_id)
+        end = start + (int(kept[-1]) + 1 if len(kept) else 0)
+    if end > start and ids[end - 1] == frame.sep_id:
+        end -= 1
+    return ids[start:end]

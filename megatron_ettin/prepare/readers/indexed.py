@@ -1,0 +1,155 @@
+"""Existing Megatron datasets: a document is the sequences between two entries of `document_indices`.
+
+A segment [start, end) of a .bin of n bytes takes documents [d * start / n, d * end / n) of the index's d: every
+document once, in order, without opening the index to plan. The index is read in blocks of documents through the file,
+local or remote; no part of either file is held whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.data.indexed import DTYPE_OF_CODE, HEADER, MAGIC, VERSION
+from megatron_ettin.prepare.filesystem import local_path, open_input
+from megatron_ettin.prepare.input_file import InputFile, Segment
+from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame, document_tokens
+
+DOCUMENTS_AT_ONCE = 4_096
+FLOAT_CODES = {6: "float64", 7: "float32"}
+
+
+@dataclass(frozen=True)
+class Index:
+    """The header of an .idx, and where its arrays lie."""
+
+    path: str
+    dtype: np.dtype
+    sequences: int
+    documents: int
+
+    @property
+    def pointers_at(self) -> int:
+        return HEADER.size + 4 * self.sequences
+
+    @property
+    def documents_at(self) -> int:
+        return self.pointers_at + 8 * self.sequences
+
+
+def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    file, frame = segment.file, options.frame
+    assert frame is not None
+    detail = json.loads(file.detail)
+    made_by = detail.get("tokenizer")
+    if made_by not in (None, frame.fingerprint):
+        asked = f"{frame.fingerprint[:12]}... is asked for; give the dataset's own directory as --tokenizer"
+        raise UserError(f"{file.url}: made with another tokenizer: {made_by[:12]}..., {asked}")
+    prefix = file.url.removesuffix(".bin")
+    with open_input(prefix + ".idx") as index_stream, open_input(file.url) as tokens:
+        index = read_header(index_stream, prefix + ".idx", detail["index_bytes"])
+        first, end = (index.documents * place // max(file.bytes, 1) for place in (segment.start, segment.end))
+        with contextlib.ExitStack() as stack:
+            named = stack.enter_context(open_names(prefix)) if detail.get("documents") else None
+            for begin in range(first, end, DOCUMENTS_AT_ONCE):
+                stop = min(begin + DOCUMENTS_AT_ONCE, end)
+                numbered = [f"{file.name}#{i}" for i in range(begin, stop)]
+                ids = numbered if named is None else names(named, begin, stop)
+                yield from block_documents(index, index_stream, tokens, file, begin, ids, frame)
+
+
+def read_header(stream: IO[bytes], path: str, index_bytes: int) -> Index:
+    raw = stream.read(HEADER.size)
+    if len(raw) < HEADER.size:
+        raise UserError(f"{path}: {len(raw)} bytes, too short for a Megatron index")
+    magic, version, code, sequences, boundaries = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise UserError(f"{path}: not a Megatron index: begins with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise UserError(f"{path}: Megatron index version {version}; version {VERSION} is read")
+    if code in FLOAT_CODES:
+        raise UserError(f"{path}: its values are {FLOAT_CODES[code]}, which are no token ids")
+    if code not in DTYPE_OF_CODE:
+        raise UserError(f"{path}: unknown dtype code {code}; known: {', '.join(map(str, DTYPE_OF_CODE))}")
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
+    if index_bytes < expected:
+        told = f"its header tells of {sequences} sequences and {boundaries - 1} documents, {expected} bytes"
+        raise UserError(f"{path}: truncated, {index_bytes} bytes; {told}")
+    index = Index(path, DTYPE_OF_CODE[code], sequences, max(boundaries - 1, 0))
+    if boundaries:
+        ends = [int(read_array(stream, index.documents_at + 8 * i, "<i8", 1)[0]) for i in (0, boundaries - 1)]
+        if ends != [0, sequences]:
+            raise UserError(f"{path}: its documents span sequences {ends[0]} to {ends[1]}, not 0 to {sequences}")
+    return index
+
+
+def read_array(stream: IO[bytes], offset: int, dtype: Any, count: int) -> npt.NDArray[Any]:
+    stream.seek(offset)
+    return np.frombuffer(stream.read(count * np.dtype(dtype).itemsize), dtype=dtype)
+
+
+def block_documents(
+    index: Index,
+    index_stream: IO[bytes],
+    tokens: IO[bytes],
+    file: InputFile,
+    begin: int,
+    ids: list[str],
+    frame: TokenFrame,
+) -> Iterator[Document]:
+    """Documents [begin, begin + len(ids))."""
+    bounds = read_array(index_stream, index.documents_at + 8 * begin, "<i8", len(ids) + 1)
+    if np.any(np.diff(bounds) < 0) or bounds[0] < 0 or bounds[-1] > index.sequences:
+        wrong = begin + int(np.flatnonzero(np.diff(bounds) < 0)[0]) if np.any(np.diff(bounds) < 0) else begin
+        raise UserError(f"{index.path}: damaged at document {wrong}: its sequences do not ascend")
+    first, count = int(bounds[0]), int(bounds[-1] - bounds[0])
+    lengths = read_array(index_stream, HEADER.size + 4 * first, "<i4", count).astype(np.int64)
+    pointers = read_array(index_stream, index.pointers_at + 8 * first, "<i8", count)
+    ends = pointers + lengths * index.dtype.itemsize
+    wrong_at = np.flatnonzero((lengths < 0) | (pointers < 0) | (ends > file.bytes))
+    if len(wrong_at):
+        i = int(wrong_at[0])
+        place = f"sequence {first + i} lies in bytes {pointers[i]} to {ends[i]}"
+        raise UserError(f"{file.url}: truncated, {file.bytes} bytes, but by its index {place}")
+    for number, name in enumerate(ids):
+        low, high = int(bounds[number]) - first, int(bounds[number + 1]) - first
+        sequences = document_sequences(tokens, index.dtype, pointers[low:high], lengths[low:high])
+        where = f"{file.url}: document {begin + number}"
+        yield Document(file, name, tokens=document_tokens(sequences, where, frame))
+
+
+def document_sequences(
+    tokens: IO[bytes], dtype: np.dtype, pointers: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> list[npt.NDArray[np.integer]]:
+    """The sequences of one document; those that lie one after another are read at once."""
+    if not len(pointers):
+        return []
+    if np.array_equal(pointers[1:], pointers[:-1] + lengths[:-1] * dtype.itemsize):
+        whole = read_array(tokens, int(pointers[0]), dtype, int(lengths.sum()))
+        return np.split(whole, np.cumsum(lengths[:-1])) if len(lengths) > 1 else [whole]
+    return [read_array(tokens, int(p), dtype, int(n)) for p, n in zip(pointers, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def open_names(prefix: str) -> Iterator[Any]:
+    """The documents sidecar of a shard of ours: its record batch readers."""
+    import pyarrow
+    import pyarrow.ipc
+
+    url = prefix + ".documents.arrow"
+    path = local_path(url)
+    try:
+        with pyarrow.memory_map(path) if path is not None else open_input(url) as stream:
+            yield pyarrow.ipc.open_file(stream).get_batch(0)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{url}: damaged documents table ({error})") from None
+
+
+def names(table: Any, begin: int, end: int) -> list[str]:
+    return table.column(table.schema.get_field_index("document_id")).slice(begin, end - begin).to_pylist()

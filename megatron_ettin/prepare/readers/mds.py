@@ -1,0 +1,273 @@
+"""Samples of an MDS shard, one after another; a compressed shard is decompressed as it is read.
+
+A shard is: the number of samples n (uint32), n + 1 offsets of their bounds (uint32), the columns as JSON, the samples.
+A sample is: the size (uint32) of each column whose size varies, then the columns. An `ndarray` column says its dtype
+and shape in the encoding ("ndarray:uint16:10,20"); what the encoding leaves out stands before the values. Memory is
+bounded by a shard's offsets (some 20 bytes a sample) and one sample. The hashes of the index are checked while reading,
+so that a damaged shard never becomes part of a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.prepare.input_file import InputFile, Segment
+from megatron_ettin.prepare.readers.compressed import BLOCK_BYTES, COMPRESSED_BLOCK_BYTES, decompressed, raw_blocks
+from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
+from megatron_ettin.prepare.readers.mds_index import MdsShard, index_of, shard_from_json
+
+SIZE = struct.Struct("<I")
+SHAPE_DTYPES = ("<u1", "<u2", "<u4", "<u8")  # by the two low bits before a shape
+# the byte before values whose encoding names no dtype -> dtype
+VALUE_DTYPES = {
+    8: "uint8",
+    9: "int8",
+    16: "uint16",
+    17: "int16",
+    18: "float16",
+    32: "uint32",
+    33: "int32",
+    34: "float32",
+    64: "uint64",
+    65: "int64",
+    66: "float64",
+}
+INTEGER_ENCODINGS = {"int": "int64", **{name: name for name in VALUE_DTYPES.values() if "int" in name}}
+TEXT_ENCODINGS = ("str", "str_int")
+
+
+def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """The documents of a shard. Where something in it is wrong and it has a hash, the hash speaks first: a damaged
+    shard is no matter of token ids."""
+    shard = shard_from_json(segment.file.detail)
+    try:
+        yield from shard_documents(segment.file, shard, options)
+    except UserError:
+        stored = HashedBlocks(raw_blocks(segment.file.url, BLOCK_BYTES), shard.file_hashes)
+        for _ in stored:
+            pass
+        stored.check(segment.file.url, index_of(segment.file))
+        raise
+
+
+def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> Iterator[Document]:
+    content = content_column(shard, index_of(file), options)
+    id_column = next((i for i, (name, *_) in enumerate(shard.columns) if name == options.id_key), None)
+    is_text = shard.columns[content][1] == "str"
+    for number, sample in enumerate(samples(file, shard)):
+        where = f"{file.url}#{number}"
+        name = None if id_column is None else scalar(sample[id_column], shard.columns[id_column][1], where)
+        name = f"{file.name}#{number}" if name is None else name
+        if is_text:
+            yield Document(file, name, text=text_value(sample[content], where))
+        else:
+            assert options.frame is not None
+            sequences = array_rows(sample[content], shard.columns[content][1], where)
+            yield Document(file, name, tokens=document_tokens(sequences, where, options.frame))
+
+
+def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
+    """Number of the text column, else of the token column."""
+    encodings = {name: (i, encoding) for i, (name, encoding, _) in enumerate(shard.columns)}
+    if options.text_key in encodings and not (options.tokens_first and options.tokens_key in encodings):
+        number, encoding = encodings[options.text_key]
+        if encoding != "str":
+            raise UserError(f"{index}: column {options.text_key!r} is encoded as {encoding!r}, not as 'str'")
+        return number
+    if options.tokens_key in encodings:
+        number, encoding = encodings[options.tokens_key]
+        name, _, rest = encoding.partition(":")
+        dtype = rest.partition(":")[0]
+        if name != "ndarray" or (dtype and not is_integer(dtype)):
+            wanted = "not an ndarray of integers"
+            raise UserError(f"{index}: column {options.tokens_key!r} is encoded as {encoding!r}, {wanted}")
+        return number
+    found = ", ".join(f"{name} ({encoding})" for name, encoding, _ in shard.columns)
+    raise UserError(
+        f"{index}: no text column {options.text_key!r} and no token column {options.tokens_key!r}; "
+        f"columns found: {found or 'none'} (choose with --text-key or --tokens-key)"
+    )
+
+
+def is_integer(dtype: str) -> bool:
+    return dtype in VALUE_DTYPES.values() and np.issubdtype(np.dtype(dtype), np.integer)
+
+
+class HashedBlocks:
+    """Blocks passed on, with the digests of what went through."""
+
+    def __init__(self, blocks: Iterator[bytes], expected: dict[str, str]) -> None:
+        self.bytes = 0
+        self._blocks = blocks
+        self._expected = expected
+        self._digests = {name: made() for name in expected if (made := hash_function(name)) is not None}
+
+    def __iter__(self) -> Iterator[bytes]:
+        for block in self._blocks:
+            self.bytes += len(block)
+            for digest in self._digests.values():
+                digest.update(block)
+            yield block
+
+    def check(self, what: str, index: str) -> None:
+        for name, digest in self._digests.items():
+            if digest.hexdigest() != self._expected[name]:
+                told = f"{digest.hexdigest()}, {index} says {self._expected[name]}"
+                raise UserError(f"{what}: damaged, its {name} is {told}")
+
+
+def hash_function(name: str) -> Callable[[], Any] | None:
+    """By the name that an index has for it; None for one that is not there (xxhash is an extra)."""
+    if name in hashlib.algorithms_guaranteed and not name.startswith("shake_"):
+        return lambda: hashlib.new(name, usedforsecurity=False)
+    if name.startswith("xx"):
+        try:
+            import xxhash
+        except ImportError:
+            return None
+        return getattr(xxhash, name, None)
+    return None
+
+
+class Reader:
+    """Exact reads from blocks."""
+
+    def __init__(self, blocks: Iterator[bytes], where: str) -> None:
+        self._blocks = blocks
+        self._where = where
+        self._held = b""
+        self._place = 0
+        self.offset = 0
+
+    def read(self, size: int, what: str) -> bytes:
+        pieces: list[bytes] = []
+        missing = size
+        while missing:
+            if self._place == len(self._held):
+                block = next(self._blocks, None)
+                if block is None:
+                    end = self.offset + size - missing
+                    raise UserError(f"{self._where}: truncated, ends at byte {end} within {what}")
+                self._held, self._place = block, 0
+            piece = self._held[self._place : self._place + missing]
+            self._place += len(piece)
+            missing -= len(piece)
+            pieces.append(piece)
+        self.offset += size
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_rest(self) -> int:
+        """Bytes that were left."""
+        rest = len(self._held) - self._place + sum(len(block) for block in self._blocks)
+        self.offset += rest
+        return rest
+
+
+def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
+    """The columns of each sample, as bytes."""
+    index = index_of(file)
+    stored = HashedBlocks(
+        raw_blocks(file.url, COMPRESSED_BLOCK_BYTES if file.compression else BLOCK_BYTES), shard.file_hashes
+    )
+    unfolded = bounded(decompressed(iter(stored), file), shard.raw_bytes, file.url, index)
+    plain = HashedBlocks(unfolded, shard.raw_hashes) if file.compression else stored
+    reader = Reader(iter(plain), file.url)
+    bounds = read_bounds(reader, file, shard, index)
+    reader.read(int(bounds[0]) - reader.offset, "the description of its columns")
+    for number, size in enumerate(np.diff(bounds).tolist()):
+        yield sample_columns(reader.read(size, f"sample {number}"), shard, f"{file.url}#{number}")
+    reader.read_rest()
+    stored.check(file.url, index)
+    if plain.bytes != shard.raw_bytes:
+        raise UserError(f"{file.url}: {plain.bytes} bytes uncompressed, {index} says {shard.raw_bytes}")
+    plain.check(f"{file.url} (uncompressed)" if file.compression else file.url, index)
+
+
+def bounded(blocks: Iterator[bytes], most_bytes: int, url: str, index: str) -> Iterator[bytes]:
+    """The blocks, refused where they are more than the index says: a small file can unfold into terabytes."""
+    found = 0
+    for block in blocks:
+        found += len(block)
+        if found > most_bytes:
+            raise UserError(f"{url}: more than {most_bytes:,} bytes uncompressed, which is what {index} says")
+        yield block
+
+
+def read_bounds(reader: Reader, file: InputFile, shard: MdsShard, index: str) -> npt.NDArray[np.int64]:
+    """Offsets of the samples' bounds [samples + 1], checked to lie in the shard in order."""
+    (count,) = SIZE.unpack(reader.read(SIZE.size, "its first number"))
+    if count != shard.samples:
+        raise UserError(f"{file.url}: holds {count} samples, {index} says {shard.samples}")
+    raw = reader.read(SIZE.size * (count + 1), "its table of offsets")
+    bounds = np.frombuffer(raw, "<u4").astype(np.int64)
+    backwards = np.flatnonzero(np.diff(bounds) < 0)
+    if len(backwards) or bounds[0] < reader.offset or bounds[-1] > shard.raw_bytes:
+        number = int(backwards[0]) if len(backwards) else 0 if bounds[0] < reader.offset else count - 1
+        raise UserError(f"{file.url}: damaged table of offsets at sample {number}")
+    return bounds
+
+
+def sample_columns(sample: bytes, shard: MdsShard, where: str) -> list[bytes]:
+    place, sizes = 0, []
+    for _, _, fixed in shard.columns:
+        if fixed:
+            sizes.append(fixed)
+            continue
+        if place + SIZE.size > len(sample):
+            raise UserError(f"{where}: damaged sample, {len(sample)} bytes cannot hold its columns' sizes")
+        sizes.append(SIZE.unpack_from(sample, place)[0])
+        place += SIZE.size
+    if place + sum(sizes) != len(sample):
+        raise UserError(f"{where}: damaged sample, {len(sample)} bytes, its columns take {place + sum(sizes)}")
+    columns = []
+    for size in sizes:
+        columns.append(sample[place : place + size])
+        place += size
+    return columns
+
+
+def text_value(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8, byte 0x{raw[error.start]:02x} at offset {error.start} of it") from None
+
+
+def scalar(raw: bytes, encoding: str, where: str) -> str | None:
+    """A document id; None where the column cannot be one."""
+    if encoding in TEXT_ENCODINGS or encoding == "bytes":
+        return text_value(raw, where)
+    dtype = INTEGER_ENCODINGS.get(encoding)
+    return None if dtype is None else str(np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))[0])
+
+
+def array_rows(raw: bytes, encoding: str, where: str) -> list[npt.NDArray[np.integer]]:
+    """An ndarray's rows along its last axis; a plain list of ids is one row."""
+    dtype_name, _, shape_text = encoding.partition(":")[2].partition(":")
+    place = 0
+    try:
+        if not dtype_name:
+            dtype_name, place = VALUE_DTYPES[raw[0]], 1
+            if not is_integer(dtype_name):
+                raise UserError(f"{where}: an ndarray of {dtype_name}, which are no token ids")
+        if shape_text:
+            shape = [int(part) for part in shape_text.split(",")]
+        else:
+            dimensions, kind = raw[place] >> 2, SHAPE_DTYPES[raw[place] & 3]
+            place += 1
+            shape = np.frombuffer(raw, kind, dimensions, place).tolist()
+            place += dimensions * np.dtype(kind).itemsize
+        values = np.frombuffer(raw, np.dtype(dtype_name).newbyteorder("<"), offset=place)
+        return list(values.reshape(-1, shape[-1])) if values.size == int(np.prod(shape)) else damaged(where, raw)
+    except (IndexError, KeyError, ValueError):
+        return damaged(where, raw)
+
+
+def damaged(where: str, raw: bytes) -> Any:
+    raise UserError(f"{where}: damaged ndarray of {len(raw)} bytes")

@@ -1,0 +1,115 @@
+"""index.json of an MDS directory (mosaicml-streaming's format, version 2): which shards it has and what is in them.
+
+The index is all that is believed: its shards are read, in its order, and nothing else in the directory. A root index
+may name shards in sub-directories ("a/shard.00000.mds"), as merged indices do; the sub-directories' own indices, which
+name the same shards, are then left alone. Without a root index every sub-directory with an index is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.prepare.filesystem import Entry, entries, find, joined, joined_in, parent_of
+from megatron_ettin.prepare.input_file import InputFile
+from megatron_ettin.prepare.readers.arrow_directory import json_object
+
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 2
+READ_COMPRESSION = "zstd"
+
+
+@dataclass(frozen=True)
+class MdsShard:
+    """What the index says of one shard. No path is kept: a dataset does not depend on where its inputs lay."""
+
+    file_name: str  # of the file that is read, as the index names it
+    samples: int
+    columns: tuple[tuple[str, str, int | None], ...]  # name, encoding, bytes where fixed
+    raw_bytes: int
+    raw_hashes: dict[str, str]  # algorithm -> hexadecimal digest, of the shard when not compressed
+    file_hashes: dict[str, str]  # of the file that is read: the compressed one, or as above
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def index_of(file: InputFile) -> str:
+    """The index.json that names a shard."""
+    return file.url.removesuffix(json.loads(file.detail)["file_name"]) + INDEX_NAME
+
+
+def shard_from_json(text: str) -> MdsShard:
+    raw = json.loads(text)
+    return MdsShard(**{**raw, "columns": tuple(tuple(column) for column in raw["columns"])})
+
+
+def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
+    """The shards in the index's order, sizes checked; None where index.json is not an index of shards."""
+    path = joined(folder, INDEX_NAME)
+    raw = json_object(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("shards"), list):
+        if any(file.endswith((".mds", ".mds.zstd")) for file in listed):
+            raise UserError(f"{path}: not an MDS index: no list of shards in it")
+        return None
+    if raw.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path}: MDS version {raw.get('version')}; version {FORMAT_VERSION} is read")
+    present = {folder: {entry.url: entry for entry in listed.values()}} if len(listed) > 1 else {}
+    return [mds_file(path, folder, number, shard, present, name, source) for number, shard in enumerate(raw["shards"])]
+
+
+def mds_file(
+    path: str,
+    folder: str,
+    number: int,
+    shard: Any,
+    present: dict[str, dict[str, Entry]],
+    name: str,
+    source: str,
+) -> InputFile:
+    """One shard: the file that is there, uncompressed before compressed."""
+    try:
+        if (shard["format"], shard["version"]) != ("mds", FORMAT_VERSION):
+            found = f"format {shard['format']!r} version {shard['version']}"
+            raise UserError(f"{path}: shard {number} is {found}; 'mds' version {FORMAT_VERSION} is read")
+        raw, zipped = shard["raw_data"], shard["zip_data"]
+        fields = (shard["column_names"], shard["column_encodings"], shard["column_sizes"])
+        columns = tuple(zip(*fields, strict=True))
+        raw_name, samples, raw_bytes = str(raw["basename"]), int(shard["samples"]), int(raw["bytes"])
+        raw_hashes = dict(raw.get("hashes") or {})
+        if samples < 0 or raw_bytes < 0 or not all(_is_column(*column) for column in columns):
+            raise ValueError("a column or a count that is none")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise UserError(f"{path}: shard {number} is damaged ({type(error).__name__}: {error})") from None
+    entry, compression, chosen = entry_in(folder, raw_name, path, present), None, raw
+    if entry is None and zipped:
+        entry, compression, chosen = entry_in(folder, str(zipped["basename"]), path, present), READ_COMPRESSION, zipped
+    if entry is None:
+        names = " or ".join(repr(str(data["basename"])) for data in (raw, zipped) if data)
+        raise UserError(f"{path}: names the shard {names}, which is not there")
+    algorithm = str(shard.get("compression") or "").partition(":")[0]
+    if compression and algorithm != READ_COMPRESSION:
+        raise UserError(f"{entry.url}: compressed by {algorithm!r}; {READ_COMPRESSION} and uncompressed are read")
+    if entry.bytes != chosen["bytes"]:
+        what = "truncated" if entry.bytes < chosen["bytes"] else "changed"
+        raise UserError(f"{entry.url}: {what}, {entry.bytes} bytes, {path} says {chosen['bytes']}")
+    file_hashes = dict(chosen.get("hashes") or {})
+    detail = MdsShard(str(chosen["basename"]), samples, columns, raw_bytes, raw_hashes, file_hashes).to_json()
+    file_name = f"{name}/{raw_name}"
+    return InputFile(entry.url, file_name, source, "mds", compression, entry.bytes, entry.modified, detail)
+
+
+def _is_column(name: Any, encoding: Any, size: Any) -> bool:
+    fits = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 0)
+    return isinstance(name, str) and isinstance(encoding, str) and fits
+
+
+def entry_in(folder: str, file_name: str, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
+    """A file that an index names, from one listing a directory: `present` keeps them."""
+    url = joined_in(folder, file_name, path, nested=True)
+    inside = parent_of(url)
+    if inside not in present:
+        present[inside] = {entry.url: entry for entry in entries(inside)} if find(inside) else {}
+    return present[inside].get(url)

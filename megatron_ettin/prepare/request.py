@@ -1,0 +1,134 @@
+"""What was asked of `ettin prepare`, checked, and the hash by which a finished dataset knows its request."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.json_reading import load_json, with_digest
+from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE, write_json_durably
+from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare.chunking import ChunkRule
+from megatron_ettin.prepare.input_file import InputFile
+
+EXECUTORS = ("local", "slurm", "ray")
+INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    inputs: tuple[str, ...]
+    out: Path
+    rule: ChunkRule
+    tokenizer: str = "ettin"
+    format: str = "auto"
+    text_key: str = "text"
+    id_key: str = "id"
+    holdout: float = 0.0
+    workers: int = 1
+    seq_lens: tuple[int, ...] = ()
+    add_prefix_space: bool = True
+    tokens_key: str = "input_ids"
+    tokens_first: bool = False  # where an input has both columns, take the tokens
+    executor: str = "local"  # of EXECUTORS
+    replan: bool = False
+    accept_copied: bool = False  # inputs of another time are taken for the same where names and sizes are
+    wait: bool = False  # slurm: until the dataset is there
+    slurm_time: str = "24:00:00"
+    slurm_partition: str | None = None
+    slurm_arguments: tuple[tuple[str, str], ...] = ()  # more options of sbatch
+
+
+def check_request(request: PrepareRequest) -> PrepareRequest:
+    """Return the request with `out` resolved. Raises UserError for what cannot be done."""
+    if not 0 <= request.holdout < 1:
+        raise UserError(f"--holdout: {request.holdout}; a fraction of the documents, 0 to below 1")
+    if "://" in str(request.out) or ":/" in str(request.out):
+        raise UserError(f"--out: {request.out} is a URL; datasets are made in a local directory")
+    if request.executor not in EXECUTORS:
+        hint = nearest(request.executor, EXECUTORS)
+        raise UserError(f"--executor: {request.executor!r}{hint}; allowed: {', '.join(EXECUTORS)}")
+    if request.workers < 1:
+        raise UserError(f"--workers: {request.workers}; at least 1")
+    for seq_len in request.seq_lens:
+        if seq_len < request.rule.chunk_tokens:
+            raise UserError(
+                f"--seq-len: rows of {seq_len} tokens cannot hold chunks of --chunk-tokens {request.rule.chunk_tokens}"
+            )
+    return replace(request, out=resolved_output(request.out))
+
+
+def resolved_output(out: Path) -> Path:
+    """Return where the dataset will lie, links followed. Raises UserError for a place that the last rename cannot give
+    its name to: it is asked for before the work and not after it."""
+    if not out.name and out == Path():
+        raise UserError("--out: is the current directory; name a new one in it")
+    try:
+        found = out.resolve()
+        os.fsencode(found).decode("utf-8")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(working_place(found))
+    except UnicodeDecodeError:
+        raise UserError(f"--out {os.fsencode(out)!r}: the name is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # the second: a link to itself
+        raise UserError(f"--out {out!s:.80}: {getattr(error, 'strerror', None) or error}") from None
+    if not (found / FILE_NAME).is_file() and (found == Path.cwd() or os.path.ismount(found)):
+        what = "a mount point" if os.path.ismount(found) else "the current directory"
+        raise UserError(f"--out {out}: is {what}; name a new directory in it")
+    return found
+
+
+def working_place(out: Path) -> Path:
+    """Where an unfinished dataset lies: beside its place, so that a rename publishes it."""
+    return out.parent / f".tmp-{out.name}"
+
+
+def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the output, besides the inputs. The vocabulary is named where ids have holes: earlier versions
+    counted its entries, and wrapped the ids above."""
+    holes = {"vocab_size": tokenizer.vocab_size} if tokenizer.has_holes else {}
+    return {
+        **holes,
+        "version": INGEST_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        **asdict(request.rule),
+        "add_prefix_space": request.add_prefix_space,
+        "holdout": request.holdout,
+        "text_key": request.text_key,
+        "id_key": request.id_key,
+        "tokens_key": request.tokens_key,
+        "tokens_first": request.tokens_first,
+    }
+
+
+def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
+    """By which a finished dataset knows the same request: settings, names and sizes. Times are left out: a copy of the
+    inputs makes the same dataset. They are compared apart (`rewritten_input`)."""
+    listed = [[file.name, file.source, file.kind, file.compression, file.bytes, file.detail] for file in files]
+    return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def write_inputs(folder: Path, files: list[InputFile]) -> None:
+    """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
+    rewritten."""
+    listed = [[file.name, file.bytes, file.modified] for file in files]
+    write_json_durably(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
+
+
+def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:
+    """Return (whether times were kept, the first input whose time is another than when the dataset was made)."""
+    try:
+        raw = load_json((folder / INPUTS_FILE).read_text(encoding="utf-8"))
+        before = [str(modified) for _, _, modified in raw["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False, None
+    if len(before) != len(files):
+        return False, None
+    pairs = zip(files, before, strict=True)
+    return True, next((file for file, time in pairs if time and file.modified and time != file.modified), None)

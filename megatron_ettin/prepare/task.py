@@ -1,0 +1,125 @@
+"""One task of `ettin prepare`: read, split off the held-out documents, tokenize in batches, cut, write one shard.
+
+A task depends on its input and the settings only and ends by
+writing its record, so a task with a record is done, whichever process did it and whatever was killed since."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ettin.data.manifest import write_json_durably
+from megatron_ettin.data.tokenizer import Tokenizer
+from megatron_ettin.prepare.chunking import ChunkRule
+from megatron_ettin.prepare.documents import read_documents
+from megatron_ettin.prepare.inputs import Task
+from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame
+from megatron_ettin.prepare.shards import ShardWriter
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 1_024
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class IngestSettings:
+    """What a worker needs to know."""
+
+    work: Path  # tasks/ and tokenizer/ are in here
+    rule: ChunkRule
+    dtype: str
+    text_key: str
+    id_key: str
+    add_prefix_space: bool
+    holdout: float
+    tokens_key: str = "input_ids"
+    tokens_first: bool = False
+    text_may_be_json: bool = False
+
+
+def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
+    prefixes = dict(zip(SPLITS, shard_prefixes(settings.work, task.index), strict=True))
+    dtype, ends = np.dtype(settings.dtype), (tokenizer.cls_id, tokenizer.sep_id)
+    writers = {
+        split: ShardWriter(prefixes[split], settings.rule, dtype, *ends)
+        for split in (SPLITS if settings.holdout else SPLITS[:1])
+    }
+    empty_documents = 0
+    try:
+        for batch in batches(task, read_options(settings, tokenizer)):
+            for document, ids in tokenized(batch, tokenizer, settings.add_prefix_space):
+                if not len(ids):
+                    empty_documents += 1
+                    continue
+                key = document_key(document)
+                split = "heldout" if is_held_out(key, settings.holdout) else "train"
+                writers[split].add(document.file.source, document.file.name, document.id, ids, key)
+        record: dict[str, object] = {"empty_documents": empty_documents}
+        for split, writer in writers.items():
+            files = {suffix: asdict(file) for suffix, file in writer.finish().items()}
+            record[split] = {**writer.counts, "sources": writer.sources, "files": files}
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+    write_json_durably(record_path(settings.work, task.index), record)
+    return sum(writer.counts["tokens"] for writer in writers.values())
+
+
+def shard_prefixes(work: Path, task_index: int) -> list[Path]:
+    """Where a task's shards lie, by split; without their suffixes."""
+    return [work / "tasks" / f"{split}_{task_index:05d}" for split in SPLITS]
+
+
+def record_path(work: Path, task_index: int) -> Path:
+    return work / "tasks" / f"task_{task_index:05d}.json"
+
+
+def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
+    frame = TokenFrame(
+        tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
+    )
+    return ReadOptions(
+        settings.text_key, settings.id_key, settings.tokens_key, frame, settings.tokens_first, settings.text_may_be_json
+    )
+
+
+def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
+    """Documents in order, BATCH_CHARACTERS and one document at a time."""
+    batch: list[Document] = []
+    size = 0
+    for segment in task.segments:
+        for document in read_documents(segment, options):
+            batch.append(document)
+            size += document.size
+            if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenized(
+    batch: list[Document], tokenizer: Tokenizer, add_prefix_space: bool
+) -> Iterator[tuple[Document, npt.NDArray[np.uint32]]]:
+    """Each document with its ids: a text's from the tokenizer, token inputs as they are."""
+    texts = [document.text for document in batch if document.tokens is None]
+    encoded = tokenizer.encode_arrays(texts, add_prefix_space)
+    for document in batch:
+        yield document, next(encoded) if document.tokens is None else document.tokens
+
+
+def document_key(document: Document) -> str:
+    """The content's hash: equal documents are cut alike and fall on one side of a held-out split. Of tokens it is the
+    hash of their ids as little-endian uint32."""
+    content = document.text.encode("utf-8") if document.tokens is None else document.tokens.astype("<u4").tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    return int(key[:16], 16) < int(fraction * (1 << 64))

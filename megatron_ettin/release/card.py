@@ -1,0 +1,157 @@
+"""README.md of `main`: the final revision's card, then how it was trained, on what, and every revision there is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.schema import Config
+from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
+from megatron_ettin.data.epochs import planned_epochs
+from megatron_ettin.data.mixture import MixtureEntry, parse_mixture
+from megatron_ettin.release.chain import Chain
+
+CURVE = "training_curve.png"
+
+
+def main_card(
+    final_card: str,
+    chain: Chain,
+    records: Sequence[dict[str, Any]],
+    orders: dict[str, dict[str, Any]],
+    has_curve: bool,
+    repository: str | None = None,
+) -> str:
+    """`records`: release.json and parity.json ("parity") of every revision, oldest first. `repository`: of the hub,
+    where the release is going to be pushed."""
+    text = final_card.rstrip()
+    if repository is not None:
+        text = text.replace(THIS_FOLDER, f'FOLDER = "{repository}"')
+    parts = [text, *_training(chain, records)]
+    if has_curve:
+        parts += [f"![Loss, learning rate and gradient norm against tokens]({CURVE})"]
+    parts += [*_data(chain, orders), *_revisions(records, repository)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _training(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
+    trained = _tokens_trained(chain, records)
+    columns = [{"tokens trained": tokens} | _recipe(run.config) for run, tokens in zip(chain.runs, trained)]
+    rows = [[key, *(column[key] for column in columns)] for key in columns[0]]
+    told = [f"{note[0].upper()}{note[1:]}." for note in chain.notes]
+    return ["## Training", table(["", *(run.phase for run in chain.runs)], rows), *told]
+
+
+def _tokens_trained(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each phase, by the model of `main`: up to the checkpoint that the next phase began from."""
+    before = {one["phase"]: one["total_tokens"] - one["tokens"] for one in records}
+    phases = [run.phase for run in chain.runs]
+    ends = [*(before.get(phase) for phase in phases[1:]), records[-1]["total_tokens"]]
+    told = []
+    for phase, end in zip(phases, ends, strict=True):
+        begin = before.get(phase)
+        told.append("not recorded" if begin is None or end is None else format_count(end - begin))
+    return told
+
+
+def _recipe(config: Config) -> dict[str, str]:
+    """What a reader needs to repeat a phase."""
+    optim, schedule, batch = config.optim, config.schedule, config.batch
+    parallel = config.parallel
+    found = {
+        "tokens planned": planned_tokens(dataclasses.asdict(config.run)),
+        "row length": f"{config.data.seq_len:,} tokens",
+        "rows a step": f"{batch.global_batch_rows:,}",
+        "optimizer": f"{optim.name}, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}",
+        "learning rate": f"{optim.lr:g}, {schedule.name}",
+        "warm-up, decay": f"{format_count(schedule.warmup_tokens)}, {format_count(schedule.decay_tokens)} tokens",
+        "final learning rate": f"{schedule.final_lr_fraction:g} of the peak",
+        "weight decay": f"{optim.weight_decay:g} at a learning rate of {optim.max_lr:g}",
+        "gradient clipping": f"{optim.clip_grad:g}" if optim.clip_grad else "none",
+        "precision": config.precision.name,
+        "layout": f"tp {parallel.tp}, pp {parallel.pp}",
+        "seed": str(config.run.seed),
+    }
+    if OBJECTIVES[config.run.objective].is_hybrid:
+        found["causal rows"] = str(config.data.clm_fraction)
+    if OBJECTIVES[config.run.objective].needs_mask_token:
+        found["masked"] = f"{config.data.mlm_probability:.0%} of tokens"
+    return found
+
+
+def _data(chain: Chain, orders: dict[str, dict[str, Any]]) -> list[str]:
+    parts = ["## Data"]
+    for run in chain.runs:
+        rows = mixture_rows(run.config)
+        parts += [f"{run.phase}:", table(["dataset", "share of tokens"], rows)] if rows else []
+    if orders:
+        told = [
+            [f"`data_order/{order['file']}`", phase, f"1 to {order['last_step']:,}", f"`{order['fingerprint'][:16]}`"]
+            for phase, order in orders.items()
+        ]
+        head = ["file", "phase", "steps", "fingerprint of the order"]
+        parts += ["Which document stood where in every step, as `ettin order` writes it:", table(head, told)]
+    return parts
+
+
+def mixture_rows(config: Config) -> list[tuple[str, str]]:
+    """(dataset, share of the phase's tokens). Datasets have their names, never the paths of a machine."""
+    try:
+        entries = parse_mixture(config.data.mixture, config.data.root)
+    except UserError:
+        return []
+    names = dataset_names([entry.path for entry in entries])
+    return list(zip(names, _shares(entries, config.run.tokens), strict=True))
+
+
+def _shares(entries: list[MixtureEntry], run_tokens: int) -> list[str]:
+    """From weights, budgets or, where the datasets are still there, their sizes."""
+    given = [entry.weight or entry.tokens for entry in entries]
+    if all(given):
+        total = sum(value or 0 for value in given)
+        return [f"{(value or 0) / total:.2%}" for value in given]
+    try:
+        return [f"{epochs.share:.2%}" for epochs in planned_epochs(entries, run_tokens)]
+    except UserError:
+        return ["by its size"] * len(entries)
+
+
+def dataset_names(paths: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    longest = max(map(len, parts), default=1)
+    for depth in range(1, longest + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(map(str, paths))):
+            return names
+    return [str(path) for path in paths]
+
+
+def _revisions(records: Sequence[dict[str, Any]], repository: str | None) -> list[str]:
+    rows = [
+        [
+            *(f"`{one['revision']}`", one["phase"], f"{one['step']:,}", format_count(one["total_tokens"])),
+            f"{one['parity']['max_abs_logit_difference']:.1e}",
+        ]
+        for one in records
+    ]
+    last = records[-1]["revision"]
+    where = f'"../{last}"' if repository is None else f'"{repository}", revision="{last}"'
+    return [
+        "## Revisions",
+        f"`main` is `{last}`. Every revision has its own parity.json: each tensor equals the checkpoint's bit for bit,"
+        " and logits differ from those of the training code by at most what the last column says.",
+        f"```python\nfrom transformers import AutoModel\n\nAutoModel.from_pretrained({where})\n```",
+        table(["revision", "phase", "step", "tokens so far", "logit difference"], rows),
+    ]

@@ -1,0 +1,118 @@
+"""A release folder -> a repository of the Hugging Face hub: a branch a revision, `main` last.
+
+Every upload is one commit, so a reader sees a revision whole or not at all; files that the server has already are not
+sent again, so an interrupted push goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import path_in
+from megatron_ettin.release.finish import ORDERS
+from megatron_ettin.release.record import RECORD, read_record
+
+ATTRIBUTES = ".gitattributes"  # the hub's own
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Names of branches."""
+
+    uploaded: list[str]
+    kept: list[str]
+    url: str
+
+
+def check_repository(name: str) -> None:
+    """Raises UserError for a name that no repository can have, before any work is done."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name}: {str(error).splitlines()[0]}") from None
+    if "/" not in name:
+        raise UserError(f"--push {name}: give OWNER/NAME")
+
+
+def push(
+    out: Path, repository: str, names: list[str], private: bool, report: Callable[[int, int], None] | None = None
+) -> Pushed:
+    """Bring the revisions `names` and then `main` to the hub. Raises UserError in one line where the hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    done = Pushed([], [], "")
+    try:
+        url = str(api.create_repo(repository, private=private, exist_ok=True))
+        branches = {branch.name for branch in api.list_repo_refs(repository).branches}
+        for number, name in enumerate([*names, "main"], start=1):
+            if name not in branches:
+                api.create_branch(repository, branch=name, exist_ok=True)
+            changed = _push_branch(api, out, repository, name)
+            (done.uploaded if changed else done.kept).append(name)
+            if report is not None:
+                report(number, len(names) + 1)
+    except LocalTokenNotFoundError:
+        raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
+    except (HfHubHTTPError, OSError, *_connection_errors()) as error:  # type: ignore[misc]
+        told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"--push {repository}: {told}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1} revisions are"
+            " there; run it again to go on"
+        ) from None
+    return Pushed(done.uploaded, done.kept, url)
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """Of the library's HTTP client, which changed in 1.0; the earlier one's are OSErrors."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)
+
+
+def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
+    """Make the branch hold exactly the folder's files, in one commit; False where it does already."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    folder = out / name
+    files = sorted([*read_record(folder)["files"], RECORD])
+    wanted = {file: path_in(folder, file, folder / RECORD, nested=True) for file in files}
+    if name == "main" and (out / ORDERS).is_dir():
+        wanted |= {f"{ORDERS}/{path.name}": path for path in sorted((out / ORDERS).glob("*.parquet"))}
+    there = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repository, recursive=True, revision=name)
+        if hasattr(entry, "blob_id") and entry.path != ATTRIBUTES
+    }
+    changed = [file for file, path in wanted.items() if not (file in there and _same(path, there[file]))]
+    operations: list[Any] = [CommitOperationAdd(file, wanted[file]) for file in changed]
+    operations += [CommitOperationDelete(file) for file in sorted(set(there) - set(wanted))]
+    if operations:
+        message = f"{name}: weights, tokenizer, card and parity record"
+        api.create_commit(repository, operations, commit_message=message, revision=name)
+    return bool(operations)
+
+
+def _same(path: Path, entry: Any) -> bool:
+    """Whether the hub holds these bytes: by sha256 for large files, by git's own digest for small ones."""
+    if entry.size != path.stat().st_size:
+        return False
+    if entry.lfs is not None:
+        return _digest(hashlib.sha256(), path) == entry.lfs.sha256
+    return _digest(hashlib.sha1(f"blob {entry.size}\0".encode()), path) == entry.blob_id
+
+
+def _digest(digest: Any, path: Path) -> str:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

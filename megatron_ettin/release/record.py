@@ -1,0 +1,93 @@
+"""release.json of every revision: what it was made of and every file with its size and sha256.
+
+A second `ettin release` reads it to leave alone what is there; whoever downloads a revision can check it by it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.paths import path_in
+from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
+from megatron_ettin.release.chain import Revision
+
+RECORD = "release.json"
+FORMAT = 2  # of what is in a revision; those of another one are made anew
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of a revision besides its checkpoint."""
+
+    name: str
+    dtype: str = "float32"
+    max_shard_bytes: int = 5_000_000_000
+    licence: str | None = None
+
+
+def source_identity(revision: Revision) -> str:
+    """A digest of the checkpoint's contents: integrity.json holds the sha256 of every file of it. Initial weights are
+    a function of seed and shape. Raises UserError where integrity.json is not readable."""
+    if revision.checkpoint is None:
+        run, model = revision.run.config, revision.run.config.model
+        shape = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
+        drawn = (run.run.seed, *shape, model.vocab_size, model.init_std, model.output_bias_init)
+        return hashlib.sha256(f"initial {drawn} {run.precision.name}".encode()).hexdigest()
+    path = revision.checkpoint / INTEGRITY
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror or error})") from None
+
+
+def made_of(revision: Revision, options: Options) -> dict[str, Any]:
+    """The part of the record that says what the folder should be."""
+    return {
+        **{"format": FORMAT, "revision": revision.name, "phase": revision.phase, "step": revision.step},
+        **{"tokens": revision.tokens, "total_tokens": revision.total_tokens, "source": source_identity(revision)},
+        **{"name": options.name, "dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes},
+        "licence": options.licence,
+    }
+
+
+def write_record(folder: Path, made: dict[str, Any]) -> None:
+    """Seal a finished folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    }
+    (folder / RECORD).write_text(json.dumps({**made, "files": files}, indent=1) + "\n", encoding="utf-8")
+    for path in (*paths, folder / RECORD, folder):
+        fsync(path)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a released folder, or nothing where there is none that can be read."""
+    try:
+        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def is_whole(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
+    """Whether every file of the record is there in its size and, with `checksums`, in its bytes."""
+    for name, entry in record["files"].items():
+        path = path_in(folder, name, folder / RECORD, nested=True)
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        if checksums and sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def is_released(folder: Path, made: dict[str, Any], checksums: bool) -> bool:
+    """Whether `folder` is that revision, verified against transformers, and whole."""
+    record = read_record(folder)
+    same = bool(record) and {key: record.get(key) for key in made} == made
+    return same and "parity.json" in record["files"] and is_whole(folder, record, checksums)

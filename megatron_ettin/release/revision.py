@@ -1,0 +1,113 @@
+"""Making one revision: a checkpoint, or the initial weights, converted, verified and put in its place whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.checkpoint.directory import list_checkpoints, place
+from megatron_ettin.checkpoint.integrity import check_nothing_else, fsync
+from megatron_ettin.checkpoint.weights_writer import write_weights
+from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.convert.model_card import About, model_card
+from megatron_ettin.convert.rules import pairs
+from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.verify import Logits, ParityError
+from megatron_ettin.release.chain import PhaseRun, Revision
+from megatron_ettin.release.record import Options, made_of, write_record
+
+WORK = ".work"  # what is being made, in the release's folder; gone when it is done
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to make one revision of the release in `out`."""
+
+    revision: Revision
+    out: Path
+    options: Options
+    our_logits: Logits
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`error` says why there is no such revision."""
+
+    name: str
+    seconds: float
+    error: str | None = None
+
+
+def make(job: Job) -> Outcome:
+    """Convert, verify, place. A checkpoint that cannot be released is told of; the others go on."""
+    began = time.perf_counter()
+    error = None
+    try:
+        _make(job)
+    except (UserError, ParityError) as refused:
+        error = str(refused)
+    except OSError as refused:
+        error = f"{job.out}: cannot be written ({refused.strerror or refused})"
+    if error is not None and job.revision.checkpoint is not None and not job.revision.checkpoint.is_dir():
+        error = f"{job.revision.checkpoint}: was removed while it was read; a run keeps checkpoint.keep of them"
+    return Outcome(job.revision.name, time.perf_counter() - began, error)
+
+
+def _make(job: Job) -> None:
+    revision, options = job.revision, job.options
+    made = made_of(revision, options)
+    folder = job.out / WORK / revision.name
+    checkpoint = revision.checkpoint or write_initial(revision.run, folder.with_name(f"{revision.name}.initial"))
+    card = functools.partial(
+        model_card, about=About(options.name, options.licence, revision.name, revision.total_tokens)
+    )
+    to_hf(checkpoint, folder, options.dtype, True, options.max_shard_bytes, job.our_logits, card=card)
+    write_record(folder, made)
+    put(folder, job.out / revision.name)
+
+
+def put(folder: Path, final: Path) -> None:
+    """Rename a finished folder to `final`; one that is there is moved aside first and removed last."""
+    aside = folder.with_name(f"{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(folder, final)
+    fsync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_initial(run: PhaseRun, folder: Path) -> Path:
+    """A checkpoint of the weights that `run` began with: a function of its seed and shape, in the run's precision."""
+    from megatron_ettin.model.init import hashed
+
+    config = run.config
+    dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
+    full_of = hashed(config.run.seed, config.model)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in pairs(config.model, OBJECTIVES[config.run.objective].exports[0]):
+            yield pair.ours, full_of(pair.ours, list(pair.shape)).to(dtype)
+
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    progress = {"step": 0, "tokens": 0}
+    known = write_weights(staging, tensors(), {"progress": progress})
+    (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+    (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    tokenizer = next((path / "tokenizer" for path in list_checkpoints(run.path)), None)
+    if tokenizer is not None and tokenizer.is_dir():
+        check_nothing_else(tokenizer.parent)
+        shutil.copytree(tokenizer, staging / "tokenizer")
+    place(staging, folder, known)
+    return folder

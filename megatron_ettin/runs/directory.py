@@ -1,0 +1,237 @@
+"""The directory that is a run: its resolved configuration, what it may not change, and who launched it when.
+
+Science keys are fixed by the first launch; another value is refused unless `--allow-change KEY` says that it is meant,
+and then history.jsonl records it. The data order is fixed by its fingerprint, not by a path."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform as machine
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin import __version__
+from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
+from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.config.checks import GUARD_KEYS, science_keys
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.runs.history import HISTORY, allowed_changes, first_launch, read_launches
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.config.key_names import nearest_key
+from megatron_ettin.config.layers import key_types
+from megatron_ettin.base.locks import LockHeld, try_lock
+from megatron_ettin.config.resolve import from_yaml, to_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.skips import parse_skips, place_of
+from megatron_ettin.runs.stored import fixes_guard, stored_science_keys
+from megatron_ettin.base.yaml_reading import load_yaml
+from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.base.rank_facts import code_hash, commit
+from megatron_ettin.base.log import log_warning
+
+# these stand for the data order's fingerprint in --allow-change
+DATA_KEY = "data.mixture"
+ORDER_KEY = "data.order"
+
+
+def check_writable(run_dir: Path, what: str = "run directory ") -> None:
+    """Raise UserError where files cannot be made in `run_dir` (created if need be). `what`: it is, in the message."""
+    probe = run_dir / f".tmp-probe-{machine.node()}-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{what}{run_dir}: cannot be written ({error.strerror or error})") from None
+    for name in (".lock", HISTORY, METRICS_FILE):
+        path = run_dir / name
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written, it is another user's (uid {path.stat().st_uid}); chmod g+w it")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, chief: bool) -> Iterator[None]:
+    """Keep a second launch out of `run_dir` while this one trains. One rank holds the lock; a dead process's is gone.
+    Raises UserError where another launch holds it."""
+    if not chief:
+        yield
+        return
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            why = try_lock(file.fileno())
+        except LockHeld:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"run directory {run_dir}: {holder} is training in it; wait for it or stop it") from None
+        if why is not None:
+            log_warning(
+                f"warning: {run_dir}: its file system has no locks ({why}); start no second run in it meanwhile"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {machine.node()}")
+        file.flush()
+        yield
+
+
+def recorded(run_dir: Path) -> Config | None:
+    """Return the configuration of a run that has begun; None before its first launch. Raises UserError."""
+    path = run_dir / "config.yaml"
+    return from_yaml(path) if path.exists() else None
+
+
+def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequence[str]) -> list[str]:
+    """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
+    for key in allow:
+        if key not in key_types():
+            raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
+    path = run_dir / "config.yaml"
+    saved = next(iter([*list_checkpoints(run_dir)[-1:], *list_milestones(run_dir)[-1:]]), None)
+    if not path.exists():
+        if saved is not None:
+            raise UserError(
+                f"{path}: missing, though the run has checkpoints: nothing says what it may not change; put"
+                f" {saved / 'config.yaml'} there"
+            )
+        return []
+    before, now = stored_science_keys(path), science_keys(config)
+    changed = [key for key in now if before.get(key) != now[key] and (key in before or key not in GUARD_KEYS)]
+    order = read_order(run_dir)
+    if order is None and saved is not None and not {DATA_KEY, ORDER_KEY} & set(allow):
+        raise UserError(
+            f"{run_dir / 'order.json'}: missing or damaged, though the run has checkpoints: nothing says what data they"
+            f" were trained on; put it back, or if the data are the same go on with --allow-change {DATA_KEY}"
+        )
+    order = order or {}
+    # rows left out are a key of their own, data.skip
+    known = order.get("unskipped_fingerprint", order.get("fingerprint"))
+    if order and known != corpus.unskipped_fingerprint and not set(changed) & {"run.seed", "run.phase"}:
+        key = DATA_KEY if corpus.end is None else ORDER_KEY
+        changed += [key] * (key not in changed)
+        before[key], now[key] = (
+            str(known)[:12],
+            corpus.unskipped_fingerprint[:12] + other_datasets(order, corpus),
+        )
+    for key in changed:
+        if key not in allow:
+            raise UserError(
+                f"{run_dir}: was started with {key}={before.get(key)}, now {key}={now[key]}; start another run"
+                f" directory, or go on with --allow-change {key}"
+            )
+    return changed
+
+
+def told_of_guard(run_dir: Path, config: Config) -> str | None:
+    """A line where a run of an older version, whose bad steps were judged otherwise, goes on under today's rule."""
+    path = run_dir / "config.yaml"
+    if not path.exists() or fixes_guard(path):
+        return None
+    before, now = from_yaml(path).resilience, config.resilience
+    return (
+        f"this run began under an older rule for spikes (resilience.on_spike={before.on_spike}); from here on it is"
+        f" on_spike={now.on_spike}, judged by the logarithm of the gradient norm, and fixed for this run"
+    )
+
+
+def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
+    """Raise UserError where the rows left out changed among those that the run has counted already: the rows after them
+    would move, and some be lost."""
+    path = run_dir / "config.yaml"
+    before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
+    reached = place_of(trained_rows - 1, before) + 1 if trained_rows else 0
+    for first, end in sorted(set(before) ^ set(corpus.skips)):
+        if first < reached:
+            raise UserError(
+                f"data.skip: {first}:{end} begins before row {reached}, up to which this run has trained; go back with"
+                " --from-step first"
+            )
+
+
+def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
+    """Which datasets are not those of the first launch, in words; empty where all are."""
+    listed = order.get("datasets")
+    known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
+    other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
+    return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
+
+
+def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
+    """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
+    it is another run's then. Keys that a launch of this run was allowed to change may differ."""
+    groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
+    allowed = {*allow, *(key for launch in read_launches(run_dir) for key in allowed_changes(launch))}
+    if not fixes_guard(checkpoint / "config.yaml"):
+        allowed |= set(GUARD_KEYS)
+    for name in science_keys(config):
+        group, _, key = name.partition(".")
+        theirs = groups.get(group)
+        # an order's path may change, its content is compared by its fingerprint; earlier versions had fewer keys
+        if name == ORDER_KEY or name in allowed or not isinstance(theirs, dict) or key not in theirs:
+            continue
+        if theirs[key] != own[group][key]:
+            raise UserError(
+                f"{checkpoint}: was written with {name}={theirs[key]}, this run has {own[group][key]}: it is another"
+                f" run's; take it out of {checkpoint.parent}, or go on with --allow-change {name}"
+            )
+
+
+def read_order(run_dir: Path) -> dict[str, Any] | None:
+    """order.json: fingerprint of the data order and of the tokenizer; None where it is missing or damaged."""
+    try:
+        order = load_json((run_dir / "order.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = order.get("unskipped_fingerprint", order.get("fingerprint")) if isinstance(order, dict) else None
+    return order if isinstance(known, str) else None
+
+
+def origin(
+    run_dir: Path, init_from: Path | None, from_step: int | None, model_of_weights: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the first launch of a run began from, for `ettin release` to follow: absolute, and from the run directory
+    on, so that runs moved together still find each other. And what of the model came with it."""
+    if init_from is None or first_launch(run_dir) is not None:
+        return {}
+    source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()
+    relative = os.path.relpath(source, run_dir.absolute())
+    return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
+
+
+def order_record(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Return the content of order.json: which rows a run is trained on, in which order."""
+    return {
+        "fingerprint": corpus.fingerprint,
+        "unskipped_fingerprint": corpus.unskipped_fingerprint,
+        "tokenizer": corpus.tokenizer_fingerprint,
+        "datasets": [dataset.fingerprint for dataset in corpus.datasets],
+        "rows_per_step": config.batch.global_batch_rows,
+        "mean_tokens_per_row": corpus.mean_tokens_per_row,
+    }
+
+
+def check_reader(config: Config, corpus: Corpus, reader: Corpus) -> None:
+    """Raise UserError where the batches would come from other rows than those that the run records. `reader`: the
+    corpus that the batches are read from, a copy on this machine for instance; `corpus`: the one that is recorded."""
+    recorded, read = order_record(config, corpus), order_record(config, reader)
+    for key, value in recorded.items():
+        if read[key] != value:
+            raise UserError(
+                f"data: the batches are read in another order than order.json records: {key} is {read[key]!s:.20} and"
+                f" not {value!s:.20}; nothing was trained; this is a fault of the package"
+                + (", start without data.local_copy" if config.data.local_copy else "")
+            )
+
+
+def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
+    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
+    write_synced(run_dir / "config.yaml", to_yaml(config))
+    write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
+    record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
+    record |= {"code": code_hash(), "commit": commit(), "host": socket.gethostname(), **launch}
+    with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
+        history.write(json.dumps(record) + "\n")

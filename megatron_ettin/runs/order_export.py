@@ -1,0 +1,212 @@
+"""What each step trained on or will train on: documents and spans as a table, or the very arrays the model saw.
+
+A function of the run's configuration and its datasets; no torch, no run needed. Steps are numbered as in
+metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded however many steps are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ettin.base.counts import counted
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.config.objectives import IGNORE, KINDS
+from megatron_ettin.config.resolve import from_yaml
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.blended_dataset import Corpus, Row, open_run_corpus
+from megatron_ettin.data.replay.files import METADATA_KEY
+from megatron_ettin.batching.objectives import corpus_labeller
+from megatron_ettin.batching.row_kinds import RowKinds
+
+COLUMNS = (
+    "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",
+    "end_token", "row_start",
+)  # fmt: skip
+ROWS_AT_ONCE = 16_384
+
+Table = dict[str, Any]  # of each of COLUMNS: an int64 array or a list of strings
+
+
+def open_run(path: Path) -> tuple[Config, Corpus]:
+    """Configuration and data of a run directory, a checkpoint or a config.yaml. Raises UserError."""
+    file = path / "config.yaml" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path}: no config.yaml; give a run directory, a checkpoint or a resolved config")
+    config = from_yaml(file)
+    return config, open_run_corpus(config)
+
+
+def check_same_order(path: Path, corpus: Corpus) -> None:
+    """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
+    try:
+        recorded = load_json((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run, or one that has not started
+    if recorded != corpus.fingerprint:
+        raise UserError(
+            f"{path}: was trained in order {recorded[:12]}, its datasets now give {corpus.fingerprint[:12]}: a dataset"
+            " or row plan was changed since, so what the run read cannot be told from them"
+        )
+
+
+def parse_steps(text: str) -> range:
+    """`A:B` as steps A to B - 1, `A` as step A alone. Raises UserError."""
+    first, colon, end = text.partition(":")
+    try:
+        steps = range(int(first), int(end) if colon else int(first) + 1)
+        len(steps)
+    except OverflowError:
+        raise UserError(f"--steps: {text!r}; no run has so many steps") from None
+    except ValueError:
+        raise UserError(f"--steps: {text!r} is not A:B (steps A to B - 1) or a single step") from None
+    if steps.start < 1 or not steps:
+        raise UserError(f"--steps: {text!r} is empty or begins before 1, the first step of metrics.jsonl")
+    return steps
+
+
+def batch_sizes(config: Config, corpus: Corpus, steps: range) -> BatchSizes:
+    """Rows of every step. Raises UserError where the order is given and ends before `steps` do."""
+    sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
+    if corpus.end is not None and sizes.rows_before(steps.stop - 1) > corpus.end:
+        raise UserError(
+            f"--steps: {steps.start}:{steps.stop}, but the order of {config.data.order} ends with step"
+            f" {sizes.steps_within(corpus.end):,} ({counted(corpus.end, 'row')})"
+        )
+    return sizes
+
+
+def pieces(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(step, slot, position) [n] of every row of `steps`, ROWS_AT_ONCE at most at a time."""
+    position, end = sizes.rows_before(steps.start - 1), sizes.rows_before(steps.stop - 1)
+    while position < end:
+        stop = min(end, position + ROWS_AT_ONCE)
+        step = sizes.steps_within(position)  # from 0
+        first_rows = [sizes.rows_before(step)]
+        while first_rows[-1] < stop:
+            first_rows.append(sizes.rows_before(step + len(first_rows)))
+        positions = np.arange(position, stop)
+        index = np.searchsorted(first_rows, positions, side="right") - 1
+        yield step + index + 1, positions - np.asarray(first_rows)[index], positions
+        position = stop
+
+
+def tables(config: Config, corpus: Corpus, steps: range) -> Iterator[Table]:
+    """Which tokens of which document stood where, a line a chunk, in order and some rows at a time. `end_token` is
+    exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in
+    `row_start` only."""
+    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
+        yield table_of(corpus, step, slot, corpus.place_of(position))
+
+
+def table_of(corpus: Corpus, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
+    """The lines of these rows."""
+    placed = corpus.placed(position)
+    lengths = corpus.lengths_of(placed)
+    ends = np.cumsum(lengths)
+    n = len(placed.chunks)
+    row_begins = np.append(ends - lengths, 0)[np.cumsum(placed.counts) - placed.counts]
+    source, row = np.repeat(placed.source, placed.counts), np.arange(len(step)).repeat(placed.counts)
+    names, files, ids = (np.empty(n, object) for _ in range(3))
+    index, start, specials = (np.empty(n, np.int64) for _ in range(3))
+    for s in np.unique(source).tolist():
+        chosen = np.flatnonzero(source == s)
+        found = corpus.datasets[s].documents_of(placed.chunks[chosen])
+        names[chosen] = str(corpus.datasets[s].path)
+        files[chosen], ids[chosen] = found.source, found.document_id
+        index[chosen], start[chosen], specials[chosen] = found.document, found.start_token, found.special_tokens
+    columns = (
+        step[row], slot[row], position[row], names.tolist(), placed.row[row], placed.chunks, files.tolist(),
+        ids.tolist(), index, start, start + lengths - specials, ends - lengths - row_begins[row],
+    )  # fmt: skip
+    return dict(zip(COLUMNS, columns, strict=True))
+
+
+def spans(config: Config, corpus: Corpus, steps: range) -> Iterator[dict[str, Any]]:
+    """The lines of `tables`, one record a chunk."""
+    for table in tables(config, corpus, steps):
+        columns = [column if isinstance(column, list) else column.tolist() for column in table.values()]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(COLUMNS, values, strict=True))
+
+
+def write_parquet(
+    out: Path, config: Config, corpus: Corpus, steps: range, names: Mapping[str, str] | None = None
+) -> int:
+    """Write the lines of `tables`; returns how many. Written beside and renamed. The file notes what it takes to train
+    in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens. `names`: what to
+    call the datasets instead of their paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    named = names or {}
+    notes = {
+        "datasets": {
+            named.get(str(dataset.path), str(dataset.path)): dataset.fingerprint for dataset in corpus.datasets
+        },
+        "seq_len": corpus.seq_len,
+        "batching": corpus.batching,
+        "mean_tokens_per_row": corpus.mean_tokens_per_row,
+        "fingerprint": corpus.fingerprint,
+    }
+    strings = ("dataset", "source", "document")
+    fields = [pa.field(name, pa.string() if name in strings else pa.int64(), nullable=False) for name in COLUMNS]
+    schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(notes).encode("utf-8")})
+    count = 0
+    with written_beside(out) as beside, parquet.ParquetWriter(beside, schema) as writer:
+        for table in tables(config, corpus, steps):
+            table["dataset"] = [named.get(path, path) for path in table["dataset"]]
+            writer.write_table(pa.table(table, schema=schema))
+            count += len(table["step"])
+    return count
+
+
+def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[int, int, Row]]:
+    """(step, slot, row) of every row of `steps` in order."""
+    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
+        yield from zip(step.tolist(), slot.tolist(), corpus.rows(corpus.place_of(position)), strict=True)
+
+
+def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
+    """Write what the model sees, exactly, as .npz; returns the number of rows n.
+
+    step [n]; causal [n]: whether the row is; input_ids and labels [n, seq_len] (-100 where nothing is predicted,
+    shifted already for clm and mntp); spans [m, 3]: row among the n, first token, end of every chunk. All of it is in
+    memory: 16 bytes a token of a row."""
+    label, kinds = corpus_labeller(config, corpus), RowKinds.of(config, corpus.mean_tokens_per_row)
+    sizes = batch_sizes(config, corpus, steps)
+    n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
+    input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE)
+    numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
+    for i, (step, slot, row) in enumerate(step_rows(config, corpus, steps)):
+        kind = kinds.of_slot(slot, kinds.causal_rows(sizes, step - 1))
+        numbers[i], causal[i], real = step, KINDS[kind].causal, len(row.tokens)
+        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position, kind)
+        ends = np.cumsum(row.lengths)
+        boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
+    with written_beside(out) as beside, open(beside, "wb") as file:
+        spans = np.array(boundaries)
+        np.savez(file, step=numbers, causal=causal, input_ids=input_ids, labels=labels, spans=spans)
+    return n
+
+
+@contextlib.contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `out` when it is done and vanishes when it is not. Raises UserError where the
+    file system refuses."""
+    beside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+    try:
+        yield beside
+        beside.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        beside.unlink(missing_ok=True)

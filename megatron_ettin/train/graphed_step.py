@@ -1,0 +1,130 @@
+"""Micro-batches as replays of one recorded forward and backward pass (`run.cuda_graph`), for runs whose host is slower
+than their device.
+
+A recording has fixed shapes: labels and boundaries are padded to a capacity, and what the host computes anew for each
+step (the keys of dropout's masks) is a tensor. Padded labels count for nothing, and boundaries at the end are chunks of
+no tokens, so the result is that of the ordinary pass. A micro-batch that does not fit runs as always."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ettin.base.log import log_info
+from megatron_ettin.batching.batches import MicroBatch
+from megatron_ettin.config.graphs import max_chunks_per_row
+from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.schema import Config
+from megatron_ettin.model.dropout import layer_keys
+from megatron_ettin.model.packed import PackedRows
+from megatron_ettin.platform.cuda_graph import Replayed, Tensors
+from megatron_ettin.platform.transfer import to_device
+
+DEVIATIONS = 6  # of the number of masked tokens that there is room for
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Room of a recorded micro-batch: labels of this rank's slices, boundaries of whole rows."""
+
+    labels: int
+    boundaries: int
+
+    @classmethod
+    def of(cls, config: Config, tokens: int) -> Capacity:
+        """For micro-batches of which this rank has `tokens` tokens."""
+        chance = 1.0 if config.causal else config.data.mlm_probability
+        labels = tokens * chance + DEVIATIONS * math.sqrt(tokens * chance * (1 - chance))
+        rows = config.batch.micro_batch_rows
+        # each row may end with padding, which is a chunk too
+        return cls(min(tokens, math.ceil(labels / 64) * 64), rows * (max_chunks_per_row(config) + 1) + 1)
+
+
+class GraphedStep:
+    """Core's forward_step_func of a rank whose micro-batches are replayed. `chief` tells of what does not fit."""
+
+    def __init__(self, config: Config, layers: int, tokens: int, chief: bool) -> None:
+        self.capacity, self.layers, self.chief = Capacity.of(config, tokens), layers, chief
+        self.config = config
+        self.replayed: Replayed | None = None
+        self.keys = functools.lru_cache(maxsize=1)(layer_keys)
+
+    def __call__(
+        self, ordinary: Callable[..., tuple[Any, Any]], batches: Iterator[MicroBatch], model: Any
+    ) -> tuple[Any, Any]:
+        """`ordinary` is the function for a micro-batch that does not fit."""
+        batch = next(batches)
+        if not self.fits(batch):
+            return ordinary(iter([batch]), model)
+        if self.replayed is None:
+            self.replayed = Replayed(functools.partial(forward_and_backward, model, batch.packed))
+        (loss,) = self.replayed(self.inputs(batch))
+        # the gradients are made already: core's schedule is given a loss that leads to none
+        done = torch.zeros((), device=loss.device, requires_grad=True).clone()
+        return done, functools.partial(_report, loss.clone(), batch.labels.numel())
+
+    def fits(self, batch: MicroBatch) -> bool:
+        labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
+        fits = labels <= self.capacity.labels and boundaries <= self.capacity.boundaries
+        if not fits and self.chief:
+            self.chief = False
+            log_info(
+                f"run.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
+                f" recorded one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
+                f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}"
+            )
+        return fits
+
+    def inputs(self, batch: MicroBatch) -> Tensors:
+        """Everything that differs between micro-batches, in fixed shapes."""
+        packed, tokens = batch.packed, len(batch.packed.segments)
+        missing = self.capacity.labels - batch.labels.numel()
+        boundaries = self.capacity.boundaries - packed.cu_seqlens_q.numel()
+        return [
+            batch.input_ids,
+            F.pad(batch.labels, (0, missing), value=IGNORE),
+            F.pad(batch.at, (0, missing)),
+            F.pad(packed.cu_seqlens_q, (0, boundaries), value=tokens),
+            packed.segments,
+            packed.positions,
+            packed.slots,
+            to_device(self.keys(packed.dropout_key, self.layers), packed.slots.device),
+        ]
+
+
+def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tensors:
+    """One micro-batch, its gradients added to core's buffers; returns the sum of its losses, float64. `like` has what
+    all micro-batches share."""
+    input_ids, labels, at, boundaries, segments, positions, slots, keys = tensors
+    packed = PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=like.seq_len,
+        max_seqlen_kv=like.seq_len,
+        seq_len=like.seq_len,
+        segments=segments,
+        positions=positions,
+        slots=slots,
+        first_place=like.first_place,
+        slice_tokens=like.slice_tokens,
+        layer_keys=keys,
+        causal_places=like.causal_places,
+    )
+    total, losses, _ = model(input_ids, packed, labels, at)
+    total.backward()
+    return [losses.double().sum()]
+
+
+def _report(
+    loss: torch.Tensor, labels: int, total: torch.Tensor, non_loss_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Core's loss function: what step.py's `sum_of_losses` returns."""
+    count = torch.full((), labels, dtype=torch.int32, device=loss.device)
+    return total, count, {"loss": loss, "labels": count, "correct": torch.zeros_like(count)}

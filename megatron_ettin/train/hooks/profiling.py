@@ -1,0 +1,50 @@
+"""`profile.steps=A:B`: a trace of these steps on the ranks that are asked for, and a summary of what took longest."""
+
+from __future__ import annotations
+
+from megatron_ettin.base.log import log_info, log_warning
+from megatron_ettin.config.profiling import profiled_ranks, profiled_steps
+from megatron_ettin.platform.profiler import Profiler
+from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.step import StepInfo
+
+FOLDER = "profile"
+
+
+class Profiling(Hook):
+    """Begins before the first of the steps and writes after the last; a run that ends sooner writes what it has."""
+
+    def start(self, run: Run) -> None:
+        self.steps, ranks = profiled_steps(run.config), profiled_ranks(run.config)
+        self.profiler: Profiler | None = None
+        self.is_chosen = bool(self.steps) and (ranks is None or run.machine.layout.rank in ranks)
+        self._begin_before(run, run.progress.step + 1)
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        if self.profiler is not None and info.step >= self.steps[-1]:
+            self._end(run, info.step)
+        self._begin_before(run, info.step + 1)
+
+    def stop(self, run: Run) -> None:
+        if self.profiler is not None:
+            self._end(run, run.progress.step)
+
+    def _begin_before(self, run: Run, step: int) -> None:
+        if self.is_chosen and step in self.steps and self.profiler is None:
+            self.first = step
+            self.profiler = Profiler(run.machine.platform, run.config.profile.memory)
+            self.profiler.start()
+
+    def _end(self, run: Run, last: int) -> None:
+        assert self.profiler is not None
+        self.profiler.stop()
+        name = f"steps_{self.first}-{last}_rank_{run.machine.layout.rank:05d}"
+        try:
+            text = self.profiler.write(run.directory / FOLDER, name)
+        except OSError as error:  # a profile is no reason for a run to end
+            log_warning(f"warning: profile.steps: {name} cannot be written ({error})")
+        else:
+            if run.is_chief:
+                log_info(f"profile of steps {self.first} to {last} in {run.directory / FOLDER}", text)
+        self.profiler = None
+        self.is_chosen = last < self.steps[-1]

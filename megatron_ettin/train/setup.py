@@ -1,0 +1,173 @@
+"""Putting a run together on this rank: groups, model chunks, optimizer. Nothing here decides; the configuration has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ettin.batching.batches import row_tokens
+from megatron_ettin.config.layouts import full_split
+from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.schema import Config
+from megatron_ettin.faults.step_timer import StepClock
+from megatron_ettin.model import init
+from megatron_ettin.model.config import transformer_config
+from megatron_ettin.model.model import EttinModel
+from megatron_ettin.optim.deepspeed import ZeroOptimizer, build_zero
+from megatron_ettin.optim.megatron import TrainingOptimizer, build_optimizer
+from megatron_ettin.parallel.layout import Layout, Topology, initialize_model_parallel, optimizer_groups
+from megatron_ettin.platform import Platform, compile, fp8_scales, te_overlap
+from megatron_ettin.platform.deepspeed import check_engine
+from megatron_ettin.platform.layers import layer_backend
+from megatron_ettin.train.graphed_step import GraphedStep
+
+
+@dataclass
+class Machine:
+    """One rank's share of a training run: where it stands and what it trains."""
+
+    config: Config
+    platform: Platform
+    layout: Layout
+    chunks: list[EttinModel]
+    wrapped: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
+    optimizer: TrainingOptimizer | ZeroOptimizer | None
+    graphed: GraphedStep | None = None
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Where the step's first sum over the ranks begins, the clock is told. (It holds nothing of the machine: what
+        core's configuration holds would otherwise live until Python looks for cycles.)"""
+        self.clock = clock = StepClock(self.platform)
+
+        def arrive_and_sum(*arguments: Any, **named: Any) -> None:
+            clock.arrive()
+            finalize_model_grads(*arguments, **named)
+
+        self.chunks[0].config.finalize_model_grads_func = arrive_and_sum
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.before_sum = clock.arrive
+
+    def settle(self) -> None:
+        """Before an evaluation: let what overlaps with the next step's forward pass end."""
+        if self.optimizer is not None:
+            self.optimizer.settle()
+
+    @contextlib.contextmanager
+    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+        """Inside, this rank's weights may be read one by one and, where `writing`, written. Collective."""
+        if self.optimizer is None:
+            yield
+            return
+        with self.optimizer.whole_weights(writing):
+            yield
+
+    def live_optimizer_tensors(self) -> list[torch.Tensor]:
+        """Masters and moments of this rank, which an update changes in place."""
+        if self.optimizer is None:
+            return []
+        inner = self.optimizer.inner
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        moments = [t for p in masters for t in inner.state[p].values() if isinstance(t, torch.Tensor)]
+        return [p.data for p in masters] + moments
+
+    def close(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.close()
+        for one in self.wrapped:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
+            if hasattr(one, "grad_accs"):
+                one.grad_accs.clear()
+        fp8_scales.forget()
+        if self.config.parallel.tp_overlap:
+            te_overlap.free_buffers()
+
+
+def assemble(
+    config: Config, platform: Platform, world: int, training: bool = True, initial_weights: bool = True
+) -> Machine:
+    """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision).
+
+    Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
+    is half a minute for nothing."""
+    if not training:  # nothing would keep their masters
+        config = replace(config, precision=replace(config.precision, fp8_weights=False))
+    platform.check_precision(config.precision.name)
+    platform.check_offload(config.parallel.offload_layers)
+    platform.check_tp_overlap(config.parallel.tp_overlap)
+    if training:
+        check_engine(config.parallel.engine)
+    compile.fuse(compile.wants_fusion(config.run.fuse, platform.is_gpu))
+    topology = Topology.of(config, world)
+    layout = initialize_model_parallel(topology, config.run.seed)
+    if config.parallel.tp_overlap:
+        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
+        fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
+        bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
+        te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
+    chunks = build_chunks(config, platform, layout, initial_weights)
+    if not training:
+        return Machine(config, platform, layout, chunks, [], None)
+    compute = PRECISIONS[config.precision.name].compute
+    if config.parallel.engine == "deepspeed":
+        zero = build_zero(chunks[0], config, compute, optimizer_groups(True), platform.device)
+        return Machine(config, platform, layout, chunks, [zero.engine], zero)
+    wrapped = wrap(config, chunks)
+    sharded = config.parallel.distributed_optimizer
+    groups = optimizer_groups(sharded)
+    optimizer = build_optimizer(wrapped, config.optim, compute == "bf16", sharded, groups, platform.device)
+    graphed = None
+    if config.run.cuda_graph:
+        platform.check_graph(True, chunks[0].config.backend.attention.name)
+        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
+        graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
+    return Machine(config, platform, layout, chunks, wrapped, optimizer, graphed)
+
+
+def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
+    """This rank's model chunks (one, or vp of them), weights drawn by name."""
+    backend = layer_backend(platform, config.precision.name, config.run.attention)
+    core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    weights = init.hashed(config.run.seed, config.model)
+    chunks = []
+    for stage, has_embedding, has_head in layout.chunk_stages():
+        chunk = EttinModel(core, groups, has_embedding, has_head, stage).to(platform.device)
+        if initial_weights:
+            init.fill(chunk, weights, layout.topology.tp, layout.tp_rank)
+        chunks.append(chunk)
+    return chunks
+
+
+def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParallel]:
+    """Core's gradient buffers and reductions around each chunk."""
+    overlap, sharded = config.parallel.overlap, config.parallel.distributed_optimizer
+    # core waits for gathered weights before a module's own forward; the output layer's are read by the loss instead,
+    # and with pipeline stages they lie in buckets of their own, which nothing would wait for
+    pipelined = config.parallel.pp > 1
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.gradients == "fp32",
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and sharded and not pipelined,
+        use_distributed_optimizer=sharded,
+        fp8_param_gather=config.precision.fp8_weights,
+    )
+    core = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(core, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        core.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
+        if settings.overlap_param_gather:
+            core.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in wrapped])
+    return wrapped
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    """Core wants a function for one model chunk and a list for several."""
+    return functions if len(functions) > 1 else functions[0]
