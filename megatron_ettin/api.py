@@ -117,11 +117,11 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
     """The model of a run with its initial weights, or those of a checkpoint, a run or a Hugging Face folder.
 
     One at a time: core's process groups are the process's own, and are gone after the `with`. Collective."""
-    from megatron_ettin.convert.hf_folder import as_checkpoint
+    from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.parallel.layout import destroy_model_parallel
     from megatron_ettin.parallel.rendezvous import find_place, join, leave
     from megatron_ettin.platform import detect
-    from megatron_ettin.train import loading
+    from megatron_ettin.train import resume
     from megatron_ettin.train.setup import assemble
 
     place = find_place()
@@ -132,7 +132,7 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
         machine = assemble(config, platform, place.world, initial_weights=checkpoint is None)
         if checkpoint is not None:
             with as_checkpoint(Path(checkpoint)) as found:
-                loading.load(machine, found, with_optimizer=False)
+                resume.load(machine, found, with_optimizer=False)
         yield Model(config, machine)
     finally:
         if machine is not None:
@@ -229,11 +229,11 @@ def evaluate(
     """Loss of a checkpoint, a run or a Hugging Face folder on datasets, in all and by source, in fp32 on the CPU.
 
     `loss`, `accuracy`, `perplexity`, `labels`, `rows`, `sources`. `data`: a dataset, or names and datasets."""
-    from megatron_ettin.config.objectives import OBJECTIVES
-    from megatron_ettin.convert.hf_folder import as_checkpoint
+    from megatron_ettin.config.tables import OBJECTIVES
+    from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.evaluate import evaluation as evaluation
     from megatron_ettin.evaluate.inference import alone
-    from megatron_ettin.train import loading, resume
+    from megatron_ettin.train import resume
 
     named = data if isinstance(data, Mapping) else {Path(data).name: data}
     with as_checkpoint(Path(checkpoint)) as found:
@@ -243,7 +243,7 @@ def evaluate(
             held_out = evaluation.open_held_out(machine, sets, kind, seq_len)
             for batches in held_out.sources.values():
                 resume.check_tokenizer(found, batches.corpus)
-            loading.load(machine, found, with_optimizer=False)
+            resume.load(machine, found, with_optimizer=False)
             return evaluation.evaluate(machine, held_out, rows)
 
 

@@ -77,7 +77,7 @@ def delayed_scales() -> Iterator[None]:
     first forward pass in training, and changed by each. TE needs a GPU: what is tested is what we keep of it."""
     import torch
 
-    from megatron_ettin.checkpoint import fp8_state
+    from megatron_ettin.checkpoint import state
     from megatron_ettin.train import setup
 
     def make(linear, *_) -> None:
@@ -106,8 +106,8 @@ def delayed_scales() -> Iterator[None]:
 
     with (
         mock.patch.object(setup, "build_chunks", with_state),
-        mock.patch.object(fp8_state, "keeps_scales", lambda config: True),
-        mock.patch.object(fp8_state, "make_delayed_scales", make),
+        mock.patch.object(state, "keeps_scales", lambda config: True),
+        mock.patch.object(state, "make_delayed_scales", make),
     ):
         yield
 

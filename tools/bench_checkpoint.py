@@ -99,10 +99,10 @@ class Bench:
 
     def loads(self, checkpoint: Path) -> None:
         from megatron_ettin.checkpoint import directory
-        from megatron_ettin.train import loading
+        from megatron_ettin.train import resume
 
         def load(way: str) -> None:
-            loading.load(self.machine, checkpoint, verified="verify" not in way)
+            resume.load(self.machine, checkpoint, verified="verify" not in way)
 
         for _ in range(self.rounds):
             verified = timed(lambda: directory.verify(checkpoint))

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES
 
 VOCABULARY = 50_368
 MAKE = """

@@ -37,8 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     from megatron_ettin.config.schema import ResilienceConfig
     from megatron_ettin.faults.anomalies import Guard
-    from megatron_ettin.faults.replay_check import recheck
-    from megatron_ettin.faults.weight_hashes import sums
+    from megatron_ettin.faults.sdc import recheck, sums
     from megatron_ettin.train.step import train_step
 
     torch.set_num_threads(args.threads)

@@ -6,8 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_ettin.base.counts import format_count
 from megatron_ettin.base.log import error_stream, errors_on_terminal, log_warning
+from megatron_ettin.base.text import format_count
 
 LINE_EVERY_SECONDS = 10.0
 

@@ -16,18 +16,16 @@ import torch
 
 from megatron_ettin.batching.host import HostBatches
 from megatron_ettin.batching.loader import LoadedBatch
-from megatron_ettin.batching.objectives import Labeller, corpus_labeller
-from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.batching.objectives import Labeller, RowKinds, corpus_labeller
 from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batch_group
-from megatron_ettin.config.objectives import IGNORE, KINDS
-from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.config.tables import IGNORE, KINDS, PRECISIONS
 from megatron_ettin.data.blended_dataset import Corpus, Row
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.model.dropout import step_key
 from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.parallel.layout import Layout, Topology
-from megatron_ettin.platform.transfer import to_device
+from megatron_ettin.platform.device import to_device
 
 
 @dataclass(frozen=True)

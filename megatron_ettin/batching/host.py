@@ -1,7 +1,7 @@
 """The part of making a micro-batch that needs no device: which rows, their labels, laid out in arrays.
 
 A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
-starts at once. Rows are spread evenly over ranks and micro-batches (config/row_split.py); a place that is left over is
+starts at once. Rows are spread evenly over ranks and micro-batches (config/layouts.py); a place that is left over is
 an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` places each; those of padded batching
 are laid end to end, and the padding at the micro-batch's end is all that is computed for nothing."""
 
@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import RankError
-from megatron_ettin.batching.objectives import Labeller
-from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.batching.objectives import Labeller, RowKinds
 from megatron_ettin.config.flops import attended_pairs
-from megatron_ettin.config.objectives import IGNORE
-from megatron_ettin.config.row_split import RowSplit
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.config.layouts import RowSplit
+from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.data.blended_dataset import Corpus, Row
+from megatron_ettin.data.sampler import BatchSizes
 
 
 @dataclass(frozen=True)

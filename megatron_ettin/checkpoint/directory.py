@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
 

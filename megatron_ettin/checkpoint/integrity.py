@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_ettin.base import digests
 from megatron_ettin.base.digests import Block, Entry, sha256
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import DIGEST, checked_digest, load_json, with_digest
+from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import checked_name, path_in, refuse_links
 
 INTEGRITY = "integrity.json"

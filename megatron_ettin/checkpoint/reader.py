@@ -3,7 +3,10 @@
 torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False): either runs whatever
 the file says. Here `.metadata` goes through an allow-list of the dozen classes it needs, and byte entries are refused
 (ours have none). Core has no argument for reader or planner, so `load_strategy` swaps two names of core's module while
-it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it."""
+it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it.
+
+Pickles that say they are larger than they are. Python's unpickler makes room for what an opcode says before it looks
+at what is there: eight bytes of a file can ask for tens of gigabytes."""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import enum
 import io
 import os
 import pickle
+import pickletools
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +36,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import Links, path_in
-from megatron_ettin.checkpoint.pickle_limits import check_pickle
 
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
 ALLOWED = {
@@ -340,3 +343,25 @@ def common_strategy() -> Any:
             return read_common(Path(checkpoint_dir))
 
     return SafeCommonStrategy()
+
+
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
+_DEEPEST = 10_000  # marks that are open at once; ours have a handful
+
+
+def check_pickle(content: bytes) -> None:
+    """Raise pickle.UnpicklingError where a length goes beyond the file, or a place in the memo beyond what a file of
+    this size can fill."""
+    marks = 0
+    try:
+        for opcode, argument, position in pickletools.genops(content):
+            if opcode.name in _MEMO and int(argument or 0) > len(content):
+                raise pickle.UnpicklingError(f"byte {position}: memo place {argument:,} in {len(content):,} bytes")
+            if opcode.name == "FRAME" and int(argument or 0) > len(content) - (position or 0):
+                raise pickle.UnpicklingError(f"byte {position}: a frame of {argument:,} in {len(content):,} bytes")
+            if opcode.name == "MARK":
+                marks += 1
+                if marks > _DEEPEST + len(content) // 16:
+                    raise pickle.UnpicklingError(f"byte {position}: {marks:,} marks")
+    except (ValueError, OverflowError, LookupError, struct.error) as error:  # what genops makes of damage
+        raise pickle.UnpicklingError(str(error)) from None

@@ -2,7 +2,10 @@
 
 Model, optimizer and progress become sharded tensors under canonical names; core writes each once and reads back what
 the present layout needs. Core's own linears would add empty pickled `_extra_state` entries: they are left out, because
-reading them back would unpickle without checks, and nothing is stored that needs it."""
+reading them back would unpickle without checks, and nothing is stored that needs it.
+
+Scales of FP8 runs with delayed scaling inside checkpoints: `fp8_scales.<linear>.{forward,backward}.<name>`, plain
+fp32 tensors that any layout reads and other precisions leave aside."""
 
 from __future__ import annotations
 
@@ -10,20 +13,25 @@ import contextlib
 import logging
 import queue
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint.reader import common_strategy, load_strategy
+from megatron_ettin.checkpoint.reader import CheckpointReader, common_strategy, load_strategy
 from megatron_ettin.checkpoint.writer import Plan
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import PRECISIONS
+from megatron_ettin.parallel.layout import Layout
+from megatron_ettin.platform.fp8 import delayed_scales, make_delayed_scales
 
 
 def sharding_metadata(dp_group: Any) -> dict[str, Any]:
@@ -113,3 +121,50 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+PREFIX = "fp8_scales."
+
+
+def keeps_scales(config: Config) -> bool:
+    """Whether a run has scales that outlive a step."""
+    return PRECISIONS[config.precision.name].fp8_recipe == "delayed"
+
+
+def stored_scales(checkpoint: Path) -> set[str]:
+    """Names of the scales in a checkpoint: none where another precision wrote it."""
+    return {key for key in CheckpointReader(checkpoint).keys() if key.startswith(PREFIX)}  # noqa: SIM118
+
+
+def scales_in_use(
+    chunks: Sequence[Any], model_state: dict[str, Any], wanted: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Name -> tensor of this rank's linears; writing to one sets it. `wanted`, to load: the names that the checkpoint
+    has; linears of these get their tensors where they have none yet."""
+    keys = {
+        id(entry.data): entry.key
+        for tensors in model_state.values()
+        for entry in tensors.values()
+        if hasattr(entry, "data")
+    }
+    found: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        for prefix, linear in _linears(chunk, keys):
+            if wanted is not None and any(key.startswith(f"{prefix}.") for key in wanted):
+                make_delayed_scales(linear, chunk.config)
+            found |= {f"{prefix}.{name}": tensor for name, tensor in delayed_scales(linear).items()}
+    return found if wanted is None else {key: tensor for key, tensor in found.items() if key in wanted}
+
+
+def sharded(scales: dict[str, torch.Tensor], layout: Layout) -> dict[str, ShardedTensor]:
+    """For core's checkpoints: each whole, written by one rank of those that have it."""
+    replica = (layout.tp_rank, layout.cp_rank, layout.dp_rank)
+    return {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica) for key, tensor in scales.items()}
+
+
+def _linears(chunk: Any, keys: dict[int, str]) -> Iterator[tuple[str, Any]]:
+    """(prefix of its scales' names, module): named after the canonical name of its weight, whichever stage has it."""
+    for module in chunk.modules():
+        weight = keys.get(id(getattr(module, "weight", None)))
+        if weight is not None and hasattr(module, "fp8_meta"):
+            yield f"{PREFIX}{weight.removesuffix('.weight')}", module

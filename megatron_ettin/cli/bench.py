@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_ettin.config.overrides import Member
     from megatron_ettin.config.schema import Config
-    from megatron_ettin.config.sweep import Member
     from megatron_ettin.parallel.rendezvous import Place
     from megatron_ettin.platform import Platform
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.bench import results
-    from megatron_ettin.bench.layouts import combinations
+    from megatron_ettin.bench.results import combinations
     from megatron_ettin.parallel.rendezvous import find_place, forget, from_chief
     from megatron_ettin.platform import detect
 
@@ -237,8 +237,8 @@ def described(config: Config, corpus: Any, place: Place, platform: Platform) -> 
 def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str], world: int) -> tuple[Config, Any]:
     """The run to time, its batch cut to a few micro-batches, and its rows. Raises UserError."""
     from megatron_ettin.bench.synthetic import SyntheticRows
-    from megatron_ettin.config.layers import given_keys
     from megatron_ettin.config.layouts import check_layout
+    from megatron_ettin.config.overrides import given_keys
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.trainer import open_training_data
 

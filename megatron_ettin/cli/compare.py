@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.report import compare, page
-    from megatron_ettin.runs.chain_folder import phases_in
+    from megatron_ettin.runs.history import phases_in
 
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: a page is written, so its name has to end in .html")

@@ -5,11 +5,28 @@ follows `ettin launch ... --`. Prints the shell's script, which asks `ettin` at 
   ettin completion zsh > ~/.zfunc/_ettin                  # in .zshrc before compinit: fpath+=~/.zfunc
   ettin completion fish > ~/.config/fish/completions/ettin.fish
 For this shell only: eval "$(ettin completion bash)"
-"""
+
+What a shell may offer for the word under the cursor: `ettin __complete WORD...` prints a candidate a line, with a
+tab before what it means. The scripts of `ettin completion` call it at each press of TAB.
+
+shtab writes such scripts for argparse, and was tried: they complete neither what follows `ettin launch ... --` nor the
+values of keys (bash cuts words at `=`), and grow stale with each new key. Asking takes a tenth of a second."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_ettin.cli.main import COMMANDS
+from megatron_ettin.cli.parsing import OneLineParser
+from megatron_ettin.config.overrides import KEYS_OF_FILES, key_types
+from megatron_ettin.config.recipe import PHASES
+from megatron_ettin.config.schema import CHOICES
+from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, SIZES
 
 BASH = r"""# bash completion of ettin; made by `ettin completion bash`
 _ettin() {
@@ -107,3 +124,148 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     print(SCRIPTS[args.shell], end="")
     return 0
+
+
+FILES = ":files"  # the one line that asks the shell to offer files, for the part after a key's `=` too
+NO_VALUE = ("?", "*", argparse.REMAINDER)
+
+Offers = dict[str, str]  # candidate -> what it means
+
+# options whose values are words that argparse is not told
+VALUES: dict[str, tuple[str, ...]] = {
+    "--size": tuple(SIZES),
+    "--objective": tuple(OBJECTIVES),
+    "--phase": (*PHASES, "all"),
+    "--recipe": ("paired", "original"),
+    "--executor": ("local", "slurm", "ray"),
+    "--format": ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed"),
+    "--chunking": ("recipe", "plain"),
+    "--end-token": ("every", "last", "none"),
+    "--harness": ("lm", "mteb"),
+    "--gpu": ("h100-sxm", "h100-pcie", "h200", "b200", "a100", "l40s", "cpu"),
+}
+KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}  # and what follows the key
+FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")  # metavars of texts that are paths
+
+
+def print_offers(words: Sequence[str]) -> int:
+    """`words`: what follows `ettin`, up to the cursor; the last is the one that is being written."""
+    for word, meaning in offers(list(words) or [""]).items():
+        sys.stdout.write(f"{word}\t{meaning}\n" if meaning else f"{word}\n")
+    return 0
+
+
+def offers(words: list[str]) -> Offers:
+    """Candidates for the last word; empty where there is nothing to say."""
+    if len(words) == 1:
+        commands = {name: summary for name, (_, summary) in COMMANDS.items()}
+        return _beginning(words[0], {**commands, "--help": "", "--version": "with commit and what it stands on"})
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        return {}
+    if command == "launch" and "--" in rest[:-1]:
+        inner = rest[rest.index("--") + 1 :]
+        return offers(inner) if len(inner) > 1 else _beginning(inner[0], {"train": "", "bench": ""})
+    module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[command][0]}")
+    parser: argparse.ArgumentParser = OneLineParser(prog=f"ettin {command}")
+    module.add_arguments(parser)
+    return _of_parser(parser, rest)
+
+
+def _of_parser(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    current, waiting, seen = words[-1], None, 0  # waiting: the option whose value comes next
+    for number, word in enumerate(words[:-1]):
+        if word in options:
+            waiting = options[word] if options[word].nargs != 0 else None
+            continue
+        if waiting is not None and waiting.nargs not in ("+", "*"):
+            waiting = None
+            continue
+        if waiting is None:
+            way = next((one for one in parser._actions if isinstance(one, argparse._SubParsersAction)), None)
+            if way is not None and word in way.choices:
+                return _of_parser(way.choices[word], words[number + 1 :])
+            seen += 1
+    if current.startswith("-"):
+        name, equals, value = current.partition("=")
+        if equals and name in options:
+            return {
+                word if word == FILES else f"{name}={word}": text
+                for word, text in _values(options[name], value).items()
+            }
+        return _beginning(current, {name: action.help or "" for name, action in options.items() if name[:2] == "--"})
+    if waiting is not None:
+        return _values(waiting, current)
+    return _positional([action for action in parser._actions if not action.option_strings], seen, current)
+
+
+def _positional(actions: list[argparse.Action], seen: int, current: str) -> Offers:
+    """For the word after `seen` others that no option takes."""
+    if not actions:
+        return {}
+    action = actions[min(seen, len(actions) - 1)]
+    return _values(action, current)
+
+
+def _values(action: argparse.Action, current: str) -> Offers:
+    name = action.option_strings[0] if action.option_strings else ""
+    if isinstance(action, argparse._SubParsersAction):
+        helps = {one.dest: one.help or "" for one in action._choices_actions}
+        return _beginning(current, {choice: helps.get(choice, "") for choice in action.choices})
+    if action.choices is not None:
+        return _beginning(current, dict.fromkeys(map(str, action.choices), ""))
+    if name in VALUES:
+        return _beginning(current, dict.fromkeys(VALUES[name], ""))
+    if name in KEY_OPTIONS:
+        return _keys(current, KEY_OPTIONS[name])
+    if "key=value" in str(action.metavar):
+        return _keys(current, "=")
+    metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar,)
+    return {FILES: ""} if action.type is Path or set(metavars) & set(FILE_NAMES) else {}
+
+
+def _keys(current: str, after: str) -> Offers:
+    """`group.` first, then `group.key=`, then the key's values; `extend.group.key=` of one phase likewise."""
+    first, dot, rest = current.partition(".")
+    if dot and first in PHASES:
+        return {word if word == FILES else f"{first}.{word}": text for word, text in _keys(rest, after).items()}
+    key, equals, value = current.partition("=")
+    types = key_types()
+    if equals:
+        return _key_values(key, value, types)
+    groups = dict.fromkeys(f"{name.partition('.')[0]}." for name in types)
+    if not dot:
+        found = [group for group in groups if group.startswith(current)]
+        if len(found) != 1:
+            return dict.fromkeys(found, "")
+        current = found[0]
+    return {f"{name}{after}": _kind(name, types[name]) for name in types if name.startswith(current)}
+
+
+def _key_values(key: str, value: str, types: dict[str, Any]) -> Offers:
+    if key in KEYS_OF_FILES:
+        return {FILES: ""}
+    allowed: Sequence[str] = CHOICES.get(key, ())
+    if key == "precision.name":
+        allowed = tuple(PRECISIONS)
+    elif types.get(key) is bool:
+        allowed = ("true", "false")
+    return {f"{key}={word}": "" for word in allowed if word.startswith(value)}
+
+
+def _kind(name: str, hint: Any) -> str:
+    """Of a key's value: its choices, or its type."""
+    if name in CHOICES:
+        return "|".join(CHOICES[name])
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return "|".join(getattr(kind, "__name__", "") for kind in kinds if kind is not Any)
+
+
+def _beginning(start: str, found: Offers) -> Offers:
+    """Those that begin so; of the meaning the first line, without argparse's formats."""
+    return {
+        word: text.partition("\n")[0].replace(" (%(default)s)", "")
+        for word, text in found.items()
+        if word.startswith(start)
+    }

@@ -83,12 +83,12 @@ def _tidied_on_sigterm() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.counts import parse_count
+    from megatron_ettin.base.text import parse_count
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.convert.verify import ParityError
     from megatron_ettin.platform.memory import keep_freed_memory
-    from megatron_ettin.runs.chain_folder import last_phase
+    from megatron_ettin.runs.history import last_phase
 
     keep_freed_memory()
     if args.way == "from-hf":

@@ -85,10 +85,10 @@ def findings(args: argparse.Namespace, place: Place) -> list[Finding]:
     broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in found)
     if broken or (args.quick and not args.ranks):
         return found
-    from megatron_ettin.doctor import sanity
+    from megatron_ettin.doctor import ranks
 
     if not args.ranks:
-        return found + sanity.alone_findings()
+        return found + ranks.alone_findings()
     from megatron_ettin.doctor.ranks import rank_findings
     from megatron_ettin.platform import detect
 

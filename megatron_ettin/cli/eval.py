@@ -38,14 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.convert.hf_folder import as_checkpoint
+    from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.data.blended_dataset import open_corpus
     from megatron_ettin.data.mixture import MixtureEntry
     from megatron_ettin.evaluate.evaluation import evaluate, open_held_out, unigram_loss
     from megatron_ettin.evaluate.inference import alone
-    from megatron_ettin.runs.chain_folder import last_phase
-    from megatron_ettin.train.loading import load
-    from megatron_ettin.train.resume import check_tokenizer
+    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.train.resume import check_tokenizer, load
 
     args.checkpoint = last_phase(args.checkpoint)
     if args.harness:
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 def run_harness(args: argparse.Namespace) -> None:
     """Export where need be, let the harness loose on the folder, print its figures."""
-    from megatron_ettin.convert.hf_folder import is_hf_folder
+    from megatron_ettin.convert.from_hf import is_hf_folder
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.evaluate import harness
 
@@ -106,7 +105,7 @@ def kind_of(wanted: str | None, checkpoint: Path) -> str:
     """How to read rows: as told, or as the checkpoint was trained (with masked tokens, if it was in both ways)."""
     from megatron_ettin.base.errors import UserError, nearest
     from megatron_ettin.checkpoint.directory import read_config
-    from megatron_ettin.config.objectives import KINDS, OBJECTIVES
+    from megatron_ettin.config.tables import KINDS, OBJECTIVES
 
     if wanted is None:
         return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].kinds[-1]
@@ -118,7 +117,7 @@ def kind_of(wanted: str | None, checkpoint: Path) -> str:
 def datasets_of(given: list[str], rows: int | None) -> dict[str, str]:
     """Name -> path of `--data`, by the rules of `data.validation`. Raises UserError."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.validation import validation_sets
+    from megatron_ettin.config.values import validation_sets
 
     if rows is not None and rows < 1:
         raise UserError(f"--rows: {rows}; at least 1")

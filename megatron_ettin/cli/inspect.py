@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.printable import KEPT_OF_TEXTS, printable, printable_json
-from megatron_ettin.runs.chain_folder import last_phase
+from megatron_ettin.base.text import KEPT_OF_TEXTS, printable, printable_json
+from megatron_ettin.runs.history import last_phase
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
@@ -109,7 +109,7 @@ def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
         return []
     import numpy as np
 
-    from megatron_ettin.data.permutation import Permutation
+    from megatron_ettin.data.hashing import Permutation
     from megatron_ettin.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(dataset.path / "tokenizer")

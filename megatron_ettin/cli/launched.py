@@ -15,7 +15,7 @@ from megatron_ettin.cli.parsing import OneLineParser, parse_words, words_of
 from megatron_ettin.cli.stages import Stage, stages_of
 
 if TYPE_CHECKING:
-    from megatron_ettin.config.sweep import Member
+    from megatron_ettin.config.overrides import Member
     from megatron_ettin.launch.request import Job
 
 NOT_FOR_JOBS = ("dry_run", "explain", "json", "sweep", "sweep_member")
@@ -44,7 +44,7 @@ class Call:
 
 def parse_call(command: str, words: Sequence[str], sweeps: Sequence[str]) -> Call:
     """Raises UserError as the command itself would."""
-    from megatron_ettin.config.sweep import members
+    from megatron_ettin.config.overrides import members
 
     module = importlib.import_module(f"megatron_ettin.cli.{command}")
     parser = OneLineParser(prog=f"ettin {command}")
@@ -137,7 +137,7 @@ def unseen_data(call: Call) -> list[str]:
     Raises:
         UserError: for a dataset that is there and cannot be that of its run.
     """
-    from megatron_ettin.config.validation import validation_sets
+    from megatron_ettin.config.values import validation_sets
     from megatron_ettin.data.manifest import FILE_NAME, read_manifest
     from megatron_ettin.data.mixture import parse_mixture, settled
 

@@ -107,7 +107,7 @@ def dispatch(arguments: list[str]) -> int:
         print(version_text())
         return 0
     if arguments[0] == "__complete":  # of the scripts that `ettin completion` prints
-        from megatron_ettin.cli.completing import print_offers
+        from megatron_ettin.cli.completion import print_offers
 
         return print_offers(arguments[1:])
     name, rest = arguments[0], arguments[1:]

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ettin.base.printable import printable
+from megatron_ettin.base.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.counts import counted
     from megatron_ettin.base.errors import UserError
+    from megatron_ettin.base.text import counted
     from megatron_ettin.runs import order_export
-    from megatron_ettin.runs.chain_folder import last_phase
+    from megatron_ettin.runs.history import last_phase
 
     if not args.fingerprint and args.steps is None:
         raise UserError("--steps A:B or --fingerprint: say what to show")

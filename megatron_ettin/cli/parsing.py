@@ -59,8 +59,7 @@ def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> s
 
 def _key_named(name: str) -> str:
     """Hint for an option that is a key here, `--learning-rate`."""
-    from megatron_ettin.config.key_names import same_name
-    from megatron_ettin.config.layers import key_types
+    from megatron_ettin.config.overrides import key_types, same_name
 
     found = same_name(name, key_types())
     return f" (did you mean {found + '='!r}?)" if found else ""

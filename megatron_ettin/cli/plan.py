@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.layers import given_keys
+    from megatron_ettin.config.overrides import given_keys
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
@@ -117,22 +117,22 @@ def print_scaling(
 ) -> None:  # fmt: skip
     """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.plan import calibration, scale_table
+    from megatron_ettin.plan import calibration, scaling
     from megatron_ettin.plan.scaling import Failures, Growth
     from megatron_ettin.plan.table import calibration_lines
 
-    numbers = scale_table.numbers_of(args.scale)
-    growth = scale_table.read_curve(args.curve) if args.curve else Growth(8)
+    numbers = scaling.numbers_of(args.scale)
+    growth = scaling.read_curve(args.curve) if args.curve else Growth(8)
     failures = Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
-    rows = scale_table.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given)
-    rows = scale_table.priced(rows, args.price)
+    rows = scaling.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given)
+    rows = scaling.priced(rows, args.price)
     if args.picture:
         try:
-            args.picture.write_bytes(scale_table.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
+            args.picture.write_bytes(scaling.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
         except OSError as error:
             raise UserError(f"--picture {args.picture}: {error.strerror}") from None
     if not args.json:
-        print("\n".join([scale_table.table(rows), *calibration_lines(errors)]))
+        print("\n".join([scaling.table(rows), *calibration_lines(errors)]))
         return
     answer = {
         "gpu": vars(gpu),
@@ -147,7 +147,7 @@ def print_scaling(
 
 def check_fp8(config: Config, gpu: Gpu) -> None:
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.precisions import PRECISIONS
+    from megatron_ettin.config.tables import PRECISIONS
 
     if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
         raise UserError(f"precision.name: {config.precision.name} is not of {gpu.name}, which has no FP8; use bf16")

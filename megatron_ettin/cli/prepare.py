@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.base.counts import counted, format_count
 from megatron_ettin.base.errors import EXIT_INTERRUPTED, UserError, nearest
+from megatron_ettin.base.text import counted, format_count
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.base.progress import progress_report
-    from megatron_ettin.base.secrets import refuse_secrets
+    from megatron_ettin.base.text import refuse_secrets
     from megatron_ettin.prepare.cluster import Submitted
     from megatron_ettin.prepare.run import prepare
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.push:
         _check_push(args.push)
     from megatron_ettin.release import build
-    from megatron_ettin.release.workers import WorkerLost
+    from megatron_ettin.release.revision import WorkerLost
 
     try:
         with _telling(args.json) as tell:
@@ -66,17 +66,16 @@ def run(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> Any:
     """The options checked, the runs read. Raises UserError."""
-    from megatron_ettin.base.counts import parse_count
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.model_names import short_name
-    from megatron_ettin.config.objectives import OBJECTIVES
+    from megatron_ettin.base.text import parse_count
+    from megatron_ettin.config.tables import OBJECTIVES, short_name
     from megatron_ettin.convert.to_hf import SHORT
     from megatron_ettin.evaluate.inference import logits_of
     from megatron_ettin.release.build import Plan
     from megatron_ettin.release.chain import find_chain
     from megatron_ettin.release.record import Options
     from megatron_ettin.report.page import picture_of
-    from megatron_ettin.runs.chain_folder import last_phase
+    from megatron_ettin.runs.history import last_phase
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")

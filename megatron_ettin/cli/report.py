@@ -108,15 +108,15 @@ def show(report: Report, written: Sequence[Path], as_json: bool) -> None:
 
 
 def watch(args: argparse.Namespace) -> int:
-    from megatron_ettin.report import document, serve
+    from megatron_ettin.report import document
 
     for option in ("out", "png", "svg"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option}: nothing is written with --watch; run the command again without it")
-    source = serve.Source(lambda: document.make(args.runs, args.title, args.release))
+    source = document.Source(lambda: document.make(args.runs, args.title, args.release))
     source.newest()  # what is wrong with the runs is told before the server stands
-    served = serve.server(source, args.watch)
-    print(f"http://{serve.HOST}:{served.server_address[1]}/ until Ctrl-C", flush=True)
+    served = document.server(source, args.watch)
+    print(f"http://{document.HOST}:{served.server_address[1]}/ until Ctrl-C", flush=True)
     try:
         served.serve_forever()
     except KeyboardInterrupt:

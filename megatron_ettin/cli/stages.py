@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.runs.chain_folder import CHAIN, last_phase, phases_in
+from megatron_ettin.runs.history import CHAIN, last_phase, phases_in
 
 if TYPE_CHECKING:
+    from megatron_ettin.config.overrides import Member
     from megatron_ettin.config.schema import Config
-    from megatron_ettin.config.sweep import Member
 
 BEFORE = {"extend": "pretrain", "decay": "extend"}  # what a phase of the recipe goes on from
 
@@ -34,7 +34,7 @@ class Stage:
     @property
     def free(self) -> frozenset[str]:
         """Keys of the schedule that follow the run's length."""
-        from megatron_ettin.config.linked import SPAN
+        from megatron_ettin.config.resolve import SPAN
 
         return frozenset() if self.begun is not None else frozenset(SPAN) - self.given
 
@@ -64,7 +64,7 @@ def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
         return dict(first.get("model_of_weights") or {})
     if init_from is None:
         return {}
-    from megatron_ettin.config.inherit import inherited
+    from megatron_ettin.config.resolve import inherited
 
     return inherited(weights_config(init_from))
 
@@ -72,15 +72,14 @@ def weights_model(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
 def weights_config(init_from: Path) -> dict[str, Any]:
     """The groups of the config that lies with weights. Raises UserError where there are none."""
     from megatron_ettin.checkpoint.directory import read_config, resolve
-    from megatron_ettin.convert.hf_folder import groups_of, is_hf_folder
+    from megatron_ettin.convert.from_hf import groups_of, is_hf_folder
 
     return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
 
 
 def stages_of(args: argparse.Namespace) -> list[Stage]:
     """The phases asked for, resolved and checked. Raises UserError."""
-    from megatron_ettin.config.inherit import inherited
-    from megatron_ettin.config.resolve import given_by_user, parse
+    from megatron_ettin.config.resolve import given_by_user, inherited, parse
 
     run_dir, words = args.run_dir, args.words
     if args.init_from is not None:
@@ -122,7 +121,7 @@ def check_begin(args: argparse.Namespace) -> None:
 def chosen_members(args: argparse.Namespace) -> list[Member]:
     """Those of the sweep that this job runs. Raises UserError."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.sweep import members
+    from megatron_ettin.config.overrides import members
 
     if args.phase == "all" or args.from_step is not None:
         raise UserError(f"--sweep: does not go with {'--phase all' if args.phase == 'all' else '--from-step'}")

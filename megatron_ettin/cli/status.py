@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.base.counts import duration
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.printable import printable
+from megatron_ettin.base.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,7 +146,7 @@ def table(found: list[Row]) -> Table:
 
 def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
     """A row of the table."""
-    from megatron_ettin.base.counts import format_count
+    from megatron_ettin.base.text import format_count
 
     saved = "" if state.checkpoint_step is None else f"{state.checkpoint_step:,}"
     saved += f" ({duration(state.checkpoint_age_seconds)} ago)" if state.checkpoint_age_seconds is not None else ""

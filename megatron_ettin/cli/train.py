@@ -81,7 +81,7 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
 def complete(args: argparse.Namespace, is_chief: bool) -> None:
     """Fill in what an original trainer's file says and what follows from other options. Raises UserError."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.layers import names_of, read_site
+    from megatron_ettin.config.overrides import names_of, read_site
 
     site = read_site(args.config) if args.config else None
     named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
@@ -108,9 +108,9 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
         stages: the runs to train.
         allowed: science keys that may change in a run that has begun.
     """
-    from megatron_ettin.config.ignored import phase_lines
-    from megatron_ettin.config.inherit import told
+    from megatron_ettin.config.explain import phase_lines
     from megatron_ettin.config.recipe import recipe
+    from megatron_ettin.config.resolve import told
 
     first = stages[0]  # later phases begin from earlier ones, members of a sweep all from the same
     run = first.config.run
@@ -124,7 +124,7 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
 
 def unread_keys(stage: Stage) -> tuple[str, ...]:
     """Return a line for each override that this run does not read; a file is left out, for one serves both halves."""
-    from megatron_ettin.config.ignored import ignored_lines
+    from megatron_ettin.config.explain import ignored_lines
     from megatron_ettin.config.resolve import given_by_user
 
     return tuple(ignored_lines(stage.config, given_by_user(None, stage.words, stage.config.run.phase)))
@@ -132,8 +132,8 @@ def unread_keys(stage: Stage) -> tuple[str, ...]:
 
 def remarks(stage: Stage) -> list[str]:
     """Return a line for each thing about the run that its user may not have meant."""
-    from megatron_ettin.config.linked import rate_line, rows_line
     from megatron_ettin.config.recipe import recipe
+    from megatron_ettin.config.resolve import rate_line, rows_line
     from megatron_ettin.plan.dry_run import memory_line
     from megatron_ettin.plan.schedule_end import describe_fit, expected_row_tokens
 
@@ -186,7 +186,7 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
     from megatron_ettin.train.trainer import Launch, TrainingStopped
 
     if args.init_from is not None:
-        from megatron_ettin.convert.hf_folder import import_once, is_hf_folder
+        from megatron_ettin.convert.from_hf import import_once, is_hf_folder
 
         if is_hf_folder(args.init_from):
             imported = import_once(args.init_from, args.run_dir, is_chief)
@@ -217,7 +217,7 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
         log_warning(f"ettin train: {stopped}")
         return 1
     if args.sweep and is_chief:
-        from megatron_ettin.config.sweep import members
+        from megatron_ettin.config.overrides import members
         from megatron_ettin.report.sweep import summarise
 
         log_info(summarise(args.run_dir, members(args.sweep)))

@@ -11,18 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.secrets import refuse_secrets
-from megatron_ettin.config.fractions import parse_points
-from megatron_ettin.config.graphs import check_graphs
-from megatron_ettin.config.layouts import check_parallel
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.precisions import PRECISIONS
-from megatron_ettin.config.profiling import check_profile
+from megatron_ettin.base.text import refuse_secrets
+from megatron_ettin.config.layouts import check_graphs, check_parallel, check_zero
 from megatron_ettin.config.schema import CHOICES, Config
-from megatron_ettin.config.sizes import HEAD_DIM
-from megatron_ettin.config.skips import parse_skips
-from megatron_ettin.config.validation import validation_sets
-from megatron_ettin.config.zero import check_zero
+from megatron_ettin.config.tables import HEAD_DIM, OBJECTIVES, PRECISIONS
+from megatron_ettin.config.values import check_profile, parse_points, parse_skips, validation_sets
 
 # of a weight decay to the rate that it is for: torch's coefficient, of which 0.1 is usual
 MOST_DECAY_TO_RATE = 10

@@ -1,14 +1,24 @@
 """Floating-point operations of training, counted exactly from what is computed: a multiply-add is two operations,
 backward is twice forward. Attention counts (query, key) pairs inside the window and inside a chunk; the head counts
-labelled positions only, because nothing else passes through it."""
+labelled positions only, because nothing else passes through it.
+
+Which layers a pipeline stage holds: as equal work for each as whole layers allow.
+
+Work is floating-point operations (flops.py) of rows that are one chunk: a global layer of a long row does more than a
+local one, and the last stage has the head, which for a small shape is more than all layers."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from statistics import fmean
 from typing import TypeVar
 
 import numpy as np
 
-from megatron_ettin.config.sizes import HasShape, layer_parameter_count
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import KINDS, OBJECTIVES, HasShape, layer_parameter_count
 
 Lengths = TypeVar("Lengths", int, np.ndarray)
 
@@ -52,3 +62,53 @@ def flops_per_token(
     n = context_tokens
     pairs = attended_pairs(n, causal, None), attended_pairs(n, causal, window)
     return training_flops(shape, vocab_size, n, n * label_fraction, *pairs) / n
+
+
+def layer_operations(config: Config) -> list[float]:
+    """Operations a token of each layer's forward pass, in order; the head's are added to the last one's."""
+    model, tokens = config.model, config.data.seq_len
+    kinds = [KINDS[name] for name in OBJECTIVES[config.run.objective].kinds]
+
+    def attention(is_global: bool) -> float:
+        pairs = [
+            attended_pairs(tokens, kind.causal, None if is_global else config.windows[kind.causal]) for kind in kinds
+        ]
+        return 4 * model.hidden_size * fmean(pairs) / tokens
+
+    linear = 2.0 * layer_parameter_count(model)
+    layers = [linear + attention(i % model.global_attention_every == 0) for i in range(model.num_layers)]
+    labelled = fmean(config.data.mlm_probability if kind.masks else 1.0 for kind in kinds)
+    layers[-1] += 2 * labelled * model.hidden_size * (model.hidden_size + model.vocab_size)
+    return layers
+
+
+def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
+    """Lengths of `stages` contiguous parts of `costs`, none empty, whose dearest part is as cheap as can be; of equal
+    ones the split with the least sum of squares."""
+    return list(_split_evenly(tuple(costs), stages))
+
+
+@functools.lru_cache(maxsize=256)  # a planner asks for the same stages of hundreds of layouts
+def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
+    ends = [0.0]
+    for cost in costs:
+        ends.append(ends[-1] + cost)
+    # best[n]: (dearest part, sum of squares, lengths) of the first n layers in as many parts as stages so far
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(1, stages + 1):
+        left = stages - stage
+        found = {}
+        for n in range(stage, len(costs) - left + 1):
+            options = []
+            for before, (dearest, squares, lengths) in best.items():
+                if before < n:
+                    part = ends[n] - ends[before]
+                    options.append((max(dearest, part), squares + part * part, (*lengths, n - before)))
+            found[n] = min(options, key=lambda option: (_rounded(option[0]), _rounded(option[1]), option[2]))
+        best = found
+    return best[len(costs)][2]
+
+
+def _rounded(value: float) -> float:
+    """Sums of the same numbers in another order are to tie."""
+    return round(value, 9 - math.ceil(math.log10(value))) if value > 0 else value

@@ -1,17 +1,24 @@
 """Checks of the layout: what degrees of the axes, stages, engine and optimizer say together.
 
-`check_parallel` needs no number of ranks; `check_layout` does, and runs in every rank before any group exists."""
+`check_parallel` needs no number of ranks; `check_layout` does, and runs in every rank before any group exists.
+
+Checks of `parallel.engine=deepspeed`: which runs its ZeRO can take over.
+
+Checks of `run.cuda_graph`: which runs have micro-batches that are all alike.
+
+Split the rows of a step over data-parallel ranks, then over the micro-batches of each."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from megatron_ettin.base.counts import counted
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.config.balance import layer_operations, split_evenly
-from megatron_ettin.config.row_split import RowSplit
+from megatron_ettin.base.text import counted
+from megatron_ettin.config.flops import layer_operations, split_evenly
 from megatron_ettin.config.schema import Config, ParallelConfig
-from megatron_ettin.config.sizes import tensor_parallel_degrees
+from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, tensor_parallel_degrees
 
 RECOMPUTED = ("core_attn", "mlp")
 
@@ -167,3 +174,146 @@ def describe_empty_rows(config: Config, dp: int) -> str | None:
         f" {split.size} each: {counted(split.empty, 'place')} of a step {'is' if split.empty == 1 else 'are'} empty"
         f" ({split.empty / split.places:.1%} of the work)"
     )
+
+
+STAGES = (1, 2, 3)
+
+
+def zero_stage(parallel: ParallelConfig) -> int:
+    """What is cut over data parallelism: 0 nothing of DeepSpeed's, 1 the optimizer's state, 2 also gradients, 3 also
+    weights."""
+    if parallel.engine != "deepspeed":
+        return 0
+    return 2 if parallel.zero_stage is None else parallel.zero_stage
+
+
+def check_zero(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        for key, unset in (("zero_stage", None), ("zero_offload", "none")):
+            if (found := getattr(parallel, key)) != unset:
+                raise UserError(f"parallel.{key}: {found} is of parallel.engine=deepspeed, found {parallel.engine}")
+        return
+    for key, reason in _refusals(config):
+        raise UserError(f"{key}: {reason}")
+
+
+def _refusals(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, why DeepSpeed cannot and the nearest that runs)."""
+    parallel, precision, stage = config.parallel, PRECISIONS[config.precision.name], zero_stage(config.parallel)
+    if parallel.pp > 1:
+        yield (
+            "parallel.engine",
+            f"deepspeed has no pipeline stages here, found pp {parallel.pp}; use parallel.pp=1 with tp, cp and"
+            " zero_stage, or parallel.engine=megatron",
+        )
+    if precision.fp8_recipe:
+        yield (
+            "precision.name",
+            f"{config.precision.name} runs on parallel.engine=megatron; with deepspeed the nearest is bf16",
+        )
+    if config.optim.name == "muon":
+        yield "optim.name", "muon updates whole matrices, ZeRO cuts them; with deepspeed use stable_adamw or adamw"
+    if stage not in STAGES:
+        yield "parallel.zero_stage", f"{stage} is none of DeepSpeed's: {', '.join(map(str, STAGES))}"
+    if precision.compute == "bf16" and stage == 1 and parallel.zero_offload == "none":
+        yield (
+            "parallel.zero_stage",
+            "1 in bf16 is what parallel.engine=megatron does with distributed_optimizer=true; with deepspeed use"
+            " zero_stage=2 or 3",
+        )
+    if parallel.zero_offload == "all" and stage != 3:
+        yield (
+            "parallel.zero_offload",
+            f"all moves weights too, which zero_stage=3 alone cuts; found zero_stage {stage}, with which optimizer"
+            " goes",
+        )
+    if config.precision.gradients != "fp32":
+        yield "precision.gradients", f"{config.precision.gradients} is of parallel.engine=megatron; with deepspeed fp32"
+    if parallel.offload_layers:
+        yield "parallel.offload_layers", "goes with parallel.engine=megatron; recompute=full saves memory with both"
+
+
+KERNELS = ("te-fused", "flash", "varlen")  # they take boundaries as tensors; the others' work depends on their values
+TOKENS_A_CHUNK = (
+    64  # rows have at most as many chunks as if each had so few tokens, unless data.max_chunks_per_row says
+)
+
+
+def max_chunks_per_row(config: Config) -> int:
+    """Chunks that a recorded row has room for."""
+    return config.data.max_chunks_per_row or max(1, config.data.seq_len // TOKENS_A_CHUNK)
+
+
+def check_graphs(config: Config) -> None:
+    if config.run.cuda_graph:
+        for found, instead in _graph_refusals(config):
+            raise UserError(f"run.cuda_graph: goes not with {found}; {instead}")
+
+
+def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
+    """(what is in the way, what to do)."""
+    parallel, run = config.parallel, config.run
+    if OBJECTIVES[run.objective].is_hybrid:
+        yield f"objective {run.objective}, whose micro-batches differ in kind", "run.cuda_graph=false"
+    if parallel.pp > 1:
+        yield f"pipeline stages, found pp {parallel.pp}", "use parallel.pp=1 or run.cuda_graph=false"
+    for key, plain in (("engine", "megatron"), ("recompute", "none"), ("offload_layers", 0), ("overlap", False)):
+        if (value := getattr(parallel, key)) != plain:
+            yield f"parallel.{key}={value}", f"use parallel.{key}={str(plain).lower()} or run.cuda_graph=false"
+    if PRECISIONS[config.precision.name].fp8_recipe == "delayed":
+        yield "precision.name=fp8-delayed, whose scales the host moves on", "use fp8-current, or run.cuda_graph=false"
+    if config.precision.fp8_weights:
+        yield "precision.fp8_weights, which are made between recordings", "use precision.fp8_weights=false"
+    if config.batch.loss_normalization != "global":
+        yield f"batch.loss_normalization={config.batch.loss_normalization}", "use global, or run.cuda_graph=false"
+    if run.attention not in ("auto", *KERNELS):
+        yield f"run.attention={run.attention}", f"use one of {', '.join(KERNELS)}, or run.cuda_graph=false"
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Rows of one step, spread evenly over `dp` ranks that run `count` micro-batches of `size` places each.
+
+    Every rank gets floor(rows / dp) rows or one more, and every one of its micro-batches an equal part of them, rounded
+    down or up. All micro-batches of a step have the same size, which pipeline stages need; a place without a row is
+    empty. Where everything divides, micro-batch `index` of all ranks together holds consecutive rows."""
+
+    rows: int
+    dp: int
+    count: int
+    size: int
+
+    @classmethod
+    def of(cls, rows: int, dp: int, most: int, group: int = 1, fixed: bool = False) -> RowSplit:
+        """Split `rows` over `dp` ranks in as few micro-batches of at most `most` rows as will do.
+
+        Args:
+            rows: rows of the step.
+            dp: data-parallel ranks.
+            most: rows that a micro-batch may hold.
+            group: the number of micro-batches of a rank is a multiple of it.
+            fixed: give micro-batches `most` places even where fewer would do, for what cannot change its shapes.
+        """
+        share = -(-rows // dp)
+        count = -(-share // (most * group)) * group
+        return cls(rows, dp, count, most if fixed else -(-share // count))
+
+    @property
+    def places(self) -> int:
+        """Rows that all ranks compute in the step, empty ones included."""
+        return self.count * self.dp * self.size
+
+    @property
+    def empty(self) -> int:
+        """Places that have no row."""
+        return self.places - self.rows
+
+    def slots(self, rank: int, index: int) -> range:
+        """Return the rows within the step that micro-batch `index` of data-parallel rank `rank` holds."""
+        share, larger = divmod(self.rows, self.dp)  # the first `larger` ranks have a row more
+        ends = [(n * (share + 1) // self.count, n * share // self.count) for n in (index, index + 1)]
+        of_larger, of_others = (ends[1][kind] - ends[0][kind] for kind in (0, 1))
+        before = larger * ends[0][0] + (self.dp - larger) * ends[0][1]
+        start = before + min(rank, larger) * of_larger + max(0, rank - larger) * of_others
+        return range(start, start + (of_larger if rank < larger else of_others))

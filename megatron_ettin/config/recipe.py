@@ -1,14 +1,20 @@
-"""The runs of the tables: (size, objective, phase) as published, or with the original trainer's choices."""
+"""The runs of the tables: (size, objective, phase) as published, or with the original trainer's choices.
+
+The four phases of the recipe as tables: what each phase trains on, for how long, at which learning rate.
+
+Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so:
+`rows` and `seq_len` of packed batching keep the published tokens a step (4,608 sequences of about 615 tokens, 2.84M);
+`local_rope_theta` is the same for both objectives so that a pair is a pair, ORIGINAL_LOCAL_THETA has what was run.
+The 1b ran a third of the published tokens in every phase but pretrain, whose configuration still says 1.7T."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.phases import ORIGINAL_LOCAL_THETA, ORIGINAL_MEAN_TOKENS, PHASES, WEIGHT_DECAY
 from megatron_ettin.config.schema import (
     CHOICES,
     BatchConfig,
@@ -22,7 +28,7 @@ from megatron_ettin.config.schema import (
     RunSettings,
     ScheduleConfig,
 )
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import OBJECTIVES, SIZES
 
 ORIGINAL_DECODER_KEYS = 65
 CLM_FRACTION = 0.5  # of a hybrid run's rows, unless told otherwise
@@ -96,3 +102,143 @@ def paired(size: str, objective: str, phase: str, batching: str) -> Config:
         ),
         checkpoint=CheckpointConfig(weights_every_tokens=chosen.save_every_tokens[size]),
     )
+
+
+B = 10**9
+SIZE_NAMES = ("17m", "32m", "68m", "150m", "400m", "1b")
+
+
+def by_size(*values: float) -> dict[str, float]:
+    return dict(zip(SIZE_NAMES, values, strict=True))
+
+
+def counts(*values: float) -> dict[str, int]:
+    return {size: int(value) for size, value in by_size(*values).items()}
+
+
+PEAK_LR = by_size(3e-3, 3e-3, 3e-3, 8e-4, 5e-4, 5e-4)
+BASE_LR = by_size(1.5e-3, 1.5e-3, 1.5e-3, 4e-4, 2.5e-4, 2.5e-4)  # of decay and cross
+WEIGHT_DECAY = by_size(3e-4, 3e-4, 3e-4, 1e-5, 1e-5, 5e-5)  # coefficient of the fully decoupled decay
+NOTHING = counts(0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Rows of one way to batch. `micro_rows` is a single accelerator's default."""
+
+    seq_len: int
+    global_rows: int
+    micro_rows: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Hyper-parameters of one phase; dicts are by size."""
+
+    tokens: dict[str, int]
+    lr: dict[str, float]
+    max_lr: dict[str, float]  # what the decoupled weight decay divides the learning rate by
+    schedule: str
+    warmup_tokens: dict[str, int]
+    decay_tokens: dict[str, int]
+    final_lr_fraction: float
+    mlm_probability: float
+    global_rope_theta: float
+    local_rope_theta: dict[str, float]
+    seed: int
+    save_every_tokens: dict[str, int]
+    configured_batch_warmup: dict[str, int]  # tokens; no published run had it: their trainer did not read the key
+    packed: Batching
+    padded: Batching
+
+
+LONG_TOKENS = counts(250 * B, 250 * B, 250 * B, 250 * B, 250 * B, 83_333_000_000)
+DECAY_TOKENS = counts(50 * B, 50 * B, 50 * B, 50 * B, 50 * B, 16_666_666_667)
+THETA_160K = by_size(*[160_000.0] * 6)
+
+PHASES = {
+    "pretrain": Phase(
+        tokens=counts(*[1_700 * B] * 6),
+        lr=PEAK_LR,
+        max_lr=PEAK_LR,
+        schedule="wsd",
+        warmup_tokens=counts(4 * B, 4 * B, 3 * B, 3 * B, 2 * B, 2 * B),
+        decay_tokens=NOTHING,
+        final_lr_fraction=0.02,
+        mlm_probability=0.30,
+        global_rope_theta=10_000.0,
+        local_rope_theta=by_size(*[10_000.0] * 6),
+        seed=21,
+        save_every_tokens=counts(*[8.5 * B] * 6),
+        configured_batch_warmup=counts(125 * B, 100 * B, 75 * B, 50 * B, 10 * B, 3 * B),
+        packed=Batching(1_024, 2_816, counts(88, 64, 64, 44, 32, 16)),
+        padded=Batching(1_024, 4_608, counts(144, 128, 96, 72, 48, 24)),
+    ),
+    "extend": Phase(
+        tokens=LONG_TOKENS,
+        lr=PEAK_LR,
+        max_lr=PEAK_LR,
+        schedule="one_minus_sqrt",
+        warmup_tokens=NOTHING,
+        decay_tokens=LONG_TOKENS,
+        final_lr_fraction=0.5,
+        mlm_probability=0.30,
+        global_rope_theta=160_000.0,
+        local_rope_theta={**THETA_160K, "17m": 10_000.0},
+        seed=21,
+        save_every_tokens=counts(*[8.5 * B] * 6),
+        configured_batch_warmup=NOTHING,
+        packed=Batching(8_192, 1_024, counts(16, 16, 8, 8, 4, 2)),
+        padded=Batching(7_999, 4_608, counts(24, 24, 18, 16, 6, 2)),
+    ),
+    "decay": Phase(
+        tokens=DECAY_TOKENS,
+        lr=BASE_LR,
+        max_lr=PEAK_LR,  # the optimizer's groups come from the checkpoint and keep the pretrain peak
+        schedule="one_minus_sqrt",
+        warmup_tokens=NOTHING,
+        decay_tokens=DECAY_TOKENS,
+        final_lr_fraction=0.04,
+        mlm_probability=0.15,
+        global_rope_theta=160_000.0,
+        local_rope_theta=THETA_160K,
+        seed=21,
+        save_every_tokens=counts(*[8.5 * B] * 6),
+        configured_batch_warmup=NOTHING,
+        packed=Batching(8_192, 1_024, counts(8, 8, 8, 8, 2, 2)),
+        padded=Batching(7_999, 4_608, counts(12, 12, 8, 12, 2, 2)),
+    ),
+    "cross": Phase(
+        tokens=DECAY_TOKENS,
+        lr=BASE_LR,
+        max_lr=BASE_LR,
+        schedule="wsd",
+        warmup_tokens=counts(3 * B, 3 * B, 3 * B, 3 * B, 3 * B, 1 * B),
+        decay_tokens=counts(10 * B, 10 * B, 10 * B, 10 * B, 10 * B, 3_333_000_000),
+        final_lr_fraction=0.02,
+        mlm_probability=0.15,
+        global_rope_theta=160_000.0,
+        local_rope_theta=THETA_160K,
+        seed=210,
+        save_every_tokens=counts(10 * B, 10 * B, 10 * B, 10 * B, 10 * B, 3_333_333_333),
+        configured_batch_warmup=counts(*[10 * B] * 6),
+        packed=Batching(8_192, 1_024, counts(8, 8, 8, 8, 4, 2)),
+        padded=Batching(7_999, 4_608, counts(12, 12, 8, 12, 4, 2)),
+    ),
+}
+
+# Real tokens of a sequence of the published pre-training data, by their checkpoints: 8.5B tokens are 2,997.6 steps of
+# 4,608 sequences, so that 1.7T tokens are the 599,525 steps of the last one
+ORIGINAL_MEAN_TOKENS = 615.36
+
+# local_attn_rotary_emb_base as the published runs had it: (phase, objective) -> size -> theta
+ORIGINAL_LOCAL_THETA = {
+    ("pretrain", "mlm"): PHASES["pretrain"].local_rope_theta,
+    ("pretrain", "clm"): PHASES["pretrain"].local_rope_theta,
+    ("extend", "mlm"): PHASES["extend"].local_rope_theta,
+    ("extend", "clm"): PHASES["extend"].local_rope_theta,
+    ("decay", "mlm"): THETA_160K,
+    ("decay", "clm"): by_size(10_000.0, 10_000.0, 10_000.0, 160_000.0, 10_000.0, 160_000.0),
+    ("cross", "mlm"): THETA_160K,
+    ("cross", "clm"): THETA_160K,
+}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.tables import OBJECTIVES
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
 # ruff: noqa: UP045

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.schema import ModelConfig
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}

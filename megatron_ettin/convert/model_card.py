@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ettin.base.counts import format_count
-from megatron_ettin.config.sizes import VOCABULARY, parameter_count
+from megatron_ettin.base.text import format_count
+from megatron_ettin.config.tables import VOCABULARY, parameter_count
 from megatron_ettin.convert.hf_config import reader_notes
 from megatron_ettin.convert.source import Source, cross_notes, predicts_next
 

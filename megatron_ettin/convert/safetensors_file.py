@@ -1,7 +1,9 @@
 """Safetensors files written one tensor at a time and read one tensor at a time.
 
 The library's writer wants all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
-so with shapes known beforehand a file of any size is written in the memory of its largest tensor."""
+so with shapes known beforehand a file of any size is written in the memory of its largest tensor.
+
+Tensors read by a few threads before they are asked for, within a bound of memory."""
 
 from __future__ import annotations
 
@@ -10,17 +12,18 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
-from megatron_ettin.convert.hf_files import hf_file
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.convert.folders import hf_file
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX = "model.safetensors.index.json"
@@ -166,3 +169,26 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or no safetensors file ({error})") from None
+
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+READERS = 2  # at once; more take turns at the same memory bus
+AHEAD_BYTES = 64 << 20  # of items read before they are asked for; a larger one is read when it is
+
+
+def read_ahead(
+    items: Iterable[Item], bytes_of: Callable[[Item], int], read: Callable[[Item], Read]
+) -> Iterator[tuple[Item, Read]]:
+    """(item, read(item)) in order. Raises what `read` raises."""
+    waiting: deque[tuple[Item, int, Future[Read]]] = deque()
+    rest, ahead_bytes = deque(items), 0
+    with ThreadPoolExecutor(READERS, "read ahead") as pool:
+        while rest or waiting:
+            while rest and (not waiting or ahead_bytes + bytes_of(rest[0]) <= AHEAD_BYTES):
+                item = rest.popleft()
+                waiting.append((item, bytes_of(item), pool.submit(read, item)))
+                ahead_bytes += bytes_of(item)
+            item, size_bytes, reading = waiting.popleft()
+            yield item, reading.result()
+            ahead_bytes -= size_bytes

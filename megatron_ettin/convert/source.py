@@ -16,10 +16,10 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import read_config, read_progress, resolve, verify
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reader import CheckpointReader
-from megatron_ettin.config.objectives import EXPORTED, KINDS, OBJECTIVES
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.convert.read_ahead import read_ahead
+from megatron_ettin.config.tables import EXPORTED, KINDS, OBJECTIVES
 from megatron_ettin.convert.rules import Pair, pairs
+from megatron_ettin.convert.safetensors_file import read_ahead
 
 WEIGHTS = ".distcp"
 

@@ -17,11 +17,11 @@ import torch
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
+from megatron_ettin.convert.folders import resolved, staged
 from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
 from megatron_ettin.convert.safetensors_file import Entry, write_model
 from megatron_ettin.convert.source import Source, cross_notes
-from megatron_ettin.convert.staging import resolved, staged
 from megatron_ettin.convert.tokenizer_files import Form, export_tokenizer, special_ids
 from megatron_ettin.convert.verify import Logits, check_export
 

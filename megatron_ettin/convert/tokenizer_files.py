@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
-from megatron_ettin.config.sizes import VOCABULARY
-from megatron_ettin.convert.hf_files import hf_file
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.config.tables import VOCABULARY
+from megatron_ettin.convert.folders import hf_file
 from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

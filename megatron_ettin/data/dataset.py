@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import Links, refuse_links
-from megatron_ettin.data.indexed import Shard, index_file_bytes, open_shard
+from megatron_ettin.data.indexed import Shard, index_file_bytes, map_npy, open_shard
 from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_file, read_manifest, shard_file
-from megatron_ettin.data.mapped import map_npy
 from megatron_ettin.data.verify import dataset_files, verify_files
 
 MOST_FILES = 16_384  # that are asked for; half of the maps a process may have by Linux's default, and some

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import DIGEST, checked_digest, load_json
+from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import INPUTS_FILE, FileRecord
 from megatron_ettin.data.packing_index import PLAN_FILE, plan_record

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import checked_digest, load_json
+from megatron_ettin.base.parsing import checked_digest, load_json
 from megatron_ettin.base.paths import Links, checked_name, checked_sha256, path_in
 
 FILE_NAME = "manifest.json"

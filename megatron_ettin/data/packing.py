@@ -3,14 +3,36 @@
 Within a window of chunks each row takes the longest chunk left, then again and again the longest that still fits.
 The lengths on hand are the bits of one Python integer, so "the longest that fits" is a mask and a bit_length: no tree,
 no numpy call per chunk, about a microsecond a chunk. Memory is bounded by the window. Rows that a window could not
-fill hand their chunks on to the next one, as long as they are few; the very last window keeps what it has."""
+fill hand their chunks on to the next one, as long as they are few; the very last window keeps what it has.
+
+The files of a packed row plan, written in bounded memory by one process or by several.
+
+Chunks are cut into segments of SEGMENT_CHUNKS by their number alone and each segment is packed by itself, so the bytes
+do not depend on who packed what. A process holds the lengths of one segment (16 MiB) and one window of the packing;
+what several processes pack is joined in order, file to file."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import multiprocessing
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import Links
+from megatron_ettin.base.processes import serve_parent
+from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.indexed import HEADER, narrowed
+from megatron_ettin.data.manifest import FileRecord, shard_file
 
 WINDOW_CHUNKS = 65_536
 FULL_ENOUGH = 0.985  # rows below are tried again with the next window's chunks
@@ -74,3 +96,162 @@ def split_off_unfilled(
     carry &= tokens < FULL_ENOUGH * row_tokens
     of_chunk = np.repeat(carry, counts)
     return chunks[~of_chunk], counts[~carry], np.sort(chunks[of_chunk])
+
+
+SEGMENT_CHUNKS = 64 * WINDOW_CHUNKS
+JOINED_ROWS = 1 << 20  # copied at once
+CHUNKS_FILE = "chunks.int64"  # chunk numbers, row after row
+ENDS_FILE = "ends.int64"  # for each row, where its chunks end in CHUNKS_FILE
+TOKENS_FILE = "tokens.int32"  # tokens of each row
+DTYPES: dict[str, np.dtype[Any]] = {
+    CHUNKS_FILE: np.dtype("<i8"),
+    ENDS_FILE: np.dtype("<i8"),
+    TOKENS_FILE: np.dtype("<i4"),
+}
+
+Packed = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+# (chunk numbers, row after row; where each row's end among them; tokens of each row)
+
+
+class PlanFiles:
+    """The three files of a plan, appended to; their checksums are made on the way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows = self.chunks = self.tokens = 0
+        self._hashes = {name: hashlib.sha256() for name in DTYPES}
+        self._open = contextlib.ExitStack()
+        self._streams = {name: self._open.enter_context(open(folder / name, "wb")) for name in DTYPES}  # noqa: SIM115
+
+    def __enter__(self) -> PlanFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def append(self, chunks: npt.NDArray[Any], ends: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> None:
+        """`ends` count from the first of these chunks on."""
+        parts = {CHUNKS_FILE: chunks, ENDS_FILE: ends + self.chunks, TOKENS_FILE: tokens}
+        for name, values in parts.items():
+            raw = narrowed(values, DTYPES[name], name).tobytes()
+            self._streams[name].write(raw)
+            self._hashes[name].update(raw)
+        self.chunks += len(chunks)
+        self.rows += len(ends)
+        self.tokens += int(tokens.sum(dtype=np.int64))
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Make the bytes durable; size and sha256 of each file."""
+        records = {}
+        for name, stream in self._streams.items():
+            stream.flush()
+            os.fsync(stream.fileno())
+            records[name] = FileRecord(stream.tell(), self._hashes[name].hexdigest())
+        return records
+
+
+def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> tuple[int, int, dict[str, FileRecord]]:
+    """Pack all chunks of `dataset` into the files of a plan; returns (rows, tokens, files)."""
+    segments = -(-dataset.num_chunks // SEGMENT_CHUNKS)
+    with PlanFiles(folder) as files:
+        done = 0
+        if min(workers, segments) > 1:
+            # a pool that breaks has lost a process to the kernel; the rest is packed here
+            with contextlib.suppress(BrokenProcessPool):
+                for part in parts_in_order(folder, dataset, seq_len, min(workers, segments), segments):
+                    join_part(part, files)
+                    done += 1
+        for segment in range(done, segments):
+            for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
+                files.append(chunks, ends, tokens)
+        records = files.finish()
+    for name in [name for name in os.listdir(folder) if name.startswith("part_")]:
+        os.unlink(folder / name)  # of a pool that broke
+    return files.rows, files.tokens, records
+
+
+def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Packed]:
+    """The rows of one segment, window by window."""
+    first = segment * SEGMENT_CHUNKS
+    lengths = read_lengths(dataset, first, min(first + SEGMENT_CHUNKS, dataset.num_chunks))
+    if len(lengths) and not (int(lengths.min()) >= 1 and int(lengths.max()) <= seq_len):
+        raise UserError(
+            f"dataset {dataset.path}: a chunk of {lengths.min()} or {lengths.max()} tokens among chunks {first} to "
+            f"{first + len(lengths) - 1}, rows hold 1 to {seq_len}: damaged; `ettin inspect --verify` tells where"
+        )
+    for chunks, counts in pack(lengths, seq_len):
+        ends = np.cumsum(counts)
+        yield chunks + first, ends, np.add.reduceat(lengths[chunks].astype(np.int64), ends - counts)
+
+
+def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32]:
+    """Tokens of chunks [first, end), read and not mapped: the pages of a map would stay with the process."""
+    shards = dataset.manifest.shards
+    begins = np.cumsum([0] + [shard.chunks for shard in shards])
+    parts = [np.zeros(0, "<i4")]
+    shard = int(np.searchsorted(begins, first, side="right")) - 1
+    while first < end:
+        stop = min(end, int(begins[shard + 1]))
+        path = shard_file(dataset.path, shards[shard], ".idx", Links.UNCHECKED)
+        offset = HEADER.size + 4 * (first - int(begins[shard]))
+        parts.append(np.fromfile(path, "<i4", count=stop - first, offset=offset))
+        if len(parts[-1]) != stop - first:
+            raise UserError(f"{path}: truncated while it was read")
+        first, shard = stop, shard + 1
+    return np.concatenate(parts)
+
+
+def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, segments: int) -> Iterator[Path]:
+    """The prefix of each segment's part files, in order. No more of them wait on disk than twice the workers."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_serve, initargs=(folder, dataset, seq_len)) as pool:
+        waiting: deque[Future[Path]] = deque()
+        try:
+            for segment in range(segments):
+                waiting.append(pool.submit(_pack_part, segment))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_served: tuple[Path, Dataset, int] | None = None  # in a worker process: what it works on
+
+
+def _serve(folder: Path, dataset: Dataset, seq_len: int) -> None:
+    global _served
+    serve_parent()
+    _served = folder, dataset, seq_len
+
+
+def _pack_part(segment: int) -> Path:
+    """Pack one segment to part files of its own, in the form that `PlanFiles.append` takes."""
+    assert _served is not None
+    folder, dataset, seq_len = _served
+    prefix = folder / f"part_{segment:06d}"
+    with contextlib.ExitStack() as stack:
+        streams = {name: stack.enter_context(open(f"{prefix}.{name}", "wb")) for name in DTYPES}
+        before = 0
+        for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
+            for name, values in ((CHUNKS_FILE, chunks), (ENDS_FILE, ends + before), (TOKENS_FILE, tokens)):
+                streams[name].write(narrowed(values, DTYPES[name], name).tobytes())
+            before += len(chunks)
+    return prefix
+
+
+def join_part(prefix: Path, files: PlanFiles) -> None:
+    """Append a part and remove its files."""
+    paths = {name: Path(f"{prefix}.{name}") for name in DTYPES}
+    num_rows = paths[TOKENS_FILE].stat().st_size // DTYPES[TOKENS_FILE].itemsize
+    chunks_before = 0
+    for row in range(0, num_rows, JOINED_ROWS):
+        count = min(JOINED_ROWS, num_rows - row)
+        ends = np.fromfile(paths[ENDS_FILE], "<i8", count, offset=8 * row)
+        tokens = np.fromfile(paths[TOKENS_FILE], "<i4", count, offset=4 * row)
+        chunks_end = int(ends[-1])
+        chunks = np.fromfile(paths[CHUNKS_FILE], "<i8", chunks_end - chunks_before, offset=8 * chunks_before)
+        files.append(chunks, ends - chunks_before, tokens)
+        chunks_before = chunks_end
+    for path in paths.values():
+        path.unlink()

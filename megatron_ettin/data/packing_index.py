@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import checked_digest, load_json, with_digest
+from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.indexed import map_scattered
 from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
@@ -34,14 +35,7 @@ from megatron_ettin.data.manifest import (
     sync_directory,
     write_json_durably,
 )
-from megatron_ettin.data.mapped import map_scattered
-from megatron_ettin.data.row_building import (
-    CHUNKS_FILE,
-    ENDS_FILE,
-    TOKENS_FILE,
-    read_lengths,
-    write_packed,
-)
+from megatron_ettin.data.packing import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, read_lengths, write_packed
 
 FOLDERS = {"packed": "rows", "padded": "padded"}  # batching -> prefix of the plan's folder
 PLAN_FILE = "plan.json"

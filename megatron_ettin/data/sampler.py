@@ -8,20 +8,28 @@ Proportions hold by construction. With B = BLOCK_SLOTS, a source that has c slot
 - in an aligned block it has c slots, and |c - s B| < 1 (largest remainder);
 - in any window of n positions the number of its slots differs from s n by at most n / B + 2 c (1 - c / B). For a part
   of x slots of one block holds between max(0, x + c - B) and min(x, c) of them, which is nowhere further from c x / B
-  than c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B."""
+  than c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B.
+
+How many rows each step trains on, and so which positions of the data order are its own.
+
+Batch warm-up counts nominal tokens (rows x the mean tokens a row) and grows in equal levels, each lasting an equal
+share of the warm-up's tokens: a closed form, so that any step's rows are known without the steps before it."""
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.data.hashing import key64
+from megatron_ettin.config.schema import BatchConfig
+from megatron_ettin.data.hashing import Permutation, key64
 from megatron_ettin.data.mixture import BLOCK_SLOTS
-from megatron_ettin.data.permutation import Permutation
 
 CACHED_BLOCKS = 8
 CACHED_PERMUTATIONS = 256
@@ -90,3 +98,53 @@ class KeyedOrder:
 
     def _keyed_permutation(self, source: int, epoch: int) -> Permutation:
         return Permutation(self.num_rows[source], key64("rows", self.seed, self.phase, source, epoch))
+
+
+WARMUP_LEVELS = 32  # batch sizes that a warm-up passes through
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows of every step. Warm-up grows in equal levels, each lasting an equal share of the warm-up's tokens."""
+
+    rows: tuple[int, ...]  # of each level, the full batch last
+    first_step: tuple[int, ...]  # of each level
+
+    @classmethod
+    def of(cls, batch: BatchConfig, mean_tokens_per_row: float) -> BatchSizes:
+        full, low = batch.global_batch_rows, batch.warmup_min_rows
+        levels = min(WARMUP_LEVELS, full - low) if batch.warmup_tokens else 0
+        rows, first = [], [0]
+        for level in range(levels):
+            rows.append(low + (full - low) * level // levels)
+            tokens_a_step = rows[-1] * mean_tokens_per_row
+            first.append(first[-1] + math.ceil(batch.warmup_tokens / levels / tokens_a_step))
+        return cls((*rows, full), tuple(first))
+
+    def level(self, step: int) -> int:
+        return bisect.bisect_right(self.first_step, step) - 1
+
+    def size_at(self, step: int) -> int:
+        """Rows of `step` (steps count from 0)."""
+        return self.rows[self.level(step)]
+
+    def rows_before(self, step: int) -> int:
+        """Position in the data order where `step` begins."""
+        level = self.level(step)
+        passed = sum(rows * (self.first_step[i + 1] - self.first_step[i]) for i, rows in enumerate(self.rows[:level]))
+        return passed + self.rows[level] * (step - self.first_step[level])
+
+    def span(self, step: int) -> tuple[int, int]:
+        """[first, end) positions of `step`."""
+        begin = self.rows_before(step)
+        return begin, begin + self.size_at(step)
+
+    def steps_for(self, rows: float) -> int:
+        """Steps until so many rows have been trained on."""
+        steps = math.ceil(rows / min(self.rows))  # at most as many
+        return bisect.bisect_left(range(steps + 1), rows, key=self.rows_before)
+
+    def steps_within(self, rows: int) -> int:
+        """Whole steps that so many rows are enough for."""
+        steps = rows // min(self.rows)  # at least as many
+        return bisect.bisect_right(range(steps + 1), rows, key=self.rows_before) - 1

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import tokenizers
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"

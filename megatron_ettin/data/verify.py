@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.base.checksums import damaged_ranges, digest_of, read_blocks
+from megatron_ettin.base.digests import damaged_ranges, digest_of, read_blocks
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import (
     CHECKSUMS_SUFFIX,

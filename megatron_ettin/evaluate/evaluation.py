@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_ettin.base.counts import counted
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import counted
 from megatron_ettin.batching.batches import Batches, MicroBatch
-from megatron_ettin.batching.objectives import corpus_labeller
-from megatron_ettin.batching.row_kinds import RowKinds
-from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.batching.objectives import RowKinds, corpus_labeller
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.batch_sizes import BatchSizes
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.config.tables import IGNORE
+from megatron_ettin.data.blended_dataset import Corpus, open_by_source
 from megatron_ettin.data.mixture import largest_remainder
-from megatron_ettin.data.source_rows import open_by_source
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.train.setup import Machine
 from megatron_ettin.train.step import Totals, run_micro_batches
 

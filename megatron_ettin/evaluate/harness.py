@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint.directory import read_config, resolve
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.convert.hf_folder import is_hf_folder
+from megatron_ettin.config.tables import OBJECTIVES
+from megatron_ettin.convert.from_hf import is_hf_folder
 from megatron_ettin.platform.device import device_name
 
 HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}  # name -> (module, the objective it is for)

@@ -13,7 +13,7 @@ from megatron_ettin.config.schema import CheckpointConfig, Config, ParallelConfi
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.parallel.layout import destroy_model_parallel
 from megatron_ettin.parallel.rendezvous import leave
-from megatron_ettin.train import loading, resume
+from megatron_ettin.train import resume
 from megatron_ettin.train.setup import Machine
 from megatron_ettin.train.trainer import machine_alone
 
@@ -48,6 +48,6 @@ def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | N
 
     The checkpoint's checksums are the caller's to check."""
     with alone(checkpoint, objective) as machine, torch.no_grad():
-        loading.load(machine, checkpoint, with_optimizer=False, verified=True)
+        resume.load(machine, checkpoint, with_optimizer=False, verified=True)
         model = machine.chunks[0].eval()
         return [model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids))) for ids in token_lists]

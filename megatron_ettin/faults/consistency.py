@@ -13,7 +13,7 @@ import torch.distributed as dist
 import megatron_ettin
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.rank_facts import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, versions
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import Corpus

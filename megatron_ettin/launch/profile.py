@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.yaml_reading import load_yaml
+from megatron_ettin.base.parsing import load_yaml
 
 OPTION = re.compile(r"[a-z][a-z0-9-]*$")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")

@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.paths import Links, path_in
-from megatron_ettin.base.yaml_reading import load_yaml
-from megatron_ettin.config.model_names import short_name
+from megatron_ettin.config.tables import short_name
 from megatron_ettin.parallel.failure_report import HEARTBEAT
 
 TAIL_BYTES = 64 << 10

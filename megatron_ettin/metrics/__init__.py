@@ -2,8 +2,7 @@
 hands one flat dict a step to `FanOut.log`."""
 
 from megatron_ettin.metrics.record import METRICS_FILE, ROLLED_BACK_FILE, JsonlSink, finite, read_metrics
-from megatron_ettin.metrics.sinks import FanOut, Sink
-from megatron_ettin.metrics.tensorboard import TensorBoardSink
+from megatron_ettin.metrics.sinks import FanOut, Sink, TensorBoardSink
 from megatron_ettin.metrics.wandb import WandbIdentity, WandbSink
 
 __all__ = [

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.base.log import log_info, log_warning
+from megatron_ettin.base.parsing import load_json
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"

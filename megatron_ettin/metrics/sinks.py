@@ -2,7 +2,11 @@
 
 The record (metrics.jsonl) keeps lines that cannot be written, and no checkpoint is saved before they are. Any other
 sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
-sinks open at their first line, so that opening is isolated as well."""
+sinks open at their first line, so that opening is isolated as well.
+
+What dashboards call the keys of metrics.jsonl: a group and a name. The record itself keeps its flat keys.
+
+TensorBoard event files beside the record."""
 
 from __future__ import annotations
 
@@ -61,3 +65,70 @@ class FanOut:
                 raise
             self.sinks.remove(sink)
             log_warning(f"warning: {type(sink).__name__} is switched off: {type(error).__name__}: {error}")
+
+
+GROUPED = {
+    "loss": "train/loss",
+    "tokens": "data/tokens",
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "tflops_per_second": "speed/tflops_per_second",
+    "step_seconds": "speed/step_seconds",
+    "slowest_rank": "speed/slowest_rank",
+    "slowest_ratio": "speed/slowest_ratio",
+    "labels": "data/labels",
+    "peak_memory_bytes": "memory/peak_bytes",
+}
+# the first that a key begins with; what follows stays
+PREFIXES = {
+    "validation_loss": "validation/loss",
+    "validation_accuracy": "validation/accuracy",
+    "loss_": "train/loss_",
+    "labels_": "data/labels_",
+}
+
+
+def grouped(key: str) -> str:
+    """`loss` -> `train/loss`, `validation_loss/web` -> `validation/loss/web`; others go to `train/`."""
+    if key in GROUPED:
+        return GROUPED[key]
+    for prefix, group in PREFIXES.items():
+        if key.startswith(prefix):
+            return group + key.removeprefix(prefix)
+    return f"train/{key}"
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that a dashboard can draw, under their groups; `data/rows` is where the step's rows end."""
+    found = {
+        grouped(key): value
+        for key, value in values.items()
+        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    rows = values.get("rows")
+    return found | ({"data/rows": rows[1]} if rows else {})
+
+
+class TensorBoardSink:
+    """Scalars by step under `directory`. Steps after `resume_step` that an earlier process wrote are purged."""
+
+    required = False
+
+    def __init__(self, directory: str | Path, resume_step: int | None = None):
+        self.directory, self.resume_step = Path(directory), resume_step
+        self._writer: Any = None
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if self.resume_step is None else self.resume_step + 1
+            self._writer = SummaryWriter(str(self.directory), purge_step=purge)
+        for key, value in scalars(values).items():
+            self._writer.add_scalar(key, value, global_step=values["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

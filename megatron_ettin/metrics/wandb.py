@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.metrics.names import scalars
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.metrics.sinks import scalars
 
 STATE = "page.json"  # in the sink's folder: the page's id, and the last step that it was sent
 INIT_SECONDS = 60

@@ -4,7 +4,18 @@ Every layer gives exactly the masked softmax of RECIPE section 2; three ways of 
 `dense` masks whole rows (short rows), `chunks` runs one unmasked attention a chunk (no work across boundaries),
 `bands` cuts rows into blocks that see only the blocks a window can reach (no work outside the window).
 `TransformerEngineAttention` is the GPU's: the same rotation, then TE's kernel with cu_seqlens and the window.
-Under context parallelism both attend to whole rows of some of the heads (ulysses.py)."""
+Under context parallelism both attend to whole rows of some of the heads (ulysses.py).
+
+Rotary position embedding (RoPE), non-interleaved, over the whole head, positions restarting at every chunk.
+
+Source: Su et al. 2021 (arXiv 2104.09864), in the half-split form of GPT-NeoX and ModernBERT: channel c pairs with
+c + dim/2 and turns by position * theta^(-2c/dim). Local and global layers have thetas of their own.
+
+Context parallelism: between layers a rank holds a slice of every row, inside attention whole rows of fewer heads.
+
+DeepSpeed-Ulysses (arXiv 2309.14509): one all-to-all before the core attention trades tokens for heads, one after it
+trades them back. What attends in between is the ordinary packed attention, with any window and any boundaries, and it
+is the same on every device. The price is that tp x cp must divide the heads."""
 
 from __future__ import annotations
 
@@ -12,13 +23,13 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ettin.model.context_parallel import to_heads, to_tokens
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.model.rotary import rotary_tables, rotate
+from megatron_ettin.platform.compile import fusible
 
 BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
 DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls
@@ -194,3 +205,52 @@ def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after:
     near = allowed(query_place[:, None], torch.arange(reach * BAND, device=device)[None], window, causal)
     same = query_segments[..., :, None] == key_segments[..., None, :]
     return (same & near).flatten(0, 1)[:, None]
+
+
+def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the micro-batch's positions, each [tokens, 1, dim]. Angles are computed in fp32."""
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        channels = torch.arange(0, dim, 2, dtype=torch.float32, device=packed.positions.device)
+        angles = packed.positions[:, None].float() * theta ** (-channels / dim)
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    return packed.once(("rotary", dim, theta, dtype), make)
+
+
+@fusible
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, dim] turned by the tables."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class _Exchange(torch.autograd.Function):
+    """all-to-all over the first dimension: block i goes to rank i. Its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Exchange.apply(gradients[0], ctx.group), None
+
+
+def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[torch.Tensor, ...]:
+    """Each [rows * seq_len / cp, heads, dim] -> [rows * seq_len, heads / cp, dim], in one exchange. Collective."""
+    cp, x = group.size(), torch.stack(tensors, dim=1)  # [local tokens, n, heads, dim]
+    x = x.unflatten(2, (cp, -1)).unflatten(0, (rows, -1))  # [rows, slice, n, cp, heads / cp, dim]
+    x = _Exchange.apply(x.permute(3, 0, 1, 2, 4, 5), group)  # the first dimension now counts slices
+    return x.transpose(0, 1).flatten(0, 2).unbind(1)
+
+
+def to_tokens(x: torch.Tensor, rows: int, group: Any) -> torch.Tensor:
+    """The way back: [rows * seq_len, heads / cp, dim] -> [rows * seq_len / cp, heads, dim]. Collective."""
+    x = x.unflatten(0, (rows, group.size(), -1)).transpose(0, 1)  # [cp, rows, slice, heads / cp, dim]
+    x = _Exchange.apply(x, group)  # the first dimension now counts groups of heads
+    return x.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)

@@ -11,9 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ettin.config.layouts import recomputed_modules
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config, ParallelConfig
+from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

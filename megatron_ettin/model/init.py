@@ -16,7 +16,7 @@ import torch
 
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.model.layer import CANONICAL, first_layer
-from megatron_ettin.platform.fp8_weights import set_weight
+from megatron_ettin.platform.fp8 import set_weight
 
 LAYERS = "transformer.layers."
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")

@@ -1,17 +1,24 @@
 """The layer as core's ModuleSpec tree: which class plays which role, for core's own layers and Transformer Engine's.
 
 Layer 0 has no norm before its attention. Core slices no list of specs for a pipeline stage, so `block_spec` makes the
-stage's own, first layer and number of layers asked of core (uneven splits and virtual stages included)."""
+stage's own, first layer and number of layers asked of core (uneven splits and virtual stages included).
+
+The gated MLP: core's two linears and, between them, the gate as one function that may be fused.
+
+LayerNorm without bias. Core's own local norm refuses sequence parallelism; this one marks its weight, and core sums
+the gradient over tensor-parallel ranks (each holds a slice of the tokens)."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -23,8 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
-from megatron_ettin.model.mlp import GatedMlp
-from megatron_ettin.model.norm import BiasFreeLayerNorm
+from megatron_ettin.platform.compile import fusible
 
 # of every layer on every rank it tells that the MLP is none of its own
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -96,3 +102,35 @@ def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBl
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(config, first=offset + i == 0) for i in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=BiasFreeLayerNorm)
+
+
+@fusible
+def gated_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU (exact, not its tanh form) of the first half of the channels times the second."""
+    first, second = x.chunk(2, dim=-1)
+    return F.gelu(first) * second
+
+
+class GatedMlp(MLP):
+    """Core's MLP without its choices: gate, exact GELU, no biases."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """[tokens, 1, hidden] -> the same shape, and core's bias, which there is none of."""
+        inner, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(gated_gelu(inner))
+
+
+class BiasFreeLayerNorm(torch.nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight over the last dimension."""
+
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float = 1e-5, sequence_parallel: bool | None = None, **_: Any
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        shards = config.sequence_parallel if sequence_parallel is None else sequence_parallel
+        setattr(self.weight, "sequence_parallel", shards)  # noqa: B010  an attribute core looks for
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)

@@ -18,11 +18,10 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.config import EttinTransformerConfig
-from megatron_ettin.model.layer import block_spec
+from megatron_ettin.model.layer import BiasFreeLayerNorm, block_spec
 from megatron_ettin.model.loss import linear_cross_entropy
-from megatron_ettin.model.norm import BiasFreeLayerNorm
 from megatron_ettin.model.packed import PackedRows
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_ettin.platform.transfer import to_device
+from megatron_ettin.platform.device import to_device
 
 
 @dataclass

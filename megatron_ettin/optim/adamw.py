@@ -7,7 +7,12 @@ StableAdamW (Wortsman et al. 2023, arXiv 2304.13013; the original run's src/opti
     p *= 1 - lr'/max_lr * weight_decay;  p -= lr' m / (sqrt(v) + eps)
 `rms` is over the whole tensor. A shard knows only its part, so the sums of all tensors travel in one all-reduced
 vector a step. AdamW is the same without rms, in its usual bias-corrected form. In both, `weight_decay` is what a
-weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoupled")."""
+weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoupled").
+
+StableAdamW's update in two kernels a tensor. It costs the memory it goes through: here 36 bytes a weight (gradient,
+moments read and written; then moments, weight read and written), as single operations three times that. Whatever
+differs between steps comes as a tensor on the device: nothing is compiled anew, and the host never waits to learn a
+clip. Both are adamw.py's formulas; all tensors are flat and fp32."""
 
 from __future__ import annotations
 
@@ -19,8 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.optim.fused_update import update_moments, update_weights
-from megatron_ettin.platform.compile import fusing
+from megatron_ettin.platform.compile import fusible_at_any_size, fusing
 
 
 @dataclass(frozen=True)
@@ -218,3 +222,22 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _gradient(p: torch.Tensor) -> torch.Tensor:
     assert p.grad is not None
     return p.grad
+
+
+@fusible_at_any_size
+def update_moments(
+    gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, b1: torch.Tensor, b2: torch.Tensor, floor: float
+) -> torch.Tensor:
+    """Both moments in place, `b1` and `b2` being those of the step; returns the sum of g^2 / max(v, floor)."""
+    squared = gradient * gradient
+    m.add_((gradient - m) * b1)
+    v.mul_(b2).add_(squared * (1 - b2))
+    return (squared / v.clamp(min=floor)).sum()
+
+
+@fusible_at_any_size
+def update_weights(
+    p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, kept: torch.Tensor, eps: float
+) -> None:
+    """`p` in place at the clipped learning rate `lr`; `kept`: what the decay leaves of a weight."""
+    p.mul_(kept).sub_(lr * m / (v.sqrt() + eps))

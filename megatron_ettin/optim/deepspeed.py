@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
+from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.zero import zero_stage
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece
 from megatron_ettin.optim.megatron import inner_optimizer, trained, whole_tensor
 from megatron_ettin.parallel.layout import ModelParallelUnit, OptimizerGroups

@@ -1,7 +1,10 @@
 """Our inner optimizer inside core's: gradient copies, norms, clipping, fp32 masters, sharding and gathers are core's.
 
 This is what core's get_megatron_optimizer does for one dense group of model chunks, which knows no other inner
-optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is the face."""
+optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is the face.
+
+The global gradient norm and clipping by it, left on the device. Core's own reads the norm back between gradients and
+update: the device would stand idle until the update's kernels arrive."""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import OptimizerConfig
@@ -19,11 +23,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
-from megatron_ettin.optim import grad_norm, sharded_state
+from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, TiedCopies, WholeTensor
 from megatron_ettin.optim.muon import NOT_INSIDE, Matrix, Muon, is_inside
 from megatron_ettin.parallel.layout import OptimizerGroups
-from megatron_ettin.platform.fp8_weights import finish_gather
+from megatron_ettin.platform.fp8 import finish_gather
 
 OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
 
@@ -72,7 +76,7 @@ class TrainingOptimizer:
     def prepare(self) -> None:
         """Gradients become what the update reads, and their global norm, which stays on the device. Collective."""
         self.core.prepare_grads()
-        self._norm = grad_norm.global_norm(self.core, self.inner.device)
+        self._norm = global_norm(self.core, self.inner.device)
 
     def norm(self) -> float:
         """The global gradient norm before clipping. Waits for the device."""
@@ -84,7 +88,7 @@ class TrainingOptimizer:
         for group in self.inner.param_groups:
             group["lr"] = lr
         if self.clip_grad:
-            grad_norm.clip(self.core, self.clip_grad, self._norm)
+            clip(self.core, self.clip_grad, self._norm)
         self.core.step_with_ready_grads()
 
     def step(self, lr: float) -> float:
@@ -269,3 +273,21 @@ def align_buckets(chunks: Sequence[Any]) -> None:
             buffer.numel_unpadded = buffer.numel
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def global_norm(core: Any, device: torch.device) -> torch.Tensor:
+    """The norm of all gradients, each counted once, fp32 scalar. `core`: one of core's optimizers, whose main gradients
+    are ready. Collective."""
+    gradients = core.get_main_grads_for_grad_norm() if core.get_parameters() else []
+    norm = torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float32)
+    group = core.get_grad_stats_parallel_group()
+    if group.size() > 1:
+        norm.square_()
+        dist.all_reduce(norm, group=group)
+        norm.sqrt_()
+    return norm
+
+
+def clip(core: Any, most: float, norm: torch.Tensor) -> None:
+    """Scale all gradients so that their norm is `most` where it is more."""
+    torch.nn.utils.clip_grads_with_norm_(core.get_parameters(), most, norm)

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from megatron_ettin.platform.fp8_weights import is_fp8
+from megatron_ettin.platform.fp8 import is_fp8
 
 Masters = dict[int, torch.Tensor]  # id of the model's parameter -> this rank's part of its fp32 copy
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.layouts import check_layout, micro_batches
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config

@@ -8,23 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.counts import counted, format_count
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.flops import flops_per_token
-from megatron_ettin.config.fractions import parse_points, share_at
-from megatron_ettin.config.objectives import KINDS, OBJECTIVES
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.sizes import parameter_count
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.config.tables import KINDS, OBJECTIVES, parameter_count
+from megatron_ettin.config.values import parse_points, share_at
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.epochs import SourceEpochs, describe_epochs, epoch_warnings, planned_epochs
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
-from megatron_ettin.data.mixture import parse_mixture
+from megatron_ettin.data.mixture import SourceEpochs, describe_epochs, epoch_warnings, parse_mixture, planned_epochs
 from megatron_ettin.data.packing_index import check_rows
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.plan.hardware import TABLE, read_table
 from megatron_ettin.plan.memory import estimate
-from megatron_ettin.plan.places import describe_shares, empty_shares
+from megatron_ettin.plan.pipeline import describe_shares, empty_shares
 from megatron_ettin.plan.schedule_end import describe_end, expected_row_tokens, lr_at_end
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.yaml_reading import load_yaml
+from megatron_ettin.base.parsing import load_yaml
 
 MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
 TABLE = Path(__file__).with_name("gpus.yaml")

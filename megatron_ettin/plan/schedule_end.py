@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_ettin.base.counts import format_count
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.config.linked import SPAN
+from megatron_ettin.base.text import format_count
 from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import SPAN
 from megatron_ettin.config.schema import Config, ScheduleConfig
-from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.manifest import read_manifest
 from megatron_ettin.data.mixture import parse_mixture
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.optim.schedule import decayed, lr_fraction
 
 FIXED_POINT = 20  # a batch warm-up in proportion to an end that depends on it is settled after a few rounds

@@ -12,7 +12,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.checks import check
 from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.sizes import tensor_parallel_degrees
+from megatron_ettin.config.tables import tensor_parallel_degrees
 from megatron_ettin.plan.hardware import Gpu
 from megatron_ettin.plan.memory import Memory, estimate
 from megatron_ettin.plan.step_time import Constants, StepTime, operations_per_token, predict

@@ -9,10 +9,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ettin.base.counts import counted, format_count
+from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.layouts import describe_empty_rows, full_split
 from megatron_ettin.plan.hardware import Gpu
-from megatron_ettin.plan.places import run_places
+from megatron_ettin.plan.pipeline import run_places
 from megatron_ettin.plan.search import Planned, Rejected
 
 SECONDS_A_DAY = 86_400

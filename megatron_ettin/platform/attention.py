@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.platform.device import Platform
 
 

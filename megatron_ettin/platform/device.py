@@ -1,7 +1,9 @@
 """What this machine trains on: a `Platform` value that the floors above ask instead of asking torch.cuda.
 
 `detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, with the few CUDA
-calls it makes answered by `platform.cpu`."""
+calls it makes answered by `platform.cpu`.
+
+Host to device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import torch
 from packaging.version import Version
 
 from megatron_ettin.base.errors import RankError, UserError
-from megatron_ettin.config.graphs import KERNELS
-from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.layouts import KERNELS
+from megatron_ettin.config.tables import PRECISIONS
 
 # dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
 PEAK_BF16_TFLOPS = {
@@ -198,3 +200,11 @@ def _unsupported_recipe(recipe: str) -> str | None:
     }.get(recipe, quantization.is_fp8_available)
     available, reason = ask(return_reason=True)
     return None if available else f"does not run here ({reason})"
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`. A copy from ordinary memory would wait for all kernels before it; one from page-locked
+    memory is queued behind them, and torch's host allocator keeps the memory until it is done."""
+    if torch.device(device).type == "cpu":
+        return tensor
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

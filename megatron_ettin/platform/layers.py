@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_ettin.config.precisions import PRECISIONS
+from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.platform.attention import AttentionChoice, choose_attention
 from megatron_ettin.platform.device import Platform
 
@@ -44,7 +44,7 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice, fuses_weight_gradients=fuses)
     from megatron.core.extensions import transformer_engine as te
 
-    from megatron_ettin.platform.te_norm_linear import BiasFreeNormColumnLinear
+    from megatron_ettin.platform.transformer_engine import BiasFreeNormColumnLinear
 
     return LayerBackend(
         "transformer_engine",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import SHARD_SUFFIXES, write_json_durably
 from megatron_ettin.prepare.input_file import InputFile, Segment

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_ettin.base.counts import counted
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import counted
 from megatron_ettin.prepare.filesystem import Entry, parent_of
 from megatron_ettin.prepare.input_file import InputFile
 

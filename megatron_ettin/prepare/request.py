@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.json_reading import load_json, with_digest
+from megatron_ettin.base.parsing import load_json, with_digest
 from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE, write_json_durably
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.locks import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeld, try_lock
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype

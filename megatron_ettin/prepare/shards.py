@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.checksums import digest_of, write_blocks
+from megatron_ettin.base.digests import digest_of, write_blocks
 from megatron_ettin.data.indexed import index_bytes, narrowed
 from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
 from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, framed, piece_bounds

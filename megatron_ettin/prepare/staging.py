@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import with_digest
+from megatron_ettin.base.parsing import with_digest
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import (
     FILE_NAME,

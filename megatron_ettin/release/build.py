@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
-from megatron_ettin.base.locks import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeld, try_lock
 from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.convert.verify import Logits
 from megatron_ettin.release.chain import Chain, Revision
 from megatron_ettin.release.finish import DrawCurve, WriteOrder, write_main, write_orders
 from megatron_ettin.release.record import RECORD, Options, is_released, made_of, read_record
-from megatron_ettin.release.revision import WORK, Job, Outcome
-from megatron_ettin.release.workers import make_all, worker_count
+from megatron_ettin.release.revision import WORK, Job, Outcome, make_all, worker_count
 
 RESERVED = {"main", "data_order", WORK, RECORD}
 

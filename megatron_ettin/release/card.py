@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.counts import format_count
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.base.text import format_count
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
-from megatron_ettin.data.epochs import planned_epochs
-from megatron_ettin.data.mixture import MixtureEntry, parse_mixture
+from megatron_ettin.data.mixture import MixtureEntry, parse_mixture, planned_epochs
 from megatron_ettin.release.chain import Chain
 
 CURVE = "training_curve.png"

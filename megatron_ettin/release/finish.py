@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.checkpoint.integrity import fsync, sha256
 from megatron_ettin.release.card import CURVE, main_card

@@ -1,28 +1,40 @@
-"""Making one revision: a checkpoint, or the initial weights, converted, verified and put in its place whole."""
+"""Making one revision: a checkpoint, or the initial weights, converted, verified and put in its place whole.
+
+Processes that make revisions, several at a time, each with one thread: figures of a parity record then do not
+depend on the machine's number of cores, and a release that was interrupted ends in the same bytes."""
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
+import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.checkpoint.directory import list_checkpoints, place
 from megatron_ettin.checkpoint.integrity import check_nothing_else, fsync
 from megatron_ettin.checkpoint.weights_writer import write_weights
-from megatron_ettin.config.objectives import OBJECTIVES
 from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.config.schema import ModelConfig
+from megatron_ettin.config.tables import OBJECTIVES, parameter_count
 from megatron_ettin.convert.model_card import About, model_card
 from megatron_ettin.convert.rules import pairs
 from megatron_ettin.convert.to_hf import to_hf
 from megatron_ettin.convert.verify import Logits, ParityError
+from megatron_ettin.platform.memory import keep_freed_memory
 from megatron_ettin.release.chain import PhaseRun, Revision
 from megatron_ettin.release.record import Options, made_of, write_record
 
@@ -111,3 +123,51 @@ def write_initial(run: PhaseRun, folder: Path) -> Path:
         shutil.copytree(tokenizer, staging / "tokenizer")
     place(staging, folder, known)
     return folder
+
+
+# Measured: both models in float32 while they are compared, and the imports
+BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
+
+
+class WorkerLost(Exception):
+    """A worker process ended before its work did: not the user's typing, most often too little memory."""
+
+
+def worker_count(wanted: int | None, jobs: int, model: ModelConfig) -> int:
+    """`wanted`, or as many as there are cores, memory and revisions for; at least one."""
+    if wanted is not None:
+        return max(1, min(wanted, jobs))
+    needed = BASE_BYTES + BYTES_PER_PARAMETER * parameter_count(model, model.vocab_size)
+    room = int(psutil.virtual_memory().available * 0.9 / needed)
+    return max(1, min(len(os.sched_getaffinity(0)), room, jobs))
+
+
+def make_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+    """Make every job's revision; outcomes as they come. Raises WorkerLost."""
+    context = multiprocessing.get_context("spawn")  # threads and torch do not survive a fork
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
+    try:
+        for done in as_completed([pool.submit(make, job) for job in jobs]):
+            yield done.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise WorkerLost(
+            f"one of {workers} workers was killed, most likely for memory; what is released stays: run it again with"
+            " fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # none but after an interruption
+            process.terminate()
+
+
+def _begin() -> None:
+    """In each worker, before its first revision."""
+    import torch
+
+    serve_parent()
+    keep_freed_memory()
+    # as in the command itself: core and torch warn at length of what is optional
+    warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)

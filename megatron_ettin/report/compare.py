@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.checks import GUARD_KEYS
-from megatron_ettin.config.model_names import short_name
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 from megatron_ettin.report.updates import left_out, named, unproven
-from megatron_ettin.runs.history import allowed_changes, read_launches
-from megatron_ettin.runs.stored import stored_science_keys
+from megatron_ettin.runs.history import allowed_changes, read_launches, stored_science_keys
 
 OBJECTIVE_KEYS = {
     "run.objective",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.text import format_count
 
 MOST_POINTS = 600  # of one curve on the page
 LEAST_TO_SMOOTH, MOST_MEDIANS = 60, 150

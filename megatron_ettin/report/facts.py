@@ -1,8 +1,12 @@
-"""What a page tells of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts."""
+"""What a page tells of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts.
+
+Text of a run for a page: secrets are left out of it, the rest is escaped."""
 
 from __future__ import annotations
 
 import hashlib
+import html
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +16,7 @@ import numpy as np
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import path_in
+from megatron_ettin.base.text import masked
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
 from megatron_ettin.report.models import Model
@@ -208,3 +213,14 @@ def hosts(run: RunRecord) -> list[str]:
     for above in (path, *list(path.parents)[:2]):
         found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]
     return [host for host in dict.fromkeys([*found, *run.metrics.slow]) if host]
+
+
+def escaped(text: object, key: str = "") -> str:
+    """`masked`, as HTML."""
+    return html.escape(masked(text, key))
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand in a <script> element: no text in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.counts import format_count
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.printable import printable
+from megatron_ettin.base.text import format_count, printable
 from megatron_ettin.checkpoint.directory import (
     list_checkpoints,
     read_config,
@@ -22,7 +21,7 @@ from megatron_ettin.checkpoint.directory import (
 )
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reader import CheckpointReader
-from megatron_ettin.config.model_names import long_name, short_name
+from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."

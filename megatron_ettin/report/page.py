@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.text import format_count
 from megatron_ettin.checkpoint.integrity import write_synced
-from megatron_ettin.config.model_names import long_name
+from megatron_ettin.config.tables import long_name
 from megatron_ettin.report.compare import Chain, Check, Comparison, Run, chains, operations
 from megatron_ettin.report.curves import Chart, Curve, colour_places, png, svg
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
 from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint.directory import read_config
-from megatron_ettin.config.model_names import short_name
+from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
 from megatron_ettin.runs.history import HISTORY
 

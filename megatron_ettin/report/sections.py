@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.counts import duration, format_count
-from megatron_ettin.config.model_names import long_name
+from megatron_ettin.base.text import duration, format_count
+from megatron_ettin.config.tables import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison
-from megatron_ettin.report.escaping import escaped
+from megatron_ettin.report.facts import escaped
 from megatron_ettin.report.models import SECONDS_AN_HOUR, Model
 from megatron_ettin.report.record import RunRecord
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ettin.base.secrets import masked
+from megatron_ettin.base.text import masked
 from megatron_ettin.report.curves import colour_places
 from megatron_ettin.report.models import Model
 from megatron_ettin.report.record import Column, RunRecord

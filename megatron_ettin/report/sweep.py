@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.checkpoint.integrity import write_synced
-from megatron_ettin.config.sweep import Member
+from megatron_ettin.config.overrides import Member
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 from megatron_ettin.report.curves import COLOURS, medians
 from megatron_ettin.report.page import LAST_STEPS

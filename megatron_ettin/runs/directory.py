@@ -21,18 +21,18 @@ from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.runs.history import HISTORY, allowed_changes, first_launch, read_launches
-from megatron_ettin.base.json_reading import load_json
-from megatron_ettin.config.key_names import nearest_key
-from megatron_ettin.config.layers import key_types
-from megatron_ettin.base.locks import LockHeld, try_lock
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.config.overrides import nearest_key
+from megatron_ettin.config.overrides import key_types
+from megatron_ettin.base.files import LockHeld, try_lock
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.skips import parse_skips, place_of
-from megatron_ettin.runs.stored import fixes_guard, stored_science_keys
-from megatron_ettin.base.yaml_reading import load_yaml
+from megatron_ettin.config.values import parse_skips, place_of
+from megatron_ettin.runs.history import fixes_guard, stored_science_keys
+from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.data.blended_dataset import Corpus
 from megatron_ettin.metrics import METRICS_FILE
-from megatron_ettin.base.rank_facts import code_hash, commit
+from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.base.log import log_warning
 
 # these stand for the data order's fingerprint in --allow-change
@@ -232,6 +232,6 @@ def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str
     write_synced(run_dir / "config.yaml", to_yaml(config))
     write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
-    record |= {"code": code_hash(), "commit": commit(), "host": socket.gethostname(), **launch}
+    record |= {"code": code_hash(), "commit": recorded_commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")

@@ -1,11 +1,22 @@
-"""history.jsonl of a run directory: one object a launch, the first of which says where the run began."""
+"""history.jsonl of a run directory: one object a launch, the first of which says where the run began.
+
+The folder of `--phase all`: it holds a run directory for each phase and is none itself.
+
+Read the science keys that a run directory's config.yaml fixes for good.
+
+Up to the version that judged spikes by the mean and standard deviation of loss and norm, what becomes of a bad step was
+no science key: such a run goes on under the new rule, and its record alone says which of its updates were left out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.config.checks import GUARD_KEYS, science_keys
+from megatron_ettin.config.overrides import read_yaml
+from megatron_ettin.config.resolve import from_yaml
 
-from megatron_ettin.base.json_reading import load_json
 
 HISTORY = "history.jsonl"
 
@@ -45,3 +56,36 @@ def first_launch(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+CHAIN = ("pretrain", "extend", "decay")
+
+
+def phases_in(folder: Path) -> list[Path]:
+    """Return the run directories of the phases that have begun in a chain's folder, in order; none of other folders."""
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        return []
+    return [folder / phase for phase in CHAIN if (folder / phase / "config.yaml").is_file()]
+
+
+def last_phase(path: Path) -> Path:
+    """Return the last phase's run directory where `path` is a chain's folder, and say so; `path` itself elsewhere."""
+    phases = phases_in(path)
+    if not phases:
+        return path
+    log_warning(f"{path}: holds {', '.join(one.name for one in phases)}; reading {phases[-1]}")
+    return phases[-1]
+
+
+def stored_science_keys(path: Path) -> dict[str, object]:
+    """Return the science keys of a config.yaml, without the guard's where it is of a version that did not fix them.
+    Raises UserError."""
+    keys = science_keys(from_yaml(path))
+    if fixes_guard(path):
+        return keys
+    return {key: value for key, value in keys.items() if key not in GUARD_KEYS}
+
+
+def fixes_guard(path: Path) -> bool:
+    """Return whether a config.yaml is of a version that has the guard's keys among its science keys."""
+    return "spike_ratio" in (read_yaml(path).get("resilience") or {})

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ettin.base.counts import counted
+from megatron_ettin.base.text import counted
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
-from megatron_ettin.config.objectives import IGNORE, KINDS
+from megatron_ettin.base.parsing import load_json
+from megatron_ettin.config.tables import IGNORE, KINDS
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.data.blended_dataset import Corpus, Row, open_run_corpus
 from megatron_ettin.data.replay.files import METADATA_KEY
 from megatron_ettin.batching.objectives import corpus_labeller
-from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.batching.objectives import RowKinds
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",

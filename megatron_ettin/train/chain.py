@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.train.ending import is_finished
+from megatron_ettin.train.hooks.console import is_finished
 from megatron_ettin.train.trainer import Launch, prepare, run_jobs
 
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 
 from megatron_ettin.base.log import log_info
 from megatron_ettin.batching.batches import MicroBatch
-from megatron_ettin.config.graphs import max_chunks_per_row
-from megatron_ettin.config.objectives import IGNORE
+from megatron_ettin.config.layouts import max_chunks_per_row
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.dropout import layer_keys
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.cuda_graph import Replayed, Tensors
-from megatron_ettin.platform.transfer import to_device
+from megatron_ettin.platform.device import to_device
 
 DEVIATIONS = 6  # of the number of masked tokens that there is room for
 

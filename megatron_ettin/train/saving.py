@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint import directory, fp8_state, state
+from megatron_ettin.checkpoint import directory, state
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.checkpoint.writer import NotWritten, Plan
 from megatron_ettin.config.resolve import to_yaml
-from megatron_ettin.config.sizes import parameter_count
+from megatron_ettin.config.tables import parameter_count
 from megatron_ettin.faults.skipped_steps import TrainingStopped
-from megatron_ettin.platform.fp8_weights import raw
+from megatron_ettin.platform.fp8 import raw
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import Machine
 
@@ -157,8 +157,8 @@ class Saver:
             if not wish.milestone:
                 assert machine.optimizer is not None
                 optimizer = machine.optimizer.sharded_state(model, False, metadata)
-            if fp8_state.keeps_scales(machine.config):
-                model["fp8_scales"] = fp8_state.sharded(fp8_state.scales_in_use(machine.chunks, model), machine.layout)
+            if state.keeps_scales(machine.config):
+                model["fp8_scales"] = state.sharded(state.scales_in_use(machine.chunks, model), machine.layout)
             if machine.optimizer is not None:
                 model = machine.optimizer.written_weights(model)
             plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(wish.progress))

@@ -13,8 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ettin.batching.batches import row_tokens
 from megatron_ettin.config.layouts import full_split
-from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.faults.step_timer import StepClock
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
@@ -22,7 +22,7 @@ from megatron_ettin.model.model import EttinModel
 from megatron_ettin.optim.deepspeed import ZeroOptimizer, build_zero
 from megatron_ettin.optim.megatron import TrainingOptimizer, build_optimizer
 from megatron_ettin.parallel.layout import Layout, Topology, initialize_model_parallel, optimizer_groups
-from megatron_ettin.platform import Platform, compile, fp8_scales, te_overlap
+from megatron_ettin.platform import Platform, compile, fp8, transformer_engine
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.graphed_step import GraphedStep
@@ -83,9 +83,9 @@ class Machine:
         for one in self.wrapped:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
             if hasattr(one, "grad_accs"):
                 one.grad_accs.clear()
-        fp8_scales.forget()
+        fp8.forget()
         if self.config.parallel.tp_overlap:
-            te_overlap.free_buffers()
+            transformer_engine.free_buffers()
 
 
 def assemble(
@@ -109,7 +109,7 @@ def assemble(
         tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
-        te_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
+        transformer_engine.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return Machine(config, platform, layout, chunks, [], None)

@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ettin.batching.batches import Batches, MicroBatch
 from megatron_ettin.batching.loader import LoadedBatch
 from megatron_ettin.config.flops import training_flops
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.profiling import profiled_steps
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import OBJECTIVES
+from megatron_ettin.config.values import profiled_steps
 from megatron_ettin.faults.anomalies import Bad, Guard
-from megatron_ettin.platform.fp8_scales import undisturbed
+from megatron_ettin.platform.fp8 import undisturbed
 from megatron_ettin.platform.profiler import named
 from megatron_ettin.train.setup import Machine
 

@@ -13,32 +13,29 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_ettin.base.counts import counted
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
+from megatron_ettin.base.text import counted
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.batching.loader import Loader, worker_count
 from megatron_ettin.config.layouts import describe_empty_rows
-from megatron_ettin.config.linked import keep_begun
-from megatron_ettin.config.model_names import long_name, short_name
-from megatron_ettin.config.objectives import OBJECTIVES
+from megatron_ettin.config.resolve import keep_begun
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.validation import validation_sets
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.config.tables import OBJECTIVES, long_name, short_name
+from megatron_ettin.config.values import validation_sets
 from megatron_ettin.data.blended_dataset import Corpus, open_run_corpus
-from megatron_ettin.data.epochs import describe_epochs, epoch_warnings
 from megatron_ettin.data.local_copy import local_corpus
-from megatron_ettin.data.mixture import settled
+from megatron_ettin.data.mixture import describe_epochs, epoch_warnings, settled
+from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.evaluate.evaluation import open_held_out
 from megatron_ettin.faults import skipped_steps
 from megatron_ettin.faults.anomalies import told_at_start
 from megatron_ettin.faults.consistency import check_agreement
 from megatron_ettin.faults.hang_report import Peer
-from megatron_ettin.faults.replay_check import recheck
+from megatron_ettin.faults.sdc import Replicas, recheck
 from megatron_ettin.faults.skipped_steps import BadNumbers, TrainingStopped
 from megatron_ettin.faults.stragglers import Stragglers
 from megatron_ettin.faults.watchdog import Watchdog, collective_seconds
-from megatron_ettin.faults.weight_hashes import Replicas
 from megatron_ettin.optim.schedule import lr_fraction
 from megatron_ettin.parallel.failure_report import Heart, attempt_folder, end_now, end_with_launcher
 from megatron_ettin.parallel.layout import destroy_model_parallel
@@ -49,11 +46,9 @@ from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.runs import directory
 from megatron_ettin.runs.rollback import check_roll_back
 from megatron_ettin.train import resume
-from megatron_ettin.train.ending import complete_line, ending_lines
 from megatron_ettin.train.hooks.base import Evaluation, GarbageCollection, Hook, Metrics, Run
-from megatron_ettin.train.hooks.checkpointing import Checkpoints
-from megatron_ettin.train.hooks.console import Console
-from megatron_ettin.train.hooks.directory_check import DirectoryCheck
+from megatron_ettin.train.hooks.checkpointing import Checkpoints, DirectoryCheck
+from megatron_ettin.train.hooks.console import Console, complete_line, ending_lines
 from megatron_ettin.train.hooks.profiling import Profiling
 from megatron_ettin.train.progress import Progress, is_done
 from megatron_ettin.train.setup import Machine, assemble

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megatron_ettin.bench import results
-from megatron_ettin.bench.layouts import combinations
 from megatron_ettin.bench.picture import LAYOUT, draw, heat_sides, in_order, label
+from megatron_ettin.bench.results import combinations
 from megatron_ettin.bench.synthetic import SyntheticRows, attended_chunk_tokens
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.plan.volumes import volumes
+from megatron_ettin.plan.step_time import volumes
 from tests.pool import Pool
 from tests.train.runs import TINY
 

@@ -14,9 +14,9 @@ import pytest
 
 from megatron_ettin.base import digests
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import DIGEST, with_digest
+from megatron_ettin.base.parsing import DIGEST, with_digest
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
-from megatron_ettin.train.loading import _share
+from megatron_ettin.train.resume import _share
 
 BLOCK = 1000
 

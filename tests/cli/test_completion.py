@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.cli.completing import FILES, VALUES, offers
-from megatron_ettin.cli.completion import SCRIPTS
+from megatron_ettin.cli.completion import FILES, SCRIPTS, VALUES, offers
 from megatron_ettin.cli.main import COMMANDS, main
-from megatron_ettin.config.key_names import ELSEWHERE, KEYS_OF_FILES, nearest_key
-from megatron_ettin.config.layers import key_types
+from megatron_ettin.config.overrides import ELSEWHERE, KEYS_OF_FILES, key_types, nearest_key
 from tests.cli.test_main import modules_after
 
 

@@ -122,7 +122,7 @@ def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
         inner, *words = args.command[1:]
         args = parse_words(parser_of(inner), inner, words)
     for word in getattr(args, "words", []):
-        from megatron_ettin.config.layers import check_keys, from_words
+        from megatron_ettin.config.overrides import check_keys, from_words
 
         check_keys(from_words([word]))
 

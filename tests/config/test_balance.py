@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megatron_ettin.config.balance import layer_operations, split_evenly
+from megatron_ettin.config.flops import layer_operations, split_evenly
 from megatron_ettin.config.layouts import stage_layers
 from tests.config.test_resolve import parse
 

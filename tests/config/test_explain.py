@@ -8,11 +8,9 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.explain import differences
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.phases import PHASES
-from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import OBJECTIVES, SIZES
 from tests.config.test_tables import BATCH_WARMUP
 
 THE_48 = [(size, objective, phase) for size in SIZES for objective in ("mlm", "clm") for phase in PHASES]

@@ -6,9 +6,8 @@ from dataclasses import asdict
 
 import pytest
 
-from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES, long_name, short_name
 
 OTHER = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
 

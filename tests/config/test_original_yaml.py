@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.layers import names_of, read_site
+from megatron_ettin.config.overrides import names_of, read_site
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.optim.schedule import lr_fraction

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.base.counts import format_count, parse_count
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import format_count, parse_count
 from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.layouts import check_layout, full_split, stage_layers
 from megatron_ettin.config.recipe import recipe

@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 
-from megatron_ettin.config.layouts import describe_empty_rows, full_split
+from megatron_ettin.config.layouts import RowSplit, describe_empty_rows, full_split
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.row_split import RowSplit
 
 CASES = [
     RowSplit.of(rows, dp, most, group)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_ettin.config.flops import attended_pairs, flops_per_token
-from megatron_ettin.config.objectives import OBJECTIVES
-from megatron_ettin.config.phases import ORIGINAL_LOCAL_THETA, PHASES
-from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.recipe import ORIGINAL_LOCAL_THETA, PHASES, recipe
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import SIZES, VOCABULARY, parameter_count, tensor_parallel_degrees
+from megatron_ettin.config.tables import OBJECTIVES, SIZES, VOCABULARY, parameter_count, tensor_parallel_degrees
 
 SIZE_TABLE = {  # size: layers, hidden, ffn, heads, parameters, tensor-parallel degrees
     "17m": (7, 256, 384, 4, 16_913_600, [1, 2, 4]),

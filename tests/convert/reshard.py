@@ -13,7 +13,7 @@ from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.evaluate.inference import alone_on_cpu
 from megatron_ettin.parallel.rendezvous import find_place, join, leave
 from megatron_ettin.platform import detect
-from megatron_ettin.train import loading, resume
+from megatron_ettin.train import resume
 from megatron_ettin.train.setup import assemble
 
 
@@ -25,7 +25,7 @@ def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     place, platform = find_place(), detect("cpu")
     join(place, platform)
     machine = assemble(config, platform, place.world, training=False, initial_weights=False)
-    progress = loading.load(machine, checkpoint, with_optimizer=False, verified=True)
+    progress = resume.load(machine, checkpoint, with_optimizer=False, verified=True)
     staging = out.with_name(f".tmp-{out.name}")
     if place.rank == 0:
         staging.mkdir()

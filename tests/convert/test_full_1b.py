@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import to_hf
 from tests.convert.folders import SHAPE_17M, make_folder

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import to_hf
 from tests.conftest import make_corpus

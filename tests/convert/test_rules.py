@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.config.sizes import SIZES, parameter_count
+from megatron_ettin.config.tables import SIZES, parameter_count
 from megatron_ettin.convert.rules import QKV, TIED, pairs
 from tests.convert.folders import classes
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
-from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.blended_dataset import open_run_corpus
+from megatron_ettin.data.sampler import BatchSizes
 from tools.fake_corpora import fill_positions, make_sparse_dataset
 
 DATASETS, ROWS, ROW_TOKENS = 10, 10**9, 1_024

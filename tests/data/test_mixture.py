@@ -12,8 +12,15 @@ from hypothesis import given, settings, strategies as st
 from megatron_ettin.cli.main import main
 from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.epochs import SourceEpochs, epoch_warnings, planned_epochs
-from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
+from megatron_ettin.data.mixture import (
+    BLOCK_SLOTS,
+    MixtureEntry,
+    SourceEpochs,
+    epoch_warnings,
+    largest_remainder,
+    parse_mixture,
+    planned_epochs,
+)
 from megatron_ettin.data.sampler import KeyedOrder
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "mixtures"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_ettin.data.hashing import counter_hash, key64, mix64
-from megatron_ettin.data.permutation import Permutation
+from megatron_ettin.data.hashing import Permutation, counter_hash, key64, mix64
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -17,9 +17,9 @@ from megatron_ettin.api import ROWS_AT_ONCE, iterate_rows
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse, to_yaml
-from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.blended_dataset import Corpus, open_run_corpus
 from megatron_ettin.data.dataset import Dataset
+from megatron_ettin.data.sampler import BatchSizes
 from tests.checkpoint.durable import watched
 
 CLS, SEP, PAD = 50281, 50282, 50283

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import DIGEST, with_digest
-from megatron_ettin.data import packing, row_building
+from megatron_ettin.base.parsing import DIGEST, with_digest
+from megatron_ettin.data import packing
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
@@ -179,7 +179,7 @@ def test_packing_index_lognormal_lengths_fill_rows_to_99_percent(seq_len: int, t
 
 def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several segments, none of which ends where a shard does. The script makes segments small in the workers too."""
-    monkeypatch.setattr(row_building, "SEGMENT_CHUNKS", 7_000)
+    monkeypatch.setattr(packing, "SEGMENT_CHUNKS", 7_000)
     lengths = np.random.default_rng(1).integers(3, 200, 30_000).astype(np.int32)
     dataset = make_lengths_dataset(tmp_path / "dataset", lengths)
     site = tmp_path / "site"

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_ettin.base import checksums
-from megatron_ettin.base.checksums import damaged_ranges, digest_of
+from megatron_ettin.base import digests
+from megatron_ettin.base.digests import damaged_ranges, digest_of
 from megatron_ettin.cli.main import main
 from tests.data.corpora import prepare_here, write_jsonl
 
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 16
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     """Blocks of which a small shard has more than one."""
-    with mock.patch.object(checksums, "BLOCK_BYTES", BLOCK_BYTES):
+    with mock.patch.object(digests, "SHARD_BLOCK_BYTES", BLOCK_BYTES):
         yield
 
 

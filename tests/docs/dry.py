@@ -43,7 +43,7 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
     from megatron_ettin.cli.launched import jobs_of, parse_call
     from megatron_ettin.cli.main import main
     from megatron_ettin.cli.parsing import parse_words
-    from megatron_ettin.config.layers import check_keys, from_words
+    from megatron_ettin.config.overrides import check_keys, from_words
     from tests.cli.test_examples import parser_of
 
     name, *rest = words

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_ettin.plan.scale_table import numbers_of
+from megatron_ettin.plan.scaling import numbers_of
 from tests.train.runs import TINY
 
 STEPS = ["run.steps=2", "checkpoint.every_steps=1", "metrics.eval_rows=8"]

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from megatron_ettin.base import versions as base_versions
 from megatron_ettin.cli import doctor as command
 from megatron_ettin.cli.main import main
-from megatron_ettin.doctor import accelerator, machine, ranks, sanity, versions
+from megatron_ettin.doctor import accelerator, machine, ranks, versions
 from megatron_ettin.doctor.findings import Finding, flops_text, note, ok, problem, worst
 from megatron_ettin.platform import inventory
 from megatron_ettin.platform.sanity import AllReduces, Products, products, wrong_rows
@@ -216,11 +216,11 @@ def test_wrong_rows_detects_wrong_matrix_products() -> None:
 
 def test_rates_slow_or_wrong_products_name_the_rank() -> None:
     good = Products(700e12, 690e12, "bfloat16", 8192, None)
-    assert sanity.judge_products("p", "NVIDIA H100", 989e12, good).state == "ok"
-    assert sanity.judge_products("p", "NVIDIA H100", 989e12, Products(300e12, 290e12, "b", 8, None)).state == "warning"
-    assert sanity.judge_products("p", "NVIDIA H100", 989e12, Products(700e12, 300e12, "b", 8, None)).state == "warning"
+    assert ranks.judge_products("p", "NVIDIA H100", 989e12, good).state == "ok"
+    assert ranks.judge_products("p", "NVIDIA H100", 989e12, Products(300e12, 290e12, "b", 8, None)).state == "warning"
+    assert ranks.judge_products("p", "NVIDIA H100", 989e12, Products(700e12, 300e12, "b", 8, None)).state == "warning"
     assert (
-        sanity.judge_products("p", "NVIDIA H100", 989e12, Products(7e14, 7e14, "b", 8, "other bits")).state == "problem"
+        ranks.judge_products("p", "NVIDIA H100", 989e12, Products(7e14, 7e14, "b", 8, "other bits")).state == "problem"
     )
     ranks_of = [ok("products", "", tflops=rate) for rate in (700.0, 710.0, 705.0, 500.0)]
     slow = ranks.judge_rates(["a", "a", "b", "b"], ranks_of)
@@ -236,8 +236,8 @@ def test_all_reduce_and_clocks_wrong_sums_or_skew_are_reported() -> None:
     from megatron_ettin.platform.device import Platform
 
     platform = Platform(torch.device("cpu"), "gloo", "cpu")
-    assert sanity.all_reduce_finding(AllReduces(0.0, 1, 2, "3 of 4 sums are wrong"), platform).state == "problem"
-    assert "1.5 GB/s" in sanity.all_reduce_finding(AllReduces(1.5e9, 4 << 20, 2, None), platform).text
+    assert ranks.all_reduce_finding(AllReduces(0.0, 1, 2, "3 of 4 sums are wrong"), platform).state == "problem"
+    assert "1.5 GB/s" in ranks.all_reduce_finding(AllReduces(1.5e9, 4 << 20, 2, None), platform).text
     assert ranks.judge_clocks(["a", "b", "c"], [100.0, 100.002, 100.001]).text.startswith("within 2 ms")
     late = ranks.judge_clocks(["a", "b", "c"], [100.0, 100.0, 160.0])
     assert late.state == "warning"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES
 from megatron_ettin.model import init
 from megatron_ettin.model.packed import pack_rows
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.batching.row_kinds import RowKinds
-from megatron_ettin.config.fractions import parse_points, share_at
+from megatron_ettin.batching.objectives import RowKinds
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.data.batch_sizes import BatchSizes
+from megatron_ettin.config.values import parse_points, share_at
+from megatron_ettin.data.sampler import BatchSizes
 
 SIZES = BatchSizes((8,), (0,))
 

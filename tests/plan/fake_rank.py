@@ -18,7 +18,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.parallel.layout import axes_of_groups
 from megatron_ettin.platform import detect
 from megatron_ettin.platform.comm_volume import Traffic
-from megatron_ettin.platform.live_tensors import LiveTensors
+from megatron_ettin.platform.memory import LiveTensors
 from megatron_ettin.train.setup import assemble
 from megatron_ettin.train.step import run_micro_batches
 

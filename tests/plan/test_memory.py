@@ -10,10 +10,10 @@ import torch
 
 from megatron_ettin.bench import results
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
+from megatron_ettin.config.tables import layer_parameter_count, parameter_count
 from megatron_ettin.plan.memory import estimate, fp8_parameters, of_rank, rank_parameters
-from megatron_ettin.plan.volumes import data_bytes
-from megatron_ettin.platform.live_tensors import LiveTensors
+from megatron_ettin.plan.step_time import data_bytes
+from megatron_ettin.platform.memory import LiveTensors
 from tests.pool import Pool
 
 SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512"]

@@ -10,8 +10,15 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.plan.pipeline import simulate
-from megatron_ettin.plan.scale_table import simulated_seconds
-from megatron_ettin.plan.scaling import Failures, Growth, best_interval, fit, goodput, simulate_goodput
+from megatron_ettin.plan.scaling import (
+    Failures,
+    Growth,
+    best_interval,
+    fit,
+    goodput,
+    simulate_goodput,
+    simulated_seconds,
+)
 
 # tokens/s of each GPU: llm-foundry's MPT-1B; torchtitan's Llama 3.1 8B, bf16, relative
 MOSAIC = {8: 45.5, 32: 45.1, 64: 44.4, 128: 44.1, 256: 42.6, 512: 39.8}

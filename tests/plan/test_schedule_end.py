@@ -9,8 +9,7 @@ import pytest
 
 from megatron_ettin.cli import train as train_command
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.linked import SPAN
-from megatron_ettin.config.resolve import parse
+from megatron_ettin.config.resolve import SPAN, parse
 from megatron_ettin.config.schema import Config
 from megatron_ettin.plan.schedule_end import describe_end, end_tokens, fit_schedule, free_by_value, lr_at_end
 

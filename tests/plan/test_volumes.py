@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan.memory import of_rank, rank_parameters
-from megatron_ettin.plan.volumes import data_bytes, tied_gradient_bytes, volumes
+from megatron_ettin.plan.step_time import data_bytes, tied_gradient_bytes, volumes
 from tests import forkserver
 
 COMMON = ["run.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]

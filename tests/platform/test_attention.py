@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.config.precisions import PRECISIONS
 from megatron_ettin.config.recipe import recipe
-from megatron_ettin.config.sizes import SIZES, tensor_parallel_degrees
+from megatron_ettin.config.tables import PRECISIONS, SIZES, tensor_parallel_degrees
 from megatron_ettin.platform import attention, device
 from megatron_ettin.platform.attention import choose_attention
 from megatron_ettin.platform.device import Platform

@@ -19,7 +19,7 @@ from unittest import mock
 
 import psutil
 
-from megatron_ettin.release import revision, workers
+from megatron_ettin.release import revision
 from megatron_ettin.release.revision import Job, Outcome
 from tests import forkserver
 from tests.data.small_tasks import wait_for
@@ -83,7 +83,7 @@ class Running:
         assert status is not None
         return status
 
-    def workers(self) -> list[psutil.Process]:
+    def revision(self) -> list[psutil.Process]:
         children = psutil.Process(self.pid).children()
         return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
@@ -125,7 +125,7 @@ def be_release(*line: str) -> int | None:
     fork = multiprocessing.get_context("fork")
     with (
         mock.patch.object(multiprocessing, "get_context", lambda method=None: fork),
-        mock.patch.object(workers, "make", make_unless_held),
+        mock.patch.object(revision, "make", make_unless_held),
     ):
         return forkserver.be_program("ettin", *line)
 

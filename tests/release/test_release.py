@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from megatron_ettin.base.counts import format_count
+from megatron_ettin.base.text import format_count
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.report.escaping import embedded
+from megatron_ettin.report.facts import embedded
 from tests.report.synthetic import write_run
 from tests.train.runs import read
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.report import document, serve
+from megatron_ettin.report import document
 from tests.forkserver import program
 from tests.report.synthetic import write_run
 
@@ -24,10 +24,10 @@ STEP_41 = '{"step": 41, "tokens": 2700000, "loss": 3.25, "lr": 0.001}\n'
 
 
 @contextmanager
-def served(run: Path) -> Iterator[tuple[int, serve.Source]]:
+def served(run: Path) -> Iterator[tuple[int, document.Source]]:
     """Serve one run; yield the port and the source."""
-    source = serve.Source(lambda: document.make([run]))
-    server = serve.server(source, 0)
+    source = document.Source(lambda: document.make([run]))
+    server = document.server(source, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -48,7 +48,7 @@ def asked(port: int, path: str, host: str = "") -> tuple[int, str]:
     return answer.status, text
 
 
-def look_again(source: serve.Source) -> None:
+def look_again(source: document.Source) -> None:
     """Make the source read its runs again at the next request."""
     source._next = 0.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.base.printable import printable
+from megatron_ettin.base.text import printable
 from megatron_ettin.cli.main import main
 from megatron_ettin.report.record import find_runs
 from tests.pool import Pool

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.base.counts import duration
+from megatron_ettin.base.text import duration
 from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, read

@@ -11,7 +11,7 @@ import torch
 
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.objectives import KINDS
+from megatron_ettin.config.tables import KINDS
 from tests.convert.folders import load, tensors
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train

@@ -12,9 +12,9 @@ import pytest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.validation import validation_sets
+from megatron_ettin.config.values import validation_sets
+from megatron_ettin.data.blended_dataset import open_by_source
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.source_rows import open_by_source
 from tests.conftest import sentences
 from tests.pool import Pool
 from tests.train.runs import Trained, command, train

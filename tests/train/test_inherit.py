@@ -8,8 +8,7 @@ import shutil
 import pytest
 
 from megatron_ettin.checkpoint.directory import read_config
-from megatron_ettin.config.inherit import inherited
-from megatron_ettin.config.resolve import parse, to_yaml
+from megatron_ettin.config.resolve import inherited, parse, to_yaml
 from megatron_ettin.convert.from_hf import from_hf
 from tests.convert.folders import make_folder
 from tests.train.runs import TINY

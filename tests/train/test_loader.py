@@ -21,13 +21,12 @@ import pytest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.batching.host import HostBatches
 from megatron_ettin.batching.loader import Loader, worker_count
-from megatron_ettin.batching.objectives import labeller
-from megatron_ettin.batching.row_kinds import RowKinds
+from megatron_ettin.batching.objectives import RowKinds, labeller
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import BatchConfig
-from megatron_ettin.data.batch_sizes import BatchSizes
 from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.mixture import MixtureEntry
+from megatron_ettin.data.sampler import BatchSizes
 from tests import forkserver
 from tests.forkserver import Child
 from tests.pool import Pool, mutated

@@ -13,7 +13,7 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.skips import parse_skips
+from megatron_ettin.config.values import parse_skips
 from megatron_ettin.data.blended_dataset import open_corpus
 from megatron_ettin.data.mixture import MixtureEntry
 from tests.pool import Pool

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_ettin.checkpoint.directory import list_checkpoints, verify
-from megatron_ettin.checkpoint.local_staging import remove_leftovers, staging_folder
 from megatron_ettin.checkpoint.reader import CheckpointReader
+from megatron_ettin.checkpoint.writer import remove_leftovers, staging_folder
 from megatron_ettin.cli.main import main
 from tests import forkserver
 from tests.pool import Pool, mutated
@@ -105,7 +105,7 @@ def test_staging_copy_that_differs_is_refused(tmp_path: Path, pool: Pool, corpus
 LEAVES = """
 import os, signal, sys
 from pathlib import Path
-from megatron_ettin.checkpoint.local_staging import staging_folder
+from megatron_ettin.checkpoint.writer import staging_folder
 with staging_folder(Path(sys.argv[1]), "a run") as folder:
     (folder / "__0_0.distcp").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.sweep import members
+from megatron_ettin.config.overrides import members
 from tests.pool import Pool
 from tests.train.runs import command, read, train
 

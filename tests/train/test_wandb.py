@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.metrics.names import grouped
+from megatron_ettin.metrics.sinks import grouped
 from tests.forkserver import program
 from tests.pool import Pool
 from tests.train.runs import command, read

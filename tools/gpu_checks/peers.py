@@ -82,9 +82,8 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 def host_batches(config: Config) -> Any:
     """The run's micro-batches in host memory, as one rank has them."""
     from megatron_ettin.batching.host import HostBatches
-    from megatron_ettin.batching.objectives import corpus_labeller
-    from megatron_ettin.batching.row_kinds import RowKinds
-    from megatron_ettin.data.batch_sizes import BatchSizes
+    from megatron_ettin.batching.objectives import RowKinds, corpus_labeller
+    from megatron_ettin.data.sampler import BatchSizes
     from megatron_ettin.train.trainer import open_training_data
 
     corpus = open_training_data(config)

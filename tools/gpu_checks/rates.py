@@ -118,9 +118,9 @@ def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
 
 def element_wise(session: Session, size: str) -> dict[str, Any]:
     """Seconds of what lies between the products of one layer, forward: plain, and by torch's compiler."""
+    from megatron_ettin.model.attention import rotate
     from megatron_ettin.model.dropout import add_kept
-    from megatron_ettin.model.mlp import gated_gelu
-    from megatron_ettin.model.rotary import rotate
+    from megatron_ettin.model.layer import gated_gelu
 
     shape, tokens = session.shape(size), session.tokens_a_step
     options = {"device": session.torch_device, "dtype": torch.bfloat16}

@@ -10,7 +10,7 @@ from gpu_checks.runs import FP8, OBJECTIVES
 from gpu_checks.session import DoesNotRun, Session
 from megatron_ettin.config.flops import global_layers
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.sizes import layer_parameter_count, parameter_count
+from megatron_ettin.config.tables import layer_parameter_count, parameter_count
 
 # bytes a weight: adamw.py's update reads and writes 36, core clears and copies the gradient (4 + 8) and writes bf16 (2)
 OPTIMIZER_BYTES = 50

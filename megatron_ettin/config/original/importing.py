@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ettin.base.counts import parse_count
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original import model as trainer_model
 from megatron_ettin.config.original.keys import FIXED, IGNORED, reason_to_ignore
-from megatron_ettin.config.sizes import SIZES
+from megatron_ettin.config.tables import SIZES
 
 MODEL = "model.model_config."
 # model.name -> objective; the cross-trained encoder predicts a masked token from the place before it

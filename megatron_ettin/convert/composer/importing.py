@@ -1,10 +1,13 @@
 """The original trainer's checkpoint file -> a weights-only checkpoint that training, evaluation and export read.
 
-Weights are stored in float32, one tensor in memory at a time; the file's optimizer state is never touched."""
+Weights are stored in float32, one tensor in memory at a time; the file's optimizer state is never touched.
+
+The tokenizer that Composer records in a checkpoint file, file by file, as the checkpoint's tokenizer/."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,13 @@ from megatron_ettin.checkpoint.directory import place
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.convert.composer.description import Decision, decide
-from megatron_ettin.convert.composer.names import Weights, find_weights
-from megatron_ettin.convert.composer.recorded_tokenizer import write_tokenizer
+from megatron_ettin.convert.composer.description import Decision, Weights, at, decide, find_weights
 from megatron_ettin.convert.composer.torch_file import DTYPES, TorchFile
+from megatron_ettin.convert.folders import resolved, staged
 from megatron_ettin.convert.from_hf import imported_config, size_of
 from megatron_ettin.convert.rules import TIED, Pair, pairs
 from megatron_ettin.convert.source import check_objective
-from megatron_ettin.convert.staging import resolved, staged
+from megatron_ettin.convert.tokenizer_files import FILES, import_tokenizer, token_count
 
 BIAS = "decoder.bias"
 FRESH = "only weights are read: training from them starts with a fresh optimizer"
@@ -113,3 +115,34 @@ def _tensors(
 def _read(source: TorchFile, weights: Weights, name: str, pair: Pair) -> torch.Tensor:
     found = weights.tensors.get(name)
     return torch.zeros(pair.their_shape) if found is None else source.read(found)
+
+
+NONE = "the file records no tokenizer.json: the checkpoint has no tokenizer"
+
+
+def write_tokenizer(tree: Any, staging: Path, model: ModelConfig, file: Path) -> list[str]:
+    """Write `staging`/tokenizer where the file has one. Returns what a reader must know."""
+    recorded = at(tree, "state", "integrations", "huggingface", "tokenizer")
+    contents = {name: at(recorded, name, "content") for name in FILES}
+    if not isinstance(contents[FILES[0]], dict):
+        return [NONE]
+    folder = staging / ".recorded"
+    folder.mkdir()
+    for name, content in contents.items():
+        if not isinstance(content, dict):
+            continue
+        try:
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        except (TypeError, ValueError, RecursionError):
+            raise UserError(f"{file}: the recorded {name} is not plain JSON") from None
+    try:
+        import_tokenizer(folder, staging / "tokenizer")
+        tokens = token_count(staging / "tokenizer")
+    except UserError:
+        raise UserError(f"{file}: the recorded {FILES[0]} is no tokenizer that `tokenizers` can read") from None
+    finally:
+        shutil.rmtree(folder)
+    if tokens > model.vocab_size:
+        raise UserError(f"{file}: the tokenizer has {tokens:,} ids, the model's vocabulary {model.vocab_size:,} rows")
+    return []

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 
 METADATA_KEY = b"megatron_ettin.order"  # in the schema of what `ettin order --out` writes
 # kind -> the columns by which it is known

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import checked_digest, load_json, with_digest
+from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
-from megatron_ettin.data.indexed import narrowed
+from megatron_ettin.data.indexed import map_scattered, narrowed
 from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
@@ -35,7 +35,6 @@ from megatron_ettin.data.manifest import (
     sync_directory,
     write_json_durably,
 )
-from megatron_ettin.data.mapped import map_scattered
 from megatron_ettin.data.packing_index import current_umask, file_lock
 from megatron_ettin.data.replay.exported import exported_rows
 from megatron_ettin.data.replay.files import GivenRows, kind_of_files, open_order_files

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.prepare.filesystem import Entry, entries, joined, joined_in, read_whole
 from megatron_ettin.prepare.input_file import InputFile
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import checked_digest
+from megatron_ettin.base.parsing import checked_digest
 from megatron_ettin.data.indexed import MAGIC
 from megatron_ettin.data.manifest import FORMAT, VERSION, manifest_from
 from megatron_ettin.prepare.filesystem import Entry, find, joined, joined_in, open_input

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.json_reading import load_json
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.prepare.filesystem import open_input
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.compressed import BLOCK_BYTES, blocks

@@ -15,8 +15,8 @@ from megatron_ettin import __version__
 from megatron_ettin.base.log import log_info
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.checkpoint.directory import step_of
-from megatron_ettin.config.model_names import long_name, short_name
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.evaluate import evaluation
 from megatron_ettin.faults.anomalies import Guard
 from megatron_ettin.faults.consistency import code_hash, versions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_ettin.base.log import log_info, log_warning
-from megatron_ettin.config.profiling import profiled_ranks, profiled_steps
+from megatron_ettin.config.values import profiled_ranks, profiled_steps
 from megatron_ettin.platform.profiler import Profiler
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.step import StepInfo

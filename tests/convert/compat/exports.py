@@ -16,7 +16,7 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.evaluate.inference import alone
 from megatron_ettin.model.packed import pack_rows
-from megatron_ettin.train import loading
+from megatron_ettin.train import resume
 from tests.conftest import sentences
 from tests.convert.folders import make_folder
 
@@ -114,7 +114,7 @@ def write_expected(target: Path, checkpoint: Path, tokenizer: Path, name: str) -
     drawn = [torch.randint(5, 320, (tokens - 1,), generator=generator).tolist() for tokens in PROMPT_TOKENS]
     token_lists = [[CLS, *ids] for ids in drawn]
     with alone(checkpoint, objective) as machine, torch.no_grad():
-        loading.load(machine, checkpoint, with_optimizer=False)
+        resume.load(machine, checkpoint, with_optimizer=False)
         model = machine.chunks[0].eval()
         logits = [model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids))) for ids in [*token_lists, *text_ids]]
         continuations = [continued(model, ids) for ids in [*token_lists, *text_ids]] if objective == "clm" else []

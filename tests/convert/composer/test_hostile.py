@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from megatron_ettin.convert.composer.inert import Inert, PlainDict, TensorRecord, read_pickle
+from megatron_ettin.convert.composer.torch_file import Inert, PlainDict, TensorRecord, read_pickle
 from tests.convert.composer.trainer_files import composer_state, reference, trainer_file, trainer_names
 from tests.convert.folders import command
 

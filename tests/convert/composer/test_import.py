@@ -10,7 +10,7 @@ import yaml
 
 from megatron_ettin.checkpoint.directory import read_config, read_progress
 from megatron_ettin.convert.composer import from_composer
-from megatron_ettin.convert.composer.recorded_tokenizer import NONE
+from megatron_ettin.convert.composer.importing import NONE
 from tests.convert.composer.trainer_files import CONFIG, composer_state, reference, trainer_file, trainer_names
 from tests.convert.folders import command, load, logits, tensors
 from tests.train.runs import train

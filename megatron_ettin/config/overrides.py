@@ -2,10 +2,16 @@
 
 A site file is a mapping of groups; `phases:` in it holds groups for one phase alone, as `extend.data.mixture=...` does
 among the words. A YAML of the original trainer is read too (config/original/). A layer is checked as it is read:
-unknown keys are told with the nearest valid name, counts such as 1.7T become whole numbers."""
+unknown keys are told with the nearest valid name, counts such as 1.7T become whole numbers.
+
+What somebody meant who wrote a key that does not exist: a typo, a key without its group, another system's name.
+
+A sweep: the same run with every combination of some keys' values, as `--sweep optim.lr=1e-3,2e-3` says them."""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +19,11 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
-from megatron_ettin.base.counts import parse_count
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.yaml_reading import load_yaml
-from megatron_ettin.config.key_names import nearest_key
+from megatron_ettin.base.parsing import load_yaml
+from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original.importing import import_yaml
-from megatron_ettin.config.phases import PHASES
+from megatron_ettin.config.recipe import PHASES
 from megatron_ettin.config.schema import Config
 
 Groups = dict[str, Any]  # group -> key -> value
@@ -222,3 +227,113 @@ def _as_float(value: str, name: str) -> float:
         return float(value)
     except ValueError:
         raise UserError(f"{name}: {value!r} is not a number") from None
+
+
+# names of Megatron-LM, Hugging Face's Trainer and Composer, without dashes
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "optimizer": "optim.name",
+    "max_grad_norm": "optim.clip_grad",
+    "grad_clip": "optim.clip_grad",
+    "gradient_clip_val": "optim.clip_grad",
+    "batch_size": "batch.global_batch_rows",
+    "global_batch_size": "batch.global_batch_rows",
+    "global_train_batch_size": "batch.global_batch_rows",
+    "micro_batch_size": "batch.micro_batch_rows",
+    "per_device_train_batch_size": "batch.micro_batch_rows",
+    "device_train_microbatch_size": "batch.micro_batch_rows",
+    "seq_length": "data.seq_len",
+    "sequence_length": "data.seq_len",
+    "max_seq_len": "data.seq_len",
+    "data_path": "data.mixture",
+    "dataset": "data.mixture",
+    "train_iters": "run.steps",
+    "max_steps": "run.steps",
+    "max_duration": "run.tokens",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "context_parallel_size": "parallel.cp",
+    "use_distributed_optimizer": "parallel.distributed_optimizer",
+    "bf16": "precision.name",
+    "fp8": "precision.name",
+    "precision": "precision.name",
+    "save_interval": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_interval": "metrics.eval_every_steps",
+    "eval_steps": "metrics.eval_every_steps",
+    "logging_steps": "metrics.every_steps",
+}
+# keys whose values name files or folders
+KEYS_OF_FILES = ("data.mixture", "data.root", "data.order", "data.validation", "data.local_copy", "data.tokenizer")
+
+
+def nearest_key(written: str, keys: Collection[str]) -> str:
+    """` (did you mean 'optim.lr'?)` for `lr`, `optm.lr`, `optim.learning_rate`, `learning-rate`; else nothing."""
+    known = same_name(written, keys)
+    if known is not None:
+        return f" (did you mean {known!r}?)"
+    name = _bare(written)
+    if "." in written:
+        return nearest(written, [key for key in keys if _bare(key) == name] or keys)
+    return nearest(written, keys) or _by_name(name, keys)
+
+
+def same_name(written: str, keys: Collection[str]) -> str | None:
+    """The one key of that name, whatever group was written, or what another system's name is here."""
+    name = _bare(written)
+    same = [key for key in keys if _bare(key) == name]
+    if len(same) == 1:
+        return same[0]
+    return ELSEWHERE[name] if ELSEWHERE.get(name) in keys else None
+
+
+def _bare(key: str) -> str:
+    return key.rpartition(".")[2].replace("-", "_")
+
+
+def _by_name(name: str, keys: Collection[str]) -> str:
+    """Of a key without a group and with a typo."""
+    names = {_bare(key): key for key in keys}
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
+
+
+NAMES = ("size", "objective")  # options that may be swept besides keys
+MOST_MEMBERS = 1000
+
+
+class Member(NamedTuple):
+    """One run of a sweep: its folder's name, and the values of the swept keys as they were written."""
+
+    name: str
+    values: dict[str, str]
+
+    @property
+    def words(self) -> list[str]:
+        return [f"{key}={value}" for key, value in self.values.items() if key not in NAMES]
+
+
+def members(sweeps: Sequence[str]) -> list[Member]:
+    """Every combination, the last key changing fastest. Raises UserError."""
+    axes: dict[str, list[str]] = {}
+    for sweep in sweeps:
+        key, equals, text = sweep.partition("=")
+        values = [value.strip() for value in text.split(",")]
+        if not equals or not all(values):
+            raise UserError(f"--sweep {sweep!r}: write KEY=VALUE,VALUE,... such as optim.lr=1e-3,2e-3")
+        if key not in NAMES and key not in key_types():
+            raise UserError(f"--sweep {sweep!r}: no such key{nearest(key, NAMES) or nearest_key(key, key_types())}")
+        if key in axes:
+            raise UserError(f"--sweep {sweep!r}: {key} is swept twice")
+        if len(set(values)) < len(values) or any("/" in value for value in values):
+            raise UserError(f"--sweep {sweep!r}: values must differ, and have no slash, for they name folders")
+        axes[key] = values
+    found = [dict(zip(axes, combination, strict=True)) for combination in itertools.product(*axes.values())]
+    if len(found) > MOST_MEMBERS:
+        raise UserError(f"--sweep: {len(found)} combinations; at most {MOST_MEMBERS}")
+    return [
+        Member(" ".join(f"{key}={value}" for key, value in values.items()).replace(" ", "_"), values)
+        for values in found
+    ]

@@ -1,10 +1,14 @@
 """Is it the data or the machine? The forward pass of a bad step run twice, the outputs of every layer compared bit by
-bit: the same inputs and weights give the same bits on a device that is sound."""
+bit: the same inputs and weights give the same bits on a device that is sound.
+
+Do ranks that hold the same weights still hold the same bits? Nothing else would tell: a flipped bit in one replica
+trains on, and which of them is saved is chance."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +16,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ettin.batching.batches import Batches
+from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.parallel.failure_report import raise_on_all
+from megatron_ettin.platform.fp8 import raw
+from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.setup import Machine
-from megatron_ettin.train.step import run_micro_batches
+from megatron_ettin.train.step import StepInfo, run_micro_batches
 
 Digest = tuple[int, int, int]  # micro-batch, layer (from 0, of the whole model), sum of the bits of its output
 Difference = tuple[int, int]  # micro-batch, layer
@@ -87,3 +94,69 @@ def sum_of_bits(tensor: torch.Tensor) -> int:
     """Of all elements' bit patterns as integers, modulo 2**64; equal for tensors with the same bits."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))
+
+
+Place = tuple[int, int, int, int]  # pp, tp, dp, cp rank
+# the tied embedding on the first stage, and its copy on the last
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+class ReplicasDiffer(RuntimeError):
+    """Ranks that must hold the same weights do not."""
+
+
+class Replicas(Hook):
+    """Compares every `resilience.check_replicas_every` steps."""
+
+    def step(self, run: Run, info: StepInfo) -> None:
+        every = run.config.resilience.check_replicas_every
+        if every is not None and info.step % every == 0:
+            check_replicas(run.machine, info.step)
+
+
+def check_replicas(machine: Machine, step: int) -> None:
+    """Compare the weights that several ranks hold. Collective. Raises ReplicasDiffer, naming the odd rank."""
+    parallel, layout = machine.config.parallel, machine.layout
+    if layout.topology.world == 1 or (parallel.engine == "deepspeed" and zero_stage(parallel) == 3):
+        return  # ZeRO-3 holds each weight once
+    machine.settle()
+    place: Place = (layout.pp_rank, layout.tp_rank, layout.dp_rank, layout.cp_rank)
+    mine = (socket.gethostname(), place, sums(machine))
+    ranks: list[Any] = [None] * layout.topology.world
+    dist.all_gather_object(ranks, mine)
+    odd = first_odd(ranks)
+    if odd is not None:
+        rank, other, name, count = odd
+        told = f"{count} others have, as" if count > 1 else "(of two, either may be wrong)"
+        error = ReplicasDiffer(
+            f"step {step}: rank {rank} on {ranks[rank][0]} holds other bits of {name} than {told} rank {other} on"
+            f" {ranks[other][0]}; suspect that hardware"
+        )
+        raise_on_all(error, {rank} if count > 1 else {rank, other}, layout.rank)
+
+
+def sums(machine: Machine) -> dict[str, tuple[bool, int]]:
+    """Of each weight of this rank: whether tensor parallelism cut it, and the sum of its bits."""
+    found: dict[str, tuple[bool, int]] = {}
+    for number, chunk in enumerate(machine.chunks):
+        for name, weight in chunk.named_parameters():
+            cut = bool(getattr(weight, "tensor_model_parallel", False))
+            found[f"chunk {number} {name}" if number else name] = (cut, sum_of_bits(raw(weight.data)))
+    return found
+
+
+def first_odd(ranks: list[tuple[str, Place, dict[str, tuple[bool, int]]]]) -> tuple[int, int, str, int] | None:
+    """(rank that differs from the most, one of the most, the weight's name, how many they are); None: all agree."""
+    groups: dict[tuple[Any, ...], dict[int, int]] = {}
+    for rank, (_, (pp, tp, _, _), weights) in enumerate(ranks):
+        for name, (cut, total) in weights.items():
+            tied = name.endswith(TIED)
+            stage, known = (None, TIED[0]) if tied else (pp, name)
+            groups.setdefault((stage, tp if cut else None, known), {})[rank] = total
+    for (*_, name), totals in groups.items():
+        usual, count = Counter(totals.values()).most_common(1)[0]
+        for rank, total in totals.items():
+            if total != usual:
+                other = next(r for r, value in totals.items() if value == usual)
+                return rank, other, str(name), count
+    return None

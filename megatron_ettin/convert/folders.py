@@ -1,4 +1,6 @@
-"""Output folders written beside and renamed when whole: a conversion that was killed leaves nothing under its name."""
+"""Output folders written beside and renamed when whole: a conversion that was killed leaves nothing under its name.
+
+Files of a Hugging Face folder, which may have been made by anyone."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.paths import path_in
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
@@ -79,3 +82,12 @@ def _held(work: Path, out: Path) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def hf_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
+    """Join a file's name to a Hugging Face folder. Raises UserError for a name or link that leads out of it.
+
+    In the hub's cache (`models--X/snapshots/REVISION`) files are links to `models--X/blobs`: those are followed."""
+    here = folder.absolute()
+    cached = here.parent.name == "snapshots"
+    return path_in(folder, name, named_by or folder, root=here.parents[1] if cached else None)
