@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.data.blended_dataset import Row
     from megatron_ettin.data.dataset import Dataset
-    from megatron_ettin.evaluate.evaluation import Evaluated
+    from megatron_ettin.evaluate.evaluation import EvalResult
     from megatron_ettin.plan.search import Planned
     from megatron_ettin.report.compare import Comparison
-    from megatron_ettin.train.setup import Machine
+    from megatron_ettin.train.setup import TrainState
     from megatron_ettin.train.step import StepInfo
 
 __all__ = [
@@ -59,9 +59,9 @@ def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> It
     """Rows of a run in its order, from position `first` on: `count` of them, or for ever; a `data.order` has an end.
 
     Of each row: `tokens`, `lengths` of its chunks, `source`, `chunks`, `position`. Needs `data.mixture`, no model."""
-    from megatron_ettin.data.blended_dataset import open_run_corpus
+    from megatron_ettin.data.blended_dataset import open_run_dataset
 
-    corpus = open_run_corpus(config)
+    corpus = open_run_dataset(config)
     ends = [end for end in (corpus.end, None if count is None else first + count) if end is not None]
     while not ends or first < min(ends):
         last = min([first + ROWS_AT_ONCE, *ends])
@@ -76,23 +76,23 @@ class Model:
     Made by `build_model`. `step` and `tokens` are how far it has been trained."""
 
     config: Config
-    machine: Machine
+    train_state: TrainState
     step: int = 0
     tokens: int = 0
 
     @property
     def module(self) -> torch.nn.Module:
         """The first chunk of the model: all of it, unless there are pipeline stages."""
-        return self.machine.chunks[0]
+        return self.train_state.model_chunks[0]
 
     @functools.cached_property
     def batches(self) -> Batches:
         """What the steps of the run train on."""
         from megatron_ettin.batching.batches import Batches
-        from megatron_ettin.data.blended_dataset import open_run_corpus
+        from megatron_ettin.data.blended_dataset import open_run_dataset
 
-        machine = self.machine
-        return Batches.of(self.config, open_run_corpus(self.config), machine.layout, machine.platform.device)
+        train_state = self.train_state
+        return Batches.of(self.config, open_run_dataset(self.config), train_state.layout, train_state.platform.device)
 
     def logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits [n, vocabulary] of each list of n tokens, each a document of its own. Of one process only."""
@@ -100,9 +100,9 @@ class Model:
 
         from megatron_ettin.model.packed import pack_rows
 
-        if self.machine.layout.topology.world > 1:
+        if self.train_state.layout.topology.world > 1:
             raise UserError("logits: are of a model in one process")
-        model, device = self.module.eval(), self.machine.platform.device
+        model, device = self.module.eval(), self.train_state.platform.device
         with torch.no_grad():
             found = [
                 model(torch.tensor([[*ids]], device=device), pack_rows([[len(ids)]], len(ids), device))
@@ -118,27 +118,28 @@ def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[M
 
     One at a time: core's process groups are the process's own, and are gone after the `with`. Collective."""
     from megatron_ettin.convert.from_hf import as_checkpoint
-    from megatron_ettin.parallel.layout import destroy_model_parallel
-    from megatron_ettin.parallel.rendezvous import find_place, join, leave
+    from megatron_ettin.parallel.env import read_distributed_env
+    from megatron_ettin.parallel.groups import destroy_model_parallel
+    from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
     from megatron_ettin.platform import detect
     from megatron_ettin.train import resume
-    from megatron_ettin.train.setup import assemble
+    from megatron_ettin.train.setup import setup_training
 
-    place = find_place()
+    place = read_distributed_env()
     platform = detect(config.run.device, place.local_rank)
-    join(place, platform)
-    machine = None
+    init_process_group(place, platform)
+    train_state = None
     try:
-        machine = assemble(config, platform, place.world, initial_weights=checkpoint is None)
+        train_state = setup_training(config, platform, place.world, initial_weights=checkpoint is None)
         if checkpoint is not None:
             with as_checkpoint(Path(checkpoint)) as found:
-                resume.load(machine, found, with_optimizer=False)
-        yield Model(config, machine)
+                resume.load(train_state, found, with_optimizer=False)
+        yield Model(config, train_state)
     finally:
-        if machine is not None:
-            machine.close()
+        if train_state is not None:
+            train_state.close()
         destroy_model_parallel()
-        leave()
+        destroy_process_group()
 
 
 def run_step(model: Model, lr: float | None = None) -> StepInfo:
@@ -151,7 +152,7 @@ def run_step(model: Model, lr: float | None = None) -> StepInfo:
     config = model.config
     if lr is None:
         lr = config.optim.lr * lr_fraction(model.tokens, config.schedule, config.run.tokens)
-    info = train_step(model.machine, model.batches, model.step, model.tokens, lr, stop=False)
+    info = train_step(model.train_state, model.batches, model.step, model.tokens, lr, stop=False)
     model.step, model.tokens = info.step, info.tokens
     return info
 
@@ -160,9 +161,9 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
     """What `ettin train` does: a whole run with metrics and checkpoints, or the rest of one.
 
     True where it was asked to stop before its end."""
-    from megatron_ettin.train.trainer import Launch, run_training
+    from megatron_ettin.train.trainer import TrainArgs, run_training
 
-    return run_training(config, Launch(Path(run_dir), Path(init_from) if init_from is not None else None))
+    return run_training(config, TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None))
 
 
 @dataclass(frozen=True)
@@ -225,26 +226,26 @@ def evaluate(
     rows: int | None = None,
     objective: str | None = None,
     seq_len: int | None = None,
-) -> Evaluated:
+) -> EvalResult:
     """Loss of a checkpoint, a run or a Hugging Face folder on datasets, in all and by source, in fp32 on the CPU.
 
     `loss`, `accuracy`, `perplexity`, `labels`, `rows`, `sources`. `data`: a dataset, or names and datasets."""
     from megatron_ettin.config.tables import OBJECTIVES
     from megatron_ettin.convert.from_hf import as_checkpoint
     from megatron_ettin.evaluate import evaluation as evaluation
-    from megatron_ettin.evaluate.inference import alone
+    from megatron_ettin.evaluate.inference import load_for_inference
     from megatron_ettin.train import resume
 
     named = data if isinstance(data, Mapping) else {Path(data).name: data}
     with as_checkpoint(Path(checkpoint)) as found:
         kind = objective or OBJECTIVES[resume.checkpoint_config(found).run.objective].kinds[-1]
-        with alone(found, kind) as machine:
+        with load_for_inference(found, kind) as train_state:
             sets = {name: str(path) for name, path in named.items()}
-            held_out = evaluation.open_held_out(machine, sets, kind, seq_len)
+            held_out = evaluation.build_eval_dataset(train_state, sets, kind, seq_len)
             for batches in held_out.sources.values():
                 resume.check_tokenizer(found, batches.corpus)
-            resume.load(machine, found, with_optimizer=False)
-            return evaluation.evaluate(machine, held_out, rows)
+            resume.load(train_state, found, with_optimizer=False)
+            return evaluation.evaluate(train_state, held_out, rows)
 
 
 def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:

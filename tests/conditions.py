@@ -19,9 +19,9 @@ def _stop_in(phase: str) -> Iterator[None]:
 
     step = trainer.train_step
 
-    def stopping(machine, batches, number, tokens, lr, stop, *more):
-        now = (machine.config.run.phase, number) == (phase, 1)
-        return step(machine, batches, number, tokens, lr, stop or now, *more)
+    def stopping(train_state, batches, number, tokens, lr, stop, *more):
+        now = (train_state.config.run.phase, number) == (phase, 1)
+        return step(train_state, batches, number, tokens, lr, stop or now, *more)
 
     with mock.patch.object(trainer, "train_step", stopping):
         yield
@@ -35,15 +35,15 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 @contextlib.contextmanager
 def late_updates_are_told() -> Iterator[None]:
     """Print a line for each update that waited for the verdict on its step's figures."""
-    from megatron_ettin.faults.step_timer import StepClock
+    from megatron_ettin.faults.step_timer import StepTimer
 
-    late_update = StepClock.late_update
+    late_update = StepTimer.late_update
 
     def told(self):
         print("updated after its figures were judged")
         late_update(self)
 
-    with mock.patch.object(StepClock, "late_update", told):
+    with mock.patch.object(StepTimer, "late_update", told):
         yield
 
 
@@ -162,7 +162,7 @@ def slow_saves_and_evaluations() -> Iterator[None]:
 
     with (
         mock.patch.object(evaluation, "evaluate", slowly(evaluation.evaluate)),
-        mock.patch.object(saving.Saver, "settle", slowly(saving.Saver.settle)),
+        mock.patch.object(saving.Saver, "wait", slowly(saving.Saver.wait)),
     ):
         yield
 
@@ -183,7 +183,7 @@ def room_after_step_8() -> Iterator[None]:
 
     def step(self, run, info):
         real(self, run, info)
-        if info.step == 8 and run.is_chief:
+        if info.step == 8 and run.is_main_process:
             (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").resolve().unlink()
 
     with mock.patch.object(base.Metrics, "step", step):

@@ -34,12 +34,12 @@ def nan_gradients_in_step_3() -> Iterator[None]:
 
     real, calls = step.run_micro_batches, 0
 
-    def run(machine, *arguments, training):
+    def run(train_state, *arguments, training):
         nonlocal calls
-        found = real(machine, *arguments, training=training)
+        found = real(train_state, *arguments, training=training)
         calls += training
-        if training and calls == 3 and machine.layout.rank == machine.layout.topology.world - 1:
-            machine.wrapped[0].buffers[0].grad_data.fill_(float("nan"))
+        if training and calls == 3 and train_state.layout.rank == train_state.layout.topology.world - 1:
+            train_state.ddp_model_chunks[0].buffers[0].grad_data.fill_(float("nan"))
         return found
 
     with mock.patch.object(step, "run_micro_batches", run):
@@ -55,10 +55,10 @@ def flipped_weight_on_rank_1() -> Iterator[None]:
 
     real = trainer.train_step
 
-    def step(machine, *arguments):
-        info = real(machine, *arguments)
-        if info.step == 2 and machine.layout.rank == 1:
-            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+    def step(train_state, *arguments):
+        info = real(train_state, *arguments)
+        if info.step == 2 and train_state.layout.rank == 1:
+            weight = dict(train_state.model_chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
             weight.data.view(torch.int32)[3] ^= 1
         return info
 
@@ -75,9 +75,9 @@ def flipped_tied_weight_on_last_stage() -> Iterator[None]:
 
     real = trainer.train_step
 
-    def step(machine, *arguments):
-        info = real(machine, *arguments)
-        weight = dict(machine.chunks[-1].named_parameters()).get("output_layer.weight")
+    def step(train_state, *arguments):
+        info = real(train_state, *arguments)
+        weight = dict(train_state.model_chunks[-1].named_parameters()).get("output_layer.weight")
         if info.step == 2 and weight is not None:
             weight.data.view(torch.int32)[3] ^= 1
         return info
@@ -93,13 +93,13 @@ def unsound_layer_on_rank_1() -> Iterator[None]:
 
     real, passes = sdc.digests, 0
 
-    def digests(machine, *arguments):
+    def digests(train_state, *arguments):
         nonlocal passes
         passes += 1
-        layer = machine.chunks[0].transformer.layers[1]
+        layer = train_state.model_chunks[0].transformer.layers[1]
         hook = layer.mlp.register_forward_pre_hook(lambda m, inputs: (inputs[0] * (1 + 1e-3 * passes), *inputs[1:]))
         try:
-            return real(machine, *arguments)
+            return real(train_state, *arguments)
         finally:
             hook.remove()
 
@@ -254,9 +254,9 @@ def memory_ends_on_rank_1() -> Iterator[None]:
 
     real = step.run_micro_batches
 
-    def run(machine, *arguments, training):
-        found = real(machine, *arguments, training=training)
-        if os.environ["RANK"] == "1" and machine.config.batch.micro_batch_rows == 2:
+    def run(train_state, *arguments, training):
+        found = real(train_state, *arguments, training=training)
+        if os.environ["RANK"] == "1" and train_state.config.batch.micro_batch_rows == 2:
             raise torch.OutOfMemoryError("CUDA out of memory: all of it")
         return found
 

@@ -30,7 +30,7 @@ def rms_per_shard() -> Iterator[None]:
     def alone(self, tensors, length, group):
         def shard(p, piece):
             numel = max(1, p[piece.at].numel())
-            return dataclasses.replace(piece, whole=adamw.WholeTensor(piece.whole.index, numel, True))
+            return dataclasses.replace(piece, whole=adamw.ParamInfo(piece.whole.index, numel, True))
 
         bind(self, {p: [shard(p, piece) for piece in pieces] for p, pieces in tensors.items()}, length, None)
 
@@ -82,12 +82,12 @@ def resumed_with_another_bit() -> Iterator[None]:
 
     real = resume.begin
 
-    def begin(machine, *arguments):
-        progress, origin = real(machine, *arguments)
-        if progress.step and machine.layout.rank == machine.layout.topology.world - 1:
-            weight = dict(machine.chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
+    def begin(train_state, *arguments):
+        progress, origin = real(train_state, *arguments)
+        if progress.step and train_state.layout.rank == train_state.layout.topology.world - 1:
+            weight = dict(train_state.model_chunks[-1].named_parameters())["transformer.final_layernorm.weight"]
             weight.data.view(torch.int32)[3] ^= 1
-            machine.optimizer.take_weights()
+            train_state.optimizer.reload_master_weights()
         return progress, origin
 
     with mock.patch.object(resume, "begin", begin):
@@ -208,9 +208,9 @@ def swapped_query_and_key_in_exports() -> Iterator[None]:
 @contextlib.contextmanager
 def skips_are_ignored() -> Iterator[None]:
     """Train on the rows that `data.skip` leaves out."""
-    from megatron_ettin.data.blended_dataset import Corpus
+    from megatron_ettin.data.blended_dataset import BlendedDataset
 
-    with mock.patch.object(Corpus, "place_of", lambda self, counted: np.array(counted, np.int64)):
+    with mock.patch.object(BlendedDataset, "place_of", lambda self, counted: np.array(counted, np.int64)):
         yield
 
 

@@ -146,7 +146,7 @@ def megatron_only_where_it_is_wrapped(module: Module) -> Iterator[str]:
 
 
 def global_groups_only_in_parallel(module: Module) -> Iterator[str]:
-    if module.path == "parallel/layout.py":
+    if module.path == "parallel/groups.py":
         return
     for line, name in module.imports_of("megatron"):
         if "parallel_state" in name.split(".") or name == "megatron.core.mpu":
@@ -372,7 +372,7 @@ ALLOWED = [
     (device_names_only_in_platform, "platform/a.py", "import torch\ntorch.cuda.synchronize()"),
     (device_names_only_in_platform, "model/a.py", '"""No cuda, no gloo."""\nmodel_parallel_cuda_manual_seed(1)'),
     (transformers_only_in_convert_and_tokenizer, "data/tokenizer.py", "from transformers import AutoTokenizer"),
-    (global_groups_only_in_parallel, "parallel/layout.py", "from megatron.core import parallel_state as ps"),
+    (global_groups_only_in_parallel, "parallel/groups.py", "from megatron.core import parallel_state as ps"),
     (lines_only_through_the_run_log, "cli/a.py", "print('step 1')"),
     (lines_only_through_the_run_log, "train/a.py", "log_info('step 1')"),
     (

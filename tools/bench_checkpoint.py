@@ -33,13 +33,13 @@ LOADS = ["load", "load and verify", "load from the disk", "load and verify from 
 def build(args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.trainer import machine_alone
+    from megatron_ettin.train.trainer import build_single_process
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
     words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
     config = parse(args.size, "mlm", "pretrain", words=words.split())
-    machine = machine_alone(config, training=True)
-    return machine, Batches.of(config, RandomRows(), machine.layout, machine.platform.device)  # type: ignore[arg-type]
+    train_state = build_single_process(config, training=True)
+    return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -62,13 +62,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder, self.rounds, self.draw, self.step_number = folder, args.rounds, random.Random(1), 0
-        self.machine, self.batches = build(args)
+        self.train_state, self.batches = build(args)
         self.times: dict[str, list[float]] = {}
 
     def step(self) -> None:
         from megatron_ettin.train.step import train_step
 
-        train_step(self.machine, self.batches, self.step_number, 0, 1e-5, False)
+        train_step(self.train_state, self.batches, self.step_number, 0, 1e-5, False)
         self.step_number += 1
 
     def plain_steps(self, count: int) -> float:
@@ -79,14 +79,14 @@ class Bench:
     def save(self, way: str, steps_after: int) -> tuple[float, float]:
         """How long a save keeps training from going on, and what the steps after it took."""
         from megatron_ettin.train.progress import Progress
-        from megatron_ettin.train.saving import Saver, Wish
+        from megatron_ettin.train.saving import Saver, SaveRequest
 
-        settings = dataclasses.replace(self.machine.config.checkpoint, asynchronous=way == "asynchronous", keep=1)
-        self.machine.config = dataclasses.replace(self.machine.config, checkpoint=settings)
-        saver = Saver(self.machine, self.folder, None)
-        wait = timed(lambda: saver.begin(Wish(Progress(step=self.step_number))))
+        settings = dataclasses.replace(self.train_state.config.checkpoint, asynchronous=way == "asynchronous", keep=1)
+        self.train_state.config = dataclasses.replace(self.train_state.config, checkpoint=settings)
+        saver = Saver(self.train_state, self.folder, None)
+        wait = timed(lambda: saver.begin(SaveRequest(Progress(step=self.step_number))))
         after = sum(timed(self.step) for _ in range(steps_after))
-        outcome = saver.settle()
+        outcome = saver.wait()
         assert outcome is not None and outcome.path is not None, outcome
         return wait, after
 
@@ -102,7 +102,7 @@ class Bench:
         from megatron_ettin.train import resume
 
         def load(way: str) -> None:
-            resume.load(self.machine, checkpoint, verified="verify" not in way)
+            resume.load(self.train_state, checkpoint, verified="verify" not in way)
 
         for _ in range(self.rounds):
             verified = timed(lambda: directory.verify(checkpoint))

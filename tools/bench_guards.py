@@ -23,12 +23,12 @@ def build(size: str, rows: int) -> tuple[Any, Any]:
     """Machine and batches of one rank, fp32."""
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.trainer import machine_alone
+    from megatron_ettin.train.trainer import build_single_process
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     config = parse(size, "mlm", "pretrain", words=[*words.split(), "batch.warmup_tokens=0"])
-    machine = machine_alone(config, training=True)
-    return machine, Batches.of(config, RandomRows(), machine.layout, machine.platform.device)  # type: ignore[arg-type]
+    train_state = build_single_process(config, training=True)
+    return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -36,24 +36,27 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from megatron_ettin.config.schema import ResilienceConfig
-    from megatron_ettin.faults.anomalies import Guard
-    from megatron_ettin.faults.sdc import recheck, sums
+    from megatron_ettin.faults.anomalies import AnomalyDetector
+    from megatron_ettin.faults.sdc import replay_check, sums
     from megatron_ettin.train.step import train_step
 
     torch.set_num_threads(args.threads)
-    machine, batches = build(args.size, args.rows)
+    train_state, batches = build(args.size, args.rows)
     draw = random.Random(3)
-    guard = Guard(ResilienceConfig(), tuple(50 + draw.random() for _ in range(128)))
+    guard = AnomalyDetector(ResilienceConfig(), tuple(50 + draw.random() for _ in range(128)))
     seconds: dict[str, list[float]] = {"plain": [], "judged": []}
     for number in range(args.steps + 1):
         for side in draw.sample(sorted(seconds), len(seconds)):
             began = time.perf_counter()
-            info = train_step(machine, batches, number, 0, 1e-4, False, None, guard if side == "judged" else None)
+            info = train_step(train_state, batches, number, 0, 1e-4, False, None, guard if side == "judged" else None)
             assert info.updated
             if number:  # the first is a warm-up
                 seconds[side].append(time.perf_counter() - began)
     found = {side: statistics.median(values) for side, values in seconds.items()}
-    for name, call in (("replicas", lambda: sums(machine)), ("recheck", lambda: recheck(machine, batches, 0))):
+    for name, call in (
+        ("replicas", lambda: sums(train_state)),
+        ("recheck", lambda: replay_check(train_state, batches, 0)),
+    ):
         times = []
         for _ in range(5):
             began = time.perf_counter()

@@ -17,20 +17,20 @@ import torch
 
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.optim.megatron import build_optimizer
-from megatron_ettin.parallel.layout import optimizer_groups
+from megatron_ettin.parallel.groups import optimizer_groups
 from megatron_ettin.platform import Platform
-from megatron_ettin.train.setup import Machine, wrap
-from megatron_ettin.train.trainer import machine_alone
+from megatron_ettin.train.setup import TrainState, wrap
+from megatron_ettin.train.trainer import build_single_process
 
 OURS, TORCH = ("stable_adamw", "adamw", "muon"), "torch.optim.AdamW, foreach"
 
 
-def ours(machine: Machine, name: str) -> Callable[[], None]:
+def ours(train_state: TrainState, name: str) -> Callable[[], None]:
     """A function that does one update of ours."""
-    optim = dataclasses.replace(machine.config.optim, name=name)
-    wrapped = wrap(machine.config, machine.chunks)
+    optim = dataclasses.replace(train_state.config.optim, name=name)
+    wrapped = wrap(train_state.config, train_state.model_chunks)
     groups = optimizer_groups(False)
-    optimizer = build_optimizer(wrapped, optim, False, False, groups, machine.platform.device)
+    optimizer = build_optimizer(wrapped, optim, False, False, groups, train_state.platform.device)
     for chunk in wrapped:
         for p in chunk.parameters():
             if p.requires_grad:
@@ -42,9 +42,11 @@ def void(_: object) -> None:
     """What a side returns is not looked at."""
 
 
-def theirs(machine: Machine) -> Callable[[], None]:
+def theirs(train_state: TrainState) -> Callable[[], None]:
     """A function that does one update of torch's, gradient norm included as ours have it."""
-    parameters = [p.detach().clone().requires_grad_() for p in machine.chunks[0].parameters() if p.requires_grad]
+    parameters = [
+        p.detach().clone().requires_grad_() for p in train_state.model_chunks[0].parameters() if p.requires_grad
+    ]
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-3
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, foreach=True)
@@ -77,15 +79,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     words = ["precision.name=fp32", f"run.device={options.device}", "parallel.distributed_optimizer=false"]
-    machine = machine_alone(parse(options.size, "mlm", "pretrain", words=words))
-    sides = {**{name: ours(machine, name) for name in OURS}, TORCH: theirs(machine)}
-    seconds = median_seconds(sides, options.rounds, machine.platform)
+    train_state = build_single_process(parse(options.size, "mlm", "pretrain", words=words))
+    sides = {**{name: ours(train_state, name) for name in OURS}, TORCH: theirs(train_state)}
+    seconds = median_seconds(sides, options.rounds, train_state.platform)
     lines = [
         "# The optimizers' update",
         "",
         f"`python tools/bench_optim.py --size {options.size} --device {options.device} --rounds {options.rounds}`",
         "",
-        f"{time.strftime('%Y-%m-%d')}; {machine.platform.name}, {torch.get_num_threads()} threads, torch"
+        f"{time.strftime('%Y-%m-%d')}; {train_state.platform.name}, {torch.get_num_threads()} threads, torch"
         f" {torch.__version__}; {options.size}, fp32, one process, gradient norm included.",
         "",
         "| optimizer | seconds (median) | of torch's AdamW |",

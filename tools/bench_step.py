@@ -69,18 +69,19 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     """A function that runs step n of this package."""
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.parallel.rendezvous import find_place, join
+    from megatron_ettin.parallel.env import read_distributed_env
+    from megatron_ettin.parallel.process_groups import init_process_group
     from megatron_ettin.platform import detect
-    from megatron_ettin.train.setup import assemble
+    from megatron_ettin.train.setup import setup_training
     from megatron_ettin.train.step import train_step
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     words += f" run.fuse={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
     config = parse("17m", objective, "pretrain", words=words.split())
-    machine = detect("cpu")
-    join(find_place(), machine)
-    rank = assemble(config, machine, 1)
-    batches = Batches.of(config, RandomRows(), rank.layout, machine.device)  # type: ignore[arg-type]
+    train_state = detect("cpu")
+    init_process_group(read_distributed_env(), train_state)
+    rank = setup_training(config, train_state, 1)
+    batches = Batches.of(config, RandomRows(), rank.layout, train_state.device)  # type: ignore[arg-type]
     return lambda step: train_step(rank, batches, step, 0, 3e-4, False) and None
 
 
@@ -95,7 +96,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
         ModernBertForMaskedLM,
     )
 
-    from megatron_ettin.batching.objectives import labeller
+    from megatron_ettin.batching.objectives import make_collator
 
     shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
     if kind == "clm":
@@ -105,7 +106,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     source = RandomRows()
-    label = labeller("clm" if kind == "clm" else "mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIALS, MASK)
+    label = make_collator("clm" if kind == "clm" else "mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIALS, MASK)
 
     def step(n: int) -> None:
         chosen = [source.row(n * rows + i) for i in range(rows)]

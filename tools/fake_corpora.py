@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ettin.data.blended_dataset import open_corpus
+from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, index_file_bytes
 from megatron_ettin.data.manifest import (
     FILE_NAME,
@@ -24,7 +24,7 @@ from megatron_ettin.data.manifest import (
     write_json_durably,
 )
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.packing_index import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PlanRecord
+from megatron_ettin.data.packing_index import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PackingRecord
 
 DTYPE = np.dtype("<u2")
 VOCABULARY = 50_368
@@ -84,7 +84,7 @@ def make_sparse_plan(folder: Path, fingerprint: str, rows: int, row_tokens: int)
         with open(folder / name, "wb") as stream:
             stream.truncate(size)
     files = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
-    record = PlanRecord(fingerprint, row_tokens, "packed", rows, rows * row_tokens, files)
+    record = PackingRecord(fingerprint, row_tokens, "packed", rows, rows * row_tokens, files)
     (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(record)))
 
 
@@ -113,7 +113,9 @@ def write_one_document(path: Path, tokens: int) -> int:
 
 def fill_positions(folders: list[Path], row_tokens: int, positions: range) -> None:
     """Write the rows that stand at `positions` of the mixture of these datasets, by equal weights."""
-    corpus = open_corpus([MixtureEntry(str(f), weight=1.0) for f in folders], row_tokens, "packed", SEED, PHASE)
+    corpus = open_blended_dataset(
+        [MixtureEntry(str(f), weight=1.0) for f in folders], row_tokens, "packed", SEED, PHASE
+    )
     sources, rows, _ = corpus.locate(np.arange(positions.start, positions.stop))
     for source, folder in enumerate(folders):
         fill_rows(folder, np.unique(rows[sources == source]), row_tokens)

@@ -16,15 +16,16 @@ import torch
 
 from megatron_ettin.batching.host import HostBatches
 from megatron_ettin.batching.loader import LoadedBatch
-from megatron_ettin.batching.objectives import Labeller, RowKinds, corpus_labeller
-from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batch_group
+from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix, dataset_collator
+from megatron_ettin.config.layouts import full_batch_split, has_fixed_shapes, micro_batch_group
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import IGNORE, KINDS, PRECISIONS
-from megatron_ettin.data.blended_dataset import Corpus, Row
+from megatron_ettin.config.tables import IGNORE, PRECISIONS, ROW_OBJECTIVES
+from megatron_ettin.data.blended_dataset import BlendedDataset, Row
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.model.dropout import step_key
 from megatron_ettin.model.packed import PackedRows, pack_rows
-from megatron_ettin.parallel.layout import Layout, Topology
+from megatron_ettin.parallel.groups import Layout
+from megatron_ettin.parallel.topology import Topology
 from megatron_ettin.platform.device import to_device
 
 
@@ -64,18 +65,18 @@ class Batches:
     """Micro-batches of any step for one data-parallel rank."""
 
     config: Config
-    corpus: Corpus
+    corpus: BlendedDataset
     sizes: BatchSizes
-    label: Labeller
-    kinds: RowKinds
+    label: MaskingCollator
+    kinds: ObjectiveMix
     layout: Layout
     device: torch.device
 
     @classmethod
-    def of(cls, config: Config, corpus: Corpus, layout: Layout, device: torch.device) -> Batches:
+    def of(cls, config: Config, corpus: BlendedDataset, layout: Layout, device: torch.device) -> Batches:
         sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-        kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
-        return cls(config, corpus, sizes, corpus_labeller(config, corpus), kinds, layout, device)
+        kinds = ObjectiveMix.of(config, corpus.mean_tokens_per_row)
+        return cls(config, corpus, sizes, dataset_collator(config, corpus), kinds, layout, device)
 
     @property
     def row_tokens(self) -> int:
@@ -95,7 +96,7 @@ class Batches:
             self.kinds,
             config.windows,
             self.row_tokens,
-            full_split(config, topology.dp).size if fixed else config.batch.micro_batch_rows,
+            full_batch_split(config, topology.dp).size if fixed else config.batch.micro_batch_rows,
             topology.dp,
             self.layout.dp_rank,
             micro_batch_group(config),
@@ -117,7 +118,7 @@ class Batches:
 
     def held_out(self, rows: Sequence[Row | None], least: int = 0) -> MicroBatch:
         """Rows of an evaluation, all of one kind; None is an empty row. `least`: see `HostBatches.lay_out`."""
-        causal = len(rows) if KINDS[self.kinds.kinds[0]].causal else 0
+        causal = len(rows) if ROW_OBJECTIVES[self.kinds.kinds[0]].causal else 0
         return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal, least)), dropout_key=0)
 
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import RankError
-from megatron_ettin.batching.objectives import Labeller, RowKinds
+from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix
 from megatron_ettin.config.flops import attended_pairs
 from megatron_ettin.config.layouts import RowSplit
 from megatron_ettin.config.tables import IGNORE
-from megatron_ettin.data.blended_dataset import Corpus, Row
+from megatron_ettin.data.blended_dataset import BlendedDataset, Row
 from megatron_ettin.data.sampler import BatchSizes
 
 
@@ -40,10 +40,10 @@ class HostBatch:
 class HostBatches:
     """Micro-batches of any step for one data-parallel rank. Pickles small: it travels to worker processes."""
 
-    corpus: Corpus
+    corpus: BlendedDataset
     sizes: BatchSizes
-    label: Labeller
-    kinds: RowKinds
+    label: MaskingCollator
+    kinds: ObjectiveMix
     windows: Mapping[bool, int]  # of a local layer: of causal rows (True) and of others
     row_tokens: int  # of a row on the device, padding included
     micro_batch_rows: int  # at most

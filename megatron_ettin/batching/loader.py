@@ -41,14 +41,14 @@ class LoadedBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class WorkerResult:
     """What a worker sends: a micro-batch, or the user's mistake that it met (torch would wrap it in a traceback)."""
 
     batch: HostBatch | None
     mistake: str = ""
     tensors: LoadedBatch | None = None
 
-    def pin_memory(self) -> Loaded:
+    def pin_memory(self) -> WorkerResult:
         """torch calls it in a thread of its own: page-locked tensors, which a GPU copies while it computes."""
         if self.batch is None:
             return self
@@ -57,21 +57,21 @@ class Loaded:
         return dataclasses.replace(self, tensors=pinned)
 
 
-class MicroBatchTable(TorchDataset):
+class MicroBatchDataset(TorchDataset):
     """`HostBatches` as torch's loader wants it: an item for every (step, index)."""
 
     def __init__(self, batches: HostBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, key: tuple[int, int]) -> Loaded:
+    def __getitem__(self, key: tuple[int, int]) -> WorkerResult:
         try:
-            return Loaded(self.batches.make(*key))
+            return WorkerResult(self.batches.make(*key))
         except UserError as error:
-            return Loaded(None, str(error))
+            return WorkerResult(None, str(error))
 
 
 @dataclasses.dataclass(frozen=True)
-class InOrder:
+class StepSampler:
     """The sampler: every (step, index) from `first_step` on, up to `end_step` where there is one."""
 
     batches: HostBatches
@@ -102,7 +102,7 @@ class Loader:
     ) -> None:
         self.batches = batches
         self.next_step = first_step
-        order: Iterable[Any] = InOrder(batches, first_step, end_step)
+        order: Iterable[Any] = StepSampler(batches, first_step, end_step)
         options: dict[str, Any] = {}
         if workers:
             options = {
@@ -112,17 +112,17 @@ class Loader:
             }
             multiprocessing.set_forkserver_preload([__name__])
         loader: DataLoader[Any] = DataLoader(
-            MicroBatchTable(batches),
+            MicroBatchDataset(batches),
             sampler=order,
             batch_size=None,
-            collate_fn=as_it_is,
+            collate_fn=identity,
             num_workers=workers,
             pin_memory=pinned,
             generator=torch.Generator(),  # or torch would draw from the run's
             **options,
         )
         with signals_blocked(LEFT_TO_THE_PARENT):
-            self._items: Iterator[Loaded] | None = iter(loader)
+            self._items: Iterator[WorkerResult] | None = iter(loader)
 
     def step(self, step: int) -> Iterator[LoadedBatch]:
         """This rank's micro-batches of `step`, in order; the steps are asked for one after another, each to its end.
@@ -168,7 +168,7 @@ def start_worker(worker: int) -> None:
     serve_parent()
 
 
-def as_it_is(item: Any) -> Any:
+def identity(item: Any) -> Any:
     return item
 
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import IGNORE, KINDS, OBJECTIVES
+from megatron_ettin.config.tables import IGNORE, OBJECTIVES, ROW_OBJECTIVES
 from megatron_ettin.config.values import Points, parse_points, share_at
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.hashing import key64, mix64
 from megatron_ettin.data.sampler import BatchSizes
 
@@ -32,7 +32,7 @@ MASKED, RANDOM = 0.8, 0.1
 
 
 @dataclass(frozen=True)
-class Labeller:
+class MaskingCollator:
     """Everything that labels depend on besides the row, its position and its kind. `kinds`: of the objective."""
 
     kinds: tuple[str, ...]
@@ -52,7 +52,7 @@ class Labeller:
         return LABELLERS[kind](self, tokens.astype(np.int64), lengths, position)
 
 
-def labeller(
+def make_collator(
     objective: str,
     probability: float,
     seed: int,
@@ -60,24 +60,24 @@ def labeller(
     vocab_size: int,
     special_ids: Sequence[int],
     mask_id: int | None,
-) -> Labeller:
+) -> MaskingCollator:
     """The labeller of a run. Raises UserError where the tokenizer has no mask token and the objective needs one."""
     if OBJECTIVES[objective].needs_mask_token and mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
-    return Labeller(
+    return MaskingCollator(
         OBJECTIVES[objective].kinds, probability, key64("mlm", seed, phase), vocab_size, tuple(special_ids), mask_id
     )
 
 
 def mask_tokens(
-    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masked language modelling; see the module docstring."""
     return _masked(rule, tokens, position, rule.special_ids, None)
 
 
 def mask_next_tokens(
-    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masked next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
     inputs, labels = _masked(rule, tokens, position, rule.special_ids, np.cumsum(lengths) - lengths)
@@ -85,7 +85,7 @@ def mask_next_tokens(
 
 
 def _masked(
-    rule: Labeller, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
+    rule: MaskingCollator, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs with masks, and the tokens that were chosen; those of `kept_ids` and at `kept_places` never are."""
     row_key = mix64(np.array([position], dtype=np.uint64) ^ np.uint64(rule.seed_key))
@@ -104,7 +104,7 @@ def _masked(
 
 
 def shift_tokens(
-    rule: Labeller, tokens: np.ndarray, lengths: np.ndarray, position: int
+    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Causal language modelling: labels[i] is the token at i + 1 of the same chunk."""
     labels = np.append(tokens[1:], IGNORE)
@@ -117,14 +117,14 @@ def _uniform(bits: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-LABELLERS: dict[str, Callable[[Labeller, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
+LABELLERS: dict[str, Callable[[MaskingCollator, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
     "mlm": mask_tokens,
     "clm": shift_tokens,
     "mntp": mask_next_tokens,
 }
 
 
-def corpus_labeller(config: Config, corpus: Corpus, probability: float | None = None) -> Labeller:
+def dataset_collator(config: Config, corpus: BlendedDataset, probability: float | None = None) -> MaskingCollator:
     """The labeller of a run on this corpus. Raises UserError where the vocabularies differ."""
     if corpus.vocab_size != config.model.vocab_size:
         raise UserError(
@@ -132,14 +132,14 @@ def corpus_labeller(config: Config, corpus: Corpus, probability: float | None = 
             f" set model.vocab_size={corpus.vocab_size} or prepare the data with the model's tokenizer"
         )
     chance = config.data.mlm_probability if probability is None else probability
-    return labeller(
+    return make_collator(
         config.run.objective, chance, config.run.seed, config.run.phase, corpus.vocab_size, corpus.special_ids,
         corpus.mask_id,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RowKinds:
+class ObjectiveMix:
     """Kinds of the rows of any step. `points`: the causal share by nominal tokens, of a hybrid objective."""
 
     kinds: tuple[str, ...]
@@ -149,7 +149,7 @@ class RowKinds:
     mean_tokens_per_row: float = 1.0
 
     @classmethod
-    def of(cls, config: Config, mean_tokens_per_row: float) -> RowKinds:
+    def of(cls, config: Config, mean_tokens_per_row: float) -> ObjectiveMix:
         kinds = OBJECTIVES[config.run.objective].kinds
         if len(kinds) == 1:
             return cls(kinds)
@@ -160,7 +160,7 @@ class RowKinds:
         """Rows of `step` that are causal: slots 0, 1, ... A share of 2.4 rows is 2 or 3 of them, 2.4 on average."""
         rows = sizes.size_at(step)
         if not self.points:
-            return rows if KINDS[self.kinds[0]].causal else 0
+            return rows if ROW_OBJECTIVES[self.kinds[0]].causal else 0
         share = share_at(self.points, sizes.rows_before(step) * self.mean_tokens_per_row)
         draw = (key64("kinds", self.seed, self.phase, step) >> 11) * 2.0**-53
         return min(rows, int(share * rows + draw))

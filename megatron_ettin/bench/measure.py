@@ -23,14 +23,16 @@ from megatron_ettin.batching.batches import Batches
 from megatron_ettin.batching.loader import LoadedBatch, Loader, worker_count
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
-from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.model.config import DTYPES
-from megatron_ettin.parallel.layout import AXES, axes_of_groups, destroy_model_parallel
-from megatron_ettin.parallel.rendezvous import Place, join, leave
+from megatron_ettin.parallel.collectives import all_reduce_sum
+from megatron_ettin.parallel.env import DistributedEnv
+from megatron_ettin.parallel.groups import AXES, axes_of_groups, destroy_model_parallel
+from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
 from megatron_ettin.platform import Platform
-from megatron_ettin.platform.comm_volume import Traffic
-from megatron_ettin.platform.memory import LiveTensors
-from megatron_ettin.train.setup import Machine, assemble
+from megatron_ettin.platform.comm_volume import CommVolumeTracker
+from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.train.setup import TrainState, setup_training
 from megatron_ettin.train.step import StepInfo, train_step
 
 TIMED_STEPS = 2
@@ -44,48 +46,48 @@ class Lengths:
     counted: int
 
 
-def measure(config: Config, corpus: Any, place: Place, platform: Platform, lengths: Lengths) -> dict[str, Any]:
+def measure(config: Config, corpus: Any, place: DistributedEnv, platform: Platform, lengths: Lengths) -> dict[str, Any]:
     """Figures of one run on all ranks, equal on every rank. Raises UserError, or torch's error of a full device."""
-    machine = None
+    train_state = None
     platform.forget_peak_memory()
     try:
-        join(place, platform)
-        machine = assemble(config, platform, place.world)
-        return measured(machine, corpus, lengths)
+        init_process_group(place, platform)
+        train_state = setup_training(config, platform, place.world)
+        return measured(train_state, corpus, lengths)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # its frames hold the groups, and the other ranks wait in them
         raise
     finally:
-        if machine is not None:
-            machine.close()
-        machine = None
+        if train_state is not None:
+            train_state.close()
+        train_state = None
         destroy_model_parallel()
-        leave()
+        destroy_process_group()
 
 
-def measured(machine: Machine, corpus: Any, lengths: Lengths) -> dict[str, Any]:
+def measured(train_state: TrainState, corpus: Any, lengths: Lengths) -> dict[str, Any]:
     """Figures of a machine's steps."""
-    platform, config = machine.platform, machine.config
-    batches = Batches.of(config, corpus, machine.layout, platform.device)
+    platform, config = train_state.platform, train_state.config
+    batches = Batches.of(config, corpus, train_state.layout, platform.device)
     workers = worker_count(config.data.workers, platform.is_gpu)
     timed_from = lengths.warm_up + lengths.counted
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
     loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
     try:
-        infos, guard = [], guard_of(machine)
+        infos, guard = [], guard_of(train_state)
         for step in range(timed_from):  # no comprehension: its closure would keep the machine of a step that fails
-            infos.append(train_step(machine, batches, step, 0, config.optim.lr, False, loader.step(step), guard))
-        phases, sent = timed(machine, batches, loader, timed_from)
-        tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(machine, batches, loader, end - 1)
+            infos.append(train_step(train_state, batches, step, 0, config.optim.lr, False, loader.step(step), guard))
+        phases, sent = timed(train_state, batches, loader, timed_from)
+        tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(train_state, batches, loader, end - 1)
     finally:
         loader.close()
-    return figures(machine, infos[lengths.warm_up :], phases, sent, tensors)
+    return figures(train_state, infos[lengths.warm_up :], phases, sent, tensors)
 
 
-def guard_of(machine: Machine) -> Guard:
+def guard_of(train_state: TrainState) -> AnomalyDetector:
     """Return the guard that `ettin train` runs: it decides whether the update waits for the step's figures."""
-    assert machine.optimizer is not None
-    return Guard(machine.config.resilience, (), machine.optimizer.can_skip)
+    assert train_state.optimizer is not None
+    return AnomalyDetector(train_state.config.resilience, (), train_state.optimizer.can_skip)
 
 
 def out_of_memory() -> type[BaseException]:
@@ -93,11 +95,13 @@ def out_of_memory() -> type[BaseException]:
     return torch.OutOfMemoryError
 
 
-def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tuple[dict[str, float], dict[str, float]]:
+def timed(
+    train_state: TrainState, batches: Batches, loader: Loader, first: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """(seconds of a step's phases on this rank and what they leave over, bytes that it gives to each axis's groups)."""
-    timers, traffic = PhaseTimers(machine.platform), Traffic(axes_of_groups())
-    settings = machine.chunks[0].config
-    optimizer: Any = machine.optimizer
+    timers, traffic = PhaseTimers(train_state.platform), CommVolumeTracker(axes_of_groups())
+    settings = train_state.model_chunks[0].config
+    optimizer: Any = train_state.optimizer
     prepare, update = optimizer.prepare, optimizer.update
 
     def timed_as_update(function: Callable[..., None]) -> Callable[..., None]:
@@ -117,7 +121,9 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
         for step in range(first, first + TIMED_STEPS):
             waited = waiting(loader.step(step), timers)
             with traffic.watch(timers.communication):
-                info = train_step(machine, batches, step, 0, machine.config.optim.lr, False, waited, guard_of(machine))
+                info = train_step(
+                    train_state, batches, step, 0, train_state.config.optim.lr, False, waited, guard_of(train_state)
+                )
             seconds += info.seconds
     finally:
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
@@ -126,11 +132,11 @@ def timed(machine: Machine, batches: Batches, loader: Loader, first: int) -> tup
     return found, {axis: sent / TIMED_STEPS for axis, sent in traffic.by_axis().items()}
 
 
-def counted(machine: Machine, batches: Batches, loader: Loader, step: int) -> int:
+def counted(train_state: TrainState, batches: Batches, loader: Loader, step: int) -> int:
     """Bytes of the tensors that live at once at the fullest moment of a step on this rank."""
-    with LiveTensors() as live:
-        guard = guard_of(machine)
-        train_step(machine, batches, step, 0, machine.config.optim.lr, False, loader.step(step), guard)
+    with PeakMemoryTracker() as live:
+        guard = guard_of(train_state)
+        train_step(train_state, batches, step, 0, train_state.config.optim.lr, False, loader.step(step), guard)
     return live.peak_bytes
 
 
@@ -147,13 +153,13 @@ def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[Load
 
 
 def figures(
-    machine: Machine, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
+    train_state: TrainState, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
 ) -> dict[str, Any]:
     """What is kept of the steps."""
-    world, platform = machine.layout.topology.world, machine.platform
+    world, platform = train_state.layout.topology.world, train_state.platform
     speeds = [info.step_tokens / info.seconds for info in infos]
     rates = [info.flops / info.seconds / world for info in infos]
-    dtype = DTYPES[PRECISIONS[machine.config.precision.name].compute]
+    dtype = DTYPES[PRECISIONS[train_state.config.precision.name].compute]
     peak, source = platform.peak_flops, f"data sheet of {platform.name}, dense bf16"
     if peak is None:
         peak, source = platform.measured_peak_flops(dtype), f"largest matrix product measured here, {dtype}"
@@ -161,10 +167,10 @@ def figures(
     # the same names in the same order on every rank
     parts = {**{COMMUNICATION + axis: 0.0 for axis in axes}, **phases}
     names = sorted(parts)
-    own = [float(rank == machine.layout.rank) for rank in range(world)]  # every rank's place in a sum over all
+    own = [float(rank == train_state.layout.rank) for rank in range(world)]  # every rank's place in a sum over all
     memory = [one * part for part in (platform.peak_memory_bytes(), tensor_bytes) for one in own]
     bytes_ = [sent.get(axis, 0.0) for axis in axes]
-    sums = machine.layout.sum_over_world([*(parts[name] for name in names), *bytes_, *memory], platform.device)
+    sums = all_reduce_sum([*(parts[name] for name in names), *bytes_, *memory], platform.device)
     moved, of_ranks = sums[len(names) :][: len(axes)], sums[len(names) + len(axes) :]
     middle = statistics.median(speeds)
     return {
@@ -180,8 +186,8 @@ def figures(
         "peak_tensor_bytes": int(max(of_ranks[world:])),
         "phase_seconds": {name: value / world for name, value in zip(names, sums, strict=False) if value},
         "communication_bytes": {axis: value / world for axis, value in zip(axes, moved, strict=True) if value},
-        "layout": str(machine.layout.topology),
-        "attention": machine.chunks[0].config.backend.attention.name,
+        "layout": str(train_state.layout.topology),
+        "attention": train_state.model_chunks[0].config.backend.attention.name,
         "steps": len(infos),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -218,13 +224,13 @@ class PhaseTimers:
             self.stop(COMMUNICATION + axis)
 
     def start(self, phase: str) -> None:
-        self.open.append((phase, self.platform.moment()))
+        self.open.append((phase, self.platform.record_event()))
 
     def stop(self, phase: str) -> None:
         while self.open and (ended := self.open.pop()):  # one that an error left open goes with it
             if ended[0] == phase:
                 inside = self.open[-1][0] if self.open else None
-                self.spans.append((phase, inside, ended[1], self.platform.moment()))
+                self.spans.append((phase, inside, ended[1], self.platform.record_event()))
                 return
 
     def seconds(self) -> dict[str, float]:
@@ -232,7 +238,7 @@ class PhaseTimers:
         self.platform.synchronize()
         found = dict.fromkeys(PHASES.values(), 0.0)
         for phase, inside, begin, end in self.spans:
-            seconds = self.platform.seconds_between(begin, end)
+            seconds = self.platform.elapsed_seconds(begin, end)
             found[phase] = found.get(phase, 0.0) + seconds
             if inside is not None:
                 found[inside] -= seconds

@@ -30,7 +30,7 @@ from megatron_ettin.checkpoint.reader import CheckpointReader, common_strategy, 
 from megatron_ettin.checkpoint.writer import Plan
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
-from megatron_ettin.parallel.layout import Layout
+from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import delayed_scales, make_delayed_scales
 
 

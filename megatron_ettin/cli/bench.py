@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ettin.config.overrides import Member
     from megatron_ettin.config.schema import Config
-    from megatron_ettin.parallel.rendezvous import Place
+    from megatron_ettin.parallel.env import DistributedEnv
     from megatron_ettin.platform import Platform
 
 USUAL = {"micro_batches": 4, "steps": 8, "warm_up": 3}
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.bench import results
     from megatron_ettin.bench.results import combinations
-    from megatron_ettin.parallel.rendezvous import find_place, forget, from_chief
+    from megatron_ettin.parallel.env import read_distributed_env
+    from megatron_ettin.parallel.process_groups import broadcast_before_groups, release_store
     from megatron_ettin.platform import detect
 
     if args.compare:
@@ -71,19 +72,19 @@ def run(args: argparse.Namespace) -> None:
     found = combinations(args.layouts, args.precision, args.sweep)
     if args.size is None and "size" not in found[0].values:
         raise UserError("--size: is missing")
-    place = find_place()
+    place = read_distributed_env()
     device = next((word.partition("=")[2] for word in args.words if word.startswith("run.device=")), "auto")
     platform = detect(device, place.local_rank)
     rows = []
     try:
         # read once: a rank that comes later would find what rank 0 has begun
-        known = from_chief(place, platform, lambda: known_results(args))
+        known = broadcast_before_groups(place, platform, lambda: known_results(args))
         with telling(place) as tell:
             for number, member in enumerate(found):
                 tell(number, len(found), " ".join(member.words))
                 rows.append(one(args, member, place, platform, known, alone=len(found) == 1))
     finally:
-        forget()
+        release_store()
     first = rows[0]
     if all(row["state"] == results.INVALID for row in rows):
         raise UserError(f"none of {len(rows)} combinations is valid; {results.name_of(first)}: {first['reason']}")
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def telling(place: Place) -> Iterator[Callable[[int, int, str], None]]:
+def telling(place: DistributedEnv) -> Iterator[Callable[[int, int, str], None]]:
     """A bar where a terminal has one; in a log each result's own line suffices."""
     from megatron_ettin.base.log import errors_on_terminal
     from megatron_ettin.base.progress import items_report
@@ -145,7 +146,12 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def one(
-    args: argparse.Namespace, member: Member, place: Place, platform: Platform, known: dict[str, Any], alone: bool
+    args: argparse.Namespace,
+    member: Member,
+    place: DistributedEnv,
+    platform: Platform,
+    known: dict[str, Any],
+    alone: bool,
 ) -> dict[str, Any]:
     """One combination: measured, or what is known of it. Every rank returns the same. Raises UserError for one that is
     not valid and `alone`."""
@@ -187,17 +193,17 @@ def one(
     return keep({"state": results.DONE, **described(config, corpus, place, platform), **figures})
 
 
-def after_failure(place: Place, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def after_failure(place: DistributedEnv, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The state of a measurement that failed on this rank (that memory did not suffice where it did not on another),
     and whether all ranks are here and can go on together: one in a collective that never ends does not come."""
     from megatron_ettin.base.errors import RankError
     from megatron_ettin.bench import results
-    from megatron_ettin.parallel.rendezvous import from_all
+    from megatron_ettin.parallel.process_groups import all_gather_before_groups
 
     if own["state"] == results.STOPPED:
         return own, False
     try:
-        states = from_all(place, platform, own, MEETING_SECONDS)
+        states = all_gather_before_groups(place, platform, own, MEETING_SECONDS)
     except RankError:
         return own, False
     full = [(rank, state) for rank, state in enumerate(states) if state["state"] == results.NO_MEMORY]
@@ -207,7 +213,7 @@ def after_failure(place: Place, platform: Platform, own: dict[str, Any]) -> tupl
     return state | {"reason": f"rank {rank}: {state['reason']}"}, True
 
 
-def identity(args: argparse.Namespace, member: Member, place: Place, platform: Platform) -> dict[str, Any]:
+def identity(args: argparse.Namespace, member: Member, place: DistributedEnv, platform: Platform) -> dict[str, Any]:
     """What makes two measurements the same one: results.SAME."""
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
     row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": place.world}
@@ -217,7 +223,7 @@ def identity(args: argparse.Namespace, member: Member, place: Place, platform: P
     return row | {"micro_batches": args.micro_batches, "quick": args.quick}
 
 
-def described(config: Config, corpus: Any, place: Place, platform: Platform) -> dict[str, Any]:
+def described(config: Config, corpus: Any, place: DistributedEnv, platform: Platform) -> dict[str, Any]:
     """What was run, beside the figures that came out."""
     from megatron_ettin.bench.synthetic import attended_chunk_tokens
     from megatron_ettin.config.layouts import check_layout

@@ -29,7 +29,7 @@ from megatron_ettin.base.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ettin.doctor.findings import Finding
-    from megatron_ettin.parallel.rendezvous import Place
+    from megatron_ettin.parallel.env import DistributedEnv
 
 NO_FURTHER = ("megatron-core", "torch", "first host")  # a problem with these ends what follows
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
@@ -47,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.doctor.findings import worst
-    from megatron_ettin.parallel.rendezvous import find_place
+    from megatron_ettin.parallel.env import read_distributed_env
 
     began = time.monotonic()
-    place = find_place()
+    place = read_distributed_env()
     if args.ranks and place.world == 1:
         how = "`torchrun --nproc-per-node N --no-python ettin doctor --ranks`, or srun in a job"
         raise UserError(f"--ranks: this is one rank alone; start several: {how}")
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if worst(found) == "problem" else 0
 
 
-def findings(args: argparse.Namespace, place: Place) -> list[Finding]:
+def findings(args: argparse.Namespace, place: DistributedEnv) -> list[Finding]:
     """All of this rank, then of all ranks. Collective with --ranks."""
     from megatron_ettin.doctor.accelerator import accelerator_findings
     from megatron_ettin.doctor.files import file_findings

@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.convert.from_hf import as_checkpoint
-    from megatron_ettin.data.blended_dataset import open_corpus
+    from megatron_ettin.data.blended_dataset import open_blended_dataset
     from megatron_ettin.data.mixture import MixtureEntry
-    from megatron_ettin.evaluate.evaluation import evaluate, open_held_out, unigram_loss
-    from megatron_ettin.evaluate.inference import alone
+    from megatron_ettin.evaluate.evaluation import build_eval_dataset, evaluate, unigram_loss
+    from megatron_ettin.evaluate.inference import load_for_inference
     from megatron_ettin.runs.history import last_phase
     from megatron_ettin.train.resume import check_tokenizer, load
 
@@ -55,20 +55,22 @@ def run(args: argparse.Namespace) -> None:
     datasets = datasets_of(args.data, args.rows)
     with (
         as_checkpoint(args.checkpoint) as checkpoint,
-        alone(checkpoint, kind_of(args.objective, checkpoint)) as machine,
+        load_for_inference(checkpoint, kind_of(args.objective, checkpoint)) as train_state,
     ):
-        held_out = open_held_out(machine, datasets, machine.config.run.objective, args.seq_len)
+        held_out = build_eval_dataset(train_state, datasets, train_state.config.run.objective, args.seq_len)
         for batches in held_out.sources.values():
             check_tokenizer(checkpoint, batches.corpus)
-        load(machine, checkpoint, with_optimizer=False)
-        result = evaluate(machine, held_out, args.rows)
+        load(train_state, checkpoint, with_optimizer=False)
+        result = evaluate(train_state, held_out, args.rows)
         named = args.checkpoint if checkpoint.name == "imported" else checkpoint
         answer = {**result.to_json(), "checkpoint": str(named)}
         whole, *parts = result.lines()
         lines = [f"{named}: {whole}", *parts]
         if args.baseline:
             corpus = held_out.corpus
-            train = open_corpus([MixtureEntry(str(args.baseline))], corpus.seq_len, corpus.batching, 0, "baseline")
+            train = open_blended_dataset(
+                [MixtureEntry(str(args.baseline))], corpus.seq_len, corpus.batching, 0, "baseline"
+            )
             answer["unigram_loss"] = unigram_loss(train, held_out, args.rows)
             lines.append(f"unigram loss of {args.baseline} on the same positions: {answer['unigram_loss']:.4f}")
     print(json.dumps(answer) if args.json else "\n".join(lines))
@@ -105,12 +107,14 @@ def kind_of(wanted: str | None, checkpoint: Path) -> str:
     """How to read rows: as told, or as the checkpoint was trained (with masked tokens, if it was in both ways)."""
     from megatron_ettin.base.errors import UserError, nearest
     from megatron_ettin.checkpoint.directory import read_config
-    from megatron_ettin.config.tables import KINDS, OBJECTIVES
+    from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
     if wanted is None:
         return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].kinds[-1]
-    if wanted not in KINDS:
-        raise UserError(f"--objective: {wanted!r}{nearest(wanted, KINDS)}; it is one of {', '.join(KINDS)}")
+    if wanted not in ROW_OBJECTIVES:
+        raise UserError(
+            f"--objective: {wanted!r}{nearest(wanted, ROW_OBJECTIVES)}; it is one of {', '.join(ROW_OBJECTIVES)}"
+        )
     return wanted
 
 

@@ -79,9 +79,9 @@ def verify(path: Path, as_json: bool = False) -> Verified:
 
 
 def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, Any]:
-    from megatron_ettin.data.packing_index import existing_plans
+    from megatron_ettin.data.packing_index import existing_packing_indices
 
-    plans = existing_plans(dataset)
+    plans = existing_packing_indices(dataset)
     manifest = asdict(dataset.manifest)
     shards = [
         {

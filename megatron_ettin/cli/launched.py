@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.cli.parsing import OneLineParser, parse_words, words_of
+from megatron_ettin.cli.parsing import OneLineParser, overrides_of, parse_overrides
 from megatron_ettin.cli.stages import Stage, stages_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def parse_call(command: str, words: Sequence[str], sweeps: Sequence[str]) -> Cal
     module = importlib.import_module(f"megatron_ettin.cli.{command}")
     parser = OneLineParser(prog=f"ettin {command}")
     module.add_arguments(parser)
-    args = parse_words(parser, command, words)
+    args = parse_overrides(parser, command, words)
     if command == "bench":
         return _bench_call(args, words, sweeps)
     for name in NOT_FOR_JOBS:
@@ -63,8 +63,8 @@ def parse_call(command: str, words: Sequence[str], sweeps: Sequence[str]) -> Cal
         setattr(args, name, found[0].values[name])  # so that the rest can be completed; each member has its own
     if found and args.run_dir is None:
         raise UserError("--run-dir: name the folder that takes the sweep's runs")
-    shared = tuple(words_of(parser, args, SAID_ANEW))
-    module.complete(args, is_chief=True)
+    shared = tuple(overrides_of(parser, args, SAID_ANEW))
+    module.complete(args, is_main_process=True)
     args.run_dir = args.run_dir.absolute()
     runs = [_member_run(args, member) for member in found] or [((), tuple(stages_of(args)))]
     return Call(command, shared, args.run_dir, swept, tuple(runs), args.config)
@@ -139,11 +139,11 @@ def unseen_data(call: Call) -> list[str]:
     """
     from megatron_ettin.config.values import validation_sets
     from megatron_ettin.data.manifest import FILE_NAME, read_manifest
-    from megatron_ettin.data.mixture import parse_mixture, settled
+    from megatron_ettin.data.mixture import parse_mixture, resolve_mixture
 
     lines: dict[str, None] = {}
     for config in (stage.config for _, stages in call.runs for stage in stages):
-        data, vocabulary = settled(config.data), config.model.vocab_size
+        data, vocabulary = resolve_mixture(config.data), config.model.vocab_size
         asked = [("data.mixture", entry.path) for entry in parse_mixture(data.mixture)]
         held_out = validation_sets(data.validation) if data.validation is not None else {}
         asked += [("data.validation", path) for path in held_out.values()]

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from megatron_ettin.base import log
 from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
-from megatron_ettin.cli.parsing import OneLineParser, parse_words
-from megatron_ettin.parallel.failure_report import end_with_launcher, is_launched, record_failure
+from megatron_ettin.cli.parsing import OneLineParser, parse_overrides
+from megatron_ettin.parallel.env import is_launched
+from megatron_ettin.parallel.failure_report import exit_with_parent, record_failure
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
 COMMANDS = {
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     log.open_standard_files()
     if arguments[:1] in (["train"], ["bench"]) and is_launched():
-        end_with_launcher()
+        exit_with_parent()
     try:
         return _status_of(arguments)
     finally:
@@ -121,4 +122,4 @@ def dispatch(arguments: list[str]) -> int:
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.run(parse_words(parser, name, rest)) or 0)
+    return int(module.run(parse_overrides(parser, name, rest)) or 0)

@@ -65,13 +65,13 @@ def _key_named(name: str) -> str:
     return f" (did you mean {found + '='!r}?)" if found else ""
 
 
-def parse_words(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> argparse.Namespace:
+def parse_overrides(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> argparse.Namespace:
     """Parse what follows the command's name. Raises UserError."""
     # argparse cannot do both intermixed words and subcommands
     return parser.parse_intermixed_args(words) if command in INTERMIXED else parser.parse_args(words)
 
 
-def words_of(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
+def overrides_of(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
     """The words that parse to `args`: options that are not at their default, then the rest. `leave_out`: names of
     attributes."""
     options: list[str] = []

@@ -159,9 +159,9 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
 
 
 def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any]:
-    from megatron_ettin.data.packing_index import ensure_row_plan
+    from megatron_ettin.data.packing_index import build_or_open_packing_index
 
-    plans = [ensure_row_plan(dataset, seq_len) for seq_len in lengths]
+    plans = [build_or_open_packing_index(dataset, seq_len) for seq_len in lengths]
     return {
         "dataset": str(dataset.path),
         "fingerprint": dataset.fingerprint,

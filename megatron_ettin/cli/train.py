@@ -78,15 +78,15 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
     return json.dumps(to_json(found, config), indent=1) if args.json else describe(found, config)
 
 
-def complete(args: argparse.Namespace, is_chief: bool) -> None:
+def complete(args: argparse.Namespace, is_main_process: bool) -> None:
     """Fill in what an original trainer's file says and what follows from other options. Raises UserError."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.overrides import names_of, read_site
+    from megatron_ettin.config.overrides import names_of, read_user_config
 
-    site = read_site(args.config) if args.config else None
+    site = read_user_config(args.config) if args.config else None
     named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
     args.size, args.objective, args.phase = named["size"], named["objective"], named["phase"]
-    for line in site.told if site and is_chief else ():
+    for line in site.told if site and is_main_process else ():
         log_warning(line)
     if args.recipe:
         args.words = [f"run.recipe={args.recipe}", *args.words]
@@ -146,13 +146,13 @@ def remarks(stage: Stage) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    is_chief = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    complete(args, is_chief)
+    is_main_process = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    complete(args, is_main_process)
     stages = stages_of(args)
     if args.explain:
         print("\n".join(explain(stage, args) for stage in stages))
         return 0
-    if is_chief:
+    if is_main_process:
         tell(stages, args.allow_change)
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
@@ -161,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
             log_warning(line)
         print("\n".join(describe(stage.planned, as_json=args.json) for stage in stages))
         return 0
-    with told_to(args.json) as steps_to:
-        return trained(args, stages, is_chief, steps_to)
+    with told_to(args.json) as json_stream:
+        return trained(args, stages, is_main_process, json_stream)
 
 
 @contextlib.contextmanager
@@ -176,32 +176,32 @@ def told_to(as_json: bool) -> Iterator[TextIO | None]:
         yield lines
 
 
-def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps_to: TextIO | None) -> int:
+def trained(args: argparse.Namespace, stages: list[Stage], is_main_process: bool, json_stream: TextIO | None) -> int:
     """Train through the stages; the exit status."""
     if stages[0].config.resilience.in_process_restarts:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells of every look into the library's store
     from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.train.chain import run_chain, run_sweep
     from megatron_ettin.train.saving import SaveFailed
-    from megatron_ettin.train.trainer import Launch, TrainingStopped
+    from megatron_ettin.train.trainer import TrainArgs, TrainingStopped
 
     if args.init_from is not None:
         from megatron_ettin.convert.from_hf import import_once, is_hf_folder
 
         if is_hf_folder(args.init_from):
-            imported = import_once(args.init_from, args.run_dir, is_chief)
+            imported = import_once(args.init_from, args.run_dir, is_main_process)
             here = {args.init_from: imported}
             stages = [dataclasses.replace(one, init_from=here.get(one.init_from, one.init_from)) for one in stages]
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
     launches = [
-        Launch(
+        TrainArgs(
             one.run_dir,
             one.init_from,
             keep,
             args.allow_change,
             args.from_step,
             one.kept,
-            steps_to,
+            json_stream,
             one.free,
             unread_keys(one),
         )
@@ -216,7 +216,7 @@ def trained(args: argparse.Namespace, stages: list[Stage], is_chief: bool, steps
         record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
         log_warning(f"ettin train: {stopped}")
         return 1
-    if args.sweep and is_chief:
+    if args.sweep and is_main_process:
         from megatron_ettin.config.overrides import members
         from megatron_ettin.report.sweep import summarise
 

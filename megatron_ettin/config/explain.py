@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from megatron_ettin.base.text import format_count
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.overrides import split_words
+from megatron_ettin.config.overrides import split_overrides
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import KINDS, OBJECTIVES
+from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
 REASONS = {
     "data.batching": "packed rows hold no padding: the same tokens a step in fewer, full rows; chunks do not see each"
@@ -119,7 +119,7 @@ def facts(config: Config) -> list[Fact]:
     """Return what no key reproduces, and what the published files say but no published run did."""
     phase, size = PHASES[config.run.phase], config.run.size
     tokens = phase.configured_batch_warmup[size]
-    masks = any(KINDS[kind].masks for kind in OBJECTIVES[config.run.objective].kinds)
+    masks = any(ROW_OBJECTIVES[kind].masks for kind in OBJECTIVES[config.run.objective].kinds)
     always = [fact for fact in ALWAYS if masks or fact.what != "masks"]
     if not tokens:
         return always
@@ -189,7 +189,7 @@ def ignored_lines(config: Config, given: Collection[str]) -> list[str]:
 
 def phase_lines(words: Sequence[str], phases: Collection[str]) -> list[str]:
     """Return a line for each override of a phase that is not among those of the run."""
-    of_phase = split_words(words)[1]
+    of_phase = split_overrides(words)[1]
     return [
         f"{phase}.{word}: has no effect, for this run is of {', '.join(phases)}"
         for phase, its_words in of_phase.items()

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import KINDS, OBJECTIVES, HasShape, layer_parameter_count
+from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES, HasShape, layer_parameter_count
 
 Lengths = TypeVar("Lengths", int, np.ndarray)
 
@@ -67,7 +67,7 @@ def flops_per_token(
 def layer_operations(config: Config) -> list[float]:
     """Operations a token of each layer's forward pass, in order; the head's are added to the last one's."""
     model, tokens = config.model, config.data.seq_len
-    kinds = [KINDS[name] for name in OBJECTIVES[config.run.objective].kinds]
+    kinds = [ROW_OBJECTIVES[name] for name in OBJECTIVES[config.run.objective].kinds]
 
     def attention(is_global: bool) -> float:
         pairs = [

@@ -148,25 +148,25 @@ def has_fixed_shapes(config: Config) -> bool:
     return config.run.cuda_graph or config.parallel.tp_overlap
 
 
-def full_split(config: Config, dp: int) -> RowSplit:
+def full_batch_split(config: Config, dp: int) -> RowSplit:
     """Return how the rows of a full batch are shared out over ranks and micro-batches."""
     return RowSplit.of(config.batch.global_batch_rows, dp, config.batch.micro_batch_rows, micro_batch_group(config))
 
 
 def micro_batches(config: Config, dp: int) -> int:
     """Micro-batches that each rank runs in a step of the full batch."""
-    return full_split(config, dp).count
+    return full_batch_split(config, dp).count
 
 
 def with_split_rows(config: Config, dp: int) -> Config:
     """Return the configuration with the micro-batch that the ranks run: rows spread evenly, not filled up."""
-    batch = dataclasses.replace(config.batch, micro_batch_rows=full_split(config, dp).size)
+    batch = dataclasses.replace(config.batch, micro_batch_rows=full_batch_split(config, dp).size)
     return dataclasses.replace(config, batch=batch)
 
 
 def describe_empty_rows(config: Config, dp: int) -> str | None:
     """Return what a step of the full batch leaves empty, or None where every place has a row."""
-    split = full_split(config, dp)
+    split = full_batch_split(config, dp)
     if not split.empty:
         return None
     return (

@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Site:
+class UserConfig:
     """A --config file. `names`: size, objective, phase where it gives them; `told`: what became of its keys."""
 
     common: Groups
@@ -51,12 +51,12 @@ class Site:
         return bool(self.names)
 
 
-def read_site(path: Path) -> Site:
+def read_user_config(path: Path) -> UserConfig:
     """A site file, or a YAML of the original trainer. Raises UserError."""
     content = read_yaml(path)
     if is_original(content):
         groups, names, told = import_yaml(content, path)
-        return Site(groups, {}, names, tuple(told))
+        return UserConfig(groups, {}, names, tuple(told))
     phases = content.pop("phases", None) or {}
     if not isinstance(phases, dict):
         raise UserError(f"config {path}: phases: a mapping of phases was expected, found {phases!r}")
@@ -72,7 +72,7 @@ def read_site(path: Path) -> Site:
     if "recipe" in content:
         recipe = content.pop("recipe")
         content["run"] = {**(content.get("run") or {}), "recipe": recipe}
-    return Site(content, {phase: groups or {} for phase, groups in phases.items()})
+    return UserConfig(content, {phase: groups or {} for phase, groups in phases.items()})
 
 
 def is_original(content: Groups) -> bool:
@@ -81,7 +81,7 @@ def is_original(content: Groups) -> bool:
     return (isinstance(model, dict) and "model_config" in model) or {"train_loader", "max_duration"} <= content.keys()
 
 
-def names_of(site: Site | None, where: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
+def names_of(site: UserConfig | None, where: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
     """size, objective and phase of a run: as given, or as an original trainer's file has them. Raises UserError."""
     found = site.names if site is not None else {}
     for name, value in given.items():
@@ -93,23 +93,23 @@ def names_of(site: Site | None, where: Path | None, given: Mapping[str, str | No
     return {name: value or found[name] for name, value in given.items()}
 
 
-def layers_of(site: Site | None, where: Path | None, words: Sequence[str], phase: str) -> list[Layer]:
+def layers_of(site: UserConfig | None, where: Path | None, words: Sequence[str], phase: str) -> list[Layer]:
     """Every layer of a phase, weakest first: the file, its part for the phase, words, words for the phase. Checked."""
-    common, of_phase = split_words(words)
+    common, of_phase = split_overrides(words)
     layers = []
     if site is not None:
         layers = [Layer(site.common, str(where)), Layer(site.phases.get(phase, {}), f"{where} (phases.{phase})")]
-    layers += [Layer(from_words([word]), f"`{word}`") for word in common]
-    layers += [Layer(from_words([word]), f"`{phase}.{word}`") for word in of_phase.get(phase, [])]
+    layers += [Layer(from_overrides([word]), f"`{word}`") for word in common]
+    layers += [Layer(from_overrides([word]), f"`{phase}.{word}`") for word in of_phase.get(phase, [])]
     for layer in layers:
         check_keys(layer.groups)
     # mistakes in what is for later phases are told now
-    for groups in (*(site.phases.values() if site else ()), *map(from_words, of_phase.values())):
+    for groups in (*(site.phases.values() if site else ()), *map(from_overrides, of_phase.values())):
         check_keys(groups)
     return layers
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Words for every phase, and for one: `extend.data.mixture=x` is `data.mixture=x` of extend."""
     common: list[str] = []
     of_phase: dict[str, list[str]] = {}
@@ -124,7 +124,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 def given_keys(site: Path | None, words: Sequence[str], phase: str) -> set[str]:
     """Return the `group.key`s that a site file or words set, to the recipe's value or another."""
-    layers = layers_of(read_site(site) if site else None, site, words, phase)
+    layers = layers_of(read_user_config(site) if site else None, site, words, phase)
     return {f"{group}.{key}" for layer in layers for group, keys in layer.groups.items() for key in keys or {}}
 
 
@@ -156,7 +156,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def from_words(words: Sequence[str]) -> dict[str, Any]:
+def from_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`["optim.lr=1e-3", ...]` as nested groups; values are YAML."""
     layer: dict[str, Any] = {}
     for word in words:

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.overrides import given, key_types, keys_of, layers_of, read_site, read_yaml
+from megatron_ettin.config.overrides import given, key_types, keys_of, layers_of, read_user_config, read_yaml
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import SIZES
@@ -48,16 +48,16 @@ def parse(
     """Resolve and check a run. `site`: YAML of groups; `words`: `[phase.]group.key=value`; `weights`: keys of `model`
     that come with the weights it begins from (inherit.py), stronger than the tables only; `begun`: the recorded
     configuration of a run that goes on, from which linked defaults are taken that nothing sets. Raises UserError."""
-    read = read_site(site) if site else None
+    read = read_user_config(site) if site else None
     layers = [layer.groups for layer in layers_of(read, site, words, phase)]
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
     below, of_file = [{"model": dict(weights or {})}], frozenset[str]()
     if read is not None and read.is_original:
         # a whole run, as the tables are: words change it, and what follows them does so from its values
         of_file = keys_of(layers[:1])
-        base = to_config(follow(base, merge(base, [*below, layers[0]]), of_file))
+        base = to_config(apply_linked_defaults(base, merge(base, [*below, layers[0]]), of_file))
         below, layers = [], layers[1:]
-    config = follow(base, merge(base, [*below, *layers]), keys_of(layers), begun, of_file)
+    config = apply_linked_defaults(base, merge(base, [*below, *layers]), keys_of(layers), begun, of_file)
     resolved = to_config(config)
     check(resolved)
     # a run that has begun with such a coefficient goes on as it is
@@ -68,7 +68,7 @@ def parse(
 
 def given_by_user(site: Path | None, words: Sequence[str], phase: str) -> frozenset[str]:
     """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
-    read = read_site(site) if site else None
+    read = read_user_config(site) if site else None
     layers = [layer.groups for layer in layers_of(read, site, words, phase)]
     return keys_of(layers[1:] if read is not None and read.is_original else layers)
 
@@ -77,7 +77,7 @@ def origins(
     site: Path | None, words: Sequence[str], weights: Mapping[str, Any], phase: str, begun: Config | None = None
 ) -> dict[str, str]:
     """Who set each key that is not the tables': the strongest of the layers of `parse`."""
-    layers = layers_of(read_site(site) if site else None, site, words, phase)
+    layers = layers_of(read_user_config(site) if site else None, site, words, phase)
     all_layers = [({"model": dict(weights)}, "the weights it begins from"), *layers]
     found = {f"{group}.{key}": who for layer, who in all_layers for group, keys in layer.items() for key in keys or {}}
     for key in kept_by(begun, found):
@@ -174,7 +174,7 @@ def kept_by(begun: Config | None, given: Collection[str]) -> frozenset[str]:
     return frozenset({*KEPT, *rows}) - frozenset(given)
 
 
-def follow(
+def apply_linked_defaults(
     base: Config, merged: Any, given: Collection[str], begun: Config | None = None, of_file: Collection[str] = ()
 ) -> Any:
     """Move what follows a given key, in place.

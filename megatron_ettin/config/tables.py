@@ -5,9 +5,9 @@ classes at vocabulary 50,368 with a tied output (encoder and decoder have the sa
 
 The objectives. Encoder and decoder differ in these rows and in nothing else.
 
-A row of the batch is read in one of three ways (`KINDS`); an objective says which of them its rows are read in. `mntp`
-is masked next-token prediction (the hidden state before a masked token predicts it), which the original trainer used
-to train decoders on as encoders; the `hybrid` ones mix causal and masked rows in one model, as GPT-BERT does
+A row of the batch is read in one of three ways (`ROW_OBJECTIVES`); an objective names which of them its rows may have.
+`mntp` is masked next-token prediction (the hidden state before a masked token predicts it), which the original trainer
+used to train decoders on as encoders; the `hybrid` ones mix causal and masked rows in one model, as GPT-BERT does
 (arXiv 2410.24159).
 
 Precisions by name: the type of weights and activations, and the FP8 recipe where there is one.
@@ -88,7 +88,7 @@ IGNORE = -100  # the label of a position that predicts nothing
 
 
 @dataclass(frozen=True)
-class Kind:
+class RowObjective:
     """How a row is read: whether attention is causal, whether tokens are masked, whether position i predicts i + 1."""
 
     causal: bool
@@ -96,10 +96,10 @@ class Kind:
     shifts: bool
 
 
-KINDS = {
-    "mlm": Kind(causal=False, masks=True, shifts=False),
-    "clm": Kind(causal=True, masks=False, shifts=True),
-    "mntp": Kind(causal=False, masks=True, shifts=True),
+ROW_OBJECTIVES = {
+    "mlm": RowObjective(causal=False, masks=True, shifts=False),
+    "clm": RowObjective(causal=True, masks=False, shifts=True),
+    "mntp": RowObjective(causal=False, masks=True, shifts=True),
 }
 
 
@@ -113,12 +113,12 @@ class Objective:
 
     @property
     def needs_mask_token(self) -> bool:
-        return any(KINDS[kind].masks for kind in self.kinds)
+        return any(ROW_OBJECTIVES[kind].masks for kind in self.kinds)
 
     @property
     def masked_kind(self) -> str | None:
         """How its rows with masked tokens are read; None where it has none."""
-        return next((kind for kind in self.kinds if KINDS[kind].masks), None)
+        return next((kind for kind in self.kinds if ROW_OBJECTIVES[kind].masks), None)
 
     @property
     def is_hybrid(self) -> bool:
@@ -127,7 +127,7 @@ class Objective:
     @property
     def causal(self) -> bool:
         """Whether all rows are."""
-        return all(KINDS[kind].causal for kind in self.kinds)
+        return all(ROW_OBJECTIVES[kind].causal for kind in self.kinds)
 
 
 OBJECTIVES = {

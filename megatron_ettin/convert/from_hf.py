@@ -147,11 +147,11 @@ def place_of_import(path: Path, run_dir: Path) -> Path:
     return run_dir / f"imported-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
 
 
-def import_once(path: Path, run_dir: Path, is_chief: bool) -> Path:
+def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
     """Import into the run directory, one rank for all; what is there already is taken. Raises UserError."""
 
     target = place_of_import(path, run_dir)
-    if is_chief and not target.is_dir():
+    if is_main_process and not target.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
         from_hf(path, target)
     end = time.monotonic() + WAIT_SECONDS

@@ -17,7 +17,7 @@ from megatron_ettin.checkpoint.directory import read_config, read_progress, reso
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.schema import ModelConfig
-from megatron_ettin.config.tables import EXPORTED, KINDS, OBJECTIVES
+from megatron_ettin.config.tables import EXPORTED, OBJECTIVES, ROW_OBJECTIVES
 from megatron_ettin.convert.rules import Pair, pairs
 from megatron_ettin.convert.safetensors_file import read_ahead
 
@@ -116,7 +116,7 @@ def predicts_next(source: Source) -> bool:
     if source.objective != "mlm":
         return False
     kind = OBJECTIVES[source.trained_objective].masked_kind
-    return kind is None or KINDS[kind].shifts
+    return kind is None or ROW_OBJECTIVES[kind].shifts
 
 
 def cross_notes(source: Source) -> list[str]:

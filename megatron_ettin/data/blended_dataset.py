@@ -25,11 +25,17 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.values import Skips, parse_skips
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.mixture import BLOCK_SLOTS, FORMS, MixtureEntry, SourceEpochs, settled, slot_counts
+from megatron_ettin.data.mixture import BLOCK_SLOTS, FORMS, MixtureEntry, SourceEpochs, resolve_mixture, slot_counts
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.packing_index import PlanRecord, RowArrays, RowPlan, check_rows, ensure_row_plan
-from megatron_ettin.data.replay.recorded import GivenOrder, open_given_order
-from megatron_ettin.data.sampler import KeyedOrder
+from megatron_ettin.data.packing_index import (
+    PackingIndex,
+    PackingRecord,
+    RowArrays,
+    build_or_open_packing_index,
+    check_rows,
+)
+from megatron_ettin.data.replay.recorded import RecordedSampler, open_recorded_sampler
+from megatron_ettin.data.sampler import ShuffledSampler
 
 ORDER_VERSION = 1  # raise it when the same inputs would give another order
 Int64Array = npt.NDArray[np.int64]
@@ -47,7 +53,7 @@ class Row:
     position: int
 
 
-class Place(NamedTuple):
+class RowLocation(NamedTuple):
     """Where one row comes from."""
 
     source: int
@@ -56,7 +62,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PlacedRows:
+class LocatedRows:
     """Where n rows of m chunks in all come from."""
 
     source: Int64Array  # [n]
@@ -65,7 +71,7 @@ class PlacedRows:
     chunks: Int64Array  # [m]: chunk numbers within the row's dataset, row after row
 
 
-class Corpus:
+class BlendedDataset:
     """Rows by position; see `open_corpus`. `plans` holds a row plan for each dataset under the keyed order and nothing
     under a given one, which names chunks. `nominal_tokens`: mean tokens a row instead of the data's own. `skips`:
     places of the order that are left out. It pickles small: paths and records, no maps.
@@ -76,8 +82,8 @@ class Corpus:
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        plans: Sequence[RowPlan],
-        order: KeyedOrder | GivenOrder,
+        plans: Sequence[PackingIndex],
+        order: ShuffledSampler | RecordedSampler,
         seq_len: int,
         batching: str,
         nominal_tokens: float | None = None,
@@ -93,7 +99,7 @@ class Corpus:
         self.vocab_size = tokenizer.vocab_size
         self.special_ids = tokenizer.special_ids
         self.pad_id, self.mask_id = tokenizer.pad_id, tokenizer.mask_id
-        if isinstance(order, GivenOrder):
+        if isinstance(order, RecordedSampler):
             self.num_rows = order.num_rows
             self.mean_tokens_per_row = order.mean_tokens_per_row
             self.fingerprint = order.fingerprint
@@ -120,7 +126,7 @@ class Corpus:
     @property
     def end(self) -> int | None:
         """How many rows a run has in a given order; None where there is no last one."""
-        if not isinstance(self.order, GivenOrder):
+        if not isinstance(self.order, RecordedSampler):
             return None
         left_out = sum(min(end, self.order.num_rows) - min(first, self.order.num_rows) for first, end in self.skips)
         return self.order.num_rows - left_out
@@ -140,12 +146,12 @@ class Corpus:
     @property
     def skipped_samples(self) -> int:
         """Samples of a given order that are left out because no dataset has them."""
-        return self.order.record.skipped_samples if isinstance(self.order, GivenOrder) else 0
+        return self.order.record.skipped_samples if isinstance(self.order, RecordedSampler) else 0
 
     @property
     def counts(self) -> list[int]:
         """Slots of each source in every block of the keyed order."""
-        return self.order.counts if isinstance(self.order, KeyedOrder) else []
+        return self.order.counts if isinstance(self.order, ShuffledSampler) else []
 
     def locate(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
         """(source, row, epoch) of each position >= 0."""
@@ -159,18 +165,18 @@ class Corpus:
         """The rows at several positions: one look-up for all."""
         return [self._read(place, int(p)) for place, p in zip(self.places(positions), positions, strict=True)]
 
-    def places(self, positions: Sequence[int] | Int64Array) -> list[Place]:
+    def places(self, positions: Sequence[int] | Int64Array) -> list[RowLocation]:
         """Source, row and chunks of the rows at the positions. Reads no tokens."""
         placed = self.placed(positions)
         chunks = np.split(placed.chunks, np.cumsum(placed.counts)[:-1]) if len(placed.counts) else []
-        return list(map(Place, placed.source.tolist(), placed.row.tolist(), chunks))
+        return list(map(RowLocation, placed.source.tolist(), placed.row.tolist(), chunks))
 
-    def placed(self, positions: Sequence[int] | Int64Array) -> PlacedRows:
+    def placed(self, positions: Sequence[int] | Int64Array) -> LocatedRows:
         """`places` as arrays."""
         wanted = np.asarray(positions, np.int64)
         source, row, _ = self.locate(wanted)
-        if isinstance(self.order, GivenOrder):
-            return PlacedRows(source, row, *self.order.chunks_at(wanted))
+        if isinstance(self.order, RecordedSampler):
+            return LocatedRows(source, row, *self.order.chunks_at(wanted))
         counts = np.zeros_like(row)
         of_source: list[tuple[npt.NDArray[np.bool_], Int64Array]] = []
         for s in np.unique(source).tolist():
@@ -180,9 +186,9 @@ class Corpus:
         chunks = np.empty(int(counts.sum()), np.int64)
         for chosen, found in of_source:
             chunks[np.repeat(chosen, counts)] = found
-        return PlacedRows(source, row, counts, chunks)
+        return LocatedRows(source, row, counts, chunks)
 
-    def lengths_of(self, placed: PlacedRows) -> Int64Array:
+    def lengths_of(self, placed: LocatedRows) -> Int64Array:
         """Tokens [m] that each chunk of the placed rows has in its row: no more than the row under `padded`."""
         source = np.repeat(placed.source, placed.counts)
         lengths = np.empty(source.shape, np.int64)
@@ -193,7 +199,7 @@ class Corpus:
     def tokens_at(self, positions: npt.ArrayLike) -> Int64Array:
         """Real tokens of the rows at the positions, without reading the rows."""
         source, row, _ = self.locate(positions)
-        if isinstance(self.order, GivenOrder):
+        if isinstance(self.order, RecordedSampler):
             return self.order.tokens_at(positions)
         tokens = np.empty_like(row)
         for i in np.unique(source).tolist():
@@ -203,7 +209,7 @@ class Corpus:
     def epochs(self, run_tokens: int) -> list[SourceEpochs]:
         """How often each dataset is read in a run of `run_tokens` tokens."""
         names = [str(dataset.path) for dataset in self.datasets]
-        if isinstance(self.order, GivenOrder):
+        if isinstance(self.order, RecordedSampler):
             tokens: list[float] = list(self.order.tokens_by_source)
             sizes = [dataset.num_tokens for dataset in self.datasets]
             run_tokens = min(run_tokens, round(sum(tokens)))
@@ -214,7 +220,7 @@ class Corpus:
         columns = zip(names, shares, sizes, strict=True)
         return [SourceEpochs(name, share, size, share * run_tokens / size) for name, share, size in columns]
 
-    def _read(self, place: Place, position: int) -> Row:
+    def _read(self, place: RowLocation, position: int) -> Row:
         dataset = self.datasets[place.source]
         pieces = [dataset.chunk(chunk) for chunk in place.chunks.tolist()]
         if len(pieces[0]) > self.seq_len:  # padded batching only: cut, but let the row end as it would have
@@ -224,14 +230,14 @@ class Corpus:
         lengths = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
         return Row(np.concatenate(pieces), lengths, place.source, place.row, place.chunks, position)
 
-    def _keyed_fingerprint(self, order: KeyedOrder) -> str:
+    def _keyed_fingerprint(self, order: ShuffledSampler) -> str:
         content: list[object] = ["order", ORDER_VERSION, order.seed, order.phase, self.seq_len, self.batching]
         for dataset, plan, count in zip(self.datasets, self.plans, order.counts, strict=True):
             content += [dataset.fingerprint, plan.fingerprint, count]
         return hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
 
 
-def open_corpus(
+def open_blended_dataset(
     mixture: Sequence[MixtureEntry],
     seq_len: int,
     batching: str,
@@ -239,27 +245,29 @@ def open_corpus(
     phase: str,
     nominal_tokens: float | None = None,
     skips: Skips = (),
-) -> Corpus:
+) -> BlendedDataset:
     """The keyed order of a mixture (`parse_mixture`). Row plans that are not there are built."""
     datasets = open_datasets(mixture)
-    plans = [ensure_row_plan(dataset, seq_len, batching) for dataset in datasets]
+    plans = [build_or_open_packing_index(dataset, seq_len, batching) for dataset in datasets]
     rows = [plan.num_rows for plan in plans]
     counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
-    return Corpus(datasets, plans, KeyedOrder(counts, rows, seed, phase), seq_len, batching, nominal_tokens, skips)
+    return BlendedDataset(
+        datasets, plans, ShuffledSampler(counts, rows, seed, phase), seq_len, batching, nominal_tokens, skips
+    )
 
 
-def open_run_corpus(config: Config) -> Corpus:
+def open_run_dataset(config: Config) -> BlendedDataset:
     """What a run reads: its mixture in the keyed order, or in the order of `data.order`'s files. Raises UserError."""
-    data = settled(config.data)
+    data = resolve_mixture(config.data)
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
     if data.order == "keyed":
         seed, phase = config.run.seed, config.run.phase
         nominal, skips = data.mean_tokens_per_row, parse_skips(data.skip)
-        return open_corpus(mixture, data.seq_len, data.batching, seed, phase, nominal, skips)
+        return open_blended_dataset(mixture, data.seq_len, data.batching, seed, phase, nominal, skips)
     datasets = open_datasets(mixture)
-    order = open_given_order(data.order, datasets, data.seq_len, data.batching, data.order_missing)
+    order = open_recorded_sampler(data.order, datasets, data.seq_len, data.batching, data.order_missing)
     skips = parse_skips(data.skip)
-    return Corpus(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row, skips)
+    return BlendedDataset(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row, skips)
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
@@ -282,21 +290,21 @@ MOST_CHUNKS = 1 << 24
 CHUNKS_AT_ONCE = 1 << 16
 
 
-def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str) -> dict[str, Corpus]:
+def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str) -> dict[str, BlendedDataset]:
     """Rows of each INPUT of a dataset, by its name, in a keyed order of their own. A dataset of one INPUT, or of too
     many chunks, is one entry: its ordinary rows under the name "". Raises UserError."""
     dataset = open_dataset(path)
     check_rows(dataset, seq_len, batching)
     if len(dataset.manifest.sources) < 2 or dataset.num_chunks > MOST_CHUNKS:
-        plans = {"": ensure_row_plan(dataset, seq_len, batching)}
+        plans = {"": build_or_open_packing_index(dataset, seq_len, batching)}
     else:
         plans = {name: plan_of(dataset, name, chunks, seq_len, batching) for name, chunks in by_source(dataset).items()}
     return {name: one_source(dataset, plan, seed, phase) for name, plan in plans.items()}
 
 
-def one_source(dataset: Dataset, plan: RowPlan, seed: int, phase: str) -> Corpus:
-    order = KeyedOrder([BLOCK_SLOTS], [plan.num_rows], seed, phase)
-    return Corpus([dataset], [plan], order, plan.seq_len, plan.batching)
+def one_source(dataset: Dataset, plan: PackingIndex, seed: int, phase: str) -> BlendedDataset:
+    order = ShuffledSampler([BLOCK_SLOTS], [plan.num_rows], seed, phase)
+    return BlendedDataset([dataset], [plan], order, plan.seq_len, plan.batching)
 
 
 def by_source(dataset: Dataset) -> dict[str, npt.NDArray[np.int64]]:
@@ -313,7 +321,7 @@ def by_source(dataset: Dataset) -> dict[str, npt.NDArray[np.int64]]:
     return {name: chunks for name, chunks in found.items() if len(chunks)}
 
 
-def plan_of(dataset: Dataset, name: str, chunks: npt.NDArray[np.int64], seq_len: int, batching: str) -> RowPlan:
+def plan_of(dataset: Dataset, name: str, chunks: npt.NDArray[np.int64], seq_len: int, batching: str) -> PackingIndex:
     """A row plan in memory over some of a dataset's chunks."""
     lengths = np.minimum(dataset.lengths_of(chunks), seq_len)
     if batching == "padded":
@@ -325,5 +333,5 @@ def plan_of(dataset: Dataset, name: str, chunks: npt.NDArray[np.int64], seq_len:
     ends = np.cumsum(counts)
     tokens = np.add.reduceat(lengths[order], ends - counts)
     fingerprint = f"{dataset.fingerprint}:{name}"
-    record = PlanRecord(fingerprint, seq_len, batching, len(counts), int(tokens.sum()), {})
-    return RowPlan(Path(), record, dataset, RowArrays(chunks[order], ends, tokens))
+    record = PackingRecord(fingerprint, seq_len, batching, len(counts), int(tokens.sum()), {})
+    return PackingIndex(Path(), record, dataset, RowArrays(chunks[order], ends, tokens))

@@ -9,7 +9,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import INPUTS_FILE, FileRecord
-from megatron_ettin.data.packing_index import PLAN_FILE, plan_record
+from megatron_ettin.data.packing_index import PLAN_FILE, packing_record
 from megatron_ettin.data.replay.recorded import RECORD_FILE, order_record
 from megatron_ettin.data.verify import Expected
 
@@ -23,7 +23,7 @@ def derived_files(folder: Path) -> Iterator[Expected]:
     plans, orders = sorted(folder.glob(f"*_*/{PLAN_FILE}")), sorted(folder.glob(f"order_*/{RECORD_FILE}"))
     for record_file in [*plans, *orders]:
         try:
-            read = plan_record if record_file.name == PLAN_FILE else order_record
+            read = packing_record if record_file.name == PLAN_FILE else order_record
             records = read(record_file.parent).files
             paths = {name: path_in(record_file.parent, name, record_file) for name in records}
         except UserError as error:

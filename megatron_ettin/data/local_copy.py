@@ -23,10 +23,10 @@ from pathlib import Path
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_when_slow
 from megatron_ettin.base.paths import Links, path_in
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
-from megatron_ettin.data.packing_index import PLAN_FILE, RowPlan, file_lock, open_plan
+from megatron_ettin.data.packing_index import PLAN_FILE, PackingIndex, file_lock, open_packing_index
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -64,7 +64,7 @@ class Unit:
                 yield name, record
 
 
-def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = log_info) -> Corpus:
+def local_corpus(corpus: BlendedDataset, folder: str, tell: Callable[[str], None] = log_info) -> BlendedDataset:
     """The same corpus, read from copies under `folder`, which are made where they are not there. Raises UserError
     where there is no room, a file is damaged or the disk refuses."""
     root = Path(folder).expanduser()
@@ -84,10 +84,10 @@ def local_corpus(corpus: Corpus, folder: str, tell: Callable[[str], None] = log_
     datasets = [open_dataset(copy_path(dataset, root)) for dataset in corpus.datasets]
     plans = [local_plan(plan, dataset) for plan, dataset in zip(corpus.plans, datasets, strict=False)]
     rows = (corpus.order, corpus.seq_len, corpus.batching, corpus.nominal_tokens, corpus.skips)
-    return Corpus(datasets, plans, *rows)
+    return BlendedDataset(datasets, plans, *rows)
 
 
-def pairs(corpus: Corpus) -> Iterator[tuple[Dataset, RowPlan | None]]:
+def pairs(corpus: BlendedDataset) -> Iterator[tuple[Dataset, PackingIndex | None]]:
     """Each dataset once, with its row plan; a given order has none."""
     seen = set()
     for i, dataset in enumerate(corpus.datasets):
@@ -101,14 +101,14 @@ def copy_path(dataset: Dataset, root: Path) -> Path:
     return path_in(root, f"dataset-{dataset.fingerprint[:32]}", dataset.path / FILE_NAME)
 
 
-def local_plan(plan: RowPlan, dataset: Dataset) -> RowPlan:
-    found = open_plan(dataset.path / plan.folder.name, dataset, plan.seq_len, plan.batching)
+def local_plan(plan: PackingIndex, dataset: Dataset) -> PackingIndex:
+    found = open_packing_index(dataset.path / plan.folder.name, dataset, plan.seq_len, plan.batching)
     if found is None or found.fingerprint != plan.fingerprint:
         raise UserError(f"{KEY}: {dataset.path / plan.folder.name}: changed while it was opened; start again")
     return found
 
 
-def units_to_copy(dataset: Dataset, plan: RowPlan | None, root: Path) -> Iterator[Unit]:
+def units_to_copy(dataset: Dataset, plan: PackingIndex | None, root: Path) -> Iterator[Unit]:
     """What of a dataset and its plan is not under `root` yet. A copy that lost a file is taken apart to be mended."""
     target = copy_path(dataset, root)
     names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}
@@ -122,7 +122,7 @@ def units_to_copy(dataset: Dataset, plan: RowPlan | None, root: Path) -> Iterato
         yield whole
     if plan is not None:
         place = target / plan.folder.name
-        found = copied and open_plan(place, copied, plan.seq_len, plan.batching)
+        found = copied and open_packing_index(place, copied, plan.seq_len, plan.batching)
         if not found or found.fingerprint != plan.fingerprint:
             yield Unit(plan.folder, place, plan.record.files, PLAN_FILE)
 

@@ -62,7 +62,7 @@ def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
     return [dataclasses.replace(entry, path=below(root, entry.path)) for entry in entries]
 
 
-def settled(data: DataConfig) -> DataConfig:
+def resolve_mixture(data: DataConfig) -> DataConfig:
     """The same data with its mixture as a list of entries and no file or root to look up: what a run records, so that
     a mixture file edited later does not change what the run says of itself. Raises UserError."""
     if data.mixture is None:

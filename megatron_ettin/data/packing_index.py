@@ -48,7 +48,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PlanRecord:
+class PackingRecord:
     """plan.json."""
 
     dataset_fingerprint: str
@@ -69,10 +69,10 @@ class RowArrays:
     tokens: IntArray  # of each row
 
 
-class RowPlan:
+class PackingIndex:
     """See `ensure_row_plan`. `arrays` are the rows themselves; a plan on disk is mapped from its `folder` instead."""
 
-    def __init__(self, folder: Path, record: PlanRecord, dataset: Dataset, arrays: RowArrays | None = None) -> None:
+    def __init__(self, folder: Path, record: PackingRecord, dataset: Dataset, arrays: RowArrays | None = None) -> None:
         self.folder = folder
         self.seq_len = record.seq_len
         self.batching = record.batching
@@ -90,10 +90,10 @@ class RowPlan:
         mapped = arrays is None and record.batching == "packed"
         self._arrays = map_rows(folder) if mapped else arrays  # None: the formula of `padded`
 
-    def __getstate__(self) -> tuple[Path, PlanRecord, Dataset, RowArrays | None]:  # maps do not travel
+    def __getstate__(self) -> tuple[Path, PackingRecord, Dataset, RowArrays | None]:  # maps do not travel
         return self.folder, self.record, self._dataset, self._given
 
-    def __setstate__(self, state: tuple[Path, PlanRecord, Dataset, RowArrays | None]) -> None:
+    def __setstate__(self, state: tuple[Path, PackingRecord, Dataset, RowArrays | None]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def chunks_of(self, row: int) -> IntArray:
@@ -135,33 +135,35 @@ def map_rows(folder: Path) -> RowArrays:
     return RowArrays(*(map_scattered(folder / name, dtype) for name, dtype in files.items()))
 
 
-def ensure_row_plan(dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> RowPlan:
+def build_or_open_packing_index(
+    dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1
+) -> PackingIndex:
     """The row plan of a dataset for rows of `seq_len` tokens; builds it when there is none that fits, with so many
     processes and the same bytes for any number of them. Raises UserError where chunks and rows do not go together."""
     check_rows(dataset, seq_len, batching)
-    folder = plan_folder(dataset, seq_len, batching)
-    plan = open_plan(folder, dataset, seq_len, batching)
+    folder = packing_index_folder(dataset, seq_len, batching)
+    plan = open_packing_index(folder, dataset, seq_len, batching)
     if plan is not None:
         return plan
     try:
         with file_lock(dataset.path / ".row-plans.lock") as alone:
-            plan = open_plan(folder, dataset, seq_len, batching)  # somebody may have built it while we waited
+            plan = open_packing_index(folder, dataset, seq_len, batching)  # somebody may have built it while we waited
             if plan is None:
                 if alone:
                     remove_leftovers(dataset.path)
-                build_plan(folder, dataset, seq_len, batching, workers)
+                build_packing_index(folder, dataset, seq_len, batching, workers)
     except OSError as error:
         raise UserError(
             f"row plan {folder}: {error.strerror}; build it where the dataset can be written: "
             f"ettin prepare ... --seq-len {seq_len}"
         ) from None
-    plan = plan or open_plan(folder, dataset, seq_len, batching)
+    plan = plan or open_packing_index(folder, dataset, seq_len, batching)
     if plan is None:
         raise UserError(f"row plan {folder}: written, but not readable as written; is the file system full?")
     return plan
 
 
-def plan_folder(dataset: Dataset, seq_len: int, batching: str) -> Path:
+def packing_index_folder(dataset: Dataset, seq_len: int, batching: str) -> Path:
     return dataset.path / f"{FOLDERS[batching]}_{seq_len}"
 
 
@@ -180,28 +182,28 @@ def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
         )
 
 
-def existing_plans(dataset: Dataset) -> list[RowPlan]:
+def existing_packing_indices(dataset: Dataset) -> list[PackingIndex]:
     """The usable plans beside a dataset, by batching and length."""
     plans = []
     for batching, prefix in FOLDERS.items():
         for folder in dataset.path.glob(f"{prefix}_*"):
             length = folder.name.removeprefix(f"{prefix}_")
-            if length.isdigit() and (plan := open_plan(folder, dataset, int(length), batching)):
+            if length.isdigit() and (plan := open_packing_index(folder, dataset, int(length), batching)):
                 plans.append(plan)
     return sorted(plans, key=lambda plan: (plan.batching, plan.seq_len))
 
 
-def plan_record(folder: Path) -> PlanRecord:
+def packing_record(folder: Path) -> PackingRecord:
     """What the plan in `folder` says of itself. Raises OSError, ValueError, KeyError, TypeError or AttributeError where
     that cannot be read."""
     raw: dict[str, Any] = checked_digest(load_json((folder / PLAN_FILE).read_text(encoding="utf-8")))
-    return PlanRecord(**{**raw, "files": file_records(raw["files"])})
+    return PackingRecord(**{**raw, "files": file_records(raw["files"])})
 
 
-def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> RowPlan | None:
+def open_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> PackingIndex | None:
     """The plan in `folder`, or None where it is absent, damaged or another dataset's."""
     try:
-        record = plan_record(folder)
+        record = packing_record(folder)
         for name, file in record.files.items():
             check_file(path_in(folder, name, folder / PLAN_FILE), file, content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -209,10 +211,10 @@ def open_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> Ro
     asked = (dataset.fingerprint, seq_len, batching, VERSION)
     if (record.dataset_fingerprint, record.seq_len, record.batching, record.version) != asked:
         return None
-    return RowPlan(folder, record, dataset)
+    return PackingIndex(folder, record, dataset)
 
 
-def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
+def build_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
     """Write the plan beside and rename it into place; whatever stood there goes."""
     building = Path(tempfile.mkdtemp(prefix=f"{BESIDE}{folder.name}-", dir=dataset.path))
     try:
@@ -221,7 +223,7 @@ def build_plan(folder: Path, dataset: Dataset, seq_len: int, batching: str, work
             num_rows, num_tokens, files = write_packed(building, dataset, seq_len, workers)
         else:
             num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
-        record = PlanRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
+        record = PackingRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
         write_json_durably(building / PLAN_FILE, with_digest(asdict(record)))
         sync_directory(building)
         if folder.exists():

@@ -37,7 +37,7 @@ CACHED_PERMUTATIONS = 256
 Int64Array = npt.NDArray[np.int64]
 
 
-class KeyedOrder:
+class ShuffledSampler:
     """`counts`: slots of each source in every block, BLOCK_SLOTS in all. `rows`: rows of each source."""
 
     def __init__(self, counts: Sequence[int], rows: Sequence[int], seed: int, phase: str) -> None:

@@ -12,7 +12,7 @@ import psutil
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.doctor.findings import Finding, first_line, note, ok, problem, warning
-from megatron_ettin.parallel.rendezvous import first_host
+from megatron_ettin.parallel.env import first_host
 from megatron_ettin.platform import inventory
 
 GIB = float(1 << 30)

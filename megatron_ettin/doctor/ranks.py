@@ -14,8 +14,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_ettin.base.errors import RankError
 from megatron_ettin.base.versions import (
     CLOCK_SECONDS,
@@ -26,7 +24,9 @@ from megatron_ettin.base.versions import (
     versions,
 )
 from megatron_ettin.doctor.findings import Finding, first_line, flops_text, ok, problem, warning
-from megatron_ettin.parallel.rendezvous import Place, forget, join, leave
+from megatron_ettin.parallel.collectives import all_gather_object, barrier
+from megatron_ettin.parallel.env import DistributedEnv
+from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group, release_store
 from megatron_ettin.platform import Platform, detect, inventory
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.sanity import AllReduces, Products, all_reduces, products
@@ -36,39 +36,33 @@ SLOW_RANK = 0.85  # of the median rank's rate
 TOLD = 4
 
 
-def rank_findings(place: Place, platform: Platform, own: Sequence[Finding], quick: bool) -> list[Finding]:
+def rank_findings(place: DistributedEnv, platform: Platform, own: Sequence[Finding], quick: bool) -> list[Finding]:
     """The same list on every rank, but where they do not meet. `own`: what this rank has found by itself; what is
     wrong of the others' is in the list with their hosts. Collective."""
     try:
-        join(place, platform, arrival_seconds=ARRIVAL_SECONDS)
+        init_process_group(place, platform, arrival_seconds=ARRIVAL_SECONDS)
     except RankError as error:
         todo = "are all started? are MASTER_ADDR and the port reachable from each host, is a firewall between them?"
         return [problem("rendezvous", str(error), todo)]
     try:
         measured = None if quick else products_finding(platform)
-        hosts = _gather(socket.gethostname())
+        hosts = all_gather_object(socket.gethostname())
         found = [ok("rendezvous", f"{place.world} ranks by {place.source}; hosts: {len(set(hosts))}")]
-        found += _differences(hosts, _gather(_facts(platform)))
-        dist.barrier()
-        found.append(judge_clocks(hosts, _gather(time.time())))
+        found += _differences(hosts, all_gather_object(_facts(platform)))
+        barrier()
+        found.append(judge_clocks(hosts, all_gather_object(time.time())))
         if measured is not None:
-            found.append(judge_rates(hosts, _gather(measured)))
+            found.append(judge_rates(hosts, all_gather_object(measured)))
         seconds = 0.0 if quick else GPU_SECONDS if platform.is_gpu else CPU_SECONDS
-        sums = _gather(all_reduce_finding(all_reduces(platform, seconds), platform))
+        sums = all_gather_object(all_reduce_finding(all_reduces(platform, seconds), platform))
         found.append(next((one for one in sums if one.state != "ok"), sums[0]))
-        return found + _others(hosts, _gather(list(own)))
+        return found + _others(hosts, all_gather_object(list(own)))
     except RuntimeError as error:  # a rank that died, a network that is cut
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return [problem("ranks", f"rank {place.rank}: {cause}", "NCCL_DEBUG=INFO tells more of GPUs' networks")]
     finally:
-        leave()
-        forget()
-
-
-def _gather(mine: Any) -> list[Any]:
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
+        destroy_process_group()
+        release_store()
 
 
 def _facts(platform: Platform) -> dict[str, str]:
@@ -146,11 +140,11 @@ def alone_findings() -> list[Finding]:
     found = [products_finding(detect("auto", index), index if count > 1 else None, count) for index in range(count)]
     platform = detect("auto", 0)
     try:
-        join(Place(0, 1, 0, None, 0, "alone"), platform)
+        init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
         try:
             found.append(all_reduce_finding(all_reduces(platform, 0.0), platform))
         finally:
-            leave()
+            destroy_process_group()
     except RuntimeError as error:
         todo = "NCCL_DEBUG=INFO tells more; is the library's version that of torch?"
         found.append(problem("all-reduce", f"{platform.backend} does not start: {first_line(error)}", todo))

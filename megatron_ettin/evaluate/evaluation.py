@@ -15,13 +15,14 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.batching.batches import Batches, MicroBatch
-from megatron_ettin.batching.objectives import RowKinds, corpus_labeller
+from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE
-from megatron_ettin.data.blended_dataset import Corpus, open_by_source
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_by_source
 from megatron_ettin.data.mixture import largest_remainder
 from megatron_ettin.data.sampler import BatchSizes
-from megatron_ettin.train.setup import Machine
+from megatron_ettin.parallel.collectives import all_reduce_sum
+from megatron_ettin.train.setup import TrainState
 from megatron_ettin.train.step import Totals, run_micro_batches
 
 VALIDATION_MLM_PROBABILITY = 0.15
@@ -29,7 +30,7 @@ VALIDATION_SEED, VALIDATION_PHASE = 0, "validation"
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalMetrics:
     """Mean loss over predicted tokens; accuracy of the likeliest token (masked positions of an encoder)."""
 
     objective: str
@@ -55,10 +56,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluated(Measured):
+class EvalResult(EvalMetrics):
     """The whole, and its parts by source: their labels, and their losses times labels, sum to the whole's."""
 
-    sources: dict[str, Measured]
+    sources: dict[str, EvalMetrics]
 
     def to_json(self) -> dict[str, Any]:
         parts = {name: part.to_json() for name, part in self.sources.items()}
@@ -73,14 +74,14 @@ class Evaluated(Measured):
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalDataset:
     """Rows to evaluate on, by source, all read in one way."""
 
     sources: dict[str, Batches]
     kind: str
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> BlendedDataset:
         """Of the first source; tokenizer, vocabulary and row length are everyone's."""
         return next(iter(self.sources.values())).corpus
 
@@ -94,39 +95,41 @@ class HeldOut:
         return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
 
 
-def open_held_out(machine: Machine, datasets: Mapping[str, str], kind: str, seq_len: int | None = None) -> HeldOut:
+def build_eval_dataset(
+    train_state: TrainState, datasets: Mapping[str, str], kind: str, seq_len: int | None = None
+) -> EvalDataset:
     """Rows of the datasets named, read as `kind` has it, in an order of their own that no run's seed changes. Sources
     are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
     UserError."""
-    data = machine.config.data
-    run = dataclasses.replace(machine.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
+    data = train_state.config.data
+    run = dataclasses.replace(train_state.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
     length = seq_len or data.seq_len
-    if not 8 <= length <= machine.config.model.max_position_embeddings:
-        most = machine.config.model.max_position_embeddings
+    if not 8 <= length <= train_state.config.model.max_position_embeddings:
+        most = train_state.config.model.max_position_embeddings
         raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")
-    config = dataclasses.replace(machine.config, run=run, data=dataclasses.replace(data, seq_len=length))
+    config = dataclasses.replace(train_state.config, run=run, data=dataclasses.replace(data, seq_len=length))
     sources = {}
     for name, path in datasets.items():
         parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
         for part, corpus in parts.items():
             label = name if not part else part if len(datasets) == 1 else f"{name}/{part}"
-            sources[label] = held_out_batches(config, machine, corpus)
-    return HeldOut(sources, kind)
+            sources[label] = held_out_batches(config, train_state, corpus)
+    return EvalDataset(sources, kind)
 
 
-def held_out_batches(config: Config, machine: Machine, corpus: Corpus) -> Batches:
-    label = corpus_labeller(config, corpus, VALIDATION_MLM_PROBABILITY)
+def held_out_batches(config: Config, train_state: TrainState, corpus: BlendedDataset) -> Batches:
+    label = dataset_collator(config, corpus, VALIDATION_MLM_PROBABILITY)
     sizes = BatchSizes((config.batch.global_batch_rows,), (0,))
-    kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
-    return Batches(config, corpus, sizes, label, kinds, machine.layout, machine.platform.device)
+    kinds = ObjectiveMix.of(config, corpus.mean_tokens_per_row)
+    return Batches(config, corpus, sizes, label, kinds, train_state.layout, train_state.platform.device)
 
 
-def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -> Evaluated:
+def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | None = None) -> EvalResult:
     """Forward over `max_rows` rows (all by default), shared out over the sources. Collective; equal on every rank and
     layout."""
     rows = held_out.rows(max_rows)
-    machine.settle()
-    for chunk in machine.chunks:
+    train_state.finish_param_sync()
+    for chunk in train_state.model_chunks:
         chunk.eval()
     figures: list[float] = []
     try:
@@ -134,20 +137,20 @@ def evaluate(machine: Machine, held_out: HeldOut, max_rows: int | None = None) -
             for batches, count in zip(held_out.sources.values(), rows, strict=True):
                 totals = Totals()
                 for group in groups_in_order(batches, count):
-                    totals += run_micro_batches(machine, group, len(group), training=False).read()
+                    totals += run_micro_batches(train_state, group, len(group), training=False).read()
                 figures += [totals.loss, totals.labels, totals.correct]
     finally:
-        for chunk in machine.chunks:
+        for chunk in train_state.model_chunks:
             chunk.train()
-    sums = np.array(machine.layout.sum_over_world(figures, machine.platform.device)).reshape(-1, 3)
+    sums = np.array(all_reduce_sum(figures, train_state.platform.device)).reshape(-1, 3)
     kind = held_out.kind
     parts = {name: measured(kind, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)}
-    return Evaluated(**dataclasses.asdict(measured(kind, sums.sum(axis=0), sum(rows))), sources=parts)
+    return EvalResult(**dataclasses.asdict(measured(kind, sums.sum(axis=0), sum(rows))), sources=parts)
 
 
-def measured(objective: str, sums: np.ndarray, rows: int) -> Measured:
+def measured(objective: str, sums: np.ndarray, rows: int) -> EvalMetrics:
     loss, labels, correct = sums.tolist()
-    return Measured(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
+    return EvalMetrics(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
 
 
 def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
@@ -160,7 +163,7 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
         yield [batches.held_out(host.share(split, index)[1], least) for index in indices]
 
 
-def unigram_loss(train: Corpus, held_out: HeldOut, max_rows: int | None = None) -> float:
+def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | None = None) -> float:
     """Cross entropy, on the positions that `evaluate` predicts, of the training corpus's token frequencies with one
     added to each: what a model that ignores all context can reach."""
     counts = np.ones(train.vocab_size, dtype=np.float64)

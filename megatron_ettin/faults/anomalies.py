@@ -20,7 +20,7 @@ LARGEST_EXPONENT = 700.0  # of a float
 
 
 @dataclass(frozen=True)
-class Bad:
+class Anomaly:
     """`action`: "skip" (the update is left out), "stop" (the run), "warn" and "ignore" (trained on, told of)."""
 
     why: str
@@ -33,7 +33,7 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Guard:
+class AnomalyDetector:
     """What one step is judged by. `recent`: gradient norms of steps before it, the latest last."""
 
     settings: ResilienceConfig
@@ -46,18 +46,18 @@ class Guard:
         wanted = (self.settings.on_nonfinite, self.settings.on_spike)
         return self.can_skip and any(action in ("skip", "stop") for action in wanted)
 
-    def judge(self, loss: float, grad_norm: float) -> Bad | None:
+    def judge(self, loss: float, grad_norm: float) -> Anomaly | None:
         """What is wrong with the figures of the step at hand, None where nothing is."""
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 # with the weights already updated, what may not be kept ends the run
                 action = self.settings.on_nonfinite
-                return Bad(f"{name} is {value}", "stop" if action == "skip" and not self.can_skip else action)
+                return Anomaly(f"{name} is {value}", "stop" if action == "skip" and not self.can_skip else action)
         limit, action = self.limit(), self.settings.on_spike
         if limit is None or grad_norm <= limit:
             return None
         why = f"gradient norm {grad_norm:.4g} is above {limit:.4g} ({self.settings.spike_sigmas:g} sigmas)"
-        return Bad(why, "warn" if action == "skip" and not self.can_skip else action)
+        return Anomaly(why, "warn" if action == "skip" and not self.can_skip else action)
 
     def limit(self) -> float | None:
         """The largest gradient norm that is no spike; None where none is looked for, or too few steps are known."""
@@ -84,7 +84,7 @@ def median(values: list[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def told_at_start(config: Config, can_skip: bool) -> str | None:
+def start_note(config: Config, can_skip: bool) -> str | None:
     """A line where the settings ask for what the engine cannot do."""
     if can_skip or "skip" not in (config.resilience.on_nonfinite, config.resilience.on_spike):
         return None

@@ -16,10 +16,11 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, versions
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset
+from megatron_ettin.parallel.collectives import all_gather_object, barrier, world_size
 
 
-def facts_of(config: Config, corpus: Corpus) -> dict[str, str]:
+def facts_of(config: Config, corpus: BlendedDataset) -> dict[str, str]:
     """What must be equal on all ranks, by its name in the message."""
     return {
         "code of megatron_ettin": f"{megatron_ettin.__version__} ({code_hash()})",
@@ -30,20 +31,17 @@ def facts_of(config: Config, corpus: Corpus) -> dict[str, str]:
     }
 
 
-def check_agreement(config: Config, corpus: Corpus) -> None:
+def check_ranks_consistent(config: Config, corpus: BlendedDataset) -> None:
     """Compare all ranks of the default group. Raises UserError, the same on each, naming who differs from the most."""
-    world = dist.get_world_size()
-    if world == 1:
+    if world_size() == 1:
         return
-    mine = {"host": socket.gethostname(), "facts": facts_of(config, corpus)}
-    ranks: list[Any] = [None] * world
-    dist.all_gather_object(ranks, mine)
+    mine: dict[str, Any] = {"host": socket.gethostname(), "facts": facts_of(config, corpus)}
+    ranks = all_gather_object(mine)
     disagreement = first_difference([rank["host"] for rank in ranks], [rank["facts"] for rank in ranks])
     if disagreement is not None:
         raise UserError(disagreement)
-    dist.barrier()
-    now = [0.0] * world
-    dist.all_gather_object(now, time.time())
+    barrier()
+    now = all_gather_object(time.time())
     if dist.get_rank() == 0:
         for line in clock_warnings([rank["host"] for rank in ranks], now):
             log_warning(line)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.parallel.failure_report import BETWEEN_STEPS, Heart, write_record
+from megatron_ettin.parallel.failure_report import BETWEEN_STEPS, Heartbeat, write_record
 
 FOLDER = "watch"
 TOLD_RANKS = 3
@@ -35,7 +35,7 @@ ORDER = (
 
 
 @dataclass(frozen=True)
-class Peer:
+class RankInfo:
     """A rank of this launch."""
 
     rank: int
@@ -43,7 +43,7 @@ class Peer:
     pid: int
 
     @classmethod
-    def here(cls, rank: int) -> Peer:
+    def here(cls, rank: int) -> RankInfo:
         return cls(rank, socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankStatus:
     """What a rank said last. `step`: steps that it has done; `doing`: where it is after them; `stalled`: that it sees
     no progress."""
 
@@ -71,46 +71,46 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HangReport:
     """`line`: for the end of the log; `culprit`: the first rank that it names, None where no rank is behind."""
 
     line: str
-    culprit: Peer | None
+    culprit: RankInfo | None
 
 
-def sign_path(folder: Path, rank: int) -> Path:
+def status_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.json"
 
 
-def write_sign(folder: Path, launch: str, peer: Peer, heart: Heart, count: int, stalled: bool) -> None:
+def write_status(folder: Path, launch: str, peer: RankInfo, heartbeat: Heartbeat, count: int, stalled: bool) -> None:
     """Say that this rank is alive and what it does. `launch`: which of the run's launches; `count`: of the signs."""
     record = {
         **{"launch": launch, "count": count, "rank": peer.rank, "host": peer.host, "pid": peer.pid},
-        **{"step": heart.figures.get("step", 0), "doing": heart.doing, "stalled": stalled, "time": time.time()},
+        **{"step": heartbeat.figures.get("step", 0), "doing": heartbeat.doing, "stalled": stalled, "time": time.time()},
     }
-    write_record(sign_path(folder, peer.rank), record)
+    write_record(status_path(folder, peer.rank), record)
 
 
-def read_sign(folder: Path, launch: str, rank: int) -> Sign | None:
+def read_status(folder: Path, launch: str, rank: int) -> RankStatus | None:
     """The rank's last one; None where it left none in this launch."""
     try:
-        found: dict[str, Any] = json.loads(sign_path(folder, rank).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(status_path(folder, rank).read_text(encoding="utf-8"))
         if found["launch"] != launch:
             return None
         age = max(0.0, time.time() - float(found["time"]))  # to be told, not to decide by
-        return Sign(int(found["step"]), str(found["doing"]), bool(found["stalled"]), age)
+        return RankStatus(int(found["step"]), str(found["doing"]), bool(found["stalled"]), age)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def verdict(peers: Sequence[Peer], signs: Mapping[int, Sign]) -> Verdict:
+def hang_report(peers: Sequence[RankInfo], signs: Mapping[int, RankStatus]) -> HangReport:
     """Who holds the others up. `signs`: the last ones; ranks whose sign is not `stalled` gave no answer."""
     answered = {rank: sign for rank, sign in signs.items() if sign.stalled}
     silent = [peer for peer in peers if peer.rank not in answered]
     if silent:
         told = [_silence(peer, signs.get(peer.rank)) for peer in silent[:TOLD_RANKS]]
         more = f" and {len(silent) - TOLD_RANKS} more" if len(silent) > TOLD_RANKS else ""
-        return Verdict(", ".join(told) + more + _others(list(answered.values())), silent[0])
+        return HangReport(", ".join(told) + more + _others(list(answered.values())), silent[0])
     last = min(sign.place for sign in answered.values())
     behind = [peer for peer in peers if answered[peer.rank].place == last]
     others = [sign for sign in answered.values() if sign.place != last]
@@ -118,20 +118,20 @@ def verdict(peers: Sequence[Peer], signs: Mapping[int, Sign]) -> Verdict:
     if not others:
         who = str(behind[0]) if len(peers) == 1 else f"all {len(peers)} ranks"
         verb = "is" if len(peers) == 1 else "are"
-        return Verdict(f"{who} {verb} in {where}", peers[0] if len(peers) == 1 else None)
+        return HangReport(f"{who} {verb} in {where}", peers[0] if len(peers) == 1 else None)
     told = [str(peer) for peer in behind[:TOLD_RANKS]]
     more = f" and {len(behind) - TOLD_RANKS} more" if len(behind) > TOLD_RANKS else ""
     verb = "is" if len(behind) == 1 else "are"
-    return Verdict(f"{', '.join(told)}{more} {verb} still in {where}{_others(others)}", behind[0])
+    return HangReport(f"{', '.join(told)}{more} {verb} still in {where}{_others(others)}", behind[0])
 
 
-def _silence(peer: Peer, sign: Sign | None) -> str:
+def _silence(peer: RankInfo, sign: RankStatus | None) -> str:
     if sign is None:
         return f"{peer} has not been heard of"
     return f"{peer} has not been heard of for {sign.age_seconds:.0f} s (last {sign.told()})"
 
 
-def _others(signs: Sequence[Sign]) -> str:
+def _others(signs: Sequence[RankStatus]) -> str:
     """What the most of them wait in."""
     if not signs:
         return ""

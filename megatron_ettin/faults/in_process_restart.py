@@ -20,8 +20,9 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_exception
 from megatron_ettin.config.schema import ResilienceConfig
 from megatron_ettin.faults.watchdog import collective_seconds
-from megatron_ettin.parallel.layout import destroy_model_parallel
-from megatron_ettin.parallel.rendezvous import Place, find_place, join_anew, leave
+from megatron_ettin.parallel.env import DistributedEnv, read_distributed_env
+from megatron_ettin.parallel.groups import destroy_model_parallel
+from megatron_ettin.parallel.process_groups import destroy_process_group, reinit_after_restart
 from megatron_ettin.platform import detect
 from megatron_ettin.train.stop_signal import STOPS
 from megatron_ettin.train.trainer import TrainingStopped
@@ -41,7 +42,7 @@ class RankFailed(RuntimeError):
 def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bool]) -> bool:
     """`work()`, again on all ranks where it raises an error on one, up to `in_process_restarts` times; what no restart
     mends (UserError, TrainingStopped) is raised. A process that is alone has its launcher to start it again."""
-    place = find_place()
+    place = read_distributed_env()
     if not settings.in_process_restarts or place.world == 1:
         return work()
     inprocess = load()
@@ -52,15 +53,15 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
     def attempt(call_wrapper: Any = None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RANK)
         destroy_model_parallel()  # where the last attempt was interrupted in doing so
-        leave()
-        join_anew(call_wrapper.iteration, port)
+        destroy_process_group()
+        reinit_after_restart(call_wrapper.iteration, port)
         failure = None
         try:
             outcome[:] = [work()]
         except (UserError, TrainingStopped) as error:
             outcome[:] = [error]
         except Exception as error:
-            failure = let_go(error)
+            failure = clear_traceback(error)
         if failure is not None:  # here, where the error is gone
             raise failure
 
@@ -76,7 +77,7 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
     return bool(outcome[0])
 
 
-def let_go(error: Exception) -> RankFailed:
+def clear_traceback(error: Exception) -> RankFailed:
     """The error, told, without what its frames hold: the model's memory, and groups whose connections would stay open
     and let the other ranks wait."""
     log_exception(error)
@@ -115,7 +116,7 @@ def options(inprocess: Any, settings: ResilienceConfig, is_gpu: bool) -> dict[st
     }
 
 
-def tell_environment(place: Place) -> None:
+def tell_environment(place: DistributedEnv) -> None:
     """The variables that the library reads, where SLURM gave others."""
     assert place.address is not None
     names = {"RANK": place.rank, "WORLD_SIZE": place.world, "LOCAL_RANK": place.local_rank}

@@ -14,8 +14,8 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.checkpoint.directory import list_checkpoints, step_name, step_of
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.blended_dataset import Corpus
-from megatron_ettin.faults.anomalies import Bad
+from megatron_ettin.data.blended_dataset import BlendedDataset
+from megatron_ettin.faults.anomalies import Anomaly
 from megatron_ettin.metrics import finite
 from megatron_ettin.runs.order_export import write_parquet
 from megatron_ettin.train.progress import Progress
@@ -40,7 +40,7 @@ def outcome(config: Config, info: StepInfo, after: Progress) -> str:
     return known.get(info.bad.action, "stopped" if too_many else "skipped")
 
 
-def record(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: Progress, found: str) -> str:
+def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepInfo, after: Progress, found: str) -> str:
     """Write down the step (on one rank); returns the line that tells of it."""
     assert info.bad is not None
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
@@ -59,7 +59,7 @@ def record(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after:
     return f"step {info.step}: {info.bad.why}; {consequence(info.bad, after, found)}; {rows}, {named}"
 
 
-def consequence(bad: Bad, after: Progress, found: str) -> str:
+def consequence(bad: Anomaly, after: Progress, found: str) -> str:
     """In words."""
     if found == "skipped":
         return f"the update is left out ({after.skipped_in_row} in a row)"
@@ -69,13 +69,15 @@ def consequence(bad: Bad, after: Progress, found: str) -> str:
     return f"the run stops{in_row}. Nothing of this step was saved"
 
 
-def tell(run_dir: Path, config: Config, corpus: Corpus, info: StepInfo, after: Progress, chief: bool) -> None:
+def report_anomaly(
+    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepInfo, after: Progress, is_main_process: bool
+) -> None:
     """Record a bad step and go on, or raise TrainingStopped, the same on every rank."""
     found = outcome(config, info, after)
-    line = record(run_dir, config, corpus, info, after, found) if chief else f"step {info.step}: stopped"
+    line = record(run_dir, config, corpus, info, after, found) if is_main_process else f"step {info.step}: stopped"
     if found == "stopped":
         raise BadNumbers(line)
-    if chief:
+    if is_main_process:
         # a spike whose update was made is no alarm
         log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")
     info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.faults.hang_report import Peer
+from megatron_ettin.faults.hang_report import RankInfo
+from megatron_ettin.parallel.collectives import all_gather_scalar
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.step import StepInfo
 
@@ -46,25 +47,25 @@ def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
 class Stragglers(Hook):
     """Every `metrics.ranks_every_steps` steps the slowest rank into the metrics, a line where it stays the same one."""
 
-    def __init__(self, peers: Sequence[Peer]) -> None:
+    def __init__(self, peers: Sequence[RankInfo]) -> None:
         self.peers = peers
         self.seconds: list[float] = []
         self.in_a_row: list[int] = []
 
     def start(self, run: Run) -> None:
-        topology = run.machine.layout.topology
+        topology = run.train_state.layout.topology
         self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
         self.first_step = run.progress.step + 1  # kernels are compiled in it, and files opened
 
     def step(self, run: Run, info: StepInfo) -> None:
         if len(self.peers) == 1 or info.step == self.first_step:
             return
-        self.seconds.append(run.machine.clock.seconds)
+        self.seconds.append(run.train_state.clock.seconds)
         if info.step % run.config.metrics.ranks_every_steps:
             return
         mean = statistics.fmean(self.seconds)
         self.seconds = []
-        found = slowest(run.machine.layout.of_each_rank(mean, run.machine.platform.device), self.stages)
+        found = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
         if found is None:
             return
         peer = self.peers[found.rank]
@@ -72,11 +73,11 @@ class Stragglers(Hook):
         self.in_a_row = [*(self.in_a_row if peer.rank in self.in_a_row else []), peer.rank]
         if found.ratio <= WARN_RATIO:
             self.in_a_row = []
-        if run.is_chief and len(self.in_a_row) == WARN_TIMES:
+        if run.is_main_process and len(self.in_a_row) == WARN_TIMES:
             log_warning(warning(peer, found, run.config.metrics.ranks_every_steps))
 
 
-def warning(peer: Peer, found: Slowest, every_steps: int) -> str:
+def warning(peer: RankInfo, found: Slowest, every_steps: int) -> str:
     return (
         f"warning: {peer} is slow: {found.ratio:.1f} times the others' seconds until the gradient sum, over the last"
         f" {WARN_TIMES * every_steps} steps; all ranks wait for it"

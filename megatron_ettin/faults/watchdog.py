@@ -1,4 +1,4 @@
-"""A thread of every rank that sees when the main thread no longer moves: it leaves every thread's Python stack and
+"""A thread of every rank that sees when the main thread no longer ticks: it leaves every thread's Python stack and
 torch's flight recorder in RUN/watch/stall-TIME, one rank says whom the others wait for, and all end with 75.
 
 All ranks move in step, so all of them see a stall within a moment of each other. One that does not answer then is
@@ -19,12 +19,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from megatron_ettin.base.errors import EXIT_REQUEUE
 from megatron_ettin.base.log import ERRORS, flush, log_warning
-from megatron_ettin.faults.hang_report import FOLDER, Peer, Sign, read_sign, sign_path, verdict, write_sign
-from megatron_ettin.parallel.failure_report import SLOW_FACTOR, Heart, record_stall, write_record
+from megatron_ettin.faults.hang_report import (
+    FOLDER,
+    RankInfo,
+    RankStatus,
+    hang_report,
+    read_status,
+    status_path,
+    write_status,
+)
+from megatron_ettin.parallel.collectives import all_gather_object
+from megatron_ettin.parallel.failure_report import SLOW_FACTOR, Heartbeat, record_stall, write_record
 from megatron_ettin.platform import flight_recorder
 
 ANSWER_SECONDS = 3.0  # that ranks may differ in seeing a stall
@@ -43,12 +50,12 @@ def collective_seconds(hang_seconds: float) -> float:
 class Watchdog:
     """Of this rank during one run; a context. Collective, for ranks tell each other host and process."""
 
-    def __init__(self, run_dir: Path, heart: Heart, rank: int) -> None:
-        self.folder, self.heart, self.rank = run_dir / FOLDER, heart, rank
+    def __init__(self, run_dir: Path, heartbeat: Heartbeat, rank: int) -> None:
+        self.folder, self.heartbeat, self.rank = run_dir / FOLDER, heartbeat, rank
         self.peers, self.launch = meet(rank)
         self.stall_folder = self.folder / f"stall-{self.launch}"
-        self.tick_seconds = min(1.0, heart.hang_seconds / 10)
-        self.sign_seconds = max(1.0, heart.hang_seconds / 4)
+        self.tick_seconds = min(1.0, heartbeat.hang_seconds / 10)
+        self.sign_seconds = max(1.0, heartbeat.hang_seconds / 4)
         self.stalled = False
         self._signs = 0
         self._end = threading.Event()
@@ -65,7 +72,7 @@ class Watchdog:
             self.explain()
         self._end.set()
         self._thread.join()
-        sign_path(self.folder, self.rank).unlink(missing_ok=True)
+        status_path(self.folder, self.rank).unlink(missing_ok=True)
 
     def explain(self) -> None:
         """Of an error in the main thread: where a stall is its cause (the others have ended), end as they did."""
@@ -75,17 +82,17 @@ class Watchdog:
             end()
 
     def _watch(self) -> None:
-        moves, still, since_sign, before = -1, 0.0, 0.0, time.monotonic()
+        ticks, still, since_sign, before = -1, 0.0, 0.0, time.monotonic()
         while not self._end.wait(self.tick_seconds):
             now = time.monotonic()
             tick, before = min(now - before, 2 * self.tick_seconds), now
-            still = still + tick if moves == self.heart.moves else 0.0
-            moves, since_sign = self.heart.moves, since_sign + tick
+            still = still + tick if ticks == self.heartbeat.ticks else 0.0
+            ticks, since_sign = self.heartbeat.ticks, since_sign + tick
             if since_sign >= self.sign_seconds:
                 since_sign = 0.0
                 self._sign()
                 self._expect_c_code()
-            if still >= self.heart.limit_seconds > 0:
+            if still >= self.heartbeat.limit_seconds > 0:
                 self._stall(still)
         faulthandler.cancel_dump_traceback_later()
 
@@ -93,12 +100,12 @@ class Watchdog:
         self._signs += 1
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-        write_sign(self.folder, self.launch, self.peers[self.rank], self.heart, self._signs, self.stalled)
+        write_status(self.folder, self.launch, self.peers[self.rank], self.heartbeat, self._signs, self.stalled)
 
     def _expect_c_code(self) -> None:
         """Should this thread not come here again in time, for want of the interpreter: stacks to standard error."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            seconds = self.sign_seconds + self.heart.limit_seconds + C_CODE_SECONDS
+            seconds = self.sign_seconds + self.heartbeat.limit_seconds + C_CODE_SECONDS
             faulthandler.dump_traceback_later(seconds, file=ERRORS)
 
     def _stall(self, seconds: float) -> NoReturn:
@@ -121,10 +128,10 @@ class Watchdog:
     def _dump(self, seconds: float) -> None:
         """Every thread's stack."""
         path = self.stall_folder / f"rank_{self.rank:05d}.txt"
-        step = self.heart.figures.get("step", 0)
+        step = self.heartbeat.figures.get("step", 0)
         with open(path, "w", encoding="utf-8") as file:
             file.write(
-                f"{self.peers[self.rank]}: {self.heart.doing} after step {step}, no progress for {seconds:.0f} s\n"
+                f"{self.peers[self.rank]}: {self.heartbeat.doing} after step {step}, no progress for {seconds:.0f} s\n"
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -149,7 +156,7 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         """Wait for the others' answers, say whom they wait for."""
-        found = verdict(self.peers, self._answers())
+        found = hang_report(self.peers, self._answers())
         line = f"stalled for {seconds:.0f} s: {found.line}"
         if found.culprit is not None:
             record_stall(found.culprit.rank, found.culprit.host, line)
@@ -159,14 +166,14 @@ class Watchdog:
         told = f"ettin train: {line}; stacks in {self.stall_folder}"
         within(TURN_SECONDS, lambda: log_warning(told))
 
-    def _answers(self) -> dict[int, Sign]:
+    def _answers(self) -> dict[int, RankStatus]:
         """The ranks' last signs."""
-        signs: dict[int, Sign] = {}
+        signs: dict[int, RankStatus] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             for peer in self.peers:
                 if peer.rank not in signs or not signs[peer.rank].stalled:
-                    sign = read_sign(self.folder, self.launch, peer.rank)
+                    sign = read_status(self.folder, self.launch, peer.rank)
                     if sign is not None:
                         signs[peer.rank] = sign
             if time.monotonic() > deadline or sum(sign.stalled for sign in signs.values()) == len(self.peers):
@@ -174,14 +181,9 @@ class Watchdog:
             time.sleep(0.2)
 
 
-def meet(rank: int) -> tuple[list[Peer], str]:
+def meet(rank: int) -> tuple[list[RankInfo], str]:
     """All ranks of the default group, and a name for this launch, the same on each. Collective."""
-    world = dist.get_world_size()
-    mine = Peer.here(rank), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    ranks: list[Any] = [mine]
-    if world > 1:
-        ranks = [None] * world
-        dist.all_gather_object(ranks, mine)
+    ranks = all_gather_object((RankInfo.here(rank), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     return [peer for peer, _ in ranks], ranks[0][1]
 
 

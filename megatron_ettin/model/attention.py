@@ -29,7 +29,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.compile import fusible
+from megatron_ettin.platform.compile import maybe_compile
 
 BAND = 64  # tokens a block of `bands`; the window is rounded up to blocks
 DENSE_ROW_TOKENS = 192  # up to here a masked row costs less than many small calls
@@ -219,7 +219,7 @@ def rotary_tables(packed: PackedRows, dim: int, theta: float, dtype: torch.dtype
     return packed.once(("rotary", dim, theta, dtype), make)
 
 
-@fusible
+@maybe_compile
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, dim] turned by the tables."""
     first, second = x.chunk(2, dim=-1)

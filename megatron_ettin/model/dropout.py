@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.compile import fusible, fusing
+from megatron_ettin.platform.compile import compile_enabled, maybe_compile
 
 _TOKEN, _WORD = 0x9E3779B1, 0x85EBCA77  # odd constants that spread consecutive counters
 
@@ -85,14 +85,14 @@ def keep_mask_by_channel(keys: torch.Tensor, channels: int, dropped: int) -> tor
     return (half ^ 0x8000) >= dropped  # as an unsigned number: int16's order, moved up
 
 
-@fusible
+@maybe_compile
 def add_kept(x: torch.Tensor, residual: torch.Tensor, keys: torch.Tensor, dropped: int, scale: float) -> torch.Tensor:
     """residual + x * mask * scale; tensors [tokens, 1, channels]."""
     keep = keep_mask_by_channel(keys, x.shape[-1], dropped)[:, None]
     return torch.where(keep, residual + x * scale, residual)
 
 
-@fusible
+@maybe_compile
 def kept_gradient(gradient: torch.Tensor, keys: torch.Tensor, dropped: int, scale: float) -> torch.Tensor:
     """What reaches x of `add_kept`."""
     return torch.where(keep_mask_by_channel(keys, gradient.shape[-1], dropped)[:, None], gradient * scale, 0.0)
@@ -104,7 +104,7 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keys: torch.Tensor, dropped: int) -> torch.Tensor:
-        ctx.dropped, ctx.scale, ctx.fused = dropped, 65536 / (65536 - dropped), fusing()
+        ctx.dropped, ctx.scale, ctx.fused = dropped, 65536 / (65536 - dropped), compile_enabled()
         if ctx.fused:
             ctx.save_for_backward(keys)
             return add_kept(x, residual, keys, dropped, ctx.scale)

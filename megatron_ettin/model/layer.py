@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
-from megatron_ettin.platform.compile import fusible
+from megatron_ettin.platform.compile import maybe_compile
 
 # of every layer on every rank it tells that the MLP is none of its own
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -104,7 +104,7 @@ def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBl
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=BiasFreeLayerNorm)
 
 
-@fusible
+@maybe_compile
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU (exact, not its tanh form) of the first half of the channels times the second."""
     first, second = x.chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.platform.compile import fusible, fusing
+from megatron_ettin.platform.compile import compile_enabled, maybe_compile
 
 CHUNK_LOGITS_BYTES = 64 * 2**20  # fp32 logits alive at once; large enough for efficient matrix products
 DEVICE_CHUNK_ROWS = 4_096  # what fills a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(bias, dtype=torch.float32),
         )
         rows = max(64, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
-        if wants and fusing():
+        if wants and compile_enabled():
             rows = rows if hidden.device.type == "cpu" else DEVICE_CHUNK_ROWS
             for start in range(0, len(labels), rows):
                 part = slice(start, start + rows)
@@ -108,7 +108,7 @@ def _real(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torch.Tensor:
     return torch.where(torch.arange(logits.shape[1], device=logits.device) < valid, values, float("-inf"))
 
 
-@fusible
+@maybe_compile
 def shard_statistics(
     logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +119,7 @@ def shard_statistics(
     return torch.logsumexp(values, dim=1), torch.where(here, found, 0.0)
 
 
-@fusible
+@maybe_compile
 def logit_gradient(
     logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor, first: int, valid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.platform.compile import fusible_at_any_size, fusing
+from megatron_ettin.platform.compile import compile_enabled, maybe_compile_dynamic
 
 
 @dataclass(frozen=True)
-class WholeTensor:
+class ParamInfo:
     """What a shard needs to know of the tensor it is part of."""
 
     index: int  # in the vector of sums
@@ -47,10 +47,10 @@ class TiedCopies:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Part of a flat shard (ZeRO lays many tensors in one), or all of a tensor that is not flat."""
 
-    whole: WholeTensor
+    whole: ParamInfo
     at: slice = field(default_factory=lambda: slice(None))  # of the shard's first dimension
 
 
@@ -61,7 +61,7 @@ class DecoupledAdamW(torch.optim.AdamW):
     device = torch.device("cpu")  # set by `build_optimizer`: a rank without shards has no parameter to ask
     tied: TiedCopies | None = None  # set by `build_optimizer` on the stages that hold a copy
 
-    def bind(self, tensors: Mapping[torch.Tensor, Sequence[Piece]], length: int, group: Any) -> None:
+    def bind(self, tensors: Mapping[torch.Tensor, Sequence[ShardSlice]], length: int, group: Any) -> None:
         """Tell which tensors each shard has pieces of; sums of `length` tensors are all-reduced over `group`."""
         self.tensors, self.length, self.sum_group = dict(tensors), length, group
         for p in self.tensors:
@@ -143,7 +143,7 @@ class _Clips:
 class StableAdamW(DecoupledAdamW):
     """The module docstring's update. Every rank of `sum_group` must call step, shards or none."""
 
-    def bind(self, tensors: Mapping[torch.Tensor, Sequence[Piece]], length: int, group: Any) -> None:
+    def bind(self, tensors: Mapping[torch.Tensor, Sequence[ShardSlice]], length: int, group: Any) -> None:
         super().bind(tensors, length, group)
         wholes = {piece.whole.index: piece.whole.numel for pieces in self.tensors.values() for piece in pieces}
         numels = [float(wholes.get(i, 1)) for i in range(length)]
@@ -202,7 +202,7 @@ class StableAdamW(DecoupledAdamW):
         """Not of ZeRO's flat tensors, which have pieces of several weights, nor of those it keeps in host memory."""
         pieces = self.tensors[p]
         whole = len(pieces) == 1 and pieces[0].at == slice(None)
-        return fusing() and whole and p.device == self._numels.device and p.is_contiguous()
+        return compile_enabled() and whole and p.device == self._numels.device and p.is_contiguous()
 
     def _scalar(self, value: float) -> torch.Tensor:
         """On the device, once a step; filled there, because a copy from the host could wait."""
@@ -224,7 +224,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
     return p.grad
 
 
-@fusible_at_any_size
+@maybe_compile_dynamic
 def update_moments(
     gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, b1: torch.Tensor, b2: torch.Tensor, floor: float
 ) -> torch.Tensor:
@@ -235,7 +235,7 @@ def update_moments(
     return (squared / v.clamp(min=floor)).sum()
 
 
-@fusible_at_any_size
+@maybe_compile_dynamic
 def update_weights(
     p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, kept: torch.Tensor, eps: float
 ) -> None:

@@ -19,9 +19,9 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
-from megatron_ettin.optim.adamw import DecoupledAdamW, Piece
-from megatron_ettin.optim.megatron import inner_optimizer, trained, whole_tensor
-from megatron_ettin.parallel.layout import ModelParallelUnit, OptimizerGroups
+from megatron_ettin.optim.adamw import DecoupledAdamW, ShardSlice
+from megatron_ettin.optim.megatron import inner_optimizer, param_info, trained
+from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
 from megatron_ettin.platform.deepspeed import forget, load_deepspeed
 
 
@@ -52,7 +52,7 @@ class ZeroOptimizer:
     def schedule(self) -> Callable[..., Any]:
         return self.forward_backward
 
-    def settle(self) -> None:
+    def finish_param_sync(self) -> None:
         """Nothing of a step goes on after it."""
 
     def forward_backward(
@@ -97,7 +97,7 @@ class ZeroOptimizer:
         self.updates += 1
 
     @contextlib.contextmanager
-    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+    def summon_full_params(self, writing: bool = False) -> Iterator[None]:
         """Every rank holds all of its model's weights inside (ZeRO-3 cuts them); what is `written` there is kept."""
         if zero_stage(self.config.parallel) < 3:
             yield
@@ -107,7 +107,7 @@ class ZeroOptimizer:
             yield
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
-        """build.TrainingOptimizer's, with the same keys and whole-parameter shapes. Inside `whole_weights`.
+        """build.TrainingOptimizer's, with the same keys and whole-parameter shapes. Inside `summon_full_params`.
         Collective."""
         sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
         return {
@@ -130,11 +130,11 @@ class ZeroOptimizer:
         self._masters_to_weights()
         self.updates = updates
 
-    def take_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
+    def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Start from the model's present weights (after loading weights alone)."""
         self.zero.refresh_fp32_params()
 
-    def written_weights(self, model_state: dict[str, Any]) -> dict[str, Any]:
+    def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint is to hold of the model."""
         return model_state
 
@@ -146,9 +146,9 @@ class ZeroOptimizer:
     def bind(self, groups: OptimizerGroups, wholes: dict[str, Any]) -> None:
         """Tell the inner optimizer what its flat tensors consist of."""
         self.shards = dict(_shards(self.zero, self.module, self.data_group.rank()))
-        pieces: dict[torch.Tensor, list[Piece]] = {flat: [] for flat in _flat_tensors(self.zero)}
+        pieces: dict[torch.Tensor, list[ShardSlice]] = {flat: [] for flat in _flat_tensors(self.zero)}
         for name, shard in self.shards.items():
-            pieces[shard.flat].append(Piece(wholes[name], shard.at))
+            pieces[shard.flat].append(ShardSlice(wholes[name], shard.at))
         group = groups.tensor_and_data
         self.inner.bind(pieces, len(wholes), group if group.size() > 1 else None)
 
@@ -186,7 +186,7 @@ def build_zero(
     deepspeed = load_deepspeed()
     named = trained([chunk])
     shapes = {name: p.shape for name, p in named}
-    wholes = {name: whole_tensor(p, i, groups.tensor) for i, (name, p) in enumerate(named)}
+    wholes = {name: param_info(p, i, groups.tensor) for i, (name, p) in enumerate(named)}
     if groups.tensor.size() > 1:
         _reduce_over_tensor_ranks([p for _, p in named if getattr(p, "sequence_parallel", False)], groups.tensor)
     if zero_stage(config.parallel) == 3:

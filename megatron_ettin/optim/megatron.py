@@ -24,9 +24,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
 from megatron_ettin.optim import sharded_state
-from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, TiedCopies, WholeTensor
+from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice, StableAdamW, TiedCopies
 from megatron_ettin.optim.muon import NOT_INSIDE, Matrix, Muon, is_inside
-from megatron_ettin.parallel.layout import OptimizerGroups
+from megatron_ettin.parallel.groups import OptimizerGroups
 from megatron_ettin.platform.fp8 import finish_gather
 
 OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
@@ -50,7 +50,7 @@ class TrainingOptimizer:
         """What runs a step's micro-batches forward and backward."""
         return get_forward_backward_func()
 
-    def settle(self) -> None:
+    def finish_param_sync(self) -> None:
         """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but that
         pass reads them (a checkpoint, an evaluation, a comparison)."""
         for chunk in self.chunks:
@@ -65,9 +65,9 @@ class TrainingOptimizer:
             finish_gather(chunk.parameters())
 
     @contextlib.contextmanager
-    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+    def summon_full_params(self, writing: bool = False) -> Iterator[None]:
         """Inside, the model's weights may be read and, where `writing`, written."""
-        self.settle()
+        self.finish_param_sync()
         yield
 
     def close(self) -> None:
@@ -128,14 +128,14 @@ class TrainingOptimizer:
                     tensor.copy_(state[index][name])
         self.inner.updates = updates
 
-    def take_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
+    def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 ->
         what it was cast from."""
         self.core.reload_model_params()
         if exact:
-            sharded_state.put_exact(self.core, exact)
+            sharded_state.set_master_weights(self.core, exact)
 
-    def written_weights(self, model_state: dict[str, Any]) -> dict[str, Any]:
+    def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint is to hold of the model: of weights in FP8 their masters, in 16 bits as of all others."""
         return sharded_state.from_masters(self.core, model_state) if self.distributed else model_state
 
@@ -182,11 +182,11 @@ def build_optimizer(
     else:
         core = FP32Optimizer(inner, config, _no_state)
     core.grad_stats_parallel_group, core.tp_group = groups.grad_stats, groups.tensor
-    wholes = {p: whole_tensor(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
+    wholes = {p: param_info(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
     if optim.name == "muon":
         channels = chunks[0].config.kv_channels
         wholes |= {p: _matrix(wholes[p], name, p, channels) for name, p in named if is_inside(name, p)}
-    tensors = {main: [Piece(wholes[model])] for model, main in main_parameters(core)}
+    tensors = {main: [ShardSlice(wholes[model])] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
     inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
     if groups.embedding is not None and groups.embedding.size() > 1:
@@ -214,15 +214,15 @@ def _no_state(*_: Any) -> None:
     """Core calls this to allocate the state; `bind` has done so."""
 
 
-def whole_tensor(model: torch.nn.Parameter, index: int, tensor_group: Any) -> WholeTensor:
+def param_info(model: torch.nn.Parameter, index: int, tensor_group: Any) -> ParamInfo:
     """Describe the whole of a parameter that tensor parallelism may have cut, without the rows that pad it for that."""
     split = getattr(model, "tensor_model_parallel", False)
     rows = model.shape[0] * (tensor_group.size() if split else 1)
     numel = getattr(model, "real_rows", rows) * (model.numel() // model.shape[0])
-    return WholeTensor(index, numel, counts=split or tensor_group.rank() == 0)
+    return ParamInfo(index, numel, counts=split or tensor_group.rank() == 0)
 
 
-def _matrix(whole: WholeTensor, name: str, p: torch.nn.Parameter, head_channels: int) -> Matrix:
+def _matrix(whole: ParamInfo, name: str, p: torch.nn.Parameter, head_channels: int) -> Matrix:
     cut_dim = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
     return Matrix(whole.index, whole.numel, whole.counts, name, head_channels, cut_dim)
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ettin.optim.adamw import StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import ParamInfo, StableAdamW
 
 QKV, GATED = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 NOT_INSIDE = ("word_embeddings.weight", "output_layer.weight")  # rows are looked up one by one: no linear map
 
 
 @dataclass(frozen=True)
-class Matrix(WholeTensor):
+class Matrix(ParamInfo):
     """What Muon needs to know of a shard besides: the matrices in it, and along which dimension they are cut."""
 
     name: str

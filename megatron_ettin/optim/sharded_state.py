@@ -58,7 +58,7 @@ def shards(core: Any) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tenso
                     yield parameter, ranges["param"].start, flat
 
 
-def put_exact(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
+def set_master_weights(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
     """Masters of these parameters (id -> value of this rank's part of the model) from values, not from weights."""
     for parameter, first, tensors in shards(core):
         if (value := exact.get(id(parameter))) is not None:
@@ -88,7 +88,7 @@ def pieces(entry: Any, prefix: str, flat: torch.Tensor, first: int) -> Iterator[
     """Elements `first` and on of the parameter of `entry` as sharded tensors whose data are views of `flat`."""
     for start, whole in wholes(entry):
         begin, end = max(first, start), min(first + len(flat), start + math.prod(whole.local_shape))
-        for offset, shape in rectangles(whole.local_shape, begin - start, end - start):
+        for offset, shape in shard_boxes(whole.local_shape, begin - start, end - start):
             size = math.prod(shape)
             at = begin - first
             begin += size
@@ -112,7 +112,7 @@ def wholes(entry: Any) -> list[tuple[int, ShardedTensor]]:
     return [(part.data.storage_offset(), part) for part in parts]
 
 
-def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def shard_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, shape) of boxes that make up elements `begin` to `end` of a tensor in row-major order, in that order."""
     if end <= begin:
         return
@@ -123,10 +123,10 @@ def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tup
     row, rest = divmod(begin, inner)
     if rest or end - begin < inner:
         stop = min(end, (row + 1) * inner)
-        for offset, box in rectangles(shape[1:], rest, stop - row * inner):
+        for offset, box in shard_boxes(shape[1:], rest, stop - row * inner):
             yield (row, *offset), (1, *box)
-        yield from rectangles(shape, stop, end)
+        yield from shard_boxes(shape, stop, end)
         return
     rows = (end - begin) // inner
     yield (row, *(0 for _ in shape[1:])), (rows, *shape[1:])
-    yield from rectangles(shape, begin + rows * inner, end)
+    yield from shard_boxes(shape, begin + rows * inner, end)

@@ -1,4 +1,4 @@
-"""What the ranks of a supervised launch leave for their supervisor (launch/supervisor): that the run moves, and how a
+"""What the ranks of a supervised launch leave for their supervisor (launch/supervisor): that the run ticks, and how a
 rank failed. Both are files in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written.
 
 A hang is seen by the ranks themselves (faults/watchdog.py). From outside it is seen as well, should they be unable to
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ettin.base.log import log_exception
+from megatron_ettin.parallel.env import rank_of_environment
 
 FOLDER_VARIABLE = "ETTIN_ATTEMPT_DIR"
 HEARTBEAT = "heartbeat.json"
@@ -31,19 +32,14 @@ BETWEEN_STEPS = "between two steps"
 TOLD_LINES = 12  # of an error, its last ones
 
 
-def attempt_folder() -> Path | None:
+def report_folder() -> Path | None:
     """Where this launch's supervisor reads; None without one."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
 
 
-def rank_of_environment() -> int:
-    """This process's rank as torchrun or SLURM say it; 0 without either."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
 @dataclass
-class Heart:
+class Heartbeat:
     """What the main thread of this rank does, for its watchdog (faults/watchdog.py), and on rank 0, where `folder` is
     given, the heartbeat that the supervisor reads. `hang_seconds`: the longest that a step may take."""
 
@@ -52,7 +48,7 @@ class Heart:
     figures: dict[str, Any] = field(default_factory=dict)  # of the latest step: step, tokens, saved_step
     doing: str = "starting"  # or where in a step
     limit_seconds: float = 0.0  # for what it does now, by the watchdog
-    moves: int = 0  # how often something ended and something else began: progress, unlike the moments of a step
+    ticks: int = 0  # how often something ended and something else began: progress, unlike the moments of a step
     _last: float = 0.0
 
     def step(self, **figures: Any) -> None:
@@ -61,19 +57,19 @@ class Heart:
         if time.monotonic() - self._last > BEAT_SECONDS:
             self._beat("step")
 
-    def slow(self, doing: str, limit_seconds: float | None = None, **figures: Any) -> None:
+    def enter(self, doing: str, limit_seconds: float | None = None, **figures: Any) -> None:
         """Something begins that may take longer than a step."""
         self._move(doing, limit_seconds or self.hang_seconds * SLOW_FACTOR, figures)
         self._beat(doing)
 
-    def at(self, moment: str) -> None:
+    def set_phase(self, moment: str) -> None:
         """Where in a step this rank is; the step's time goes on."""
         self.doing = moment
 
     def _move(self, doing: str, limit_seconds: float, figures: dict[str, Any]) -> None:
         self.figures = self.figures | figures  # a new one: the watchdog's thread may be reading
         self.doing, self.limit_seconds = doing, limit_seconds
-        self.moves += 1
+        self.ticks += 1
 
     def _beat(self, doing: str) -> None:
         if self.folder is None:
@@ -88,7 +84,7 @@ class Heart:
 def record_failure(error: BaseException, kind: str = "error") -> None:
     """Leave how this rank failed: `rank_00003.json` with host, time and the last lines of the error. `kind`: "user" for
     a mistake and "stopped" for numbers that no restart mends, "error" else."""
-    folder = attempt_folder()
+    folder = report_folder()
     if folder is None:
         return
     lines = traceback.format_exception(error) if kind == "error" else [str(error)]
@@ -100,7 +96,7 @@ def record_failure(error: BaseException, kind: str = "error") -> None:
 
 def record_stall(rank: int, host: str, line: str) -> None:
     """Leave that all ranks wait for this one, in the words of `line`."""
-    folder = attempt_folder()
+    folder = report_folder()
     if folder is not None:
         record = {"rank": rank, "host": host, "time": time.time(), "kind": "stalled", "lines": [line]}
         _record_once(folder, rank, record)
@@ -112,7 +108,7 @@ def _record_once(folder: Path, rank: int, record: dict[str, Any]) -> None:
         write_record(path, record)
 
 
-class AnotherRankFailed(RuntimeError):
+class PeerFailure(RuntimeError):
     """What the ranks raise that are not to blame, so that the supervisor finds the one that is."""
 
 
@@ -120,7 +116,7 @@ def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn
     """Raise `error` on the ranks that it names, and on the others that they end because of it."""
     if own in ranks:
         raise error
-    raise AnotherRankFailed(f"another rank failed: {error}") from None
+    raise PeerFailure(f"another rank failed: {error}") from None
 
 
 def end_now(error: BaseException) -> NoReturn:
@@ -138,14 +134,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         os.replace(staging, path)
 
 
-def is_launched() -> bool:
-    """Return whether torchrun or srun started this process as one of several ranks."""
-    by_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    return by_srun or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
 @functools.cache
-def end_with_launcher() -> None:
+def exit_with_parent() -> None:
     """End this process when the one that started it has gone.
 
     A rank whose slurmstepd or torchrun agent was killed is seen by nobody, and would go on holding its GPU. A command

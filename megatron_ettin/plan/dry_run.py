@@ -13,7 +13,7 @@ from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import KINDS, OBJECTIVES, parameter_count
+from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES, parameter_count
 from megatron_ettin.config.values import parse_points, share_at
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.manifest import FILE_NAME as MANIFEST
@@ -56,7 +56,7 @@ def mean_flops_per_token(config: Config) -> float:
         shares = [causal, 1 - causal]
     total = 0.0
     for name, share in zip(objective.kinds, shares, strict=True):
-        kind = KINDS[name]
+        kind = ROW_OBJECTIVES[name]
         labelled = data.mlm_probability if kind.masks else 1.0
         window = config.windows[kind.causal]
         total += share * flops_per_token(model, model.vocab_size, data.seq_len, kind.causal, window, labelled)

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from megatron_ettin.config.layouts import micro_batches, recomputed_modules, stage_layers, with_split_rows, zero_stage
 from megatron_ettin.config.schema import Config
-from megatron_ettin.config.tables import KINDS, OBJECTIVES, PRECISIONS, layer_parameter_count
+from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, ROW_OBJECTIVES, layer_parameter_count
 
 FP8_COPIES = 2  # of a byte: Hopper reads rows in the forward pass and columns in the backward pass
 
@@ -186,7 +186,7 @@ def attention_bytes(config: Config, number: int, fused: bool) -> float:
         reach = reach_tokens(config, causal)
         return (2 + 2 * reach // BAND) * hidden + normalisers + reach * element_bytes(config) * config.parallel.tp
 
-    return fmean(kind_bytes(KINDS[name].causal) for name in kinds(config))
+    return fmean(kind_bytes(ROW_OBJECTIVES[name].causal) for name in kinds(config))
 
 
 def reach_tokens(config: Config, causal: bool) -> int:
@@ -205,7 +205,7 @@ def input_bytes(config: Config, fused: bool) -> float:
     model, element = config.model, element_bytes(config)
     thetas = len({model.global_rope_theta, model.local_rope_theta})
     tables = 2 * thetas * (model.hidden_size // model.num_attention_heads) * element
-    masks = 0 if fused else sum(reach_tokens(config, KINDS[name].causal) for name in kinds(config))
+    masks = 0 if fused else sum(reach_tokens(config, ROW_OBJECTIVES[name].causal) for name in kinds(config))
     return micro_batch_tokens(config) * (40 + tables + masks)
 
 
@@ -218,7 +218,7 @@ def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
     """(saved by the final norm and the head; what the loss holds at its fullest: a chunk of logits, and the gradient
     of the vocabulary in fp32, which is summed over chunks; what it leaves for backward)."""
     model, element, tokens = config.model, element_bytes(config), micro_batch_tokens(config)
-    share = fmean(config.data.mlm_probability if KINDS[kind].masks else 1.0 for kind in kinds(config))
+    share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[kind].masks else 1.0 for kind in kinds(config))
     labelled = round(tokens * share)
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
     norm = tokens * (model.hidden_size + 2) * element / slices(config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_ettin.config.layouts import RowSplit, full_split, has_fixed_shapes, micro_batch_group
+from megatron_ettin.config.layouts import RowSplit, full_batch_split, has_fixed_shapes, micro_batch_group
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.sampler import BatchSizes
 
@@ -128,7 +128,7 @@ def run_places(config: Config, dp: int) -> tuple[int, int]:
     sizes = BatchSizes.of(config.batch, row_tokens)
     end = config.run.steps or sizes.steps_for(config.run.tokens / row_tokens)
     fixed = has_fixed_shapes(config)
-    most = full_split(config, dp).size if fixed else config.batch.micro_batch_rows
+    most = full_batch_split(config, dp).size if fixed else config.batch.micro_batch_rows
     rows = places = 0
     for level, size in enumerate(sizes.rows):
         last = sizes.first_step[level + 1] if level + 1 < len(sizes.rows) else end

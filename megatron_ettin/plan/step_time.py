@@ -18,7 +18,13 @@ import math
 from dataclasses import asdict, astuple, dataclass
 
 from megatron_ettin.config.flops import layer_operations
-from megatron_ettin.config.layouts import full_split, has_fixed_shapes, micro_batches, stage_layers, with_split_rows
+from megatron_ettin.config.layouts import (
+    full_batch_split,
+    has_fixed_shapes,
+    micro_batches,
+    stage_layers,
+    with_split_rows,
+)
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS, layer_parameter_count, parameter_count
 from megatron_ettin.plan.dry_run import mean_flops_per_token
@@ -113,7 +119,7 @@ def operations_per_token(config: Config, chunk_tokens: float) -> float:
 def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:
     """Of one rank's micro-batches, on each pipeline stage in model order."""
     model, parallel = config.model, config.parallel
-    split = full_split(config, dp)
+    split = full_batch_split(config, dp)
     tokens = split.places / dp * computed_row_tokens(config) / parallel.cp
     operations = operations_per_token(config, chunk_tokens)
     linear = 6 * model.num_layers * layer_parameter_count(model)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ettin.base.text import counted, format_count
-from megatron_ettin.config.layouts import describe_empty_rows, full_split
+from megatron_ettin.config.layouts import describe_empty_rows, full_batch_split
 from megatron_ettin.plan.hardware import Gpu
 from megatron_ettin.plan.pipeline import run_places
 from megatron_ettin.plan.search import Planned, Rejected
@@ -26,7 +26,7 @@ def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
     a batch warm-up cost what rows do."""
     speed = best.tokens_per_second_per_gpu * best.gpus
     rows, places = run_places(best.config, best.dp)
-    full = full_split(best.config, best.dp)
+    full = full_batch_split(best.config, best.dp)
     seconds = best.config.run.tokens / speed * (places / rows) / (full.places / full.rows)
     found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
     return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})

@@ -24,7 +24,7 @@ SENT = {
 }
 
 
-class Traffic:
+class CommVolumeTracker:
     """Bytes by (axis, method) while `watch` is open. `axes`: the axis of each group's name; other groups are `all`."""
 
     def __init__(self, axes: dict[str, str]) -> None:

@@ -15,11 +15,11 @@ import torch
 
 from megatron_ettin.base.errors import UserError
 
-_all: list[Fusible] = []
+_all: list[MaybeCompiled] = []
 _state = {"fused": False}
 
 
-class Fusible:
+class MaybeCompiled:
     """A function of tensors and constants that may be compiled. Made by the decorators below.
 
     `dynamic`: one kernel for tensors of every size, where a kernel for each would be compiled a hundred times."""
@@ -34,29 +34,29 @@ class Fusible:
         return self.call(*arguments)
 
 
-def fusible(function: Callable[..., Any]) -> Fusible:
+def maybe_compile(function: Callable[..., Any]) -> MaybeCompiled:
     """Decorator of a function that `fuse` may compile."""
-    return Fusible(function)
+    return MaybeCompiled(function)
 
 
-def fusible_at_any_size(function: Callable[..., Any]) -> Fusible:
+def maybe_compile_dynamic(function: Callable[..., Any]) -> MaybeCompiled:
     """Decorator of a function that is called with tensors of many sizes."""
-    return Fusible(function, dynamic=True)
+    return MaybeCompiled(function, dynamic=True)
 
 
-def fusing() -> bool:
+def compile_enabled() -> bool:
     """Whether `fuse` has been told to."""
     return _state["fused"]
 
 
-def fuse(enabled: bool) -> None:
+def enable_compile(enabled: bool) -> None:
     """Compile every fusible function when it is called next, or none."""
     _state["fused"] = enabled
     for one in _all:
         one.call = torch.compile(one.function, dynamic=one.dynamic) if enabled else one.function
 
 
-def wants_fusion(wanted: str, is_gpu: bool) -> bool:
+def should_compile(wanted: str, is_gpu: bool) -> bool:
     """Whether `run.fuse` = auto, always or never means to compile here. Raises UserError where `always` cannot be."""
     missing = None
     if is_gpu and find_spec("triton") is None:

@@ -13,7 +13,7 @@ WARM_UP_CALLS = 3  # libraries choose algorithms and allocate workspaces in thei
 Tensors = Sequence[torch.Tensor]
 
 
-class Replayed:
+class CapturedGraph:
     """`function` of tensors of fixed shapes, recorded at its fourth call and replayed from then on.
 
     It must not wait for the device, allocate by what tensors hold, or leave anything but what it returns and writes to

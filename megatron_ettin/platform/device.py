@@ -67,15 +67,15 @@ class Platform:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def moment(self) -> Any:
-        """Now, in the order of the device's work: for `seconds_between`."""
+    def record_event(self) -> Any:
+        """Now, in the order of the device's work: for `elapsed_seconds`."""
         if not self.is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds_between(self, first: Any, last: Any) -> float:
+    def elapsed_seconds(self, first: Any, last: Any) -> float:
         """Of two moments; on a GPU once it is synchronized."""
         return first.elapsed_time(last) / 1e3 if self.is_gpu else last - first
 

@@ -34,7 +34,7 @@ def delayed_scales(linear: Any) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def undisturbed(chunks: Sequence[Any]) -> Iterator[None]:
+def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
     """Inside, passes forward leave no trace in the scales: what they quantize counts among the largest values of the
     next step, and a run that is evaluated would train on as another one."""
     linears = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]

@@ -23,7 +23,7 @@ def is_symbol(tensor: torch.Tensor) -> bool:
     return getattr(getattr(tensor, "fake_mode", None), "shape_env", None) is not None
 
 
-class LiveTensors(TorchDispatchMode):
+class PeakMemoryTracker(TorchDispatchMode):
     """Counts, while it is entered, the bytes of all storages that tensors hold: those that were there (found by the
     garbage collector) and those that operations return, until they are freed. What a kernel allocates for itself and
     frees before it returns is not seen."""

@@ -22,7 +22,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory
-from megatron_ettin.data.packing_index import ensure_row_plan
+from megatron_ettin.data.packing_index import build_or_open_packing_index
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare import cluster
 from megatron_ettin.prepare.engine import Counter, Progress, raise_first_error, run_here, run_local, run_on_ray
@@ -99,7 +99,7 @@ def plan_rows(dataset: Dataset, request: PrepareRequest) -> None:
     """The row plans asked for, of the dataset and of its held-out part."""
     for part in filter(None, (dataset, heldout_of(dataset))):
         for seq_len in request.seq_lens:
-            ensure_row_plan(part, seq_len, workers=request.workers)
+            build_or_open_packing_index(part, seq_len, workers=request.workers)
 
 
 class Build:

@@ -30,7 +30,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.values import parse_skips, place_of
 from megatron_ettin.runs.history import fixes_guard, stored_science_keys
 from megatron_ettin.base.parsing import load_yaml
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.base.log import log_warning
@@ -56,10 +56,10 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, chief: bool) -> Iterator[None]:
+def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
     """Keep a second launch out of `run_dir` while this one trains. One rank holds the lock; a dead process's is gone.
     Raises UserError where another launch holds it."""
-    if not chief:
+    if not is_main_process:
         yield
         return
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
@@ -85,7 +85,7 @@ def recorded(run_dir: Path) -> Config | None:
     return from_yaml(path) if path.exists() else None
 
 
-def check_unchanged(run_dir: Path, config: Config, corpus: Corpus, allow: Sequence[str]) -> list[str]:
+def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow: Sequence[str]) -> list[str]:
     """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
     for key in allow:
         if key not in key_types():
@@ -138,7 +138,7 @@ def told_of_guard(run_dir: Path, config: Config) -> str | None:
     )
 
 
-def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
+def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> None:
     """Raise UserError where the rows left out changed among those that the run has counted already: the rows after them
     would move, and some be lost."""
     path = run_dir / "config.yaml"
@@ -152,7 +152,7 @@ def check_skips(run_dir: Path, corpus: Corpus, trained_rows: int) -> None:
             )
 
 
-def other_datasets(order: dict[str, Any], corpus: Corpus) -> str:
+def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
     """Which datasets are not those of the first launch, in words; empty where all are."""
     listed = order.get("datasets")
     known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
@@ -202,7 +202,7 @@ def origin(
     return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
 
 
-def order_record(config: Config, corpus: Corpus) -> dict[str, Any]:
+def order_record(config: Config, corpus: BlendedDataset) -> dict[str, Any]:
     """Return the content of order.json: which rows a run is trained on, in which order."""
     return {
         "fingerprint": corpus.fingerprint,
@@ -214,7 +214,7 @@ def order_record(config: Config, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def check_reader(config: Config, corpus: Corpus, reader: Corpus) -> None:
+def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset) -> None:
     """Raise UserError where the batches would come from other rows than those that the run records. `reader`: the
     corpus that the batches are read from, a copy on this machine for instance; `corpus`: the one that is recorded."""
     recorded, read = order_record(config, corpus), order_record(config, reader)
@@ -227,7 +227,7 @@ def check_reader(config: Config, corpus: Corpus, reader: Corpus) -> None:
             )
 
 
-def write_launch(run_dir: Path, config: Config, corpus: Corpus, launch: dict[str, Any]) -> None:
+def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: dict[str, Any]) -> None:
     """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
     write_synced(run_dir / "config.yaml", to_yaml(config))
     write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")

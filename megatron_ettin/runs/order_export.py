@@ -17,14 +17,14 @@ import numpy as np
 from megatron_ettin.base.text import counted
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.tables import IGNORE, KINDS
+from megatron_ettin.config.tables import IGNORE, ROW_OBJECTIVES
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.sampler import BatchSizes
-from megatron_ettin.data.blended_dataset import Corpus, Row, open_run_corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset, Row, open_run_dataset
 from megatron_ettin.data.replay.files import METADATA_KEY
-from megatron_ettin.batching.objectives import corpus_labeller
-from megatron_ettin.batching.objectives import RowKinds
+from megatron_ettin.batching.objectives import dataset_collator
+from megatron_ettin.batching.objectives import ObjectiveMix
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",
@@ -35,16 +35,16 @@ ROWS_AT_ONCE = 16_384
 Table = dict[str, Any]  # of each of COLUMNS: an int64 array or a list of strings
 
 
-def open_run(path: Path) -> tuple[Config, Corpus]:
+def open_run(path: Path) -> tuple[Config, BlendedDataset]:
     """Configuration and data of a run directory, a checkpoint or a config.yaml. Raises UserError."""
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path}: no config.yaml; give a run directory, a checkpoint or a resolved config")
     config = from_yaml(file)
-    return config, open_run_corpus(config)
+    return config, open_run_dataset(config)
 
 
-def check_same_order(path: Path, corpus: Corpus) -> None:
+def check_same_order(path: Path, corpus: BlendedDataset) -> None:
     """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
     try:
         recorded = load_json((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -72,7 +72,7 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-def batch_sizes(config: Config, corpus: Corpus, steps: range) -> BatchSizes:
+def batch_sizes(config: Config, corpus: BlendedDataset, steps: range) -> BatchSizes:
     """Rows of every step. Raises UserError where the order is given and ends before `steps` do."""
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
     if corpus.end is not None and sizes.rows_before(steps.stop - 1) > corpus.end:
@@ -98,7 +98,7 @@ def pieces(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.nda
         position = stop
 
 
-def tables(config: Config, corpus: Corpus, steps: range) -> Iterator[Table]:
+def tables(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[Table]:
     """Which tokens of which document stood where, a line a chunk, in order and some rows at a time. `end_token` is
     exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in
     `row_start` only."""
@@ -106,7 +106,7 @@ def tables(config: Config, corpus: Corpus, steps: range) -> Iterator[Table]:
         yield table_of(corpus, step, slot, corpus.place_of(position))
 
 
-def table_of(corpus: Corpus, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
+def table_of(corpus: BlendedDataset, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
     """The lines of these rows."""
     placed = corpus.placed(position)
     lengths = corpus.lengths_of(placed)
@@ -129,7 +129,7 @@ def table_of(corpus: Corpus, step: np.ndarray, slot: np.ndarray, position: np.nd
     return dict(zip(COLUMNS, columns, strict=True))
 
 
-def spans(config: Config, corpus: Corpus, steps: range) -> Iterator[dict[str, Any]]:
+def spans(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[dict[str, Any]]:
     """The lines of `tables`, one record a chunk."""
     for table in tables(config, corpus, steps):
         columns = [column if isinstance(column, list) else column.tolist() for column in table.values()]
@@ -138,7 +138,7 @@ def spans(config: Config, corpus: Corpus, steps: range) -> Iterator[dict[str, An
 
 
 def write_parquet(
-    out: Path, config: Config, corpus: Corpus, steps: range, names: Mapping[str, str] | None = None
+    out: Path, config: Config, corpus: BlendedDataset, steps: range, names: Mapping[str, str] | None = None
 ) -> int:
     """Write the lines of `tables`; returns how many. Written beside and renamed. The file notes what it takes to train
     in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens. `names`: what to
@@ -168,19 +168,19 @@ def write_parquet(
     return count
 
 
-def step_rows(config: Config, corpus: Corpus, steps: range) -> Iterator[tuple[int, int, Row]]:
+def step_rows(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[tuple[int, int, Row]]:
     """(step, slot, row) of every row of `steps` in order."""
     for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
         yield from zip(step.tolist(), slot.tolist(), corpus.rows(corpus.place_of(position)), strict=True)
 
 
-def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> int:
+def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: range) -> int:
     """Write what the model sees, exactly, as .npz; returns the number of rows n.
 
     step [n]; causal [n]: whether the row is; input_ids and labels [n, seq_len] (-100 where nothing is predicted,
     shifted already for clm and mntp); spans [m, 3]: row among the n, first token, end of every chunk. All of it is in
     memory: 16 bytes a token of a row."""
-    label, kinds = corpus_labeller(config, corpus), RowKinds.of(config, corpus.mean_tokens_per_row)
+    label, kinds = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
     n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
     input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
@@ -188,7 +188,7 @@ def write_batches(out: Path, config: Config, corpus: Corpus, steps: range) -> in
     numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
     for i, (step, slot, row) in enumerate(step_rows(config, corpus, steps)):
         kind = kinds.of_slot(slot, kinds.causal_rows(sizes, step - 1))
-        numbers[i], causal[i], real = step, KINDS[kind].causal, len(row.tokens)
+        numbers[i], causal[i], real = step, ROW_OBJECTIVES[kind].causal, len(row.tokens)
         input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position, kind)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.hooks.console import is_finished
-from megatron_ettin.train.trainer import Launch, prepare, run_jobs
+from megatron_ettin.train.trainer import TrainArgs, prepare, run_jobs
 
 
-def run_chain(stages: Sequence[tuple[Config, Launch]]) -> bool:
+def run_chain(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
     """Train the phases one after another; True if the job was asked to stop before the last was done. `stages`: in
     order; each but the first begins from the run directory before it."""
     left = list(stages)
@@ -21,7 +21,7 @@ def run_chain(stages: Sequence[tuple[Config, Launch]]) -> bool:
     return run_jobs([prepare(config, launch) for config, launch in left])
 
 
-def run_sweep(stages: Sequence[tuple[Config, Launch]]) -> bool:
+def run_sweep(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
     """Train the members of a sweep that are not finished; True if the job was asked to stop before the last was done.
     A member whose loss is not finite does not stop the others."""
     left = [prepare(config, launch) for config, launch in stages if not is_finished(config, launch.run_dir)]

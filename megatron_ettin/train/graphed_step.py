@@ -23,7 +23,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.dropout import layer_keys
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.cuda_graph import Replayed, Tensors
+from megatron_ettin.platform.cuda_graph import CapturedGraph, Tensors
 from megatron_ettin.platform.device import to_device
 
 DEVIATIONS = 6  # of the number of masked tokens that there is room for
@@ -47,12 +47,12 @@ class Capacity:
 
 
 class GraphedStep:
-    """Core's forward_step_func of a rank whose micro-batches are replayed. `chief` tells of what does not fit."""
+    """Core's forward_step_func for a rank whose micro-batches are replayed; the main process reports misfits."""
 
-    def __init__(self, config: Config, layers: int, tokens: int, chief: bool) -> None:
-        self.capacity, self.layers, self.chief = Capacity.of(config, tokens), layers, chief
+    def __init__(self, config: Config, layers: int, tokens: int, is_main_process: bool) -> None:
+        self.capacity, self.layers, self.is_main_process = Capacity.of(config, tokens), layers, is_main_process
         self.config = config
-        self.replayed: Replayed | None = None
+        self.replayed: CapturedGraph | None = None
         self.keys = functools.lru_cache(maxsize=1)(layer_keys)
 
     def __call__(
@@ -63,7 +63,7 @@ class GraphedStep:
         if not self.fits(batch):
             return ordinary(iter([batch]), model)
         if self.replayed is None:
-            self.replayed = Replayed(functools.partial(forward_and_backward, model, batch.packed))
+            self.replayed = CapturedGraph(functools.partial(forward_and_backward, model, batch.packed))
         (loss,) = self.replayed(self.inputs(batch))
         # the gradients are made already: core's schedule is given a loss that leads to none
         done = torch.zeros((), device=loss.device, requires_grad=True).clone()
@@ -72,8 +72,8 @@ class GraphedStep:
     def fits(self, batch: MicroBatch) -> bool:
         labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
         fits = labels <= self.capacity.labels and boundaries <= self.capacity.boundaries
-        if not fits and self.chief:
-            self.chief = False
+        if not fits and self.is_main_process:
+            self.is_main_process = False
             log_info(
                 f"run.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
                 f" recorded one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"

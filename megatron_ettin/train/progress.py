@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.train.step import StepInfo
 
 
@@ -24,7 +24,7 @@ class Progress:
     skipped_in_row: int = 0
     skipped: int = 0
 
-    def after(self, info: StepInfo, guard: Guard) -> Progress:
+    def after(self, info: StepInfo, guard: AnomalyDetector) -> Progress:
         """The same with one step more."""
         left_out = int(not info.updated)
         return Progress(

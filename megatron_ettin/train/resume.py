@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +29,24 @@ from megatron_ettin.checkpoint.directory import read_config, read_progress
 from megatron_ettin.checkpoint.integrity import read_entries, verify, verify_blocks
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config, OptimConfig
-from megatron_ettin.data.blended_dataset import Corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.tokenizer import load_tokenizer
 from megatron_ettin.optim.adamw import stored_share
-from megatron_ettin.parallel.layout import Layout
+from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object, run_on_rank_zero
+from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import is_fp8
 from megatron_ettin.runs.directory import check_checkpoint
 from megatron_ettin.runs.rollback import roll_back
 from megatron_ettin.train.progress import Progress
-from megatron_ettin.train.setup import Machine
+from megatron_ettin.train.setup import TrainState
 
 
 def begin(
-    machine: Machine,
+    train_state: TrainState,
     run_dir: Path,
     init_from: Path | None,
     keep_optimizer: bool | None,
-    corpus: Corpus,
+    corpus: BlendedDataset,
     from_step: int | None = None,
     allow_change: Sequence[str] = (),
 ) -> tuple[Progress, str]:
@@ -55,22 +56,22 @@ def begin(
     back = from_step is not None and init_from is None
     if back:
         assert from_step is not None
-        agree(machine.layout, lambda: roll_back(run_dir, from_step, machine.config.data.skip))
-    own = load_newest(machine, run_dir)
+        run_on_rank_zero(lambda: roll_back(run_dir, from_step, train_state.config.data.skip), UserError)
+    own = load_newest(train_state, run_dir)
     if own is not None:
         name, progress = own
         checkpoint = directory.checkpoints_folder(run_dir) / name
-        agree(machine.layout, lambda: check_checkpoint(checkpoint, run_dir, machine.config, allow_change))
-        note = moment_change(checkpoint, machine.config.optim).note
+        run_on_rank_zero(lambda: check_checkpoint(checkpoint, run_dir, train_state.config, allow_change), UserError)
+        note = moment_change(checkpoint, train_state.config.optim).note
         origin = f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
         return progress, f"{origin}; {note}" if note else origin
     if init_from is None:
         return Progress(), "initial weights"
     source = directory.resolve(init_from) if from_step is None else directory.at_step(init_from, from_step)
     check_tokenizer(source, corpus)
-    config = source_config(source, machine.config)
-    keep = keeps_optimizer(source, config, machine.config, keep_optimizer)
-    progress = load(machine, source, with_optimizer=keep)
+    config = source_config(source, train_state.config)
+    keep = keeps_optimizer(source, config, train_state.config, keep_optimizer)
+    progress = load(train_state, source, with_optimizer=keep)
     updates = progress.updates if keep else 0
     return Progress(updates=updates), f"weights {'and optimizer ' if keep else ''}of {source}"
 
@@ -88,7 +89,7 @@ def source_config(source: Path, config: Config) -> dict[str, Any]:
     return groups
 
 
-def check_tokenizer(checkpoint: Path, corpus: Corpus) -> None:
+def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
     """Raise UserError where the checkpoint's tokenizer is not the one its new data was made with."""
     folder = checkpoint / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
@@ -175,28 +176,28 @@ class Damaged(UserError):
     """A file of a checkpoint is not what was written."""
 
 
-def load(machine: Machine, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
+def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
     """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
 
     Every sha256 is checked unless `verified`. Raises UserError naming the damaged file, on every rank."""
     if verified:
-        return _load(machine, checkpoint, with_optimizer)
-    agree(machine.layout, lambda: _check_description(checkpoint))
-    return _load_hashing(machine, checkpoint, with_optimizer)
+        return _load(train_state, checkpoint, with_optimizer)
+    run_on_rank_zero(lambda: _check_description(checkpoint), UserError)
+    return _load_hashing(train_state, checkpoint, with_optimizer)
 
 
-def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
+def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] | None:
     """`directory.latest` of a run, loaded: its name and progress, None where the run has no checkpoint. What killed
     saves left is put out of the way first. Collective; raises UserError where every checkpoint is damaged, and where
     a whole one does not fit this machine."""
-    layout = machine.layout
+    layout = train_state.layout
     loaded: list[Progress] = []
     refused: list[UserError] = []
 
     def attempt(checkpoint: Path) -> None:
         """Raises Damaged on every rank alike; a checkpoint that is whole but does not fit is no reason to go back."""
         try:
-            loaded.append(_load_hashing(machine, checkpoint))
+            loaded.append(_load_hashing(train_state, checkpoint))
         except Damaged:
             raise
         except UserError as error:
@@ -204,7 +205,7 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
 
     def attempt_together(checkpoint: Path) -> None:
         _check_description(checkpoint)  # before anyone reads
-        layout.from_chief(checkpoint)
+        broadcast_object(checkpoint)
         attempt(checkpoint)
 
     if layout.rank == 0:
@@ -214,9 +215,9 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
             found = (directory.latest(run_dir, checksums=True, check=attempt_together),)
         except UserError as error:
             found = error
-        layout.from_chief(found)
+        broadcast_object(found)
     else:
-        while isinstance(found := layout.from_chief(None), Path):
+        while isinstance(found := broadcast_object(None), Path):
             with contextlib.suppress(Damaged):
                 attempt(found)
     if isinstance(found, UserError):
@@ -224,20 +225,6 @@ def load_newest(machine: Machine, run_dir: Path) -> tuple[str, Progress] | None:
     if refused:
         raise refused[0]
     return (found[0].name, loaded[0]) if loaded else None
-
-
-def agree(layout: Layout, ask: Callable[[], Any]) -> Any:
-    """What rank 0 finds, once for all ranks; what it raises (UserError) is raised on each."""
-    answer: Any = None
-    if layout.rank == 0:
-        try:
-            answer = ask()
-        except UserError as error:
-            answer = error
-    answer = layout.from_chief(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
 
 
 def _check_description(checkpoint: Path) -> None:
@@ -264,18 +251,18 @@ def _check_share(layout: Layout, checkpoint: Path) -> str | None:
     return None
 
 
-def _load_hashing(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
+def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
     """`_load` while the data are hashed. Raises Damaged on every rank for what any rank found, which also explains
     most of what a load can die of."""
-    layout, failed, progress = machine.layout, None, Progress()
+    layout, failed, progress = train_state.layout, None, Progress()
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(_check_share, layout, checkpoint)
         try:
-            progress = _load(machine, checkpoint, with_optimizer)
+            progress = _load(train_state, checkpoint, with_optimizer)
         except UserError as error:
             failed = error
         damage = hashed.result()
-    outcomes = layout.gathered((damage, failed))
+    outcomes = all_gather_object((damage, failed))
     for harmed, _ in outcomes:
         if harmed is not None:
             raise Damaged(harmed)
@@ -285,38 +272,38 @@ def _load_hashing(machine: Machine, checkpoint: Path, with_optimizer: bool = Tru
     return progress
 
 
-def _load(machine: Machine, checkpoint: Path, with_optimizer: bool = True) -> Progress:
-    metadata, scales = state.sharding_metadata(machine.layout.dp_group), {}
-    change = moment_change(checkpoint, machine.config.optim) if with_optimizer else MomentChange(kept=False)
+def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
+    metadata, scales = state.sharding_metadata(train_state.layout.dp_group), {}
+    change = moment_change(checkpoint, train_state.config.optim) if with_optimizer else MomentChange(kept=False)
     starts_fresh = with_optimizer and not change.kept
     with_optimizer = change.kept
-    with machine.whole_weights(writing=True):
-        model, optimizer = state.model_state(machine.chunks, metadata), None
+    with train_state.summon_full_params(writing=True):
+        model, optimizer = state.model_state(train_state.model_chunks, metadata), None
         if with_optimizer:
-            assert machine.optimizer is not None
-            optimizer = machine.optimizer.sharded_state(model, True, metadata)
-        if state.keeps_scales(machine.config):
-            scales = state.scales_in_use(machine.chunks, model, state.stored_scales(checkpoint))
-            model["fp8_scales"] = state.sharded(scales, machine.layout)
+            assert train_state.optimizer is not None
+            optimizer = train_state.optimizer.sharded_state(model, True, metadata)
+        if state.keeps_scales(train_state.config):
+            scales = state.scales_in_use(train_state.model_chunks, model, state.stored_scales(checkpoint))
+            model["fp8_scales"] = state.sharded(scales, train_state.layout)
         loaded = state.load_state(checkpoint, model, optimizer)
-        state.put_model_state(machine.chunks, loaded)
+        state.put_model_state(train_state.model_chunks, loaded)
         for key, tensor in scales.items():
             tensor.copy_(loaded["fp8_scales"][key])
     progress = Progress.restored(loaded.get("progress") or {})
     if with_optimizer:
-        assert machine.optimizer is not None
-        machine.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
-        machine.optimizer.inner.scale_moments(change.first, change.second)
-    elif machine.optimizer is not None:
-        machine.optimizer.take_weights(_exact(machine, loaded))
+        assert train_state.optimizer is not None
+        train_state.optimizer.load_sharded_state(loaded["optimizer"], progress.updates)
+        train_state.optimizer.inner.scale_moments(change.first, change.second)
+    elif train_state.optimizer is not None:
+        train_state.optimizer.reload_master_weights(_exact(train_state, loaded))
     return dataclasses.replace(progress, updates=0) if starts_fresh else progress
 
 
-def _exact(machine: Machine, loaded: dict[str, Any]) -> dict[int, Any]:
+def _exact(train_state: TrainState, loaded: dict[str, Any]) -> dict[int, Any]:
     """id of each weight in FP8 -> what a checkpoint has of it."""
     return {
         id(weight): loaded[f"model{number}"][name]
-        for number, chunk in enumerate(machine.chunks)
+        for number, chunk in enumerate(train_state.model_chunks)
         for name, weight in chunk.named_parameters()
         if is_fp8(weight)
     }

@@ -21,9 +21,10 @@ from megatron_ettin.checkpoint.writer import NotWritten, Plan
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.tables import parameter_count
 from megatron_ettin.faults.skipped_steps import TrainingStopped
+from megatron_ettin.parallel.collectives import barrier, broadcast_object
 from megatron_ettin.platform.fp8 import raw
 from megatron_ettin.train.progress import Progress
-from megatron_ettin.train.setup import Machine
+from megatron_ettin.train.setup import TrainState
 
 BYTES_OF_A_WEIGHT = {True: 16, False: 4}  # with optimizer (weight, master, two moments) and without, at most
 SPARE = 1.05  # of the space that a checkpoint is expected to take
@@ -36,7 +37,7 @@ class SaveFailed(TrainingStopped):
 
 
 @dataclass(frozen=True)
-class Wish:
+class SaveRequest:
     """What is to be saved. `keep`: for good. `milestone`: weights alone."""
 
     progress: Progress
@@ -49,67 +50,67 @@ class Wish:
 
 
 @dataclass
-class Outcome:
+class SaveResult:
     """Of a save: `path`, or why there is none."""
 
-    wish: Wish
+    wish: SaveRequest
     path: Path | None
     why: str = ""
 
 
 @dataclass
 class Saver:
-    """One save at a time. On every rank; outcomes are rank 0's until `settle` tells them to all."""
+    """One save at a time. On every rank; outcomes are rank 0's until `wait` tells them to all."""
 
-    machine: Machine
+    train_state: TrainState
     run_dir: Path
     tokenizer: Path | None
     ends_in_sep: bool = True  # any chunk of the data, by which an export knows its template
     save_blocker: Callable[[], str | None] = lambda: None  # why the run must not be saved now, rank 0's
-    outcome: Outcome | None = None  # of the last save, until it is taken
+    outcome: SaveResult | None = None  # of the last save, until it is taken
     _thread: threading.Thread | None = None
     _until: float = float("inf")  # when rank 0 stops waiting for the others
 
     @property
-    def is_chief(self) -> bool:
-        return self.machine.layout.rank == 0
+    def is_main_process(self) -> bool:
+        return self.train_state.layout.rank == 0
 
     @property
     def is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, wish: Wish) -> None:
+    def begin(self, wish: SaveRequest) -> None:
         """Plan a save, copy what it is of, and start to write it. Collective; one in flight is waited for first."""
         self.wait()
-        why = self.machine.layout.from_chief(self._prepare(wish) if self.is_chief else None)
+        why = broadcast_object(self._prepare(wish) if self.is_main_process else None)
         if why is not None:
-            self.outcome = Outcome(wish, None, why)
+            self.outcome = SaveResult(wish, None, why)
             return
-        plan = self._planned(wish, self._staging(wish), copies=self.machine.config.checkpoint.asynchronous)
+        plan = self._planned(wish, self._staging(wish), copies=self.train_state.config.checkpoint.asynchronous)
         self._thread = threading.Thread(target=self._write, args=(wish, plan), name="checkpoint", daemon=True)
         self._thread.start()
-        if not self.machine.config.checkpoint.asynchronous:
+        if not self.train_state.config.checkpoint.asynchronous:
             self._thread.join()  # what is written is what the optimizer would go on in
-            self.machine.layout.barrier()
+            barrier()
 
-    def wait(self) -> None:
-        """Until this rank's thread has ended."""
+    def _join(self) -> None:
+        """Wait until this rank's thread has ended."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def taken(self) -> Outcome | None:
+    def poll(self) -> SaveResult | None:
         """The outcome of a save that has ended, once; rank 0's."""
         if self.is_busy:
             return None
-        self.wait()
+        self._join()
         outcome, self.outcome = self.outcome, None
         return outcome
 
-    def settle(self) -> Outcome | None:
+    def wait(self) -> SaveResult | None:
         """Wait for what is being written; the outcome that was not taken yet, on every rank. Collective."""
-        self.wait()
-        outcome = self.machine.layout.from_chief(self.outcome)
+        self._join()
+        outcome = broadcast_object(self.outcome)
         self.outcome = None
         return outcome
 
@@ -121,13 +122,13 @@ class Saver:
             self._thread.join(2 * LEFT_SECONDS)
             self._thread = None
 
-    def _folder(self, wish: Wish) -> Path:
+    def _folder(self, wish: SaveRequest) -> Path:
         return (directory.milestones_folder if wish.milestone else directory.checkpoints_folder)(self.run_dir)
 
-    def _staging(self, wish: Wish) -> Path:
+    def _staging(self, wish: SaveRequest) -> Path:
         return directory.staging_of(self._folder(wish), wish.progress.step)
 
-    def _prepare(self, wish: Wish) -> str | None:
+    def _prepare(self, wish: SaveRequest) -> str | None:
         """Make an empty folder to write in; return why nothing can be saved."""
         if (why := self.save_blocker()) is not None:
             return why
@@ -142,56 +143,62 @@ class Saver:
             return f"{folder}: {free / MIB:,.0f} MiB free, a checkpoint takes some {wanted / MIB:,.0f}"
         return None
 
-    def _wanted_bytes(self, wish: Wish) -> float:
+    def _wanted_bytes(self, wish: SaveRequest) -> float:
         last = None if wish.milestone else directory.bytes_of_newest(self.run_dir)
-        model = self.machine.config.model
+        model = self.train_state.config.model
         weights = parameter_count(model, model.vocab_size)
         return SPARE * (last if last is not None else weights * BYTES_OF_A_WEIGHT[not wish.milestone])
 
-    def _planned(self, wish: Wish, staging: Path, copies: bool) -> Plan:
+    def _planned(self, wish: SaveRequest, staging: Path, copies: bool) -> Plan:
         """What this rank writes, in memory that nothing else writes to. Collective."""
-        machine = self.machine
-        metadata = state.sharding_metadata(machine.layout.dp_group)
-        with machine.whole_weights():
-            model, optimizer = state.model_state(machine.chunks, metadata), None
+        train_state = self.train_state
+        metadata = state.sharding_metadata(train_state.layout.dp_group)
+        with train_state.summon_full_params():
+            model, optimizer = state.model_state(train_state.model_chunks, metadata), None
             if not wish.milestone:
-                assert machine.optimizer is not None
-                optimizer = machine.optimizer.sharded_state(model, False, metadata)
-            if state.keeps_scales(machine.config):
-                model["fp8_scales"] = state.sharded(state.scales_in_use(machine.chunks, model), machine.layout)
-            if machine.optimizer is not None:
-                model = machine.optimizer.written_weights(model)
+                assert train_state.optimizer is not None
+                optimizer = train_state.optimizer.sharded_state(model, False, metadata)
+            if state.keeps_scales(train_state.config):
+                model["fp8_scales"] = state.sharded(
+                    state.scales_in_use(train_state.model_chunks, model), train_state.layout
+                )
+            if train_state.optimizer is not None:
+                model = train_state.optimizer.weights_to_save(model)
             plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(wish.progress))
-            if machine.config.parallel.engine == "deepspeed":  # what it gathers is gone with whole_weights
-                plan.copy_tensors(None, machine.platform.synchronize)
-            elif copies or machine.platform.is_gpu:
-                plan.copy_tensors(self._live(model), machine.platform.synchronize)
+            if train_state.config.parallel.engine == "deepspeed":  # what it gathers is gone with summon_full_params
+                plan.copy_tensors(None, train_state.platform.synchronize)
+            elif copies or train_state.platform.is_gpu:
+                plan.copy_tensors(self._live(model), train_state.platform.synchronize)
         return plan
 
     def _live(self, model: dict[str, Any]) -> set[int]:
         """The memory in which training goes on."""
-        weights = [raw(p.data) for chunk in self.machine.chunks for p in chunk.parameters()]
+        weights = [raw(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
-        return state.storages([*weights, *scales, *self.machine.live_optimizer_tensors()])
+        return state.storages([*weights, *scales, *self.train_state.live_optimizer_tensors()])
 
-    def _write(self, wish: Wish, plan: Plan) -> None:
+    def _write(self, wish: SaveRequest, plan: Plan) -> None:
         """The thread of a rank; what rank 0's finds out is the outcome."""
-        local = self.machine.config.checkpoint.staging
+        local = self.train_state.config.checkpoint.staging
         plan.write(None if local is None else Path(local))
-        if self.is_chief:
+        if self.is_main_process:
             try:
-                self.outcome = Outcome(wish, self._publish(wish, plan))
+                self.outcome = SaveResult(wish, self._publish(wish, plan))
             except NotWritten as error:
                 self._give_up(wish, plan, str(error))
             except OSError as error:
                 self._give_up(wish, plan, f"{error.filename or plan.folder}: {error.strerror or error}")
 
-    def _give_up(self, wish: Wish, plan: Plan, why: str) -> None:
+    def _give_up(self, wish: SaveRequest, plan: Plan, why: str) -> None:
         shutil.rmtree(plan.folder, ignore_errors=True)
-        self.outcome = Outcome(wish, None, why)
+        self.outcome = SaveResult(wish, None, why)
 
-    def _publish(self, wish: Wish, plan: Plan) -> Path:
-        known, staging, config = plan.finish(lambda: time.monotonic() > self._until), plan.folder, self.machine.config
+    def _publish(self, wish: SaveRequest, plan: Plan) -> Path:
+        known, staging, config = (
+            plan.finish(lambda: time.monotonic() > self._until),
+            plan.folder,
+            self.train_state.config,
+        )
         write_synced(staging / "config.yaml", to_yaml(config))
         record: dict[str, Any] = dataclasses.asdict(wish.progress)
         record |= {} if wish.milestone else {"optimizer": config.optim.name}
@@ -217,7 +224,7 @@ class Retry:
     failures: int = 0
     due: float | None = None
 
-    def after(self, outcome: Outcome) -> None:
+    def after(self, outcome: SaveResult) -> None:
         if outcome.path is not None:
             self.failures, self.due = 0, None
             return
@@ -229,7 +236,7 @@ class Retry:
         return self.due is not None and time.monotonic() >= self.due
 
 
-def told(outcome: Outcome, going_on: Mapping[str, Any]) -> str:
+def told(outcome: SaveResult, going_on: Mapping[str, Any]) -> str:
     """A line for a save that failed."""
     last = going_on["last"]
     kept = "there is none before it" if last is None else f"the latest is that of step {last}"

@@ -12,16 +12,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ettin.batching.batches import row_tokens
-from megatron_ettin.config.layouts import full_split
+from megatron_ettin.config.layouts import full_batch_split
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
-from megatron_ettin.faults.step_timer import StepClock
+from megatron_ettin.faults.step_timer import StepTimer
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
 from megatron_ettin.model.model import EttinModel
 from megatron_ettin.optim.deepspeed import ZeroOptimizer, build_zero
 from megatron_ettin.optim.megatron import TrainingOptimizer, build_optimizer
-from megatron_ettin.parallel.layout import Layout, Topology, initialize_model_parallel, optimizer_groups
+from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
+from megatron_ettin.parallel.topology import Topology
 from megatron_ettin.platform import Platform, compile, fp8, transformer_engine
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
@@ -29,43 +30,43 @@ from megatron_ettin.train.graphed_step import GraphedStep
 
 
 @dataclass
-class Machine:
+class TrainState:
     """One rank's share of a training run: where it stands and what it trains."""
 
     config: Config
     platform: Platform
     layout: Layout
-    chunks: list[EttinModel]
-    wrapped: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
+    model_chunks: list[EttinModel]
+    ddp_model_chunks: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
     optimizer: TrainingOptimizer | ZeroOptimizer | None
     graphed: GraphedStep | None = None
-    clock: StepClock = field(init=False)
+    clock: StepTimer = field(init=False)
 
     def __post_init__(self) -> None:
         """Where the step's first sum over the ranks begins, the clock is told. (It holds nothing of the machine: what
         core's configuration holds would otherwise live until Python looks for cycles.)"""
-        self.clock = clock = StepClock(self.platform)
+        self.clock = clock = StepTimer(self.platform)
 
         def arrive_and_sum(*arguments: Any, **named: Any) -> None:
             clock.arrive()
             finalize_model_grads(*arguments, **named)
 
-        self.chunks[0].config.finalize_model_grads_func = arrive_and_sum
+        self.model_chunks[0].config.finalize_model_grads_func = arrive_and_sum
         if isinstance(self.optimizer, ZeroOptimizer):
             self.optimizer.before_sum = clock.arrive
 
-    def settle(self) -> None:
+    def finish_param_sync(self) -> None:
         """Before an evaluation: let what overlaps with the next step's forward pass end."""
         if self.optimizer is not None:
-            self.optimizer.settle()
+            self.optimizer.finish_param_sync()
 
     @contextlib.contextmanager
-    def whole_weights(self, writing: bool = False) -> Iterator[None]:
+    def summon_full_params(self, writing: bool = False) -> Iterator[None]:
         """Inside, this rank's weights may be read one by one and, where `writing`, written. Collective."""
         if self.optimizer is None:
             yield
             return
-        with self.optimizer.whole_weights(writing):
+        with self.optimizer.summon_full_params(writing):
             yield
 
     def live_optimizer_tensors(self) -> list[torch.Tensor]:
@@ -80,7 +81,7 @@ class Machine:
     def close(self) -> None:
         if self.optimizer is not None:
             self.optimizer.close()
-        for one in self.wrapped:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
+        for one in self.ddp_model_chunks:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
             if hasattr(one, "grad_accs"):
                 one.grad_accs.clear()
         fp8.forget()
@@ -88,9 +89,9 @@ class Machine:
             transformer_engine.free_buffers()
 
 
-def assemble(
+def setup_training(
     config: Config, platform: Platform, world: int, training: bool = True, initial_weights: bool = True
-) -> Machine:
+) -> TrainState:
     """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision).
 
     Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
@@ -102,21 +103,21 @@ def assemble(
     platform.check_tp_overlap(config.parallel.tp_overlap)
     if training:
         check_engine(config.parallel.engine)
-    compile.fuse(compile.wants_fusion(config.run.fuse, platform.is_gpu))
+    compile.enable_compile(compile.should_compile(config.run.fuse, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
     if config.parallel.tp_overlap:
-        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
+        tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
         transformer_engine.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
-        return Machine(config, platform, layout, chunks, [], None)
+        return TrainState(config, platform, layout, chunks, [], None)
     compute = PRECISIONS[config.precision.name].compute
     if config.parallel.engine == "deepspeed":
         zero = build_zero(chunks[0], config, compute, optimizer_groups(True), platform.device)
-        return Machine(config, platform, layout, chunks, [zero.engine], zero)
+        return TrainState(config, platform, layout, chunks, [zero.engine], zero)
     wrapped = wrap(config, chunks)
     sharded = config.parallel.distributed_optimizer
     groups = optimizer_groups(sharded)
@@ -124,9 +125,9 @@ def assemble(
     graphed = None
     if config.run.cuda_graph:
         platform.check_graph(True, chunks[0].config.backend.attention.name)
-        tokens = full_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
+        tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
-    return Machine(config, platform, layout, chunks, wrapped, optimizer, graphed)
+    return TrainState(config, platform, layout, chunks, wrapped, optimizer, graphed)
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:

@@ -24,10 +24,11 @@ from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import profiled_steps
-from megatron_ettin.faults.anomalies import Bad, Guard
-from megatron_ettin.platform.fp8 import undisturbed
+from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
+from megatron_ettin.parallel.collectives import all_reduce_sum
+from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import named
-from megatron_ettin.train.setup import Machine
+from megatron_ettin.train.setup import TrainState
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class StepInfo:
     stop_requested: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     asked: float = 0.0  # by rank 0, with its sums
-    bad: Bad | None = None  # what is wrong with loss or gradient norm
+    bad: Anomaly | None = None  # what is wrong with loss or gradient norm
     updated: bool = True
 
 
@@ -92,11 +93,11 @@ class Unread:
         return self.totals
 
 
-def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: int, training: bool) -> Unread:
+def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], count: int, training: bool) -> Unread:
     """Forward (and backward) of `count` micro-batches of one shape. The last stage's first tensor rank counts, others
     have zeros."""
-    models = machine.wrapped if training else machine.chunks
-    totals, layout = Totals(), machine.layout
+    models = train_state.ddp_model_chunks if training else train_state.model_chunks
+    totals, layout = Totals(), train_state.layout
     counting = layout.is_last_pipeline_rank and layout.tp_rank == 0
 
     def counted() -> Iterator[MicroBatch]:  # made as they are asked for: labelling overlaps with what the device does
@@ -106,10 +107,10 @@ def run_micro_batches(machine: Machine, batches: Iterable[MicroBatch], count: in
             yield batch
 
     tokens, given = tokens_of_first(counted())
-    forward = functools.partial(forward_step, functools.partial(normalising_factor, machine.config, count))
-    run = machine.optimizer.schedule() if training and machine.optimizer else get_forward_backward_func()
-    graphed = machine.graphed if training else None
-    with contextlib.nullcontext() if training else undisturbed(machine.chunks):
+    forward = functools.partial(forward_step, functools.partial(normalising_factor, train_state.config, count))
+    run = train_state.optimizer.schedule() if training and train_state.optimizer else get_forward_backward_func()
+    graphed = train_state.graphed if training else None
+    with contextlib.nullcontext() if training else preserve_fp8_state(train_state.model_chunks):
         outputs = run(
             forward_step_func=forward if graphed is None else functools.partial(graphed, forward),
             # model chunks of one rank each read the step's micro-batches
@@ -172,46 +173,46 @@ def sum_of_losses(
 
 
 def train_step(
-    machine: Machine,
+    train_state: TrainState,
     batches: Batches,
     step: int,
     tokens_before: int,
     lr: float,
     stop: bool,
     loaded: Iterable[LoadedBatch] | None = None,
-    guard: Guard | None = None,
+    guard: AnomalyDetector | None = None,
     asked: float = 0.0,
 ) -> StepInfo:
     """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
     to stop; one rank's wish is everyone's. `asked`: what rank 0 asks of all. Where `guard` objects to the figures, the
     update is left out."""
-    began, clock, optimizer = time.perf_counter(), machine.clock, machine.optimizer
+    began, clock, optimizer = time.perf_counter(), train_state.clock, train_state.optimizer
     assert optimizer is not None
     clock.begin()
     optimizer.zero_grad()
     count = batches.micro_batch_count(step)
     read = clock.reading(batches.step(step, loaded))
-    profiled = step + 1 in profiled_steps(machine.config)
-    with named(machine.platform, f"forward and backward of step {step + 1}", profiled):
-        unread = run_micro_batches(machine, read, count, training=True)
+    profiled = step + 1 in profiled_steps(train_state.config)
+    with named(train_state.platform, f"forward and backward of step {step + 1}", profiled):
+        unread = run_micro_batches(train_state, read, count, training=True)
     clock.update()
-    with named(machine.platform, "gradients", profiled):
+    with named(train_state.platform, "gradients", profiled):
         optimizer.prepare()
     judged_first = guard is not None and guard.skips
     if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
-        with named(machine.platform, "update", profiled):
+        with named(train_state.platform, "update", profiled):
             optimizer.update(lr)
     clock.last_sum()
-    sums = summed(machine, unread.read(), optimizer.norm(), stop, asked)
+    sums = all_reduce_totals(train_state, unread.read(), optimizer.norm(), stop, asked)
     loss = sums.loss / max(sums.labels, 1)
     bad = None if guard is None else guard.judge(loss, sums.grad_norm)
     left_out = judged_first and bad is not None and bad.leaves_out
     if judged_first and not left_out:
         clock.late_update()
-        with named(machine.platform, "update", profiled):
+        with named(train_state.platform, "update", profiled):
             optimizer.update(lr)
     clock.end()
-    model = machine.config.model
+    model = train_state.config.model
     return StepInfo(
         step=step + 1,
         tokens=tokens_before + int(sums.tokens),
@@ -224,7 +225,7 @@ def train_step(
         seconds=time.perf_counter() - began,
         flops=training_flops(model, model.vocab_size, sums.tokens, sums.labels, sums.global_pairs, sums.local_pairs),
         stop_requested=sums.stops > 0,
-        extra=by_kind(machine.config, sums.loss, sums.labels, sums.causal_loss, sums.causal_labels),
+        extra=loss_by_objective(train_state.config, sums.loss, sums.labels, sums.causal_loss, sums.causal_labels),
         asked=sums.asked,
         bad=bad,
         updated=not left_out,
@@ -246,16 +247,18 @@ class Sums(NamedTuple):
     grad_norm: float
 
 
-def summed(machine: Machine, totals: Totals, norm: float, stop: bool, asked: float) -> Sums:
+def all_reduce_totals(train_state: TrainState, totals: Totals, norm: float, stop: bool, asked: float) -> Sums:
     """Collective. Of the norm one rank's goes to all: what follows must be the same everywhere, to the last bit;
     where anyone's is no number, the sum is none."""
-    norm = norm if machine.layout.rank == 0 or not math.isfinite(norm) else 0.0
+    norm = norm if train_state.layout.rank == 0 or not math.isfinite(norm) else 0.0
     figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
     parts = [totals.causal_loss, totals.causal_labels, float(stop), asked, norm]
-    return Sums(*machine.layout.sum_over_world([*figures, *parts], machine.platform.device))
+    return Sums(*all_reduce_sum([*figures, *parts], train_state.platform.device))
 
 
-def by_kind(config: Config, loss: float, labels: float, causal_loss: float, causal_labels: float) -> dict[str, Any]:
+def loss_by_objective(
+    config: Config, loss: float, labels: float, causal_loss: float, causal_labels: float
+) -> dict[str, Any]:
     """Of a hybrid run: the mean loss of the rows of each kind, and how many predicted tokens are of the causal ones."""
     if not OBJECTIVES[config.run.objective].is_hybrid:
         return {}

@@ -23,23 +23,29 @@ from megatron_ettin.config.resolve import keep_begun
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, long_name, short_name
 from megatron_ettin.config.values import validation_sets
-from megatron_ettin.data.blended_dataset import Corpus, open_run_corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
 from megatron_ettin.data.local_copy import local_corpus
-from megatron_ettin.data.mixture import describe_epochs, epoch_warnings, settled
+from megatron_ettin.data.mixture import describe_epochs, epoch_warnings, resolve_mixture
 from megatron_ettin.data.sampler import BatchSizes
-from megatron_ettin.evaluate.evaluation import open_held_out
+from megatron_ettin.evaluate.evaluation import build_eval_dataset
 from megatron_ettin.faults import skipped_steps
-from megatron_ettin.faults.anomalies import told_at_start
-from megatron_ettin.faults.consistency import check_agreement
-from megatron_ettin.faults.hang_report import Peer
-from megatron_ettin.faults.sdc import Replicas, recheck
+from megatron_ettin.faults.anomalies import start_note
+from megatron_ettin.faults.consistency import check_ranks_consistent
+from megatron_ettin.faults.hang_report import RankInfo
+from megatron_ettin.faults.sdc import WeightHashCheck, replay_check
 from megatron_ettin.faults.skipped_steps import BadNumbers, TrainingStopped
 from megatron_ettin.faults.stragglers import Stragglers
 from megatron_ettin.faults.watchdog import Watchdog, collective_seconds
 from megatron_ettin.optim.schedule import lr_fraction
-from megatron_ettin.parallel.failure_report import Heart, attempt_folder, end_now, end_with_launcher
-from megatron_ettin.parallel.layout import destroy_model_parallel
-from megatron_ettin.parallel.rendezvous import Place, abort, find_place, forget, join, leave
+from megatron_ettin.parallel.env import DistributedEnv, read_distributed_env
+from megatron_ettin.parallel.failure_report import Heartbeat, end_now, exit_with_parent, report_folder
+from megatron_ettin.parallel.groups import destroy_model_parallel
+from megatron_ettin.parallel.process_groups import (
+    abort_process_group,
+    destroy_process_group,
+    init_process_group,
+    release_store,
+)
 from megatron_ettin.plan.schedule_end import describe_end, fit_schedule, free_by_value
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.device import gpu_count
@@ -51,7 +57,7 @@ from megatron_ettin.train.hooks.checkpointing import Checkpoints, DirectoryCheck
 from megatron_ettin.train.hooks.console import Console, complete_line, ending_lines
 from megatron_ettin.train.hooks.profiling import Profiling
 from megatron_ettin.train.progress import Progress, is_done
-from megatron_ettin.train.setup import Machine, assemble
+from megatron_ettin.train.setup import TrainState, setup_training
 from megatron_ettin.train.step import StepInfo, train_step
 from megatron_ettin.train.stop_signal import StopSignal
 
@@ -60,7 +66,7 @@ COPY_SECONDS = 7_200.0  # machines may differ by so much in copying the data
 
 
 @dataclass(frozen=True)
-class Launch:
+class TrainArgs:
     """What `ettin train` was told besides the configuration."""
 
     run_dir: Path
@@ -69,7 +75,7 @@ class Launch:
     allow_change: Sequence[str] = ()
     from_step: int | None = None  # of `init_from`, or of the run itself, which goes back to it
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)  # keys of `model` that came with `init_from`
-    steps_to: TextIO | None = None  # where steps are told as JSON lines, instead of to people
+    json_stream: TextIO | None = None  # where steps are told as JSON lines, instead of to people
     free: frozenset[str] | None = None  # keys of the schedule that follow the run's length; None: by their values
     unread: Sequence[str] = ()  # a line for each override that the run does not read, printed once it starts
 
@@ -80,7 +86,7 @@ def train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
         with run.closing:
             return _train(run, hooks, stop)
     except BadNumbers as bad:
-        told = f"; {skipped_steps.way_back(run.directory, run.progress)}" if run.is_chief else ""
+        told = f"; {skipped_steps.way_back(run.directory, run.progress)}" if run.is_main_process else ""
         raise BadNumbers(f"{bad}{told}") from None
 
 
@@ -95,13 +101,13 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
             lr = run.config.optim.lr * lr_fraction(tokens, run.config.schedule, run.config.run.tokens)
             guard = run.guard
             info = train_step(
-                run.machine, run.batches, step, tokens, lr, stop.received, loader.step(step), guard, run.request
+                run.train_state, run.batches, step, tokens, lr, stop.received, loader.step(step), guard, run.request
             )
             progress = run.progress.after(info, guard)
             if info.bad is not None:
                 after_bad_step(run, info, progress)
             run.progress, loss = progress, info.loss
-            run.heart.step(step=info.step, tokens=info.tokens)
+            run.heartbeat.step(step=info.step, tokens=info.tokens)
             for hook in hooks:
                 hook.step(run, info)
             stopped = info.stop_requested or is_done(run.config, run.progress)
@@ -111,14 +117,14 @@ def _train(run: Run, hooks: Sequence[Hook], stop: StopSignal) -> bool:
     if done and left_out:
         last = "step" if left_out == 1 else f"{left_out} steps"
         raise BadNumbers(f"the run ends with the updates of its last {last} left out; nothing of them was saved")
-    if run.is_chief:
+    if run.is_main_process:
         log_info(*ending_lines(run.config, run.directory, run.progress, loss))
     return not done
 
 
 def open_loader(run: Run) -> Loader:
     """The micro-batches of this rank from where the run stands to its end."""
-    data, is_gpu = run.config.data, run.machine.platform.is_gpu
+    data, is_gpu = run.config.data, run.train_state.platform.is_gpu
     workers, end = worker_count(data.workers, is_gpu), run.config.run.steps
     return Loader(run.batches.host, run.progress.step, end, workers, data.prefetch, pinned=is_gpu)
 
@@ -127,112 +133,119 @@ def after_bad_step(run: Run, info: StepInfo, progress: Progress) -> None:
     """Tell of it and, where asked for, tell data from machine. Every rank has the same figures: where the run is to end
     all of them raise, before anything of the step is kept."""
     if run.config.resilience.recheck:
-        run.heart.slow("computing a step again")
-        found = recheck(run.machine, run.batches, info.step - 1)
-        if run.is_chief:
+        run.heartbeat.enter("computing a step again")
+        found = replay_check(run.train_state, run.batches, info.step - 1)
+        if run.is_main_process:
             log_warning(f"step {info.step}: {found}")
-    skipped_steps.tell(run.directory, run.config, run.batches.corpus, info, progress, run.is_chief)
+    skipped_steps.report_anomaly(run.directory, run.config, run.batches.corpus, info, progress, run.is_main_process)
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """One phase, checked as far as that goes without the other ranks. `changes`: science keys that may change."""
 
     config: Config
-    launch: Launch
-    corpus: Corpus
+    launch: TrainArgs
+    corpus: BlendedDataset
     changes: list[str]
 
 
-def prepare(config: Config, launch: Launch) -> Job:
+def prepare(config: Config, launch: TrainArgs) -> TrainJob:
     """Open the data, check the run directory. Raises UserError."""
-    config = dataclasses.replace(config, data=settled(config.data))
+    config = dataclasses.replace(config, data=resolve_mixture(config.data))
     corpus = open_training_data(config)
-    config = with_schedule(ending_with(config, corpus), launch, corpus)
+    config = with_schedule(cap_steps_to_order(config, corpus), launch, corpus)
     if launch.from_step is not None and launch.init_from is None:
         check_roll_back(launch.run_dir, launch.from_step, config.data.skip)
     directory.check_writable(launch.run_dir)
     if config.checkpoint.staging is not None:
         directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
     changes = directory.check_unchanged(launch.run_dir, config, corpus, launch.allow_change)
-    return Job(config, launch, corpus, changes)
+    return TrainJob(config, launch, corpus, changes)
 
 
-def run_training(config: Config, launch: Launch) -> bool:
+def run_training(config: Config, launch: TrainArgs) -> bool:
     """Train as this process's rank; True if the run was saved before its end and wants requeueing."""
     return run_jobs([prepare(config, launch)])
 
 
-def run_jobs(jobs: Sequence[Job], each_alone: bool = False) -> bool:
+def run_jobs(jobs: Sequence[TrainJob], each_alone: bool = False) -> bool:
     """Train one job after another as this process's rank; True if the last one run was saved before its end.
 
     `each_alone`: one that cannot go on (TrainingStopped) is told of and the next begins."""
-    place = find_place()
+    place = read_distributed_env()
     if place.source != "alone":
-        end_with_launcher()
+        exit_with_parent()
     first = jobs[0].config
     platform = detect(first.run.device, place.local_rank)
     if first.run.deterministic:
         platform.make_deterministic()
     stop = StopSignal(first.resilience.save_on_signal, tells=place.local_rank == 0)
-    heart = Heart(attempt_folder() if place.rank == 0 else None, first.resilience.hang_seconds)
+    heartbeat = Heartbeat(report_folder() if place.rank == 0 else None, first.resilience.hang_seconds)
     try:
         for job in jobs:
             try:
-                if _run_job(job, place, platform, stop, heart):
-                    heart.slow("stopped")
+                if _run_job(job, place, platform, stop, heartbeat):
+                    heartbeat.enter("stopped")
                     return True  # the others were asked to stop too
             except TrainingStopped as stopped:
                 if not each_alone:
                     raise
                 if place.rank == 0:
                     log_warning(f"{job.launch.run_dir}: {stopped}")
-        heart.slow("done")
+        heartbeat.enter("done")
         return False
     finally:
         stop.close()
-        forget()
+        release_store()
 
 
-def _run_job(job: Job, place: Place, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
+def _run_job(job: TrainJob, place: DistributedEnv, platform: Platform, stop: StopSignal, heartbeat: Heartbeat) -> bool:
     """One job; True if it was stopped before its end."""
     if stop.received:
         return True
     stop.begun = False
-    with directory.locked(job.launch.run_dir, chief=place.rank == 0):
+    with directory.locked(job.launch.run_dir, is_main_process=place.rank == 0):
         if place.rank == 0 and (line := complete_line(job.config, job.launch.run_dir)):
             log_info(line)
         folder = job.config.data.local_copy
-        heart.hang_seconds = job.config.resilience.hang_seconds
-        heart.slow("starting", None if folder is None else COPY_SECONDS)
+        heartbeat.hang_seconds = job.config.resilience.hang_seconds
+        heartbeat.enter("starting", None if folder is None else COPY_SECONDS)
         read = job.corpus if folder is None else local_corpus(job.corpus, folder)
         arrival = RENDEZVOUS_SECONDS if folder is None else COPY_SECONDS
-        join(place, platform, collective_seconds(heart.hang_seconds), arrival)
-        heart.slow("starting")
-        return _train_as(place, job, read, platform, stop, heart)
+        init_process_group(place, platform, collective_seconds(heartbeat.hang_seconds), arrival)
+        heartbeat.enter("starting")
+        return _train_as(place, job, read, platform, stop, heartbeat)
 
 
-def _train_as(place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, heart: Heart) -> bool:
+def _train_as(
+    place: DistributedEnv,
+    job: TrainJob,
+    read: BlendedDataset,
+    platform: Platform,
+    stop: StopSignal,
+    heartbeat: Heartbeat,
+) -> bool:
     """This rank's run, from assembly to the last save; core's groups are gone afterwards. `read`: the corpus or its
     copy on this machine."""
     try:
-        with Watchdog(job.launch.run_dir, heart, place.rank) as watchdog:
+        with Watchdog(job.launch.run_dir, heartbeat, place.rank) as watchdog:
             return _train_watched(place, job, read, platform, stop, watchdog)
     finally:
-        leave()  # where it came to no watchdog
+        destroy_process_group()  # where it came to no watchdog
 
 
 def _train_watched(
-    place: Place, job: Job, read: Corpus, platform: Platform, stop: StopSignal, watchdog: Watchdog
+    place: DistributedEnv, job: TrainJob, read: BlendedDataset, platform: Platform, stop: StopSignal, watchdog: Watchdog
 ) -> bool:
     """The part of it that may stall. An error that a stall brought about ends the process as the stall did."""
-    config, launch, corpus, machine, heart = job.config, job.launch, job.corpus, None, watchdog.heart
+    config, launch, corpus, train_state, heartbeat = job.config, job.launch, job.corpus, None, watchdog.heartbeat
     try:
-        check_agreement(config, corpus)
-        machine = assemble(config, platform, place.world)
-        machine.clock.heart = heart
+        check_ranks_consistent(config, corpus)
+        train_state = setup_training(config, platform, place.world)
+        train_state.clock.heartbeat = heartbeat
         progress, origin = resume.begin(
-            machine,
+            train_state,
             launch.run_dir,
             launch.init_from,
             launch.keep_optimizer,
@@ -240,60 +253,60 @@ def _train_watched(
             launch.from_step,
             launch.allow_change,
         )
-        batches = Batches.of(config, read, machine.layout, platform.device)
+        batches = Batches.of(config, read, train_state.layout, platform.device)
         directory.check_reader(config, corpus, batches.corpus)
         directory.check_skips(launch.run_dir, corpus, batches.sizes.rows_before(progress.step))
-        run = Run(machine, batches, launch.run_dir, progress, heart)
-        heart.slow("first step", step=progress.step, saved_step=progress.step)
-        if run.is_chief:
-            announce(run, place, origin, corpus)
+        run = Run(train_state, batches, launch.run_dir, progress, heartbeat)
+        heartbeat.enter("first step", step=progress.step, saved_step=progress.step)
+        if run.is_main_process:
+            log_run(run, place, origin, corpus)
             for line in launch.unread:
                 log_info(line)
             record = {
                 "from": origin,
                 "changes": job.changes,
-                "layout": str(machine.layout.topology),
+                "layout": str(train_state.layout.topology),
                 "world": place.world,
                 "device": platform.name,
-                "attention": machine.chunks[0].config.backend.attention.name,
+                "attention": train_state.model_chunks[0].config.backend.attention.name,
             }
             threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "step": progress.step}
             began = directory.origin(launch.run_dir, launch.init_from, launch.from_step, launch.model_of_weights)
             directory.write_launch(launch.run_dir, config, corpus, {**record, **threads, **began})
-        return train(run, build_hooks(run, watchdog.peers, launch.steps_to), stop)
+        return train(run, build_hooks(run, watchdog.peers, launch.json_stream), stop)
     except Exception as error:
         watchdog.explain()
         if platform.is_gpu and place.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
             # the others wait for this rank in a kernel; so would it for them, taking the groups down
             if not config.resilience.in_process_restarts:
                 end_now(error)
-            abort()
+            abort_process_group()
         raise
     finally:
-        if machine is not None:
-            machine.close()
+        if train_state is not None:
+            train_state.close()
         destroy_model_parallel()
-        leave()
+        destroy_process_group()
 
 
-def build_hooks(run: Run, peers: Sequence[Peer], steps_to: TextIO | None = None) -> list[Hook]:
+def build_hooks(run: Run, peers: Sequence[RankInfo], json_stream: TextIO | None = None) -> list[Hook]:
     """In the order they run: evaluation adds figures that the metrics then write, checkpoints come last."""
-    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(steps_to)]
+    hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(json_stream)]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
         kinds = OBJECTIVES[run.config.run.objective].kinds
-        held_out = [open_held_out(run.machine, sets, kind) for kind in reversed(kinds)]
+        held_out = [build_eval_dataset(run.train_state, sets, kind) for kind in reversed(kinds)]
         for batches in held_out[0].sources.values():
             if batches.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
                 path = batches.corpus.datasets[0].path
                 raise UserError(f"data.validation: {path} was made with another tokenizer than the data")
         hooks.insert(0, Evaluation(held_out))
-    return [*hooks, Replicas(), Checkpoints(hooks), DirectoryCheck(), Profiling()]
+    return [*hooks, WeightHashCheck(), Checkpoints(hooks), DirectoryCheck(), Profiling()]
 
 
-def open_training_data(config: Config) -> Corpus:
+def open_training_data(config: Config) -> BlendedDataset:
     """The corpus of the run. Raises UserError for what is missing or made with another tokenizer."""
-    corpus = open_run_corpus(config)
+    corpus = open_run_dataset(config)
     if config.model.vocab_size != corpus.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
@@ -302,7 +315,7 @@ def open_training_data(config: Config) -> Corpus:
     return corpus
 
 
-def ending_with(config: Config, corpus: Corpus) -> Config:
+def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
     """The run, with `run.steps` no later than a given order ends. Raises UserError where it was told to go beyond."""
     if corpus.end is None:
         return config
@@ -318,14 +331,14 @@ def ending_with(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=config.run.steps or steps))
 
 
-def with_schedule(config: Config, launch: Launch, corpus: Corpus) -> Config:
+def with_schedule(config: Config, launch: TrainArgs, corpus: BlendedDataset) -> Config:
     """Return the run with a schedule in proportion to where it ends; one that has begun keeps its own."""
     free = free_by_value(config) if launch.free is None else launch.free
     begun = directory.recorded(launch.run_dir)
     return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)
 
 
-def announce_data(config: Config, corpus: Corpus) -> None:
+def log_data(config: Config, corpus: BlendedDataset) -> None:
     """What the run reads, and how often."""
     sizes, run = BatchSizes.of(config.batch, corpus.mean_tokens_per_row), config.run
     tokens = run.tokens
@@ -341,37 +354,37 @@ def announce_data(config: Config, corpus: Corpus) -> None:
         log_warning(line)
 
 
-def announce(run: Run, place: Place, origin: str, corpus: Corpus) -> None:
-    config, machine = run.config, run.machine
-    announce_data(config, corpus)
+def log_run(run: Run, place: DistributedEnv, origin: str, corpus: BlendedDataset) -> None:
+    config, train_state = run.config, run.train_state
+    log_data(config, corpus)
     log_info(f"schedule: {describe_end(config, corpus.mean_tokens_per_row)}")
     named = short_name(config.run.size, config.model), long_name(config.run.size, config.model)
     log_info(
         f"{config.run.objective} {named[0]} {config.run.phase}: {named[1]},"
         f" {config.precision.name},"
-        f" {counted(place.world, 'rank')} on {machine.platform.name} ({machine.layout.topology}),"
-        f" {machine.chunks[0].config.backend.name} layers; {origin}"
+        f" {counted(place.world, 'rank')} on {train_state.platform.name} ({train_state.layout.topology}),"
+        f" {train_state.model_chunks[0].config.backend.name} layers; {origin}"
     )
-    if left := describe_empty_rows(config, machine.layout.topology.dp):
+    if left := describe_empty_rows(config, train_state.layout.topology.dp):
         log_info(f"batch: {left}")
-    assert machine.optimizer is not None
-    for note in (told_at_start(config, machine.optimizer.can_skip), directory.told_of_guard(run.directory, config)):
+    assert train_state.optimizer is not None
+    for note in (start_note(config, train_state.optimizer.can_skip), directory.told_of_guard(run.directory, config)):
         if note is not None:
             log_info(note)
-    attention = machine.chunks[0].config.backend.attention
+    attention = train_state.model_chunks[0].config.backend.attention
     log_info(f"attention by {attention.name} ({attention.why})")
-    gpus = gpu_count() if machine.platform.is_gpu else 0
+    gpus = gpu_count() if train_state.platform.is_gpu else 0
     if place.source == "alone" and gpus > 1:
         log_info(
             f"this machine has {gpus} GPUs and one is used; to use all:"
             f" torchrun --nproc-per-node {gpus} --no-python ettin train ..."
         )
-    if os.cpu_count() and not machine.platform.is_gpu and "OMP_NUM_THREADS" not in os.environ and place.world > 1:
+    if os.cpu_count() and not train_state.platform.is_gpu and "OMP_NUM_THREADS" not in os.environ and place.world > 1:
         log_info(f"OMP_NUM_THREADS is not set; every rank uses {torch.get_num_threads()} threads")
 
 
-def machine_alone(config: Config, training: bool = False, initial_weights: bool = True) -> Machine:
+def build_single_process(config: Config, training: bool = False, initial_weights: bool = True) -> TrainState:
     """The whole model in this process, for evaluation, export checks and tools."""
     platform = detect(config.run.device)
-    join(Place(0, 1, 0, None, 0, "alone"), platform)
-    return assemble(config, platform, 1, training, initial_weights)
+    init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
+    return setup_training(config, platform, 1, training, initial_weights)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.overrides import names_of, read_site
+from megatron_ettin.config.overrides import names_of, read_user_config
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.optim.schedule import lr_fraction
@@ -28,7 +28,7 @@ def test_original_yaml_equals_the_original_recipe_of_its_names(
 ) -> None:
     """The file gives the same config as `recipe: original` with the three names that the file contains."""
     path = write(tmp_path / "original.yaml", original(size, objective, phase))
-    found = names_of(read_site(path), path, NAMES)
+    found = names_of(read_user_config(path), path, NAMES)
     assert found == {
         "size": size,
         "objective": "mntp" if (objective, phase) == ("mlm", "cross") else objective,

@@ -11,7 +11,7 @@ import pytest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, parse_count
 from megatron_ettin.config.checks import science_keys
-from megatron_ettin.config.layouts import check_layout, full_split, stage_layers
+from megatron_ettin.config.layouts import check_layout, full_batch_split, stage_layers
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 
@@ -157,7 +157,7 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
     with pytest.raises(UserError, match="= 4 does not divide 6 ranks"):
         check_layout(config, 6)
     assert check_layout(config, 20) == 5
-    assert full_split(config, 5).empty == 36 * 5 * 16 - 2816
+    assert full_batch_split(config, 5).empty == 36 * 5 * 16 - 2816
     interleaved = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vp=7", "batch.global_batch_rows=16"])
     with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
         check_layout(interleaved, 4)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from megatron_ettin.config.layouts import RowSplit, describe_empty_rows, full_split
+from megatron_ettin.config.layouts import RowSplit, describe_empty_rows, full_batch_split
 from megatron_ettin.config.resolve import parse
 
 CASES = [
@@ -55,7 +55,7 @@ def test_row_split_of_dividing_rows_deals_out_consecutive_micro_batches() -> Non
     ("size", "dp", "share"), [("17m", 64, 0), ("68m", 32, 0), ("1b", 128, 0), ("1b", 512, 0.0834), ("68m", 8, 0.006)]
 )
 def test_recipe_batch_on_many_ranks_leaves_few_places_empty(size: str, dp: int, share: float) -> None:
-    split = full_split(parse(size, "mlm", "pretrain"), dp)
+    split = full_batch_split(parse(size, "mlm", "pretrain"), dp)
     assert split.empty / split.places <= share
 
 

@@ -10,36 +10,38 @@ from pathlib import Path
 from megatron_ettin.checkpoint import directory, state
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.resolve import to_yaml
-from megatron_ettin.evaluate.inference import alone_on_cpu
-from megatron_ettin.parallel.rendezvous import find_place, join, leave
+from megatron_ettin.evaluate.inference import single_process_config
+from megatron_ettin.parallel.collectives import barrier
+from megatron_ettin.parallel.env import read_distributed_env
+from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
 from megatron_ettin.platform import detect
 from megatron_ettin.train import resume
-from megatron_ettin.train.setup import assemble
+from megatron_ettin.train.setup import setup_training
 
 
 def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
-    config = alone_on_cpu(resume.checkpoint_config(checkpoint))
+    config = single_process_config(resume.checkpoint_config(checkpoint))
     parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp)
     named = dataclasses.replace(config.precision, name=precision)
     config = dataclasses.replace(config, parallel=parallel, precision=named)
-    place, platform = find_place(), detect("cpu")
-    join(place, platform)
-    machine = assemble(config, platform, place.world, training=False, initial_weights=False)
-    progress = resume.load(machine, checkpoint, with_optimizer=False, verified=True)
+    place, platform = read_distributed_env(), detect("cpu")
+    init_process_group(place, platform)
+    train_state = setup_training(config, platform, place.world, training=False, initial_weights=False)
+    progress = resume.load(train_state, checkpoint, with_optimizer=False, verified=True)
     staging = out.with_name(f".tmp-{out.name}")
     if place.rank == 0:
         staging.mkdir()
-    machine.layout.barrier()
-    metadata = state.sharding_metadata(machine.layout.dp_group)
-    model = state.model_state(machine.chunks, metadata)
+    barrier()
+    metadata = state.sharding_metadata(train_state.layout.dp_group)
+    model = state.model_state(train_state.model_chunks, metadata)
     state.save_state(staging, model, None, dataclasses.asdict(progress))
-    machine.layout.barrier()
+    barrier()
     if place.rank == 0:
         write_synced(staging / "config.yaml", to_yaml(config))
         write_synced(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
         directory.place(staging, out)
-    machine.layout.barrier()
-    leave()
+    barrier()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
-from megatron_ettin.data.blended_dataset import open_run_corpus
+from megatron_ettin.data.blended_dataset import open_run_dataset
 from megatron_ettin.data.sampler import BatchSizes
 from tools.fake_corpora import fill_positions, make_sparse_dataset
 
@@ -81,7 +81,7 @@ def test_order_late_step_of_huge_mixture_is_exact_in_little_memory(config: Path)
 
 
 def test_blended_dataset_of_huge_mixture_pickles_small(config: Path) -> None:
-    corpus = open_run_corpus(from_yaml(config))
+    corpus = open_run_dataset(from_yaml(config))
     assert corpus.num_rows == DATASETS * ROWS
     packed = pickle.dumps(corpus)
     assert len(packed) < 100_000

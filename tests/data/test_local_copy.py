@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.data import local_copy
-from megatron_ettin.data.blended_dataset import Corpus, open_corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_blended_dataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.local_copy import copy_path, local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
@@ -28,9 +28,9 @@ from tests.train.runs import command, train
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2"]
 
 
-def mixture(*datasets: Dataset, batching: str = "packed") -> Corpus:
+def mixture(*datasets: Dataset, batching: str = "packed") -> BlendedDataset:
     entries = [MixtureEntry(str(dataset.path), weight=1.0) for dataset in datasets]
-    return open_corpus(entries, 256, batching, 3, "pretrain")
+    return open_blended_dataset(entries, 256, batching, 3, "pretrain")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_local_copy_other_row_length_adds_only_its_packing_index(prepared: Datas
     local_corpus(mixture(prepared), str(tmp_path), print)
     folder = copy_path(prepared, tmp_path)
     before = (folder / "shard_00000.bin").stat().st_ino
-    longer = open_corpus([MixtureEntry(str(prepared.path))], 300, "packed", 3, "pretrain")
+    longer = open_blended_dataset([MixtureEntry(str(prepared.path))], 300, "packed", 3, "pretrain")
     assert local_corpus(longer, str(tmp_path), print).fingerprint == longer.fingerprint
     assert (folder / "shard_00000.bin").stat().st_ino == before
     assert (folder / "rows_256").is_dir()
@@ -140,7 +140,7 @@ def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: 
 
 def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tmp_path: Path) -> None:
     entries = [MixtureEntry(str(prepared.path))]
-    corpus = open_corpus(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))
+    corpus = open_blended_dataset(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))
     local = local_corpus(corpus, str(tmp_path), print)
     assert local.place_of(range(5)).tolist() == [0, 1, 2, 5, 6]
     assert local.fingerprint == corpus.fingerprint
@@ -207,9 +207,9 @@ def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
     """Run `ettin train` with a local copy that has lost what `key` says."""
     copy = trainer.local_corpus
 
-    def forgetful(corpus: Corpus, folder: str) -> Corpus:
+    def forgetful(corpus: BlendedDataset, folder: str) -> BlendedDataset:
         state = copy(corpus, folder).__getstate__()
-        return Corpus(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
+        return BlendedDataset(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
 
     with mock.patch.object(trainer, "local_corpus", forgetful):
         return forkserver.be_program("ettin", *words)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.data.blended_dataset import open_corpus
+from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.mixture import (
     BLOCK_SLOTS,
@@ -21,7 +21,7 @@ from megatron_ettin.data.mixture import (
     parse_mixture,
     planned_epochs,
 )
-from megatron_ettin.data.sampler import KeyedOrder
+from megatron_ettin.data.sampler import ShuffledSampler
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "mixtures"
 TRAIN = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"]
@@ -97,7 +97,7 @@ def test_shuffled_sampler_any_window_holds_proportions_within_bound(
     exact = np.asarray(shares) / sum(shares)
     counts = np.asarray(largest_remainder(exact.tolist(), BLOCK_SLOTS))
     assert (np.abs(counts - exact * BLOCK_SLOTS) < 1).all()
-    order = KeyedOrder(counts.tolist(), [10_007] * len(shares), seed, "pretrain")
+    order = ShuffledSampler(counts.tolist(), [10_007] * len(shares), seed, "pretrain")
     sources, _, _ = order.locate(np.arange(begin, begin + length))
     found = np.bincount(sources, minlength=len(shares))
     bound = length / BLOCK_SLOTS + 2 * counts * (1 - counts / BLOCK_SLOTS)
@@ -110,7 +110,7 @@ def test_shuffled_sampler_any_window_holds_proportions_within_bound(
 def test_epochs_of_mixture_match_counts_in_the_order(prepared: Dataset, other: Dataset) -> None:
     """Epochs are the rows read, counted in the order, over the rows of the source; manifests alone come close."""
     mixture = [MixtureEntry(str(prepared.path), 1.0), MixtureEntry(str(other.path), 1.0)]
-    corpus = open_corpus(mixture, 256, "packed", 21, "pretrain")
+    corpus = open_blended_dataset(mixture, 256, "packed", 21, "pretrain")
     rows = 2 * BLOCK_SLOTS
     table = corpus.epochs(round(rows * corpus.mean_tokens_per_row))
     sources, _, epochs = corpus.locate(np.arange(rows))

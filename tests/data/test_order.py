@@ -12,15 +12,15 @@ from hypothesis import given, settings, strategies as st
 from megatron_ettin.api import iterate_rows
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.data.blended_dataset import Corpus, open_corpus, open_run_corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_blended_dataset, open_run_dataset
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.mixture import BLOCK_SLOTS, MixtureEntry, largest_remainder, parse_mixture
 from tests.data.corpora import prepare_here, write_jsonl
 
 
-def corpus_of(*entries: tuple[Dataset, float | None], **changes: Any) -> Corpus:
+def corpus_of(*entries: tuple[Dataset, float | None], **changes: Any) -> BlendedDataset:
     settings = {"seq_len": 256, "batching": "packed", "seed": 21, "phase": "pretrain", **changes}
-    return open_corpus([MixtureEntry(str(dataset.path), weight) for dataset, weight in entries], **settings)
+    return open_blended_dataset([MixtureEntry(str(dataset.path), weight) for dataset, weight in entries], **settings)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_open_run_corpus_with_data_skip_leaves_out_rows(prepared: Dataset) -> No
     found = list(iterate_rows(some, 0, 9))
     assert [row.position for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
     assert [row.tokens.tolist() for row in found] == [row.tokens.tolist() for row in left]
-    corpora = [open_run_corpus(config) for config in (plain, some)]
+    corpora = [open_run_dataset(config) for config in (plain, some)]
     assert corpora[0].fingerprint != corpora[1].fingerprint
     assert corpora[0].fingerprint == corpora[1].unskipped_fingerprint
 
@@ -176,6 +176,6 @@ def test_blended_dataset_unusable_mixture_is_refused(
     arguments = ("--out", out, "--tokenizer", tiny_tokenizer, "--chunk-tokens", 128, "--workers", 1)
     assert prepare_here(source, *arguments) == 0
     with pytest.raises(UserError, match=f"{prepared.path} has tokenizer ettin .* and {out} has"):
-        open_corpus([MixtureEntry(str(prepared.path)), MixtureEntry(str(out))], 256, "packed", 1, "pretrain")
+        open_blended_dataset([MixtureEntry(str(prepared.path)), MixtureEntry(str(out))], 256, "packed", 1, "pretrain")
     with pytest.raises(UserError, match="no such directory"):
-        open_corpus([MixtureEntry(str(tmp_path / "absent"))], 256, "packed", 1, "pretrain")
+        open_blended_dataset([MixtureEntry(str(tmp_path / "absent"))], 256, "packed", 1, "pretrain")

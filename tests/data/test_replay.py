@@ -17,7 +17,7 @@ from megatron_ettin.api import ROWS_AT_ONCE, iterate_rows
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse, to_yaml
-from megatron_ettin.data.blended_dataset import Corpus, open_run_corpus
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.sampler import BatchSizes
 from tests.checkpoint.durable import watched
@@ -33,9 +33,9 @@ def written_config(path: Path, *datasets: Dataset, words: tuple[str, ...] = ()) 
     return path
 
 
-def corpus_of(*datasets: Dataset, words: tuple[str, ...] = ()) -> Corpus:
+def corpus_of(*datasets: Dataset, words: tuple[str, ...] = ()) -> BlendedDataset:
     mixture = ", ".join(f"{{path: {dataset.path}, weight: 1}}" for dataset in datasets)
-    return open_run_corpus(parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words]))
+    return open_run_dataset(parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words]))
 
 
 def refused(match: str, *datasets: Dataset, words: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Pat
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
     words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
     config = parse("17m", "mlm", "pretrain", words=words)
-    rows = open_run_corpus(config).end
+    rows = open_run_dataset(config).end
     assert rows is not None
     assert rows > 2 * ROWS_AT_ONCE
     assert [row.position for row in iterate_rows(config)] == list(range(rows))
@@ -204,7 +204,7 @@ def drawn(prepared: Dataset, other: Dataset) -> list[tuple[Dataset, int]]:
     return [(d, int(draw.integers(d.num_chunks))) for d in draw.choice(np.array([prepared, other]), 300)]
 
 
-def contents(corpus: Corpus) -> list[list[int]]:
+def contents(corpus: BlendedDataset) -> list[list[int]]:
     """Return the tokens of every chunk in the order they are trained on."""
     pieces = []
     for row in corpus.rows(range(corpus.num_rows)):
@@ -262,7 +262,7 @@ def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset
     copy = shutil.copytree(prepared.path, cache / "copy")
     words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
     config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
-    corpus = open_run_corpus(config)
+    corpus = open_run_dataset(config)
     assert {(place.source, *place.chunks.tolist()) for place in corpus.places(range(4))} == {(0, 3)}
 
 

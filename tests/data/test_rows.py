@@ -20,7 +20,7 @@ from megatron_ettin.data import packing
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.packing_index import ensure_row_plan, existing_plans, open_plan
+from megatron_ettin.data.packing_index import build_or_open_packing_index, existing_packing_indices, open_packing_index
 from tests.data.corpora import files_of
 from tests.data.together import at_once
 
@@ -44,7 +44,7 @@ def test_pack_any_lengths_keep_every_chunk_once_within_row(lengths: list[int], e
 
 
 def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
-    plan = ensure_row_plan(prepared, 256)
+    plan = build_or_open_packing_index(prepared, 256)
     assert plan.fill > 0.98
     assert plan.num_tokens == prepared.num_tokens
     chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
@@ -53,11 +53,11 @@ def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
     assert plan.tokens_of(np.arange(plan.num_rows)).tolist() == tokens
     assert max(tokens) <= 256
     plan.verify()
-    assert [(p.batching, p.seq_len) for p in existing_plans(prepared)].count(("packed", 256)) == 1
+    assert [(p.batching, p.seq_len) for p in existing_packing_indices(prepared)].count(("packed", 256)) == 1
 
 
 def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None:
-    plan = ensure_row_plan(prepared, 100, "padded")
+    plan = build_or_open_packing_index(prepared, 100, "padded")
     assert plan.num_rows == prepared.num_chunks
     assert plan.chunks_of(5).tolist() == [5]
     assert plan.tokens_of([0, 5]).tolist() == [min(100, len(prepared.chunk(i))) for i in (0, 5)]
@@ -67,28 +67,28 @@ def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None
 
 def test_packing_index_short_rows_or_unknown_batching_are_refused(prepared: Dataset) -> None:
     with pytest.raises(UserError, match=r"chunk_tokens = 128\).*data\.seq_len = 100"):
-        ensure_row_plan(prepared, 100)
+        build_or_open_packing_index(prepared, 100)
     with pytest.raises(UserError, match=r"data\.batching: 'pack'; allowed: packed, padded"):
-        ensure_row_plan(prepared, 256, "pack")
+        build_or_open_packing_index(prepared, 256, "pack")
 
 
 def test_packing_index_damaged_is_rebuilt_or_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
-    first = ensure_row_plan(dataset, 512)
+    first = build_or_open_packing_index(dataset, 512)
     chunks = first.folder / "chunks.int64"
     expected = chunks.read_bytes()
     chunks.write_bytes(expected[:-8])
-    assert ensure_row_plan(dataset, 512).fingerprint == first.fingerprint
+    assert build_or_open_packing_index(dataset, 512).fingerprint == first.fingerprint
     assert chunks.read_bytes() == expected
     record = json.loads((first.folder / "plan.json").read_text())
     record.pop(DIGEST)
     stale = with_digest({**record, "dataset_fingerprint": "another"})
     (first.folder / "plan.json").write_text(json.dumps(stale))
-    assert ensure_row_plan(dataset, 512).fingerprint == first.fingerprint
+    assert build_or_open_packing_index(dataset, 512).fingerprint == first.fingerprint
     assert json.loads((first.folder / "plan.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
     chunks.write_bytes(expected[::-1])
     with pytest.raises(UserError, match=r"chunks\.int64: damaged"):
-        ensure_row_plan(dataset, 512).verify()
+        build_or_open_packing_index(dataset, 512).verify()
     assert not list(dataset.path.glob(".tmp-*"))
 
 
@@ -97,7 +97,9 @@ def test_packing_index_concurrent_processes_build_it_once(prepared: Dataset, tmp
     said = at_once("tests.data.together:build_rows", tmp_path / "copy")
     assert sorted(line for text in said for line in text.split()) == ["built", *["ready"] * 4]
     assert not list((tmp_path / "copy").glob(".tmp-*"))
-    assert open_plan(tmp_path / "copy" / "rows_300", open_dataset(tmp_path / "copy"), 300, "packed") is not None
+    assert (
+        open_packing_index(tmp_path / "copy" / "rows_300", open_dataset(tmp_path / "copy"), 300, "packed") is not None
+    )
 
 
 def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50_368) -> Dataset:
@@ -173,7 +175,7 @@ def cut(documents: np.ndarray, chunk_tokens: int) -> np.ndarray:
 def test_packing_index_lognormal_lengths_fill_rows_to_99_percent(seq_len: int, tmp_path: Path) -> None:
     """50,000 documents of log-normal length, a median of 500 tokens."""
     documents = np.random.default_rng(0).lognormal(6.2, 1.1, 50_000).astype(int) + 1
-    plan = ensure_row_plan(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
+    plan = build_or_open_packing_index(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
     assert plan.fill >= 0.99
 
 
@@ -198,7 +200,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     assert done.returncode == 0, done.stderr
     by_two = files_of(dataset.path / "rows_200")
     shutil.rmtree(dataset.path / "rows_200")
-    plan = ensure_row_plan(dataset, 200, workers=1)
+    plan = build_or_open_packing_index(dataset, 200, workers=1)
     assert done.stdout.strip() == plan.fingerprint
     assert files_of(dataset.path / "rows_200") == by_two
     chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
@@ -208,7 +210,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
 
 
 def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> None:
-    for plan in (ensure_row_plan(prepared, 256), ensure_row_plan(prepared, 100, "padded")):
+    for plan in (build_or_open_packing_index(prepared, 256), build_or_open_packing_index(prepared, 100, "padded")):
         raw = pickle.dumps(plan)
         assert len(raw) < 20_000
         again = pickle.loads(raw)
@@ -226,7 +228,7 @@ def test_packing_index_next_build_removes_leftovers_of_a_killed_one(prepared: Da
     )
     assert subprocess.run([sys.executable, "-c", code, str(dataset.path)]).returncode == -9
     assert len(list(dataset.path.glob(".tmp-rows_777-*"))) == 1
-    ensure_row_plan(dataset, 778)
+    build_or_open_packing_index(dataset, 778)
     assert not list(dataset.path.glob(".tmp-*"))
 
 
@@ -236,6 +238,6 @@ def test_packing_index_damaged_chunk_lengths_are_refused(tmp_path: Path) -> None
         stream.seek(HEADER.size)
         stream.write(np.int32(2_000_000_000).tobytes())
     with pytest.raises(UserError, match=r"a chunk of .*2000000000 tokens among chunks 0 to 9.*--verify"):
-        ensure_row_plan(dataset, 64)
+        build_or_open_packing_index(dataset, 64)
     assert not list(dataset.path.glob(".tmp-*"))
     assert not (dataset.path / "rows_64").exists()

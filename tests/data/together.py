@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from megatron_ettin.data import packing_index
-from megatron_ettin.data.blended_dataset import open_corpus
+from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.local_copy import local_corpus
 from megatron_ettin.data.mixture import MixtureEntry
@@ -41,20 +41,20 @@ def meet() -> None:
 
 def build_rows(folder: str) -> None:
     """Open a row plan, and print `built` where this process had to build it."""
-    real = packing_index.build_plan
+    real = packing_index.build_packing_index
 
     def build(*arguments: object) -> None:
         print("built")
         real(*arguments)  # type: ignore[arg-type]
 
-    packing_index.build_plan = build  # type: ignore[assignment]
+    packing_index.build_packing_index = build  # type: ignore[assignment]
     dataset = open_dataset(folder)
     meet()
-    packing_index.ensure_row_plan(dataset, 300)
+    packing_index.build_or_open_packing_index(dataset, 300)
 
 
 def copy_locally(folder: str, local: str) -> None:
     """Open the copy of a dataset, which prints when it is made."""
-    corpus = open_corpus([MixtureEntry(folder)], 256, "packed", 3, "pretrain")
+    corpus = open_blended_dataset([MixtureEntry(folder)], 256, "packed", 3, "pretrain")
     meet()
     local_corpus(corpus, local).datasets[0].verify()

@@ -42,8 +42,8 @@ def torchrun(words: list[str]) -> tuple[int, list[str]]:
 def ettin(words: list[str], ranks: int | None = None) -> int | None:
     from megatron_ettin.cli.launched import jobs_of, parse_call
     from megatron_ettin.cli.main import main
-    from megatron_ettin.cli.parsing import parse_words
-    from megatron_ettin.config.overrides import check_keys, from_words
+    from megatron_ettin.cli.parsing import parse_overrides
+    from megatron_ettin.config.overrides import check_keys, from_overrides
     from tests.cli.test_examples import parser_of
 
     name, *rest = words
@@ -52,8 +52,8 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
         options = [word for word in rest[:place] if word != "--submit"]
         sys.argv = ["ettin", *words]
         return main(["launch", *options, "--dry-run", *rest[place:]])
-    args = parse_words(parser_of(name), name, rest)
-    check_keys(from_words([*getattr(args, "words", [])]))
+    args = parse_overrides(parser_of(name), name, rest)
+    check_keys(from_overrides([*getattr(args, "words", [])]))
     if name in ("train", "bench") and "--compare" not in rest:
         if ranks is not None:  # checks that the layout fits the number of ranks
             jobs_of(parse_call(name, rest, []), ranks, None)

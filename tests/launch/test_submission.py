@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.cli.parsing import OneLineParser, words_of
+from megatron_ettin.cli.parsing import OneLineParser, overrides_of
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.launch.queue import covers
 from megatron_ettin.launch.request import margin_of, seconds_of
@@ -304,8 +304,8 @@ def test_words_of_parsed_arguments_round_trip() -> None:
     train.add_arguments(parser)
     words = ["--init-from", "a b", "--allow-change", "optim.lr", "--allow-change", "run.seed", "optim.lr=1", "x.y=2"]
     args = parser.parse_intermixed_args(words)
-    assert words_of(parser, args, ()) == words
-    assert words_of(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]
+    assert overrides_of(parser, args, ()) == words
+    assert overrides_of(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]
 
 
 @pytest.mark.parametrize(

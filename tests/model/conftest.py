@@ -12,16 +12,18 @@ from megatron_ettin.config.schema import Config
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
-    from megatron_ettin.parallel.layout import Topology, destroy_model_parallel, initialize_model_parallel
-    from megatron_ettin.parallel.rendezvous import Place, join, leave
+    from megatron_ettin.parallel.env import DistributedEnv
+    from megatron_ettin.parallel.groups import destroy_model_parallel, initialize_model_parallel
+    from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
+    from megatron_ettin.parallel.topology import Topology
     from megatron_ettin.platform import detect
 
     platform = detect("cpu")
-    join(Place(0, 1, 0, None, 0, "alone"), platform)
+    init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
     initialize_model_parallel(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
     yield
     destroy_model_parallel()
-    leave()
+    destroy_process_group()
 
 
 @pytest.fixture

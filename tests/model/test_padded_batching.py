@@ -16,7 +16,8 @@ from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.dropout import token_keys
 from megatron_ettin.model.packed import pack_rows
-from megatron_ettin.parallel.layout import Layout, Topology
+from megatron_ettin.parallel.groups import Layout
+from megatron_ettin.parallel.topology import Topology
 from megatron_ettin.train.trainer import open_training_data
 from tests.train.runs import TINY
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.batching.objectives import IGNORE, labeller
+from megatron_ettin.batching.objectives import IGNORE, make_collator
 
 SPECIAL, MASK, VOCABULARY = (50_280, 50_281, 50_282, 50_283, 50_284), 50_284, 50_368
 
@@ -21,7 +21,7 @@ def row(position: int, n: int = 1024) -> tuple[np.ndarray, np.ndarray]:
 
 
 def masked(probability: float, rows: int, seed: int = 21) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    label = labeller("mlm", probability, seed, "pretrain", VOCABULARY, SPECIAL, MASK)
+    label = make_collator("mlm", probability, seed, "pretrain", VOCABULARY, SPECIAL, MASK)
     return [(row(i)[0].astype(np.int64), *label(*row(i), i)) for i in range(rows)]
 
 
@@ -47,7 +47,7 @@ def test_mlm_masks_are_determined_by_seed_and_row_index() -> None:
     again = zip(masked(0.3, 5), masked(0.3, 5), strict=True)
     assert all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in again)
     assert any((a[2] != b[2]).any() for a, b in zip(masked(0.3, 5), masked(0.3, 5, seed=22), strict=True))
-    label = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    label = make_collator("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
     tokens, lengths = row(0)
     at = [label(tokens, lengths, position)[1] != IGNORE for position in (0, 1)]
     overlap = (at[0] & at[1]).mean()
@@ -55,7 +55,7 @@ def test_mlm_masks_are_determined_by_seed_and_row_index() -> None:
 
 
 def test_mlm_mask_of_chunk_is_independent_of_later_chunks() -> None:
-    label = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    label = make_collator("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
     tokens, lengths = row(3)
     whole = label(tokens, lengths, 3)
     first = label(tokens[: lengths[0]], lengths[:1], 3)
@@ -63,7 +63,7 @@ def test_mlm_mask_of_chunk_is_independent_of_later_chunks() -> None:
 
 
 def test_clm_labels_are_shifted_inside_chunks() -> None:
-    label = labeller("clm", 0.0, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
+    label = make_collator("clm", 0.0, 21, "pretrain", VOCABULARY, SPECIAL, MASK)
     tokens, lengths = row(1)
     inputs, labels = label(tokens, lengths, 1)
     assert (inputs == tokens).all()
@@ -75,8 +75,8 @@ def test_clm_labels_are_shifted_inside_chunks() -> None:
 def test_mntp_labels_are_mlm_labels_shifted_by_one() -> None:
     """Masks are those of mlm except on a chunk's first token; labels are shifted by one inside the chunk."""
     # no special tokens, so that first tokens could be masked
-    rule = labeller("mntp", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
-    plain = labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
+    rule = make_collator("mntp", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
+    plain = make_collator("mlm", 0.3, 21, "pretrain", VOCABULARY, (), MASK)
     firsts = 0
     for position in range(40):
         tokens, lengths = row(position)
@@ -93,4 +93,4 @@ def test_mntp_labels_are_mlm_labels_shifted_by_one() -> None:
 
 def test_mlm_tokenizer_without_mask_token_is_refused() -> None:
     with pytest.raises(UserError, match="no mask token"):
-        labeller("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL[:-1], None)
+        make_collator("mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIAL[:-1], None)

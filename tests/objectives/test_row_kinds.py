@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.batching.objectives import RowKinds
+from megatron_ettin.batching.objectives import ObjectiveMix
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.values import parse_points, share_at
 from megatron_ettin.data.sampler import BatchSizes
@@ -15,8 +15,8 @@ from megatron_ettin.data.sampler import BatchSizes
 SIZES = BatchSizes((8,), (0,))
 
 
-def kinds(points: str, **changes: object) -> RowKinds:
-    return RowKinds(("clm", "mlm"), parse_points(points, "k"), 21, "pretrain", 100.0, **changes)  # type: ignore[arg-type]
+def kinds(points: str, **changes: object) -> ObjectiveMix:
+    return ObjectiveMix(("clm", "mlm"), parse_points(points, "k"), 21, "pretrain", 100.0, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_parse_points_invalid_share_is_refused(text: object) -> None:
 
 
 def test_objective_mix_pure_objective_has_all_or_no_causal_rows() -> None:
-    assert RowKinds(("clm",)).causal_rows(SIZES, 3) == 8
-    assert RowKinds(("mlm",)).causal_rows(SIZES, 3) == RowKinds(("mntp",)).causal_rows(SIZES, 3) == 0
+    assert ObjectiveMix(("clm",)).causal_rows(SIZES, 3) == 8
+    assert ObjectiveMix(("mlm",)).causal_rows(SIZES, 3) == ObjectiveMix(("mntp",)).causal_rows(SIZES, 3) == 0
 
 
 def test_objective_mix_fractional_row_is_rounded_at_random_by_seed() -> None:

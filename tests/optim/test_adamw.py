@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ettin.optim import adamw
-from megatron_ettin.optim.adamw import DecoupledAdamW, Piece, StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice, StableAdamW
 from megatron_ettin.platform import compile
 
 LR, MAX_LR, DECAY, BETAS, EPS, STEPS = 2e-3, 4e-3, 1e-2, (0.9, 0.98), 1e-6, 200
@@ -38,7 +38,7 @@ def build(kind: type, lr: float = LR, max_lr: float = MAX_LR) -> tuple[Decoupled
     ]
     optimizer = kind(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
     optimizer.bind(
-        {p: [Piece(WholeTensor(i, p.numel(), True))] for i, p in enumerate(parameters)}, len(parameters), None
+        {p: [ShardSlice(ParamInfo(i, p.numel(), True))] for i, p in enumerate(parameters)}, len(parameters), None
     )
     return optimizer, parameters
 
@@ -85,12 +85,12 @@ def fused(backend: str) -> Iterator[None]:
     compile_function = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda *given, **named: compile_function(*given, backend=backend, **named))
-        compile.fuse(True)
+        compile.enable_compile(True)
     torch._dynamo.utils.counters.clear()
     try:
         yield
     finally:
-        compile.fuse(False)
+        compile.enable_compile(False)
         torch._dynamo.reset()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ettin.optim.adamw import Piece, StableAdamW, WholeTensor
+from megatron_ettin.optim.adamw import ParamInfo, ShardSlice, StableAdamW
 from megatron_ettin.optim.muon import Matrix, Muon, is_inside
 
 HIDDEN, HEADS, CHANNELS, FFN, STEPS = 24, 3, 8, 40, 30
@@ -43,11 +43,11 @@ def build(names: list[str], kind: type[StableAdamW], adjust_lr: str) -> tuple[St
         {"params": [p for p in parameters.values() if p.ndim == 1], "wd_mult": 0.0, **extra},
     ]
     optimizer = kind(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
-    wholes = {p: WholeTensor(i, p.numel(), True) for i, p in enumerate(parameters.values())}
+    wholes = {p: ParamInfo(i, p.numel(), True) for i, p in enumerate(parameters.values())}
     for name, p in parameters.items():
         if kind is Muon and is_inside(name, p):
             wholes[p] = Matrix(wholes[p].index, p.numel(), True, name, CHANNELS, None)
-    optimizer.bind({p: [Piece(whole)] for p, whole in wholes.items()}, len(wholes), None)
+    optimizer.bind({p: [ShardSlice(whole)] for p, whole in wholes.items()}, len(wholes), None)
     return optimizer, parameters
 
 

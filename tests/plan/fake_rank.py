@@ -15,11 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.bench.synthetic import SyntheticRows
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.parallel.layout import axes_of_groups
+from megatron_ettin.parallel.groups import axes_of_groups
 from megatron_ettin.platform import detect
-from megatron_ettin.platform.comm_volume import Traffic
-from megatron_ettin.platform.memory import LiveTensors
-from megatron_ettin.train.setup import assemble
+from megatron_ettin.platform.comm_volume import CommVolumeTracker
+from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.train.setup import setup_training
 from megatron_ettin.train.step import run_micro_batches
 
 
@@ -33,20 +33,20 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
     config = parse(size, "mlm", "pretrain", words=words)
     platform = detect("cpu", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    empty = LiveTensors().bytes
-    machine = assemble(config, platform, world)
-    assert machine.optimizer is not None
-    held = LiveTensors().bytes - empty
+    empty = PeakMemoryTracker().bytes
+    train_state = setup_training(config, platform, world)
+    assert train_state.optimizer is not None
+    held = PeakMemoryTracker().bytes - empty
     corpus = SyntheticRows(config.data.seq_len, 200.0, config.model.vocab_size)
-    batches = Batches.of(config, corpus, machine.layout, platform.device)
+    batches = Batches.of(config, corpus, train_state.layout, platform.device)
     count = batches.micro_batch_count(0)
-    traffic = Traffic(axes_of_groups())
-    with traffic.watch(no_span), LiveTensors() as live:
-        machine.optimizer.zero_grad()
-        run_micro_batches(machine, batches.step(0), count, training=True)
-        machine.optimizer.step(1e-4)
+    traffic = CommVolumeTracker(axes_of_groups())
+    with traffic.watch(no_span), PeakMemoryTracker() as live:
+        train_state.optimizer.zero_grad()
+        run_micro_batches(train_state, batches.step(0), count, training=True)
+        train_state.optimizer.step(1e-4)
     sent: dict[str, dict[str, int]] = {}
     for (axis, method), count_bytes in traffic.sent.items():
         sent.setdefault(axis, {})[method] = count_bytes
-    parameters = sum(one.numel() for chunk in machine.chunks for one in chunk.parameters())
+    parameters = sum(one.numel() for chunk in train_state.model_chunks for one in chunk.parameters())
     print(json.dumps({"parameters": parameters, "held": held, "peak": live.peak_bytes - empty, "sent": sent}))

@@ -13,7 +13,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import layer_parameter_count, parameter_count
 from megatron_ettin.plan.memory import estimate, fp8_parameters, of_rank, rank_parameters
 from megatron_ettin.plan.step_time import data_bytes
-from megatron_ettin.platform.memory import LiveTensors
+from megatron_ettin.platform.memory import PeakMemoryTracker
 from tests.pool import Pool
 
 SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512"]
@@ -119,7 +119,7 @@ def test_estimate_takes_the_fullest_pipeline_stage() -> None:
 
 def test_live_tensors_count_storages_and_peak() -> None:
     before = torch.zeros(1000)
-    with LiveTensors() as live:
+    with PeakMemoryTracker() as live:
         start = live.bytes
         assert start >= before.nbytes
         a = torch.ones(5000, requires_grad=True)

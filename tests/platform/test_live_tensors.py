@@ -8,20 +8,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from megatron_ettin.platform.memory import LiveTensors
+from megatron_ettin.platform.memory import PeakMemoryTracker
 
 
 def test_peak_memory_tracker_view_is_counted_once() -> None:
     gc.collect()
-    before = LiveTensors().bytes
+    before = PeakMemoryTracker().bytes
     whole = torch.zeros(1000)
     part = whole[10:20]
-    assert LiveTensors().bytes - before == 4000
+    assert PeakMemoryTracker().bytes - before == 4000
     assert part.numel() == 10
 
 
 def test_peak_memory_tracker_counts_only_concurrent_tensors() -> None:
-    with LiveTensors() as live:
+    with PeakMemoryTracker() as live:
         before = live.bytes
         for _ in range(3):
             torch.zeros(1000)
@@ -36,10 +36,10 @@ def test_peak_memory_tracker_fake_tensors_are_not_counted() -> None:
     environment = ShapeEnv()
     mode, dynamic = FakeTensorMode(shape_env=environment), StatelessSymbolicContext([DimDynamic.DYNAMIC])
     gc.collect()
-    before = LiveTensors().bytes
+    before = PeakMemoryTracker().bytes
     symbol = mode.from_tensor(torch.zeros(1000), symbolic_context=dynamic)
     gc.collect()
-    after = LiveTensors().bytes
+    after = PeakMemoryTracker().bytes
     assert isinstance(symbol.shape[0], torch.SymInt)
     assert type(after) is int
     assert after == before

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.parallel.layout import Topology
-from megatron_ettin.parallel.rendezvous import find_place, first_host, job_port
+from megatron_ettin.parallel.env import first_host, job_port, read_distributed_env
+from megatron_ettin.parallel.topology import Topology
 from tests import forkserver
 from tests.pool import free_port
 
@@ -27,12 +27,12 @@ STEP = {
 
 
 def test_distributed_env_torchrun_variables_are_read() -> None:
-    place = find_place(TORCHRUN)
+    place = read_distributed_env(TORCHRUN)
     assert (place.rank, place.world, place.local_rank, place.address, place.port) == (3, 8, 1, "node1", 12345)
 
 
 def test_distributed_env_slurm_step_variables_are_read() -> None:
-    place = find_place(STEP)
+    place = read_distributed_env(STEP)
     assert (place.rank, place.world, place.local_rank, place.address) == (5, 16, 1, "gpu03")
     assert place.port == job_port("4711", "0")
     assert place.source == "slurm"
@@ -40,7 +40,9 @@ def test_distributed_env_slurm_step_variables_are_read() -> None:
 
 def test_distributed_env_slurm_batch_script_is_single_process() -> None:
     """SLURM_NTASKS is set in a batch script too, but no other task joins."""
-    place = find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_NODELIST": "n[1-2]"})
+    place = read_distributed_env(
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_NODELIST": "n[1-2]"}
+    )
     assert (place.rank, place.world, place.address) == (0, 1, None)
 
 
@@ -60,7 +62,7 @@ def test_job_port_of_jobs_and_steps_rarely_collides() -> None:
 
 def test_distributed_env_rank_outside_world_is_refused() -> None:
     with pytest.raises(UserError, match="rank 8 is not among 8 ranks"):
-        find_place({**TORCHRUN, "RANK": "8"})
+        read_distributed_env({**TORCHRUN, "RANK": "8"})
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,11 @@ def join_and_sum(late_seconds: float, timeout_seconds: float, arrival_seconds: f
     import torch
     import torch.distributed as dist
 
-    from megatron_ettin.parallel.rendezvous import join
+    from megatron_ettin.parallel.process_groups import init_process_group
     from megatron_ettin.platform import detect
 
     time.sleep(late_seconds)
-    join(find_place(), detect("cpu"), timeout_seconds, arrival_seconds)
+    init_process_group(read_distributed_env(), detect("cpu"), timeout_seconds, arrival_seconds)
     total = torch.ones(1)
     dist.all_reduce(total)
     print(int(total))

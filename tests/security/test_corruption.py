@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.data.blended_dataset import open_run_corpus
+from megatron_ettin.data.blended_dataset import open_run_dataset
 from tests import forkserver
 from tests.train.runs import command
 
@@ -31,7 +31,7 @@ def compile_an_order(folder: Path) -> None:
     assert main(["order", str(folder / "run"), "--steps", "1:3", "--out", str(given)]) == 0
     config = from_yaml(folder / "run" / "config.yaml")
     mixture = [{"path": str(folder / "dataset")}]
-    open_run_corpus(replace(config, data=replace(config.data, mixture=mixture, order=str(given))))
+    open_run_dataset(replace(config, data=replace(config.data, mixture=mixture, order=str(given))))
 
 
 def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Path) -> None:

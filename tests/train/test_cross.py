@@ -11,7 +11,7 @@ import torch
 
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.tables import KINDS
+from megatron_ettin.config.tables import ROW_OBJECTIVES
 from tests.convert.folders import load, tensors
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
@@ -70,7 +70,7 @@ def test_cross_training_first_loss_matches_transformers(
     if objective == "mntp":
         source = decoder.directory
         found = cross(pool, corpus, tmp_path / "run", objective, source, "run.seed=4", world=2)
-    kind = "clm" if KINDS[objective].causal else "mlm"
+    kind = "clm" if ROW_OBJECTIVES[objective].causal else "mlm"
     assert main(["convert", "to-hf", str(source), str(tmp_path / "hf"), "--objective", kind]) == 0
     assert loss_of(tmp_path / "hf", kind, found.directory, tmp_path) == pytest.approx(found.column("loss")[0], rel=1e-5)
     launch = json.loads((found.directory / "history.jsonl").read_text().splitlines()[0])

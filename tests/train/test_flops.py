@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.parallel.layout import destroy_model_parallel
-from megatron_ettin.parallel.rendezvous import forget, leave
-from megatron_ettin.train.trainer import machine_alone, open_training_data
+from megatron_ettin.parallel.groups import destroy_model_parallel
+from megatron_ettin.parallel.process_groups import destroy_process_group, release_store
+from megatron_ettin.train.trainer import build_single_process, open_training_data
 from tests.train.runs import TINY
 
 
@@ -39,19 +39,19 @@ def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
 def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -> None:
     words = [*TINY, f"data.mixture={corpus}", "run.fuse=never"]
     config = parse("17m", objective, "pretrain", words=words)
-    machine = machine_alone(config, training=True)
+    train_state = build_single_process(config, training=True)
     try:
-        batches = Batches.of(config, open_training_data(config), machine.layout, machine.platform.device)
+        batches = Batches.of(config, open_training_data(config), train_state.layout, train_state.platform.device)
         (batch, *_) = batches.step(0)
         # torch's counter has no entry for addmm_
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
-            total, *_ = machine.wrapped[0](batch.input_ids, batch.packed, batch.labels, batch.at)
+            total, *_ = train_state.ddp_model_chunks[0](batch.input_ids, batch.packed, batch.labels, batch.at)
             total.backward()
     finally:
-        machine.close()
+        train_state.close()
         destroy_model_parallel()
-        leave()
-        forget()
+        destroy_process_group()
+        release_store()
     counted = counter.get_flop_counts()["Global"]
     dense = sum(value for name, value in counted.items() if "attention" not in str(name))
     model, labels = config.model, batch.labels.numel()

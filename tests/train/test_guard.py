@@ -14,7 +14,7 @@ import pytest
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import ResilienceConfig
-from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
 from tests.train.runs import command, read, tiered, train
@@ -46,7 +46,7 @@ def bad(run: object) -> dict[int, str]:
 
 def test_anomaly_detector_limit_matches_numpy() -> None:
     norms = np.random.default_rng(7).lognormal(0.3, 0.4, 128)
-    guard = Guard(ResilienceConfig(), tuple(norms.tolist()))
+    guard = AnomalyDetector(ResilienceConfig(), tuple(norms.tolist()))
     logs = np.log(norms)
     middle = np.median(logs)
     limit = np.exp(middle + 6 * np.median(np.abs(logs - middle)) / 0.67448975)
@@ -60,13 +60,13 @@ def test_anomaly_detector_limit_matches_numpy() -> None:
 
 def test_anomaly_detector_quiet_norm_below_the_ratio_is_no_spike() -> None:
     norms = np.random.default_rng(7).normal(1, 0.01, 128)
-    guard = Guard(ResilienceConfig(), tuple(norms.tolist()))
+    guard = AnomalyDetector(ResilienceConfig(), tuple(norms.tolist()))
     assert guard.limit() == pytest.approx(5 * np.median(norms), rel=1e-6)
 
 
 def test_anomaly_detector_remembers_finite_norms_of_one_window() -> None:
     recent = (1.0,) * 128
-    guard = Guard(ResilienceConfig(), recent)
+    guard = AnomalyDetector(ResilienceConfig(), recent)
     assert guard.after(3.0, 2.0) == (*recent[1:], 2.0)
     assert guard.after(float("nan"), 1.0) == recent
     assert guard.after(3.0, float("inf")) == recent
@@ -74,11 +74,11 @@ def test_anomaly_detector_remembers_finite_norms_of_one_window() -> None:
 
 @pytest.mark.parametrize("norms", [(1.0,) * 63, (), (0.0,) * 64, (1e-300, 1e300) * 64])
 def test_anomaly_detector_without_a_usable_window_finds_no_spike(norms: tuple[float, ...]) -> None:
-    assert Guard(ResilienceConfig(), norms).judge(1e9, 0.0) is None
+    assert AnomalyDetector(ResilienceConfig(), norms).judge(1e9, 0.0) is None
 
 
 def test_anomaly_detector_told_to_ignore_spikes_finds_none() -> None:
-    assert Guard(ResilienceConfig(on_spike="ignore"), (1.0,) * 128).judge(3.0, 1e9) is None
+    assert AnomalyDetector(ResilienceConfig(on_spike="ignore"), (1.0,) * 128).judge(3.0, 1e9) is None
 
 
 def test_progress_of_an_older_checkpoint_keeps_its_gradient_norms() -> None:

@@ -21,10 +21,10 @@ import pytest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.batching.host import HostBatches
 from megatron_ettin.batching.loader import Loader, worker_count
-from megatron_ettin.batching.objectives import RowKinds, labeller
+from megatron_ettin.batching.objectives import ObjectiveMix, make_collator
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import BatchConfig
-from megatron_ettin.data.blended_dataset import open_corpus
+from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.sampler import BatchSizes
 from tests import forkserver
@@ -37,10 +37,10 @@ BATCH = BatchConfig(8, 2, warmup_tokens=2_000, warmup_min_rows=3)
 
 def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 1) -> HostBatches:
     """Return host batches of 64-token rows, 3 growing to 8 rows per step, so micro-batches of 2 are not always full."""
-    corpus = open_corpus([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
+    corpus = open_blended_dataset([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
     sizes = BatchSizes.of(BATCH, corpus.mean_tokens_per_row)
-    label = labeller("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
-    return HostBatches(corpus, sizes, label, RowKinds(("mlm",)), {True: 8, False: 8}, 64, 2, dp, dp_rank, group)
+    label = make_collator("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
+    return HostBatches(corpus, sizes, label, ObjectiveMix(("mlm",)), {True: 8, False: 8}, 64, 2, dp, dp_rank, group)
 
 
 def content(loader: Loader, steps: range) -> list[tuple]:

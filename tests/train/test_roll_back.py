@@ -14,7 +14,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.values import parse_skips
-from megatron_ettin.data.blended_dataset import open_corpus
+from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.mixture import MixtureEntry
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
@@ -88,8 +88,8 @@ def test_data_skip_of_trained_rows_is_refused(corpus: Path, whole: Trained, caps
 
 def test_row_order_with_skips_leaves_out_rows(corpus: Path) -> None:
     entries = [MixtureEntry(str(corpus))]
-    plain = open_corpus(entries, 64, "packed", 21, "pretrain")
-    some = open_corpus(entries, 64, "packed", 21, "pretrain", skips=((3, 5), (7, 8)))
+    plain = open_blended_dataset(entries, 64, "packed", 21, "pretrain")
+    some = open_blended_dataset(entries, 64, "packed", 21, "pretrain", skips=((3, 5), (7, 8)))
     assert some.place_of(range(6)).tolist() == [0, 1, 2, 5, 6, 8]
     assert some.span_of(0, 4) == (0, 6)
     assert some.span_of(3, 5) == (5, 7)

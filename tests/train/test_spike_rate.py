@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ettin.config.schema import ResilienceConfig
-from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from tools.spike_rate import made_up, spikes
 
 DEFAULT = ResilienceConfig()
@@ -16,7 +16,9 @@ def test_spikes_of_the_tool_match_the_guard() -> None:
     settings = ResilienceConfig(spike_sigmas=3, spike_window=16, spike_ratio=1.5)
     logs = np.random.default_rng(5).standard_t(3, 400) * 0.3
     norms = np.exp(logs).tolist()
-    judged = [Guard(settings, tuple(norms[step - 16 : step])).judge(3.0, norms[step]) for step in range(16, 400)]
+    judged = [
+        AnomalyDetector(settings, tuple(norms[step - 16 : step])).judge(3.0, norms[step]) for step in range(16, 400)
+    ]
     found = sum(bad is not None for bad in judged)
     assert found > 5
     assert spikes(logs, settings, 16) == found

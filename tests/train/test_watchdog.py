@@ -14,10 +14,19 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.faults import watchdog
-from megatron_ettin.faults.hang_report import COMPUTE, DATA, REDUCE, Peer, Sign, read_sign, verdict, write_sign
+from megatron_ettin.faults.hang_report import (
+    COMPUTE,
+    DATA,
+    REDUCE,
+    RankInfo,
+    RankStatus,
+    hang_report,
+    read_status,
+    write_status,
+)
 from megatron_ettin.faults.stragglers import Slowest, slowest
 from megatron_ettin.launch.run_state import run_state
-from megatron_ettin.parallel.failure_report import Heart
+from megatron_ettin.parallel.failure_report import Heartbeat
 from tests.launch.cluster import wait_until
 from tests.launch.jobs import step_of
 from tests.pool import Pool
@@ -144,36 +153,45 @@ def test_watchdog_invalid_setting_is_refused(word: str, told: str, corpus: Path,
     assert told in line
 
 
-PEERS = [Peer(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]
+PEERS = [RankInfo(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]
 
 
 @pytest.mark.parametrize(
     ("signs", "line", "culprit"),
     [
         (
-            [Sign(7, REDUCE, True, 1), Sign(7, REDUCE, True, 1), Sign(7, COMPUTE, False, 9), None],
+            [RankStatus(7, REDUCE, True, 1), RankStatus(7, REDUCE, True, 1), RankStatus(7, COMPUTE, False, 9), None],
             "rank 2 on n1 (pid 102) has not been heard of for 9 s (last forward and backward of step 8), rank 3 on n1"
             " (pid 103) has not been heard of; the others wait in the gradient sum of step 8",
             2,
         ),
         (
-            [Sign(7, REDUCE, True, 1), Sign(7, DATA, True, 1), Sign(7, REDUCE, True, 1), Sign(7, COMPUTE, True, 1)],
+            [
+                RankStatus(7, REDUCE, True, 1),
+                RankStatus(7, DATA, True, 1),
+                RankStatus(7, REDUCE, True, 1),
+                RankStatus(7, COMPUTE, True, 1),
+            ],
             "rank 1 on n0 (pid 101) is still in reading data of step 8; 2 others wait in the gradient sum of step 8",
             1,
         ),
         (
-            [Sign(8, DATA, True, 1), Sign(7, "saving a checkpoint", True, 1), *[Sign(8, DATA, True, 1)] * 2],
+            [
+                RankStatus(8, DATA, True, 1),
+                RankStatus(7, "saving a checkpoint", True, 1),
+                *[RankStatus(8, DATA, True, 1)] * 2,
+            ],
             "rank 1 on n0 (pid 101) is still in saving a checkpoint after step 7; the others wait in reading data of"
             " step 9",
             1,
         ),
-        ([Sign(7, REDUCE, True, 1)] * 4, "all 4 ranks are in the gradient sum of step 8", None),
+        ([RankStatus(7, REDUCE, True, 1)] * 4, "all 4 ranks are in the gradient sum of step 8", None),
     ],
 )
 def test_hang_report_names_the_rank_that_others_wait_for(
-    signs: list[Sign | None], line: str, culprit: int | None
+    signs: list[RankStatus | None], line: str, culprit: int | None
 ) -> None:
-    found = verdict(PEERS, {rank: sign for rank, sign in enumerate(signs) if sign is not None})
+    found = hang_report(PEERS, {rank: sign for rank, sign in enumerate(signs) if sign is not None})
     assert found.line == line
     assert (found.culprit and found.culprit.rank) == culprit
 
@@ -193,21 +211,21 @@ def test_watchdog_reporters_are_few_and_spread_over_hosts() -> None:
 
 
 def test_rank_status_of_other_launch_or_torn_file_is_ignored(tmp_path: Path) -> None:
-    heart = Heart(figures={"step": 4})
-    heart.at(DATA)
-    write_sign(tmp_path, "now", PEERS[3], heart, 1, stalled=False)
-    sign = read_sign(tmp_path, "now", 3)
+    heartbeat = Heartbeat(figures={"step": 4})
+    heartbeat.set_phase(DATA)
+    write_status(tmp_path, "now", PEERS[3], heartbeat, 1, stalled=False)
+    sign = read_status(tmp_path, "now", 3)
     assert sign is not None
     assert (sign.step, sign.doing, sign.stalled) == (4, DATA, False)
-    assert read_sign(tmp_path, "before", 3) is None
-    assert read_sign(tmp_path, "now", 2) is None
+    assert read_status(tmp_path, "before", 3) is None
+    assert read_status(tmp_path, "now", 2) is None
     (tmp_path / "rank_00003.json").write_text("{torn")
-    assert read_sign(tmp_path, "now", 3) is None
+    assert read_status(tmp_path, "now", 3) is None
 
 
 def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None:
     """The monotonic clock jumps by an hour between two ticks, as when the process was suspended."""
-    monkeypatch.setattr(watchdog, "meet", lambda rank: ([Peer.here(0)], "now"))
+    monkeypatch.setattr(watchdog, "meet", lambda rank: ([RankInfo.here(0)], "now"))
     monkeypatch.setattr(watchdog.Watchdog, "_stall", lambda *_: pytest.fail("a stall"))
     jumps, jumped = itertools.count(), threading.Event()
 
@@ -218,11 +236,11 @@ def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None
         return 3600.0 * number
 
     monkeypatch.setattr(watchdog.time, "monotonic", now)
-    heart = Heart(hang_seconds=20.0)
-    one = watchdog.Watchdog(tmp_path, heart, 0)
+    heartbeat = Heartbeat(hang_seconds=20.0)
+    one = watchdog.Watchdog(tmp_path, heartbeat, 0)
     one.tick_seconds = 0.02
     with one:
-        heart.step(step=1)
+        heartbeat.step(step=1)
         assert jumped.wait(60)
         assert one._thread.is_alive()
     assert not one._thread.is_alive()

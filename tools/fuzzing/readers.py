@@ -185,7 +185,7 @@ def make_site(folder: Path) -> list[str]:
 
 def read_site(folder: Path) -> None:
     """As a site file, its lines as words, and now and then as a whole run, which takes a hundred times as long."""
-    from megatron_ettin.config.overrides import layers_of, read_site as read
+    from megatron_ettin.config.overrides import layers_of, read_user_config as read
     from megatron_ettin.config.resolve import parse
 
     paths = [folder / name for name, content in GOOD_SITES.items() if (folder / name).read_bytes() != content]

@@ -11,9 +11,9 @@ from gpu_checks.session import DoesNotRun, Session, median_seconds
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.packed import PackedRows, pack_rows
-from megatron_ettin.parallel.layout import destroy_model_parallel
-from megatron_ettin.parallel.rendezvous import forget, leave
-from megatron_ettin.train.trainer import machine_alone
+from megatron_ettin.parallel.groups import destroy_model_parallel
+from megatron_ettin.parallel.process_groups import destroy_process_group, release_store
+from megatron_ettin.train.trainer import build_single_process
 
 KERNELS = ("te-fused", "flash", "varlen", "sdpa", "flex")
 KINDS = {
@@ -40,25 +40,25 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
         *("precision.name=bf16", "model.num_layers=2", "data.clm_fraction=0.5", "parallel.distributed_optimizer=false"),
         *(f"run.attention={kernel}", f"run.device={session.device}", "run.fuse=never", *session.words),
     ]
-    machine = None
+    train_state = None
     try:
-        machine = machine_alone(parse(size, "hybrid", "pretrain", words=words), initial_weights=False)
-        layers = machine.chunks[0].transformer.layers
+        train_state = build_single_process(parse(size, "hybrid", "pretrain", words=words), initial_weights=False)
+        layers = train_state.model_chunks[0].transformer.layers
         found: dict[str, Any] = {}
         for role, (layer, causal) in KINDS.items():
             attention = layers[layer].self_attention.core_attention
-            found[role] = errors(attention, causal, machine.config, session.torch_device)
+            found[role] = errors(attention, causal, train_state.config, session.torch_device)
             for length in session.lengths:
-                seconds = time(attention, causal, machine.config, session, length)
+                seconds = time(attention, causal, train_state.config, session, length)
                 found[role][f"seconds_{length}"] = seconds
     except UserError as error:
         raise DoesNotRun(str(error)) from None
     finally:
-        if machine is not None:
-            machine.close()
+        if train_state is not None:
+            train_state.close()
         destroy_model_parallel()
-        leave()
-        forget()
+        destroy_process_group()
+        release_store()
     worst = max(figures["error"] for figures in found.values())
     speeds = [
         f"{role} " + "/".join(f"{figures[f'seconds_{length}'] * 1e3:.3g}" for length in session.lengths)

@@ -82,14 +82,14 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 def host_batches(config: Config) -> Any:
     """The run's micro-batches in host memory, as one rank has them."""
     from megatron_ettin.batching.host import HostBatches
-    from megatron_ettin.batching.objectives import RowKinds, corpus_labeller
+    from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
     from megatron_ettin.data.sampler import BatchSizes
     from megatron_ettin.train.trainer import open_training_data
 
     corpus = open_training_data(config)
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-    kinds = RowKinds.of(config, corpus.mean_tokens_per_row)
-    label = corpus_labeller(config, corpus)
+    kinds = ObjectiveMix.of(config, corpus.mean_tokens_per_row)
+    label = dataset_collator(config, corpus)
     rows = config.batch.micro_batch_rows
     return HostBatches(corpus, sizes, label, kinds, config.windows, config.data.seq_len, rows, 1, 0, 1)
 

@@ -20,11 +20,13 @@ BEGAN = time.perf_counter()
 
 
 def ettin_rows(folder: Path, rows: int) -> Iterator[Any]:
-    from megatron_ettin.data.blended_dataset import open_corpus
+    from megatron_ettin.data.blended_dataset import open_blended_dataset
     from megatron_ettin.data.mixture import MixtureEntry
 
     parts = sorted(folder.glob("part*")) or [folder]
-    corpus = open_corpus([MixtureEntry(str(p), weight=1.0) for p in parts], ROW_TOKENS, "packed", 21, "pretrain")
+    corpus = open_blended_dataset(
+        [MixtureEntry(str(p), weight=1.0) for p in parts], ROW_TOKENS, "packed", 21, "pretrain"
+    )
     for first in range(0, rows, MICRO_BATCH_ROWS):  # as the training loader asks for them
         for row in corpus.rows(range(first, min(first + MICRO_BATCH_ROWS, rows))):
             yield row.tokens

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.replay.files import GivenRows, OrderFiles, metadata_of, one_line, open_parquet
+from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, metadata_of, one_line, open_parquet
 
 BATCH_LINES = 1 << 18
 COLUMNS = ("step", "slot", "dataset", "chunk")
@@ -27,7 +27,7 @@ Lines = dict[str, Int64Array]  # COLUMNS and ROW_COLUMN, the dataset as its plac
 
 def exported_rows(
     files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
-) -> Iterator[GivenRows]:
+) -> Iterator[RecordedRows]:
     """The rows of the files in order. Raises UserError naming file, step and slot of what does not fit; `missing`
     does not matter: a chunk that its dataset does not have is an error of the file."""
     first, last = 0, (-1, -1)
@@ -116,7 +116,7 @@ def same_folder(path: Path, name: str) -> bool:
 
 def rows_of(
     path: Path, lines: Lines, datasets: Sequence[Dataset], seq_len: int, batching: str, last: tuple[int, int]
-) -> GivenRows:
+) -> RecordedRows:
     """Whole rows from their lines, checked. `last`: step and slot of the row before them."""
     step, slot, source, chunks = (lines[name] for name in COLUMNS)
     before_step, before_slot = np.append(last[0], step[:-1]), np.append(last[1], slot[:-1])
@@ -157,4 +157,4 @@ def rows_of(
         if found.any():
             i = int(starts[np.flatnonzero(found)[0]])
             raise UserError(f"data.order: {path}: the row of step {step[i]} slot {slot[i]} {fault}")
-    return GivenRows(source[starts], counts, chunks, tokens, lines.get(ROW_COLUMN, step)[starts])
+    return RecordedRows(source[starts], counts, chunks, tokens, lines.get(ROW_COLUMN, step)[starts])

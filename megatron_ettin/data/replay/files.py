@@ -19,7 +19,7 @@ KINDS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("input_
 
 
 @dataclass(frozen=True)
-class GivenRows:
+class RecordedRows:
     """Some rows of a given order, n of them with m chunks in all."""
 
     sources: npt.NDArray[np.int64]  # [n] places in the mixture

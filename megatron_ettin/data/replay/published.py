@@ -21,7 +21,7 @@ from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
 from megatron_ettin.data.indexed import open_shard
 from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.replay.files import GivenRows, OrderFiles, one_line, open_parquet
+from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, one_line, open_parquet
 
 WINDOW_SAMPLES = 4_096  # consecutive samples that are packed together
 BATCH_TOKENS = 1 << 21  # hashed at once: some 100 MB of intermediate arrays
@@ -35,7 +35,7 @@ IntArray = npt.NDArray[np.integer]
 
 def published_rows(
     files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
-) -> Iterator[GivenRows]:
+) -> Iterator[RecordedRows]:
     """The rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
 
     Raises UserError where samples have no chunk, unless `missing` is "skip"."""
@@ -69,7 +69,7 @@ def published_rows(
         rows = window_rows(window >> SOURCE_SHIFT, window & ((1 << SOURCE_SHIFT) - 1), datasets, seq_len, batching)
         numbers = np.arange(first, first + len(rows[1]))
         first += len(numbers)
-        yield GivenRows(*rows, numbers, skipped_samples=lost.size if begin == 0 else 0)
+        yield RecordedRows(*rows, numbers, skipped_samples=lost.size if begin == 0 else 0)
 
 
 def window_rows(

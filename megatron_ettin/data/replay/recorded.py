@@ -37,7 +37,7 @@ from megatron_ettin.data.manifest import (
 )
 from megatron_ettin.data.packing_index import current_umask, file_lock
 from megatron_ettin.data.replay.exported import exported_rows
-from megatron_ettin.data.replay.files import GivenRows, kind_of_files, open_order_files
+from megatron_ettin.data.replay.files import RecordedRows, kind_of_files, open_order_files
 from megatron_ettin.data.replay.published import published_rows
 
 VERSION = 1  # raise it when the same files would be compiled otherwise
@@ -77,7 +77,7 @@ class OrderRecord:
         return hashlib.sha256(":".join(map(str, content)).encode("ascii")).hexdigest()
 
 
-class GivenOrder:
+class RecordedSampler:
     """Rows by position, as `open_given_order` compiled them. It pickles small."""
 
     def __init__(self, folder: Path, record: OrderRecord, fingerprints: Sequence[str]) -> None:
@@ -128,9 +128,9 @@ class GivenOrder:
         return wanted
 
 
-def open_given_order(
+def open_recorded_sampler(
     path: str, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str = "error"
-) -> GivenOrder:
+) -> RecordedSampler:
     """The order in `path` over these datasets; compiles it unless that was done before. Raises UserError."""
     files = open_order_files(path)
     fingerprints = [dataset.fingerprint for dataset in datasets]
@@ -139,7 +139,7 @@ def open_given_order(
     places = (datasets[0].path, cache_directory() / "orders")
     for place in places:
         if record := read_record(place / f"order_{key}", seq_len, batching):
-            return GivenOrder(place / f"order_{key}", record, fingerprints)
+            return RecordedSampler(place / f"order_{key}", record, fingerprints)
     place = places[0] if os.access(places[0], os.W_OK) else places[1]
     folder = place / f"order_{key}"
     try:
@@ -154,7 +154,7 @@ def open_given_order(
     record = record or read_record(folder, seq_len, batching)
     if record is None:
         raise UserError(f"data.order: {folder}: written, but not readable as written; is the file system full?")
-    return GivenOrder(folder, record, fingerprints)
+    return RecordedSampler(folder, record, fingerprints)
 
 
 def order_record(folder: Path) -> OrderRecord:
@@ -176,7 +176,7 @@ def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None
 
 
 def build_order(
-    folder: Path, rows: Iterator[GivenRows], seq_len: int, batching: str, datasets: Sequence[Dataset]
+    folder: Path, rows: Iterator[RecordedRows], seq_len: int, batching: str, datasets: Sequence[Dataset]
 ) -> None:
     """Write the rows beside and rename them into place. The caller holds the lock, so what a killed process left
     half-written can go."""
@@ -197,7 +197,7 @@ def build_order(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_columns(folder: Path, rows: Iterator[GivenRows], datasets: Sequence[Dataset]) -> dict[str, Any]:
+def write_columns(folder: Path, rows: Iterator[RecordedRows], datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Write COLUMNS, batch by batch; returns what the record says of them. A repeated dataset counts as its first."""
     names: list[str] = []
     tokens: list[int] = []

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import failed_rank
-from .log import say, write
+from .log import log_line, write
 from .options import Options
 from .slurm import Job
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
     result: str
     status: int
-    culprit: Optional[failed_rank.Ended]
+    culprit: Optional[failed_rank.TaskExit]
     beat: Dict[str, Any]
     why: str
     stuck: bool
@@ -71,7 +71,7 @@ def free_port(job: Job, attempt: int) -> int:
     raise RuntimeError("no free port from {} on".format(FIRST_PORT))
 
 
-class Watch:
+class LaunchAgent:
     """Runs the command once."""
 
     def __init__(self, options: Options, job: Job, stop: Stop, attempt: int) -> None:
@@ -80,7 +80,7 @@ class Watch:
         self.folder = os.path.abspath(os.path.join(options.folder, "attempts", name))
         os.makedirs(self.folder, exist_ok=True)
         self.port = free_port(job, attempt)
-        self.said: List[failed_rank.Ended] = []
+        self.said: List[failed_rank.TaskExit] = []
         self.stuck = False
 
     def run(self) -> Outcome:
@@ -128,7 +128,7 @@ class Watch:
             if self.stop.name and not told_to_stop:
                 # ranks that are still importing would be killed by a signal; with nothing done, nothing is lost
                 if beat.get("doing", "starting") != "starting":
-                    say("{}: asks the run to save and end".format(self.stop.name))
+                    log_line("{}: asks the run to save and end".format(self.stop.name))
                     self._pass_on(process)
                     told_to_stop = True
                 elif now - asked > self.options.grace_seconds:

@@ -17,7 +17,7 @@ ASKED_TO_END = ("Terminated", "Exited with exit code 75", "Exited with exit code
 FINAL = ("user", "stopped")  # what would end the same way again
 
 
-class Ended(NamedTuple):
+class TaskExit(NamedTuple):
     """A rank that ended badly: when (seconds of the epoch), and the last lines of its error."""
 
     time: float
@@ -52,7 +52,7 @@ def ranks_of(text: str) -> List[int]:
     return found
 
 
-def from_srun(line: str) -> Optional[Ended]:
+def from_srun(line: str) -> Optional[TaskExit]:
     """What srun said of a task now; None for its other lines and for tasks that others made end."""
     match = TASK_LINE.match(line.rstrip())
     if match is None or match.group(3).startswith(ASKED_TO_END):
@@ -60,10 +60,10 @@ def from_srun(line: str) -> Optional[Ended]:
     by_signal = not match.group(3).startswith("Exited with exit code")
     rank = ranks_of(match.group(2))[0]
     lines = ["srun: {}".format(match.group(3))]
-    return Ended(time.time(), rank, match.group(1), "killed" if by_signal else "exit", lines)
+    return TaskExit(time.time(), rank, match.group(1), "killed" if by_signal else "exit", lines)
 
 
-def from_files(folder: str) -> List[Ended]:
+def from_files(folder: str) -> List[TaskExit]:
     """What the ranks left themselves (parallel/failure_report.py's record_failure)."""
     found = []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
@@ -73,7 +73,7 @@ def from_files(folder: str) -> List[Ended]:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 record = json.load(file)
             lines = [str(line) for line in record["lines"]]
-            found.append(Ended(record["time"], record["rank"], record["host"], record["kind"], lines))
+            found.append(TaskExit(record["time"], record["rank"], record["host"], record["kind"], lines))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # written while the node went down
     return found
@@ -85,7 +85,7 @@ def stall(folder: str) -> str:
     return lines[0] if lines else ""
 
 
-def first(folder: str, said_by_srun: List[Ended]) -> Optional[Ended]:
+def first(folder: str, said_by_srun: List[TaskExit]) -> Optional[TaskExit]:
     """The culprit: the earliest that is no consequence of another; of nothing but consequences the earliest."""
     own = from_files(folder)
     spoke = {ended.rank for ended in own}

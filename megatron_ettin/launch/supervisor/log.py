@@ -26,6 +26,6 @@ def write(text: str) -> None:
         pass
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Write a line of the supervisor's own."""
     write("supervisor: " + text + "\n")

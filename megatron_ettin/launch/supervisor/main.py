@@ -4,9 +4,9 @@ import os
 import time
 from typing import Dict, List, Optional, Sequence
 
-from .agent import DONE, MISTAKE, SAVED, Outcome, Stop, Watch
+from .agent import DONE, MISTAKE, SAVED, LaunchAgent, Outcome, Stop
 from .events import Events
-from .log import open_standard_files, say, write
+from .log import log_line, open_standard_files, write
 from .nodes import check_nodes
 from .options import Options, parse
 from .slurm import Job
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return Supervisor(options, Job(os.environ), Stop()).run()
     except OSError as error:  # of the command or the folder: no other attempt mends it
-        say("{}: {}".format(error.filename or options.folder, error.strerror or error))
+        log_line("{}: {}".format(error.filename or options.folder, error.strerror or error))
         return MISTAKE
 
 
@@ -41,7 +41,7 @@ class Supervisor:
         attempt = 0
         status: Optional[int] = None
         while status is None:
-            status = self._after(Watch(self.options, self.job, self.stop, attempt).run())
+            status = self._after(LaunchAgent(self.options, self.job, self.stop, attempt).run())
             attempt += 1
         return status
 
@@ -67,19 +67,21 @@ class Supervisor:
         """Again here while that may help, then without the node that fails most, then not at all."""
         status, failures = (outcome.status if outcome.status > 0 else 1), self.events.failures()
         if outcome.why:
-            say("{}; the command was ended".format(outcome.why))
+            log_line("{}; the command was ended".format(outcome.why))
         if len(failures) <= self.options.restarts:
             if outcome.stuck or self.stop.name:
                 why = "a step of the job cannot be ended" if outcome.stuck else "failed while it was to stop"
                 return self._requeue(why, status, outcome)
             self._tell(outcome)
-            say("starting again ({} of {} times without a new checkpoint)".format(len(failures), self.options.restarts))
+            log_line(
+                "starting again ({} of {} times without a new checkpoint)".format(len(failures), self.options.restarts)
+            )
             return None
         nodes = [str(failure["node"]) for failure in failures if failure.get("node")]
         worst = max(sorted(set(nodes)), key=nodes.count) if nodes else ""
         if nodes.count(worst) > 1 and self.job.has_spares(self.job.excluded() + [worst]):
             return self._requeue("{} failed {} times".format(worst, nodes.count(worst)), status, outcome, [worst])
-        say("{} failures without a new checkpoint in between; it ends here".format(len(failures)))
+        log_line("{} failures without a new checkpoint in between; it ends here".format(len(failures)))
         return self._over(outcome, status)
 
     def _without(self, bad: Dict[str, List[str]]) -> int:
@@ -90,24 +92,26 @@ class Supervisor:
         elsewhere = self.job.has_spares(self.job.excluded() + names)
         for node in names:
             for problem in bad[node]:
-                say("node {}: {}".format(node, problem))
+                log_line("node {}: {}".format(node, problem))
         return self._requeue("without {}".format(", ".join(names)), MISTAKE, exclude=names) if elsewhere else MISTAKE
 
     def _requeue(self, why: str, status: int, outcome: Optional[Outcome] = None, exclude: Sequence[str] = ()) -> int:
         """Back into the queue, unless the job is over for SLURM (it was cancelled) or was there too often."""
         self._tell(outcome)
         if self.job.restarts >= self.options.requeues:
-            say("{}; requeued {} times already, which is the limit: submit it again".format(why, self.job.restarts))
+            log_line(
+                "{}; requeued {} times already, which is the limit: submit it again".format(why, self.job.restarts)
+            )
             return status
         state = self.job.state()
         if self.job.id and state != "RUNNING":
-            say("{}; not requeued, for the job is {}".format(why, state or "unknown to SLURM"))
+            log_line("{}; not requeued, for the job is {}".format(why, state or "unknown to SLURM"))
             return status
         self.events.add("requeued", why=why, excluded=list(exclude))
-        say("{}; requeued{}".format(why, ", to run without " + ", ".join(exclude) if exclude else ""))
+        log_line("{}; requeued{}".format(why, ", to run without " + ", ".join(exclude) if exclude else ""))
         refused = self.job.requeue(exclude)
         if refused is not None:
-            say("not requeued: {}; submit it again to go on".format(refused))
+            log_line("not requeued: {}; submit it again to go on".format(refused))
             return status
         self.stop.name = ""
         deadline = time.monotonic() + REQUEUED_SECONDS

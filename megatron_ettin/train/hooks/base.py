@@ -18,14 +18,14 @@ from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.evaluate import evaluation
-from megatron_ettin.faults.anomalies import Guard
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.faults.consistency import code_hash, versions
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
-from megatron_ettin.parallel.failure_report import Heart
+from megatron_ettin.parallel.failure_report import Heartbeat
 from megatron_ettin.platform import Platform
 from megatron_ettin.runs.rollback import rolled_back
 from megatron_ettin.train.progress import Progress, is_done
-from megatron_ettin.train.setup import Machine
+from megatron_ettin.train.setup import TrainState
 from megatron_ettin.train.step import StepInfo
 
 
@@ -33,27 +33,27 @@ from megatron_ettin.train.step import StepInfo
 class Run:
     """What hooks see of a run. `progress` is replaced after every step."""
 
-    machine: Machine
+    train_state: TrainState
     batches: Batches
     directory: Path
     progress: Progress
-    heart: Heart = field(default_factory=Heart)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     request: float = 0.0  # what rank 0 asks of all ranks with the next step's sums
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # entered by who runs it
 
     @property
     def config(self) -> Config:
-        return self.machine.config
+        return self.train_state.config
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> AnomalyDetector:
         """By what the next step is judged."""
-        optimizer = self.machine.optimizer
-        return Guard(self.config.resilience, self.progress.recent, optimizer is None or optimizer.can_skip)
+        optimizer = self.train_state.optimizer
+        return AnomalyDetector(self.config.resilience, self.progress.recent, optimizer is None or optimizer.can_skip)
 
     @property
-    def is_chief(self) -> bool:
-        return self.machine.layout.rank == 0
+    def is_main_process(self) -> bool:
+        return self.train_state.layout.rank == 0
 
     @property
     def tokenizer(self) -> Path:
@@ -137,7 +137,7 @@ class Metrics(Hook):
 
     def start(self, run: Run) -> None:
         self.sinks = FanOut([])
-        if not run.is_chief:
+        if not run.is_main_process:
             return
         settings, step = run.config.metrics, run.progress.step
         sinks: list[Sink] = [JsonlSink(run.directory / "metrics.jsonl", resume_step=step)]
@@ -148,8 +148,8 @@ class Metrics(Hook):
         self.sinks = FanOut(sinks)
 
     def step(self, run: Run, info: StepInfo) -> None:
-        if run.is_chief:
-            self.sinks.log(step_metrics(info, run.machine.platform, run.machine.layout.topology.world))
+        if run.is_main_process:
+            self.sinks.log(step_metrics(info, run.train_state.platform, run.train_state.layout.topology.world))
 
     def save(self, run: Run, path: Path) -> None:
         self.sinks.keep(path, step_of(path))
@@ -159,8 +159,8 @@ class Metrics(Hook):
 
     def stop(self, run: Run) -> None:
         metrics = run.config.metrics
-        if run.is_chief and metrics.wandb and metrics.wandb_report and is_done(run.config, run.progress):
-            run.heart.slow("writing the report")
+        if run.is_main_process and metrics.wandb and metrics.wandb_report and is_done(run.config, run.progress):
+            run.heartbeat.enter("writing the report")
             self.sinks.attach("report", lambda: report_of(run.directory))
         self.sinks.close()
 
@@ -181,24 +181,24 @@ class Evaluation(Hook):
     """Loss on the validation datasets every so many steps and at the end, in all and by source; of a hybrid run, read
     in each of its ways, the first of which needs no suffix."""
 
-    def __init__(self, held_out: Sequence[evaluation.HeldOut]) -> None:
+    def __init__(self, held_out: Sequence[evaluation.EvalDataset]) -> None:
         self.held_out = held_out
 
     def step(self, run: Run, info: StepInfo) -> None:
         every = run.config.metrics.eval_every_steps
         if (every is None or info.step % every) and not is_done(run.config, run.progress):
             return
-        run.heart.slow("evaluating")
+        run.heartbeat.enter("evaluating")
         for number, held_out in enumerate(self.held_out):
             suffix = f"_{held_out.kind}" if number else ""
-            result = evaluation.evaluate(run.machine, held_out, run.config.metrics.eval_rows)
+            result = evaluation.evaluate(run.train_state, held_out, run.config.metrics.eval_rows)
             info.extra[f"validation_loss{suffix}"] = result.loss
             info.extra[f"validation_accuracy{suffix}"] = result.accuracy
             if len(result.sources) > 1:
                 parts = {f"validation_loss{suffix}/{name}": part.loss for name, part in result.sources.items()}
                 info.extra.update(parts)
-            if run.is_chief:
+            if run.is_main_process:
                 whole, *lines = result.lines()
                 kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
                 log_info(f"step {info.step} validation {kind}{whole}", *lines)
-        run.heart.step()
+        run.heartbeat.step()

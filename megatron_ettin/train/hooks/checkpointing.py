@@ -8,9 +8,10 @@ import time
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.skipped_steps import TrainingStopped, way_back
+from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import is_done
-from megatron_ettin.train.saving import Outcome, Retry, SaveFailed, Saver, Wish, told
+from megatron_ettin.train.saving import Retry, SaveFailed, Saver, SaveRequest, SaveResult, told
 from megatron_ettin.train.step import StepInfo
 
 # what rank 0 asks of all ranks through the sums of a step
@@ -30,14 +31,14 @@ class Checkpoints(Hook):
         self.is_due = self.milestone_is_due = False
         self.retry = Retry(run.config.checkpoint.retry_seconds)
         ends_in_sep = any(dataset.manifest.end_token != "none" for dataset in run.batches.corpus.datasets)
-        self.saver = Saver(run.machine, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
+        self.saver = Saver(run.train_state, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
         run.closing.callback(self.saver.close)
 
     def step(self, run: Run, info: StepInfo) -> None:
-        if run.is_chief:
-            self._take(run, self.saver.taken())
+        if run.is_main_process:
+            self._take(run, self.saver.poll())
         if info.asked == STOP:
-            raise SaveFailed(self.why if run.is_chief else "a checkpoint could not be saved")
+            raise SaveFailed(self.why if run.is_main_process else "a checkpoint could not be saved")
         if info.stop_requested:
             return  # `stop` saves
         milestone = run.config.checkpoint.weights_every_tokens
@@ -47,17 +48,17 @@ class Checkpoints(Hook):
         # weights that give bad figures are not saved: what is due waits for the next update that is made
         if not run.progress.skipped_in_row:
             self._begin_due(run)
-        if run.is_chief:  # told with the next step
-            self._take(run, self.saver.taken())
+        if run.is_main_process:  # told with the next step
+            self._take(run, self.saver.poll())
             if run.request == NOTHING and (self.retry.is_due or self._minutes_are_over(run)):
                 run.request = SAVE
 
     def stop(self, run: Run) -> None:
         self._settle(run)
         # rank 0 takes outcomes between steps, the others learn of them here
-        self.saved_step = run.machine.layout.from_chief(self.saved_step)
+        self.saved_step = broadcast_object(self.saved_step)
         if run.progress.skipped_in_row:
-            if run.is_chief and not is_done(run.config, run.progress):
+            if run.is_main_process and not is_done(run.config, run.progress):
                 why = f"the updates of its last {run.progress.skipped_in_row} steps were left out"
                 log_warning(f"step {run.progress.step}: not saved, for {why}; {way_back(run.directory, run.progress)}")
         elif run.progress.step != self.saved_step:
@@ -71,7 +72,7 @@ class Checkpoints(Hook):
     def _begin_due(self, run: Run) -> None:
         if self.milestone_is_due:
             self.milestone_is_due = False
-            self._begin(run, Wish(run.progress, milestone=True))
+            self._begin(run, SaveRequest(run.progress, milestone=True))
         if self.is_due:
             self.is_due = False
             self._begin(run, self._wish(run))
@@ -88,43 +89,45 @@ class Checkpoints(Hook):
         minutes = run.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self.begun_at >= 60.0 * minutes
 
-    def _wish(self, run: Run) -> Wish:
+    def _wish(self, run: Run) -> SaveRequest:
         every = run.config.checkpoint.keep_every_tokens
         keep = every is not None and run.progress.tokens // every > self.begun_tokens // every
-        return Wish(run.progress, keep=keep)
+        return SaveRequest(run.progress, keep=keep)
 
-    def _begin(self, run: Run, wish: Wish) -> None:
+    def _begin(self, run: Run, wish: SaveRequest) -> None:
         """Start to save; all ranks together."""
         self._settle(run)
-        run.heart.slow("saving weights" if wish.milestone else "saving a checkpoint")
+        run.heartbeat.enter("saving weights" if wish.milestone else "saving a checkpoint")
         if not wish.milestone:
             self.begun_at = time.monotonic()
             self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
             self.retry.due, run.request = None, NOTHING
         self.saver.begin(wish)
-        run.heart.slow("going on from a save", run.heart.hang_seconds)
+        run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
 
     def _settle(self, run: Run, final: bool = False) -> None:
         """Wait for a save in flight; all ranks together. Raises SaveFailed for the `final` one."""
-        run.heart.slow("waiting for a save")
-        outcome = self.saver.settle()
+        run.heartbeat.enter("waiting for a save")
+        outcome = self.saver.wait()
         if outcome is not None and outcome.path is None and final:
             raise SaveFailed(told(outcome, {"last": self.saved_step, "then": "the run ends without it"}))
         self._take(run, outcome)
 
-    def _take(self, run: Run, outcome: Outcome | None) -> None:
+    def _take(self, run: Run, outcome: SaveResult | None) -> None:
         """Tell of what became of a save. What follows from it is rank 0's to ask of all."""
         if outcome is None:
             return
         step, path = outcome.wish.progress.step, outcome.path
         if path is not None and not outcome.wish.milestone:
             self.saved_step = step
-            run.heart.figures = run.heart.figures | {"saved_step": step}  # a new one: the watchdog may be reading
+            run.heartbeat.figures = run.heartbeat.figures | {
+                "saved_step": step
+            }  # a new one: the watchdog may be reading
             for hook in self.others:
                 hook.save(run, path)
         if not outcome.wish.milestone:
             self.retry.after(outcome)
-        if path is None and run.is_chief:
+        if path is None and run.is_main_process:
             stops = run.config.checkpoint.on_failure == "stop"
             seconds = run.config.checkpoint.retry_seconds * 2 ** min(self.retry.failures - 1, 4)
             then = "the run stops (checkpoint.on_failure)" if stops else f"tried again in {seconds:g} s"
@@ -153,7 +156,7 @@ class DirectoryCheck(Hook):
     def step(self, run: Run, info: StepInfo) -> None:
         if info.asked == GONE:
             raise self._stopped(run)
-        if not run.is_chief:
+        if not run.is_main_process:
             return
         if time.monotonic() - self.looked >= CHECK_SECONDS:
             self._look(run)
@@ -161,9 +164,9 @@ class DirectoryCheck(Hook):
             run.request = GONE
 
     def stop(self, run: Run) -> None:
-        if run.is_chief:
+        if run.is_main_process:
             self._look(run)
-        if run.machine.layout.from_chief(self.is_gone):
+        if broadcast_object(self.is_gone):
             raise self._stopped(run)
 
     def _look(self, run: Run) -> None:

@@ -23,27 +23,27 @@ SMOOTHED = 0.9  # of the speed that the time left is told by, from step to step
 
 
 class Console(Hook):
-    """`steps_to`: where each line goes as JSON instead, as in metrics.jsonl."""
+    """`json_stream`: where each line goes as JSON instead, as in metrics.jsonl."""
 
-    def __init__(self, steps_to: TextIO | None = None) -> None:
-        self.steps_to = steps_to
-        self.screen: Screen | None = None
+    def __init__(self, json_stream: TextIO | None = None) -> None:
+        self.json_stream = json_stream
+        self.screen: ProgressDisplay | None = None
 
     def start(self, run: Run) -> None:
         self.left = TimeLeft(run)
-        if run.is_chief and self.steps_to is None and errors_on_terminal():
-            self.screen = Screen(run)
+        if run.is_main_process and self.json_stream is None and errors_on_terminal():
+            self.screen = ProgressDisplay(run)
 
     def step(self, run: Run, info: StepInfo) -> None:
-        if not run.is_chief:
+        if not run.is_main_process:
             return
         left = self.left.after(info)
         if self.screen is not None:
             self.screen.step(run, info, left)
         elif info.step % run.config.metrics.every_steps == 0:
-            if self.steps_to is not None:
-                told = step_metrics(info, run.machine.platform, run.machine.layout.topology.world)
-                log_info(json.dumps({**told, "seconds_left": left}), stream=self.steps_to)
+            if self.json_stream is not None:
+                told = step_metrics(info, run.train_state.platform, run.train_state.layout.topology.world)
+                log_info(json.dumps({**told, "seconds_left": left}), stream=self.json_stream)
             else:
                 what = [*figures(run, info), f"{duration(left)} left"]
                 log_info(f"step {info.step} tokens {info.tokens:,} {' '.join(what)}")
@@ -62,9 +62,9 @@ def figures(run: Run, info: StepInfo) -> list[str]:
     """Of one step; MFU where the hardware's peak is known."""
     told = [f"loss {info.loss:.4f}", f"lr {info.lr:.2e}", f"norm {info.grad_norm:.3f}"]
     told.append(f"{format_count(info.step_tokens / info.seconds)} tokens/s")
-    peak = run.machine.platform.peak_flops
+    peak = run.train_state.platform.peak_flops
     if peak is not None:
-        told.append(f"MFU {info.flops / info.seconds / (peak * run.machine.layout.topology.world):.1%}")
+        told.append(f"MFU {info.flops / info.seconds / (peak * run.train_state.layout.topology.world):.1%}")
     return told
 
 
@@ -89,7 +89,7 @@ class TimeLeft:
         return max(0.0, 1 - done) / max(self.speed, 1e-12)
 
 
-class Screen:
+class ProgressDisplay:
     """Two lines at the bottom of a terminal: how far the run is, and the figures of its latest step."""
 
     def __init__(self, run: Run) -> None:

@@ -17,7 +17,7 @@ class Profiling(Hook):
     def start(self, run: Run) -> None:
         self.steps, ranks = profiled_steps(run.config), profiled_ranks(run.config)
         self.profiler: Profiler | None = None
-        self.is_chosen = bool(self.steps) and (ranks is None or run.machine.layout.rank in ranks)
+        self.is_chosen = bool(self.steps) and (ranks is None or run.train_state.layout.rank in ranks)
         self._begin_before(run, run.progress.step + 1)
 
     def step(self, run: Run, info: StepInfo) -> None:
@@ -32,19 +32,19 @@ class Profiling(Hook):
     def _begin_before(self, run: Run, step: int) -> None:
         if self.is_chosen and step in self.steps and self.profiler is None:
             self.first = step
-            self.profiler = Profiler(run.machine.platform, run.config.profile.memory)
+            self.profiler = Profiler(run.train_state.platform, run.config.profile.memory)
             self.profiler.start()
 
     def _end(self, run: Run, last: int) -> None:
         assert self.profiler is not None
         self.profiler.stop()
-        name = f"steps_{self.first}-{last}_rank_{run.machine.layout.rank:05d}"
+        name = f"steps_{self.first}-{last}_rank_{run.train_state.layout.rank:05d}"
         try:
             text = self.profiler.write(run.directory / FOLDER, name)
         except OSError as error:  # a profile is no reason for a run to end
             log_warning(f"warning: profile.steps: {name} cannot be written ({error})")
         else:
-            if run.is_chief:
+            if run.is_main_process:
                 log_info(f"profile of steps {self.first} to {last} in {run.directory / FOLDER}", text)
         self.profiler = None
         self.is_chosen = last < self.steps[-1]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.data.tokenizer import load_tokenizer
-from megatron_ettin.evaluate.inference import alone
+from megatron_ettin.evaluate.inference import load_for_inference
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.train import resume
 from tests.conftest import sentences
@@ -113,12 +113,12 @@ def write_expected(target: Path, checkpoint: Path, tokenizer: Path, name: str) -
     generator = torch.Generator().manual_seed(5)
     drawn = [torch.randint(5, 320, (tokens - 1,), generator=generator).tolist() for tokens in PROMPT_TOKENS]
     token_lists = [[CLS, *ids] for ids in drawn]
-    with alone(checkpoint, objective) as machine, torch.no_grad():
-        resume.load(machine, checkpoint, with_optimizer=False)
-        model = machine.chunks[0].eval()
+    with load_for_inference(checkpoint, objective) as train_state, torch.no_grad():
+        resume.load(train_state, checkpoint, with_optimizer=False)
+        model = train_state.model_chunks[0].eval()
         logits = [model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids))) for ids in [*token_lists, *text_ids]]
         continuations = [continued(model, ids) for ids in [*token_lists, *text_ids]] if objective == "clm" else []
-        theta = machine.config.model
+        theta = train_state.config.model
     save_file(
         {str(i): one.reshape(-1, 320).contiguous() for i, one in enumerate(logits)}, target / "logits.safetensors"
     )

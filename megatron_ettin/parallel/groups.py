@@ -1,5 +1,5 @@
-"""The layout of a run: `Topology`, a validated value, and `Layout`, its process groups. Core's global groups are
-created, asked and destroyed here and nowhere else, so that no other module needs to know that they are global."""
+"""The process groups of a run. Core's global groups are created, asked and destroyed here and nowhere else, so that no
+other module needs to know that they are global."""
 
 from __future__ import annotations
 
@@ -7,54 +7,11 @@ import gc
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_ettin.config.layouts import check_layout, stage_layers
-from megatron_ettin.config.schema import Config
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Degrees of every axis over `world` ranks. Core's order of ranks: tp fastest, then cp, dp, pp slowest."""
-
-    world: int
-    tp: int
-    pp: int
-    vp: int
-    cp: int
-    dp: int
-    layers: tuple[int, ...]  # of each of the pp x vp stages, in model order
-
-    @classmethod
-    def of(cls, config: Config, world: int) -> Topology:
-        """The topology of a run on `world` ranks. Raises UserError where they do not divide."""
-        parallel = config.parallel
-        dp = check_layout(config, world)
-        return cls(world, parallel.tp, parallel.pp, parallel.vp, parallel.cp, dp, tuple(stage_layers(config)))
-
-    def coords(self, rank: int) -> dict[str, int]:
-        """Place of `rank` on each axis."""
-        tp, rest = rank % self.tp, rank // self.tp
-        cp, rest = rest % self.cp, rest // self.cp
-        dp, pp = rest % self.dp, rest // self.dp
-        return {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
-
-    @property
-    def pipeline_layout(self) -> str | None:
-        """Core's pipeline layout, e.g. `Et*4|t*3L`; None for one stage."""
-        if len(self.layers) == 1:
-            return None
-        stages = [f"t*{count}" if count > 1 else "t" for count in self.layers]
-        stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
-        return "|".join(stages)
-
-    def __str__(self) -> str:
-        named = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": self.cp, "dp": self.dp}
-        degrees = " ".join(f"{axis} {size}" for axis, size in named.items() if size > 1 or axis == "dp")
-        return degrees + (f", layers {'+'.join(map(str, self.layers))}" if len(self.layers) > 1 else "")
+from megatron_ettin.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -87,41 +44,6 @@ class Layout:
             )
             for stage in range(self.topology.vp)
         ]
-
-    def sum_over_world(self, values: list[float], device: torch.device) -> list[float]:
-        """Sums over every rank; a rank that is not the one to count passes zeros."""
-        vector = torch.tensor(values, dtype=torch.float64, device=device)
-        if self.topology.world > 1:
-            dist.all_reduce(vector)
-        return vector.tolist()
-
-    def of_each_rank(self, value: float, device: torch.device) -> list[float]:
-        """Every rank's value, by rank."""
-        mine = torch.tensor([value], dtype=torch.float64, device=device)
-        if self.topology.world == 1:
-            return mine.tolist()
-        found = torch.empty(self.topology.world, dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(found, mine)
-        return found.tolist()
-
-    def from_chief(self, value: Any) -> Any:
-        """Rank 0's value (any picklable one) on every rank."""
-        if self.topology.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value (any picklable one), in the order of ranks, on every rank."""
-        found: list[Any] = [value] * self.topology.world
-        if self.topology.world > 1:
-            dist.all_gather_object(found, value)
-        return found
-
-    def barrier(self) -> None:
-        if self.topology.world > 1:
-            dist.barrier()
 
 
 def initialize_model_parallel(topology: Topology, seed: int) -> Layout:

@@ -1,0 +1,84 @@
+"""Collectives over all ranks: scalars, any picklable objects, and decisions that one rank takes for all.
+
+With one rank, or before there is a process group, each returns this process's own value. Every function is collective:
+all ranks call it, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+def world_size() -> int:
+    """Return the number of ranks in the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum each value over all ranks in fp64. A rank that is not the one to count passes zeros.
+
+    Args:
+        values: as many on every rank.
+        device: where the process group's backend reduces tensors.
+    """
+    vector = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(vector)
+    return vector.tolist()
+
+
+def all_gather_scalar(value: float, device: torch.device) -> list[float]:
+    """Return every rank's number, by rank."""
+    own = torch.tensor([value], dtype=torch.float64, device=device)
+    if world_size() == 1:
+        return own.tolist()
+    gathered = torch.empty(world_size(), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(gathered, own)
+    return gathered.tolist()
+
+
+def all_gather_object(value: Value) -> list[Value]:
+    """Return every rank's picklable value, by rank."""
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Value) -> Value:
+    """Return rank 0's picklable value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def run_on_rank_zero(function: Callable[[], Value], *caught: type[Exception]) -> Value:
+    """Call a function on rank 0 alone and return what it returned on every rank.
+
+    Args:
+        caught: errors that are raised on every rank when rank 0 meets them. Any other error ends rank 0 alone.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = function()
+        except caught as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return result
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()

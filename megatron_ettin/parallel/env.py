@@ -1,0 +1,86 @@
+"""Which rank this process is: read from torchrun's variables, from SLURM's step variables, or alone.
+
+SLURM is believed only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_ettin.base.errors import UserError
+
+# below the range that systems hand out by themselves
+FIRST_PORT, PORTS = 15_000, 17_000
+
+
+@dataclass(frozen=True)
+class DistributedEnv:
+    """This process among `world` ranks; `address` is None for a process that is alone."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str | None
+    port: int
+    source: str  # "torchrun", "slurm" or "alone"
+
+
+def read_distributed_env(environment: Mapping[str, str] | None = None) -> DistributedEnv:
+    """Rank and rendezvous address. Raises UserError for variables that contradict each other."""
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _checked(
+            DistributedEnv(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", 0)),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", 29_500)),
+                "torchrun",
+            )
+        )
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return _checked(
+            DistributedEnv(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env.get("SLURM_LOCALID", 0)),
+                env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
+                int(env.get("MASTER_PORT") or job_port(env.get("SLURM_JOB_ID", "0"), env.get("SLURM_STEP_ID", "0"))),
+                "slurm",
+            )
+        )
+    return DistributedEnv(0, 1, 0, None, 0, "alone")
+
+
+def _checked(place: DistributedEnv) -> DistributedEnv:
+    if not 0 <= place.rank < place.world:
+        raise UserError(f"{place.source}: rank {place.rank} is not among {place.world} ranks")
+    return place
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST: {nodelist!r} names no host")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def job_port(job_id: str, step_id: str) -> int:
+    """A port that two jobs on one node do not share: a function of job and step."""
+    number = int(re.sub(r"\D", "", job_id) or 0) * 31 + int(re.sub(r"\D", "", step_id) or 0)
+    return FIRST_PORT + number % PORTS
+
+
+def is_launched() -> bool:
+    """Return whether torchrun or srun started this process as one of several ranks."""
+    by_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return by_srun or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def rank_of_environment() -> int:
+    """This process's rank as torchrun or SLURM say it; 0 without either."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
