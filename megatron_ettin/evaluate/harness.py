@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.log import error_stream
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint.directory import read_config, resolve
 from megatron_ettin.config.tables import OBJECTIVES
@@ -79,7 +79,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Task -> measure -> figure. `limit`: so many examples a task. Raises UserError for tasks that do not exist."""
     run = {"lm": _lm_eval, "mteb": _mteb}[harness]
-    with contextlib.redirect_stdout(sys.stderr):  # what they print is not the answer
+    with contextlib.redirect_stdout(error_stream()):  # what they print is not the answer
         return run(folder, tasks, task_path, limit, batch_rows)
 
 

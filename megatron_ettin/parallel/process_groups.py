@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_ettin.base.errors import RankError, UserError
 from megatron_ettin.base.log import SLOW_SECONDS, log_warning, log_when_slow
+from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform

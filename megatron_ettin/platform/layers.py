@@ -44,7 +44,7 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice, fuses_weight_gradients=fuses)
     from megatron.core.extensions import transformer_engine as te
 
-    from megatron_ettin.platform.transformer_engine import BiasFreeNormColumnLinear
+    from megatron_ettin.platform.norm_linear import BiasFreeNormColumnLinear
 
     return LayerBackend(
         "transformer_engine",

@@ -23,7 +23,7 @@ from megatron_ettin.optim.deepspeed import ZeroOptimizer, build_zero
 from megatron_ettin.optim.megatron import TrainingOptimizer, build_optimizer
 from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
 from megatron_ettin.parallel.topology import Topology
-from megatron_ettin.platform import Platform, compile, fp8, transformer_engine
+from megatron_ettin.platform import Platform, compile, fp8, tp_overlap
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.graphed_step import GraphedStep
@@ -86,7 +86,7 @@ class TrainState:
                 one.grad_accs.clear()
         fp8.forget()
         if self.config.parallel.tp_overlap:
-            transformer_engine.free_buffers()
+            tp_overlap.free_buffers()
 
 
 def setup_training(
@@ -110,7 +110,7 @@ def setup_training(
         tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
-        transformer_engine.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
+        tp_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return TrainState(config, platform, layout, chunks, [], None)

@@ -1,0 +1,19 @@
+"""Transformer Engine's fused LayerNorm + column-parallel linear without the norm's bias.
+
+TE's LayerNorm always owns a bias; the recipe's norms have none. Here it is a constant of zeros, no parameter: nothing
+trains it, counts it, reduces it (DeepSpeed would) or writes it, and names in checkpoints equal the local layers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+
+
+class BiasFreeNormColumnLinear(TELayerNormColumnParallelLinear):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bias = self.layer_norm_bias
+        del self.layer_norm_bias
+        self.register_buffer("layer_norm_bias", torch.zeros_like(bias.data), persistent=False)
