@@ -107,7 +107,7 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
         running = status_of(slurm, run_dir)
         assert running["total_steps"] == STEPS
         assert running["seconds_left"] > 0
-        wait_until(lambda: "supervisor: SIGUSR1: asks the run to save" in all_said(run_dir), 90, "SLURM's warning")
+        wait_until(lambda: "supervisor: SIGUSR1: asking the run to save" in all_said(run_dir), 90, "SLURM's warning")
     assert slurm.wait_for_end(job) == "COMPLETED", all_said(run_dir)
     assert_same(run_dir, undisturbed)
     ended = status_of(slurm, run_dir)

@@ -52,7 +52,7 @@ def test_node_without_the_environment_is_named(slurm: Cluster, corpus: Path, tmp
     (line,) = [line for line in log if line.startswith("supervisor:")]
     assert (
         line
-        == f"supervisor: node n2: {environment}/ettin is not there or cannot be run; is it on a shared file system?"
+        == f"supervisor: node n2: {environment}/ettin does not exist or cannot be run; is it on a shared file system?"
     )
 
 

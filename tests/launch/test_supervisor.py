@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.launch import supervisor
-from megatron_ettin.launch.supervisor import events, failed_rank
-from megatron_ettin.launch.supervisor.check_node import problems
+from megatron_ettin.launch.supervisor import failed_rank, log
+from megatron_ettin.launch.supervisor.check_node import find_problems
 from tests.launch.cluster import wait_until
 
 FOLDER = Path(supervisor.__file__).parent
 OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-# a run in a few lines: it beats as parallel/failure_report.py's Heart does, and fails as it is told
+# a run in a few lines: it writes heartbeats as parallel/failure_report.py does, and fails as its body does
 RUN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["ETTIN_ATTEMPT_DIR"])
@@ -77,8 +77,8 @@ def test_supervisor_gives_up_and_logs_the_failed_rank_last(tmp_path: Path) -> No
     body = "beat('step', saved_step=4); fail('error', 'Traceback\\nValueError: 7 is odd'); sys.exit(3)"
     status, lines, attempts = ended(tmp_path, body, "--restarts", "1")
     assert (status, attempts) == (3, 2)
-    assert lines[-3:] == ["--- rank 3 on n2 ended first; the last it said:", "Traceback", "ValueError: 7 is odd"]
-    assert "2 failures without a new checkpoint in between; it ends here" in lines[-4]
+    assert lines[-3:] == ["--- rank 3 on n2 failed first; its last lines:", "Traceback", "ValueError: 7 is odd"]
+    assert "2 failures in a row without a new checkpoint; giving up" in lines[-4]
 
 
 def test_supervisor_user_error_is_not_retried(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_supervisor_stall_reported_by_rank_is_recorded_as_hang(tmp_path: Path) -
     status, lines, attempts = ended(tmp_path, body)
     assert (status, attempts) == (0, 2)
     assert "supervisor: stalled for 9 s: rank 3 on n2; the command was ended" in lines
-    (failed,) = events.Events(str(tmp_path / "slurm"), "").failures()
+    (failed,) = log.EventLog(str(tmp_path / "slurm"), "").failures()
     assert (failed["result"], failed["node"], failed["why"]) == ("hung", "n2", "stalled for 9 s: rank 3 on n2")
 
 
@@ -122,7 +122,7 @@ def test_supervisor_failed_rank_ends_a_command_that_stays(tmp_path: Path) -> Non
     body = "beat('step', limit_seconds=60); fail('error', 'ValueError: 7'); time.sleep(100)"
     status, lines, _ = ended(tmp_path, body, "--restarts", "0")
     assert status == 1
-    assert any("a rank ended, the command not within" in line for line in lines)
+    assert any("a rank ended, but the command did not within" in line for line in lines)
 
 
 def test_supervisor_signal_during_start_is_forwarded_once(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_supervisor_signal_during_start_is_forwarded_once(tmp_path: Path) -> Non
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75
     assert "not requeued: not in a SLURM job" in errors
-    assert errors.count("supervisor: SIGUSR1: asks the run to save and end") == 1
-    recorded = events.Events(str(tmp_path / "slurm"), "").read()
+    assert errors.count("supervisor: SIGUSR1: asking the run to save and end") == 1
+    recorded = log.EventLog(str(tmp_path / "slurm"), "").read()
     assert [event["event"] for event in recorded] == ["started", "saved", "requeued"]
 
 
@@ -176,7 +176,7 @@ def test_supervisor_with_a_full_log_still_asks_the_run_to_save(tmp_path: Path) -
         running.send_signal(signal.SIGUSR1)
         running.communicate(timeout=60)
     assert running.returncode == 75
-    recorded = events.Events(str(tmp_path / "slurm"), "").read()
+    recorded = log.EventLog(str(tmp_path / "slurm"), "").read()
     assert [event["event"] for event in recorded] == ["started", "saved", "requeued"]
 
 
@@ -219,26 +219,26 @@ def test_first_failed_rank_is_the_cause_not_a_victim(tmp_path: Path) -> None:
     record(tmp_path, 0, 10.0, "RuntimeError: Connection closed by peer [n2]:41")
     killed = failed_rank.from_srun("srun: error: n2: task 2: Killed")
     assert killed is not None
-    found = failed_rank.first(str(tmp_path), [killed])
+    found = failed_rank.first_failure(str(tmp_path), [killed])
     assert found is not None
     assert (found.rank, found.host) == (2, "n2")
     record(tmp_path, 1, 9.0, "ValueError: row 7 is damaged")
-    found = failed_rank.first(str(tmp_path), [killed])
+    found = failed_rank.first_failure(str(tmp_path), [killed])
     assert found is not None
     assert found.rank == 1
     (tmp_path / "rank_00004.json").write_text("{torn")
-    assert failed_rank.first(str(tmp_path), []) == found
+    assert failed_rank.first_failure(str(tmp_path), []) == found
 
 
 def test_check_node_names_each_problem(tmp_path: Path) -> None:
     wanted = {"names": ["localhost"], "files": [str(tmp_path)], "programs": ["sh"], "paths": [str(tmp_path)]}
-    assert problems({**wanted, "min_free_gib": 0.0}) == []
+    assert find_problems({**wanted, "min_free_gib": 0.0}) == []
     bad = {"names": ["no-such-host.invalid"], "files": ["/none"], "programs": ["none"], "paths": ["/proc/none"]}
-    host, file, program, path = problems({**bad, "min_free_gib": 0.0})
+    host, file, program, path = find_problems({**bad, "min_free_gib": 0.0})
     assert "no-such-host.invalid does not resolve" in host
-    assert "/none is not there" in file
-    assert program.startswith("none is not there")
+    assert "/none does not exist" in file
+    assert program.startswith("none does not exist")
     assert path.startswith("/proc/none cannot be written")
-    (full,) = problems({**wanted, "min_free_gib": 1e9})
+    (full,) = find_problems({**wanted, "min_free_gib": 1e9})
     assert "GiB free, 1e+09 are needed" in full
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
-"""What stands in a batch job between SLURM and `srun ettin train`: it checks the nodes, passes SLURM's warnings on,
-ends what hangs, starts again what failed, requeues what was saved, and tells at the end whose fault it was.
+"""Supervise `srun ettin train` in a batch job: check nodes, forward signals, restart, requeue, name the failed rank.
 
-It runs on the first node, outside of any container, by whatever Python that has: standard library alone, the syntax of
-Python 3.6. `ettin launch` copies this folder beside the run (`python3 RUN/slurm/supervisor ...`), so that a job of
-weeks does not change under an upgrade; `python -m megatron_ettin.launch.supervisor ...` is the same."""
+It runs on the first node, outside of any container, on whatever Python that node has: standard library only, the syntax
+of Python 3.6. `ettin launch` copies this folder into the run (`python3 RUN/slurm/supervisor ...`), so that an upgrade
+does not change a job of weeks; `python -m megatron_ettin.launch.supervisor ...` is the same."""

@@ -1,4 +1,4 @@
-"""One attempt: the command runs, signals are passed on, its heartbeat is watched, what it leaves behind is read."""
+"""Run the command once: start it, forward signals, watch its heartbeat, read what its ranks left."""
 
 import json
 import os
@@ -12,20 +12,43 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import failed_rank
 from .log import log_line, write
-from .options import Options
-from .slurm import Job
+from .slurm import SlurmJob
 
 POLL_SECONDS = 0.5
 KILL_SECONDS = 10.0
-STUCK_SECONDS = 2.0  # more, for the step of an srun that did not end in that time
-FIRST_PORT, PORTS = 15000, 17000  # below the range that systems hand out by themselves
-DONE, SAVED, MISTAKE = 0, 75, 2
-ENDS = {"done": "done", "stopped": "saved"}  # a run's last heartbeat, and what it makes of the attempt
+# more, for the step of an srun that did not end within KILL_SECONDS
+STUCK_SECONDS = 2.0
+# below the range that systems hand out by themselves
+FIRST_PORT, PORTS = 15000, 17000
+DONE, SAVED, USER_ERROR = 0, 75, 2
+# a run's last heartbeat, and the attempt's result that follows from it
+FINAL_PHASES = {"done": "done", "stopped": "saved"}
 STOPPED_EARLY = "asked to stop before it had begun"
 
 
-class Stop:
-    """SLURM's warning that the time is up, or the user's. The first one counts; more change nothing."""
+class SupervisorOptions(NamedTuple):
+    """The supervisor's command line, parsed."""
+
+    folder: str
+    """The run's SLURM files: attempts and events."""
+    restarts: int
+    """Most failures in a row without a new checkpoint."""
+    requeues: int
+    """Most requeues of the job."""
+    start_seconds: float
+    """Longest time to the first heartbeat; 0: no limit."""
+    grace_seconds: float
+    """Time for the command to end, once a rank has ended."""
+    stop_signal: str
+    """USR1 or TERM."""
+    check_paths: List[str]
+    check_programs: List[str]
+    min_free_gib: float
+    command: List[str]
+
+
+class StopSignal:
+    """The warning that the time is up, from SLURM or the user. The first one counts; later ones change nothing."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -36,29 +59,35 @@ class Stop:
         self.name = self.name or signal.Signals(number).name
 
 
-class Outcome(NamedTuple):
-    """How an attempt ended. `result`: done, saved, mistake, failed or hung; `stuck`: its step is still there."""
+class AttemptResult(NamedTuple):
+    """How an attempt ended."""
 
     result: str
+    """done, saved, mistake, failed or hung."""
     status: int
+    """Exit status of the command."""
     culprit: Optional[failed_rank.TaskExit]
-    beat: Dict[str, Any]
+    """The rank that failed first."""
+    heartbeat: Dict[str, Any]
+    """The last one."""
     why: str
+    """Why the command was ended; empty where it ended by itself."""
     stuck: bool
+    """Whether its step cannot be ended."""
 
 
-def read_beat(folder: str) -> Dict[str, Any]:
-    """The last heartbeat; empty before the first."""
+def read_heartbeat(folder: str) -> Dict[str, Any]:
+    """Return the last heartbeat; empty before the first."""
     try:
         with open(os.path.join(folder, "heartbeat.json"), encoding="utf-8") as file:
-            found = json.load(file)
-        return found if isinstance(found, dict) else {}
+            content = json.load(file)
+        return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def free_port(job: Job, attempt: int) -> int:
-    """A port of this host that nothing holds, begun to look for where two jobs and two attempts do not meet."""
+def free_port(job: SlurmJob, attempt: int) -> int:
+    """Return a free port of this host. The search starts where neither two jobs nor two attempts meet."""
     digits = int("".join(c for c in job.id if c.isdigit()) or os.getpid())
     for offset in range(PORTS):
         port = FIRST_PORT + (digits * 31 + attempt + 7 * offset) % PORTS
@@ -74,17 +103,17 @@ def free_port(job: Job, attempt: int) -> int:
 class LaunchAgent:
     """Runs the command once."""
 
-    def __init__(self, options: Options, job: Job, stop: Stop, attempt: int) -> None:
+    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopSignal, attempt: int) -> None:
         self.options, self.job, self.stop = options, job, stop
         name = "{}.{}.{}".format(job.name or os.getpid(), job.restarts, attempt)
         self.folder = os.path.abspath(os.path.join(options.folder, "attempts", name))
         os.makedirs(self.folder, exist_ok=True)
         self.port = free_port(job, attempt)
-        self.said: List[failed_rank.TaskExit] = []
+        self.srun_exits: List[failed_rank.TaskExit] = []
         self.stuck = False
 
-    def run(self) -> Outcome:
-        """Until the command has ended, or was ended because it hung."""
+    def run(self) -> AttemptResult:
+        """Run until the command has ended, or was ended because it hung."""
         environment = dict(os.environ, ETTIN_ATTEMPT_DIR=self.folder, MASTER_PORT=str(self.port))
         process = subprocess.Popen(
             self.options.command,
@@ -99,63 +128,65 @@ class LaunchAgent:
         reader.start()
         why = self._wait(process)
         reader.join(KILL_SECONDS)
-        beat, why = read_beat(self.folder), failed_rank.stall(self.folder) or why
-        result = self._result(process.returncode, beat, why)
-        ended = failed_rank.first(self.folder, self.said)
-        return Outcome(result, process.returncode, ended, beat, why, self.stuck)
+        heartbeat, why = read_heartbeat(self.folder), failed_rank.stall_line(self.folder) or why
+        result = self._result(process.returncode, heartbeat, why)
+        culprit = failed_rank.first_failure(self.folder, self.srun_exits)
+        return AttemptResult(result, process.returncode, culprit, heartbeat, why, self.stuck)
 
     def _read(self, process: "subprocess.Popen[str]") -> None:
-        """Pass the command's errors on, and keep what srun says of tasks."""
+        """Pass the command's errors on, and keep what srun reports of tasks."""
         assert process.stderr is not None
         for line in process.stderr:
             write(line)
-            ended = failed_rank.from_srun(line)
-            if ended is not None:
-                self.said.append(ended)
+            task = failed_rank.from_srun(line)
+            if task is not None:
+                self.srun_exits.append(task)
 
     def _wait(self, process: "subprocess.Popen[str]") -> str:
-        """Returns why the command was ended; empty where it ended by itself."""
-        told_to_stop = False
-        beat: Dict[str, Any] = {}
-        over: Optional[float] = None
-        changed = asked = time.monotonic()
+        """Wait for the command. Returns why it was ended; empty where it ended by itself."""
+        forwarded = False
+        heartbeat: Dict[str, Any] = {}
+        first_end: Optional[float] = None
+        changed = stop_time = time.monotonic()
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
-            latest = read_beat(self.folder)
-            if latest != beat:
-                beat, changed = latest, now
-            if self.stop.name and not told_to_stop:
-                # ranks that are still importing would be killed by a signal; with nothing done, nothing is lost
-                if beat.get("doing", "starting") != "starting":
-                    log_line("{}: asks the run to save and end".format(self.stop.name))
-                    self._pass_on(process)
-                    told_to_stop = True
-                elif now - asked > self.options.grace_seconds:
+            latest = read_heartbeat(self.folder)
+            if latest != heartbeat:
+                heartbeat, changed = latest, now
+            if self.stop.name and not forwarded:
+                # a signal would kill ranks that are still importing; with nothing done, nothing is lost
+                if heartbeat.get("doing", "starting") != "starting":
+                    log_line("{}: asking the run to save and end".format(self.stop.name))
+                    self._ask_to_stop(process)
+                    forwarded = True
+                elif now - stop_time > self.options.grace_seconds:
                     return self._end(process, STOPPED_EARLY)
-            asked = asked if self.stop.name else now
-            limit = beat.get("limit_seconds", self.options.start_seconds) or float("inf")
+            stop_time = stop_time if self.stop.name else now
+            limit = heartbeat.get("limit_seconds", self.options.start_seconds) or float("inf")
             if now - changed > limit:
-                return self._end(process, "nothing moved for {:.0f} s ({})".format(now - changed, describe(beat)))
-            finished = beat.get("doing") in ENDS
-            if over is None and (finished or self.said or failed_rank.from_files(self.folder)):
-                over = now
-            if over is not None and now - over > self.options.grace_seconds:
+                return self._end(process, "nothing moved for {:.0f} s ({})".format(now - changed, describe(heartbeat)))
+            finished = heartbeat.get("doing") in FINAL_PHASES
+            if first_end is None and (finished or self.srun_exits or failed_rank.from_files(self.folder)):
+                first_end = now
+            if first_end is not None and now - first_end > self.options.grace_seconds:
                 what = "the run" if finished else "a rank"
-                return self._end(process, "{} ended, the command not within {:.0f} s of it".format(what, now - over))
+                return self._end(
+                    process, "{} ended, but the command did not within {:.0f} s".format(what, now - first_end)
+                )
         return ""
 
-    def _pass_on(self, process: "subprocess.Popen[str]") -> None:
-        """Ask the ranks to save and end."""
+    def _ask_to_stop(self, process: "subprocess.Popen[str]") -> None:
         if self.options.stop_signal == "TERM" and self.job.id:
             self.job.signal_steps("TERM")
         else:
             process.send_signal(getattr(signal, "SIG" + self.options.stop_signal))
 
     def _end(self, process: "subprocess.Popen[str]", why: str) -> str:
-        """Kill the command and its step, which SLURM itself may wait for for ever (a slurmstepd that was killed)."""
+        """Kill the command and its step, for which SLURM may wait for ever (if its slurmstepd was killed)."""
         self.job.signal_steps("KILL")
-        if not self.job.id:  # there are no steps, of which the command would wait for the end
+        if not self.job.id:
+            # outside of SLURM there are no steps whose end would end the command
             process.kill()
         patience = KILL_SECONDS
         try:
@@ -164,24 +195,25 @@ class LaunchAgent:
             process.kill()
             process.wait()
             patience = STUCK_SECONDS
-        self.stuck = not self.job.steps_gone(patience)
+        self.stuck = not self.job.wait_for_steps(patience)
         return why
 
-    def _result(self, status: int, beat: Dict[str, Any], why: str) -> str:
-        """By what the run itself said last, then by the status: of many ranks' statuses srun gives the largest."""
-        if beat.get("doing") in ENDS:
-            return ENDS[beat["doing"]]
+    def _result(self, status: int, heartbeat: Dict[str, Any], why: str) -> str:
+        """Judge by the run's last heartbeat, then by the status: of many ranks' statuses srun gives the largest."""
+        if heartbeat.get("doing") in FINAL_PHASES:
+            return FINAL_PHASES[heartbeat["doing"]]
         if why == STOPPED_EARLY:
             return "saved"
-        if any(ended.kind in failed_rank.FINAL for ended in failed_rank.from_files(self.folder)):
+        if any(report.kind in failed_rank.FINAL for report in failed_rank.from_files(self.folder)):
             return "mistake"
         if why:
             return "hung" if why.startswith(("nothing", "stalled")) else "failed"
         return {DONE: "done", SAVED: "saved"}.get(status, "failed")
 
 
-def describe(beat: Dict[str, Any]) -> str:
-    """What a heartbeat says, in words."""
-    if not beat:
+def describe(heartbeat: Dict[str, Any]) -> str:
+    """Describe a heartbeat for the log."""
+    if not heartbeat:
         return "before the run's first heartbeat"
-    return "{} after step {}".format(beat.get("doing"), beat["step"]) if "step" in beat else str(beat.get("doing"))
+    phase = str(heartbeat.get("doing"))
+    return "{} after step {}".format(phase, heartbeat["step"]) if "step" in heartbeat else phase

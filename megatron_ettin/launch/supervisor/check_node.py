@@ -1,7 +1,7 @@
-"""Whether one node can take part: run on each, alone, before the run. Prints `NODE ok` or `NODE: what is wrong`.
+"""Check one node before the run: started alone on each node, prints `NODE ok` or `NODE: what is wrong`.
 
-Arguments: a JSON object with "names" (hosts to resolve), "files" (to be seen), "programs", "paths" (to write in) and
-"min_free_gib"."""
+The argument is a JSON object with "names" (hosts that must resolve), "files" (that must be visible), "programs",
+"paths" (folders that must be writable) and "min_free_gib"."""
 
 import json
 import os
@@ -15,31 +15,31 @@ GIB = float(1 << 30)
 
 
 def node_name() -> str:
-    """As SLURM calls it."""
+    """Return the node's name as SLURM has it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def problems(wanted: Dict[str, Any]) -> List[str]:
-    """What is wrong here, a line each."""
-    found = []
+def find_problems(wanted: Dict[str, Any]) -> List[str]:
+    """Return what is wrong on this node, a line each."""
+    problems = []
     for name in wanted["names"]:
         try:
             socket.getaddrinfo(name, None)
         except OSError as error:
-            found.append("host name {} does not resolve ({})".format(name, error.strerror or error))
+            problems.append("host name {} does not resolve ({})".format(name, error.strerror or error))
     for path in wanted["files"]:
         if not os.path.exists(path):
-            found.append("{} is not there; the run's folder must be shared by all nodes".format(path))
+            problems.append("{} does not exist; the run's folder must be shared by all nodes".format(path))
     for program in wanted["programs"]:
         if shutil.which(program) is None:
-            found.append("{} is not there or cannot be run; is it on a shared file system?".format(program))
+            problems.append("{} does not exist or cannot be run; is it on a shared file system?".format(program))
     for path in wanted["paths"]:
-        found += disk_problems(path, wanted["min_free_gib"])
-    return found
+        problems += disk_problems(path, wanted["min_free_gib"])
+    return problems
 
 
 def disk_problems(path: str, min_free_gib: float) -> List[str]:
-    """Whether files can be written in `path`, and enough of them."""
+    """Return why files cannot be written in `path`, or that too little room is left."""
     probe = os.path.join(path, ".tmp-probe-{}-{}".format(node_name(), os.getpid()))
     try:
         os.makedirs(path, exist_ok=True)
@@ -61,5 +61,6 @@ def disk_problems(path: str, min_free_gib: float) -> List[str]:
 
 
 if __name__ == "__main__":
-    found = problems(json.loads(sys.argv[1]))
-    print("\n".join("{}: {}".format(node_name(), problem) for problem in found) or node_name() + " ok", flush=True)
+    lines = ["{}: {}".format(node_name(), problem) for problem in find_problems(json.loads(sys.argv[1]))]
+    sys.stdout.write("\n".join(lines or [node_name() + " ok"]) + "\n")
+    sys.stdout.flush()

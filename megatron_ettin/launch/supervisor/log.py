@@ -1,23 +1,26 @@
-"""The supervisor's lines in the job's log. What cannot be written is lost: the run is what matters."""
+"""Write the supervisor's log lines and events.jsonl. What cannot be written is lost, because the run matters more."""
 
+import json
 import os
+import time
+from typing import Any, Dict, List
 
 STANDARD_FILES = (0, 1, 2)
 ERRORS = 2
 
 
 def open_standard_files() -> None:
-    """Open those that are closed on /dev/null, so that no other file gets their numbers."""
+    """Open closed standard files on /dev/null, so that no other file gets their numbers."""
     for number in STANDARD_FILES:
         try:
             os.fstat(number)
         except OSError:
-            # the lowest number that is free, which is this one
+            # open takes the lowest free number, which is this one
             os.open(os.devnull, os.O_RDWR)
 
 
 def write(text: str) -> None:
-    """Write to standard error, unbuffered, so that nothing is left that fails at the end. Never raises."""
+    """Write to standard error without a buffer, so that nothing fails at exit. Never raises."""
     left = text.encode("utf-8", "replace")
     try:
         while left:
@@ -27,5 +30,51 @@ def write(text: str) -> None:
 
 
 def log_line(text: str) -> None:
-    """Write a line of the supervisor's own."""
+    """Write one line of the supervisor itself."""
     write("supervisor: " + text + "\n")
+
+
+class EventLog:
+    """events.jsonl: what happened to the run's jobs, one line each, over all jobs and requeues."""
+
+    def __init__(self, folder: str, job: str) -> None:
+        self.path = os.path.join(folder, "events.jsonl")
+        self.job = job
+
+    def add(self, event: str, **details: Any) -> None:
+        """Append an event. A full disk does not stop the run."""
+        record = {"time": time.time(), "job": self.job, "event": event}
+        record.update(details)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError:
+            pass
+
+    def read(self) -> List[Dict[str, Any]]:
+        """Return the events of this job. Torn lines are skipped."""
+        events = []
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                for line in file:
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        continue
+                    if record.get("job") == self.job:
+                        events.append(record)
+        except OSError:
+            pass
+        return events
+
+    def failures(self) -> List[Dict[str, Any]]:
+        """Return the failures since the run last made progress: saved a newer checkpoint or was asked to stop."""
+        failures: List[Dict[str, Any]] = []
+        for record in self.read():
+            if record["event"] == "saved":
+                failures = []
+            elif record["event"] == "failed":
+                if failures and (record.get("saved_step") or 0) > (failures[-1].get("saved_step") or 0):
+                    failures = []
+                failures.append(record)
+        return failures

@@ -1,78 +1,107 @@
-"""What follows from how an attempt ended: again, back into the queue, or over."""
+"""Decide what follows from how an attempt ended: restart, requeue, or end."""
 
+import argparse
 import os
 import time
 from typing import Dict, List, Optional, Sequence
 
-from .agent import DONE, MISTAKE, SAVED, LaunchAgent, Outcome, Stop
-from .events import Events
-from .log import log_line, open_standard_files, write
-from .nodes import check_nodes
-from .options import Options, parse
-from .slurm import Job
+from .agent import DONE, SAVED, USER_ERROR, AttemptResult, LaunchAgent, StopSignal, SupervisorOptions
+from .log import EventLog, log_line, open_standard_files, write
+from .slurm import SlurmJob, check_nodes
 
-REQUEUED_SECONDS = 120.0  # until SLURM ends the script of a job that was requeued
+# SLURM ends the script of a requeued job within this time
+REQUEUED_SECONDS = 120.0
+
+
+def parse_options(arguments: Sequence[str]) -> SupervisorOptions:
+    """Parse the command line. Exits on a mistake, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="supervisor",
+        description="Run COMMAND (srun ...) inside a SLURM job: restart it when it fails, requeue the job when it"
+        " was saved, end it when it hangs.",
+    )
+    parser.add_argument("--folder", required=True, help="folder of the run's SLURM files, shared by all nodes")
+    parser.add_argument("--restarts", type=int, default=3, help="most failures in a row without a new checkpoint")
+    parser.add_argument("--requeues", type=int, default=200, help="most requeues of the job")
+    parser.add_argument("--start-seconds", type=float, default=1800.0, help="until the first heartbeat; 0: no limit")
+    parser.add_argument("--grace-seconds", type=float, default=30.0, help="for the command to end, once a rank has")
+    parser.add_argument("--stop-signal", choices=("USR1", "TERM"), default="USR1", help="TERM where srun runs torchrun")
+    parser.add_argument("--check-path", action="append", default=[], metavar="DIR", help="writable on every node")
+    parser.add_argument("--check-program", action="append", default=[], metavar="PATH", help="present on every node")
+    parser.add_argument("--min-free-gib", type=float, default=1.0, help="free on each --check-path")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    given = vars(parser.parse_args(arguments))
+    given["check_paths"], given["check_programs"] = given.pop("check_path"), given.pop("check_program")
+    if given["command"][:1] == ["--"]:
+        given["command"] = given["command"][1:]
+    if not given["command"]:
+        parser.error("no command; write `-- srun ... ettin train ...` at the end")
+    return SupervisorOptions(**given)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The batch script's exit status: 0 done, 2 a mistake, 75 saved, else as the command's."""
-    options = parse(arguments)
+    """Run the supervisor. Returns the batch script's status: 0 done, 2 user error, 75 saved, else the command's."""
+    options = parse_options(arguments)
     open_standard_files()
     try:
-        return Supervisor(options, Job(os.environ), Stop()).run()
-    except OSError as error:  # of the command or the folder: no other attempt mends it
+        return Supervisor(options, SlurmJob(os.environ), StopSignal()).run()
+    except OSError as error:
+        # of the command or the folder: another attempt would fail alike
         log_line("{}: {}".format(error.filename or options.folder, error.strerror or error))
-        return MISTAKE
+        return USER_ERROR
 
 
 class Supervisor:
     """One run of the job's batch script."""
 
-    def __init__(self, options: Options, job: Job, stop: Stop) -> None:
+    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopSignal) -> None:
         self.options, self.job, self.stop = options, job, stop
-        self.events = Events(options.folder, job.name)
+        self.events = EventLog(options.folder, job.name)
 
     def run(self) -> int:
-        """Check the nodes, then attempt after attempt."""
+        """Check the nodes, then run attempt after attempt. Returns the exit status."""
+        options = self.options
         self.events.add("started", restarts=self.job.restarts, nodes=self.job.node_list)
-        bad = check_nodes(self.options, self.job)
-        if bad:
-            return self._without(bad)
+        problems = check_nodes(
+            self.job, options.folder, options.check_paths, options.check_programs, options.min_free_gib
+        )
+        if problems:
+            return self._exclude_nodes(problems)
         attempt = 0
         status: Optional[int] = None
         while status is None:
-            status = self._after(LaunchAgent(self.options, self.job, self.stop, attempt).run())
+            status = self._after(LaunchAgent(options, self.job, self.stop, attempt).run())
             attempt += 1
         return status
 
-    def _after(self, outcome: Outcome) -> Optional[int]:
-        """Exit status, or None for another attempt."""
-        step, saved_step = outcome.beat.get("step"), outcome.beat.get("saved_step")
-        if outcome.result == "done":
+    def _after(self, attempt: AttemptResult) -> Optional[int]:
+        """Return the exit status, or None for another attempt."""
+        step, saved_step = attempt.heartbeat.get("step"), attempt.heartbeat.get("saved_step")
+        if attempt.result == "done":
             self.events.add("done", step=step)
             return DONE
-        if outcome.result == "saved":
+        if attempt.result == "saved":
             self.events.add("saved", step=step, saved_step=saved_step)
             return self._requeue("stopped with step {} saved".format(saved_step or 0), SAVED)
-        if outcome.result == "mistake":
+        if attempt.result == "mistake":
             self.events.add("mistake")
-            is_stopped = outcome.culprit is not None and outcome.culprit.kind == "stopped"
-            return self._over(outcome, 1 if is_stopped else MISTAKE)
-        host = outcome.culprit.host if outcome.culprit else None
-        why = outcome.why or "exit status {}".format(outcome.status)
-        self.events.add("failed", result=outcome.result, node=host, saved_step=saved_step, why=why)
-        return self._after_failure(outcome)
+            self._log_culprit(attempt)
+            return 1 if attempt.culprit is not None and attempt.culprit.kind == "stopped" else USER_ERROR
+        host = attempt.culprit.host if attempt.culprit else None
+        why = attempt.why or "exit status {}".format(attempt.status)
+        self.events.add("failed", result=attempt.result, node=host, saved_step=saved_step, why=why)
+        return self._after_failure(attempt)
 
-    def _after_failure(self, outcome: Outcome) -> Optional[int]:
-        """Again here while that may help, then without the node that fails most, then not at all."""
-        status, failures = (outcome.status if outcome.status > 0 else 1), self.events.failures()
-        if outcome.why:
-            log_line("{}; the command was ended".format(outcome.why))
+    def _after_failure(self, attempt: AttemptResult) -> Optional[int]:
+        """Restart here while that may help, then requeue without the node that fails most, then end."""
+        status, failures = (attempt.status if attempt.status > 0 else 1), self.events.failures()
+        if attempt.why:
+            log_line("{}; the command was ended".format(attempt.why))
         if len(failures) <= self.options.restarts:
-            if outcome.stuck or self.stop.name:
-                why = "a step of the job cannot be ended" if outcome.stuck else "failed while it was to stop"
-                return self._requeue(why, status, outcome)
-            self._tell(outcome)
+            if attempt.stuck or self.stop.name:
+                why = "a step of the job cannot be ended" if attempt.stuck else "failed while it was asked to stop"
+                return self._requeue(why, status, attempt)
+            self._log_culprit(attempt)
             log_line(
                 "starting again ({} of {} times without a new checkpoint)".format(len(failures), self.options.restarts)
             )
@@ -80,24 +109,29 @@ class Supervisor:
         nodes = [str(failure["node"]) for failure in failures if failure.get("node")]
         worst = max(sorted(set(nodes)), key=nodes.count) if nodes else ""
         if nodes.count(worst) > 1 and self.job.has_spares(self.job.excluded() + [worst]):
-            return self._requeue("{} failed {} times".format(worst, nodes.count(worst)), status, outcome, [worst])
-        log_line("{} failures without a new checkpoint in between; it ends here".format(len(failures)))
-        return self._over(outcome, status)
+            return self._requeue("{} failed {} times".format(worst, nodes.count(worst)), status, attempt, [worst])
+        log_line("{} failures in a row without a new checkpoint; giving up".format(len(failures)))
+        self._log_culprit(attempt)
+        return status
 
-    def _without(self, bad: Dict[str, List[str]]) -> int:
-        """Some nodes cannot take part: go elsewhere where there is an elsewhere, or end."""
-        names = sorted(bad)
+    def _exclude_nodes(self, problems: Dict[str, List[str]]) -> int:
+        """Requeue the job without the nodes that cannot take part, where there are enough others, or end it."""
+        names = sorted(problems)
         for node in names:
-            self.events.add("failed", result="node", node=node, why=bad[node][0])
-        elsewhere = self.job.has_spares(self.job.excluded() + names)
+            self.events.add("failed", result="node", node=node, why=problems[node][0])
+        has_spares = self.job.has_spares(self.job.excluded() + names)
         for node in names:
-            for problem in bad[node]:
+            for problem in problems[node]:
                 log_line("node {}: {}".format(node, problem))
-        return self._requeue("without {}".format(", ".join(names)), MISTAKE, exclude=names) if elsewhere else MISTAKE
+        if not has_spares:
+            return USER_ERROR
+        return self._requeue("without {}".format(", ".join(names)), USER_ERROR, exclude=names)
 
-    def _requeue(self, why: str, status: int, outcome: Optional[Outcome] = None, exclude: Sequence[str] = ()) -> int:
-        """Back into the queue, unless the job is over for SLURM (it was cancelled) or was there too often."""
-        self._tell(outcome)
+    def _requeue(
+        self, why: str, status: int, attempt: Optional[AttemptResult] = None, exclude: Sequence[str] = ()
+    ) -> int:
+        """Requeue the job, unless SLURM has ended it (it was cancelled) or it was requeued too often."""
+        self._log_culprit(attempt)
         if self.job.restarts >= self.options.requeues:
             log_line(
                 "{}; requeued {} times already, which is the limit: submit it again".format(why, self.job.restarts)
@@ -105,7 +139,7 @@ class Supervisor:
             return status
         state = self.job.state()
         if self.job.id and state != "RUNNING":
-            log_line("{}; not requeued, for the job is {}".format(why, state or "unknown to SLURM"))
+            log_line("{}; not requeued, because the job is {}".format(why, state or "unknown to SLURM"))
             return status
         self.events.add("requeued", why=why, excluded=list(exclude))
         log_line("{}; requeued{}".format(why, ", to run without " + ", ".join(exclude) if exclude else ""))
@@ -119,11 +153,6 @@ class Supervisor:
             time.sleep(0.1)
         return status
 
-    def _over(self, outcome: Outcome, status: int) -> int:
-        self._tell(outcome)
-        return status
-
-    def _tell(self, outcome: Optional[Outcome]) -> None:
-        """The culprit's last lines."""
-        if outcome is not None and outcome.culprit is not None:
-            write(outcome.culprit.told() + "\n")
+    def _log_culprit(self, attempt: Optional[AttemptResult]) -> None:
+        if attempt is not None and attempt.culprit is not None:
+            write(attempt.culprit.describe() + "\n")
