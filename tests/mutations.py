@@ -231,7 +231,7 @@ MISTAKES: dict[str, str] = {
     "resumed_with_another_bit": "tests/train/test_resume.py"
     "::test_resume_on_same_layout_is_bit_identical[1-stable_adamw]",
     "swapped_query_and_key_in_exports": "tests/convert/test_round_trip.py::test_round_trip_keeps_bits_and_logits[mlm]",
-    "skips_are_ignored": "tests/train/test_roll_back.py::test_data_skip_after_from_step_leaves_out_rows",
+    "skips_are_ignored": "tests/runs/test_rollback.py::test_data_skip_after_from_step_leaves_out_rows",
     "latest_before_the_checkpoint": "tests/checkpoint/test_directory.py"
     "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
     "nothing_forced_to_the_disk": "tests/checkpoint/test_directory.py"
@@ -251,7 +251,7 @@ FAULTS: dict[str, str] = {
     "slow_rank_1": "tests/train/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",
     "disk_full_while_writing": "tests/train/test_saving.py"
     "::test_save_disk_filled_while_writing_keeps_previous_checkpoint",
-    "no_locks": "tests/train/test_run_records.py::test_train_on_a_file_system_without_locks_warns_and_trains",
+    "no_locks": "tests/runs/test_run_records.py::test_train_on_a_file_system_without_locks_warns_and_trains",
     "copies_change_a_byte": "tests/train/test_staging.py::test_staging_copy_that_differs_is_refused",
     "doctor_of_other_code_on_rank_1": "tests/doctor/test_findings.py"
     "::test_doctor_ranks_agree_or_name_the_differing_rank",

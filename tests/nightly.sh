@@ -40,7 +40,7 @@ mds() {
     echo 'def to_tensor(x): return x' >"$stub/transforms/functional.py"
     printf 'from . import functional\nclass ToTensor: pass\n' >"$stub/transforms/__init__.py"
     cp -r tests/fixtures/mds "$fresh" && "$own/bin/python" "$fresh/write.py" "$fresh" &&
-        ETTIN_MDS_FIXTURES=$fresh "$python" -m pytest tests/data/test_mds.py
+        ETTIN_MDS_FIXTURES=$fresh "$python" -m pytest tests/prepare/test_mds.py
 }
 
 ray() {
@@ -52,7 +52,7 @@ ray() {
         diff -r "$work/here" "$work/there" && echo "ray: the same bytes"
 }
 
-kill() { ETTIN_TEST_KILLS=200 "$python" -m pytest tests/data/test_prepare_faults.py -k "kill_9 or bad_line"; }
+kill() { ETTIN_TEST_KILLS=200 "$python" -m pytest tests/prepare/test_prepare_faults.py -k "kill_9 or bad_line"; }
 
 transformers() { # a skip is no pass here: the package index has to answer
     local name

@@ -25,7 +25,7 @@ SECONDS_AT_MOST = 20.0
 # folder or file -> the group whose cluster, server or emulation it shares
 GROUPS = {
     "tests/launch/": "slurm",
-    "tests/data/test_prepare_slurm.py": "slurm",
+    "tests/prepare/test_prepare_slurm.py": "slurm",
     "tests/docs/": "docs",
     "tests/emulated_te/": "emulated",
     "tests/report/": "report",

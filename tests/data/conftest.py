@@ -13,8 +13,7 @@ import pytest
 from megatron_ettin.data import tokenizer as tokenizers
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
-from tests.data.corpora import files_of, prepare_here, write_jsonl
-from tests.data.small_tasks import arguments_for, prepare_small_tasks, write_inputs
+from tests.data.corpora import prepare_here, write_jsonl
 
 LOADED: dict[str, Tokenizer] = {}
 SAVED: dict[str, Path] = {}
@@ -72,23 +71,3 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     source = write_jsonl(folder / "short.jsonl", 150, seed=7, longest_words=80)
     assert prepare_here(source, "--out", folder / "dataset", "--chunk-tokens", 128, "--workers", 1) == 0
     return open_dataset(folder / "dataset")
-
-
-@pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs of several tasks (tests/data/small_tasks.py). Read-only."""
-    return write_inputs(tmp_path_factory.mktemp("large"))
-
-
-@pytest.fixture(scope="session")
-def large_dataset_folder(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset that one uninterrupted process makes of the inputs of `large`. Read-only."""
-    out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    assert prepare_small_tasks(*arguments_for(large, out, 1)) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def large_dataset(large_dataset_folder: Path) -> dict[str, bytes]:
-    """Its files."""
-    return files_of(large_dataset_folder)

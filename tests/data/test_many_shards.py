@@ -12,6 +12,7 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
 import numpy as np
 from megatron_ettin.data.dataset import open_dataset
+from tests.prepare.conftest import large, large_dataset_folder  # noqa: F401 (fixtures)
 dataset = open_dataset(sys.argv[1])
 order = np.random.default_rng(0).permutation(dataset.num_chunks)
 tokens = sum(len(dataset.chunk(int(i))) for i in order)

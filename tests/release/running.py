@@ -22,7 +22,7 @@ import psutil
 from megatron_ettin.release import revision
 from megatron_ettin.release.revision import Job, Outcome
 from tests import forkserver
-from tests.data.small_tasks import wait_for
+from tests.prepare.small_tasks import wait_for
 
 HELD_VARIABLE = "ETTIN_TEST_HELD_REVISION"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.release.record import is_whole, read_record
-from tests.data.small_tasks import wait_for
+from tests.prepare.small_tasks import wait_for
 from tests.release.conftest import NAMES, SAME, files_of, release
 from tests.release.running import Running
 

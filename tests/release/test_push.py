@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.small_tasks import wait_for
+from tests.prepare.small_tasks import wait_for
 from tests.release.conftest import NAMES, SAME
 from tests.release.hub import Hub, serving
 from tests.release.running import release_program

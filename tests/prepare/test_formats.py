@@ -22,7 +22,7 @@ from megatron_ettin.prepare.documents import read_documents
 from megatron_ettin.prepare.inputs import cut_tasks, list_inputs
 from megatron_ettin.prepare.readers.document import ReadOptions
 from tests.data.corpora import ettin, files_of, prepare_here, words
-from tests.data.held import prepared, refusal
+from tests.prepare.held import prepared, refusal
 
 MDS_TOKENS = Path(__file__).parents[1] / "fixtures" / "mds" / "tokens"
 TEXTS = [words(1 + 7 * i % 40, i) for i in range(60)]

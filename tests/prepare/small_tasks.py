@@ -73,7 +73,7 @@ def forked(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     """Start the command in a fork of a process that has imported everything.
 
     To stop it in its midst, use `start`: a signal reaches this one by way of another process."""
-    command = forkserver.command("tests.data.small_tasks:prepare_small_tasks", *arguments)
+    command = forkserver.command("tests.prepare.small_tasks:prepare_small_tasks", *arguments)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
 
@@ -81,7 +81,7 @@ def forked(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 # the workers run it too, up to its last line
 SCRIPT = """
 import sys
-from tests.data.small_tasks import hold_tasks, prepare_small_tasks
+from tests.prepare.small_tasks import hold_tasks, prepare_small_tasks
 hold_tasks()
 if __name__ == "__main__":
     sys.exit(prepare_small_tasks(*sys.argv[1:]))

@@ -18,7 +18,7 @@ from megatron_ettin.prepare.inputs import cut_tasks, list_inputs
 from megatron_ettin.prepare.readers.document import ReadOptions
 from tests.checkpoint.durable import Watched, watched
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
-from tests.data.small_tasks import HOLD_VARIABLE, arguments_for, finish, forked, start, wait_for
+from tests.prepare.small_tasks import HOLD_VARIABLE, arguments_for, finish, forked, start, wait_for
 
 
 def documents_in(path: Path) -> list[tuple[str, str]]:

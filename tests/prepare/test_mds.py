@@ -15,7 +15,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.readers.mds import array_rows
 from tests.data.corpora import files_of
-from tests.data.held import documents, prepared, refusal, write_json
+from tests.prepare.held import documents, prepared, refusal, write_json
 
 FIXTURES = Path(os.environ.get("ETTIN_MDS_FIXTURES", Path(__file__).parents[1] / "fixtures" / "mds"))  # or fresh ones
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())

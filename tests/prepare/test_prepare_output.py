@@ -13,7 +13,7 @@ import pytest
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.prepare import run as module
 from tests.data.corpora import prepare_here, write_jsonl
-from tests.data.small_tasks import HOLD_VARIABLE, arguments_for, fails, forked, start, wait_for
+from tests.prepare.small_tasks import HOLD_VARIABLE, arguments_for, fails, forked, start, wait_for
 
 
 def written(path: Path, text: str = "some words of a text") -> Path:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpora import files_of, words
-from tests.data.small_tasks import fails, finish, forked, prepare_small_tasks, wait_for, write_tokenizer
 from tests.launch.cluster import Cluster
+from tests.prepare.small_tasks import fails, finish, forked, prepare_small_tasks, wait_for, write_tokenizer
 
 
 @pytest.fixture(scope="module")

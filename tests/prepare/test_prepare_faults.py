@@ -25,7 +25,7 @@ import pytest
 from megatron_ettin.cli.main import main
 from tests import forkserver
 from tests.data.corpora import files_of, words
-from tests.data.small_tasks import (
+from tests.prepare.small_tasks import (
     HOLD_VARIABLE,
     SCRIPT,
     arguments_for,
@@ -172,7 +172,7 @@ def test_prepare_full_disk_is_reported_and_rerun_completes(
 def test_prepare_replan_after_late_kill_matches_fresh_run(tmp_path: Path) -> None:
     """An input is emptied after the staged shards of later inputs got their numbers: --replan numbers them anew."""
     arguments = write_parts(tmp_path)
-    killed = forkserver.command("tests.data.small_tasks:killed_before_publishing", *arguments)
+    killed = forkserver.command("tests.prepare.small_tasks:killed_before_publishing", *arguments)
     assert subprocess.run(killed, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert (tmp_path / ".tmp-out" / "dataset" / "shard_00003.bin").exists()
     # a task without documents

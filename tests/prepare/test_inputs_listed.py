@@ -16,7 +16,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.inputs import list_inputs
 from tests.data.corpora import prepare_here
-from tests.data.held import documents
+from tests.prepare.held import documents
 
 
 def names(folder: Path) -> tuple[list[str], list[str]]:

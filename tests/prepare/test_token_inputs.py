@@ -23,8 +23,8 @@ from megatron_ettin.prepare.input_file import InputFile
 from megatron_ettin.prepare.readers.document import Document, TokenFrame, without_outer_specials
 from megatron_ettin.prepare.task import document_key, is_held_out
 from tests.data.corpora import files_of, prepare_here, words, write_jsonl
-from tests.data.held import documents, prepared, refusal
 from tests.data.others import called
+from tests.prepare.held import documents, prepared, refusal
 
 CLS, SEP, PAD = 50281, 50282, 50283
 RNG = np.random.default_rng(3)
