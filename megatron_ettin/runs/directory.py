@@ -16,24 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.parsing import load_json, load_yaml
+from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
 from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.runs.history import HISTORY, allowed_changes, first_launch, read_launches
-from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.overrides import nearest_key
-from megatron_ettin.config.overrides import key_types
-from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.config.overrides import key_types, nearest_key
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.values import parse_skips, place_of
-from megatron_ettin.runs.history import fixes_guard, stored_science_keys
-from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.metrics import METRICS_FILE
-from megatron_ettin.base.versions import code_hash, recorded_commit
-from megatron_ettin.base.log import log_warning
+from megatron_ettin.runs.history import (
+    HISTORY,
+    allowed_changes,
+    first_launch,
+    fixes_guard,
+    read_launches,
+    stored_science_keys,
+)
 
 # these stand for the data order's fingerprint in --allow-change
 DATA_KEY = "data.mixture"

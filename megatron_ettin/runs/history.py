@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from megatron_ettin.base.parsing import load_json
+
 from megatron_ettin.base.log import log_warning
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.overrides import read_yaml
 from megatron_ettin.config.resolve import from_yaml
-
 
 HISTORY = "history.jsonl"
 

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ettin.base.text import counted
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.tables import IGNORE, ROW_OBJECTIVES
+from megatron_ettin.base.text import counted
+from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
-from megatron_ettin.data.sampler import BatchSizes
+from megatron_ettin.config.tables import IGNORE, ROW_OBJECTIVES
 from megatron_ettin.data.blended_dataset import BlendedDataset, Row, open_run_dataset
 from megatron_ettin.data.replay.files import METADATA_KEY
-from megatron_ettin.batching.objectives import dataset_collator
-from megatron_ettin.batching.objectives import ObjectiveMix
+from megatron_ettin.data.sampler import BatchSizes
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint import directory
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
+from megatron_ettin.checkpoint import directory
+from megatron_ettin.checkpoint.integrity import write_synced
 
 RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
