@@ -23,6 +23,11 @@ class RankError(UserError):
     """A mistake that this rank alone can see (its device, its disk): told by every rank that meets it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or its type's name where it has none."""
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)`, or an empty string where nothing is close. For the end of an error message.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from megatron_ettin.base.errors import first_line
+
 DIGEST = "content_sha256"
 
 
@@ -81,7 +83,7 @@ def load_yaml(text: str) -> Any:
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:  # a character that YAML has not
-        raise yaml.YAMLError(str(error).splitlines()[0]) from None
+        raise yaml.YAMLError(first_line(error)) from None
     try:
         node = loader.get_single_node()
         if node is None:

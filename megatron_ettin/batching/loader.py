@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
-from megatron_ettin.base.errors import RankError, UserError
+from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.batching.host import HostBatch, HostBatches
 
@@ -149,7 +149,7 @@ class Loader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                cause = str(error).strip().splitlines()[0]
+                cause = first_line(error)
                 raise RankError(
                     f"data.workers: {cause}; out of memory, or a data file that shrank? data.workers=0 reads in the"
                     " training process"

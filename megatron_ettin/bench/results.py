@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.overrides import Member, members
 
@@ -77,7 +77,7 @@ def check_writable(path: Path, option: str) -> None:
 def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, Any]:
     """The state that an error leaves a measurement in. `no_memory`: what torch raises on a full device; a full host
     has other ways to say it."""
-    reason = (str(error).splitlines() or [""])[0][:200]
+    reason = first_line(error)[:200]
     if isinstance(error, (no_memory, MemoryError)) or "can't allocate memory" in str(error):
         return {"state": NO_MEMORY, "reason": reason}
     if isinstance(error, KeyboardInterrupt):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.digests import Entry
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
@@ -289,7 +289,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         groups = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # OmegaConf and its YAML reader share no base class
-        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: unreadable ({first_line(error)})") from None
     if not isinstance(groups, dict):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
     return {str(key): value for key, value in groups.items()}

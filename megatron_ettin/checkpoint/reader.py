@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import Links, path_in
 
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
@@ -129,7 +129,7 @@ def _read_metadata(path: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{path}: missing; this is no torch_dist checkpoint, or a torn one") from None
     except _DAMAGE as error:
-        raise UserError(f"{path}: refused: {_one_line(error)}") from None
+        raise UserError(f"{path}: refused: {first_line(error)}") from None
 
 
 def file_in(folder: Path | str | os.PathLike[str], name: str) -> Path:
@@ -177,10 +177,6 @@ class SafeReader(FileSystemReader):
             return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file raises into an error that names it."""
@@ -189,7 +185,7 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the checkpoint is incomplete") from None
     except _DAMAGE as error:
-        raise UserError(f"{path}: damaged or refused ({_one_line(error)})") from error
+        raise UserError(f"{path}: damaged or refused ({first_line(error)})") from error
 
 
 class CheckpointReader:
@@ -287,7 +283,7 @@ def read_common(path: Path) -> Any:
 def _cause(failure: CheckpointException, folder: Any) -> UserError:
     """What went wrong on the first rank that failed, in one line."""
     error = next(iter(failure.failures.values()))[0]
-    return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {_one_line(error)[:300]}")
+    return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {first_line(error)[:300]}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.checkpoint.reader import CheckpointReader, common_strategy, load_strategy
 from megatron_ettin.checkpoint.writer import Plan
 from megatron_ettin.config.schema import Config
@@ -94,8 +94,7 @@ def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict
         with _quiet():
             return dist_checkpointing.load(wanted, str(path), load_strategy(), common_strategy())
     except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {path}: does not fit this model ({cause[:300]})") from error
+        raise UserError(f"checkpoint {path}: does not fit this model ({first_line(error)[:300]})") from error
 
 
 def put_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:

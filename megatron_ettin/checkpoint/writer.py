@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ettin.base.digests import Entry, digest
+from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.files import LockHeld, try_lock
 from megatron_ettin.checkpoint.integrity import fsync
 from megatron_ettin.checkpoint.weights_writer import save_tensor
@@ -175,7 +176,7 @@ def _cause(error: BaseException) -> str:
         if isinstance(seen, OSError):
             return f"{errno.errorcode.get(seen.errno or 0, 'error')}, {seen.strerror or seen}"
         seen = seen.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _place(path: Path, mark: dict[str, Any]) -> None:

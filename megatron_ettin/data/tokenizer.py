@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
@@ -256,10 +256,6 @@ def raise_unless_library(error: BaseException) -> None:
     BaseException, so that `except Exception` lets it through."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_ettin.doctor.findings import Finding, first_line, note, ok, problem, warning
+from megatron_ettin.base.errors import first_line
+from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
 
 MIB, GIB = 1 << 20, 1 << 30
 LEAST_FREE, LOW_FREE = 1 * GIB, 20 * GIB

@@ -47,9 +47,3 @@ def worst(found: Iterable[Finding]) -> str:
 def flops_text(rate: float) -> str:
     """Operations a second: `51 GFLOP/s`, `612 TFLOP/s`."""
     return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.doctor.findings import Finding, first_line, note, ok, problem, warning
+from megatron_ettin.base.errors import UserError, first_line
+from megatron_ettin.doctor.findings import Finding, note, ok, problem, warning
 from megatron_ettin.parallel.env import first_host
 from megatron_ettin.platform import inventory
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ettin.base.errors import RankError
+from megatron_ettin.base.errors import RankError, first_line
 from megatron_ettin.base.versions import (
     CLOCK_SECONDS,
     clock_warnings,
@@ -23,7 +23,7 @@ from megatron_ettin.base.versions import (
     first_difference,
     versions,
 )
-from megatron_ettin.doctor.findings import Finding, first_line, flops_text, ok, problem, warning
+from megatron_ettin.doctor.findings import Finding, flops_text, ok, problem, warning
 from megatron_ettin.parallel.collectives import all_gather_object, barrier
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group, release_store
@@ -58,8 +58,11 @@ def rank_findings(place: DistributedEnv, platform: Platform, own: Sequence[Findi
         found.append(next((one for one in sums if one.state != "ok"), sums[0]))
         return found + _others(hosts, all_gather_object(list(own)))
     except RuntimeError as error:  # a rank that died, a network that is cut
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return [problem("ranks", f"rank {place.rank}: {cause}", "NCCL_DEBUG=INFO tells more of GPUs' networks")]
+        return [
+            problem(
+                "ranks", f"rank {place.rank}: {first_line(error)[:200]}", "NCCL_DEBUG=INFO tells more of GPUs' networks"
+            )
+        ]
     finally:
         destroy_process_group()
         release_store()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.metrics.sinks import scalars
@@ -106,8 +107,7 @@ class WandbSink:
         try:
             self._run = self._begun(wandb, settings, None)
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError, OSError) as error:
-            why = str(error).splitlines()[0]
-            told = f"wandb: {why}; the run is written to {self.directory}, to be sent by `wandb sync`"
+            told = f"wandb: {first_line(error)}; the run is written to {self.directory}, to be sent by `wandb sync`"
             log_warning(told)
             wandb.teardown()  # its process still has the run that did not begin
             self._run = self._begun(wandb, settings, "offline")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ettin.base.errors import RankError, UserError
+from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.log import SLOW_SECONDS, log_warning, log_when_slow
 from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object
 from megatron_ettin.parallel.env import DistributedEnv
@@ -60,8 +60,9 @@ def init_process_group(
             device_id=platform.device if platform.is_gpu else None,
         )
     except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RankError(f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({cause})") from None
+        raise RankError(
+            f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({first_line(error)})"
+        ) from None
 
 
 def _await_all(store: dist.Store, place: DistributedEnv, patience: timedelta) -> None:

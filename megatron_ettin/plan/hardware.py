@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, first_line, nearest
 from megatron_ettin.base.parsing import load_yaml
 
 MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
@@ -84,7 +84,7 @@ def read_table(path: Path) -> dict[str, Gpu]:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--gpus-file {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--gpus-file {path}: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--gpus-file {path}: a mapping of parts was expected")
     keys = {one.name: one.default is MISSING for one in fields(Gpu) if one.name != "name"}

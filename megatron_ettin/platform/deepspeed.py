@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 
 
 def check_engine(engine: str) -> None:
@@ -30,10 +30,9 @@ def load_deepspeed() -> Any:
             warnings.simplefilter("ignore")
             import deepspeed
     except Exception as error:  # among others what its search for compilers raises
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"parallel.engine: deepspeed does not import here ({cause}); pip install 'megatron-ettin[deepspeed]', or"
-            " parallel.engine=megatron, whose distributed_optimizer cuts the optimizer's state too"
+            f"parallel.engine: deepspeed does not import here ({first_line(error)}); pip install"
+            " 'megatron-ettin[deepspeed]', or parallel.engine=megatron, whose distributed_optimizer cuts the optimizer's state too"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU it would compile collectives over shared memory for minutes at the first use on every machine

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ettin.base.errors import first_line
+
 GIB = float(1 << 30)
 
 
@@ -102,7 +104,7 @@ def transformer_engine_error() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # its empty package raises RuntimeError
-        return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
+        return f"{type(error).__name__}: {first_line(error)[:160]}"
     return None
 
 
@@ -115,7 +117,7 @@ def core_error() -> str | None:
         try:
             import megatron.core.tensor_parallel  # noqa: F401
         except Exception as error:
-            return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}"
+            return f"{type(error).__name__}: {first_line(error)[:160]}"
     return None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import checked_name, path_in
 
 BUFFER_BYTES = 1 << 20
@@ -97,11 +97,11 @@ def file_system_of(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol.rpartition("::")[2])
-        how = f"pip install {package}" if package else one_line(error)
+        how = f"pip install {package}" if package else first_line(error)
         raise UserError(f"{url}: reading {protocol}:// needs a package that is not installed ({how})") from None
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "hf", "memory"))
-        raise UserError(f"{url}: {one_line(error)}; known are {known} and what else fsspec knows") from None
+        raise UserError(f"{url}: {first_line(error)}; known are {known} and what else fsspec knows") from None
     except Exception as error:  # each file system has exceptions of its own: credentials, networks
         raise unreachable(url, error) from None
 
@@ -208,9 +208,4 @@ def read_whole(url: str) -> bytes:
 def unreachable(url: str, error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
-    return UserError(f"{url}: cannot be read ({type(error).__name__}: {one_line(error)})")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    return UserError(f"{url}: cannot be read ({type(error).__name__}: {first_line(error)})")

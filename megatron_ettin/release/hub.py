@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.release.finish import ORDERS
 from megatron_ettin.release.record import RECORD, read_record
@@ -35,7 +35,7 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"--push {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--push {name}: {first_line(error)}") from None
     if "/" not in name:
         raise UserError(f"--push {name}: give OWNER/NAME")
 
@@ -62,10 +62,9 @@ def push(
     except LocalTokenNotFoundError:
         raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
     except (HfHubHTTPError, OSError, *_connection_errors()) as error:  # type: ignore[misc]
-        told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"--push {repository}: {told}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1} revisions are"
-            " there; run it again to go on"
+            f"--push {repository}: {first_line(error)}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1}"
+            " revisions are there; run it again to go on"
         ) from None
     return Pushed(done.uploaded, done.kept, url)
 

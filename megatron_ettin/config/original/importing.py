@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.errors import UserError, first_line, nearest
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original import model as trainer_model
 from megatron_ettin.config.original.keys import FIXED, IGNORED, reason_to_ignore
@@ -81,7 +81,7 @@ def import_yaml(content: dict[str, Any], path: Path) -> tuple[dict[str, dict[str
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config {path}: {first_line(error)}") from None
     reading = Reading(path, dict(flat(resolved)))
     name = reading.need("model.name")
     if name not in OBJECTIVE_OF:

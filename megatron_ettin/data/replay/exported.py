@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, metadata_of, one_line, open_parquet
+from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, metadata_of, open_parquet
 
 BATCH_LINES = 1 << 18
 COLUMNS = ("step", "slot", "dataset", "chunk")
@@ -73,7 +73,7 @@ def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, 
             if cut:
                 yield {name: values[:cut] for name, values in lines.items()}
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data.order: {path}: damaged ({one_line(error)})") from None
+        raise UserError(f"data.order: {path}: damaged ({first_line(error)})") from None
     if len(held["step"]):
         yield held
 

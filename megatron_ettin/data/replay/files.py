@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 
 METADATA_KEY = b"megatron_ettin.order"  # in the schema of what `ettin order --out` writes
@@ -85,7 +85,7 @@ def open_parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"data.order: {path}: not a readable parquet file ({one_line(error)})") from None
+        raise UserError(f"data.order: {path}: not a readable parquet file ({first_line(error)})") from None
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -96,7 +96,3 @@ def metadata_of(path: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

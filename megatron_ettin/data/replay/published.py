@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import Links
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
 from megatron_ettin.data.indexed import open_shard
 from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, one_line, open_parquet
+from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, open_parquet
 
 WINDOW_SAMPLES = 4_096  # consecutive samples that are packed together
 BATCH_TOKENS = 1 << 21  # hashed at once: some 100 MB of intermediate arrays
@@ -159,7 +159,7 @@ def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt6
             parts.append(content_hashes(np.asarray(column.flatten()), lengths, tokenizer, seq_len - 2))
             row += len(lengths)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data.order: {path}: damaged ({one_line(error)})") from None
+        raise UserError(f"data.order: {path}: damaged ({first_line(error)})") from None
     return np.concatenate(parts)[steps_order(path)]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.filesystem import local_path, one_line, open_input
+from megatron_ettin.base.errors import UserError, first_line
+from megatron_ettin.prepare.filesystem import local_path, open_input
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.columns import batch_documents, choose_columns
 from megatron_ettin.prepare.readers.document import Document, ReadOptions
@@ -34,7 +34,7 @@ def arrow_documents(segment: Segment, options: ReadOptions) -> Iterator[Document
                     yield from batch_documents(batch, row, columns, file, options)
                 row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file.url}#{row}: broken Arrow data, or truncated ({one_line(error)})") from None
+        raise UserError(f"{file.url}#{row}: broken Arrow data, or truncated ({first_line(error)})") from None
 
 
 def opened(file: InputFile) -> Any:

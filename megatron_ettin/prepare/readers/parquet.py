@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.filesystem import BUFFER_BYTES, one_line, open_input
+from megatron_ettin.base.errors import UserError, first_line
+from megatron_ettin.prepare.filesystem import BUFFER_BYTES, open_input
 from megatron_ettin.prepare.input_file import Segment
 from megatron_ettin.prepare.readers.columns import Columns, batch_documents, choose_columns, rows_at_once
 from megatron_ettin.prepare.readers.document import Document, ReadOptions
@@ -24,7 +24,7 @@ def parquet_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
         try:
             parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except (pyarrow.ArrowException, OSError) as error:
-            reason = f"not a parquet file, or truncated: {file.bytes} bytes, {one_line(error)}"
+            reason = f"not a parquet file, or truncated: {file.bytes} bytes, {first_line(error)}"
             raise UserError(f"{file.url}: {reason}") from None
         columns = choose_columns(parquet.schema_arrow, options, file.url)
         first_row = 0
@@ -62,7 +62,7 @@ def group_documents(
         try:
             batch = next(batches, None)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file.url}#{row}: damaged parquet data ({one_line(error)})") from None
+            raise UserError(f"{file.url}#{row}: damaged parquet data ({first_line(error)})") from None
         if batch is None:
             break
         yield from batch_documents(batch, row, columns, file, options)
