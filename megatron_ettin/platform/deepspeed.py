@@ -32,7 +32,8 @@ def load_deepspeed() -> Any:
     except Exception as error:  # among others what its search for compilers raises
         raise UserError(
             f"parallel.engine: deepspeed does not import here ({first_line(error)}); pip install"
-            " 'megatron-ettin[deepspeed]', or parallel.engine=megatron, whose distributed_optimizer cuts the optimizer's state too"
+            " 'megatron-ettin[deepspeed]', or parallel.engine=megatron, whose distributed_optimizer cuts the"
+            " optimizer's state too"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU it would compile collectives over shared memory for minutes at the first use on every machine
