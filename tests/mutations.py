@@ -102,7 +102,7 @@ def latest_before_the_checkpoint() -> Iterator[None]:
     real = directory.place
 
     def place(staging, final, known=None):
-        directory.write_synced(final.parent / directory.LATEST, final.name + "\n")
+        directory.write_atomically(final.parent / directory.LATEST, final.name + "\n")
         real(staging, final, known)
 
     with mock.patch.object(directory, "place", place):
@@ -112,11 +112,12 @@ def latest_before_the_checkpoint() -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_forced_to_the_disk() -> Iterator[None]:
     """Rename a checkpoint before any of its files is forced to the disk."""
-    from megatron_ettin.checkpoint import directory, integrity
+    from megatron_ettin.base import files
+    from megatron_ettin.checkpoint import integrity
 
     with (
         mock.patch.object(integrity, "fsync", lambda path: None),
-        mock.patch.object(directory, "fsync", lambda path: None),
+        mock.patch.object(files, "fsync", lambda path: None),
     ):
         yield
 

@@ -1,12 +1,80 @@
-"""Locks of files and folders against other processes, on file systems that have them and on those that have not."""
+"""Write files and folders so that they are whole or absent, and lock them against other processes."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 # what flock says where another process has the lock; NFS says the second
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def fsync(path: Path) -> None:
+    """Force one file's content, or the names in one folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, durable: bool = True, per_process: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` at the end of the block, or is removed if the block raises.
+
+    Args:
+        path: the file to write.
+        durable: whether to force the content, and then the new name, to the disk.
+        per_process: whether several processes may write the same file at a time.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}" if per_process else f".tmp-{path.name}")
+    try:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            fsync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes, durable: bool = True, per_process: bool = False) -> None:
+    """Replace a file's content: a reader, or a crash, finds the old or the new one. Arguments as in `atomic_path`."""
+    with atomic_path(path, durable, per_process) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def publish_folder(staging: Path, final: Path, aside: Path | None = None) -> None:
+    """Rename a finished folder to its final name, and force the name to the disk.
+
+    Args:
+        staging: the folder, whose content is on the disk.
+        final: its name to be; without `aside` nothing, or an empty folder, may be there.
+        aside: where a folder that has the name is moved first. It is removed last, so that one of the two is whole at
+            any instant.
+    """
+    if aside is not None and final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(staging, final)
+    fsync(final.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def current_umask() -> int:
+    """Return the umask of this process; it has to be set to be read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class LockHeld(Exception):
@@ -30,3 +98,14 @@ def try_lock(handle: int) -> str | None:
             raise LockHeld from None
         return error.strerror or str(error)
     return None
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock file, waiting for it. Yields whether it is held: a file system may have no locks."""
+    with open(path, "a") as stream:
+        held = False
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            held = True
+        yield held

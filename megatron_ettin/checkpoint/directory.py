@@ -17,9 +17,10 @@ from typing import Any
 
 from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError, first_line
+from megatron_ettin.base.files import publish_folder, write_atomically
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import Links, path_in
-from megatron_ettin.checkpoint.integrity import fsync, read_entries, seal, verify, write_synced
+from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
 
 __all__ = [
     "at_step",
@@ -215,13 +216,7 @@ def place(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) 
     """Seal `staging` (`known`: as in `seal`) and rename it to `final`. A folder already there is moved aside first and
     removed last, so that one of the two is whole at any instant."""
     seal(staging, known)
-    aside = final.with_name(_REPLACED + final.name)
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
-    os.rename(staging, final)
-    fsync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    publish_folder(staging, final, aside=final.with_name(_REPLACED + final.name))
 
 
 def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
@@ -229,7 +224,7 @@ def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None
     `latest`, in this order."""
     staging, final = Path(staging), Path(final)
     place(staging, final, known)
-    write_synced(final.parent / LATEST, final.name + "\n")
+    write_atomically(final.parent / LATEST, final.name + "\n")
     for left in final.parent.glob(f"{_STAGING}*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

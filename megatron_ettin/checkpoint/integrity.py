@@ -7,7 +7,6 @@ every damaged file is refused by name. The first damage found is enough: nothing
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from megatron_ettin.base import digests
 from megatron_ettin.base.digests import Block, Entry, sha256
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import fsync, write_atomically
 from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import checked_name, path_in, refuse_links
 
@@ -25,32 +25,11 @@ __all__ = [
     "FORMATS",
     "INTEGRITY",
     "check_nothing_else",
-    "fsync",
     "read_entries",
     "seal",
-    "sha256",
     "verify",
     "verify_blocks",
-    "write_synced",
 ]
-
-
-def fsync(path: Path) -> None:
-    """Force one file, or the entries of one folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_synced(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` atomically: written beside, forced to the disk, renamed."""
-    beside = path.with_name(f".tmp-{path.name}")
-    beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fsync(beside)
-    os.replace(beside, path)
-    fsync(path.parent)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -75,7 +54,8 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
             one.result()
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
-    write_synced(folder / INTEGRITY, json.dumps(with_digest({"format": FORMATS[-1], "files": files}), indent=1) + "\n")
+    content = with_digest({"format": FORMATS[-1], "files": files})
+    write_atomically(folder / INTEGRITY, json.dumps(content, indent=1) + "\n")
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ettin.base.digests import Entry, digest
-from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.base.files import fsync
 
 FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
 FORMAT = {

@@ -34,8 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ettin.base.digests import Entry, digest
 from megatron_ettin.base.errors import first_line
-from megatron_ettin.base.files import LockHeld, try_lock
-from megatron_ettin.checkpoint.integrity import fsync
+from megatron_ettin.base.files import LockHeld, fsync, try_lock, write_atomically
 from megatron_ettin.checkpoint.weights_writer import save_tensor
 
 MARK = ".written-"  # and the rank
@@ -181,13 +180,10 @@ def _cause(error: BaseException) -> str:
 
 def _place(path: Path, mark: dict[str, Any]) -> None:
     """A few bytes, which a full disk may still refuse: then rank 0 learns of it when the run ends."""
-    beside = path.with_name(f".tmp{path.name}")
     try:
-        beside.write_text(json.dumps(mark), encoding="utf-8")
-        os.replace(beside, path)
+        write_atomically(path, json.dumps(mark), durable=False)
     except OSError:
-        for left in (beside, path):
-            left.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         path.touch()  # an empty file takes no block
 
 

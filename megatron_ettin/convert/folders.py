@@ -6,17 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import LockHeld, try_lock
 from megatron_ettin.base.paths import path_in
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 def resolved(out: Path) -> Path:
@@ -72,10 +71,9 @@ def _held(work: Path, out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
+            try_lock(lock.fileno())
+        except LockHeld:
+            raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
         if not (work / "lock").exists():  # whoever held it has just ended, and removed the folder
             raise UserError(f"{out}: another conversion to it has just ended; start again")
         try:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
+from megatron_ettin.base.files import fsync, publish_folder
+from megatron_ettin.checkpoint.integrity import INTEGRITY
 from megatron_ettin.convert.folders import resolved, staged
 from megatron_ettin.convert.hf_config import WRITTEN_FOR, reader_notes, to_hf_config
 from megatron_ettin.convert.model_card import model_card
@@ -73,8 +74,7 @@ def to_hf(
         for path in staging.iterdir():
             fsync(path)
         fsync(staging)
-        os.rename(staging, resolved(out))
-        fsync(resolved(out).parent)
+        publish_folder(staging, resolved(out))
     return {
         **{"checkpoint": str(source.checkpoint), "out": str(out), "objective": source.objective, "dtype": dtype},
         **{"step": source.progress.get("step"), "files": files, "tokenizer": has_tokenizer, "parity": parity},

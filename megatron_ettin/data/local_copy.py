@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import file_lock, fsync, publish_folder
 from megatron_ettin.base.log import log_info, log_when_slow
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.manifest import FILE_NAME, FileRecord, sync_directory
-from megatron_ettin.data.packing_index import PLAN_FILE, PackingIndex, file_lock, open_packing_index
+from megatron_ettin.data.manifest import FILE_NAME, FileRecord
+from megatron_ettin.data.packing_index import PLAN_FILE, PackingIndex, open_packing_index
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -172,11 +173,10 @@ def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     shutil.copyfile(unit.source_file(unit.last), unit.staged(unit.last))
-    sync_directory(unit.staging)
+    fsync(unit.staging)
     if unit.target.exists():
         shutil.rmtree(unit.target)
-    os.rename(unit.staging, unit.target)
-    sync_directory(unit.target.parent)
+    publish_folder(unit.staging, unit.target)
 
 
 def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Event) -> None:

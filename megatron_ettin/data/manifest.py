@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.parsing import checked_digest, load_json
 from megatron_ettin.base.paths import Links, checked_name, checked_sha256, path_in
 
@@ -176,40 +177,13 @@ def shard_file(folder: Path, shard: ShardRecord, suffix: str, links: Links = Lin
 
 
 def write_json_durably(path: Path, content: Any) -> None:
-    """Whole or not at all: written beside, fsynced, renamed."""
-    beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with open(beside, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Replace a JSON file atomically and force it to the disk."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(path, text + "\n", per_process=True)
 
 
 def record_of(path: Path) -> FileRecord:
-    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def check_file(path: Path, record: FileRecord, content: bool) -> None:
@@ -221,5 +195,5 @@ def check_file(path: Path, record: FileRecord, content: bool) -> None:
     if found != record.bytes:
         kind = "truncated" if found < record.bytes else "changed"
         raise UserError(f"{path}: {kind}, {found} bytes, the manifest says {record.bytes}")
-    if content and sha256_of(path) != record.sha256:
+    if content and sha256(path) != record.sha256:
         raise UserError(f"{path}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")

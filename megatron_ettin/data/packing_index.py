@@ -8,14 +8,10 @@ as it says. Several processes may ask at once: one builds under a file lock, the
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import current_umask, file_lock, fsync, publish_folder
 from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
@@ -32,7 +29,6 @@ from megatron_ettin.data.manifest import (
     FileRecord,
     check_file,
     file_records,
-    sync_directory,
     write_json_durably,
 )
 from megatron_ettin.data.packing import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, read_lengths, write_packed
@@ -225,13 +221,9 @@ def build_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: 
             num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
         record = PackingRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
         write_json_durably(building / PLAN_FILE, with_digest(asdict(record)))
-        sync_directory(building)
-        if folder.exists():
-            stale = Path(tempfile.mkdtemp(prefix=f"{BESIDE}stale-{folder.name}-", dir=dataset.path))
-            os.rename(folder, stale / folder.name)
-            shutil.rmtree(stale, ignore_errors=True)
-        os.rename(building, folder)
-        sync_directory(dataset.path)
+        fsync(building)
+        stale = building.with_name(f"{BESIDE}stale-{building.name.removeprefix(BESIDE)}")
+        publish_folder(building, folder, aside=stale)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -250,21 +242,3 @@ def remove_leftovers(folder: Path) -> None:
     for prefix in (*FOLDERS.values(), "stale"):
         for leftover in folder.glob(f"{BESIDE}{prefix}[_-]*"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
-    """One process at a time; yields whether it is so. Where the file system has no locks, nothing waits: the renames
-    keep readers safe."""
-    with open(path, "a") as stream:
-        alone = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            alone = True
-        yield alone
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

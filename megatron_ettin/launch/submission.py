@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.launch import supervisor
 from megatron_ettin.launch.queue import shown
 from megatron_ettin.launch.request import Job, Work
@@ -41,13 +41,9 @@ class Written:
     def file(self, path: Path, text: str) -> None:
         """Write it whole. Raises UserError."""
         self.before.setdefault(path, path.read_bytes() if path.exists() else None)
-        staging = path.with_name(f".tmp-{path.name}")
         try:
-            staging.write_text(text, encoding="utf-8")
-            os.replace(staging, path)
+            write_atomically(path, text, durable=False)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                staging.unlink()
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
     def undo(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.base.parsing import load_json
 
@@ -61,12 +62,7 @@ def _split(path: Path) -> tuple[list[bytes], list[tuple[int, bytes]]]:
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
     """The file with exactly these lines, or as it was before."""
-    beside = path.with_name(f".tmp-{path.name}")
-    with open(beside, "wb") as file:
-        file.writelines(line + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_atomically(path, b"".join(line + b"\n" for line in lines))
 
 
 class JsonlSink:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import first_line
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.metrics.sinks import scalars
@@ -140,6 +141,4 @@ class WandbSink:
 
     def _remember(self) -> None:
         record = {"id": self._id, "step": self._sent, "history": self.identity.history}
-        beside = self.directory / f".tmp-{STATE}"
-        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        beside.replace(self.directory / STATE)
+        write_atomically(self.directory / STATE, json.dumps(record) + "\n", durable=False)

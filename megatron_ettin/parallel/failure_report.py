@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.log import log_exception
 from megatron_ettin.parallel.env import rank_of_environment
 
@@ -128,10 +129,8 @@ def end_now(error: BaseException) -> NoReturn:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace the file. A heartbeat that cannot be written (a full disk) is no reason for a run to end."""
-    staging = path.with_name(f".tmp-{path.name}")
     with contextlib.suppress(OSError):
-        staging.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+        write_atomically(path, json.dumps(record) + "\n", durable=False)
 
 
 @functools.cache

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeld, fsync, publish_folder, try_lock
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype
-from megatron_ettin.data.manifest import FILE_NAME, read_manifest, sync_directory
+from megatron_ettin.data.manifest import FILE_NAME, read_manifest
 from megatron_ettin.data.packing_index import build_or_open_packing_index
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare import cluster
@@ -218,9 +218,8 @@ class Build:
         write_inputs(staged, self.files)
         plan_rows(open_dataset(staged), self.request)
         remove_leftovers(staged)
-        sync_directory(staged)
-        os.rename(staged, out)  # an empty directory in its place gives way
-        sync_directory(out.parent)
+        fsync(staged)
+        publish_folder(staged, out)
         shutil.rmtree(self.work, ignore_errors=True)
         return open_dataset(out)
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.digests import digest_of, write_blocks
+from megatron_ettin.base.files import fsync
 from megatron_ettin.data.indexed import index_bytes, narrowed
 from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
 from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, framed, piece_bounds
@@ -86,8 +87,7 @@ class ShardWriter:
         records[CHECKSUMS_SUFFIX] = record_of(self._temporary(CHECKSUMS_SUFFIX))
         for suffix in SHARD_SUFFIXES:
             temporary = self._temporary(suffix)
-            with open(temporary, "rb") as stream:
-                os.fsync(stream.fileno())
+            fsync(temporary)
             os.replace(temporary, self.prefix.with_name(self.prefix.name + suffix))
         return records
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import fsync
 from megatron_ettin.base.parsing import with_digest
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import (
@@ -23,8 +24,6 @@ from megatron_ettin.data.manifest import (
     SourceRecord,
     TokenizerRecord,
     record_of,
-    sync,
-    sync_directory,
     write_json_durably,
 )
 from megatron_ettin.data.tokenizer import Tokenizer
@@ -79,7 +78,7 @@ def stage_split(
     shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     copied = sorted((folder / "tokenizer").iterdir())
     for path in (*copied, folder / "tokenizer"):
-        sync(path)
+        fsync(path)
     manifest = Manifest(
         tokenizer=tokenizer_record(tokenizer),
         dtype=token_dtype(tokenizer.vocab_size).name,
@@ -98,7 +97,6 @@ def stage_split(
         settings_sha256=settings_sha256,
     )
     write_json_durably(folder / FILE_NAME, with_digest(asdict(manifest.with_fingerprint())))
-    sync_directory(folder)
 
 
 def move(source: Path, target: Path, record: Path) -> None:

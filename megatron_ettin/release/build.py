@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeld, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.convert.verify import Logits
 from megatron_ettin.release.chain import Chain, Revision
 from megatron_ettin.release.finish import DrawCurve, WriteOrder, write_main, write_orders
@@ -208,4 +207,4 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
     text = json.dumps(index, indent=1) + "\n"
     path = out / RECORD
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_synced(path, text)
+        write_atomically(path, text)

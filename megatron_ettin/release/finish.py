@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import fsync
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
-from megatron_ettin.checkpoint.integrity import fsync, sha256
 from megatron_ettin.release.card import CURVE, main_card
 from megatron_ettin.release.chain import Chain, PhaseRun, Revision
 from megatron_ettin.release.record import RECORD, read_record, write_record

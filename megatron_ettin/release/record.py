@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import fsync
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
-from megatron_ettin.checkpoint.integrity import INTEGRITY, fsync, sha256
+from megatron_ettin.checkpoint.integrity import INTEGRITY
 from megatron_ettin.release.chain import Revision
 
 RECORD = "release.json"

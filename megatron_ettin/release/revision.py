@@ -23,9 +23,10 @@ import psutil
 import torch
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import publish_folder
 from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.checkpoint.directory import list_checkpoints, place
-from megatron_ettin.checkpoint.integrity import check_nothing_else, fsync
+from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import ModelConfig
@@ -90,13 +91,7 @@ def _make(job: Job) -> None:
 
 def put(folder: Path, final: Path) -> None:
     """Rename a finished folder to `final`; one that is there is moved aside first and removed last."""
-    aside = folder.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
-    os.rename(folder, final)
-    fsync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    publish_folder(folder, final, aside=folder.with_name(f"{final.name}.replaced"))
 
 
 def write_initial(run: PhaseRun, folder: Path) -> Path:

@@ -21,8 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from megatron_ettin import __version__
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.text import masked
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.report import compare, sections
 from megatron_ettin.report.facts import embedded, escaped
 from megatron_ettin.report.models import Model, read_models
@@ -122,7 +122,7 @@ def _hash(content: str) -> str:
 def write(path: Path, content: bytes) -> None:
     """The file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, content)
+    write_atomically(path, content)
 
 
 HOST = "127.0.0.1"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.text import format_count
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.tables import long_name
 from megatron_ettin.report.compare import Chain, Check, Comparison, Run, chains, operations
 from megatron_ettin.report.curves import Chart, Curve, colour_places, png, svg
@@ -114,7 +114,7 @@ def write(comparison: Comparison, out: Path) -> Path:
     picture = out.with_suffix(".png")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in ((picture, png(drawn)), (out, render(comparison, drawn).encode())):
-        write_synced(path, content)
+        write_atomically(path, content)
     return picture
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.checkpoint.integrity import write_synced
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.config.overrides import Member
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 from megatron_ettin.report.curves import COLOURS, medians
@@ -24,7 +24,7 @@ def summarise(folder: Path, members: Sequence[Member]) -> str:
     for group in _groups(found, "objective"):
         min(group, key=lambda row: row["final_loss"])["best"] = True
     public = [{key: value for key, value in row.items() if key != "lines"} for row in rows]
-    write_synced(folder / "sweep.json", json.dumps(public, indent=1) + "\n")
+    write_atomically(folder / "sweep.json", json.dumps(public, indent=1) + "\n")
     if found:
         (folder / "sweep.png").write_bytes(picture(found))
     return table(rows)

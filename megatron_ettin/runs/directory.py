@@ -17,12 +17,11 @@ from typing import Any
 
 from megatron_ettin import __version__
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeld, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.overrides import key_types, nearest_key
 from megatron_ettin.config.resolve import from_yaml, to_yaml
@@ -233,8 +232,8 @@ def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset)
 
 def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: dict[str, Any]) -> None:
     """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
-    write_synced(run_dir / "config.yaml", to_yaml(config))
-    write_synced(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
+    write_atomically(run_dir / "config.yaml", to_yaml(config))
+    write_atomically(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
     record |= {"code": code_hash(), "commit": recorded_commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:

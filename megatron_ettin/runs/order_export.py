@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import atomic_path
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.text import counted
 from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
@@ -159,7 +159,7 @@ def write_parquet(
     fields = [pa.field(name, pa.string() if name in strings else pa.int64(), nullable=False) for name in COLUMNS]
     schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(notes).encode("utf-8")})
     count = 0
-    with written_beside(out) as beside, parquet.ParquetWriter(beside, schema) as writer:
+    with _output(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         for table in tables(config, corpus, steps):
             table["dataset"] = [named.get(path, path) for path in table["dataset"]]
             writer.write_table(pa.table(table, schema=schema))
@@ -191,21 +191,17 @@ def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: rang
         input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position, kind)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
-    with written_beside(out) as beside, open(beside, "wb") as file:
+    with _output(out) as temporary, open(temporary, "wb") as file:
         spans = np.array(boundaries)
         np.savez(file, step=numbers, causal=causal, input_ids=input_ids, labels=labels, spans=spans)
     return n
 
 
 @contextlib.contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `out` when it is done and vanishes when it is not. Raises UserError where the
-    file system refuses."""
-    beside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+def _output(out: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `out`. Raises UserError where the file system refuses."""
     try:
-        yield beside
-        beside.replace(out)
+        with atomic_path(out, durable=False, per_process=True) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint import directory
-from megatron_ettin.checkpoint.integrity import write_synced
 
 RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
@@ -41,7 +41,7 @@ def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
     if target.parent != directory.checkpoints_folder(run_dir):
         raise UserError(f"--from-step {step}: {target} holds weights alone; begin a new run with --init-from {target}")
     directory.verify(target)
-    write_synced(target.parent / directory.LATEST, target.name + "\n")
+    write_atomically(target.parent / directory.LATEST, target.name + "\n")
     aside = run_dir / ASIDE
     for path in (*directory.list_checkpoints(run_dir), *directory.list_milestones(run_dir)):
         if directory.step_of(path) > step:
@@ -50,7 +50,7 @@ def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
             shutil.rmtree(place, ignore_errors=True)
             os.rename(path, place)
     entry = {"to": step, "skip": skip, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_synced(run_dir / RECORD, json.dumps([*done, entry], indent=1) + "\n")
+    write_atomically(run_dir / RECORD, json.dumps([*done, entry], indent=1) + "\n")
     return True
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.checkpoint import directory, state
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.checkpoint.writer import NotWritten, Plan
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.tables import parameter_count
@@ -199,12 +199,12 @@ class Saver:
             plan.folder,
             self.train_state.config,
         )
-        write_synced(staging / "config.yaml", to_yaml(config))
+        write_atomically(staging / "config.yaml", to_yaml(config))
         record: dict[str, Any] = dataclasses.asdict(wish.progress)
         record |= {} if wish.milestone else {"optimizer": config.optim.name}
         record |= {"keep": True} if wish.keep else {}
         record |= {} if self.ends_in_sep else {"end_token": "none"}
-        write_synced(staging / "progress.json", json.dumps(record, indent=1) + "\n")
+        write_atomically(staging / "progress.json", json.dumps(record, indent=1) + "\n")
         if self.tokenizer is not None and self.tokenizer.is_dir():
             shutil.copytree(self.tokenizer, staging / "tokenizer")
         final = staging.with_name(wish.name)

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_ettin.base import digests
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint import directory, integrity
+from megatron_ettin.checkpoint import directory
 from megatron_ettin.checkpoint.directory import (
     checkpoints_folder,
     latest,
@@ -295,4 +295,4 @@ def test_read_config_and_progress_malformed_files_are_refused(tmp_path):
 
 def test_sha256_of_abc_equals_published_value(tmp_path):
     (tmp_path / "abc").write_text("abc")
-    assert integrity.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digests.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

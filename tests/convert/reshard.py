@@ -7,8 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from megatron_ettin.base.files import write_atomically
 from megatron_ettin.checkpoint import directory, state
-from megatron_ettin.checkpoint.integrity import write_synced
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.evaluate.inference import single_process_config
 from megatron_ettin.parallel.collectives import barrier
@@ -37,8 +37,8 @@ def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     state.save_state(staging, model, None, dataclasses.asdict(progress))
     barrier()
     if place.rank == 0:
-        write_synced(staging / "config.yaml", to_yaml(config))
-        write_synced(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
+        write_atomically(staging / "config.yaml", to_yaml(config))
+        write_atomically(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
         directory.place(staging, out)
     barrier()
     destroy_process_group()

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import current_umask, file_lock, fsync, publish_folder
 from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
@@ -32,10 +33,8 @@ from megatron_ettin.data.manifest import (
     check_file,
     file_records,
     record_of,
-    sync_directory,
     write_json_durably,
 )
-from megatron_ettin.data.packing_index import current_umask, file_lock
 from megatron_ettin.data.replay.exported import exported_rows
 from megatron_ettin.data.replay.files import RecordedRows, kind_of_files, open_order_files
 from megatron_ettin.data.replay.published import published_rows
@@ -189,10 +188,9 @@ def build_order(
         files = {name: record_of(building / name) for name in COLUMNS}
         record = OrderRecord(seq_len=seq_len, batching=batching, files=files, **figures)
         write_json_durably(building / RECORD_FILE, with_digest(asdict(record)))
-        sync_directory(building)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.rename(building, folder)
-        sync_directory(folder.parent)
+        fsync(building)
+        # a folder that is there is damaged
+        publish_folder(building, folder, aside=folder.with_name(f".tmp-{folder.name}-replaced"))
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
