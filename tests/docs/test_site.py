@@ -18,7 +18,6 @@ LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)")
 FETCHED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=["']?(?P<url>(?:https?:)?//[^"'\s>]+)""")
 PATHS = re.compile(r"`((?:tests|tools|examples|megatron_ettin)/[\w./-]+)`")
 TOPICS = ("prepare", "data", "mixtures", "phases", "layouts", "precision", "slurm", "faults", "release", "planning")
-HEADINGS = ("What it is", "When to use it", "Knobs", "Limits")
 
 
 def names(folder: Path) -> list[str]:
@@ -74,6 +73,6 @@ def test_docs_page_links_and_paths_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_docs_topic_page_has_four_headings_in_order(topic: str) -> None:
+def test_docs_topic_page_ends_with_its_limits(topic: str) -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "docs" / f"{topic}.md").read_text(), re.M)
-    assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
+    assert headings[-1] == "Limits"
