@@ -142,7 +142,7 @@ def replayed_on_a_cpu() -> Iterator[None]:
 
     with (
         mock.patch.object(Platform, "check_graph", lambda *_: None),
-        mock.patch.object(graphed_step, "Replayed", InPlace),
+        mock.patch.object(graphed_step, "CapturedGraph", InPlace),
     ):
         yield
 

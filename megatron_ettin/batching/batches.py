@@ -35,7 +35,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # [rows, buffer tokens / cp]
     labels: torch.Tensor  # [n]
-    at: torch.Tensor  # [n] their flat positions in input_ids
+    label_positions: torch.Tensor  # [n] their flat positions in input_ids
     causal_labels: int  # how many of them are of causal rows, which come first
     packed: PackedRows
     tokens: int  # that are no padding
@@ -137,12 +137,12 @@ class Batches:
         )
         ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
         labels = batch.labels[:, ours].reshape(-1)
-        at = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
+        label_positions = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
         return MicroBatch(
             to_device(batch.input_ids[:, ours], self.device),
-            to_device(labels[at], self.device),
-            to_device(at, self.device),
-            packed.causal_part(at),
+            to_device(labels[label_positions], self.device),
+            to_device(label_positions, self.device),
+            packed.causal_part(label_positions),
             packed,
             host.tokens,
             host.pairs,

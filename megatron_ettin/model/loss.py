@@ -7,7 +7,7 @@ The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxim
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,17 @@ from megatron_ettin.platform.compile import compile_enabled, maybe_compile
 
 CHUNK_LOGITS_BYTES = 64 * 2**20  # fp32 logits alive at once; large enough for efficient matrix products
 DEVICE_CHUNK_ROWS = 4_096  # what fills a GPU; two bf16 tensors of 0.4 GB at the recipe's vocabulary
+
+
+class LossOutput(NamedTuple):
+    """Result of the last pipeline stage for a micro-batch with n labels."""
+
+    total: torch.Tensor
+    """Sum of the losses, fp32 scalar; the only differentiable one."""
+    losses: torch.Tensor
+    """Loss of each label in flat order, fp32 [n]."""
+    correct: torch.Tensor
+    """Whether each label was the most likely token, bool [n]; False in passes that make gradients."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -178,7 +189,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, factor: float, out: torch.Tensor 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
     first: int = 0, valid: int | None = None, group: Any = None, padded: bool = False, factor: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> LossOutput:  # fmt: skip
     """Sum (differentiable) and values (not) of the cross entropy of `hidden @ weight.T + bias` at `labels`, and, where
     no gradient is asked for, whether each label was the likeliest (else False).
 
@@ -190,6 +201,7 @@ def linear_cross_entropy(
     Returns fp32 (), fp32 [n], bool [n]. n may be 0. The gradient scales both: call backward once."""
     valid = weight.shape[0] if valid is None else valid
     factor = 1.0 if weight.dtype == torch.float32 else factor
-    return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, first, valid, group, torch.is_grad_enabled(), padded, factor
+    wants_gradients = torch.is_grad_enabled()
+    return LossOutput(
+        *_LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, wants_gradients, padded, factor)
     )

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.layer import BiasFreeLayerNorm, block_spec
-from megatron_ettin.model.loss import linear_cross_entropy
+from megatron_ettin.model.loss import LossOutput, linear_cross_entropy
 from megatron_ettin.model.packed import PackedRows
 
 
@@ -133,14 +133,21 @@ class EttinModel(LanguageModule):
         input_ids: torch.Tensor,
         packed: PackedRows,
         labels: torch.Tensor | None = None,
-        at: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         loss_factor: float = 1.0,
-    ) -> Any:
-        """input_ids and labels [rows, seq_len]; or, with `at`, labels [n] at the flat positions `at` [n] (without it
-        they are looked for, which waits for the device). `loss_factor`: by what the sum of losses will be multiplied.
+    ) -> torch.Tensor | LossOutput:
+        """Run this stage on a micro-batch.
 
-        A stage without the head returns hidden states [tokens, 1, hidden]; with labels the last one returns (sum of
-        losses, losses [labelled], correct [labelled]) in flat order; without labels logits [tokens, vocabulary]."""
+        Args:
+            input_ids: token ids [rows, seq_len].
+            packed: boundaries and positions of the micro-batch.
+            labels: [n] with `label_positions`, else [rows, seq_len] with IGNORE where there is no label.
+            label_positions: flat positions [n] of the labels. Without it they are searched, which waits for the device.
+            loss_factor: the number that the sum of losses will be multiplied by before backward.
+
+        Returns:
+            Hidden states [tokens, 1, hidden] on a stage without the head; on the last stage a `LossOutput` where
+            labels are given, else logits [tokens, vocabulary]."""
         x = self.embedding(input_ids) if self.pre_process else None
         x = self.transformer(hidden_states=x, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
@@ -154,14 +161,14 @@ class EttinModel(LanguageModule):
             logits, _ = self.output_layer(self.head(x).unsqueeze(1), weight=weight)
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits).squeeze(1)
             return whole[:, : self.config.vocab_size]
-        if at is None:
-            at = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
-            labels = labels.reshape(-1)[at]
-        return self._losses(self.head(x[at]), weight, labels, packed.layer_keys is not None, loss_factor)
+        if label_positions is None:
+            label_positions = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+            labels = labels.reshape(-1)[label_positions]
+        return self._losses(self.head(x[label_positions]), weight, labels, packed.layer_keys is not None, loss_factor)
 
     def _losses(
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool, factor: float
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> LossOutput:
         group = self.pg_collection.tp
         first = group.rank() * weight.shape[0]
         valid = max(0, min(weight.shape[0], self.config.vocab_size - first))

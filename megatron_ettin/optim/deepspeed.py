@@ -1,5 +1,5 @@
 """DeepSpeed's ZeRO as the other data-parallel engine: around the same tensor-parallel model and the same optimizers,
-with the same face as core's (build.py's TrainingOptimizer).
+with the same face as core's (build.py's MegatronEngine).
 
 ZeRO flattens parameters and cuts the flat tensors over data-parallel ranks; our optimizers are told which piece of
 which parameter lies where. Gradients are of sums of losses: their division by the number of labels, which is known
@@ -22,7 +22,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.optim.adamw import DecoupledAdamW, ShardSlice
 from megatron_ettin.optim.megatron import inner_optimizer, param_info, trained
 from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
-from megatron_ettin.platform.deepspeed import forget, load_deepspeed
+from megatron_ettin.platform.deepspeed import load_deepspeed, release_globals
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shard:
     of: slice
 
 
-class ZeroOptimizer:
+class DeepSpeedEngine:
     """DeepSpeed's engine around a model chunk."""
 
     def __init__(self, engine: Any, inner: DecoupledAdamW, shapes: dict[str, torch.Size], config: Config) -> None:
@@ -42,7 +42,7 @@ class ZeroOptimizer:
         self.zero, self.module = engine.optimizer, engine.module
         self.data_group = ModelParallelUnit().get_data_parallel_group()
         self.updates, self.scale = 0, 1.0
-        self.before_sum: Callable[[], None] = lambda: None  # called before the step's first sum over all ranks
+        self.before_sum: Callable[[], None] = lambda: None
         # ZeRO steps group after group, and stage 3 part after part of them: all belong to one update
         inner.register_step_pre_hook(lambda *_: setattr(inner, "updates", self.updates))
 
@@ -51,6 +51,9 @@ class ZeroOptimizer:
 
     def schedule(self) -> Callable[..., Any]:
         return self.forward_backward
+
+    def call_before_sum(self, callback: Callable[[], None]) -> None:
+        self.before_sum = callback
 
     def finish_param_sync(self) -> None:
         """Nothing of a step goes on after it."""
@@ -107,7 +110,7 @@ class ZeroOptimizer:
             yield
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
-        """build.TrainingOptimizer's, with the same keys and whole-parameter shapes. Inside `summon_full_params`.
+        """build.MegatronEngine's, with the same keys and whole-parameter shapes. Inside `summon_full_params`.
         Collective."""
         sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
         return {
@@ -141,7 +144,7 @@ class ZeroOptimizer:
     def close(self) -> None:
         """End the engine and torch's process groups with it."""
         self.engine.destroy()
-        forget()
+        release_globals()
 
     def bind(self, groups: OptimizerGroups, wholes: dict[str, Any]) -> None:
         """Tell the inner optimizer what its flat tensors consist of."""
@@ -181,7 +184,7 @@ class ZeroOptimizer:
 
 def build_zero(
     chunk: Any, config: Config, compute: str, groups: OptimizerGroups, device: torch.device
-) -> ZeroOptimizer:
+) -> DeepSpeedEngine:
     """DeepSpeed around `chunk`, whose weights are the whole initial ones. `compute`: fp32 or bf16. Collective."""
     deepspeed = load_deepspeed()
     named = trained([chunk])
@@ -199,7 +202,7 @@ def build_zero(
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    optimizer = ZeroOptimizer(engine, inner, shapes, config)
+    optimizer = DeepSpeedEngine(engine, inner, shapes, config)
     optimizer.bind(groups, wholes)
     return optimizer
 

@@ -1,7 +1,7 @@
 """Our inner optimizer inside core's: gradient copies, norms, clipping, fp32 masters, sharding and gathers are core's.
 
 This is what core's get_megatron_optimizer does for one dense group of model chunks, which knows no other inner
-optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `TrainingOptimizer` is the face.
+optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `MegatronEngine` is the face.
 
 The global gradient norm and clipping by it, left on the device. Core's own reads the norm back between gradients and
 update: the device would stand idle until the update's kernels arrive."""
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -32,7 +33,7 @@ from megatron_ettin.platform.fp8 import finish_gather
 OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "adamw": DecoupledAdamW, "muon": Muon}
 
 
-class TrainingOptimizer:
+class MegatronEngine:
     """Core's optimizer around ours: one step at a learning rate, and its state as sharded tensors in model space."""
 
     def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any], clip_grad: float) -> None:
@@ -49,6 +50,13 @@ class TrainingOptimizer:
     def schedule(self) -> Callable[..., Any]:
         """What runs a step's micro-batches forward and backward."""
         return get_forward_backward_func()
+
+    def call_before_sum(self, callback: Callable[[], None]) -> None:
+        def call_and_finalize(*arguments: Any, **named: Any) -> None:
+            callback()
+            finalize_model_grads(*arguments, **named)
+
+        self.chunks[0].config.finalize_model_grads_func = call_and_finalize
 
     def finish_param_sync(self) -> None:
         """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but that
@@ -147,7 +155,7 @@ def build_optimizer(
     distributed: bool,
     groups: OptimizerGroups,
     device: torch.device,
-) -> TrainingOptimizer:
+) -> MegatronEngine:
     """The optimizer of this rank's model chunks (core's DistributedDataParallel). Collective."""
     if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
@@ -192,7 +200,7 @@ def build_optimizer(
     if groups.embedding is not None and groups.embedding.size() > 1:
         (copy,) = (index for index, (name, _) in enumerate(named) if name.endswith(NOT_INSIDE))
         inner.tied = TiedCopies(copy, groups.embedding)
-    return TrainingOptimizer(core, inner, chunks, optim.clip_grad)
+    return MegatronEngine(core, inner, chunks, optim.clip_grad)
 
 
 def inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:

@@ -41,7 +41,7 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
-def forget() -> None:
+def release_globals() -> None:
     """Let go of what DeepSpeed keeps outside of its engines: torch's process groups, the models that ZeRO-3 went
     through (a cache of a method of its coordinators has them, and with them all groups and their threads), and its
     numbers of modules and parameters, which ranks compare (a process may train several runs)."""

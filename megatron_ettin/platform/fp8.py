@@ -48,7 +48,7 @@ def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
                 tensor.fill_(1.0 if name.endswith(".scale") else 0.0)
 
 
-def forget() -> None:
+def reset_fp8_state() -> None:
     """Let go of the scales that Transformer Engine notes beside the model it made them for. The next model of this
     process would reduce them too, over groups that are gone: a phase after a phase, a layout after a layout."""
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")

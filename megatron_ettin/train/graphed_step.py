@@ -89,7 +89,7 @@ class GraphedStep:
         return [
             batch.input_ids,
             F.pad(batch.labels, (0, missing), value=IGNORE),
-            F.pad(batch.at, (0, missing)),
+            F.pad(batch.label_positions, (0, missing)),
             F.pad(packed.cu_seqlens_q, (0, boundaries), value=tokens),
             packed.segments,
             packed.positions,
@@ -101,7 +101,7 @@ class GraphedStep:
 def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tensors:
     """One micro-batch, its gradients added to core's buffers; returns the sum of its losses, float64. `like` has what
     all micro-batches share."""
-    input_ids, labels, at, boundaries, segments, positions, slots, keys = tensors
+    input_ids, labels, label_positions, boundaries, segments, positions, slots, keys = tensors
     packed = PackedRows(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
@@ -117,7 +117,7 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
         layer_keys=keys,
         causal_places=like.causal_places,
     )
-    total, losses, _ = model(input_ids, packed, labels, at)
+    total, losses, _ = model(input_ids, packed, labels, label_positions)
     total.backward()
     return [losses.double().sum()]
 

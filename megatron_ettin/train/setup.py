@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ettin.batching.batches import row_tokens
@@ -19,12 +19,15 @@ from megatron_ettin.faults.step_timer import StepTimer
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
 from megatron_ettin.model.model import EttinModel
-from megatron_ettin.optim.deepspeed import ZeroOptimizer, build_zero
-from megatron_ettin.optim.megatron import TrainingOptimizer, build_optimizer
+from megatron_ettin.optim.deepspeed import build_zero
+from megatron_ettin.optim.engine import TrainEngine
+from megatron_ettin.optim.megatron import build_optimizer
 from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
 from megatron_ettin.parallel.topology import Topology
-from megatron_ettin.platform import Platform, compile, fp8, tp_overlap
+from megatron_ettin.platform import Platform, tp_overlap
+from megatron_ettin.platform.compile import enable_compile, should_compile
 from megatron_ettin.platform.deepspeed import check_engine
+from megatron_ettin.platform.fp8 import reset_fp8_state
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.graphed_step import GraphedStep
 
@@ -38,22 +41,18 @@ class TrainState:
     layout: Layout
     model_chunks: list[EttinModel]
     ddp_model_chunks: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
-    optimizer: TrainingOptimizer | ZeroOptimizer | None
+    optimizer: TrainEngine | None
     graphed: GraphedStep | None = None
     clock: StepTimer = field(init=False)
 
     def __post_init__(self) -> None:
-        """Where the step's first sum over the ranks begins, the clock is told. (It holds nothing of the machine: what
-        core's configuration holds would otherwise live until Python looks for cycles.)"""
-        self.clock = clock = StepTimer(self.platform)
+        """Let the step timer see the beginning of the step's first sum over the ranks.
 
-        def arrive_and_sum(*arguments: Any, **named: Any) -> None:
-            clock.arrive()
-            finalize_model_grads(*arguments, **named)
-
-        self.model_chunks[0].config.finalize_model_grads_func = arrive_and_sum
-        if isinstance(self.optimizer, ZeroOptimizer):
-            self.optimizer.before_sum = clock.arrive
+        The timer must not reference this object: core's configuration holds the callback, and the reference cycle
+        would keep the weights until Python collects garbage."""
+        self.clock = StepTimer(self.platform)
+        if self.optimizer is not None:
+            self.optimizer.call_before_sum(self.clock.arrive)
 
     def finish_param_sync(self) -> None:
         """Before an evaluation: let what overlaps with the next step's forward pass end."""
@@ -84,7 +83,7 @@ class TrainState:
         for one in self.ddp_model_chunks:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
             if hasattr(one, "grad_accs"):
                 one.grad_accs.clear()
-        fp8.forget()
+        reset_fp8_state()
         if self.config.parallel.tp_overlap:
             tp_overlap.free_buffers()
 
@@ -103,7 +102,7 @@ def setup_training(
     platform.check_tp_overlap(config.parallel.tp_overlap)
     if training:
         check_engine(config.parallel.engine)
-    compile.enable_compile(compile.should_compile(config.run.fuse, platform.is_gpu))
+    enable_compile(should_compile(config.run.fuse, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
     if config.parallel.tp_overlap:

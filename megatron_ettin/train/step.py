@@ -25,6 +25,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import profiled_steps
 from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
+from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import named
@@ -145,8 +146,8 @@ def forward_step(factor_of: Callable[[int], float], batches: Iterator[MicroBatch
     """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it. `factor_of`: by
     what the loss of so many labels will be multiplied."""
     batch = next(batches)
-    output = model(batch.input_ids, batch.packed, batch.labels, batch.at, factor_of(len(batch.labels)))
-    if not isinstance(output, tuple):  # hidden states for the next stage
+    output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(len(batch.labels)))
+    if not isinstance(output, LossOutput):  # hidden states for the next stage
         return output, None
     total, losses, correct = output
     chunk = getattr(model, "module", model)  # inside what reduces its gradients

@@ -22,7 +22,7 @@ def tensors(n: int, vocabulary: int = 300, hidden: int = 16) -> tuple[torch.Tens
 @pytest.fixture(params=["in chunks", "fused"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compute the loss in both ways; the functions of the fused one run uncompiled."""
-    with mock.patch.object(loss, "fusing", lambda: request.param == "fused"):
+    with mock.patch.object(loss, "compile_enabled", lambda: request.param == "fused"):
         yield
 
 

@@ -64,7 +64,7 @@ def test_padded_batch_has_losses_of_rows_in_places_of_their_own(
     found = []
     for batches in (flat, padded):
         (batch,) = batches.step(3)
-        _, losses, _ = model(batch.input_ids, batch.packed, batch.labels, batch.at)
+        _, losses, _ = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions)
         found.append((losses, batch.causal_labels, batch.tokens, batch.pairs))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert found[0][1:] == found[1][1:]

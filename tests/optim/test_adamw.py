@@ -12,7 +12,7 @@ import torch
 
 from megatron_ettin.optim import adamw
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice, StableAdamW
-from megatron_ettin.platform import compile
+from megatron_ettin.platform.compile import enable_compile
 
 LR, MAX_LR, DECAY, BETAS, EPS, STEPS = 2e-3, 4e-3, 1e-2, (0.9, 0.98), 1e-6, 200
 SHAPES = [(16, 8), (40,), (3, 5)]
@@ -85,12 +85,12 @@ def fused(backend: str) -> Iterator[None]:
     compile_function = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda *given, **named: compile_function(*given, backend=backend, **named))
-        compile.enable_compile(True)
+        enable_compile(True)
     torch._dynamo.utils.counters.clear()
     try:
         yield
     finally:
-        compile.enable_compile(False)
+        enable_compile(False)
         torch._dynamo.reset()
 
 

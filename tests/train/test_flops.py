@@ -45,7 +45,9 @@ def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -
         (batch, *_) = batches.step(0)
         # torch's counter has no entry for addmm_
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
-            total, *_ = train_state.ddp_model_chunks[0](batch.input_ids, batch.packed, batch.labels, batch.at)
+            total, *_ = train_state.ddp_model_chunks[0](
+                batch.input_ids, batch.packed, batch.labels, batch.label_positions
+            )
             total.backward()
     finally:
         train_state.close()
