@@ -135,14 +135,14 @@ class Batches:
             context,
             host.flat,
         )
-        ours = slice(packed.first_place, packed.first_place + packed.slice_tokens)
+        ours = slice(packed.slice_start, packed.slice_start + packed.slice_tokens)
         labels = batch.labels[:, ours].reshape(-1)
         label_positions = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
         return MicroBatch(
             to_device(batch.input_ids[:, ours], self.device),
             to_device(labels[label_positions], self.device),
             to_device(label_positions, self.device),
-            packed.causal_part(label_positions),
+            packed.count_causal(label_positions),
             packed,
             host.tokens,
             host.pairs,

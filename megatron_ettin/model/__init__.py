@@ -1,1 +1,1 @@
-"""Floor 4: one model for both objectives, on Megatron-Core's layers."""
+"""Floor 4: one model for both objectives, built from Megatron-Core's layers."""

@@ -1,4 +1,4 @@
-"""From a run's configuration to core's: one TransformerConfig with the few fields of ours that layers read."""
+"""Build core's TransformerConfig, with a few fields of our layers, from a run's configuration."""
 
 from __future__ import annotations
 
@@ -13,45 +13,50 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_ettin.config.layouts import recomputed_modules
 from megatron_ettin.config.schema import Config, ParallelConfig
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
+from megatron_ettin.platform.layers import LayerBackend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class EttinTransformerConfig(TransformerConfig):
-    """Core's configuration and what core has no field for."""
+    """Core's configuration with the fields that core lacks."""
 
-    causal: bool = False  # all rows are
-    hybrid: bool = False  # some rows are
-    # of local layers: keys i-window+1..i (True: of causal rows), keys to each side (False)
+    causal: bool = False
+    """Whether all rows are causal."""
+    hybrid: bool = False
+    """Whether some rows are causal and others are not."""
     attention_windows: dict[bool, int] = field(default_factory=lambda: {True: 64, False: 64})
+    """Windows of local layers: keys i-window+1..i of a causal row (True), keys to each side of another row (False)."""
     global_attention_every: int = 3
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 160_000.0
     attention_output_dropout: float = 0.0
     vocab_size: int = 50_368
-    backend: Any = field(default=None)  # platform.layers.LayerBackend
+    backend: Any = field(default=None)
+    """The layers' classes, a platform.layers.LayerBackend."""
 
 
 def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
-    """Core's keys of which activations are kept. Full recomputation is of the first layers of each stage: of the last
-    ones it would be asked at once."""
-    found: dict[str, Any] = {
+    """Return core's keys that say which activations are kept.
+
+    Full recomputation applies to the first layers of each stage, because backward needs the last ones immediately."""
+    keys: dict[str, Any] = {
         "cpu_offloading": parallel.offload_layers > 0,
         "cpu_offloading_num_layers": parallel.offload_layers,
         "cpu_offloading_weights": False,
     }
     if parallel.recompute == "selective":
-        found |= {"recompute_granularity": "selective", "recompute_modules": recomputed_modules(parallel)}
+        keys |= {"recompute_granularity": "selective", "recompute_modules": recomputed_modules(parallel)}
     elif parallel.recompute == "full":
         every = parallel.recompute_layers is None
-        found |= {"recompute_granularity": "full", "recompute_method": "uniform" if every else "block"}
-        found["recompute_num_layers"] = parallel.recompute_layers or 1
-    return found
+        keys |= {"recompute_granularity": "full", "recompute_method": "uniform" if every else "block"}
+        keys["recompute_num_layers"] = parallel.recompute_layers or 1
+    return keys
 
 
 def number_formats(config: Config) -> dict[str, Any]:
-    """Core's keys of what weights and activations are, and of which layers compute in FP8."""
+    """Return core's keys for the types of weights and activations and for the layers that compute in FP8."""
     settings, precision = config.precision, PRECISIONS[config.precision.name]
     dtype = DTYPES[precision.compute]
     return {
@@ -68,9 +73,9 @@ def number_formats(config: Config) -> dict[str, Any]:
 
 
 def transformer_config(
-    config: Config, backend: Any, pipeline_layout: str | None, on_gpu: bool
+    config: Config, backend: LayerBackend, pipeline_layout: str | None, on_gpu: bool
 ) -> EttinTransformerConfig:
-    """Core's configuration of a run. `pipeline_layout` is Topology's; None for a single stage."""
+    """Return core's configuration of a run. `pipeline_layout` comes from Topology and is None for a single stage."""
     model, parallel = config.model, config.parallel
     return EttinTransformerConfig(
         num_layers=model.num_layers,
@@ -94,8 +99,8 @@ def transformer_config(
         **recomputation(parallel),
         overlap_p2p_comm=parallel.overlap and parallel.vp > 1,
         tp_comm_overlap=parallel.tp_overlap,
-        # the batched operations of two neighbouring stages cross when previous and next are the same rank: wrong
-        # losses without an error (core leaves that guard to Megatron-LM's argument parser)
+        # Batched sends and receives of two stages cross when the previous and the next rank are the same, which gives
+        # wrong losses without an error. Core leaves this check to Megatron-LM's argument parser.
         batch_p2p_comm=False,
         **number_formats(config),
         calculate_per_token_loss=config.batch.loss_normalization == "global",
@@ -106,16 +111,17 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # no other of Transformer Engine's kernels in its place: its unfused one holds every score
+        # keep Transformer Engine from falling back to another kernel: its unfused one stores every score
         attention_backend=AttnBackend.fused if backend.core_attention is not None else AttnBackend.local,
-        # core's initialisers only mark the tensor-parallel attributes here; `model.init` fills every weight
+        # core's initializers only mark the tensor-parallel attributes here; `model.init` sets every weight
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
         embedding_init_method=torch.nn.init.zeros_,
         use_cpu_initialization=not on_gpu,
         deterministic_mode=config.run.deterministic and on_gpu,
-        disable_parameter_transpose_cache=config.run.cuda_graph,  # weights are made FP8 in each recorded pass
-        # into core's gradient buffers, which DeepSpeed has none of
+        # captured graphs cast the weights to FP8 in each pass
+        disable_parameter_transpose_cache=config.run.cuda_graph,
+        # it adds to core's gradient buffers, which DeepSpeed does not have
         gradient_accumulation_fusion=backend.fuses_weight_gradients and parallel.engine == "megatron",
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

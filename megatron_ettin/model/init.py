@@ -1,7 +1,7 @@
-"""Weights by name: the full tensor is drawn from hash(seed, canonical name), then cut to this rank's shard.
+"""Initial weights by name: the full tensor is drawn from hash(seed, canonical name), then split to this rank's shard.
 
-So the layout cannot change the initial model. Formulae are the recipe's `full_megatron`: truncated normal at two
-sigma, sigma 0.02, the matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
+So the layout cannot change the initial model. The formulas are the recipe's `full_megatron`: normal with sigma 0.02,
+truncated at two sigma, matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
 Source: ModernBERT's initialization.py, lines 107-137. The original trainer left the vocabulary bias at torch's default
 (`model.output_bias_init=uniform`); see docs/recipe.md."""
 
@@ -24,7 +24,7 @@ VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.bias")
 
 
 def canonical_name(name: str, offset: int) -> str:
-    """The name a parameter has in a checkpoint: whole-model layer numbers, fused norm names, tied output."""
+    """Return a parameter's name in checkpoints: whole-model layer numbers, fused norm names, tied output."""
     if name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):
@@ -37,7 +37,7 @@ def canonical_name(name: str, offset: int) -> str:
 
 
 def named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(canonical name, parameter) of one stage's trained parameters."""
+    """Yield (canonical name, parameter) of one stage's trained parameters."""
     offset = first_layer(model.config, model.vp_stage, model.pp_rank)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -45,7 +45,7 @@ def named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]:
-    """Shape of the whole tensor, without rows that only pad the vocabulary."""
+    """Return the shape of the whole tensor, without the rows that pad the vocabulary."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= tp
@@ -54,8 +54,10 @@ def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]
     return shape
 
 
-def shard(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
-    """This rank's part. partition_stride 2 (the gated MLP) cuts each half, then joins; vocabularies are zero-padded."""
+def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
+    """Return this rank's shard of a whole tensor.
+
+    A partition_stride of 2 (the gated MLP) splits each half and joins the shards; vocabularies are padded with zeros."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     dim, size = parameter.partition_dim, parameter.shape[parameter.partition_dim] * tp
@@ -65,21 +67,22 @@ def shard(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tenso
     return torch.cat([half.chunk(tp, dim)[rank] for half in halves], dim)
 
 
-def fill(model: Any, full_of: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
-    """Set every parameter of a stage from whole tensors: full_of(canonical name, full shape). After construction:
-    core's tying sums the two copies of the embedding while it builds."""
+def init_weights(model: Any, full_tensor: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
+    """Set every parameter of a stage from whole tensors, `full_tensor(canonical name, full shape)`.
+
+    To be called after construction: core's tying sums the two copies of the embedding while it builds."""
     with torch.no_grad():
         for name, parameter in named_parameters(model):
-            full = full_of(name, full_shape(name, parameter, tp, model.config.vocab_size))
-            set_weight(parameter, shard(full, parameter, tp, tp_rank))
+            full = full_tensor(name, full_shape(name, parameter, tp, model.config.vocab_size))
+            set_weight(parameter, shard_tensor(full, parameter, tp, tp_rank))
 
 
-def hashed(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Tensor]:
-    """The recipe's initial weights as a function of the name."""
+def recipe_weights(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Tensor]:
+    """Return the function that draws the recipe's initial weights of a canonical name and full shape."""
     num_layers, std = model.num_layers, model.init_std
     bound = model.hidden_size**-0.5 if model.output_bias_init == "uniform" else 0.0
 
-    def full_of(name: str, shape: list[int]) -> torch.Tensor:
+    def full_tensor(name: str, shape: list[int]) -> torch.Tensor:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         if name == "output_layer.bias":
@@ -89,4 +92,4 @@ def hashed(seed: int, model: ModelConfig) -> Callable[[str, list[int]], torch.Te
         sigma = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
         return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
 
-    return full_of
+    return full_tensor

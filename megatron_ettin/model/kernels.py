@@ -1,7 +1,7 @@
-"""Attention of packed rows by kernels that take boundaries and a window themselves. All are called alike:
-kernel(q, k, v, packed, window, causal) -> out, tensors [tokens, heads, dim], `window` as in attention.py.
+"""GPU kernels for attention of packed rows that take boundaries and a window themselves.
 
-`sdpa` is attention.py's `attend`; these want a GPU. Windows here are (keys to the left, keys to the right), both
+All are called as kernel(q, k, v, packed, window, causal) -> out with tensors [tokens, heads, dim] and `window` as in
+attention.py, whose `attend` is the kernel called `sdpa`. Windows here are (keys to the left, keys to the right), both
 inclusive, -1 without end, as flash-attention counts them (arXiv 2307.08691)."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_ettin.model.packed import PackedRows
 
 
 def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
-    """A layer's window as flash-attention counts it."""
+    """Return a layer's window as flash-attention counts it."""
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     return (window - 1, 0) if causal else (window, window)
@@ -25,25 +25,27 @@ def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
 def attend_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """torch's own flash attention."""
+    """Attend by torch's own flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    found = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window_sides(window, causal))
-    assert isinstance(found, torch.Tensor)  # it returns more only where more is asked for
-    return found
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window_sides(window, causal))
+    # a tuple only where its auxiliary outputs are requested
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def attend_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """The flash-attn package: version 3 where it is installed (Hopper), else 2."""
+    """Attend by the flash-attn package: version 3 where it is installed (Hopper), else 2."""
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    found = _flash_function()(
+    out = _flash_function()(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal,
         window_size=window_sides(window, causal), deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    return found[0] if isinstance(found, tuple) else found
+    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
 
 
 @cache
@@ -58,20 +60,21 @@ def _flash_function() -> Any:
 def attend_flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """torch's flex attention: blocks of 128 x 128 that no chunk or window reaches are skipped."""
+    """Attend by torch's flex attention, skipping blocks of 128 x 128 outside of every chunk and window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     segments, positions, tokens = packed.segments, packed.positions, len(q)
 
-    def sees(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+    def is_visible(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
         near = allowed(positions[query], positions[key], window, causal)
         return (segments[query] == segments[key]) & near
 
-    mask = packed.once(
-        ("flex", window, causal), lambda: create_block_mask(sees, None, None, tokens, tokens, device=q.device)
+    mask = packed.cached(
+        ("flex", window, causal), lambda: create_block_mask(is_visible, None, None, tokens, tokens, device=q.device)
     )
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return _flex()(q, k, v, block_mask=mask)[0].transpose(0, 1)
+    out: torch.Tensor = _flex()(q, k, v, block_mask=mask)
+    return out[0].transpose(0, 1)
 
 
 @cache

@@ -1,12 +1,8 @@
-"""The layer as core's ModuleSpec tree: which class plays which role, for core's own layers and Transformer Engine's.
+"""Core's ModuleSpec of the layers: the class of each role, for core's own layers and for Transformer Engine's.
 
-Layer 0 has no norm before its attention. Core slices no list of specs for a pipeline stage, so `block_spec` makes the
-stage's own, first layer and number of layers asked of core (uneven splits and virtual stages included).
-
-The gated MLP: core's two linears and, between them, the gate as one function that may be fused.
-
-LayerNorm without bias. Core's own local norm refuses sequence parallelism; this one marks its weight, and core sums
-the gradient over tensor-parallel ranks (each holds a slice of the tokens)."""
+Layer 0 has no norm before its attention. Core does not slice a list of specs for a pipeline stage, so `block_spec`
+builds the stage's own from core's first layer and layer count (which cover uneven splits and virtual stages).
+The gated MLP is core's two linears with the gate between them as one function that may be compiled."""
 
 from __future__ import annotations
 
@@ -32,11 +28,11 @@ from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
 from megatron_ettin.platform.compile import maybe_compile
 
-# of every layer on every rank it tells that the MLP is none of its own
+# for every layer on every rank it logs that the MLP class is not one of core's
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 ATTENTIONS = {"sdpa": attend, "flash": attend_flash, "varlen": attend_varlen, "flex": attend_flex}
-# canonical (checkpoint) names are those of layers that fuse the norm into the linear behind it
+# checkpoints use the names of layers that fuse the norm into the linear after it
 CANONICAL = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -44,7 +40,7 @@ CANONICAL = {
 
 
 class EttinLayer(TransformerLayer):
-    """Core's layer, which tells its dropout the layer number and the boundaries of the micro-batch."""
+    """Core's layer, passing the layer number and the micro-batch's boundaries to its dropout."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -60,7 +56,7 @@ class EttinLayer(TransformerLayer):
 
 
 def layer_spec(config: Any, first: bool) -> ModuleSpec:
-    """One layer; `first` is the model's first."""
+    """Return the spec of one layer; `first` marks the model's first layer."""
     backend = config.backend
     mask = AttnMaskType.padding_causal if config.causal else AttnMaskType.padding
     fused = backend.norm_column_linear
@@ -92,12 +88,12 @@ def layer_spec(config: Any, first: bool) -> ModuleSpec:
 
 
 def first_layer(config: Any, vp_stage: int | None, pp_rank: int) -> int:
-    """Index in the whole model of this stage's first layer."""
-    return get_transformer_layer_offset(config, vp_stage, pp_rank)
+    """Return the index in the whole model of this stage's first layer."""
+    return int(get_transformer_layer_offset(config, vp_stage, pp_rank))
 
 
 def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm."""
+    """Return the specs of one pipeline stage's layers and of the final norm."""
     offset = first_layer(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(config, first=offset + i == 0) for i in range(count)]
@@ -106,22 +102,26 @@ def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBl
 
 @maybe_compile
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU (exact, not its tanh form) of the first half of the channels times the second."""
+    """Multiply the exact GELU (not its tanh form) of the first half of the channels by the second half."""
     first, second = x.chunk(2, dim=-1)
     return F.gelu(first) * second
 
 
 class GatedMlp(MLP):
-    """Core's MLP without its choices: gate, exact GELU, no biases."""
+    """Core's MLP with a gate, exact GELU and no biases."""
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        """[tokens, 1, hidden] -> the same shape, and core's bias, which there is none of."""
+        """Return the output [tokens, 1, hidden] and None in the role of core's bias."""
         inner, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(gated_gelu(inner))
+        output: tuple[torch.Tensor, None] = self.linear_fc2(gated_gelu(inner))
+        return output
 
 
 class BiasFreeLayerNorm(torch.nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight over the last dimension."""
+    """(x - mean) / sqrt(var + eps) * weight over the last dimension.
+
+    Core's own local norm refuses sequence parallelism. This one marks its weight, and core sums the gradient over
+    tensor-parallel ranks, each of which holds a slice of the tokens."""
 
     def __init__(
         self, config: Any, hidden_size: int, eps: float = 1e-5, sequence_parallel: bool | None = None, **_: Any
@@ -129,7 +129,8 @@ class BiasFreeLayerNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         shards = config.sequence_parallel if sequence_parallel is None else sequence_parallel
-        setattr(self.weight, "sequence_parallel", shards)  # noqa: B010  an attribute core looks for
+        # core reads this attribute
+        setattr(self.weight, "sequence_parallel", shards)  # noqa: B010
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

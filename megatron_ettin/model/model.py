@@ -1,13 +1,11 @@
-"""The model of both objectives on core's LanguageModule and TransformerBlock.
+"""The encoder or decoder model, on core's LanguageModule and TransformerBlock.
 
 embedding -> norm -> layers -> final norm -> [at labelled positions only] dense, GELU, norm -> tied output with a
-vocabulary bias. Encoder and decoder differ by the attention mask of the configuration, in nothing else."""
+vocabulary bias. Encoder and decoder differ only in the attention mask that the configuration sets."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -26,7 +24,7 @@ from megatron_ettin.model.packed import PackedRows
 
 
 class Embedding(MegatronModule):
-    """Token embedding and its norm. Core's tying code reads the name `word_embeddings`."""
+    """Token embedding and its norm. The name `word_embeddings` is fixed by core's tying code."""
 
     def __init__(self, config: EttinTransformerConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
@@ -41,16 +39,18 @@ class Embedding(MegatronModule):
         self.norm = BiasFreeLayerNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [rows, seq_len] -> [tokens (/ tp under sequence parallelism), 1, hidden]."""
+        """Return hidden states [tokens (/ tp under sequence parallelism), 1, hidden] of input_ids [rows, seq_len]."""
         x = self.word_embeddings(input_ids.reshape(1, -1))
-        if not self.config.sequence_parallel:  # else core has transposed it before scattering
+        # under sequence parallelism core has transposed it before scattering
+        if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
         return self.norm(x)
 
 
 class PredictionHead(MegatronModule):
-    """dense -> GELU -> norm, replicated over tensor-parallel ranks: all of them run it on the same gathered positions,
-    so its gradients are equal everywhere and nothing needs reducing."""
+    """dense -> GELU -> norm, replicated over tensor-parallel ranks.
+
+    All ranks run it on the same gathered positions, so its gradients are equal everywhere and need no reduction."""
 
     def __init__(self, config: EttinTransformerConfig) -> None:
         super().__init__(config=config)
@@ -61,18 +61,18 @@ class PredictionHead(MegatronModule):
         return self.norm(F.gelu(self.dense(x)))
 
 
-# parameters with a row for each entry of the vocabulary, padded for tensor parallelism: `real_rows` of the whole tensor
-# are trained, which the optimizer's statistics of whole tensors are told by this attribute
+# Parameters with one row per vocabulary entry, padded for tensor parallelism. Their attribute `real_rows` is the number
+# of rows that are trained, which the optimizer's statistics over a whole tensor need.
 VOCABULARY = ("embedding.word_embeddings.", "output_layer.")
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to what tensor parallelism divides."""
+    """Return the number of embedding rows: the vocabulary size rounded up to a multiple of `tp`."""
     return -(-vocab_size // tp) * tp
 
 
 class EttinModel(LanguageModule):
-    """One pipeline stage (or the whole) of an encoder or decoder."""
+    """One pipeline stage, or all of it, of an encoder or decoder."""
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class EttinModel(LanguageModule):
         super().__init__(config=config, pg_collection=groups)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = True
-        self.model_type = ModelType.encoder_or_decoder  # read by core's schedules
+        # core's schedules read this
+        self.model_type = ModelType.encoder_or_decoder
         self.pp_rank = groups.pp.rank()
         vocabulary = padded_vocabulary(config.vocab_size, config.tensor_model_parallel_size)
         if pre_process:
@@ -108,10 +109,11 @@ class EttinModel(LanguageModule):
                 parameter.real_rows = config.vocab_size
 
     def _output_layer(self, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
-        """Holds the vocabulary bias and, on a last stage that has no embedding, the copy of the tied weight."""
-        config = copy.copy(self.config)  # dataclasses.replace would run core's checks on derived values again
-        config.sequence_parallel = False  # its input is gathered already
-        config.gradient_accumulation_fusion = False  # the loss makes its weight's gradient
+        """Build the vocabulary bias and, on a last stage without embedding, the copy of the tied weight."""
+        # dataclasses.replace would run core's checks on derived values again
+        config = copy.copy(self.config)
+        # its input is gathered already, and the loss computes its weight's gradient
+        config.sequence_parallel = config.gradient_accumulation_fusion = False
         return ColumnParallelLinear(
             config.hidden_size,
             vocabulary,
@@ -124,8 +126,8 @@ class EttinModel(LanguageModule):
             tp_group=groups.tp,
         )
 
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Core's schedules hand over the previous stage's hidden states."""
+    def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the previous stage's hidden states from core's schedule."""
         self.transformer.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(
@@ -153,24 +155,27 @@ class EttinModel(LanguageModule):
         if not self.post_process:
             return x
         if self.config.sequence_parallel:
-            # every rank works on the same rows from here on: backward splits the gradient, it must not sum it
+            # from here on every rank works on the same rows: backward must split the gradient, not sum it
             x = tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         x = x.squeeze(1)
         weight = self.shared_embedding_or_output_weight()
         if labels is None:
             logits, _ = self.output_layer(self.head(x).unsqueeze(1), weight=weight)
-            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits).squeeze(1)
-            return whole[:, : self.config.vocab_size]
+            gathered: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+            return gathered.squeeze(1)[:, : self.config.vocab_size]
         if label_positions is None:
             label_positions = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
             labels = labels.reshape(-1)[label_positions]
-        return self._losses(self.head(x[label_positions]), weight, labels, packed.layer_keys is not None, loss_factor)
-
-    def _losses(
-        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, padded: bool, factor: float
-    ) -> LossOutput:
         group = self.pg_collection.tp
         first = group.rank() * weight.shape[0]
-        valid = max(0, min(weight.shape[0], self.config.vocab_size - first))
-        whole = group if group.size() > 1 else None
-        return linear_cross_entropy(hidden, weight, self.output_layer.bias, labels, first, valid, whole, padded, factor)
+        return linear_cross_entropy(
+            self.head(x[label_positions]),
+            weight,
+            self.output_layer.bias,
+            labels,
+            first=first,
+            valid=max(0, min(weight.shape[0], self.config.vocab_size - first)),
+            group=group if group.size() > 1 else None,
+            padded=packed.layer_keys is not None,
+            factor=loss_factor,
+        )

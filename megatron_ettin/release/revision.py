@@ -96,11 +96,11 @@ def put(folder: Path, final: Path) -> None:
 
 def write_initial(run: PhaseRun, folder: Path) -> Path:
     """A checkpoint of the weights that `run` began with: a function of its seed and shape, in the run's precision."""
-    from megatron_ettin.model.init import hashed
+    from megatron_ettin.model.init import recipe_weights
 
     config = run.config
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    full_of = hashed(config.run.seed, config.model)
+    full_of = recipe_weights(config.run.seed, config.model)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for pair in pairs(config.model, OBJECTIVES[config.run.objective].exports[0]):

@@ -112,10 +112,10 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
         segments=segments,
         positions=positions,
         slots=slots,
-        first_place=like.first_place,
+        slice_start=like.slice_start,
         slice_tokens=like.slice_tokens,
         layer_keys=keys,
-        causal_places=like.causal_places,
+        causal_tokens=like.causal_tokens,
     )
     total, losses, _ = model(input_ids, packed, labels, label_positions)
     total.backward()

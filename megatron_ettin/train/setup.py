@@ -134,12 +134,12 @@ def build_chunks(config: Config, platform: Platform, layout: Layout, initial_wei
     backend = layer_backend(platform, config.precision.name, config.run.attention)
     core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    weights = init.hashed(config.run.seed, config.model)
+    weights = init.recipe_weights(config.run.seed, config.model)
     chunks = []
     for stage, has_embedding, has_head in layout.chunk_stages():
         chunk = EttinModel(core, groups, has_embedding, has_head, stage).to(platform.device)
         if initial_weights:
-            init.fill(chunk, weights, layout.topology.tp, layout.tp_rank)
+            init.init_weights(chunk, weights, layout.topology.tp, layout.tp_rank)
         chunks.append(chunk)
     return chunks
 

@@ -41,7 +41,7 @@ def build_model(alone: None) -> Callable[[Config], object]:
 
         core = transformer_config(config, layer_backend(detect("cpu"), "fp32"), None, False)
         model = EttinModel(core, ProcessGroupCollection.use_mpu_process_groups())
-        init.fill(model, init.hashed(config.run.seed, config.model), 1, 0)
+        init.init_weights(model, init.recipe_weights(config.run.seed, config.model), 1, 0)
         return model.eval()
 
     return build

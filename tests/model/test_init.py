@@ -25,25 +25,25 @@ MODEL = parse("17m", "mlm", "pretrain").model
     ],
 )
 def test_init_weight_is_normal_truncated_at_two_sigma(name: str, sigma: float) -> None:
-    drawn = init.hashed(21, MODEL)(name, [512, 512])
+    drawn = init.recipe_weights(21, MODEL)(name, [512, 512])
     assert drawn.abs().max() <= 2 * sigma
     # a normal cut at two sigma keeps 0.8796 of its standard deviation
     assert drawn.std().item() == pytest.approx(0.8796 * sigma, rel=0.01)
 
 
 def test_init_weight_is_determined_by_seed_and_name() -> None:
-    full_of = init.hashed(21, MODEL)
+    full_tensor = init.recipe_weights(21, MODEL)
     first, second = "transformer.layers.1.mlp.linear_fc1.weight", "transformer.layers.2.mlp.linear_fc1.weight"
-    assert torch.equal(full_of(first, [64, 32]), full_of(first, [64, 32]))
-    assert not torch.equal(full_of(first, [64, 32]), full_of(second, [64, 32]))
-    assert not torch.equal(full_of(first, [64, 32]), init.hashed(22, MODEL)(first, [64, 32]))
-    assert torch.equal(full_of("output_layer.bias", [8]), torch.zeros(8))
-    assert torch.equal(full_of("transformer.final_layernorm.weight", [8]), torch.ones(8))
+    assert torch.equal(full_tensor(first, [64, 32]), full_tensor(first, [64, 32]))
+    assert not torch.equal(full_tensor(first, [64, 32]), full_tensor(second, [64, 32]))
+    assert not torch.equal(full_tensor(first, [64, 32]), init.recipe_weights(22, MODEL)(first, [64, 32]))
+    assert torch.equal(full_tensor("output_layer.bias", [8]), torch.zeros(8))
+    assert torch.equal(full_tensor("transformer.final_layernorm.weight", [8]), torch.ones(8))
 
 
 def test_init_original_recipe_vocabulary_bias_is_uniform() -> None:
     """As torch.nn.Linear's default: uniform within one over the square root of the width."""
-    bias = init.hashed(21, parse("17m", "mlm", "pretrain", words=["run.recipe=original"]).model)
+    bias = init.recipe_weights(21, parse("17m", "mlm", "pretrain", words=["run.recipe=original"]).model)
     drawn = bias("output_layer.bias", [50_368])
     assert drawn.abs().max() <= 1 / 16
     assert drawn.abs().max() > 0.999 / 16
@@ -55,12 +55,12 @@ def test_init_original_recipe_vocabulary_bias_is_uniform() -> None:
 def test_init_shards_of_gated_and_padded_tensors_join_to_whole(tp: int) -> None:
     gated = torch.arange(24.0).view(12, 2)
     parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=2, shape=(12 // tp, 2))
-    shards = [init.shard(gated, parameter, tp, rank) for rank in range(tp)]
+    shards = [init.shard_tensor(gated, parameter, tp, rank) for rank in range(tp)]
     halves = [torch.cat([shard.chunk(2)[half] for shard in shards]) for half in (0, 1)]
     assert torch.equal(torch.cat(halves), gated)
     vocabulary = torch.arange(10.0)[:, None]
     rows = -(-10 // tp)
     parameter = SimpleNamespace(tensor_model_parallel=True, partition_dim=0, partition_stride=1, shape=(rows, 1))
-    joined = torch.cat([init.shard(vocabulary, parameter, tp, rank) for rank in range(tp)])
+    joined = torch.cat([init.shard_tensor(vocabulary, parameter, tp, rank) for rank in range(tp)])
     assert torch.equal(joined[:10], vocabulary)
     assert not joined[10:].any()

@@ -102,7 +102,7 @@ def test_logits_padded_and_packed_match_transformers(size: str, objective: str, 
     theirs = hf_model(size, objective)
     words = f"precision.name=fp32 model.vocab_size={VOCABULARY} model.num_layers={LAYERS[size]}"
     ours = build_model(parse(size, objective, "extend", words=[*words.split(), "model.local_rope_theta=10000"]))
-    init.fill(ours, weights_of(theirs, SIZES[size].num_attention_heads), 1, 0)
+    init.init_weights(ours, weights_of(theirs, SIZES[size].num_attention_heads), 1, 0)
     ids = torch.randint(3, VOCABULARY, (2, LONG), generator=torch.Generator().manual_seed(0))
     lengths = [LONG, SHORT]
     mask = torch.tensor([[int(i < n) for i in range(LONG)] for n in lengths])

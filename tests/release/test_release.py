@@ -13,7 +13,7 @@ from megatron_ettin.base.text import format_count
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.model.init import hashed
+from megatron_ettin.model.init import recipe_weights
 from tests.convert.folders import load, tensors
 from tests.release.conftest import NAMES, PHASES, SAME, files_of, release
 from tests.train.runs import read, train
@@ -43,7 +43,7 @@ def test_release_makes_each_checkpoint_of_chain_a_revision(released, trained):
 
 def test_release_step_0_equals_initial_weights(released, trained):
     config = from_yaml(trained / "mlm/pretrain/config.yaml")
-    wanted = hashed(config.run.seed, config.model)("embedding.word_embeddings.weight", [320, 64])
+    wanted = recipe_weights(config.run.seed, config.model)("embedding.word_embeddings.weight", [320, 64])
     assert torch.equal(tensors(released / "step0")["model.embeddings.tok_embeddings.weight"], wanted)
     first = tensors(released / "step5")["model.embeddings.tok_embeddings.weight"]
     assert 0 < (first - wanted).abs().max() < 0.05  # five steps away

@@ -86,7 +86,7 @@ def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, 
     torch.manual_seed(1)
     window = attention.windows[causal]
     rows = [[300, 64, 1, 83], [448]]
-    packed = pack_rows(rows, 448, device, causal_places=2 * 448 if causal else 0)
+    packed = pack_rows(rows, 448, device, causal_tokens=2 * 448 if causal else 0)
     tensors = inputs(config, 896, device)
     out = attention.attend(*tensors, packed, causal, {}).reshape(896, -1)
     upstream = torch.randn_like(out)
@@ -116,7 +116,7 @@ def time(attention: Any, causal: bool, config: Any, session: Session, length: in
     """Seconds forward and backward of rows that are one chunk each."""
     rows = max(1, session.tokens_a_step // length)
     packed: PackedRows = pack_rows(
-        [[length]] * rows, length, session.torch_device, causal_places=rows * length if causal else 0
+        [[length]] * rows, length, session.torch_device, causal_tokens=rows * length if causal else 0
     )
     tensors = inputs(config, rows * length, session.torch_device)
     upstream = torch.randn(rows * length, config.model.hidden_size, device=session.torch_device, dtype=torch.bfloat16)
