@@ -53,7 +53,7 @@ def fp32_orthogonal() -> Iterator[None]:
     would hide a wrong shard."""
     from megatron_ettin.optim import muon
 
-    with mock.patch.object(muon, "steps", newton_schulz):
+    with mock.patch.object(muon, "orthogonal_updates", newton_schulz):
         yield
 
 

@@ -27,12 +27,12 @@ def rms_per_shard() -> Iterator[None]:
 
     bind = adamw.DecoupledAdamW.bind
 
-    def alone(self, tensors, length, group):
-        def shard(p, piece):
-            numel = max(1, p[piece.at].numel())
-            return dataclasses.replace(piece, whole=adamw.ParamInfo(piece.whole.index, numel, True))
+    def alone(self, slices, num_params, group):
+        def shard(p, part):
+            numel = max(1, p[part.elements].numel())
+            return dataclasses.replace(part, param=adamw.ParamInfo(part.param.index, numel, True))
 
-        bind(self, {p: [shard(p, piece) for piece in pieces] for p, pieces in tensors.items()}, length, None)
+        bind(self, {p: [shard(p, part) for part in parts] for p, parts in slices.items()}, num_params, None)
 
     with mock.patch.object(adamw.DecoupledAdamW, "bind", alone):
         yield
@@ -67,7 +67,7 @@ def orthogonal_per_shard() -> Iterator[None]:
     from megatron_ettin.optim import muon
 
     def alone(self, shard, matrix, adjust_lr):
-        return matrix.joined(newton_schulz(matrix.parts(shard), adjust_lr))
+        return matrix.join(newton_schulz(matrix.split(shard), adjust_lr))
 
     with mock.patch.object(muon.Muon, "_orthogonal", alone):
         yield

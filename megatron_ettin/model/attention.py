@@ -1,4 +1,4 @@
-"""Attention of packed rows: rotary embedding, context parallelism, and kernels that respect chunk boundaries and windows.
+"""Attention of packed rows: rotary embedding, context parallelism, masks by chunk boundaries and windows.
 
 With torch's scaled_dot_product_attention, three functions compute the same masked softmax (RECIPE section 2) and differ
 in cost only: `attend_dense` masks whole rows (short rows), `attend_chunks` runs one unmasked attention per chunk (no
@@ -40,8 +40,8 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedRows, int | N
 class _RotaryAttention(MegatronModule):
     """Base of both attention classes: theta and windows of the layer, rotation, context parallelism.
 
-    `layer_number` counts from 1, as in core. Causal rows come first in a micro-batch; if it has other rows too, `attend`
-    is called once for each part."""
+    `layer_number` counts from 1, as in core. Causal rows come first in a micro-batch; if it has other rows too,
+    `attend` is called once for each part."""
 
     def __init__(self, config: Any, layer_number: int, pg_collection: Any = None) -> None:
         super().__init__(config=config)
@@ -56,7 +56,7 @@ class _RotaryAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
         *, packed_seq_params: PackedRows, **arguments: Any,
     ) -> torch.Tensor:  # fmt: skip
-        """Return [tokens, heads * dim] for query, key and value [tokens, heads, dim] of this rank's slices of the rows."""
+        """Return [tokens, heads * dim] for query, key, value [tokens, heads, dim] of this rank's slices of the rows."""
         packed, group = packed_seq_params, self.context_group
         if group is not None:
             query, key, value = to_heads((query, key, value), packed.rows, group)
@@ -72,21 +72,35 @@ class _RotaryAttention(MegatronModule):
         return (out if group is None else to_tokens(out, packed.rows, group)).flatten(1)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict[str, Any]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        part: PackedRows,
+        causal: bool,
+        arguments: dict[str, Any],
     ) -> torch.Tensor:
-        """Attend within rows that are all causal or all not; q, k, v [tokens, heads, dim]. `arguments`: core's others."""
+        """Attend within rows all causal or all not; q, k, v [tokens, heads, dim]. `arguments`: core's others."""
         raise NotImplementedError
 
 
 class KernelAttention(_RotaryAttention):
     """Attention by a function that takes boundaries and window: `attend` of this module or one of kernels.py."""
 
-    def __init__(self, config: Any, layer_number: int, kernel: Kernel | None = None, pg_collection: Any = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, kernel: Kernel | None = None, pg_collection: Any = None, **_: Any
+    ) -> None:
         super().__init__(config, layer_number, pg_collection)
         self.kernel = kernel or attend
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict[str, Any]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        part: PackedRows,
+        causal: bool,
+        arguments: dict[str, Any],
     ) -> torch.Tensor:
         out: torch.Tensor = self.kernel(q, k, v, part, self.windows[causal], causal)
         return out
@@ -117,7 +131,13 @@ class TransformerEngineAttention(_RotaryAttention):
         return (window - 1, 0) if causal else (window, window)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: PackedRows, causal: bool, arguments: dict[str, Any]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        part: PackedRows,
+        causal: bool,
+        arguments: dict[str, Any],
     ) -> torch.Tensor:
         named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
         out: torch.Tensor = self.kernels[str(causal)](q, k, v, None, **named)
@@ -158,7 +178,8 @@ def attend_dense(
 
     mask = packed.cached(("dense", window, causal), make)
     q, k, v = (t.unflatten(0, (-1, packed.seq_len)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+    out: torch.Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def attend_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedRows, causal: bool) -> torch.Tensor:
@@ -182,8 +203,8 @@ def attend_bands(
     # [tokens, h, d] -> [rows, left+blocks+right, BAND, h, d]
     def blocked(t: torch.Tensor, left: int, right: int) -> torch.Tensor:
         t = t.unflatten(0, (rows, packed.seq_len))
-        t = F.pad(t, (0, 0, 0, 0, left * BAND, padding + right * BAND))
-        return t.unflatten(1, (-1, BAND))
+        padded: torch.Tensor = F.pad(t, (0, 0, 0, 0, left * BAND, padding + right * BAND)).unflatten(1, (-1, BAND))
+        return padded
 
     # [tokens, h, d] -> [rows * blocks, h, reach * BAND, d]
     def reached(t: torch.Tensor) -> torch.Tensor:
@@ -194,7 +215,8 @@ def attend_bands(
     mask = packed.cached(("bands", window, causal), lambda: band_mask(packed, window, causal, before, after))
     queries = blocked(q, 0, 0).flatten(0, 1).transpose(1, 2)
     out = F.scaled_dot_product_attention(queries, reached(k), reached(v), attn_mask=mask)
-    return out.transpose(1, 2).unflatten(0, (rows, blocks)).flatten(1, 2)[:, : packed.seq_len].flatten(0, 1)
+    attended: torch.Tensor = out.transpose(1, 2).unflatten(0, (rows, blocks)).flatten(1, 2)[:, : packed.seq_len]
+    return attended.flatten(0, 1)
 
 
 def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after: int) -> torch.Tensor:
@@ -255,7 +277,7 @@ def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[torch.Tensor, ...]:
-    """Exchange tokens for heads: each [rows * seq_len / cp, heads, dim] -> [rows * seq_len, heads / cp, dim] (collective)."""
+    """Exchange each [rows * seq_len / cp, heads, dim] for [rows * seq_len, heads / cp, dim] (collective)."""
     # [local tokens, n, heads, dim]
     cp, x = group.size(), torch.stack(tensors, dim=1)
     # [rows, slice, n, cp, heads / cp, dim]
@@ -266,7 +288,7 @@ def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[
 
 
 def to_tokens(x: torch.Tensor, rows: int, group: Any) -> torch.Tensor:
-    """Exchange heads for tokens: [rows * seq_len, heads / cp, dim] -> [rows * seq_len / cp, heads, dim] (collective)."""
+    """Exchange [rows * seq_len, heads / cp, dim] for [rows * seq_len / cp, heads, dim] (collective)."""
     # [cp, rows, slice, heads / cp, dim]
     x = x.unflatten(0, (rows, group.size(), -1)).transpose(0, 1)
     # after the exchange the first dimension counts groups of heads

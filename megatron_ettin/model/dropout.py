@@ -79,7 +79,7 @@ def keep_mask(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
 
 
 def keep_mask_by_channel(keys: torch.Tensor, channels: int, dropped: int) -> torch.Tensor:
-    """Return the mask of `keep_mask`, hashing for every channel: twice the work but no tensor between, for one kernel."""
+    """Return `keep_mask` by hashing for every channel: twice the work but no tensor between, for one kernel."""
     channel = torch.arange(channels, device=keys.device, dtype=torch.int32)
     bits = mix32(keys[:, None] ^ ((channel >> 1) * _signed(_WORD))[None])
     half = (bits >> ((channel & 1) * 16)[None]) & 0xFFFF
@@ -127,7 +127,7 @@ class _DropoutAdd(torch.autograd.Function):
 class CounterDropoutAdd(torch.nn.Module):
     """Dropout and residual sum in core's `self_attn_bda` (bias, dropout, add) role.
 
-    Core builds it without arguments, so its layer sets `config` and `layer_number` once and `packed` before each call."""
+    Core builds it without arguments: its layer sets `config` and `layer_number` once, and `packed` before each call."""
 
     config: Any = None
     layer_number = 0

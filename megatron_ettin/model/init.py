@@ -57,7 +57,7 @@ def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]
 def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
     """Return this rank's shard of a whole tensor.
 
-    A partition_stride of 2 (the gated MLP) splits each half and joins the shards; vocabularies are padded with zeros."""
+    A partition_stride of 2 (the gated MLP) splits each half and joins the shards. Vocabularies get rows of zeros."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     dim, size = parameter.partition_dim, parameter.shape[parameter.partition_dim] * tp

@@ -51,9 +51,9 @@ def attend_flash(
 @cache
 def _flash_function() -> Any:
     try:
-        from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+        from flash_attn_interface import flash_attn_varlen_func
     except ImportError:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+        from flash_attn import flash_attn_varlen_func
     return flash_attn_varlen_func
 
 

@@ -6,6 +6,7 @@ vocabulary bias. Encoder and decoder differ only in the attention mask that the 
 from __future__ import annotations
 
 import copy
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -44,7 +45,8 @@ class Embedding(MegatronModule):
         # under sequence parallelism core has transposed it before scattering
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
-        return self.norm(x)
+        normed: torch.Tensor = self.norm(x)
+        return normed
 
 
 class PredictionHead(MegatronModule):
@@ -58,7 +60,8 @@ class PredictionHead(MegatronModule):
         self.norm = BiasFreeLayerNorm(config, config.hidden_size, config.layernorm_epsilon, sequence_parallel=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(F.gelu(self.dense(x)))
+        normed: torch.Tensor = self.norm(F.gelu(self.dense(x)))
+        return normed
 
 
 # Parameters with one row per vocabulary entry, padded for tensor parallelism. Their attribute `real_rows` is the number
@@ -150,8 +153,8 @@ class EttinModel(LanguageModule):
         Returns:
             Hidden states [tokens, 1, hidden] on a stage without the head; on the last stage a `LossOutput` where
             labels are given, else logits [tokens, vocabulary]."""
-        x = self.embedding(input_ids) if self.pre_process else None
-        x = self.transformer(hidden_states=x, attention_mask=None, packed_seq_params=packed)
+        embedded = self.embedding(input_ids) if self.pre_process else None
+        x: torch.Tensor = self.transformer(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
             return x
         if self.config.sequence_parallel:

@@ -1,8 +1,9 @@
 """Boundaries of the chunks in a micro-batch's rows, which every layer of every pipeline stage needs.
 
-Rows are flattened: hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], as Transformer
-Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer and survives
-activation recomputation. Each stage builds its own from the data; only hidden states travel between stages."""
+Rows are flattened: hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], as
+Transformer Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer
+and survives activation recomputation. Each stage builds its own from the data; only hidden states travel between
+stages."""
 
 from __future__ import annotations
 

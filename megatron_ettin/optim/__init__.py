@@ -1,1 +1,1 @@
-"""Floor 4: optimizers on whole tensors, schedules as functions of tokens."""
+"""Floor 4: optimizers, the engines that shard them, and schedules as functions of tokens."""

@@ -5,14 +5,14 @@ StableAdamW (Wortsman et al. 2023, arXiv 2304.13013; the original run's src/opti
     m += b1 (g - m);  v = b2 v + (1 - b2) g^2
     rms = sqrt(mean(g^2 / max(v, eps^2)));  lr' = lr / max(1, rms)
     p *= 1 - lr'/max_lr * weight_decay;  p -= lr' m / (sqrt(v) + eps)
-`rms` is over the whole tensor. A shard knows only its part, so the sums of all tensors travel in one all-reduced
-vector a step. AdamW is the same without rms, in its usual bias-corrected form. In both, `weight_decay` is what a
-weight loses a step at lr = max_lr, whatever the learning rate is ("fully decoupled").
+`rms` is over the whole tensor. A shard knows only its part, so one vector with the sums of all tensors is all-reduced
+per step. AdamW is the same without rms, in its usual bias-corrected form. In both, `weight_decay` is the share that a
+weight loses per step at lr = max_lr, independent of the peak learning rate ("fully decoupled").
 
-StableAdamW's update in two kernels a tensor. It costs the memory it goes through: here 36 bytes a weight (gradient,
-moments read and written; then moments, weight read and written), as single operations three times that. Whatever
-differs between steps comes as a tensor on the device: nothing is compiled anew, and the host never waits to learn a
-clip. Both are adamw.py's formulas; all tensors are flat and fp32."""
+Compiled, StableAdamW's update is two kernels per tensor. Its cost is memory traffic: 36 bytes per weight (gradient,
+moments read and written; then moments, weight read and written), a third of that of single operations. Values that
+change between steps are passed as tensors on the device, so nothing is recompiled and the host never waits to read a
+clip factor."""
 
 from __future__ import annotations
 
@@ -29,42 +29,55 @@ from megatron_ettin.platform.compile import compile_enabled, maybe_compile_dynam
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """What a shard needs to know of the tensor it is part of."""
+    """Description of a whole parameter, for the shards of it."""
 
-    index: int  # in the vector of sums
-    numel: int  # of the whole tensor, without rows that only pad it
-    counts: bool  # False where another rank counts the same values (replicated over tensor parallelism)
+    index: int
+    """Index in the vector of sums."""
+    numel: int
+    """Elements of the whole tensor, without rows that pad it."""
+    is_counted: bool
+    """Whether this rank adds its values to the sums; False where a tensor-parallel rank adds the same values."""
 
 
 @dataclass(frozen=True)
 class TiedCopies:
-    """The tied embedding where first and last pipeline stage each hold a copy of it."""
+    """The tied embedding where the first and the last pipeline stage each hold a copy of it."""
 
     index: int
-    """Of this rank's copy in the vector of sums."""
+    """Index of this rank's copy in the vector of sums."""
     group: Any
-    """The ranks that hold the same part of it; its first is of the first stage."""
+    """Process group of the ranks that hold the same shard of it; its first rank is in the first stage."""
 
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Part of a flat shard (ZeRO lays many tensors in one), or all of a tensor that is not flat."""
+    """The part of a rank's tensor that belongs to one parameter. ZeRO stores many parameters in one flat tensor."""
 
-    whole: ParamInfo
-    at: slice = field(default_factory=lambda: slice(None))  # of the shard's first dimension
+    param: ParamInfo
+    elements: slice = field(default_factory=lambda: slice(None))
+    """Range in the first dimension; all by default."""
 
 
 class DecoupledAdamW(torch.optim.AdamW):
-    """AdamW with fully decoupled weight decay. Core's DistributedOptimizer insists on an AdamW and replaces the
-    param_groups in place by flat fp32 shards (views, which no optimizer could be built on afterwards)."""
+    """AdamW with fully decoupled weight decay.
 
-    device = torch.device("cpu")  # set by `build_optimizer`: a rank without shards has no parameter to ask
-    tied: TiedCopies | None = None  # set by `build_optimizer` on the stages that hold a copy
+    Core's DistributedOptimizer requires an AdamW, and replaces the parameters in its groups by flat fp32 shards (views,
+    on which no optimizer could be built afterwards). So this one is built on whole parameters and bound to shards."""
 
-    def bind(self, tensors: Mapping[torch.Tensor, Sequence[ShardSlice]], length: int, group: Any) -> None:
-        """Tell which tensors each shard has pieces of; sums of `length` tensors are all-reduced over `group`."""
-        self.tensors, self.length, self.sum_group = dict(tensors), length, group
-        for p in self.tensors:
+    device = torch.device("cpu")
+    """Set by the engines, because a rank without shards has no parameter to take it from."""
+    tied: TiedCopies | None = None
+    """Set by `build_optimizer` on the pipeline stages that hold a copy."""
+
+    def bind(self, slices: Mapping[torch.Tensor, Sequence[ShardSlice]], num_params: int, group: Any) -> None:
+        """Set which parameters each updated tensor consists of, and allocate their moments.
+
+        Args:
+            slices: this rank's updated tensor -> the parameters in it.
+            num_params: length of the vector of sums.
+            group: process group to all-reduce the sums over, or None."""
+        self.slices, self.num_params, self.sum_group = dict(slices), num_params, group
+        for p in self.slices:
             if not self.state[p]:
                 self.state[p].update(self._new_state(p))
 
@@ -73,7 +86,7 @@ class DecoupledAdamW(torch.optim.AdamW):
 
     @property
     def updates(self) -> int:
-        """Steps taken. Kept in the groups: core's re-sharding loader copies every per-parameter state as a tensor."""
+        """Number of updates. Kept in the groups, because core's loader copies every per-parameter state as a tensor."""
         return int(self.param_groups[0].get("updates", 0))
 
     @updates.setter
@@ -83,6 +96,7 @@ class DecoupledAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update this rank's shards; needs no communication."""
         self.updates = t = self.updates + 1
         for group in self.param_groups:
             (beta1, beta2), eps = group["betas"], group["eps"]
@@ -115,42 +129,44 @@ class DecoupledAdamW(torch.optim.AdamW):
 
 
 def stored_share(optimizer: str, beta: float, updates: int) -> float:
-    """Return what part of a debiased moment an optimizer keeps in its state.
+    """Return the share of a debiased moment that an optimizer keeps in its state.
 
-    StableAdamW debiases its moments in place. AdamW keeps raw ones: after t updates 1 - beta^t of them (Kingma &
-    Ba 2015, arXiv 1412.6980, section 3).
+    StableAdamW debiases its moments in place. AdamW keeps raw ones, which after t updates are 1 - beta^t of debiased
+    ones (Kingma & Ba 2015, arXiv 1412.6980, section 3).
 
     Args:
         optimizer: `stable_adamw` or `adamw`.
-        beta: beta1 of a first moment, beta2 of a second one.
+        beta: beta1 for a first moment, beta2 for a second one.
         updates: t, at least 1.
     """
     return 1.0 if optimizer == "stable_adamw" else 1 - beta**updates
 
 
 @dataclass
-class _Clips:
-    """What each tensor's learning rate is divided by, float64 on the device."""
+class _ClipFactors:
+    """Divisors of each parameter's learning rate, float64 on the device."""
 
     tensor: torch.Tensor
 
     @functools.cached_property
     def values(self) -> list[float]:
-        """Read back, which waits for the device."""
-        return self.tensor.tolist()
+        """The divisors on the host; waits for the device."""
+        return list(self.tensor.tolist())
 
 
 class StableAdamW(DecoupledAdamW):
-    """The module docstring's update. Every rank of `sum_group` must call step, shards or none."""
+    """StableAdamW, as in the module docstring. Every rank of `sum_group` must call `step`, with or without shards."""
 
-    def bind(self, tensors: Mapping[torch.Tensor, Sequence[ShardSlice]], length: int, group: Any) -> None:
-        super().bind(tensors, length, group)
-        wholes = {piece.whole.index: piece.whole.numel for pieces in self.tensors.values() for piece in pieces}
-        numels = [float(wholes.get(i, 1)) for i in range(length)]
+    def bind(self, slices: Mapping[torch.Tensor, Sequence[ShardSlice]], num_params: int, group: Any) -> None:
+        """Also keep the number of elements of each parameter, on the device."""
+        super().bind(slices, num_params, group)
+        known = {part.param.index: part.param.numel for parts in self.slices.values() for part in parts}
+        numels = [float(known.get(i, 1)) for i in range(num_params)]
         self._numels = torch.tensor(numels, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update this rank's shards (collective over `sum_group`)."""
         self.updates = t = self.updates + 1
         sums = torch.zeros_like(self._numels)
         self._scalars: dict[float, torch.Tensor] = {}
@@ -159,10 +175,10 @@ class StableAdamW(DecoupledAdamW):
         if self.sum_group is not None:
             dist.all_reduce(sums, group=self.sum_group)
         if self.tied is not None:
-            # one clip for all copies: each stage may have added the parts of its own in another order
+            # all copies need the same factor, but each stage may have summed its parts in another order
             first = dist.get_global_rank(self.tied.group, 0)
             dist.broadcast(sums[self.tied.index : self.tied.index + 1], src=first, group=self.tied.group)
-        clips = _Clips((sums / self._numels).sqrt_().clamp_(min=1))
+        clips = _ClipFactors((sums / self._numels).sqrt_().clamp_(min=1))
         for group, p in self._with_gradients():
             self._update_weights(group, p, clips)
 
@@ -170,42 +186,42 @@ class StableAdamW(DecoupledAdamW):
         (beta1, beta2), eps, state, g = group["betas"], group["eps"], self.state[p], _gradient(p)
         b1 = (1 - beta1) / (1 - beta1**t)
         b2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
-        if self._is_fused(p):
-            whole = self.tensors[p][0].whole
+        if self._is_compiled(p):
+            param = self.slices[p][0].param
             flat = (_flat(g), _flat(state["exp_avg"]), _flat(state["exp_avg_sq"]))
-            found = update_moments(*flat, self._scalar(b1), self._scalar(b2), eps * eps)
-            if whole.counts:
-                sums[whole.index] = found
+            total = update_moments(*flat, self._scalar(b1), self._scalar(b2), eps * eps)
+            if param.is_counted:
+                sums[param.index] = total
             return
         state["exp_avg"].lerp_(g, b1)
         squared = g * g
         state["exp_avg_sq"].mul_(b2).add_(squared, alpha=1 - b2)
         squared.div_(state["exp_avg_sq"].clamp(min=eps * eps))
-        for piece in self.tensors[p]:
-            if piece.whole.counts:
-                sums[piece.whole.index] += squared[piece.at].sum()
+        for part in self.slices[p]:
+            if part.param.is_counted:
+                sums[part.param.index] += squared[part.elements].sum()
 
-    def _update_weights(self, group: dict[str, Any], p: torch.Tensor, clips: _Clips) -> None:
+    def _update_weights(self, group: dict[str, Any], p: torch.Tensor, clips: _ClipFactors) -> None:
         m, v, eps = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], group["eps"]
-        if self._is_fused(p):
-            rate = (group["lr"] / clips.tensor[self.tensors[p][0].whole.index]).to(p.dtype)
+        if self._is_compiled(p):
+            rate = (group["lr"] / clips.tensor[self.slices[p][0].param.index]).to(p.dtype)
             kept = 1 - rate * (group["weight_decay"] * group["wd_mult"] / group["max_lr"])
             update_weights(_flat(p), _flat(m), _flat(v), rate, kept, eps)
             return
         denominator = v.sqrt().add_(eps)
-        for piece in self.tensors[p]:
-            lr, part = group["lr"] / clips.values[piece.whole.index], p[piece.at]
-            self._decay(part, group, lr)
-            part.addcdiv_(m[piece.at], denominator[piece.at], value=-lr)
+        for part in self.slices[p]:
+            lr, weights = group["lr"] / clips.values[part.param.index], p[part.elements]
+            self._decay(weights, group, lr)
+            weights.addcdiv_(m[part.elements], denominator[part.elements], value=-lr)
 
-    def _is_fused(self, p: torch.Tensor) -> bool:
-        """Not of ZeRO's flat tensors, which have pieces of several weights, nor of those it keeps in host memory."""
-        pieces = self.tensors[p]
-        whole = len(pieces) == 1 and pieces[0].at == slice(None)
-        return compile_enabled() and whole and p.device == self._numels.device and p.is_contiguous()
+    def _is_compiled(self, p: torch.Tensor) -> bool:
+        """Return False also for ZeRO's tensors of several parameters and for those it keeps in host memory."""
+        parts = self.slices[p]
+        is_one = len(parts) == 1 and parts[0].elements == slice(None)
+        return compile_enabled() and is_one and p.device == self._numels.device and p.is_contiguous()
 
     def _scalar(self, value: float) -> torch.Tensor:
-        """On the device, once a step; filled there, because a copy from the host could wait."""
+        """Return a device scalar, made once per step; filled there, because a copy from the host could wait."""
         if value not in self._scalars:
             self._scalars[value] = torch.full((), value, device=self._numels.device)
         return self._scalars[value]
@@ -215,7 +231,7 @@ class StableAdamW(DecoupledAdamW):
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A view only where it has to be: the compiler makes another kernel for each kind of tensor behind a view."""
+    """Return `tensor` flattened, itself if flat: the compiler makes another kernel for each base tensor of a view."""
     return tensor if tensor.ndim == 1 else tensor.view(-1)
 
 
@@ -228,7 +244,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
 def update_moments(
     gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, b1: torch.Tensor, b2: torch.Tensor, floor: float
 ) -> torch.Tensor:
-    """Both moments in place, `b1` and `b2` being those of the step; returns the sum of g^2 / max(v, floor)."""
+    """Update both moments in place with the step's `b1` and `b2`, and return the sum of g^2 / max(v, floor)."""
     squared = gradient * gradient
     m.add_((gradient - m) * b1)
     v.mul_(b2).add_(squared * (1 - b2))
@@ -239,5 +255,5 @@ def update_moments(
 def update_weights(
     p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: torch.Tensor, kept: torch.Tensor, eps: float
 ) -> None:
-    """`p` in place at the clipped learning rate `lr`; `kept`: what the decay leaves of a weight."""
+    """Update `p` in place at the clipped learning rate `lr`; `kept`: the share of a weight that the decay leaves."""
     p.mul_(kept).sub_(lr * m / (v.sqrt() + eps))

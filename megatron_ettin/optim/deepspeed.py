@@ -1,9 +1,8 @@
-"""DeepSpeed's ZeRO as the other data-parallel engine: around the same tensor-parallel model and the same optimizers,
-with the same face as core's (build.py's MegatronEngine).
+"""DeepSpeed's ZeRO as a `TrainEngine`, around the same tensor-parallel model and the same optimizers.
 
-ZeRO flattens parameters and cuts the flat tensors over data-parallel ranks; our optimizers are told which piece of
-which parameter lies where. Gradients are of sums of losses: their division by the number of labels, which is known
-after the last micro-batch, is ZeRO's loss scale. DeepSpeed takes means over ranks, hence the factor of ranks."""
+ZeRO flattens parameters and partitions the flat tensors over data-parallel ranks; `bind` tells our optimizers which
+range belongs to which parameter. Gradients are of sums of losses. They are divided by the number of labels, known after
+the last micro-batch only, through ZeRO's loss scale. DeepSpeed averages over ranks, hence the factor of ranks."""
 
 from __future__ import annotations
 
@@ -19,23 +18,29 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
-from megatron_ettin.optim.adamw import DecoupledAdamW, ShardSlice
-from megatron_ettin.optim.megatron import inner_optimizer, param_info, trained
+from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice
+from megatron_ettin.optim.megatron import build_inner_optimizer, param_info, trained_parameters
 from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
 from megatron_ettin.platform.deepspeed import load_deepspeed, release_globals
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a parameter that this rank updates: elements `of` of the flattened parameter are `flat[at]`."""
+    """The part of a parameter that this rank updates."""
 
     flat: torch.Tensor
-    at: slice
-    of: slice
+    """ZeRO's flat fp32 tensor that holds it."""
+    flat_range: slice
+    """Its range in `flat`."""
+    param_range: slice
+    """Its range in the flattened parameter."""
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine around a model chunk."""
+    """TrainEngine around DeepSpeed's engine; see `TrainEngine` for what the methods promise."""
+
+    # DeepSpeed knows the norm of the gradients only after it has updated the weights
+    can_skip = False
 
     def __init__(self, engine: Any, inner: DecoupledAdamW, shapes: dict[str, torch.Size], config: Config) -> None:
         self.engine, self.inner, self.shapes, self.config = engine, inner, shapes, config
@@ -43,31 +48,34 @@ class DeepSpeedEngine:
         self.data_group = ModelParallelUnit().get_data_parallel_group()
         self.updates, self.scale = 0, 1.0
         self.before_sum: Callable[[], None] = lambda: None
-        # ZeRO steps group after group, and stage 3 part after part of them: all belong to one update
+        # ZeRO steps one group (in stage 3 one part of a group) after another: all belong to one update
         inner.register_step_pre_hook(lambda *_: setattr(inner, "updates", self.updates))
 
     def zero_grad(self) -> None:
-        """DeepSpeed does so after each step."""
+        """Do nothing: DeepSpeed clears them after each step."""
 
     def schedule(self) -> Callable[..., Any]:
+        """Return `forward_backward`."""
         return self.forward_backward
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
+        """Call `callback` before the last micro-batch, whose backward pass sums the gradients."""
         self.before_sum = callback
 
     def finish_param_sync(self) -> None:
-        """Nothing of a step goes on after it."""
+        """Do nothing: nothing of a step continues after it."""
 
     def forward_backward(
         self, forward_step_func: Callable[..., Any], data_iterator: Any, num_microbatches: int, **_: Any
     ) -> list[dict[str, torch.Tensor]]:
-        """What core's schedules do, for one stage and with DeepSpeed's backward. Returns what each micro-batch
-        reports."""
+        """Run a step's micro-batches as core's schedules do, for one stage and with DeepSpeed's backward.
+
+        Returns the report of each micro-batch."""
         reports, labels = [], []
         self.zero.override_loss_scale(1.0)
         for number in range(num_microbatches):
             if number == num_microbatches - 1:
-                self.before_sum()  # of gradients, in the last backward pass
+                self.before_sum()
             self.engine.set_gradient_accumulation_boundary(number == num_microbatches - 1)
             output, loss_of = forward_step_func(data_iterator, self.engine)
             loss, count, report = loss_of(output)
@@ -81,18 +89,17 @@ class DeepSpeedEngine:
         self.scale = max(float(total), 1.0) / self.data_group.size()
         return reports
 
-    can_skip = False  # DeepSpeed knows the norm of the gradients once it has updated the weights
-
     def prepare(self) -> None:
-        """A part of DeepSpeed's update."""
+        """Do nothing: this is part of DeepSpeed's update."""
 
     def norm(self) -> float:
-        """The global gradient norm of the latest update before clipping, NaN where it was not finite."""
+        """Return the global gradient norm of the latest update before clipping; NaN if it was not finite."""
         norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else float("nan")  # DeepSpeed's -1
+        # DeepSpeed returns -1
+        return norm if norm >= 0 else float("nan")
 
     def update(self, lr: float) -> None:
-        """Update every weight. Collective."""
+        """Reduce and clip the gradients and update every weight (collective)."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.zero.override_loss_scale(self.scale)
@@ -101,7 +108,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
-        """Every rank holds all of its model's weights inside (ZeRO-3 cuts them); what is `written` there is kept."""
+        """Gather the weights that ZeRO-3 partitions; where `writing`, keep what is written inside (collective)."""
         if zero_stage(self.config.parallel) < 3:
             yield
             return
@@ -110,13 +117,12 @@ class DeepSpeedEngine:
             yield
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
-        """build.MegatronEngine's, with the same keys and whole-parameter shapes. Inside `summon_full_params`.
-        Collective."""
+        """Return masters and moments as sharded tensors; call it inside `summon_full_params` (collective)."""
         sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
         return {
             name: {
                 key: make_sharded_optimizer_tensor(
-                    sharded[id(p)], self._whole(name, key, loading), f"optimizer.state.{key}"
+                    sharded[id(p)], self._full_tensor(name, key, loading), f"optimizer.state.{key}"
                 )
                 for key in ("param", "exp_avg", "exp_avg_sq")
             }
@@ -124,55 +130,59 @@ class DeepSpeedEngine:
         }
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
-        """Take over what `sharded_state` asked for, read from a checkpoint. Collective."""
+        """Take over the tensors that `sharded_state` requested (collective)."""
         for name, tensors in state.items():
             shard = self.shards.get(name)
             if shard is not None:
                 for key, tensor in tensors.items():
-                    self._flat(shard, key)[shard.at] = tensor.flatten()[shard.of].to(shard.flat.device)
+                    part = tensor.flatten()[shard.param_range]
+                    self._flat(shard, key)[shard.flat_range] = part.to(shard.flat.device)
         self._masters_to_weights()
         self.updates = updates
 
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
-        """Start from the model's present weights (after loading weights alone)."""
+        """Set the masters from the model's weights; none of them are stored in FP8."""
         self.zero.refresh_fp32_params()
 
     def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint is to hold of the model."""
+        """Return `model_state` as it is."""
         return model_state
 
     def close(self) -> None:
-        """End the engine and torch's process groups with it."""
+        """Destroy the engine and, with it, torch's process groups."""
         self.engine.destroy()
         release_globals()
 
-    def bind(self, groups: OptimizerGroups, wholes: dict[str, Any]) -> None:
-        """Tell the inner optimizer what its flat tensors consist of."""
+    def bind(self, groups: OptimizerGroups, infos: dict[str, ParamInfo]) -> None:
+        """Bind the inner optimizer to the parameters in ZeRO's flat tensors. `infos` is keyed by parameter name."""
         self.shards = dict(_shards(self.zero, self.module, self.data_group.rank()))
-        pieces: dict[torch.Tensor, list[ShardSlice]] = {flat: [] for flat in _flat_tensors(self.zero)}
+        slices: dict[torch.Tensor, list[ShardSlice]] = {flat: [] for flat in _flat_tensors(self.zero)}
         for name, shard in self.shards.items():
-            pieces[shard.flat].append(ShardSlice(wholes[name], shard.at))
+            slices[shard.flat].append(ShardSlice(infos[name], shard.flat_range))
         group = groups.tensor_and_data
-        self.inner.bind(pieces, len(wholes), group if group.size() > 1 else None)
+        self.inner.bind(slices, len(infos), group if group.size() > 1 else None)
 
     def _flat(self, shard: Shard, key: str) -> torch.Tensor:
-        return shard.flat.data if key == "param" else self.inner.state[shard.flat][key]
+        state: torch.Tensor = shard.flat.data if key == "param" else self.inner.state[shard.flat][key]
+        return state
 
-    def _whole(self, name: str, key: str, loading: bool) -> torch.Tensor:
-        """The fp32 tensor on the host, gathered on the rank that writes it; a place to read it to when loading."""
+    def _full_tensor(self, name: str, key: str, loading: bool) -> torch.Tensor:
+        """Return the whole fp32 tensor on the host of the rank that writes it; an empty one when loading."""
         shape = self.shapes[name]
         if loading:
             return torch.empty(shape)
-        whole = torch.zeros(shape.numel(), device=self.inner.device)
+        full = torch.zeros(shape.numel(), device=self.inner.device)
         if (shard := self.shards.get(name)) is not None:
-            whole[shard.of] = self._flat(shard, key)[shard.at].to(whole.device)
-        dist.all_reduce(whole, group=self.data_group)
-        if self.data_group.rank() > 0:  # core writes a replica's tensor once: nothing to keep
+            full[shard.param_range] = self._flat(shard, key)[shard.flat_range].to(full.device)
+        dist.all_reduce(full, group=self.data_group)
+        # core writes a replica's tensor once, so the other ranks keep nothing
+        if self.data_group.rank() > 0:
             return torch.zeros(()).expand(shape)
-        return whole.view(shape).cpu()
+        return full.view(shape).cpu()
 
     @torch.no_grad()
     def _masters_to_weights(self) -> None:
+        """Cast the masters to the weights of the model."""
         if zero_stage(self.config.parallel) < 3:
             self.zero.update_lp_params()
         else:
@@ -185,16 +195,23 @@ class DeepSpeedEngine:
 def build_zero(
     chunk: Any, config: Config, compute: str, groups: OptimizerGroups, device: torch.device
 ) -> DeepSpeedEngine:
-    """DeepSpeed around `chunk`, whose weights are the whole initial ones. `compute`: fp32 or bf16. Collective."""
+    """Build DeepSpeed's engine around `chunk`, which holds all its initial weights (collective).
+
+    Args:
+        chunk: the model.
+        config: the run's configuration.
+        compute: fp32 or bf16.
+        groups: process groups of the optimizer.
+        device: this rank's device."""
     deepspeed = load_deepspeed()
-    named = trained([chunk])
+    named = trained_parameters([chunk])
     shapes = {name: p.shape for name, p in named}
-    wholes = {name: param_info(p, i, groups.tensor) for i, (name, p) in enumerate(named)}
+    infos = {name: param_info(p, i, groups.tensor) for i, (name, p) in enumerate(named)}
     if groups.tensor.size() > 1:
         _reduce_over_tensor_ranks([p for _, p in named if getattr(p, "sequence_parallel", False)], groups.tensor)
     if zero_stage(config.parallel) == 3:
         _register_tied(deepspeed.zero, chunk)
-    inner = inner_optimizer([chunk], config.optim, device)
+    inner = build_inner_optimizer([chunk], config.optim, device)
     engine, *_ = deepspeed.initialize(
         model=chunk,
         optimizer=inner,
@@ -203,18 +220,18 @@ def build_zero(
         dist_init_required=False,
     )
     optimizer = DeepSpeedEngine(engine, inner, shapes, config)
-    optimizer.bind(groups, wholes)
+    optimizer.bind(groups, infos)
     return optimizer
 
 
 def engine_settings(config: Config, compute: str, pinned: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. Rows and micro-batches are ours: it is told of one row, one micro-batch a step."""
+    """Return DeepSpeed's configuration: one row and one micro-batch per step, because we split the batch ourselves."""
     parallel = config.parallel
     stage, offload = zero_stage(parallel), {"device": "cpu", "pin_memory": pinned}
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": parallel.overlap,
-        # norms stay whole: gathering one costs as long as a matrix
+        # norms are not partitioned: gathering one takes as long as a matrix
         "stage3_param_persistence_threshold": 2 * config.model.hidden_size,
     }
     if parallel.zero_offload != "none":
@@ -235,35 +252,38 @@ def engine_settings(config: Config, compute: str, pinned: bool) -> dict[str, Any
 
 
 def _register_tied(zero: Any, chunk: Any) -> None:
-    """Weights that the model's own forward pass uses outside of the modules they belong to."""
+    """Register weights that the model's forward pass uses outside of the modules they belong to."""
     zero.register_external_parameter(chunk, chunk.embedding.word_embeddings.weight)
     zero.register_external_parameter(chunk, chunk.output_layer.bias)
 
 
 def _reduce_over_tensor_ranks(parameters: list[torch.nn.Parameter], group: Any) -> None:
-    """Norms under sequence parallelism: each tensor-parallel rank's gradient is of its tokens. Core sums them once a
-    step; ZeRO hands gradients on as soon as they are made."""
+    """Sum the gradients of norms under sequence parallelism, where each rank's covers its own tokens only.
 
-    def summed(gradient: torch.Tensor) -> torch.Tensor:
-        whole = gradient.clone()
-        dist.all_reduce(whole, group=group)
-        return whole
+    Core sums them once per step; ZeRO takes each gradient as soon as it is made, so this is a hook."""
+
+    def all_reduced(gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        return total
 
     for p in parameters:
-        p.register_hook(summed)
+        p.register_hook(all_reduced)
 
 
 def _flat_tensors(zero: Any) -> list[torch.Tensor]:
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+    # stage 3
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
         return list(zero.fp32_partitioned_groups_flat)
     return list(zero.single_partition_of_fp32_groups)
 
 
 def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, Shard]]:
-    """This rank's part of each parameter that it has one of."""
+    """Yield the name and this rank's shard of each parameter that it has one of."""
     flats = _flat_tensors(zero)
     for name, p in module.named_parameters():
-        if hasattr(p, "ds_id"):  # stage 3: each parameter is cut in equal parts, the last ones padded
+        # stage 3 splits each parameter in equal parts, of which the last are padded
+        if hasattr(p, "ds_id"):
             index, start, numel = zero.grad_position[zero.get_param_id(p)]
             first = data_rank * numel
             own = max(0, min(numel, p.ds_numel - first))
@@ -271,8 +291,6 @@ def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, Shard
                 yield name, Shard(flats[index], slice(start, start + own), slice(first, first + own))
         elif p._hp_mapping is not None:
             ours, theirs = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-            at = slice(ours.start, ours.start + ours.numel)
-            yield (
-                name,
-                Shard(flats[p._hp_mapping.param_group_index], at, slice(theirs.start, theirs.start + theirs.numel)),
-            )
+            flat_range = slice(ours.start, ours.start + ours.numel)
+            param_range = slice(theirs.start, theirs.start + theirs.numel)
+            yield name, Shard(flats[p._hp_mapping.param_group_index], flat_range, param_range)

@@ -1,10 +1,10 @@
-"""Our inner optimizer inside core's: gradient copies, norms, clipping, fp32 masters, sharding and gathers are core's.
+"""Megatron-Core's optimizers as a `TrainEngine`, with one of our optimizers inside.
 
-This is what core's get_megatron_optimizer does for one dense group of model chunks, which knows no other inner
-optimizer than Adam and SGD (optimizer/__init__.py). Core keeps the shards; `MegatronEngine` is the face.
+Gradient copies, fp32 masters, sharding and gathers are core's. `build_optimizer` does what core's
+get_megatron_optimizer does for one dense group of model chunks, which supports no inner optimizer but Adam and SGD.
 
-The global gradient norm and clipping by it, left on the device. Core's own reads the norm back between gradients and
-update: the device would stand idle until the update's kernels arrive."""
+The gradient norm and clipping stay on the device: core's own reads the norm back between gradients and update, and the
+device would be idle until the update's kernels are queued."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import OptimConfig
 from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice, StableAdamW, TiedCopies
-from megatron_ettin.optim.muon import NOT_INSIDE, Matrix, Muon, is_inside
+from megatron_ettin.optim.muon import EMBEDDINGS, Matrix, Muon, is_hidden_matrix
 from megatron_ettin.parallel.groups import OptimizerGroups
 from megatron_ettin.platform.fp8 import finish_gather
 
@@ -34,24 +34,29 @@ OPTIMIZERS: dict[str, type[DecoupledAdamW]] = {"stable_adamw": StableAdamW, "ada
 
 
 class MegatronEngine:
-    """Core's optimizer around ours: one step at a learning rate, and its state as sharded tensors in model space."""
+    """TrainEngine around one of core's optimizers; see `TrainEngine` for what the methods promise."""
+
+    can_skip = True
 
     def __init__(self, core: Any, inner: DecoupledAdamW, chunks: Sequence[Any], clip_grad: float) -> None:
         self.core, self.inner, self.chunks, self.clip_grad = core, inner, chunks, clip_grad
         self.distributed = isinstance(core, DistributedOptimizer)
-        self.can_skip = True
         self._masters: sharded_state.Masters = {}
 
     def zero_grad(self) -> None:
+        """Clear core's gradient buffers."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.core.zero_grad()
 
     def schedule(self) -> Callable[..., Any]:
-        """What runs a step's micro-batches forward and backward."""
-        return get_forward_backward_func()
+        """Return core's pipeline schedule."""
+        schedule: Callable[..., Any] = get_forward_backward_func()
+        return schedule
 
     def call_before_sum(self, callback: Callable[[], None]) -> None:
+        """Have core's schedule call `callback` before it finishes the gradients."""
+
         def call_and_finalize(*arguments: Any, **named: Any) -> None:
             callback()
             finalize_model_grads(*arguments, **named)
@@ -59,57 +64,57 @@ class MegatronEngine:
         self.chunks[0].config.finalize_model_grads_func = call_and_finalize
 
     def finish_param_sync(self) -> None:
-        """Wait for the gathers of updated weights, which overlap with the next forward pass: before anything but that
-        pass reads them (a checkpoint, an evaluation, a comparison)."""
+        """Gather the updated weights now where that overlaps with the next forward pass (collective)."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 self._gather(chunk)
 
     @staticmethod
     def _gather(chunk: Any) -> None:
-        """Every weight of a chunk from the ranks that updated it, now. Collective."""
+        """Gather all weights of a chunk from the ranks that updated them (collective)."""
         chunk.start_param_sync(force_sync=True)
-        if chunk.ddp_config.overlap_param_gather:  # core leaves this to forward passes, which find nothing to wait for
+        # core leaves this to the forward pass, which now finds nothing to wait for
+        if chunk.ddp_config.overlap_param_gather:
             finish_gather(chunk.parameters())
 
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
-        """Inside, the model's weights may be read and, where `writing`, written."""
+        """Make the model's weights readable inside; every rank holds its shard in full already (collective)."""
         self.finish_param_sync()
         yield
 
     def close(self) -> None:
-        """Core keeps nothing outside of its objects."""
+        """Do nothing: core keeps nothing outside of its objects."""
 
     def prepare(self) -> None:
-        """Gradients become what the update reads, and their global norm, which stays on the device. Collective."""
+        """Copy the gradients for the update and compute their global norm, which stays on the device (collective)."""
         self.core.prepare_grads()
         self._norm = global_norm(self.core, self.inner.device)
 
     def norm(self) -> float:
-        """The global gradient norm before clipping. Waits for the device."""
+        """Return the global gradient norm before clipping; waits for the device."""
         return float(self._norm)
 
     def update(self, lr: float) -> None:
-        """Update every weight from the prepared gradients. Collective. Where it is left out, nothing of the step is
-        kept: neither moments nor the count of updates."""
+        """Clip the gradients and update every weight (collective).
+
+        A step without this call leaves no trace, neither in the moments nor in the count of updates."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         if self.clip_grad:
-            clip(self.core, self.clip_grad, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self.core.get_parameters(), self.clip_grad, self._norm)
         self.core.step_with_ready_grads()
 
     def step(self, lr: float) -> float:
-        """`prepare`, `update` and `norm`."""
+        """Run `prepare` and `update` and return `norm`."""
         self.prepare()
         self.update(lr)
         return self.norm()
 
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
-        """Masters and moments as sharded tensors `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, whole-parameter
-        shapes, the same keys with and without the distributed optimizer. Collective."""
+        """Return masters and moments as sharded tensors, with the same keys for every one of core's optimizers."""
         if self.distributed:
-            self._masters = sharded_state.masters_to_read(self.core) if loading else {}
+            self._masters = sharded_state.empty_masters(self.core) if loading else {}
             return sharded_state.sharded_state(self.core, model_state, self._masters)
         sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
         return {
@@ -121,11 +126,12 @@ class MegatronEngine:
         }
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
-        """Take over what `sharded_state` asked for, read from a checkpoint. Collective."""
+        """Take over the tensors that `sharded_state` requested (collective)."""
         if self.distributed:
-            sharded_state.put_masters(self.core, self._masters)  # the moments are in place
+            # the moments were read in place
+            sharded_state.copy_masters(self.core, self._masters)
             self._masters = {}
-            # the masters came into this rank's shards alone; weights of a checkpoint in another precision are rounded
+            # only this rank's shards of the masters were read, and another precision's weights are rounded
             self.core._copy_main_params_to_model_params()
             for chunk in self.chunks:
                 self._gather(chunk)
@@ -137,15 +143,14 @@ class MegatronEngine:
         self.inner.updates = updates
 
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
-        """Start from the model's present weights (after loading weights alone). `exact`: id of a parameter in FP8 ->
-        what it was cast from."""
+        """Set the masters from the model's weights, or from `exact` for parameters stored in FP8."""
         self.core.reload_model_params()
         if exact:
             sharded_state.set_master_weights(self.core, exact)
 
     def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint is to hold of the model: of weights in FP8 their masters, in 16 bits as of all others."""
-        return sharded_state.from_masters(self.core, model_state) if self.distributed else model_state
+        """Return the model's sharded tensors, with 16-bit masters in place of weights stored in FP8."""
+        return sharded_state.with_masters(self.core, model_state) if self.distributed else model_state
 
 
 def build_optimizer(
@@ -156,10 +161,13 @@ def build_optimizer(
     groups: OptimizerGroups,
     device: torch.device,
 ) -> MegatronEngine:
-    """The optimizer of this rank's model chunks (core's DistributedDataParallel). Collective."""
+    """Build the engine of this rank's model chunks, which are wrapped in core's DistributedDataParallel (collective).
+
+    Raises:
+        UserError: this torch has no Muon."""
     if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
-            f"optim.name: muon needs torch.optim.Muon, which torch {torch.__version__} lacks; torch 2.9 has it"
+            f"optim.name=muon needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or newer"
         )
     config = OptimizerConfig(
         optimizer="adam",
@@ -168,43 +176,44 @@ def build_optimizer(
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        clip_grad=0.0,  # grad_norm.py clips
+        # `MegatronEngine.update` clips
+        clip_grad=0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
         fp8_recipe=chunks[0].config.fp8_recipe,
     )
-    inner = inner_optimizer(chunks, optim, device)
-    named = trained(chunks)
+    inner = build_inner_optimizer(chunks, optim, device)
+    named = trained_parameters(chunks)
     core: Any
     if distributed:
         align_buckets(chunks)
         core = DistributedOptimizer(
-            inner, config, None, _no_state, model_chunks=list(chunks),
+            inner, config, None, _init_state, model_chunks=list(chunks),
             per_model_buffers={i: chunk.buffers for i, chunk in enumerate(chunks)}, data_parallel_group=groups.data,
             data_parallel_group_gloo=None, data_parallel_group_idx=groups.index_in_model,
             distributed_optimizer_instance_id=0,
         )  # fmt: skip
     elif bf16:
-        core = Float16OptimizerWithFloat16Params(inner, config, None, _no_state)
+        core = Float16OptimizerWithFloat16Params(inner, config, None, _init_state)
     else:
-        core = FP32Optimizer(inner, config, _no_state)
+        core = FP32Optimizer(inner, config, _init_state)
     core.grad_stats_parallel_group, core.tp_group = groups.grad_stats, groups.tensor
-    wholes = {p: param_info(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
+    infos = {p: param_info(p, i, groups.tensor) for i, (_, p) in enumerate(named)}
     if optim.name == "muon":
         channels = chunks[0].config.kv_channels
-        wholes |= {p: _matrix(wholes[p], name, p, channels) for name, p in named if is_inside(name, p)}
-    tensors = {main: [ShardSlice(wholes[model])] for model, main in main_parameters(core)}
+        infos |= {p: _matrix(infos[p], name, p, channels) for name, p in named if is_hidden_matrix(name, p)}
+    slices = {main: [ShardSlice(infos[model])] for model, main in main_parameters(core)}
     sum_group = groups.tensor_and_data if distributed else groups.tensor
-    inner.bind(tensors, len(named), sum_group if sum_group.size() > 1 else None)
+    inner.bind(slices, len(named), sum_group if sum_group.size() > 1 else None)
     if groups.embedding is not None and groups.embedding.size() > 1:
-        (copy,) = (index for index, (name, _) in enumerate(named) if name.endswith(NOT_INSIDE))
-        inner.tied = TiedCopies(copy, groups.embedding)
+        (index,) = (i for i, (name, _) in enumerate(named) if name.endswith(EMBEDDINGS))
+        inner.tied = TiedCopies(index, groups.embedding)
     return MegatronEngine(core, inner, chunks, optim.clip_grad)
 
 
-def inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:
-    """Ours, on whole parameters: core or ZeRO then puts its shards in their place. `bind` is to follow."""
+def build_inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.device) -> DecoupledAdamW:
+    """Build our optimizer on whole parameters, which core or ZeRO then replaces by shards; `bind` must follow."""
     inner = OPTIMIZERS[optim.name](
         parameter_groups(chunks, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
         weight_decay=optim.weight_decay,
@@ -213,30 +222,30 @@ def inner_optimizer(chunks: Sequence[Any], optim: OptimConfig, device: torch.dev
     return inner
 
 
-def trained(chunks: Sequence[Any]) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters that the optimizer updates."""
+def trained_parameters(chunks: Sequence[Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return the names and parameters that the optimizer updates."""
     return [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if p.requires_grad]
 
 
-def _no_state(*_: Any) -> None:
-    """Core calls this to allocate the state; `bind` has done so."""
+def _init_state(*_: Any) -> None:
+    """Do nothing where core would allocate the state: `bind` has done so."""
 
 
 def param_info(model: torch.nn.Parameter, index: int, tensor_group: Any) -> ParamInfo:
-    """Describe the whole of a parameter that tensor parallelism may have cut, without the rows that pad it for that."""
+    """Describe the whole of a parameter that tensor parallelism may split, without the rows that pad it for that."""
     split = getattr(model, "tensor_model_parallel", False)
     rows = model.shape[0] * (tensor_group.size() if split else 1)
     numel = getattr(model, "real_rows", rows) * (model.numel() // model.shape[0])
-    return ParamInfo(index, numel, counts=split or tensor_group.rank() == 0)
+    return ParamInfo(index, numel, is_counted=split or tensor_group.rank() == 0)
 
 
-def _matrix(whole: ParamInfo, name: str, p: torch.nn.Parameter, head_channels: int) -> Matrix:
-    cut_dim = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-    return Matrix(whole.index, whole.numel, whole.counts, name, head_channels, cut_dim)
+def _matrix(info: ParamInfo, name: str, p: Any, head_channels: int) -> Matrix:
+    partition_dim = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+    return Matrix(info.index, info.numel, info.is_counted, name, head_channels, partition_dim)
 
 
 def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(model parameter, the fp32 tensor or shard that the inner optimizer updates) of any of core's optimizers."""
+    """Yield (model parameter, fp32 tensor or shard that the inner optimizer updates) of any of core's optimizers."""
     if isinstance(core, DistributedOptimizer):
         pairs = [
             (core.model_fp32_groups, core.shard_fp32_groups),
@@ -256,8 +265,10 @@ def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
 
 
 def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups, in the same order on every rank even where one is empty: matrices decay, norms and biases do not."""
-    named = trained(chunks)
+    """Return two groups: matrices, which decay, and norms and biases, which do not.
+
+    The order is the same on every rank, and an empty group is kept."""
+    named = trained_parameters(chunks)
     common = {
         "max_lr": optim.max_lr,
         "momentum": optim.momentum,
@@ -273,9 +284,11 @@ def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str
 
 
 def align_buckets(chunks: Sequence[Any]) -> None:
-    """Declare the padding of gradient buckets part of them. Core's fully_reshardable state gathers buckets without
-    their padding but slices by padded offsets (distrib_optimizer.py), so that every tensor behind a padded bucket
-    would be saved shifted, without an error: with pp > 1 the tied embedding has a bucket of its own that is padded."""
+    """Declare the padding of gradient buckets to be part of them.
+
+    Core's fully_reshardable state gathers buckets without their padding but slices by padded offsets
+    (distrib_optimizer.py), so every tensor after a padded bucket would be saved shifted, without an error. With pp > 1
+    the tied embedding has a bucket of its own that is padded."""
     for chunk in chunks:
         for buffer in chunk.buffers:
             buffer.numel_unpadded = buffer.numel
@@ -284,8 +297,9 @@ def align_buckets(chunks: Sequence[Any]) -> None:
 
 
 def global_norm(core: Any, device: torch.device) -> torch.Tensor:
-    """The norm of all gradients, each counted once, fp32 scalar. `core`: one of core's optimizers, whose main gradients
-    are ready. Collective."""
+    """Return the norm of all gradients, each counted once, as an fp32 scalar on `device` (collective).
+
+    `core` is one of core's optimizers with its main gradients ready."""
     gradients = core.get_main_grads_for_grad_norm() if core.get_parameters() else []
     norm = torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float32)
     group = core.get_grad_stats_parallel_group()
@@ -294,8 +308,3 @@ def global_norm(core: Any, device: torch.device) -> torch.Tensor:
         dist.all_reduce(norm, group=group)
         norm.sqrt_()
     return norm
-
-
-def clip(core: Any, most: float, norm: torch.Tensor) -> None:
-    """Scale all gradients so that their norm is `most` where it is more."""
-    torch.nn.utils.clip_grads_with_norm_(core.get_parameters(), most, norm)

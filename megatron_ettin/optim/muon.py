@@ -1,10 +1,11 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the matrices inside the network, StableAdamW
-for the rest: embedding, vocabulary bias, norms. Of a matrix with momentum beta and gradient g:
+"""Muon for the hidden matrices of the network, StableAdamW for the rest: embedding, vocabulary bias, norms.
+
+Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. For a matrix with momentum beta and gradient g:
     m += (1 - beta)(g - m);  u = g + beta (m - g)                                            (Nesterov)
     p *= 1 - lr/max_lr * weight_decay;  p -= lr * adjust(shape) * orthogonal(u)
 `orthogonal` is torch.optim.Muon's Newton-Schulz iteration (five steps in bfloat16) and `adjust` its adjust_lr_fn. It
-needs whole matrices: momentum is kept in shards, u is gathered over tensor parallelism, each rank keeps its own rows or
-columns. Fused weights are orthogonalised as the matrices they consist of: q, k, v; the gated MLP's two halves."""
+needs whole matrices: momentum is sharded, u is gathered over tensor parallelism, and each rank keeps its own rows or
+columns. Fused weights are orthogonalized as the matrices they consist of: q, k, v; the gated MLP's two halves."""
 
 from __future__ import annotations
 
@@ -17,38 +18,40 @@ import torch.distributed as dist
 from megatron_ettin.optim.adamw import ParamInfo, StableAdamW
 
 QKV, GATED = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
-NOT_INSIDE = ("word_embeddings.weight", "output_layer.weight")  # rows are looked up one by one: no linear map
+# their rows are looked up one by one, not multiplied as a matrix
+EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
 class Matrix(ParamInfo):
-    """What Muon needs to know of a shard besides: the matrices in it, and along which dimension they are cut."""
+    """Description of a parameter that consists of matrices for Muon."""
 
     name: str
     head_channels: int
-    cut_dim: int | None  # None: every rank holds the whole tensor
+    partition_dim: int | None
+    """Dimension that tensor parallelism splits; None: every rank holds the whole tensor."""
 
-    def parts(self, shard: torch.Tensor) -> list[torch.Tensor]:
-        """The shard's part of each matrix. q, k and v lie as rows [head][q, k, v][channel]."""
+    def split(self, shard: torch.Tensor) -> list[torch.Tensor]:
+        """Return the shard of each matrix. q, k and v are stored as rows [head][q, k, v][channel]."""
         if self.name.endswith(QKV):
             return [part.flatten(0, 1) for part in shard.unflatten(0, (-1, 3, self.head_channels)).unbind(1)]
         return list(shard.chunk(2)) if self.name.endswith(GATED) else [shard]
 
-    def joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `parts`."""
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return the shard of the parameter from those of its matrices; the inverse of `split`."""
         if self.name.endswith(QKV):
             heads = [part.unflatten(0, (-1, self.head_channels)) for part in parts]
             return torch.stack(heads, dim=1).flatten(0, 2)
         return torch.cat(parts)
 
 
-def is_inside(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon updates this parameter."""
-    return parameter.ndim == 2 and not name.endswith(NOT_INSIDE)
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Return whether Muon updates this parameter."""
+    return parameter.ndim == 2 and not name.endswith(EMBEDDINGS)
 
 
 class Muon(StableAdamW):
-    """The module docstring's update. Groups have `momentum` and `adjust_lr`; `bind` tells the matrices apart."""
+    """Muon, as in the module docstring. Its groups have `momentum` and `adjust_lr`; `bind` tells which are matrices."""
 
     def _new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._matrix(p) is not None:
@@ -56,15 +59,16 @@ class Muon(StableAdamW):
         return super()._new_state(p)
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """What StableAdamW's step updates."""
+        """Return the parameters that StableAdamW updates."""
         return [(group, p) for group, p in super()._with_gradients() if self._matrix(p) is None]
 
     def _matrix(self, p: torch.Tensor) -> Matrix | None:
-        whole = self.tensors[p][0].whole
-        return whole if isinstance(whole, Matrix) else None
+        param = self.slices[p][0].param
+        return param if isinstance(param, Matrix) else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update this rank's shards (collective over `sum_group`)."""
         super().step()
         for group, p in super()._with_gradients():
             matrix = self._matrix(p)
@@ -76,19 +80,19 @@ class Muon(StableAdamW):
                 p.add_(update, alpha=group["lr"])
 
     def _orthogonal(self, shard: torch.Tensor, matrix: Matrix, adjust_lr: str) -> torch.Tensor:
-        """This rank's shard of the update at a learning rate of 1."""
-        rank, dim, group = 0, matrix.cut_dim, self.sum_group
+        """Return this rank's shard of the update at a learning rate of 1 (collective)."""
+        rank, dim, group = 0, matrix.partition_dim, self.sum_group
         shards = [shard]
         if dim is not None and group is not None:
             rank, shards = group.rank(), [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(shards, shard.contiguous(), group=group)
-        pieces = zip(*(matrix.parts(one) for one in shards), strict=True)
-        updates = steps([torch.cat(piece, dim or 0) for piece in pieces], adjust_lr)
-        return matrix.joined([update.chunk(len(shards), dim or 0)[rank] for update in updates])
+        parts = zip(*(matrix.split(one) for one in shards), strict=True)
+        updates = orthogonal_updates([torch.cat(part, dim or 0) for part in parts], adjust_lr)
+        return matrix.join([update.chunk(len(shards), dim or 0)[rank] for update in updates])
 
 
-def steps(matrices: list[torch.Tensor], adjust_lr: str) -> list[torch.Tensor]:
-    """What torch.optim.Muon adds to each weight at a learning rate of 1, these being its gradients with momentum."""
+def orthogonal_updates(matrices: list[torch.Tensor], adjust_lr: str) -> list[torch.Tensor]:
+    """Return what torch.optim.Muon adds to each weight at a learning rate of 1, given gradients with momentum."""
     updates = [torch.nn.Parameter(torch.zeros_like(matrix)) for matrix in matrices]
     for update, matrix in zip(updates, matrices, strict=True):
         update.grad = matrix

@@ -1,9 +1,8 @@
-"""The distributed optimizer's state in a checkpoint: each rank writes and reads the parts of parameters that it holds,
-as sharded tensors in model space, in place.
+"""The distributed optimizer's state as sharded tensors: each rank writes and reads its own shards of parameters.
 
-Core's own form that survives a change of layout (`fully_reshardable`) gathers every state on every data-parallel rank
-before it writes, and reads all of it on each. A shard is a run of a flattened parameter, which is a few rectangles of
-the parameter: its first row's end, whole rows, its last row's beginning. The format of the files knows rectangles."""
+Core's own format that survives a change of layout (`fully_reshardable`) gathers every state on every data-parallel rank
+before writing, and reads all of it on each. The files can store boxes of a tensor, and a shard, a range of the
+flattened parameter, is a few boxes: the end of its first row, whole rows, the beginning of its last row."""
 
 from __future__ import annotations
 
@@ -19,93 +18,110 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_ettin.platform.fp8 import is_fp8
 
-Masters = dict[int, torch.Tensor]  # id of the model's parameter -> this rank's part of its fp32 copy
+# id of a model's parameter -> this rank's shard of its fp32 master
+Masters = dict[int, torch.Tensor]
 
 
 def sharded_state(core: Any, model_state: dict[str, Any], masters: Masters) -> dict[int, ShardedTensor]:
-    """Masters and moments of this rank's shards, as `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`: views, so that
-    what is read into them is loaded. `core`: a DistributedOptimizer; `model_state`: its chunks' sharded tensors;
-    `masters`: to be used in place of its own."""
+    """Return masters and moments of this rank's shards, as `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`.
+
+    They are views, so reading into them loads them.
+
+    Args:
+        core: a DistributedOptimizer.
+        model_state: the sharded tensors of its model chunks.
+        masters: tensors to use in place of the optimizer's masters; none if empty."""
     entries = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
-    found = (
-        piece
-        for parameter, first, tensors in shards(core)
-        for kind, flat in (tensors | ({"param": masters[id(parameter)]} if masters else {})).items()
-        for piece in pieces(entries[id(parameter)], f"optimizer.state.{kind}.", flat, first)
+    sharded = (
+        tensor
+        for parameter, first, states in local_shards(core)
+        for key, flat in (states | ({"param": masters[id(parameter)]} if masters else {})).items()
+        for tensor in to_sharded_tensors(entries[id(parameter)], f"optimizer.state.{key}.", flat, first)
     )
-    return dict(enumerate(found))
+    return dict(enumerate(sharded))
 
 
-def masters_to_read(core: Any) -> Masters:
-    """Room for the masters of a checkpoint. In fp32 a master is the weight itself, which is loaded too, and may have
-    been rounded when it was written."""
-    return {id(parameter): torch.empty_like(tensors["param"]) for parameter, _, tensors in shards(core)}
+def empty_masters(core: Any) -> Masters:
+    """Return tensors to read a checkpoint's masters into.
+
+    In fp32 a master is the weight itself, which is loaded too and may have been rounded when it was written."""
+    return {id(parameter): torch.empty_like(states["param"]) for parameter, _, states in local_shards(core)}
 
 
-def put_masters(core: Any, masters: Masters) -> None:
-    for parameter, _, tensors in shards(core):
-        tensors["param"].copy_(masters[id(parameter)])
+def copy_masters(core: Any, masters: Masters) -> None:
+    """Set this rank's masters."""
+    for parameter, _, states in local_shards(core):
+        states["param"].copy_(masters[id(parameter)])
 
 
-def shards(core: Any) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
-    """(model's parameter, first element of it that this rank updates, the rank's flat tensors of it by kind)."""
+def local_shards(core: Any) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+    """Yield (model parameter, its first element that this rank updates, the rank's flat states by key)."""
     for buffer in core.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
-                    tensors = core._get_main_param_and_optimizer_states(parameter)
-                    flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items() if kind != "step"}
+                    states = core._get_main_param_and_optimizer_states(parameter)
+                    flat = {key: tensor.detach().view(-1) for key, tensor in states.items() if key != "step"}
                     yield parameter, ranges["param"].start, flat
 
 
 def set_master_weights(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
-    """Masters of these parameters (id -> value of this rank's part of the model) from values, not from weights."""
-    for parameter, first, tensors in shards(core):
+    """Set masters from exact values. `exact`: id of a parameter -> its value in this rank's part of the model."""
+    for parameter, first, states in local_shards(core):
         if (value := exact.get(id(parameter))) is not None:
-            master = tensors["param"]
+            master = states["param"]
             master.copy_(value.reshape(-1)[first : first + len(master)])
 
 
-def from_masters(core: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """`model_state` with this rank's part of masters in place of the weights that live in FP8, in the type that other
-    weights have: what a checkpoint holds of them is not rounded to FP8."""
-    masters = {id(parameter): (first, tensors["param"]) for parameter, first, tensors in shards(core)}
+def with_masters(core: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Return `model_state` with this rank's masters in place of weights stored in FP8.
 
-    def written(name: str, entry: Any) -> dict[str, Any]:
+    They have the type of the other weights, so a checkpoint's weights are not rounded to FP8."""
+    masters = {id(parameter): (first, states["param"]) for parameter, first, states in local_shards(core)}
+
+    def replaced(name: str, entry: Any) -> dict[str, Any]:
         if not is_fp8(getattr(entry, "data", None)):
             return {name: entry}
         first, master = masters.get(id(entry.data), (0, None))
-        parts = [] if master is None else pieces(entry, "", master.to(entry.data.dtype), first)
+        parts = [] if master is None else to_sharded_tensors(entry, "", master.to(entry.data.dtype), first)
         return {f"{name}.{number}": part for number, part in enumerate(parts)}
 
     return {
-        chunk: {key: part for name, entry in tensors.items() for key, part in written(name, entry).items()}
+        chunk: {key: part for name, entry in tensors.items() for key, part in replaced(name, entry).items()}
         for chunk, tensors in model_state.items()
     }
 
 
-def pieces(entry: Any, prefix: str, flat: torch.Tensor, first: int) -> Iterator[ShardedTensor]:
-    """Elements `first` and on of the parameter of `entry` as sharded tensors whose data are views of `flat`."""
-    for start, whole in wholes(entry):
+def to_sharded_tensors(entry: Any, prefix: str, flat: torch.Tensor, first: int) -> Iterator[ShardedTensor]:
+    """Yield sharded tensors whose data are views of `flat`, which holds a parameter's elements from `first` on.
+
+    Args:
+        entry: the parameter's entry in the model's sharded state.
+        prefix: what their keys begin with.
+        flat: this rank's shard.
+        first: index of its first element in the flattened parameter."""
+    for start, whole in stored_tensors(entry):
         begin, end = max(first, start), min(first + len(flat), start + math.prod(whole.local_shape))
         for offset, shape in shard_boxes(whole.local_shape, begin - start, end - start):
             size = math.prod(shape)
-            at = begin - first
+            data = flat[begin - first :][:size].view(shape)
             begin += size
             yield ShardedTensor(
                 prefix + whole.key,
-                flat[at : at + size].view(shape),
+                data,
                 flat.dtype,
                 shape,
                 whole.global_shape,
                 tuple(a + b for a, b in zip(whole.global_offset, offset, strict=True)),
-                None,  # of no regular grid
-                (*whole.replica_id[:2], 0),  # each data-parallel rank has other elements
+                # the shards form no regular grid
+                None,
+                # each data-parallel rank has other elements
+                (*whole.replica_id[:2], 0),
             )
 
 
-def wholes(entry: Any) -> list[tuple[int, ShardedTensor]]:
-    """(first element, sharded tensor) of what a parameter is in the checkpoint: a gated layer's is two."""
+def stored_tensors(entry: Any) -> list[tuple[int, ShardedTensor]]:
+    """Return (first element, sharded tensor) of each tensor that stores a parameter: two for a gated layer's."""
     if not isinstance(entry, ShardedTensorFactory):
         return [(0, entry)]
     parts = replace(entry, data=torch.empty(entry.data.shape, device="meta")).build()
@@ -113,7 +129,7 @@ def wholes(entry: Any) -> list[tuple[int, ShardedTensor]]:
 
 
 def shard_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, shape) of boxes that make up elements `begin` to `end` of a tensor in row-major order, in that order."""
+    """Yield (offset, shape) of the boxes that hold elements [begin, end) of a tensor in row-major order."""
     if end <= begin:
         return
     if len(shape) == 1:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ettin.optim.adamw import ParamInfo, ShardSlice, StableAdamW
-from megatron_ettin.optim.muon import Matrix, Muon, is_inside
+from megatron_ettin.optim.muon import Matrix, Muon, is_hidden_matrix
 
 HIDDEN, HEADS, CHANNELS, FFN, STEPS = 24, 3, 8, 40, 30
 LR, MAX_LR, DECAY, MOMENTUM = 2e-2, 4e-2, 1e-3, 0.9
@@ -43,11 +43,11 @@ def build(names: list[str], kind: type[StableAdamW], adjust_lr: str) -> tuple[St
         {"params": [p for p in parameters.values() if p.ndim == 1], "wd_mult": 0.0, **extra},
     ]
     optimizer = kind(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
-    wholes = {p: ParamInfo(i, p.numel(), True) for i, p in enumerate(parameters.values())}
+    params = {p: ParamInfo(i, p.numel(), True) for i, p in enumerate(parameters.values())}
     for name, p in parameters.items():
-        if kind is Muon and is_inside(name, p):
-            wholes[p] = Matrix(wholes[p].index, p.numel(), True, name, CHANNELS, None)
-    optimizer.bind({p: [ShardSlice(whole)] for p, whole in wholes.items()}, len(wholes), None)
+        if kind is Muon and is_hidden_matrix(name, p):
+            params[p] = Matrix(params[p].index, p.numel(), True, name, CHANNELS, None)
+    optimizer.bind({p: [ShardSlice(param)] for p, param in params.items()}, len(params), None)
     return optimizer, parameters
 
 
@@ -83,9 +83,9 @@ def test_muon_embedding_and_norm_equal_stable_adamw() -> None:
 
 
 @pytest.mark.parametrize("name", list(SHAPES)[:4])
-def test_muon_matrix_parts_and_joined_round_trip(name: str) -> None:
+def test_matrix_split_and_join_round_trip(name: str) -> None:
     tensor = drawn(3)[name]
     matrix = Matrix(0, tensor.numel(), True, name, CHANNELS, 0)
-    parts = matrix.parts(tensor)
+    parts = matrix.split(tensor)
     assert all(torch.equal(a, b) for a, b in zip(parts, separate(name, tensor), strict=True))
-    assert torch.equal(matrix.joined(parts), tensor)
+    assert torch.equal(matrix.join(parts), tensor)
