@@ -35,7 +35,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of each side's step, and of the checks that are asked for one by one."""
     import torch
 
-    from megatron_ettin.config.schema import ResilienceConfig
+    from megatron_ettin.config.operations import ResilienceConfig
     from megatron_ettin.faults.anomalies import AnomalyDetector
     from megatron_ettin.faults.sdc import replay_check, sums
     from megatron_ettin.train.step import train_step

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import NORMAL_MAD
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 

@@ -19,14 +19,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 from megatron_ettin.cli.main import COMMANDS
 from megatron_ettin.cli.parsing import OneLineParser
-from megatron_ettin.config.overrides import KEYS_OF_FILES, key_types
 from megatron_ettin.config.recipe import PHASES
-from megatron_ettin.config.schema import CHOICES
-from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, SIZES
+from megatron_ettin.config.schema import all_keys, key_types
+from megatron_ettin.config.tables import OBJECTIVES, SIZES
 
 BASH = r"""# bash completion of ettin; made by `ettin completion bash`
 _ettin() {
@@ -233,33 +231,22 @@ def _keys(current: str, after: str) -> Offers:
     key, equals, value = current.partition("=")
     types = key_types()
     if equals:
-        return _key_values(key, value, types)
+        return _key_values(key, value)
     groups = dict.fromkeys(f"{name.partition('.')[0]}." for name in types)
     if not dot:
         found = [group for group in groups if group.startswith(current)]
         if len(found) != 1:
             return dict.fromkeys(found, "")
         current = found[0]
-    return {f"{name}{after}": _kind(name, types[name]) for name in types if name.startswith(current)}
+    return {f"{name}{after}": all_keys()[name].doc for name in types if name.startswith(current)}
 
 
-def _key_values(key: str, value: str, types: dict[str, Any]) -> Offers:
-    if key in KEYS_OF_FILES:
+def _key_values(name: str, value: str) -> Offers:
+    key = all_keys().get(name)
+    if key is not None and key.path:
         return {FILES: ""}
-    allowed: Sequence[str] = CHOICES.get(key, ())
-    if key == "precision.name":
-        allowed = tuple(PRECISIONS)
-    elif types.get(key) is bool:
-        allowed = ("true", "false")
-    return {f"{key}={word}": "" for word in allowed if word.startswith(value)}
-
-
-def _kind(name: str, hint: Any) -> str:
-    """Of a key's value: its choices, or its type."""
-    if name in CHOICES:
-        return "|".join(CHOICES[name])
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    return "|".join(getattr(kind, "__name__", "") for kind in kinds if kind is not Any)
+    allowed = ("true", "false") if key_types().get(name) is bool else key.choices if key is not None else ()
+    return {f"{name}={word}": "" for word in allowed if word.startswith(value)}
 
 
 def _beginning(start: str, found: Offers) -> Offers:

@@ -59,7 +59,8 @@ def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> s
 
 def _key_named(name: str) -> str:
     """Hint for an option that is a key here, `--learning-rate`."""
-    from megatron_ettin.config.overrides import key_types, same_name
+    from megatron_ettin.config.overrides import same_name
+    from megatron_ettin.config.schema import key_types
 
     found = same_name(name, key_types())
     return f" (did you mean {found + '='!r}?)" if found else ""

@@ -6,14 +6,13 @@ resolved; what the number of ranks decides is layouts.py's `check_layout`."""
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.text import refuse_secrets
 from megatron_ettin.config.layouts import check_graphs, check_parallel, check_zero
-from megatron_ettin.config.schema import CHOICES, Config
+from megatron_ettin.config.schema import Config, all_keys
 from megatron_ettin.config.tables import HEAD_DIM, OBJECTIVES, PRECISIONS
 from megatron_ettin.config.values import check_profile, parse_points, parse_skips, validation_sets
 
@@ -42,90 +41,20 @@ def check(config: Config) -> None:
 
 
 def check_choices(config: Config) -> None:
-    for key, allowed in CHOICES.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        if value not in allowed:
-            hint = nearest(str(value), allowed)
-            raise UserError(f"{key}: {value!r} does not exist{hint}; it is one of {', '.join(allowed)}")
-
-
-# key -> (is it allowed?, what is allowed)
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    **{f"parallel.{axis}": (lambda v: v >= 1, "at least 1") for axis in ("tp", "pp", "vp", "cp")},
-    **{f"model.{key}": (lambda v: v >= 1, "at least 1") for key in ("num_layers", "hidden_size", "ffn_hidden_size")},
-    **{
-        f"model.{key}": (lambda v: v >= 1, "at least 1")
-        for key in (
-            "vocab_size",
-            "max_position_embeddings",
-            "global_attention_every",
-            "encoder_window",
-            "decoder_window_keys",
-        )
-    },
-    "model.norm_eps": (lambda v: v > 0, "above 0"),
-    "model.num_attention_heads": (lambda v: v >= 1, "at least 1"),
-    "model.attention_output_dropout": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
-    "model.global_rope_theta": (lambda v: v > 0, "above 0"),
-    "model.local_rope_theta": (lambda v: v > 0, "above 0"),
-    "model.init_std": (lambda v: v > 0, "above 0"),
-    "precision.bf16_first_layers": (lambda v: v >= 0, "0 or above"),
-    "precision.bf16_last_layers": (lambda v: v >= 0, "0 or above"),
-    "checkpoint.keep_every_tokens": (lambda v: v >= 1, "at least 1, or null"),
-    "checkpoint.retry_seconds": (lambda v: v > 0, "above 0"),
-    "resilience.spike_sigmas": (lambda v: v > 0, "above 0"),
-    "resilience.spike_window": (lambda v: v >= 4, "at least 4"),
-    "resilience.spike_ratio": (lambda v: v >= 1 and math.isfinite(v), "at least 1"),
-    "resilience.max_skips_in_row": (lambda v: v >= 0, "0 (the first one stops the run) or above"),
-    "resilience.check_replicas_every": (lambda v: v >= 1, "at least 1, or null"),
-    "parallel.recompute_layers": (lambda v: v >= 1, "at least 1"),
-    "parallel.offload_layers": (lambda v: v >= 0, "0 (none) or above"),
-    "optim.lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
-    "optim.max_lr": (lambda v: v > 0 and math.isfinite(v), "above 0"),
-    "optim.weight_decay": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
-    "optim.beta1": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
-    "optim.beta2": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
-    "optim.momentum": (lambda v: 0 <= v < 1, "from 0 up to, not with, 1"),
-    "optim.eps": (lambda v: v > 0, "above 0"),
-    "optim.clip_grad": (lambda v: v >= 0, "0 (no clipping) or above"),
-    "schedule.warmup_tokens": (lambda v: v >= 0, "0 or above"),
-    "schedule.decay_tokens": (lambda v: v >= 0, "0 or above"),
-    "schedule.end_tokens": (lambda v: v >= 1, "at least 1, or null"),
-    "schedule.final_lr_fraction": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "data.seq_len": (lambda v: v >= 8, "at least 8"),
-    "data.mean_tokens_per_row": (lambda v: v > 0 and math.isfinite(v), "above 0"),
-    "data.mlm_probability": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "data.max_chunks_per_row": (lambda v: v >= 1, "at least 1"),
-    "data.workers": (lambda v: v >= 0, "0 (none) or above"),
-    "data.prefetch": (lambda v: v >= 1, "at least 1"),
-    "batch.global_batch_rows": (lambda v: v >= 1, "at least 1"),
-    "batch.micro_batch_rows": (lambda v: v >= 1, "at least 1"),
-    "batch.warmup_tokens": (lambda v: v >= 0, "0 or above"),
-    "batch.warmup_min_rows": (lambda v: v >= 1, "at least 1"),
-    "checkpoint.keep": (lambda v: v >= 0, "0 (keep all) or above"),
-    "checkpoint.every_steps": (lambda v: v >= 1, "at least 1"),
-    "checkpoint.every_minutes": (lambda v: v > 0 and math.isfinite(v), "above 0"),
-    "checkpoint.every_tokens": (lambda v: v >= 1, "at least 1"),
-    "checkpoint.weights_every_tokens": (lambda v: v >= 1, "at least 1"),
-    "metrics.every_steps": (lambda v: v >= 1, "at least 1"),
-    "metrics.eval_every_steps": (lambda v: v >= 1, "at least 1"),
-    "metrics.eval_rows": (lambda v: v >= 1, "at least 1"),
-    "metrics.ranks_every_steps": (lambda v: v >= 1, "at least 1"),
-    "resilience.in_process_restarts": (lambda v: v >= 0, "0 (none) or above"),
-    "resilience.hang_seconds": (lambda v: 1 <= v < 1e7, "from 1 second to 1e7"),
-    "run.tokens": (lambda v: v >= 1, "at least 1"),
-    "run.steps": (lambda v: v >= 1, "at least 1"),
-    "run.seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
-}
+    """Raise UserError for a name that is none of its key's choices."""
+    for name, key in all_keys().items():
+        value = config.value(name)
+        if key.choices and value not in key.choices:
+            hint = nearest(str(value), key.choices)
+            raise UserError(f"{name}: {value!r} does not exist{hint}; it is one of {', '.join(key.choices)}")
 
 
 def check_ranges(config: Config) -> None:
-    for key, (allowed, description) in RANGES.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        if value is not None and not allowed(value):
-            raise UserError(f"{key}: {value} is not allowed; it is {description}")
+    """Raise UserError for a number outside its key's range."""
+    for name, key in all_keys().items():
+        value = config.value(name)
+        if key.is_bounded and value is not None and not key.allows(value):
+            raise UserError(f"{name}: {value} is not allowed; it must be {key.range}")
 
 
 def check_model(config: Config) -> None:
@@ -157,10 +86,6 @@ def check_deterministic(config: Config) -> None:
 
 def check_precision(config: Config) -> None:
     name = config.precision.name
-    if name not in PRECISIONS:
-        raise UserError(
-            f"precision.name: {name!r} does not exist{nearest(name, PRECISIONS)}; it is one of {', '.join(PRECISIONS)}"
-        )
     multiple, tp = PRECISIONS[name].multiple, config.parallel.tp
     for key in ("hidden_size", "ffn_hidden_size"):
         width = getattr(config.model, key)
@@ -255,31 +180,6 @@ def check_batch(config: Config) -> None:
 def check_validation(config: Config) -> None:
     if config.data.validation is not None:
         validation_sets(config.data.validation)
-
-
-# what decides which updates are made
-GUARD_KEYS = tuple(
-    f"resilience.{key}" for key in ("on_nonfinite", "on_spike", "spike_sigmas", "spike_window", "spike_ratio")
-)
-
-
-def science_keys(config: Config) -> dict[str, object]:
-    """Return the keys that must not change within a run directory, flat; operations keys (layout, sinks) may."""
-    keys: dict[str, object] = {f"run.{key}": getattr(config.run, key) for key in ("objective", "phase", "seed")}
-    for group in ("model", "optim", "schedule"):
-        keys |= {f"{group}.{key}": value for key, value in dataclasses.asdict(getattr(config, group)).items()}
-    named = ("seq_len", "mlm_probability", "clm_fraction", "batching", "mean_tokens_per_row", "skip")
-    keys |= {f"data.{key}": getattr(config.data, key) for key in named}
-    # a given order is fixed by the fingerprint of its content, not by the path of its files
-    keys["data.order"] = "keyed" if config.data.order == "keyed" else "given"
-    # a mean of micro-batches' means depends on what is in one
-    free = () if config.batch.loss_normalization == "microbatch" else ("micro_batch_rows",)
-    keys |= {f"batch.{key}": value for key, value in dataclasses.asdict(config.batch).items() if key not in free}
-    keys |= {key: getattr(config.resilience, key.partition(".")[2]) for key in GUARD_KEYS}
-    schedule = config.schedule
-    if schedule.name != "constant" and schedule.decay_tokens and schedule.end_tokens is None:
-        keys["run.tokens"] = config.run.tokens  # the decay ends there
-    return keys
 
 
 def check_secrets(config: Config) -> None:

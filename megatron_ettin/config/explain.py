@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron_ettin.base.text import format_count
-from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.overrides import split_overrides
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.science import science_keys
 from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
 REASONS = {

@@ -10,14 +10,14 @@ Split the rows of a step over data-parallel ranks, then over the micro-batches o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.flops import layer_operations, split_evenly
-from megatron_ettin.config.schema import Config, ParallelConfig
+from megatron_ettin.config.operations import ParallelConfig
+from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, tensor_parallel_degrees
 
 RECOMPUTED = ("core_attn", "mlp")
@@ -160,8 +160,7 @@ def micro_batches(config: Config, dp: int) -> int:
 
 def with_split_rows(config: Config, dp: int) -> Config:
     """Return the configuration with the micro-batch that the ranks run: rows spread evenly, not filled up."""
-    batch = dataclasses.replace(config.batch, micro_batch_rows=full_batch_split(config, dp).size)
-    return dataclasses.replace(config, batch=batch)
+    return config.with_keys({"batch.micro_batch_rows": full_batch_split(config, dp).size})
 
 
 def describe_empty_rows(config: Config, dp: int) -> str | None:

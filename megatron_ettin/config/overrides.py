@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,7 +24,7 @@ from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.recipe import PHASES
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import key_types
 
 Groups = dict[str, Any]  # group -> key -> value
 
@@ -174,15 +174,6 @@ def from_overrides(words: Sequence[str]) -> dict[str, Any]:
     return layer
 
 
-def key_types() -> dict[str, Any]:
-    """Every `group.key` with its annotation."""
-    return {
-        f"{group}.{key}": hint
-        for group, kind in get_type_hints(Config).items()
-        for key, hint in get_type_hints(kind).items()
-    }
-
-
 def check_keys(layer: dict[str, Any]) -> None:
     """Refuse unknown groups and keys; turn counts such as 1.7T into whole numbers, in place."""
     types = key_types()
@@ -265,8 +256,6 @@ ELSEWHERE = {
     "eval_steps": "metrics.eval_every_steps",
     "logging_steps": "metrics.every_steps",
 }
-# keys whose values name files or folders
-KEYS_OF_FILES = ("data.mixture", "data.root", "data.order", "data.validation", "data.local_copy", "data.tokenizer")
 
 
 def nearest_key(written: str, keys: Collection[str]) -> str:

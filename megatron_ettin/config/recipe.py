@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.config.operations import CheckpointConfig, ParallelConfig
 from megatron_ettin.config.schema import (
-    CHOICES,
     BatchConfig,
-    CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    ParallelConfig,
     PrecisionConfig,
     RunSettings,
     ScheduleConfig,
+    all_keys,
 )
 from megatron_ettin.config.tables import OBJECTIVES, SIZES
 
@@ -44,7 +43,7 @@ def recipe(size: str, objective: str, phase: str, batching: str | None = None, n
     """The published run of these three names: `paired`, as a pair that transformers computes as it was trained, or
     `original`, with the choices of the original trainer (docs/recipe.md). batching: `packed` rows, or `padded`
     sequences as the original has them."""
-    choose("recipe", name, dict.fromkeys(CHOICES["run.recipe"]))
+    choose("recipe", name, dict.fromkeys(all_keys()["run.recipe"].choices))
     if name == "original":
         return original(paired(size, objective, phase, batching or "padded"))
     return paired(size, objective, phase, batching or "packed")
@@ -52,19 +51,22 @@ def recipe(size: str, objective: str, phase: str, batching: str | None = None, n
 
 def original(config: Config) -> Config:
     """A run of the tables with what the original trainer did otherwise. It made every update, whatever its figures."""
-    run, model, data, batch = config.run, config.model, config.data, config.batch
+    run, data = config.run, config.data
     objective = "mntp" if (run.phase, run.objective) == ("cross", "mlm") else run.objective
     theta = ORIGINAL_LOCAL_THETA[run.phase, OBJECTIVES[objective].exports[0]][run.size]
     mean = ORIGINAL_MEAN_TOKENS if run.phase == "pretrain" and data.batching == "padded" else None
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(run, recipe="original", objective=objective),
-        model=dataclasses.replace(
-            model, local_rope_theta=theta, decoder_window_keys=ORIGINAL_DECODER_KEYS, output_bias_init="uniform"
-        ),
-        data=dataclasses.replace(data, mean_tokens_per_row=mean),
-        batch=dataclasses.replace(batch, loss_normalization="microbatch"),
-        resilience=dataclasses.replace(config.resilience, on_nonfinite="ignore", on_spike="ignore"),
+    return config.with_keys(
+        {
+            "run.recipe": "original",
+            "run.objective": objective,
+            "model.local_rope_theta": theta,
+            "model.decoder_window_keys": ORIGINAL_DECODER_KEYS,
+            "model.output_bias_init": "uniform",
+            "data.mean_tokens_per_row": mean,
+            "batch.loss_normalization": "microbatch",
+            "resilience.on_nonfinite": "ignore",
+            "resilience.on_spike": "ignore",
+        }
     )
 
 

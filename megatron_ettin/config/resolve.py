@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -28,9 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.overrides import given, key_types, keys_of, layers_of, read_user_config, read_yaml
+from megatron_ettin.config.overrides import given, keys_of, layers_of, read_user_config, read_yaml
 from megatron_ettin.config.recipe import PHASES, recipe
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, groups, key_types
 from megatron_ettin.config.tables import SIZES
 
 REMOVED = (("resilience", "stop_on_nonfinite"),)  # keys of earlier versions, whose runs go on all the same
@@ -110,7 +110,7 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
 def to_config(tree: Any) -> Config:
     """Groups of plain values as the frozen dataclasses."""
     values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
-    return Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items() if group in values})
+    return Config(**{group: kind(**values[group]) for group, kind in groups().items() if group in values})
 
 
 def to_yaml(config: Config) -> str:
@@ -190,9 +190,9 @@ def apply_linked_defaults(
         `merged`.
     """
     kept = kept_by(begun, {*given, *of_file})
-    for key in kept:
+    for key in kept if begun is not None else ():
         group, name = key.split(".")
-        merged[group][name] = getattr(getattr(begun, group), name)
+        merged[group][name] = begun.value(key)
     fixed = {*given, *kept}
     if "optim.lr" in given and "optim.max_lr" not in fixed:
         merged.optim.max_lr = merged.optim.lr * (base.optim.max_lr / base.optim.lr)
@@ -210,11 +210,7 @@ def apply_linked_defaults(
 
 def keep_begun(config: Config, begun: Config, keys: Collection[str]) -> Config:
     """Return the run with the values of `keys` that it has begun with."""
-    for key in keys:
-        group, name = key.split(".")
-        value = getattr(getattr(begun, group), name)
-        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
-    return config
+    return config.with_keys({key: begun.value(key) for key in keys})
 
 
 def keep_tokens_a_step(base: Config, merged: Any, fixed: Collection[str]) -> None:
@@ -239,8 +235,8 @@ def keep_shares(base: Config, merged: Any, fixed: Collection[str], begun: Config
     end = max(merged.schedule.end_tokens or merged.run.tokens, 0)
     for key in SPAN[:-1]:
         group, name = key.split(".")
-        whole = getattr(getattr(base, group), name)
-        if key not in fixed and (begun is None or getattr(getattr(begun, group), name) != whole):
+        whole = base.value(key)
+        if key not in fixed and (begun is None or begun.value(key) != whole):
             merged[group][name] = whole * end // base.run.tokens
 
 

@@ -1,183 +1,260 @@
-"""The configuration's groups as frozen dataclasses: every key a user may set, its type, unit and default.
+"""The configuration's groups as frozen dataclasses: every key a user may set.
 
-Defaults here are those that no recipe table decides; `resolve.py` fills the rest from SIZES, PHASES and OBJECTIVES.
-OmegaConf types and merges them, so a key that is not here does not exist. None means "not set"."""
+Each key is declared once by `key` (keys.py), which says what it does and which values it may have; docs/config.md is
+generated from here. Defaults are those that no recipe table decides: resolve.py fills the rest from SIZES, PHASES and
+OBJECTIVES. OmegaConf types and merges the groups, so a key that is not here does not exist. None means "not set"."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
-from megatron_ettin.config.tables import OBJECTIVES
+from megatron_ettin.config.keys import METADATA, Key, key, science_key
+from megatron_ettin.config.operations import (
+    CheckpointConfig,
+    MetricsConfig,
+    ParallelConfig,
+    ProfileConfig,
+    ResilienceConfig,
+)
+from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
-# ruff: noqa: UP045
+# Calls of `key` make fields, as those of dataclasses.field do.
+# ruff: noqa: UP045, RUF009
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    global_rope_theta: float
-    local_rope_theta: float
-    max_position_embeddings: int
-    vocab_size: int = 50_368
-    global_attention_every: int = 3  # layers 0, 3, 6, ... attend to the whole chunk
-    encoder_window: int = 64  # keys to each side of a local layer's query
-    decoder_window_keys: int = 64  # keys i-63..i, as transformers computes it; 65 is what the original trainer did
-    attention_output_dropout: float = 0.1
-    init_std: float = 0.02
-    output_bias_init: str = "zero"  # or "uniform": between +-1/sqrt(hidden_size), torch's default for a linear layer
-    norm_eps: float = 1e-5
+    """Shape of the model and what its layers compute."""
 
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    tp: int = 1
-    pp: int = 1
-    vp: int = 1  # model chunks a pipeline rank holds (interleaved schedule)
-    cp: int = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
-    overlap: bool = False  # gradient reduction, weight gathering and transfers between model chunks beside compute
-    tp_overlap: bool = False  # tensor parallelism's gathers and scatters beside its products (Transformer Engine)
-    pipeline_layers: Optional[str] = None  # layers of each stage in order, "4,3"; None balances them
-    recompute: str = "none"  # activations made again in backward: of the modules below, or of whole layers
-    recompute_modules: str = "core_attn"  # of selective recomputation: core_attn, mlp or both ("core_attn,mlp")
-    recompute_layers: Optional[int] = None  # of full recomputation: so many layers of each stage; None: all
-    offload_layers: int = 0  # layers whose activations wait in host memory (Transformer Engine)
-    engine: str = "megatron"  # or deepspeed: data parallelism by its ZeRO, around the same tensor-parallel model
-    zero_stage: Optional[int] = None  # of deepspeed: 1 cuts the optimizer's state, 2 also gradients, 3 also weights
-    zero_offload: str = "none"  # of deepspeed, to host memory: optimizer, or all (with zero_stage=3: weights too)
+    num_layers: int = science_key("Number of transformer layers.", at_least=1)
+    hidden_size: int = science_key("Width of the residual stream.", unit="channels", at_least=1)
+    ffn_hidden_size: int = science_key(
+        "Inner width of the gated MLP. Its first matrix has twice as many rows.", unit="channels", at_least=1
+    )
+    num_attention_heads: int = science_key("Number of attention heads.", at_least=1)
+    global_rope_theta: float = science_key("Rotary base of global layers.", above=0)
+    local_rope_theta: float = science_key("Rotary base of local layers.", above=0)
+    max_position_embeddings: int = science_key(
+        "Longest row that the model is made for. Follows `data.seq_len`.", unit="tokens", at_least=1
+    )
+    vocab_size: int = science_key("Number of rows of the embedding.", 50_368, unit="tokens", at_least=1)
+    global_attention_every: int = science_key(
+        "Every so many layers one attends to the whole chunk: with 3, layers 0, 3, 6, ...", 3, unit="layers", at_least=1
+    )
+    encoder_window: int = science_key(
+        "Keys to each side of the query that a local layer of a bidirectional row attends to.",
+        64,
+        unit="tokens",
+        at_least=1,
+    )
+    decoder_window_keys: int = science_key(
+        "Keys ending at the query that a local layer of a causal row attends to: 64 as in transformers, 65 as in the"
+        " original trainer.",
+        64,
+        unit="tokens",
+        at_least=1,
+    )
+    attention_output_dropout: float = science_key("Dropout after the attention.", 0.1, at_least=0, below=1)
+    init_std: float = science_key("Standard deviation of the initial weights.", 0.02, above=0)
+    output_bias_init: str = science_key(
+        "Initial bias of the output. `uniform` is between +-1/sqrt(hidden_size), torch's default for a linear layer.",
+        "zero",
+        choices=("zero", "uniform"),
+    )
+    norm_eps: float = science_key("Epsilon of the layer norms.", 1e-5, above=0)
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    name: str = "bf16"
-    bf16_first_layers: int = 0  # of an FP8 run: so many layers compute in bf16, as its prediction head always does
-    bf16_last_layers: int = 0
-    fp8_weights: bool = False  # of an FP8 run: linears' weights live in FP8, and their bytes are what is gathered
-    gradients: str = "fp32"  # in which they are summed over micro-batches and ranks; bf16 halves memory and traffic
+    """Number formats."""
+
+    name: str = key("Format of weights, activations and matrix products.", "bf16", choices=tuple(PRECISIONS))
+    bf16_first_layers: int = key(
+        "First layers of an FP8 run that compute in bf16, as its prediction head always does.",
+        0,
+        unit="layers",
+        at_least=0,
+    )
+    bf16_last_layers: int = key("Last layers of an FP8 run that compute in bf16.", 0, unit="layers", at_least=0)
+    fp8_weights: bool = key(
+        "Store the weights of an FP8 run's linear layers in FP8 only, and gather these bytes.", False
+    )
+    gradients: str = key(
+        "Format in which gradients are summed over micro-batches and ranks. bf16 halves memory and traffic.",
+        "fp32",
+        choices=("fp32", "bf16"),
+    )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float
-    max_lr: float  # weights decay by (lr / max_lr) * weight_decay a step
-    weight_decay: float
-    name: str = "stable_adamw"
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    clip_grad: float = 0.0  # largest global gradient norm; 0 does not clip
-    momentum: float = 0.95  # of muon
-    adjust_lr: str = "match_rms_adamw"  # how muon's step depends on a matrix's shape (torch.optim.Muon's adjust_lr_fn)
+    """The optimizer."""
+
+    lr: float = science_key("Peak learning rate.", above=0)
+    max_lr: float = science_key(
+        "Learning rate that weight_decay is for: weights decay by (lr / max_lr) * weight_decay a step. Follows"
+        " `optim.lr`.",
+        above=0,
+    )
+    weight_decay: float = science_key(
+        "Share of a weight that is lost a step at `optim.max_lr`; torch multiplies its coefficient by the rate.",
+        at_least=0,
+        below=1,
+    )
+    name: str = science_key("Optimizer.", "stable_adamw", choices=("stable_adamw", "adamw", "muon"))
+    beta1: float = science_key("Decay of the first moment.", 0.9, at_least=0, below=1)
+    beta2: float = science_key("Decay of the second moment.", 0.98, at_least=0, below=1)
+    eps: float = science_key("Term in the denominator of the update.", 1e-6, above=0)
+    clip_grad: float = science_key(
+        "Largest global gradient norm; a larger gradient is scaled down to it.",
+        0.0,
+        at_least=0,
+        zero="no clipping",
+        infinite=True,
+    )
+    momentum: float = science_key("Momentum of muon.", 0.95, at_least=0, below=1)
+    adjust_lr: str = science_key(
+        "How muon's step depends on a matrix's shape (`adjust_lr_fn` of `torch.optim.Muon`).",
+        "match_rms_adamw",
+        choices=("match_rms_adamw", "original"),
+    )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    name: str
-    warmup_tokens: int
-    decay_tokens: int
-    final_lr_fraction: float
-    end_tokens: Optional[int] = None  # where the decay ends; None: at run.tokens
+    """The learning rate over a run."""
+
+    name: str = science_key("Shape of the schedule.", choices=("wsd", "one_minus_sqrt", "constant"))
+    warmup_tokens: int = science_key(
+        "Tokens over which the rate rises linearly. Follows the length of the run.", unit="tokens", at_least=0
+    )
+    decay_tokens: int = science_key(
+        "Last tokens, over which the rate falls. Follows the length of the run.", unit="tokens", at_least=0
+    )
+    final_lr_fraction: float = science_key("Rate at the end, as a share of the peak.", at_least=0, at_most=1)
+    end_tokens: Optional[int] = science_key(
+        "Tokens after which the decay has ended. Not set: `run.tokens`.", None, unit="tokens", at_least=1
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    seq_len: int
-    mlm_probability: float
-    clm_fraction: Any = None  # of a hybrid run's rows: a share, or TOKENS:SHARE,... with the share linear in between
-    mixture: Any = None  # one dataset path, a list of paths or of {path, weight | tokens}, or the YAML file of a list
-    root: Optional[str] = None  # where relative dataset paths begin; None: a mixture file's folder, else here
-    batching: str = "packed"
-    mean_tokens_per_row: Optional[float] = None  # nominal tokens of a row; None: what the datasets' row plans have
-    order: str = "keyed"  # or the parquet file or folder of an order to train in
-    skip: Optional[str] = None  # rows left out, "FIRST:END" positions of the order, several with commas between
-    order_missing: str = "error"  # samples of a given order that no dataset has: "error", or "skip" leaves them out
-    validation: Any = None  # what to evaluate on: one dataset path, a list of them, or {name: path, ...}
-    workers: Optional[int] = None  # processes of each rank that read ahead; None: 2 on a GPU, 0 (no other) on a CPU
-    prefetch: int = 4  # micro-batches that each of them reads ahead
-    max_chunks_per_row: Optional[int] = None  # of run.cuda_graph: room for so many; None: one for every 64 tokens
-    local_copy: Optional[str] = None  # a folder on each machine's own disk to which the mixture is copied first
-    tokenizer: Optional[str] = None  # None: the one the datasets were made with
+    """What is read, in which order, and how it becomes rows."""
+
+    seq_len: int = science_key("Length of a row.", unit="tokens", at_least=8)
+    mlm_probability: float = science_key("Share of tokens that masked rows predict.", at_least=0, at_most=1)
+    clm_fraction: Any = science_key(
+        "Share of causal rows of a hybrid run: a number, or `TOKENS:SHARE,...` such as `0:1,10B:0.5`, linear between"
+        " points.",
+        None,
+    )
+    mixture: Any = key(
+        "What to train on: a dataset path, a list of paths or of `{path, weight | tokens}`, or the YAML file of one.",
+        None,
+        path=True,
+    )
+    root: Optional[str] = key(
+        "Folder that relative dataset paths begin at. Not set: the folder of a mixture file, else the current one.",
+        None,
+        path=True,
+    )
+    batching: str = science_key(
+        "`packed` rows of several chunks without padding, or `padded` sequences of one chunk.",
+        "packed",
+        choices=("packed", "padded"),
+    )
+    mean_tokens_per_row: Optional[float] = science_key(
+        "Tokens that a row counts with before it is read. Not set: the mean of the datasets' packing indexes.",
+        None,
+        unit="tokens",
+        above=0,
+    )
+    order: str = key(
+        "`keyed` (a keyed permutation), or the parquet file or folder of a recorded order to train in.",
+        "keyed",
+        path=True,
+        science="keyed or recorded; the path may change",
+    )
+    skip: Optional[str] = science_key(
+        "Rows that are left out: `FIRST:END` positions of the order, several with commas between.", None
+    )
+    order_missing: str = key(
+        "What to do with samples of a recorded order that no dataset has: stop, or leave them out.",
+        "error",
+        choices=("error", "skip"),
+    )
+    validation: Any = key(
+        "What to evaluate on: a dataset path, a list of paths, or `{name: path, ...}`.", None, path=True
+    )
+    workers: Optional[int] = key(
+        "Processes of each rank that read ahead. Not set: 2 on a GPU, none on a CPU.", None, at_least=0, zero="none"
+    )
+    prefetch: int = key("Micro-batches that each worker reads ahead.", 4, unit="micro-batches", at_least=1)
+    max_chunks_per_row: Optional[int] = key(
+        "Chunks that a captured CUDA graph has room for (`run.cuda_graph`). Not set: one for every 64 tokens.",
+        None,
+        unit="chunks",
+        at_least=1,
+    )
+    local_copy: Optional[str] = key(
+        "Folder on each machine's own disk that the mixture is copied to first.", None, path=True
+    )
+    tokenizer: Optional[str] = key("Tokenizer. Not set: the one that the datasets were made with.", None, path=True)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    global_batch_rows: int
-    micro_batch_rows: int
-    warmup_tokens: int
-    warmup_min_rows: int
-    loss_normalization: str = "global"  # or "microbatch": mean of means, as the original trainer
+    """Rows of a step."""
 
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every_minutes: Optional[float] = 30.0  # of resumable checkpoints: weights and optimizer; by rank 0's clock
-    every_tokens: Optional[int] = None
-    every_steps: Optional[int] = None
-    keep: int = 3  # newest resumable checkpoints kept; 0 keeps all
-    keep_every_tokens: Optional[int] = None  # and one for each multiple of these, for good
-    asynchronous: bool = True  # written while training goes on, from a copy in host memory
-    on_failure: str = "retry"  # a checkpoint that cannot be written: train on and try again, or stop
-    retry_seconds: float = 60.0  # until it is tried again; twice as long each time, up to 16 times
-    staging: Optional[str] = None  # a folder on each machine's own disk in which files are written first
-    weights_every_tokens: Optional[int] = None  # of milestones: weights alone, all kept
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    every_steps: int = 1
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "megatron_ettin"
-    wandb_group: Optional[str] = None  # None: one for the runs of a size on the same data and seed, so of a pair
-    wandb_checkpoints: str = "none"  # or reference, upload: as artifacts
-    wandb_report: bool = False  # the page of `ettin report` and its figures as an artifact, once the run is done
-    eval_every_steps: Optional[int] = None
-    eval_rows: int = 64
-    ranks_every_steps: int = 50  # ranks' own seconds are compared, and the slowest is named
-
-
-@dataclass(frozen=True)
-class ResilienceConfig:
-    on_nonfinite: str = "skip"  # a loss or gradient norm that is no number: skip the update, stop the run, or ignore it
-    on_spike: str = "warn"  # a gradient norm far above the latest steps': tell of it, skip, stop, or look for none
-    spike_sigmas: float = 6.0  # how far: its logarithm so many robust standard deviations above their median
-    spike_window: int = 128  # of so many latest steps; nothing is a spike before half of them are done
-    spike_ratio: float = 5.0  # and the norm itself so many times their median
-    max_skips_in_row: int = 8  # of more the run stops
-    recheck: bool = False  # run a bad step's forward pass twice: do the bits agree?
-    check_replicas_every: Optional[int] = None  # steps between comparisons of the weights that ranks share
-    save_on_signal: bool = True  # SIGTERM and SIGUSR1: finish the step, save, exit 75
-    in_process_restarts: int = 0  # of all ranks after an error of one, without a new process (nvidia-resiliency-ext)
-    hang_seconds: float = 600.0  # the longest a step may take; six times that an evaluation or a save
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    steps: Optional[str] = None  # A:B traces steps A to B - 1
-    ranks: str = "0"  # numbers with commas between, or all
-    memory: bool = False  # a snapshot of the GPU's allocations too
+    global_batch_rows: int = science_key("Rows of a step over all ranks.", unit="rows", at_least=1)
+    micro_batch_rows: int = key(
+        "Most rows of a micro-batch of one rank. Follows `batch.global_batch_rows`.",
+        unit="rows",
+        at_least=1,
+        science="with loss_normalization=microbatch",
+    )
+    warmup_tokens: int = science_key("Tokens over which the batch grows to its full size.", unit="tokens", at_least=0)
+    warmup_min_rows: int = science_key("Rows of the first step of a batch warm-up.", unit="rows", at_least=1)
+    loss_normalization: str = science_key(
+        "`global`: the mean over the step's predicted tokens. `microbatch`: the mean of the micro-batches' means, as"
+        " in the original trainer.",
+        "global",
+        choices=("global", "microbatch"),
+    )
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    size: str
-    objective: str
-    phase: str
-    tokens: int
-    seed: int
-    recipe: str = "paired"  # or "original": the choices of the original trainer where ours differ on purpose
-    steps: Optional[int] = None  # stop after this many steps, whatever the tokens
-    device: str = "auto"
-    deterministic: bool = False
-    attention: str = "auto"  # the kernel: auto, te-fused, flash, varlen, flex, sdpa (platform/attention.py)
-    cuda_graph: bool = False  # forward and backward of a micro-batch recorded once and replayed
-    fuse: str = "auto"  # element-wise kernels by torch's compiler: auto (on GPUs), always, never
+    """Which run of the recipe this is, how long it is, and what it runs on."""
+
+    size: str = key("Published size that the shape is taken from (`--size`).")
+    objective: str = science_key("Training objective (`--objective`).")
+    phase: str = science_key("Phase of the recipe (`--phase`).")
+    tokens: int = key(
+        "Length of the run.",
+        unit="tokens",
+        at_least=1,
+        science="where the schedule decays and schedule.end_tokens is not set",
+    )
+    seed: int = science_key("Seed of initial weights, order, masks and dropout.", at_least=0, at_most=2**63 - 1)
+    recipe: str = key(
+        "`paired`, or `original`: the choices of the original trainer where ours differ on purpose.",
+        "paired",
+        choices=("paired", "original"),
+    )
+    steps: Optional[int] = key("Stop after this many steps, whatever the tokens.", None, unit="steps", at_least=1)
+    device: str = key("Device to train on.", "auto", choices=("auto", "cpu", "gpu"))
+    deterministic: bool = key("Use only kernels that compute the same bits each time.", False)
+    attention: str = key("Attention kernel.", "auto", choices=("auto", "te-fused", "flash", "varlen", "flex", "sdpa"))
+    cuda_graph: bool = key("Capture forward and backward of a micro-batch once as a CUDA graph, and replay it.", False)
+    fuse: str = key(
+        "Fuse element-wise kernels with torch's compiler. `auto`: on GPUs.", "auto", choices=("auto", "always", "never")
+    )
 
 
 @dataclass(frozen=True)
@@ -199,34 +276,47 @@ class Config:
 
     @property
     def causal(self) -> bool:
-        """Whether every row is."""
+        """Whether every row is causal."""
         return OBJECTIVES[self.run.objective].causal
 
     @property
     def windows(self) -> dict[bool, int]:
-        """Of a local layer: keys up to and with the query (True: a causal row), keys to each side (False)."""
+        """Attention window of local layers: `True` -> number of keys ending at the query (causal rows), `False` -> keys
+        on each side."""
         return {True: self.model.decoder_window_keys, False: self.model.encoder_window}
 
+    def value(self, name: str) -> Any:
+        """Return the value of a key, such as `run.steps`."""
+        group, _, short = name.partition(".")
+        return getattr(getattr(self, group), short)
 
-# What one of these keys may be; checked after merging, so that a typo is told with the allowed names.
-CHOICES = {
-    "run.recipe": ("paired", "original"),
-    "model.output_bias_init": ("zero", "uniform"),
-    "schedule.name": ("wsd", "one_minus_sqrt", "constant"),
-    "optim.name": ("stable_adamw", "adamw", "muon"),
-    "optim.adjust_lr": ("match_rms_adamw", "original"),
-    "data.batching": ("packed", "padded"),
-    "data.order_missing": ("error", "skip"),
-    "batch.loss_normalization": ("global", "microbatch"),
-    "run.attention": ("auto", "te-fused", "flash", "varlen", "flex", "sdpa"),
-    "run.fuse": ("auto", "always", "never"),
-    "precision.gradients": ("fp32", "bf16"),
-    "run.device": ("auto", "cpu", "gpu"),
-    "checkpoint.on_failure": ("retry", "stop"),
-    "metrics.wandb_checkpoints": ("none", "reference", "upload"),
-    "resilience.on_nonfinite": ("skip", "stop", "ignore"),
-    "resilience.on_spike": ("warn", "skip", "stop", "ignore"),
-    "parallel.engine": ("megatron", "deepspeed"),
-    "parallel.zero_offload": ("none", "optimizer", "all"),
-    "parallel.recompute": ("none", "selective", "full"),
-}
+    def with_keys(self, values: Mapping[str, Any]) -> Config:
+        """Return the same run with other values of some keys, such as `{"run.steps": 5}`. Nothing is checked."""
+        of_groups: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            group, _, short = name.partition(".")
+            of_groups.setdefault(group, {})[short] = value
+        groups = {group: dataclasses.replace(getattr(self, group), **keys) for group, keys in of_groups.items()}
+        return dataclasses.replace(self, **groups)
+
+
+@functools.cache
+def groups() -> Mapping[str, Any]:
+    """Return the dataclass of each group, in the order of `Config`."""
+    return get_type_hints(Config)
+
+
+@functools.cache
+def key_types() -> Mapping[str, Any]:
+    """Return the annotation of each `group.key`."""
+    return {f"{group}.{name}": hint for group, kind in groups().items() for name, hint in get_type_hints(kind).items()}
+
+
+@functools.cache
+def all_keys() -> Mapping[str, Key]:
+    """Return what each `group.key` was declared with."""
+    return {
+        f"{group}.{one.name}": one.metadata[METADATA]
+        for group, kind in groups().items()
+        for one in dataclasses.fields(kind)
+    }

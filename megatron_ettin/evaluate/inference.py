@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ettin.config.schema import CheckpointConfig, Config, ParallelConfig, PrecisionConfig
+from megatron_ettin.config.operations import CheckpointConfig, ParallelConfig
+from megatron_ettin.config.schema import Config, PrecisionConfig
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group

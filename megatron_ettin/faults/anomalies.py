@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_ettin.config.schema import Config, ResilienceConfig
+from megatron_ettin.config.operations import ResilienceConfig
+from megatron_ettin.config.schema import Config
 
 NORMAL_MAD = 0.674489750196  # median absolute deviation of a normal distribution of standard deviation 1
 SMALLEST_NORM = 1e-300  # that has a logarithm

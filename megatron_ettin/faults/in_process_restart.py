@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_exception
-from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.watchdog import collective_seconds
 from megatron_ettin.parallel.env import DistributedEnv, read_distributed_env
 from megatron_ettin.parallel.groups import destroy_model_parallel

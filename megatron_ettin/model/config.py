@@ -11,7 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ettin.config.layouts import recomputed_modules
-from megatron_ettin.config.schema import Config, ParallelConfig
+from megatron_ettin.config.operations import ParallelConfig
+from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
 from megatron_ettin.platform.layers import LayerBackend
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.checks import GUARD_KEYS
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.science import GUARD_KEYS
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 from megatron_ettin.report.updates import left_out, named, unproven

@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.checks import GUARD_KEYS, science_keys
 from megatron_ettin.config.overrides import read_yaml
 from megatron_ettin.config.resolve import from_yaml
+from megatron_ettin.config.science import GUARD_KEYS, science_keys
 
 HISTORY = "history.jsonl"
 

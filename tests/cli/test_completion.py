@@ -12,7 +12,8 @@ import pytest
 
 from megatron_ettin.cli.completion import FILES, SCRIPTS, VALUES, offers
 from megatron_ettin.cli.main import COMMANDS, main
-from megatron_ettin.config.overrides import ELSEWHERE, KEYS_OF_FILES, key_types, nearest_key
+from megatron_ettin.config.overrides import ELSEWHERE, nearest_key
+from megatron_ettin.config.schema import key_types
 from tests.cli.test_main import modules_after
 
 
@@ -66,7 +67,7 @@ def test_completion_tables_match_gpus_config_keys_and_commands() -> None:
 
     parts = yaml.safe_load((Path(sys.modules["megatron_ettin"].__file__ or "").parent / "plan/gpus.yaml").read_text())
     assert set(VALUES["--gpu"]) == set(parts)
-    assert {*ELSEWHERE.values(), *KEYS_OF_FILES} <= set(key_types())
+    assert {*ELSEWHERE.values()} <= set(key_types())
     for name in COMMANDS:
         assert f"--{'help'}" in offers([name, "--h"])
 

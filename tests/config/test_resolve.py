@@ -10,10 +10,10 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, parse_count
-from megatron_ettin.config.checks import science_keys
 from megatron_ettin.config.layouts import check_layout, full_batch_split, stage_layers
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
+from megatron_ettin.config.science import science_keys
 
 
 def test_parse_overrides_win_over_yaml_and_yaml_over_recipe(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ REFUSED = {
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
     "optim.weight_decay=0.1": "torch's AdamW multiplies its coefficient by the rate: 0.1 there is 5e-05 here",
     "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.max_lr 1e-06, and more than 10 x",
-    "optim.lr=-1": "optim.lr: -1.0 is not allowed; it is above 0",
+    "optim.lr=-1": "optim.lr: -1.0 is not allowed; it must be above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
     "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
     "data.mlm_probability=0": "data.mlm_probability: 0 leaves the encoder nothing to predict",

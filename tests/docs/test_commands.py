@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ettin.cli.main import COMMANDS
 from megatron_ettin.cli.parsing import options_of
-from megatron_ettin.config.overrides import key_types
+from megatron_ettin.config.schema import key_types
 from tests.cli.test_examples import parser_of
 from tests.docs.pages import Block, all_blocks, blocks_of, pages
 from tests.docs.shell import EXACT, Shell

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
@@ -285,11 +285,14 @@ def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Pa
             "resilience.on_spike=jump",
             "resilience.on_spike: 'jump' does not exist; it is one of warn, skip, stop, ignore",
         ),
-        ("resilience.spike_window=3", "resilience.spike_window: 3 is not allowed; it is at least 4"),
-        ("resilience.spike_sigmas=0", "resilience.spike_sigmas: 0.0 is not allowed; it is above 0"),
-        ("resilience.spike_ratio=0.5", "resilience.spike_ratio: 0.5 is not allowed; it is at least 1"),
-        ("resilience.max_skips_in_row=-1", "resilience.max_skips_in_row: -1 is not allowed; it is 0"),
-        ("resilience.check_replicas_every=0", "resilience.check_replicas_every: 0 is not allowed; it is at least 1"),
+        ("resilience.spike_window=3", "resilience.spike_window: 3 is not allowed; it must be at least 4"),
+        ("resilience.spike_sigmas=0", "resilience.spike_sigmas: 0.0 is not allowed; it must be above 0"),
+        ("resilience.spike_ratio=0.5", "resilience.spike_ratio: 0.5 is not allowed; it must be at least 1"),
+        ("resilience.max_skips_in_row=-1", "resilience.max_skips_in_row: -1 is not allowed; it must be 0"),
+        (
+            "resilience.check_replicas_every=0",
+            "resilience.check_replicas_every: 0 is not allowed; it must be at least 1",
+        ),
     ],
 )
 def test_resilience_invalid_setting_is_refused(

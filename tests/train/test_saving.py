@@ -346,8 +346,8 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(
     ("word", "said"),
     [
         ("checkpoint.on_failure=ignore", "checkpoint.on_failure: 'ignore' does not exist; it is one of retry, stop"),
-        ("checkpoint.retry_seconds=0", "checkpoint.retry_seconds: 0.0 is not allowed; it is above 0"),
-        ("checkpoint.keep_every_tokens=0", "checkpoint.keep_every_tokens: 0 is not allowed; it is at least 1"),
+        ("checkpoint.retry_seconds=0", "checkpoint.retry_seconds: 0.0 is not allowed; it must be above 0"),
+        ("checkpoint.keep_every_tokens=0", "checkpoint.keep_every_tokens: 0 is not allowed; it must be at least 1"),
         ("checkpoint.asynchronous=later", "checkpoint.asynchronous: 'later' is not a bool"),
         ("checkpoint.staging=/proc/nowhere", "checkpoint.staging: /proc/nowhere: cannot be written ("),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ettin.config.schema import ResilienceConfig
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import AnomalyDetector
 from tools.spike_rate import made_up, spikes
 

@@ -1,0 +1,71 @@
+"""Declare a configuration key once: its default, what it does, its unit, and which values it may have.
+
+`key` makes the dataclass field of a group in schema.py and stores a `Key` in its metadata. Checks, completion, science
+keys and docs/config.md (reference.py) read it from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+METADATA = "key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What a configuration key means and which values it may have. None is always allowed where the type allows it."""
+
+    doc: str
+    unit: str = ""
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    zero: str = ""
+    """Meaning of the value 0, for the text of the range."""
+    infinite: bool = False
+    """Whether infinity is allowed."""
+    choices: tuple[str, ...] = ()
+    science: bool | str = False
+    """Whether the key must not change within a run directory; a text says in which runs it must not (science.py)."""
+    path: bool = False
+    """Whether values name files or folders, for the completion of shells."""
+
+    def allows(self, value: float) -> bool:
+        """Return whether a number is in the range; NaN never is where there is one."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and (self.infinite or math.isfinite(value))
+        )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the key has a range."""
+        return any(bound is not None for bound in (self.above, self.at_least, self.at_most, self.below))
+
+    @property
+    def range(self) -> str:
+        """The allowed numbers in words, such as `from 0 to 1`; empty where there is no range."""
+        bounds = {"above": self.above, "at least": self.at_least, "at most": self.at_most, "below": self.below}
+        words = [f"{word} {bound:,}".removesuffix(".0") for word, bound in bounds.items() if bound is not None]
+        return f"0 ({self.zero}) or above" if self.zero else " and ".join(words)
+
+
+def key(doc: str, default: Any = MISSING, **about: Any) -> Any:
+    """Declare a key as a dataclass field.
+
+    Args:
+        doc: what the key does, as docs/config.md shows it.
+        default: its default; without one the recipe's tables have to give a value.
+        about: the other fields of `Key`.
+    """
+    return dataclasses.field(default=default, metadata={METADATA: Key(doc=doc, **about)})
+
+
+science_key = functools.partial(key, science=True)

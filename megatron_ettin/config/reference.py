@@ -1,0 +1,58 @@
+"""Write docs/config.md, the tables of all configuration keys, from what they are declared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_ettin.config.schema import all_keys, groups, key_types
+
+HEAD = """# Configuration keys
+
+All keys of a run, by group. Set them as `group.key=value` on the command line, for one phase as
+`extend.group.key=value`, or in a YAML file for `--config` ([Training](training.md)). A default of *recipe* comes from
+the tables of [the recipe](recipe.md). `null` means not set; counts may be written as `250B` or `1.7T`.
+
+*Science* keys decide what is learned: they must not change within a run directory, unless `--allow-change` names them.
+All others may change at every launch.
+
+This page is generated from `megatron_ettin/config/schema.py` and `operations.py`; rewrite it with
+`python -m megatron_ettin.config.reference docs/config.md`.
+"""
+
+
+def reference() -> str:
+    """Return the page."""
+    parts = [HEAD]
+    for group, kind in groups().items():
+        parts.append(f"## `{group}`\n\n{(kind.__doc__ or '').strip()}\n")
+        rows = ["| key | type | default | unit | allowed | science | meaning |", "|---|---|---|---|---|---|---|"]
+        rows += [_row(f"{group}.{field.name}", field) for field in dataclasses.fields(kind)]
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _row(name: str, field: dataclasses.Field[Any]) -> str:
+    key = all_keys()[name]
+    default = "recipe" if field.default is dataclasses.MISSING else f"`{_yaml(field.default)}`"
+    allowed = key.range or ", ".join(f"`{choice}`" for choice in key.choices)
+    science = key.science if isinstance(key.science, str) else "yes" if key.science else ""
+    cells = [f"`{name}`", type_name(key_types()[name]), default, key.unit, allowed, science, key.doc]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def type_name(hint: Any) -> str:
+    """Return the type of a key's values in words: `int`, `str`, `any`."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return ", ".join("any" if kind is Any else kind.__name__ for kind in kinds)
+
+
+def _yaml(value: Any) -> str:
+    """Return a default as a YAML file has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
