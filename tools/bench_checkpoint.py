@@ -12,7 +12,6 @@ after a save, or, where it says so, come from the disk."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import platform
 import random
@@ -81,8 +80,8 @@ class Bench:
         from megatron_ettin.train.progress import Progress
         from megatron_ettin.train.saving import Saver, SaveRequest
 
-        settings = dataclasses.replace(self.train_state.config.checkpoint, asynchronous=way == "asynchronous", keep=1)
-        self.train_state.config = dataclasses.replace(self.train_state.config, checkpoint=settings)
+        settings = {"checkpoint.asynchronous": way == "asynchronous", "checkpoint.keep": 1}
+        self.train_state.config = self.train_state.config.with_keys(settings)
         saver = Saver(self.train_state, self.folder, None)
         wait = timed(lambda: saver.begin(SaveRequest(Progress(step=self.step_number))))
         after = sum(timed(self.step) for _ in range(steps_after))

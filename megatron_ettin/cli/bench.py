@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -257,8 +256,9 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
     parallel = config.parallel
     dp = max(1, world // (parallel.tp * parallel.pp * parallel.cp))
     whole = rows * dp * args.micro_batches
-    batch = dataclasses.replace(config.batch, micro_batch_rows=rows, global_batch_rows=whole, warmup_tokens=0)
-    config = dataclasses.replace(config, batch=batch)
+    config = config.with_keys(
+        {"batch.micro_batch_rows": rows, "batch.global_batch_rows": whole, "batch.warmup_tokens": 0}
+    )
     check_layout(config, world)
     if args.data:
         return config, open_training_data(config)

@@ -84,9 +84,9 @@ def imported_config(model: ModelConfig, objective: str) -> Config:
     (the smallest one's for an unpublished shape) for what a folder of weights cannot say."""
     size = size_of(model)
     base = recipe(size or "17m", objective, "pretrain")
-    run = dataclasses.replace(base.run, size=size or "custom", phase="imported", tokens=0)
-    data = dataclasses.replace(base.data, seq_len=model.max_position_embeddings)
-    return dataclasses.replace(base, run=run, model=model, data=data)
+    names = {"run.size": size or "custom", "run.phase": "imported", "run.tokens": 0}
+    imported = base.with_keys({**names, "data.seq_len": model.max_position_embeddings})
+    return dataclasses.replace(imported, model=model)
 
 
 def _check(files: ModelFiles, wanted: list[Pair], hf_dir: Path) -> None:

@@ -102,12 +102,12 @@ def build_eval_dataset(
     are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
     UserError."""
     data = train_state.config.data
-    run = dataclasses.replace(train_state.config.run, seed=VALIDATION_SEED, phase=VALIDATION_PHASE, objective=kind)
     length = seq_len or data.seq_len
     if not 8 <= length <= train_state.config.model.max_position_embeddings:
         most = train_state.config.model.max_position_embeddings
         raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")
-    config = dataclasses.replace(train_state.config, run=run, data=dataclasses.replace(data, seq_len=length))
+    names = {"run.seed": VALIDATION_SEED, "run.phase": VALIDATION_PHASE, "run.objective": kind}
+    config = train_state.config.with_keys({**names, "data.seq_len": length})
     sources = {}
     for name, path in datasets.items():
         parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)

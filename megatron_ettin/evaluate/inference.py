@@ -21,13 +21,10 @@ from megatron_ettin.train.trainer import build_single_process
 
 def single_process_config(config: Config) -> Config:
     """The same model for one process in fp32 on the CPU."""
-    return dataclasses.replace(
-        config,
-        parallel=ParallelConfig(),
-        precision=PrecisionConfig("fp32"),
-        checkpoint=CheckpointConfig(),
-        run=dataclasses.replace(config.run, device="cpu"),
+    plain = dataclasses.replace(
+        config, parallel=ParallelConfig(), precision=PrecisionConfig("fp32"), checkpoint=CheckpointConfig()
     )
+    return plain.with_keys({"run.device": "cpu"})
 
 
 @contextlib.contextmanager
@@ -35,8 +32,8 @@ def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterat
     """The checkpoint's whole model, not loaded yet, in this process; its groups are gone afterwards. With `objective`
     it attends as an encoder or a decoder does, whatever it was trained as."""
     config = single_process_config(resume.checkpoint_config(checkpoint))
-    run = dataclasses.replace(config.run, objective=objective or config.run.objective)
-    train_state = build_single_process(dataclasses.replace(config, run=run), initial_weights=False)
+    config = config.with_keys({"run.objective": objective or config.run.objective})
+    train_state = build_single_process(config, initial_weights=False)
     try:
         yield train_state
     finally:

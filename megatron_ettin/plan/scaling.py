@@ -209,8 +209,7 @@ def scaled(
         return found[0] if found else None
 
     def weak(gpus: int) -> Planned | None:
-        batch = dataclasses.replace(config.batch, global_batch_rows=rows_a_gpu * gpus)
-        return fastest(dataclasses.replace(config, batch=batch), gpus)
+        return fastest(config.with_keys({"batch.global_batch_rows": rows_a_gpu * gpus}), gpus)
 
     base = weak(growth.first)
     rows: list[Scaled] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
@@ -68,17 +67,13 @@ def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Co
 def _spanning(config: Config, free: Collection[str], end: int) -> Config:
     """Return the run with the free keys of its schedule in the proportions that they have to `run.tokens`."""
 
-    def share(key: str) -> int:
-        group, name = key.split(".")
-        value: int = getattr(getattr(config, group), name)
-        return value * end // config.run.tokens if key in free else value
-
-    warmup, decay, batch_warmup = map(share, SPAN[:-1])
-    schedule = dataclasses.replace(config.schedule, warmup_tokens=warmup, decay_tokens=decay)
-    if decays(schedule) and decay + (warmup if schedule.name == "wsd" else 0) <= end:
-        schedule = dataclasses.replace(schedule, end_tokens=end)
-    batch = dataclasses.replace(config.batch, warmup_tokens=batch_warmup)
-    return dataclasses.replace(config, schedule=schedule, batch=batch)
+    shares = {key: config.value(key) * end // config.run.tokens for key in SPAN[:-1] if key in free}
+    fitted = config.with_keys(shares)
+    schedule = fitted.schedule
+    warmup = schedule.warmup_tokens if schedule.name == "wsd" else 0
+    if decays(schedule) and schedule.decay_tokens + warmup <= end:
+        fitted = fitted.with_keys({"schedule.end_tokens": end})
+    return fitted
 
 
 def decays(schedule: ScheduleConfig) -> bool:
@@ -91,11 +86,7 @@ def free_by_value(config: Config) -> frozenset[str]:
     run, schedule = config.run, config.schedule
     base = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     keys = ["schedule.end_tokens"] if schedule.end_tokens is None else []
-    for key in SPAN[:-1]:
-        group, name = key.split(".")
-        whole: int = getattr(getattr(base, group), name)
-        if getattr(getattr(config, group), name) == whole * run.tokens // base.run.tokens:
-            keys.append(key)
+    keys += [key for key in SPAN[:-1] if config.value(key) == base.value(key) * run.tokens // base.run.tokens]
     return frozenset(keys)
 
 
@@ -144,12 +135,7 @@ def describe_fit(config: Config, fitted: Config, row_tokens: float) -> str | Non
     """
     if fitted == config:
         return None
-    changed = [
-        f"{key} {getattr(getattr(fitted, group), name):,}"
-        for key in SPAN
-        for group, name in [key.split(".")]
-        if getattr(getattr(fitted, group), name) != getattr(getattr(config, group), name)
-    ]
+    changed = [f"{key} {fitted.value(key):,}" for key in SPAN if fitted.value(key) != config.value(key)]
     return (
         f"run.steps {config.run.steps:,} ends before run.tokens {config.run.tokens:,}, and the schedule with it, for"
         f" rows of {row_tokens:,.0f} tokens: {', '.join(changed)}; schedule.end_tokens={config.run.tokens} keeps that"

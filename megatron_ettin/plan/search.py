@@ -147,10 +147,8 @@ def layout(config: Config, degrees: dict[str, int], rows: int, recompute: str, n
     }
     usual |= {"overlap": True, "recompute": recompute}
     free = {key: value for key, value in usual.items() if f"parallel.{key}" not in given}
-    parallel = dataclasses.replace(config.parallel, **{**degrees, **free})
-    return dataclasses.replace(
-        config, parallel=parallel, batch=dataclasses.replace(config.batch, micro_batch_rows=rows)
-    )
+    chosen = {f"parallel.{key}": value for key, value in {**degrees, **free}.items()}
+    return config.with_keys({**chosen, "batch.micro_batch_rows": rows})
 
 
 def efficiency(

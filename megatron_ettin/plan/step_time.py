@@ -12,7 +12,6 @@ as platform/comm_volume.py counts it on real ranks (tests/plan/test_volumes.py h
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import asdict, astuple, dataclass
@@ -112,8 +111,7 @@ def computed_row_tokens(config: Config) -> float:
 
 def operations_per_token(config: Config, chunk_tokens: float) -> float:
     """Forward and backward, rows being chunks of that length."""
-    data = dataclasses.replace(config.data, seq_len=max(1, round(chunk_tokens)))
-    return mean_flops_per_token(dataclasses.replace(config, data=data))
+    return mean_flops_per_token(config.with_keys({"data.seq_len": max(1, round(chunk_tokens))}))
 
 
 def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:

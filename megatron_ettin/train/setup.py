@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def setup_training(
     Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
     is half a minute for nothing."""
     if not training:  # nothing would keep their masters
-        config = replace(config, precision=replace(config.precision, fp8_weights=False))
+        config = config.with_keys({"precision.fp8_weights": False})
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
     platform.check_tp_overlap(config.parallel.tp_overlap)

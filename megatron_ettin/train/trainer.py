@@ -328,7 +328,7 @@ def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
             f"run.steps: {config.run.steps:,}, but data.order {config.data.order} ends with step {steps:,}"
             f" ({counted(corpus.end, 'row')})"
         )
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=config.run.steps or steps))
+    return config.with_keys({"run.steps": config.run.steps or steps})
 
 
 def with_schedule(config: Config, launch: TrainArgs, corpus: BlendedDataset) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
 
 
 def test_parse_of_a_run_that_has_begun_with_a_large_decay_goes_on() -> None:
-    base = parse("17m", "mlm", "decay")
-    begun = dataclasses.replace(base, optim=dataclasses.replace(base.optim, weight_decay=0.1))
+    begun = parse("17m", "mlm", "decay").with_keys({"optim.weight_decay": 0.1})
     assert parse("17m", "mlm", "decay", words=["optim.weight_decay=0.1"], begun=begun).optim.weight_decay == 0.1
     with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.2 is"):
         parse("17m", "mlm", "decay", words=["optim.weight_decay=0.2"], begun=begun)

@@ -21,9 +21,7 @@ from megatron_ettin.train.setup import setup_training
 
 def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     config = single_process_config(resume.checkpoint_config(checkpoint))
-    parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp)
-    named = dataclasses.replace(config.precision, name=precision)
-    config = dataclasses.replace(config, parallel=parallel, precision=named)
+    config = config.with_keys({"parallel.tp": tp, "parallel.pp": pp, "precision.name": precision})
     place, platform = read_distributed_env(), detect("cpu")
     init_process_group(place, platform)
     train_state = setup_training(config, platform, place.world, training=False, initial_weights=False)

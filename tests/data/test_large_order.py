@@ -3,7 +3,6 @@ opening it nor answering for a late step takes memory that grows with it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import subprocess
@@ -42,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixture = [{"path": str(source), "weight": 1.0} for source in folders]
     words = ["data.seq_len=1024", "batch.global_batch_rows=32", "batch.warmup_min_rows=8", "batch.warmup_tokens=1B"]
     config = parse("17m", "mlm", "pretrain", words=words)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture))
+    config = config.with_keys({"data.mixture": mixture})
     sizes = BatchSizes.of(config.batch, ROW_TOKENS)
     fill_positions(folders, ROW_TOKENS, range(sizes.rows_before(STEPS[0] - 1), sizes.rows_before(STEPS[-1])))
     path = folder / "config.yaml"

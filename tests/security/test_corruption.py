@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_ettin.cli.main import main
@@ -31,7 +30,7 @@ def compile_an_order(folder: Path) -> None:
     assert main(["order", str(folder / "run"), "--steps", "1:3", "--out", str(given)]) == 0
     config = from_yaml(folder / "run" / "config.yaml")
     mixture = [{"path": str(folder / "dataset")}]
-    open_run_dataset(replace(config, data=replace(config.data, mixture=mixture, order=str(given))))
+    open_run_dataset(config.with_keys({"data.mixture": mixture, "data.order": str(given)}))
 
 
 def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Path) -> None:
