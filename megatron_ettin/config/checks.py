@@ -14,7 +14,7 @@ from megatron_ettin.base.text import refuse_secrets
 from megatron_ettin.config.layouts import check_graphs, check_parallel, check_zero
 from megatron_ettin.config.schema import Config, all_keys
 from megatron_ettin.config.tables import HEAD_DIM, OBJECTIVES, PRECISIONS
-from megatron_ettin.config.values import check_profile, parse_points, parse_skips, validation_sets
+from megatron_ettin.config.values import parse_points, validation_sets
 
 # of a weight decay to the rate that it is for: torch's coefficient, of which 0.1 is usual
 MOST_DECAY_TO_RATE = 10
@@ -34,7 +34,6 @@ def check(config: Config) -> None:
         check_schedule,
         check_batch,
         check_validation,
-        check_profile,
         check_secrets,
     ):
         group(config)
@@ -166,7 +165,6 @@ def check_batch(config: Config) -> None:
             "batch.loss_normalization: microbatch counts micro-batches, and a batch warm-up has empty ones; it needs"
             f" batch.warmup_tokens=0, found {batch.warmup_tokens}"
         )
-    parse_skips(config.data.skip)
     objective = OBJECTIVES[config.run.objective]
     if objective.needs_mask_token and config.data.mlm_probability == 0:
         raise UserError("data.mlm_probability: 0 leaves the encoder nothing to predict; the recipe has 0.30 or 0.15")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class Key:
     choices: tuple[str, ...] = ()
     science: bool | str = False
     """Whether the key must not change within a run directory; a text says in which runs it must not (science.py)."""
+    parse: Callable[[Any, str], Any] | None = None
+    """Read a value that a user or a stored config.yaml has, older forms too. Called with the value and the key."""
     path: bool = False
     """Whether values name files or folders, for the completion of shells."""
 
@@ -65,7 +68,10 @@ def key(doc: str, default: Any = MISSING, **about: Any) -> Any:
         default: its default; without one the recipe's tables have to give a value.
         about: the other fields of `Key`.
     """
-    return dataclasses.field(default=default, metadata={METADATA: Key(doc=doc, **about)})
+    metadata = {METADATA: Key(doc=doc, **about)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 science_key = functools.partial(key, science=True)

@@ -66,14 +66,9 @@ def check_parallel(config: Config) -> None:
     check_recompute(config)
 
 
-def recomputed_modules(parallel: ParallelConfig) -> list[str]:
-    """What selective recomputation recomputes."""
-    return [name.strip() for name in parallel.recompute_modules.split(",")]
-
-
 def check_recompute(config: Config) -> None:
     parallel = config.parallel
-    if wrong := [name for name in recomputed_modules(parallel) if name not in RECOMPUTED]:
+    if wrong := [name for name in parallel.recompute_modules if name not in RECOMPUTED]:
         raise UserError(
             f"parallel.recompute_modules: {wrong[0]!r} does not exist{nearest(wrong[0], RECOMPUTED)}; it is one or more"
             f" of {', '.join(RECOMPUTED)}"
@@ -101,13 +96,10 @@ def stage_layers(config: Config) -> list[int]:
     stages = parallel.pp * parallel.vp
     if parallel.pipeline_layers is None:
         return split_evenly(layer_operations(config), stages)
-    try:
-        split = [int(part) for part in str(parallel.pipeline_layers).split(",")]
-    except ValueError:
-        split = []
+    split = parallel.pipeline_layers
     if len(split) != stages or sum(split) != layers or min(split) < 1:
         raise UserError(
-            f"parallel.pipeline_layers: {parallel.pipeline_layers!r} must be {stages} whole numbers (pp x vp), each at"
+            f"parallel.pipeline_layers: {split} must be {stages} whole numbers (pp x vp), each at"
             f" least 1, that sum to {layers} layers"
         )
     return split

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Optional
 
 from megatron_ettin.config.keys import key, science_key
+from megatron_ettin.config.values import names, rank_list, step_span, whole_numbers
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
 # Calls of `key` make fields, as those of dataclasses.field do.
-# ruff: noqa: UP045
+# ruff: noqa: UP045, RUF009
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,18 @@ class ParallelConfig:
     tp_overlap: bool = key(
         "Overlap the gathers and scatters of sequence parallelism with matrix products (Transformer Engine).", False
     )
-    pipeline_layers: Optional[str] = key(
-        "Layers of each pipeline stage in order, such as `4,3`. Not set: stages of equal work.", None
+    pipeline_layers: Optional[list[int]] = key(
+        "Layers of each pipeline stage in order, such as `[4, 3]`. Not set: stages of equal work.",
+        None,
+        parse=whole_numbers,
     )
     recompute: str = key(
         "Activations that backward computes again: those of some modules, or those of whole layers.",
         "none",
         choices=("none", "selective", "full"),
     )
-    recompute_modules: str = key(
-        "Modules of selective recomputation: `core_attn`, `mlp` or `core_attn,mlp`.", "core_attn"
+    recompute_modules: list[str] = key(
+        "Modules of selective recomputation: one or both of `core_attn` and `mlp`.", ["core_attn"], parse=names
     )
     recompute_layers: Optional[int] = key(
         "Layers of each stage that full recomputation recomputes. Not set: all.", None, unit="layers", at_least=1
@@ -180,6 +183,13 @@ class ResilienceConfig:
 class ProfileConfig:
     """Traces of the profiler."""
 
-    steps: Optional[str] = key("Steps to trace: `A:B` traces steps A to B - 1.", None, unit="steps")
-    ranks: str = key("Ranks that trace: numbers with commas between, or `all`.", "0")
+    steps: Optional[list[int]] = key(
+        "Steps to trace: `[5, 8]` traces steps 5 to 7. At most 50.", None, unit="steps", parse=step_span
+    )
+    ranks: Optional[list[int]] = key("Ranks that trace. `all`, which is `null`: all of them.", [0], parse=rank_list)
     memory: bool = key("Write a snapshot of the GPU's allocations too.", False)
+
+    @property
+    def step_range(self) -> range:
+        """Steps to trace, counted from 1; empty where none are."""
+        return range(*self.steps) if self.steps else range(0)

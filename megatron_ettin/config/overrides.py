@@ -24,7 +24,7 @@ from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.recipe import PHASES
-from megatron_ettin.config.schema import key_types
+from megatron_ettin.config.schema import all_keys, key_types
 
 Groups = dict[str, Any]  # group -> key -> value
 
@@ -190,10 +190,21 @@ def check_keys(layer: dict[str, Any]) -> None:
             if name not in types:
                 raise UserError(f"unknown key {name!r}{nearest_key(name, types)}")
             wants_count = types[name] is int or int in getattr(types[name], "__args__", ())
-            if wants_count and isinstance(value, (str, float)):
+            if (parse := all_keys()[name].parse) is not None and value is not None:
+                keys[key] = parse(value, name)
+            elif wants_count and isinstance(value, (str, float)):
                 keys[key] = parse_count(value, name)
             elif _wants_float(types[name]) and isinstance(value, str):
                 keys[key] = _as_float(value, name)
+
+
+def upgrade_keys(groups: Groups) -> None:
+    """Give a stored config.yaml's groups the form of today, in place: what was text is a list. Raises UserError."""
+    for name, key in all_keys().items():
+        group, _, short = name.partition(".")
+        keys = groups.get(group)
+        if key.parse is not None and isinstance(keys, dict) and keys.get(short) is not None:
+            keys[short] = key.parse(keys[short], name)
 
 
 def _unknown_group(group: str, keys: Any, types: Collection[str]) -> str:

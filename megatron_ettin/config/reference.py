@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from megatron_ettin.config.schema import all_keys, groups, key_types
 
@@ -36,7 +36,8 @@ def reference() -> str:
 
 def _row(name: str, field: dataclasses.Field[Any]) -> str:
     key = all_keys()[name]
-    default = "recipe" if field.default is dataclasses.MISSING else f"`{_yaml(field.default)}`"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = "recipe" if value is dataclasses.MISSING else f"`{_yaml(value)}`"
     allowed = key.range or ", ".join(f"`{choice}`" for choice in key.choices)
     science = key.science if isinstance(key.science, str) else "yes" if key.science else ""
     cells = [f"`{name}`", type_name(key_types()[name]), default, key.unit, allowed, science, key.doc]
@@ -45,12 +46,17 @@ def _row(name: str, field: dataclasses.Field[Any]) -> str:
 
 def type_name(hint: Any) -> str:
     """Return the type of a key's values in words: `int`, `str`, `any`."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    return ", ".join("any" if kind is Any else kind.__name__ for kind in kinds)
+    inner = get_args(hint)
+    if get_origin(hint) is list:
+        return f"list of {type_name(inner[0])}"
+    kinds = [one for one in inner or (hint,) if one is not type(None)]
+    return ", ".join("any" if one is Any else one.__name__ if not get_args(one) else type_name(one) for one in kinds)
 
 
 def _yaml(value: Any) -> str:
     """Return a default as a YAML file has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

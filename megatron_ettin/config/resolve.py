@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.overrides import given, keys_of, layers_of, read_user_config, read_yaml
+from megatron_ettin.config.overrides import given, keys_of, layers_of, read_user_config, read_yaml, upgrade_keys
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config, groups, key_types
 from megatron_ettin.config.tables import SIZES
@@ -125,6 +125,7 @@ def from_yaml(path: Path) -> Config:
         if isinstance(content.get(group), dict):
             content[group].pop(key, None)
     keep_early_decay(content)
+    upgrade_keys(content)
     try:
         return to_config(content)
     except (KeyError, TypeError) as error:
@@ -190,9 +191,10 @@ def apply_linked_defaults(
         `merged`.
     """
     kept = kept_by(begun, {*given, *of_file})
-    for key in kept if begun is not None else ():
-        group, name = key.split(".")
-        merged[group][name] = begun.value(key)
+    if begun is not None:
+        for key in kept:
+            group, name = key.split(".")
+            merged[group][name] = begun.value(key)
     fixed = {*given, *kept}
     if "optim.lr" in given and "optim.max_lr" not in fixed:
         merged.optim.max_lr = merged.optim.lr * (base.optim.max_lr / base.optim.lr)

@@ -21,6 +21,7 @@ from megatron_ettin.config.operations import (
     ResilienceConfig,
 )
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
+from megatron_ettin.config.values import row_ranges
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
 # Calls of `key` make fields, as those of dataclasses.field do.
@@ -180,8 +181,10 @@ class DataConfig:
         path=True,
         science="keyed or recorded; the path may change",
     )
-    skip: Optional[str] = science_key(
-        "Rows that are left out: `FIRST:END` positions of the order, several with commas between.", None
+    skip: Optional[list[list[int]]] = science_key(
+        "Rows that are left out: `[[FIRST, END], ...]`, positions of the order from FIRST to END - 1.",
+        None,
+        parse=row_ranges,
     )
     order_missing: str = key(
         "What to do with samples of a recorded order that no dataset has: stop, or leave them out.",

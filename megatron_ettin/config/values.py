@@ -1,10 +1,6 @@
-"""A share that changes over a run, as text: `0.5`, or `0:1, 10B:0.5, 20B:0` (tokens:share, linear in between).
+"""Values of keys that are more than one number or name: shares over tokens, ranges of rows, lists, validation datasets.
 
-Rows that a run leaves out: `A:B,C:D`, positions of the data order as metrics.jsonl has them under `rows`.
-
-`data.validation`: what a run is evaluated on, as names and paths.
-
-What `profile.*` asks for: steps `A:B` (A to B - 1, counted as in metrics.jsonl) on some ranks."""
+Lists are written as YAML lists. Texts such as `4,3` and `0:8,16:24`, which earlier versions had, are read too."""
 
 from __future__ import annotations
 
@@ -17,9 +13,10 @@ from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import parse_count
-from megatron_ettin.config.schema import Config
 
 Points = tuple[tuple[int, float], ...]
+# a trace of a step is megabytes, and is held in memory until it is written
+MOST_STEPS = 50
 
 
 def parse_points(value: Any, key: str) -> Points:
@@ -60,31 +57,81 @@ def share_at(points: Points, tokens: float) -> float:
 
 
 Skips = tuple[tuple[int, int], ...]
-FORM = "write FIRST:END, such as 281600:309760, several with commas between"
 
 
-def place_of(number: int, skips: Skips) -> int:
-    """The position in the order of a run's row number `number`; rows left out have no number."""
+def order_index(row_index: int, skips: Skips) -> int:
+    """Return the position in the order of a run's row; rows left out have no row index."""
     for first, end in skips:
-        if number >= first:
-            number += end - first
-    return number
+        if row_index >= first:
+            row_index += end - first
+    return row_index
 
 
-def parse_skips(value: str | None, key: str = "data.skip") -> Skips:
-    """Ranges [first, end), ascending and apart. Raises UserError."""
+def parse_skips(value: Any, key: str = "data.skip") -> Skips:
+    """Read ranges of rows [first, end): `[[0, 8], [16, 24]]`, or the older `0:8,16:24`. Raises UserError where they are
+    out of order."""
     if value is None:
         return ()
-    found = []
-    for part in str(value).split(","):
-        first, colon, end = part.strip().replace("_", "").partition(":")
-        if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end)):
-            raise UserError(f"{key}: {part.strip()!r} is no range of rows; {FORM}")
-        found.append((int(first), int(end)))
-    for before, after in itertools.pairwise(found):
+    ranges = []
+    for part in value if isinstance(value, list) else str(value).split(","):
+        numbers = _numbers(part, ":")
+        if numbers is None or len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+            raise UserError(f"{key}: {part!r} is not a range of rows; write [[FIRST, END], ...] such as [[0, 8]]")
+        ranges.append((numbers[0], numbers[1]))
+    for before, after in itertools.pairwise(ranges):
         if after[0] < before[1]:
             raise UserError(f"{key}: {before[0]}:{before[1]} and {after[0]}:{after[1]} overlap or are out of order")
-    return tuple(found)
+    return tuple(ranges)
+
+
+def row_ranges(value: Any, key: str) -> list[list[int]] | None:
+    """Read ranges of rows as `parse_skips` does, as plain lists; None for no range."""
+    return [list(one) for one in parse_skips(value, key)] or None
+
+
+def whole_numbers(value: Any, key: str) -> list[int]:
+    """Read `[4, 3]`, or the older `4,3`. Raises UserError."""
+    numbers = _numbers(value, ",")
+    if numbers is None:
+        raise UserError(f"{key}: {value!r} is not a list of whole numbers; write it as [4, 3]")
+    return numbers
+
+
+def names(value: Any, key: str) -> list[str]:
+    """Read `[core_attn, mlp]`, or the older `core_attn,mlp`. Raises UserError."""
+    parts = [str(part).strip() for part in (value if isinstance(value, list) else str(value).split(","))]
+    if not parts:
+        raise UserError(f"{key}: is empty; give at least one name")
+    return parts
+
+
+def rank_list(value: Any, key: str) -> list[int] | None:
+    """Read `[0, 8]`, the older `0,8`, or `all`, which is None. Raises UserError."""
+    if value == "all":
+        return None
+    numbers = _numbers(value, ",")
+    if not numbers or min(numbers) < 0:
+        raise UserError(f"{key}: {value!r} is neither `all` nor a list of ranks such as [0, 8]")
+    return numbers
+
+
+def step_span(value: Any, key: str) -> list[int]:
+    """Read `[FIRST, END]`, the older `FIRST:END`, or a single step. Raises UserError."""
+    numbers = _numbers(value, ":") or []
+    first, end = numbers if len(numbers) == 2 else (*numbers, numbers[0] + 1) if len(numbers) == 1 else (0, 0)
+    if not 1 <= first < end:
+        raise UserError(f"{key}: {value!r} is not [FIRST, END] (steps FIRST to END - 1, from 1 on) or a single step")
+    if end - first > MOST_STEPS:
+        raise UserError(f"{key}: {value} are {end - first:,} steps; at most {MOST_STEPS}, because all are in memory")
+    return [first, end]
+
+
+def _numbers(value: Any, separator: str) -> list[int] | None:
+    """Return the whole numbers of a list, of its older text, or a single one; None for anything else."""
+    try:
+        return [int(str(part).strip()) for part in (value if isinstance(value, list) else str(value).split(separator))]
+    except ValueError:
+        return None
 
 
 FORMS = "a DATASET path, a list of paths or {name: path}"
@@ -117,36 +164,3 @@ def validation_sets(value: Any, key: str = "data.validation") -> dict[str, str]:
 def name_of(path: str) -> str:
     parts = PurePath(path).parts
     return parts[-2] if len(parts) > 1 and parts[-1] == HELD_OUT else parts[-1] if parts else path
-
-
-MOST_STEPS = 50  # a trace of a step is megabytes, and is held in memory until it is written
-
-
-def profiled_steps(config: Config) -> range:
-    """Steps from 1; empty where none are asked for. Raises UserError."""
-    text = config.profile.steps
-    if text is None:
-        return range(0)
-    first, colon, end = str(text).partition(":")
-    if not (first.isdigit() and int(first) >= 1 and (not colon or (end.isdigit() and int(end) > int(first)))):
-        raise UserError(f"profile.steps: {text!r} is not A:B (steps A to B - 1, from 1 on) or a single step")
-    steps = range(int(first), int(end) if colon else int(first) + 1)
-    if len(steps) > MOST_STEPS:
-        raise UserError(f"profile.steps: {text} are {len(steps):,} steps; at most {MOST_STEPS}, for all are in memory")
-    return steps
-
-
-def profiled_ranks(config: Config) -> tuple[int, ...] | None:
-    """None: all of them. Raises UserError."""
-    text = str(config.profile.ranks)
-    if text == "all":
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise UserError(f"profile.ranks: {text!r} is neither 'all' nor numbers of ranks such as 0,8")
-    return tuple(int(part) for part in parts)
-
-
-def check_profile(config: Config) -> None:
-    profiled_steps(config)
-    profiled_ranks(config)

@@ -92,7 +92,7 @@ def way_back(run_dir: Path, progress: Progress) -> str:
     last_made = progress.step - progress.skipped_in_row
     steps = [step_of(path) for path in list_checkpoints(run_dir)]
     good = [step for step in steps if step < last_made]
-    change = "change what led here (a lower optim.lr, data.skip=FIRST:END of the rows)"
+    change = "change what led here (a lower optim.lr, data.skip=[[FIRST,END]] of the rows)"
     if last_made in steps:
         found = f"the weights of {step_name(last_made)} gave these figures"
         if not good:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_ettin.config.layouts import recomputed_modules
 from megatron_ettin.config.operations import ParallelConfig
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
@@ -48,7 +47,7 @@ def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
         "cpu_offloading_weights": False,
     }
     if parallel.recompute == "selective":
-        keys |= {"recompute_granularity": "selective", "recompute_modules": recomputed_modules(parallel)}
+        keys |= {"recompute_granularity": "selective", "recompute_modules": parallel.recompute_modules}
     elif parallel.recompute == "full":
         every = parallel.recompute_layers is None
         keys |= {"recompute_granularity": "full", "recompute_method": "uniform" if every else "block"}

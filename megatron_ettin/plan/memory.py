@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from megatron_ettin.config.layouts import micro_batches, recomputed_modules, stage_layers, with_split_rows, zero_stage
+from megatron_ettin.config.layouts import micro_batches, stage_layers, with_split_rows, zero_stage
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS, ROW_OBJECTIVES, layer_parameter_count
 
@@ -163,7 +163,7 @@ def layer_bytes(config: Config, number: int, fused: bool) -> float:
     outside = 2 * norm + (4 if fused else model.hidden_size)
     if number == 0:
         outside -= norm - model.hidden_size * element  # it has no first norm, but an input of its own
-    recomputed = recomputed_modules(parallel) if parallel.recompute == "selective" else []
+    recomputed = parallel.recompute_modules if parallel.recompute == "selective" else []
     inner = 0 if "mlp" in recomputed else (3 if fused else 4) * model.ffn_hidden_size * element
     attention = 4 * model.hidden_size * element if "core_attn" in recomputed else attention_bytes(config, number, fused)
     return micro_batch_tokens(config) * (outside / slices(config) + (inner + attention) / parallel.tp)

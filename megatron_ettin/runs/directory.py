@@ -22,11 +22,11 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
-from megatron_ettin.config.overrides import nearest_key
+from megatron_ettin.config.overrides import nearest_key, upgrade_keys
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config, key_types
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
-from megatron_ettin.config.values import parse_skips, place_of
+from megatron_ettin.config.values import order_index, parse_skips
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.runs.history import (
@@ -146,7 +146,7 @@ def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> Non
     would move, and some be lost."""
     path = run_dir / "config.yaml"
     before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
-    reached = place_of(trained_rows - 1, before) + 1 if trained_rows else 0
+    reached = order_index(trained_rows - 1, before) + 1 if trained_rows else 0
     for first, end in sorted(set(before) ^ set(corpus.skips)):
         if first < reached:
             raise UserError(
@@ -167,6 +167,7 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
     """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
     it is another run's then. Keys that a launch of this run was allowed to change may differ."""
     groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
+    upgrade_keys(groups)
     allowed = {*allow, *(key for launch in read_launches(run_dir) for key in allowed_changes(launch))}
     if not fixes_guard(checkpoint / "config.yaml"):
         allowed |= set(GUARD_KEYS)

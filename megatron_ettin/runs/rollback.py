@@ -16,22 +16,25 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint import directory
+from megatron_ettin.config.values import row_ranges
 
 RECORD = "rolled_back.json"
 ASIDE = "rolled_back"  # folder of what was put aside
 
 
-def check_roll_back(run_dir: Path, step: int, skip: str | None) -> None:
+def check_roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> None:
     """Raise UserError where the run neither went back to `step` before nor has a checkpoint of it."""
     if not _was_done(run_dir, step, skip):
         directory.at_step(run_dir, step)
 
 
-def _was_done(run_dir: Path, step: int, skip: str | None) -> bool:
-    return any((entry.get("to"), entry.get("skip")) == (step, skip) for entry in rolled_back(run_dir))
+def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
+    # earlier versions recorded the skips as text
+    done = [(entry.get("to"), row_ranges(entry.get("skip"), "skip")) for entry in rolled_back(run_dir)]
+    return (step, skip) in done
 
 
-def roll_back(run_dir: Path, step: int, skip: str | None) -> bool:
+def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     """Make `step` the newest checkpoint of the run; False where that was done before. Raises UserError where the run
     has no such checkpoint. A kill in between leaves nothing that the same call does not finish."""
     if _was_done(run_dir, step, skip):

@@ -23,7 +23,6 @@ from megatron_ettin.batching.loader import LoadedBatch
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
-from megatron_ettin.config.values import profiled_steps
 from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
 from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.parallel.collectives import all_reduce_sum
@@ -193,7 +192,7 @@ def train_step(
     optimizer.zero_grad()
     count = batches.micro_batch_count(step)
     read = clock.reading(batches.step(step, loaded))
-    profiled = step + 1 in profiled_steps(train_state.config)
+    profiled = step + 1 in train_state.config.profile.step_range
     with named(train_state.platform, f"forward and backward of step {step + 1}", profiled):
         unread = run_micro_batches(train_state, read, count, training=True)
     clock.update()

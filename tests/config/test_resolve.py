@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, parse_count
@@ -115,7 +116,7 @@ REFUSED = {
     "schedule.name=one_minus_sqrt schedule.decay_tokens=2T": "schedule.decay_tokens: 2000000000000 is more than run.tokens",
     "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",
     "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
-    "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: '20,9' must be 2 whole numbers",
+    "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: [20, 9] must be 2 whole numbers",
     "batch.loss_normalization=microbatch batch.warmup_tokens=3B": "it needs batch.warmup_tokens=0, found 3000000000",
     "run.device=tpu": "run.device: 'tpu' does not exist",
 }
@@ -173,6 +174,40 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
 )
 def test_stage_layers_split_unevenly_over_stages(size: str, words: str, layers: list[int]) -> None:
     assert stage_layers(parse(size, "mlm", "pretrain", words=words.split())) == layers
+
+
+OLD_LISTS = {
+    "parallel.pipeline_layers": ("3,4", "[3, 4]"),
+    "parallel.recompute_modules": ("core_attn, mlp", "[core_attn, mlp]"),
+    "data.skip": ("0:8,16:24", "[[0, 8], [16, 24]]"),
+    "profile.steps": ("5:8", "[5, 8]"),
+    "profile.ranks": ("0,8", "[0, 8]"),
+}
+
+
+@pytest.mark.parametrize("key", OLD_LISTS)
+def test_parse_and_from_yaml_read_lists_and_their_older_texts(key: str, tmp_path: Path) -> None:
+    old, new = OLD_LISTS[key]
+    one, other = (parse("17m", "mlm", "pretrain", words=["parallel.pp=2", f"{key}={text}"]) for text in (old, new))
+    assert one == other
+    assert isinstance(one.value(key), list)
+    group, name = key.split(".")
+    content = yaml.safe_load(to_yaml(one))
+    content[group][name] = old
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert from_yaml(tmp_path / "config.yaml") == one
+    (tmp_path / "user.yaml").write_text(yaml.safe_dump({"parallel": {"pp": 2}, **{group: content[group]}}))
+    assert parse("17m", "mlm", "pretrain", tmp_path / "user.yaml", ["parallel.pp=2"]) == one
+
+
+@pytest.mark.parametrize(
+    ("word", "same"),
+    [("profile.ranks=all", "profile.ranks=null"), ("profile.steps=5", "profile.steps=[5, 6]"), ("data.skip=[]", "")],
+)
+def test_parse_short_forms_of_lists_mean_the_long_ones(word: str, same: str) -> None:
+    assert parse("17m", "mlm", "pretrain", words=[word]) == parse(
+        "17m", "mlm", "pretrain", words=[same] if same else []
+    )
 
 
 def test_science_keys_ignore_operations_keys() -> None:

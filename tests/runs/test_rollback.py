@@ -61,7 +61,7 @@ def test_data_skip_after_from_step_leaves_out_rows(
     skip = "data.skip=24:32"
     (refused,) = pool.run(1, command(run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3"]))
     assert refused.status == 2
-    assert "was started with data.skip=None, now data.skip=24:32" in refused.output
+    assert "was started with data.skip=None, now data.skip=[[24, 32]]" in refused.output
     found = train(pool, 1, run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3", "--allow-change", "data.skip"])
     assert found.column("rows") == [[0, 8], [8, 16], [16, 24], [32, 40], [40, 48], [48, 56]]
     assert found.column("loss")[:3] == whole.column("loss")[:3]

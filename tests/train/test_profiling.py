@@ -57,10 +57,10 @@ def test_resume_from_config_of_earlier_version_is_accepted(pool: Pool, corpus: P
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("profile.steps=0:2", "profile.steps: '0:2' is not A:B"),
-        ("profile.steps=5:5", "profile.steps: '5:5' is not A:B"),
+        ("profile.steps=0:2", "profile.steps: '0:2' is not [FIRST, END]"),
+        ("profile.steps=5:5", "profile.steps: '5:5' is not [FIRST, END]"),
         ("profile.steps=1:900", "profile.steps: 1:900 are 899 steps; at most 50"),
-        ("profile.ranks=first", "profile.ranks: 'first' is neither 'all' nor numbers of ranks"),
+        ("profile.ranks=first", "profile.ranks: 'first' is neither `all` nor a list of ranks"),
         ("profile.memory=true profile.steps=1", "profile.memory: needs a GPU, found none"),
     ],
 )

@@ -1,9 +1,8 @@
-"""`profile.steps=A:B`: a trace of these steps on the ranks that are asked for, and a summary of what took longest."""
+"""Trace the steps of `profile.steps` on the ranks of `profile.ranks`, and summarise what took longest."""
 
 from __future__ import annotations
 
 from megatron_ettin.base.log import log_info, log_warning
-from megatron_ettin.config.values import profiled_ranks, profiled_steps
 from megatron_ettin.platform.profiler import Profiler
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.step import StepInfo
@@ -15,7 +14,7 @@ class Profiling(Hook):
     """Begins before the first of the steps and writes after the last; a run that ends sooner writes what it has."""
 
     def start(self, run: Run) -> None:
-        self.steps, ranks = profiled_steps(run.config), profiled_ranks(run.config)
+        self.steps, ranks = run.config.profile.step_range, run.config.profile.ranks
         self.profiler: Profiler | None = None
         self.is_chosen = bool(self.steps) and (ranks is None or run.train_state.layout.rank in ranks)
         self._begin_before(run, run.progress.step + 1)
