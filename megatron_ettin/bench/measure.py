@@ -49,7 +49,7 @@ class Lengths:
 def measure(config: Config, corpus: Any, place: DistributedEnv, platform: Platform, lengths: Lengths) -> dict[str, Any]:
     """Figures of one run on all ranks, equal on every rank. Raises UserError, or torch's error of a full device."""
     train_state = None
-    platform.forget_peak_memory()
+    platform.reset_peak_memory()
     try:
         init_process_group(place, platform)
         train_state = setup_training(config, platform, place.world)
@@ -120,7 +120,7 @@ def timed(
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
             waited = waiting(loader.step(step), timers)
-            with traffic.watch(timers.communication):
+            with traffic.track(timers.communication):
                 info = train_step(
                     train_state, batches, step, 0, train_state.config.optim.lr, False, waited, guard_of(train_state)
                 )

@@ -18,7 +18,7 @@ from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.parallel.failure_report import raise_on_all
-from megatron_ettin.platform.fp8 import raw
+from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.setup import TrainState
 from megatron_ettin.train.step import StepInfo, run_micro_batches
@@ -134,7 +134,7 @@ def sums(train_state: TrainState) -> dict[str, tuple[bool, int]]:
     for number, chunk in enumerate(train_state.model_chunks):
         for name, weight in chunk.named_parameters():
             cut = bool(getattr(weight, "tensor_model_parallel", False))
-            found[f"chunk {number} {name}" if number else name] = (cut, sum_of_bits(raw(weight.data)))
+            found[f"chunk {number} {name}" if number else name] = (cut, sum_of_bits(raw_data(weight.data)))
     return found
 
 

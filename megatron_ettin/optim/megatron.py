@@ -105,12 +105,6 @@ class MegatronEngine:
             torch.nn.utils.clip_grads_with_norm_(self.core.get_parameters(), self.clip_grad, self._norm)
         self.core.step_with_ready_grads()
 
-    def step(self, lr: float) -> float:
-        """Run `prepare` and `update` and return `norm`."""
-        self.prepare()
-        self.update(lr)
-        return self.norm()
-
     def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
         """Return masters and moments as sharded tensors, with the same keys for every one of core's optimizers."""
         if self.distributed:

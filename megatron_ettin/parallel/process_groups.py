@@ -35,7 +35,7 @@ def init_process_group(
     if dist.is_initialized():
         return
     if platform.is_gpu:
-        flight_recorder.record()
+        flight_recorder.enable()
     timeout = timedelta(seconds=timeout_seconds)
     if place.address is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

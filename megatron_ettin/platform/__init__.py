@@ -1,4 +1,4 @@
-"""Floor 2: the hardware a run stands on. Every name of CUDA, Transformer Engine and communication backends is here."""
+"""Floor 2: the hardware. Only this room names CUDA, Transformer Engine and communication backends."""
 
 from megatron_ettin.platform.device import Platform, detect
 

@@ -1,6 +1,6 @@
-"""Which kernel computes attention here, and why: `run.attention`.
+"""Choose the attention kernel of `run.attention` and say why.
 
-| name | kernel | wants |
+| name | kernel | needs |
 |---|---|---|
 | te-fused | cuDNN's, by Transformer Engine | a GPU, Transformer Engine 2.12, 16-bit |
 | flash | the flash-attn package (3, else 2) | a GPU, the package, 16-bit |
@@ -22,13 +22,17 @@ from megatron_ettin.platform.device import Platform
 
 @dataclass(frozen=True)
 class AttentionChoice:
+    """A kernel's name and the reason it was chosen."""
+
     name: str
     why: str
 
 
 def choose_attention(wanted: str, platform: Platform, precision: str) -> AttentionChoice:
-    """The kernel for `run.attention`; auto is the first of the table that runs. Raises UserError naming why one that
-    was asked for does not run, and what does."""
+    """Return the kernel for `run.attention`; `auto` is the first of the table that runs here.
+
+    Raises:
+        UserError: the requested kernel does not run here; the message says why and names one that does."""
     reasons = {name: missing(platform, precision) for name, missing in KERNELS.items()}
     nearest = next(name for name, reason in reasons.items() if reason is None)
     if wanted == "auto":
@@ -74,7 +78,7 @@ def _flex(platform: Platform, precision: str) -> str | None:
     return None if find_spec("triton") else "needs Triton, which is not installed"
 
 
-# in the order in which `auto` tries them; flex only when asked for, because it compiles for minutes
+# in the order in which `auto` tries them; flex comes after sdpa, so never, because it compiles for minutes
 KERNELS: dict[str, Callable[[Platform, str], str | None]] = {
     "te-fused": _te_fused,
     "flash": _flash,

@@ -1,5 +1,7 @@
-"""What process groups send, and how long this rank waits for it: every collective and transfer passes the methods of
-torch's ProcessGroup, whoever calls it (core, Transformer Engine, this package), and the `wait` of what they return."""
+"""Count the bytes that process groups send, and time the calls and waits of this rank.
+
+Every collective and transfer passes the methods of torch's ProcessGroup, whoever calls it (core, Transformer Engine,
+this package), and the `wait` of the work that they return."""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-# methods (of several versions of torch), and which of their arguments is the whole of what travels
+# methods, in several versions of torch, and the index of the argument that holds all the data that is sent
 WHOLE_OUT = ("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single")
 WHOLE_IN = ("_reduce_scatter_base", "reduce_scatter", "reduce_scatter_single")
 SENT = {
@@ -25,56 +27,61 @@ SENT = {
 
 
 class CommVolumeTracker:
-    """Bytes by (axis, method) while `watch` is open. `axes`: the axis of each group's name; other groups are `all`."""
+    """Counts bytes by (axis, method) inside `track`.
+
+    `axes` maps the name of a process group to its axis; other groups count as `all`."""
 
     def __init__(self, axes: dict[str, str]) -> None:
         self.axes = axes
-        self.sent: Counter[tuple[str, str]] = Counter()
+        self.bytes_sent: Counter[tuple[str, str]] = Counter()
 
     def by_axis(self) -> dict[str, int]:
-        found: Counter[str] = Counter()
-        for (axis, _), sent in self.sent.items():
-            found[axis] += sent
-        return dict(found)
+        """Return the bytes of each axis, over all methods."""
+        totals: Counter[str] = Counter()
+        for (axis, _), count in self.bytes_sent.items():
+            totals[axis] += count
+        return dict(totals)
 
     @contextlib.contextmanager
-    def watch(self, span: Callable[[str], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-        """Count, and run each call and each wait in `span(axis)`."""
+    def track(self, span: Callable[[str], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """Count bytes inside, and run each call and each wait in the context `span(axis)`."""
         group_class: Any = dist.ProcessGroup
         work_class: Any = torch._C._distributed_c10d.Work
-        # as the class has them: what getattr returns would no longer be given the group when it is put back
-        before = {name: vars(group_class)[name] for name in SENT if name in vars(group_class)}
+        # vars, not getattr: a bound attribute would not be passed the group once it is restored
+        originals = {name: vars(group_class)[name] for name in SENT if name in vars(group_class)}
         wait = vars(work_class)["wait"]
-        waited_for: dict[int, tuple[Any, str | None]] = {}
+        pending: dict[int, tuple[Any, str | None]] = {}
 
         def call(name: str, group: Any, *arguments: Any, **named: Any) -> Any:
             if group.size() == 1:
-                work = before[name].__get__(group)(*arguments, **named)
+                work = originals[name].__get__(group)(*arguments, **named)
+                # nothing is sent, so its wait is not counted as one for other ranks
                 if work is not None:
-                    waited_for[id(work)] = work, None  # nothing travels: its wait is none for other ranks
+                    pending[id(work)] = work, None
                 return work
-            axis, place = self.axes.get(group.group_name, "all"), SENT[name]
-            if place is not None:
-                tensors = [one for one in tree_leaves(arguments[place]) if isinstance(one, torch.Tensor)]
-                self.sent[axis, name] += sum(one.nbytes for one in tensors)
+            axis, index = self.axes.get(group.group_name, "all"), SENT[name]
+            if index is not None:
+                tensors = [leaf for leaf in tree_leaves(arguments[index]) if isinstance(leaf, torch.Tensor)]
+                self.bytes_sent[axis, name] += sum(tensor.nbytes for tensor in tensors)
             with span(axis):
-                work = before[name].__get__(group)(*arguments, **named)
+                work = originals[name].__get__(group)(*arguments, **named)
+            # holding the object keeps others from getting its id
             if work is not None:
-                waited_for[id(work)] = work, axis  # held, so that no other gets its id
+                pending[id(work)] = work, axis
             return work
 
         def wait_for(work: Any, *arguments: Any, **named: Any) -> Any:
-            _, axis = waited_for.pop(id(work), (work, "all"))
+            _, axis = pending.pop(id(work), (work, "all"))
             with contextlib.nullcontext() if axis is None else span(axis):
                 return wait.__get__(work)(*arguments, **named)
 
         try:
-            for name in before:
+            for name in originals:
                 setattr(group_class, name, _method(call, name))
             work_class.wait = wait_for
             yield
         finally:
-            for name, method in before.items():
+            for name, method in originals.items():
                 setattr(group_class, name, method)
             work_class.wait = wait
 

@@ -1,8 +1,8 @@
-"""Element-wise work as one kernel each: functions that torch's compiler fuses where `fuse(True)` says so.
+"""Element-wise functions that torch's compiler fuses to one kernel each once `enable_compile(True)` is called.
 
-A GPU spends a quarter of a bf16 step, and more of an FP8 one, on moving what lies between matrix products; Transformer
-Engine fuses the norms, and what it leaves (rotation, gate, dropout with its hash, softmax of the vocabulary) is here.
-Unfused they are ordinary functions, the same on every device: compiling takes seconds, which short CPU runs lack."""
+A GPU spends a quarter of a bf16 step, and more of an FP8 one, on memory traffic between matrix products. Transformer
+Engine fuses the norms; the rest (rotation, gate, dropout with its hash, softmax of the vocabulary) is decorated here.
+Uncompiled they are ordinary functions on every device: compiling takes seconds, too long for short CPU runs."""
 
 from __future__ import annotations
 
@@ -15,54 +15,59 @@ import torch
 
 from megatron_ettin.base.errors import UserError
 
-_all: list[MaybeCompiled] = []
-_state = {"fused": False}
+_functions: list[MaybeCompiled] = []
+_state = {"enabled": False}
 
 
 class MaybeCompiled:
-    """A function of tensors and constants that may be compiled. Made by the decorators below.
+    """A function of tensors and constants that may be compiled; made by the decorators below.
 
-    `dynamic`: one kernel for tensors of every size, where a kernel for each would be compiled a hundred times."""
+    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times."""
 
     def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
         self.function = self.call = function
         self.dynamic = dynamic
         self.__doc__ = function.__doc__
-        _all.append(self)
+        _functions.append(self)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.call(*arguments)
 
 
 def maybe_compile(function: Callable[..., Any]) -> MaybeCompiled:
-    """Decorator of a function that `fuse` may compile."""
+    """Decorate a function that `enable_compile` may compile."""
     return MaybeCompiled(function)
 
 
 def maybe_compile_dynamic(function: Callable[..., Any]) -> MaybeCompiled:
-    """Decorator of a function that is called with tensors of many sizes."""
+    """Decorate a function that `enable_compile` may compile and that is called with tensors of many sizes."""
     return MaybeCompiled(function, dynamic=True)
 
 
 def compile_enabled() -> bool:
-    """Whether `fuse` has been told to."""
-    return _state["fused"]
+    """Return whether decorated functions are compiled."""
+    return _state["enabled"]
 
 
 def enable_compile(enabled: bool) -> None:
-    """Compile every fusible function when it is called next, or none."""
-    _state["fused"] = enabled
-    for one in _all:
-        one.call = torch.compile(one.function, dynamic=one.dynamic) if enabled else one.function
+    """Compile every decorated function at its next call, or none."""
+    _state["enabled"] = enabled
+    for maybe in _functions:
+        maybe.call = torch.compile(maybe.function, dynamic=maybe.dynamic) if enabled else maybe.function
 
 
 def should_compile(wanted: str, is_gpu: bool) -> bool:
-    """Whether `run.fuse` = auto, always or never means to compile here. Raises UserError where `always` cannot be."""
+    """Return whether to compile here for `run.fuse` = auto, always or never.
+
+    Raises:
+        UserError: `always`, and this host lacks what the compiler needs."""
     missing = None
     if is_gpu and find_spec("triton") is None:
         missing = "Triton, which torch's CUDA builds bring along"
     elif not is_gpu and not (shutil.which("g++") or shutil.which("clang++")):
         missing = "a C++ compiler (g++ or clang++)"
     if wanted == "always" and missing:
-        raise UserError(f"run.fuse: always needs {missing}; run.fuse=never computes the same unfused")
+        raise UserError(
+            f"run.fuse=always needs {missing}; install it, or set run.fuse=never, which computes the same uncompiled"
+        )
     return wanted == "always" or (wanted == "auto" and is_gpu and missing is None)

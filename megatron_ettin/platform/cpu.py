@@ -1,10 +1,10 @@
-"""Answers, on a machine without CUDA, the CUDA calls that Megatron-Core 0.16 makes whatever the device.
+"""Emulate on the CPU the CUDA calls that Megatron-Core 0.16 makes on every device.
 
-Core itself stays unmodified. The list is short and named: current_device, set_device, synchronize, the RNG state of the
-device, Tensor.cuda and Module.cuda, device="cuda" in factory functions and `.to`, and the class names of CUDA tensors.
-Where core asks for them: pipeline schedules and p2p (device="cuda", current_device), parameter and gradient buffers,
-the optimizer's and clip_grads' `.type()` comparisons, tensor_parallel's mappings and random, the checkpoint writer.
-`install` does nothing on a machine that has CUDA. It costs about 3 us per torch call, and is local to its thread."""
+Core itself stays unmodified. The list is short: current_device, set_device, synchronize, the device's RNG state,
+Tensor.cuda and Module.cuda, device="cuda" in factory functions and `.to`, and the class names of CUDA tensors. Core
+uses them in pipeline schedules and p2p (device="cuda", current_device), parameter and gradient buffers, the
+optimizer's and clip_grads' `.type()` comparisons, tensor_parallel's mappings and random, and the checkpoint writer.
+`install` does nothing on a host with CUDA. It costs about 3 us per torch call and applies to its thread only."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def _is_cuda(device: Any) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Reads device="cuda" as the CPU, and lets CPU tensors answer to the class names core compares with."""
+    """Reads device="cuda" as the CPU, and gives CPU tensors the class names that core compares with."""
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type[Any]],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
@@ -39,23 +43,25 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and any(_is_cuda(argument) for argument in args[1:]):
             args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return str(func(*args)).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
 
 def install() -> None:
-    """Make this process's torch answer for CUDA. Once; not on a machine with CUDA."""
+    """Install the emulation in this process; do nothing the second time or on a host with CUDA."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
     _installed = True
     keep_freed_memory()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # core warns of every optional package it does not find
-        # before the answers below: importing core imports torch's compiler, which lists torch.cuda's functions
+        # core warns about every optional package it does not find
+        warnings.simplefilter("ignore")
+        # before the patches below: importing core imports torch's compiler, which lists torch.cuda's functions
         import megatron.core.tensor_parallel.random as core_random
-    _answer_device_calls()
-    _answer_tensor_types()
+    _patch_device_calls()
+    for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "LongTensor", "IntTensor", "DoubleTensor"):
+        setattr(torch.cuda, name, getattr(torch, name))
     CudaMeansCpu().__enter__()
     _use_local_kernels()
     core_random._get_cuda_rng_state = _get_rng_state
@@ -70,10 +76,9 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
-def _answer_device_calls() -> None:
+def _patch_device_calls() -> None:
     cuda: Any = torch.cuda
-
-    # a function each: torch's compiler, which core's fused functions pass through, refuses one object under two names
+    # one function each: torch's compiler, which core's fused functions use, refuses one object under two names
     cuda.current_device = lambda: CPU
     cuda.device_count = lambda: 1
     cuda.set_device = lambda *_, **__: None
@@ -82,17 +87,12 @@ def _answer_device_calls() -> None:
     for module in (cuda, cuda.random):
         module.get_rng_state = _get_rng_state
         module.set_rng_state = _set_rng_state
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
-
-
-def _answer_tensor_types() -> None:
-    for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "LongTensor", "IntTensor", "DoubleTensor"):
-        setattr(torch.cuda, name, getattr(torch, name))
+    for patched in (torch.Tensor, torch.nn.Module):
+        setattr(patched, "cuda", lambda self, *_, **__: self)  # noqa: B010
 
 
 def _use_local_kernels() -> None:
-    """Gradient norms and copies by core's plain torch code, also where Transformer Engine imports without a GPU."""
+    """Compute gradient norms and copies by core's torch code, even where Transformer Engine imports without a GPU."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
 

@@ -1,5 +1,6 @@
-"""Importing DeepSpeed where `parallel.engine=deepspeed` asks for it, and nowhere else: it looks for accelerators, logs
-at length and compiles kernels when imported or first used."""
+"""Import DeepSpeed, only where `parallel.engine=deepspeed`.
+
+It looks for accelerators, logs at length and compiles kernels when it is imported or first used."""
 
 from __future__ import annotations
 
@@ -16,40 +17,43 @@ from megatron_ettin.base.errors import UserError, first_line
 
 
 def check_engine(engine: str) -> None:
-    """Refuse an engine that is not installed. Raises UserError."""
+    """Raise UserError for an engine that is not installed."""
     if engine == "deepspeed":
         load_deepspeed()
 
 
 def load_deepspeed() -> Any:
-    """The module `deepspeed`, quiet, on the device that torch has. Raises UserError where it does not import."""
+    """Return the module `deepspeed`, quiet and on torch's device. Raises UserError if it cannot be imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             import deepspeed
-    except Exception as error:  # among others what its search for compilers raises
+    # its search for compilers can raise anything
+    except Exception as error:
         raise UserError(
-            f"parallel.engine: deepspeed does not import here ({first_line(error)}); pip install"
-            " 'megatron-ettin[deepspeed]', or parallel.engine=megatron, whose distributed_optimizer cuts the"
+            f"parallel.engine: deepspeed cannot be imported ({first_line(error)}); pip install"
+            " 'megatron-ettin[deepspeed]', or set parallel.engine=megatron, whose distributed_optimizer shards the"
             " optimizer's state too"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU it would compile collectives over shared memory for minutes at the first use on every machine
+    # on a CPU its first use would spend minutes compiling collectives over shared memory on every host
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def release_globals() -> None:
-    """Let go of what DeepSpeed keeps outside of its engines: torch's process groups, the models that ZeRO-3 went
-    through (a cache of a method of its coordinators has them, and with them all groups and their threads), and its
-    numbers of modules and parameters, which ranks compare (a process may train several runs)."""
+    """Release what DeepSpeed keeps outside of its engines, because a process may train several runs.
+
+    That is torch's process groups, the models of ZeRO-3 (a cached method of its coordinators holds them, and with them
+    all groups and their threads), and its counters of modules and parameters, which ranks compare."""
     deepspeed = load_deepspeed()
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
 
     for member in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
-        for cell in getattr(member, "__closure__", None) or ():  # of the decorator around the cache
+        # the cache is in the closure of a decorator
+        for cell in getattr(member, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
 

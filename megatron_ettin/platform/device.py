@@ -1,9 +1,7 @@
-"""What this machine trains on: a `Platform` value that the floors above ask instead of asking torch.cuda.
+"""The device of a rank as a `Platform`, which the floors above use instead of torch.cuda.
 
-`detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, with the few CUDA
-calls it makes answered by `platform.cpu`.
-
-Host to device without waiting for the device."""
+`detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, and `platform.cpu`
+emulates the few CUDA calls it makes."""
 
 from __future__ import annotations
 
@@ -20,25 +18,29 @@ from megatron_ettin.base.errors import RankError, UserError
 from megatron_ettin.config.layouts import KERNELS
 from megatron_ettin.config.tables import PRECISIONS
 
-# dense bf16 peak of the parts people train on, TFLOP/s (vendors' data sheets, without sparsity)
+# dense bf16 peak in TFLOP/s (vendors' data sheets, without sparsity); the first name that matches counts
 PEAK_BF16_TFLOPS = {
-    **{"H100 PCIe": 756.0, "H100 NVL": 835.5},  # before the H100 that any other name means
+    **{"H100 PCIe": 756.0, "H100 NVL": 835.5},
     **{"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0, "L40S": 362.0},
 }
-OLDEST_TRANSFORMER_ENGINE = "2.12.0"  # the first whose fused attention takes keys on both sides of a window
+# the first whose fused attention supports a window on both sides
+OLDEST_TRANSFORMER_ENGINE = "2.12.0"
 
 
 @dataclass(frozen=True)
 class Platform:
-    """One rank's device and the backend its process groups use."""
+    """One rank's device and the backend of its process groups."""
 
     device: torch.device
     backend: str
-    name: str  # what the hardware calls itself
+    """`nccl` or `gloo`."""
+    name: str
+    """The hardware's own name, `cpu` for a CPU."""
     _peaks: dict[torch.dtype, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_gpu(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -48,7 +50,7 @@ class Platform:
 
     @property
     def missing_for_transformer_engine(self) -> str | None:
-        """Why its layers do not run here; None where they do."""
+        """Reason why Transformer Engine's layers do not run here; None if they do."""
         if self.has_transformer_engine:
             return None
         if not self.is_gpu:
@@ -57,18 +59,19 @@ class Platform:
 
     @property
     def peak_flops(self) -> float | None:
-        """Dense bf16 operations a second by the data sheet; None where no table has it (a CPU)."""
+        """Dense bf16 operations per second by the data sheet; None for a device that is not listed (a CPU)."""
         for part, tflops in PEAK_BF16_TFLOPS.items():
             if part in self.name:
                 return tflops * 1e12
         return None
 
     def synchronize(self) -> None:
+        """Wait until the device has done all queued work."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
     def record_event(self) -> Any:
-        """Now, in the order of the device's work: for `elapsed_seconds`."""
+        """Return an event in the order of the device's work, for `elapsed_seconds`."""
         if not self.is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -76,12 +79,13 @@ class Platform:
         return event
 
     def elapsed_seconds(self, first: Any, last: Any) -> float:
-        """Of two moments; on a GPU once it is synchronized."""
-        return first.elapsed_time(last) / 1e3 if self.is_gpu else last - first
+        """Return the seconds between two events; on a GPU only after `synchronize`."""
+        return float(first.elapsed_time(last) / 1e3 if self.is_gpu else last - first)
 
     def measured_peak_flops(self, dtype: torch.dtype) -> float:
-        """Operations a second of a large matrix product here: what a CPU's speed is divided by. Measured once, so that
-        all that a process divides by it can be compared."""
+        """Return the operations per second of a large matrix product here, the reference for a CPU's speed.
+
+        Measured once per process, so that figures that are divided by it are comparable."""
         if dtype not in self._peaks:
             self._peaks[dtype] = self._measure_peak_flops(dtype)
         return self._peaks[dtype]
@@ -98,20 +102,20 @@ class Platform:
             best = min(best, time.perf_counter() - began)
         return 2 * n**3 / best
 
-    def forget_peak_memory(self) -> None:
-        """Count from here; a process's resident set cannot be counted anew."""
+    def reset_peak_memory(self) -> None:
+        """Reset the peak of allocated memory on a GPU; the peak of a process's resident set cannot be reset."""
         if self.is_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held so far: allocated on the GPU, or the process's resident set."""
+        """Return the peak of memory allocated on the GPU, or of the process's resident set."""
         if self.is_gpu:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def check_precision(self, name: str) -> None:
-        """Refuse a precision that this hardware or installation cannot run. Raises UserError."""
+        """Raise UserError for a precision that this hardware or installation cannot run."""
         recipe = PRECISIONS[name].fp8_recipe
         if recipe is None:
             return
@@ -120,55 +124,68 @@ class Platform:
             raise UserError(f"precision.name: {name} {reason}; the nearest that runs is bf16")
 
     def check_offload(self, layers: int) -> None:
-        """Refuse activations in host memory where nothing moves them there. Raises UserError."""
+        """Raise UserError for offloaded activations where Transformer Engine, which moves them, does not run."""
         if layers and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.offload_layers: {layers} {reason}; parallel.recompute=full saves memory too")
 
     def check_tp_overlap(self, wanted: bool) -> None:
-        """Refuse overlapped tensor parallelism where nothing does it. Raises UserError."""
+        """Raise UserError for overlapped tensor parallelism where Transformer Engine, which does it, does not run."""
         if wanted and (reason := self.missing_for_transformer_engine):
             raise UserError(f"parallel.tp_overlap: {reason}; parallel.tp_overlap=false computes the same")
 
     def check_graph(self, wanted: bool, attention: str) -> None:
-        """Refuse CUDA graphs where there is no CUDA, or attention that cannot be in them. Raises UserError."""
+        """Raise UserError for CUDA graphs without CUDA or with an attention kernel that cannot be captured."""
         if wanted and not self.is_gpu:
             raise UserError("run.cuda_graph: needs a GPU, found none; run.cuda_graph=false computes the same")
         if wanted and attention not in KERNELS:
             raise UserError(
-                f"run.cuda_graph: goes not with attention by {attention}, which is what runs here; it wants one of"
-                f" {', '.join(KERNELS)}"
+                f"run.cuda_graph=true cannot capture the attention kernel {attention}, which runs here; it needs one of"
+                f" {', '.join(KERNELS)} (run.attention)"
             )
 
     def make_deterministic(self) -> None:
-        """Only kernels that repeat bit for bit. CPU kernels do so already at a fixed number of threads."""
+        """Allow only kernels that repeat bit for bit, as CPU kernels do at a fixed number of threads."""
         if self.is_gpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # core takes no other value for an answer
-            os.environ.setdefault("NCCL_ALGO", "^NVLS")  # read when communicators are made: before the rendezvous
+            # core accepts no other value
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+            # read when communicators are made, so it must be set before the rendezvous
+            os.environ.setdefault("NCCL_ALGO", "^NVLS")
             torch.use_deterministic_algorithms(True)
 
 
 def gpu_count() -> int:
+    """Return the number of GPUs that torch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_name() -> str:
-    """What torch calls the device that other libraries should use here."""
+    """Return torch's name of the device that other libraries should use here: `cuda` or `cpu`."""
     return "cuda" if gpu_count() else "cpu"
 
 
 def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
-    """The platform of this rank. `wanted`: `auto`, `cpu` or `gpu`. Raises UserError for an absent GPU."""
-    # read when CUDA starts: communication begins before the products that it is to run beside, as core and TE want it
+    """Return the platform of this rank.
+
+    Args:
+        wanted: `auto`, `cpu` or `gpu`.
+        local_rank: index of this rank on its host.
+
+    Raises:
+        UserError: `gpu` was requested and there is none.
+        RankError: this host has fewer GPUs than local ranks."""
+    # read when CUDA starts: lets communication begin before the products it overlaps with, as core and TE require
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if wanted == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: core uses CUDA wherever it is available
+        # core uses CUDA wherever torch sees it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif torch.cuda.is_available():
         count = torch.cuda.device_count()
+        # SLURM binds a GPU to each task, which then sees no other
         if count == 1 and "SLURM_LOCALID" in os.environ:
-            local_rank = 0  # SLURM binds a GPU to each task, which then sees no other
+            local_rank = 0
         if local_rank >= count:
-            raise RankError(f"local rank {local_rank}: this machine has {count} GPUs; start at most one rank for each")
+            raise RankError(f"local rank {local_rank}: this host has {count} GPUs; start at most one rank per GPU")
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if wanted == "gpu":
@@ -180,31 +197,33 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine imports and is new enough for a window on both sides. Not only ImportError: its empty
-    meta package raises RuntimeError."""
+    """Return whether Transformer Engine can be imported and is new enough for a window on both sides."""
     try:
         import transformer_engine
         import transformer_engine.pytorch
+    # its empty meta package raises RuntimeError
     except Exception:
         return False
     return torch.cuda.is_available() and Version(transformer_engine.__version__) >= Version(OLDEST_TRANSFORMER_ENGINE)
 
 
 def _unsupported_recipe(recipe: str) -> str | None:
-    """Transformer Engine's own reason why this GPU cannot run an FP8 recipe, None where it can."""
+    """Return Transformer Engine's reason why this GPU cannot run an FP8 recipe; None if it can."""
     from transformer_engine.pytorch import quantization
 
-    ask = {
+    check = {
         "mxfp8": quantization.is_mxfp8_available,
         "blockwise": quantization.is_fp8_block_scaling_available,
     }.get(recipe, quantization.is_fp8_available)
-    available, reason = ask(return_reason=True)
+    available, reason = check(return_reason=True)
     return None if available else f"does not run here ({reason})"
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`tensor` on `device`. A copy from ordinary memory would wait for all kernels before it; one from page-locked
-    memory is queued behind them, and torch's host allocator keeps the memory until it is done."""
+    """Copy `tensor` to `device` without waiting for the device.
+
+    A copy from pageable memory would wait for all kernels before it. One from pinned memory is queued behind them, and
+    torch's host allocator keeps the memory until it is done."""
     if torch.device(device).type == "cpu":
         return tensor
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

@@ -1,15 +1,18 @@
-"""What of GPUs and of the packages that make them fast is on this machine, as plain values. Importing none of the
-packages, unless asked to: an import of Transformer Engine or DeepSpeed takes seconds."""
+"""The GPUs of this host and the packages that make them fast, as plain values.
+
+Only `transformer_engine_error` and `core_error` import such a package, which takes seconds."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,29 +23,32 @@ GIB = float(1 << 30)
 
 @dataclass(frozen=True)
 class Gpu:
-    """One that torch sees. `supported`: whether this torch has kernels for it."""
+    """A GPU that torch sees."""
 
     name: str
     memory_gib: float
-    capability: str  # "9.0"
+    capability: str
+    """Compute capability, such as "9.0"."""
     supported: bool
+    """Whether this torch has kernels for it."""
 
 
 def gpus() -> list[Gpu]:
-    """Those that torch sees; an empty list where it sees none, whatever the reason."""
+    """Return the GPUs that torch sees; an empty list if it sees none, for whatever reason."""
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        part = torch.cuda.get_device_properties(index)
-        runs = has_kernels(torch.cuda.get_arch_list(), part.major, part.minor)
-        found.append(Gpu(part.name, part.total_memory / GIB, f"{part.major}.{part.minor}", runs))
-    return found
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    built_for = torch.cuda.get_arch_list()
+    return [
+        Gpu(p.name, p.total_memory / GIB, f"{p.major}.{p.minor}", has_kernels(built_for, p.major, p.minor))
+        for p in properties
+    ]
 
 
 def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
-    """Whether one of torch's architectures runs on this capability: machine code of the same generation that is not
-    newer, or intermediate code that is not newer."""
+    """Return whether one of torch's architectures runs on this compute capability.
+
+    Machine code (sm) runs on its generation if it is not newer, intermediate code (compute) on all that are not older."""
     for name in built_for:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         if match is None:
@@ -60,12 +66,12 @@ def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
 
 
 def torch_build() -> str | None:
-    """The CUDA that torch is built for; None: for CPUs."""
+    """Return the CUDA version that torch is built for; None for a CPU build."""
     return torch.version.cuda
 
 
 def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Version of NVIDIA's kernel module; None where none is loaded."""
+    """Return the version of NVIDIA's kernel module; None if none is loaded."""
     with contextlib.suppress(OSError):
         match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", proc.read_text())
         return match[1] if match else "unknown"
@@ -73,56 +79,62 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
 
 
 def collectives() -> str:
-    """The library that ranks talk by on GPUs and its version, and those without one."""
+    """Return the communication library of the ranks: NCCL and its version on GPUs, else gloo or none."""
     if torch.cuda.is_available():
-        return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[arg-type]
+        version: Any = torch.cuda.nccl.version()
+        return "NCCL " + ".".join(map(str, version))
     return "gloo" if torch.distributed.is_gloo_available() else "none"
 
 
 def has_infiniband(folder: Path = Path("/sys/class/infiniband")) -> bool:
+    """Return whether this host has an InfiniBand device."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def apex_kind() -> str | None:
-    """`nvidia`, `other` (PyPI's package of that name is a toolkit for web sites), or None where neither is there."""
+    """Return `nvidia`, `other` (PyPI's package of that name is a toolkit for web sites), or None if Apex is missing."""
     if find_spec("fused_weight_gradient_mlp_cuda") is not None:
         return "nvidia"
-    found = find_spec("apex")
-    if found is None:
+    spec = find_spec("apex")
+    if spec is None:
         return None
-    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     return "nvidia" if any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders) else "other"
 
 
 def apex_adds_gradients() -> bool:
-    """Whether Apex is built with the one part that is used here: products that add to a weight's gradient."""
+    """Return whether Apex has the one part that is used here: products that add to a weight's gradient."""
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def transformer_engine_error() -> str | None:
-    """Why it cannot be imported, None where it can. Seconds."""
+    """Return why Transformer Engine cannot be imported, None if it can. Takes seconds."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # its empty package raises RuntimeError
-        return f"{type(error).__name__}: {first_line(error)[:160]}"
+    # its empty package raises RuntimeError
+    except Exception as error:
+        return _describe(error)
     return None
 
 
 def core_error() -> str | None:
-    """Why Megatron-Core cannot be imported, None where it can. Seconds."""
-    import warnings
-
+    """Return why Megatron-Core cannot be imported, None if it can. Takes seconds."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every optional package it does not find
+        # it warns about every optional package it does not find
+        warnings.simplefilter("ignore")
         try:
             import megatron.core.tensor_parallel  # noqa: F401
         except Exception as error:
-            return f"{type(error).__name__}: {first_line(error)[:160]}"
+            return _describe(error)
     return None
 
 
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:160]}"
+
+
 def core_helper_compiled() -> bool:
-    """Whether Megatron-Core's own dataset helper is compiled, which nothing here uses."""
+    """Return whether Megatron-Core's own dataset helper is compiled, which nothing here uses."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         files = metadata.files("megatron-core") or []
         return any("helpers_cpp" in file.name and file.suffix == ".so" for file in files)
@@ -130,5 +142,5 @@ def core_helper_compiled() -> bool:
 
 
 def visible_devices() -> str | None:
-    """What the environment says of the GPUs that may be seen; None: nothing."""
+    """Return CUDA_VISIBLE_DEVICES; None if it is not set."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

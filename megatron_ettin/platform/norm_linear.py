@@ -1,7 +1,7 @@
 """Transformer Engine's fused LayerNorm + column-parallel linear without the norm's bias.
 
-TE's LayerNorm always owns a bias; the recipe's norms have none. Here it is a constant of zeros, no parameter: nothing
-trains it, counts it, reduces it (DeepSpeed would) or writes it, and names in checkpoints equal the local layers'."""
+TE's LayerNorm always has a bias; the recipe's norms have none. Here it is a constant of zeros instead of a parameter:
+nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local layers'."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from megatron.core.extensions.transformer_engine import TELayerNormColumnParalle
 
 
 class BiasFreeNormColumnLinear(TELayerNormColumnParallelLinear):
+    """Norm and column-parallel linear, with a buffer of zeros in place of the norm's bias."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         bias = self.layer_norm_bias

@@ -1,4 +1,4 @@
-"""torch's profiler around some steps, with what the device adds: its kernels, its allocations, ranges for nsys."""
+"""Run torch's profiler around some steps, with the device's kernels and allocations and ranges for nsys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.platform.device import Platform
 
-TOP = 15  # kernels of the summary
+# operations in the summary
+TOP = 15
 NAME_CHARACTERS = 60
-HISTORY_ENTRIES = 200_000  # allocations remembered for a snapshot
+# allocations kept for a snapshot
+HISTORY_ENTRIES = 200_000
 
 
 class Profiler:
-    """From `start` to `stop`; then `write`."""
+    """Profile from `start` to `stop`; then `write` the files."""
 
     def __init__(self, platform: Platform, memory: bool) -> None:
         if memory and not platform.is_gpu:
@@ -29,22 +31,26 @@ class Profiler:
         self.profile = profile(activities=activities)
 
     def start(self) -> None:
+        """Begin to record."""
         self.platform.synchronize()
         if self.memory:
             torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
-        if self.platform.is_gpu:  # for `nsys profile --capture-range=cudaProfilerApi`
+        # for `nsys profile --capture-range=cudaProfilerApi`
+        if self.platform.is_gpu:
             torch.cuda.profiler.start()
         self.profile.start()
 
     def stop(self) -> None:
+        """End the recording."""
         self.platform.synchronize()
         self.profile.stop()
         if self.platform.is_gpu:
             torch.cuda.profiler.stop()
 
     def write(self, folder: Path, name: str) -> str:
-        """NAME.trace.json.gz (open in Perfetto), NAME.txt (the summary, which is returned), NAME.memory.pickle. Raises
-        OSError."""
+        """Write NAME.trace.json.gz (for Perfetto), NAME.txt and NAME.memory.pickle, and return the text of NAME.txt.
+
+        Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         self.profile.export_chrome_trace(str(folder / f"{name}.trace.json.gz"))
         text = summary(self.profile.key_averages(), self.platform.is_gpu)
@@ -56,9 +62,9 @@ class Profiler:
 
 
 def summary(averages: Any, is_gpu: bool) -> str:
-    """The operations that took most time by themselves, on the device where there is one."""
+    """Return a table of the operations that took most time by themselves, on the device if there is one."""
     attribute = "self_device_time_total" if is_gpu else "self_cpu_time_total"
-    rows = [(getattr(one, attribute), one.count, one.key) for one in averages]
+    rows = [(getattr(entry, attribute), entry.count, entry.key) for entry in averages]
     rows = sorted((row for row in rows if row[0] > 0), reverse=True)
     total = sum(row[0] for row in rows) or 1
     lines = [f"{'seconds':>9} {'share':>6} {'calls':>7}  operation ({'device' if is_gpu else 'processor'} time)"]
@@ -68,9 +74,9 @@ def summary(averages: Any, is_gpu: bool) -> str:
 
 
 @contextlib.contextmanager
-def named(platform: Platform, name: str, on: bool) -> Iterator[None]:
-    """A range in traces, and on a GPU for nsys; nothing where it is not `on`."""
-    if not on:
+def trace_range(platform: Platform, name: str, enabled: bool) -> Iterator[None]:
+    """Mark a range in traces, and on a GPU for nsys; do nothing unless `enabled`."""
+    if not enabled:
         yield
         return
     with torch.profiler.record_function(name):

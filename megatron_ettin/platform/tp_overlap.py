@@ -1,20 +1,23 @@
-"""Transformer Engine's overlap of tensor parallelism's gathers and scatters with the products they belong to
-("userbuffers"): buffers of one shape, made before the model and given back after it."""
+"""Buffers of Transformer Engine's overlap of tensor parallelism's communication with matrix products ("userbuffers").
+
+They have one shape, are made before the model and freed after it."""
 
 from __future__ import annotations
 
 
 def make_buffers(tokens: int, hidden_size: int, tp: int, fp8: bool, bf16: bool) -> None:
-    """Buffers for micro-batches of `tokens` tokens over all tensor-parallel ranks; `fp8`, `bf16`: whether there are
-    layers of that kind, each of which has buffers of its own. Collective."""
+    """Make the buffers for micro-batches of `tokens` tokens over all tensor-parallel ranks (collective).
+
+    `fp8` and `bf16` say whether there are layers of that precision, each of which has its own buffers."""
     from transformer_engine.pytorch.module import base
 
-    kinds = base.UserBufferQuantizationMode
-    modes = [mode for mode, wanted in ((kinds.FP8, fp8), (kinds.NONE, bf16)) if wanted]
+    mode = base.UserBufferQuantizationMode
+    modes = [one for one, wanted in ((mode.FP8, fp8), (mode.NONE, bf16)) if wanted]
     base.initialize_ub([tokens, hidden_size], tp, quantization_modes=modes, bootstrap_backend="nccl")
 
 
 def free_buffers() -> None:
+    """Free the buffers of `make_buffers`."""
     from transformer_engine.pytorch.module import base
 
     base.destroy_ub()

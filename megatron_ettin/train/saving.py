@@ -22,7 +22,7 @@ from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.tables import parameter_count
 from megatron_ettin.faults.skipped_steps import TrainingStopped
 from megatron_ettin.parallel.collectives import barrier, broadcast_object
-from megatron_ettin.platform.fp8 import raw
+from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import TrainState
 
@@ -173,7 +173,7 @@ class Saver:
 
     def _live(self, model: dict[str, Any]) -> set[int]:
         """The memory in which training goes on."""
-        weights = [raw(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
+        weights = [raw_data(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
         return state.storages([*weights, *scales, *self.train_state.live_optimizer_tensors()])
 

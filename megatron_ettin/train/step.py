@@ -27,7 +27,7 @@ from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
 from megatron_ettin.model.loss import LossOutput
 from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.platform.fp8 import preserve_fp8_state
-from megatron_ettin.platform.profiler import named
+from megatron_ettin.platform.profiler import trace_range
 from megatron_ettin.train.setup import TrainState
 
 
@@ -193,14 +193,14 @@ def train_step(
     count = batches.micro_batch_count(step)
     read = clock.reading(batches.step(step, loaded))
     profiled = step + 1 in train_state.config.profile.step_range
-    with named(train_state.platform, f"forward and backward of step {step + 1}", profiled):
+    with trace_range(train_state.platform, f"forward and backward of step {step + 1}", profiled):
         unread = run_micro_batches(train_state, read, count, training=True)
     clock.update()
-    with named(train_state.platform, "gradients", profiled):
+    with trace_range(train_state.platform, "gradients", profiled):
         optimizer.prepare()
     judged_first = guard is not None and guard.skips
     if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
-        with named(train_state.platform, "update", profiled):
+        with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
     clock.last_sum()
     sums = all_reduce_totals(train_state, unread.read(), optimizer.norm(), stop, asked)
@@ -209,7 +209,7 @@ def train_step(
     left_out = judged_first and bad is not None and bad.leaves_out
     if judged_first and not left_out:
         clock.late_update()
-        with named(train_state.platform, "update", profiled):
+        with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
     clock.end()
     model = train_state.config.model

@@ -41,12 +41,14 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
     batches = Batches.of(config, corpus, train_state.layout, platform.device)
     count = batches.micro_batch_count(0)
     traffic = CommVolumeTracker(axes_of_groups())
-    with traffic.watch(no_span), PeakMemoryTracker() as live:
+    with traffic.track(no_span), PeakMemoryTracker() as live:
         train_state.optimizer.zero_grad()
         run_micro_batches(train_state, batches.step(0), count, training=True)
-        train_state.optimizer.step(1e-4)
+        train_state.optimizer.prepare()
+        train_state.optimizer.update(1e-4)
+        train_state.optimizer.norm()
     sent: dict[str, dict[str, int]] = {}
-    for (axis, method), count_bytes in traffic.sent.items():
+    for (axis, method), count_bytes in traffic.bytes_sent.items():
         sent.setdefault(axis, {})[method] = count_bytes
     parameters = sum(one.numel() for chunk in train_state.model_chunks for one in chunk.parameters())
     print(json.dumps({"parameters": parameters, "held": held, "peak": live.peak_bytes - empty, "sent": sent}))
