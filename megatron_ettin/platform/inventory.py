@@ -48,7 +48,7 @@ def gpus() -> list[Gpu]:
 def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
     """Return whether one of torch's architectures runs on this compute capability.
 
-    Machine code (sm) runs on its generation if it is not newer, intermediate code (compute) on all that are not older."""
+    Machine code (sm) runs on its generation if not newer, intermediate code (compute) on all that are not older."""
     for name in built_for:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         if match is None:
