@@ -38,7 +38,7 @@ CASES: dict[str, tuple[int, str, str]] = {
     "mlm-dp2": (2, "mlm", f"{FP32} parallel.overlap=true parallel.distributed_optimizer=true"),
     "clm-tp2-pp2": (4, "clm", f"{FP32} parallel.tp=2 parallel.pp=2 parallel.sequence_parallel=true {DROPOUT}"),
     "mlm-cp2": (2, "mlm", f"{FP32} parallel.cp=2 data.skip=8:16"),
-    "clm-vp2": (2, "clm", f"{FP32} parallel.pp=2 parallel.vp=2"),
+    "clm-vp2": (2, "clm", f"{FP32} parallel.pp=2 parallel.vpp=2"),
     "mntp": (1, "mntp", f"{FP32} {DROPOUT}"),
     "hybrid-dp2": (2, "hybrid_mntp", f"{FP32} data.clm_fraction=0:0.8,1500:0.3"),
     "mlm-padded": (1, "mlm", f"{FP32} data.batching=padded {DROPOUT}"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ettin.bench.results import DONE
 
-LAYOUT = tuple(f"parallel.{axis}" for axis in ("tp", "pp", "vp", "cp", "sequence_parallel"))
+LAYOUT = tuple(f"parallel.{axis}" for axis in ("tp", "pp", "vpp", "cp", "sequence_parallel"))
 MOST_LEVEL = 4  # columns whose names stand level beside each other
 Order = list[tuple[float, str]]
 

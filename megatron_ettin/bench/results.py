@@ -183,8 +183,8 @@ def told(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-AXES = ("tp", "pp", "vp", "cp")
-PART = re.compile(r"(tp|pp|vp|cp)([1-9][0-9]*)|sp|dp")
+AXES = ("tp", "pp", "vpp", "cp")
+PART = re.compile(r"(tp|pp|vpp?|cp)([1-9][0-9]*)|sp|dp")
 
 
 def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[str]) -> list[Member]:
@@ -219,10 +219,11 @@ def layout_values(text: str) -> list[dict[str, str]]:
 def _degrees(name: str) -> dict[str, str]:
     """`tp2pp4sp` -> {tp: 2, pp: 4, sp: }."""
     parts = list(PART.finditer(name))
-    degrees = {part[1] or part[0]: part[2] or "" for part in parts}
+    # vp is the older name of vpp
+    degrees = {{"vp": "vpp"}.get(part[1], part[1]) or part[0]: part[2] or "" for part in parts}
     if not name or "".join(part[0] for part in parts) != name or len(degrees) < len(parts):
         raise UserError(
-            f"--layouts: {name!r}: write tp, pp, vp or cp with a degree, and sp for sequence parallelism, such as"
+            f"--layouts: {name!r}: write tp, pp, vpp or cp with a degree, and sp for sequence parallelism, such as"
             " dp,tp2,tp2sp,tp2pp2; what is left of the ranks is data-parallel"
         )
     return degrees

@@ -277,8 +277,12 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a checkpoint or a run directory, as plain groups; interpolations are not resolved."""
-    from omegaconf import OmegaConf  # 0.3 s that listing and verifying do without
+    """Return config.yaml of a checkpoint or a run directory as plain groups, with the key names of today.
+    Interpolations are not resolved."""
+    # 0.3 s that listing and verifying do without
+    from omegaconf import OmegaConf
+
+    from megatron_ettin.config.overrides import upgrade_keys
 
     path = Path(folder) / "config.yaml"
     try:
@@ -287,7 +291,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: unreadable ({first_line(error)})") from None
     if not isinstance(groups, dict):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
-    return {str(key): value for key, value in groups.items()}
+    groups = {str(key): value for key, value in groups.items()}
+    upgrade_keys(groups)
+    return groups
 
 
 def total_bytes(checkpoint: Path) -> int:

@@ -145,11 +145,12 @@ def reference_rate_line(stage: Stage) -> str | None:
     if stage.begun is None or stage.begun.optim.lr == stage.config.optim.lr:
         return None
     before, now = stage.begun.optim, stage.config.optim
-    if before.max_lr != now.max_lr:
+    reference = now.weight_decay_reference_lr
+    if before.weight_decay_reference_lr != reference:
         return None
     return (
-        f"optim.lr {before.lr:g} -> {now.lr:g}; optim.max_lr stays {now.max_lr:g}, so weights decay by"
-        f" {now.lr / before.lr:.3g} of what they did"
+        f"optim.lr {before.lr:g} -> {now.lr:g}; optim.weight_decay_reference_lr stays {reference:g}, so weights decay"
+        f" by {now.lr / before.lr:.3g} of what they did"
     )
 
 

@@ -124,12 +124,13 @@ def check_fp8_weights(config: Config) -> None:
 
 def check_weight_decay(config: Config) -> None:
     """Refuse a coefficient that is meant as another system's: torch's AdamW multiplies its own by the learning rate."""
-    decay, reference = config.optim.weight_decay, config.optim.max_lr
+    decay, reference = config.optim.weight_decay, config.optim.weight_decay_reference_lr
     if decay > MOST_DECAY_TO_RATE * reference:
         raise UserError(
-            f"optim.weight_decay: {decay:g} is what a weight loses a step at optim.max_lr {reference:g}, and more than"
-            f" {MOST_DECAY_TO_RATE} x that rate; torch's AdamW multiplies its coefficient by the rate: {decay:g} there"
-            f" is {decay * reference:.2g} here. Give the product, or as optim.max_lr the rate that it is for"
+            f"optim.weight_decay: {decay:g} is what a weight loses a step at optim.weight_decay_reference_lr"
+            f" {reference:g}, and more than {MOST_DECAY_TO_RATE} x that rate; torch's AdamW multiplies its coefficient"
+            f" by the rate: {decay:g} there is {decay * reference:.2g} here. Give the product, or set"
+            " optim.weight_decay_reference_lr to the rate that it is for"
         )
 
 

@@ -43,11 +43,11 @@ def check_parallel(config: Config) -> None:
             "parallel.cp: 2 or more cuts rows, and loss_normalization=microbatch takes means of whole ones;"
             " use batch.loss_normalization=global or parallel.tp"
         )
-    if parallel.vp > 1 and parallel.pp == 1:
-        raise UserError(f"parallel.vp: {parallel.vp} model chunks need pipeline stages; parallel.pp is 1")
-    if parallel.pp * parallel.vp > model.num_layers:
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise UserError(f"parallel.vpp: {parallel.vpp} model chunks need pipeline stages; parallel.pp is 1")
+    if parallel.pp * parallel.vpp > model.num_layers:
         raise UserError(
-            f"parallel.pp x vp: {parallel.pp} x {parallel.vp} stages are more than {model.num_layers} layers"
+            f"parallel.pp x vpp: {parallel.pp} x {parallel.vpp} stages are more than {model.num_layers} layers"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tp of 2 or more, found 1")
@@ -91,15 +91,15 @@ def check_recompute(config: Config) -> None:
 
 
 def stage_layers(config: Config) -> list[int]:
-    """Layers of each of the pp x vp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
+    """Layers of each of the pp x vpp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
     parallel, layers = config.parallel, config.model.num_layers
-    stages = parallel.pp * parallel.vp
+    stages = parallel.pp * parallel.vpp
     if parallel.pipeline_layers is None:
         return split_evenly(layer_operations(config), stages)
     split = parallel.pipeline_layers
     if len(split) != stages or sum(split) != layers or min(split) < 1:
         raise UserError(
-            f"parallel.pipeline_layers: {split} must be {stages} whole numbers (pp x vp), each at"
+            f"parallel.pipeline_layers: {split} must be {stages} whole numbers (pp x vpp), each at"
             f" least 1, that sum to {layers} layers"
         )
     return split
@@ -121,7 +121,7 @@ def check_layout(config: Config, world: int) -> int:
             f" {batch.micro_batch_rows}, and loss_normalization=microbatch gives micro-batches of any size equal weight"
         )
     alone = RowSplit.of(batch.global_batch_rows, dp, batch.micro_batch_rows).count
-    if parallel.vp > 1 and alone % parallel.pp:
+    if parallel.vpp > 1 and alone % parallel.pp:
         raise UserError(
             f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp};"
             f" there are {alone}"
@@ -132,7 +132,7 @@ def check_layout(config: Config, world: int) -> int:
 def micro_batch_group(config: Config) -> int:
     """Return what a rank's number of micro-batches is a multiple of: the interleaved schedule runs whole groups of
     pipeline ranks."""
-    return config.parallel.pp if config.parallel.vp > 1 else 1
+    return config.parallel.pp if config.parallel.vpp > 1 else 1
 
 
 def has_fixed_shapes(config: Config) -> bool:

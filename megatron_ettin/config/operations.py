@@ -21,7 +21,7 @@ class ParallelConfig:
 
     tp: int = key("Tensor-parallel ranks.", 1, at_least=1)
     pp: int = key("Pipeline stages.", 1, at_least=1)
-    vp: int = key("Model chunks that a pipeline rank holds (interleaved schedule).", 1, at_least=1)
+    vpp: int = key("Model chunks that a pipeline rank holds (interleaved schedule).", 1, at_least=1)
     cp: int = key("Context-parallel ranks.", 1, at_least=1)
     sequence_parallel: bool = key("Shard activations between tensor-parallel regions. Needs tp of 2 or more.", False)
     distributed_optimizer: bool = key("Shard the optimizer state over data-parallel ranks.", True)

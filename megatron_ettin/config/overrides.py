@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original.importing import import_yaml
@@ -176,6 +178,7 @@ def from_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 def check_keys(layer: dict[str, Any]) -> None:
     """Refuse unknown groups and keys; turn counts such as 1.7T into whole numbers, in place."""
+    rename_keys(layer)
     types = key_types()
     groups = {key.partition(".")[0] for key in types}
     for group, keys in layer.items():
@@ -198,8 +201,37 @@ def check_keys(layer: dict[str, Any]) -> None:
                 keys[key] = _as_float(value, name)
 
 
+# older names of keys, which are still read
+RENAMED = {"optim.max_lr": "optim.weight_decay_reference_lr", "parallel.vp": "parallel.vpp"}
+_noted: set[str] = set()
+
+
+def current_name(key: str) -> str:
+    """Return the name of a key that may be given by its older name."""
+    return RENAMED.get(key, key)
+
+
+def rename_keys(groups: Groups) -> None:
+    """Give keys of older names their names of today, in place, and say so once in a process. Raises UserError where a
+    group has both."""
+    for old, new in RENAMED.items():
+        group, _, old_name = old.partition(".")
+        new_name = new.partition(".")[2]
+        keys = groups.get(group)
+        if not isinstance(keys, dict) or old_name not in keys:
+            continue
+        if new_name in keys:
+            raise UserError(f"{new}: {old} is its older name, and both are set; remove {old}")
+        groups[group] = {(new_name if key == old_name else key): value for key, value in keys.items()}
+        if old not in _noted and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            log_warning(f"note: {old} is called {new} now; the older name is still read")
+        _noted.add(old)
+
+
 def upgrade_keys(groups: Groups) -> None:
-    """Give a stored config.yaml's groups the form of today, in place: what was text is a list. Raises UserError."""
+    """Give a stored config.yaml's groups the form of today, in place: names, and lists that were text. Raises
+    UserError."""
+    rename_keys(groups)
     for name, key in all_keys().items():
         group, _, short = name.partition(".")
         keys = groups.get(group)
@@ -320,6 +352,7 @@ def members(sweeps: Sequence[str]) -> list[Member]:
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         key, equals, text = sweep.partition("=")
+        key = current_name(key)
         values = [value.strip() for value in text.split(",")]
         if not equals or not all(values):
             raise UserError(f"--sweep {sweep!r}: write KEY=VALUE,VALUE,... such as optim.lr=1e-3,2e-3")

@@ -84,7 +84,7 @@ def paired(size: str, objective: str, phase: str, batching: str) -> Config:
         ),
         parallel=ParallelConfig(),
         precision=PrecisionConfig(),
-        optim=OptimConfig(chosen.lr[size], chosen.max_lr[size], WEIGHT_DECAY[size]),
+        optim=OptimConfig(chosen.lr[size], chosen.weight_decay_reference_lr[size], WEIGHT_DECAY[size]),
         schedule=ScheduleConfig(
             chosen.schedule, chosen.warmup_tokens[size], chosen.decay_tokens[size], chosen.final_lr_fraction
         ),
@@ -139,7 +139,7 @@ class Phase:
 
     tokens: dict[str, int]
     lr: dict[str, float]
-    max_lr: dict[str, float]  # what the decoupled weight decay divides the learning rate by
+    weight_decay_reference_lr: dict[str, float]  # what the decoupled weight decay divides the learning rate by
     schedule: str
     warmup_tokens: dict[str, int]
     decay_tokens: dict[str, int]
@@ -162,7 +162,7 @@ PHASES = {
     "pretrain": Phase(
         tokens=counts(*[1_700 * B] * 6),
         lr=PEAK_LR,
-        max_lr=PEAK_LR,
+        weight_decay_reference_lr=PEAK_LR,
         schedule="wsd",
         warmup_tokens=counts(4 * B, 4 * B, 3 * B, 3 * B, 2 * B, 2 * B),
         decay_tokens=NOTHING,
@@ -179,7 +179,7 @@ PHASES = {
     "extend": Phase(
         tokens=LONG_TOKENS,
         lr=PEAK_LR,
-        max_lr=PEAK_LR,
+        weight_decay_reference_lr=PEAK_LR,
         schedule="one_minus_sqrt",
         warmup_tokens=NOTHING,
         decay_tokens=LONG_TOKENS,
@@ -196,7 +196,7 @@ PHASES = {
     "decay": Phase(
         tokens=DECAY_TOKENS,
         lr=BASE_LR,
-        max_lr=PEAK_LR,  # the optimizer's groups come from the checkpoint and keep the pretrain peak
+        weight_decay_reference_lr=PEAK_LR,  # the optimizer's groups come from the checkpoint and keep the pretrain peak
         schedule="one_minus_sqrt",
         warmup_tokens=NOTHING,
         decay_tokens=DECAY_TOKENS,
@@ -213,7 +213,7 @@ PHASES = {
     "cross": Phase(
         tokens=DECAY_TOKENS,
         lr=BASE_LR,
-        max_lr=BASE_LR,
+        weight_decay_reference_lr=BASE_LR,
         schedule="wsd",
         warmup_tokens=counts(3 * B, 3 * B, 3 * B, 3 * B, 3 * B, 1 * B),
         decay_tokens=counts(10 * B, 10 * B, 10 * B, 10 * B, 10 * B, 3_333_000_000),

@@ -147,7 +147,7 @@ SPAN = ("schedule.warmup_tokens", "schedule.decay_tokens", "batch.warmup_tokens"
 ROWS = ("batch.global_batch_rows", "batch.micro_batch_rows")
 # keys whose value in the tables follows another one's: (leader, follower)
 FOLLOWERS = (
-    ("optim.lr", "optim.max_lr"),
+    ("optim.lr", "optim.weight_decay_reference_lr"),
     ("data.seq_len", "model.max_position_embeddings"),
     *(("data.seq_len", follower) for follower in ROWS),
     ("batch.global_batch_rows", "batch.micro_batch_rows"),
@@ -156,7 +156,7 @@ FOLLOWERS = (
     *(("run.tokens", follower) for follower in SPAN[:-1]),
     *(("run.steps", follower) for follower in SPAN),
 )
-KEPT = (*SPAN, "batch.warmup_min_rows", "optim.max_lr")
+KEPT = (*SPAN, "batch.warmup_min_rows", "optim.weight_decay_reference_lr")
 MOST_RATE = 10  # of the recipe's learning rate; more is told
 LONGEST_USUAL_ROW = 131_072  # tokens; a longer one is told as a warning
 MOST_ROUND = 32  # rows that divide by it suit most numbers of data-parallel ranks
@@ -196,8 +196,9 @@ def apply_linked_defaults(
             group, name = key.split(".")
             merged[group][name] = begun.value(key)
     fixed = {*given, *kept}
-    if "optim.lr" in given and "optim.max_lr" not in fixed:
-        merged.optim.max_lr = merged.optim.lr * (base.optim.max_lr / base.optim.lr)
+    if "optim.lr" in given and "optim.weight_decay_reference_lr" not in fixed:
+        ratio = base.optim.weight_decay_reference_lr / base.optim.lr
+        merged.optim.weight_decay_reference_lr = merged.optim.lr * ratio
     if "data.seq_len" in given and "model.max_position_embeddings" not in fixed:
         merged.model.max_position_embeddings = merged.data.seq_len
     if "data.seq_len" in given and merged.data.batching == "packed" and ROWS[0] not in fixed:

@@ -97,13 +97,13 @@ class OptimConfig:
     """The optimizer."""
 
     lr: float = science_key("Peak learning rate.", above=0)
-    max_lr: float = science_key(
-        "Learning rate that weight_decay is for: weights decay by (lr / max_lr) * weight_decay a step. Follows"
-        " `optim.lr`.",
+    weight_decay_reference_lr: float = science_key(
+        "Learning rate that weight_decay is for: weights decay by lr / weight_decay_reference_lr * weight_decay a step."
+        " Follows `optim.lr`.",
         above=0,
     )
     weight_decay: float = science_key(
-        "Share of a weight that is lost a step at `optim.max_lr`; torch multiplies its coefficient by the rate.",
+        "Share of a weight that is lost a step at that rate. torch multiplies its coefficient by the rate.",
         at_least=0,
         below=1,
     )

@@ -93,11 +93,11 @@ def transformer_config(
         backend=backend,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         pipeline_model_parallel_layout=pipeline_layout,
         sequence_parallel=parallel.sequence_parallel,
         **recomputation(parallel),
-        overlap_p2p_comm=parallel.overlap and parallel.vp > 1,
+        overlap_p2p_comm=parallel.overlap and parallel.vpp > 1,
         tp_comm_overlap=parallel.tp_overlap,
         # Batched sends and receives of two stages cross when the previous and the next rank are the same, which gives
         # wrong losses without an error. Core leaves this check to Megatron-LM's argument parser.

@@ -264,7 +264,7 @@ def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str
     The order is the same on every rank, and an empty group is kept."""
     named = trained_parameters(chunks)
     common = {
-        "max_lr": optim.max_lr,
+        "max_lr": optim.weight_decay_reference_lr,
         "momentum": optim.momentum,
         "adjust_lr": optim.adjust_lr,
         "min_lr": 0.0,

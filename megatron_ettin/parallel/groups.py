@@ -33,8 +33,8 @@ class Layout:
         return self.pp_rank == self.topology.pp - 1
 
     def chunk_stages(self) -> list[tuple[int | None, bool, bool]]:
-        """(vp stage, holds the embedding?, holds the head?) of each model chunk of this rank."""
-        if self.topology.vp == 1:
+        """(vpp stage, holds the embedding?, holds the head?) of each model chunk of this rank."""
+        if self.topology.vpp == 1:
             return [(None, ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage())]
         return [
             (
@@ -42,7 +42,7 @@ class Layout:
                 ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             )
-            for stage in range(self.topology.vp)
+            for stage in range(self.topology.vpp)
         ]
 
 
@@ -51,7 +51,7 @@ def initialize_model_parallel(topology: Topology, seed: int) -> Layout:
     ps.initialize_model_parallel(
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
-        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
+        virtual_pipeline_model_parallel_size=topology.vpp if topology.vpp > 1 else None,
         context_parallel_size=topology.cp,
         create_gloo_process_groups=False,
     )

@@ -15,17 +15,17 @@ class Topology:
     world: int
     tp: int
     pp: int
-    vp: int
+    vpp: int
     cp: int
     dp: int
-    layers: tuple[int, ...]  # of each of the pp x vp stages, in model order
+    layers: tuple[int, ...]  # of each of the pp x vpp stages, in model order
 
     @classmethod
     def of(cls, config: Config, world: int) -> Topology:
         """The topology of a run on `world` ranks. Raises UserError where they do not divide."""
         parallel = config.parallel
         dp = check_layout(config, world)
-        return cls(world, parallel.tp, parallel.pp, parallel.vp, parallel.cp, dp, tuple(stage_layers(config)))
+        return cls(world, parallel.tp, parallel.pp, parallel.vpp, parallel.cp, dp, tuple(stage_layers(config)))
 
     def coords(self, rank: int) -> dict[str, int]:
         """Place of `rank` on each axis."""
@@ -44,6 +44,6 @@ class Topology:
         return "|".join(stages)
 
     def __str__(self) -> str:
-        named = {"tp": self.tp, "pp": self.pp, "vp": self.vp, "cp": self.cp, "dp": self.dp}
+        named = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
         degrees = " ".join(f"{axis} {size}" for axis, size in named.items() if size > 1 or axis == "dp")
         return degrees + (f", layers {'+'.join(map(str, self.layers))}" if len(self.layers) > 1 else "")

@@ -155,10 +155,10 @@ def fit(runs: list[Measured]) -> Constants:
     nothing = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
     for run in runs:
         rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, nothing, run.node).total
-        pp, vp = run.config.parallel.pp, run.config.parallel.vp
+        pp, vpp = run.config.parallel.pp, run.config.parallel.vpp
         share = features(run.config, run.gpu, run.dp, run.chunk_tokens)
         count = micro_batches(run.config, run.dp)
-        longer = 1 + (pp - 1) / (vp * count)  # the bubble is of what is fitted
+        longer = 1 + (pp - 1) / (vpp * count)  # the bubble is of what is fitted
         part = np.array([share.operations, share.traffic, share.token_layers, share.micro_batches]) * longer
         rows.append(part / run.step_seconds)
         wanted.append(max(0.0, 1 - rest / run.step_seconds))

@@ -119,7 +119,7 @@ def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tu
         saved += embedding_bytes(config)
     # passes forward before the first backward, in micro-batches of the rank's whole model
     ahead = parallel.pp - pp_rank - 1
-    passes = ahead + 1 if parallel.vp == 1 else (2 * ahead + (parallel.vp - 1) * parallel.pp + 1) / parallel.vp
+    passes = ahead + 1 if parallel.vpp == 1 else (2 * ahead + (parallel.vpp - 1) * parallel.pp + 1) / parallel.vpp
     saved = saved * min(passes, count) + inputs  # the last one's are held until the next comes
     if pp_rank < parallel.pp - 1:
         return saved + again, 0.0

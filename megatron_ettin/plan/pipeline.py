@@ -1,7 +1,7 @@
 """A pipeline's step as events: every rank runs its passes in the order of core's schedules (1F1B, arXiv 2104.04473
 figure 4; with several model chunks a rank, interleaved), each as soon as it is free and what it needs has arrived.
 
-Where all stages take the same time the closed form of the bubble, (pp - 1) / (vp x micro-batches), comes out; with
+Where all stages take the same time the closed form of the bubble, (pp - 1) / (vpp x micro-batches), comes out; with
 unequal stages, transfers, or ranks that are now and then slow, it does not, and this is what does.
 
 Places of a whole run's micro-batches that have no row, the batch warm-up's smaller steps included."""

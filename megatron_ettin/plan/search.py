@@ -47,7 +47,7 @@ class Planned:
 
     def to_json(self) -> dict[str, Any]:
         parallel = self.config.parallel
-        axes = {key: getattr(parallel, key) for key in ("tp", "pp", "vp", "cp")}
+        axes = {key: getattr(parallel, key) for key in ("tp", "pp", "vpp", "cp")}
         return {
             **axes,
             "dp": self.dp,
@@ -115,7 +115,7 @@ def nearest_reason(reasons: list[str]) -> str:
 def combinations(config: Config, gpus: int, node: int, given: Set[str] = frozenset()) -> Iterator[dict[str, int]]:
     """Degrees that are worth a look: those that the configuration sets, else what the shape allows."""
     own = config.parallel
-    is_open = {axis: getattr(own, axis) == 1 and f"parallel.{axis}" not in given for axis in ("tp", "cp", "pp", "vp")}
+    is_open = {axis: getattr(own, axis) == 1 and f"parallel.{axis}" not in given for axis in ("tp", "cp", "pp", "vpp")}
     degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
     contexts = [1, 2, 4, 8] if config.data.seq_len >= LONG_ROWS else [1]
     most = min(MOST_STAGES, config.model.num_layers)
@@ -124,9 +124,9 @@ def combinations(config: Config, gpus: int, node: int, given: Set[str] = frozens
         for cp in contexts if is_open["cp"] else [own.cp]:
             for pp in stages if is_open["pp"] else [own.pp]:
                 if tp * cp * pp <= gpus:
-                    chunks = (CHUNKS if is_open["vp"] else (own.vp,)) if pp > 1 else (1,)
-                    for vp in chunks:
-                        yield {"tp": tp, "cp": cp, "pp": pp, "vp": vp}
+                    chunks = (CHUNKS if is_open["vpp"] else (own.vpp,)) if pp > 1 else (1,)
+                    for vpp in chunks:
+                        yield {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp}
 
 
 def micro_batch_sizes(config: Config, dp: int) -> list[int]:
@@ -203,5 +203,5 @@ def limit_to_relax(reason: str, config: Config, gpus: int) -> str:
     if "rows of a step" in reason:
         return "; relax --gpus or batch.global_batch_rows"
     if "interleaved" in reason:
-        return f"; relax {'parallel.vp or ' * (parallel.vp > 1)}batch.global_batch_rows"
+        return f"; relax {'parallel.vpp or ' * (parallel.vpp > 1)}batch.global_batch_rows"
     return ""

@@ -162,7 +162,7 @@ def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: C
     config = with_split_rows(config, dp)
     parallel, count = config.parallel, micro_batches(config, dp)
     compute = constants.seconds(features(config, gpu, dp, chunk_tokens, constants))
-    bubble = compute * (parallel.pp - 1) / (parallel.vp * count)
+    bubble = compute * (parallel.pp - 1) / (parallel.vpp * count)
     tp, cp, pp = communication(config, gpu, dp, node)
     return StepTime(
         compute=compute,
@@ -186,7 +186,7 @@ def communication(config: Config, gpu: Gpu, dp: int, node: int) -> tuple[float, 
     layers = config.model.num_layers / parallel.pp
     # q, k, v and the output change hands, forward and backward
     cp = count * layers * 8 * ring(gpu, hidden / parallel.tp, parallel.cp, parallel.tp, node)
-    pp = (count * (parallel.vp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
+    pp = (count * (parallel.vpp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
     if parallel.pp > 1:  # first and last stage sum their gradients of the vocabulary
         apart = parallel.tp * parallel.cp * dp
         pp += 2 * ring(gpu, tied_gradient_bytes(config), 2, apart, node)
@@ -221,7 +221,7 @@ def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seco
         return reduced + gathered
     hideable = 1 - 1 / pieces
     # a model chunk's last backward passes, of a group of micro-batches, come while others' gradients are reduced
-    passes = parallel.pp if parallel.vp > 1 else 1
+    passes = parallel.pp if parallel.vpp > 1 else 1
     seconds = 2 / 3 * micro_batch_seconds * passes
     if not sharded:
         return reduced + gathered - min(seconds, hideable * (reduced + gathered))
@@ -236,7 +236,7 @@ def buckets(config: Config, weights: float, dp: int) -> int:
     that each rank's share is a million, of the first model chunk, and one for each of the others."""
     if not config.parallel.overlap:
         return 1
-    chunks = config.parallel.vp
+    chunks = config.parallel.vpp
     return max(1, math.ceil(weights / chunks / max(40e6, 1e6 * dp))) + chunks - 1
 
 
@@ -292,8 +292,8 @@ def tensor_passes(config: Config, pp_rank: int) -> int:
 
 def transfers(config: Config, pp_rank: int) -> int:
     """Hidden states and gradients that a rank sends for a micro-batch, those between its own model chunks included."""
-    pp, vp = config.parallel.pp, config.parallel.vp
-    forward, backward = vp - (pp_rank == pp - 1), vp - (pp_rank == 0)
+    pp, vpp = config.parallel.pp, config.parallel.vpp
+    forward, backward = vpp - (pp_rank == pp - 1), vpp - (pp_rank == 0)
     return forward + backward
 
 

@@ -34,7 +34,7 @@ def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
 
 def parallel_yaml(best: Planned) -> str:
     """The groups to put into a --config file."""
-    keys = ("tp", "pp", "vp", "cp", "sequence_parallel", "distributed_optimizer", "overlap", "recompute")
+    keys = ("tp", "pp", "vpp", "cp", "sequence_parallel", "distributed_optimizer", "overlap", "recompute")
     groups = {
         "parallel": {key: getattr(best.config.parallel, key) for key in keys},
         "batch": {"micro_batch_rows": best.config.batch.micro_batch_rows},
@@ -44,7 +44,7 @@ def parallel_yaml(best: Planned) -> str:
 
 def layout_name(one: Planned) -> str:
     parallel = one.config.parallel
-    axes = {"tp": parallel.tp, "pp": parallel.pp, "vp": parallel.vp, "cp": parallel.cp, "dp": one.dp}
+    axes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "dp": one.dp}
     return " ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp")
 
 

@@ -76,7 +76,7 @@ def _recipe(config: Config) -> dict[str, str]:
         "learning rate": f"{optim.lr:g}, {schedule.name}",
         "warm-up, decay": f"{format_count(schedule.warmup_tokens)}, {format_count(schedule.decay_tokens)} tokens",
         "final learning rate": f"{schedule.final_lr_fraction:g} of the peak",
-        "weight decay": f"{optim.weight_decay:g} at a learning rate of {optim.max_lr:g}",
+        "weight decay": f"{optim.weight_decay:g} at a learning rate of {optim.weight_decay_reference_lr:g}",
         "gradient clipping": f"{optim.clip_grad:g}" if optim.clip_grad else "none",
         "precision": config.precision.name,
         "layout": f"tp {parallel.tp}, pp {parallel.pp}",

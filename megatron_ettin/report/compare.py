@@ -318,7 +318,7 @@ def _equal(left: Any, right: Any) -> bool:
 def operations(run: Run) -> dict[str, str]:
     """What a run may choose freely, for the page: shown, not judged."""
     parallel = run.config.parallel
-    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "vp", "cp")}
+    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "vpp", "cp")}
     layout = " ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
     return {
         "layout": layout or "data-parallel",

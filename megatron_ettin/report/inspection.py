@@ -92,7 +92,7 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
             "seq_len": (groups.get("data") or {}).get("seq_len"),
             "global_batch_rows": batch.get("global_batch_rows"),
             "precision": (groups.get("precision") or {}).get("name"),
-            **{axis: (groups.get("parallel") or {}).get(axis) for axis in ("tp", "pp", "vp", "cp")},
+            **{axis: (groups.get("parallel") or {}).get(axis) for axis in ("tp", "pp", "vpp", "cp")},
         },
         **{key: last.get(key) for key in ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")},
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],

@@ -18,7 +18,7 @@ from megatron_ettin.report.record import RunRecord
 LAST_STEPS = 20
 NONE = "none"
 MOST_ROWS = 200  # of a table of launches or bad steps
-AXES = ("tp", "pp", "vp", "cp")
+AXES = ("tp", "pp", "vpp", "cp")
 
 
 def table(

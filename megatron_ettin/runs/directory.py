@@ -22,7 +22,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
-from megatron_ettin.config.overrides import nearest_key, upgrade_keys
+from megatron_ettin.config.overrides import current_name, nearest_key
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config, key_types
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
@@ -90,6 +90,7 @@ def recorded(run_dir: Path) -> Config | None:
 
 def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow: Sequence[str]) -> list[str]:
     """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
+    allow = [current_name(key) for key in allow]
     for key in allow:
         if key not in key_types():
             raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
@@ -167,8 +168,7 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
     """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
     it is another run's then. Keys that a launch of this run was allowed to change may differ."""
     groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
-    upgrade_keys(groups)
-    allowed = {*allow, *(key for launch in read_launches(run_dir) for key in allowed_changes(launch))}
+    allowed = {*map(current_name, allow), *(key for one in read_launches(run_dir) for key in allowed_changes(one))}
     if not fixes_guard(checkpoint / "config.yaml"):
         allowed |= set(GUARD_KEYS)
     for name in science_keys(config):

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.overrides import read_yaml
+from megatron_ettin.config.overrides import current_name, read_yaml
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
 
@@ -43,9 +43,9 @@ def read_launches(run_dir: Path, unreadable: list[int] | None = None) -> list[di
 
 
 def allowed_changes(launch: dict[str, Any]) -> list[str]:
-    """The science keys that a launch was allowed to change, by its record."""
+    """Return the science keys that a launch was allowed to change, by its record."""
     changes = launch.get("changes")
-    return [key for key in changes if isinstance(key, str)] if isinstance(changes, list) else []
+    return [current_name(key) for key in changes if isinstance(key, str)] if isinstance(changes, list) else []
 
 
 def first_launch(run_dir: Path) -> dict[str, Any] | None:

@@ -130,7 +130,7 @@ def setup_training(
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
-    """This rank's model chunks (one, or vp of them), weights drawn by name."""
+    """This rank's model chunks (one, or vpp of them), weights drawn by name."""
     backend = layer_backend(platform, config.precision.name, config.run.attention)
     core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -82,7 +82,7 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
 
 
 def test_bench_real_rows_with_pipeline_reports_pp_communication(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vp=2")
+    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vpp=2")
     (row,) = results.read(tmp_path / "b.jsonl").values()
     assert row["chunk_tokens"] is None
     assert 1 <= row["attended_chunk_tokens"] <= 64

@@ -38,7 +38,7 @@ def test_explain_key_set_by_user_names_the_override(objective: str, capsys) -> N
     told = json.loads(capsys.readouterr().out)
     why = {one["key"]: one["why"] for one in told["keys"]}
     assert why["optim.lr"] == "set by `optim.lr=1e-3`"
-    assert why["optim.max_lr"] == "set by optim.lr, which it follows (`optim.lr=1e-3`)"
+    assert why["optim.weight_decay_reference_lr"] == "set by optim.lr, which it follows (`optim.lr=1e-3`)"
     assert why["data.seq_len"] == "set by `data.seq_len=512`"
     assert len(told["always"]) > 4
 

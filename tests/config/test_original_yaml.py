@@ -94,7 +94,7 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
             4_000_000_000,
         ),
         ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.weight_decay", 3e-4),
-        ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.max_lr", 3e-3),
+        ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optim.weight_decay_reference_lr", 3e-3),
         ({"optimizer.name": "decoupled_adamw"}, "optim.name", "adamw"),
         ({"algorithms.gradient_clipping.clipping_threshold": 1.0}, "optim.clip_grad", 1.0),
         ({"train_loader.sequence_packing": True}, "batch.warmup_tokens", 125_000_000_000),

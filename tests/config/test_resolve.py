@@ -10,7 +10,10 @@ import yaml
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, parse_count
+from megatron_ettin.checkpoint.directory import read_config
+from megatron_ettin.config import overrides
 from megatron_ettin.config.layouts import check_layout, full_batch_split, stage_layers
+from megatron_ettin.config.overrides import members
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 from megatron_ettin.config.science import science_keys
@@ -49,16 +52,21 @@ def test_format_count_writes_the_short_suffix() -> None:
 
 def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
     config = parse("17m", "clm", "decay", words=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
-    assert config.optim.max_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
+    assert config.optim.weight_decay_reference_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
     assert config.model.max_position_embeddings == 256
     assert config.batch.micro_batch_rows == 4
 
 
 def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
-    begun = parse("17m", "mlm", "decay", words=["optim.max_lr=5e-3"])
-    assert parse("17m", "mlm", "decay", words=["optim.lr=1e-4"], begun=begun).optim.max_lr == 5e-3
-    assert parse("17m", "mlm", "decay", begun=begun).optim.max_lr == 5e-3
-    assert parse("17m", "mlm", "decay", words=["optim.max_lr=4e-3"], begun=begun).optim.max_lr == 4e-3
+    begun = parse("17m", "mlm", "decay", words=["optim.weight_decay_reference_lr=5e-3"])
+    assert parse("17m", "mlm", "decay", words=["optim.lr=1e-4"], begun=begun).optim.weight_decay_reference_lr == 5e-3
+    assert parse("17m", "mlm", "decay", begun=begun).optim.weight_decay_reference_lr == 5e-3
+    assert (
+        parse(
+            "17m", "mlm", "decay", words=["optim.weight_decay_reference_lr=4e-3"], begun=begun
+        ).optim.weight_decay_reference_lr
+        == 4e-3
+    )
 
 
 def test_parse_of_a_run_that_has_begun_with_a_large_decay_goes_on() -> None:
@@ -92,7 +100,7 @@ REFUSED = {
     "parallel.recompute_layers=2": "parallel.recompute_layers: is of parallel.recompute=full, found none",
     "parallel.offload_layers=4 parallel.pp=2": "parallel.offload_layers: goes with neither recomputation nor pipeline",
     "parallel.offload_layers=28": "parallel.offload_layers: 28 is not below the model's 28 layers",
-    "parallel.vp=2": "parallel.vp: 2 model chunks need pipeline stages",
+    "parallel.vpp=2": "parallel.vpp: 2 model chunks need pipeline stages",
     "parallel.sequence_parallel=true": "parallel.sequence_parallel: needs parallel.tp of 2 or more",
     "precision.name=fp9": "precision.name: 'fp9' does not exist",
     "precision.name=fp8-blockwise parallel.tp=4": "fp8-blockwise wants hidden_size / tp divisible by 128; it is 1792 / 4",
@@ -107,7 +115,7 @@ REFUSED = {
     "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of 28 layers in FP8",
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
     "optim.weight_decay=0.1": "torch's AdamW multiplies its coefficient by the rate: 0.1 there is 5e-05 here",
-    "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.max_lr 1e-06, and more than 10 x",
+    "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.weight_decay_reference_lr 1e-06, and more than 10 x",
     "optim.lr=-1": "optim.lr: -1.0 is not allowed; it must be above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
     "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
@@ -157,7 +165,9 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
         check_layout(config, 6)
     assert check_layout(config, 20) == 5
     assert full_batch_split(config, 5).empty == 36 * 5 * 16 - 2816
-    interleaved = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vp=7", "batch.global_batch_rows=16"])
+    interleaved = parse(
+        "1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vpp=7", "batch.global_batch_rows=16"]
+    )
     with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
         check_layout(interleaved, 4)
 
@@ -168,7 +178,7 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
         ("17m", "parallel.pp=2", [6, 1]),
         ("68m", "parallel.pp=4", [5, 5, 6, 3]),
         ("1b", "parallel.pp=4", [7, 7, 7, 7]),
-        ("17m", "parallel.pp=2 parallel.vp=2", [2, 2, 2, 1]),
+        ("17m", "parallel.pp=2 parallel.vpp=2", [2, 2, 2, 1]),
         ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4]),
     ],
 )
@@ -208,6 +218,38 @@ def test_parse_short_forms_of_lists_mean_the_long_ones(word: str, same: str) -> 
     assert parse("17m", "mlm", "pretrain", words=[word]) == parse(
         "17m", "mlm", "pretrain", words=[same] if same else []
     )
+
+
+def test_older_names_of_keys_are_read_with_one_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overrides, "_noted", set())
+    old, new = (
+        ["parallel.pp=2", f"parallel.{vpp}=2", f"optim.{reference}=4e-3"]
+        for vpp, reference in (("vp", "max_lr"), ("vpp", "weight_decay_reference_lr"))
+    )
+    config = parse("17m", "mlm", "decay", words=new)
+    assert capsys.readouterr().err == ""
+    assert parse("17m", "mlm", "decay", words=old) == config
+    (tmp_path / "user.yaml").write_text("phases: {decay: {parallel: {pp: 2, vp: 2}, optim: {max_lr: 4e-3}}}\n")
+    assert parse("17m", "mlm", "decay", tmp_path / "user.yaml") == config
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config).replace("vpp:", "vp:").replace("weight_decay_reference_lr:", "max_lr:"))
+    assert "max_lr" in path.read_text()
+    assert from_yaml(path) == config
+    assert science_keys(from_yaml(path)) == science_keys(config)
+    assert read_config(tmp_path)["optim"]["weight_decay_reference_lr"] == 4e-3
+    assert capsys.readouterr().err.splitlines() == [
+        "note: parallel.vp is called parallel.vpp now; the older name is still read",
+        "note: optim.max_lr is called optim.weight_decay_reference_lr now; the older name is still read",
+    ]
+    assert members(["parallel.vp=1,2"]) == members(["parallel.vpp=1,2"])
+
+
+def test_parse_of_older_and_new_name_together_is_refused() -> None:
+    config = "optim.weight_decay_reference_lr: optim.max_lr is its older name, and both are set"
+    with pytest.raises(UserError, match=re.escape(config)):
+        overrides.check_keys({"optim": {"max_lr": 1, "weight_decay_reference_lr": 1}})
 
 
 def test_science_keys_ignore_operations_keys() -> None:

@@ -54,7 +54,7 @@ def test_parse_every_combination_has_published_values(size: str, objective: str,
     final = phase in ("decay", "cross")
     assert config.optim.lr == pytest.approx(PEAK[size] / 2 if final else PEAK[size])
     assert config.optim.weight_decay == DECAY[size]
-    assert config.optim.max_lr == pytest.approx(PEAK[size] / 2 if phase == "cross" else PEAK[size])
+    assert config.optim.weight_decay_reference_lr == pytest.approx(PEAK[size] / 2 if phase == "cross" else PEAK[size])
     assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.98, 1e-6)
     assert config.batch.global_batch_rows == 4608
     assert config.batch.micro_batch_rows == MICRO[phase][list(SIZES).index(size)]

@@ -43,7 +43,7 @@ def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, co
     "words",
     [
         "parallel.tp=2 parallel.sequence_parallel=true",
-        "model.num_layers=4 parallel.pp=2 parallel.vp=2",
+        "model.num_layers=4 parallel.pp=2 parallel.vpp=2",
         "parallel.cp=2",
         "parallel.overlap=true precision.gradients=bf16",
         "parallel.engine=deepspeed",

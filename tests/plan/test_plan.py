@@ -83,7 +83,13 @@ def test_plan_1b_on_512_gpus_ranks_plain_data_parallelism_first(capsys: pytest.C
     words = ("--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain", "batch.warmup_tokens=0")
     found = plan(capsys, *words)
     best = found["layouts"][0]
-    assert {key: best[key] for key in ("tp", "pp", "vp", "cp", "dp")} == {"tp": 1, "pp": 1, "vp": 1, "cp": 1, "dp": 512}
+    assert {key: best[key] for key in ("tp", "pp", "vpp", "cp", "dp")} == {
+        "tp": 1,
+        "pp": 1,
+        "vpp": 1,
+        "cp": 1,
+        "dp": 512,
+    }
     assert best["distributed_optimizer"]
     assert {one["tp"] for one in found["layouts"]} <= {1, 2, 4}
     speeds = [one["tokens_per_second_per_gpu"] for one in found["layouts"]]
@@ -187,7 +193,7 @@ def test_predict_overlap_hides_all_gradient_buckets_but_one() -> None:
         assert hidden == pytest.approx(plain / pieces + 2 * around * (1 - 1 / pieces), rel=0.01), dp
     # three stages have passed when the last one's gradients are there: interleaving hides more than a stage can
     deep = ("parallel.pp=4", "parallel.overlap=true")
-    assert exposed(64, *deep, "parallel.vp=2") < exposed(64, *deep) * 1.01
+    assert exposed(64, *deep, "parallel.vpp=2") < exposed(64, *deep) * 1.01
 
 
 def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:

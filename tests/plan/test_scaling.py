@@ -91,7 +91,7 @@ def test_plan_scale_of_175b_matches_published_strong_scaling(capsys: pytest.Capt
     shape = ["hidden_size=12288", "num_layers=96", "num_attention_heads=96", "ffn_hidden_size=32768"]
     words = [f"model.{one}" for one in [*shape, "global_attention_every=1"]]
     words += ["data.seq_len=2048", "batch.global_batch_rows=1152", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
-    words += ["parallel.tp=8", "parallel.pp=12", "parallel.vp=8", "precision.gradients=bf16"]
+    words += ["parallel.tp=8", "parallel.pp=12", "parallel.vpp=8", "precision.gradients=bf16"]
     rows = scale(capsys, "96,4608", "--objective", "clm", "--chunk-tokens", "2048", *words)
     # theirs gathers weights beside the next step's first passes, which with stages we do not
     assert 100 * (rows[4608]["strong_efficiency"] - 42 / 47) == pytest.approx(-3, abs=3)

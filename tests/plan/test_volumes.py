@@ -14,7 +14,7 @@ from tests import forkserver
 
 COMMON = ["run.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
-INTERLEAVED = ["parallel.pp=4", "parallel.vp=2", "parallel.overlap=true", "batch.global_batch_rows=512"]
+INTERLEAVED = ["parallel.pp=4", "parallel.vpp=2", "parallel.overlap=true", "batch.global_batch_rows=512"]
 WORLD = 512
 
 

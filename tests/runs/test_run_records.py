@@ -89,7 +89,15 @@ def test_resume_of_a_decoder_from_an_encoders_checkpoint_is_refused(
 def test_resume_after_an_allowed_change_needs_no_second_permission(pool: Pool, corpus: Path, run: Path) -> None:
     """The launch that was allowed to change a key ended before it saved: the newest checkpoint has the old value."""
     words = [*SHAPE, "run.steps=2", "optim.lr=1e-3"]
-    train(pool, 1, run, corpus, "mlm", words, ["--allow-change", "optim.lr", "--allow-change", "optim.max_lr"])
+    train(
+        pool,
+        1,
+        run,
+        corpus,
+        "mlm",
+        words,
+        ["--allow-change", "optim.lr", "--allow-change", "optim.weight_decay_reference_lr"],
+    )
     with open(run / "history.jsonl", "a") as history:
         history.write('{"time": "2026-01-01T00')
     train(pool, 1, run, corpus, "mlm", [*SHAPE, "run.steps=3", "optim.lr=1e-3"])

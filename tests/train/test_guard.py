@@ -23,7 +23,7 @@ from tests.train.test_resume import Halves
 pytestmark = pytest.mark.ranks
 # of a run at a rate so high that its gradient norms rise: steps of both its halves are left out
 STEPS = 20
-DIVERGING = ["optim.lr=1e-2", "optim.max_lr=1e-2"]
+DIVERGING = ["optim.lr=1e-2", "optim.weight_decay_reference_lr=1e-2"]
 # every norm above the median of the latest four steps is a spike
 NERVOUS = [
     "resilience.spike_window=4",
@@ -303,7 +303,7 @@ def test_resilience_invalid_setting_is_refused(
 
 
 # a rate that wrecks every weight by its first update
-WRECKING = ["optim.lr=1e30", "optim.max_lr=1e30", "optim.weight_decay=0"]
+WRECKING = ["optim.lr=1e30", "optim.weight_decay_reference_lr=1e30", "optim.weight_decay=0"]
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,11 @@ def healthy(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, words: list[str]) -> tuple[int, str]:
     """Go on with a copy of the healthy run at a rate that wrecks it; return its exit status and output."""
     shutil.copytree(healthy, directory)
-    options = [word for key in ("optim.lr", "optim.max_lr", "optim.weight_decay") for word in ("--allow-change", key)]
+    options = [
+        word
+        for key in ("optim.lr", "optim.weight_decay_reference_lr", "optim.weight_decay")
+        for word in ("--allow-change", key)
+    ]
     (result,) = pool.run(1, command(directory, corpus, "mlm", [*WRECKING, *words], options))
     return result.status, result.output
 
@@ -340,7 +344,11 @@ def test_checkpoints_are_kept_while_updates_are_left_out(
     assert [path.name for path in list_milestones(run)] == ["step_000000007"]
     assert "step 11: loss is nan; the run stops after 4 in a row. Nothing of this step was saved" in said
     assert "the last good checkpoint is step_000000006, from which the same command goes on" in said
-    options = [word for key in ("optim.lr", "optim.max_lr", "optim.weight_decay") for word in ("--allow-change", key)]
+    options = [
+        word
+        for key in ("optim.lr", "optim.weight_decay_reference_lr", "optim.weight_decay")
+        for word in ("--allow-change", key)
+    ]
     (again,) = pool.run(1, command(run, corpus, "mlm", ["run.steps=8"], options))
     assert again.status == 0, again.output[-2000:]
 

@@ -25,11 +25,11 @@ LAYOUTS = {
     "tp2 pp2 sp": (4, "parallel.tp=2 parallel.pp=2 parallel.sequence_parallel=true"),
     "dp2": (2, "parallel.distributed_optimizer=false"),
     "cp2": (2, "parallel.cp=2"),
-    "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+    "pp2 vp2": (2, "parallel.pp=2 parallel.vpp=2"),
     "dp2 distributed optimizer": (2, "parallel.distributed_optimizer=true"),
     "micro-batch 1": (1, "batch.micro_batch_rows=1"),
     "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
-    "recompute pp2 vp2": (2, "parallel.recompute=full parallel.pp=2 parallel.vp=2"),
+    "recompute pp2 vp2": (2, "parallel.recompute=full parallel.pp=2 parallel.vpp=2"),
     "dp3, which does not divide the batch": (3, ""),
     "micro-batch 4": (1, "batch.micro_batch_rows=4"),
     "cp2 tp2": (4, "parallel.cp=2 parallel.tp=2"),
@@ -42,9 +42,9 @@ LAYOUTS = {
     "tp2 pp2": (4, "parallel.tp=2 parallel.pp=2"),
     "tp2 pp2 dp2": (8, "parallel.tp=2 parallel.pp=2 batch.micro_batch_rows=1"),
     "pp2 dp2 overlap": (4, "parallel.pp=2 parallel.overlap=true"),
-    "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vp=2 parallel.overlap=true"),
+    "pp2 vp2 dp2 overlap": (4, "parallel.pp=2 parallel.vpp=2 parallel.overlap=true"),
     "cp4 dp2": (8, "parallel.cp=4 batch.micro_batch_rows=1"),
-    "cp2 pp2 vp2": (4, "parallel.cp=2 parallel.pp=2 parallel.vp=2"),
+    "cp2 pp2 vp2": (4, "parallel.cp=2 parallel.pp=2 parallel.vpp=2"),
     "recompute attention": (1, "parallel.recompute=selective"),
     "recompute two layers cp2": (2, "parallel.recompute=full parallel.recompute_layers=2 parallel.cp=2"),
 }
@@ -308,7 +308,7 @@ def test_muon_in_bf16_on_layout_follows_one_process_and_per_shard_does_not(
 @pytest.mark.parametrize(
     "layout",
     tiered(
-        ["parallel.pp=2", "parallel.pp=2 parallel.vp=2", "parallel.pp=2 parallel.pipeline_layers=2,5"],
+        ["parallel.pp=2", "parallel.pp=2 parallel.vpp=2", "parallel.pp=2 parallel.pipeline_layers=2,5"],
         first=["parallel.pp=2 parallel.pipeline_layers=2,5"],
     ),
 )

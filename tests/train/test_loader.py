@@ -184,7 +184,7 @@ def test_train_losses_do_not_depend_on_worker_count(pool: Pool, corpus: Path, tm
 
 @pytest.mark.ranks
 @pytest.mark.full
-@pytest.mark.parametrize("layout", ["parallel.pp=2 parallel.vp=2", "parallel.tp=2", ""])
+@pytest.mark.parametrize("layout", ["parallel.pp=2 parallel.vpp=2", "parallel.tp=2", ""])
 def test_train_on_layout_with_workers_matches_without_workers(
     pool: Pool, corpus: Path, tmp_path: Path, layout: str
 ) -> None:

@@ -89,7 +89,7 @@ def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of
             (loss / (count * len(parts) if mean_of_means else sum(counts))).backward()
             total += loss.item()
         losses.append(total / sum(counts))
-        stable_adamw(groups, state, step + 1, optim.lr, optim.max_lr, optim.weight_decay)
+        stable_adamw(groups, state, step + 1, optim.lr, optim.weight_decay_reference_lr, optim.weight_decay)
     return losses
 
 

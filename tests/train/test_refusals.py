@@ -137,8 +137,8 @@ def test_resume_changed_science_key_is_refused_unless_allowed(
     assert history[-1]["changes"] == ["optim.lr"]
     assert history[-1]["step"] == 2
     # what the decay refers to is the run's own
-    assert "optim.lr 0.003 -> 0.0001; optim.max_lr stays 0.003" in result.output
-    assert from_yaml(run / "config.yaml").optim.max_lr == 3e-3
+    assert "optim.lr 0.003 -> 0.0001; optim.weight_decay_reference_lr stays 0.003" in result.output
+    assert from_yaml(run / "config.yaml").optim.weight_decay_reference_lr == 3e-3
 
 
 @pytest.mark.ranks
@@ -183,7 +183,7 @@ def test_dataset_with_other_tokenizer_of_same_size_is_refused(pool: Pool, corpus
 
 @pytest.mark.ranks
 def test_train_nan_loss_stops_without_checkpoint(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=50", "optim.lr=1e30", "optim.max_lr=1e30", "resilience.max_skips_in_row=2"]
+    words = ["run.steps=50", "optim.lr=1e30", "optim.weight_decay_reference_lr=1e30", "resilience.max_skips_in_row=2"]
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words))
     assert result.status == 1
     assert "nan" in result.output

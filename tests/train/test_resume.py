@@ -28,7 +28,7 @@ LAYOUTS = {
     "dp2": (2, "parallel.distributed_optimizer=false"),
     "dp2 sharded": (2, ""),
     "tp2 sp": (2, "parallel.tp=2 parallel.sequence_parallel=true"),
-    "pp2 vp2": (2, "parallel.pp=2 parallel.vp=2"),
+    "pp2 vp2": (2, "parallel.pp=2 parallel.vpp=2"),
     "cp2": (2, "parallel.cp=2"),
 }
 
@@ -291,7 +291,7 @@ def test_init_from_next_phase_keeps_optimizer_and_cross_starts_fresh(pool: Pool,
 
 
 # no weight moves: gradients, and what becomes of them, are the same whatever the optimizer is
-STILL = ["optim.lr=1e-12", "optim.max_lr=1", "optim.weight_decay=0", "optim.beta2=0.9"]
+STILL = ["optim.lr=1e-12", "optim.weight_decay_reference_lr=1", "optim.weight_decay=0", "optim.beta2=0.9"]
 
 
 def moments(run: Trained) -> dict[str, torch.Tensor]:

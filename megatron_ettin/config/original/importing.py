@@ -244,7 +244,7 @@ def _optimizer(reading: Reading) -> dict[str, dict[str, Any]]:
         raise reading.wrong("optimizer.betas", f"is {betas!r}; two numbers were expected")
     optim: dict[str, Any] = {"name": name, "lr": lr, "weight_decay": decay * lr if coupled else decay}
     if coupled:
-        optim["max_lr"] = lr  # a weight then loses lr x weight_decay a step, as in torch
+        optim["weight_decay_reference_lr"] = lr  # a weight then loses lr x weight_decay a step, as in torch
     optim |= {"beta1": float(betas[0]), "beta2": float(betas[1]), "eps": reading.number("optimizer.eps")}
     clip = "algorithms.gradient_clipping."
     if reading.take(f"{clip}clipping_threshold") is not None:
