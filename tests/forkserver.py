@@ -37,7 +37,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
 FOLDER_VARIABLE, OWNER_VARIABLE = "ETTIN_TEST_SERVER_FOLDER", "ETTIN_TEST_SERVER_OWNER"
-MISTAKE_VARIABLE = "ETTIN_TEST_MISTAKE"  # a name of tests/mutations.py, made by every command and rank
+# a name of tests/mutations.py, applied in every command and rank
+MISTAKE_VARIABLE = "ETTIN_TEST_MISTAKE"
 CLIENT = Path(__file__).with_name("forkserver_client.py")
 WARM = (
     *("torch", "numpy", "transformers", "matplotlib.pyplot", "torch.distributed.run", "megatron_ettin.train.chain"),
@@ -224,7 +225,8 @@ def command(target: str, *arguments: object) -> list[str]:
     It ends with the status that the function returns, or by the signal that ended the fork.
     """
     path = shared()
-    connect(path).close()  # so that no test's time limit counts the server's imports
+    # so that no test's time limit counts the server's imports
+    connect(path).close()
     return [sys.executable, "-IS", str(CLIENT), str(path), target, *map(str, arguments)]
 
 
@@ -292,7 +294,8 @@ class Server:
         try:
             request, files = received(connection)
         except (OSError, ValueError, IndexError):
-            connection.close()  # it only looked whether somebody is here
+            # it only checked that the server listens
+            connection.close()
             return
         pid = os.fork()
         if pid == 0:
@@ -356,7 +359,8 @@ def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 def be_child(request: dict[str, Any], files: list[int]) -> None:
     """Become what was asked for, and end as a process of its own would."""
-    high = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]  # off the numbers that they are to have
+    # away from the numbers that they will get
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
     for number, file in enumerate(high):
         os.dup2(file, number)
     for file in {*files, *high} - set(range(len(files))):
@@ -367,7 +371,8 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
     os.environ.update(request["env"])
     if request["leads"]:
         os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's own ends the server
+    # the server's own handler would end the server
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # the server ignores these where the tests were started in the background, or by nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -416,10 +421,12 @@ def main(path: str, owner: str, setup: str, arguments: str) -> None:
         server.serve()
     finally:
         server.close()
-        os._exit(0)  # what has been imported has nothing to end here
+        # imported libraries have nothing to clean up here
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    from tests.forkserver import main as imported_main  # under its own name, which children look functions up by
+    # by the module's own name, under which children look up functions
+    from tests.forkserver import main as imported_main
 
     imported_main(*sys.argv[1:])

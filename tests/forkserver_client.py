@@ -19,7 +19,8 @@ def main(path: str, target: str, words: "list[str]") -> None:
     pending: list[int] = []
     pid = 0
 
-    leads = os.getsid(0) == os.getpid()  # of a group, whose members its signals are for
+    # a group leader's signals are for all members
+    leads = os.getsid(0) == os.getpid()
 
     def forward(number: int, _: object) -> None:
         if pid:

@@ -56,7 +56,8 @@ def no_data_parallel_reduction() -> Iterator[None]:
 @contextlib.contextmanager
 def no_tied_embedding_reduction() -> Iterator[None]:
     """Let the first and the last pipeline stage update their copies of the embedding from their own gradients."""
-    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function hides its name
+    # a function of the same name hides the module
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     with mock.patch.object(module, "_allreduce_word_embedding_grads", lambda *_, **__: None):
         yield
 
@@ -199,7 +200,8 @@ def swapped_query_and_key_in_exports() -> Iterator[None]:
         query, key, value = real(tensor, model, 3)
         return list(torch.cat([key, query, value]).chunk(parts))
 
-    object.__setattr__(rules.QKV, "split", swapped)  # a frozen dataclass that the table of rules holds
+    # a frozen dataclass that the table of rules holds
+    object.__setattr__(rules.QKV, "split", swapped)
     try:
         yield
     finally:
@@ -298,6 +300,7 @@ def find(name: str) -> Callable[[], AbstractContextManager[None]]:
 
 
 if __name__ == "__main__":
-    from tests.mutations import page as imported_page  # under its own name, which the tables' functions are of
+    # by the module's own name, to which the tables' functions belong
+    from tests.mutations import page as imported_page
 
     PAGE.write_text(imported_page())

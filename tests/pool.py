@@ -28,7 +28,8 @@ from tests import forkserver
 
 NO_ANSWER = "no answer in time"
 DIED = "the worker died"
-PIPE = 3  # of a worker, after its standard files
+# the worker's pipe comes after its standard files
+PIPE = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
             except (EOFError, ConnectionResetError):
                 results[pipe] = Result(1, DIED)
             if results[pipe].status == 1:
-                end = min(end, time.monotonic() + 10)  # the others wait for it in vain
+                # the other ranks would wait for this one in vain
+                end = min(end, time.monotonic() + 10)
             missing.remove(pipe)
     return list(results.values())
 
@@ -76,7 +78,8 @@ def worker(rank: int) -> None:
     while (job := received(jobs)) is not None:
         world, store, port, command, mutation, folder = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # where later phases of one job join again
+        # later phases of one job meet there again
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         printed = io.StringIO()
         try:
             os.chdir(folder)

@@ -46,7 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: runs in `tests/run.sh --all`, not in the first tier (tests/README.md)")
-    if forkserver.FOLDER_VARIABLE not in os.environ:  # neither a worker nor a run within a test
+    # neither an xdist worker nor a run within a test
+    if forkserver.FOLDER_VARIABLE not in os.environ:
         os.environ[forkserver.FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="ettin-tests-")
         os.environ[forkserver.OWNER_VARIABLE] = str(os.getpid())
     if not is_worker(config):
@@ -71,7 +72,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = [item for item in items if (item.get_closest_marker("full") is None) == (tier == "first")]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
         items[:] = wanted
-    items.sort(key=lambda item: rank_of(group_of(item.nodeid)))  # keeps the order within each
+    # stable: keeps the order within each group
+    items.sort(key=lambda item: rank_of(group_of(item.nodeid)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

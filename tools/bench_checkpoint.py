@@ -25,7 +25,8 @@ from typing import Any
 
 from bench_step import RandomRows
 
-AFTER = 4  # steps
+# steps after each save
+AFTER = 4
 LOADS = ["load", "load and verify", "load from the disk", "load and verify from the disk"]
 
 

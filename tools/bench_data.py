@@ -34,7 +34,8 @@ PEER = ROOT / "tools" / "peers" / "megatron_preprocess.py"
 REPEATS = 3
 WORKERS = (1, 2)
 LEAST_BYTES = 10_000_000
-GROWTH = 10  # of the larger corpus, for memory
+# size of the larger corpus relative to the smaller, for memory
+GROWTH = 10
 SMALL_PLAN_CHUNKS = 4_000_000
 
 
@@ -43,7 +44,8 @@ class Runs:
     """Repeated runs of one command."""
 
     seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)  # with its workers: what a busy machine changes least
+    # including workers; a busy host changes this least
+    cpu_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
 
     @property
@@ -105,7 +107,8 @@ def measure_prepare(folder: Path, streaming_python: str | None) -> list[str]:
     text = docstrings(folder)
     ours, theirs = {n: Runs() for n in WORKERS}, {n: Runs() for n in WORKERS}
     tokenizer = folder / "warm" / "tokenizer"
-    run(prepare_command(text, folder / "warm", 1, []))  # makes the tokenizer's cache and gives the peer its folder
+    # creates the tokenizer's cache and the peer's folder
+    run(prepare_command(text, folder / "warm", 1, []))
     for _ in range(REPEATS):
         for workers in WORKERS:
             out = folder / "dataset"
@@ -199,7 +202,8 @@ def measure_memory(folder: Path, streaming_python: str | None) -> list[str]:
     text = docstrings(folder)
     larger = folder / "larger.jsonl"
     with open(larger, "wb") as out:
-        for i in range(GROWTH):  # another text each time, so that nothing repeats
+        # another text each time, so that nothing repeats
+        for i in range(GROWTH):
             for line in open(text, encoding="utf-8"):  # noqa: SIM115
                 out.write((json.dumps({"text": f"{i} " + json.loads(line)["text"]}) + "\n").encode())
     lines = ["| what | 1x | 10x | most memory at 1x | at 10x |", "|---|---|---|---|---|"]

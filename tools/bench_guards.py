@@ -50,7 +50,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             began = time.perf_counter()
             info = train_step(train_state, batches, number, 0, 1e-4, False, None, guard if side == "judged" else None)
             assert info.updated
-            if number:  # the first is a warm-up
+            # the first is a warm-up
+            if number:
                 seconds[side].append(time.perf_counter() - began)
     found = {side: statistics.median(values) for side, values in seconds.items()}
     for name, call in (

@@ -24,11 +24,14 @@ PEERS = Path(__file__).resolve().parent / "peers"
 ROW_TOKENS = 1_024
 REAL_ROWS = 10**6
 PAPER_ROWS = (10**8, 10**9, 10**10)
-LARGEST_PEER_ROWS = 10**8  # their memory ends the comparison there
+# the peers' memory limits the comparison
+LARGEST_PEER_ROWS = 10**8
 READ_ROWS = 20_000
-FIRST_ROWS = 32  # that exist on paper: a micro-batch and more
+# rows with content in a sparse dataset: a micro-batch and more
+FIRST_ROWS = 32
 REPEATS = 3
-MIXED = 4  # datasets of the largest mixture
+# datasets in the largest mixture
+MIXED = 4
 
 Figure = dict[str, float]
 

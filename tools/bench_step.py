@@ -114,10 +114,12 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
         input_ids = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
         labels = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
         optimizer.zero_grad()
-        if kind == "clm":  # it shifts by itself
+        # it shifts by itself
+        if kind == "clm":
             labels = input_ids
         model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels).loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])  # ours reports the norm as well
+        # ours computes the norm as well
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
 
     return step

@@ -31,8 +31,10 @@ from fuzzing.readers import READERS, Reader
 
 MEMORY_BYTES = 1 << 30
 SLOW_SECONDS = 5
-WEIGHTS = {"yaml": 0.2, "compare": 0.05, "report": 0.05, "status": 0.2}  # fewer of what takes long
-MOST_FAILURES = 5  # of a reader; then it stops
+# fewer runs of slow readers
+WEIGHTS = {"yaml": 0.2, "compare": 0.05, "report": 0.05, "status": 0.2}
+# a reader stops after this many
+MOST_FAILURES = 5
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "shutil.rmtree")
 
 
@@ -57,7 +59,8 @@ def run_reader(name: str, runs: int, first: int, seed: int, out: str) -> dict[st
     folder = Path(tempfile.mkdtemp(prefix="ettin-fuzz-", dir=base))
     targets = reader.make(folder)
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    reader.read(folder)  # what is good is read, and all that it imports is there before memory is limited
+    # read good files first, so that everything is imported before memory is limited
+    reader.read(folder)
     limit_memory()
     sys.addaudithook(watch)
     signal.signal(signal.SIGALRM, slow)

@@ -36,7 +36,8 @@ def run_section(name: str, session: Session) -> None:
     """Here and now, in this process."""
     from megatron_ettin.platform import detect
 
-    detect(session.device)  # where there is no GPU: core's calls to one are answered
+    # without a GPU this emulates core's CUDA calls
+    detect(session.device)
     from gpu_checks import attention, peers, rates, roofline, runs
 
     alone = {
@@ -118,7 +119,8 @@ def main() -> int:
         done = subprocess.run([sys.executable, __file__, "--child", name, *sys.argv[1:]])
         results = Results(arguments.results)
         results.forget(name, "the section")
-        if done.returncode:  # a kernel that ends its process: what came before it is kept
+        # a kernel that ends its process: what came before it is kept
+        if done.returncode:
             results.put(name, "the section", {"state": FAILED, "says": f"its process ended with {done.returncode}"})
     found = Results(arguments.results).found
     text = table(found, command)

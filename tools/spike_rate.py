@@ -19,8 +19,10 @@ from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.faults.anomalies import NORMAL_MAD
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
 
-CHUNK_STEPS = 20_000  # judged at once
-DRIFT_STEPS = 20_000  # of one period
+# steps judged in one array
+CHUNK_STEPS = 20_000
+# steps of one period
+DRIFT_STEPS = 20_000
 
 
 def spikes(logs: np.ndarray, settings: ResilienceConfig, window: int) -> int:

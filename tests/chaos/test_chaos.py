@@ -14,7 +14,8 @@ from tests import forkserver
 
 ROUNDS = int(os.environ.get("ETTIN_CHAOS_ROUNDS", "7"))
 EVERYWHERE = {"kill", "stop", "term", "corrupt", "clock"}
-WITH_RIGHTS = {"disk", "network"}  # root may mount and make network namespaces where the system allows it
+# root may mount and create network namespaces where the system allows it
+WITH_RIGHTS = {"disk", "network"}
 TWO_RANKS = ["--ranks", "2", "--layouts", "tp2 dp2"]
 
 
@@ -61,7 +62,8 @@ def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> No
     assert left_out <= WITH_RIGHTS
     kinds = EVERYWHERE | WITH_RIGHTS - left_out
     assert {kind for line in told for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
-    assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3  # otherwise too few rounds were disturbed
+    # otherwise too few rounds were disturbed
+    assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3
     # the tool as it is started by hand; every round is already in the log
     script = [sys.executable, "-W", "ignore", str(forkserver.ROOT / "tools" / "chaos.py")]
     again = subprocess.run([*script, *words, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)

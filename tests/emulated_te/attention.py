@@ -63,7 +63,8 @@ def _attend(
             continue
         query, key, value = (t[first:last].float().transpose(0, 1) for t in (q, k, v))
         place = torch.arange(last - first)
-        ahead = place[None] - place[:, None]  # key - query
+        # key - query
+        ahead = place[None] - place[:, None]
         seen = torch.ones_like(ahead, dtype=torch.bool)
         if left >= 0:
             seen &= ahead >= -left

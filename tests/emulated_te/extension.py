@@ -55,7 +55,8 @@ def make(te: Path) -> types.ModuleType:
     module.get_cublasLt_version = lambda: 130100  # type: ignore[attr-defined]
     module.get_cudnn_version = lambda: 91900  # type: ignore[attr-defined]
     module.get_num_cublas_streams = lambda: 4  # type: ignore[attr-defined]
-    for name in sorted(_named_in(te)):  # TE's tables list them, and `import *` takes what is there
+    # TE's tables list them, and `import *` takes what is there
+    for name in sorted(_named_in(te)):
         if name not in vars(module):
             setattr(module, name, _refusal(name))
     module.__getattr__ = _refusal  # type: ignore[attr-defined, method-assign]

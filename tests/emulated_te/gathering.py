@@ -48,4 +48,5 @@ def gather_one_by_one() -> None:
             together(group, force_sync)
 
     buffers._ParamAndGradBucketGroup.start_param_sync = start
-    torch.distributed._coalescing_manager = _at_once  # core has its own name for torch's
+    # core imported torch's function under its own name
+    torch.distributed._coalescing_manager = _at_once

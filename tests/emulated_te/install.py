@@ -45,7 +45,8 @@ def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
     _answer_for_a_device(capability)
     import transformer_engine.pytorch
 
-    transformer_engine.common = common  # which Python sets where the parent is imported first
+    # Python sets this where the parent is imported first
+    transformer_engine.common = common
     from megatron_ettin.platform import cpu, device
 
     cpu.install()
@@ -133,7 +134,8 @@ def _tensors_are_on_cuda() -> None:
     run_backward = torch.autograd._engine_run_backward
 
     def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        with CudaMeansCpu():  # torch leaves a mode while it answers `backward`, and TE's backward passes ask too
+        # torch leaves a mode while it answers `backward`, and TE's backward passes ask too
+        with CudaMeansCpu():
             return run_backward(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_in_mode

@@ -65,7 +65,8 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         quantizer.scale.copy_(scale)
         _quantize_tensor(source, quantizer, output)
     elif isinstance(quantizer, kinds.Float8Quantizer):
-        if quantizer.amax.numel():  # where it is asked for
+        # only where it is requested
+        if quantizer.amax.numel():
             quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
         _quantize_tensor(source, quantizer, output)
     else:
@@ -107,7 +108,8 @@ def _blocks(source: torch.Tensor, quantizer: Any, tall: int) -> tuple[torch.Tens
     """Return the bytes of a matrix and the inverse scale of each block of tall x 128."""
     rows, columns = source.shape
     padded = F.pad(source, (0, -columns % BLOCK, 0, -rows % tall))
-    tiles = padded.unflatten(0, (-1, tall)).unflatten(2, (-1, BLOCK))  # [a, tall, b, 128]
+    # [a, tall, b, 128]
+    tiles = padded.unflatten(0, (-1, tall)).unflatten(2, (-1, BLOCK))
     amax = tiles.abs().amax((1, 3))
     scale = scale_for(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
     data = as_bytes(tiles * scale[:, None, :, None], quantizer.dtype)
@@ -138,7 +140,8 @@ def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
             data = tensor._data
             assert data is not None, "a product reads rows of an FP8 tensor that has none"
         else:
-            if is_non_tn_fp8_gemm_supported():  # of one scale there are no two copies then
+            # with one scale there are no two copies then
+            if is_non_tn_fp8_gemm_supported():
                 return values_of(tensor, rowwise=True)
             assert tensor._transpose is not None, "no valid transpose to read"
             assert not tensor._transpose_invalid, "no valid transpose to read"
@@ -196,7 +199,8 @@ def fused_amax_and_scale_update_after_reduction(
     for newest, history, scale in zip(parts, histories, scales, strict=True):
         shifted = torch.cat([history[1:], newest[None]])
         amax = shifted.amax(0) if algorithm == "max" else newest
-        shifted[0] = 0.0  # the next step's values gather here
+        # collects the next step's values
+        shifted[0] = 0.0
         history.copy_(shifted if len(history) > 1 else newest[None])
         wanted = largest(dtype) / amax / 2.0**margin
         scale.copy_(torch.where((amax > 0) & amax.isfinite() & wanted.isfinite(), wanted, scale))

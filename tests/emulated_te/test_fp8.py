@@ -16,7 +16,8 @@ pytestmark = pytest.mark.ranks
 RECIPES = ["fp8-delayed", "fp8-current", "fp8-blockwise"]
 # delayed scaling keeps most state; the others have the same code around them
 FIRST_DELAYED = ["fp8-delayed", *(pytest.param(recipe, marks=pytest.mark.full) for recipe in RECIPES[1:])]
-ROUNDING = 5e-4  # relative difference that FP8 rounding makes over four steps, on another layout too
+# relative difference that FP8 rounding makes over four steps, on another layout too
+ROUNDING = 5e-4
 SHARDED = "parallel.tp=2 parallel.sequence_parallel=true"
 OVERLAP = "parallel.overlap=true"
 FOUR_LAYERS = "model.num_layers=4"

@@ -11,7 +11,8 @@ from tests.pool import Pool
 from tests.train.runs import command
 
 pytestmark = pytest.mark.ranks
-ROUNDING = 5e-4  # bf16 rounding over four steps
+# bf16 rounding over four steps
+ROUNDING = 5e-4
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,8 @@ def test_te_layers_losses_follow_local_layers(
     found = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
     expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
     assert 0 < apart(found, expected) < ROUNDING
-    assert found.weights().keys() == expected.weights().keys()  # no bias of a norm and no pickled state
+    # no bias of a norm and no pickled state
+    assert found.weights().keys() == expected.weights().keys()
     assert found.column("loss")[0] - found.column("loss")[-1] > 0.5
 
 

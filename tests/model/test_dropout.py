@@ -50,7 +50,8 @@ def test_dropout_mask_rate_is_p_with_no_favoured_token_or_channel(p: float) -> N
     kept = mask(list(range(32)), p=p).double()
     n = kept.numel()
     assert abs(kept.mean().item() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5 + 1 / 65536
-    for dim in (0, 1):  # no token and no channel is favoured
+    # no token and no channel is favoured
+    for dim in (0, 1):
         means = kept.mean(dim)
         expected = (p * (1 - p) / kept.shape[dim]) ** 0.5
         assert means.std().item() == pytest.approx(expected, rel=0.15)

@@ -33,7 +33,8 @@ def test_linear_cross_entropy_matches_torch_loss_and_gradients(n: int, scale: fl
     logits = x @ w.t() + b
     expected = F.cross_entropy(logits, y, reduction="none")
     wanted = torch.autograd.grad(expected.sum() * scale, [x, w, b])
-    with mock.patch.object(loss, "CHUNK_LOGITS_BYTES", 64 * 300 * 4):  # 64 rows a chunk
+    # 64 rows per chunk
+    with mock.patch.object(loss, "CHUNK_LOGITS_BYTES", 64 * 300 * 4):
         total, losses, _ = loss.linear_cross_entropy(x, w, b, y)
     assert torch.allclose(losses, expected, atol=1e-5)
     with torch.no_grad():

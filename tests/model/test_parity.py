@@ -117,7 +117,8 @@ def test_logits_padded_and_packed_match_transformers(size: str, objective: str, 
         assert (rows[i, :n] - padded[i, :n]).abs().max() <= 1e-4
         begin = sum(lengths[:i])
         assert (packed[begin : begin + n] - padded[i, :n]).abs().max() <= 1e-4
-    assert padded.abs().max() > 1  # logits large enough to differ
+    # logits large enough to differ
+    assert padded.abs().max() > 1
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])

@@ -173,5 +173,6 @@ def test_adamw_first_update_moves_by_learning_rate(kind: type) -> None:
     for p, g in zip(parameters, gradients(0), strict=True):
         p.grad = g.clone()
     optimizer.step()
-    moved = parameters[1].detach() - before[1]  # not decayed
+    # this parameter is not decayed
+    moved = parameters[1].detach() - before[1]
     assert torch.allclose(moved, -LR * torch.sign(parameters[1].grad), rtol=1e-3)

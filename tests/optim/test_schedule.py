@@ -39,7 +39,8 @@ def test_lr_fraction_one_minus_sqrt_matches_formula(final: float) -> None:
     for t in points():
         expected = final + (1 - final) * (1 - math.sqrt(t / TOTAL))
         assert lr_fraction(t, schedule, TOTAL) == pytest.approx(expected, rel=1e-12)
-    assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final  # the floor
+    # it stays at the final fraction
+    assert lr_fraction(2 * TOTAL, schedule, TOTAL) == final
 
 
 def test_lr_fraction_one_minus_sqrt_decays_over_the_last_tokens() -> None:

@@ -29,7 +29,8 @@ def test_choose_attention_auto_takes_first_that_runs_with_reason() -> None:
     chosen = choose_attention("auto", CPU, "bf16")
     assert chosen.name == "sdpa"
     assert "te-fused needs a GPU, found none" in chosen.why
-    chosen = choose_attention("auto", GPU, "bf16")  # this torch has varlen_attn, nothing else is installed
+    # this torch has varlen_attn, nothing else is installed
+    chosen = choose_attention("auto", GPU, "bf16")
     assert chosen.name == "varlen"
     assert "te-fused needs Transformer Engine" in chosen.why
     assert "sdpa" not in chosen.why

@@ -18,7 +18,8 @@ from chaos_parts.network import Network
 from chaos_parts.specimen import STEPS
 
 MIB = 1 << 20
-STARTING = 0.25  # of all moments are before the first step of a launch
+# share of faults before the first step of a launch
+STARTING = 0.25
 START_SECONDS = 4.0
 
 

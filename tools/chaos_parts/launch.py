@@ -15,7 +15,8 @@ from typing import Any
 from chaos_parts.zygote import Zygote
 from tests.pool import free_port
 
-GRACE_SECONDS = 5.0  # for the other ranks, when one has failed
+# time for the other ranks to end after one has failed
+GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.02
 
 

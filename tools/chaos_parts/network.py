@@ -43,7 +43,8 @@ class Network:
 
     def __init__(self, ranks: int) -> None:
         number = os.getpid() % 10_000
-        unique = f"ch{number}x{next(_numbers) % 1000}"  # what was deleted keeps its name for a moment
+        # a deleted namespace keeps its name for a short time
+        unique = f"ch{number}x{next(_numbers) % 1000}"
         self.bridge = f"{unique}b"
         self.cables = [f"{unique}r{rank}" for rank in range(ranks)]
         self.places = [(f"chaos-{unique}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]

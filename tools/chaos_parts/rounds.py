@@ -23,14 +23,20 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, read_progress, verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 
-PATIENT_SECONDS = 30.0  # without a step, on a machine that is busy with other things too
-LAUNCHES = 8  # the most of a round
-LIMIT_SECONDS = 150.0  # of an undisturbed launch
-PATIENCE_SECONDS = 40.0  # after the last that was done to a launch: some hang for ten minutes on purpose
-TOGETHER = 0.35  # of all rounds have a second kind of fault
+# without a step, on a host that is busy with other work
+PATIENT_SECONDS = 30.0
+# at most, per round
+LAUNCHES = 8
+# for an undisturbed launch
+LIMIT_SECONDS = 150.0
+# after the last fault of a launch; some hang for ten minutes on purpose
+PATIENCE_SECONDS = 40.0
+# share of rounds with a second kind of fault
+TOGETHER = 0.35
 COMPARED = ("step", "tokens", "loss", "grad_norm", "lr", "rows")
 IDENTICAL, REFUSED = "identical", "refused"
-REFUSAL = "ettin train: "  # how the line begins in which a run says why it ends
+# prefix of the line in which a run says why it ends
+REFUSAL = "ettin train: "
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Told:
     faults: list[str]
     layout: str
     asynchronous: bool
-    launches: list[list[int]] = field(default_factory=list)  # exit statuses of ranks
+    # exit statuses of the ranks, per launch
+    launches: list[list[int]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     outcome: str = ""
     seconds: float = 0.0
@@ -179,7 +186,8 @@ class Chaos:
             if number < disturbed:
                 told.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
             elif number >= disturbed + 1 and 2 in statuses:
-                break  # it will not change its mind
+                # it would be refused again
+                break
         told.events += [line for line in said.splitlines() if line.startswith(REFUSAL)]
         return verdict(round, statuses, said, expected)
 
@@ -189,7 +197,8 @@ def damage_not_told(round: Round, said: str) -> str | None:
     found = re.search(r"resumed (step_\d+) ", said)
     if not found or not round.damaged:
         return None
-    damaged, round.damaged = round.damaged, []  # it is passed over from now on, or was saved anew
+    # it is skipped from now on, or was saved again
+    damaged, round.damaged = round.damaged, []
     for path, how in damaged:
         name = path.parts[path.parts.index("checkpoints") + 1]
         if name == found[1]:
@@ -218,7 +227,8 @@ def verdict(round: Round, statuses: list[int], said: str, expected: State) -> st
     except (UserError, OSError, ValueError, KeyError) as error:
         return f"FAILED: ended well, but {error}"
     told = differences(found, expected)
-    if any(path.name == "metrics.jsonl" for path in round.harmed):  # lines that are gone do not come back
+    # lost lines do not come back
+    if any(path.name == "metrics.jsonl" for path in round.harmed):
         told = [line for line in told if "metrics" not in line]
     litter = [path.name for path in (round.run_dir / "checkpoints").glob(".*")]
     told += [f"left {litter}"] * bool(litter)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 SEIZE, INTERRUPT, SYSCALL = 0x4206, 0x4207, 24
 GETREGS, SETREGS, GET_SYSCALL_INFO = 12, 13, 0x420E
-OPTIONS = 0x01 | 0x02 | 0x04 | 0x08 | 0x100000  # sysgood, fork, vfork, clone, end with the tracer
+# sysgood, fork, vfork, clone, end with the tracer
+OPTIONS = 0x01 | 0x02 | 0x04 | 0x08 | 0x100000
 ENTRY, EXIT = 1, 2
 WALL = 0x40000000
 O_CREAT, O_TRUNC = os.O_CREAT, os.O_TRUNC
@@ -32,7 +33,8 @@ CALLS = {
     **{257: ("openat", "at"), 258: ("mkdirat", "at"), 263: ("unlinkat", "at"), 264: ("renameat", "at")},
     316: ("renameat2", "at"),
 }
-RDX = 12  # in user_regs_struct
+# in user_regs_struct
+RDX = 12
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.ptrace.restype = ctypes.c_long
@@ -87,7 +89,8 @@ class Cut:
     torn: bool = False
     calls: list[Call] = field(default_factory=list)
     killed: bool = False
-    _half: int | None = None  # the thread that is in a write by half
+    # the thread whose write is cut in half
+    _half: int | None = None
 
     def trace(self, go: Callable[[], object]) -> None:
         """Attach, `go`, follow until the process has ended."""

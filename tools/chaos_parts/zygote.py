@@ -56,7 +56,8 @@ class Zygote:
                     self.ended[answer["pid"]] = answer["status"]
                 else:
                     self.forked.append(answer["pid"])
-                    self.ended.pop(answer["pid"], None)  # numbers of processes come again
+                    # process ids are reused
+                    self.ended.pop(answer["pid"], None)
                 self.changed.notify_all()
 
     def fork(self, request: dict[str, Any]) -> int:

@@ -106,7 +106,8 @@ def mutated_zip(draw: random.Random, content: bytes, others: list[bytes]) -> byt
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as old:
             records = {info.filename: old.read(info) for info in old.infolist()}
-    except zipfile.BadZipFile:  # written without checksums
+    # written without checksums
+    except zipfile.BadZipFile:
         return mutated_bytes(draw, content, others)
     name = draw.choice(list(records))
     records[name] = mutated_bytes(draw, records[name], list(records.values()))

@@ -226,7 +226,8 @@ def make_records(folder: Path) -> list[str]:
     lines = [{"step": step, "tokens": step * 100, "loss": 9.0 / step, "rows": [step, step + 8]} for step in range(1, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"common.pt": {"bytes": 3, "sha256": "a" * 64}}
-    files["__0_0.distcp"] = {"bytes": 40, "block_bytes": 16, "blocks": ["b" * 64] * 3}  # in a format without own digest
+    # in a format without a digest of its own
+    files["__0_0.distcp"] = {"bytes": 40, "block_bytes": 16, "blocks": ["b" * 64] * 3}
     (folder / "integrity.json").write_text(json.dumps({"format": 1, "files": files}))
     (folder / "progress.json").write_text(json.dumps({"step": 3, "tokens": 300, "recent": [[1.0, 2.0]]}))
     return ["integrity.json", "progress.json"]

@@ -22,7 +22,8 @@ KINDS = {
     "decoder, global": (0, True),
     "decoder, local": (1, True),
 }
-TOLERANCE = 2e-2  # of bf16 inputs, gradients included: relative, in the norm
+# relative error in the norm with bf16 inputs, gradients included
+TOLERANCE = 2e-2
 
 
 def section(session: Session) -> None:

@@ -66,7 +66,8 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
             host = batches.make(step, index)
             tokens += host.tokens
             ids, labels = (torch.from_numpy(array).to(device) for array in (host.input_ids, host.labels))
-            if config.causal:  # its class shifts labels itself
+            # its class shifts the labels itself
+            if config.causal:
                 labels = ids
             with torch.autocast(device, torch.bfloat16):
                 loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
@@ -99,7 +100,8 @@ def build(config: Config, device: str, pad_id: int) -> tuple[Any, str]:
     import transformers
 
     shape = config.model
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), pad_id)  # any that exists
+    # any existing id
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), pad_id)
     keys = {
         **special,
         "pad_token_id": pad_id,

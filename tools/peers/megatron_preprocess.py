@@ -12,7 +12,8 @@ import multiprocessing
 import sys
 from typing import Any
 
-GROUP = 32  # lines handed to a process at once, the script's own number
+# lines given to a process at once, the script's own default
+GROUP = 32
 tokenizer: Any = None
 
 

@@ -27,7 +27,8 @@ def ettin_rows(folder: Path, rows: int) -> Iterator[Any]:
     corpus = open_blended_dataset(
         [MixtureEntry(str(p), weight=1.0) for p in parts], ROW_TOKENS, "packed", 21, "pretrain"
     )
-    for first in range(0, rows, MICRO_BATCH_ROWS):  # as the training loader asks for them
+    # as the training loader requests them
+    for first in range(0, rows, MICRO_BATCH_ROWS):
         for row in corpus.rows(range(first, min(first + MICRO_BATCH_ROWS, rows))):
             yield row.tokens
 
@@ -84,7 +85,8 @@ def main(name: str, folder: Path, rows: int, read: int) -> dict[str, float]:
     started = time.perf_counter()
     total = sum(int(row[0] >= 0) for row, _ in zip(loader, range(read - 1), strict=False)) if read > 1 else 0
     seconds = time.perf_counter() - started
-    status = Path("/proc/self/status").read_text()  # not getrusage: that counts what the parent had at the fork
+    # not getrusage, which counts the parent's memory at the fork
+    status = Path("/proc/self/status").read_text()
     peak = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
     return {
         "first_row_seconds": started - BEGAN,
@@ -95,4 +97,5 @@ def main(name: str, folder: Path, rows: int, read: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))), flush=True)
-    os._exit(0)  # streaming's threads and shared memory take their time otherwise
+    # streaming's threads and shared memory would delay the exit
+    os._exit(0)
