@@ -44,7 +44,7 @@ WARM = (
     *("torch", "numpy", "transformers", "matplotlib.pyplot", "torch.distributed.run", "megatron_ettin.train.chain"),
     *("megatron_ettin.train.trainer", "megatron_ettin.runs.order_export", "megatron_ettin.evaluate.evaluation"),
     *("megatron_ettin.evaluate.inference", "megatron_ettin.convert.to_hf", "megatron_ettin.convert.from_hf"),
-    *("megatron_ettin.report.page", "megatron_ettin.plan.search", "megatron_ettin.prepare.run"),
+    *("megatron_ettin.report.document", "megatron_ettin.plan.search", "megatron_ettin.prepare.run"),
     *("megatron_ettin.bench", "megatron_ettin.doctor", "megatron_ettin.cli.train", "tests.pool"),
     "transformers.models.modernbert.modeling_modernbert",
     "transformers.models.modernbert_decoder.modeling_modernbert_decoder",

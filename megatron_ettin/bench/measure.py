@@ -1,11 +1,13 @@
-"""Timing training steps of a run as `ettin train` does them: the same assembly, loader and step, nothing written.
+"""Time training steps of a run as `ettin train` does them: the same setup, loader and step, with nothing written.
 
-Warm-up steps first, then steps whose seconds count, then two with timers in them for the phases of a step, which are
-not counted: timers cost a little themselves; where no device counts its allocations one more, whose tensors are.
+After warm-up steps come the steps whose seconds count. Then two steps run with timers in them for the phases of a
+step; they do not count, because timers cost a little themselves. Where no device counts its allocations, one more
+step follows whose tensors are counted.
 
-Seconds of the phases of a step: the moments that core's schedules and reductions report to their `timers`, two of
-ours, and communication by axis, which is taken out of the phase that it happens in. On a GPU phases are timed by events
-on its stream (of communication: what the stream waits for it), on a CPU by the clock."""
+The phases are those that core's schedules and reductions report to their `timers`, two of ours, and communication by
+axis, which is subtracted from the phase in which it happens. On a GPU phases are timed by events on its stream (for
+communication: how long the stream waits for it), on a CPU by the clock.
+"""
 
 from __future__ import annotations
 
@@ -39,23 +41,31 @@ TIMED_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Lengths:
+class StepCounts:
     """Steps of a measurement."""
 
     warm_up: int
     counted: int
 
 
-def measure(config: Config, corpus: Any, place: DistributedEnv, platform: Platform, lengths: Lengths) -> dict[str, Any]:
-    """Figures of one run on all ranks, equal on every rank. Raises UserError, or torch's error of a full device."""
+def measure(
+    config: Config, dataset: Any, env: DistributedEnv, platform: Platform, lengths: StepCounts
+) -> dict[str, Any]:
+    """Measure one run on all ranks and return the figures, equal on every rank.
+
+    Raises:
+        UserError: the run is not valid.
+        torch.OutOfMemoryError: the device's memory does not suffice.
+    """
     train_state = None
     platform.reset_peak_memory()
     try:
-        init_process_group(place, platform)
-        train_state = setup_training(config, platform, place.world)
-        return measured(train_state, corpus, lengths)
+        init_process_group(env, platform)
+        train_state = setup_training(config, platform, env.world)
+        return measure_steps(train_state, dataset, lengths)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # its frames hold the groups, and the other ranks wait in them
+        # its frames hold the groups, and the other ranks wait in them
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if train_state is not None:
@@ -65,41 +75,50 @@ def measure(config: Config, corpus: Any, place: DistributedEnv, platform: Platfo
         destroy_process_group()
 
 
-def measured(train_state: TrainState, corpus: Any, lengths: Lengths) -> dict[str, Any]:
-    """Figures of a machine's steps."""
+def measure_steps(train_state: TrainState, dataset: Any, lengths: StepCounts) -> dict[str, Any]:
+    """Measure the steps of a run that is set up."""
     platform, config = train_state.platform, train_state.config
-    batches = Batches.of(config, corpus, train_state.layout, platform.device)
+    batches = Batches.of(config, dataset, train_state.layout, platform.device)
     workers = worker_count(config.data.workers, platform.is_gpu)
     timed_from = lengths.warm_up + lengths.counted
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
     loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
     try:
-        infos, guard = [], guard_of(train_state)
-        for step in range(timed_from):  # no comprehension: its closure would keep the machine of a step that fails
-            infos.append(train_step(train_state, batches, step, 0, config.optim.lr, False, loader.step(step), guard))
-        phases, sent = timed(train_state, batches, loader, timed_from)
-        tensors = platform.peak_memory_bytes() if platform.is_gpu else counted(train_state, batches, loader, end - 1)
+        infos, detector = [], new_anomaly_detector(train_state)
+        # no comprehension: its closure would keep the training state of a step that fails
+        for step in range(timed_from):
+            infos.append(train_step(train_state, batches, step, 0, config.optim.lr, False, loader.step(step), detector))
+        phases, sent = time_phases(train_state, batches, loader, timed_from)
+        tensors = (
+            platform.peak_memory_bytes()
+            if platform.is_gpu
+            else peak_tensor_bytes(train_state, batches, loader, end - 1)
+        )
     finally:
         loader.close()
-    return figures(train_state, infos[lengths.warm_up :], phases, sent, tensors)
+    return summarize(train_state, infos[lengths.warm_up :], phases, sent, tensors)
 
 
-def guard_of(train_state: TrainState) -> AnomalyDetector:
-    """Return the guard that `ettin train` runs: it decides whether the update waits for the step's figures."""
+def new_anomaly_detector(train_state: TrainState) -> AnomalyDetector:
+    """Return the detector that `ettin train` runs: it decides whether the update waits for the step's figures."""
     assert train_state.optimizer is not None
     return AnomalyDetector(train_state.config.resilience, (), train_state.optimizer.can_skip)
 
 
 def out_of_memory() -> type[BaseException]:
-    """What torch raises where a device's memory does not suffice."""
+    """Return the error that torch raises when a device's memory does not suffice."""
     return torch.OutOfMemoryError
 
 
-def timed(
+def time_phases(
     train_state: TrainState, batches: Batches, loader: Loader, first: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(seconds of a step's phases on this rank and what they leave over, bytes that it gives to each axis's groups)."""
-    timers, traffic = PhaseTimers(train_state.platform), CommVolumeTracker(axes_of_groups())
+    """Time the phases of a step on this rank.
+
+    Returns:
+        (seconds of each phase and of what they leave over, bytes that the rank gives to each axis's groups)
+    """
+    timers, volumes = PhaseTimers(train_state.platform), CommVolumeTracker(axes_of_groups())
     settings = train_state.model_chunks[0].config
     optimizer: Any = train_state.optimizer
     prepare, update = optimizer.prepare, optimizer.update
@@ -119,28 +138,36 @@ def timed(
     try:
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
-            waited = waiting(loader.step(step), timers)
-            with traffic.track(timers.communication):
+            waited = timed_batches(loader.step(step), timers)
+            with volumes.track(timers.communication):
                 info = train_step(
-                    train_state, batches, step, 0, train_state.config.optim.lr, False, waited, guard_of(train_state)
+                    train_state,
+                    batches,
+                    step,
+                    0,
+                    train_state.config.optim.lr,
+                    False,
+                    waited,
+                    new_anomaly_detector(train_state),
                 )
             seconds += info.seconds
     finally:
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
     found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
-    return found, {axis: sent / TIMED_STEPS for axis, sent in traffic.by_axis().items()}
+    return found, {axis: sent / TIMED_STEPS for axis, sent in volumes.by_axis().items()}
 
 
-def counted(train_state: TrainState, batches: Batches, loader: Loader, step: int) -> int:
-    """Bytes of the tensors that live at once at the fullest moment of a step on this rank."""
+def peak_tensor_bytes(train_state: TrainState, batches: Batches, loader: Loader, step: int) -> int:
+    """Return the bytes of the tensors that are alive at once at the peak of a step on this rank."""
     with PeakMemoryTracker() as live:
-        guard = guard_of(train_state)
-        train_step(train_state, batches, step, 0, train_state.config.optim.lr, False, loader.step(step), guard)
-    return live.peak_bytes
+        detector = new_anomaly_detector(train_state)
+        train_step(train_state, batches, step, 0, train_state.config.optim.lr, False, loader.step(step), detector)
+    return int(live.peak_bytes)
 
 
-def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
+def timed_batches(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
+    """Yield the loaded batches, and time the waits for them as the phase "data"."""
     while True:
         timers("data").start()
         try:
@@ -152,10 +179,10 @@ def waiting(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[Load
         yield batch
 
 
-def figures(
+def summarize(
     train_state: TrainState, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
 ) -> dict[str, Any]:
-    """What is kept of the steps."""
+    """Combine the figures of the steps over all ranks."""
     world, platform = train_state.layout.topology.world, train_state.platform
     speeds = [info.step_tokens / info.seconds for info in infos]
     rates = [info.flops / info.seconds / world for info in infos]
@@ -167,7 +194,8 @@ def figures(
     # the same names in the same order on every rank
     parts = {**{COMMUNICATION + axis: 0.0 for axis in axes}, **phases}
     names = sorted(parts)
-    own = [float(rank == train_state.layout.rank) for rank in range(world)]  # every rank's place in a sum over all
+    # every rank's slot in a sum over all
+    own = [float(rank == train_state.layout.rank) for rank in range(world)]
     memory = [one * part for part in (platform.peak_memory_bytes(), tensor_bytes) for one in own]
     bytes_ = [sent.get(axis, 0.0) for axis in axes]
     sums = all_reduce_sum([*(parts[name] for name in names), *bytes_, *memory], platform.device)
@@ -194,7 +222,7 @@ def figures(
     }
 
 
-# core's names -> ours; what is inside another one of them is not listed
+# core's names -> ours; phases inside another one are not listed
 PHASES = {
     "forward-compute": "forward",
     "backward-compute": "backward",
@@ -205,15 +233,16 @@ COMMUNICATION = "communication "
 
 
 class PhaseTimers:
-    """What core calls `config.timers`: `timers(name, log_level).start()` and `.stop()`."""
+    """Timers that core calls as `config.timers(name, log_level).start()` and `.stop()`."""
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
-        self.spans: list[tuple[str, str | None, Any, Any]] = []  # phase, the one it is inside of, begin, end
+        # (phase, the phase it is inside of, begin, end)
+        self.spans: list[tuple[str, str | None, Any, Any]] = []
         self.open: list[tuple[str, Any]] = []
 
-    def __call__(self, name: str, log_level: int = 0) -> Timer:
-        return Timer(self, name)
+    def __call__(self, name: str, log_level: int = 0) -> PhaseTimer:
+        return PhaseTimer(self, name)
 
     @contextlib.contextmanager
     def communication(self, axis: str) -> Iterator[None]:
@@ -227,14 +256,15 @@ class PhaseTimers:
         self.open.append((phase, self.platform.record_event()))
 
     def stop(self, phase: str) -> None:
-        while self.open and (ended := self.open.pop()):  # one that an error left open goes with it
+        # a phase that an error left open is dropped
+        while self.open and (ended := self.open.pop()):
             if ended[0] == phase:
                 inside = self.open[-1][0] if self.open else None
                 self.spans.append((phase, inside, ended[1], self.platform.record_event()))
                 return
 
     def seconds(self) -> dict[str, float]:
-        """Sums by phase, every phase among them; waits for the device."""
+        """Return the seconds of every phase, after waiting for the device."""
         self.platform.synchronize()
         found = dict.fromkeys(PHASES.values(), 0.0)
         for phase, inside, begin, end in self.spans:
@@ -245,8 +275,8 @@ class PhaseTimers:
         return {phase: max(0.0, value) for phase, value in found.items()}
 
 
-class Timer:
-    """Of one phase; those of core that are none of ours are not timed."""
+class PhaseTimer:
+    """Timer of one phase; phases of core that are none of ours are not timed."""
 
     def __init__(self, owner: PhaseTimers, name: str) -> None:
         self.owner, self.phase = owner, PHASES.get(name)

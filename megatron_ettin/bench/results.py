@@ -1,6 +1,7 @@
-"""Results of benchmarks as JSON lines: appended as they come, read back to go on, compared with another file's.
+"""Keep results of benchmarks as JSON lines: append them as they come, read them back to resume, and compare two files.
 
-What a benchmark runs through: every combination of --layouts, --precision and --sweep."""
+Also the combinations of --layouts, --precision and --sweep that a benchmark runs through.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +19,22 @@ from megatron_ettin.config.overrides import Member, members
 BEGAN, DONE, INVALID, NO_MEMORY = "began", "done", "invalid", "out of memory"
 STOPPED, FAILED = "stopped", "failed"
 STATES = (BEGAN, DONE, INVALID, NO_MEMORY, STOPPED, FAILED)
-# what makes two results those of one measurement
-SAME = (
+# keys that two results of one measurement share
+IDENTITY_KEYS = (
     *("size", "objective", "phase", "words", "gpus", "device"),
     *("config", "data", "chunk_tokens", "micro_batches", "quick"),
 )
-LEAST_NOISE = 0.02  # relative; smaller differences are never told as ones
+# relative; smaller differences are never reported
+LEAST_NOISE = 0.02
 
 
-def key_of(row: dict[str, Any]) -> str:
-    return json.dumps([row.get(name) for name in SAME])
+def identity_key(row: dict[str, Any]) -> str:
+    """Return the text that two results of one measurement share."""
+    return json.dumps([row.get(name) for name in IDENTITY_KEYS])
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The last state of every measurement, in order. Raises UserError for a file that is none."""
+    """Read the last state of every measurement, in order. Raises UserError for a file that holds something else."""
     if not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = {}
@@ -41,20 +44,20 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         except ValueError:
             row = None
         if not is_result(row):
-            raise UserError(f"{path}:{number}: is no result of `ettin bench`")
-        found[key_of(row)] = row
+            raise UserError(f"{path}:{number}: not a result of `ettin bench`")
+        found[identity_key(row)] = row
     return found
 
 
 def is_result(row: Any) -> bool:
-    """Whether that is a line that `append` writes."""
+    """Return whether an object is a line that `append` writes."""
     if not isinstance(row, dict) or row.get("state") not in STATES or not isinstance(row.get("words"), list):
         return False
     return row["state"] != DONE or {"tokens_per_second", "tokens_per_second_range"} <= row.keys()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line, forced to the disk. Raises UserError where that fails."""
+    """Append a line, forced to the disk. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as out:
@@ -66,17 +69,21 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Before minutes are spent: whether a file can be written there. Raises UserError."""
+    """Check that a file can be written, before minutes are spent. Raises UserError."""
     if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; a file was expected")
+        raise UserError(f"{option} {path}: is a folder; expected a file")
     folder = next(one for one in path.absolute().parents if one.exists())
     if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"{option} {path}: cannot be written")
 
 
 def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, Any]:
-    """The state that an error leaves a measurement in. `no_memory`: what torch raises on a full device; a full host
-    has other ways to say it."""
+    """Return the state that an error leaves a measurement in.
+
+    Args:
+        error: the error.
+        no_memory: what torch raises on a full device; a full host has other ways to report it.
+    """
     reason = first_line(error)[:200]
     if isinstance(error, (no_memory, MemoryError)) or "can't allocate memory" in str(error):
         return {"state": NO_MEMORY, "reason": reason}
@@ -85,38 +92,44 @@ def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, A
     return {"state": FAILED, "reason": f"{type(error).__name__}: {reason}"}
 
 
-def to_measure(found: dict[str, Any] | None, alone: bool) -> bool:
-    """Whether a combination of that last state is measured (again). One that is `alone` and not valid is told anew."""
-    return found is None or found["state"] == STOPPED or (alone and found["state"] == INVALID)
+def should_measure(found: dict[str, Any] | None, is_only: bool) -> bool:
+    """Return whether a combination of that last state is measured (again); an invalid one only if nothing else is."""
+    return found is None or found["state"] == STOPPED or (is_only and found["state"] == INVALID)
 
 
-def told_as(found: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a combination that is not measured again."""
+def known_result(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a combination that is not measured again."""
     if found["state"] != BEGAN:
         return found
     return found | {"state": NO_MEMORY, "reason": "it ended the process, or was ended with it (--again measures it)"}
 
 
 def name_of(row: dict[str, Any], common: Collection[str] = ()) -> str:
-    """Size, objective and words, without those that are `common` to all."""
+    """Return the size, objective and overrides, without those that are `common` to all."""
     return " ".join([row["size"], row["objective"], *(word for word in row["words"] if word not in common)])
 
 
 def common_words(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Of several results what need not be in each one's name."""
+    """Return the overrides that several results share."""
     shared = set.intersection(*(set(row["words"]) for row in rows)) if len(rows) > 1 else set()
     return [word for word in rows[0]["words"] if word in shared]
 
 
 def noise(row: dict[str, Any]) -> float:
-    """Half of what its steps differ by, relative."""
+    """Return half of the relative difference between the slowest and the fastest step."""
     slowest, fastest = row["tokens_per_second_range"]
-    return max(LEAST_NOISE, (fastest - slowest) / 2 / row["tokens_per_second"])
+    return max(LEAST_NOISE, float(fastest - slowest) / 2 / float(row["tokens_per_second"]))
 
 
 def compare(old: Path, new: Path) -> list[dict[str, Any]]:
-    """Every measurement that both have: `ratio` of tokens a second, and whether it `moved` beyond the noise of both.
-    Raises UserError where they have none in common."""
+    """Compare every measurement that both files have.
+
+    Returns:
+        for each: `ratio` of tokens per second, and whether it `moved` beyond the noise of both.
+
+    Raises:
+        UserError: the files have none in common.
+    """
     for path in (old, new):
         if not path.is_file():
             raise UserError(f"--compare {path}: no such file")
@@ -134,7 +147,8 @@ def compare(old: Path, new: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison(rows: list[dict[str, Any]]) -> str:
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """Return the comparison as a table."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'':{width}}  new / old  noise"]
     for row in rows:
@@ -144,7 +158,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The fastest first; what did not run last, with why."""
+    """Return the results as a table, the fastest first and those that did not run, with their reasons, last."""
     common = common_words(rows)
     width = max(len(name_of(row, common)) for row in rows)
     lines = [f"{'':{width}}  tokens/s/GPU  slowest - fastest  TFLOP/s    MFU     GiB"]
@@ -161,8 +175,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *([f"all with {' '.join(common)}"] if common else [])])
 
 
-def told(rows: list[dict[str, Any]]) -> list[str]:
-    """What the figures are divided by, and where the fastest one's step goes."""
+def detail_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what MFU is relative to, and where the step of the fastest measurement spends its time."""
     done = [row for row in rows if row["state"] == DONE]
     if not done:
         return []
@@ -178,8 +192,8 @@ def told(rows: list[dict[str, Any]]) -> list[str]:
     if best.get("predicted_memory_bytes"):
         names = {"tensors at its fullest": "peak_tensor_bytes", "as predicted": "predicted_memory_bytes"}
         names["in all (of a process without a GPU: resident)"] = "peak_memory_bytes"
-        told = ", ".join(f"{best[key] / 2**30:.2f} {name}" for name, key in names.items())
-        lines.append(f"memory of the fullest rank, GiB: {told}")
+        detail_lines = ", ".join(f"{best[key] / 2**30:.2f} {name}" for name, key in names.items())
+        lines.append(f"memory of the fullest rank, GiB: {detail_lines}")
     return lines
 
 
@@ -188,36 +202,40 @@ PART = re.compile(r"(tp|pp|vpp?|cp)([1-9][0-9]*)|sp|dp")
 
 
 def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[str]) -> list[Member]:
-    """Members of the sweep, layouts changing slowest; one without values where nothing is swept. Raises UserError."""
+    """Return the members of the sweep, layouts changing slowest; one without values where nothing is swept.
+
+    Raises:
+        UserError: a key is swept twice, or a value is not valid.
+    """
     sweeps = [*([f"precision.name={precisions}"] if precisions is not None else []), *sweeps]
     inner = members(sweeps) if sweeps else [Member("", {})]
     if layouts is None:
         return inner
     outer = layout_values(layouts)
     if twice := sorted(outer[0].keys() & inner[0].values.keys()):
-        raise UserError(f"--sweep {twice[0]}: is of --layouts already")
+        raise UserError(f"--sweep {twice[0]}: --layouts sets it already; remove one of the two")
     found = [layout | member.values for layout in outer for member in inner]
     return [Member(" ".join(f"{key}={value}" for key, value in values.items()), values) for values in found]
 
 
 def layout_values(text: str) -> list[dict[str, str]]:
-    """`dp,tp2,tp2pp2` -> keys and values of each; an axis that one of them names is set in all. Raises UserError."""
+    """Parse `dp,tp2,tp2pp2` to the overrides of each; an axis that one names is set in all. Raises UserError."""
     found = [_degrees(name.strip()) for name in text.split(",")]
     axes = [axis for axis in AXES if any(axis in degrees for degrees in found)] or ["tp"]
-    is_cut = any("sp" in degrees for degrees in found)
+    has_sequence_parallel = any("sp" in degrees for degrees in found)
     rows = []
     for degrees in found:
         values = {f"parallel.{axis}": degrees.get(axis, "1") for axis in axes}
-        if is_cut:
+        if has_sequence_parallel:
             values["parallel.sequence_parallel"] = str("sp" in degrees).lower()
         if values in rows:
-            raise UserError(f"--layouts {text}: two of them are the same")
+            raise UserError(f"--layouts {text}: two layouts are the same")
         rows.append(values)
     return rows
 
 
 def _degrees(name: str) -> dict[str, str]:
-    """`tp2pp4sp` -> {tp: 2, pp: 4, sp: }."""
+    """Parse `tp2pp4sp` to {tp: 2, pp: 4, sp: }."""
     parts = list(PART.finditer(name))
     # vp is the older name of vpp
     degrees = {{"vp": "vpp"}.get(part[1], part[1]) or part[0]: part[2] or "" for part in parts}

@@ -1,5 +1,7 @@
-"""Rows for a benchmark without a dataset, of chunks whose lengths are those of documents: full ones, or under padded
-batching of one chunk each; and how long any rows' chunks are."""
+"""Generate rows for a benchmark without a dataset, and measure how long any rows' chunks are.
+
+The chunks' lengths are those of documents: rows are full, or under padded batching have one chunk each.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,19 @@ import numpy as np
 
 from megatron_ettin.data.blended_dataset import Row
 
-SPREAD = 1.0  # of the logarithm of a document's length
-SPECIALS = 5  # ids that are no words
+# standard deviation of the logarithm of a document's length
+SPREAD = 1.0
+# ids of special tokens
+SPECIALS = 5
 SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """Stands where a corpus does. A row is a function of its position; chunks have `chunk_tokens` tokens on average,
-    lognormally spread, and never more than the row."""
+    """Random rows with the interface of a dataset. A row is a function of its position.
+
+    Chunks have `chunk_tokens` tokens on average, lognormally distributed, and never more than the row.
+    """
 
     seq_len: int
     chunk_tokens: float
@@ -55,11 +61,10 @@ class SyntheticRows:
         if self.padded:
             lengths = lengths[:1]
         tokens = drawn.integers(SPECIALS, self.vocab_size, sum(lengths))
-        found = np.array(lengths, np.int64)
-        return Row(tokens, found, 0, position, np.arange(len(found)), position)
+        return Row(tokens, np.array(lengths, np.int64), 0, position, np.arange(len(lengths)), position)
 
 
-def attended_chunk_tokens(corpus: Any) -> float:
-    """The length of equal chunks in which a token attends to as many others as in the corpus's first rows."""
-    lengths = np.concatenate([row.lengths for row in corpus.rows(range(SAMPLED_ROWS))]).astype(float)
+def attended_chunk_tokens(dataset: Any) -> float:
+    """Return the length of equal chunks in which a token attends to as many others as in the dataset's first rows."""
+    lengths = np.concatenate([row.lengths for row in dataset.rows(range(SAMPLED_ROWS))]).astype(float)
     return float((lengths**2).sum() / lengths.sum())

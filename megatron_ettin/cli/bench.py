@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 USUAL = {"micro_batches": 4, "steps": 8, "warm_up": 3}
 QUICK = {"micro_batches": 2, "steps": 3, "warm_up": 1}
 QUICK_ROWS = 2
-MEETING_SECONDS = 30.0  # that ranks may differ in giving a combination up
+# seconds by which ranks may differ in giving up a combination
+MEETING_SECONDS = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,47 +66,47 @@ def run(args: argparse.Namespace) -> None:
 
     if args.compare:
         moved = results.compare(*args.compare)
-        print(json.dumps(moved, indent=1) if args.json else results.comparison(moved))
+        print(json.dumps(moved, indent=1) if args.json else results.comparison_table(moved))
         return
-    settle(args)
+    set_defaults(args)
     found = combinations(args.layouts, args.precision, args.sweep)
     if args.size is None and "size" not in found[0].values:
-        raise UserError("--size: is missing")
-    place = read_distributed_env()
+        raise UserError("--size: missing; give a size, or sweep it with --sweep size=...")
+    env = read_distributed_env()
     device = next((word.partition("=")[2] for word in args.words if word.startswith("run.device=")), "auto")
-    platform = detect(device, place.local_rank)
+    platform = detect(device, env.local_rank)
     rows = []
     try:
         # read once: a rank that comes later would find what rank 0 has begun
-        known = broadcast_before_groups(place, platform, lambda: known_results(args))
-        with telling(place) as tell:
+        known = broadcast_before_groups(env, platform, lambda: known_results(args))
+        with progress_report(env) as report:
             for number, member in enumerate(found):
-                tell(number, len(found), " ".join(member.words))
-                rows.append(one(args, member, place, platform, known, alone=len(found) == 1))
+                report(number, len(found), " ".join(member.words))
+                rows.append(one(args, member, env, platform, known, is_only=len(found) == 1))
     finally:
         release_store()
     first = rows[0]
     if all(row["state"] == results.INVALID for row in rows):
         raise UserError(f"none of {len(rows)} combinations is valid; {results.name_of(first)}: {first['reason']}")
-    if place.rank == 0:
+    if env.rank == 0:
         show(args, rows)
 
 
 @contextlib.contextmanager
-def telling(place: DistributedEnv) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar where a terminal has one; in a log each result's own line suffices."""
+def progress_report(env: DistributedEnv) -> Iterator[Callable[[int, int, str], None]]:
+    """Show progress on a terminal; in a log each result's own line suffices."""
     from megatron_ettin.base.log import errors_on_terminal
     from megatron_ettin.base.progress import items_report
 
-    if place.rank or not errors_on_terminal():
+    if env.rank or not errors_on_terminal():
         yield lambda done, total, line: None
         return
-    with items_report("bench") as tell:
-        yield tell
+    with items_report("bench") as report:
+        yield report
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Numbers that were not given. Raises UserError for those that cannot be."""
+def set_defaults(args: argparse.Namespace) -> None:
+    """Set the numbers that were not given. Raises UserError for invalid ones."""
     from megatron_ettin.base.errors import UserError
 
     for name, number in (QUICK if args.quick else USUAL).items():
@@ -114,13 +115,13 @@ def settle(args: argparse.Namespace) -> None:
     for name in ("steps", "micro_batches", "chunk_tokens"):
         value = getattr(args, name)
         if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: has to be {'finite' if value > 0 else 'above 0'}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {'finite' if value > 0 else 'above 0'}")
     if args.warm_up < 0:
-        raise UserError(f"--warm-up {args.warm_up}: has to be 0 or more")
+        raise UserError(f"--warm-up {args.warm_up}: must be 0 or more")
 
 
 def known_results(args: argparse.Namespace) -> dict[str, Any]:
-    """What --out has. Raises UserError where it holds something else, or where results could not be written."""
+    """Read the results in --out. Raises UserError if it holds something else or cannot be written."""
     from megatron_ettin.bench import results
 
     results.check_writable(args.out, "--out")
@@ -130,13 +131,13 @@ def known_results(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The results as a table or JSON, and as a picture where one is wanted."""
+    """Print the results as a table or JSON, and draw them if asked for."""
     from megatron_ettin.bench import results
 
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        print("\n".join([results.table(rows), *results.told(rows)]))
+        print("\n".join([results.table(rows), *results.detail_lines(rows)]))
     if args.picture and any(row["state"] == results.DONE for row in rows):
         from megatron_ettin.bench.picture import draw
 
@@ -147,54 +148,61 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def one(
     args: argparse.Namespace,
     member: Member,
-    place: DistributedEnv,
+    env: DistributedEnv,
     platform: Platform,
     known: dict[str, Any],
-    alone: bool,
+    is_only: bool,
 ) -> dict[str, Any]:
-    """One combination: measured, or what is known of it. Every rank returns the same. Raises UserError for one that is
-    not valid and `alone`."""
+    """Measure one combination, or return its known result. Every rank returns the same.
+
+    Raises:
+        UserError: the combination is not valid, and it is the only one.
+    """
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.base.log import log_info
     from megatron_ettin.bench import results
-    from megatron_ettin.bench.measure import Lengths, measure, out_of_memory
+    from megatron_ettin.bench.measure import StepCounts, measure, out_of_memory
 
-    row = identity(args, member, place, platform)
-    found = known.get(results.key_of(row))
-    if not args.again and found is not None and not results.to_measure(found, alone):
-        return results.told_as(found)
+    row = identity(args, member, env, platform)
+    found = known.get(results.identity_key(row))
+    if not args.again and found is not None and not results.should_measure(found, is_only):
+        return results.known_result(found)
     has_begun = False
 
     def keep(state: dict[str, Any]) -> dict[str, Any]:
-        if place.rank == 0:
+        if env.rank == 0:
             results.append(args.out, row | state)
             if state["state"] == results.DONE:
-                said = f"{results.name_of(row)}: {state['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-                log_info(said, stream=sys.stderr if args.json else None)
+                line = f"{results.name_of(row)}: {state['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+                log_info(line, stream=sys.stderr if args.json else None)
         return row | state
 
     try:
-        config, corpus = resolve(args, row["size"], row["objective"], row["words"], place.world)
+        config, dataset = resolve(args, row["size"], row["objective"], row["words"], env.world)
         has_begun = bool(keep({"state": results.BEGAN}))
-        figures = measure(config, corpus, place, platform, Lengths(args.warm_up, args.steps))
+        figures = measure(config, dataset, env, platform, StepCounts(args.warm_up, args.steps))
     except UserError as error:
-        if not alone or has_begun:
+        if not is_only or has_begun:
             row = keep({"state": results.INVALID, "reason": str(error)})
-        if alone:
+        if is_only:
             raise
         return row
     except (Exception, KeyboardInterrupt) as error:
-        state, met = after_failure(place, platform, results.failure(error, out_of_memory()))
+        state, met = after_failure(env, platform, results.failure(error, out_of_memory()))
         kept = keep(state)
         if kept["state"] != results.NO_MEMORY or not met:
-            raise  # others wait in a collective: the job ends, and goes on behind this one when started again
+            raise  # others wait in a collective: the job ends, and continues after this one when started again
         return kept
-    return keep({"state": results.DONE, **described(config, corpus, place, platform), **figures})
+    return keep({"state": results.DONE, **described(config, dataset, env, platform), **figures})
 
 
-def after_failure(place: DistributedEnv, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The state of a measurement that failed on this rank (that memory did not suffice where it did not on another),
-    and whether all ranks are here and can go on together: one in a collective that never ends does not come."""
+def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Agree on the state of a measurement that failed on this rank.
+
+    Returns:
+        (its state, out of memory if that is what another rank met; whether all ranks arrived and can continue
+        together: a rank in a collective that never ends does not arrive)
+    """
     from megatron_ettin.base.errors import RankError
     from megatron_ettin.bench import results
     from megatron_ettin.parallel.process_groups import all_gather_before_groups
@@ -202,37 +210,37 @@ def after_failure(place: DistributedEnv, platform: Platform, own: dict[str, Any]
     if own["state"] == results.STOPPED:
         return own, False
     try:
-        states = all_gather_before_groups(place, platform, own, MEETING_SECONDS)
+        states = all_gather_before_groups(env, platform, own, MEETING_SECONDS)
     except RankError:
         return own, False
     full = [(rank, state) for rank, state in enumerate(states) if state["state"] == results.NO_MEMORY]
-    if not full or place.world == 1:
+    if not full or env.world == 1:
         return own, True
     rank, state = full[0]
     return state | {"reason": f"rank {rank}: {state['reason']}"}, True
 
 
-def identity(args: argparse.Namespace, member: Member, place: DistributedEnv, platform: Platform) -> dict[str, Any]:
-    """What makes two measurements the same one: results.SAME."""
+def identity(args: argparse.Namespace, member: Member, env: DistributedEnv, platform: Platform) -> dict[str, Any]:
+    """Return what two results of one measurement share: results.IDENTITY_KEYS."""
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
-    row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": place.world}
+    row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": env.world}
     row |= {"words": [*args.words, *member.words], "device": platform.name}
     row |= {"config": str(args.config) if args.config else None, "data": args.data}
     row |= {"chunk_tokens": None if args.data else args.chunk_tokens}
     return row | {"micro_batches": args.micro_batches, "quick": args.quick}
 
 
-def described(config: Config, corpus: Any, place: DistributedEnv, platform: Platform) -> dict[str, Any]:
-    """What was run, beside the figures that came out."""
+def described(config: Config, dataset: Any, env: DistributedEnv, platform: Platform) -> dict[str, Any]:
+    """Describe what was run."""
     from megatron_ettin.bench.synthetic import attended_chunk_tokens
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.plan.memory import estimate
 
-    dp = check_layout(config, place.world)
+    dp = check_layout(config, env.world)
     return {
         "predicted_memory_bytes": estimate(config, dp, platform.is_gpu).total_bytes,
         "seq_len": config.data.seq_len,
-        "attended_chunk_tokens": attended_chunk_tokens(corpus),
+        "attended_chunk_tokens": attended_chunk_tokens(dataset),
         "precision": config.precision.name,
         "micro_batch_rows": config.batch.micro_batch_rows,
         "global_batch_rows": config.batch.global_batch_rows,
@@ -240,7 +248,7 @@ def described(config: Config, corpus: Any, place: DistributedEnv, platform: Plat
 
 
 def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str], world: int) -> tuple[Config, Any]:
-    """The run to time, its batch cut to a few micro-batches, and its rows. Raises UserError."""
+    """Return the run to time, with a batch of a few micro-batches, and its rows. Raises UserError."""
     from megatron_ettin.bench.synthetic import SyntheticRows
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.config.overrides import given_keys

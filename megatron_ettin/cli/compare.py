@@ -6,7 +6,8 @@ Give the runs of an encoder and of a decoder; several phases of one model follow
     ettin compare enc/pretrain enc/extend dec/pretrain dec/extend --out pair.html --json --require-paired
 
 The verdict is PAIRED, NOT PAIRED (what differs is named), SAME TRAINING (two runs of one objective that share
-everything) or ONE MODEL (nothing to compare with). A PNG of the curves is written beside the page.
+everything) or ONE MODEL (nothing to compare with). The page is that of `ettin report`; a PNG
+of the curves is written next to it.
 """
 
 from __future__ import annotations
@@ -27,25 +28,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.report import compare, page
+    from megatron_ettin.report import document, plots
+    from megatron_ettin.report.compare import compare
     from megatron_ettin.runs.history import phases_in
 
     if args.out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {args.out}: a page is written, so its name has to end in .html")
-    # of a chain's folder every phase, which are held against the other chain's one by one
-    comparison = compare.compare([phase for run in args.runs for phase in phases_in(run) or [run]])
+        raise UserError(f"--out {args.out}: a page is written, so its name must end in .html")
+    # every phase in a chain's folder, each compared with the other chain's
+    comparison = compare([phase for run in args.runs for phase in phases_in(run) or [run]])
+    report, picture = document.make_comparison(comparison), args.out.with_suffix(".png")
     try:
-        picture = page.write(comparison, args.out)
+        document.write(picture, plots.overview(report.models))
+        document.write(args.out, document.render(report).encode())
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
     if args.json:
-        print(json.dumps(page.as_json(comparison, args.out, picture), indent=1))
+        answer = {
+            "verdict": comparison.verdict,
+            "steps_without_partner": comparison.without_partner,
+            "models": [chain.summary() for chain in comparison.chains],
+            "checks": [vars(check) for check in comparison.checks],
+            "page": str(args.out),
+            "picture": str(picture),
+        }
+        print(json.dumps(answer, indent=1))
     else:
         for check in comparison.failed:
             print(f"differs: {check.name}{f' ({check.phase})' if check.phase else ''}: {check.detail}")
-        told = f" (updates left out: {comparison.left_out})" if comparison.left_out else ""
+        notes = f" (updates left out: {comparison.left_out})" if comparison.left_out else ""
         if comparison.without_partner:
-            told += f" (steps without a partner: {comparison.without_partner})"
-        print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}{told}")
+            notes += f" (steps without a partner: {comparison.without_partner})"
+        print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}{notes}")
         print(f"{args.out} and {picture}")
     return 1 if args.require_paired and comparison.verdict == "NOT PAIRED" else 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
-    from megatron_ettin.plan.hardware import Gpu
+    from megatron_ettin.plan.hardware import GpuSpec
     from megatron_ettin.plan.step_time import Constants
 
 POSITIVE = (
@@ -68,28 +68,28 @@ def run(args: argparse.Namespace) -> None:
     for key in POSITIVE:
         value = getattr(args, key)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{key.replace('_', '-')} {value}: has to be {'finite' if value > 0 else 'above 0'}")
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be {'finite' if value > 0 else 'above 0'}")
     gpu = find_gpu(args.gpu, args.gpus_file)
     config = parse(args.size, args.objective, args.phase, args.config, args.words)
     check_fp8(config, gpu)
     given = given_keys(args.config, args.words, args.phase)
     runs = calibration.read_runs(args.calibrate, gpu, args.gpus_file) if args.calibrate else []
-    constants = calibration.fit(runs) if runs else PUBLISHED
+    constants = calibration.fit_constants(runs) if runs else PUBLISHED
     runs = runs or calibration.published_runs()
-    errors = calibration.report(runs, constants)
+    errors = calibration.prediction_errors(runs, constants)
     chunk_tokens = min(args.chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
     node = args.gpus_per_node or gpu.gpus_per_node
     if not args.scale:
         for key in ("curve", "picture"):
             if getattr(args, key):
-                raise UserError(f"--{key}: is of --scale")
+                raise UserError(f"--{key}: needs --scale; remove it or add --scale FIRST:LAST")
     elif args.gpus is not None:
-        raise UserError("--gpus: goes not with --scale, which has numbers of its own")
+        raise UserError("--gpus: cannot be used with --scale, which has its own numbers of GPUs; remove one of the two")
     else:
         print_scaling(args, config, gpu, constants, errors, chunk_tokens, node, given)
         return
     if args.gpus is None:
-        raise UserError("--gpus: is missing (or --scale FIRST:LAST)")
+        raise UserError("--gpus: missing; give a number of GPUs, or --scale FIRST:LAST")
     found, rejected = search(config, args.gpus, gpu, constants, chunk_tokens, node, given)
     if not found:
         nearest = nearest_miss(rejected)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         return
     answer = {
         "gpu": vars(gpu),
-        "constants": calibration.to_json(constants),
+        "constants": vars(constants),
         "calibration": errors,
         "phase": table.phase_cost(found[0], args.price),
         "efficiency": None if compared is None else {"over_gpus": compared[0], "share": compared[1]},
@@ -112,20 +112,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_scaling(
-    args: argparse.Namespace, config: Config, gpu: Gpu, constants: Constants, errors: list[dict[str, Any]],
+    args: argparse.Namespace, config: Config, gpu: GpuSpec, constants: Constants, errors: list[dict[str, Any]],
     chunk_tokens: float, node: int, given: Set[str],
 ) -> None:  # fmt: skip
-    """Rows from few to many GPUs, as a table or JSON, and a picture where one is wanted."""
+    """Print the rows from few to many GPUs as a table or JSON, and draw them if asked for."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.plan import calibration, scaling
-    from megatron_ettin.plan.scaling import Failures, Growth
+    from megatron_ettin.plan import scaling
+    from megatron_ettin.plan.scaling import FailureModel, ScalingCurve
     from megatron_ettin.plan.table import calibration_lines
 
-    numbers = scaling.numbers_of(args.scale)
-    growth = scaling.read_curve(args.curve) if args.curve else Growth(8)
-    failures = Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
-    rows = scaling.scaled(config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given)
-    rows = scaling.priced(rows, args.price)
+    numbers = scaling.parse_gpu_counts(args.scale)
+    growth = scaling.read_curve(args.curve) if args.curve else ScalingCurve(8)
+    failures = FailureModel(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
+    rows = scaling.scaling_rows(
+        config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given, args.price
+    )
     if args.picture:
         try:
             args.picture.write_bytes(scaling.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
@@ -136,7 +137,7 @@ def print_scaling(
         return
     answer = {
         "gpu": vars(gpu),
-        "constants": calibration.to_json(constants),
+        "constants": vars(constants),
         "calibration": errors,
         "growth": vars(growth),
         "failures": vars(failures),
@@ -145,9 +146,11 @@ def print_scaling(
     print(json.dumps(answer, indent=1))
 
 
-def check_fp8(config: Config, gpu: Gpu) -> None:
+def check_fp8(config: Config, gpu: GpuSpec) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.tables import PRECISIONS
 
     if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
-        raise UserError(f"precision.name: {config.precision.name} is not of {gpu.name}, which has no FP8; use bf16")
+        raise UserError(
+            f"precision.name: {config.precision.name} needs a GPU with FP8, which {gpu.name} has not; use bf16"
+        )

@@ -74,7 +74,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     from megatron_ettin.release.build import Plan
     from megatron_ettin.release.chain import find_chain
     from megatron_ettin.release.record import Options
-    from megatron_ettin.report.page import picture_of
+    from megatron_ettin.report.plots import overview_of_runs
     from megatron_ettin.runs.history import last_phase
 
     if args.workers is not None and args.workers < 1:
@@ -94,7 +94,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)
-    return Plan(chain, args.out, options, logits_of, order, picture_of, *again, args.push)
+    return Plan(chain, args.out, options, logits_of, order, overview_of_runs, *again, args.push)
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:

@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
     for folder in args.release:
         if not (folder / "release.json").is_file():
-            raise UserError(f"--release {folder}: no output of `ettin release` (it has no release.json)")
+            raise UserError(f"--release {folder}: not an output of `ettin release` (it has no release.json)")
     if args.watch is not None:
         return watch(args)
     out = args.out or args.runs[0] / "report" / "report.html"
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {out}: a page is written, so its name has to end in .html")
+        raise UserError(f"--out {out}: a page is written, so its name must end in .html")
     report = document.make(args.runs, args.title, args.release)
     written = write(report, out, args.png, args.svg)
     show(report, written, args.json)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write(report: Report, out: Path, png: Path | None, svg: Path | None) -> Sequence[Path]:
     """The page and the figures; returns their paths."""
-    from megatron_ettin.report import document, figures
+    from megatron_ettin.report import document, plots
 
     written = [out]
     name: str | Path = f"--out {out}"
@@ -77,7 +77,7 @@ def write(report: Report, out: Path, png: Path | None, svg: Path | None) -> Sequ
             if folder is None:
                 continue
             name = f"--{form} {folder}"
-            for file, content in figures.figures(report.models, form):
+            for file, content in plots.figures(report.models, form):
                 document.write(folder / file, content)
                 written.append(folder / file)
     except OSError as error:
@@ -113,7 +113,7 @@ def watch(args: argparse.Namespace) -> int:
     for option in ("out", "png", "svg"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option}: nothing is written with --watch; run the command again without it")
-    source = document.Source(lambda: document.make(args.runs, args.title, args.release))
+    source = document.ReportSource(lambda: document.make(args.runs, args.title, args.release))
     source.newest()  # what is wrong with the runs is told before the server stands
     served = document.server(source, args.watch)
     print(f"http://{document.HOST}:{served.server_address[1]}/ until Ctrl-C", flush=True)

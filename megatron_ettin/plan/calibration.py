@@ -1,8 +1,9 @@
-"""The step model's constants from measured runs, and how far it is from each of them.
+"""Fit the step model's constants to measured runs, and report how far the model is from each of them.
 
-Least squares of relative errors over every choice of the four constants, none negative; the choice with the least
-error counts, of equal ones that with fewer constants. Communication, update and the seconds of a step are not fitted:
-they are taken off first."""
+The fit is a least-squares one over relative errors, tried over every choice of the four constants, none negative.
+The choice with the least error wins; of equal ones, the one with fewer constants. Communication, the update and the
+seconds of a step are not fitted: they are subtracted first.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +21,21 @@ from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.layouts import check_layout, micro_batches
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
-from megatron_ettin.plan.hardware import ALIASES, TABLE, Gpu, find_gpu, read_table
+from megatron_ettin.plan.hardware import ALIASES, TABLE, GpuSpec, find_gpu, read_table
 from megatron_ettin.plan.step_time import (
     PUBLISHED,
     PUBLISHED_CHUNK_TOKENS,
     Constants,
-    features,
+    busiest_rank_work,
     predict,
     usual_chunk_tokens,
 )
 
-NEEDED = ("size", "gpus", "tokens_per_second_per_gpu")
-KNOWN = (*NEEDED, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
-OF_BENCH = ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")  # what a line of it has, and more:
-MORE_OF_BENCH = ("micro_batch_rows", "global_batch_rows", "words", "device")
+REQUIRED_KEYS = ("size", "gpus", "tokens_per_second_per_gpu")
+RUN_KEYS = (*REQUIRED_KEYS, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
+# keys of a line of `ettin bench` that a run takes as they are, and those that become overrides
+BENCH_KEYS = ("size", "objective", "phase", "gpus", "tokens_per_second_per_gpu")
+BENCH_BATCH_KEYS = ("micro_batch_rows", "global_batch_rows", "words", "device")
 NAMES, WHOLE = ("size", "objective", "phase", "gpu"), ("gpus", "gpus_per_node")
 CHOICES = [choice for n in (1, 2, 3, 4) for choice in itertools.combinations(range(4), n)]
 # tokens/s of each of four H100, encoders at 1,024: from the original's published hours for 2T tokens
@@ -41,36 +43,45 @@ PUBLISHED_RUNS = {"17m": 985e3, "32m": 655e3, "68m": 463e3, "150m": 296e3, "400m
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run: what it was, and the tokens a second of each GPU that came out."""
+class MeasuredRun:
+    """A measured run: its configuration, and the tokens per second of each GPU."""
 
     name: str
     config: Config
     gpus: int
-    gpu: Gpu
+    gpu: GpuSpec
     node: int
+    """Number of GPUs per node."""
     chunk_tokens: float
+    """Mean tokens of a chunk."""
     tokens_per_second_per_gpu: float
 
     @property
     def dp(self) -> int:
+        """Data-parallel degree."""
         return check_layout(self.config, self.gpus)
 
     @property
     def step_seconds(self) -> float:
+        """Measured seconds of a step."""
         tokens = self.config.batch.global_batch_rows * self.config.data.seq_len
         return tokens / self.gpus / self.tokens_per_second_per_gpu
 
     def predicted(self, constants: Constants) -> float:
-        """Tokens a second of each GPU."""
+        """Return the predicted tokens per second of each GPU."""
         time = predict(self.config, self.gpu, self.dp, self.chunk_tokens, constants, self.node).total
         return self.tokens_per_second_per_gpu * self.step_seconds / time
 
 
-def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
-    """Runs of a JSON list, or of JSON lines: `size`, `gpus`, `tokens_per_second_per_gpu`, and where they differ from a
-    pretrain encoder on `gpu`: `objective`, `phase`, `gpu`, `gpus_per_node`, `chunk_tokens`, `words` (key=value of the
-    run). Raises UserError."""
+def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[MeasuredRun]:
+    """Read measured runs from a JSON list or from JSON lines, also the lines of `ettin bench`.
+
+    A run has `size`, `gpus` and `tokens_per_second_per_gpu`. Where it differs from a pretrain encoder on `gpu`, it
+    also has `objective`, `phase`, `gpu`, `gpus_per_node`, `chunk_tokens` or `words` (its `key=value` overrides).
+
+    Raises:
+        UserError: naming the run and the key that is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         rows = load_json(text) if text.lstrip().startswith("[") else [load_json(one) for one in text.splitlines()]
@@ -82,51 +93,50 @@ def read_runs(path: Path, gpu: Gpu, own: Path | None = None) -> list[Measured]:
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(_measured(_of_bench(row, own), gpu, own))
+            found.append(_parse_run(_from_bench_row(row, own), gpu, own))
         except UserError as error:
             raise UserError(f"--calibrate {path}: run {number}: {error}") from None
-    return named_apart(found, [row.get("words", []) for row in rows])
+    # overrides that not all runs share tell their names apart
+    overrides = [row.get("words", []) for row in rows]
+    common = set.intersection(*map(set, overrides))
+    names = (" ".join([run.name, *(one for one in own if one not in common)]) for run, own in zip(found, overrides))
+    return [dataclasses.replace(run, name=name) for run, name in zip(found, names)]
 
 
-def named_apart(runs: list[Measured], words: list[list[str]]) -> list[Measured]:
-    """With the words in their names that not all of them have."""
-    common = set.intersection(*map(set, words))
-    names = (" ".join([run.name, *(word for word in own if word not in common)]) for run, own in zip(runs, words))
-    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
-
-
-def _of_bench(row: Any, own: Path | None) -> Any:
-    """A line of `ettin bench` as a run: the batch it cut is part of its words."""
+def _from_bench_row(row: Any, own: Path | None) -> Any:
+    """Convert a line of `ettin bench` to a run, with the batch that it measured as overrides; return other rows
+    unchanged.
+    """
     if not isinstance(row, dict) or "state" not in row:
         return row
-    if lacking := [key for key in (*OF_BENCH, *MORE_OF_BENCH) if key not in row]:
-        raise UserError(f"is no whole line of `ettin bench`: it has no {lacking[0]}")
+    if lacking := [key for key in (*BENCH_KEYS, *BENCH_BATCH_KEYS) if key not in row]:
+        raise UserError(f"is not a complete line of `ettin bench`: it has no {lacking[0]}")
     _check_types({"words": row["words"], "gpu": row["device"]})
     batch = [f"batch.micro_batch_rows={row['micro_batch_rows']}", f"batch.global_batch_rows={row['global_batch_rows']}"]
-    found = {key: row[key] for key in OF_BENCH}
+    found = {key: row[key] for key in BENCH_KEYS}
     found |= {"words": [*row["words"], *batch, "batch.warmup_tokens=0"]}
     chunk = row.get("attended_chunk_tokens") or row.get("chunk_tokens")
     found |= {"chunk_tokens": chunk} if chunk else {}
     names = sorted({**ALIASES, **read_table(TABLE), **(read_table(own) if own else {})}, key=len, reverse=True)
     device = row["device"].lower().replace(" ", "-")
-    part = next((name for name in names if name in device), None)
-    return found | ({"gpu": part} if part is not None else {})
+    known = next((name for name in names if name in device), None)
+    return found | ({"gpu": known} if known is not None else {})
 
 
-def _measured(row: Any, gpu: Gpu, own: Path | None) -> Measured:
-    if not isinstance(row, dict) or not row.keys() >= set(NEEDED):
-        raise UserError(f"has to have {', '.join(NEEDED)}")
-    if wrong := sorted(row.keys() - set(KNOWN)):
-        raise UserError(f"{wrong[0]!r} is no key; they are {', '.join(KNOWN)}")
+def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
+    if not isinstance(row, dict) or not row.keys() >= set(REQUIRED_KEYS):
+        raise UserError(f"needs the keys {', '.join(REQUIRED_KEYS)}")
+    if wrong := sorted(row.keys() - set(RUN_KEYS)):
+        raise UserError(f"{wrong[0]!r} is not a key; the keys are {', '.join(RUN_KEYS)}")
     _check_types(row)
     config = parse(row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), words=row.get("words", []))
-    part = find_gpu(row["gpu"], own) if "gpu" in row else gpu
-    found = Measured(
+    gpu = find_gpu(row["gpu"], own) if "gpu" in row else gpu
+    found = MeasuredRun(
         name=f"{row['size']} {config.run.objective} on {row['gpus']}",
         config=config,
         gpus=row["gpus"],
-        gpu=part,
-        node=row.get("gpus_per_node", part.gpus_per_node),
+        gpu=gpu,
+        node=row.get("gpus_per_node", gpu.gpus_per_node),
         chunk_tokens=row.get("chunk_tokens", usual_chunk_tokens(config)),
         tokens_per_second_per_gpu=row["tokens_per_second_per_gpu"],
     )
@@ -135,39 +145,42 @@ def _measured(row: Any, gpu: Gpu, own: Path | None) -> Measured:
 
 
 def _check_types(row: dict[str, Any]) -> None:
-    """Names, numbers above 0, words. Raises UserError naming the key."""
+    """Raise UserError for a name that is not text, a number that is not above 0, or overrides that are not a list of
+    text.
+    """
     for key, value in row.items():
         if key == "words":
             if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-                raise UserError(f"words: {value!r} is no list of key=value")
+                raise UserError(f"words: {value!r} is not a list of key=value")
         elif key in NAMES:
             if not isinstance(value, str):
-                raise UserError(f"{key}: {value!r} is no name")
+                raise UserError(f"{key}: {value!r} is not a name")
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise UserError(f"{key}: {value!r} is not a number above 0")
         elif key in WHOLE and not isinstance(value, int):
             raise UserError(f"{key}: {value!r} is not a whole number")
 
 
-def fit(runs: list[Measured]) -> Constants:
-    """Constants of these runs. No more constants than runs are fitted."""
+def fit_constants(runs: list[MeasuredRun]) -> Constants:
+    """Fit the constants to these runs, at most as many constants as there are runs."""
     rows, wanted = [], []
-    nothing = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
+    unfitted = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
     for run in runs:
-        rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, nothing, run.node).total
+        rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, unfitted, run.node).total
         pp, vpp = run.config.parallel.pp, run.config.parallel.vpp
-        share = features(run.config, run.gpu, run.dp, run.chunk_tokens)
+        work = busiest_rank_work(run.config, run.gpu, run.dp, run.chunk_tokens)
         count = micro_batches(run.config, run.dp)
-        longer = 1 + (pp - 1) / (vpp * count)  # the bubble is of what is fitted
-        part = np.array([share.operations, share.traffic, share.token_layers, share.micro_batches]) * longer
-        rows.append(part / run.step_seconds)
+        # the bubble is made of what is fitted
+        longer = 1 + (pp - 1) / (vpp * count)
+        amounts = np.array([work.operations, work.traffic, work.token_layers, work.micro_batches]) * longer
+        rows.append(amounts / run.step_seconds)
         wanted.append(max(0.0, 1 - rest / run.step_seconds))
     best = _non_negative(np.array(rows), np.array(wanted))
     return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds, float(best[3]))
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 of least |a x - b|, found over every choice of columns."""
+    """Return the non-negative x of least |a x - b|, found over every choice of columns."""
     best, least = np.zeros(a.shape[1]), float("inf")
     for choice in CHOICES:
         if len(choice) > len(b):
@@ -180,18 +193,18 @@ def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return best
 
 
-def published_runs() -> list[Measured]:
+def published_runs() -> list[MeasuredRun]:
     """Return the published runs that the default constants are fitted to."""
     gpu = find_gpu("h100")
     rows = [
         {"size": size, "gpus": 4, "chunk_tokens": PUBLISHED_CHUNK_TOKENS, "tokens_per_second_per_gpu": speed}
         for size, speed in PUBLISHED_RUNS.items()
     ]
-    return [_measured(row, gpu, None) for row in rows]
+    return [_parse_run(row, gpu, None) for row in rows]
 
 
-def report(runs: list[Measured], constants: Constants) -> list[dict[str, Any]]:
-    """Measured and predicted tokens a second of each run, and the error in percent of the measured."""
+def prediction_errors(runs: list[MeasuredRun], constants: Constants) -> list[dict[str, Any]]:
+    """Return the measured and predicted tokens per second of each run, and the error in percent of the measured."""
     rows = []
     for run in runs:
         predicted = run.predicted(constants)
@@ -205,7 +218,3 @@ def report(runs: list[Measured], constants: Constants) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def to_json(constants: Constants) -> dict[str, float]:
-    return dataclasses.asdict(constants)

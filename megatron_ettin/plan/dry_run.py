@@ -1,4 +1,4 @@
-"""What `ettin train --dry-run` prints: the resolved run, its parameters, operations a token, steps and memory."""
+"""Describe a run for `ettin train --dry-run`: its configuration, parameters, operations per token, steps, memory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ from megatron_ettin.plan.schedule_end import describe_end, expected_row_tokens, 
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Figures of a run before it starts. Steps assume full rows, or `data.mean_tokens_per_row` where it is set; the
-    data's own fill decides the exact number."""
+    """Return figures of a run before it starts.
+
+    Steps assume full rows, or `data.mean_tokens_per_row` where it is set; the data's own fill decides the exact
+    number.
+    """
     model, data, batch = config.model, config.data, config.batch
     flops = mean_flops_per_token(config)
     row_tokens = data.mean_tokens_per_row or data.seq_len
@@ -48,7 +51,10 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def mean_flops_per_token(config: Config) -> float:
-    """Of rows of every kind of the objective, each by its share; of a hybrid run's, the share that it ends with."""
+    """Return the operations per token, averaged over the objective's row objectives by their shares.
+
+    A hybrid run counts with the shares that it ends with.
+    """
     model, data, objective = config.model, config.data, OBJECTIVES[config.run.objective]
     shares = [1.0]
     if objective.is_hybrid:
@@ -64,7 +70,11 @@ def mean_flops_per_token(config: Config) -> float:
 
 
 def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
-    """How often each dataset will be read; or nothing, and why. Raises UserError for a mixture that is none."""
+    """Return how often each dataset will be read, or no datasets and the reason.
+
+    Raises:
+        UserError: the mixture is not valid.
+    """
     if config.data.mixture is None:
         return [], "data.mixture is not set"
     mixture = parse_mixture(config.data.mixture, config.data.root)
@@ -83,21 +93,22 @@ def mixture_epochs(config: Config) -> tuple[list[SourceEpochs], str]:
 
 
 def memory_line(config: Config) -> str | None:
-    """Return a warning where no GPU that is known can hold the fullest rank; None elsewhere."""
-    wanted = estimate(config, dp=1).total_bytes / 2**30
+    """Return a warning if no known GPU can hold the fullest rank, else None."""
+    needed = estimate(config, dp=1).total_bytes / 2**30
     largest = max(read_table(TABLE).values(), key=lambda gpu: gpu.memory_gib)
-    if wanted <= largest.memory_gib:
+    if needed <= largest.memory_gib:
         return None
     return (
-        f"warning: the fullest rank wants about {wanted:,.0f} GiB at dp 1,"
+        f"warning: the fullest rank needs about {needed:,.0f} GiB at dp 1,"
         f" {counted(config.batch.micro_batch_rows, 'row')} of {config.data.seq_len:,} tokens at a time;"
         f" a {largest.name} has {largest.memory_gib:g}"
     )
 
 
 def describe(config: Config, as_json: bool) -> str:
+    """Return the text or JSON that `--dry-run` prints."""
     figures = facts(config)
-    table, untold = mixture_epochs(config)
+    table, reason = mixture_epochs(config)
     for warning in epoch_warnings(table):
         print(warning, file=sys.stderr)
     if as_json:
@@ -111,7 +122,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"operations      {format_count(figures['flops_per_token'])} a token (forward and backward)",
             f"steps           {figures['steps']:,} of up to {format_count(figures['tokens_per_step'])} tokens",
             f"schedule        {describe_end(config, expected_row_tokens(config))}",
-            f"data            {untold}" if untold else "\n".join(describe_epochs(table)),
+            f"data            {reason}" if reason else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
             f"empty places    {describe_shares(figures['empty_share'])}",
             "memory, GiB     " + ", ".join(f"{name} {value}" for name, value in memory.items())

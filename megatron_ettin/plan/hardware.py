@@ -1,4 +1,4 @@
-"""The parts that a plan is made for: gpus.yaml, and a user's own file over it."""
+"""GPU models that a plan can be made for: gpus.yaml, and a user's own file over it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ALIASES = {"h100": "h100-sxm", "a100-80gb": "a100", "h200-sxm": "h200"}
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One part and its usual machine; see gpus.yaml for the units."""
+class GpuSpec:
+    """A GPU model and its usual host; see gpus.yaml for the units."""
 
     name: str
     bf16_tflops: float
@@ -28,8 +28,12 @@ class Gpu:
     link_gb_per_s: float
     network_gb_per_s: float
     gpus_per_node: int
-    link_us: float = 3.4  # of a ring's step to the next GPU; NCCL's own model of its "Simple" protocol has these
+    link_us: float = 3.4
+    """Latency of a ring's step to the next GPU of the host; these are those of NCCL's own model of its "Simple"
+    protocol.
+    """
     network_us: float = 14.0
+    """Latency of a ring's step to the next host."""
 
     @property
     def flops(self) -> float:
@@ -43,60 +47,69 @@ class Gpu:
     def bytes_per_second(self) -> float:
         return self.memory_tb_per_s * 1e12
 
-    def ring_rate(self, ranks: int, apart: int, node: int) -> float:
-        """Bytes a second that pass each point of a ring of `ranks` GPUs, every `apart`-th one of machines of `node`.
-        Rings between machines use the network of all of a machine's GPUs that are in them."""
-        inside = max(1, min(ranks, node // apart))
+    def ring_rate(self, ranks: int, stride: int, node: int) -> float:
+        """Return the bytes per second that pass each point of a ring.
+
+        Rings between hosts use the network links of all of a host's GPUs that are in them.
+
+        Args:
+            ranks: GPUs in the ring.
+            stride: every how many GPUs one is in the ring.
+            node: GPUs per host.
+        """
+        inside = max(1, min(ranks, node // stride))
         if ranks <= inside:
             return self.link_gb_per_s * 1e9
         return min(self.link_gb_per_s, inside * self.network_gb_per_s) * 1e9
 
-    def ring_latency(self, ranks: int, apart: int, node: int) -> float:
-        """Seconds that a first byte takes around such a ring: a gather or a scatter of next to nothing."""
-        machines = self._machines(ranks, apart, node)
-        return ((ranks - machines) * self.link_us + (machines - 1) * self.network_us) * 1e-6
+    def ring_latency(self, ranks: int, stride: int, node: int) -> float:
+        """Return the seconds that a first byte takes around such a ring: a gather or a scatter of next to nothing."""
+        nodes = self._nodes(ranks, stride, node)
+        return ((ranks - nodes) * self.link_us + (nodes - 1) * self.network_us) * 1e-6
 
-    def reduce_latency(self, ranks: int, apart: int, node: int) -> float:
-        """Of an all-reduce: around the ring twice, or up and down a tree of machines where that is faster."""
-        machines = self._machines(ranks, apart, node)
-        chain, levels = -(-ranks // machines) - 1, math.ceil(math.log2(machines))
+    def reduce_latency(self, ranks: int, stride: int, node: int) -> float:
+        """Return the latency of an all-reduce: around the ring twice, or up and down a tree of hosts where that is
+        faster.
+        """
+        nodes = self._nodes(ranks, stride, node)
+        chain, levels = -(-ranks // nodes) - 1, math.ceil(math.log2(nodes))
         tree = 2 * (chain * self.link_us + levels * self.network_us) * 1e-6
-        return min(2 * self.ring_latency(ranks, apart, node), tree)
+        return min(2 * self.ring_latency(ranks, stride, node), tree)
 
-    def _machines(self, ranks: int, apart: int, node: int) -> int:
-        return -(-ranks // max(1, min(ranks, node // apart)))
+    def _nodes(self, ranks: int, stride: int, node: int) -> int:
+        return -(-ranks // max(1, min(ranks, node // stride)))
 
 
-def find_gpu(name: str, own: Path | None = None) -> Gpu:
-    """The part of that name. Raises UserError with the names that there are."""
-    table = read_table(TABLE) | (read_table(own) if own is not None else {})
+def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
+    """Return the GPU model of that name. Raises UserError with the names that there are."""
+    table = read_table(TABLE) | (read_table(own_file) if own_file is not None else {})
     wanted = name.lower()
     found = table.get(ALIASES.get(wanted, wanted))
     if found is None:
         raise UserError(
-            f"--gpu {name}: not known{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
+            f"--gpu {name}: unknown{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
         )
     return found
 
 
-def read_table(path: Path) -> dict[str, Gpu]:
-    """Parts of a file. Raises UserError naming the part and key that are wrong."""
+def read_table(path: Path) -> dict[str, GpuSpec]:
+    """Read GPU models from a file. Raises UserError naming the model and key that are wrong."""
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--gpus-file {path}: {first_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"--gpus-file {path}: a mapping of parts was expected")
-    keys = {one.name: one.default is MISSING for one in fields(Gpu) if one.name != "name"}
+        raise UserError(f"--gpus-file {path}: expected a mapping of GPU names")
+    keys = {one.name: one.default is MISSING for one in fields(GpuSpec) if one.name != "name"}
     needed = [key for key, is_needed in keys.items() if is_needed]
     table = {}
     for name, values in content.items():
         if not isinstance(values, dict) or not set(needed) <= set(values) <= set(keys):
             others = ", ".join(sorted(set(keys) - set(needed)))
-            raise UserError(f"--gpus-file {path}: {name}: has to have {', '.join(needed)}; may have {others}")
+            raise UserError(f"--gpus-file {path}: {name}: needs {', '.join(needed)}; may have {others}")
         for key, value in values.items():
             positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
             if not positive or (value == 0 and key not in MAY_BE_ZERO):
                 raise UserError(f"--gpus-file {path}: {name}.{key}: {value!r} is not a number above 0")
-        table[str(name).lower()] = Gpu(str(name).lower(), **values)
+        table[str(name).lower()] = GpuSpec(str(name).lower(), **values)
     return table

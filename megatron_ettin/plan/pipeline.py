@@ -1,10 +1,12 @@
-"""A pipeline's step as events: every rank runs its passes in the order of core's schedules (1F1B, arXiv 2104.04473
-figure 4; with several model chunks a rank, interleaved), each as soon as it is free and what it needs has arrived.
+"""Simulate a pipeline's step pass by pass, and count the empty row slots of a run.
 
-Where all stages take the same time the closed form of the bubble, (pp - 1) / (vpp x micro-batches), comes out; with
-unequal stages, transfers, or ranks that are now and then slow, it does not, and this is what does.
+Every rank runs its passes in the order of core's schedules (1F1B, arXiv 2104.04473 figure 4; with several model
+chunks per rank, interleaved), each as soon as the rank is free and its input has arrived. Where all stages take the
+same time, this gives the closed form of the bubble, (pp - 1) / (vpp x micro-batches). With unequal stages, transfers,
+or ranks that are slow at times, the closed form is wrong.
 
-Places of a whole run's micro-batches that have no row, the batch warm-up's smaller steps included."""
+Empty row slots are those of a whole run's micro-batches, the batch warm-up's smaller steps included.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,17 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.data.sampler import BatchSizes
 
 FORWARD, BACKWARD = "forward", "backward"
-Pass = tuple[str, int, int]  # kind, model chunk of the rank, micro-batch
+# (direction, model chunk of the rank, micro-batch)
+Pass = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class Simulated:
-    """Of one step. `busy_seconds`: of each rank."""
+class SimulatedStep:
+    """A simulated step."""
 
     seconds: float
     busy_seconds: tuple[float, ...]
+    """Seconds that each rank computes."""
 
     @property
     def bubble(self) -> float:
@@ -33,31 +37,38 @@ class Simulated:
 
 
 def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Pass]:
-    """What a rank runs, in core's order. Raises ValueError where the interleaved schedule has no whole groups."""
+    """Return the passes of a rank in core's order.
+
+    Raises:
+        ValueError: the interleaved schedule has no whole groups.
+    """
     if chunks > 1 and micro_batches % ranks:
         raise ValueError(f"{micro_batches} micro-batches are no multiple of {ranks} pipeline ranks")
     total = chunks * micro_batches
 
     def forward(number: int) -> Pass:
-        return (FORWARD, *_place(number, ranks, chunks))
+        return (FORWARD, *_chunk_and_micro_batch(number, ranks, chunks))
 
     def backward(number: int) -> Pass:
-        chunk, micro_batch = _place(number, ranks, chunks)
+        chunk, micro_batch = _chunk_and_micro_batch(number, ranks, chunks)
         return BACKWARD, chunks - 1 - chunk, micro_batch
 
     ahead = ranks - rank - 1 if chunks == 1 else 2 * (ranks - rank - 1) + (chunks - 1) * ranks
     ahead = min(ahead, total)
     if chunks > 1 and micro_batches == ranks:
-        ahead = total  # core then runs all forward passes first
+        # core then runs all forward passes first
+        ahead = total
     order = [forward(number) for number in range(ahead)]
     for number in range(total - ahead):
         order += [forward(ahead + number), backward(number)]
     return order + [backward(number) for number in range(total - ahead, total)]
 
 
-def _place(number: int, ranks: int, chunks: int) -> tuple[int, int]:
-    """(model chunk, micro-batch) of a rank's pass of that number: groups of as many micro-batches as ranks, a group's
-    passes through one chunk after those through the one before."""
+def _chunk_and_micro_batch(number: int, ranks: int, chunks: int) -> tuple[int, int]:
+    """Return the model chunk and the micro-batch of a rank's pass of that number.
+
+    Micro-batches come in groups of as many as there are ranks; a group passes through one chunk after the other.
+    """
     if chunks == 1:
         return 0, number
     group, within = divmod(number, ranks * chunks)
@@ -72,41 +83,50 @@ def simulate(
     ranks: int,
     hop_seconds: float = 0.0,
     slowness: Callable[[int, int], float] | None = None,
-) -> Simulated:
-    """A step over stages in model order (rank r has stages r, r + ranks, ...), whose passes take `forward_seconds` and
-    `backward_seconds`. `slowness(rank, number)`: what the rank's pass of that number takes times as long."""
+) -> SimulatedStep:
+    """Simulate a step over stages in model order (rank r has stages r, r + ranks, ...).
+
+    Args:
+        forward_seconds: of each stage's forward pass.
+        backward_seconds: of each stage's backward pass.
+        micro_batches: number of micro-batches.
+        ranks: number of pipeline ranks.
+        hop_seconds: to send a micro-batch to the next stage.
+        slowness: factor on the seconds of a pass, by rank and the pass's number.
+    """
     stages, chunks = len(forward_seconds), len(forward_seconds) // ranks
     orders = [order_of_passes(rank, ranks, chunks, micro_batches) for rank in range(ranks)]
-    free, busy, at = [0.0] * ranks, [0.0] * ranks, [0] * ranks
-    done: dict[tuple[str, int, int], float] = {}  # (kind, stage, micro-batch) -> when
+    free, busy, next_pass = [0.0] * ranks, [0.0] * ranks, [0] * ranks
+    # (direction, stage, micro-batch) -> when it was done
+    done: dict[tuple[str, int, int], float] = {}
     left = sum(map(len, orders))
     while left:
         moved = False
         for rank, order in enumerate(orders):
-            while at[rank] < len(order):
-                kind, chunk, micro_batch = order[at[rank]]
+            while next_pass[rank] < len(order):
+                direction, chunk, micro_batch = order[next_pass[rank]]
                 stage = chunk * ranks + rank
-                ready = _ready(done, kind, stage, stages, micro_batch, hop_seconds if ranks > 1 else 0.0)
+                ready = _ready(done, direction, stage, stages, micro_batch, hop_seconds if ranks > 1 else 0.0)
                 if ready is None:
                     break
-                took = (forward_seconds if kind == FORWARD else backward_seconds)[stage]
-                took *= slowness(rank, at[rank]) if slowness is not None else 1.0
+                took = (forward_seconds if direction == FORWARD else backward_seconds)[stage]
+                took *= slowness(rank, next_pass[rank]) if slowness is not None else 1.0
                 free[rank] = max(free[rank], ready) + took
                 busy[rank] += took
-                done[kind, stage, micro_batch] = free[rank]
-                at[rank] += 1
+                done[direction, stage, micro_batch] = free[rank]
+                next_pass[rank] += 1
                 left -= 1
                 moved = True
         if not moved:
             raise ValueError(f"the schedule of {ranks} ranks and {micro_batches} micro-batches waits for itself")
-    return Simulated(max(free), tuple(busy))
+    return SimulatedStep(max(free), tuple(busy))
 
 
 def _ready(
-    done: dict[tuple[str, int, int], float], kind: str, stage: int, stages: int, micro_batch: int, hop: float
+    done: dict[tuple[str, int, int], float], direction: str, stage: int, stages: int, micro_batch: int, hop: float
 ) -> float | None:
-    """When what a pass needs is there; None while it is not known."""
-    if kind == FORWARD:
+    """Return when a pass's input is there; None while that is not known."""
+    if direction == FORWARD:
         needed = (FORWARD, stage - 1, micro_batch) if stage else None
     elif stage == stages - 1:
         return done.get((FORWARD, stage, micro_batch))
@@ -118,30 +138,32 @@ def _ready(
     return None if when is None else when + hop
 
 
-MOST_DP = 1024  # data-parallel degrees that `empty_shares` looks at
-TOLD = 0.01  # smaller shares are not told one by one
+# data-parallel degrees that `empty_shares` covers
+MOST_DP = 1024
+# smaller shares are not listed one by one
+LEAST_SHOWN = 0.01
 
 
-def run_places(config: Config, dp: int) -> tuple[int, int]:
-    """Return the rows of all steps of the run, and the places that the ranks compute for them."""
+def run_row_slots(config: Config, dp: int) -> tuple[int, int]:
+    """Return the rows of all steps of the run, and the row slots that the ranks compute for them."""
     row_tokens = config.data.mean_tokens_per_row or config.data.seq_len
     sizes = BatchSizes.of(config.batch, row_tokens)
     end = config.run.steps or sizes.steps_for(config.run.tokens / row_tokens)
     fixed = has_fixed_shapes(config)
     most = full_batch_split(config, dp).size if fixed else config.batch.micro_batch_rows
-    rows = places = 0
+    rows = slots = 0
     for level, size in enumerate(sizes.rows):
         last = sizes.first_step[level + 1] if level + 1 < len(sizes.rows) else end
         steps = max(0, min(last, end) - sizes.first_step[level])
         rows += steps * size
-        places += steps * RowSplit.of(size, dp, most, micro_batch_group(config), fixed).places
-    return rows, places
+        slots += steps * RowSplit.of(size, dp, most, micro_batch_group(config), fixed).places
+    return rows, slots
 
 
 def empty_share(config: Config, dp: int) -> float:
-    """Return the part of the run's work that is empty places."""
-    rows, places = run_places(config, dp)
-    return 1 - rows / places
+    """Return the share of the run's work that is empty row slots."""
+    rows, slots = run_row_slots(config, dp)
+    return 1 - rows / slots
 
 
 def empty_shares(config: Config) -> dict[int, float]:
@@ -152,7 +174,7 @@ def empty_shares(config: Config) -> dict[int, float]:
 
 def describe_shares(shares: dict[int, float]) -> str:
     """Return the empty shares as a line."""
-    wasteful = {dp: f"{share:.0%}" for dp, share in shares.items() if share >= TOLD}
+    wasteful = {dp: f"{share:.0%}" for dp, share in shares.items() if share >= LEAST_SHOWN}
     others = ", ".join(str(dp) for dp in shares if dp not in wasteful)
-    told = ", ".join(f"{share} at dp {dp}" for dp, share in wasteful.items())
-    return f"{told or 'none worth telling'} of the run's work; below {TOLD:.0%} at dp {others}"
+    shown = ", ".join(f"{share} at dp {dp}" for dp, share in wasteful.items())
+    return f"{shown or 'none'} of the run's work; below {LEAST_SHOWN:.0%} at dp {others}"

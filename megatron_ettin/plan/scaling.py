@@ -1,23 +1,20 @@
-"""From a layout's step on few GPUs to one on thousands: what grows with their number, and what failures leave of it.
-
-Two things grow. Collectives take a latency for each rank that they pass (step_time.py has it from the links' own), and
-a step waits for the slowest of all ranks, whose expected slowness is that of the largest of n draws. A curve of
-measured speeds (weak scaling) tells how much of each: the fit is a least-squares one with a prior of one percent of a
-step for both at 64 GPUs, because the few points that are usually measured cannot tell them apart. Failures and
-checkpoints follow Daly 2006 (Future Generation Computer Systems 22), and a simulation of weeks is held against it.
-
-`ettin plan --scale`: the fastest layout, speed, efficiency and goodput of a run on growing numbers of GPUs.
+"""Predict a run's speed, efficiency and goodput on growing numbers of GPUs (`ettin plan --scale`).
 
 Strong scaling keeps the recipe's batch; weak scaling gives each GPU the rows that it has of that batch on AT_GPUS. A
-layout with pipeline stages is simulated pass by pass (pipeline.py). A measured curve is one of weak scaling, all that
-grows with the number of GPUs included: that column is its continuation."""
+layout with pipeline stages is simulated pass by pass (pipeline.py).
+
+Two things grow with the number of GPUs. Collectives take a latency for each rank that they pass (step_time.py knows
+it from the links), and a step waits for the slowest of all ranks, whose expected slowness is that of the largest of n
+draws. A measured curve of weak scaling says how much of each there is, and the weak-scaling column continues it. The
+fit is a least-squares one with a prior of one percent of a step for both at 64 GPUs, because the few points that are
+usually measured cannot tell the two apart. Failures and checkpoints follow Daly 2006 (Future Generation Computer
+Systems 22).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import random
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,57 +22,79 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ettin.base import plots
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.layouts import micro_batches
 from megatron_ettin.config.schema import Config
-from megatron_ettin.plan.hardware import Gpu
+from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.pipeline import simulate
 from megatron_ettin.plan.search import Planned, nearest_miss, search
-from megatron_ettin.plan.step_time import Constants, hop_seconds, stage_features
+from megatron_ettin.plan.step_time import Constants, hop_seconds, stage_work
 from megatron_ettin.plan.table import layout_name
 
-AT_GPUS = 64  # where the growth's two parts are told, relative to the smallest measured number
-PRIOR, NOISE = 0.01, 0.005  # of each part at AT_GPUS; of a measured speed
+# number of GPUs at which the growth's two parts are given, relative to the smallest measured number
+AT_GPUS = 64
+# expected size of each part at AT_GPUS, and the relative error of a measured speed
+PRIOR, NOISE = 0.01, 0.005
+MOST_GPUS = 65_536
+LEAST_GOODPUT = 0.001
+# groups of as many micro-batches as ranks; from then on all groups take equally long
+SIMULATED_GROUPS = 12
 
 
 @dataclass(frozen=True)
-class Growth:
-    """How much longer a step takes on n GPUs than on `first`. `latency` and `slowest` are shares of a step of
-    `step_seconds` at AT_GPUS; None for `latency`: not measured, the links' own counts."""
+class ScalingCurve:
+    """Growth of a step's seconds from `first` GPUs to n."""
 
     first: int
     latency: float | None = None
+    """Share of a step at AT_GPUS; None: not measured, so that the links' own latencies count."""
     slowest: float = PRIOR
+    """Share of a step at AT_GPUS that is spent waiting for the slowest rank."""
     step_seconds: float | None = None
+    """Seconds of the step that the shares refer to."""
 
     def slowest_at(self, gpus: int) -> float:
-        """By which share of its arithmetic a step waits for the slowest rank."""
-        return max(0.0, float(self.slowest * _parts(np.array([gpus]), self.first)[0, 1]))
+        """Return the share of its arithmetic that a step waits for the slowest rank."""
+        return max(0.0, float(self.slowest * _growth_terms(np.array([gpus]), self.first)[0, 1]))
 
     def latency_seconds(self, ranks: int, step_seconds: float) -> float:
-        """Of collectives of `ranks`, beyond those on `first`. `step_seconds`: on `first`, where the curve has none."""
-        linear = float(_parts(np.array([ranks]), self.first)[0, 0])
+        """Return the latency of collectives of `ranks` ranks, beyond those of `first`.
+
+        Args:
+            ranks: ranks of the collectives.
+            step_seconds: of a step on `first` GPUs, for a curve that has none of its own.
+        """
+        linear = float(_growth_terms(np.array([ranks]), self.first)[0, 0])
         return max(0.0, (self.latency or 0.0) * linear) * (self.step_seconds or step_seconds)
 
     def factor(self, gpus: int) -> float:
-        """Seconds of a step over those on `first` GPUs, with as much work for each."""
+        """Return the seconds of a step over those on `first` GPUs, with as much work for each GPU."""
         return 1 + self.latency_seconds(gpus, 1.0) / (self.step_seconds or 1.0) + self.slowest_at(gpus)
 
 
-def _parts(gpus: np.ndarray, first: int) -> np.ndarray:
-    """[n, 2]: both parts at each number, 0 at `first` and 1 at AT_GPUS."""
+def _growth_terms(gpus: np.ndarray, first: int) -> np.ndarray:
+    """Return both terms at each number of GPUs, [n, 2]: 0 at `first` and 1 at AT_GPUS."""
     linear = (gpus - first) / (AT_GPUS - first)
 
-    def largest(n: np.ndarray | float) -> np.ndarray:  # of n standard normal draws, about
+    def largest(n: np.ndarray | float) -> Any:
+        """Approximate the largest of n standard normal draws."""
         return np.sqrt(2 * np.log(np.maximum(n, 1.0)))
 
     return np.stack([linear, (largest(gpus) - largest(float(first))) / (largest(AT_GPUS) - largest(first))], axis=1)
 
 
-def fit(speeds: Mapping[int, float], step_seconds: float | None = None) -> Growth:
-    """From tokens a second of each GPU by their number: at least two numbers, the smallest below AT_GPUS; with it the
-    seconds of a step on the smallest. Raises ValueError."""
+def fit_curve(speeds: Mapping[int, float], step_seconds: float | None = None) -> ScalingCurve:
+    """Fit a curve to the tokens per second of each GPU by their number.
+
+    Args:
+        speeds: speeds at two numbers of GPUs or more, the smallest below AT_GPUS.
+        step_seconds: of a step on the smallest number.
+
+    Raises:
+        ValueError: the speeds or the seconds cannot be used.
+    """
     first = min(speeds, default=AT_GPUS)
     if step_seconds is not None and not 0 < step_seconds < math.inf:
         raise ValueError(f"step_seconds: {step_seconds} is not a number above 0")
@@ -85,28 +104,34 @@ def fit(speeds: Mapping[int, float], step_seconds: float | None = None) -> Growt
     gpus = np.array(sorted(speeds))
     longer = np.array([speeds[first] / speeds[n] for n in gpus.tolist()])
     # what is measured, weighted by its noise; then the prior, and that nothing becomes faster
-    a = np.vstack([np.column_stack([np.ones(len(gpus)), _parts(gpus, first)]) / NOISE, np.diag([0, 1, 1]) / PRIOR])
+    a = np.vstack(
+        [np.column_stack([np.ones(len(gpus)), _growth_terms(gpus, first)]) / NOISE, np.diag([0, 1, 1]) / PRIOR]
+    )
     b = np.concatenate([longer / NOISE, [0, 0, 0]])
     base, *grown = np.linalg.lstsq(a, b, rcond=None)[0]
     latency, slowest = (max(0.0, float(part / base)) for part in grown)
-    return Growth(first, latency, slowest, step_seconds)
+    return ScalingCurve(first, latency, slowest, step_seconds)
 
 
 @dataclass(frozen=True)
-class Failures:
-    """What a run on many GPUs is interrupted by. `mtbf_hours`: of one GPU, its machine's share included."""
+class FailureModel:
+    """Interruptions of a run on many GPUs."""
 
-    mtbf_hours: float = 50_000.0  # Llama 3's 16,384 H100 failed 419 times in 54 days: one in 50,000 GPU-hours
-    checkpoint_seconds: float = 30.0  # that training stands still
+    mtbf_hours: float = 50_000.0
+    """Hours between failures of one GPU, its host's share included. Llama 3's 16,384 H100 failed 419 times in 54 days,
+    which is once in 50,000 GPU-hours.
+    """
+    checkpoint_seconds: float = 30.0
+    """Seconds that training stands still for a checkpoint."""
     restart_seconds: float = 300.0
 
     def mean_seconds(self, gpus: int) -> float:
-        """Between failures of the whole run."""
+        """Return the mean seconds between failures of the whole run."""
         return self.mtbf_hours * 3600 / gpus
 
 
-def best_interval(failures: Failures, gpus: int) -> float:
-    """Seconds of training between checkpoints that lose least (Daly 2006, equation 37)."""
+def best_interval(failures: FailureModel, gpus: int) -> float:
+    """Return the seconds of training between checkpoints that lose least (Daly 2006, equation 37)."""
     mean, cost = failures.mean_seconds(gpus), failures.checkpoint_seconds
     if cost >= 2 * mean:
         return mean
@@ -114,43 +139,20 @@ def best_interval(failures: Failures, gpus: int) -> float:
     return math.sqrt(2 * cost * mean) * (1 + part / 3 + part * part / 9) - cost
 
 
-def goodput(failures: Failures, gpus: int, interval: float | None = None) -> float:
-    """Share of the time that training goes on and is kept (Daly 2006, equation 20), at `interval` or the best one."""
+def goodput(failures: FailureModel, gpus: int, interval: float | None = None) -> float:
+    """Return the share of the time whose training is kept (Daly 2006, equation 20), at `interval` or the best one."""
     mean, cost = failures.mean_seconds(gpus), failures.checkpoint_seconds
     tau = best_interval(failures, gpus) if interval is None else interval
     try:
         return tau / (mean * math.exp(failures.restart_seconds / mean) * math.expm1((tau + cost) / mean))
-    except OverflowError:  # it never gets as far as a checkpoint
+    except OverflowError:
+        # it never gets as far as a checkpoint
         return 0.0
 
 
-def simulate_goodput(failures: Failures, gpus: int, interval: float, hours: float, seed: int = 0) -> float:
-    """The same by events: GPUs fail at random moments, what is not in a checkpoint is trained again, a restart that is
-    interrupted begins anew. `hours` of wall clock."""
-    drawn, end, rate = random.Random(seed), hours * 3600, 1 / failures.mean_seconds(gpus)
-    now = kept = 0.0
-    failure = drawn.expovariate(rate)  # the next one
-    while now < end:
-        saved = now + interval + failures.checkpoint_seconds
-        if saved <= failure:
-            now, kept = saved, kept + interval
-            continue
-        while True:  # until a restart is not interrupted
-            now = failure + failures.restart_seconds
-            failure += drawn.expovariate(rate)
-            if failure >= now:
-                break
-    return kept / now
-
-
-MOST_GPUS = 65_536
-LEAST_GOODPUT = 0.001
-SIMULATED_GROUPS = 12  # of as many micro-batches as ranks; from then on all groups take equally long
-
-
 @dataclass(frozen=True)
-class Scaled:
-    """A run on so many GPUs. Speeds are tokens a second of each GPU; efficiencies relative to the first row's."""
+class ScalingRow:
+    """Prediction of a run on one number of GPUs. Efficiencies are relative to the first row's."""
 
     gpus: int
     layout: str
@@ -158,16 +160,18 @@ class Scaled:
     strong_efficiency: float
     weak_tokens_per_second_per_gpu: float
     weak_efficiency: float
-    step_seconds: float  # of the recipe's batch
+    step_seconds: float
+    """Seconds of a step of the recipe's batch."""
     goodput: float
     checkpoint_every_seconds: float
     phase_days: float
     gpu_hours: float
-    cost: float | None = None  # of the phase, where a GPU's hour has a price
+    cost: float | None = None
+    """Cost of the phase, where a GPU's hour has a price."""
 
 
-def numbers_of(text: str) -> list[int]:
-    """`8:4096` -> 8, 16, ..., 4096; `96,4608` -> those. Raises UserError."""
+def parse_gpu_counts(text: str) -> list[int]:
+    """Parse `8:4096` to 8, 16, ..., 4096, and `96,4608` to those numbers. Raises UserError."""
     parts = text.replace(":", ",", 1).split(",") if ":" in text else text.split(",")
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     rising = numbers == sorted(numbers) and min(numbers, default=0) >= 1 and max(numbers) <= MOST_GPUS
@@ -179,27 +183,32 @@ def numbers_of(text: str) -> list[int]:
     return [first * 2**n for n in range((last // first).bit_length())]
 
 
-def read_curve(path: Path) -> Growth:
-    """From a JSON object of numbers of GPUs and the tokens a second of each of them, and `step_seconds` of the first
-    where it is known. Raises UserError."""
+def read_curve(path: Path) -> ScalingCurve:
+    """Read a curve from a JSON object of numbers of GPUs and the tokens per second of each GPU.
+
+    The object may also have the `step_seconds` of the smallest number.
+
+    Raises:
+        UserError: the file cannot be read or fitted.
+    """
     try:
         content = dict(load_json(path.read_text(encoding="utf-8")))
         seconds = content.pop("step_seconds", None)
         speeds = {int(gpus): float(speed) for gpus, speed in content.items()}
-        return fit(speeds, None if seconds is None else float(seconds))
+        return fit_curve(speeds, None if seconds is None else float(seconds))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--curve {path}: {error}") from None
 
 
-def scaled(
-    config: Config, gpu: Gpu, numbers: Sequence[int], growth: Growth, failures: Failures, constants: Constants,
-    chunk_tokens: float, node: int, given: Set[str] = frozenset(),
-) -> list[Scaled]:  # fmt: skip
-    """A row for each number of GPUs that has a valid layout. Raises UserError where none has."""
-    if growth.latency is not None:  # measured: the links' own would count it twice
+def scaling_rows(
+    config: Config, gpu: GpuSpec, numbers: Sequence[int], growth: ScalingCurve, failures: FailureModel,
+    constants: Constants, chunk_tokens: float, node: int, given: Set[str] = frozenset(), price: float | None = None,
+) -> list[ScalingRow]:  # fmt: skip
+    """Predict the run on each number of GPUs that has a valid layout. Raises UserError where none has."""
+    if growth.latency is not None:
+        # with the links' own latencies the measured one would count twice
         gpu = dataclasses.replace(gpu, link_us=0.0, network_us=0.0)
     rows_a_gpu = max(1, config.batch.global_batch_rows // AT_GPUS)
-
     lacking: list[str] = []
 
     def fastest(one: Config, gpus: int) -> Planned | None:
@@ -212,7 +221,7 @@ def scaled(
         return fastest(config.with_keys({"batch.global_batch_rows": rows_a_gpu * gpus}), gpus)
 
     base = weak(growth.first)
-    rows: list[Scaled] = []
+    rows: list[ScalingRow] = []
     for gpus in numbers:
         found = fastest(config, gpus), weak(gpus)
         if found[0] is None or found[1] is None:
@@ -227,22 +236,31 @@ def scaled(
         ]
         if growth.latency is not None and base is not None:
             speeds[1] = base.tokens_per_second_per_gpu / growth.factor(gpus)
-        rows.append(_row(config, found[0], gpus, speeds, rows[0] if rows else None, failures))
+        rows.append(_row(config, found[0], gpus, speeds, rows[0] if rows else None, failures, price))
     if not rows:
         raise UserError(f"--scale: none of {numbers[0]} to {numbers[-1]} GPUs has a valid layout; {lacking[-1]}")
     return rows
 
 
-def step_seconds(one: Planned, constants: Constants, node: int, growth: Growth, first_seconds: float) -> float:
-    """Of a step of that layout, the slowest rank waited for. `first_seconds`: of a step on the curve's first number."""
+def step_seconds(one: Planned, constants: Constants, node: int, growth: ScalingCurve, first_seconds: float) -> float:
+    """Return the seconds of a step of a layout, the wait for the slowest rank included.
+
+    Args:
+        one: the layout.
+        constants: of the step model.
+        node: GPUs per host.
+        growth: how steps grow with the number of GPUs.
+        first_seconds: of a step on the curve's first number of GPUs.
+    """
     parallel, count = one.config.parallel, micro_batches(one.config, one.dp)
     slower = 1 + growth.slowest_at(one.gpus)
     latency = growth.latency_seconds(one.dp * parallel.cp, first_seconds)
     if parallel.pp == 1:
         return one.time.total + latency + (slower - 1) * one.time.compute
-    within = one.time.compute + one.time.exposed_tp + one.time.exposed_cp  # of the busiest rank's passes
+    # of the busiest rank's passes
+    within = one.time.compute + one.time.exposed_tp + one.time.exposed_cp
     rest = one.time.total - within - one.time.bubble - one.time.exposed_pp
-    stages = [constants.seconds(stage) for stage in stage_features(one.config, one.gpu, one.dp, one.chunk_tokens)]
+    stages = [constants.seconds(stage) for stage in stage_work(one.config, one.gpu, one.dp, one.chunk_tokens)]
     busiest = max(sum(stages[rank :: parallel.pp]) for rank in range(parallel.pp))
     stages = [slower * within / count * seconds / busiest for seconds in stages]
     hop = hop_seconds(one.config, one.gpu, one.dp, node)
@@ -250,8 +268,10 @@ def step_seconds(one: Planned, constants: Constants, node: int, growth: Growth, 
 
 
 def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute: bool, hop: float) -> float:
-    """Of the passes of `count` micro-batches over `stages`, the first few simulated: those after them take what their
-    busiest rank does."""
+    """Simulate the passes of `count` micro-batches over `stages`.
+
+    Only the first few micro-batches are simulated: those after them take what their busiest rank does.
+    """
     few = min(count, SIMULATED_GROUPS * ranks + count % ranks)
     forward = 1 / 4 if recompute else 1 / 3
     found = simulate(
@@ -261,8 +281,9 @@ def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute
 
 
 def _row(
-    config: Config, strong: Planned, gpus: int, speeds: Sequence[float], first: Scaled | None, failures: Failures
-) -> Scaled:
+    config: Config, strong: Planned, gpus: int, speeds: Sequence[float], first: ScalingRow | None,
+    failures: FailureModel, price: float | None,
+) -> ScalingRow:  # fmt: skip
     kept = goodput(failures, gpus)
     if kept < LEAST_GOODPUT:
         raise UserError(
@@ -270,7 +291,7 @@ def _row(
             " --mtbf-hours, --checkpoint-seconds or --restart-seconds"
         )
     seconds = config.run.tokens / (speeds[0] * gpus * kept)
-    return Scaled(
+    return ScalingRow(
         gpus=gpus,
         layout=layout_name(strong),
         strong_tokens_per_second_per_gpu=speeds[0],
@@ -282,15 +303,12 @@ def _row(
         checkpoint_every_seconds=best_interval(failures, gpus),
         phase_days=seconds / 86_400,
         gpu_hours=seconds / 3600 * gpus,
+        cost=None if price is None else seconds / 3600 * gpus * price,
     )
 
 
-def priced(rows: Sequence[Scaled], price: float | None) -> list[Scaled]:
-    """With what the phase costs, where a GPU's hour has a price."""
-    return [dataclasses.replace(row, cost=None if price is None else row.gpu_hours * price) for row in rows]
-
-
-def table(rows: Sequence[Scaled]) -> str:
+def table(rows: Sequence[ScalingRow]) -> str:
+    """Return the rows as a table."""
     lines = [
         "  GPUs  layout                  tokens/s/GPU  strong    weak   step, s  goodput  checkpoint  phase, days"
         f"  GPU-hours{'        cost' * (rows[0].cost is not None)}"
@@ -306,28 +324,21 @@ def table(rows: Sequence[Scaled]) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: Sequence[Scaled], title: str) -> bytes:
-    """PNG: efficiency by number of GPUs, strong and weak, and goodput."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    gpus = [row.gpus for row in rows]
-    for name, values in (
-        ("weak scaling", [row.weak_efficiency for row in rows]),
-        ("strong scaling, the recipe's batch", [row.strong_efficiency for row in rows]),
-        ("goodput", [row.goodput for row in rows]),
-    ):
-        axes.plot(gpus, values, "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(gpus, [f"{n:,}" for n in gpus])
-    axes.set(title=title, xlabel="GPUs", ylim=(0, 1.05))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    written = io.BytesIO()
-    figure.savefig(written, format="png")
-    return written.getvalue()
+def picture(rows: Sequence[ScalingRow], title: str) -> bytes:
+    """Return a PNG of efficiency by number of GPUs, strong and weak, and goodput."""
+    gpus = np.array([row.gpus for row in rows], float)
+    curves = {
+        "weak scaling": [row.weak_efficiency for row in rows],
+        "strong scaling, the recipe's batch": [row.strong_efficiency for row in rows],
+        "goodput": [row.goodput for row in rows],
+    }
+    panel = plots.Panel(
+        title,
+        "GPUs",
+        [plots.Curve(name, i, [(gpus, np.array(y))], is_sparse=True) for i, (name, y) in enumerate(curves.items())],
+        from_zero=True,
+        percent=True,
+        log_base=2,
+        x_ticks=[row.gpus for row in rows],
+    )
+    return plots.draw_row([panel], 9, 5)

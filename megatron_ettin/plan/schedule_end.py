@@ -1,4 +1,4 @@
-"""Where a run ends in its schedule: the schedule of a run that `run.steps` cuts short, and the line that says it."""
+"""Fit a schedule to a run that `run.steps` cuts short, and describe where a run ends in its schedule."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from megatron_ettin.data.mixture import parse_mixture
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.optim.schedule import decayed, lr_fraction
 
-FIXED_POINT = 20  # a batch warm-up in proportion to an end that depends on it is settled after a few rounds
+# a batch warm-up in proportion to an end that depends on it converges after a few rounds
+FIXED_POINT = 20
 
 
 def expected_row_tokens(config: Config) -> float:
-    """Return the mean tokens of a row as far as they are known without row plans: of padded rows those of the datasets'
-    chunks, of packed ones the whole row."""
+    """Return the mean tokens of a row as far as they are known without a packing index.
+
+    Padded rows have those of the datasets' chunks, packed ones the whole row.
+    """
     data = config.data
     if data.mean_tokens_per_row is not None or data.batching == "packed" or data.mixture is None:
         return data.mean_tokens_per_row or float(data.seq_len)
     try:
         manifests = [read_manifest(Path(entry.path)) for entry in parse_mixture(data.mixture, data.root)]
-    except UserError:  # whoever opens the data says it
+    except UserError:
+        # whoever opens the data reports it
         return float(data.seq_len)
     return min(sum(one.tokens for one in manifests) / max(sum(one.chunks for one in manifests), 1), data.seq_len)
 
@@ -77,12 +81,14 @@ def _spanning(config: Config, free: Collection[str], end: int) -> Config:
 
 
 def decays(schedule: ScheduleConfig) -> bool:
-    """Return whether the rate falls at the end."""
+    """Return whether the learning rate falls at the end."""
     return schedule.name != "constant" and schedule.decay_tokens > 0
 
 
 def free_by_value(config: Config) -> frozenset[str]:
-    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run of which only the result is known."""
+    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run of which only the resolved config is
+    known.
+    """
     run, schedule = config.run, config.schedule
     base = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     keys = ["schedule.end_tokens"] if schedule.end_tokens is None else []

@@ -1,4 +1,4 @@
-"""Every layout of a number of GPUs: which are valid, how fast each is, what it holds; and why the others are not."""
+"""Search the layouts of a number of GPUs: how fast each valid one is, what it holds, why others are invalid."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from megatron_ettin.config.checks import check
 from megatron_ettin.config.layouts import check_layout
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import tensor_parallel_degrees
-from megatron_ettin.plan.hardware import Gpu
+from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.memory import Memory, estimate
 from megatron_ettin.plan.step_time import Constants, StepTime, operations_per_token, predict
 
-USABLE_MEMORY = 0.92  # the rest is the driver's, NCCL's and the allocator's gaps
-LONG_ROWS = 4096  # from here on context parallelism is looked at
+# the rest is the driver's, NCCL's and the allocator's gaps
+USABLE_MEMORY = 0.92
+# context parallelism is tried from here on
+LONG_ROWS = 4096
 MOST_STAGES, CHUNKS = 16, (1, 2, 4, 7)
-STAGES = (1, 2, 4, 7, 8, 14, MOST_STAGES)  # looked at even where they do not divide the GPUs, to say so
+# tried even where they do not divide the GPUs, so that the reason is reported
+STAGES = (1, 2, 4, 7, 8, 14, MOST_STAGES)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One valid layout."""
+    """A valid layout with its predicted time and memory."""
 
     config: Config
     dp: int
@@ -34,18 +37,20 @@ class Planned:
     row_tokens: float
     chunk_tokens: float
     gpus: int
-    gpu: Gpu
+    gpu: GpuSpec
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
+        """Predicted tokens per second of each GPU."""
         return self.config.batch.global_batch_rows * self.row_tokens / self.time.total / self.gpus
 
     @property
     def mfu(self) -> float:
-        """Of the dense bf16 peak, whatever the precision."""
+        """Model FLOP utilisation relative to the dense bf16 peak, whatever the precision."""
         return operations_per_token(self.config, self.chunk_tokens) * self.tokens_per_second_per_gpu / self.gpu.flops
 
     def to_json(self) -> dict[str, Any]:
+        """Return the layout as the JSON object that `ettin plan --json` lists."""
         parallel = self.config.parallel
         axes = {key: getattr(parallel, key) for key in ("tp", "pp", "vpp", "cp")}
         return {
@@ -64,21 +69,34 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedLayout:
+    """A layout that is not valid, and why."""
+
     layout: str
     reason: str
 
 
 def search(
-    config: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int,
+    config: Config, gpus: int, gpu: GpuSpec, constants: Constants, chunk_tokens: float, node: int,
     given: Set[str] = frozenset(),
-) -> tuple[list[Planned], list[Rejected]]:  # fmt: skip
-    """(valid layouts, fastest first; the others with their reasons). Of each combination of degrees the best
-    micro-batch is kept, and recomputation is looked at only where it does not fit without. `given`: keys that stay as
-    they are, be it at their defaults."""
+) -> tuple[list[Planned], list[RejectedLayout]]:  # fmt: skip
+    """Return the valid layouts, fastest first, and the others with their reasons.
+
+    For each combination of degrees the best micro-batch is kept. Recomputation is tried only where the run does not
+    fit without.
+
+    Args:
+        config: the run.
+        gpus: number of GPUs.
+        gpu: their model.
+        constants: of the step model.
+        chunk_tokens: mean tokens of a chunk.
+        node: GPUs per host.
+        given: keys that keep their values, also default ones.
+    """
     found, rejected = [], []
     open_recompute = config.parallel.recompute == "none" and "parallel.recompute" not in given
-    for degrees in combinations(config, gpus, node, given):
+    for degrees in candidate_degrees(config, gpus, node, given):
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
         dp = gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))
@@ -88,8 +106,8 @@ def search(
         for recompute in ("none", "full") if open_recompute else (config.parallel.recompute,):
             for rows in sizes:
                 try:
-                    one = layout(config, degrees, rows, recompute, node, given)
-                    options.append(planned(one, gpus, gpu, constants, chunk_tokens, node))
+                    one = apply_layout(config, degrees, rows, recompute, node, given)
+                    options.append(predict_layout(one, gpus, gpu, constants, chunk_tokens, node))
                 except UserError as error:
                     reasons.append(str(error))
             if options:
@@ -97,23 +115,23 @@ def search(
         if options:
             found.append(min(options, key=lambda one: one.time.total))
         else:
-            rejected.append(Rejected(name, nearest_reason(reasons)))
+            rejected.append(RejectedLayout(name, nearest_reason(reasons)))
     if not found and not rejected:
         own = config.parallel
         name = f"tp {own.tp} pp {own.pp} cp {own.cp}"
-        rejected.append(Rejected(name, f"needs {own.tp * own.pp * own.cp} GPUs, there are {gpus}"))
+        rejected.append(RejectedLayout(name, f"needs {own.tp * own.pp * own.cp} GPUs, there are {gpus}"))
     found.sort(key=lambda one: one.time.total)
     return found, rejected
 
 
 def nearest_reason(reasons: list[str]) -> str:
-    """Of all that were tried the one that lacks least: of memory the last, which is of the smallest micro-batch."""
+    """Return the reason that lacks least: the last about memory, which has the smallest micro-batch, else the first."""
     lacking = [reason for reason in reasons if reason.startswith("does not fit")]
     return lacking[-1] if lacking else reasons[0]
 
 
-def combinations(config: Config, gpus: int, node: int, given: Set[str] = frozenset()) -> Iterator[dict[str, int]]:
-    """Degrees that are worth a look: those that the configuration sets, else what the shape allows."""
+def candidate_degrees(config: Config, gpus: int, node: int, given: Set[str] = frozenset()) -> Iterator[dict[str, int]]:
+    """Yield the degrees to try: those that the configuration sets, else what the shape allows."""
     own = config.parallel
     is_open = {axis: getattr(own, axis) == 1 and f"parallel.{axis}" not in given for axis in ("tp", "cp", "pp", "vpp")}
     degrees = [tp for tp in tensor_parallel_degrees(config.model) if tp == 1 or tp <= 2 * node]
@@ -130,17 +148,24 @@ def combinations(config: Config, gpus: int, node: int, given: Set[str] = frozens
 
 
 def micro_batch_sizes(config: Config, dp: int) -> list[int]:
-    """Return the sizes of micro-batches into which a rank's rows can be cut evenly, the largest first, up to twice the
-    recipe's."""
+    """Return the sizes of micro-batches into which a rank's rows divide evenly, the largest first, up to twice the
+    recipe's.
+    """
     share = -(-config.batch.global_batch_rows // dp)
     sizes = {-(-share // count) for count in range(1, share + 1)}
     return sorted((size for size in sizes if size <= 2 * config.batch.micro_batch_rows), reverse=True)
 
 
-def layout(config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]) -> Config:
-    """Return the configuration in a layout; what is not `given` is as usually fastest. Raises UserError."""
+def apply_layout(
+    config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]
+) -> Config:
+    """Return the configuration in a layout, where keys that are not `given` get what is usually fastest. Raises
+    UserError.
+    """
     if degrees["tp"] > node:
-        raise UserError(f"tp {degrees['tp']} would span machines of {node} GPUs, on every layer's way")
+        raise UserError(
+            f"tp {degrees['tp']} would span hosts of {node} GPUs, so that every layer communicates over the network"
+        )
     usual: dict[str, Any] = {
         "sequence_parallel": degrees["tp"] > 1,
         "distributed_optimizer": config.optim.name != "muon",
@@ -154,16 +179,22 @@ def layout(config: Config, degrees: dict[str, int], rows: int, recompute: str, n
 def efficiency(
     best: Planned, config: Config, constants: Constants, chunk_tokens: float, node: int, given: Set[str]
 ) -> tuple[int, float] | None:
-    """Return (GPUs of one machine, the best layout's speed a GPU over that of the best layout on them), or None where
-    the run has no more GPUs than that or no layout fits on them."""
+    """Compare the best layout's speed per GPU with that of the best layout on one host.
+
+    Returns:
+        (GPUs of one host, share of their speed), or None if the run has no more GPUs than that or no layout fits on
+            them.
+    """
     if best.gpus <= node:
         return None
     found, _ = search(config, node, best.gpu, constants, chunk_tokens, node, given)
     return (node, best.tokens_per_second_per_gpu / found[0].tokens_per_second_per_gpu) if found else None
 
 
-def planned(one: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens: float, node: int) -> Planned:
-    """One layout. Raises UserError where it is not valid or does not fit."""
+def predict_layout(
+    one: Config, gpus: int, gpu: GpuSpec, constants: Constants, chunk_tokens: float, node: int
+) -> Planned:
+    """Predict the time and memory of a layout. Raises UserError if it is not valid or does not fit."""
     config = one
     dp = check_layout(one, gpus)
     if dp > config.batch.global_batch_rows:
@@ -182,15 +213,15 @@ def planned(one: Config, gpus: int, gpu: Gpu, constants: Constants, chunk_tokens
     )
 
 
-def nearest_miss(rejected: list[Rejected]) -> str:
-    """The layout that lacks least: memory says which limit to relax, else the first that does not divide."""
+def nearest_miss(rejected: list[RejectedLayout]) -> str:
+    """Describe the layout that lacks least: by memory, which says which limit to relax, else the first."""
     short = [one for one in rejected if one.reason.startswith("does not fit")]
     best = min(short, key=lambda one: float(one.reason.split()[3])) if short else rejected[0]
     return f"{best.layout}: {best.reason}"
 
 
 def limit_to_relax(reason: str, config: Config, gpus: int) -> str:
-    """What to change so that the nearest layout becomes valid: the end of a message."""
+    """Return what to change so that the nearest layout becomes valid, as the end of a message."""
     parallel = config.parallel
     degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp")}
     given = ", ".join(f"parallel.{axis}={size}" for axis, size in degrees.items() if size > 1)

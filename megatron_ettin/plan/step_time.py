@@ -1,14 +1,15 @@
-"""How long a step takes: arithmetic, memory traffic and communication of the busiest rank, by part.
+"""Predict a step's seconds by part: arithmetic, memory traffic and communication of the busiest rank.
 
-A part's seconds are what it moves or computes over the rate of the part it runs on, times a constant. Four constants
-are fitted to measured runs (calibration.py): operations at the peak, a cost a token and layer, traffic of element-wise
-work, a cost a micro-batch. Communication is that of rings (each rank sends 2 (n-1)/n of what is all-reduced, (n-1)/n of
-what is gathered or scattered) at the links' rates, and a latency for each rank passed; only what `parallel.overlap`
-hides is taken as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble, (2205.05198) for sequence
-parallelism.
+A part's seconds are what it moves or computes over the rate of its device or link, times a constant. Four constants
+are fitted to measured runs (calibration.py): operations at the peak, a cost per token and layer, traffic of
+element-wise work, a cost per micro-batch. Communication is that of rings (each rank sends 2 (n-1)/n of what is
+all-reduced, (n-1)/n of what is gathered or scattered) at the links' rates, with a latency for each rank passed. Only
+what `parallel.overlap` hides counts as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble,
+(2205.05198) for sequence parallelism.
 
-Bytes that a rank hands to collectives and transfers in a step, by axis: of what is gathered or scattered the whole,
-as platform/comm_volume.py counts it on real ranks (tests/plan/test_volumes.py holds one against the other)."""
+`volumes` counts the bytes that a rank hands to collectives and transfers in a step, by axis: of what is gathered or
+scattered the whole, as platform/comm_volume.py counts it on real ranks (tests/plan/test_volumes.py compares both).
+"""
 
 from __future__ import annotations
 
@@ -27,37 +28,43 @@ from megatron_ettin.config.layouts import (
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS, layer_parameter_count, parameter_count
 from megatron_ettin.plan.dry_run import mean_flops_per_token
-from megatron_ettin.plan.hardware import Gpu
-from megatron_ettin.plan.memory import element_bytes, fp8_parameters, micro_batch_tokens, rank_parameters
+from megatron_ettin.plan.hardware import GpuSpec
+from megatron_ettin.plan.memory import element_bytes, fp8_parameters, micro_batch_tokens, rank_parameters, rank_stages
 
 # bytes that a weight's update moves: gradient and fp32 master, two moments, cleared gradient, 16-bit weight
 UPDATE_BYTES = 50
 # how much faster products are in FP8 than in bf16 at these widths; nanochat 1.17 over a whole step, Mosaic 1.10 to 1.35
 FP8_SPEEDUP = {"fp8-delayed": 1.25, "fp8-current": 1.25, "fp8-blockwise": 1.15, "mxfp8": 1.25}
-REFERENCE_BANDWIDTH = 3.35e12  # of the GPU that `token_layer_seconds` is of; others' scale by their memory's bandwidth
-PUBLISHED_CHUNK_TOKENS = 615.4  # mean of the recipe's pretraining mixture
-LINK_SHARE = 0.8  # of a link's rate that a ring reaches
+# bandwidth of the GPU of `token_layer_seconds`; others scale by their memory's bandwidth
+REFERENCE_BANDWIDTH = 3.35e12
+# mean of the recipe's pretraining mixture
+PUBLISHED_CHUNK_TOKENS = 615.4
+# share of a link's rate that a ring reaches
+LINK_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Constants:
-    """`operations`: seconds over seconds at the peak (2: half of the peak); `traffic`: the same of element-wise bytes;
-    `token_layer_seconds`: of each token in each layer, whatever its width, on an H100; `micro_batch_seconds`: of each
-    micro-batch, whatever its size, shared by pipeline stages as layers are; `step_seconds`: of each step."""
+    """Constants of the step model."""
 
     operations: float
+    """Seconds over seconds at the peak (2: half of the peak)."""
     token_layer_seconds: float
+    """Seconds of each token in each layer, whatever its width, on an H100."""
     traffic: float = 0.0
+    """Seconds of element-wise bytes over those at the memory's peak rate."""
     step_seconds: float = 0.005
+    """Seconds of each step."""
     micro_batch_seconds: float = 0.0
+    """Seconds of each micro-batch, whatever its size, shared by pipeline stages as layers are."""
 
-    def seconds(self, found: Features) -> float:
-        """Of forward and backward."""
+    def seconds(self, work: StepWork) -> float:
+        """Return the seconds of forward and backward passes."""
         return (
-            self.operations * found.operations
-            + self.traffic * found.traffic
-            + self.token_layer_seconds * found.token_layers
-            + self.micro_batch_seconds * found.micro_batches
+            self.operations * work.operations
+            + self.traffic * work.traffic
+            + self.token_layer_seconds * work.token_layers
+            + self.micro_batch_seconds * work.micro_batches
         )
 
 
@@ -66,21 +73,21 @@ PUBLISHED = Constants(operations=1.773, token_layer_seconds=26.58e-9, micro_batc
 
 
 @dataclass(frozen=True)
-class Features:
-    """What the constants multiply: of the busiest rank, a step."""
+class StepWork:
+    """Amounts of one step's work on one rank, which the constants multiply."""
 
     operations: float
     traffic: float
     token_layers: float
     micro_batches: float
 
-    def plus(self, other: Features) -> Features:
-        return Features(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def plus(self, other: StepWork) -> StepWork:
+        return StepWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, by part. `exposed_*`: communication that nothing hides."""
+    """Seconds of a step, by part. `exposed_*` is communication that nothing hides."""
 
     compute: float
     bubble: float
@@ -93,11 +100,11 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
 
 def usual_chunk_tokens(config: Config) -> float:
-    """Of documents in rows where nobody says: the recipe's in pre-training, in later phases whole rows."""
+    """Return the default mean tokens of a chunk: the recipe's in pre-training, whole rows in later phases."""
     seq_len = float(config.data.seq_len)
     return min(PUBLISHED_CHUNK_TOKENS, seq_len) if config.run.phase == "pretrain" else seq_len
 
@@ -110,12 +117,12 @@ def computed_row_tokens(config: Config) -> float:
 
 
 def operations_per_token(config: Config, chunk_tokens: float) -> float:
-    """Forward and backward, rows being chunks of that length."""
+    """Return the operations of forward and backward per token, for rows of chunks of that length."""
     return mean_flops_per_token(config.with_keys({"data.seq_len": max(1, round(chunk_tokens))}))
 
 
-def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> list[Features]:
-    """Of one rank's micro-batches, on each pipeline stage in model order."""
+def stage_work(config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float) -> list[StepWork]:
+    """Return the work of one rank's micro-batches on each pipeline stage, in model order."""
     model, parallel = config.model, config.parallel
     split = full_batch_split(config, dp)
     tokens = split.places / dp * computed_row_tokens(config) / parallel.cp
@@ -124,7 +131,8 @@ def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> li
     again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
     speedup = FP8_SPEEDUP.get(config.precision.name, 1.0)
     a_token = (operations - linear + linear / speedup) * again / parallel.tp
-    wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1  # half of the rate, twice the bytes
+    # fp32 runs at half of the rate and moves twice the bytes
+    wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
     slices = parallel.tp if parallel.sequence_parallel else 1
     moved = wide * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
     costs, begin, found = layer_operations(config), 0, []
@@ -132,7 +140,7 @@ def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> li
         share = sum(costs[begin : begin + layers]) / sum(costs)
         begin += layers
         found.append(
-            Features(
+            StepWork(
                 operations=a_token * share * tokens * wide / gpu.flops,
                 traffic=layers * moved * tokens / gpu.bytes_per_second,
                 token_layers=layers * tokens * REFERENCE_BANDWIDTH / gpu.bytes_per_second / parallel.tp,
@@ -142,26 +150,28 @@ def stage_features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float) -> li
     return found
 
 
-def features(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: Constants = PUBLISHED) -> Features:
-    """Of one rank's micro-batches, on the pipeline rank that `constants` make the busiest."""
-    stages, pp = stage_features(config, gpu, dp, chunk_tokens), config.parallel.pp
-    ranks = [functools.reduce(Features.plus, stages[rank::pp]) for rank in range(pp)]
+def busiest_rank_work(
+    config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float, constants: Constants = PUBLISHED
+) -> StepWork:
+    """Return the work of one rank's micro-batches on the pipeline rank that is busiest by `constants`."""
+    stages, pp = stage_work(config, gpu, dp, chunk_tokens), config.parallel.pp
+    ranks = [functools.reduce(StepWork.plus, stages[rank::pp]) for rank in range(pp)]
     return max(ranks, key=constants.seconds)
 
 
-def ring(gpu: Gpu, bytes_: float, ranks: int, apart: int, node: int, pieces: int = 1) -> float:
-    """Seconds to gather or to scatter `bytes_` over a ring of every `apart`-th GPU, in so many pieces."""
+def ring(gpu: GpuSpec, bytes_: float, ranks: int, stride: int, node: int, pieces: int = 1) -> float:
+    """Return the seconds to gather or to scatter `bytes_` over a ring of every `stride`-th GPU, in so many pieces."""
     if ranks == 1:
         return 0.0
-    rate = gpu.ring_rate(ranks, apart, node) * LINK_SHARE
-    return bytes_ * (ranks - 1) / ranks / rate + pieces * gpu.ring_latency(ranks, apart, node)
+    rate = gpu.ring_rate(ranks, stride, node) * LINK_SHARE
+    return bytes_ * (ranks - 1) / ranks / rate + pieces * gpu.ring_latency(ranks, stride, node)
 
 
-def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: Constants, node: int) -> StepTime:
-    """Seconds of a step on `gpu`s in machines of `node`. Ranks of tp lie next to each other, then cp, dp, pp."""
+def predict(config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float, constants: Constants, node: int) -> StepTime:
+    """Predict the seconds of a step on `gpu`s in hosts of `node`. Ranks of tp are adjacent, then cp, dp, pp."""
     config = with_split_rows(config, dp)
     parallel, count = config.parallel, micro_batches(config, dp)
-    compute = constants.seconds(features(config, gpu, dp, chunk_tokens, constants))
+    compute = constants.seconds(busiest_rank_work(config, gpu, dp, chunk_tokens, constants))
     bubble = compute * (parallel.pp - 1) / (parallel.vpp * count)
     tp, cp, pp = communication(config, gpu, dp, node)
     return StepTime(
@@ -176,45 +186,49 @@ def predict(config: Config, gpu: Gpu, dp: int, chunk_tokens: float, constants: C
     )
 
 
-def communication(config: Config, gpu: Gpu, dp: int, node: int) -> tuple[float, float, float]:
-    """Seconds a step of tensor, context and pipeline parallelism."""
+def communication(config: Config, gpu: GpuSpec, dp: int, node: int) -> tuple[float, float, float]:
+    """Return the seconds per step of tensor, context and pipeline parallelism."""
     parallel, count = config.parallel, micro_batches(config, dp)
     hidden = hidden_bytes(config)
     passes = max(tensor_passes(config, rank) for rank in {0, parallel.pp - 1})
-    each = 1 if parallel.sequence_parallel else 2  # an all-reduce goes around twice
+    # an all-reduce goes around twice
+    each = 1 if parallel.sequence_parallel else 2
     tp = count * passes * each * ring(gpu, hidden, parallel.tp, 1, node)
     layers = config.model.num_layers / parallel.pp
     # q, k, v and the output change hands, forward and backward
     cp = count * layers * 8 * ring(gpu, hidden / parallel.tp, parallel.cp, parallel.tp, node)
     pp = (count * (parallel.vpp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
-    if parallel.pp > 1:  # first and last stage sum their gradients of the vocabulary
-        apart = parallel.tp * parallel.cp * dp
-        pp += 2 * ring(gpu, tied_gradient_bytes(config), 2, apart, node)
+    if parallel.pp > 1:
+        # first and last stage sum their gradients of the vocabulary
+        stride = parallel.tp * parallel.cp * dp
+        pp += 2 * ring(gpu, tied_gradient_bytes(config), 2, stride, node)
     return tp, cp, pp
 
 
-def hop_seconds(config: Config, gpu: Gpu, dp: int, node: int) -> float:
-    """To send a micro-batch's activations, or their gradients, to the next pipeline stage."""
+def hop_seconds(config: Config, gpu: GpuSpec, dp: int, node: int) -> float:
+    """Return the seconds to send a micro-batch's activations, or their gradients, to the next pipeline stage."""
     parallel = config.parallel
     if parallel.pp == 1:
         return 0.0
-    apart = parallel.tp * parallel.cp * dp
-    rate = gpu.ring_rate(parallel.pp, apart, node) * LINK_SHARE
-    return hop_bytes(config) / rate + gpu.ring_latency(2, apart, node)
+    stride = parallel.tp * parallel.cp * dp
+    rate = gpu.ring_rate(parallel.pp, stride, node) * LINK_SHARE
+    return hop_bytes(config) / rate + gpu.ring_latency(2, stride, node)
 
 
-def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seconds: float) -> float:
-    """Seconds a step to reduce gradients and to gather weights, less what the passes beside them hide with
-    `parallel.overlap`: all but the last bucket of gradients and the first of weights, if there is time."""
-    parallel, model = config.parallel, config.model
-    ranks = dp * parallel.cp
-    weights = parameter_count(model, model.vocab_size) / (parallel.tp * parallel.pp)
-    pieces = buckets(config, weights, dp)
+def data_parallel(config: Config, gpu: GpuSpec, dp: int, node: int, micro_batch_seconds: float) -> float:
+    """Return the seconds per step to reduce gradients and to gather weights that are not hidden.
+
+    With `parallel.overlap` concurrent passes hide all but the last bucket of gradients and the first of weights, if
+    there is time.
+    """
+    parallel, ranks = config.parallel, dp * config.parallel.cp
+    pieces = buckets(config, dp)
     sharded = parallel.distributed_optimizer
     reduced_bytes, gathered_bytes = max(data_bytes(config, rank) for rank in {0, parallel.pp - 1})
     reduced = ring(gpu, reduced_bytes, ranks, parallel.tp, node, pieces)
     gathered = ring(gpu, gathered_bytes if sharded else reduced_bytes, ranks, parallel.tp, node, pieces)
-    if not sharded and ranks > 1:  # one all-reduce, for which there are trees
+    if not sharded and ranks > 1:
+        # one all-reduce, for which there are trees
         latency = gpu.ring_latency(ranks, parallel.tp, node), gpu.reduce_latency(ranks, parallel.tp, node)
         reduced, gathered = reduced - pieces * (latency[0] - latency[1]), gathered - pieces * latency[0]
     if not parallel.overlap:
@@ -226,37 +240,49 @@ def data_parallel(config: Config, gpu: Gpu, dp: int, node: int, micro_batch_seco
     if not sharded:
         return reduced + gathered - min(seconds, hideable * (reduced + gathered))
     hidden = min(seconds, hideable * reduced)
-    if parallel.pp == 1:  # with stages weights are gathered at the step's end
+    if parallel.pp == 1:
+        # with stages weights are gathered at the step's end
         hidden += min(seconds / 2, hideable * gathered)
     return reduced + gathered - hidden
 
 
-def buckets(config: Config, weights: float, dp: int) -> int:
-    """In how many pieces core reduces the first stage's gradients: one without overlap; else of 40 million, or as many
-    that each rank's share is a million, of the first model chunk, and one for each of the others."""
+def buckets(config: Config, dp: int) -> int:
+    """Return the number of pieces in which core reduces the first stage's gradients.
+
+    That is one without overlap. Else the first model chunk has buckets of 40 million weights, or of so many that each
+    rank's share is a million, and each of the others has one.
+    """
     if not config.parallel.overlap:
         return 1
     chunks = config.parallel.vpp
-    return max(1, math.ceil(weights / chunks / max(40e6, 1e6 * dp))) + chunks - 1
+    return max(1, math.ceil(mean_rank_weights(config) / chunks / max(40e6, 1e6 * dp))) + chunks - 1
 
 
-def update_seconds(config: Config, gpu: Gpu, dp: int) -> float:
-    parallel, model = config.parallel, config.model
-    weights = parameter_count(model, model.vocab_size) / (parallel.tp * parallel.pp)
-    shards = dp * parallel.cp if parallel.distributed_optimizer else 1
-    return UPDATE_BYTES * weights / shards / gpu.bytes_per_second
+def update_seconds(config: Config, gpu: GpuSpec, dp: int) -> float:
+    """Return the seconds of the optimizer's update."""
+    shards = dp * config.parallel.cp if config.parallel.distributed_optimizer else 1
+    return UPDATE_BYTES * mean_rank_weights(config) / shards / gpu.bytes_per_second
+
+
+def mean_rank_weights(config: Config) -> float:
+    """Return the weights of a rank, averaged over the pipeline stages."""
+    return parameter_count(config.model, config.model.vocab_size) / (config.parallel.tp * config.parallel.pp)
 
 
 def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
-    """Of a rank of that pipeline stage. Left out: sums over labels in the loss, gradients of norms, single numbers."""
+    """Return the bytes that a rank of that pipeline stage hands to collectives and transfers in a step, by axis.
+
+    Left out are sums over labels in the loss, gradients of norms, and single numbers.
+    """
     config = with_split_rows(config, dp)
     parallel, count = config.parallel, micro_batches(config, dp)
     hidden = hidden_bytes(config)
     found = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
     if parallel.tp > 1:
         found["tp"] = count * hidden * tensor_passes(config, pp_rank)
-    if parallel.cp > 1:  # q, k, v and the output change hands, forward and backward
-        found["cp"] = count * rank_layers(config, pp_rank) * 8 * hidden / parallel.tp
+    if parallel.cp > 1:
+        # q, k, v and the output change hands, forward and backward
+        found["cp"] = count * sum(map(len, rank_stages(config, pp_rank))) * 8 * hidden / parallel.tp
     if parallel.pp > 1:
         found["pp"] = transfers(config, pp_rank) * count * hop_bytes(config)
         if pp_rank in (0, parallel.pp - 1):
@@ -266,39 +292,37 @@ def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
     return found
 
 
-def rank_layers(config: Config, pp_rank: int) -> int:
-    return sum(stage_layers(config)[pp_rank :: config.parallel.pp])
-
-
 def hidden_bytes(config: Config) -> int:
-    """Of a micro-batch's hidden states on one context rank."""
+    """Return the bytes of a micro-batch's hidden states on one context rank."""
     return micro_batch_tokens(config) * config.model.hidden_size * element_bytes(config)
 
 
 def hop_bytes(config: Config) -> float:
-    """That a pipeline stage sends the next for a micro-batch."""
+    """Return the bytes that a pipeline stage sends the next for a micro-batch."""
     return hidden_bytes(config) / (config.parallel.tp if config.parallel.sequence_parallel else 1)
 
 
 def tensor_passes(config: Config, pp_rank: int) -> int:
-    """How often hidden states are gathered, scattered or all-reduced for a micro-batch. With sequence parallelism a
-    layer gathers twice and scatters twice each way, and gathers its two inputs once more for the weights' gradients;
-    without, it all-reduces twice each way."""
-    pp, layers = config.parallel.pp, rank_layers(config, pp_rank)
+    """Return how often hidden states are gathered, scattered or all-reduced for a micro-batch.
+
+    With sequence parallelism a layer gathers twice and scatters twice each way, and gathers its two inputs once more
+    for the weights' gradients. Without, it all-reduces twice each way.
+    """
+    pp, layers = config.parallel.pp, sum(map(len, rank_stages(config, pp_rank)))
     if not config.parallel.sequence_parallel:
         return 4 * layers + (pp_rank == 0)
     return 10 * layers + 2 * (pp_rank == 0) + (pp_rank == pp - 1)
 
 
 def transfers(config: Config, pp_rank: int) -> int:
-    """Hidden states and gradients that a rank sends for a micro-batch, those between its own model chunks included."""
+    """Return the hidden states and gradients that a rank sends for a micro-batch, also between its own model chunks."""
     pp, vpp = config.parallel.pp, config.parallel.vpp
     forward, backward = vpp - (pp_rank == pp - 1), vpp - (pp_rank == 0)
     return forward + backward
 
 
 def tied_gradient_bytes(config: Config) -> int:
-    """Of the vocabulary's weights, whose gradients first and last stage sum."""
+    """Return the bytes of the gradients of the vocabulary's weights, which first and last stage sum."""
     rows = -(-config.model.vocab_size // config.parallel.tp)
     return rows * config.model.hidden_size * gradient_bytes(config)
 
@@ -308,7 +332,10 @@ def gradient_bytes(config: Config) -> int:
 
 
 def data_bytes(config: Config, pp_rank: int) -> tuple[int, int]:
-    """(gradients that are reduced, weights that are gathered); without the distributed optimizer nothing is."""
+    """Return the bytes of gradients that are reduced and of weights that are gathered.
+
+    Without the distributed optimizer nothing is gathered.
+    """
     parameters, _ = rank_parameters(config, pp_rank)
     gathered = parameters * element_bytes(config) if config.parallel.distributed_optimizer else 0
     if config.precision.fp8_weights:

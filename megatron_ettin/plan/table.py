@@ -1,4 +1,4 @@
-"""What `ettin plan` prints: the layouts as a table, their cost, and the YAML to paste."""
+"""Print a plan: the layouts as a table, their cost, and the YAML to paste."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from rich.table import Table
 
 from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.layouts import describe_empty_rows, full_batch_split
-from megatron_ettin.plan.hardware import Gpu
-from megatron_ettin.plan.pipeline import run_places
-from megatron_ettin.plan.search import Planned, Rejected
+from megatron_ettin.plan.hardware import GpuSpec
+from megatron_ettin.plan.pipeline import run_row_slots
+from megatron_ettin.plan.search import Planned, RejectedLayout
 
 SECONDS_A_DAY = 86_400
 SHOWN_REASONS = 5
-LEAST_EFFICIENCY = 0.5  # below it a plan warns
+# a plan warns below this
+LEAST_EFFICIENCY = 0.5
 SHARES = ("bubble", "exposed_tp", "exposed_cp", "exposed_pp", "exposed_dp")
 
 
 def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
-    """Days, GPU-hours and, with a price of a GPU's hour, money of the whole phase; the empty places of smaller steps in
-    a batch warm-up cost what rows do."""
+    """Return days, GPU-hours and, with a price per GPU-hour, money of the whole phase.
+
+    The empty row slots of a batch warm-up's smaller steps cost what rows do.
+    """
     speed = best.tokens_per_second_per_gpu * best.gpus
-    rows, places = run_places(best.config, best.dp)
+    rows, slots = run_row_slots(best.config, best.dp)
     full = full_batch_split(best.config, best.dp)
-    seconds = best.config.run.tokens / speed * (places / rows) / (full.places / full.rows)
+    seconds = best.config.run.tokens / speed * (slots / rows) / (full.places / full.rows)
     found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
     return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})
 
 
 def parallel_yaml(best: Planned) -> str:
-    """The groups to put into a --config file."""
+    """Return the groups to put into a --config file."""
     keys = ("tp", "pp", "vpp", "cp", "sequence_parallel", "distributed_optimizer", "overlap", "recompute")
     groups = {
         "parallel": {key: getattr(best.config.parallel, key) for key in keys},
         "batch": {"micro_batch_rows": best.config.batch.micro_batch_rows},
     }
-    return yaml.safe_dump(groups, sort_keys=False).rstrip()
+    return str(yaml.safe_dump(groups, sort_keys=False)).rstrip()
 
 
 def layout_name(one: Planned) -> str:
@@ -49,7 +52,7 @@ def layout_name(one: Planned) -> str:
 
 
 def print_plan(
-    found: list[Planned], rejected: list[Rejected], gpu: Gpu, top: int, price: float | None,
+    found: list[Planned], rejected: list[RejectedLayout], gpu: GpuSpec, top: int, price: float | None,
     errors: list[dict[str, Any]], compared: tuple[int, float] | None,
 ) -> None:  # fmt: skip
     console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
@@ -99,7 +102,7 @@ def print_plan(
 
 
 def efficiency_line(best: Planned, gpus: int, share: float) -> str:
-    """Return what is left of a GPU's speed on one machine, and a warning where that is little."""
+    """Return the line about a GPU's speed relative to one host, as a warning where little of it is left."""
     line = f"efficiency: {share:.0%} of a GPU's speed on {gpus}"
     if share >= LEAST_EFFICIENCY:
         return line
@@ -112,7 +115,7 @@ def efficiency_line(best: Planned, gpus: int, share: float) -> str:
 
 
 def advantage(found: list[Planned]) -> str:
-    """By how much the best layout is ahead of the best one of another kind."""
+    """Return the line about how far the best layout is ahead of the best one of another kind."""
     best = found[0]
     plain = [one for one in found if one.gpus == one.dp]
     others = [one for one in found if (one.gpus == one.dp) != (best.gpus == best.dp)]
@@ -123,8 +126,8 @@ def advantage(found: list[Planned]) -> str:
     return f"fastest: {kind}, {ahead:.1%} ahead of {layout_name(others[0])}"
 
 
-def summary(rejected: list[Rejected]) -> list[str]:
-    """Layouts by the reason that they share, the first few reasons of each kind."""
+def summary(rejected: list[RejectedLayout]) -> list[str]:
+    """Group layouts by the reason that they share, and name the first few of each."""
     by_reason: dict[str, list[str]] = {}
     for one in rejected:
         by_reason.setdefault(one.reason, []).append(one.layout)
@@ -132,7 +135,7 @@ def summary(rejected: list[Rejected]) -> list[str]:
 
 
 def calibration_lines(errors: list[dict[str, Any]]) -> list[str]:
-    """How far the model is from each run that it was fitted to."""
+    """Return one line per run about the model's error for it."""
     return [
         f"calibration: {row['run']}: {row['predicted']:,.0f} predicted, {row['measured']:,.0f} measured"
         f" ({row['error_percent']:+.1f} %)"

@@ -1,13 +1,14 @@
-"""Are these runs a pair? Reads run directories, joins a model's phases into a chain, checks chain against chain.
+"""Decide whether runs are a pair: join a model's phases into a chain, and check chain against chain.
 
-A pair shares shape, data order, schedule, optimizer, batch and seed by configuration, and rows, tokens, learning rate
-and whether the update was made by the record of every step that both have. The configuration alone would be a promise;
-the record is the proof. What may differ (layout, micro-batch, precision, device) is shown and never judged."""
+A pair shares shape, data order, schedule, optimizer, batch and seed by configuration. By the record of every step that
+both have, it shares rows, tokens, learning rate and whether the update was made. The configuration alone would be a
+promise; the record is the proof. What may differ (layout, micro-batch, precision, device) is shown and never judged.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +19,18 @@ from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.science import GUARD_KEYS
-from megatron_ettin.config.tables import short_name
+from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
-from megatron_ettin.report.updates import left_out, named, unproven
+from megatron_ettin.report.record import PHASE_ORDER, final_loss, make_names_distinct
+from megatron_ettin.report.updates import format_steps, left_out, unproven
 from megatron_ettin.runs.history import allowed_changes, read_launches, stored_science_keys
 
-OBJECTIVE_KEYS = {
-    "run.objective",
-    "data.mlm_probability",
-    "data.clm_fraction",
-    "model.decoder_window_keys",
-}  # what a pair differs in
-PHASE_ORDER = {"pretrain": 0, "extend": 1, "decay": 2, "cross": 3}
+# science keys in which a pair differs
+OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "data.clm_fraction", "model.decoder_window_keys"}
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
-# of a step's line
+# numbers in a step's line
 NUMBERS = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "updates")
-# what is checked by configuration -> prefixes of its science keys
+# checks by configuration -> prefixes of their science keys
 GROUPS = {
     "model shape": ("model.",),
     "phase and seed": ("run.phase", "run.seed"),
@@ -45,22 +42,26 @@ GROUPS = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run directory, read."""
+class ComparedRun:
+    """A run directory with every step's line."""
 
     path: Path
     config: Config
-    science: dict[str, object]  # the keys that its config.yaml fixes
+    science: dict[str, object]
+    """Science keys that its config.yaml fixes."""
     order: dict[str, Any]
-    changes: list[str]  # science keys that --allow-change let through on the way
-    steps: dict[int, dict[str, Any]]  # step -> its line
+    changes: list[str]
+    """Science keys that were changed by --allow-change."""
+    steps: dict[int, dict[str, Any]]
+    """Step -> its line in metrics.jsonl."""
     torn_launches: list[int] = field(default_factory=list)
     """Numbers of lines of history.jsonl that cannot be read."""
 
     @classmethod
-    def read(cls, path: Path) -> Run:
-        """Raises UserError for a directory that is no run or holds no step yet."""
-        if not (path / "config.yaml").is_file():
+    def read(cls, path: Path) -> ComparedRun:
+        """Read a run. Raises UserError for a directory that is not a run or has no step yet."""
+        config = path / "config.yaml"
+        if not config.is_file():
             raise UserError(f"{path}: no run directory (it has no config.yaml)")
         lines = read_metrics(path / METRICS_FILE)
         steps = {line["step"]: _sound(line) for line in lines if _is_count(line.get("step")) and is_step(line)}
@@ -68,14 +69,18 @@ class Run:
             raise UserError(f"{path}: {METRICS_FILE} holds no step yet")
         torn: list[int] = []
         changes = [key for launch in read_launches(path, torn) for key in allowed_changes(launch)]
-        order = _json_object(path / "order.json")
-        config = path / "config.yaml"
-        science = stored_science_keys(config)
+        order, science = _json_object(path / "order.json"), stored_science_keys(config)
         return cls(path, from_yaml(config), science, order, changes, dict(sorted(steps.items())), torn)
 
     @property
     def tokens(self) -> int:
-        return max(line["tokens"] for line in self.steps.values())
+        """Tokens trained on."""
+        return max(int(line["tokens"]) for line in self.steps.values())
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase."""
+        return self.config.run.phase
 
 
 def _is_count(value: Any) -> bool:
@@ -83,12 +88,12 @@ def _is_count(value: Any) -> bool:
 
 
 def is_step(line: dict[str, Any]) -> bool:
-    """Whether a line of the record is a step's: evaluations have no tokens of their own."""
+    """Return whether a line of the record is a step's: evaluations have no tokens of their own."""
     return _is_count(line.get("tokens")) and line["tokens"] > 0
 
 
 def _sound(line: dict[str, Any]) -> dict[str, Any]:
-    """A step's line without what is no number where every step has one: as if it had not been recorded."""
+    """Return a step's line without values that should be numbers and are not, as if they had not been recorded."""
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float) and -1e300 < value < 1e300
@@ -98,146 +103,157 @@ def _sound(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is none. Raises UserError where it is damaged."""
+    """Return the object in a file, empty where there is no file. Raises UserError where it is damaged."""
     if not path.exists():
         return {}
     try:
-        found = load_json(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: JSON objects were expected")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
 
 
 @dataclass
-class Chain:
+class PhaseChain:
     """The phases of one model, in the order in which they are trained."""
 
     name: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[ComparedRun] = field(default_factory=list)
 
     @property
     def objective(self) -> str:
+        """Objective of the model."""
         return self.runs[0].config.run.objective
 
     @property
     def phases(self) -> list[str]:
-        return [run.config.run.phase for run in self.runs]
-
-    def segments(self, key: str) -> list[tuple[list[float], list[float]]]:
-        """For each phase that has some: (tokens since the chain's start, values) of steps with a number for `key`."""
-        found, before = [], 0
-        for run in self.runs:
-            lines = [line for line in run.steps.values() if isinstance(line.get(key), int | float)]
-            if lines:
-                tokens = [float(before + line["tokens"]) for line in lines]
-                found.append((tokens, [float(line[key]) for line in lines]))
-            before += run.tokens
-        return found
+        """Names of the phases."""
+        return [run.phase for run in self.runs]
 
     def left_out(self) -> dict[str, list[int]]:
-        """Phase -> the steps whose updates were left out; phases without any are not in it."""
-        found = {run.config.run.phase: left_out(run.steps) for run in self.runs}
-        return {phase: steps for phase, steps in found.items() if steps}
+        """Return the steps whose updates were skipped, by phase; phases without any are not in it."""
+        skipped = {run.phase: left_out(run.steps) for run in self.runs}
+        return {phase: steps for phase, steps in skipped.items() if steps}
 
-    def phase_starts(self) -> list[tuple[float, str]]:
-        ends = itertools.accumulate((run.tokens for run in self.runs), initial=0)
-        return [(float(start), phase) for start, phase in zip(ends, self.phases)]
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the model for --json. What a run may choose freely is shown and not judged."""
+        last = self.runs[-1].config
+        lines = [line for run in self.runs for line in run.steps.values()]
+        losses = [line["loss"] for line in self.runs[-1].steps.values() if line.get("loss") is not None]
+        speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        degrees = {axis: getattr(last.parallel, axis) for axis in ("tp", "pp", "vpp", "cp")}
+        return {
+            "name": self.name,
+            "model": long_name(last.run.size, last.model),
+            "runs": [str(run.path) for run in self.runs],
+            "phases": self.phases,
+            "steps": len(lines),
+            "tokens": sum(run.tokens for run in self.runs),
+            "final_loss": final_loss(losses),
+            "tokens_per_second": statistics.median(speeds) if speeds else None,
+            "updates_left_out": self.left_out(),
+            "layout": " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1) or "data-parallel",
+            "micro-batch rows": str(last.batch.micro_batch_rows),
+            "precision": last.precision.name,
+            "device": last.run.device,
+        }
 
 
-def chains(runs: Sequence[Run]) -> list[Chain]:
-    """Runs of one size and objective form a chain while their phases differ; a phase again starts another chain."""
-    found: list[Chain] = []
+def join_phases(runs: Sequence[ComparedRun]) -> list[PhaseChain]:
+    """Join runs of one size and objective to chains while their phases differ; a phase again starts another chain."""
+    chains: list[PhaseChain] = []
     for run in runs:
         settings = run.config.run
         name = f"{short_name(settings.size, run.config.model)} {settings.objective}"
-        last = next((chain for chain in reversed(found) if chain.name == name), None)
-        if last is None or settings.phase in last.phases:
-            last = Chain(name)
-            found.append(last)
+        last = next((chain for chain in reversed(chains) if chain.name == name), None)
+        if last is None or run.phase in last.phases:
+            last = PhaseChain(name)
+            chains.append(last)
         last.runs.append(run)
-    for chain in found:  # a pattern of the shell names them by the alphabet
-        chain.runs.sort(key=lambda run: PHASE_ORDER.get(run.config.run.phase, len(PHASE_ORDER)))
-    for name in {chain.name for chain in found}:
-        same = [chain for chain in found if chain.name == name]
-        for chain in same if len(same) > 1 else []:
-            chain.name = f"{name} ({chain.runs[0].path.name})"
-    if len({chain.name for chain in found}) < len(found):  # folders of one name
-        for number, chain in enumerate(found, start=1):
-            chain.name = f"{number}: {chain.name}"
-    return found
+    # a pattern of the shell names runs by the alphabet
+    for chain in chains:
+        chain.runs.sort(key=lambda run: PHASE_ORDER.get(run.phase, len(PHASE_ORDER)))
+    make_names_distinct(chains)
+    return chains
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a pair shares. `detail` says what was compared, or what differs."""
+    """One thing that a pair shares."""
 
     pair: str
     phase: str
     name: str
     passed: bool
     detail: str
+    """Values that were compared, or that differ."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    chains: list[Chain]
+    """The models that were compared, and the checks of each against the first."""
+
+    chains: list[PhaseChain]
     checks: list[Check]
 
     @property
     def verdict(self) -> str:
+        """PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL."""
         if len(self.chains) == 1:
             return "ONE MODEL"
-        if not all(check.passed for check in self.checks):
+        if self.failed:
             return "NOT PAIRED"
         return "PAIRED" if len({chain.objective for chain in self.chains}) > 1 else "SAME TRAINING"
 
     @property
     def failed(self) -> list[Check]:
+        """Checks that failed."""
         return [check for check in self.checks if not check.passed]
 
     @property
     def left_out(self) -> str:
-        """Which updates each model left out, in words; empty where none left out any."""
+        """Updates that each model skipped, in words; empty if none skipped any."""
         if not any(chain.left_out() for chain in self.chains):
             return ""
-        told = []
+        parts = []
         for chain in self.chains:
-            phases = [f"{phase} {named(steps)}" for phase, steps in chain.left_out().items()]
-            told.append(f"{chain.name} {', '.join(phases) or 'none'}")
-        return "; ".join(told)
+            phases = [f"{phase} {format_steps(steps)}" for phase, steps in chain.left_out().items()]
+            parts.append(f"{chain.name} {', '.join(phases) or 'none'}")
+        return "; ".join(parts)
 
     @property
     def without_partner(self) -> str:
-        """Name how many steps of each run have no partner in the other model's; empty if every step has one."""
-        told = []
+        """Number of steps of each run that have no partner in the other model; empty if every step has one."""
+        parts = []
         for other in self.chains[1:]:
             for a, b in zip(self.chains[0].runs, other.runs):
                 for chain, own, theirs in ((self.chains[0], a, b), (other, b, a)):
                     if more := len(own.steps.keys() - theirs.steps.keys()):
-                        told.append(f"{chain.name} {own.config.run.phase} {more:,}")
-        return ", ".join(told)
+                        parts.append(f"{chain.name} {own.phase} {more:,}")
+        return ", ".join(parts)
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""
-    found = chains([Run.read(path) for path in paths])
-    return Comparison(found, [check for other in found[1:] for check in check_pair(found[0], other)])
+    chains = join_phases([ComparedRun.read(path) for path in paths])
+    return Comparison(chains, [check for other in chains[1:] for check in check_pair(chains[0], other)])
 
 
-def check_pair(first: Chain, second: Chain) -> Iterator[Check]:
+def check_pair(first: PhaseChain, second: PhaseChain) -> Iterator[Check]:
+    """Yield every check of two models."""
     pair = f"{first.name} / {second.name}"
+    phases = [" then ".join(chain.phases) for chain in (first, second)]
     same = first.phases == second.phases
-    told = " then ".join(first.phases)
-    yield Check(pair, "", "phases", same, told if same else f"{told}, but {' then '.join(second.phases)}")
+    yield Check(pair, "", "phases", same, phases[0] if same else ", but ".join(phases))
     for a, b in zip(first.runs, second.runs):
         for name, (passed, detail) in check_runs(a, b):
-            yield Check(pair, a.config.run.phase, name, passed, detail)
+            yield Check(pair, a.phase, name, passed, detail)
 
 
-def check_runs(a: Run, b: Run) -> Iterator[tuple[str, tuple[bool, str]]]:
-    """Every check of two runs of one phase: by configuration, then by the record."""
+def check_runs(a: ComparedRun, b: ComparedRun) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Yield every check of two runs of one phase: by configuration, then by the record."""
     keys_a, keys_b = a.science, b.science
     if not all(key in keys for keys in (keys_a, keys_b) for key in GUARD_KEYS):
         # a run of an older version fixes none of them: the record of its updates is the proof
@@ -260,7 +276,8 @@ def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
     return not differing, "; ".join(differing) or f"{len(pairs)} {'keys' if len(pairs) > 1 else 'key'} equal"
 
 
-def check_order(a: Run, b: Run) -> tuple[bool, str]:
+def check_order(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+    """Check the fingerprints of the data order and of the tokenizer."""
     for run in (a, b):
         if not run.order.get("fingerprint"):
             return False, f"{run.path}: order.json has no fingerprint, so its data order is unknown"
@@ -268,16 +285,15 @@ def check_order(a: Run, b: Run) -> tuple[bool, str]:
     return passed, f"fingerprint {a.order['fingerprint'][:16]}" if passed else detail
 
 
-def check_changes(a: Run, b: Run) -> tuple[bool, str]:
-    """A run whose science changed half-way is described by no configuration, so it is nobody's pair."""
+def check_changes(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+    """Check that no science key changed half-way: no configuration describes such a run, so it has no partner."""
     changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
     torn = [f"{run.path.name}: line {number} cannot be read" for run in (a, b) for number in run.torn_launches]
-    told = "; ".join(["neither run used --allow-change", *torn])
-    return not changed, "; ".join(changed) or told
+    return not changed, "; ".join(changed or ["neither run used --allow-change", *torn])
 
 
-def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
-    """Whether `key` agrees on every step that both recorded; names the first step that does not."""
+def check_steps(a: ComparedRun, b: ComparedRun, key: str) -> tuple[bool, str]:
+    """Check that `key` agrees on every step that both recorded; name the first step that differs."""
     common = [step for step in a.steps if step in b.steps]
     if not common:
         return False, "the runs have no step in common"
@@ -285,44 +301,30 @@ def check_steps(a: Run, b: Run, key: str) -> tuple[bool, str]:
         left, right = a.steps[step].get(key), b.steps[step].get(key)
         if left is None or right is None:
             return False, f"step {step}: {key} was not recorded"
-        # Learning rates may have been computed on other machines: the last bit is no difference.
         if not _equal(left, right):
             return False, f"step {step}: {left} and {right}"
     return True, f"{len(common)} common steps ({common[0]} to {common[-1]}; recorded {len(a.steps)} and {len(b.steps)})"
 
 
-def check_updates(a: Run, b: Run) -> tuple[bool, str]:
-    """Whether both made, and left out, the updates of the same steps."""
+def check_updates(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+    """Check that both made, and skipped, the updates of the same steps."""
     common = {step for step in a.steps if step in b.steps}
     if not common:
         return False, "the runs have no step in common"
     for run in (a, b):
-        if (why := unproven(run.path, run.steps)) is not None:
-            return False, why
+        if (reason := unproven(run.path, run.steps)) is not None:
+            return False, reason
     left, right = ([step for step in left_out(run.steps) if step in common] for run in (a, b))
     if left == right:
-        return True, f"left out in both: {named(left)}" if left else f"made at all of {len(common)} common steps"
+        return True, f"left out in both: {format_steps(left)}" if left else f"made at all of {len(common)} common steps"
     names = [run.config.run.objective for run in (a, b)]
     if names[0] == names[1]:
         names = [str(run.path) for run in (a, b)]
-    return False, f"left out in {names[0]}: {named(left)}; in {names[1]}: {named(right)}"
+    return False, f"left out in {names[0]}: {format_steps(left)}; in {names[1]}: {format_steps(right)}"
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Learning rates may have been computed on other machines: the last bit is no difference."""
+    # learning rates may have been computed on other hosts: the last bit is no difference
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-9)
     return bool(left == right)
-
-
-def operations(run: Run) -> dict[str, str]:
-    """What a run may choose freely, for the page: shown, not judged."""
-    parallel = run.config.parallel
-    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "vpp", "cp")}
-    layout = " ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
-    return {
-        "layout": layout or "data-parallel",
-        "micro-batch rows": str(run.config.batch.micro_batch_rows),
-        "precision": run.config.precision.name,
-        "device": run.config.run.device,
-    }

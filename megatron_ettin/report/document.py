@@ -1,8 +1,9 @@
-"""The page of a run or of several: curves that can be zoomed, and what is known of the run. One file, no network.
+"""Write the page of a run, of several or of a comparison, or serve it while it follows its runs.
 
-Its policy lets the browser run this script and use this style sheet only, whatever a file of the run holds.
-
-A report that follows its runs: served on this machine only, asked for news by the page itself."""
+The page has curves that can be zoomed, and tables of what is known of the runs. It is one file that needs no network,
+and its policy lets the browser run this script and use this style sheet only, whatever a file of the run holds. A
+served page is on this host only and polls for news.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from string import Template
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -23,35 +25,39 @@ from megatron_ettin import __version__
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.text import masked
-from megatron_ettin.report import compare, sections
+from megatron_ettin.report import sections
+from megatron_ettin.report.compare import Comparison, compare
 from megatron_ettin.report.facts import embedded, escaped
-from megatron_ettin.report.models import Model, read_models
+from megatron_ettin.report.models import ModelRuns, models_of, read_models
 from megatron_ettin.report.series import page_data
 
 HERE = Path(__file__).parent
-KEYS_HELP = (
-    "Drag over a chart to zoom in, double-click for everything; the wheel zooms after a click, or with Ctrl. On a"
-    " focused chart: + and - zoom, arrows move, Shift with arrows reads values, 0 shows everything."
-    " Flags: a restart; triangles on the floor: a bad step; triangles at the top: values above the axis. Dots: each"
-    " point, where there are few. Smoothing is a running median; what was measured stands paler behind it."
-)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page says: its numbers, and its parts by the id of their element."""
+    """The content of a page: its numbers, and its parts by the id of their element."""
 
     title: str
-    models: list[Model]
+    models: list[ModelRuns]
     data: dict[str, Any]
     parts: dict[str, str]
     verdict: str | None
 
 
 def make(paths: Sequence[Path], title: str | None = None, releases: Sequence[Path] = ()) -> Report:
-    """Read the runs. Raises UserError for a path that is no run."""
+    """Read the runs. Raises UserError for a path that is not a run."""
     models = read_models(paths)
-    compared = _compared(models)
+    return _report(models, _compared(models), title or " / ".join(model.name for model in models), releases)
+
+
+def make_comparison(comparison: Comparison) -> Report:
+    """Return the page of a comparison, with its verdict as the title."""
+    names = " / ".join(chain.name for chain in comparison.chains)
+    return _report(models_of(comparison.chains), comparison, f"{comparison.verdict}: {names}", ())
+
+
+def _report(models: list[ModelRuns], compared: Comparison | str | None, title: str, releases: Sequence[Path]) -> Report:
     parts = {
         "cards": sections.cards(models),
         "comparison": sections.comparison(compared),
@@ -62,57 +68,42 @@ def make(paths: Sequence[Path], title: str | None = None, releases: Sequence[Pat
         "checkpoints": sections.checkpoints(models, releases),
         "configuration": sections.configuration(models),
     }
-    named = title or " / ".join(model.name for model in models)
-    verdict = compared.verdict if isinstance(compared, compare.Comparison) else None
-    return Report(named, models, page_data(models), parts, verdict)
+    verdict = compared.verdict if isinstance(compared, Comparison) else None
+    return Report(title, models, page_data(models), parts, verdict)
 
 
-def _compared(models: Sequence[Model]) -> compare.Comparison | str | None:
-    """The verdict on several models, or why there is none."""
+def _compared(models: Sequence[ModelRuns]) -> Comparison | str | None:
+    """Compare several models, or return the reason why they cannot be compared."""
     if len(models) < 2:
         return None
     try:
-        return compare.compare([run.path for model in models for run in model.runs if len(run.metrics.steps)])
+        return compare([run.path for model in models for run in model.runs if len(run.metrics.steps)])
     except UserError as error:
         return str(error)
 
 
 def render(report: Report, live: tuple[int, str] | None = None) -> str:
-    """The page. `live`: milliseconds between questions to the server, version of the numbers."""
+    """Return the page. `live` is the milliseconds between polls of the server and the version of the numbers."""
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("run_page.js", "run_page.css"))
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
     policy += f"; form-action 'none'; connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}"
-    told = "\n".join(f'<section id="{name}">{part}</section>' for name, part in report.parts.items() if name != "cards")
-    polling = f' data-live="{live[0]}" data-version="{live[1]}"' if live else ""
     state = '<span id="live" role="status" class="good">live</span>' if live else '<span id="live" hidden></span>'
-    when = time.strftime("%Y-%m-%d %H:%M %Z")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
-<title>{escaped(report.title)}</title><style>{style}</style></head><body{polling}>
-<a class="skip" href="#curves">Skip to the curves</a>
-<header><div><h1>{escaped(report.title)}</h1><p class="soft">ettin report {__version__}, {when} {state}</p></div>
-<button type="button" id="theme">Colours: auto</button></header>
-<main>
-<section id="cards">{report.parts["cards"]}</section>
-<section id="curves" tabindex="-1" aria-label="Curves"><h2>Curves</h2>
-<noscript><p class="bad">Scripts are switched off, so that no curve is drawn. The tables are complete.</p></noscript>
-<p class="soft" id="empty"{" hidden" if report.data["charts"] else ""}>No step is recorded yet.</p>
-<div class="bar" id="bar" role="toolbar" aria-label="Range of the curves" hidden>
-<label for="axis">Against</label><select id="axis"></select>
-<label for="smooth">Smoothing</label><input type="range" id="smooth" min="0" max="100" value="20">
-<button type="button" id="in" aria-label="zoom in">+</button>
-<button type="button" id="out" aria-label="zoom out">&minus;</button>
-<button type="button" id="reset" disabled>Show everything</button>
-<span class="soft">Shown: <span id="range">all</span></span></div>
-<p class="soft" id="keys">{KEYS_HELP}</p>
-<p class="sr" id="said" aria-live="polite"></p>
-<div class="charts" id="charts"></div></section>
-{told}
-</main>
-<script type="application/json" id="data">{embedded(report.data)}</script>
-<script>{script}</script></body></html>
-"""
+    return Template((HERE / "run_page.html").read_text(encoding="utf-8")).substitute(
+        policy=policy,
+        title=escaped(report.title),
+        style=style,
+        polling=f' data-live="{live[0]}" data-version="{live[1]}"' if live else "",
+        version=__version__,
+        when=time.strftime("%Y-%m-%d %H:%M %Z"),
+        state=state,
+        cards=report.parts["cards"],
+        empty_hidden=" hidden" if report.data["charts"] else "",
+        sections="\n".join(
+            f'<section id="{id_}">{html}</section>' for id_, html in report.parts.items() if id_ != "cards"
+        ),
+        data=embedded(report.data),
+        script=script,
+    )
 
 
 def _hash(content: str) -> str:
@@ -120,18 +111,19 @@ def _hash(content: str) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """The file whole or not at all."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 HOST = "127.0.0.1"
 POLL_MILLISECONDS = 2_000
-IDLE_SHARE = 10  # of its time at most one tenth goes into reading the runs again
+# at most one tenth of the server's time goes into reading the runs again
+IDLE_SHARE = 10
 
 
-class Source:
-    """The newest report, made when it is asked for and at most so often."""
+class ReportSource:
+    """The newest report, made when it is requested and not too often."""
 
     def __init__(self, make: Callable[[], Report]) -> None:
         self._make, self._lock = make, threading.Lock()
@@ -139,7 +131,7 @@ class Source:
         self._version, self._next = 0, 0.0
 
     def newest(self) -> tuple[Report, str]:
-        """The report and its version. While the runs cannot be read, the last one that could be."""
+        """Return the report and its version. While the runs cannot be read, it is the last one that could be."""
         with self._lock:
             began = time.monotonic()
             if self._report is None or began >= self._next:
@@ -155,14 +147,15 @@ class Source:
             return self._report, str(self._version)
 
 
-def server(source: Source, port: int) -> ThreadingHTTPServer:
-    """Raises UserError where the port is taken."""
+def server(source: ReportSource, port: int) -> ThreadingHTTPServer:
+    """Return a server of the page. Raises UserError where the port is taken."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """The page, or its news."""
+            """Answer with the page, or its news."""
             named = (self.headers.get("Host") or "").partition(":")[0]
-            if named not in (HOST, "localhost"):  # another site's name that was pointed to this machine
+            # another site's name may have been pointed to this host
+            if named not in (HOST, "localhost"):
                 return self.send_error(403)
             url = urlsplit(self.path)
             if url.path not in ("/", "/data.json"):
@@ -175,11 +168,12 @@ def server(source: Source, port: int) -> ThreadingHTTPServer:
             news = {"version": version, "title": masked(report.title), "data": report.data, "sections": report.parts}
             return self._answer("application/json", json.dumps(news, allow_nan=False))
 
-        def _answer(self, kind: str, text: str, status: int = 200) -> None:
+        def _answer(self, media_type: str, text: str, status: int = 200) -> None:
             content = text.encode()
-            with contextlib.suppress(ConnectionError):  # whoever asked has gone
+            # the client may have gone
+            with contextlib.suppress(ConnectionError):
                 self.send_response(status)
-                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Type", f"{media_type}; charset=utf-8")
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("Cache-Control", "no-store")
                 self.send_header("X-Content-Type-Options", "nosniff")
@@ -187,7 +181,7 @@ def server(source: Source, port: int) -> ThreadingHTTPServer:
                 self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
-            """Nothing: a line every two seconds tells nobody anything."""
+            """Log nothing: a line every two seconds is of no use."""
 
     try:
         served = ThreadingHTTPServer((HOST, port), Handler)

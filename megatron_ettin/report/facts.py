@@ -1,6 +1,7 @@
-"""What a page tells of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts.
+"""Find what a page shows of a run besides its curves: data consumed, checkpoints and what is recorded of them, hosts.
 
-Text of a run for a page: secrets are left out of it, the rest is escaped."""
+Text of a run is made fit for a page: secrets are left out of it, the rest is escaped.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from megatron_ettin.base.paths import path_in
 from megatron_ettin.base.text import masked
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
-from megatron_ettin.report.models import Model
+from megatron_ettin.report.models import ModelRuns
 from megatron_ettin.report.record import RunRecord, objects, read_json
 
 RELEASE, PARITY = "release.json", "parity.json"
@@ -27,7 +28,7 @@ RELEASE, PARITY = "release.json", "parity.json"
 
 @dataclass(frozen=True)
 class Consumed:
-    """Tokens of one dataset, or of one source within it, that a model has read. None: not known."""
+    """Tokens of one dataset, or of one source within it, that a model has read. None means not known."""
 
     name: str
     share: float | None
@@ -37,7 +38,7 @@ class Consumed:
 
 
 def consumed(runs: Iterable[RunRecord]) -> list[Consumed]:
-    """By dataset over all phases, as the mixture of each phase shares out the tokens that it has trained on."""
+    """Return the tokens read by dataset over all phases, as the mixture of each phase shares out its tokens."""
     tokens: dict[str, float | None] = {}
     for run in runs:
         for path, share in mixture_shares(run):
@@ -57,7 +58,7 @@ def consumed(runs: Iterable[RunRecord]) -> list[Consumed]:
 def _sources(
     manifest: dict[str, Any], tokens: float | None, share: float | None, epochs: float | None
 ) -> Iterator[Consumed]:
-    """Of one dataset, in proportion: its rows are read in an order that knows no sources."""
+    """Yield the sources of one dataset in proportion: its rows are read in an order that knows no sources."""
     sources = [
         one for one in manifest.get("sources") or [] if isinstance(one, dict) and isinstance(one.get("tokens"), int)
     ]
@@ -69,7 +70,7 @@ def _sources(
 
 
 def mixture_shares(run: RunRecord) -> list[tuple[str, float | None]]:
-    """(dataset, share of the run's tokens) as the configuration says; by the datasets' sizes where it gives none."""
+    """Return each dataset and its share of the run's tokens, by the configuration or else by the datasets' sizes."""
     mixture = run.setting("data", "mixture")
     items = [mixture] if isinstance(mixture, str | dict) else mixture if isinstance(mixture, list) else []
     entries = [item if isinstance(item, dict) else {"path": item} for item in items]
@@ -89,7 +90,7 @@ def mixture_shares(run: RunRecord) -> list[tuple[str, float | None]]:
 class Saved:
     """A checkpoint or a milestone."""
 
-    kind: str
+    type: str
     path: Path
     step: int | None
     tokens: int | None
@@ -100,28 +101,28 @@ class Saved:
 
 
 def saved(run: RunRecord, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
-    """Everything a run has saved, oldest first. `exports`: of `exported`."""
+    """Return everything that a run has saved, oldest first. `exports` are those of `exported`."""
     paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
     paths += [("milestone", path) for path in list_milestones(run.path)]
-    return sorted((_saved(kind, path, exports) for kind, path in paths), key=lambda one: one.path.name)
+    return sorted((_saved(saved_type, path, exports) for saved_type, path in paths), key=lambda one: one.path.name)
 
 
-def _saved(kind: str, path: Path, exports: dict[str, tuple[Path, str]]) -> Saved:
+def _saved(saved_type: str, path: Path, exports: dict[str, tuple[Path, str]]) -> Saved:
     try:
         progress = read_progress(path)
     except UserError:
         progress = {}
-    whole, told, size = integrity_of(path)
+    whole, detail, size = integrity_of(path)
     parity = ""
     if exports:
         found = exports.get(identity(path))
-        parity = "not exported" if found is None else told_parity(*found)
+        parity = "not exported" if found is None else describe_parity(*found)
     numbers = {key: progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens")}
-    return Saved(kind, path, numbers["step"], numbers["tokens"], size, told, whole, parity)
+    return Saved(saved_type, path, numbers["step"], numbers["tokens"], size, detail, whole, parity)
 
 
 def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
-    """(whether all files are there in their recorded sizes, in words, bytes). Reads no contents."""
+    """Return whether all files have their recorded sizes, the same in words, and the bytes. Contents are not read."""
     try:
         entries = read_entries(checkpoint)
     except UserError as error:
@@ -138,14 +139,15 @@ def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
 
 
 def identity(checkpoint: Path) -> str:
-    """By which an export knows the checkpoint that it was made of."""
+    """Return the digest by which an export names the checkpoint that it was made of."""
     try:
         return hashlib.sha256((checkpoint / INTEGRITY).read_bytes()).hexdigest()
     except OSError:
         return ""
 
 
-def told_parity(folder: Path, name: str) -> str:
+def describe_parity(folder: Path, name: str) -> str:
+    """Return in words what is recorded about an export's parity with transformers."""
     parity = read_json(folder / PARITY)
     difference = parity.get("max_abs_logit_difference")
     if not parity.get("tensors_identical"):
@@ -154,18 +156,21 @@ def told_parity(folder: Path, name: str) -> str:
     return f"verified in {name}: tensors equal{logits}"
 
 
-def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
-    """(folder, its name) by the checkpoint it was made of: revisions of releases in `folders`, and releases and exports
-    of `ettin convert` in the runs and beside them."""
+def exported(models: Sequence[ModelRuns], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
+    """Find exports by the identity of the checkpoint they were made of, each with its folder and name.
+
+    These are revisions of releases in `folders`, and releases and exports of `ettin convert` in the runs and in their
+    parent folders.
+    """
     nearby = {
         above for model in models for run in model.runs for above in (run.path.resolve(), run.path.resolve().parent)
     }
-    places = {folder.resolve() for folder in folders}
-    places |= {index.parent for above in nearby for index in above.glob(f"*/{RELEASE}")}
+    release_folders = {folder.resolve() for folder in folders}
+    release_folders |= {record.parent for above in nearby for record in above.glob(f"*/{RELEASE}")}
     found = {}
     for path in sorted(path for above in nearby for path in above.glob(f"*/{PARITY}")):
         found[str(read_json(path).get("source"))] = (path.parent, path.parent.name)
-    for path in sorted(path for place in places for path in place.glob(f"*/{RELEASE}")):
+    for path in sorted(path for folder in release_folders for path in folder.glob(f"*/{RELEASE}")):
         record = read_json(path)
         if isinstance(record.get("source"), str) and path.parent.name != "main":
             found[record["source"]] = (path.parent, f"revision {record.get('revision')}")
@@ -173,13 +178,15 @@ def exported(models: Sequence[Model], folders: Sequence[Path]) -> dict[str, tupl
 
 
 def used(run: RunRecord, key: str) -> str:
-    """What the latest launch ran with (`device`, `attention`), or what was asked for where that is not recorded."""
+    """Return what the latest launch ran with (`device`, `attention`), or the configured value where that is not
+    recorded.
+    """
     found = run.launches[-1].get(key) if run.launches else None
     return str(found) if found else f"{run.setting('run', key)} (as configured)"
 
 
-def device_hours(model: Model) -> float | None:
-    """Hours in steps times the ranks that each launch had; None where one of the two was not recorded."""
+def device_hours(model: ModelRuns) -> float | None:
+    """Return the hours in steps times the ranks of each launch; None where one of the two was not recorded."""
     total, before = 0.0, 0.0
     for run, own in zip(model.runs, model.axes(), strict=True):
         if not len(own["steps"]):
@@ -187,15 +194,15 @@ def device_hours(model: Model) -> float | None:
         launches = [one for one in run.launches if type(one.get("world")) is int and type(one.get("step")) is int]
         if not launches or "hours" not in own:
             return None
-        place = np.searchsorted([one["step"] for one in launches], run.metrics.steps, side="left") - 1
-        worlds = np.array([one["world"] for one in launches])[np.maximum(place, 0)]
+        launch_index = np.searchsorted([one["step"] for one in launches], run.metrics.steps, side="left") - 1
+        worlds = np.array([one["world"] for one in launches])[np.maximum(launch_index, 0)]
         total += float((np.diff(own["hours"], prepend=before) * worlds).sum())
         before = float(own["hours"][-1])
     return total
 
 
-def commits(model: Model) -> list[str]:
-    """What the phases ran, oldest first: the commit, or version and digest of the code where it was no checkout."""
+def commits(model: ModelRuns) -> list[str]:
+    """Return the code that the phases ran, oldest first: the commit, or version and digest of the code."""
     found = [
         one.get("commit") or f"{one.get('version')} ({one['code']})"
         for run in model.runs
@@ -206,21 +213,21 @@ def commits(model: Model) -> list[str]:
 
 
 def hosts(run: RunRecord) -> list[str]:
-    """Machines that are known to have trained: from the ranks' own files, the job's events and the metrics."""
+    """Return the hosts that are known to have trained: from the ranks' own files, the job's events and the metrics."""
     found = [str(read_json(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]]
     found += [str(launch.get("host") or "") for launch in run.launches]
     path = run.path.absolute()
     for above in (path, *list(path.parents)[:2]):
         found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]
-    return [host for host in dict.fromkeys([*found, *run.metrics.slow]) if host]
+    return [host for host in dict.fromkeys([*found, *run.metrics.slowest_hosts]) if host]
 
 
 def escaped(text: object, key: str = "") -> str:
-    """`masked`, as HTML."""
+    """Return `masked` text as HTML."""
     return html.escape(masked(text, key))
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand in a <script> element: no text in it can end the element."""
+    """Return JSON that can stand in a <script> element: no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

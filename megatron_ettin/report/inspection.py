@@ -1,7 +1,8 @@
-"""What a checkpoint or a run directory holds, as one flat description for people and for JSON.
+"""Describe a checkpoint or a run directory, as one flat object for people and for JSON.
 
-Nothing is loaded: shapes come from `.metadata`, sizes from integrity.json, the run's state from the last whole line of
-metrics.jsonl. A running run may be looked at: a torn last line is passed over."""
+Nothing is loaded: shapes come from `.metadata`, sizes from integrity.json, and the run's state from the last whole
+line of metrics.jsonl. A run may be training meanwhile: a torn last line is skipped.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +30,18 @@ _RUN_KEYS = ("size", "objective", "phase")
 
 
 def describe(path: Path, verify: bool = False) -> dict[str, Any]:
-    """A description with `kind` "checkpoint" or "run". With `verify`, every checksum is checked: UserError names the
-    first damaged file. Raises UserError where `path` is neither."""
+    """Describe a checkpoint or a run.
+
+    Args:
+        path: a checkpoint or a run directory.
+        verify: check every checksum.
+
+    Returns:
+        its description, with `kind` "checkpoint" or "run".
+
+    Raises:
+        UserError: `path` is neither, or a file is damaged.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a dataset, a checkpoint or a run directory")
@@ -42,7 +53,7 @@ def describe(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Step, shape and contents of one checkpoint."""
+    """Describe the step, shape and contents of one checkpoint."""
     if verify:
         check_nothing_else(path)
         verify_checkpoint(path)
@@ -73,7 +84,7 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Configuration, last step and checkpoints of a run."""
+    """Describe the configuration, last step and checkpoints of a run."""
     groups = read_config(path)
     run, model, batch = (groups.get(name) or {} for name in ("run", "model", "batch"))
     checkpoints = list_checkpoints(path)
@@ -101,12 +112,12 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last line that has a loss: evaluations may follow it."""
+    """Return the last line that has a loss: evaluations may follow it."""
     return next((line for line in reversed(lines) if "loss" in line), {})
 
 
 def render(description: dict[str, Any]) -> str:
-    """The description as lines for people."""
+    """Return a description as lines for people."""
     rows = _checkpoint_rows(description) if description["kind"] == "checkpoint" else _run_rows(description)
     return "\n".join(f"{name:<12} {printable(value)}" for name, value in rows)
 
@@ -117,7 +128,7 @@ def _named(description: dict[str, Any]) -> str:
 
 
 def _names(run: dict[str, Any], model: object) -> dict[str, str]:
-    """What the model is called, and its parameters and shape."""
+    """Return the model's name, and its parameters and shape."""
     return {"name": short_name(run.get("size"), model), "model": long_name(run.get("size"), model)}
 
 

@@ -1,4 +1,4 @@
-"""Runs joined to models: the phases of one model follow each other as each recorded where it began."""
+"""Join runs to models: the phases of one model follow each other as each recorded where it began."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.report.compare import PHASE_ORDER
-from megatron_ettin.report.record import Column, RunRecord, find_runs
+from megatron_ettin.report.compare import PhaseChain
+from megatron_ettin.report.record import PHASE_ORDER, Column, RunRecord, find_runs, make_names_distinct
 
-MOST_MODELS = 12  # more curves cannot be told apart
+# more curves cannot be told apart
+MOST_MODELS = 12
 SECONDS_AN_HOUR = 3_600.0
 
 
 @dataclass
-class Model:
+class ModelRuns:
     """The phases of one model, in order."""
 
     name: str
@@ -25,11 +26,14 @@ class Model:
 
     @property
     def phases(self) -> list[str]:
+        """Names of the phases."""
         return [run.named("phase") for run in self.runs]
 
     def axes(self) -> list[dict[str, Column]]:
-        """For each run the x of its steps since the model's start: `steps`, `tokens`, and `hours` spent in steps. An
-        axis that a run does not know is left out."""
+        """Return the x of each run's steps since the model's start: `steps`, `tokens`, and `hours` spent in steps.
+
+        An axis that a run does not know is left out.
+        """
         found, before = [], {"steps": 0.0, "tokens": 0.0, "hours": 0.0}
         for run in self.runs:
             own = {name: before[name] + values for name, values in _axes_of(run).items()}
@@ -53,8 +57,8 @@ def _axes_of(run: RunRecord) -> dict[str, Column]:
     return axes
 
 
-def read_models(paths: Sequence[Path]) -> list[Model]:
-    """The models of run directories and of folders of them. Raises UserError where a path has none."""
+def read_models(paths: Sequence[Path]) -> list[ModelRuns]:
+    """Read the models in run directories and in folders of them. Raises UserError where a path has none."""
     found: dict[Path, RunRecord] = {}
     for path in paths:
         if not path.is_dir():
@@ -70,51 +74,48 @@ def read_models(paths: Sequence[Path]) -> list[Model]:
     return models
 
 
-def join(runs: Sequence[RunRecord]) -> list[Model]:
-    """A run goes on where the one it began from ended, if that one is here, is of the same size and objective and has
-    no other that went on; where nothing is recorded, the order of phases decides."""
-    models: list[Model] = []
+def join(runs: Sequence[RunRecord]) -> list[ModelRuns]:
+    """Join runs to models.
+
+    A run continues where the one it began from ended, if that one is here, has the same size and objective, and no
+    other run continues it. Where nothing is recorded, the order of phases decides.
+    """
+    models: list[ModelRuns] = []
     known = {run.path.resolve(): run for run in runs}
     for run in sorted(runs, key=lambda run: PHASE_ORDER.get(run.named("phase"), 9)):
         name = f"{run.model_name} {run.named('objective')}"
         parent = began_from(run, known)
-        fitting = (model for model in models if model.name == name and goes_on(run, parent, model))
-        model = next(fitting, None)
+        model = next((model for model in models if model.name == name and continues(run, parent, model)), None)
         if model is None:
-            models.append(Model(name, [run]))
+            models.append(ModelRuns(name, [run]))
         else:
             model.runs.append(run)
-    places = {id(run): place for place, run in enumerate(runs)}
-    models.sort(key=lambda model: min(places[id(run)] for run in model.runs))
-    tell_apart(models)
+    order = {id(run): index for index, run in enumerate(runs)}
+    models.sort(key=lambda model: min(order[id(run)] for run in model.runs))
+    make_names_distinct(models)
     return models
 
 
+def models_of(chains: Sequence[PhaseChain]) -> list[ModelRuns]:
+    """Return the models of a comparison."""
+    return [ModelRuns(chain.name, [RunRecord.read(run.path) for run in chain.runs]) for chain in chains]
+
+
 def began_from(run: RunRecord, known: dict[Path, RunRecord]) -> RunRecord | None:
-    """The run among `known` whose weights it took."""
+    """Return the run among `known` whose weights a run started from."""
     first = run.launches[0] if run.launches else {}
     for key, base in (("init_from", Path()), ("init_from_relative", run.path)):
         if isinstance(first.get(key), str):
-            place = (base / first[key]).resolve()
-            for folder in (place, *place.parents):
+            source = (base / first[key]).resolve()
+            for folder in (source, *source.parents):
                 if folder in known and known[folder] is not run:
                     return known[folder]
     return None
 
 
-def goes_on(run: RunRecord, parent: RunRecord | None, model: Model) -> bool:
+def continues(run: RunRecord, parent: RunRecord | None, model: ModelRuns) -> bool:
+    """Return whether a run continues a model that is joined so far."""
     last = model.runs[-1]
     later = PHASE_ORDER.get(run.named("phase"), 9) > PHASE_ORDER.get(last.named("phase"), 9)
     recorded = bool(run.launches and run.launches[0].get("init_from"))
     return later and (last is parent if parent is not None else not recorded and last.path.parent == run.path.parent)
-
-
-def tell_apart(models: list[Model]) -> None:
-    """Names of models of one size and objective get their folder's, or a number."""
-    for name in {model.name for model in models}:
-        same = [model for model in models if model.name == name]
-        for model in same if len(same) > 1 else []:
-            model.name = f"{name} ({model.runs[0].path.resolve().name})"
-    if len({model.name for model in models}) < len(models):
-        for number, model in enumerate(models, start=1):
-            model.name = f"{number}: {model.name}"

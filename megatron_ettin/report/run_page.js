@@ -12,7 +12,7 @@
   let charts = [];
 
   // ---- numbers -------------------------------------------------------------------------------------------------
-  const TYPES = { grid: Float64Array, at: Uint32Array, y: Float32Array, low: Float32Array, high: Float32Array };
+  const TYPES = { grid: Float64Array, indices: Uint32Array, y: Float32Array, low: Float32Array, high: Float32Array };
   const unpacked = new WeakMap();
   function numbers(holder, key, type) { // base64 -> typed array, once
     if (holder[key] === undefined) return null;
@@ -40,8 +40,8 @@
     return low;
   }
   function points(run, series, low, high, most) { // [x, lowest, median, highest] in the range, some `most` or 600 of them
-    const grid = numbers(run.grid, view.axis, TYPES.grid), at = numbers(series, "at", TYPES.at);
-    const x = at ? (i) => grid[at[i]] : (i) => grid[i];
+    const grid = numbers(run.grid, view.axis, TYPES.grid), indices = numbers(series, "indices", TYPES.indices);
+    const x = indices ? (i) => grid[indices[i]] : (i) => grid[i];
     const first = Math.max(0, firstAt(x, series.n, low) - 1), end = Math.min(series.n, firstAt(x, series.n, high) + 2);
     const over = series.overview, found = [];
     if (over && end - first > series.n / 2) {
@@ -175,12 +175,12 @@
     const inside = make("g", { "clip-path": `url(#clip-${spec.id})` });
     svg.append(clip, inside);
     phases(inside, px, floor);
-    for (const [value, told] of labelled(chart.logarithmic ? logTicks(...y) : ticks(...y, 5))) {
+    for (const [value, label] of labelled(chart.logarithmic ? logTicks(...y) : ticks(...y, 5))) {
       svg.append(make("line", { class: "grid", x1: EDGE.left, x2: right, y1: py(value), y2: py(value) }),
-        make("text", { x: EDGE.left - 8, y: py(value) + 4, "text-anchor": "end" }, told));
+        make("text", { x: EDGE.left - 8, y: py(value) + 4, "text-anchor": "end" }, label));
     }
-    for (const [value, told] of labelled(ticks(low, high, width / 110)))
-      svg.append(make("text", { class: "xtick", x: px(value), y: floor + 18, "text-anchor": "middle" }, told));
+    for (const [value, label] of labelled(ticks(low, high, width / 110)))
+      svg.append(make("text", { class: "xtick", x: px(value), y: floor + 18, "text-anchor": "middle" }, label));
     svg.append(make("line", { class: "axis", x1: EDGE.left, x2: right, y1: floor, y2: floor }),
       make("text", { x: right, y: floor + 34, "text-anchor": "end" }, AXIS[view.axis]));
     const curves = make("g", { "clip-path": `url(#clip-${spec.id})` });
@@ -261,9 +261,9 @@
   function marks(parent, px, floor, low, high) {
     const taken = new Set();
     for (const run of runs()) for (const mark of run.marks) {
-      const x = px(mark[view.axis]), place = mark.kind + Math.round(x / 3);
-      if (mark[view.axis] < low || mark[view.axis] > high || taken.has(place)) continue;
-      taken.add(place);
+      const x = px(mark[view.axis]), key = mark.kind + Math.round(x / 3);
+      if (mark[view.axis] < low || mark[view.axis] > high || taken.has(key)) continue;
+      taken.add(key);
       const group = make("g", { class: "mark " + mark.kind });
       if (mark.kind === "restart") group.append(make("line", { class: "restart", x1: x, x2: x, y1: EDGE.top, y2: floor }),
         make("path", { class: "restart-flag", d: `M${x} ${EDGE.top}l8 4l-8 4z` }));
@@ -281,11 +281,11 @@
     return best;
   }
   function readout(chart) {
-    const at = view.cursor, visible = at !== null && at >= range()[0] && at <= range()[1];
+    const x = view.cursor, visible = x !== null && x >= range()[0] && x <= range()[1];
     chart.cursor.setAttribute("visibility", visible ? "visible" : "hidden");
-    if (visible) { chart.cursor.setAttribute("x1", chart.px(at)); chart.cursor.setAttribute("x2", chart.px(at)); }
+    if (visible) { chart.cursor.setAttribute("x1", chart.px(x)); chart.cursor.setAttribute("x2", chart.px(x)); }
     chart.drawn.forEach((curve, i) => {
-      const point = nearest(curve, visible ? at : range()[1]);
+      const point = nearest(curve, visible ? x : range()[1]);
       chart.entries[i].lastChild.textContent = point ? short(point[2]) : "";
     });
   }
@@ -309,7 +309,7 @@
     view.low = low; view.high = low + span;
     drawAll();
   }
-  const say = (text) => { $("said").textContent = text; };
+  const announce = (text) => { $("announcement").textContent = text; };
   function zoom(factor, around) {
     const [low, high] = range(), middle = around ?? view.cursor ?? (low + high) / 2;
     show(middle - (middle - low) * factor, middle + (high - middle) * factor);
@@ -318,7 +318,7 @@
   function cursor(x, chart) {
     view.cursor = x;
     charts.forEach(readout);
-    if (chart) say(`${short(x)} ${AXIS[view.axis]}: ` + chart.entries.map((entry) => entry.textContent).join(", "));
+    if (chart) announce(`${short(x)} ${AXIS[view.axis]}: ` + chart.entries.map((entry) => entry.textContent).join(", "));
   }
   function listen(chart) {
     const { plot } = chart, x = (event) => {
@@ -338,7 +338,7 @@
       const began = from; from = null; box?.remove();
       if (began !== null && Math.abs(event.clientX - began) > 5) {
         const a = x({ clientX: began }), b = x(event);
-        show(Math.min(a, b), Math.max(a, b)); say("shown: " + spoken());
+        show(Math.min(a, b), Math.max(a, b)); announce("shown: " + spoken());
       }
     });
     plot.addEventListener("pointercancel", () => { from = null; box?.remove(); });
@@ -351,15 +351,15 @@
     }, { passive: false });
     plot.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
-      const [low, high] = range(), step = (high - low) / 50, at = view.cursor ?? (low + high) / 2;
+      const [low, high] = range(), step = (high - low) / 50, from = view.cursor ?? (low + high) / 2;
       const actions = { "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), _: () => zoom(2), 0: () => show(...whole()),
         Home: () => show(...whole()), Escape: () => cursor(null),
-        ArrowLeft: () => (event.shiftKey ? cursor(Math.max(low, at - step), chart) : pan(-0.25)),
-        ArrowRight: () => (event.shiftKey ? cursor(Math.min(high, at + step), chart) : pan(0.25)) };
+        ArrowLeft: () => (event.shiftKey ? cursor(Math.max(low, from - step), chart) : pan(-0.25)),
+        ArrowRight: () => (event.shiftKey ? cursor(Math.min(high, from + step), chart) : pan(0.25)) };
       if (!actions[event.key]) return;
       event.preventDefault();
       actions[event.key]();
-      if (!event.shiftKey || event.key === "+" || event.key === "_") say("shown: " + spoken());
+      if (!event.shiftKey || event.key === "+" || event.key === "_") announce("shown: " + spoken());
     });
   }
 
@@ -384,9 +384,9 @@
     drawAll();
   });
   $("smooth").addEventListener("input", () => { view.smooth = Number($("smooth").value); drawAll(); });
-  $("in").addEventListener("click", () => { zoom(0.5); say("shown: " + spoken()); });
-  $("out").addEventListener("click", () => { zoom(2); say("shown: " + spoken()); });
-  $("reset").addEventListener("click", () => { show(...whole()); say("shown: all"); });
+  $("in").addEventListener("click", () => { zoom(0.5); announce("shown: " + spoken()); });
+  $("out").addEventListener("click", () => { zoom(2); announce("shown: " + spoken()); });
+  $("reset").addEventListener("click", () => { show(...whole()); announce("shown: all"); });
   const themes = ["auto", "light", "dark"];
   function theme(name) {
     document.documentElement.dataset.theme = name;

@@ -1,4 +1,4 @@
-"""The parts of a run's page that are words and tables; all text of files goes through `escaped`."""
+"""Write the parts of a run's page that are words and tables; all text of files goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,41 @@ from megatron_ettin.config.tables import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison
 from megatron_ettin.report.facts import escaped
-from megatron_ettin.report.models import SECONDS_AN_HOUR, Model
-from megatron_ettin.report.record import RunRecord
+from megatron_ettin.report.models import SECONDS_AN_HOUR, ModelRuns
+from megatron_ettin.report.record import LAST_STEPS, RunRecord, final_loss
 
-LAST_STEPS = 20
 NONE = "none"
-MOST_ROWS = 200  # of a table of launches or bad steps
+# rows of a table of launches or bad steps
+MOST_ROWS = 200
+VERDICTS = {
+    "PAIRED": "Same shape, data order, schedule, optimizer and batch; same rows, tokens and updates at every common"
+    " step. Losses of two objectives share an axis here, not a meaning: compare the shapes, not the heights.",
+    "SAME TRAINING": "Everything that shapes the result is the same, the objective too.",
+    "ONE MODEL": "There is nothing to compare it with.",
+}
 AXES = ("tp", "pp", "vpp", "cp")
 
 
 def table(
     caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), quiet: bool = False
 ) -> str:
-    """Cells are HTML. `numbers`: columns that align to the right. `quiet`: a heading has said what the caption says."""
-    kind = [" class=number" if column in numbers else "" for column in range(len(heads))]
-    head = "".join(f"<th scope=col{one}>{name}</th>" for one, name in zip(kind, heads))
+    """Return a table. Cells are HTML.
+
+    Args:
+        caption: its caption, as HTML.
+        heads: of the columns.
+        rows: cells of each row.
+        numbers: columns that align to the right.
+        quiet: whether a heading above has the caption's text.
+    """
+    classes = [" class=number" if column in numbers else "" for column in range(len(heads))]
+    head = "".join(f"<th scope=col{one}>{name}</th>" for one, name in zip(classes, heads))
     body = "\n".join(
-        "<tr>" + "".join(f"<td{one}>{cell}</td>" for one, cell in zip(kind, row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{one}>{cell}</td>" for one, cell in zip(classes, row)) + "</tr>" for row in rows
     )
-    told = f"<caption{' class=sr' * quiet}>{caption}</caption>"
+    text = f"<caption{' class=sr' * quiet}>{caption}</caption>"
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{told}'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{text}'
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
@@ -54,8 +68,8 @@ def size(value: int | None) -> str:
     return f"{value / unit:.3g} {name}" if unit > 1 else f"{value} bytes"
 
 
-def cards(models: Sequence[Model]) -> str:
-    """The figures of each model at a glance."""
+def cards(models: Sequence[ModelRuns]) -> str:
+    """Return the figures of each model at a glance."""
     parts = []
     for model in models:
         shown = "".join(
@@ -65,8 +79,8 @@ def cards(models: Sequence[Model]) -> str:
     return "\n".join(parts)
 
 
-def _validation(model: Model) -> tuple[str, str]:
-    """The newest loss on held-out data and the lowest of its phase, named where a later one was not evaluated."""
+def _validation(model: ModelRuns) -> tuple[str, str]:
+    """Return the newest loss on held-out data and the lowest of its phase, named where a later one has none."""
     for run in reversed(model.runs):
         known = run.metrics.known("validation_loss")
         if len(known):
@@ -75,7 +89,7 @@ def _validation(model: Model) -> tuple[str, str]:
     return NONE, "not evaluated"
 
 
-def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
+def _figures(model: ModelRuns) -> Iterable[tuple[str, str, str]]:
     last = model.runs[-1]
     metrics = last.metrics
     goal_tokens, goal_steps = last.setting("run", "tokens"), last.setting("run", "steps")
@@ -85,12 +99,10 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     planned = f" of {format_count(goal_tokens)} planned" if isinstance(goal_tokens, int) and goal_tokens > 0 else ""
     here = f"{count(last.tokens)}{planned} in {escaped(last.named('phase'))}"
     yield "tokens", count(sum(run.tokens for run in model.runs)), here
-    losses = metrics.known("loss")[-LAST_STEPS:].tolist()
-    yield (
-        "training loss",
-        number(statistics.fmean(losses), ".4f") if losses else NONE,
-        f"mean of the last {len(losses)} steps" if len(losses) > 1 else "",
-    )
+    losses = metrics.known("loss").tolist()
+    averaged = min(len(losses), LAST_STEPS)
+    more = f"mean of the last {averaged} steps" if averaged > 1 else ""
+    yield "training loss", number(final_loss(losses), ".4f") or NONE, more
     yield "validation loss", *_validation(model)
     speeds = metrics.known("tokens_per_second").tolist()
     mfu = metrics.last("mfu")
@@ -102,21 +114,21 @@ def _figures(model: Model) -> Iterable[tuple[str, str, str]]:
     again = sum(len(run.restarts) for run in model.runs)
     rolled = sum(run.rolled_back_lines for run in model.runs)
     yield "restarts", f"{again:,}", f"{rolled:,} steps trained again" if rolled else ""
-    bad = sum(len({*run.metrics.bad, *run.bad_steps}) for run in model.runs)
+    bad = sum(len({*run.metrics.bad_steps, *run.bad_steps}) for run in model.runs)
     yield from _costs(model)
     yield "bad steps", f"{bad:,}", "marked in the curves" if bad else ""
 
 
-def _costs(model: Model) -> Iterable[tuple[str, str, str]]:
-    """Size of the model, what its training took, and the code that trained it."""
+def _costs(model: ModelRuns) -> Iterable[tuple[str, str, str]]:
+    """Yield the model's size, the cost of its training, and the code that trained it."""
     last = model.runs[-1]
     parameters, _, shape = long_name(last.setting("run", "size"), last.config.get("model")).partition(" parameters, ")
     yield "parameters", escaped(parameters) or NONE, escaped(shape)
     hours = [own["hours"][-1] for own in model.axes() if "hours" in own and len(own["hours"])]
     if hours:
         used = facts.device_hours(model)
-        told = "" if used is None else f"{used:.3g} device-hours"
-        yield "time in steps", duration(float(hours[-1]) * SECONDS_AN_HOUR), told
+        text = "" if used is None else f"{used:.3g} device-hours"
+        yield "time in steps", duration(float(hours[-1]) * SECONDS_AN_HOUR), text
     found = facts.commits(model)
     if found:
         yield (
@@ -127,38 +139,30 @@ def _costs(model: Model) -> Iterable[tuple[str, str, str]]:
 
 
 def comparison(compared: Comparison | str | None) -> str:
-    """The verdict of `ettin compare`, or why there is none."""
+    """Return the verdict and the checks of `ettin compare`, or the reason why there is no verdict."""
     if compared is None:
         return ""
     if isinstance(compared, str):
         return f'<h2>Comparison</h2><p class="soft">No verdict: {escaped(compared)}</p>'
-    tone, failed = "bad" if compared.failed else "good", len(compared.failed)
-    told = f"{failed} of {len(compared.checks)} checks failed." if failed else f"{len(compared.checks)} checks passed."
-    told += f" Updates left out: {escaped(compared.left_out)}." if compared.left_out else ""
+    checks, failed = compared.checks, compared.failed
+    parts = [f"{len(failed)} of {len(checks)} checks failed." if failed else VERDICTS[compared.verdict]]
+    parts += [f"{len(checks)} checks passed."] if checks and not failed else []
+    parts += [f"Updates left out: {escaped(compared.left_out)}."] if compared.left_out else []
+    parts += [f"Steps without a partner: {escaped(compared.without_partner)}."] if compared.without_partner else []
+    verdict = f'<span class="verdict {"bad" if failed else "good"}">{compared.verdict}</span>'
     heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
-    differs = table("What differs", heads, map(_check, compared.failed)) if failed else ""
-    proof = table("What was compared", heads, map(_check, compared.checks), quiet=True)
-    return (
-        f'<h2>Comparison</h2><p><span class="verdict {tone}">{compared.verdict}</span>{told}</p>{differs}'
-        f'<details id="checks"><summary>All checks</summary>{proof}</details>'
-    )
+    differs = table("What differs", heads, map(_check, failed)) if failed else ""
+    proof = table("What was compared", heads, map(_check, checks), quiet=True)
+    details = f'<details id="checks"><summary>All checks</summary>{proof}</details>' if checks else ""
+    return f"<h2>Comparison</h2><p>{verdict}{' '.join(parts)}</p>{differs}{details}"
 
 
 def _check(check: Check) -> Sequence[str]:
-    return (
-        escaped(check.pair),
-        escaped(check.phase or "all"),
-        escaped(check.name),
-        _yes(check.passed),
-        escaped(check.detail),
-    )
+    passed = '<span class="good">yes</span>' if check.passed else '<b class="bad">no</b>'
+    return escaped(check.pair), escaped(check.phase or "all"), escaped(check.name), passed, escaped(check.detail)
 
 
-def _yes(passed: bool) -> str:
-    return '<span class="good">yes</span>' if passed else '<b class="bad">no</b>'
-
-
-def data(models: Sequence[Model]) -> str:
+def data(models: Sequence[ModelRuns]) -> str:
     parts = ["<h2>Data consumed</h2>"]
     for model in models:
         rows = []
@@ -166,8 +170,8 @@ def data(models: Sequence[Model]) -> str:
             rows.append(_consumed(one, f"<code>{escaped(one.name)}</code>"))
             rows += [_consumed(inner, f"&emsp;{escaped(inner.name)}") for inner in one.inner[:MOST_ROWS]]
         heads = ("Source", "Share", "", "Tokens", "Epochs")
-        told = table(f"Data of {escaped(model.name)}", heads, rows, (1, 3, 4))
-        parts.append(told if rows else f'<p class="soft">{escaped(model.name)}: data.mixture is not set.</p>')
+        text = table(f"Data of {escaped(model.name)}", heads, rows, (1, 3, 4))
+        parts.append(text if rows else f'<p class="soft">{escaped(model.name)}: data.mixture is not set.</p>')
         order = ", ".join(str(run.order["fingerprint"])[:16] for run in model.runs if run.order.get("fingerprint"))
         parts.append(f'<p class="soft">Order of data: {escaped(order) or "not recorded yet"}.</p>')
     note = (
@@ -186,7 +190,7 @@ def _consumed(one: facts.Consumed, name: str) -> tuple[str, ...]:
     return name, number(one.share, ".1%") or "not known", meter, count(one.tokens), number(one.epochs, ".3g")
 
 
-def layout(models: Sequence[Model]) -> str:
+def layout(models: Sequence[ModelRuns]) -> str:
     heads = ("Model", "Phase", "Layout", "Ranks", "Micro-batch", "Precision", "Device", "Attention", "Engine")
     rows = []
     for model, run in _runs(models):
@@ -204,8 +208,8 @@ def layout(models: Sequence[Model]) -> str:
     return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
 
 
-def environment(models: Sequence[Model]) -> str:
-    """Launches, each with the software it ran on, and the hosts that are known."""
+def environment(models: Sequence[ModelRuns]) -> str:
+    """Return the launches, each with the software it ran on, and the hosts that are known."""
     shown = [(model, run, launch) for model, run in _runs(models) for launch in run.launches[-MOST_ROWS:]]
     rows = [
         [
@@ -228,10 +232,10 @@ def environment(models: Sequence[Model]) -> str:
         if run.metrics.unreadable_lines:
             unread = f"{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read"
             parts.append(f'<p class="bad">{what}: {unread}.</p>')
-        if len(run.metrics.slow) > 1:
-            (host, often), whole = run.metrics.slow.most_common(1)[0], run.metrics.slow.total()
-            told = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons"
-            parts.append(f'<p class="soft">{what}: {told}.</p>')
+        if len(run.metrics.slowest_hosts) > 1:
+            (host, often), whole = run.metrics.slowest_hosts.most_common(1)[0], run.metrics.slowest_hosts.total()
+            text = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons"
+            parts.append(f'<p class="soft">{what}: {text}.</p>')
     named = dict.fromkeys(host for _, run in _runs(models) for host in facts.hosts(run))
     parts.append(f'<p class="soft">Hosts: {escaped(", ".join(list(named)[:MOST_ROWS])) or "not recorded"}.</p>')
     return "\n".join(parts)
@@ -255,7 +259,7 @@ def _others(launch: dict[str, Any]) -> list[str]:
 
 
 def _wrapped(text: str) -> str:
-    """A cell that breaks anywhere, so that a long path does not push others off the page."""
+    """Return a cell that breaks anywhere, so that a long path does not push others off the page."""
     return f"<span class=any>{text}</span>"
 
 
@@ -265,12 +269,12 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def bad_steps(models: Sequence[Model]) -> str:
+def bad_steps(models: Sequence[ModelRuns]) -> str:
     rows = []
     for model, run in _runs(models):
-        for step in sorted({*run.metrics.bad, *run.bad_steps}):
+        for step in sorted({*run.metrics.bad_steps, *run.bad_steps}):
             entry = run.bad_steps.get(step, {})
-            why = run.metrics.bad.get(step) or f"{entry.get('outcome')}: {entry.get('why')}"
+            why = run.metrics.bad_steps.get(step) or f"{entry.get('outcome')}: {entry.get('why')}"
             rows.append(
                 (
                     escaped(model.name),
@@ -287,22 +291,22 @@ def bad_steps(models: Sequence[Model]) -> str:
     return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,), quiet=True) + more
 
 
-def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
+def checkpoints(models: Sequence[ModelRuns], releases: Sequence[Path]) -> str:
     exports = facts.exported(models, releases)
     rows = []
     for model, run in _runs(models):
         for one in facts.saved(run, exports):
             tone, word = ("good", "whole") if one.whole else ("bad", "damaged")
             state = f'<span class="{tone}">{word}</span>: {escaped(one.integrity)}'
-            place = (
+            names = (
                 escaped(model.name),
                 escaped(run.named("phase")),
-                one.kind,
+                one.type,
                 f"<code class=whole>{escaped(one.path.name)}</code>",
             )
             rows.append(
                 (
-                    *place,
+                    *names,
                     number(one.step),
                     count(one.tokens),
                     size(one.bytes),
@@ -311,7 +315,7 @@ def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
                 )
             )
     heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")
-    told = (
+    text = (
         table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True)
         if rows
         else '<p class="soft">None yet.</p>'
@@ -321,24 +325,24 @@ def checkpoints(models: Sequence[Model], releases: Sequence[Path]) -> str:
         if rows
         else ""
     )
-    return f"<h2>Checkpoints and milestones</h2>{told}{note}"
+    return f"<h2>Checkpoints and milestones</h2>{text}{note}"
 
 
-def configuration(models: Sequence[Model]) -> str:
+def configuration(models: Sequence[ModelRuns]) -> str:
     parts = ["<h2>Configuration</h2>"]
-    for place, (model, run) in enumerate(_runs(models)):
+    for index, (model, run) in enumerate(_runs(models)):
         rows = [
             (f"<code>{escaped(f'{group}.{key}')}</code>", f"<code>{escaped(value, str(key))}</code>")
             for group, settings in run.config.items()
             for key, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
         ]
         what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
-        told = table(f"Configuration of {what}", ("Key", "Value"), rows, quiet=True)
+        text = table(f"Configuration of {what}", ("Key", "Value"), rows, quiet=True)
         parts.append(
-            f'<details id="config-{place}"><summary>{what}: <code>{escaped(run.path)}</code></summary>{told}</details>'
+            f'<details id="config-{index}"><summary>{what}: <code>{escaped(run.path)}</code></summary>{text}</details>'
         )
     return "\n".join(parts)
 
 
-def _runs(models: Sequence[Model]) -> list[tuple[Model, RunRecord]]:
+def _runs(models: Sequence[ModelRuns]) -> list[tuple[ModelRuns, RunRecord]]:
     return [(model, run) for model in models for run in model.runs]

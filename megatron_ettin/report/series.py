@@ -1,29 +1,32 @@
-"""The numbers of a page, small enough to mail and fine enough to zoom in.
+"""Pack the numbers of a page, small enough to mail and fine enough to zoom in.
 
 Every curve is there twice. An overview of at most 600 buckets with lowest, median and highest value is what the page
-draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that 40,000
-buckets of the same three values. Several models share that room, so that a page stays under 10 MB."""
+draws first. The detail, base64 of 32-bit floats, has every step of a run of up to 120,000 steps, and beyond that
+40,000 buckets of the same three values. Several models share that room, so that a page stays under 10 MB.
+"""
 
 from __future__ import annotations
 
 import base64
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_ettin.base.plots import bucket_summary
 from megatron_ettin.base.text import masked
-from megatron_ettin.report.curves import colour_places
-from megatron_ettin.report.models import Model
+from megatron_ettin.report.models import ModelRuns
 from megatron_ettin.report.record import Column, RunRecord
 
 OVERVIEW_BUCKETS = 600
-MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000  # of all models of a page
-DENSE = 0.9  # a curve of fewer of the steps is joined over those between; else they are gaps
-MOST_MARKS = 1_000  # of one run
+# of all models of a page
+MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000
+# a curve with values at fewer of the steps is drawn through those between; else they are gaps
+DENSE = 0.9
+# of one run
+MOST_MARKS = 1_000
 AXES = ("tokens", "steps", "hours")
 # keys of metrics.jsonl (a * takes the rest) -> title, unit, factor of the values
 CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
@@ -38,17 +41,20 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
     ("memory", ("peak_memory_bytes",), "Peak memory of a rank", "GiB", 2.0**-30),
     ("slowest", ("slowest_ratio",), "Slowest rank", "times the others' seconds", 1.0),
 )
-CLIPPED = ("grad_norm",)  # a few high values leave the plot, with a mark, where they would flatten the rest
+# a few high values leave the plot, with a mark, where they would flatten the rest
+CLIPPED = ("grad_norm",)
 SMOOTHED = ("loss", "parts", "grad_norm", "speed", "mfu")
-LEAST_SLOWEST = 1.1  # a chart of the slowest rank below is one of noise
-FROM_ZERO = ("speed", "mfu", "memory")  # else noise would fill the chart
+# a chart of the slowest rank below this one shows noise
+LEAST_SLOWEST = 1.1
+# else noise would fill the chart
+FROM_ZERO = ("speed", "mfu", "memory")
 
 
-def page_data(models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script draws."""
+def page_data(models: Sequence[ModelRuns]) -> dict[str, Any]:
+    """Return the data that the page's script draws."""
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
-    colours = colour_places([model.runs[0].named("objective") for model in models])
+    colours = colour_indices([model.runs[0].named("objective") for model in models])
     drawn = [model_data(model, size) | {"colour": colour % 6} for model, colour in zip(models, colours, strict=True)]
     every_run = [run for model in drawn for run in model["runs"] if run["n"]]
     return {
@@ -58,8 +64,8 @@ def page_data(models: Sequence[Model]) -> dict[str, Any]:
     }
 
 
-def shown_keys(models: Sequence[Model]) -> set[str]:
-    """Keys of metrics that have something to show: numbers, and of the slowest rank one that is slow."""
+def shown_keys(models: Sequence[ModelRuns]) -> set[str]:
+    """Return the keys of metrics that have something to show: numbers, and for the slowest rank one that is slow."""
     columns = [
         (masked(key), run.metrics.known(key)) for model in models for run in model.runs for key in run.metrics.columns
     ]
@@ -67,7 +73,7 @@ def shown_keys(models: Sequence[Model]) -> set[str]:
 
 
 def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
-    """The charts that there are numbers for."""
+    """Return the charts that there are numbers for."""
     found = []
     for name, wanted, title, unit, factor in CHARTS:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
@@ -82,24 +88,24 @@ def _fits(key: str, pattern: str) -> bool:
     return key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1]))
 
 
-def model_data(model: Model, size: int) -> dict[str, Any]:
+def model_data(model: ModelRuns, size: int) -> dict[str, Any]:
     axes = model.axes()
     runs = [run_data(run, own, size) for run, own in zip(model.runs, axes)]
     return {"name": masked(model.name), "runs": runs}
 
 
 def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, Any]:
-    """One run: its x in every axis, its curves, what happened. `size`: steps of a bucket of the detail."""
+    """Return one run: its x in every axis, its curves and its events. `size` is the steps of a bucket of the detail."""
     count = len(run.metrics.steps)
     series = {}
     for key, column in run.metrics.columns.items():
         if any(_fits(key, pattern) for _, wanted, *_ in CHARTS for pattern in wanted) and not np.isnan(column).all():
             series[masked(key)] = series_data(column, size)
-    places = np.minimum(np.arange(size - 1, count + size - 1, size), count - 1) if count else np.empty(0, int)
+    ends = np.minimum(np.arange(size - 1, count + size - 1, size), count - 1) if count else np.empty(0, int)
     return {
         "phase": masked(run.named("phase")),
-        "n": len(places),
-        "grid": {axis: packed(values[places], "<f8") for axis, values in axes.items()},
+        "n": len(ends),
+        "grid": {axis: packed(values[ends], "<f8") for axis, values in axes.items()},
         "series": series,
         "span": {axis: [rounded(values[0]), rounded(values[-1])] for axis, values in axes.items() if count},
         "marks": marks(run, axes),
@@ -107,15 +113,15 @@ def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, An
 
 
 def series_data(column: Column, size: int) -> dict[str, Any]:
-    """A curve: `y` (in buckets: `low`, `y`, `high`), `at` (places of its points where many steps have none)."""
+    """Return a curve: `y` (in buckets: `low`, `y`, `high`), and `indices` of its points where many steps have none."""
     known = np.flatnonzero(~np.isnan(column))
     sparse = len(known) < DENSE * len(column)
     values = column[known] if sparse else column
     found: dict[str, Any] = {}
     if sparse:
-        found |= {"at": packed(known // size, "<u4"), "y": packed(values)}
+        found |= {"indices": packed(known // size, "<u4"), "y": packed(values)}
     elif size > 1:
-        low, middle, high = summary(values, size)
+        low, middle, high = bucket_summary(values, size)
         found |= {"low": packed(low), "y": packed(middle), "high": packed(high)}
     else:
         found["y"] = packed(values)
@@ -126,34 +132,39 @@ def series_data(column: Column, size: int) -> dict[str, Any]:
 
 
 def overview(values: Column, points: int, size: int) -> dict[str, Any]:
-    """Buckets of `each` points of the detail."""
+    """Return buckets of `each` points of the detail."""
     each = math.ceil(points / OVERVIEW_BUCKETS)
-    low, middle, high = (list(map(rounded, part)) for part in summary(values, each * size))
+    low, middle, high = (list(map(rounded, part)) for part in bucket_summary(values, each * size))
     return {"each": each, "low": low, "y": middle, "high": high}
 
 
-def summary(values: Column, size: int) -> tuple[Column, Column, Column]:
-    """(lowest, median, highest) of every `size` values in turn; NaN where none is a number."""
-    filled = np.full(math.ceil(len(values) / size) * size, np.nan)
-    filled[: len(values)] = values
-    rows = filled.reshape(-1, size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of rows of NaN
-        return np.nanmin(rows, axis=1), np.nanmedian(rows, axis=1), np.nanmax(rows, axis=1)
-
-
-def packed(values: Any, kind: str = "<f4") -> str:
+def packed(values: Any, dtype: str = "<f4") -> str:
+    """Return numbers as base64."""
     with np.errstate(over="ignore"):
-        return base64.b64encode(np.asarray(values).astype(kind).tobytes()).decode()
+        return base64.b64encode(np.asarray(values).astype(dtype).tobytes()).decode()
+
+
+def colour_indices(objectives: Sequence[str]) -> list[int]:
+    """Return an index in the palette for each model.
+
+    The first encoder and the first decoder have theirs on every page, in whatever order the runs were named.
+    """
+    indices, taken = [-1] * len(objectives), set[int]()
+    for index, objective in enumerate(("mlm", "clm")):
+        if objective in objectives:
+            indices[objectives.index(objective)] = index
+            taken.add(index)
+    free = (index for index in range(len(objectives) + 2) if index not in taken)
+    return [next(free) if index < 0 else index for index in indices]
 
 
 def rounded(value: float) -> float | None:
-    """Five digits, which a screen cannot tell from more; None for NaN."""
+    """Return five digits, which a screen cannot tell from more; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.5g}" if abs(value) < 1e5 else f"{value:.12g}")
 
 
 def marks(run: RunRecord, axes: dict[str, Column]) -> list[dict[str, Any]]:
-    """Restarts and bad steps: kind, text, and x in every axis."""
+    """Return restarts and bad steps: kind, text, and x in every axis."""
     steps = run.metrics.steps
     if not len(steps):
         return []
@@ -162,11 +173,10 @@ def marks(run: RunRecord, axes: dict[str, Column]) -> list[dict[str, Any]]:
         for launch in run.restarts
         if isinstance(launch.get("step"), int)
     ]
-    told = run.metrics.bad | {step: str(entry.get("why")) for step, entry in run.bad_steps.items()}
-    told |= run.metrics.bad
-    bad = [("bad", step, f"step {step:,}: {why}") for step, why in sorted(told.items())]
+    reasons = {step: str(entry.get("why")) for step, entry in run.bad_steps.items()} | run.metrics.bad_steps
+    bad = [("bad", step, f"step {step:,}: {why}") for step, why in sorted(reasons.items())]
     found = []
     for kind, step, text in itertools.chain(restarts[:MOST_MARKS], bad[:MOST_MARKS]):
-        place = min(max(int(np.searchsorted(steps, step)), 0), len(steps) - 1)
-        found.append({"kind": kind, "text": masked(text), **{axis: float(x[place]) for axis, x in axes.items()}})
+        index = min(max(int(np.searchsorted(steps, step)), 0), len(steps) - 1)
+        found.append({"kind": kind, "text": masked(text), **{axis: float(x[index]) for axis, x in axes.items()}})
     return found

@@ -1,24 +1,23 @@
-"""What came out of a sweep: a table, sweep.json and sweep.png in its folder."""
+"""Summarize a sweep as a table, and as sweep.json and sweep.png in its folder."""
 
 from __future__ import annotations
 
-import io
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ettin.base.files import write_atomically
+from megatron_ettin.base.plots import Curve, Panel, draw_row
 from megatron_ettin.config.overrides import Member
 from megatron_ettin.metrics import METRICS_FILE, read_metrics
-from megatron_ettin.report.curves import COLOURS, medians
-from megatron_ettin.report.page import LAST_STEPS
+from megatron_ettin.report.record import final_loss
 
 
 def summarise(folder: Path, members: Sequence[Member]) -> str:
-    """Read the members' metrics, write sweep.json and sweep.png, return the table. Members that have not begun are
-    named as such."""
+    """Read the members' metrics, write sweep.json and sweep.png, and return the table, also with members not begun."""
     rows = [_row(folder / member.name, member) for member in members]
     found = [row for row in rows if row["final_loss"] is not None]
     for group in _groups(found, "objective"):
@@ -39,7 +38,7 @@ def _row(path: Path, member: Member) -> dict[str, Any]:
         "values": member.values,
         "steps": len(lines),
         "tokens": max((line["tokens"] for line in lines), default=0),
-        "final_loss": statistics.fmean(losses[-LAST_STEPS:]) if losses else None,
+        "final_loss": final_loss(losses),
         "validation_loss": held_out[-1] if held_out else None,
         "best": False,
         "lines": lines,
@@ -47,7 +46,7 @@ def _row(path: Path, member: Member) -> dict[str, Any]:
 
 
 def _groups(rows: Sequence[dict[str, Any]], key: str) -> list[list[dict[str, Any]]]:
-    """Rows whose losses can be compared: of one objective where objectives are swept."""
+    """Group rows whose losses can be compared: by objective where objectives are swept."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["values"].get(key, ""), []).append(row)
@@ -55,6 +54,7 @@ def _groups(rows: Sequence[dict[str, Any]], key: str) -> list[list[dict[str, Any
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the members as a table."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'':{width}}  steps  final loss  validation"]
     for row in rows:
@@ -69,41 +69,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Losses against tokens and, where a swept key has numbers, the final loss against it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    key = _numeric_key(rows)
-    axes = figure.subplots(1, 2 if key else 1, squeeze=False)[0]
+    """Return a PNG of losses against tokens and, where a swept key has numbers, of the final loss against it."""
+    curves = []
     for number, row in enumerate(rows):
         points = [(line["tokens"], line["loss"]) for line in row["lines"] if line.get("loss") is not None]
-        axes[0].plot(*zip(*medians(*zip(*points))), color=COLOURS[number % len(COLOURS)], label=row["name"])
-    axes[0].set(title="Training loss", xlabel="tokens")
-    axes[0].legend(frameon=False, fontsize=8)
-    if key:
+        segment = np.array(points, float).T
+        curves.append(Curve(row["name"], number, [(segment[0], segment[1])], thin=True, smooth=True))
+    panels = [Panel("Training loss", "tokens", curves)]
+    if key := _numeric_key(rows):
         others: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             rest = " ".join(f"{name}={value}" for name, value in row["values"].items() if name != key)
             others.setdefault(rest, []).append((float(row["values"][key]), row["final_loss"]))
-        for name, points in others.items():
-            axes[1].plot(*zip(*sorted(points)), "o-", label=name or None)
-        axes[1].set(title=f"Final loss by {key}", xlabel=key)
-        if all(x > 0 for points in others.values() for x, _ in points):
-            axes[1].set_xscale("log")
-        if len(others) > 1:
-            axes[1].legend(frameon=False, fontsize=8)
-    for one in axes:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
-    written = io.BytesIO()
-    figure.savefig(written, format="png")
-    return written.getvalue()
+        curves = []
+        for number, (name, points) in enumerate(others.items()):
+            x, y = np.array(sorted(points), float).T
+            curves.append(Curve(name or "final loss", number, [(x, y)], is_sparse=True))
+        is_positive = all(x > 0 for points in others.values() for x, _ in points)
+        panels.append(Panel(f"Final loss by {key}", key, curves, log_base=10 if is_positive else None))
+    return draw_row(panels)
 
 
 def _numeric_key(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The first swept key whose values are numbers."""
+    """Return the first swept key whose values are numbers."""
     for key in rows[0]["values"]:
         try:
             if len({float(row["values"][key]) for row in rows}) > 1:

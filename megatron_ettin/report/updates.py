@@ -1,7 +1,8 @@
-"""Which updates a run left out, by its own record: metrics.jsonl step by step, and the counts of its newest checkpoint.
+"""Find the updates that a run skipped by its own record: metrics.jsonl, and the counts of its newest checkpoint.
 
-Lines of older versions do not say `updated`. A step that they call skipped was left out; of one that they call ignored
-nobody knows, for its update was left out under some settings and made under others."""
+Lines of older versions have no `updated`. A step that they call skipped was left out. For one that they call ignored
+nothing is known, because its update was left out under some settings and made under others.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +14,24 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, step_of
 
-MOST_RANGES = 12  # of steps, that a line names
-
-Steps = Mapping[int, Mapping[str, Any]]  # step -> its line in metrics.jsonl
+# ranges of steps that a line names
+MOST_RANGES = 12
+# step -> its line in metrics.jsonl
+Steps = Mapping[int, Mapping[str, Any]]
 
 
 def is_left_out(line: Mapping[str, Any]) -> bool:
-    """Whether a step's update was left out."""
+    """Return whether a step's update was left out."""
     return line.get("updated") is False or str(line.get("bad", "")).startswith("skipped")
 
 
 def left_out(steps: Steps) -> list[int]:
-    """The steps whose updates were left out."""
+    """Return the steps whose updates were left out."""
     return [step for step, line in steps.items() if is_left_out(line)]
 
 
 def unproven(run_dir: Path, steps: Steps) -> str | None:
-    """Why the record does not prove which updates were made, in words; None where it does."""
+    """Return why the record does not prove which updates were made; None where it does."""
     unclear = [s for s, line in steps.items() if "updated" not in line and str(line.get("bad")).startswith("ignored")]
     counted = newest_count(run_dir)
     if counted is not None:
@@ -45,7 +47,7 @@ def unproven(run_dir: Path, steps: Steps) -> str | None:
 
 
 def newest_count(run_dir: Path) -> tuple[int, int] | None:
-    """(step, updates left out until then) of the newest checkpoint that tells of them."""
+    """Return the step of the newest checkpoint with a count of skipped updates, and the count."""
     for checkpoint in reversed(list_checkpoints(run_dir)):
         try:
             count = read_progress(checkpoint).get("skipped")
@@ -56,15 +58,15 @@ def newest_count(run_dir: Path) -> tuple[int, int] | None:
     return None
 
 
-def named(steps: Sequence[int]) -> str:
-    """Steps in words: `3, 7 to 9`; `none`."""
+def format_steps(steps: Sequence[int]) -> str:
+    """Return steps in words: `3, 7 to 9`; `none`."""
     ranges = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges_of(steps)]
     more = f" and {len(ranges) - MOST_RANGES} more ranges" if len(ranges) > MOST_RANGES else ""
     return ", ".join(ranges[:MOST_RANGES]) + more or "none"
 
 
 def ranges_of(steps: Iterable[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of consecutive steps."""
+    """Return the first and the last of each range of consecutive steps."""
     groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
     runs = [[step for _, step in group] for _, group in groups]
     return [(run[0], run[-1]) for run in runs]

@@ -33,7 +33,7 @@ def bench(pool: Pool, world: int, out: Path, *words: str) -> str:
 def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, tmp_path: Path) -> None:
     out, picture = tmp_path / "bench.jsonl", tmp_path / "bench.png"
     words = ["--layouts", "dp,tp2,tp3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
-    said = bench(pool, 2, out, *words)
+    output = bench(pool, 2, out, *words)
     rows = results.read(out)
     states = {results.name_of(row).partition("parallel.tp")[2]: row["state"] for row in rows.values()}
     assert states == {
@@ -64,8 +64,8 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
         sent = volumes(config, 2 // tp, 0)["dp" if tp == 1 else "tp"]
         # the planner counts neither the sums of labels, the gradients of norms nor the alignment of buckets
         assert sent <= row["communication_bytes"]["dp" if tp == 1 else "tp"] <= 1.6 * sent
-    assert "MFU: of" in said
-    assert "a step of the fastest" in said
+    assert "MFU: of" in output
+    assert "a step of the fastest" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     # a second launch measures nothing and prints the table again
     before = out.read_text()
@@ -73,7 +73,7 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
     assert out.read_text() == before
     # an entry whose process died while it was measured is not started again on its own
     key, row = next(iter(rows.items()))
-    began = {name: row[name] for name in results.SAME} | {"state": "began"}
+    began = {name: row[name] for name in results.IDENTITY_KEYS} | {"state": "began"}
     out.write_text(json.dumps(began) + "\n")
     assert "it ended the process" in bench(
         pool, 2, out, "--sweep", "parallel.tp=1", "--sweep", "batch.micro_batch_rows=1"
@@ -82,16 +82,16 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
 
 
 def test_bench_real_rows_with_pipeline_reports_pp_communication(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    said = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vpp=2")
+    output = bench(pool, 2, tmp_path / "b.jsonl", "--data", str(corpus), "parallel.pp=2", "parallel.vpp=2")
     (row,) = results.read(tmp_path / "b.jsonl").values()
     assert row["chunk_tokens"] is None
     assert 1 <= row["attended_chunk_tokens"] <= 64
     assert row["data"] == str(corpus)
     assert row["layout"].startswith("pp 2 ")
     assert row["phase_seconds"]["communication pp"] > 0
-    assert "communication pp" in said
+    assert "communication pp" in output
     assert row["communication_bytes"]["pp"] > 0
-    assert "it hands to collectives and transfers" in said
+    assert "it hands to collectives and transfers" in output
 
 
 def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_path: Path) -> None:
@@ -180,19 +180,19 @@ def test_synthetic_rows_are_full_and_reproducible() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--size: is missing"),
-        (["--size", "17m", "--steps", "0"], "--steps 0: has to be above 0"),
+        ([], "--size: missing"),
+        (["--size", "17m", "--steps", "0"], "--steps 0: must be above 0"),
         (["--size", "17m", "--sweep", "parallel.tpp=1"], "no such key (did you mean 'parallel.tp'?)"),
         (["--size", "5b"], "size '5b' does not exist; it is one of 17m"),
         (["--size", "17m", "optim.lrr=1"], "unknown key 'optim.lrr' (did you mean 'optim.lr'?)"),
-        (["--size", "17m", "--warm-up", "-1"], "--warm-up -1: has to be 0 or more"),
-        (["--size", "17m", "--chunk-tokens", "nan"], "--chunk-tokens nan: has to be above 0"),
-        (["--size", "17m", "--chunk-tokens", "inf"], "--chunk-tokens inf: has to be finite"),
-        (["--size", "17m", "--layouts", "dp,tpp2"], "--layouts: 'tpp2': write tp, pp, vp or cp with a degree"),
+        (["--size", "17m", "--warm-up", "-1"], "--warm-up -1: must be 0 or more"),
+        (["--size", "17m", "--chunk-tokens", "nan"], "--chunk-tokens nan: must be above 0"),
+        (["--size", "17m", "--chunk-tokens", "inf"], "--chunk-tokens inf: must be finite"),
+        (["--size", "17m", "--layouts", "dp,tpp2"], "--layouts: 'tpp2': write tp, pp, vpp or cp with a degree"),
         (["--size", "17m", "--layouts", "dp,"], "--layouts: '': write tp"),
-        (["--size", "17m", "--layouts", "tp2", "--sweep", "parallel.tp=1"], "parallel.tp: is of --layouts already"),
+        (["--size", "17m", "--layouts", "tp2", "--sweep", "parallel.tp=1"], "parallel.tp: --layouts sets it already"),
         (["--size", "17m", "--data", "/nowhere"], "/nowhere"),
-        (["--size", "17m", "--picture", "/"], "--picture /: is a folder; a file was expected"),
+        (["--size", "17m", "--picture", "/"], "--picture /: is a folder; expected a file"),
     ],
 )
 def test_bench_invalid_arguments_are_refused(
@@ -220,9 +220,9 @@ def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_pat
 def test_bench_invalid_result_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.jsonl").write_text("nothing\n")
     assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
-    assert "b.jsonl:1: is no result of `ettin bench`" in capsys.readouterr().err
+    assert "b.jsonl:1: not a result of `ettin bench`" in capsys.readouterr().err
     assert main(["bench", "--size", "17m", "--out", str(tmp_path), "run.device=cpu"]) == 2
-    assert "is a folder; a file was expected" in capsys.readouterr().err
+    assert "is a folder; expected a file" in capsys.readouterr().err
 
 
 def test_bench_sweep_without_valid_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,9 +247,9 @@ def test_bench_combinations_expand_layouts_precisions_and_sweeps() -> None:
 
 def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:
     """Other rows are a new measurement; a stopped one is repeated, one that failed or ran out of memory is not."""
-    row = dict.fromkeys(results.SAME)
+    row = dict.fromkeys(results.IDENTITY_KEYS)
     for other in ({"data": "a"}, {"quick": True}, {"micro_batches": 8}, {"chunk_tokens": 100.0}, {"config": "a.yaml"}):
-        assert results.key_of(row | other) != results.key_of(row)
+        assert results.identity_key(row | other) != results.identity_key(row)
     states = {
         "out of memory": (torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError()),
         "failed": (RuntimeError("else"),),
@@ -260,11 +260,11 @@ def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:
             found = results.failure(error, torch.OutOfMemoryError)
             assert found["state"] == state
             assert "\n" not in found.get("reason", "")
-            assert results.to_measure(found, alone=True) == (state == "stopped")
+            assert results.should_measure(found, is_only=True) == (state == "stopped")
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     assert results.failure(full, torch.OutOfMemoryError)["state"] == "out of memory"
-    assert results.to_measure(None, alone=False)
-    assert not results.to_measure({"state": "invalid"}, alone=False)
+    assert results.should_measure(None, is_only=False)
+    assert not results.should_measure({"state": "invalid"}, is_only=False)
 
 
 def test_bench_picture_of_swept_keys_chooses_axes_and_labels() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_ettin.plan.scaling import numbers_of
+from megatron_ettin.plan.scaling import parse_gpu_counts
 from tests.train.runs import TINY
 
 STEPS = ["run.steps=2", "checkpoint.every_steps=1", "metrics.eval_rows=8"]
@@ -24,7 +24,7 @@ def sized(words: list[str]) -> list[str]:
         return ["bench", *TINY, *words[1:]]
     if words[:1] == ["plan"] and "--scale" in words:  # seconds for each number
         place = words.index("--scale") + 1
-        first, *_ = numbers_of(words[place])  # refuses what is no range
+        first, *_ = parse_gpu_counts(words[place])  # refuses what is no range
         return [*words[:place], f"{first}:{2 * first}", *words[place + 1 :]]
     if words[:1] == ["prepare"]:
         given = {"--tokenizer": os.environ["DOCS_TOKENIZER"], **{k: v for k, v in PREPARE.items() if v}}

@@ -11,7 +11,7 @@ import torch
 from megatron_ettin.bench import results
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import layer_parameter_count, parameter_count
-from megatron_ettin.plan.memory import estimate, fp8_parameters, of_rank, rank_parameters
+from megatron_ettin.plan.memory import estimate, fp8_parameters, rank_memory, rank_parameters
 from megatron_ettin.plan.step_time import data_bytes
 from megatron_ettin.platform.memory import PeakMemoryTracker
 from tests.pool import Pool
@@ -98,7 +98,7 @@ def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
     inside = layer_parameter_count(plain.model) // 2
     assert [fp8_parameters(plain, rank) for rank in range(2)] == [12 * inside, 14 * inside]
     assert fp8_parameters(parse("1b", "mlm", "pretrain"), 0) == 0
-    copies, weights = (of_rank(config, 4, 1).weights_bytes for config in (plain, kept))
+    copies, weights = (rank_memory(config, 4, 1).weights_bytes for config in (plain, kept))
     assert copies - weights == 2 * 14 * inside
     assert weights == 2 * rank_parameters(kept, 1)[0]
     gathered = [data_bytes(config, 1)[1] for config in (plain, kept)]
@@ -109,11 +109,11 @@ def test_estimate_takes_the_fullest_pipeline_stage() -> None:
     """Take the stage with the highest sum: early stages hold more micro-batches, only the last one holds the logits."""
     large = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "batch.micro_batch_rows=32"])
     small = parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"])
-    assert estimate(large, 4) == of_rank(large, 4, 0)
-    assert estimate(large, 4).total_bytes > of_rank(large, 4, 3).total_bytes
+    assert estimate(large, 4) == rank_memory(large, 4, 0)
+    assert estimate(large, 4).total_bytes > rank_memory(large, 4, 3).total_bytes
     assert estimate(large, 4).logits_bytes == 0
-    assert estimate(small, 4) == of_rank(small, 4, 1)
-    assert estimate(small, 4).total_bytes > of_rank(small, 4, 0).total_bytes
+    assert estimate(small, 4) == rank_memory(small, 4, 1)
+    assert estimate(small, 4).total_bytes > rank_memory(small, 4, 0).total_bytes
     assert estimate(small, 4).logits_bytes > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,11 @@ import pytest
 from megatron_ettin.cli.main import main
 from megatron_ettin.plan.pipeline import simulate
 from megatron_ettin.plan.scaling import (
-    Failures,
-    Growth,
+    FailureModel,
+    ScalingCurve,
     best_interval,
-    fit,
+    fit_curve,
     goodput,
-    simulate_goodput,
     simulated_seconds,
 )
 
@@ -27,7 +27,7 @@ TORCHTITAN = {8: 1.0, 128: 0.977}
 
 @pytest.mark.parametrize("others", [{}, {16: 46.04}])
 def test_fit_of_curve_to_64_gpus_predicts_512(others: dict[int, float]) -> None:
-    found = fit({n: speed for n, speed in MOSAIC.items() if n <= 64} | others)
+    found = fit_curve({n: speed for n, speed in MOSAIC.items() if n <= 64} | others)
     assert found.latency >= 0
     assert found.slowest >= 0
     errors = {n: 100 * (1 / found.factor(n) - speed / MOSAIC[8]) for n, speed in MOSAIC.items()}
@@ -107,21 +107,41 @@ def test_growth_slowest_rank_matches_random_draws() -> None:
     drawn = np.random.default_rng(0)
     found = {n: np.max(drawn.standard_normal((400, n)), axis=1).mean() for n in (8, 64, 4096)}
     share = (found[4096] - found[8]) / (found[64] - found[8])
-    assert Growth(8).slowest_at(4096) / Growth(8).slowest_at(64) == pytest.approx(share, rel=0.1)
+    assert ScalingCurve(8).slowest_at(4096) / ScalingCurve(8).slowest_at(64) == pytest.approx(share, rel=0.1)
 
 
 def test_fit_of_invalid_curve_is_refused() -> None:
     nan = float("nan")
     for wrong in ({}, {8: 1.0}, {64: 1.0, 128: 0.9}, {8: 1.0, 16: 0.0}, {8: nan, 16: 1.0}, {0: 1.0, 8: 1.0}):
         with pytest.raises(ValueError, match="a curve has two numbers"):
-            fit(wrong)
+            fit_curve(wrong)
     with pytest.raises(ValueError, match="step_seconds: nan is not a number above 0"):
-        fit({8: 1.0, 16: 1.0}, nan)
+        fit_curve({8: 1.0, 16: 1.0}, nan)
+
+
+def simulate_goodput(failures: FailureModel, gpus: int, interval: float, hours: float) -> float:
+    """Simulate failures at random times over `hours` of wall clock, and return the share of the time that is kept.
+
+    What is not in a checkpoint is trained again, and a restart that is interrupted begins anew.
+    """
+    drawn, end, rate = random.Random(0), hours * 3600, 1 / failures.mean_seconds(gpus)
+    now = kept = 0.0
+    failure = drawn.expovariate(rate)
+    while now < end:
+        saved = now + interval + failures.checkpoint_seconds
+        if saved <= failure:
+            now, kept = saved, kept + interval
+            continue
+        now = failure
+        while failure <= now:
+            now = failure + failures.restart_seconds
+            failure += drawn.expovariate(rate)
+    return kept / now
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])
 def test_goodput_matches_event_simulation_and_peaks_at_best_interval(gpus: int) -> None:
-    failures = Failures(checkpoint_seconds=60)
+    failures = FailureModel(checkpoint_seconds=60)
     interval = best_interval(failures, gpus)
     hours = 2_000 * failures.mean_seconds(gpus) / 3600
     assert simulate_goodput(failures, gpus, interval, hours) == pytest.approx(goodput(failures, gpus), abs=0.01)
@@ -130,7 +150,7 @@ def test_goodput_matches_event_simulation_and_peaks_at_best_interval(gpus: int) 
 
 
 def test_goodput_falls_with_more_gpus_and_interval_follows_young() -> None:
-    failures = Failures()
+    failures = FailureModel()
     shares = [goodput(failures, gpus) for gpus in (8, 512, 4096, 65_536)]
     assert shares == sorted(shares, reverse=True)
     assert 0.99 < shares[0] < 1

@@ -92,12 +92,12 @@ def test_dry_run_says_where_the_run_ends(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["train", "--size", "17m", "--objective", "mlm", "--phase", "decay", "--dry-run", "run.steps=9"]) == 0
     captured = capsys.readouterr()
     assert "schedule        one_minus_sqrt ends after about 75.5M tokens, at 100 % of decay (75.5M)" in captured.out
-    said = "run.steps 9 ends before run.tokens 50,000,000,000, and the schedule with it, for rows of 8,192 tokens: "
-    assert said in captured.err
+    output = "run.steps 9 ends before run.tokens 50,000,000,000, and the schedule with it, for rows of 8,192 tokens: "
+    assert output in captured.err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         ("data.seq_len=8192", "data.seq_len 8,192: 352 rows a step have up to 2,883,584 tokens, 1 x the recipe's"),
         ("data.seq_len=1M", "warning: data.seq_len 1,000,000: 3 rows a step"),
@@ -106,7 +106,9 @@ def test_dry_run_says_where_the_run_ends(capsys: pytest.CaptureFixture[str]) -> 
         ("optim.lr=8", "warning: optim.lr 8 is 2,667 x the recipe's 0.003"),
     ],
 )
-def test_train_value_far_from_the_recipe_is_told(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_value_far_from_the_recipe_is_reported(
+    words: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--dry-run", *words.split()]
     assert main(command) == 0
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err

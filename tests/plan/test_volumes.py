@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.plan.memory import of_rank, rank_parameters
+from megatron_ettin.plan.memory import rank_memory, rank_parameters
 from megatron_ettin.plan.step_time import data_bytes, tied_gradient_bytes, volumes
 from tests import forkserver
 
@@ -41,19 +41,19 @@ def server() -> Path:
 def test_rank_of_512_matches_predicted_memory_and_traffic(
     server: Path, tmp_path: Path, rank: int, dp: int, words: list[str]
 ) -> None:
-    with open(tmp_path / "told", "wb") as told, open(tmp_path / "errors", "wb") as errors:
-        files = (0, told.fileno(), errors.fileno())
+    with open(tmp_path / "shown", "wb") as shown, open(tmp_path / "errors", "wb") as errors:
+        files = (0, shown.fileno(), errors.fileno())
         arguments = [WORLD, rank, "17m", [*COMMON, *words]]
         child = forkserver.call(server, "tests.plan.fake_rank:main", arguments, files)
     status = child.wait(300)
     child.close()
     assert status == 0, (tmp_path / "errors").read_text()[-2000:]
-    found = json.loads((tmp_path / "told").read_text().splitlines()[-1])
+    found = json.loads((tmp_path / "shown").read_text().splitlines()[-1])
     config = parse("17m", "mlm", "pretrain", words=[*COMMON, *words])
     pp_rank = rank // (WORLD // config.parallel.pp)
     parameters, _ = rank_parameters(config, pp_rank)
     assert found["parameters"] == parameters
-    memory = of_rank(config, dp, pp_rank, on_gpu=False)
+    memory = rank_memory(config, dp, pp_rank, on_gpu=False)
     kept = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     assert found["held"] == pytest.approx(kept, rel=0.001, abs=20_000)  # buffers are padded; states of generators
     sent, expected = found["sent"], volumes(config, dp, pp_rank)

@@ -82,7 +82,7 @@ def test_report_page_keyboard_zooms_moves_and_resets(opened: Browser) -> None:
     opened.press("ArrowRight")
     assert opened.value(SHOWN) != middle
     opened.press("ArrowRight", shift=True)
-    assert "17m mlm, training" in opened.value("document.getElementById('said').textContent")
+    assert "17m mlm, training" in opened.value("document.getElementById('announcement').textContent")
     assert opened.value("document.querySelector('#chart-lr .cursor').getAttribute('visibility')") == "visible"
     opened.press("-")
     opened.press("0")
@@ -195,9 +195,9 @@ def test_report_page_tables_fit_a_screen_of_1280(browser: Browser, tmp_path: Pat
     browser.ask("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
     browser.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)"
-    told = browser.value(f"{wide}.map((one) => one.getAttribute('aria-label'))")
+    shown = browser.value(f"{wide}.map((one) => one.getAttribute('aria-label'))")
     browser.ask("Emulation.clearDeviceMetricsOverride")
-    assert told == []
+    assert shown == []
 
 
 def test_report_page_colours_follow_the_system_and_the_theme_button(opened: Browser) -> None:
@@ -229,9 +229,9 @@ def test_report_page_accessibility_tree_names_controls_and_curves(opened: Browse
     heard = {(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes}
     assert ("button", "zoom in") in heard
     assert ("combobox", "Against") in heard
-    told = next(name for role, name in heard if name and name.startswith("Loss: "))
-    assert "17m mlm, training from 10." in told
-    assert "17m clm, validation" in told
+    shown = next(name for role, name in heard if name and name.startswith("Loss: "))
+    assert "17m mlm, training from 10." in shown
+    assert "17m clm, validation" in shown
 
 
 def test_report_page_hostile_text_runs_no_script(browser: Browser, tmp_path: Path) -> None:

@@ -103,6 +103,6 @@ def test_inspect_damaged_checkpoint_is_named(run, capsys):
 
 
 def test_describe_path_without_run_or_checkpoint_is_refused(tmp_path):
-    for path, said in ((tmp_path / "no", "no such"), (tmp_path, "neither")):
-        with pytest.raises(UserError, match=said):
+    for path, output in ((tmp_path / "no", "no such"), (tmp_path, "neither")):
+        with pytest.raises(UserError, match=output):
             describe(path)

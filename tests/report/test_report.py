@@ -148,16 +148,16 @@ def test_report_validation_loss_of_earlier_phase_names_that_phase(tmp_path: Path
     phases = [write_run(tmp_path / "pretrain", steps=60), write_run(tmp_path / "extend", phase="extend")]
     (evaluated,) = [line for line in read(phases[0]).metrics if "validation_loss" in line]
     loss = f"{evaluated['validation_loss']:.4f}"
-    told = f"<dt>validation loss</dt><dd>{loss}<small>lowest {loss}{{}}</small></dd>"
-    assert told.format(" in pretrain") in section(reported(page, *phases), "cards")
-    assert told.format("") in section(reported(page, phases[0]), "cards")
+    shown = f"<dt>validation loss</dt><dd>{loss}<small>lowest {loss}{{}}</small></dd>"
+    assert shown.format(" in pretrain") in section(reported(page, *phases), "cards")
+    assert shown.format("") in section(reported(page, phases[0]), "cards")
 
 
 def test_report_of_broken_pair_names_the_difference_first(tmp_path: Path, run: Path, page: Path) -> None:
     text = reported(page, run, write_run(tmp_path / "other", "clm", words=("run.seed=3",)))
-    told = section(text, "comparison")
-    assert "NOT PAIRED" in told
-    assert told.index("run.seed: 21 and 3") < told.index("All checks")
+    shown = section(text, "comparison")
+    assert "NOT PAIRED" in shown
+    assert shown.index("run.seed: 21 and 3") < shown.index("All checks")
 
 
 def test_report_page_without_out_goes_into_the_run(run: Path) -> None:
@@ -294,19 +294,19 @@ def test_report_bad_arguments_are_refused_in_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (run / "config.yaml").write_text("run: {")
-    for words, told in (
+    for words, shown in (
         ([tmp_path / "none"], "no such folder"),
         ([run / "order.json"], "not a folder"),
         ([tmp_path / "empty"], "no run directory"),
         ([run], "config.yaml: unreadable"),
-        ([run, "--out", tmp_path / "page.pdf"], "has to end in .html"),
-        ([run, "--release", tmp_path], "no output of `ettin release`"),
+        ([run, "--out", tmp_path / "page.pdf"], "must end in .html"),
+        ([run, "--release", tmp_path], "not an output of `ettin release`"),
         ([run, "--watch", "0", "--out", tmp_path / "page.html"], "nothing is written with --watch"),
         (["--watch", run], "runs stand before --watch"),
     ):
         assert main(["report", *map(str, words)]) == 2
         error = capsys.readouterr().err
-        assert told in error, error
+        assert shown in error, error
         assert error.count("\n") == 1, error
 
 
@@ -329,10 +329,10 @@ def test_report_figures_are_png_and_reproducible_svg(
 ) -> None:
     other = write_run(tmp_path / "other", "clm", steps=130)
     reported(page, run, other, "--png", tmp_path / "png", "--svg", tmp_path / "svg", "--json")
-    told = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     names = {"loss", "lr", "grad_norm", "speed"}
-    assert {Path(path).stem for path in told["figures"]} == names
-    assert len(told["figures"]) == 8
+    assert {Path(path).stem for path in shown["figures"]} == names
+    assert len(shown["figures"]) == 8
     assert all((tmp_path / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in names)
     svg = (tmp_path / "svg" / "loss.svg").read_text()
     assert "<svg" in svg
@@ -345,12 +345,12 @@ def test_report_figures_are_png_and_reproducible_svg(
 
 def test_report_json_describes_page_and_models(run: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reported(page, run, "--json")
-    told = json.loads(capsys.readouterr().out)
-    assert told["page"] == str(page)
-    assert told["bytes"] == page.stat().st_size
-    (model,) = told["models"]
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["page"] == str(page)
+    assert shown["bytes"] == page.stat().st_size
+    (model,) = shown["models"]
     assert (model["name"], model["phases"], model["steps"]) == ("17m mlm", ["pretrain"], 40)
-    assert told["verdict"] is None
+    assert shown["verdict"] is None
     assert model["runs"] == [str(run)]
     assert model["tokens"] > 40 * 64_000
 
@@ -369,17 +369,17 @@ def test_report_card_says_time_device_hours_and_commit(tmp_path: Path, page: Pat
     run = write_run(tmp_path / "run", steps=40, step_seconds=dict.fromkeys(range(1, 41), 90.0))
     launches = [{"step": 0, "world": 2, "commit": "aaaa"}, {"step": 20, "world": 4, "commit": "bbbb+"}]
     (run / "history.jsonl").write_text("".join(json.dumps(one) + "\n" for one in launches))
-    told = cards_of(run, page)
-    assert "time in steps  1h 0m 3 device-hours" in told
-    assert "bbbb+  and 1 before it" in told
+    shown = cards_of(run, page)
+    assert "time in steps  1h 0m 3 device-hours" in shown
+    assert "bbbb+  and 1 before it" in shown
 
 
 def test_report_layout_says_what_was_used_instead_of_auto(run: Path, page: Path) -> None:
     assert "auto (as configured)" in section(reported(page, run), "layout")
     (run / "history.jsonl").write_text(json.dumps({"step": 0, "device": "cpu", "attention": "sdpa"}) + "\n")
-    told = section(reported(page, run), "layout")
-    assert "auto" not in told
-    assert "<td>sdpa</td>" in told
+    shown = section(reported(page, run), "layout")
+    assert "auto" not in shown
+    assert "<td>sdpa</td>" in shown
 
 
 def test_report_ranks_of_equal_speed_draw_no_chart_of_the_slowest(tmp_path: Path, page: Path) -> None:
@@ -419,8 +419,8 @@ def test_report_mixture_shows_share_of_each_source(tmp_path: Path, run: Path, pa
     entries = f"mixture: [{{path: {tmp_path}/a, weight: 3}}, {{path: {tmp_path}/b, weight: 1}}]"
     assert "mixture: null" in config
     (run / "config.yaml").write_text(config.replace("mixture: null", entries))
-    told = re.sub("<[^>]+>", " ", section(reported(page, run), "data-consumed"))
-    rows = [line.split() for line in told.splitlines() if "%" in line]
+    shown = re.sub("<[^>]+>", " ", section(reported(page, run), "data-consumed"))
+    rows = [line.split() for line in shown.splitlines() if "%" in line]
     assert [row[1] for row in rows] == ["75.0%", "56.2%", "18.8%", "25.0%"]
     assert rows[0][-1] == "1.92"
     assert rows[3][0] == f"{tmp_path}/b"

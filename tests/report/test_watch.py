@@ -24,9 +24,9 @@ STEP_41 = '{"step": 41, "tokens": 2700000, "loss": 3.25, "lr": 0.001}\n'
 
 
 @contextmanager
-def served(run: Path) -> Iterator[tuple[int, document.Source]]:
+def served(run: Path) -> Iterator[tuple[int, document.ReportSource]]:
     """Serve one run; yield the port and the source."""
-    source = document.Source(lambda: document.make([run]))
+    source = document.ReportSource(lambda: document.make([run]))
     server = document.server(source, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -48,7 +48,7 @@ def asked(port: int, path: str, host: str = "") -> tuple[int, str]:
     return answer.status, text
 
 
-def look_again(source: document.Source) -> None:
+def look_again(source: document.ReportSource) -> None:
     """Make the source read its runs again at the next request."""
     source._next = 0.0
 

@@ -85,11 +85,10 @@ def read_report(folder: Path) -> None:
 def read_compare(folder: Path) -> None:
     """The damaged run beside itself: a pair that differs in nothing."""
     from megatron_ettin.report.compare import compare
-    from megatron_ettin.report.page import summary
 
     with laid_out(folder) as run, contextlib.redirect_stderr(io.StringIO()):
         for chain in compare([run, run]).chains:
-            summary(chain)
+            chain.summary()
 
 
 def mutated_run(draw: Any, content: bytes, others: list[bytes]) -> bytes:

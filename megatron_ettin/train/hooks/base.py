@@ -167,12 +167,12 @@ class Metrics(Hook):
 
 def report_of(run_dir: Path) -> Path:
     """A folder with the page of `ettin report` and its figures."""
-    from megatron_ettin.report import document, figures  # matplotlib takes its time
+    from megatron_ettin.report import document, plots  # matplotlib takes its time
 
     folder = run_dir / "report"
     report = document.make([run_dir])
     document.write(folder / "report.html", document.render(report).encode())
-    for name, content in figures.figures(report.models, "png"):
+    for name, content in plots.figures(report.models, "png"):
         document.write(folder / "figures" / name, content)
     return folder
 
