@@ -1,14 +1,12 @@
-"""sha256 of files: of a small one whole, of a large one block by block.
+"""Hash files: sha256 of whole files and of blocks, and the checksums that go with shards.
 
-sha256 is sequential, and a rank writes one large file: hashed whole it keeps one processor busy for longer than a load
-takes. Blocks are hashed by as many threads as there are processors, are shared over ranks, and say where a file has
-changed. hashlib lets go of the interpreter's lock, for which it then queues again: what is read at once is large, so
-that a thread which hashes beside one that runs Python queues rarely.
+A checkpoint's large files are hashed block by block, because sha256 is sequential: hashed whole, one large file keeps
+one processor busy for longer than a load takes. Blocks are hashed in as many threads as there are processors, are
+shared over ranks, and show where a file has changed. hashlib releases the interpreter's lock and then queues for it
+again, so reads are large: a hashing thread then rarely waits for a thread that runs Python.
 
-Checksums of a file: sha256 of the whole, and a short one of every MiB, so that damage can be told by its place.
-
-The sha256 stands in the manifest and decides. The blocks' digests stand in a sidecar that is read only when a file's
-sha256 is wrong: 19 bytes a MiB."""
+A shard's sha256 stands in the manifest and decides. Short digests of each of its MiB stand in a sidecar (19 bytes a
+MiB), which is read only when the sha256 is wrong, to show where the damage is."""
 
 from __future__ import annotations
 
@@ -22,16 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_ettin.base.parsing import load_json
 
-Entry = dict[str, Any]  # of a file: `bytes`, and `sha256` or `block_bytes` and `blocks`, hex digests in order
+Entry = dict[str, Any]
+"""A file's record in integrity.json: `bytes`, and `sha256` or `block_bytes` and `blocks` (hex digests in order)."""
 
 BLOCK_BYTES = 16 << 20
 THREADS = 8
 _READ_BYTES = 4 << 20
-_NICENESS = 19  # of threads that hash beside something that is waited for
+_BACKGROUND_NICENESS = 19
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Block:
     is_whole: bool
 
     @property
-    def words(self) -> str:
-        """Which bytes, for messages; nothing for a whole file."""
+    def prefix(self) -> str:
+        """The byte range for the beginning of a message; empty for a whole file."""
         return "" if self.is_whole else f"bytes {self.first:,} to {self.first + self.size - 1:,}: "
 
 
 def sha256(path: Path, first: int = 0, size: int | None = None) -> str:
-    """Hex digest of one file, or of `size` bytes of it from `first` on."""
+    """Return the hex digest of a file, or of `size` bytes of it starting at `first`."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size - first if size is None else size
@@ -63,8 +65,8 @@ def sha256(path: Path, first: int = 0, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def digest(path: Path) -> Entry:
-    """What integrity.json says of a file that is there in full."""
+def integrity_entry(path: Path) -> Entry:
+    """Hash a finished file and return its record for integrity.json."""
     size = path.stat().st_size
     if size <= BLOCK_BYTES:
         return {"bytes": size, "sha256": sha256(path)}
@@ -73,8 +75,11 @@ def digest(path: Path) -> Entry:
 
 
 def blocks_of(name: str, entry: Entry) -> list[Block]:
-    """What there is to hash of a file, in order. Raises ValueError, TypeError and KeyError for an entry that does not
-    say it."""
+    """Return the blocks of a file in order.
+
+    Raises:
+        ValueError, TypeError, KeyError: the record is malformed.
+    """
     size = entry["bytes"]
     if type(size) is not int or size < 0:
         raise ValueError(f"{name!r} has {size!r} bytes")
@@ -84,41 +89,55 @@ def blocks_of(name: str, entry: Entry) -> list[Block]:
     if type(step) is not int or step < 1 or type(listed) is not list or len(listed) != -(-size // step):
         raise ValueError(f"{name!r} has not a digest for each block of its {size} bytes")
     firsts = range(0, size, step)
-    return [Block(name, at, min(step, size - at), one + "", False) for at, one in zip(firsts, listed, strict=True)]
+    return [
+        Block(name, first, min(step, size - first), one + "", False) for first, one in zip(firsts, listed, strict=True)
+    ]
 
 
-def in_threads(function: Callable[[Any], Any], items: Iterable[Any], beside: bool = False) -> list[Any]:
-    """`function` of each item, in order. Raises what the first failing item raised, leaving out those not begun.
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], background: bool = False) -> list[Result]:
+    """Apply a function to each item in threads and return the results in order.
 
-    `beside`: something is waited for meanwhile, which goes first where processors are few."""
-    threads = min(THREADS, os.cpu_count() or 1) if beside else THREADS
-    pool = ThreadPoolExecutor(threads, "sha256", initializer=_step_back if beside else None)
+    Args:
+        function: releases the interpreter's lock for most of its time.
+        items: its arguments.
+        background: whether something else is waited for meanwhile, which then gets the processors first.
+
+    Raises:
+        Whatever the first failing item raised; items not begun are left out.
+    """
+    threads = min(THREADS, os.cpu_count() or 1) if background else THREADS
+    pool = ThreadPoolExecutor(threads, "sha256", initializer=_lower_priority if background else None)
     try:
         return list(pool.map(function, items))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _step_back() -> None:
-    """Linux has a niceness for each thread; elsewhere it would be the whole process's."""
+def _lower_priority() -> None:
+    """Lower this thread's priority. Elsewhere than on Linux it would be the whole process's."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a sandbox that does not allow it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        # a sandbox may not allow it
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
 SHARD_BLOCK_BYTES = 1 << 20
-DIGEST_BYTES = 8  # of a block: it has to tell damage from none, not to withstand an attack
+# a block's digest has to tell damage from none, not to withstand an attack
+DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True)
 class FileDigest:
+    """Checksums of one file of a shard."""
+
     bytes: int
     sha256: str
-    blocks: tuple[str, ...]  # blake2b of each SHARD_BLOCK_BYTES, hexadecimal
+    blocks: tuple[str, ...]
+    """blake2b of each `SHARD_BLOCK_BYTES`, hexadecimal."""
 
 
-def digest_of(path: Path) -> FileDigest:
-    """Read `path` once. Raises OSError."""
+def shard_digest(path: Path) -> FileDigest:
+    """Read a file once and return its checksums. Raises OSError."""
     whole = hashlib.sha256()
     size, blocks = 0, []
     with open(path, "rb") as stream:
@@ -129,22 +148,26 @@ def digest_of(path: Path) -> FileDigest:
     return FileDigest(size, whole.hexdigest(), tuple(blocks))
 
 
-def write_blocks(path: Path, digests: Mapping[str, FileDigest]) -> None:
-    """The sidecar of a shard: for each of its files, by suffix, the digests of its blocks."""
+def write_checksums(path: Path, digests: Mapping[str, FileDigest]) -> None:
+    """Write the sidecar of a shard: the block digests of each of its files, by suffix."""
     content = {
         name: {"block_bytes": SHARD_BLOCK_BYTES, "blocks": list(digest.blocks)} for name, digest in digests.items()
     }
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="ascii")
 
 
-def read_blocks(path: Path) -> dict[str, tuple[str, ...]]:
-    """What `write_blocks` wrote, by suffix. Raises OSError, ValueError, KeyError, TypeError where it is damaged."""
+def read_checksums(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the block digests in a shard's sidecar, by suffix.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the sidecar is damaged.
+    """
     raw = load_json(path.read_text(encoding="ascii"))
     return {name: tuple(entry["blocks"]) for name, entry in raw.items()}
 
 
 def damaged_ranges(expected: tuple[str, ...], found: FileDigest) -> Iterator[tuple[int, int]]:
-    """[first, end) bytes of each run of blocks that are not what they were; bytes that should not be there count."""
+    """Yield the [first, end) bytes of each run of changed blocks; bytes that should not be there count."""
     wrong = [i for i, digest in enumerate(found.blocks) if i >= len(expected) or digest != expected[i]]
     while wrong:
         run = 1

@@ -1,12 +1,16 @@
-"""Print what a run has to say. A line that cannot be written is lost, and the run goes on without it.
+"""Print what a run reports, through the logger `megatron_ettin`. A line that cannot be written is lost.
 
 A log's reader may end, its disk may be full, its terminal may be gone: none of that is a reason for a run of weeks to
 end, or to end with another exit status. So whatever prints while a run trains does it here
-(tests/test_architecture.py)."""
+(tests/test_architecture.py).
+
+The logger's own handler writes plain lines: information to standard output, warnings and errors to standard error.
+Whoever uses the package as a library replaces that handler to send the lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import sys
@@ -24,28 +28,61 @@ NAMES = {OUTPUT: "standard output", ERRORS: "standard error"}
 _failed: set[int] = set()
 
 
+class StandardStreamsHandler(logging.Handler):
+    """Writes messages to the standard streams as they are at the time, and never raises."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        # without the handler's lock: a thread that hangs in a print must not stop the others
+        if not self.filter(record):
+            return False
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        _write(self.format(record) + "\n", stream)
+
+
+logger = logging.getLogger("megatron_ettin")
+logger.setLevel(logging.INFO)
+# a library that configures the root logger must not print every line a second time
+logger.propagate = False
+if not logger.handlers:
+    logger.addHandler(StandardStreamsHandler())
+
+
 def log_info(*lines: str, stream: TextIO | None = None) -> None:
     """Print lines on standard output. Never raises.
 
     Args:
-        stream: where else to print them.
+        lines: printed as one message.
+        stream: where to print them instead, without the logger.
     """
-    _write("\n".join(lines) + "\n", stream or sys.stdout)
+    if stream is not None:
+        _write("\n".join(lines) + "\n", stream)
+    else:
+        _log(logging.INFO, "\n".join(lines))
 
 
 def log_warning(*lines: str) -> None:
     """Print lines on standard error. Never raises."""
-    _write("\n".join(lines) + "\n", sys.stderr)
+    _log(logging.WARNING, "\n".join(lines))
 
 
 def log_exception(error: BaseException) -> None:
     """Print an error with its traceback on standard error. Never raises."""
-    _write("".join(traceback.format_exception(error)), sys.stderr)
+    _log(logging.ERROR, "".join(traceback.format_exception(error)).removesuffix("\n"))
+
+
+def _log(level: int, message: str) -> None:
+    # a handler of somebody else may raise
+    with contextlib.suppress(Exception):
+        logger.log(level, message, stacklevel=3)
 
 
 @contextlib.contextmanager
 def log_when_slow(line: str) -> Iterator[None]:
-    """Print a line on standard error where what is done within takes longer than `SLOW_SECONDS`."""
+    """Print a line on standard error if the block takes longer than `SLOW_SECONDS`."""
     timer = threading.Timer(SLOW_SECONDS, log_warning, [line])
     timer.daemon = True
     timer.start()
@@ -145,7 +182,7 @@ def output_failure() -> str:
 
 
 def drop_unwritten() -> None:
-    """Give up what a failed stream still holds, or the interpreter's last flush would change the exit status."""
+    """Drop what a failed stream still holds, because the interpreter's last flush would change the exit status."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         number = _number(stream)
         if stream is None or number not in _failed:
@@ -187,7 +224,7 @@ def _losing(stream: TextIO) -> Iterator[None]:
 
 
 def _report(number: int, error: OSError | ValueError) -> None:
-    """Say on the other standard stream that this one fails."""
+    """Report on the other standard stream that this one fails."""
     other = sys.stderr if number == OUTPUT else sys.stdout
     if number not in NAMES or _number(other) in (number, -1):
         return

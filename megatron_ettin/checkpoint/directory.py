@@ -7,7 +7,6 @@ to know where a writer stopped; what one left goes when the run is next started,
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.files import publish_folder, write_atomically
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
@@ -46,7 +46,6 @@ _STAGING = ".tmp-"
 _REPLACED = ".tmp-replaced-"  # a checkpoint of the same step that is being saved again
 _PRUNED = ".tmp-pruned-"
 _STEP = re.compile(r"step_(\d{9,})")
-_log = logging.getLogger(__name__)
 
 
 def step_name(step: int) -> str:
@@ -121,12 +120,12 @@ def _named_latest(run_dir: Path) -> Path | None:
     except FileNotFoundError:
         return None
     if not _STEP.fullmatch(name):
-        _log.warning("%s: holds %r, not the name of a checkpoint; looking for the newest good one", path, name[:40])
+        log_warning(f"{path}: holds {name[:40]!r}, not the name of a checkpoint; looking for the newest good one")
         return None
     # a checkpoint's folder may be a link to another disk
     named = path_in(path.parent, name, path, links=Links.UNCHECKED)
     if not named.is_dir():
-        _log.warning("%s: names %s, which is not there; looking for the newest good one", path, name)
+        log_warning(f"{path}: names {name}, which is not there; looking for the newest good one")
         return None
     return named
 
@@ -141,7 +140,7 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
     rest = [path for path in _candidates(run_dir) if path != named]
     if named and rest and step_of(rest[0]) > step_of(named):
         why = f"a save was killed before it was named, or {LATEST} has changed"
-        _log.warning("%s names %s, though there is %s (%s)", named.parent / LATEST, named.name, rest[0].name, why)
+        log_warning(f"{named.parent / LATEST} names {named.name}, though there is {rest[0].name} ({why})")
     first_error: UserError | None = None
     for path in ([named] if named else []) + rest:
         try:
@@ -151,10 +150,10 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
                 verify(path, checksums=checksums or path != named)
         except UserError as error:
             first_error = first_error or error
-            _log.warning("%s", error)
+            log_warning(str(error))
             continue
         if path != named and (named or (checkpoints_folder(run_dir) / LATEST).exists() or first_error):
-            _log.warning("going on from %s, the newest good checkpoint", path)
+            log_warning(f"going on from {path}, the newest good checkpoint")
         return path
     if first_error:
         raise UserError(f"{run_dir}: no checkpoint is whole; the newest: {first_error}")

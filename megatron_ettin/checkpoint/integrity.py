@@ -44,7 +44,7 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
 
     def entry(path: Path) -> tuple[str, Entry]:
         name = path.relative_to(folder).as_posix()
-        return name, (known or {}).get(name) or digests.digest(path)
+        return name, (known or {}).get(name) or digests.integrity_entry(path)
 
     paths = _files(folder)
     with ThreadPoolExecutor(digests.THREADS) as disk:  # writes while what it writes is hashed
@@ -84,12 +84,12 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def verify(
-    folder: Path, checksums: bool = True, which: Callable[[str], bool] | None = None, beside: bool = False
+    folder: Path, checksums: bool = True, which: Callable[[str], bool] | None = None, background: bool = False
 ) -> None:
     """Raise UserError naming the first missing, truncated or changed file; sizes first, for they cost nothing.
 
     With checksums=False only presence and sizes are checked; `which` names the files whose sha256 are (else all).
-    `beside`: as in `in_threads`."""
+    `background`: as in `in_threads`."""
     entries = read_entries(folder)
     for name, entry in entries.items():
         path = file_of(folder, name)
@@ -100,7 +100,8 @@ def verify(
             raise UserError(f"{path}: {found:,} bytes, but {entry['bytes']:,} were written; the file is torn")
     if checksums:
         names = [name for name in entries if which is None or which(name)]
-        verify_blocks(folder, [block for name in names for block in digests.blocks_of(name, entries[name])], beside)
+        blocks = [block for name in names for block in digests.blocks_of(name, entries[name])]
+        verify_blocks(folder, blocks, background)
 
 
 def check_nothing_else(folder: Path) -> None:
@@ -115,8 +116,8 @@ def check_nothing_else(folder: Path) -> None:
             raise UserError(f"{path}: not in {INTEGRITY}: it came after the checkpoint was written; refused, remove it")
 
 
-def verify_blocks(folder: Path, blocks: Sequence[Block], beside: bool = False) -> None:
-    """Raise UserError naming the first of `blocks` that is not what was written. `beside`: as in `in_threads`."""
+def verify_blocks(folder: Path, blocks: Sequence[Block], background: bool = False) -> None:
+    """Raise UserError naming the first of `blocks` that is not what was written. `background`: as in `in_threads`."""
 
     def check(block: Block) -> None:
         path = file_of(folder, block.name)
@@ -125,7 +126,7 @@ def verify_blocks(folder: Path, blocks: Sequence[Block], beside: bool = False) -
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         if found != block.sha256:
-            written = f"{block.words}sha256 {found[:12]}..., but {block.sha256[:12]}... was written"
+            written = f"{block.prefix}sha256 {found[:12]}..., but {block.sha256[:12]}... was written"
             raise UserError(f"{path}: {written}; it has changed")
 
-    digests.in_threads(check, blocks, beside)
+    digests.in_threads(check, blocks, background)

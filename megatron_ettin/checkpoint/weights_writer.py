@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_ettin.base.digests import Entry, digest
+from megatron_ettin.base.digests import Entry, integrity_entry
 from megatron_ettin.base.files import fsync
 
 FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
@@ -77,7 +77,7 @@ def write_weights(
 
 
 def _forced_and_hashed(path: Path) -> Entry:
-    entry = digest(path)
+    entry = integrity_entry(path)
     fsync(path)
     return entry
 

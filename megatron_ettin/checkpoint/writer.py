@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_ettin.base.digests import Entry, digest
+from megatron_ettin.base.digests import Entry, integrity_entry
 from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.files import LockHeld, fsync, try_lock, write_atomically
 from megatron_ettin.checkpoint.weights_writer import save_tensor
@@ -109,7 +109,7 @@ class Plan:
             assert not items, "pickled entries"  # state.py leaves them out
             mark["stored"] += _write_file(at.path, name, tensors)
             # before it is copied: a digest of the copy would seal whatever the copy is
-            mark["files"][name] = digest(at.path)
+            mark["files"][name] = integrity_entry(at.path)
             if at.path != Path(path):
                 _move(at.path, Path(path), mark["files"][name], at)
 
@@ -163,7 +163,7 @@ def _move(source: Path, target: Path, written: Entry, at: _At) -> None:
     at.path = target
     shutil.copyfile(source, target)
     fsync(target)
-    if digest(target) != written:
+    if integrity_entry(target) != written:
         raise OSError(errno.EIO, f"the copy is not what was written to {source}")
     source.unlink()
 

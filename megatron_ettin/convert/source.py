@@ -53,7 +53,7 @@ class Source:
         check_nothing_else(self.checkpoint)
         verify(self.checkpoint, which=lambda name: not name.endswith(WEIGHTS))
         hashing = ThreadPoolExecutor(1, "sha256")
-        weights = functools.partial(verify, which=lambda name: name.endswith(WEIGHTS), beside=True)
+        weights = functools.partial(verify, which=lambda name: name.endswith(WEIGHTS), background=True)
         self._weights = hashing.submit(weights, self.checkpoint)
         hashing.shutdown(wait=False)
         config_path = self.checkpoint / "config.yaml"

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ettin.base.digests import damaged_ranges, digest_of, read_blocks
+from megatron_ettin.base.digests import damaged_ranges, read_checksums, shard_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import (
     CHECKSUMS_SUFFIX,
@@ -80,7 +80,7 @@ def problem_of(file: Expected) -> str | None:
     try:
         size = path.stat().st_size
         if size == record.bytes:
-            found = digest_of(path)
+            found = shard_digest(path)
             return None if found.sha256 == record.sha256 else f"{path}: damaged{ranges(file)}{file.remedy}"
     except FileNotFoundError:
         return f"{path}: missing (the manifest lists it with {record.bytes} bytes){file.remedy}"
@@ -97,7 +97,7 @@ def ranges(file: Expected) -> str:
         return ", its sha256 is not the manifest's"
     suffix = file.path.name.removeprefix(file.blocks.name.removesuffix(CHECKSUMS_SUFFIX))
     try:
-        places = list(damaged_ranges(read_blocks(file.blocks)[suffix], digest_of(file.path)))
+        places = list(damaged_ranges(read_checksums(file.blocks)[suffix], shard_digest(file.path)))
     except (OSError, ValueError, KeyError, TypeError):
         return f", its sha256 is not the manifest's ({file.blocks.name}, which has the places, is damaged too)"
     if not places:

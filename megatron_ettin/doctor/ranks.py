@@ -21,7 +21,7 @@ from megatron_ettin.base.versions import (
     code_hash,
     code_version,
     first_difference,
-    versions,
+    library_versions,
 )
 from megatron_ettin.doctor.findings import Finding, flops_text, ok, problem, warning
 from megatron_ettin.parallel.collectives import all_gather_object, barrier
@@ -72,7 +72,7 @@ def _facts(platform: Platform) -> dict[str, str]:
     """What should be equal everywhere, by its name."""
     return {
         "code of megatron_ettin": f"{code_version()} ({code_hash()})",
-        "libraries": versions(),
+        "libraries": library_versions(),
         "Python": python.python_version(),
         "device": platform.name,
         "driver": inventory.driver() or "none",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import megatron_ettin
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import BlendedDataset
@@ -24,7 +24,7 @@ def facts_of(config: Config, corpus: BlendedDataset) -> dict[str, str]:
     """What must be equal on all ranks, by its name in the message."""
     return {
         "code of megatron_ettin": f"{megatron_ettin.__version__} ({code_hash()})",
-        "libraries": versions(),
+        "libraries": library_versions(),
         "configuration (sha256)": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
         "data order": corpus.fingerprint[:12],
         "tokenizer": corpus.tokenizer_fingerprint[:12],

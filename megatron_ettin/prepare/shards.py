@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.digests import digest_of, write_blocks
+from megatron_ettin.base.digests import shard_digest, write_checksums
 from megatron_ettin.base.files import fsync
 from megatron_ettin.data.indexed import index_bytes, narrowed
 from megatron_ettin.data.manifest import CHECKSUMS_SUFFIX, SHARD_SUFFIXES, FileRecord, record_of
@@ -81,8 +81,8 @@ class ShardWriter:
             np.save(stream, np.asarray(self._starts, dtype="<i8"))
         self._write_documents(self._temporary(".documents.arrow"))
         described = [suffix for suffix in SHARD_SUFFIXES if suffix != CHECKSUMS_SUFFIX]
-        digests = {suffix: digest_of(self._temporary(suffix)) for suffix in described}
-        write_blocks(self._temporary(CHECKSUMS_SUFFIX), digests)
+        digests = {suffix: shard_digest(self._temporary(suffix)) for suffix in described}
+        write_checksums(self._temporary(CHECKSUMS_SUFFIX), digests)
         records = {suffix: FileRecord(digest.bytes, digest.sha256) for suffix, digest in digests.items()}
         records[CHECKSUMS_SUFFIX] = record_of(self._temporary(CHECKSUMS_SUFFIX))
         for suffix in SHARD_SUFFIXES:

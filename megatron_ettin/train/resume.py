@@ -245,7 +245,7 @@ def _share(layout: Layout, checkpoint: Path) -> list[Block]:
 def _check_share(layout: Layout, checkpoint: Path) -> str | None:
     """Hash this rank's share of the data; what is wrong with it."""
     try:
-        verify_blocks(checkpoint, _share(layout, checkpoint), beside=True)
+        verify_blocks(checkpoint, _share(layout, checkpoint), background=True)
     except UserError as error:
         return str(error)
     return None

@@ -64,15 +64,15 @@ def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeyp
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(megatron_ettin, "__file__", str(package / "__init__.py"))
-    assert versions.commit() is None
+    assert versions.describe_commit() is None
     git("init")
     git("add", ".")
     git("commit", "--message", "all")
-    commit = versions.commit()
+    commit = versions.describe_commit()
     assert re.fullmatch("[0-9a-f]{9}", commit)
     git("tag", "v9")
     (package / "__init__.py").write_text("x = 1")
-    assert versions.commit() == f"{commit}.dirty"
+    assert versions.describe_commit() == f"{commit}.dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert versions.code_version() == __version__  # there is no git
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from megatron_ettin.base import digests
-from megatron_ettin.base.digests import damaged_ranges, digest_of
+from megatron_ettin.base.digests import damaged_ranges, shard_digest
 from megatron_ettin.cli.main import main
 from tests.data.corpora import prepare_here, write_jsonl
 
@@ -76,11 +76,11 @@ def test_verify_flipped_bit_names_the_damaged_byte_range(copy: Path, capsys: pyt
 def test_damaged_ranges_merge_adjacent_blocks(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(5 * BLOCK_BYTES + 3))
-    before = digest_of(path)
+    before = shard_digest(path)
     assert list(damaged_ranges(before.blocks, before)) == []
     flip(path, 5, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES, 5 * BLOCK_BYTES + 2)
     ranges = [(0, BLOCK_BYTES), (2 * BLOCK_BYTES, 4 * BLOCK_BYTES), (5 * BLOCK_BYTES, 5 * BLOCK_BYTES + 3)]
-    assert list(damaged_ranges(before.blocks, digest_of(path))) == ranges
+    assert list(damaged_ranges(before.blocks, shard_digest(path))) == ranges
 
 
 def test_verify_reports_every_bad_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ettin.faults.consistency import clock_warnings, code_hash, first_difference, versions
+from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
 from tests.pool import Pool
 from tests.train.runs import command
 
@@ -40,7 +40,7 @@ def test_clock_skew_above_tolerance_is_warned_with_host_and_seconds() -> None:
 
 def test_code_hash_and_versions_have_expected_form() -> None:
     assert len(code_hash()) == 12
-    assert "megatron-core 0." in versions()
+    assert "megatron-core 0." in library_versions()
 
 
 def test_train_edited_code_on_one_rank_is_refused_on_all_ranks(pool: Pool, corpus: Path, tmp_path: Path) -> None:

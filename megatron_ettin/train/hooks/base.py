@@ -13,13 +13,13 @@ from typing import Any
 
 from megatron_ettin import __version__
 from megatron_ettin.base.log import log_info
+from megatron_ettin.base.versions import code_hash, library_versions
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.evaluate import evaluation
 from megatron_ettin.faults.anomalies import AnomalyDetector
-from megatron_ettin.faults.consistency import code_hash, versions
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.parallel.failure_report import Heartbeat
 from megatron_ettin.platform import Platform
@@ -119,7 +119,7 @@ def page_of(run: Run) -> WandbIdentity:
     name = short_name(named.size, config.model)
     group = settings.wandb_group or f"{name}-{corpus.unskipped_fingerprint[:8]}-seed{named.seed}"
     told = dataclasses.asdict(config)
-    told["versions"] = {"megatron_ettin": __version__, "code": code_hash(), "libraries": versions()}
+    told["versions"] = {"megatron_ettin": __version__, "code": code_hash(), "libraries": library_versions()}
     told["model_name"] = long_name(named.size, config.model)
     told["data_order"] = corpus.fingerprint
     return WandbIdentity(
