@@ -1,4 +1,4 @@
-"""Conditions that tests set up during one run, where neither the code nor the machine is at fault."""
+"""Conditions that tests set up during a run, with no fault in the code or the host."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Fixtures that all tests share: the pool of ranks, a cluster, and a small corpus with a small tokenizer, made by the
-commands themselves. How tests are chosen and spread is in tests/tiers.py."""
+"""Fixtures of all tests: the pool of ranks, a SLURM cluster, and a small corpus with a small tokenizer.
+
+Corpus and tokenizer are made by the commands themselves. tests/tiers.py selects tests and spreads them over processes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 
 @pytest.fixture(scope="session", autouse=True)
 def mistake() -> Iterator[None]:
-    """Make the deliberate mistake that tests/test_mutations.py asks for, in this process too."""
+    """Apply the mistake that tests/test_mutations.py requests, in this process too."""
     with mutated(None):
         yield
 
@@ -44,7 +45,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM of three nodes on this machine, for all tests that want one."""
+    """Run a SLURM cluster of three nodes on this host."""
     require_slurm()
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
@@ -55,7 +56,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def sentences(seed: int, count: int) -> str:
-    """English of a small grammar: enough regularity that a tiny model learns it in a few steps."""
+    """Return text of a small English grammar, regular enough that a tiny model learns it in a few steps."""
     draw = random.Random(seed)
     subjects = ["the reader", "a small model", "the encoder", "the decoder", "every token", "one row of data"]
     verbs = ["follows", "predicts", "attends to", "learns from", "is packed with", "comes before"]
@@ -65,12 +66,12 @@ def sentences(seed: int, count: int) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer of 320 entries, as a directory."""
+    """Return the folder of a byte-level BPE tokenizer with 320 entries."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), range(20))
 
 
 def make_tokenizer(folder: Path, seeds: range) -> Path:
-    """Train it on the sentences of these seeds; others give other merges."""
+    """Train a tokenizer on the sentences of these seeds; other seeds give other merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -94,12 +95,12 @@ def make_tokenizer(folder: Path, seeds: range) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A dataset of chunks of up to 48 tokens, prepared by `ettin prepare`."""
+    """Return a dataset of chunks of up to 48 tokens, prepared by `ettin prepare`."""
     return make_corpus(tmp_path_factory.mktemp("corpus"), tiny_tokenizer)
 
 
 def make_corpus(folder: Path, tokenizer: Path) -> Path:
-    """400 documents, a tenth held out, as folder/dataset."""
+    """Prepare 400 documents, a tenth of them held out, as folder/dataset."""
     from megatron_ettin.cli.main import main
 
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""Faults of machines that the package finds or survives: made during a run by tests, and by tools/chaos.py."""
+"""Faults of hosts that the package finds or survives: injected into a run by tests, and by tools/chaos.py."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
     server = ForkServer("tests.forkserver:warm_up")     start it; the first request waits until it has imported
     child = server.call("tests.pool:worker", [0])       run a function in a process of its own
-    program("ettin", "train", ...)                      a command line that runs `ettin train ...` so, for subprocess
+    program("ettin", "train", ...)                      a command line that does so for `ettin train ...`, for subprocess
 
-A request and its answers are JSON lines over a Unix socket, with the child's files as SCM_RIGHTS: first the child's pid,
-then its exit status. A child is killed when its socket is closed, and the server ends with the process that owns it.
+A request and its answers are JSON lines over a Unix socket, with the child's files as SCM_RIGHTS. The answers are the
+child's pid, then its exit status. A child is killed when its socket is closed, and the server ends with the process
+that owns it.
 
-A forked command is the real command but for what happens before `main`: the interpreter's start, resource limits, the
-process group. Tests of those start `python -m megatron_ettin` themselves, as do tests that stop a process (SIGSTOP)."""
+A forked command is the real command except for what happens before `main`: the interpreter's start, resource limits,
+the process group. Tests of those start `python -m megatron_ettin` themselves, as do tests that stop a process
+(SIGSTOP)."""
 
 from __future__ import annotations
 
@@ -195,7 +197,7 @@ def connect(path: Path, process: subprocess.Popen[bytes] | None = None) -> socke
 
 
 def shared() -> Path:
-    """Return the socket of the server that all workers of a test session share; the first that asks starts it."""
+    """Return the socket of the server that all workers of a test session share, starting it if needed."""
     folder = Path(os.environ[FOLDER_VARIABLE])
     with open(folder / "lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -207,7 +209,7 @@ def shared() -> Path:
 
 
 def close_shared() -> None:
-    """End that server, if any test has started it."""
+    """End the shared server, if a test has started it."""
     pid = Path(os.environ[FOLDER_VARIABLE]) / "pid"
     if pid.exists():
         with contextlib.suppress(ProcessLookupError):
@@ -242,7 +244,7 @@ def warm_up(*more: str) -> None:
 
 
 def freeze() -> None:
-    """Keep the collector off what children share, so that it stays shared."""
+    """Keep the garbage collector from touching memory shared with children, so that it stays shared."""
     gc.collect()
     gc.freeze()
 
@@ -258,7 +260,7 @@ def be_program(*words: str) -> int | None:
 
 
 class Server:
-    """The server itself."""
+    """The server process."""
 
     def __init__(self, path: str, owner: int) -> None:
         self.owner = owner
@@ -292,7 +294,7 @@ class Server:
     def accept(self) -> None:
         connection, _ = self.listening.accept()
         try:
-            request, files = received(connection)
+            request, files = receive(connection)
         except (OSError, ValueError, IndexError):
             # it only checked that the server listens
             connection.close()
@@ -308,10 +310,10 @@ class Server:
             os.close(file)
         self.children[connection] = pid
         self.selector.register(connection, selectors.EVENT_READ)
-        self.tell(connection, pid=pid)
+        self.send(connection, pid=pid)
 
     def drop(self, connection: socket.socket) -> None:
-        """Kill the child of a client that is gone."""
+        """Kill the child of a client that has disconnected."""
         kill(self.children[connection])
         self.selector.unregister(connection)
 
@@ -321,13 +323,13 @@ class Server:
             if pid == 0:
                 return
             for connection in [one for one, its in self.children.items() if its == pid]:
-                self.tell(connection, status=os.waitstatus_to_exitcode(status))
+                self.send(connection, status=os.waitstatus_to_exitcode(status))
                 with contextlib.suppress(KeyError):
                     self.selector.unregister(connection)
                 del self.children[connection]
                 connection.close()
 
-    def tell(self, connection: socket.socket, **values: int) -> None:
+    def send(self, connection: socket.socket, **values: int) -> None:
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps(values).encode() + b"\n")
 
@@ -345,7 +347,7 @@ def kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, rights, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(4 * 16))
     files = array.array("i", rights[0][2])
     text = b""
@@ -358,7 +360,7 @@ def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def be_child(request: dict[str, Any], files: list[int]) -> None:
-    """Become what was asked for, and end as a process of its own would."""
+    """Turn this fork into the requested process, and end as such a process would."""
     # away from the numbers that they will get
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
     for number, file in enumerate(high):
@@ -389,7 +391,7 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
 
 
 def protected(function: Callable[[], int | None]) -> int:
-    """Return the status that an interpreter would end with; what was printed is written, exit handlers have run."""
+    """Run a function and return the exit status of an interpreter, after exit handlers and flushed output."""
     interrupted = False
     try:
         status = function() or 0

@@ -1,9 +1,10 @@
-"""Stand in for a program: have tests/forkserver.py run it in a fork with this process's files, variables and folder,
-forward signals to it, and end as it ends.
+"""Stand in for a program: have tests/forkserver.py run it in a fork, forward signals to it, and end as it ends.
+
+The fork gets this process's files, variables and folder.
 
     python -IS forkserver_client.py SOCKET MODULE:FUNCTION WORD...
 
-It imports no more than it must: its start is what the fork server saves."""
+It imports as little as possible, because its start is what the fork server saves."""
 
 import array
 import json

@@ -1,9 +1,9 @@
-"""One pool of gloo workers a test session: each runs `ettin ...` as one rank, layout after layout, in process.
+"""One pool of gloo workers per test session: each runs `ettin ...` as one rank, layout after layout, in its process.
 
-Workers are forked from a process that has imported torch and core (tests/forkserver.py). A job is a command line; every
-rank joins a fresh process group by a file, so that worlds smaller than the pool leave the other workers idle. A job that
-fails or hangs on one rank leaves the others inside a collective, and a rank may be killed from outside, for memory: the
-pool is then killed and made anew, so that one test fails and not all that follow."""
+Workers are forked from a process that has imported torch and core (tests/forkserver.py). A job is a command line. Every
+rank joins a fresh process group through a file, so a world smaller than the pool leaves the other workers idle. A job
+that fails or hangs on one rank leaves the others inside a collective, and a rank may be killed from outside, for memory:
+then the pool is killed and started again, so that one test fails and not all that follow."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PIPE = 3
 
 @dataclass(frozen=True)
 class Result:
-    """One rank's exit status and what it printed."""
+    """One rank's exit status and output."""
 
     status: int
     output: str
 
 
 def free_port() -> int:
-    """Below the range that systems hand out by themselves: gloo listens on such ports, and the port is used later."""
+    """Return a free port below the range that systems assign themselves, because it is used later."""
     while True:
         with contextlib.suppress(OSError), socket.socket() as found:
             found.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
-    """What each worker sends, or that it sent nothing or is gone."""
+    """Return each worker's result, or that it sent none in time or has died."""
     results = {pipe: Result(1, NO_ANSWER) for pipe in pipes}
     missing, end = set(pipes), time.monotonic() + timeout_seconds
     while missing and (ready := wait(missing, max(0.0, end - time.monotonic()))):
@@ -66,7 +66,7 @@ def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:
 
 
 def worker(rank: int) -> None:
-    """Run jobs until there are no more."""
+    """Run jobs until the pipe is closed."""
     warnings.simplefilter("ignore")
     import torch.distributed as dist
 
@@ -75,7 +75,7 @@ def worker(rank: int) -> None:
 
     detect("cpu")
     jobs = Connection(PIPE)
-    while (job := received(jobs)) is not None:
+    while (job := receive(jobs)) is not None:
         world, store, port, command, mutation, folder = job
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         # later phases of one job meet there again
@@ -96,7 +96,7 @@ def worker(rank: int) -> None:
         jobs.send(Result(status, printed.getvalue()))
 
 
-def received(jobs: Connection) -> tuple | None:
+def receive(jobs: Connection) -> tuple | None:
     try:
         return jobs.recv()
     except EOFError:
@@ -104,7 +104,7 @@ def received(jobs: Connection) -> tuple | None:
 
 
 def warm_up_emulated(folder: str, major: int, minor: int) -> None:
-    """Have Transformer Engine, emulated, before core is imported."""
+    """Install the emulated Transformer Engine before core is imported."""
     from tests.emulated_te.install import install
 
     install(Path(folder), (major, minor))
@@ -117,14 +117,14 @@ def warm_up_emulated(folder: str, major: int, minor: int) -> None:
 
 
 def give_back_memory() -> None:
-    """A job of a large shape leaves its gigabytes with the allocator (platform/memory.py), and the pool lives long."""
+    """Return freed memory to the system: after a large job the allocator (platform/memory.py) would keep gigabytes."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def write_coverage() -> None:
-    """Write what coverage.py has counted, where it counts: a worker may be killed in a later job."""
+    """Write what coverage.py has counted, if it runs: a worker may be killed in a later job."""
     if "COVERAGE_RUN" in os.environ:
         from coverage import Coverage
 
@@ -134,10 +134,9 @@ def write_coverage() -> None:
 
 @contextlib.contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """Make a mistake, fault or condition of tests/mutations.py, faults.py or conditions.py during one job.
+    """Apply a mistake, fault or condition of tests/mutations.py, faults.py or conditions.py during one job.
 
-    With `without:NAME` in the environment NAME is left out: tests/test_mutations.py sees so that its test can fail.
-    """
+    With `without:NAME` in the environment NAME is left out, so that tests/test_mutations.py can see its test fail."""
     mistake = os.environ.get(forkserver.MISTAKE_VARIABLE, "")
     with contextlib.ExitStack() as stack:
         for one in (name, None if mistake.startswith("without:") else mistake):

@@ -1,5 +1,6 @@
-"""Ranks of `ettin` as processes of their own, which may be stopped, killed, and end themselves: what the pool's workers
-may not. They are forked from the test session's server (tests/forkserver.py)."""
+"""Ranks of `ettin` as processes of their own, which tests may stop and kill, unlike the pool's workers.
+
+They are forked from the test session's server (tests/forkserver.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def be_rank(command: list[str], mutation: str | None) -> int:
 
 
 class Ranks:
-    """A launch of `world` ranks; what rank N prints goes to folder/rankN.log."""
+    """A launch of `world` ranks; the output of rank N goes to folder/rankN.log."""
 
     def __init__(self, world: int, folder: Path, command: list[str], mutation: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class Ranks:
         return self.processes[rank].pid
 
     def wait(self, seconds: float, but: tuple[int, ...] = ()) -> list[int | None]:
-        """Exit statuses, None of those that still run then; not waiting for `but`."""
+        """Wait for all ranks but `but`, and return exit statuses; None for ranks that still run."""
         deadline = time.monotonic() + seconds
         for rank, process in enumerate(self.processes):
             if rank not in but:

@@ -1,13 +1,13 @@
-"""The two tiers of the suite, and how its files are spread over processes; a plugin of pytest.
+"""A pytest plugin: the two tiers of the suite, and how its files are spread over processes.
 
     pytest --tier first     what `bash tests/run.sh` runs: every test but those marked `full`
     pytest --tier full      those alone
     pytest                  both
 
-A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because a person waits for it.
+A test of the first tier that takes more than SECONDS_AT_MOST fails the run by name, because people wait for it.
 
 With `-n` (pytest-xdist) each process takes whole groups of files, long ones first. Files of one GROUP share something
-that is dear to make and stay together."""
+that is expensive to make and stay together."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Have the fork server import while the first tests run."""
+    """Start the fork server's imports while the first tests run."""
     if any(WANT_SERVER.intersection(getattr(item, "fixturenames", ())) for item in session.items):
         forkserver.shared()
 
 
 def group_of(nodeid: str) -> str:
-    """Return the group of a test: its file, or what several files share."""
+    """Return the group of a test: its file, or the group that several files share."""
     for place, group in GROUPS.items():
         if nodeid.startswith(place):
             return group

@@ -1,13 +1,13 @@
-"""What a checkpoint costs a run on one CPU rank: training's wait for an asynchronous and a synchronous save, and the
-time to verify and to load one.
+"""Measure what a checkpoint costs a run on one CPU rank: how long training waits for asynchronous and for synchronous
+saves, and how long verifying and loading take.
 
   python tools/bench_checkpoint.py [--size 150m] [--layers N] [--rows 1] [--rounds 3] [--only loads] [--out FILE.md]
 
-fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in an order that changes, with four steps after
-each: `wait` is how long `Saver.begin` keeps training from going on, `steps after` what the four steps took more than
-four undisturbed ones (writing takes a processor's time too: with two threads for both that shows). Verifying is the
-sha256 of every file, alone and beside the load, which is into the same layout. Files are in the page cache, as right
-after a save, or, where it says so, come from the disk."""
+fp32, StableAdamW, rows of 1,024 tokens. A round saves once each way, in changing order, with four steps after each:
+`wait` is how long `Saver.begin` blocks training, `steps after` is how much longer the four steps took than four without
+a save (writing takes CPU time too, which shows with two threads). Verifying is the sha256 of every file, alone and
+concurrently with the load, which is into the same layout. Files are in the page cache, as right after a save, or come
+from the disk where the table says so."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def forget(folder: Path) -> None:
-    """Out of the page cache with a checkpoint's files."""
+    """Drop a checkpoint's files from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -58,7 +58,7 @@ def forget(folder: Path) -> None:
 
 
 class Bench:
-    """One run, what it saves into `folder`, and the seconds that things took."""
+    """One run, the folder that it saves into, and the seconds of each operation."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder, self.rounds, self.draw, self.step_number = folder, args.rounds, random.Random(1), 0
@@ -77,7 +77,7 @@ class Bench:
         return statistics.median(self.times["a step"])
 
     def save(self, way: str, steps_after: int) -> tuple[float, float]:
-        """How long a save keeps training from going on, and what the steps after it took."""
+        """Measure how long a save blocks training, and how long the steps after it take."""
         from megatron_ettin.train.progress import Progress
         from megatron_ettin.train.saving import Saver, SaveRequest
 
@@ -114,7 +114,7 @@ class Bench:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Medians, in seconds; `bytes` of a checkpoint."""
+    """Return medians in seconds, and `bytes` of a checkpoint."""
     import torch
 
     from megatron_ettin.checkpoint import directory

@@ -1,11 +1,11 @@
-"""`ettin convert` both ways against `transformers` loading and saving the same weights, and `ettin release` of many
-checkpoints: seconds and peak memory of whole commands.
+"""Compare `ettin convert` both ways with `transformers` loading and saving the same weights, and time `ettin release`
+of many checkpoints: seconds and peak memory of whole commands.
 
   python tools/bench_convert.py [--sizes 150m 1b] [--repeats 3] [--checkpoints 50] [--room DIR] [--out PAGE.md]
 
-Each command is a process of its own, and they take turns; medians. Every one ends with what it wrote on the disk: our
-commands force it there themselves, after the other's `save_pretrained` the tool does. Memory is the largest resident
-set (ru_maxrss), pages of mapped files included on both sides. Weights are seeded random ones in float32."""
+Each command is a process of its own, and they take turns; figures are medians. Every command ends with its output on
+the disk: ours force it there themselves, the tool does it after `save_pretrained`. Memory is the largest resident set
+(ru_maxrss), with pages of mapped files included on both sides. Weights are seeded random numbers in float32."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ os.sync()
 
 @dataclass
 class Measured:
-    """One command over its repeats."""
+    """Figures of one command over its repeats."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Measured:
 
 
 def run(measured: Measured, command: list[str], out: Path) -> None:
-    """Time one process; `out` is what it writes, removed before."""
+    """Time one process; its output `out` is removed before."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     began = time.perf_counter()
@@ -72,7 +72,7 @@ def run(measured: Measured, command: list[str], out: Path) -> None:
 
 
 def conversions(size: str, repeats: int, room: Path) -> list[str]:
-    """Rows of the table for one size."""
+    """Return the table rows of one size."""
     shape = SIZES[size]
     theirs, checkpoint = room / "theirs", room / "checkpoint"
     words = [shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.num_attention_heads, VOCABULARY]
@@ -104,7 +104,7 @@ def conversions(size: str, repeats: int, room: Path) -> list[str]:
 
 
 def releases(checkpoints: int, room: Path) -> list[str]:
-    """A run directory of `checkpoints` checkpoints of the 17m shape, released by one worker and by two, and again."""
+    """Time the release of a run of the 17m shape with `checkpoints` checkpoints: one worker, two, and repeated."""
     shape = SIZES["17m"]
     words = [shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.num_attention_heads, VOCABULARY]
     subprocess.run(

@@ -1,12 +1,11 @@
-"""The data path, measured side by side: `ettin prepare` beside Megatron-LM's preprocessing loop, our loader beside
-GPTDataset and mosaicml-streaming, peak memory at two sizes of corpus. Writes docs/benchmarks/data.md.
+"""Compare the data path with its peers: `ettin prepare` with Megatron-LM's preprocessing loop, our loader with
+GPTDataset and mosaicml-streaming, and peak memory at two sizes of corpus. Writes docs/benchmarks/data.md.
 
-The text is the docstrings of the installed packages (examples/docstrings.py). mosaicml-streaming wants an environment
+The text is the docstrings of the installed packages (examples/docstrings.py). mosaicml-streaming needs an environment
 of its own (it pins transformers < 5 and numpy < 2.2); without one its lines are left out.
 
     python tools/bench_data.py --streaming-python /path/to/its/bin/python
-    python tools/bench_data.py --only prepare
-"""
+    python tools/bench_data.py --only prepare"""
 
 from __future__ import annotations
 
@@ -79,7 +78,7 @@ def conditions(name: str) -> list[str]:
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
-    """The page's sections as they stand."""
+    """Return the page's present sections."""
     found: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         if line.startswith("## "):
@@ -103,7 +102,7 @@ def docstrings(folder: Path) -> Path:
 
 
 def measure_prepare(folder: Path, streaming_python: str | None) -> list[str]:
-    """Whole commands, start-up included, ours and the peer's in turn."""
+    """Time whole commands, start-up included, ours and the peer's in turn."""
     text = docstrings(folder)
     ours, theirs = {n: Runs() for n in WORKERS}, {n: Runs() for n in WORKERS}
     tokenizer = folder / "warm" / "tokenizer"
@@ -160,7 +159,7 @@ def children_cpu_seconds() -> float:
 
 
 def stages(text: Path, tokenizer_folder: Path) -> list[str]:
-    """Where one worker's time goes: the parts of a task, each alone, in this process."""
+    """Time the parts of a prepare task, each alone, in this process."""
     from megatron_ettin.data.tokenizer import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -180,7 +179,7 @@ def stages(text: Path, tokenizer_folder: Path) -> list[str]:
 
 
 def peak_bytes(command: list[str]) -> int:
-    """The most memory that a command and its workers together held (sum of unique set sizes, sampled)."""
+    """Return the peak memory of a command and its workers together (sum of unique set sizes, sampled)."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     most = 0
     while process.poll() is None:
@@ -198,7 +197,7 @@ def peak_bytes(command: list[str]) -> int:
 
 
 def measure_memory(folder: Path, streaming_python: str | None) -> list[str]:
-    """`prepare` and row planning at one size and at ten times that."""
+    """Measure the memory of `prepare` and row planning at one size and at ten times that."""
     text = docstrings(folder)
     larger = folder / "larger.jsonl"
     with open(larger, "wb") as out:

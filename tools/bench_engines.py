@@ -1,9 +1,9 @@
-"""Core's engine beside DeepSpeed's: steps of the same run on the same ranks, through `ettin train`.
+"""Compare core's engine with DeepSpeed's: steps of the same run on the same ranks, through `ettin train`.
 
   python tools/bench_engines.py --data DATASET [--ranks 2] [--rounds 3] [--steps 6] [--out docs/benchmarks/engines.md]
       [-- key=value ...]
 
-Sides take turns; the figure of a run is the median of its steps but the first two, of a side the median of its runs."""
+Sides take turns. A run's figure is the median of its steps without the first two, a side's the median of its runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORDS = (
 
 
 def run(arguments: argparse.Namespace, words: str, folder: Path) -> tuple[float, float]:
-    """(seconds a step, GiB of the first rank) of one run."""
+    """Return seconds per step and GiB of the first rank, of one run."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)),
         *("-m", "megatron_ettin", "train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"),

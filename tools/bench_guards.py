@@ -1,10 +1,10 @@
-"""What the guards of a run cost a training step, on the CPU: steps with and without them taking turns in one process.
+"""Measure what the guards of a run cost a training step on the CPU. Steps with and without them take turns.
 
   python tools/bench_guards.py [--threads 2] [--rows 2] [--steps 30] [--size 17m] [--out docs/benchmarks/guards.md]
 
-`judged`: loss and gradient norm judged before the update, with a full window of 128 steps. `replicas`: the sums of all
-weights' bits that ranks compare (`resilience.check_replicas_every`; without the exchange of one number a weight).
-`recheck`: two more forward passes (`resilience.recheck`). A turn is a step of each side, in an order that changes."""
+`judged`: loss and gradient norm are judged before the update, with a full window of 128 steps. `replicas`: the hashes
+of all weights that ranks compare (`resilience.check_replicas_every`), without the exchange of one number per weight.
+`recheck`: two more forward passes (`resilience.recheck`). A turn is one step of each side, in changing order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench_step import RandomRows
 
 
 def build(size: str, rows: int) -> tuple[Any, Any]:
-    """Machine and batches of one rank, fp32."""
+    """Build the train state and batches of one rank, fp32."""
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.trainer import build_single_process
@@ -32,7 +32,7 @@ def build(size: str, rows: int) -> tuple[Any, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each side's step, and of the checks that are asked for one by one."""
+    """Return the median seconds of each side's step, and of the checks that run on request."""
     import torch
 
     from megatron_ettin.config.operations import ResilienceConfig

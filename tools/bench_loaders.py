@@ -1,9 +1,10 @@
-"""Start-up, memory and rows a second of our loader, megatron-core's GPTDataset and mosaicml-streaming, each in a
-process of its own on the same rows of 1,024 tokens. A part of tools/bench_data.py.
+"""Compare start-up, memory and rows per second of our loader, megatron-core's GPTDataset and mosaicml-streaming.
 
-10**6 rows are real random tokens. Beyond that the corpus is one on paper (tools/fake_corpora.py): an index of the full
-size, tokens only where the first rows lie, which is all that a start-up reads. GPTDataset reads every document's length
-to build its indices, so it gets an index without holes."""
+Part of tools/bench_data.py. Each runs in a process of its own on the same rows of 1,024 tokens.
+
+10**6 rows are real random tokens. Beyond that the corpus is sparse (tools/fake_corpora.py): an index of the full size,
+tokens only in the first rows, which are all that a start-up reads. GPTDataset reads every document's length to build
+its indices, so it gets an index without holes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ Figure = dict[str, float]
 
 
 def measure(python: str, name: str, folder: Path, rows: int, read: int) -> Figure | str:
-    """The medians of REPEATS processes, or the last line of what went wrong."""
+    """Return the medians of REPEATS processes, or the last line of an error."""
     runs: list[Figure] = []
     command = [python, str(PEERS / "rows.py"), name, str(folder), str(rows), str(read)]
     for _ in range(REPEATS):
@@ -49,7 +50,7 @@ def measure(python: str, name: str, folder: Path, rows: int, read: int) -> Figur
 
 
 def fill_with_tokens(folder: Path, rows: int) -> None:
-    """Random tokens in every row of a sparse dataset, and its index in full."""
+    """Write random tokens to every row of a sparse dataset, and its full index."""
     draw = np.random.default_rng(0)
     with open(folder / "shard_00000.bin", "r+b") as stream:
         for _ in range(0, rows, 50_000):
@@ -57,7 +58,7 @@ def fill_with_tokens(folder: Path, rows: int) -> None:
 
 
 def write_whole_index(path: Path, rows: int) -> None:
-    """An .idx in which every row is a document of its own."""
+    """Write an .idx in which every row is a document of its own."""
     with open(path, "wb") as stream:
         stream.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[DTYPE], rows, rows + 1))
         np.full(rows, ROW_TOKENS, "<i4").tofile(stream)
@@ -73,14 +74,14 @@ def gpt_folder(ettin: Path, folder: Path, rows: int) -> Path:
 
 
 def streaming_folder(python: str, ettin: Path, folder: Path, rows: int) -> Path:
-    """10**6 rows written by mosaicml-streaming; for more rows, its shards again and again under other names."""
+    """Return 10**6 rows written by mosaicml-streaming; for more rows, its shards again under other names."""
     tokens = ettin / "shard_00000.bin"
     subprocess.run([python, str(PEERS / "write_mds.py"), str(tokens), str(folder), str(REAL_ROWS)], check=True)
     return folder
 
 
 def repeat_shards(written: Path, folder: Path, rows: int) -> Path:
-    """A streaming dataset of `rows` rows whose shards are links to the few that exist."""
+    """Make a streaming dataset of `rows` rows whose shards are links to the few that exist."""
     folder.mkdir()
     shard = json.loads((written / "index.json").read_text())["shards"][0]
     name = shard["raw_data"]["basename"]
@@ -94,7 +95,7 @@ def repeat_shards(written: Path, folder: Path, rows: int) -> Path:
 
 
 def run(work: Path, streaming_python: str | None) -> list[str]:
-    """The lines of the section."""
+    """Return the lines of the section."""
     lines: list[tuple[int, str, Figure | str]] = []
     ettin = work / "real"
     make_sparse_dataset(ettin, REAL_ROWS, ROW_TOKENS)

@@ -1,4 +1,4 @@
-"""The optimizers' update alone: this package's three against torch's AdamW (foreach), same parameters, same gradients.
+"""Compare the optimizers' update alone: our three and torch's AdamW (foreach), with the same parameters and gradients.
 
   python tools/bench_optim.py [--size 17m] [--device cpu] [--rounds 9] [--out docs/benchmarks/optim.md]
 
@@ -26,7 +26,7 @@ OURS, TORCH = ("stable_adamw", "adamw", "muon"), "torch.optim.AdamW, foreach"
 
 
 def ours(train_state: TrainState, name: str) -> Callable[[], None]:
-    """A function that does one update of ours."""
+    """Return a function that does one update of one of our optimizers."""
     optim = dataclasses.replace(train_state.config.optim, name=name)
     wrapped = wrap(train_state.config, train_state.model_chunks)
     groups = optimizer_groups(False)
@@ -45,7 +45,7 @@ def ours(train_state: TrainState, name: str) -> Callable[[], None]:
 
 
 def theirs(train_state: TrainState) -> Callable[[], None]:
-    """A function that does one update of torch's, gradient norm included as ours have it."""
+    """Return a function that does one update of torch's, with the gradient norm that ours computes too."""
     parameters = [
         p.detach().clone().requires_grad_() for p in train_state.model_chunks[0].parameters() if p.requires_grad
     ]
@@ -61,7 +61,7 @@ def theirs(train_state: TrainState) -> Callable[[], None]:
 
 
 def median_seconds(sides: dict[str, Callable[[], None]], rounds: int, platform: Platform) -> dict[str, float]:
-    """Of each side, taking turns, after one round that is not counted."""
+    """Return each side's median seconds, taking turns, after one round that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, step in sides.items():

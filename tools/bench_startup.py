@@ -1,9 +1,9 @@
-"""Seconds from typing a command to its answer: `ettin --help`, every command's `--help`, a dry run, a refused run.
+"""Measure the seconds from a command to its answer: `ettin --help`, each command's `--help`, a dry run, errors.
 
   python tools/bench_startup.py [--repeats 5] [--out docs/benchmarks/startup.md]
 
-Each is a process of its own, medians of `repeats`. Heavy libraries are imported where they are needed: a command that
-answers from configuration alone must not wait for torch."""
+Each is a process of its own; figures are medians of `repeats`. Heavy libraries are imported where they are needed: a
+command that answers from the configuration alone must not wait for torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""One training step side by side: this package against `transformers` + torch AdamW on the CPU, same shape, same rows.
+"""Compare one training step of this package with `transformers` + torch AdamW on the CPU, same shape, same rows.
 
   python tools/bench_step.py [--threads 2] [--rows 4] [--steps 5] [--rounds 2] [--out docs/benchmarks/step.md]
 
-17m shape, fp32, rows of one chunk of 1,024 tokens (so that `transformers`, which knows no boundaries within a row, does
-the same attention), dropout 0 (it cannot express ours). `fused`: run.fuse=always. Each side runs in a process of its
-own, sides taking turns `rounds` times; tokens/s is the median step, peak memory the process's largest resident set."""
+17m shape, fp32, rows of one chunk of 1,024 tokens (so that `transformers`, which ignores boundaries within a row, does
+the same attention), dropout 0 (`transformers` cannot express ours). `fused`: run.fuse=always. Each side runs in a
+process of its own, and sides take turns for `rounds` rounds. tokens/s is the median step, peak memory the process's
+largest resident set."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ RATIOS = [
 
 
 class RandomRows:
-    """Stands for a corpus: rows of one full chunk, a function of the position."""
+    """Stand-in for a corpus: rows of one full chunk, a function of the position."""
 
     vocab_size, special_ids, pad_id, mask_id, mean_tokens_per_row = VOCABULARY, SPECIALS, 50_283, MASK, float(SEQ_LEN)
 
@@ -56,7 +57,7 @@ class RandomRows:
         return [self.row(position) for position in positions]
 
     def place_of(self, counted: Any) -> Any:
-        """Nothing is left out."""
+        """Return the counted rows as they are: none are skipped."""
         import numpy as np
 
         return np.array(counted, np.int64)
@@ -66,7 +67,7 @@ class RandomRows:
 
 
 def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
-    """A function that runs step n of this package."""
+    """Return a function that runs step n of this package."""
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.parallel.env import read_distributed_env
@@ -86,7 +87,7 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
 
 
 def theirs(kind: str, rows: int) -> Callable[[int], None]:
-    """A function that runs step n of `transformers` with torch's AdamW."""
+    """Return a function that runs step n of `transformers` with torch's AdamW."""
     import numpy as np
     import torch
     from transformers import (
@@ -126,7 +127,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
 
 
 def measure(side: str, threads: int, rows: int, steps: int) -> None:
-    """In a process of its own: print seconds of each step after one to warm up, and the peak memory."""
+    """Print the seconds of each step after one warm-up step, and the peak memory; run in a process of its own."""
     import torch
 
     torch.set_num_threads(threads)

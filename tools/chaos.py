@@ -1,14 +1,14 @@
-"""Faults on purpose, and proof that they change nothing: runs end with the bits of an undisturbed one, or refuse by
-name.
+"""Inject faults and prove that they change nothing: runs end with the bits of an undisturbed run, or stop with an error
+that names the damage.
 
   python tools/chaos.py run [--rounds 10] [--seed 1] [--log chaos.jsonl]  kill -9, stops, signals, full disks, damage,
-                                                                          cables drawn, clocks set: whole runs
+                                                                          network drops, clock changes: whole runs
   python tools/chaos.py cut [--what publish|training] [--every 1]         a save killed at every call that changes disk
   python tools/chaos.py corrupt PATH... [--count 500]                     single bytes of a dataset or a run
 
-`run` goes on where its log ends; a round is a function of seed and number. The exit status is 1 where anything was
-silent: a difference, damage, a torn checkpoint. What cannot be had here is told of in a line that begins with
-`left out`."""
+`run` continues where its log ends; a round is a function of seed and number. The exit status is 1 if anything went
+wrong silently: a difference, damage, a torn checkpoint. Faults that this host cannot make are listed in lines that
+begin with `left out`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages are written to be read in the repository, where links lead out of docs/ too.
 
-CONTRIBUTING, SECURITY and CHANGELOG become pages of the site; links to other files of the repository, which a site
-has no place for, become their names. A link to a file that does not exist is left as it is, for --strict to find."""
+CONTRIBUTING, SECURITY and CHANGELOG become pages of the site. Links to other files of the repository, which the site
+does not have, become their names. A link to a file that does not exist is left as it is, for --strict to find."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def rewritten(markdown: str, folder: str) -> str:
-    """Links of a page in `folder` of the repository, as the site has them."""
+    """Return a page of the repository's `folder` with its links as the site needs them."""
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match["to"]))
@@ -48,6 +48,6 @@ def rewritten(markdown: str, folder: str) -> str:
 
 
 def relative(target: str, folder: str) -> str:
-    """From a page of `folder` to a page: what was in docs/, or above it, is in one folder on the site."""
+    """Return the link from a page of `folder` to a page; the site has docs/ and the files above it in one folder."""
     inside = target.removeprefix("docs/")
     return posixpath.relpath(inside, folder.removeprefix("docs").strip("/") or ".")

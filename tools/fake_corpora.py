@@ -1,5 +1,6 @@
-"""Corpora for benchmarks that are large on paper: sparse files of the real formats, with content only in the rows that
-will be read. 10**9 rows of 1,024 tokens are 2 TB of dataset and take some megabytes of disk."""
+"""Make huge corpora for benchmarks: sparse files of the real formats, with content only in the rows that will be read.
+
+10**9 rows of 1,024 tokens are a dataset of 2 TB and take some megabytes of disk."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ SEED, PHASE = 21, "pretrain"
 
 
 def make_sparse_dataset(folder: Path, rows: int, row_tokens: int) -> None:
-    """A dataset of `rows` chunks of `row_tokens` tokens and its packed row plan, one chunk a row, all of it holes."""
+    """Make a dataset of `rows` chunks of `row_tokens` tokens and its row plan, one chunk per row, all of it holes."""
     folder.mkdir(parents=True)
     name = "shard_00000"
     sizes = {
@@ -89,7 +90,7 @@ def make_sparse_plan(folder: Path, fingerprint: str, rows: int, row_tokens: int)
 
 
 def write_starts_header(path: Path, rows: int) -> int:
-    """The header of an .npy of `rows` int64; returns the size of the whole file."""
+    """Write the header of an .npy of `rows` int64 and return the size of the whole file."""
     with open(path, "wb") as stream:
         header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
         np.lib.format.write_array_header_1_0(stream, header)
@@ -112,7 +113,7 @@ def write_one_document(path: Path, tokens: int) -> int:
 
 
 def fill_positions(folders: list[Path], row_tokens: int, positions: range) -> None:
-    """Write the rows that stand at `positions` of the mixture of these datasets, by equal weights."""
+    """Write the rows at `positions` of the mixture of these datasets with equal weights."""
     corpus = open_blended_dataset(
         [MixtureEntry(str(f), weight=1.0) for f in folders], row_tokens, "packed", SEED, PHASE
     )
@@ -137,7 +138,7 @@ def fill_rows(folder: Path, rows: np.ndarray, row_tokens: int) -> None:
 
 
 def writable(path: Path, dtype: str, offset: int, count: int) -> np.memmap:
-    """A map in which a touched page does not bring its neighbours: they are holes."""
+    """Return a memory map in which touching a page does not load its neighbours, which are holes."""
     mapped = np.memmap(path, dtype, "r+", offset, (count,))
     mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return mapped

@@ -1,11 +1,11 @@
-"""Damaged and hostile files for every reader of files that others may have made: each is read or refused in one line.
+"""Feed damaged and hostile files to every reader of external files: each must be read, or refused in one line.
 
   python tools/fuzz.py [--runs 20000] [--reader idx,yaml] [--seed 1] [--out DIR]
 
 Each reader works in a process of its own with 1 GiB of memory above what it starts with. A failure is any error but
-UserError, an input that takes more than five seconds, a dead process, or something run that a file asked for
-(os.system, a class from outside a reader's list); its files are left in --out with the error. An input is a function of
-reader, seed and number: `--reader idx --seed 1 --first 4711 --runs 1` makes one again. Exit status 1 on a failure."""
+UserError, an input that takes more than five seconds, a dead process, or code that a file made run (os.system, a class
+outside of a reader's list); its files are left in --out with the error. An input is a function of reader, seed and
+number: `--reader idx --seed 1 --first 4711 --runs 1` makes one again. Exit status 1 on a failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Po
 
 
 class Ran(BaseException):
-    """A file had something done."""
+    """A file made code run."""
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -52,7 +52,7 @@ def slow(number: int, frame: Any) -> None:
 
 
 def run_reader(name: str, runs: int, first: int, seed: int, out: str) -> dict[str, Any]:
-    """In a process of its own. Counts, and what went wrong."""
+    """Run one reader in this process; return counts and failures."""
     reader = READERS[name]
     logging.disable(logging.CRITICAL)
     base = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -89,7 +89,7 @@ def run_reader(name: str, runs: int, first: int, seed: int, out: str) -> dict[st
 
 
 def one_execution(reader: Reader, folder: Path) -> tuple[str, str]:
-    """("accepted", "refused" or "failure", the failure's text)."""
+    """Return ("accepted", "refused" or "failure", the failure's text)."""
     from megatron_ettin.base.errors import UserError
 
     signal.alarm(SLOW_SECONDS)
@@ -112,7 +112,7 @@ def limit_memory() -> None:
 
 
 def keep(out: str, name: str, number: int, target: str, content: bytes, error: str) -> str:
-    """Leave the input; returns the error's last line."""
+    """Save a failing input and return the error's last line."""
     folder = Path(out) / f"{name}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / target).write_bytes(content)
@@ -125,7 +125,7 @@ def entry(pipe: Any, arguments: tuple[Any, ...]) -> None:
 
 
 def fuzzed(name: str, runs: int, first: int, seed: int, out: str) -> dict[str, Any]:
-    """`run_reader` in a process that may die."""
+    """Run `run_reader` in a process that may die."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=entry, args=(theirs, (name, runs, first, seed, out)))

@@ -1,20 +1,20 @@
-"""What is promised of GPUs, checked on this one: a table of what passed, failed, or does not run here and why.
+"""Check on this GPU what is promised of GPUs: a table of what passed, failed, or cannot run here and why.
 
   python tools/gpu_validate.py --data DATASET [--only SECTION,...] [--results gpu.json] [--out TABLE.md]
 
   rates        copies, products, FP8 linears and element-wise work at the shapes of a layer, and the linears' errors
   attention    every kernel that runs: outputs and gradients against float64, seconds
-  layers       Transformer Engine's layers beside core's: losses of twenty steps
-  precisions   200 steps of each precision beside bf16, on the same rows
+  layers       Transformer Engine's layers against core's: losses of twenty steps
+  precisions   200 steps of each precision against bf16, on the same rows
   checkpoints  resumed FP8 runs, and runs that change precision or device
   export       runs of this device as verified folders of transformers
   throughput   tokens/s, MFU and memory of encoder and decoder, by length and precision
   peers        the same rows through transformers, compiled
-  roofline     the least that a step could take by the rates found, part by part, beside what it took
+  roofline     the least time of a step by the measured rates, part by part, against the measured step
 
 DATASET is `ettin prepare`d with row plans of all --seq-lens. Each section is a process of its own and ends within
---minutes; what it did not reach is done by the same command again, which leaves alone what passed. On a machine without
-a GPU `--device cpu` runs the same with what there is. Words behind `--` go to every run."""
+--minutes. The same command continues with what is missing and keeps what passed. On a host without a GPU, `--device
+cpu` runs what it can. Overrides after `--` go to every run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECTIONS = ("rates", "attention", "layers", "precisions", "checkpoints", "export
 
 
 def run_section(name: str, session: Session) -> None:
-    """Here and now, in this process."""
+    """Run a section in this process."""
     from megatron_ettin.platform import detect
 
     # without a GPU this emulates core's CUDA calls
@@ -55,7 +55,7 @@ def run_section(name: str, session: Session) -> None:
 
 
 def table(found: dict[str, dict[str, Any]], command: str) -> str:
-    """Markdown of every item, and how many there are of each state."""
+    """Return a Markdown table of every item, and the number of items in each state."""
     states = [result["state"] for items in found.values() for result in items.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (PASSED, FAILED, ABSENT))
     lines = ["# What this device did", "", f"`{command}`", "", f"{time.strftime('%Y-%m-%d')}; {counts}.", ""]

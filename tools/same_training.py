@@ -3,11 +3,11 @@
     python tools/same_training.py run --checkout . --out after
     python tools/same_training.py compare before after
 
-`run` prepares a dataset and trains, exports and lists the order of every case below by the package of one checkout.
-`compare` holds two such folders against each other: the dataset's files, each step's figures, each checkpoint's files,
-the exported files and the order tables. `run --resume-from BEFORE` also goes on from the other checkout's checkpoints,
-under the layout of the next case, so that old checkpoints are known to load. Both folders have to be made on one
-machine: other CPUs round otherwise."""
+`run` prepares a dataset and trains, exports and lists the order of every case below with the package of one checkout.
+`compare` compares two such folders: the dataset's files, each step's figures, each checkpoint's files, the exported
+files and the order tables. `run --resume-from BEFORE` also resumes from the other checkout's checkpoints, under the
+layout of the next case, so that old checkpoints are known to load. Both folders must be made on one host, because
+other CPUs round differently."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Checkout:
         self.environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
 
     def run(self, *words: str | Path, ranks: int = 1) -> str:
-        """Run `ettin WORDS...` and return what it printed; end with its output where it fails."""
+        """Run `ettin WORDS...` and return its output; exit with that output if it fails."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, "-W", "ignore", *launcher, "-m", "megatron_ettin", *map(str, words)]
         done = subprocess.run(command, cwd=self.out, env=self.environment, capture_output=True, text=True)
@@ -74,7 +74,7 @@ class Checkout:
 
 
 def text_of(out: Path) -> Path:
-    """Write the text that all cases train on; it follows from nothing but this file."""
+    """Write the text that all cases train on; it depends on this file only."""
     path = out / "text.jsonl"
     words = WORDS.split()
     with path.open("w") as lines:
@@ -103,7 +103,7 @@ def run(checkout: Path, out: Path, before: Path | None, cases: list[str]) -> Non
 
 
 def resume(package: Checkout, before: Path, case: str, other: str) -> None:
-    """Go on from the other checkout's checkpoint, as it was trained and under the layout of another case."""
+    """Resume from the other checkout's checkpoint, with its own layout and with the layout of another case."""
     layout = [word for word in CASES[other][2].split() if word.startswith("parallel.")]
     for name, ranks, words in ((case, CASES[case][0], []), (f"{case}-as-{other}", CASES[other][0], layout)):
         if words and ("muon" in case or "zero" in case + other):

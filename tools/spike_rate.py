@@ -1,11 +1,10 @@
-"""How often a healthy run's gradient norm is called a spike, under the default settings of `resilience` or others.
+"""Measure how often a healthy run's gradient norm is called a spike, under given settings of `resilience`.
 
   python tools/spike_rate.py [--steps 1000000] [--sigmas S] [--window W] [--ratio R] [RUN...]
 
-Made-up norms: independent noise, and noise on a slow drift. A RUN's own norms are judged as they are and, to have more
-of them, redrawn: its distances from the running median, drawn with replacement. The first steps of a run are judged by
-half a window.
-"""
+Synthetic norms: independent noise, and noise on a slow drift. A RUN's own norms are judged as they are and, to have
+more of them, resampled: its distances from the running median, drawn with replacement. The first steps of a run are
+judged by half a window."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ DRIFT_STEPS = 20_000
 
 
 def spikes(logs: np.ndarray, settings: ResilienceConfig, window: int) -> int:
-    """Count the spikes among log norms of steps [n], each judged by the `window` ones before it, as `Guard` does."""
+    """Count the spikes among log norms [n], each judged by the `window` before it, as `AnomalyDetector` does."""
     found = 0
     for begin in range(window, len(logs), CHUNK_STEPS):
         end = min(begin + CHUNK_STEPS, len(logs))
@@ -39,7 +38,7 @@ def spikes(logs: np.ndarray, settings: ResilienceConfig, window: int) -> int:
 
 
 def made_up(steps: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, log norms [steps]) of each kind of noise."""
+    """Return (name, log norms [steps]) of each kind of noise."""
     draw = np.random.default_rng(21)
     for deviation in (0.1, 0.3):
         norms = np.abs(1 + deviation * draw.standard_normal(steps))
@@ -51,7 +50,7 @@ def made_up(steps: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def recorded(run: Path, steps: int, window: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, log norms) of a run: its own, and its distances from the running median, redrawn."""
+    """Return (name, log norms) of a run: its own, and its distances from the running median, resampled."""
     norms = [line["grad_norm"] for line in read_metrics(run / METRICS_FILE) if line.get("grad_norm")]
     logs = np.log(norms)
     yield f"{run.name}, as recorded", logs

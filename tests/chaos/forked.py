@@ -1,4 +1,4 @@
-"""tools/chaos.py in a fork of a process that has imported everything, and its ranks in forks of another one."""
+"""Run tools/chaos.py in a fork of a process that has imported everything, and its ranks in forks of another one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_chaos(*words: str) -> int:
 
 
 def run_zygote() -> None:
-    """Be the process that ranks are forked from."""
+    """Run the process that ranks are forked from."""
     import_tools()
     from chaos_parts.zygote import serve
 

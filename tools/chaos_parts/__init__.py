@@ -1,1 +1,1 @@
-"""Parts of tools/chaos.py: faults for runs, cuts in the publishing of checkpoints, corrupted bytes."""
+"""Parts of tools/chaos.py: faults of runs, killed checkpoint saves, corrupted bytes."""

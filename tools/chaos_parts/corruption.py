@@ -1,10 +1,9 @@
-"""Single bytes of a dataset or a run, changed one at a time: each is detected and named, or changes nothing that is
-read.
+"""Change single bytes of a dataset or a run: each change is detected and named, or changes nothing that is read.
 
-A byte of a file that is chosen by kind (so that small files come up as often as large ones) gets another value; `ettin
-inspect PATH --verify` must end with 2 and name the file, or the one that says what it should be. What it lets pass has
-to be the same to every reader: JSON and YAML of equal content. Of `latest` a run must still find a whole checkpoint.
-Files end as they were. An attempt is a function of seed and number: the report names both."""
+A byte of a file chosen by file type (so that small files come up as often as large ones) gets another value. `ettin
+inspect PATH --verify` must end with 2 and name the file, or the one that records what it should be. What it lets pass
+must be the same to every reader: JSON and YAML of equal content. For `latest` a run must still find a whole checkpoint.
+Files are restored afterwards. An attempt is a function of seed and number, and the report names both."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ from pathlib import Path
 
 
 def kind_of(path: Path) -> str:
-    """Files of a kind are told apart by their suffix, or where they have none by their name."""
+    """Return a file's type: its suffix, or its name if it has none."""
     name = path.name
     return path.suffix if path.suffix in (".distcp", ".bin", ".idx", ".arrow", ".npy", ".pt") else name
 
 
 def files_of(folder: Path) -> dict[str, list[Path]]:
-    """What is protected: of a run its checkpoints, of a dataset everything but notes on how it was made."""
+    """Return what is protected: a run's checkpoints; of a dataset everything but notes on how it was made."""
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = collections.defaultdict(list)
     for path in sorted(inside.rglob("*")):
@@ -34,7 +33,7 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def verified(folder: Path) -> tuple[int, str]:
-    """Status and words of `ettin inspect --verify`."""
+    """Return status and output of `ettin inspect --verify`."""
     from megatron_ettin.cli.main import main as ettin
 
     out = io.StringIO()
@@ -44,7 +43,7 @@ def verified(folder: Path) -> tuple[int, str]:
 
 
 def same_content(path: Path, before: bytes, after: bytes) -> bool:
-    """Whether every reader finds the same values."""
+    """Return whether every reader finds the same values."""
     import yaml
 
     if path.suffix not in (".json", ".yaml"):
@@ -57,7 +56,7 @@ def same_content(path: Path, before: bytes, after: bytes) -> bool:
 
 
 def attempt(folder: Path, path: Path, before: bytes, draw: random.Random) -> tuple[str, str]:
-    """("named" | "harmless" | "missed", details) of one changed byte."""
+    """Change one byte and return ("named" | "harmless" | "missed", details)."""
     from megatron_ettin.checkpoint.directory import latest
 
     after = bytearray(before)

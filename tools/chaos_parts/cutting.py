@@ -1,8 +1,8 @@
-"""The publishing of a checkpoint, cut before each call that changes the disk. Every time a whole checkpoint is found,
-`latest` never names a torn one, what follows works and leaves nothing behind.
+"""Kill the publishing of a checkpoint before each call that changes the disk.
 
-A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a failure of power, which takes what was
-not forced to the disk (`lost`)."""
+Each time a whole checkpoint must be found, `latest` must never name a torn one, and what follows must work and leave
+nothing behind. A cut is a kill -9 before the call, one in the middle of a write (`torn`), or a power failure, which
+loses what was not forced to the disk (`lost`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KILLED, TORN, LOST = "killed", "torn", "lost"
 
 @dataclass(frozen=True)
 class Case:
-    """A save to be cut. `traced` does it under a Cut of this number, `wrong` tells what does not hold afterwards."""
+    """A save to cut. `traced` does it under a Cut of this number; `wrong` returns what does not hold afterwards."""
 
     name: str
     folder: Path
@@ -42,7 +42,7 @@ class Case:
 
 
 def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
-    """(what was cut, what is wrong) for every boundary, or of `every` one."""
+    """Yield (what was cut, what is wrong) for every boundary, or for one in `every`."""
     calls = case.traced(0, False).calls
     if wrong := case.wrong():
         yield f"{case.name}, not cut", wrong
@@ -57,8 +57,9 @@ def cuts_of(case: Case, every: int) -> Iterator[tuple[str, str | None]]:
 
 
 def boundaries(calls: list[Call], way: str) -> list[int]:
-    """Numbers of calls to cut. Of many writes in a row to one file, which differ in its length alone, the first and the
-    last."""
+    """Return the numbers of the calls to cut.
+
+    Of many consecutive writes to one file, which differ in its length only, the first and the last."""
 
     def is_inner(at: int) -> bool:
         return calls[at].name == "write" and calls[at - 1 : at + 2].count(calls[at]) == 3
@@ -68,7 +69,7 @@ def boundaries(calls: list[Call], way: str) -> list[int]:
 
 
 def content_of(step: int, again: bool = False) -> dict[str, bytes]:
-    """Files of a checkpoint without torch; large enough that buffers are written in several calls."""
+    """Return files of a checkpoint without torch, large enough to be written in several calls."""
     text = f"{step} {again} ".encode()
     sizes = {"__0_0.distcp": 300_000, ".metadata": 9_000, "common.pt": 500, "metadata.json": 60, "config.yaml": 900}
     return {name: (text * size)[:size] for name, size in {**sizes, "tokenizer/tokenizer.json": 20_000}.items()}
@@ -84,7 +85,7 @@ def save(run: Path, step: int, again: bool = False) -> None:
 
 
 def check_named(latest_file: Path) -> None:
-    """What `latest` names is whole. It is away for a moment where its own step is saved again: then it is beside."""
+    """Check that `latest` names a whole checkpoint, at its temporary path while its step is saved again."""
     named = latest_file.parent / latest_file.read_text().strip()
     verify(named if named.exists() else named.with_name(f".tmp-replaced-{named.name}"))
 
@@ -94,7 +95,7 @@ def litter(run: Path) -> list[str]:
 
 
 def trouble(run: Path, allowed: list[dict[str, bytes]]) -> str | None:
-    """What is wrong after a cut of `save`."""
+    """Return what is wrong after a cut of `save`."""
     named = checkpoints_folder(run) / "latest"
     try:
         found = latest(run, checksums=True)
@@ -114,7 +115,7 @@ def trouble(run: Path, allowed: list[dict[str, bytes]]) -> str | None:
 
 
 def cases_of_publish(work: Path, mutation: str | None) -> Iterator[Case]:
-    """Of the next step, after which an old checkpoint goes, and of the same step again."""
+    """Return two cases: saving the next step, which deletes an old checkpoint, and the same step again."""
     base, run = work / "base", work / "cut"
     shutil.rmtree(base, ignore_errors=True)
     for step in (1, 2):
@@ -148,8 +149,9 @@ def cases_of_publish(work: Path, mutation: str | None) -> Iterator[Case]:
 
 
 class CutRuns:
-    """A run of one rank that goes on from step 4 to 7 and is cut in its saves of steps 6 and 7, after which the one of
-    step 2 goes; then it has to go on to the end that one without cuts comes to."""
+    """A run of one rank that resumes at step 4, trains to 7, and is cut in its saves of steps 6 and 7.
+
+    After them the checkpoint of step 2 is deleted. The run must then continue to the same end as one without cuts."""
 
     def __init__(self, work: Path, mutation: str | None) -> None:
         self.work, self.mutation, self.corpus, self.zygote = work, mutation, corpus_in(work), Zygote()
@@ -206,7 +208,7 @@ def await_file(path: Path, launch: Launch) -> None:
 
 
 def cases_of_training(work: Path, mutation: str | None) -> Iterator[Case]:
-    """Saves beside training and in its way."""
+    """Return asynchronous and synchronous saves during training."""
     runs = CutRuns(work, mutation)
     with contextlib.closing(runs.zygote):
         for asynchronous in ("true", "false"):
@@ -221,7 +223,7 @@ def cases_of_training(work: Path, mutation: str | None) -> Iterator[Case]:
 
 
 def run(work: Path, what: str, every: int, mutation: str | None = None) -> int:
-    """All cuts; 1 where one did harm."""
+    """Make all cuts; return 1 if one did harm."""
     if why := tracing.unavailable():
         print(f"left out: cut: {why}")
         return 0

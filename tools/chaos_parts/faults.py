@@ -1,5 +1,7 @@
-"""What goes wrong in a round. Each kind prepares the round, gives the actions of a disturbed launch, may act between
-launches. Moments are steps of the run and seconds after them, so that a seed means the same on a slow machine."""
+"""Faults of a round.
+
+Each prepares the round, returns the actions of a disturbed launch, and may act between launches. Times are steps of the
+run plus seconds, so that a seed means the same on a slow host."""
 
 from __future__ import annotations
 
@@ -25,8 +27,7 @@ START_SECONDS = 4.0
 
 @dataclass
 class Round:
-    """One run that is disturbed. `damaged`: files of checkpoints that were harmed, with how; `harmed`: files beside
-    them."""
+    """One disturbed run. `damaged`: damaged checkpoint files and how; `harmed`: other damaged files."""
 
     run_dir: Path
     draw: random.Random
@@ -36,7 +37,7 @@ class Round:
     closing: list[Callable[[], Any]] = field(default_factory=list)
 
     def action(self, name: str, act: Callable[[Launch], Any], later: float = 0.0) -> Action:
-        """At a random moment of the launch to come, and `later` seconds after it."""
+        """Return an action at a random time of the next launch, `later` seconds after that."""
         done = max(0, self._steps())
         if self.draw.random() < STARTING or done >= STEPS:
             return Action(name, -1, self.draw.uniform(0, START_SECONDS) + later, act)
@@ -50,7 +51,7 @@ class Round:
 
 
 class Fault:
-    """`relaunches`: the most launches that are disturbed; `hang_seconds`: of these, few where a stall is to be seen."""
+    """`relaunches`: the most disturbed launches; `hang_seconds`: the watchdog's limit where a stall must be seen."""
 
     relaunches = 2
     hang_seconds = 30.0
@@ -63,18 +64,18 @@ class Fault:
         return []
 
     def between(self, round: Round) -> list[str]:
-        """After a disturbed launch; what was done."""
+        """Act after a disturbed launch and return what was done."""
         return []
 
 
 def some_ranks(round: Round) -> list[int]:
-    """One, several or all."""
+    """Choose one, several or all ranks."""
     count = round.draw.choice([1, 1, 2, round.place.ranks])
     return round.draw.sample(range(round.place.ranks), min(count, round.place.ranks))
 
 
 def sent(number: int, *ranks: int) -> Callable[[Launch], Any]:
-    """A signal to these ranks, or to all."""
+    """Return the action that sends a signal to these ranks, or to all."""
     return lambda launch: launch.signal(number, *ranks)
 
 
@@ -89,7 +90,7 @@ class Kill(Fault):
 
 
 class Stop(Fault):
-    """SIGSTOP of some ranks: half of the time they go on after a while, else the watchdogs have to see it."""
+    """SIGSTOP of some ranks: half of the time they continue after a while, else the watchdogs must see it."""
 
     relaunches = 1
     hang_seconds = 8.0
@@ -120,7 +121,7 @@ class Term(Fault):
 
 
 class Disk(Fault):
-    """The run's folder, or its checkpoints alone, on a small file system that is made larger later."""
+    """The run's folder, or its checkpoints alone, on a small file system that is enlarged later."""
 
     def unavailable(self) -> str | None:
         if os.geteuid() != 0:
@@ -154,8 +155,7 @@ class Disk(Fault):
 
 
 class Corrupt(Fault):
-    """All ranks end at once; then bytes of a checkpoint's files change, or a file is cut or goes; or one of the files
-    beside the checkpoints."""
+    """All ranks end together; then a checkpoint's files change, shrink or go, or another file of the run is damaged."""
 
     BESIDE = ("config.yaml", "order.json", "history.jsonl", "metrics.jsonl")
 
@@ -183,7 +183,7 @@ class Corrupt(Fault):
 
 
 def harm(path: Path, draw: random.Random) -> str:
-    """Damage one file; what was done."""
+    """Damage one file and return how."""
     content, how = bytearray(path.read_bytes()), draw.choice(["flip", "flip", "zeros", "cut", "delete"])
     if how == "delete" or not content:
         path.unlink()
@@ -203,7 +203,7 @@ def harm(path: Path, draw: random.Random) -> str:
 
 
 class NetworkDrop(Fault):
-    """One rank's cable is drawn, for a moment or for good."""
+    """One rank's network is cut, for a short time or for good."""
 
     relaunches = 1
     hang_seconds = 8.0

@@ -1,5 +1,6 @@
-"""One launch of a run: ranks as real processes, actions at moments that the run's own progress sets, and what a
-launcher does when a rank has failed (the others have some seconds, then they are killed)."""
+"""One launch of a run: ranks as real processes, and actions at times that follow the run's own progress.
+
+When a rank has failed, the others get some seconds and are then killed, as a launcher does."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ class Action:
 
 @dataclass
 class Place:
-    """Where and how ranks start. `mutation`: of tests/mutations.py; `networks`: a namespace and an address for each
-    rank; `clock`: (rank, file)."""
+    """Where and how ranks start.
+
+    `mutation`: a name of tests/mutations.py; `networks`: each rank's namespace and address; `clock`: (rank, file)."""
 
     zygote: Zygote
     ranks: int
@@ -49,7 +51,7 @@ class Place:
 
 
 class Launch:
-    """Ranks of `ettin COMMAND` under way. What they print is in folder/rankN.log."""
+    """Running ranks of `ettin COMMAND`. Their output is in folder/rankN.log."""
 
     def __init__(
         self, place: Place, run_dir: Path, folder: Path, command: list[str], save_marker: Path | None = None
@@ -78,14 +80,14 @@ class Launch:
         return [self.place.zygote.status(pid) for pid in self.pids]
 
     def signal(self, number: int, *ranks: int) -> None:
-        """To these ranks, or to all."""
+        """Send a signal to these ranks, or to all."""
         for rank in ranks or range(len(self.pids)):
             if self.place.zygote.status(self.pids[rank]) is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pids[rank], number)
 
     def steps(self) -> int:
-        """How many the run has recorded."""
+        """Return the number of steps that the run has recorded."""
         try:
             return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
         except OSError:
@@ -95,8 +97,9 @@ class Launch:
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
     def finish(self, actions: list[Action], limit_seconds: float) -> tuple[list[int], list[str], bool]:
-        """Until all ranks have ended: their statuses, what was done to them, whether the tool had to end them
-        `limit_seconds` after the start or the last action."""
+        """Wait for all ranks; return their statuses, the faults, and whether the tool had to kill them.
+
+        It kills them `limit_seconds` after the start or the last action."""
         done, failed_at, too_long, last = [], None, False, self.began
         while None in (statuses := self.statuses()):
             now, steps = time.monotonic(), self.steps()

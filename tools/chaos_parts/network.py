@@ -1,4 +1,4 @@
-"""A network of each rank's own: namespaces on a bridge, so that one rank's cable can be drawn."""
+"""A network for each rank: namespaces on a bridge, so that one rank's link can be cut."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ip(*words: str) -> None:
 
 
 def unavailable() -> str | None:
-    """Why there can be none here."""
+    """Return why this host cannot make networks; None if it can."""
     if IP is None:
         return "no iproute2"
     if os.geteuid() != 0:
@@ -68,5 +68,5 @@ class Network:
                     ip(*words)
 
     def set(self, rank: int, state: str) -> None:
-        """`down`: nothing of this rank's arrives any more; `up`: it does again."""
+        """Set a rank's link `down`, so that nothing arrives any more, or `up` again."""
         ip("link", "set", self.cables[rank], state)

@@ -61,7 +61,7 @@ class Told:
 
 @dataclass(frozen=True)
 class State:
-    """What a run came to."""
+    """The final state of a run."""
 
     tensors: dict[str, torch.Tensor]
     lines: list[list[Any]]
@@ -69,7 +69,7 @@ class State:
 
 
 def state_of(run_dir: Path) -> State:
-    """Every tensor of the last checkpoint, the optimizer's too, and what was recorded of every step."""
+    """Return every tensor of the last checkpoint, the optimizer's too, and the record of every step."""
     checkpoint = latest(run_dir, checksums=True)
     if checkpoint is None:
         raise UserError(f"{run_dir}: no checkpoint")
@@ -80,7 +80,7 @@ def state_of(run_dir: Path) -> State:
 
 
 def differences(found: State, expected: State) -> list[str]:
-    """One line a difference; empty where every bit is the same."""
+    """Return one line per difference; none if every bit is the same."""
     told = [f"tensors {sorted(set(found.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
         found.tensors.keys() != expected.tensors.keys()
     )
@@ -100,8 +100,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Chaos:
-    """Runs of one session: the process that ranks are forked from, the undisturbed runs, the faults that can be had. A
-    context. `mutation`: of all ranks but those of undisturbed runs."""
+    """Runs of one session: the process that ranks are forked from, the undisturbed runs, the available faults.
+
+    A context manager. `mutation` applies to all ranks but those of undisturbed runs."""
 
     def __init__(
         self, work: Path, ranks: int, kinds: Sequence[str], layouts: Sequence[str], mutation: str | None = None
@@ -162,7 +163,7 @@ class Chaos:
         return told
 
     def disturbed(self, round: Round, faults: list[Fault], told: Told, expected: State) -> str:
-        """Launch until the run ends; what came of it."""
+        """Launch until the run ends, and return the result."""
         for fault in faults:
             fault.prepare(round)
         disturbed = round.draw.randint(1, max(fault.relaunches for fault in faults))
@@ -193,7 +194,7 @@ class Chaos:
 
 
 def damage_not_told(round: Round, said: str) -> str | None:
-    """What the launch should have named and did not: damage of the checkpoint it went on from, or of a newer one."""
+    """Return the damage that the launch should have named: in the checkpoint it resumed from, or in a newer one."""
     found = re.search(r"resumed (step_\d+) ", said)
     if not found or not round.damaged:
         return None
@@ -209,7 +210,7 @@ def damage_not_told(round: Round, said: str) -> str | None:
 
 
 def names_damage(round: Round, line: str) -> bool:
-    """Whether a refusal names a file that was harmed, or the setting that is another one in the run's own record."""
+    """Return whether an error names a damaged file, or the setting that differs in the run's own record."""
     harmed = [path for path, _ in round.damaged] + round.harmed
     changed = f"{round.run_dir}: was started with "
     return any(path.name in line or (path.parent == round.run_dir and changed in line) for path in harmed)
@@ -236,7 +237,7 @@ def verdict(round: Round, statuses: list[int], said: str, expected: State) -> st
 
 
 def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[Told]:
-    """All rounds that the log does not have yet; each is told of as it ends."""
+    """Run all rounds that the log does not have yet, and log each as it ends."""
     done = {}
     if log.exists():
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
@@ -257,7 +258,7 @@ def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[Told]:
 
 
 def report(done: Sequence[Told]) -> int:
-    """A table of what came out by kind of fault; 1 where a round failed."""
+    """Print a table of results by kind of fault; return 1 if a round failed."""
     print(f"{'fault':<10} rounds identical refused failed launches seconds")
     for kind in sorted({kind for told in done for kind in told.faults}):
         of = [told for told in done if kind in told.faults]

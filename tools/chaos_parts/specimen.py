@@ -1,4 +1,4 @@
-"""What is tortured: a tiny corpus, and runs on it that take seconds."""
+"""A tiny corpus, and runs on it that take seconds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYOUTS = {
 
 
 def corpus_in(folder: Path) -> Path:
-    """The dataset of all runs, made once."""
+    """Return the dataset of all runs, made once."""
     if not (folder / "corpus" / "dataset" / "manifest.json").exists():
         (folder / "corpus").mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer(folder / "tokenizer", range(20))
@@ -39,5 +39,5 @@ def corpus_in(folder: Path) -> Path:
 
 
 def train_words(run_dir: Path, corpus: Path, *words: str, steps: int = STEPS) -> list[str]:
-    """The command line of a run, without `ettin`."""
+    """Return the command line of a run, without `ettin`."""
     return command(run_dir, corpus, "mlm", [*SHAPE, f"run.steps={steps}", *words])

@@ -1,8 +1,8 @@
-"""kill -9 of a process at the entry of its N-th system call that changes a folder, whichever thread makes it.
+"""Kill a process (kill -9) at the entry of its N-th system call that changes a folder, in whichever thread.
 
-`strace --inject` counts calls of each thread by itself, and a checkpoint is written by several: here one count goes
-over all of them, by ptrace. A write can be cut in its middle too, and what was written but not forced to the disk be
-lost, as when the power fails. Linux on x86-64."""
+`strace --inject` counts the calls of each thread separately, but several threads write a checkpoint: here one count
+covers all of them, by ptrace. A write can be cut in its middle too, and what was written but not forced to the disk be
+lost, as in a power failure. Linux on x86-64."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ptrace(request: int, pid: int, address: int = 0, data: int | ctypes.Array = 
 
 
 def unavailable() -> str | None:
-    """Why there can be no cuts here: what the system says of a process that tries."""
+    """Return why this host cannot cut calls (the system's error message), or None."""
     if platform.machine() != "x86_64" or os.uname().sysname != "Linux":
         return "tracing is for Linux on x86-64"
     child = os.fork()
@@ -68,7 +68,7 @@ def unavailable() -> str | None:
 
 @dataclass(frozen=True)
 class Call:
-    """One that changes the disk. `target`: of a rename."""
+    """A call that changes the disk. `target`: the new name in a rename."""
 
     name: str
     path: str
@@ -80,8 +80,9 @@ class Call:
 
 @dataclass
 class Cut:
-    """Kill `pid` at call `number` under `folder` (0: at none); `torn`: a write there is done by half first. `calls`:
-    those before, the last one of them being the one cut."""
+    """Kill `pid` at call `number` under `folder` (0: at none).
+
+    `torn`: half of a write is done first. `calls`: the calls so far, the last of them being the one cut."""
 
     pid: int
     folder: Path
@@ -93,7 +94,7 @@ class Cut:
     _half: int | None = None
 
     def trace(self, go: Callable[[], object]) -> None:
-        """Attach, `go`, follow until the process has ended."""
+        """Attach, call `go`, and follow until the process has ended."""
         attached: set[int] = set()
         while new := {int(tid) for tid in os.listdir(f"/proc/{self.pid}/task")} - attached:
             for tid in new:
@@ -147,7 +148,7 @@ class Cut:
         self._half = tid
 
     def _file(self, tid: int, call: int, arguments: list[int]) -> tuple[str, str, str]:
-        """Name of the call, the file that it changes (none where it changes none), its new name."""
+        """Return the call's name, the file that it changes (None if it changes none), and its new name."""
         name, where = CALLS[call]
         if where.startswith("fd"):
             return name, self._link(arguments[2] if where == "fd out" else arguments[0]), ""
@@ -173,7 +174,7 @@ class Cut:
 
 
 def not_forced(calls: list[Call]) -> set[str]:
-    """Files with content that the disk need not have after these calls."""
+    """Return files with content that the disk need not have after these calls."""
     found: set[str] = set()
     for call in calls:
         if call.name in ("fsync", "fdatasync"):
@@ -187,7 +188,7 @@ def not_forced(calls: list[Call]) -> set[str]:
 
 
 def lose(calls: list[Call]) -> None:
-    """As when the power fails: of files that were not forced to the disk the second half is not there."""
+    """Remove the second half of files that were not forced to the disk, as in a power failure."""
     for name in not_forced(calls):
         with contextlib.suppress(OSError):
             os.truncate(name, os.stat(name).st_size // 2)

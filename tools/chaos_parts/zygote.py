@@ -1,8 +1,8 @@
-"""A process that has imported everything and has no threads; each rank is forked from it, so that a launch of four
-ranks costs no imports. `Zygote` is the tool's side; run as a script it is the process itself.
+"""A process that has imported everything and has no threads; each rank is forked from it.
 
+So a launch of four ranks costs no imports. `Zygote` is the tool's side; run as a script, this is the process itself.
 Requests and answers are JSON lines on its standard input and output. It is the parent of every rank, and ranks end
-themselves when it ends."""
+when it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 
 
 class Zygote:
-    """Forks ranks. `environment`: of all of them, from their first instruction on (LD_PRELOAD)."""
+    """Forks ranks. `environment`: for all of them from their first instruction on (LD_PRELOAD)."""
 
     def __init__(self, **environment: str) -> None:
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
@@ -61,7 +61,7 @@ class Zygote:
                 self.changed.notify_all()
 
     def fork(self, request: dict[str, Any]) -> int:
-        """Start a rank (`be_rank`); its process id."""
+        """Start a rank (`be_rank`) and return its process id."""
         assert self.process.stdin is not None
         with self.changed:
             if not self.changed.wait_for(lambda: self.ready, 300):
@@ -74,7 +74,7 @@ class Zygote:
             return self.forked[-1]
 
     def status(self, pid: int) -> int | None:
-        """Exit status of a rank, negative for a signal; None while it runs. RuntimeError where none can be known."""
+        """Return a rank's exit status, negative for a signal, None while it runs. RuntimeError if it is unknown."""
         with self.changed:
             status = self.ended.get(pid)
         if status is None and self.process.poll() is not None:
@@ -128,8 +128,10 @@ def answer(**values: Any) -> None:
 
 
 def be_rank(request: dict[str, Any]) -> None:
-    """`ettin ...` as one rank. `namespace`: the name of its network; `clock`: a file with the seconds that its clock
-    is to be wrong by; `save_marker`: as in `wait_before_save`."""
+    """Run `ettin ...` as one rank.
+
+    `namespace`: the name of its network; `clock`: a file with the seconds that its clock is to be wrong by;
+    `save_marker`: as in `wait_before_save`."""
     status = 1
     try:
         os.setsid()
@@ -168,7 +170,7 @@ def enter_network(name: str) -> None:
 
 
 def shift_clock(file: Path) -> None:
-    """This process's wall clock is wrong by what `file` says at the moment; steady clocks are not."""
+    """Shift this process's wall clock by the seconds in `file` at each reading; steady clocks stay right."""
     true = time.time
 
     def shifted() -> float:
@@ -180,7 +182,7 @@ def shift_clock(file: Path) -> None:
 
 
 def wait_before_save(marker: Path) -> None:
-    """Once, when a checkpoint is about to be written: make `marker`, wait for another file beside it."""
+    """Once, before a checkpoint is written, create `marker` and wait for another file next to it."""
     from megatron_ettin.checkpoint import directory
 
     first = directory.new_staging

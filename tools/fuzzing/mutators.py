@@ -1,4 +1,4 @@
-"""Making damaged and hostile inputs of good ones: bytes, and with some knowledge JSON, YAML and zips of pickles."""
+"""Make damaged and hostile inputs from good ones: bytes, and with some knowledge JSON, YAML and zips of pickles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GADGETS = [
 
 
 def mutated_bytes(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
-    """One to four changes somewhere."""
+    """Make one to four changes at random positions."""
     data = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at = draw.randrange(len(data) + 1)
@@ -57,7 +57,7 @@ def mutated_bytes(draw: random.Random, content: bytes, others: list[bytes]) -> b
 
 
 def mutated_value(draw: random.Random, value: Any) -> Any:
-    """A tree with another value somewhere, a key less or one more."""
+    """Return a tree with a random value changed, a key removed or one added."""
     if draw.random() < 0.15 or not isinstance(value, (dict, list)) or not value:
         return draw.choice(VALUES)
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def mutated_value(draw: random.Random, value: Any) -> Any:
 
 
 def mutated_json(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
-    """Half of the time a tree that is JSON still, now and then one that is very deep."""
+    """Half of the time return valid JSON, now and then very deep; else changed bytes."""
     if draw.random() < 0.01:
         return draw.choice((b"[" * 100_000, b'{"a":' * 50_000, b"[" + b"1" * 100_000 + b"]"))
     if draw.random() < 0.5:
@@ -84,7 +84,7 @@ def mutated_json(draw: random.Random, content: bytes, others: list[bytes]) -> by
 
 
 def mutated_yaml(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
-    """With anchors that unfold, tags, and flow collections in each other."""
+    """Return YAML with anchors that unfold, tags, and nested flow collections."""
     kind = draw.randrange(20)
     if kind == 0:
         levels = b"".join(b"k%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 9))
@@ -100,7 +100,7 @@ def mutated_yaml(draw: random.Random, content: bytes, others: list[bytes]) -> by
 
 
 def mutated_zip(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
-    """Half of the time a zip whose checksums are right, with other bytes, sizes or names in it."""
+    """Half of the time return a zip with right checksums but other bytes, sizes or names in it."""
     if draw.random() < 0.5:
         return mutated_bytes(draw, content, others)
     try:
@@ -122,7 +122,7 @@ def mutated_zip(draw: random.Random, content: bytes, others: list[bytes]) -> byt
 
 
 def mutated_pickle(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
-    """Bytes, or a pickle of something else."""
+    """Return changed bytes, or a pickle of something else."""
     if draw.random() < 0.05:
         return draw.choice(GADGETS)
     if draw.random() < 0.1:

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each reader good files, which of them is damaged and how, and the call that reads it all."""
+"""The fuzzed readers: for each good files, which of them is damaged and how, and the call that reads everything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
 
 @dataclass(frozen=True)
 class Reader:
-    """`make(folder)` writes good files there and returns the names of those to damage; `read(folder)` reads."""
+    """`make(folder)` writes good files there and returns the names of those to damage; `read(folder)` reads them."""
 
     make: Callable[[Path], list[str]]
     read: Callable[[Path], Any]
@@ -39,7 +39,7 @@ def make_index(folder: Path) -> list[str]:
 
 
 def read_index(folder: Path) -> None:
-    """The shard as training opens it, and the documents as `ettin prepare` reads them."""
+    """Read the shard as training opens it, and the documents as `ettin prepare` reads them."""
     from megatron_ettin.data.indexed import open_shard
     from megatron_ettin.prepare.readers.indexed import read_header
 
@@ -57,7 +57,7 @@ def make_manifest(folder: Path) -> list[str]:
     kinds = {"int": 3, "str": "text", "float": 0.5, "bool": False, "int | None": 4}
 
     def filled(kind: Any) -> dict[str, Any]:
-        """A record with a plausible value in every field that holds one."""
+        """Return a record with a plausible value in every field that holds one."""
         return {field.name: kinds[str(field.type)] for field in dataclasses.fields(kind) if str(field.type) in kinds}
 
     content = filled(manifest.Manifest) | {"format": manifest.FORMAT, "version": manifest.VERSION}
@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> None:
 
 
 def make_mds(folder: Path) -> list[str]:
-    """What mosaicml-streaming wrote."""
+    """Write a dataset with mosaicml-streaming."""
     source = FIXTURES / "mds" / "text"
     for path in source.iterdir():
         shutil.copy(path, folder)
@@ -118,7 +118,7 @@ def read_safetensors(folder: Path) -> None:
 
 
 def mutated_weights(draw: Any, content: bytes, others: list[bytes]) -> bytes:
-    """The header is JSON behind its length."""
+    """Damage a file whose header is JSON after its length."""
     if content.startswith(b"{"):
         return mutated_json(draw, content, others)
     if draw.random() < 0.5:
@@ -184,7 +184,7 @@ def make_site(folder: Path) -> list[str]:
 
 
 def read_site(folder: Path) -> None:
-    """As a site file, its lines as words, and now and then as a whole run, which takes a hundred times as long."""
+    """Read it as a user config, its lines as overrides, and now and then (it is slow) as a whole run."""
     from megatron_ettin.config.overrides import layers_of, read_user_config as read
     from megatron_ettin.config.resolve import parse
 

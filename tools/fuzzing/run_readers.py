@@ -1,4 +1,4 @@
-"""What is fuzzed besides single files: runs, mixtures, datasets to copy, tokenizers, links in checkpoints."""
+"""Fuzzed readers of more than single files: runs, mixtures, datasets to copy, tokenizers, links in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"latest": "checkpoints/latest", "events.jsonl": "slurm/events.jsonl", "
 
 
 def make_run(folder: Path) -> list[str]:
-    """A run that has trained four steps. Files of its folders lie beside it and are brought there by `read_run`."""
+    """Make a run that has trained four steps. Files of its folders are stored flat; `read_run` moves them there."""
     from megatron_ettin.config.resolve import parse, to_yaml
 
     lines = [
@@ -43,7 +43,7 @@ def make_run(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def laid_out(folder: Path) -> Any:
-    """The run directory that the files of `make_run` are."""
+    """Return the run directory that the files of `make_run` form."""
     run = folder / "run"
     for inside in ("checkpoints/step_000000004", "slurm"):
         (run / inside).mkdir(parents=True)
@@ -57,7 +57,7 @@ def laid_out(folder: Path) -> Any:
 
 
 def _remove(folder: Path) -> None:
-    """shutil.rmtree is what a reader must not call."""
+    """Stand in for shutil.rmtree, which a reader must not call."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             _remove(path)
@@ -83,7 +83,7 @@ def read_report(folder: Path) -> None:
 
 
 def read_compare(folder: Path) -> None:
-    """The damaged run beside itself: a pair that differs in nothing."""
+    """Compare the damaged run with itself: a pair without differences."""
     from megatron_ettin.report.compare import compare
 
     with laid_out(folder) as run, contextlib.redirect_stderr(io.StringIO()):
@@ -92,7 +92,7 @@ def read_compare(folder: Path) -> None:
 
 
 def mutated_run(draw: Any, content: bytes, others: list[bytes]) -> bytes:
-    """Values of other kinds in JSON lines, else bytes."""
+    """Put values of other types into JSON lines, else change bytes."""
     if draw.random() < 0.4:
         return mutated_bytes(draw, content, others)
     if not content.startswith(b"{"):
@@ -121,7 +121,7 @@ def mutated_mixture(draw: Any, content: bytes, others: list[bytes]) -> bytes:
 
 
 def make_dataset(folder: Path) -> list[str]:
-    """A dataset of one shard of three chunks."""
+    """Make a dataset of one shard of three chunks."""
     import hashlib
 
     import numpy as np
@@ -151,7 +151,7 @@ def make_dataset(folder: Path) -> list[str]:
 
 
 def read_local_copy(folder: Path) -> None:
-    """The files of a dataset, as they are copied. Nothing may come to lie outside of the root."""
+    """Copy the files of a dataset. Nothing may end up outside of the root."""
     import threading
 
     from megatron_ettin.data.dataset import open_dataset
@@ -203,13 +203,13 @@ def make_links(folder: Path) -> list[str]:
 
 
 def mutated_place(draw: Any, content: bytes, others: list[bytes]) -> bytes:
-    """Where a link is put into a checkpoint: in place of one of its files, or beside them."""
+    """Choose where a link is put into a checkpoint: in place of one of its files, or in addition."""
     names = ["common.pt", ".metadata", "__0_0.distcp", "tokenizer.json", "special_tokens_map.json", "a", ".hidden"]
     return draw.choice([name.encode() for name in names] + [b""])
 
 
 def read_links(folder: Path) -> None:
-    """A checkpoint of which one file is a link out is refused before anything is read of it."""
+    """Check that a checkpoint with a link that leads out is refused before anything of it is read."""
     from megatron_ettin.checkpoint.integrity import check_nothing_else, verify
 
     name = (folder / "place.txt").read_text()

@@ -1,1 +1,1 @@
-"""Sections of tools/gpu_validate.py. A promise about GPUs is an item: it passes, fails, or does not run here."""
+"""Sections of tools/gpu_validate.py. A promise about GPUs is an item: it passes, fails, or cannot run here."""

@@ -1,4 +1,4 @@
-"""Every attention kernel that runs here: outputs and gradients against float64, and seconds at the recipe's lengths."""
+"""Check every attention kernel that runs here: outputs and gradients against float64, and speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def section(session: Session) -> None:
 
 
 def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
-    """One kernel through the layers of a model of two, in its four roles."""
+    """Check one kernel through a model of two layers, in its four roles."""
     words = [
         *("precision.name=bf16", "model.num_layers=2", "data.clm_fraction=0.5", "parallel.distributed_optimizer=false"),
         *(f"run.attention={kernel}", f"run.device={session.device}", "run.fuse=never", *session.words),
@@ -74,7 +74,7 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
 
 
 def inputs(config: Any, tokens: int, device: str) -> list[torch.Tensor]:
-    """q, k, v of a layer, after rotation, drawn anew."""
+    """Return random q, k, v of a layer, after rotation."""
     heads = config.model.num_attention_heads
     width = config.model.hidden_size // heads
     return [
@@ -83,7 +83,7 @@ def inputs(config: Any, tokens: int, device: str) -> list[torch.Tensor]:
 
 
 def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, Any]:
-    """Largest relative error of output and gradients, over two rows of ragged chunks."""
+    """Return the largest relative error of output and gradients, over two rows of ragged chunks."""
     torch.manual_seed(1)
     window = attention.windows[causal]
     rows = [[300, 64, 1, 83], [448]]
@@ -100,7 +100,7 @@ def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, 
 
 
 def reference(qkv: list[torch.Tensor], lengths: list[int], causal: bool, window: int | None) -> torch.Tensor:
-    """Masked softmax, chunk by chunk: keys of the same chunk, none later where causal, none out of the window."""
+    """Compute masked softmax chunk by chunk: keys of the chunk, none later if causal, none outside the window."""
     outs = []
     for q, k, v in zip(*(tensor.split(lengths) for tensor in qkv), strict=True):
         i, j = torch.arange(len(q), device=q.device)[:, None], torch.arange(len(q), device=q.device)[None]
@@ -114,7 +114,7 @@ def reference(qkv: list[torch.Tensor], lengths: list[int], causal: bool, window:
 
 
 def time(attention: Any, causal: bool, config: Any, session: Session, length: int) -> float:
-    """Seconds forward and backward of rows that are one chunk each."""
+    """Return the seconds of forward and backward of rows that are one chunk each."""
     rows = max(1, session.tokens_a_step // length)
     packed: PackedRows = pack_rows(
         [[length]] * rows, length, session.torch_device, causal_tokens=rows * length if causal else 0

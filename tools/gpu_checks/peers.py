@@ -1,5 +1,6 @@
-"""The same rows through `transformers`' ModernBERT, compiled, with torch's fused AdamW: what a user would write without
-this package. Taking turns with `ettin train` in one section, so that both see the same machine."""
+"""The same rows through `transformers`' ModernBERT, compiled, with torch's fused AdamW, as a user would write it.
+
+It takes turns with `ettin train` in one section, so that both run under the same conditions."""
 
 from __future__ import annotations
 
@@ -52,8 +53,9 @@ def item(session: Session, size: str, objective: str) -> dict[str, Any]:
 
 
 def transformers_speed(config: Config, device: str) -> tuple[float, str]:
-    """(tokens that are no padding a second, attention) of `transformers` on the run's rows. It attends to whole rows:
-    of their chunks it knows nothing."""
+    """Return (non-padding tokens per second, attention) of `transformers` on the run's rows.
+
+    It attends to whole rows, because it ignores chunk boundaries."""
     batches = host_batches(config)
     model, attention = build(config, device, batches.corpus.pad_id)
     compiled = torch.compile(model)
@@ -81,7 +83,7 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 
 
 def host_batches(config: Config) -> Any:
-    """The run's micro-batches in host memory, as one rank has them."""
+    """Return the run's micro-batches in host memory, as one rank has them."""
     from megatron_ettin.batching.host import HostBatches
     from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
     from megatron_ettin.data.sampler import BatchSizes
@@ -96,7 +98,7 @@ def host_batches(config: Config) -> Any:
 
 
 def build(config: Config, device: str, pad_id: int) -> tuple[Any, str]:
-    """The model of the run's shape in `transformers`, fp32 weights, and the attention it uses."""
+    """Return the model of the run's shape in `transformers`, fp32 weights, and its attention."""
     import transformers
 
     shape = config.model

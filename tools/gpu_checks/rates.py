@@ -1,5 +1,6 @@
-"""Rates of this device at the shapes of a model's layer: copies, products, FP8 linears, element-wise work. They are the
-ceilings that roofline.py divides by, so they are measured, not taken from a data sheet."""
+"""Measure this device's rates at the shapes of a model's layer: copies, products, FP8 linears, element-wise work.
+
+They are the ceilings that roofline.py divides by, so they are measured, not taken from a data sheet."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def section(session: Session) -> None:
 
 
 def device(session: Session) -> dict[str, Any]:
-    """What this was measured on."""
+    """Return the device and versions of this measurement."""
     from importlib.metadata import PackageNotFoundError, version
 
     packages = ("torch", "transformer-engine", "megatron-core", "flash-attn", "transformers", "triton")
@@ -48,7 +49,7 @@ def device(session: Session) -> dict[str, Any]:
 
 
 def copy(session: Session) -> dict[str, Any]:
-    """Bytes read and written a second by a copy far larger than any cache."""
+    """Return the bytes read and written per second by a copy far larger than any cache."""
     numel = 2**30 if session.device == "gpu" else 2**24
     a = torch.randn(numel, device=session.torch_device, dtype=torch.bfloat16)
     b = torch.empty_like(a)
@@ -57,14 +58,14 @@ def copy(session: Session) -> dict[str, Any]:
 
 
 def shapes(session: Session, size: str) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of a layer's four linears."""
+    """Return (inputs, outputs) of a layer's four linears."""
     shape = session.shape(size)
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     return {"qkv": (hidden, 3 * hidden), "proj": (hidden, hidden), "fc1": (hidden, 2 * ffn), "fc2": (ffn, hidden)}
 
 
 def products(session: Session, size: str) -> dict[str, Any]:
-    """TFLOP/s of the four products of a layer, forward, and of all together."""
+    """Return TFLOP/s of the four products of a layer, forward, each and together."""
     tokens, total, seconds, rates = session.tokens_a_step, 0, 0.0, {}
     for name, (inputs, outputs) in shapes(session, size).items():
         x = torch.randn(tokens, inputs, device=session.torch_device, dtype=torch.bfloat16)
@@ -78,7 +79,7 @@ def products(session: Session, size: str) -> dict[str, Any]:
 
 
 def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
-    """TFLOP/s of Transformer Engine's linear, forward and backward, and its error against float64."""
+    """Return TFLOP/s of Transformer Engine's linear, forward and backward, and its error against float64."""
     if session.device == "cpu":
         raise DoesNotRun("Transformer Engine's linears need a GPU")
     import transformer_engine.pytorch as te
@@ -119,7 +120,7 @@ def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
 
 
 def element_wise(session: Session, size: str) -> dict[str, Any]:
-    """Seconds of what lies between the products of one layer, forward: plain, and by torch's compiler."""
+    """Return the seconds of the work between the products of one layer, forward: eager, and compiled by torch."""
     from megatron_ettin.model.attention import rotate
     from megatron_ettin.model.dropout import add_kept
     from megatron_ettin.model.layer import gated_gelu

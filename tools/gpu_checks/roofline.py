@@ -1,5 +1,6 @@
-"""Where a step's time goes: the least that each part could take by the rates that this device was measured at, beside
-the step that was measured. What is over is launches, waiting and work that these parts do not count."""
+"""Account for a step's time: the least that each part could take by this device's rates, against the measured step.
+
+The rest is launches, waiting, and work that these parts do not count."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def item(session: Session, size: str, objective: str, length: int, precision: st
 
 
 def floor(config: Any, tokens: int, linears: float, products: float, copy: float) -> dict[str, float]:
-    """Seconds of the parts that follow from shapes and rates alone."""
+    """Return the seconds of the parts that follow from shapes and rates alone."""
     model = config.model
     labelled = 1.0 if config.causal else config.data.mlm_probability
     head = model.hidden_size * (model.hidden_size + model.vocab_size)
@@ -72,7 +73,7 @@ def floor(config: Any, tokens: int, linears: float, products: float, copy: float
 
 
 def look_up(found: dict[str, Any], section: str, name: str) -> dict[str, Any]:
-    """A result that another section left. Raises DoesNotRun where there is none."""
+    """Return a result of another section. Raises DoesNotRun if there is none."""
     result = found.get(section, {}).get(name)
     if result is None or result["state"] != "passed":
         raise DoesNotRun(f"wants {section}: {name}")
@@ -80,7 +81,7 @@ def look_up(found: dict[str, Any], section: str, name: str) -> dict[str, Any]:
 
 
 def fastest(results: dict[str, Any], size: str, objective: str, length: int) -> dict[str, Any]:
-    """Of the kernels that passed, the one whose global layers take least."""
+    """Return the kernel that passed and whose global layers take least time."""
     role = "decoder, global" if objective == "clm" else "encoder, global"
     ran = [one for name, one in results.items() if name.startswith(f"{size} ") and one["state"] == "passed"]
     if not ran:

@@ -19,7 +19,7 @@ OBJECTIVES = ("mlm", "clm")
 
 
 def ettin(*words: str) -> str:
-    """Output of a command. Raises DoesNotRun with its one line where it refuses, RuntimeError where it fails."""
+    """Return a command's output. Raises DoesNotRun with its one line if it refuses, RuntimeError if it fails."""
     done = subprocess.run([sys.executable, "-m", "megatron_ettin", *words], capture_output=True, text=True)
     if done.returncode == 2:
         raise DoesNotRun(done.stderr.strip().splitlines()[-1].partition(": ")[2])
@@ -31,8 +31,9 @@ def ettin(*words: str) -> str:
 def train(
     session: Session, name: str, size: str, words: list[str], objective: str = "mlm", length: int = 0, rows: int = 0
 ) -> list[dict[str, Any]]:
-    """Metrics of a run in `work/name`: one micro-batch of the session's tokens a step, a rate that learns at once. A
-    folder that is there goes on."""
+    """Train in `work/name` and return the metrics: one micro-batch per step, at a rate that learns immediately.
+
+    An existing folder is continued."""
     length = length or session.lengths[0]
     rows = rows or max(1, session.tokens_a_step // length)
     folder, tokens = session.work / name, session.tokens_a_step
@@ -56,7 +57,7 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def layers(session: Session) -> None:
-    """Transformer Engine's layers beside core's: they differ by bf16's rounding."""
+    """Compare Transformer Engine's layers with core's: they differ by bf16's rounding."""
 
     def item(objective: str) -> dict[str, Any]:
         size, steps = session.sizes[0], "run.steps=20"
@@ -71,7 +72,7 @@ def layers(session: Session) -> None:
 
 
 def precisions(session: Session) -> None:
-    """Each precision's curve beside bf16's on the same rows."""
+    """Compare each precision's curve with bf16's on the same rows."""
 
     def curve(size: str, name: str) -> list[float]:
         found = train(session, f"curve-{size}-{name}", size, [f"run.steps={session.steps}", f"precision.name={name}"])
@@ -90,7 +91,7 @@ def precisions(session: Session) -> None:
         }
 
     def kept(size: str, name: str) -> dict[str, Any]:
-        """Weights that live in FP8 are the numbers that products would have made of theirs."""
+        """Check that weights stored in FP8 equal the casts that products would make of the weights."""
         words = [f"run.steps={session.steps}", f"precision.name={name}", "precision.fp8_weights=true"]
         found, expected = losses(train(session, f"curve-{size}-{name}-kept", size, words)), curve(size, name)
         apart = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
@@ -137,7 +138,7 @@ def checkpoints(session: Session) -> None:
 
 
 def export(session: Session) -> None:
-    """Runs of this device as folders of transformers, verified."""
+    """Export runs of this device as folders of transformers, and verify them."""
 
     def item(objective: str) -> dict[str, Any]:
         name = f"export-{objective}"
@@ -152,7 +153,7 @@ def export(session: Session) -> None:
 
 
 def throughput(session: Session, size: str) -> None:
-    """Tokens a second of steps of four micro-batches, packed rows."""
+    """Return tokens per second of steps of four micro-batches of packed rows."""
 
     def item(objective: str, length: int, precision: str) -> dict[str, Any]:
         name = f"speed-{size}-{objective}-{length}-{precision}"

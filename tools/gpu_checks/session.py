@@ -1,4 +1,4 @@
-"""What every section is given: the device, the data, where results go; and results that survive an interruption."""
+"""The session of all sections: device, data and results, which survive an interruption."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PASSED, FAILED, ABSENT = "passed", "failed", "does not run"
 
 
 class DoesNotRun(Exception):
-    """An item that this machine has no hardware or package for; the message says which."""
+    """This host lacks the hardware or a package for an item; the message says which."""
 
 
 class Results:
-    """`FILE.json`: section -> item -> {"state", "says", figures...}. Written whole after every item."""
+    """`FILE.json`: section -> item -> {"state", "says", figures...}. Rewritten after every item."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def has(self, section: str, item: str) -> bool:
-        """Whether an item has been looked at; one that failed is looked at again."""
+        """Return whether an item was checked and did not fail."""
         return self.found.get(section, {}).get(item, {}).get("state") in (PASSED, ABSENT)
 
     def forget(self, section: str, item: str) -> None:
@@ -44,7 +44,7 @@ class Results:
 
 @dataclass
 class Session:
-    """`words`: key=value of every run. `deadline`: on time.monotonic's clock; no item begins after it."""
+    """`words`: overrides of every run. `deadline`: on time.monotonic's clock; no item begins after it."""
 
     device: str
     data: Path
@@ -63,14 +63,16 @@ class Session:
         return "cuda" if self.device == "gpu" else "cpu"
 
     def shape(self, size: str) -> Any:
-        """The model's shape in every run of this size."""
+        """Return the overrides of the model's shape in every run of this size."""
         from megatron_ettin.config.resolve import parse
 
         return parse(size, "mlm", "pretrain", words=self.words).model
 
     def run(self, section: str, items: dict[str, Callable[[], dict[str, Any]]]) -> None:
-        """Every item that is not done, while time is left. An item returns its figures with `says`, one line for
-        people, and `passed`, or raises DoesNotRun; whatever else it raises is how it failed."""
+        """Check every item that is not done, while time is left.
+
+        An item returns its figures with `says`, one line for people, and `passed`. It raises DoesNotRun if it cannot
+        run here; any other error is its failure."""
         for name, item in items.items():
             if self.results.has(section, name):
                 continue
@@ -92,7 +94,7 @@ class Session:
 
 
 def median_seconds(function: Callable[[], Any], device: str, rounds: int, warm_up: int = 3) -> float:
-    """Of one call, by the device's own clock where it has one."""
+    """Return the median seconds of one call, by the device's own clock if it has one."""
     import statistics
 
     import torch

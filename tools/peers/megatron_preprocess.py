@@ -1,9 +1,9 @@
-"""What Megatron-LM's tools/preprocess_data.py does, by its documentation: a pool of processes takes lines of JSON in
-groups of 32, tokenizes document by document with the Hugging Face tokenizer and appends the end token; the parent adds
-them to megatron-core's IndexedDatasetBuilder in order. (That script is not part of the package on PyPI.)
+"""Do what Megatron-LM's tools/preprocess_data.py does, which is not part of the package on PyPI, by its documentation.
 
-    python tools/peers/megatron_preprocess.py text.jsonl TOKENIZER_DIR OUT_PREFIX WORKERS
-"""
+A pool of processes takes lines of JSON in groups of 32, tokenizes document by document with the Hugging Face tokenizer
+and appends the end token. The parent adds them to megatron-core's IndexedDatasetBuilder in order.
+
+    python tools/peers/megatron_preprocess.py text.jsonl TOKENIZER_DIR OUT_PREFIX WORKERS"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The rows of a Megatron .bin as MDS shards, by mosaicml-streaming itself; runs in the environment that has it.
+"""Write the rows of a Megatron .bin as MDS shards with mosaicml-streaming, in an environment that has it.
 
-python tools/peers/write_mds.py shard_00000.bin OUT ROWS
-"""
+python tools/peers/write_mds.py shard_00000.bin OUT ROWS"""
 
 from __future__ import annotations
 
