@@ -238,7 +238,7 @@ def evaluate(
 
     named = data if isinstance(data, Mapping) else {Path(data).name: data}
     with as_checkpoint(Path(checkpoint)) as found:
-        kind = objective or OBJECTIVES[resume.checkpoint_config(found).run.objective].kinds[-1]
+        kind = objective or OBJECTIVES[resume.checkpoint_config(found).run.objective].row_objectives[-1]
         with load_for_inference(found, kind) as train_state:
             sets = {name: str(path) for name, path in named.items()}
             held_out = evaluation.build_eval_dataset(train_state, sets, kind, seq_len)

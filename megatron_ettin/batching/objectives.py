@@ -65,7 +65,12 @@ def make_collator(
     if OBJECTIVES[objective].needs_mask_token and mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
     return MaskingCollator(
-        OBJECTIVES[objective].kinds, probability, key64("mlm", seed, phase), vocab_size, tuple(special_ids), mask_id
+        OBJECTIVES[objective].row_objectives,
+        probability,
+        key64("mlm", seed, phase),
+        vocab_size,
+        tuple(special_ids),
+        mask_id,
     )
 
 
@@ -150,7 +155,7 @@ class ObjectiveMix:
 
     @classmethod
     def of(cls, config: Config, mean_tokens_per_row: float) -> ObjectiveMix:
-        kinds = OBJECTIVES[config.run.objective].kinds
+        kinds = OBJECTIVES[config.run.objective].row_objectives
         if len(kinds) == 1:
             return cls(kinds)
         points = parse_points(config.data.clm_fraction, "data.clm_fraction")

@@ -110,7 +110,7 @@ def kind_of(wanted: str | None, checkpoint: Path) -> str:
     from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
     if wanted is None:
-        return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].kinds[-1]
+        return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].row_objectives[-1]
     if wanted not in ROW_OBJECTIVES:
         raise UserError(
             f"--objective: {wanted!r}{nearest(wanted, ROW_OBJECTIVES)}; it is one of {', '.join(ROW_OBJECTIVES)}"

@@ -1,7 +1,7 @@
-"""Checks of a resolved run that need no process, no data and no torch: what two keys say together.
+"""Check a resolved run without processes, data or torch: single values, and keys that must fit each other.
 
-Each raises UserError with the key, what was found and what is allowed. `check` runs wherever a configuration is
-resolved; what the number of ranks decides is layouts.py's `check_layout`."""
+Each check raises UserError with the key, its value, the reason and what to do. `check` runs wherever a configuration is
+resolved. What depends on the number of ranks is checked by `check_layout` (layouts.py)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_ettin.config.schema import Config, all_keys
 from megatron_ettin.config.tables import HEAD_DIM, OBJECTIVES, PRECISIONS
 from megatron_ettin.config.values import parse_points, validation_sets
 
-# of a weight decay to the rate that it is for: torch's coefficient, of which 0.1 is usual
+# a larger quotient of weight decay and its reference rate means that torch's coefficient (usually 0.1) was given
 MOST_DECAY_TO_RATE = 10
 
 
 def check(config: Config) -> None:
-    """All checks that do not depend on the number of ranks."""
+    """Run every check that does not depend on the number of ranks. Raises UserError."""
     for group in (
         check_choices,
         check_ranges,
@@ -57,6 +57,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_model(config: Config) -> None:
+    """Raise UserError where the shape does not fit itself or the rows."""
     model = config.model
     if model.hidden_size % model.num_attention_heads:
         raise UserError(
@@ -65,8 +66,8 @@ def check_model(config: Config) -> None:
         )
     if (model.hidden_size // model.num_attention_heads) % 2:
         raise UserError(
-            f"model.num_attention_heads: a head of {model.hidden_size // model.num_attention_heads} channels is odd,"
-            f" rotary embeddings need pairs; {HEAD_DIM} is usual"
+            f"model.num_attention_heads: a head has {model.hidden_size // model.num_attention_heads} channels, but"
+            f" rotary embeddings need an even number; {HEAD_DIM} is usual"
         )
     if config.data.seq_len > model.max_position_embeddings:
         raise UserError(
@@ -76,49 +77,56 @@ def check_model(config: Config) -> None:
 
 
 def check_deterministic(config: Config) -> None:
+    """Raise UserError where a deterministic run asks for something that is not."""
     if config.run.deterministic and config.parallel.tp_overlap:
         raise UserError(
-            "run.deterministic: not with parallel.tp_overlap, whose parts of a sum arrive in any order; use"
+            "run.deterministic: does not work with parallel.tp_overlap, which adds the parts of a sum in any order; set"
             " parallel.tp_overlap=false"
         )
 
 
 def check_precision(config: Config) -> None:
+    """Raise UserError where the shape, the layout or other keys do not allow the number format."""
     name = config.precision.name
     multiple, tp = PRECISIONS[name].multiple, config.parallel.tp
     for key in ("hidden_size", "ffn_hidden_size"):
         width = getattr(config.model, key)
         if width % (multiple * tp):
-            raise UserError(f"precision.name: {name} wants {key} / tp divisible by {multiple}; it is {width} / {tp}")
+            raise UserError(
+                f"precision.name: {name} needs {key} / tp to be a multiple of {multiple}, but it is {width} / {tp}"
+            )
     if config.precision.gradients == "bf16" and PRECISIONS[name].compute == "fp32":
-        raise UserError("precision.gradients: bf16 is of 16-bit and FP8 runs; precision.name is fp32")
+        raise UserError("precision.gradients: bf16 needs a 16-bit or FP8 run, but precision.name is fp32")
     check_fp8_weights(config)
     first, last = config.precision.bf16_first_layers, config.precision.bf16_last_layers
     if first + last and PRECISIONS[name].fp8_recipe is None:
-        raise UserError(f"precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is {name}")
+        raise UserError(f"precision.bf16_first_layers, bf16_last_layers: need an FP8 run, but precision.name is {name}")
     if first + last and PRECISIONS[name].fp8_recipe == "delayed":
         raise UserError(
-            "precision.bf16_first_layers, bf16_last_layers: Megatron-Core's delayed scaling is of all layers at once;"
-            " with fp8-current, fp8-blockwise and mxfp8 some may stay in bf16"
+            "precision.bf16_first_layers, bf16_last_layers: Megatron-Core's delayed scaling applies to all layers; use"
+            " fp8-current, fp8-blockwise or mxfp8 to keep some in bf16"
         )
     if first + last >= config.model.num_layers:
         raise UserError(
-            f"precision.bf16_first_layers + bf16_last_layers: {first} + {last} leave none of {config.model.num_layers}"
-            " layers in FP8; use precision.name=bf16"
+            f"precision.bf16_first_layers + bf16_last_layers: {first} + {last} leave none of the"
+            f" {config.model.num_layers} layers in FP8; use precision.name=bf16"
         )
 
 
 def check_fp8_weights(config: Config) -> None:
+    """Raise UserError where weights cannot be stored in FP8."""
     if not config.precision.fp8_weights:
         return
     name = config.precision.name
-    if PRECISIONS[name].fp8_recipe in (None, "mxfp8"):  # of which core keeps weights in bf16 and gathers these
+    # core keeps and gathers the weights of mxfp8 in bf16
+    if PRECISIONS[name].fp8_recipe in (None, "mxfp8"):
         raise UserError(
-            f"precision.fp8_weights: is of fp8-delayed, fp8-current and fp8-blockwise; precision.name is {name}"
+            f"precision.fp8_weights: needs fp8-delayed, fp8-current or fp8-blockwise, but precision.name is {name}"
         )
     if not config.parallel.distributed_optimizer:
         raise UserError(
-            "precision.fp8_weights: wants parallel.distributed_optimizer=true, whose masters they are made from"
+            "precision.fp8_weights: needs parallel.distributed_optimizer=true, because the weights are made from its"
+            " fp32 masters"
         )
 
 
@@ -135,9 +143,10 @@ def check_weight_decay(config: Config) -> None:
 
 
 def check_schedule(config: Config) -> None:
+    """Raise UserError where warm-up and decay do not fit into the run."""
     schedule, run = config.schedule, config.run
     if schedule.name == "one_minus_sqrt" and schedule.decay_tokens == 0:
-        raise UserError("schedule.decay_tokens: one_minus_sqrt decays over them; 0 is not allowed")
+        raise UserError("schedule.decay_tokens: one_minus_sqrt decays over them, so 0 is not allowed")
     key, end = ("run.tokens", run.tokens) if schedule.end_tokens is None else ("end_tokens", schedule.end_tokens)
     if schedule.name == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > end:
         raise UserError(
@@ -151,11 +160,12 @@ def check_schedule(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
+    """Raise UserError where rows, batch warm-up, loss normalisation and objective do not fit each other."""
     batch = config.batch
     if batch.global_batch_rows % batch.micro_batch_rows and batch.loss_normalization == "microbatch":
         raise UserError(
-            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of micro_batch_rows"
-            f" {batch.micro_batch_rows}, and loss_normalization=microbatch gives micro-batches of any size equal weight"
+            f"batch.global_batch_rows: {batch.global_batch_rows} is not a multiple of micro_batch_rows"
+            f" {batch.micro_batch_rows}, but loss_normalization=microbatch gives all micro-batches the same weight"
         )
     if batch.warmup_tokens and batch.warmup_min_rows > batch.global_batch_rows:
         raise UserError(
@@ -163,8 +173,8 @@ def check_batch(config: Config) -> None:
         )
     if batch.loss_normalization == "microbatch" and batch.warmup_tokens:
         raise UserError(
-            "batch.loss_normalization: microbatch counts micro-batches, and a batch warm-up has empty ones; it needs"
-            f" batch.warmup_tokens=0, found {batch.warmup_tokens}"
+            "batch.loss_normalization: microbatch counts micro-batches, but a batch warm-up has empty ones; set"
+            f" batch.warmup_tokens=0 (found {batch.warmup_tokens})"
         )
     objective = OBJECTIVES[config.run.objective]
     if objective.needs_mask_token and config.data.mlm_probability == 0:
@@ -173,10 +183,11 @@ def check_batch(config: Config) -> None:
         parse_points(config.data.clm_fraction, "data.clm_fraction")
     elif config.data.clm_fraction is not None:
         hybrid = ", ".join(name for name, one in OBJECTIVES.items() if one.is_hybrid)
-        raise UserError(f"data.clm_fraction: {config.run.objective} has rows of one kind; it is of {hybrid}")
+        raise UserError(f"data.clm_fraction: needs objective {hybrid}; all rows of {config.run.objective} are alike")
 
 
 def check_validation(config: Config) -> None:
+    """Raise UserError where `data.validation` names no datasets."""
     if config.data.validation is not None:
         validation_sets(config.data.validation)
 

@@ -1,10 +1,8 @@
-"""Where a run differs from what the original trainer did, and why: `ettin train --explain`.
+"""Explain where a run differs from what the original trainer did (`ettin train --explain`), and name unused overrides.
 
-Two lists: keys of the resolved run that have another value than under `recipe: original`, each with the reason or with
-who set it; and what no key can reproduce. The tests hold every combination of the recipe to it: no difference without
-a reason.
-
-Report keys that a user set and that the run at hand does not read: another run may have been meant."""
+`differences` lists the keys of the resolved run that have another value than under `recipe: original`, each with its
+reason or with who set it. `facts` lists what no key can reproduce. The tests require a reason for every combination of
+the recipe. `unread` names keys that a user set and the run does not read, because another run may have been meant."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ REASONS = {
 
 
 class Fact(NamedTuple):
-    """What no key reproduces."""
+    """Something that no key reproduces."""
 
     what: str
     here: str
@@ -96,8 +94,15 @@ class Difference(NamedTuple):
 
 
 def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
-    """Keys in which the run is not the original's. `origins`: keys that somebody set, and who. A key that is neither
-    set nor explained has an empty reason."""
+    """Return the keys in which the run differs from the original's.
+
+    Args:
+        config: the run, resolved.
+        origins: who set each key that is not the tables' (`resolve.origins`).
+
+    Returns:
+        One entry per key. Its reason is empty where the key is neither set nor explained.
+    """
     run = config.run
     objective = "mlm" if (run.phase, run.objective) == ("cross", "mntp") else run.objective
     theirs, ours = _keys(recipe(run.size, objective, run.phase, name="original")), _keys(config)
@@ -111,7 +116,7 @@ def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
 
 
 def _keys(config: Config) -> dict[str, Any]:
-    """What decides what is learned, the precision aside, and how long."""
+    """Return the science keys and the length of a run."""
     return {**science_keys(config), "run.tokens": config.run.tokens, "data.order": config.data.order}
 
 
@@ -119,7 +124,7 @@ def facts(config: Config) -> list[Fact]:
     """Return what no key reproduces, and what the published files say but no published run did."""
     phase, size = PHASES[config.run.phase], config.run.size
     tokens = phase.configured_batch_warmup[size]
-    masks = any(ROW_OBJECTIVES[kind].masks for kind in OBJECTIVES[config.run.objective].kinds)
+    masks = any(ROW_OBJECTIVES[name].masks for name in OBJECTIVES[config.run.objective].row_objectives)
     always = [fact for fact in ALWAYS if masks or fact.what != "masks"]
     if not tokens:
         return always
@@ -137,7 +142,7 @@ def facts(config: Config) -> list[Fact]:
 
 
 def describe(found: list[Difference], config: Config) -> str:
-    """As text."""
+    """Return the differences and facts as text."""
     name = f"{config.run.size} {config.run.objective} {config.run.phase}"
     lines = [f"{name}, recipe {config.run.recipe}: {len(found)} keys differ from the original trainer's run"]
     for one in found:
@@ -151,6 +156,7 @@ def describe(found: list[Difference], config: Config) -> str:
 
 
 def to_json(found: list[Difference], config: Config) -> dict[str, Any]:
+    """Return the differences and facts as plain values."""
     return {"keys": [one._asdict() for one in found], "always": [fact._asdict() for fact in facts(config)]}
 
 
@@ -159,7 +165,7 @@ def _shown(value: Any) -> str:
 
 
 def unread(config: Config) -> dict[str, str]:
-    """Return key -> why the run does not read it."""
+    """Return the keys that the run does not read, each with the reason."""
     objective, name = OBJECTIVES[config.run.objective], config.run.objective
     found = {}
     if not objective.needs_mask_token:
@@ -179,20 +185,20 @@ def unread(config: Config) -> dict[str, str]:
 
 def ignored_lines(config: Config, given: Collection[str]) -> list[str]:
     """Return a line for each key of `given` without effect, and for a validation that has no cadence."""
-    lines = [f"{key}: has no effect, for {why}" for key, why in unread(config).items() if key in given]
+    lines = [f"{key}: has no effect, because {why}" for key, why in unread(config).items() if key in given]
     if config.data.validation is not None and config.metrics.eval_every_steps is None:
         lines.append(
-            "data.validation: evaluated at the end of the run only; metrics.eval_every_steps=N does on the way"
+            "data.validation: is evaluated at the end of the run only; metrics.eval_every_steps=N does so on the way"
         )
     return lines
 
 
-def phase_lines(words: Sequence[str], phases: Collection[str]) -> list[str]:
+def phase_lines(overrides: Sequence[str], phases: Collection[str]) -> list[str]:
     """Return a line for each override of a phase that is not among those of the run."""
-    of_phase = split_overrides(words)[1]
+    of_phase = split_overrides(overrides)[1]
     return [
-        f"{phase}.{word}: has no effect, for this run is of {', '.join(phases)}"
-        for phase, its_words in of_phase.items()
+        f"{phase}.{override}: has no effect, because this run trains {', '.join(phases)}"
+        for phase, its_overrides in of_phase.items()
         if phase not in phases
-        for word in its_words
+        for override in its_overrides
     ]

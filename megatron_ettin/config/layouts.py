@@ -1,12 +1,7 @@
-"""Checks of the layout: what degrees of the axes, stages, engine and optimizer say together.
+"""Check the layout of a run and split the rows of a step over ranks and micro-batches.
 
-`check_parallel` needs no number of ranks; `check_layout` does, and runs in every rank before any group exists.
-
-Checks of `parallel.engine=deepspeed`: which runs its ZeRO can take over.
-
-Checks of `run.cuda_graph`: which runs have micro-batches that are all alike.
-
-Split the rows of a step over data-parallel ranks, then over the micro-batches of each."""
+`check_parallel`, `check_zero` (DeepSpeed) and `check_graphs` (CUDA graphs) need no number of ranks. `check_layout`
+does, and runs on every rank before any process group exists."""
 
 from __future__ import annotations
 
@@ -24,6 +19,7 @@ RECOMPUTED = ("core_attn", "mlp")
 
 
 def check_parallel(config: Config) -> None:
+    """Raise UserError where degrees of the axes, stages and optimizer do not fit each other or the model."""
     parallel, model = config.parallel, config.model
     degrees = tensor_parallel_degrees(model)
     if parallel.tp not in degrees:
@@ -40,11 +36,11 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.cp > 1 and config.batch.loss_normalization == "microbatch":
         raise UserError(
-            "parallel.cp: 2 or more cuts rows, and loss_normalization=microbatch takes means of whole ones;"
-            " use batch.loss_normalization=global or parallel.tp"
+            "parallel.cp: 2 or more splits rows, but loss_normalization=microbatch needs whole ones; use"
+            " batch.loss_normalization=global, or parallel.tp instead of cp"
         )
     if parallel.vpp > 1 and parallel.pp == 1:
-        raise UserError(f"parallel.vpp: {parallel.vpp} model chunks need pipeline stages; parallel.pp is 1")
+        raise UserError(f"parallel.vpp: {parallel.vpp} model chunks need pipeline stages, but parallel.pp is 1")
     if parallel.pp * parallel.vpp > model.num_layers:
         raise UserError(
             f"parallel.pp x vpp: {parallel.pp} x {parallel.vpp} stages are more than {model.num_layers} layers"
@@ -58,8 +54,8 @@ def check_parallel(config: Config) -> None:
         )
     if parallel.engine == "megatron" and parallel.distributed_optimizer and config.optim.name == "muon":
         raise UserError(
-            "optim.name: muon updates whole matrices, the distributed optimizer cuts them;"
-            " add parallel.distributed_optimizer=false"
+            "optim.name: muon updates whole matrices, but the distributed optimizer shards them; set"
+            " parallel.distributed_optimizer=false"
         )
     if parallel.pipeline_layers is not None:
         stage_layers(config)
@@ -67,6 +63,7 @@ def check_parallel(config: Config) -> None:
 
 
 def check_recompute(config: Config) -> None:
+    """Raise UserError where recomputation or offloading of activations cannot be done as asked."""
     parallel = config.parallel
     if wrong := [name for name in parallel.recompute_modules if name not in RECOMPUTED]:
         raise UserError(
@@ -75,23 +72,26 @@ def check_recompute(config: Config) -> None:
         )
     if parallel.recompute_layers is not None and parallel.recompute != "full":
         raise UserError(
-            f"parallel.recompute_layers: is of parallel.recompute=full, found {parallel.recompute}; selective"
-            " recomputation is of every layer"
+            f"parallel.recompute_layers: needs parallel.recompute=full (found {parallel.recompute}); selective"
+            " recomputation applies to every layer"
         )
     if not parallel.offload_layers:
         return
     if parallel.recompute != "none" or parallel.pp > 1:
         found = f"pp {parallel.pp}" if parallel.pp > 1 else f"recompute={parallel.recompute}"
-        raise UserError(f"parallel.offload_layers: goes with neither recomputation nor pipeline stages, found {found}")
+        raise UserError(
+            f"parallel.offload_layers: works with neither recomputation nor pipeline stages (found {found})"
+        )
     if parallel.offload_layers >= config.model.num_layers:
         raise UserError(
             f"parallel.offload_layers: {parallel.offload_layers} is not below the model's {config.model.num_layers}"
-            " layers: the last one's activations are wanted at once"
+            " layers; the last layer's activations are needed at once"
         )
 
 
 def stage_layers(config: Config) -> list[int]:
-    """Layers of each of the pp x vpp stages in model order. Raises UserError for `pipeline_layers` that do not fit."""
+    """Return the number of layers of each of the pp x vpp stages in model order. Raises UserError where
+    `parallel.pipeline_layers` does not fit."""
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.vpp
     if parallel.pipeline_layers is None:
@@ -106,7 +106,7 @@ def stage_layers(config: Config) -> list[int]:
 
 
 def check_layout(config: Config, world: int) -> int:
-    """The data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
+    """Return the data-parallel degree of `world` ranks. Raises UserError where ranks or rows do not divide."""
     parallel, batch = config.parallel, config.batch
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world % model_ranks:
@@ -117,26 +117,25 @@ def check_layout(config: Config, world: int) -> int:
     dp = world // model_ranks
     if batch.global_batch_rows % (dp * batch.micro_batch_rows) and batch.loss_normalization == "microbatch":
         raise UserError(
-            f"batch.global_batch_rows: {batch.global_batch_rows} is no multiple of dp {dp} x micro_batch_rows"
-            f" {batch.micro_batch_rows}, and loss_normalization=microbatch gives micro-batches of any size equal weight"
+            f"batch.global_batch_rows: {batch.global_batch_rows} is not a multiple of dp {dp} x micro_batch_rows"
+            f" {batch.micro_batch_rows}, but loss_normalization=microbatch gives all micro-batches the same weight"
         )
-    alone = RowSplit.of(batch.global_batch_rows, dp, batch.micro_batch_rows).count
-    if parallel.vpp > 1 and alone % parallel.pp:
+    count = RowSplit.of(batch.global_batch_rows, dp, batch.micro_batch_rows).count
+    if parallel.vpp > 1 and count % parallel.pp:
         raise UserError(
-            f"batch: the interleaved schedule wants micro-batches a step divisible by pp {parallel.pp};"
-            f" there are {alone}"
+            f"batch: the interleaved schedule needs a multiple of pp {parallel.pp} micro-batches a step, but there are"
+            f" {count}; change batch.micro_batch_rows or parallel.vpp"
         )
     return dp
 
 
 def micro_batch_group(config: Config) -> int:
-    """Return what a rank's number of micro-batches is a multiple of: the interleaved schedule runs whole groups of
-    pipeline ranks."""
+    """Return the number that a rank's micro-batches are a multiple of: pp under the interleaved schedule, else 1."""
     return config.parallel.pp if config.parallel.vpp > 1 else 1
 
 
 def has_fixed_shapes(config: Config) -> bool:
-    """Return whether all micro-batches of the run have one shape: recorded passes and userbuffers know no other."""
+    """Return whether all micro-batches must have one shape, as captured graphs and userbuffers need it."""
     return config.run.cuda_graph or config.parallel.tp_overlap
 
 
@@ -146,7 +145,7 @@ def full_batch_split(config: Config, dp: int) -> RowSplit:
 
 
 def micro_batches(config: Config, dp: int) -> int:
-    """Micro-batches that each rank runs in a step of the full batch."""
+    """Return the number of micro-batches per rank in a step at the full batch size."""
     return full_batch_split(config, dp).count
 
 
@@ -156,14 +155,14 @@ def with_split_rows(config: Config, dp: int) -> Config:
 
 
 def describe_empty_rows(config: Config, dp: int) -> str | None:
-    """Return what a step of the full batch leaves empty, or None where every place has a row."""
+    """Return a line about the empty slots of a step at the full batch size; None where every slot has a row."""
     split = full_batch_split(config, dp)
     if not split.empty:
         return None
     return (
         f"{counted(split.rows, 'row')} on dp {dp}, {counted(split.count, 'micro-batch', 'micro-batches')} of"
-        f" {split.size} each: {counted(split.empty, 'place')} of a step {'is' if split.empty == 1 else 'are'} empty"
-        f" ({split.empty / split.places:.1%} of the work)"
+        f" {split.size} each: {counted(split.empty, 'row slot')} of a step {'is' if split.empty == 1 else 'are'} empty"
+        f" ({split.empty / split.capacity:.1%} of the work)"
     )
 
 
@@ -171,7 +170,7 @@ STAGES = (1, 2, 3)
 
 
 def zero_stage(parallel: ParallelConfig) -> int:
-    """What is cut over data parallelism: 0 nothing of DeepSpeed's, 1 the optimizer's state, 2 also gradients, 3 also
+    """Return DeepSpeed's ZeRO stage; 0 under Megatron-Core. 1 shards the optimizer state, 2 also gradients, 3 also
     weights."""
     if parallel.engine != "deepspeed":
         return 0
@@ -179,83 +178,87 @@ def zero_stage(parallel: ParallelConfig) -> int:
 
 
 def check_zero(config: Config) -> None:
+    """Raise UserError where DeepSpeed's keys are set without it, or where it cannot do the run."""
     parallel = config.parallel
     if parallel.engine != "deepspeed":
         for key, unset in (("zero_stage", None), ("zero_offload", "none")):
             if (found := getattr(parallel, key)) != unset:
-                raise UserError(f"parallel.{key}: {found} is of parallel.engine=deepspeed, found {parallel.engine}")
+                raise UserError(
+                    f"parallel.{key}: {found} needs parallel.engine=deepspeed (found {parallel.engine}); remove it or"
+                    " set the engine"
+                )
         return
     for key, reason in _refusals(config):
         raise UserError(f"{key}: {reason}")
 
 
 def _refusals(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, why DeepSpeed cannot and the nearest that runs)."""
+    """Yield (key, why DeepSpeed cannot do it and the nearest thing that it can)."""
     parallel, precision, stage = config.parallel, PRECISIONS[config.precision.name], zero_stage(config.parallel)
     if parallel.pp > 1:
         yield (
             "parallel.engine",
-            f"deepspeed has no pipeline stages here, found pp {parallel.pp}; use parallel.pp=1 with tp, cp and"
+            f"deepspeed has no pipeline stages here (found pp {parallel.pp}); use parallel.pp=1 with tp, cp and"
             " zero_stage, or parallel.engine=megatron",
         )
     if precision.fp8_recipe:
         yield (
             "precision.name",
-            f"{config.precision.name} runs on parallel.engine=megatron; with deepspeed the nearest is bf16",
+            f"{config.precision.name} needs parallel.engine=megatron; with deepspeed use bf16",
         )
     if config.optim.name == "muon":
-        yield "optim.name", "muon updates whole matrices, ZeRO cuts them; with deepspeed use stable_adamw or adamw"
+        yield "optim.name", "muon updates whole matrices, but ZeRO shards them; use stable_adamw or adamw"
     if stage not in STAGES:
-        yield "parallel.zero_stage", f"{stage} is none of DeepSpeed's: {', '.join(map(str, STAGES))}"
+        yield "parallel.zero_stage", f"{stage} is not one of DeepSpeed's: {', '.join(map(str, STAGES))}"
     if precision.compute == "bf16" and stage == 1 and parallel.zero_offload == "none":
         yield (
             "parallel.zero_stage",
-            "1 in bf16 is what parallel.engine=megatron does with distributed_optimizer=true; with deepspeed use"
-            " zero_stage=2 or 3",
+            "1 in bf16 is what parallel.engine=megatron with distributed_optimizer=true does; use that, or zero_stage=2"
+            " or 3",
         )
     if parallel.zero_offload == "all" and stage != 3:
         yield (
             "parallel.zero_offload",
-            f"all moves weights too, which zero_stage=3 alone cuts; found zero_stage {stage}, with which optimizer"
-            " goes",
+            f"all moves weights too, which needs zero_stage=3 (found {stage}); use zero_offload=optimizer",
         )
     if config.precision.gradients != "fp32":
-        yield "precision.gradients", f"{config.precision.gradients} is of parallel.engine=megatron; with deepspeed fp32"
+        yield "precision.gradients", f"{config.precision.gradients} needs parallel.engine=megatron; use fp32"
     if parallel.offload_layers:
-        yield "parallel.offload_layers", "goes with parallel.engine=megatron; recompute=full saves memory with both"
+        yield "parallel.offload_layers", "needs parallel.engine=megatron; recompute=full saves memory with both engines"
 
 
-KERNELS = ("te-fused", "flash", "varlen")  # they take boundaries as tensors; the others' work depends on their values
-TOKENS_A_CHUNK = (
-    64  # rows have at most as many chunks as if each had so few tokens, unless data.max_chunks_per_row says
-)
+# attention kernels that take chunk boundaries as tensors; the work of the others depends on the boundaries' values
+KERNELS = ("te-fused", "flash", "varlen")
+# default of data.max_chunks_per_row: a row has room for one chunk of so many tokens after another
+TOKENS_A_CHUNK = 64
 
 
 def max_chunks_per_row(config: Config) -> int:
-    """Chunks that a recorded row has room for."""
+    """Return the number of chunks that a row of a captured graph has room for."""
     return config.data.max_chunks_per_row or max(1, config.data.seq_len // TOKENS_A_CHUNK)
 
 
 def check_graphs(config: Config) -> None:
+    """Raise UserError where the micro-batches of a run with CUDA graphs are not all alike."""
     if config.run.cuda_graph:
         for found, instead in _graph_refusals(config):
-            raise UserError(f"run.cuda_graph: goes not with {found}; {instead}")
+            raise UserError(f"run.cuda_graph: does not work with {found}; {instead}")
 
 
 def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
-    """(what is in the way, what to do)."""
+    """Yield (what is in the way, what to do)."""
     parallel, run = config.parallel, config.run
     if OBJECTIVES[run.objective].is_hybrid:
-        yield f"objective {run.objective}, whose micro-batches differ in kind", "run.cuda_graph=false"
+        yield f"objective {run.objective}, whose micro-batches are not alike", "run.cuda_graph=false"
     if parallel.pp > 1:
-        yield f"pipeline stages, found pp {parallel.pp}", "use parallel.pp=1 or run.cuda_graph=false"
+        yield f"pipeline stages (found pp {parallel.pp})", "use parallel.pp=1 or run.cuda_graph=false"
     for key, plain in (("engine", "megatron"), ("recompute", "none"), ("offload_layers", 0), ("overlap", False)):
         if (value := getattr(parallel, key)) != plain:
             yield f"parallel.{key}={value}", f"use parallel.{key}={str(plain).lower()} or run.cuda_graph=false"
     if PRECISIONS[config.precision.name].fp8_recipe == "delayed":
-        yield "precision.name=fp8-delayed, whose scales the host moves on", "use fp8-current, or run.cuda_graph=false"
+        yield "precision.name=fp8-delayed, whose scales the host updates", "use fp8-current, or run.cuda_graph=false"
     if config.precision.fp8_weights:
-        yield "precision.fp8_weights, which are made between recordings", "use precision.fp8_weights=false"
+        yield "precision.fp8_weights, which are made outside of the graph", "use precision.fp8_weights=false"
     if config.batch.loss_normalization != "global":
         yield f"batch.loss_normalization={config.batch.loss_normalization}", "use global, or run.cuda_graph=false"
     if run.attention not in ("auto", *KERNELS):
@@ -264,10 +267,10 @@ def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Rows of one step, spread evenly over `dp` ranks that run `count` micro-batches of `size` places each.
+    """Rows of one step, spread evenly over `dp` ranks that run `count` micro-batches of `size` row slots each.
 
     Every rank gets floor(rows / dp) rows or one more, and every one of its micro-batches an equal part of them, rounded
-    down or up. All micro-batches of a step have the same size, which pipeline stages need; a place without a row is
+    down or up. All micro-batches of a step have the same size, which pipeline stages need; a slot without a row is
     empty. Where everything divides, micro-batch `index` of all ranks together holds consecutive rows."""
 
     rows: int
@@ -284,27 +287,27 @@ class RowSplit:
             dp: data-parallel ranks.
             most: rows that a micro-batch may hold.
             group: the number of micro-batches of a rank is a multiple of it.
-            fixed: give micro-batches `most` places even where fewer would do, for what cannot change its shapes.
+            fixed: give micro-batches `most` slots even where fewer would do, for what cannot change its shapes.
         """
         share = -(-rows // dp)
         count = -(-share // (most * group)) * group
         return cls(rows, dp, count, most if fixed else -(-share // count))
 
     @property
-    def places(self) -> int:
-        """Rows that all ranks compute in the step, empty ones included."""
+    def capacity(self) -> int:
+        """Number of row slots that all ranks compute in the step, empty ones included."""
         return self.count * self.dp * self.size
 
     @property
     def empty(self) -> int:
-        """Places that have no row."""
-        return self.places - self.rows
+        """Number of slots that have no row."""
+        return self.capacity - self.rows
 
     def slots(self, rank: int, index: int) -> range:
         """Return the rows within the step that micro-batch `index` of data-parallel rank `rank` holds."""
         share, larger = divmod(self.rows, self.dp)  # the first `larger` ranks have a row more
         ends = [(n * (share + 1) // self.count, n * share // self.count) for n in (index, index + 1)]
-        of_larger, of_others = (ends[1][kind] - ends[0][kind] for kind in (0, 1))
+        of_larger, of_others = (end - start for start, end in zip(*ends))
         before = larger * ends[0][0] + (self.dp - larger) * ends[0][1]
         start = before + min(rank, larger) * of_larger + max(0, rank - larger) * of_others
         return range(start, start + (of_larger if rank < larger else of_others))

@@ -1,11 +1,9 @@
-"""The runs of the tables: (size, objective, phase) as published, or with the original trainer's choices.
+"""Tables of the recipe: the published run of each size, objective and phase, and the original trainer's choices.
 
-The four phases of the recipe as tables: what each phase trains on, for how long, at which learning rate.
-
-Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so:
-`rows` and `seq_len` of packed batching keep the published tokens a step (4,608 sequences of about 615 tokens, 2.84M);
-`local_rope_theta` is the same for both objectives so that a pair is a pair, ORIGINAL_LOCAL_THETA has what was run.
-The 1b ran a third of the published tokens in every phase but pretrain, whose configuration still says 1.7T."""
+Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so: `rows` and
+`seq_len` of packed batching keep the published tokens per step (4,608 sequences of about 615 tokens, 2.84M).
+`local_rope_theta` is the same for both objectives so that a pair is a pair; ORIGINAL_LOCAL_THETA has what was run. The
+1b ran a third of the published tokens in every phase but pretrain, whose configuration still has 1.7T."""
 
 from __future__ import annotations
 
@@ -30,19 +28,28 @@ from megatron_ettin.config.schema import (
 from megatron_ettin.config.tables import OBJECTIVES, SIZES
 
 ORIGINAL_DECODER_KEYS = 65
-CLM_FRACTION = 0.5  # of a hybrid run's rows, unless told otherwise
+# default share of causal rows of a hybrid run
+CLM_FRACTION = 0.5
 
 
-def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+def choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Return an entry of a table. Raises UserError with the nearest name where there is none."""
     if name not in table:
-        raise UserError(f"{kind} {name!r} does not exist{nearest(name, table)}; it is one of {', '.join(table)}")
+        raise UserError(f"{what} {name!r} does not exist{nearest(name, table)}; it is one of {', '.join(table)}")
     return table[name]
 
 
 def recipe(size: str, objective: str, phase: str, batching: str | None = None, name: str = "paired") -> Config:
-    """The published run of these three names: `paired`, as a pair that transformers computes as it was trained, or
-    `original`, with the choices of the original trainer (docs/recipe.md). batching: `packed` rows, or `padded`
-    sequences as the original has them."""
+    """Return a published run. Raises UserError for names that do not exist.
+
+    Args:
+        size: published size.
+        objective: training objective.
+        phase: phase of the recipe.
+        batching: `packed` rows, or `padded` sequences as the original has them; by default what the recipe does.
+        name: `paired`, a pair that transformers computes as it was trained, or `original`, with the choices of the
+            original trainer (docs/recipe.md).
+    """
     choose("recipe", name, dict.fromkeys(all_keys()["run.recipe"].choices))
     if name == "original":
         return original(paired(size, objective, phase, batching or "padded"))
@@ -50,7 +57,7 @@ def recipe(size: str, objective: str, phase: str, batching: str | None = None, n
 
 
 def original(config: Config) -> Config:
-    """A run of the tables with what the original trainer did otherwise. It made every update, whatever its figures."""
+    """Return a run of the tables with what the original trainer did otherwise. It made every update, good or bad."""
     run, data = config.run, config.data
     objective = "mntp" if (run.phase, run.objective) == ("cross", "mlm") else run.objective
     theta = ORIGINAL_LOCAL_THETA[run.phase, OBJECTIVES[objective].exports[0]][run.size]
@@ -71,6 +78,7 @@ def original(config: Config) -> Config:
 
 
 def paired(size: str, objective: str, phase: str, batching: str) -> Config:
+    """Return a run of the tables with this system's choices. Raises UserError for names that do not exist."""
     shape, chosen = choose("size", size, SIZES), choose("phase", phase, PHASES)
     choose("objective", objective, OBJECTIVES)
     rows = chosen.padded if batching == "padded" else chosen.packed
@@ -97,7 +105,8 @@ def paired(size: str, objective: str, phase: str, batching: str) -> Config:
         batch=BatchConfig(
             rows.global_rows,
             rows.micro_rows[size],
-            warmup_tokens=0,  # as every published run was trained; `--explain` names what their files configure
+            # as every published run was trained; `--explain` names what their files configure
+            warmup_tokens=0,
             warmup_min_rows=PHASES["pretrain"].packed.micro_rows[size]
             if batching == "packed"
             else rows.micro_rows[size],
@@ -111,35 +120,41 @@ SIZE_NAMES = ("17m", "32m", "68m", "150m", "400m", "1b")
 
 
 def by_size(*values: float) -> dict[str, float]:
+    """Return one value per size, smallest size first."""
     return dict(zip(SIZE_NAMES, values, strict=True))
 
 
 def counts(*values: float) -> dict[str, int]:
+    """Return one whole number per size, smallest size first."""
     return {size: int(value) for size, value in by_size(*values).items()}
 
 
 PEAK_LR = by_size(3e-3, 3e-3, 3e-3, 8e-4, 5e-4, 5e-4)
-BASE_LR = by_size(1.5e-3, 1.5e-3, 1.5e-3, 4e-4, 2.5e-4, 2.5e-4)  # of decay and cross
-WEIGHT_DECAY = by_size(3e-4, 3e-4, 3e-4, 1e-5, 1e-5, 5e-5)  # coefficient of the fully decoupled decay
+# learning rate of decay and cross
+BASE_LR = by_size(1.5e-3, 1.5e-3, 1.5e-3, 4e-4, 2.5e-4, 2.5e-4)
+# coefficient of the fully decoupled decay
+WEIGHT_DECAY = by_size(3e-4, 3e-4, 3e-4, 1e-5, 1e-5, 5e-5)
 NOTHING = counts(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Rows of one way to batch. `micro_rows` is a single accelerator's default."""
+    """Rows of one way to batch."""
 
     seq_len: int
     global_rows: int
     micro_rows: dict[str, int]
+    """Default micro-batch of a single accelerator, by size."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Hyper-parameters of one phase; dicts are by size."""
+    """Hyperparameters of one phase; dicts are by size."""
 
     tokens: dict[str, int]
     lr: dict[str, float]
-    weight_decay_reference_lr: dict[str, float]  # what the decoupled weight decay divides the learning rate by
+    weight_decay_reference_lr: dict[str, float]
+    """Rate that the decoupled weight decay divides the learning rate by."""
     schedule: str
     warmup_tokens: dict[str, int]
     decay_tokens: dict[str, int]
@@ -149,7 +164,8 @@ class Phase:
     local_rope_theta: dict[str, float]
     seed: int
     save_every_tokens: dict[str, int]
-    configured_batch_warmup: dict[str, int]  # tokens; no published run had it: their trainer did not read the key
+    configured_batch_warmup: dict[str, int]
+    """Tokens. No published run had it, because the original trainer did not read the key."""
     packed: Batching
     padded: Batching
 
@@ -196,7 +212,8 @@ PHASES = {
     "decay": Phase(
         tokens=DECAY_TOKENS,
         lr=BASE_LR,
-        weight_decay_reference_lr=PEAK_LR,  # the optimizer's groups come from the checkpoint and keep the pretrain peak
+        # the optimizer's groups come from the checkpoint and keep the pretrain peak
+        weight_decay_reference_lr=PEAK_LR,
         schedule="one_minus_sqrt",
         warmup_tokens=NOTHING,
         decay_tokens=DECAY_TOKENS,

@@ -1,22 +1,16 @@
-"""The six published shapes, their exact parameter counts, and what a tensor-parallel degree must divide.
+"""Tables of published shapes, objectives and precisions, and the names of models.
 
-Source: the Ettin configurations (std/<size>/*.yaml, lines 24-27); the counts equal `transformers`' ModernBERT
-classes at vocabulary 50,368 with a tied output (encoder and decoder have the same number).
+Shapes are those of the Ettin configurations (std/<size>/*.yaml, lines 24-27). Their parameter counts equal those of
+`transformers`' ModernBERT classes at vocabulary 50,368 with a tied output (the same for encoder and decoder).
 
-The objectives. Encoder and decoder differ in these rows and in nothing else.
+Encoder and decoder differ in their objective and in nothing else. A row of the batch is read in one of three ways
+(`ROW_OBJECTIVES`), and an objective names those that its rows may have. `mntp` is masked next-token prediction (the
+hidden state before a masked token predicts it), by which the original trainer trained decoders on as encoders. The
+`hybrid` ones mix causal and masked rows in one model, as GPT-BERT does (arXiv 2410.24159).
 
-A row of the batch is read in one of three ways (`ROW_OBJECTIVES`); an objective names which of them its rows may have.
-`mntp` is masked next-token prediction (the hidden state before a masked token predicts it), which the original trainer
-used to train decoders on as encoders; the `hybrid` ones mix causal and masked rows in one model, as GPT-BERT does
-(arXiv 2410.24159).
-
-Precisions by name: the type of weights and activations, and the FP8 recipe where there is one.
-
-FP8 and MXFP8 run in Transformer Engine's linears only; `multiple` is what hidden/tp and ffn/tp must be divisible by.
-
-Name models: by the published size if the shape is exactly that one, else by the number of parameters.
-
-`run.size` names the recipe that a run began with; its keys may have given the model any other shape since."""
+FP8 and MXFP8 run in Transformer Engine's linear layers only. A model is named by its published size where its shape is
+exactly that one, else by its number of parameters: `run.size` names the recipe that a run began with, and its keys may
+have given the model any other shape since."""
 
 from __future__ import annotations
 
@@ -37,7 +31,8 @@ class Shape:
 
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int  # inner width of the gated MLP: Wi has twice as many rows
+    ffn_hidden_size: int
+    """Inner width of the gated MLP: Wi has twice as many rows."""
     num_attention_heads: int
 
 
@@ -52,7 +47,7 @@ SIZES = {
 
 
 class HasShape(Protocol):
-    """What the counts need to know: a `Shape` with a vocabulary, or the resolved `model` group."""
+    """A `Shape` or the resolved `model` group, for counting parameters."""
 
     @property
     def num_layers(self) -> int: ...
@@ -65,13 +60,16 @@ class HasShape(Protocol):
 
 
 def layer_parameter_count(shape: HasShape) -> int:
-    """Weights of one layer's four matrices: Wqkv and Wo (4 H^2), Wi and mlp.Wo (3 H F)."""
+    """Return the weights of one layer's four matrices: Wqkv and Wo (4 H^2), Wi and mlp.Wo (3 H F)."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     return 4 * hidden * hidden + 3 * hidden * ffn
 
 
 def parameter_count(shape: HasShape, vocab_size: int = VOCABULARY) -> int:
-    """Exact number of parameters: V H + L (4 H^2 + 3 H F) + norms (1 + (L-1) + L + 1) H + head (H^2 + H) + V."""
+    """Return the exact number of parameters.
+
+    They are V H + L (4 H^2 + 3 H F) + (1 + (L-1) + L + 1) H of norms + H^2 + H + V of the head.
+    """
     hidden, layers = shape.hidden_size, shape.num_layers
     norms = (1 + (layers - 1) + layers + 1) * hidden
     head = hidden * hidden + hidden
@@ -79,12 +77,13 @@ def parameter_count(shape: HasShape, vocab_size: int = VOCABULARY) -> int:
 
 
 def tensor_parallel_degrees(shape: HasShape) -> list[int]:
-    """The degrees that divide both the heads and the MLP's inner width (core pads the vocabulary itself)."""
+    """Return the degrees that divide both the heads and the MLP's inner width; core pads the vocabulary."""
     heads, ffn = shape.num_attention_heads, shape.ffn_hidden_size
     return [tp for tp in range(1, heads + 1) if heads % tp == 0 and ffn % tp == 0]
 
 
-IGNORE = -100  # the label of a position that predicts nothing
+# the label of a position that predicts nothing
+IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -105,29 +104,32 @@ ROW_OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """`kinds`: of its rows; where there are two, the first is the causal one and `data.clm_fraction` its share.
-    `exports`: the objectives of the models that its weights are exported as, the first unless told otherwise."""
+    """A training objective."""
 
-    kinds: tuple[str, ...]
+    row_objectives: tuple[str, ...]
+    """How its rows are read. Where there are two, the first is causal and `data.clm_fraction` is its share."""
     exports: tuple[str, ...]
+    """Objectives of the models that its weights can be exported as; the first is the default."""
 
     @property
     def needs_mask_token(self) -> bool:
-        return any(ROW_OBJECTIVES[kind].masks for kind in self.kinds)
+        """Whether some of its rows have masked tokens."""
+        return self.masked_objective is not None
 
     @property
-    def masked_kind(self) -> str | None:
-        """How its rows with masked tokens are read; None where it has none."""
-        return next((kind for kind in self.kinds if ROW_OBJECTIVES[kind].masks), None)
+    def masked_objective(self) -> str | None:
+        """The row objective that masks tokens; None where there is none."""
+        return next((name for name in self.row_objectives if ROW_OBJECTIVES[name].masks), None)
 
     @property
     def is_hybrid(self) -> bool:
-        return len(self.kinds) > 1
+        """Whether it mixes causal and masked rows."""
+        return len(self.row_objectives) > 1
 
     @property
     def causal(self) -> bool:
-        """Whether all rows are."""
-        return all(ROW_OBJECTIVES[kind].causal for kind in self.kinds)
+        """Whether all rows are causal."""
+        return all(ROW_OBJECTIVES[name].causal for name in self.row_objectives)
 
 
 OBJECTIVES = {
@@ -137,16 +139,20 @@ OBJECTIVES = {
     "hybrid": Objective(("clm", "mlm"), ("mlm", "clm")),
     "hybrid_mntp": Objective(("clm", "mntp"), ("mlm", "clm")),
 }
-EXPORTED = ("mlm", "clm")  # what a checkpoint can be exported as: an encoder or a decoder of transformers
+# what a checkpoint can be exported as: an encoder or a decoder of transformers
+EXPORTED = ("mlm", "clm")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One row of the table. `fp8_recipe` is the name core's TransformerConfig takes, or None."""
+    """A number format."""
 
-    compute: str  # "fp32" or "bf16": type of weights and activations outside FP8 linears
+    compute: str
+    """Type of weights and activations outside of FP8 linear layers: "fp32" or "bf16"."""
     fp8_recipe: str | None = None
+    """Name of the FP8 recipe, as core's TransformerConfig takes it."""
     multiple: int = 1
+    """hidden_size / tp and ffn_hidden_size / tp must be multiples of it."""
 
 
 PRECISIONS = {
@@ -164,7 +170,7 @@ def short_name(size: object, model: object) -> str:
 
     Args:
         size: `run.size`.
-        model: the `model` group, resolved or as a config.yaml has it. Where that says no shape, the size is returned.
+        model: the `model` group, resolved or as a config.yaml has it. Where it has no shape, the size is returned.
     """
     shape = _shape(model)
     if shape is None or (SIZES.get(str(size)), VOCABULARY) == shape:
@@ -173,16 +179,16 @@ def short_name(size: object, model: object) -> str:
 
 
 def long_name(size: object, model: object) -> str:
-    """Return `16.9M parameters, 7 layers x 256`, and for a model of another shape than its size's also that it is
-    `(from 17m)`; empty where the group says no shape. Args as in `short_name`."""
-    found = _shape(model)
-    if found is None:
+    """Return `16.9M parameters, 7 layers x 256`, with `(from 17m)` where the shape is not that of the size; empty where
+    the group has no shape. Args as in `short_name`."""
+    known = _shape(model)
+    if known is None:
         return ""
-    shape, vocabulary = found
+    shape, vocabulary = known
     other = f", vocabulary {vocabulary:,}" if vocabulary != VOCABULARY else ""
     origin = f" (from {size})" if size in SIZES and short_name(size, model) != size else ""
-    told = f"{format_count(parameter_count(shape, vocabulary))} parameters"
-    return f"{told}, {shape.num_layers} layers x {shape.hidden_size:,}{other}{origin}"
+    parameters = format_count(parameter_count(shape, vocabulary))
+    return f"{parameters} parameters, {shape.num_layers} layers x {shape.hidden_size:,}{other}{origin}"
 
 
 def _shape(model: object) -> tuple[Shape, int] | None:

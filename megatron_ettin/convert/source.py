@@ -115,14 +115,14 @@ def predicts_next(source: Source) -> bool:
     """Whether the encoder that is exported predicts masked tokens at the position before them."""
     if source.objective != "mlm":
         return False
-    kind = OBJECTIVES[source.trained_objective].masked_kind
+    kind = OBJECTIVES[source.trained_objective].masked_objective
     return kind is None or ROW_OBJECTIVES[kind].shifts
 
 
 def cross_notes(source: Source) -> list[str]:
     """What a reader must know of a model that was not trained for what it was exported as."""
     trained = OBJECTIVES[source.trained_objective]
-    if predicts_next(source) and trained.masked_kind is not None:
+    if predicts_next(source) and trained.masked_objective is not None:
         return [
             "These weights were trained on masked next-token prediction: position i holds the prediction of token"
             " i + 1, so a masked token is read from the position before it"

@@ -61,7 +61,7 @@ def mean_flops_per_token(config: Config) -> float:
         causal = share_at(parse_points(data.clm_fraction, "data.clm_fraction"), config.run.tokens)
         shares = [causal, 1 - causal]
     total = 0.0
-    for name, share in zip(objective.kinds, shares, strict=True):
+    for name, share in zip(objective.row_objectives, shares, strict=True):
         kind = ROW_OBJECTIVES[name]
         labelled = data.mlm_probability if kind.masks else 1.0
         window = config.windows[kind.causal]

@@ -217,7 +217,7 @@ def reach_tokens(config: Config, causal: bool) -> int:
 
 
 def row_objectives(config: Config) -> tuple[str, ...]:
-    return OBJECTIVES[config.run.objective].kinds
+    return OBJECTIVES[config.run.objective].row_objectives
 
 
 def input_bytes(config: Config, fused: bool) -> float:

@@ -125,7 +125,7 @@ def stage_work(config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float) -> li
     """Return the work of one rank's micro-batches on each pipeline stage, in model order."""
     model, parallel = config.model, config.parallel
     split = full_batch_split(config, dp)
-    tokens = split.places / dp * computed_row_tokens(config) / parallel.cp
+    tokens = split.capacity / dp * computed_row_tokens(config) / parallel.cp
     operations = operations_per_token(config, chunk_tokens)
     linear = 6 * model.num_layers * layer_parameter_count(model)
     again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]

@@ -30,7 +30,7 @@ def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
     speed = best.tokens_per_second_per_gpu * best.gpus
     rows, slots = run_row_slots(best.config, best.dp)
     full = full_batch_split(best.config, best.dp)
-    seconds = best.config.run.tokens / speed * (slots / rows) / (full.places / full.rows)
+    seconds = best.config.run.tokens / speed * (slots / rows) / (full.capacity / full.rows)
     found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
     return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})
 

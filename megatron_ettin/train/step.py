@@ -262,7 +262,7 @@ def loss_by_objective(
     """Of a hybrid run: the mean loss of the rows of each kind, and how many predicted tokens are of the causal ones."""
     if not OBJECTIVES[config.run.objective].is_hybrid:
         return {}
-    causal, masked = OBJECTIVES[config.run.objective].kinds
+    causal, masked = OBJECTIVES[config.run.objective].row_objectives
     found: dict[str, Any] = {f"labels_{causal}": int(causal_labels)}
     if causal_labels:
         found[f"loss_{causal}"] = causal_loss / causal_labels

@@ -294,7 +294,7 @@ def build_hooks(run: Run, peers: Sequence[RankInfo], json_stream: TextIO | None 
     hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(json_stream)]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
-        kinds = OBJECTIVES[run.config.run.objective].kinds
+        kinds = OBJECTIVES[run.config.run.objective].row_objectives
         held_out = [build_eval_dataset(run.train_state, sets, kind) for kind in reversed(kinds)]
         for batches in held_out[0].sources.values():
             if batches.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:

@@ -29,7 +29,7 @@ def test_key_that_the_run_ignores_is_reported(
     capsys: pytest.CaptureFixture[str], objective: str, word: str, why: str
 ) -> None:
     key = word.partition("=")[0]
-    assert f"{key}: has no effect, for {why}\n" in reported(capsys, objective, "pretrain", word)
+    assert f"{key}: has no effect, because {why}\n" in reported(capsys, objective, "pretrain", word)
 
 
 def test_key_of_a_hybrid_run_that_reads_it_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,14 +40,14 @@ def test_key_of_a_hybrid_run_that_reads_it_is_not_reported(capsys: pytest.Captur
 def test_override_of_a_phase_that_is_not_run_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     word = "extend.optim.lr=1e-3"
     said = reported(capsys, "mlm", "pretrain", word)
-    assert f"{word}: has no effect, for this run is of pretrain\n" in said
+    assert f"{word}: has no effect, because this run trains pretrain\n" in said
     assert "has no effect" not in reported(capsys, "mlm", "extend", word)
     assert "has no effect" not in reported(capsys, "mlm", "all", word)
 
 
 def test_validation_without_a_cadence_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     said = reported(capsys, "mlm", "pretrain", "data.validation=somewhere")
-    assert "data.validation: evaluated at the end of the run only" in said
+    assert "data.validation: is evaluated at the end of the run only" in said
 
 
 def test_key_in_the_file_of_both_halves_is_not_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

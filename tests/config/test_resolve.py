@@ -97,35 +97,35 @@ REFUSED = {
     "parallel.cp=2 batch.loss_normalization=microbatch batch.warmup_tokens=0": "use batch.loss_normalization=global",
     "parallel.recompute=everything": "parallel.recompute: 'everything' does not exist; it is one of none, selective, full",
     "parallel.recompute=selective parallel.recompute_modules=core_atn": "did you mean 'core_attn'?",
-    "parallel.recompute_layers=2": "parallel.recompute_layers: is of parallel.recompute=full, found none",
-    "parallel.offload_layers=4 parallel.pp=2": "parallel.offload_layers: goes with neither recomputation nor pipeline",
+    "parallel.recompute_layers=2": "parallel.recompute_layers: needs parallel.recompute=full (found none)",
+    "parallel.offload_layers=4 parallel.pp=2": "parallel.offload_layers: works with neither recomputation nor pipeline",
     "parallel.offload_layers=28": "parallel.offload_layers: 28 is not below the model's 28 layers",
     "parallel.vpp=2": "parallel.vpp: 2 model chunks need pipeline stages",
     "parallel.sequence_parallel=true": "parallel.sequence_parallel: needs parallel.tp of 2 or more",
     "precision.name=fp9": "precision.name: 'fp9' does not exist",
-    "precision.name=fp8-blockwise parallel.tp=4": "fp8-blockwise wants hidden_size / tp divisible by 128; it is 1792 / 4",
-    "precision.bf16_last_layers=1": "precision.bf16_first_layers, bf16_last_layers: are of FP8 runs; precision.name is bf16",
-    "precision.name=fp8-delayed precision.bf16_last_layers=1": "delayed scaling is of all layers at once",
-    "precision.name=fp32 precision.gradients=bf16": "precision.gradients: bf16 is of 16-bit and FP8 runs",
-    "run.cuda_graph=true parallel.pp=2": "run.cuda_graph: goes not with pipeline stages, found pp 2",
-    "run.cuda_graph=true parallel.recompute=full": "goes not with parallel.recompute=full; use parallel.recompute=none",
-    "run.cuda_graph=true precision.name=fp8-delayed": "whose scales the host moves on; use fp8-current",
-    "run.cuda_graph=true run.attention=sdpa": "goes not with run.attention=sdpa; use one of te-fused, flash, varlen",
+    "precision.name=fp8-blockwise parallel.tp=4": "fp8-blockwise needs hidden_size / tp to be a multiple of 128, but it is 1792 / 4",
+    "precision.bf16_last_layers=1": "precision.bf16_first_layers, bf16_last_layers: need an FP8 run, but precision.name is bf16",
+    "precision.name=fp8-delayed precision.bf16_last_layers=1": "delayed scaling applies to all layers",
+    "precision.name=fp32 precision.gradients=bf16": "precision.gradients: bf16 needs a 16-bit or FP8 run",
+    "run.cuda_graph=true parallel.pp=2": "run.cuda_graph: does not work with pipeline stages (found pp 2)",
+    "run.cuda_graph=true parallel.recompute=full": "does not work with parallel.recompute=full; use parallel.recompute=none",
+    "run.cuda_graph=true precision.name=fp8-delayed": "whose scales the host updates; use fp8-current",
+    "run.cuda_graph=true run.attention=sdpa": "does not work with run.attention=sdpa; use one of te-fused, flash, varlen",
     "parallel.tp_overlap=true": "parallel.tp_overlap: hides the gathers and scatters of sequence parallelism",
-    "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of 28 layers in FP8",
+    "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of the 28 layers in FP8",
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
     "optim.weight_decay=0.1": "torch's AdamW multiplies its coefficient by the rate: 0.1 there is 5e-05 here",
     "optim.lr=1e-6": "optim.weight_decay: 5e-05 is what a weight loses a step at optim.weight_decay_reference_lr 1e-06, and more than 10 x",
     "optim.lr=-1": "optim.lr: -1.0 is not allowed; it must be above 0",
     "model.attention_output_dropout=1": "model.attention_output_dropout: 1.0 is not allowed",
-    "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is no multiple of micro_batch_rows 3",
+    "batch.micro_batch_rows=3 batch.loss_normalization=microbatch": "batch.global_batch_rows: 2816 is not a multiple of micro_batch_rows 3",
     "data.mlm_probability=0": "data.mlm_probability: 0 leaves the encoder nothing to predict",
     "data.seq_len=4096 model.max_position_embeddings=1024": "data.seq_len: 4096 is above model.max_position_embeddings 1024",
     "schedule.name=one_minus_sqrt schedule.decay_tokens=2T": "schedule.decay_tokens: 2000000000000 is more than run.tokens",
     "schedule.name=one_minus_sqrt": "schedule.decay_tokens: one_minus_sqrt decays over them",
     "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
     "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: [20, 9] must be 2 whole numbers",
-    "batch.loss_normalization=microbatch batch.warmup_tokens=3B": "it needs batch.warmup_tokens=0, found 3000000000",
+    "batch.loss_normalization=microbatch batch.warmup_tokens=3B": "set batch.warmup_tokens=0 (found 3000000000)",
     "run.device=tpu": "run.device: 'tpu' does not exist",
 }
 
@@ -168,7 +168,7 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
     interleaved = parse(
         "1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vpp=7", "batch.global_batch_rows=16"]
     )
-    with pytest.raises(UserError, match="interleaved schedule wants micro-batches a step divisible by pp 4"):
+    with pytest.raises(UserError, match="interleaved schedule needs a multiple of pp 4 micro-batches a step"):
         check_layout(interleaved, 4)
 
 

@@ -56,12 +56,12 @@ def test_row_split_of_dividing_rows_deals_out_consecutive_micro_batches() -> Non
 )
 def test_recipe_batch_on_many_ranks_leaves_few_places_empty(size: str, dp: int, share: float) -> None:
     split = full_batch_split(parse(size, "mlm", "pretrain"), dp)
-    assert split.empty / split.places <= share
+    assert split.empty / split.capacity <= share
 
 
 def test_describe_empty_rows_tells_of_places_without_rows() -> None:
     config = parse("1b", "mlm", "pretrain")
     assert describe_empty_rows(config, 64) == (
-        "2,816 rows on dp 64, 3 micro-batches of 15 each: 64 places of a step are empty (2.2% of the work)"
+        "2,816 rows on dp 64, 3 micro-batches of 15 each: 64 row slots of a step are empty (2.2% of the work)"
     )
     assert describe_empty_rows(config, 128) is None

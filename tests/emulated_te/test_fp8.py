@@ -199,12 +199,12 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("precision.name=bf16", "is of fp8-delayed, fp8-current and fp8-blockwise; precision.name is bf16"),
+        ("precision.name=bf16", "needs fp8-delayed, fp8-current or fp8-blockwise, but precision.name is bf16"),
         (
             "precision.name=fp8-current parallel.distributed_optimizer=false",
-            "wants parallel.distributed_optimizer=true",
+            "needs parallel.distributed_optimizer=true",
         ),
-        ("precision.name=fp8-current run.cuda_graph=true", "goes not with precision.fp8_weights"),
+        ("precision.name=fp8-current run.cuda_graph=true", "does not work with precision.fp8_weights"),
     ],
 )
 def test_fp8_weights_with_unsupported_option_is_refused(

@@ -63,7 +63,9 @@ def test_objective_mix_causal_rows_follow_share_schedule() -> None:
 
 
 def test_clm_fraction_of_non_hybrid_or_above_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.clm_fraction: mlm has rows of one kind; it is of hybrid, hybrid_mntp"):
+    with pytest.raises(
+        UserError, match=r"data\.clm_fraction: needs objective hybrid, hybrid_mntp; all rows of mlm are alike"
+    ):
         parse("17m", "mlm", "pretrain", words=["data.clm_fraction=0.5"])
     with pytest.raises(UserError, match=r"data\.clm_fraction: 2"):
         parse("17m", "hybrid", "pretrain", words=["data.clm_fraction=2"])

@@ -22,7 +22,7 @@ def test_topology_coords_are_unique_per_rank() -> None:
     [
         ("parallel.pp=1", None),
         ("parallel.pp=2", "Et*6|tL"),
-        ("parallel.pp=2 parallel.vp=2", "Et*2|t*2|t*2|tL"),
+        ("parallel.pp=2 parallel.vpp=2", "Et*2|t*2|t*2|tL"),
         ("parallel.pp=7", "Et|t|t|t|t|t|tL"),
     ],
 )

@@ -111,7 +111,7 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
     assert "fastest: data parallelism with the distributed optimizer" in out
     assert "% ahead of tp 2 dp 256" in out
     assert out.split("\n")[1].split()[-6:] == ["bubble", "tp", "cp", "pp", "dp", "GiB"]
-    assert ": 256 places of a step are empty (8.3% of the work)" in out
+    assert ": 256 row slots of a step are empty (8.3% of the work)" in out
     assert "GPU-hours" in out
     assert " at 2 an hour" in out
     pasted = out[out.index("\nparallel:") :]

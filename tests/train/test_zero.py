@@ -195,18 +195,18 @@ def test_zero_two_phases_match_megatron_train_and_validation_losses(pool: Pool, 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("parallel.pp=2", "parallel.engine: deepspeed has no pipeline stages here, found pp 2"),
-        ("parallel.zero_stage=4", "parallel.zero_stage: 4 is none of DeepSpeed's: 1, 2, 3"),
+        ("parallel.pp=2", "parallel.engine: deepspeed has no pipeline stages here (found pp 2)"),
+        ("parallel.zero_stage=4", "parallel.zero_stage: 4 is not one of DeepSpeed's: 1, 2, 3"),
         ("parallel.zero_stage=1 precision.name=bf16", "parallel.zero_stage: 1 in bf16 is what"),
-        ("precision.name=bf16 precision.gradients=bf16", "precision.gradients: bf16 is of parallel.engine=megatron"),
+        ("precision.name=bf16 precision.gradients=bf16", "precision.gradients: bf16 needs parallel.engine=megatron"),
         ("parallel.zero_offload=all", "parallel.zero_offload: all moves weights too"),
         (
             "parallel.zero_offload=nvme",
             "parallel.zero_offload: 'nvme' does not exist; it is one of none, optimizer, all",
         ),
         ("optim.name=muon", "optim.name: muon updates whole matrices, ZeRO cuts them"),
-        ("precision.name=fp8-current", "precision.name: fp8-current runs on parallel.engine=megatron"),
-        ("parallel.engine=megatron parallel.zero_stage=2", "parallel.zero_stage: 2 is of parallel.engine=deepspeed"),
+        ("precision.name=fp8-current", "precision.name: fp8-current needs parallel.engine=megatron"),
+        ("parallel.engine=megatron parallel.zero_stage=2", "parallel.zero_stage: 2 needs parallel.engine=deepspeed"),
         ("parallel.engine=deepsped", "parallel.engine: 'deepsped' does not exist (did you mean 'deepspeed'?)"),
     ],
 )
