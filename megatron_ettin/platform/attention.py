@@ -41,7 +41,7 @@ def choose_attention(wanted: str, platform: Platform, precision: str) -> Attenti
         return AttentionChoice(nearest, "; ".join(before) or "the first choice")
     if reasons[wanted] is not None:
         raise UserError(f"run.attention: {wanted} {reasons[wanted]}; the nearest that runs is {nearest}")
-    return AttentionChoice(wanted, "asked for")
+    return AttentionChoice(wanted, "requested")
 
 
 def _16_bit_on_gpu(platform: Platform, precision: str) -> str | None:

@@ -189,7 +189,9 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
         torch.cuda.set_device(local_rank)
         return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if wanted == "gpu":
-        raise UserError("run.device: gpu was asked for and none was found; run.device=cpu trains on the processor")
+        raise UserError(
+            "run.device=gpu: this host has no GPU that torch can use; set run.device=cpu to train on the CPU"
+        )
     from megatron_ettin.platform import cpu
 
     cpu.install()

@@ -62,9 +62,9 @@ def _attend(
         if first == last:
             continue
         query, key, value = (t[first:last].float().transpose(0, 1) for t in (q, k, v))
-        place = torch.arange(last - first)
+        position = torch.arange(last - first)
         # key - query
-        ahead = place[None] - place[:, None]
+        ahead = position[None] - position[:, None]
         seen = torch.ones_like(ahead, dtype=torch.bool)
         if left >= 0:
             seen &= ahead >= -left
@@ -134,5 +134,5 @@ def fused_attn_bwd(
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         again = _attend(*inputs, bounds_q, scale, mask, window)
-        found = torch.autograd.grad(again, inputs, gradient.view_as(again).float())
-    return [*(g.to(q.dtype) for g in found), None, None]
+        actual = torch.autograd.grad(again, inputs, gradient.view_as(again).float())
+    return [*(g.to(q.dtype) for g in actual), None, None]

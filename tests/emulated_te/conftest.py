@@ -29,7 +29,7 @@ def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if not wheels:
-        pytest.skip(f"{wanted} is not to be had: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
+        pytest.skip(f"{wanted} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no output of pip'])[-1]}")
     zipfile.ZipFile(wheels[0]).extractall(folder)
     return folder
 

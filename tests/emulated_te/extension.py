@@ -12,7 +12,7 @@ from tests.emulated_te import attention, norms, products, quantize
 
 ENUMERATIONS = {
     "DType": "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1",
-    # places of a linear's tensors in the state of delayed scaling
+    # indices of a linear's tensors in the state of delayed scaling
     "FP8FwdTensors": " ".join(f"GEMM{i}_{name}" for i in (1, 2, 3) for name in ("INPUT", "WEIGHT", "OUTPUT")),
     "FP8BwdTensors": " ".join(f"GRAD_{name}{i}" for i in (1, 2, 3) for name in ("OUTPUT", "INPUT")),
     "NVTE_QKV_Format": "NVTE_BSHD NVTE_SBHD NVTE_THD NVTE_SBHD_2BSHD NVTE_BSHD_2SBHD NVTE_THD_2BSHD NVTE_THD_2SBHD",

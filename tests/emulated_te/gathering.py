@@ -1,5 +1,7 @@
-"""All-gathers of weights of two types at once. Core coalesces those of a bucket group, where bytes of FP8 weights stand
-beside weights of 16 bits; NCCL gathers each by itself, gloo copies them through one buffer of the first one's type."""
+"""All-gathers of weights of two types together.
+
+Core coalesces the weights of a bucket group, where bytes of FP8 weights are mixed with 16-bit weights. NCCL gathers each
+by itself; gloo copies them through one buffer of the first one's type."""
 
 from __future__ import annotations
 

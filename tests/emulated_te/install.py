@@ -1,4 +1,4 @@
-"""Puts the emulated Transformer Engine in place: after it, this process has Transformer Engine and no GPU."""
+"""Install the emulated Transformer Engine, so that this process has Transformer Engine and no GPU."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def install(folder: Path, capability: tuple[int, int] = HOPPER) -> None:
 
 def _load_common(folder: Path) -> Any:
     """Load transformer_engine.common before its parent package, which imports everything."""
-    place = folder / "transformer_engine" / "common"
+    common_folder = folder / "transformer_engine" / "common"
     spec = importlib.util.spec_from_file_location(
-        "transformer_engine.common", place / "__init__.py", submodule_search_locations=[str(place)]
+        "transformer_engine.common", common_folder / "__init__.py", submodule_search_locations=[str(common_folder)]
     )
     assert spec is not None
     assert spec.loader is not None

@@ -224,9 +224,9 @@ def multi_tensor_compute_scale_and_scale_inv(
 
 def _with_blocks(part: torch.Tensor, height: int, width: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the 128 x 128 block (row, column) of each element in a range of a flattened matrix."""
-    place = torch.arange(start, start + part.numel())
+    element = torch.arange(start, start + part.numel())
     assert start + part.numel() <= height * width
-    return place // width // BLOCK, place % width // BLOCK
+    return element // width // BLOCK, element % width // BLOCK
 
 
 def fp8_block_scaling_compute_partial_amax(

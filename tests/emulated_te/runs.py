@@ -24,10 +24,10 @@ def train(
     return train_tiny(pool, world, folder, corpus, objective, line, mutation=mutation, **named)
 
 
-def apart(found: Trained, expected: Trained) -> float:
+def apart(actual: Trained, expected: Trained) -> float:
     """Return the largest relative difference of the losses of a step; assert that the rows are the same."""
-    assert found.column("rows") == expected.column("rows")
-    return max(abs(a - b) / b for a, b in zip(found.column("loss"), expected.column("loss"), strict=True))
+    assert actual.column("rows") == expected.column("rows")
+    return max(abs(a - b) / b for a, b in zip(actual.column("loss"), expected.column("loss"), strict=True))
 
 
 def weights(run: Trained) -> dict[str, torch.Tensor]:
@@ -35,18 +35,18 @@ def weights(run: Trained) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in run.weights().items() if not key.startswith("fp8_scales.")}
 
 
-def same_weights(found: Trained, expected: Trained) -> bool:
+def same_weights(actual: Trained, expected: Trained) -> bool:
     """Return whether the checkpoints hold the same names, types and bits of the model."""
-    ours, theirs = weights(found), weights(expected)
+    ours, theirs = weights(actual), weights(expected)
     return ours.keys() == theirs.keys() and all(
         ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in ours
     )
 
 
-def like_weights(found: Trained, expected: Trained) -> bool:
+def like_weights(actual: Trained, expected: Trained) -> bool:
     """Return whether weights agree within a third of one update: ranks sum squares in another order, which FP8 may round
     differently, and tiny gradients make updates as large as others."""
-    ours, theirs = weights(found), weights(expected)
+    ours, theirs = weights(actual), weights(expected)
     return ours.keys() == theirs.keys() and all(
         torch.allclose(ours[key].float(), theirs[key].float(), rtol=2**-7, atol=1e-3) for key in ours
     )

@@ -40,9 +40,9 @@ def test_fp8_recipe_losses_follow_bf16(whole, recipe: str) -> None:
 def test_fp8_on_layout_follows_one_process(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str, shape: str, layout: str
 ) -> None:
-    found = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {shape} {layout}")
+    actual = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {shape} {layout}")
     # blockwise on two ranks may differ by nothing at all
-    assert apart(found, whole(recipe, shape)) < ROUNDING
+    assert apart(actual, whole(recipe, shape)) < ROUNDING
 
 
 @pytest.mark.full
@@ -62,10 +62,10 @@ def test_mxfp8_on_blackwell_with_ranks_and_resume_follows_bf16(
     """MXFP8 on two ranks with a resume and on one rank; fp8-current, which keeps one copy per tensor on Blackwell."""
     words = f"precision.name=mxfp8 {SHARDED}"
     for steps in (2, 4):
-        found = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{words} run.steps={steps}")
-    assert 0 < apart(found, whole("bf16")) < ROUNDING
+        actual = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{words} run.steps={steps}")
+    assert 0 < apart(actual, whole("bf16")) < ROUNDING
     alone = train(blackwell_pool, 1, tmp_path / "alone", corpus, "mlm", "precision.name=mxfp8")
-    assert 0 < apart(found, alone) < ROUNDING
+    assert 0 < apart(actual, alone) < ROUNDING
     other = train(blackwell_pool, 1, tmp_path / "other", corpus, "mlm", "precision.name=fp8-current run.steps=2")
     assert other.column("loss") == whole("fp8-current").column("loss")[:2]
 
@@ -75,18 +75,18 @@ def test_fp8_with_bf16_first_and_last_layers_differs_within_rounding(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole
 ) -> None:
     kept = "precision.bf16_first_layers=1 precision.bf16_last_layers=1 parallel.pp=2"
-    found = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name=fp8-current {FOUR_LAYERS} {kept}")
+    actual = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name=fp8-current {FOUR_LAYERS} {kept}")
     of_all, of_none = (whole(precision, FOUR_LAYERS) for precision in ("fp8-current", "bf16"))
-    assert found.column("loss")[0] not in (of_all.column("loss")[0], of_none.column("loss")[0])
-    assert apart(found, of_all) < ROUNDING
+    assert actual.column("loss")[0] not in (of_all.column("loss")[0], of_none.column("loss")[0])
+    assert apart(actual, of_all) < ROUNDING
 
 
 @pytest.mark.parametrize("recipe", FIRST_DELAYED)
 def test_fp8_full_recompute_has_identical_losses(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
 ) -> None:
-    found = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} parallel.recompute=full")
-    assert found.column("loss") == whole(recipe).column("loss")
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} parallel.recompute=full")
+    assert actual.column("loss") == whole(recipe).column("loss")
 
 
 def evaluated(corpus: Path, every_steps: int) -> str:
@@ -110,9 +110,9 @@ def test_fp8_delayed_evaluations_and_resume_change_no_bit(
     evaluation, within a run and before a resume."""
     shutil.copytree(half, tmp_path / "run")
     words = f"precision.name=fp8-delayed {evaluated(corpus, 1)}"
-    found = train(te_pool, 1, tmp_path / "run", corpus, "mlm", words)
-    assert found.column("loss") == whole("fp8-delayed").column("loss")
-    assert same_weights(found, whole("fp8-delayed"))
+    actual = train(te_pool, 1, tmp_path / "run", corpus, "mlm", words)
+    assert actual.column("loss") == whole("fp8-delayed").column("loss")
+    assert same_weights(actual, whole("fp8-delayed"))
 
 
 @pytest.mark.full
@@ -121,8 +121,8 @@ def test_fp8_delayed_resume_on_two_ranks_follows_one(
 ) -> None:
     shutil.copytree(half, tmp_path / "run")
     words = f"precision.name=fp8-delayed {evaluated(corpus, 1)} {SHARDED}"
-    found = train(te_pool, 2, tmp_path / "run", corpus, "mlm", words)
-    assert 0 < apart(found, whole("fp8-delayed")) < ROUNDING
+    actual = train(te_pool, 2, tmp_path / "run", corpus, "mlm", words)
+    assert 0 < apart(actual, whole("fp8-delayed")) < ROUNDING
 
 
 @pytest.mark.full
@@ -133,8 +133,8 @@ def test_resume_across_precisions_and_layers_follows_bf16(
     train(pool, 1, tmp_path, corpus, "mlm", "run.steps=1")
     train(te_pool, 1, tmp_path, corpus, "mlm", "precision.name=fp8-delayed run.steps=2")
     train(te_pool, 2, tmp_path, corpus, "mlm", "precision.name=fp8-current precision.fp8_weights=true run.steps=3")
-    found = train(pool, 1, tmp_path, corpus, "mlm", "precision.name=fp32")
-    assert 0 < apart(found, whole("bf16")) < ROUNDING
+    actual = train(pool, 1, tmp_path, corpus, "mlm", "precision.name=fp32")
+    assert 0 < apart(actual, whole("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -143,9 +143,9 @@ def test_fp8_weights_change_no_bit_of_losses_or_checkpoint(
 ) -> None:
     """FP8 weights equal the casts that a product would make, so losses are the same, bit for bit, and so is the
     checkpoint, whose weights are not rounded to FP8."""
-    found = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} precision.fp8_weights=true")
-    assert found.column("loss") == whole(recipe).column("loss")
-    assert same_weights(found, whole(recipe))
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} precision.fp8_weights=true")
+    assert actual.column("loss") == whole(recipe).column("loss")
+    assert same_weights(actual, whole(recipe))
 
 
 @pytest.mark.parametrize("recipe", FIRST_DELAYED)
@@ -157,11 +157,11 @@ def test_fp8_weights_dp2_overlap_and_resume_match_16_bit_weights(
     plain = f"precision.name={recipe} {evaluated(corpus, 2)}"
     words = f"{plain} {OVERLAP} precision.fp8_weights=true resilience.check_replicas_every=2"
     for steps in (3, 5):
-        found = train(te_pool, 2, tmp_path / "fp8", corpus, "mlm", f"{words} run.steps={steps}")
+        actual = train(te_pool, 2, tmp_path / "fp8", corpus, "mlm", f"{words} run.steps={steps}")
     expected = train(te_pool, 2, tmp_path / "plain", corpus, "mlm", f"{plain} run.steps=5")
-    assert found.column("loss")[0] == expected.column("loss")[0]
-    assert apart(found, expected) < 1e-4
-    assert like_weights(found, expected)
+    assert actual.column("loss")[0] == expected.column("loss")[0]
+    assert apart(actual, expected) < 1e-4
+    assert like_weights(actual, expected)
 
 
 @pytest.mark.full
@@ -197,7 +197,7 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("precision.name=bf16", "needs fp8-delayed, fp8-current or fp8-blockwise, but precision.name is bf16"),
         (
@@ -208,9 +208,9 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
     ],
 )
 def test_fp8_weights_with_unsupported_option_is_refused(
-    te_pool: Pool, corpus: Path, tmp_path: Path, words: str, told: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, words: str, message: str
 ) -> None:
     line = [*SHAPE, "precision.fp8_weights=true", *words.split()]
     (done,) = te_pool.run(1, command(tmp_path, corpus, "mlm", line))
     assert done.status == 2
-    assert told in done.output
+    assert message in done.output

@@ -22,12 +22,12 @@ def test_te_layers_losses_follow_local_layers(
     pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str
 ) -> None:
     words = "run.attention=te-fused model.attention_output_dropout=0.1"
-    found = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
+    actual = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
     expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
-    assert 0 < apart(found, expected) < ROUNDING
+    assert 0 < apart(actual, expected) < ROUNDING
     # no bias of a norm and no pickled state
-    assert found.weights().keys() == expected.weights().keys()
-    assert found.column("loss")[0] - found.column("loss")[-1] > 0.5
+    assert actual.weights().keys() == expected.weights().keys()
+    assert actual.column("loss")[0] - actual.column("loss")[-1] > 0.5
 
 
 def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
 ) -> None:
     """Switch in one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
     for kernel in ("sdpa", "te-fused"):
-        found = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
-        assert (found.column("loss") == whole("bf16").column("loss")) == (kernel == "te-fused")
-        assert apart(found, whole("bf16")) < ROUNDING
+        actual = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
+        assert (actual.column("loss") == whole("bf16").column("loss")) == (kernel == "te-fused")
+        assert apart(actual, whole("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
 def test_te_layers_recompute_or_offload_changes_no_bit(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, words: str
 ) -> None:
-    found = train(te_pool, 1, tmp_path, corpus, "mlm", words)
-    assert found.column("loss") == whole("bf16").column("loss")
-    assert same_weights(found, whole("bf16"))
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", words)
+    assert actual.column("loss") == whole("bf16").column("loss")
+    assert same_weights(actual, whole("bf16"))
 
 
 @pytest.mark.full
 def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
     """`run.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
     words = "run.cuda_graph=true data.max_chunks_per_row=12"
-    found = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
-    assert apart(found, whole("bf16")) < ROUNDING
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
+    assert apart(actual, whole("bf16")) < ROUNDING

@@ -40,22 +40,22 @@ def validate(te_folder: Path, folder: Path, corpus: Path, only: str, steps: int)
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print((folder / "table.md").read_text())
-    found = json.loads((folder / "found.json").read_text())
-    return {(section, item): result for section, items in found.items() for item, result in items.items()}
+    actual = json.loads((folder / "found.json").read_text())
+    return {(section, item): result for section, items in actual.items() for item, result in items.items()}
 
 
 def test_gpu_validate_attention_with_emulated_te_passes(te_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """Compare packed rows with windows, in four roles, with float64; then run other kernels in the same process."""
-    found = validate(te_folder, tmp_path, corpus, "attention", 1)
-    states = {kernel: found["attention", f"17m {kernel}"]["state"] for kernel in ("te-fused", "sdpa", "flex")}
+    actual = validate(te_folder, tmp_path, corpus, "attention", 1)
+    states = {kernel: actual["attention", f"17m {kernel}"]["state"] for kernel in ("te-fused", "sdpa", "flex")}
     assert states == {"te-fused": "passed", "sdpa": "passed", "flex": "does not run"}
-    assert len(found["attention", "17m te-fused"]["roles"]) == 4
+    assert len(actual["attention", "17m te-fused"]["roles"]) == 4
 
 
 @pytest.mark.skipif(not STEPS, reason="takes a quarter of an hour: ETTIN_EMULATED_STEPS=100, or tests/nightly.sh")
 def test_gpu_validate_curves_and_checkpoints_with_emulated_te_pass(
     te_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    found = validate(te_folder, tmp_path, corpus, "layers,precisions,checkpoints,export", STEPS)
-    assert {result["state"] for result in found.values()} == {"passed"}
-    assert {name for section, name in found if section == "precisions"} >= {"17m fp8-delayed, fp8_weights"}
+    actual = validate(te_folder, tmp_path, corpus, "layers,precisions,checkpoints,export", STEPS)
+    assert {result["state"] for result in actual.values()} == {"passed"}
+    assert {name for section, name in actual if section == "precisions"} >= {"17m fp8-delayed, fp8_weights"}

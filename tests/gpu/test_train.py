@@ -15,11 +15,11 @@ from tests.train.runs import Trained, command, read
 
 
 def have_gpu() -> bool:
-    """Return whether torch sees a device; it is not asked, which takes seconds, where there is no driver."""
+    """Return whether torch sees a device; without a driver torch is not started, which takes seconds."""
     if not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         return False
-    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not have_gpu(), reason="needs a CUDA device")]

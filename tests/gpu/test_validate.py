@@ -54,39 +54,39 @@ def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subproc
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    found = folder / "found.json"
-    return done, json.loads(found.read_text()) if found.is_file() else {}
+    actual = folder / "found.json"
+    return done, json.loads(actual.read_text()) if actual.is_file() else {}
 
 
-def check_attention(found: dict) -> None:
+def check_attention(actual: dict) -> None:
     """Check the results of the section `attention`."""
-    assert found["attention"]["17m sdpa"]["state"] == "passed"
-    assert found["attention"]["17m sdpa"]["roles"].keys() == {
+    assert actual["attention"]["17m sdpa"]["state"] == "passed"
+    assert actual["attention"]["17m sdpa"]["roles"].keys() == {
         "encoder, global",
         "encoder, local",
         "decoder, global",
         "decoder, local",
     }
-    assert found["attention"]["17m te-fused"]["state"] == "does not run"
-    assert "run.attention: te-fused needs a GPU" in found["attention"]["17m te-fused"]["says"]
+    assert actual["attention"]["17m te-fused"]["state"] == "does not run"
+    assert "run.attention: te-fused needs a GPU" in actual["attention"]["17m te-fused"]["says"]
 
 
 def test_gpu_validate_attention_section_on_cpu_passes(corpus: Path, tmp_path: Path) -> None:
     """Run what the tool starts for one section."""
-    done, found = validate(tmp_path, corpus, "attention", "--child", "attention")
+    done, actual = validate(tmp_path, corpus, "attention", "--child", "attention")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    check_attention(found)
+    check_attention(actual)
 
 
 @pytest.mark.full
 def test_gpu_validate_on_cpu_passes_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
-    done, found = validate(tmp_path, corpus, "attention,precisions,export")
+    done, actual = validate(tmp_path, corpus, "attention,precisions,export")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    check_attention(found)
-    states = {(section, item): result["state"] for section, items in found.items() for item, result in items.items()}
+    check_attention(actual)
+    states = {(section, item): result["state"] for section, items in actual.items() for item, result in items.items()}
     assert states["precisions", "17m fp32"] == "passed"
-    assert len(found["precisions"]["17m fp32"]["losses"]) == 30
-    assert "fp8-current needs a GPU" in found["precisions"]["17m fp8-current"]["says"]
+    assert len(actual["precisions"]["17m fp32"]["losses"]) == 30
+    assert "fp8-current needs a GPU" in actual["precisions"]["17m fp8-current"]["says"]
     assert states["export", "mlm"] == states["export", "clm"] == "passed"
     assert "| attention | 17m sdpa | passed |" in (tmp_path / "table.md").read_text()
     before = (tmp_path / "found.json").read_text()
@@ -107,6 +107,6 @@ def test_gpu_validate_wrong_section_or_dataset_is_refused(corpus: Path, tmp_path
 @pytest.mark.full
 def test_gpu_validate_failing_curve_exits_1(corpus: Path, tmp_path: Path) -> None:
     """One step is too few to learn anything: the curve fails, and so does the command."""
-    done, found = validate(tmp_path, corpus, "precisions", "--steps", "1")
+    done, actual = validate(tmp_path, corpus, "precisions", "--steps", "1")
     assert done.returncode == 1
-    assert found["precisions"]["17m fp32"]["state"] == "failed"
+    assert actual["precisions"]["17m fp32"]["state"] == "failed"

@@ -44,12 +44,12 @@ def test_attend_dense_chunks_and_bands_match_masked_softmax(rows: str, causal: b
     q, k, v = (torch.randn(400, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     expected = reference(q, k, v, ROWS[rows], 200, window, causal)
     packed = pack_rows(ROWS[rows], 200)
-    found = {"dense": attend_dense(q, k, v, packed, window, causal)}
+    actual = {"dense": attend_dense(q, k, v, packed, window, causal)}
     if window is None:
-        found["chunks"] = attend_chunks(q, k, v, packed, causal)
+        actual["chunks"] = attend_chunks(q, k, v, packed, causal)
     else:
-        found["bands"] = attend_bands(q, k, v, packed, window, causal)
-    for way, out in found.items():
+        actual["bands"] = attend_bands(q, k, v, packed, window, causal)
+    for way, out in actual.items():
         assert torch.allclose(out, expected, atol=1e-12), way
 
 

@@ -39,8 +39,8 @@ def test_linear_cross_entropy_matches_torch_loss_and_gradients(n: int, scale: fl
     assert torch.allclose(losses, expected, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(loss.linear_cross_entropy(x, w, b, y)[2], logits.argmax(1) == y)
-    for found, want in zip(torch.autograd.grad(total * scale, [x, w, b]), wanted, strict=True):
-        assert torch.allclose(found, want, atol=1e-4)
+    for actual, want in zip(torch.autograd.grad(total * scale, [x, w, b]), wanted, strict=True):
+        assert torch.allclose(actual, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("labels", [255, 253])

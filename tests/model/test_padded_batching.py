@@ -1,5 +1,4 @@
-"""Rows of padded batching are laid end to end: the same losses and dropout masks, and no place is computed for padding but
-those at a micro-batch's end."""
+"""Rows of padded batching are laid end to end: losses and dropout masks stay, and only a micro-batch's end is padded."""
 
 from __future__ import annotations
 
@@ -32,24 +31,24 @@ def batches_of(corpus: Path, objective: str, words: list[str]) -> Batches:
 @pytest.mark.parametrize("words", [["batch.micro_batch_rows=4"], ["data.seq_len=256"]])
 def test_padded_batches_compute_no_padding_but_at_the_end(corpus: Path, words: list[str]) -> None:
     batches = batches_of(corpus, "mlm", words)
-    places = tokens = rows = 0
+    positions = tokens = rows = 0
     for step in range(10):
         for batch in batches.step(step):
             assert batch.input_ids.numel() - batch.tokens < 16
             assert batch.input_ids.numel() % 16 == 0
-            places += batch.input_ids.numel()
+            positions += batch.input_ids.numel()
             tokens += batch.tokens
         rows += batches.sizes.size_at(step)
-    # each row in places of its own, as before
-    assert rows * batches.row_tokens > 1.2 * places
+    # with each row padded by itself
+    assert rows * batches.row_tokens > 1.2 * positions
 
 
 def test_padded_batches_of_pipeline_stages_have_one_shape_a_step(corpus: Path) -> None:
     batches = batches_of(corpus, "mlm", ["parallel.pp=2"])
     for step in range(5):
-        found = list(batches.step(step))
-        (places,) = {batch.input_ids.numel() for batch in found}
-        assert 0 <= places - max(batch.tokens for batch in found) < 16
+        actual = list(batches.step(step))
+        (positions,) = {batch.input_ids.numel() for batch in actual}
+        assert 0 <= positions - max(batch.tokens for batch in actual) < 16
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "hybrid_mntp"])
@@ -61,13 +60,13 @@ def test_padded_batch_has_losses_of_rows_in_places_of_their_own(
     padded = dataclasses.replace(flat)
     padded.__dict__["host"] = dataclasses.replace(flat.host, flat_multiple=0)
     model = build_model(flat.config)
-    found = []
+    actual = []
     for batches in (flat, padded):
         (batch,) = batches.step(3)
         _, losses, _ = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions)
-        found.append((losses, batch.causal_labels, batch.tokens, batch.pairs))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
-    assert found[0][1:] == found[1][1:]
+        actual.append((losses, batch.causal_labels, batch.tokens, batch.pairs))
+    assert torch.allclose(actual[0][0], actual[1][0], atol=1e-5)
+    assert actual[0][1:] == actual[1][1:]
 
 
 def test_token_keys_of_flat_rows_equal_those_of_rows_of_their_own() -> None:
@@ -81,5 +80,5 @@ def test_token_keys_of_flat_rows_equal_those_of_rows_of_their_own() -> None:
         size = 128 // cp
         # two calls a rank, as with sequence parallelism
         calls = itertools.product(packs, (0, size // 2))
-        found = torch.cat([token_keys(packed, 3, first, size // 2) for packed, first in calls])
-        assert torch.equal(found[: sum(lengths)], expected)
+        actual = torch.cat([token_keys(packed, 3, first, size // 2) for packed, first in calls])
+        assert torch.equal(actual[: sum(lengths)], expected)

@@ -30,7 +30,7 @@ def kept_bytes_and_gradients(build_model, *words: str) -> tuple[int, dict[str, t
 
 def test_recompute_keeps_less_with_identical_gradients(build_model) -> None:
     every, expected = kept_bytes_and_gradients(build_model)
-    found = {
+    actual = {
         words: kept_bytes_and_gradients(build_model, *words.split())
         for words in (
             SELECTIVE,
@@ -39,9 +39,9 @@ def test_recompute_keeps_less_with_identical_gradients(build_model) -> None:
             "parallel.recompute=full",
         )
     }
-    sizes = [every, *(size for size, _ in found.values())]
+    sizes = [every, *(size for size, _ in actual.values())]
     assert sizes == sorted(sizes, reverse=True), sizes
     assert sizes[-1] < sizes[0] / 4, sizes
-    for words, (_, gradients) in found.items():
+    for words, (_, gradients) in actual.items():
         assert gradients.keys() == expected.keys()
         assert all(torch.equal(gradients[name], expected[name]) for name in expected), words

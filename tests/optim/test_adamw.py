@@ -30,21 +30,23 @@ def gradients(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) * scale for shape in SHAPES]
 
 
-def build(kind: type, lr: float = LR, max_lr: float = MAX_LR) -> tuple[DecoupledAdamW, list[torch.nn.Parameter]]:
+def build(
+    optimizer_class: type, lr: float = LR, max_lr: float = MAX_LR
+) -> tuple[DecoupledAdamW, list[torch.nn.Parameter]]:
     parameters = [torch.nn.Parameter(w) for w in weights()]
     groups = [
         {"params": [parameters[0], parameters[2]], "wd_mult": 1.0, "max_lr": max_lr},
         {"params": [parameters[1]], "wd_mult": 0.0, "max_lr": max_lr},
     ]
-    optimizer = kind(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    optimizer = optimizer_class(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY)
     optimizer.bind(
         {p: [ShardSlice(ParamInfo(i, p.numel(), True))] for i, p in enumerate(parameters)}, len(parameters), None
     )
     return optimizer, parameters
 
 
-def run(kind: type, after: Callable[[], None] = lambda: None, **settings: float) -> list[torch.Tensor]:
-    optimizer, parameters = build(kind, **settings)
+def run(optimizer_class: type, after: Callable[[], None] = lambda: None, **settings: float) -> list[torch.Tensor]:
+    optimizer, parameters = build(optimizer_class, **settings)
     for step in range(STEPS):
         for p, g in zip(parameters, gradients(step), strict=True):
             p.grad = g.clone()
@@ -103,14 +105,14 @@ def check_compiled(monkeypatch: pytest.MonkeyPatch, backend: str, sizes: Iterabl
     compiled, expected = [], stable()
     with fused(backend):
         monkeypatch.setattr(adamw._ClipFactors, "values", property(lambda clips: pytest.fail("waits for the device")))
-        found = run(StableAdamW, after=lambda: compiled.append(graphs()))
+        actual = run(StableAdamW, after=lambda: compiled.append(graphs()))
         for n in sizes:
             (g, m, v), b1, b2 = (torch.rand(n) for _ in range(3)), torch.tensor(0.1), torch.tensor(0.9)
             expected_sum = (g * g / (0.9 * v + 0.1 * g * g)).sum()
             with torch.no_grad():
                 torch.testing.assert_close(adamw.update_moments(g, m, v, b1, b2, EPS * EPS), expected_sum)
         last = graphs()
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() <= 1e-5
     assert 2 <= compiled[2] == compiled[-1]
     # on a CPU, large tensors have a kernel of their own
@@ -165,10 +167,10 @@ def test_decoupled_adamw_matches_torch_adamw() -> None:
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [StableAdamW, DecoupledAdamW])
-def test_adamw_first_update_moves_by_learning_rate(kind: type) -> None:
+@pytest.mark.parametrize("optimizer_class", [StableAdamW, DecoupledAdamW])
+def test_adamw_first_update_moves_by_learning_rate(optimizer_class: type) -> None:
     """With debiasing, the first step moves every weight by lr against the gradient's sign."""
-    optimizer, parameters = build(kind)
+    optimizer, parameters = build(optimizer_class)
     before = [p.detach().clone() for p in parameters]
     for p, g in zip(parameters, gradients(0), strict=True):
         p.grad = g.clone()

@@ -35,24 +35,26 @@ def separate(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[:FFN], tensor[FFN:]] if "fc1" in name else [tensor]
 
 
-def build(names: list[str], kind: type[StableAdamW], adjust_lr: str) -> tuple[StableAdamW, dict]:
+def build(names: list[str], optimizer_class: type[StableAdamW], adjust_lr: str) -> tuple[StableAdamW, dict]:
     parameters = {name: torch.nn.Parameter(drawn(0)[name]) for name in names}
     extra = {"max_lr": MAX_LR, "momentum": MOMENTUM, "adjust_lr": adjust_lr}
     groups = [
         {"params": [p for p in parameters.values() if p.ndim > 1], "wd_mult": 1.0, **extra},
         {"params": [p for p in parameters.values() if p.ndim == 1], "wd_mult": 0.0, **extra},
     ]
-    optimizer = kind(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
+    optimizer = optimizer_class(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
     params = {p: ParamInfo(i, p.numel(), True) for i, p in enumerate(parameters.values())}
     for name, p in parameters.items():
-        if kind is Muon and is_hidden_matrix(name, p):
+        if optimizer_class is Muon and is_hidden_matrix(name, p):
             params[p] = Matrix(params[p].index, p.numel(), True, name, CHANNELS, None)
     optimizer.bind({p: [ShardSlice(param)] for p, param in params.items()}, len(params), None)
     return optimizer, parameters
 
 
-def trained(names: list[str], kind: type[StableAdamW], adjust_lr: str = "original") -> dict[str, torch.Tensor]:
-    optimizer, parameters = build(names, kind, adjust_lr)
+def trained(
+    names: list[str], optimizer_class: type[StableAdamW], adjust_lr: str = "original"
+) -> dict[str, torch.Tensor]:
+    optimizer, parameters = build(names, optimizer_class, adjust_lr)
     for step in range(STEPS):
         for name, p in parameters.items():
             p.grad = drawn(step + 1)[name]

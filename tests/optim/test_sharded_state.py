@@ -17,8 +17,8 @@ def test_shard_boxes_cover_every_run_in_order_within_box_bound(shape: tuple[int,
     for begin, end in itertools.combinations_with_replacement(range(numbers.size + 1), 2):
         boxes = list(shard_boxes(shape, begin, end))
         slices = [tuple(slice(a, a + n) for a, n in zip(offset, box, strict=True)) for offset, box in boxes]
-        found = np.concatenate([numbers[one].reshape(-1) for one in slices]) if boxes else np.empty(0, int)
-        assert found.tolist() == list(range(begin, end))
+        actual = np.concatenate([numbers[one].reshape(-1) for one in slices]) if boxes else np.empty(0, int)
+        assert actual.tolist() == list(range(begin, end))
         assert len(boxes) <= 2 * len(shape) - 1
 
 

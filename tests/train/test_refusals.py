@@ -37,7 +37,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("data.mixture=/nowhere", "/nowhere"),
         ("data.seq_len=32", "do not fit rows of data.seq_len = 32"),
         ("model.vocab_size=50368", "model.vocab_size: 50368, but the dataset's tokenizer has 320"),
-        ("run.device=gpu", "run.device: gpu was asked for and none was found"),
+        ("run.device=gpu", "run.device=gpu: this host has no GPU that torch can use"),
         ("precision.name=fp8-current", "fp8-current needs a GPU, found none; the nearest that runs is bf16"),
         ("parallel.tp=2", "= 2 does not divide 1 rank"),
         (

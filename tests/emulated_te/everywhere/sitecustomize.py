@@ -1,4 +1,4 @@
-"""On PYTHONPATH beside the checkout, every Python that starts has the emulated Transformer Engine:
+"""With this folder and the checkout on PYTHONPATH, every Python that starts has the emulated Transformer Engine:
 
 PYTHONPATH=.:tests/emulated_te/everywhere EMULATED_TE=FOLDER torchrun --no-python --nproc-per-node 2 ettin train ..."""
 
