@@ -116,19 +116,14 @@ class TransformerEngineAttention(_RotaryAttention):
         for causal in {True, False} if config.hybrid else {self.causal}:
             # core's class reads the window and the heads that reach the kernel from its configuration
             layer_config = copy.copy(config)
-            layer_config.window_size, layer_config.window_attn_skip_freq = self._te_window(causal), None
+            window = self.windows[causal]
+            layer_config.window_size = None if window is None else window_sides(window, causal)
+            layer_config.window_attn_skip_freq = None
             if self.context_group is not None:
                 layer_config.num_attention_heads //= self.context_group.size()
                 layer_config.num_query_groups = layer_config.num_attention_heads
             mask = {"attn_mask_type": MASKS[causal]}
             self.kernels[str(causal)] = kernel(config=layer_config, layer_number=layer_number, **arguments | mask)
-
-    def _te_window(self, causal: bool) -> tuple[int, int] | None:
-        """Return the window as TE counts it: keys to the left and to the right, both inclusive."""
-        window = self.windows[causal]
-        if window is None:
-            return None
-        return (window - 1, 0) if causal else (window, window)
 
     def attend(
         self,
@@ -163,6 +158,15 @@ def allowed(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: 
     if window is not None:
         mask = mask & ((distance < window) if causal else (distance.abs() <= window))
     return mask
+
+
+def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
+    """Return a window as flash-attention (arXiv 2307.08691) and TE count it.
+
+    That is (keys to the left, keys to the right), both inclusive; -1 is unlimited."""
+    if window is None:
+        return (-1, 0) if causal else (-1, -1)
+    return (window - 1, 0) if causal else (window, window)
 
 
 def attend_dense(

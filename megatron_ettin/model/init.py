@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,14 +34,6 @@ def canonical_name(name: str, offset: int) -> str:
         if rest.startswith(local):
             rest = fused + rest[len(local) :]
     return f"{LAYERS}{int(index) + offset}.{rest}"
-
-
-def named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (canonical name, parameter) of one stage's trained parameters."""
-    offset = first_layer(model.config, model.vp_stage, model.pp_rank)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield canonical_name(name, offset), parameter
 
 
 def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]:
@@ -71,8 +63,10 @@ def init_weights(model: Any, full_tensor: Callable[[str, list[int]], torch.Tenso
     """Set every parameter of a stage from whole tensors, `full_tensor(canonical name, full shape)`.
 
     To be called after construction: core's tying sums the two copies of the embedding while it builds."""
+    offset = first_layer(model.config, model.vp_stage, model.pp_rank)
+    trained = [(canonical_name(name, offset), p) for name, p in model.named_parameters() if p.requires_grad]
     with torch.no_grad():
-        for name, parameter in named_parameters(model):
+        for name, parameter in trained:
             full = full_tensor(name, full_shape(name, parameter, tp, model.config.vocab_size))
             set_weight(parameter, shard_tensor(full, parameter, tp, tp_rank))
 

@@ -1,8 +1,7 @@
 """GPU kernels for attention of packed rows that take boundaries and a window themselves.
 
 All are called as kernel(q, k, v, packed, window, causal) -> out with tensors [tokens, heads, dim] and `window` as in
-attention.py, whose `attend` is the kernel called `sdpa`. Windows here are (keys to the left, keys to the right), both
-inclusive, -1 without end, as flash-attention counts them (arXiv 2307.08691)."""
+attention.py, whose `attend` is the kernel called `sdpa`."""
 
 from __future__ import annotations
 
@@ -11,15 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.model.attention import allowed
+from megatron_ettin.model.attention import allowed, window_sides
 from megatron_ettin.model.packed import PackedRows
-
-
-def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
-    """Return a layer's window as flash-attention counts it."""
-    if window is None:
-        return (-1, 0) if causal else (-1, -1)
-    return (window - 1, 0) if causal else (window, window)
 
 
 def attend_varlen(

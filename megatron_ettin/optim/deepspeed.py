@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
+from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice
 from megatron_ettin.optim.megatron import build_inner_optimizer, param_info, trained_parameters
 from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
@@ -116,19 +116,20 @@ class DeepSpeedEngine:
         with zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if writing else None):
             yield
 
-    def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
+    def sharded_state(self, model_state: dict[str, Any], loading: bool) -> Any:
         """Return masters and moments as sharded tensors; call it inside `summon_full_params` (collective)."""
-        sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
+        entries = sharded_state.entries_by_parameter(model_state)
         return {
             name: {
                 key: make_sharded_optimizer_tensor(
-                    sharded[id(p)], self._full_tensor(name, key, loading), f"optimizer.state.{key}"
+                    entries[id(p)], self._full_tensor(name, key, loading), f"optimizer.state.{key}"
                 )
                 for key in ("param", "exp_avg", "exp_avg_sq")
             }
             for name, p in self.module.named_parameters()
         }
 
+    @torch.no_grad()
     def load_sharded_state(self, state: Any, updates: int) -> None:
         """Take over the tensors that `sharded_state` requested (collective)."""
         for name, tensors in state.items():
@@ -137,8 +138,14 @@ class DeepSpeedEngine:
                 for key, tensor in tensors.items():
                     part = tensor.flatten()[shard.param_range]
                     self._flat(shard, key)[shard.flat_range] = part.to(shard.flat.device)
-        self._masters_to_weights()
         self.updates = updates
+        # cast the masters to the weights of the model
+        if zero_stage(self.config.parallel) < 3:
+            self.zero.update_lp_params()
+            return
+        pairs = zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True)
+        for weights, masters in pairs:
+            weights.copy_(masters)
 
     def reload_master_weights(self, exact: Mapping[int, torch.Tensor] | None = None) -> None:
         """Set the masters from the model's weights; none of them are stored in FP8."""
@@ -179,17 +186,6 @@ class DeepSpeedEngine:
         if self.data_group.rank() > 0:
             return torch.zeros(()).expand(shape)
         return full.view(shape).cpu()
-
-    @torch.no_grad()
-    def _masters_to_weights(self) -> None:
-        """Cast the masters to the weights of the model."""
-        if zero_stage(self.config.parallel) < 3:
-            self.zero.update_lp_params()
-        else:
-            for weights, masters in zip(
-                self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True
-            ):
-                weights.copy_(masters)
 
 
 def build_zero(

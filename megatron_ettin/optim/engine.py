@@ -48,15 +48,14 @@ class TrainEngine(Protocol):
     def summon_full_params(self, writing: bool = False) -> contextlib.AbstractContextManager[None]:
         """Make the model's weights readable (and writable where `writing`) inside the context (collective)."""
 
-    def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
+    def sharded_state(self, model_state: dict[str, Any], loading: bool) -> Any:
         """Return masters and moments as sharded tensors with the shapes of whole parameters (collective).
 
         The keys `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>` are the same for every engine and layout.
 
         Args:
             model_state: sharded tensors of the model, by chunk and name.
-            loading: whether a checkpoint will be read into the result.
-            metadata: core's options of the checkpoint format."""
+            loading: whether a checkpoint will be read into the result."""
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
         """Take over the tensors that `sharded_state` requested, read from a checkpoint (collective)."""

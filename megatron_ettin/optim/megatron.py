@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
@@ -105,15 +104,15 @@ class MegatronEngine:
             torch.nn.utils.clip_grads_with_norm_(self.core.get_parameters(), self.clip_grad, self._norm)
         self.core.step_with_ready_grads()
 
-    def sharded_state(self, model_state: dict[str, Any], loading: bool, metadata: dict[str, Any]) -> Any:
+    def sharded_state(self, model_state: dict[str, Any], loading: bool) -> Any:
         """Return masters and moments as sharded tensors, with the same keys for every one of core's optimizers."""
         if self.distributed:
             self._masters = sharded_state.empty_masters(self.core) if loading else {}
             return sharded_state.sharded_state(self.core, model_state, self._masters)
-        sharded = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
+        entries = sharded_state.entries_by_parameter(model_state)
         return {
             index: {
-                name: make_sharded_optimizer_tensor(sharded[id(model)], tensor, f"optimizer.state.{name}")
+                name: make_sharded_optimizer_tensor(entries[id(model)], tensor, f"optimizer.state.{name}")
                 for name, tensor in (("param", main.data), *sorted(self.inner.state[main].items()))
             }
             for index, (model, main) in enumerate(main_parameters(self.core))

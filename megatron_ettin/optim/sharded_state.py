@@ -31,7 +31,7 @@ def sharded_state(core: Any, model_state: dict[str, Any], masters: Masters) -> d
         core: a DistributedOptimizer.
         model_state: the sharded tensors of its model chunks.
         masters: tensors to use in place of the optimizer's masters; none if empty."""
-    entries = {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
+    entries = entries_by_parameter(model_state)
     sharded = (
         tensor
         for parameter, first, states in local_shards(core)
@@ -39,6 +39,11 @@ def sharded_state(core: Any, model_state: dict[str, Any], masters: Masters) -> d
         for tensor in to_sharded_tensors(entries[id(parameter)], f"optimizer.state.{key}.", flat, first)
     )
     return dict(enumerate(sharded))
+
+
+def entries_by_parameter(model_state: dict[str, Any]) -> dict[int, Any]:
+    """Return the model's sharded tensors by the id of their parameter."""
+    return {id(entry.data): entry for entry in nested_values(model_state) if hasattr(entry, "data")}
 
 
 def empty_masters(core: Any) -> Masters:

@@ -86,11 +86,8 @@ class Platform:
         """Return the operations per second of a large matrix product here, the reference for a CPU's speed.
 
         Measured once per process, so that figures that are divided by it are comparable."""
-        if dtype not in self._peaks:
-            self._peaks[dtype] = self._measure_peak_flops(dtype)
-        return self._peaks[dtype]
-
-    def _measure_peak_flops(self, dtype: torch.dtype) -> float:
+        if dtype in self._peaks:
+            return self._peaks[dtype]
         n = 8192 if self.is_gpu else 1024
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
         best = float("inf")
@@ -100,7 +97,8 @@ class Platform:
             torch.mm(a, b)
             self.synchronize()
             best = min(best, time.perf_counter() - began)
-        return 2 * n**3 / best
+        self._peaks[dtype] = 2 * n**3 / best
+        return self._peaks[dtype]
 
     def reset_peak_memory(self) -> None:
         """Reset the peak of allocated memory on a GPU; the peak of a process's resident set cannot be reset."""

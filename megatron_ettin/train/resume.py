@@ -281,7 +281,7 @@ def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True
         model, optimizer = state.model_state(train_state.model_chunks, metadata), None
         if with_optimizer:
             assert train_state.optimizer is not None
-            optimizer = train_state.optimizer.sharded_state(model, True, metadata)
+            optimizer = train_state.optimizer.sharded_state(model, True)
         if state.keeps_scales(train_state.config):
             scales = state.scales_in_use(train_state.model_chunks, model, state.stored_scales(checkpoint))
             model["fp8_scales"] = state.sharded(scales, train_state.layout)

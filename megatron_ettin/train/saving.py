@@ -157,7 +157,7 @@ class Saver:
             model, optimizer = state.model_state(train_state.model_chunks, metadata), None
             if not wish.milestone:
                 assert train_state.optimizer is not None
-                optimizer = train_state.optimizer.sharded_state(model, False, metadata)
+                optimizer = train_state.optimizer.sharded_state(model, False)
             if state.keeps_scales(train_state.config):
                 model["fp8_scales"] = state.sharded(
                     state.scales_in_use(train_state.model_chunks, model), train_state.layout

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from megatron_ettin.model import kernels
-from megatron_ettin.model.attention import KernelAttention, allowed, attend_bands, attend_chunks, attend_dense
+from megatron_ettin.model.attention import (
+    KernelAttention,
+    allowed,
+    attend_bands,
+    attend_chunks,
+    attend_dense,
+    window_sides,
+)
 from megatron_ettin.model.config import EttinTransformerConfig
-from megatron_ettin.model.kernels import attend_flex, window_sides
+from megatron_ettin.model.kernels import attend_flex
 from megatron_ettin.model.packed import pack_rows
 
 ROWS = {
