@@ -49,7 +49,8 @@ class Ranks:
                 process.wait(max(0.001, deadline - time.monotonic()))
         return [process.poll() for process in self.processes]
 
-    def said(self) -> str:
+    def output(self) -> str:
+        """Return what all ranks have printed."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
     def close(self) -> None:

@@ -146,8 +146,13 @@ def main() -> None:
         released = releases(args.checkpoints, _room(folder, "release")) if args.checkpoints else []
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
     command = f"python tools/bench_convert.py --sizes {' '.join(args.sizes)} --repeats {args.repeats}"
-    told = f"`{command} --checkpoints {args.checkpoints}`, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
-    lines = ["# Conversion and release", "", told + ", ".join(f"{name} {v}" for name, v in versions.items()) + ".", ""]
+    heading = f"`{command} --checkpoints {args.checkpoints}`, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
+    lines = [
+        "# Conversion and release",
+        "",
+        heading + ", ".join(f"{name} {v}" for name, v in versions.items()) + ".",
+        "",
+    ]
     if rows:
         lines += [
             "| weights, float32 | command | seconds, median (range) | ratio | peak MB | ratio |",

@@ -147,10 +147,10 @@ def run(command: list[str]) -> str:
 
 def timed(command: list[str], runs: Runs) -> None:
     began, cpu_began = time.perf_counter(), children_cpu_seconds()
-    told = json.loads(run(command))
+    record = json.loads(run(command))
     runs.seconds.append(time.perf_counter() - began)
     runs.cpu_seconds.append(children_cpu_seconds() - cpu_began)
-    runs.tokens = told["tokens"]
+    runs.tokens = record["tokens"]
 
 
 def children_cpu_seconds() -> float:

@@ -233,7 +233,8 @@ def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after:
     padded = torch.full((rows, (blocks + before + after) * BAND), -1, device=device)
     padded[:, before * BAND : before * BAND + length] = packed.segments.view(rows, length)
     query_segments = padded[:, before * BAND : (before + blocks) * BAND].reshape(rows, blocks, BAND)
-    key_segments = padded.unfold(1, reach * BAND, BAND)  # [rows, blocks, reach * BAND]
+    # [rows, blocks, reach * BAND]
+    key_segments = padded.unfold(1, reach * BAND, BAND)
     query_offset = torch.arange(BAND, device=device) + before * BAND
     near = allowed(query_offset[:, None], torch.arange(reach * BAND, device=device)[None], window, causal)
     same = query_segments[..., :, None] == key_segments[..., None, :]

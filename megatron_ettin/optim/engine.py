@@ -15,7 +15,7 @@ from megatron_ettin.optim.adamw import DecoupledAdamW
 
 
 class TrainEngine(Protocol):
-    """What the trainer, checkpoints and benchmarks need of a data-parallel engine."""
+    """Interface of a data-parallel engine to the trainer, checkpoints and benchmarks."""
 
     inner: DecoupledAdamW
     """The optimizer that updates this rank's shards."""

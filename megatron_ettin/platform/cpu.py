@@ -28,7 +28,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Reads device="cuda" as the CPU, and gives CPU tensors the class names that core compares with."""
+    """Mode that reads device="cuda" as the CPU and gives CPU tensors the class names that core compares with."""
 
     def __torch_function__(
         self,

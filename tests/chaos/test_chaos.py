@@ -29,41 +29,41 @@ def chaos(work: Path, *words: str, status: int = 0) -> str:
     """Return the output of `tools/chaos.py WORDS`, errors first."""
     line = forkserver.command("tests.chaos.forked:run_chaos", *words, "--work", work)
     done = subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
-    said = done.stderr + done.stdout
-    assert done.returncode == status, said[-6000:]
-    return said
+    output = done.stderr + done.stdout
+    assert done.returncode == status, output[-6000:]
+    return output
 
 
 @pytest.fixture(scope="module")
 def tracing(work: Path) -> None:
     """Skip a test where processes cannot be traced; fail it in CI."""
-    said = chaos(work, "cut", "--every", "1000")
-    if said.startswith("left out"):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
+    output = chaos(work, "cut", "--every", "1000")
+    if output.startswith("left out"):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(output)
 
 
 @pytest.mark.full
 def test_chaos_round_of_killed_ranks_ends_identical(work: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chaos(work, "run", "--rounds", "1", "--seed", "1", "--faults", "kill", *TWO_RANKS, "--log", str(log))
-    (told,) = map(json.loads, log.read_text().splitlines())
-    assert told["outcome"] == "identical"
-    assert len(told["launches"]) > 1
+    (record,) = map(json.loads, log.read_text().splitlines())
+    assert record["outcome"] == "identical"
+    assert len(record["launches"]) > 1
 
 
 @pytest.mark.full
 def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> None:
     words = ["run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log")]
-    said = chaos(work, *words)
-    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert {line["outcome"] for line in told} <= {"identical", "refused"}
-    assert len(told) == ROUNDS
-    left_out = {line.split(": ")[1] for line in said.splitlines() if line.startswith("left out")}
+    output = chaos(work, *words)
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {line["outcome"] for line in records} <= {"identical", "refused"}
+    assert len(records) == ROUNDS
+    left_out = {line.split(": ")[1] for line in output.splitlines() if line.startswith("left out")}
     assert left_out <= WITH_RIGHTS
     kinds = EVERYWHERE | WITH_RIGHTS - left_out
-    assert {kind for line in told for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
+    assert {kind for line in records for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
     # otherwise too few rounds were disturbed
-    assert sum(len(line["launches"]) > 1 for line in told) >= ROUNDS // 3
+    assert sum(len(line["launches"]) > 1 for line in records) >= ROUNDS // 3
     # the tool as it is started by hand; every round is already in the log
     script = [sys.executable, "-W", "ignore", str(forkserver.ROOT / "tools" / "chaos.py")]
     again = subprocess.run([*script, *words, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)
@@ -75,34 +75,34 @@ def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> No
 @pytest.mark.full
 def test_chaos_resume_differing_in_one_bit_is_found(work: Path, tmp_path: Path) -> None:
     words = ["--faults", "kill", *TWO_RANKS, "--mutation", "resumed_with_another_bit", "--log", str(tmp_path / "log")]
-    said = chaos(work, "run", "--rounds", "1", "--seed", "1", *words, status=1)
-    assert "differs" in said
-    assert "FAILED" in said
-    assert "repeat with: --seed 1 --only" in said
+    output = chaos(work, "run", "--rounds", "1", "--seed", "1", *words, status=1)
+    assert "differs" in output
+    assert "FAILED" in output
+    assert "repeat with: --seed 1 --only" in output
 
 
 @pytest.mark.full
 def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path, tracing: None) -> None:
-    said = chaos(work, "cut", "--every", "3")
-    assert "the next step: " in said
-    assert "the same step again: " in said
-    assert " 0 did harm" in said
+    output = chaos(work, "cut", "--every", "3")
+    assert "the next step: " in output
+    assert "the same step again: " in output
+    assert " 0 did harm" in output
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("mutation", "told"),
+    ("mutation", "message"),
     [
         ("latest_before_the_checkpoint", "step_000000003/integrity.json: missing"),
         ("nothing_forced_to_the_disk", "lost, call"),
     ],
 )
-def test_chaos_cut_wrong_publishing_order_is_found(work: Path, tracing: None, mutation: str, told: str) -> None:
-    assert told in chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
+def test_chaos_cut_wrong_publishing_order_is_found(work: Path, tracing: None, mutation: str, message: str) -> None:
+    assert message in chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
 
 
 @pytest.mark.full
 def test_chaos_cut_training_saves_leave_run_resumable(work: Path, tracing: None) -> None:
-    said = chaos(work, "cut", "--what", "training", "--every", "20")
-    assert "asynchronous=true: " in said
-    assert "asynchronous=false: " in said
+    output = chaos(work, "cut", "--what", "training", "--every", "20")
+    assert "asynchronous=true: " in output
+    assert "asynchronous=false: " in output

@@ -61,7 +61,7 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             wait_for(lambda: os.getsid(self.pid) == self.pid)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return all of standard error up to now."""
         return Path(self.errors.name).read_text(encoding="utf-8")
 
@@ -69,7 +69,7 @@ class Running:
         """Return whether it has told of so many revisions, or of all that it makes."""
         if revisions == 0:
             return True
-        told = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.said(), re.MULTILINE)]
+        told = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.output(), re.MULTILINE)]
         return any(done == min(revisions, total) for done, total in told)
 
     def wait_until_told(self, revisions: int) -> None:

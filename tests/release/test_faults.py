@@ -66,7 +66,7 @@ def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released,
         wait_for(lambda running=running: not running.left_over())
         check_whole(out)
     running = start(*words, real=real)
-    assert running.ended() == 0, running.said()
+    assert running.ended() == 0, running.output()
     assert files_of(out) == files_of(released)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -76,11 +76,11 @@ def test_release_killed_worker_exits_1_with_advice(start, trained, tmp_path, rea
     out = tmp_path / "out"
     running = start(trained / "mlm/decay", "--out", out, "--workers", "2", real=real, held="" if real else "ext1")
     running.wait_until_told(1)
-    assert running.said().startswith(f"{len(NAMES)} revisions")
+    assert running.output().startswith(f"{len(NAMES)} revisions")
     running.workers()[0].kill()
     assert running.ended() == 1
-    assert "run it again with fewer --workers" in running.said().strip().splitlines()[-1]
-    assert "Traceback" not in running.said()
+    assert "run it again with fewer --workers" in running.output().strip().splitlines()[-1]
+    assert "Traceback" not in running.output()
     wait_for(lambda: not running.left_over())
     check_whole(out)
 
@@ -94,8 +94,8 @@ def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp
     assert running.workers()
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     # what shells give for Ctrl-C; a fork that would end so ends by the signal itself
-    assert running.ended() == 130, running.said()
-    assert running.said().strip().splitlines()[-1] == "ettin release: interrupted"
+    assert running.ended() == 130, running.output()
+    assert running.output().strip().splitlines()[-1] == "ettin release: interrupted"
     wait_for(lambda: not running.left_over())
     check_whole(out)
 
@@ -105,11 +105,11 @@ def test_release_failing_writes_exit_2_and_repeat_succeeds(start, trained, tmp_p
     out = tmp_path / "out"
     words = [trained / "mlm/pretrain", "--out", out, "--workers", "1"]
     running = start(*words, largest_file=100_000)
-    assert running.ended() == 2, running.said()
-    last = running.said().strip().splitlines()[-1]
+    assert running.ended() == 2, running.output()
+    last = running.output().strip().splitlines()[-1]
     assert last.startswith("ettin release: 3 of 3 revisions failed")
     assert "File too large" in last
-    assert "Traceback" not in running.said()
+    assert "Traceback" not in running.output()
     assert sorted(path.name for path in out.iterdir()) == ["data_order", "release.json"]
     status, _, err = release(capfd, *words)
     assert status == 0, err

@@ -40,11 +40,11 @@ def test_in_process_restart_after_error_on_one_rank_resumes_same_losses(
     words = [*WORDS, "resilience.in_process_restarts=1"]
     ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_once_on_rank_1")
     try:
-        assert ranks.wait(120) == [0, 0], ranks.said()
+        assert ranks.wait(120) == [0, 0], ranks.output()
     finally:
         ranks.close()
-    assert "a link went down" in ranks.said()
-    assert "resumed step_000000010" in ranks.said()
+    assert "a link went down" in ranks.output()
+    assert "resumed step_000000010" in ranks.output()
     undisturbed = train(pool, 2, tmp_path / "whole", corpus, "mlm", WORDS)
     assert read(tmp_path / "run").column("loss") == undisturbed.column("loss")
 
@@ -54,7 +54,7 @@ def test_in_process_restarts_exhausted_fails_the_run(corpus: Path, tmp_path: Pat
     words = [*WORDS, "resilience.in_process_restarts=1"]
     ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_always_on_rank_1")
     try:
-        assert ranks.wait(120) == [1, 1], ranks.said()
+        assert ranks.wait(120) == [1, 1], ranks.output()
     finally:
         ranks.close()
-    assert "resilience.in_process_restarts: all 1 used up" in ranks.said()
+    assert "resilience.in_process_restarts: all 1 used up" in ranks.output()

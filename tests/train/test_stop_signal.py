@@ -70,9 +70,9 @@ def test_stop_signal_while_another_copies_the_data_ends_with_75(corpus: Path, tm
 def test_stop_signal_of_a_lost_terminal_saves_the_run(corpus: Path, tmp_path: Path) -> None:
     ranks = Ranks(1, tmp_path, command(tmp_path / "run", corpus, "mlm", MANY))
     try:
-        wait_until(lambda: "step 2 " in ranks.said(), 60, "a step")
+        wait_until(lambda: "step 2 " in ranks.output(), 60, "a step")
         os.kill(ranks.pid(0), signal.SIGHUP)
-        assert ranks.wait(60) == [75], ranks.said()
+        assert ranks.wait(60) == [75], ranks.output()
     finally:
         ranks.close()
     newest = latest(tmp_path / "run")
@@ -145,10 +145,10 @@ def test_rank_whose_launcher_is_killed_during_its_imports_ends(corpus: Path, tmp
 def test_run_whose_directory_is_removed_says_so_and_ends_with_1(corpus: Path, tmp_path: Path) -> None:
     ranks = Ranks(1, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", MANY))
     try:
-        wait_until(lambda: "step 2 " in ranks.said(), 60, "a step")
+        wait_until(lambda: "step 2 " in ranks.output(), 60, "a step")
         shutil.rmtree(tmp_path / "run")
-        assert ranks.wait(60) == [1], ranks.said()
+        assert ranks.wait(60) == [1], ranks.output()
     finally:
         ranks.close()
-    assert f"{tmp_path}/run: removed while the run trained (config.yaml is gone)" in ranks.said()
+    assert f"{tmp_path}/run: removed while the run trained (config.yaml is gone)" in ranks.output()
     assert not (tmp_path / "run" / "checkpoints").exists()

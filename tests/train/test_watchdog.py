@@ -69,14 +69,14 @@ def test_watchdog_suspended_rank_is_named_and_others_exit_75(
     os.kill(ranks.pid(2), signal.SIGSTOP)
     # the process groups' own time limits are later than that
     statuses = ranks.wait(60, but=(2,))
-    assert statuses == [75, 75, None, 75], ranks.said()
+    assert statuses == [75, 75, None, 75], ranks.output()
     line = run_state(run_dir).last_stall
     assert line is not None
-    assert line in ranks.said()
+    assert line in ranks.output()
     # by the watchdog's own ticks, which do not count what a busy machine takes from it
     assert line.startswith(("stalled for 3 s: ", "stalled for 4 s: "))
     assert f"rank 2 on {os.uname().nodename} (pid {ranks.pid(2)}) has not been heard of" in line
-    assert ranks.said().count("ettin train: stalled for") == 1
+    assert ranks.output().count("ettin train: stalled for") == 1
     (stall,) = (run_dir / "watch").glob("stall-*")
     assert sorted(path.name for path in stall.glob("*.txt")) == [f"rank_0000{rank}.txt" for rank in (0, 1, 3)]
     assert "in train_step" in (stall / "rank_00003.txt").read_text()
@@ -93,7 +93,7 @@ def test_watchdog_suspended_rank_is_named_and_others_exit_75(
 
 def test_watchdog_rank_stuck_reading_data_is_named(launch: Launch, tmp_path: Path) -> None:
     ranks = launch(2, "run.steps=100", mutation="reading_stops_on_rank_1")
-    assert ranks.wait(60) == [75, 75], ranks.said()
+    assert ranks.wait(60) == [75, 75], ranks.output()
     line = run_state(tmp_path / "run").last_stall
     assert line is not None
     assert f"rank 1 on {os.uname().nodename} (pid {ranks.pid(1)}) is still in reading data of" in line
@@ -105,7 +105,7 @@ def test_watchdog_rank_stuck_reading_data_is_named(launch: Launch, tmp_path: Pat
 def test_watchdog_rank_stuck_in_c_code_is_named(launch: Launch, tmp_path: Path) -> None:
     """C code that holds the GIL stops the rank's own watchdog; those of other ranks name it."""
     ranks = launch(2, "run.steps=100", mutation="c_code_on_rank_1")
-    assert ranks.wait(60, but=(1,)) == [75, None], ranks.said()
+    assert ranks.wait(60, but=(1,)) == [75, None], ranks.output()
     line = run_state(tmp_path / "run").last_stall
     assert line is not None
     assert f"(pid {ranks.pid(1)}) has not been heard of" in line

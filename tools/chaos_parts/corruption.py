@@ -69,11 +69,11 @@ def attempt(folder: Path, path: Path, before: bytes, draw: random.Random) -> tup
             found = latest(folder, checksums=True)
             return ("named", "") if found is not None and found.is_dir() else ("missed", what)
         target = path.parent if (path.parent / "integrity.json").exists() else folder
-        status, said = verified(target)
-        if status == 2 and (path.name in said or path.parent.name in said):
+        status, output = verified(target)
+        if status == 2 and (path.name in output or path.parent.name in output):
             return "named", ""
         harmless = status == 0 and same_content(path, before, bytes(after))
-        return ("harmless", what) if harmless else ("missed", f"{what}: status {status}, {said.strip()[-300:]}")
+        return ("harmless", what) if harmless else ("missed", f"{what}: status {status}, {output.strip()[-300:]}")
     finally:
         path.write_bytes(before)
 

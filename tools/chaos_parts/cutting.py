@@ -171,7 +171,7 @@ class CutRuns:
     @staticmethod
     def finish(launch: Launch) -> None:
         if launch.finish([], LIMIT_SECONDS)[0] != [0]:
-            raise RuntimeError(f"the run did not come to its end: {launch.said()[-1000:]}")
+            raise RuntimeError(f"the run did not come to its end: {launch.output()[-1000:]}")
 
     def traced(self, words: list[str], number: int, torn: bool) -> Cut:
         for path in (self.run, self.run.with_name("logs")):
@@ -193,17 +193,17 @@ class CutRuns:
                 return "no checkpoint is found"
             check_named(checkpoints_folder(self.run) / "latest")
             self.finish(self.launched(self.run, 7, *words))
-            told = differences(state_of(self.run), self.expected)
+            problems = differences(state_of(self.run), self.expected)
         except (UserError, OSError, RuntimeError) as error:
             return str(error)
-        return "; ".join([*told, *litter(self.run)]) or None
+        return "; ".join([*problems, *litter(self.run)]) or None
 
 
 def await_file(path: Path, launch: Launch) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline or None not in launch.statuses():
-            raise RuntimeError(f"the run did not come to its save: {launch.said()[-2000:]}")
+            raise RuntimeError(f"the run did not come to its save: {launch.output()[-2000:]}")
         time.sleep(0.02)
 
 

@@ -93,7 +93,7 @@ class Launch:
         except OSError:
             return -1
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
     def finish(self, actions: list[Action], limit_seconds: float) -> tuple[list[int], list[str], bool]:

@@ -40,7 +40,7 @@ REFUSAL = "ettin train: "
 
 
 @dataclass
-class Told:
+class RoundRecord:
     """A line of the log."""
 
     seed: int
@@ -81,18 +81,18 @@ def state_of(run_dir: Path) -> State:
 
 def differences(found: State, expected: State) -> list[str]:
     """Return one line per difference; none if every bit is the same."""
-    told = [f"tensors {sorted(set(found.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
+    lines = [f"tensors {sorted(set(found.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
         found.tensors.keys() != expected.tensors.keys()
     )
     for key in found.tensors.keys() & expected.tensors.keys():
         ours, theirs = found.tensors[key], expected.tensors[key]
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape or not torch.equal(bits(ours), bits(theirs)):
-            told.append(f"{key} differs")
+            lines.append(f"{key} differs")
     if found.lines != expected.lines:
-        told.append("metrics.jsonl differs")
+        lines.append("metrics.jsonl differs")
     if found.progress != expected.progress:
-        told.append("progress.json differs")
-    return told
+        lines.append("progress.json differs")
+    return lines
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,65 +137,65 @@ class Chaos:
             place = Place(self.zygote, self.ranks)
             launch = Launch(place, run_dir, run_dir / "logs", self.words(run_dir, layout, True))
             if launch.finish([], LIMIT_SECONDS)[0] != [0] * self.ranks:
-                raise RuntimeError(f"the undisturbed run did not end well: {launch.said()[-3000:]}")
+                raise RuntimeError(f"the undisturbed run did not end well: {launch.output()[-3000:]}")
             self.undisturbed[layout] = state_of(run_dir)
         return self.undisturbed[layout]
 
-    def round(self, seed: int, number: int) -> Told:
+    def round(self, seed: int, number: int) -> RoundRecord:
         draw = random.Random(f"{seed} {number}")
         kinds = [self.kinds[number % len(self.kinds)]]
         if draw.random() < TOGETHER:
             kinds = sorted({*kinds, draw.choice(self.kinds)})
-        told = Told(seed, number, kinds, draw.choice(list(self.layouts)), draw.random() < 0.7)
-        expected = self.reference(told.layout)
+        record = RoundRecord(seed, number, kinds, draw.choice(list(self.layouts)), draw.random() < 0.7)
+        expected = self.reference(record.layout)
         began, folder = time.monotonic(), self.work / f"round-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "run").mkdir(parents=True)
         round = Round(folder / "run", draw, Place(self.zygote, self.ranks, self.mutation))
         try:
-            told.outcome = self.disturbed(round, [KINDS[kind]() for kind in kinds], told, expected)
+            record.outcome = self.disturbed(round, [KINDS[kind]() for kind in kinds], record, expected)
         finally:
             for close in reversed(round.closing):
                 close()
-        told.seconds = time.monotonic() - began
-        if told.passed:
+        record.seconds = time.monotonic() - began
+        if record.passed:
             shutil.rmtree(folder, ignore_errors=True)
-        return told
+        return record
 
-    def disturbed(self, round: Round, faults: list[Fault], told: Told, expected: State) -> str:
+    def disturbed(self, round: Round, faults: list[Fault], record: RoundRecord, expected: State) -> str:
         """Launch until the run ends, and return the result."""
         for fault in faults:
             fault.prepare(round)
         disturbed = round.draw.randint(1, max(fault.relaunches for fault in faults))
-        said, statuses = "", [1]
+        output, statuses = "", [1]
         for number in range(LAUNCHES):
             actions = [action for fault in faults for action in fault.actions(round)] if number < disturbed else []
             hang_seconds = min(fault.hang_seconds for fault in faults) if actions else PATIENT_SECONDS
-            command = self.words(round.run_dir, told.layout, told.asynchronous, hang_seconds)
+            command = self.words(round.run_dir, record.layout, record.asynchronous, hang_seconds)
             launch = Launch(round.place, round.run_dir, round.run_dir.parent / f"logs-{number}", command)
             statuses, events, too_long = launch.finish(actions, PATIENCE_SECONDS if actions else LIMIT_SECONDS)
-            said = launch.said()
-            told.launches.append(statuses)
-            told.events += [f"launch {number}: {event}" for event in events]
+            output = launch.output()
+            record.launches.append(statuses)
+            record.events += [f"launch {number}: {event}" for event in events]
             if too_long and number >= disturbed:
                 return f"FAILED: launch {number}, undisturbed, did not end"
-            unnamed = damage_not_told(round, said)
+            unnamed = unnamed_damage(round, output)
             if unnamed:
                 return f"FAILED: {unnamed}"
             if all(status == 0 for status in statuses):
                 break
             if number < disturbed:
-                told.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
+                record.events += [f"after {number}: {event}" for fault in faults for event in fault.between(round)]
             elif number >= disturbed + 1 and 2 in statuses:
                 # it would be refused again
                 break
-        told.events += [line for line in said.splitlines() if line.startswith(REFUSAL)]
-        return verdict(round, statuses, said, expected)
+        record.events += [line for line in output.splitlines() if line.startswith(REFUSAL)]
+        return verdict(round, statuses, output, expected)
 
 
-def damage_not_told(round: Round, said: str) -> str | None:
+def unnamed_damage(round: Round, output: str) -> str | None:
     """Return the damage that the launch should have named: in the checkpoint it resumed from, or in a newer one."""
-    found = re.search(r"resumed (step_\d+) ", said)
+    found = re.search(r"resumed (step_\d+) ", output)
     if not found or not round.damaged:
         return None
     # it is skipped from now on, or was saved again
@@ -204,7 +204,7 @@ def damage_not_told(round: Round, said: str) -> str | None:
         name = path.parts[path.parts.index("checkpoints") + 1]
         if name == found[1]:
             return f"went on from {name} in spite of {how}"
-        if name.startswith("step_") and name > found[1] and name not in said:
+        if name.startswith("step_") and name > found[1] and name not in output:
             return f"{how}: passed over without a word"
     return None
 
@@ -216,56 +216,56 @@ def names_damage(round: Round, line: str) -> bool:
     return any(path.name in line or (path.parent == round.run_dir and changed in line) for path in harmed)
 
 
-def verdict(round: Round, statuses: list[int], said: str, expected: State) -> str:
+def verdict(round: Round, statuses: list[int], output: str, expected: State) -> str:
     if any(statuses):
-        lines = [line for line in said.splitlines() if line.startswith(REFUSAL)]
+        lines = [line for line in output.splitlines() if line.startswith(REFUSAL)]
         if 2 in statuses and len(lines) == 1 and names_damage(round, lines[0]):
             return REFUSED
-        return f"FAILED: statuses {statuses}: {(lines or said.splitlines() or ['nothing said'])[-1][:300]}"
+        return f"FAILED: statuses {statuses}: {(lines or output.splitlines() or ['no output'])[-1][:300]}"
     try:
         found = state_of(round.run_dir)
         verify(round.run_dir / "checkpoints" / f"step_{STEPS:09d}")
     except (UserError, OSError, ValueError, KeyError) as error:
         return f"FAILED: ended well, but {error}"
-    told = differences(found, expected)
+    problems = differences(found, expected)
     # lost lines do not come back
     if any(path.name == "metrics.jsonl" for path in round.harmed):
-        told = [line for line in told if "metrics" not in line]
+        problems = [line for line in problems if "metrics" not in line]
     litter = [path.name for path in (round.run_dir / "checkpoints").glob(".*")]
-    told += [f"left {litter}"] * bool(litter)
-    return f"FAILED: {'; '.join(told[:4])}" if told else IDENTICAL
+    problems += [f"left {litter}"] * bool(litter)
+    return f"FAILED: {'; '.join(problems[:4])}" if problems else IDENTICAL
 
 
-def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[Told]:
+def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[RoundRecord]:
     """Run all rounds that the log does not have yet, and log each as it ends."""
     done = {}
     if log.exists():
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-        done = {line["round"]: Told(**line) for line in lines if line["seed"] == seed}
+        done = {line["round"]: RoundRecord(**line) for line in lines if line["seed"] == seed}
     for number in range(rounds):
         if number in done:
             continue
-        told = chaos.round(seed, number)
-        done[number] = told
+        record = chaos.round(seed, number)
+        done[number] = record
         with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(told)) + "\n")
-        launches = f"{len(told.launches)} launch{'es' * (len(told.launches) > 1)}"
-        what = f"{' + '.join(told.faults)} ({told.layout})"
-        print(f"round {number}: {what}, {launches}, {told.seconds:.0f} s: {told.outcome}", flush=True)
-        if not told.passed:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        launches = f"{len(record.launches)} launch{'es' * (len(record.launches) > 1)}"
+        what = f"{' + '.join(record.faults)} ({record.layout})"
+        print(f"round {number}: {what}, {launches}, {record.seconds:.0f} s: {record.outcome}", flush=True)
+        if not record.passed:
             print(f"  repeat with: --seed {seed} --only {number}; kept in {chaos.work / f'round-{number}'}", flush=True)
     return [done[number] for number in sorted(done) if number < rounds]
 
 
-def report(done: Sequence[Told]) -> int:
+def report(done: Sequence[RoundRecord]) -> int:
     """Print a table of results by kind of fault; return 1 if a round failed."""
     print(f"{'fault':<10} rounds identical refused failed launches seconds")
-    for kind in sorted({kind for told in done for kind in told.faults}):
-        of = [told for told in done if kind in told.faults]
-        counts = [sum(told.outcome == outcome for told in of) for outcome in (IDENTICAL, REFUSED)]
-        failed = sum(not told.passed for told in of)
-        launches, seconds = sum(len(told.launches) for told in of), sum(told.seconds for told in of)
+    for kind in sorted({kind for record in done for kind in record.faults}):
+        of = [record for record in done if kind in record.faults]
+        counts = [sum(record.outcome == outcome for record in of) for outcome in (IDENTICAL, REFUSED)]
+        failed = sum(not record.passed for record in of)
+        launches, seconds = sum(len(record.launches) for record in of), sum(record.seconds for record in of)
         print(f"{kind:<10} {len(of):>6} {counts[0]:>9} {counts[1]:>7} {failed:>6} {launches:>8} {seconds:>7.0f}")
-    bad = sum(not told.passed for told in done)
+    bad = sum(not record.passed for record in done)
     print(f"{len(done)} rounds, {bad} failed")
     return int(bad > 0)

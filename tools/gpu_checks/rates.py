@@ -74,8 +74,8 @@ def products(session: Session, size: str) -> dict[str, Any]:
         operations = 2 * tokens * inputs * outputs
         rates[name] = operations / took
         total, seconds = total + operations, seconds + took
-    said = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
-    return {"says": f"{total / seconds / 1e12:.3g} TFLOP/s ({said})", "flops": total / seconds}
+    text = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    return {"says": f"{total / seconds / 1e12:.3g} TFLOP/s ({text})", "flops": total / seconds}
 
 
 def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
@@ -143,8 +143,8 @@ def element_wise(session: Session, size: str) -> dict[str, Any]:
         for way, function in (("plain", one.function), ("fused", torch.compile(one.function))):
             took = median_seconds(functools.partial(function, *arguments), session.device, session.rounds)
             found[f"{name}_{way}_seconds"] = took
-    said = ", ".join(
+    text = ", ".join(
         f"{name} {found[f'{name}_plain_seconds'] * 1e3:.3g} to {found[f'{name}_fused_seconds'] * 1e3:.3g} ms"
         for name in calls
     )
-    return {"says": said, **found}
+    return {"says": text, **found}

@@ -54,8 +54,8 @@ def item(session: Session, size: str, objective: str, length: int, precision: st
     )
     parts["rotation, gate, dropout"] = 3 * once * config.model.num_layers * measured["micro_batches"]
     seconds, least = measured["step_seconds"], sum(parts.values())
-    said = ", ".join(f"{name} {value / seconds:.0%}" for name, value in parts.items())
-    return {"says": f"floor {least:.4g} s of {seconds:.4g} s ({least / seconds:.0%}): {said}", "parts": parts}
+    text = ", ".join(f"{name} {value / seconds:.0%}" for name, value in parts.items())
+    return {"says": f"floor {least:.4g} s of {seconds:.4g} s ({least / seconds:.0%}): {text}", "parts": parts}
 
 
 def floor(config: Any, tokens: int, linears: float, products: float, copy: float) -> dict[str, float]:
