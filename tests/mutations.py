@@ -229,7 +229,7 @@ MISTAKES: dict[str, str] = {
     "loss_mean_per_micro_batch": "tests/train/test_invariance.py"
     "::test_train_on_layout_matches_one_process[micro-batch 1-mlm stable_adamw dropout]",
     "orthogonal_per_shard": "tests/train/test_invariance.py::test_muon_on_layout_matches_one_process[tp2-clm muon]",
-    "window_one_too_wide": "tests/model/test_parity.py::test_logits_padded_and_packed_match_transformers[17m-mlm]",
+    "window_one_too_wide": "tests/model/test_model.py::test_logits_padded_and_packed_match_transformers[17m-mlm]",
     "resume_skips_a_batch": "tests/train/test_resume.py::test_resume_on_same_layout_is_bit_identical[1-stable_adamw]",
     "resumed_with_another_bit": "tests/train/test_resume.py"
     "::test_resume_on_same_layout_is_bit_identical[1-stable_adamw]",

@@ -11,7 +11,8 @@ from megatron_ettin.config.schema import Config
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
+def process_group() -> Iterator[None]:
+    """Initialize a process group of one rank in this process."""
     from megatron_ettin.parallel.env import DistributedEnv
     from megatron_ettin.parallel.groups import destroy_model_parallel, initialize_model_parallel
     from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
@@ -19,7 +20,7 @@ def alone() -> Iterator[None]:
     from megatron_ettin.platform import detect
 
     platform = detect("cpu")
-    init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
+    init_process_group(DistributedEnv(0, 1, 0, None, 0, "single process"), platform)
     initialize_model_parallel(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
     yield
     destroy_model_parallel()
@@ -27,7 +28,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture
-def build_model(alone: None) -> Callable[[Config], object]:
+def build_model(process_group: None) -> Callable[[Config], object]:
     """Return a function that builds the EttinModel of a configuration, with initial weights, in evaluation mode."""
 
     def build(config: Config) -> object:
