@@ -37,7 +37,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
     words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
-    config = parse(args.size, "mlm", "pretrain", words=words.split())
+    config = parse(args.size, "mlm", "pretrain", overrides=words.split())
     train_state = build_single_process(config, training=True)
     return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]
 

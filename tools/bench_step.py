@@ -78,7 +78,7 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     words += f" run.fuse={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
-    config = parse("17m", objective, "pretrain", words=words.split())
+    config = parse("17m", objective, "pretrain", overrides=words.split())
     train_state = detect("cpu")
     init_process_group(read_distributed_env(), train_state)
     rank = setup_training(config, train_state, 1)

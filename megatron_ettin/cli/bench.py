@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         known = broadcast_before_groups(env, platform, lambda: known_results(args))
         with progress_report(env) as report:
             for number, member in enumerate(found):
-                report(number, len(found), " ".join(member.words))
+                report(number, len(found), " ".join(member.overrides))
                 rows.append(one(args, member, env, platform, known, is_only=len(found) == 1))
     finally:
         release_store()
@@ -224,7 +224,7 @@ def identity(args: argparse.Namespace, member: Member, env: DistributedEnv, plat
     """Return what two results of one measurement share: results.IDENTITY_KEYS."""
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
     row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": env.world}
-    row |= {"words": [*args.words, *member.words], "device": platform.name}
+    row |= {"words": [*args.words, *member.overrides], "device": platform.name}
     row |= {"config": str(args.config) if args.config else None, "data": args.data}
     row |= {"chunk_tokens": None if args.data else args.chunk_tokens}
     return row | {"micro_batches": args.micro_batches, "quick": args.quick}

@@ -73,10 +73,10 @@ def parse_call(command: str, words: Sequence[str], sweeps: Sequence[str]) -> Cal
 def _member_run(args: argparse.Namespace, member: Member) -> tuple[tuple[str, ...], tuple[Stage, ...]]:
     """One run of a sweep, in a folder of its own: the words it adds, and its phases."""
     chosen = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
-    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.words]}
+    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.overrides]}
     stages = stages_of(argparse.Namespace(**{**vars(args), **chosen, **own}))
     named = [word for name in chosen if name in member.values for word in (f"--{name}", chosen[name])]
-    return (*named, *member.words), tuple(stages)
+    return (*named, *member.overrides), tuple(stages)
 
 
 def _bench_call(args: argparse.Namespace, words: Sequence[str], sweeps: Sequence[str]) -> Call:

@@ -136,7 +136,7 @@ def chosen_members(args: argparse.Namespace) -> list[Member]:
 def member_stages(args: argparse.Namespace, member: Member) -> list[Stage]:
     """The one run of a member, by the rules of a run alone."""
     names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
-    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.words], "sweep": []}
+    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.overrides], "sweep": []}
     return stages_of(argparse.Namespace(**{**vars(args), **names, **own}))
 
 

@@ -81,12 +81,12 @@ def explain(stage: Stage, args: argparse.Namespace) -> str:
 def complete(args: argparse.Namespace, is_main_process: bool) -> None:
     """Fill in what an original trainer's file says and what follows from other options. Raises UserError."""
     from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.overrides import names_of, read_user_config
+    from megatron_ettin.config.overrides import read_user_config, run_names
 
-    site = read_user_config(args.config) if args.config else None
-    named = names_of(site, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
+    user_config = read_user_config(args.config) if args.config else None
+    named = run_names(user_config, args.config, {"size": args.size, "objective": args.objective, "phase": args.phase})
     args.size, args.objective, args.phase = named["size"], named["objective"], named["phase"]
-    for line in site.told if site and is_main_process else ():
+    for line in user_config.notes if user_config and is_main_process else ():
         log_warning(line)
     if args.recipe:
         args.words = [f"run.recipe={args.recipe}", *args.words]
@@ -110,7 +110,7 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     """
     from megatron_ettin.config.explain import phase_lines
     from megatron_ettin.config.recipe import recipe
-    from megatron_ettin.config.resolve import told
+    from megatron_ettin.config.resolve import inherited_lines
 
     first = stages[0]  # later phases begin from earlier ones, members of a sweep all from the same
     run = first.config.run
@@ -118,7 +118,7 @@ def tell(stages: list[Stage], allowed: Sequence[str] = ()) -> None:
     about = [chain_warning(first), *(map(reference_rate_line, stages) if "optim.lr" in allowed else ())]
     about += [line for stage in stages for line in remarks(stage)]
     about += phase_lines(first.words, list(dict.fromkeys(stage.config.run.phase for stage in stages)))
-    for line in (*told(first.kept, tables, first.config.model), *filter(None, about)):
+    for line in (*inherited_lines(first.kept, tables, first.config.model), *filter(None, about)):
         log_warning(line)
 
 

@@ -1,12 +1,9 @@
-"""What changes a run of the tables: a site file and `key=value` words, each for every phase or for one of them.
+"""Read what changes a run of the tables: a user config (`--config`), `key=value` overrides, and sweeps.
 
-A site file is a mapping of groups; `phases:` in it holds groups for one phase alone, as `extend.data.mixture=...` does
-among the words. A YAML of the original trainer is read too (config/original/). A layer is checked as it is read:
-unknown keys are told with the nearest valid name, counts such as 1.7T become whole numbers.
-
-What somebody meant who wrote a key that does not exist: a typo, a key without its group, another system's name.
-
-A sweep: the same run with every combination of some keys' values, as `--sweep optim.lr=1e-3,2e-3` says them."""
+A user config is a YAML mapping of groups. Its `phases:` holds groups for single phases, as the override
+`extend.data.mixture=...` is for one. A YAML of the original trainer is read too (config/original/). Each layer is
+checked as it is read: unknown keys are refused with the nearest valid name, counts such as 1.7T become whole numbers,
+older names and forms of keys become those of today."""
 
 from __future__ import annotations
 
@@ -28,11 +25,12 @@ from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.recipe import PHASES
 from megatron_ettin.config.schema import all_keys, key_types
 
-Groups = dict[str, Any]  # group -> key -> value
+# group -> key -> value
+Groups = dict[str, Any]
 
 
 class Layer(NamedTuple):
-    """Groups of keys, and who set them, for messages."""
+    """Groups of keys, and who set them (for messages)."""
 
     groups: Groups
     origin: str
@@ -40,25 +38,29 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class UserConfig:
-    """A --config file. `names`: size, objective, phase where it gives them; `told`: what became of its keys."""
+    """A --config file."""
 
     common: Groups
+    """Groups for every phase."""
     phases: dict[str, Groups] = field(default_factory=dict)
+    """Groups for one phase, by phase."""
     names: dict[str, str] = field(default_factory=dict)
-    told: tuple[str, ...] = ()
+    """Size, objective and phase, where the file has them."""
+    notes: tuple[str, ...] = ()
+    """Lines about keys of an original trainer's file that were left aside or assumed."""
 
     @property
     def is_original(self) -> bool:
-        """Return whether it is a YAML of the original trainer; no other file names size, objective and phase."""
+        """Whether it is a YAML of the original trainer; no other file has size, objective and phase."""
         return bool(self.names)
 
 
 def read_user_config(path: Path) -> UserConfig:
-    """A site file, or a YAML of the original trainer. Raises UserError."""
+    """Read a user config, or a YAML of the original trainer. Raises UserError."""
     content = read_yaml(path)
     if is_original(content):
-        groups, names, told = import_yaml(content, path)
-        return UserConfig(groups, {}, names, tuple(told))
+        groups, names, notes = import_yaml(content, path)
+        return UserConfig(groups, {}, names, tuple(notes))
     phases = content.pop("phases", None) or {}
     if not isinstance(phases, dict):
         raise UserError(f"config {path}: phases: a mapping of phases was expected, found {phases!r}")
@@ -78,60 +80,62 @@ def read_user_config(path: Path) -> UserConfig:
 
 
 def is_original(content: Groups) -> bool:
-    """Whether this is a YAML of the original trainer (Composer's keys)."""
+    """Return whether this is a YAML of the original trainer (Composer's keys)."""
     model = content.get("model")
     return (isinstance(model, dict) and "model_config" in model) or {"train_loader", "max_duration"} <= content.keys()
 
 
-def names_of(site: UserConfig | None, where: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
-    """size, objective and phase of a run: as given, or as an original trainer's file has them. Raises UserError."""
-    found = site.names if site is not None else {}
+def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return size, objective and phase of a run: as given, or as an original trainer's file has them. Raises
+    UserError."""
+    in_file = config.names if config is not None else {}
     for name, value in given.items():
-        if value is None and name not in found:
-            hint = " (its shape is none of the published ones)" if found and name == "size" else ""
+        if value is None and name not in in_file:
+            hint = " (its shape is not one of the published ones)" if in_file and name == "size" else ""
             raise UserError(f"--{name}: is missing{hint}")
-        if name != "phase" and value is not None and found.get(name, value) != value:
-            raise UserError(f"--{name} {value}: {where} is of {found[name]}")
-    return {name: value or found[name] for name, value in given.items()}
+        if name != "phase" and value is not None and in_file.get(name, value) != value:
+            raise UserError(f"--{name} {value}: {path} has {in_file[name]}; leave the option out, or use another file")
+    return {name: value or in_file[name] for name, value in given.items()}
 
 
-def layers_of(site: UserConfig | None, where: Path | None, words: Sequence[str], phase: str) -> list[Layer]:
-    """Every layer of a phase, weakest first: the file, its part for the phase, words, words for the phase. Checked."""
-    common, of_phase = split_overrides(words)
+def read_layers(config: UserConfig | None, path: Path | None, overrides: Sequence[str], phase: str) -> list[Layer]:
+    """Return every layer of a phase, weakest first: file, its part for the phase, overrides, overrides for the phase.
+
+    All are checked, those for other phases too. Raises UserError."""
+    common, of_phase = split_overrides(overrides)
     layers = []
-    if site is not None:
-        layers = [Layer(site.common, str(where)), Layer(site.phases.get(phase, {}), f"{where} (phases.{phase})")]
-    layers += [Layer(from_overrides([word]), f"`{word}`") for word in common]
-    layers += [Layer(from_overrides([word]), f"`{phase}.{word}`") for word in of_phase.get(phase, [])]
+    if config is not None:
+        layers = [Layer(config.common, str(path)), Layer(config.phases.get(phase, {}), f"{path} (phases.{phase})")]
+    layers += [Layer(from_overrides([one]), f"`{one}`") for one in common]
+    layers += [Layer(from_overrides([one]), f"`{phase}.{one}`") for one in of_phase.get(phase, [])]
     for layer in layers:
         check_keys(layer.groups)
-    # mistakes in what is for later phases are told now
-    for groups in (*(site.phases.values() if site else ()), *map(from_overrides, of_phase.values())):
+    for groups in (*(config.phases.values() if config else ()), *map(from_overrides, of_phase.values())):
         check_keys(groups)
     return layers
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Words for every phase, and for one: `extend.data.mixture=x` is `data.mixture=x` of extend."""
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the overrides for every phase and those for one: `extend.data.mixture=x` is `data.mixture=x` of extend."""
     common: list[str] = []
     of_phase: dict[str, list[str]] = {}
-    for word in words:
-        phase, dot, rest = word.partition(".")
+    for override in overrides:
+        phase, dot, rest = override.partition(".")
         if dot and phase in PHASES:
             of_phase.setdefault(phase, []).append(rest)
         else:
-            common.append(word)
+            common.append(override)
     return common, of_phase
 
 
-def given_keys(site: Path | None, words: Sequence[str], phase: str) -> set[str]:
-    """Return the `group.key`s that a site file or words set, to the recipe's value or another."""
-    layers = layers_of(read_user_config(site) if site else None, site, words, phase)
-    return {f"{group}.{key}" for layer in layers for group, keys in layer.groups.items() for key in keys or {}}
+def given_keys(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
+    """Return the `group.key` of everything that a user config or overrides set, to the recipe's value or another."""
+    layers = read_layers(read_user_config(user_config) if user_config else None, user_config, overrides, phase)
+    return keys_of([layer.groups for layer in layers])
 
 
-def given(layers: Sequence[dict[str, Any]], group: str, key: str) -> str | None:
-    """What the strongest of the layers says of a key that decides which tables are taken."""
+def given(layers: Sequence[Groups], group: str, key: str) -> str | None:
+    """Return the strongest layer's value of a key that decides which tables are used; None where none has it."""
     values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]
     return str(values[-1]) if values else None
 
@@ -142,7 +146,7 @@ def keys_of(layers: Sequence[Groups]) -> frozenset[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Groups of a site file. Raises UserError for a missing or broken file."""
+    """Return the groups of a user config. Raises UserError for a missing or broken file."""
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -158,13 +162,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def from_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["optim.lr=1e-3", ...]` as nested groups; values are YAML."""
-    layer: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+def from_overrides(overrides: Sequence[str]) -> Groups:
+    """Return `["optim.lr=1e-3", ...]` as groups; values are YAML. Raises UserError."""
+    layer: Groups = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is not key=value; write for example optim.lr=1e-3")
+            raise UserError(f"{override!r} is not key=value; write for example optim.lr=1e-3")
         group, _, name = key.partition(".")
         try:
             parsed = load_yaml(value) if value else None
@@ -177,7 +181,8 @@ def from_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_keys(layer: dict[str, Any]) -> None:
-    """Refuse unknown groups and keys; turn counts such as 1.7T into whole numbers, in place."""
+    """Refuse unknown groups and keys, and turn values into their types where YAML has another, in place. Raises
+    UserError."""
     rename_keys(layer)
     types = key_types()
     groups = {key.partition(".")[0] for key in types}
@@ -240,7 +245,7 @@ def upgrade_keys(groups: Groups) -> None:
 
 
 def _unknown_group(group: str, keys: Any, types: Collection[str]) -> str:
-    """With what was meant: a key, where the group's one key shows it, a phase before a key, or another group."""
+    """Return a message with what was meant: a key, a phase before a key, or another group."""
     groups = {key.partition(".")[0] for key in types}
     only = next(iter(keys)) if isinstance(keys, dict) and len(keys) == 1 else None
     if isinstance(only, str) and "." in only:
@@ -256,7 +261,7 @@ def _wants_float(hint: Any) -> bool:
 
 
 def _as_float(value: str, name: str) -> float:
-    """YAML 1.1 reads `3e-3` as text; a number is meant."""
+    """Read a number such as `3e-3`, which is text to YAML 1.1."""
     try:
         return float(value)
     except ValueError:
@@ -302,7 +307,7 @@ ELSEWHERE = {
 
 
 def nearest_key(written: str, keys: Collection[str]) -> str:
-    """` (did you mean 'optim.lr'?)` for `lr`, `optm.lr`, `optim.learning_rate`, `learning-rate`; else nothing."""
+    """Return ` (did you mean 'optim.lr'?)` for `lr`, `optim.learning_rate`, `learning-rate`, or an empty text."""
     known = same_name(written, keys)
     if known is not None:
         return f" (did you mean {known!r}?)"
@@ -313,7 +318,7 @@ def nearest_key(written: str, keys: Collection[str]) -> str:
 
 
 def same_name(written: str, keys: Collection[str]) -> str | None:
-    """The one key of that name, whatever group was written, or what another system's name is here."""
+    """Return the one key of that name in any group, or the one that another system calls so; None where none is."""
     name = _bare(written)
     same = [key for key in keys if _bare(key) == name]
     if len(same) == 1:
@@ -326,13 +331,14 @@ def _bare(key: str) -> str:
 
 
 def _by_name(name: str, keys: Collection[str]) -> str:
-    """Of a key without a group and with a typo."""
+    """Return the hint for a key without a group and with a typo."""
     names = {_bare(key): key for key in keys}
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
-NAMES = ("size", "objective")  # options that may be swept besides keys
+# options that may be swept besides keys
+NAMES = ("size", "objective")
 MOST_MEMBERS = 1000
 
 
@@ -343,12 +349,17 @@ class Member(NamedTuple):
     values: dict[str, str]
 
     @property
-    def words(self) -> list[str]:
+    def overrides(self) -> list[str]:
+        """The values as `key=value`, those of options left out."""
         return [f"{key}={value}" for key, value in self.values.items() if key not in NAMES]
 
 
 def members(sweeps: Sequence[str]) -> list[Member]:
-    """Every combination, the last key changing fastest. Raises UserError."""
+    """Return the runs of a sweep, the last key changing fastest. Raises UserError.
+
+    Args:
+        sweeps: `KEY=VALUE,VALUE,...` as `--sweep` has them.
+    """
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         key, equals, text = sweep.partition("=")
@@ -361,12 +372,12 @@ def members(sweeps: Sequence[str]) -> list[Member]:
         if key in axes:
             raise UserError(f"--sweep {sweep!r}: {key} is swept twice")
         if len(set(values)) < len(values) or any("/" in value for value in values):
-            raise UserError(f"--sweep {sweep!r}: values must differ, and have no slash, for they name folders")
+            raise UserError(f"--sweep {sweep!r}: values must differ and have no slash, because they name folders")
         axes[key] = values
-    found = [dict(zip(axes, combination, strict=True)) for combination in itertools.product(*axes.values())]
-    if len(found) > MOST_MEMBERS:
-        raise UserError(f"--sweep: {len(found)} combinations; at most {MOST_MEMBERS}")
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if len(combinations) > MOST_MEMBERS:
+        raise UserError(f"--sweep: {len(combinations)} combinations are too many; at most {MOST_MEMBERS}")
     return [
         Member(" ".join(f"{key}={value}" for key, value in values.items()).replace(" ", "_"), values)
-        for values in found
+        for values in combinations
     ]

@@ -1,18 +1,14 @@
-"""From (size, objective, phase), a site YAML and `key=value` words to one validated Config.
+"""Resolve size, objective, phase, a user config and overrides to one checked Config; write and read config.yaml.
 
-Precedence: recipe tables < the weights a run begins from < YAML < words. OmegaConf merges and types; what it refuses is
-told in one line with the nearest valid name. `parse` is the whole road; `recipe` alone gives the published run.
+Precedence: recipe tables < weights that a run begins from < user config < overrides. OmegaConf merges and types.
 
-Defaults that follow another key: what the recipe ties together stays so where one of the two is changed.
+Linked defaults: where the user changes a key, keys that the recipe ties to it follow, unless the user gives them too. A
+run that has begun keeps its own values of everything that follows, and of what earlier versions had other defaults for:
+it goes on as it began, whatever the tables have by now.
 
-A value that the user gives stays as it is. A run that has begun keeps its own values of everything that follows, and of
-what earlier versions had other defaults for: it must go on as it began, whatever the tables say by now.
-
-Which of a model's settings a run takes over from the weights that it begins from.
-
-Weights are of a shape and were trained under windows, an epsilon and rotary bases; the recipe's tables know those of
-the published sizes. What the weights say stands between the tables and what the user writes: a ModernBERT's local base
-of 10,000 must not become the recipe's 160,000 because nobody mentioned it."""
+Inherited settings: weights have a shape and were trained under windows, an epsilon and rotary bases, which the tables
+know for the published sizes only. They stand between the tables and the user: a ModernBERT's local base of 10,000 must
+not become the recipe's 160,000 because nobody mentioned it."""
 
 from __future__ import annotations
 
@@ -28,32 +24,41 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.overrides import given, keys_of, layers_of, read_user_config, read_yaml, upgrade_keys
+from megatron_ettin.config.overrides import given, keys_of, read_layers, read_user_config, read_yaml, upgrade_keys
 from megatron_ettin.config.recipe import PHASES, recipe
-from megatron_ettin.config.schema import Config, groups, key_types
+from megatron_ettin.config.schema import Config, ModelConfig, groups, key_types
 from megatron_ettin.config.tables import SIZES
 
-REMOVED = (("resilience", "stop_on_nonfinite"),)  # keys of earlier versions, whose runs go on all the same
+# keys of earlier versions, whose runs go on all the same
+REMOVED = (("resilience", "stop_on_nonfinite"),)
 
 
 def parse(
     size: str,
     objective: str,
     phase: str,
-    site: Path | None = None,
-    words: Sequence[str] = (),
+    user_config: Path | None = None,
+    overrides: Sequence[str] = (),
     weights: Mapping[str, Any] | None = None,
     begun: Config | None = None,
 ) -> Config:
-    """Resolve and check a run. `site`: YAML of groups; `words`: `[phase.]group.key=value`; `weights`: keys of `model`
-    that come with the weights it begins from (inherit.py), stronger than the tables only; `begun`: the recorded
-    configuration of a run that goes on, from which linked defaults are taken that nothing sets. Raises UserError."""
-    read = read_user_config(site) if site else None
-    layers = [layer.groups for layer in layers_of(read, site, words, phase)]
+    """Resolve and check a run. Raises UserError.
+
+    Args:
+        size: published size.
+        objective: training objective.
+        phase: phase of the recipe.
+        user_config: YAML file of groups, or of the original trainer.
+        overrides: `[phase.]group.key=value`.
+        weights: keys of `model` that come with the weights it begins from (`inherited`); stronger than the tables only.
+        begun: recorded configuration of a run that goes on; linked defaults that nothing sets are taken from it.
+    """
+    read = read_user_config(user_config) if user_config else None
+    layers = [layer.groups for layer in read_layers(read, user_config, overrides, phase)]
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
     below, of_file = [{"model": dict(weights or {})}], frozenset[str]()
     if read is not None and read.is_original:
-        # a whole run, as the tables are: words change it, and what follows them does so from its values
+        # a whole run, as the tables are: overrides change it, and linked defaults start from its values
         of_file = keys_of(layers[:1])
         base = to_config(apply_linked_defaults(base, merge(base, [*below, layers[0]]), of_file))
         below, layers = [], layers[1:]
@@ -66,29 +71,34 @@ def parse(
     return resolved
 
 
-def given_by_user(site: Path | None, words: Sequence[str], phase: str) -> frozenset[str]:
+def given_by_user(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
     """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
-    read = read_user_config(site) if site else None
-    layers = [layer.groups for layer in layers_of(read, site, words, phase)]
+    read = read_user_config(user_config) if user_config else None
+    layers = [layer.groups for layer in read_layers(read, user_config, overrides, phase)]
     return keys_of(layers[1:] if read is not None and read.is_original else layers)
 
 
 def origins(
-    site: Path | None, words: Sequence[str], weights: Mapping[str, Any], phase: str, begun: Config | None = None
+    user_config: Path | None,
+    overrides: Sequence[str],
+    weights: Mapping[str, Any],
+    phase: str,
+    begun: Config | None = None,
 ) -> dict[str, str]:
-    """Who set each key that is not the tables': the strongest of the layers of `parse`."""
-    layers = layers_of(read_user_config(site) if site else None, site, words, phase)
+    """Return who set each key that is not the tables': the strongest of the layers of `parse`, with the same Args."""
+    layers = read_layers(read_user_config(user_config) if user_config else None, user_config, overrides, phase)
     all_layers = [({"model": dict(weights)}, "the weights it begins from"), *layers]
-    found = {f"{group}.{key}": who for layer, who in all_layers for group, keys in layer.items() for key in keys or {}}
-    for key in kept_by(begun, found):
-        found[key] = "the run itself, which has begun with it"
+    who = {f"{group}.{key}": name for layer, name in all_layers for group, keys in layer.items() for key in keys or {}}
+    for key in kept_by(begun, who):
+        who[key] = "the run itself, which has begun with it"
     for leader, follower in FOLLOWERS:
-        if leader in found:
-            found.setdefault(follower, f"{leader}, which it follows ({found[leader]})")
-    return found
+        if leader in who:
+            who.setdefault(follower, f"{leader}, which it follows ({who[leader]})")
+    return who
 
 
 def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
+    """Return OmegaConf's tree of a run with the layers in it, weakest first. Raises UserError for a wrong type."""
     tree = OmegaConf.structured(base)
     OmegaConf.set_readonly(tree, False)
     for group in tree:
@@ -108,18 +118,18 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
 
 
 def to_config(tree: Any) -> Config:
-    """Groups of plain values as the frozen dataclasses."""
+    """Return groups of plain values as the frozen dataclasses."""
     values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
     return Config(**{group: kind(**values[group]) for group, kind in groups().items() if group in values})
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved run as text, groups in the order of the schema; `from_yaml` reads it back."""
+    """Return the resolved run as text, groups in the order of the schema; `from_yaml` reads it back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: Path) -> Config:
-    """A resolved config.yaml. Raises UserError for one that is damaged or of another version."""
+    """Read a resolved config.yaml, of earlier versions too. Raises UserError for one that is damaged or newer."""
     content = read_yaml(path)
     for group, key in REMOVED:
         if isinstance(content.get(group), dict):
@@ -157,9 +167,12 @@ FOLLOWERS = (
     *(("run.steps", follower) for follower in SPAN),
 )
 KEPT = (*SPAN, "batch.warmup_min_rows", "optim.weight_decay_reference_lr")
-MOST_RATE = 10  # of the recipe's learning rate; more is told
-LONGEST_USUAL_ROW = 131_072  # tokens; a longer one is told as a warning
-MOST_ROUND = 32  # rows that divide by it suit most numbers of data-parallel ranks
+# warn of a learning rate that is more than so many times the recipe's
+MOST_RATE = 10
+# warn of longer rows (tokens)
+LONGEST_USUAL_ROW = 131_072
+# rows that divide by it suit most numbers of data-parallel ranks
+MOST_ROUND = 32
 
 
 def kept_by(begun: Config | None, given: Collection[str]) -> frozenset[str]:
@@ -178,7 +191,7 @@ def kept_by(begun: Config | None, given: Collection[str]) -> frozenset[str]:
 def apply_linked_defaults(
     base: Config, merged: Any, given: Collection[str], begun: Config | None = None, of_file: Collection[str] = ()
 ) -> Any:
-    """Move what follows a given key, in place.
+    """Change the keys that follow a given key, in place.
 
     Args:
         base: the tables, from which the user's layers start.
@@ -212,7 +225,7 @@ def apply_linked_defaults(
 
 
 def keep_begun(config: Config, begun: Config, keys: Collection[str]) -> Config:
-    """Return the run with the values of `keys` that it has begun with."""
+    """Return the run with the values of some keys that it began with."""
     return config.with_keys({key: begun.value(key) for key in keys})
 
 
@@ -282,9 +295,9 @@ BASES = ("global_rope_theta", "local_rope_theta")
 
 
 def inherited(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of `model` that come with weights whose config.yaml has the groups `source`.
+    """Return the keys of `model` that come with weights whose config.yaml has the groups `source`.
 
-    A published shape is left to --size, so that another one is refused rather than taken. The rotary bases of a run
+    A published shape is left to --size, so that another one is refused rather than used. The rotary bases of a run
     that followed the recipe are left to the recipe, which changes them from phase to phase; others are kept."""
     model, run = source.get("model") or {}, source.get("run") or {}
     keys = [*FIXED]
@@ -296,7 +309,7 @@ def inherited(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _follows_the_recipe(model: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Whether the rotary bases are those of the source's own phase and size."""
+    """Return whether the rotary bases are those of the source's own phase and size."""
     phase, size = PHASES.get(str(run.get("phase"))), str(run.get("size"))
     if phase is None or size not in SIZES:
         return False
@@ -304,8 +317,14 @@ def _follows_the_recipe(model: Mapping[str, Any], run: Mapping[str, Any]) -> boo
     return tuple(model.get(key) for key in BASES) == bases
 
 
-def told(kept: Mapping[str, Any], recipe: Any, final: Any) -> list[str]:
-    """A line for every inherited key that the run uses and the recipe has otherwise. Both are ModelConfigs."""
+def inherited_lines(kept: Mapping[str, Any], recipe: ModelConfig, final: ModelConfig) -> list[str]:
+    """Return a line for each inherited key that the run uses and that has another value in the recipe.
+
+    Args:
+        kept: as `inherited` returned it.
+        recipe: the tables' model.
+        final: the run's model.
+    """
     return [
         f"model.{key}={value} comes with the weights (the recipe has {getattr(recipe, key)})"
         for key, value in kept.items()

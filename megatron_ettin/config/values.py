@@ -20,7 +20,11 @@ MOST_STEPS = 50
 
 
 def parse_points(value: Any, key: str) -> Points:
-    """The points of a share, tokens ascending. Raises UserError."""
+    """Read a share that may change over a run: `0.5`, or `0:1,10B:0.5` (tokens:share). Raises UserError.
+
+    Returns:
+        (tokens, share) of each point, tokens ascending.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return ((0, _share(value, value, key)),)
     if not isinstance(value, str):
@@ -29,8 +33,8 @@ def parse_points(value: Any, key: str) -> Points:
     for part in value.split(","):
         tokens, colon, share = part.strip().partition(":")
         points.append((parse_count(tokens, key) if colon else 0, _share(share if colon else tokens, value, key)))
-    places = [tokens for tokens, _ in points]
-    if places != sorted(set(places)):
+    starts = [tokens for tokens, _ in points]
+    if starts != sorted(set(starts)):
         raise UserError(f"{key}: {value!r}; the tokens of its points must ascend")
     return tuple(points)
 
@@ -46,8 +50,8 @@ def _share(text: Any, whole: Any, key: str) -> float:
 
 
 def share_at(points: Points, tokens: float) -> float:
-    """The share after `tokens`: linear between points, constant before the first and after the last."""
-    after = bisect.bisect_right([place for place, _ in points], tokens)
+    """Return the share after `tokens`: linear between points, constant before the first and after the last."""
+    after = bisect.bisect_right([start for start, _ in points], tokens)
     if after == 0:
         return points[0][1]
     if after == len(points):
@@ -135,19 +139,22 @@ def _numbers(value: Any, separator: str) -> list[int] | None:
 
 
 FORMS = "a DATASET path, a list of paths or {name: path}"
-HELD_OUT = "heldout"  # the folder that `ettin prepare --holdout` makes within a dataset
+# the folder that `ettin prepare --holdout` makes within a dataset
+HELD_OUT = "heldout"
 
 
 def validation_sets(value: Any, key: str = "data.validation") -> dict[str, str]:
-    """Name -> dataset path, in the order given. A path without a name is called after its folder (`heldout` after the
-    one above it), or by itself where two are called the same. Raises UserError."""
+    """Return the dataset paths of `data.validation` by name, in the order given. Raises UserError.
+
+    A path without a name is called after its folder (`heldout` after the one above it), or by itself where two have the
+    same name."""
     if isinstance(value, Mapping):
         named = {str(name): path for name, path in value.items()}
     else:
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, Sequence):
             raise UserError(f"{key}: {value!r}; give {FORMS}")
-        short = [name_of(path) if isinstance(path, str) else "" for path in paths]
+        short = [_folder_name(path) if isinstance(path, str) else "" for path in paths]
         uses = Counter(short)
         pairs = zip(short, paths, strict=True)
         named = {name if uses[name] == 1 else str(path): path for name, path in pairs}
@@ -155,12 +162,12 @@ def validation_sets(value: Any, key: str = "data.validation") -> dict[str, str]:
             raise UserError(f"{key}: a dataset is given twice; give each once")
     for name, path in named.items():
         if not isinstance(path, str) or not path.strip() or not name.strip():
-            raise UserError(f"{key}: {path!r} is no path; give {FORMS}")
+            raise UserError(f"{key}: {path!r} is not a path; give {FORMS}")
     if not named:
         raise UserError(f"{key}: empty; give {FORMS}")
     return named
 
 
-def name_of(path: str) -> str:
+def _folder_name(path: str) -> str:
     parts = PurePath(path).parts
     return parts[-2] if len(parts) > 1 and parts[-1] == HELD_OUT else parts[-1] if parts else path

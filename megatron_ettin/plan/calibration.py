@@ -129,7 +129,9 @@ def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
     if wrong := sorted(row.keys() - set(RUN_KEYS)):
         raise UserError(f"{wrong[0]!r} is not a key; the keys are {', '.join(RUN_KEYS)}")
     _check_types(row)
-    config = parse(row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), words=row.get("words", []))
+    config = parse(
+        row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), overrides=row.get("words", [])
+    )
     gpu = find_gpu(row["gpu"], own) if "gpu" in row else gpu
     found = MeasuredRun(
         name=f"{row['size']} {config.run.objective} on {row['gpus']}",

@@ -60,7 +60,7 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
         assert phases["optimizer"] > 0
         assert phases["communication dp" if tp == 1 else "communication tp"] > 0
         batch = [f"batch.{key}={row[key]}" for key in ("micro_batch_rows", "global_batch_rows")]
-        config = parse("17m", "mlm", "pretrain", words=[*SHAPE, *row["words"], *batch, "batch.warmup_tokens=0"])
+        config = parse("17m", "mlm", "pretrain", overrides=[*SHAPE, *row["words"], *batch, "batch.warmup_tokens=0"])
         sent = volumes(config, 2 // tp, 0)["dp" if tp == 1 else "tp"]
         # the planner counts neither the sums of labels, the gradients of norms nor the alignment of buckets
         assert sent <= row["communication_bytes"]["dp" if tp == 1 else "tp"] <= 1.6 * sent

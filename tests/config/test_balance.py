@@ -65,4 +65,4 @@ def test_stage_layers_give_the_last_stage_fewer_for_the_head(
     size: str, objective: str, phase: str, layers: list[int]
 ) -> None:
     """The splits of docs/layouts.md."""
-    assert stage_layers(parse(size, objective, phase, words=["parallel.pp=4"])) == layers
+    assert stage_layers(parse(size, objective, phase, overrides=["parallel.pp=4"])) == layers

@@ -25,7 +25,7 @@ def test_differences_every_combination_has_a_reason(size: str, objective: str, p
     keys = {one.key for one in found}
     assert {"data.batching", "batch.loss_normalization", "batch.global_batch_rows"} <= keys
     assert ("run.objective" in keys) == ((objective, phase) == ("mlm", "cross"))
-    assert differences(parse(size, objective, phase, words=["run.recipe=original"]), {}) == []
+    assert differences(parse(size, objective, phase, overrides=["run.recipe=original"]), {}) == []
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -89,7 +89,7 @@ def test_explained_override_trains_as_configured(size: str, capsys) -> None:
             one["why"] for one in json.loads(capsys.readouterr().out)["always"] if one["what"] == "batch warm-up"
         )
         words = [word for word in why.split() if word.startswith("batch.")]
-        batch = parse(size, "mlm", phase, words=words).batch
+        batch = parse(size, "mlm", phase, overrides=words).batch
         assert batch.warmup_tokens == (10e9 if phase == "cross" else BATCH_WARMUP[size])
 
 

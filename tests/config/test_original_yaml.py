@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.overrides import names_of, read_user_config
+from megatron_ettin.config.overrides import read_user_config, run_names
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.optim.schedule import lr_fraction
@@ -28,7 +28,7 @@ def test_original_yaml_equals_the_original_recipe_of_its_names(
 ) -> None:
     """The file gives the same config as `recipe: original` with the three names that the file contains."""
     path = write(tmp_path / "original.yaml", original(size, objective, phase))
-    found = names_of(read_user_config(path), path, NAMES)
+    found = run_names(read_user_config(path), path, NAMES)
     assert found == {
         "size": size,
         "objective": "mntp" if (objective, phase) == ("mlm", "cross") else objective,
@@ -183,7 +183,10 @@ def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float
         ({"train_loader.dataset.mlm_probability": 0.0}, "mlm_probability is 0, which leaves nothing to predict"),
         ({"max_seq_len": "long"}, "max_seq_len is 'long'; a number of tokens was expected"),
         ({"seed": "${no_such}"}, "no_such"),
-        ({"model.model_config.num_hidden_layers": 9}, "--size: is missing (its shape is none of the published ones)"),
+        (
+            {"model.model_config.num_hidden_layers": 9},
+            "--size: is missing (its shape is not one of the published ones)",
+        ),
     ],
 )
 def test_original_yaml_unsupported_value_is_refused_in_one_line(
@@ -198,7 +201,7 @@ def test_original_yaml_unsupported_value_is_refused_in_one_line(
 
 def test_train_names_contradicting_the_original_yaml_are_refused(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "original.yaml", original("17m", "mlm", "pretrain"))
-    for words, said in ((["--size", "1b"], f"--size 1b: {path} is of 17m"), (["--objective", "clm"], "is of mlm")):
+    for words, said in ((["--size", "1b"], f"--size 1b: {path} has 17m"), (["--objective", "clm"], "has mlm")):
         status, _, err = run(path, capsys, "--dry-run", *words)
         assert status == 2
         assert said in err

@@ -43,7 +43,10 @@ def test_parse_overrides_win_over_yaml_and_yaml_over_recipe(tmp_path: Path) -> N
 )
 def test_parse_count_reads_suffixes_and_plain_numbers(text: str | int, count: int) -> None:
     assert parse_count(text, "run.tokens") == count
-    assert parse("17m", "mlm", "pretrain", words=[f"run.tokens={text}", "schedule.warmup_tokens=0"]).run.tokens == count
+    assert (
+        parse("17m", "mlm", "pretrain", overrides=[f"run.tokens={text}", "schedule.warmup_tokens=0"]).run.tokens
+        == count
+    )
 
 
 def test_format_count_writes_the_short_suffix() -> None:
@@ -51,19 +54,21 @@ def test_format_count_writes_the_short_suffix() -> None:
 
 
 def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
-    config = parse("17m", "clm", "decay", words=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
+    config = parse("17m", "clm", "decay", overrides=["optim.lr=1e-3", "data.seq_len=256", "batch.global_batch_rows=4"])
     assert config.optim.weight_decay_reference_lr == pytest.approx(2e-3)  # the recipe's ratio of peak and base
     assert config.model.max_position_embeddings == 256
     assert config.batch.micro_batch_rows == 4
 
 
 def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
-    begun = parse("17m", "mlm", "decay", words=["optim.weight_decay_reference_lr=5e-3"])
-    assert parse("17m", "mlm", "decay", words=["optim.lr=1e-4"], begun=begun).optim.weight_decay_reference_lr == 5e-3
+    begun = parse("17m", "mlm", "decay", overrides=["optim.weight_decay_reference_lr=5e-3"])
+    assert (
+        parse("17m", "mlm", "decay", overrides=["optim.lr=1e-4"], begun=begun).optim.weight_decay_reference_lr == 5e-3
+    )
     assert parse("17m", "mlm", "decay", begun=begun).optim.weight_decay_reference_lr == 5e-3
     assert (
         parse(
-            "17m", "mlm", "decay", words=["optim.weight_decay_reference_lr=4e-3"], begun=begun
+            "17m", "mlm", "decay", overrides=["optim.weight_decay_reference_lr=4e-3"], begun=begun
         ).optim.weight_decay_reference_lr
         == 4e-3
     )
@@ -71,13 +76,13 @@ def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
 
 def test_parse_of_a_run_that_has_begun_with_a_large_decay_goes_on() -> None:
     begun = parse("17m", "mlm", "decay").with_keys({"optim.weight_decay": 0.1})
-    assert parse("17m", "mlm", "decay", words=["optim.weight_decay=0.1"], begun=begun).optim.weight_decay == 0.1
+    assert parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.1"], begun=begun).optim.weight_decay == 0.1
     with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.2 is"):
-        parse("17m", "mlm", "decay", words=["optim.weight_decay=0.2"], begun=begun)
+        parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.2"], begun=begun)
 
 
 def test_to_yaml_round_trip_gives_the_same_config(tmp_path: Path) -> None:
-    config = parse("1b", "clm", "extend", words=["data.mixture=[{path: a, weight: 2}, {path: b, weight: 1}]"])
+    config = parse("1b", "clm", "extend", overrides=["data.mixture=[{path: a, weight: 2}, {path: b, weight: 1}]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert from_yaml(tmp_path / "config.yaml") == config
 
@@ -133,7 +138,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_parse_bad_override_is_refused_in_one_line(words: str) -> None:
     with pytest.raises(UserError, match=re.escape(REFUSED[words])) as caught:
-        parse("1b", "mlm", "pretrain", words=words.split())
+        parse("1b", "mlm", "pretrain", overrides=words.split())
     assert "\n" not in str(caught.value)
 
 
@@ -159,14 +164,14 @@ def test_parse_unreadable_user_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_check_layout_gives_dp_or_names_the_conflict() -> None:
-    config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=2", "batch.micro_batch_rows=16"])
+    config = parse("1b", "mlm", "pretrain", overrides=["parallel.tp=2", "parallel.pp=2", "batch.micro_batch_rows=16"])
     assert check_layout(config, 16) == 4
     with pytest.raises(UserError, match="= 4 does not divide 6 ranks"):
         check_layout(config, 6)
     assert check_layout(config, 20) == 5
     assert full_batch_split(config, 5).empty == 36 * 5 * 16 - 2816
     interleaved = parse(
-        "1b", "mlm", "pretrain", words=["parallel.pp=4", "parallel.vpp=7", "batch.global_batch_rows=16"]
+        "1b", "mlm", "pretrain", overrides=["parallel.pp=4", "parallel.vpp=7", "batch.global_batch_rows=16"]
     )
     with pytest.raises(UserError, match="interleaved schedule needs a multiple of pp 4 micro-batches a step"):
         check_layout(interleaved, 4)
@@ -183,7 +188,7 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
     ],
 )
 def test_stage_layers_split_unevenly_over_stages(size: str, words: str, layers: list[int]) -> None:
-    assert stage_layers(parse(size, "mlm", "pretrain", words=words.split())) == layers
+    assert stage_layers(parse(size, "mlm", "pretrain", overrides=words.split())) == layers
 
 
 OLD_LISTS = {
@@ -198,7 +203,7 @@ OLD_LISTS = {
 @pytest.mark.parametrize("key", OLD_LISTS)
 def test_parse_and_from_yaml_read_lists_and_their_older_texts(key: str, tmp_path: Path) -> None:
     old, new = OLD_LISTS[key]
-    one, other = (parse("17m", "mlm", "pretrain", words=["parallel.pp=2", f"{key}={text}"]) for text in (old, new))
+    one, other = (parse("17m", "mlm", "pretrain", overrides=["parallel.pp=2", f"{key}={text}"]) for text in (old, new))
     assert one == other
     assert isinstance(one.value(key), list)
     group, name = key.split(".")
@@ -215,8 +220,8 @@ def test_parse_and_from_yaml_read_lists_and_their_older_texts(key: str, tmp_path
     [("profile.ranks=all", "profile.ranks=null"), ("profile.steps=5", "profile.steps=[5, 6]"), ("data.skip=[]", "")],
 )
 def test_parse_short_forms_of_lists_mean_the_long_ones(word: str, same: str) -> None:
-    assert parse("17m", "mlm", "pretrain", words=[word]) == parse(
-        "17m", "mlm", "pretrain", words=[same] if same else []
+    assert parse("17m", "mlm", "pretrain", overrides=[word]) == parse(
+        "17m", "mlm", "pretrain", overrides=[same] if same else []
     )
 
 
@@ -228,9 +233,9 @@ def test_older_names_of_keys_are_read_with_one_note(
         ["parallel.pp=2", f"parallel.{vpp}=2", f"optim.{reference}=4e-3"]
         for vpp, reference in (("vp", "max_lr"), ("vpp", "weight_decay_reference_lr"))
     )
-    config = parse("17m", "mlm", "decay", words=new)
+    config = parse("17m", "mlm", "decay", overrides=new)
     assert capsys.readouterr().err == ""
-    assert parse("17m", "mlm", "decay", words=old) == config
+    assert parse("17m", "mlm", "decay", overrides=old) == config
     (tmp_path / "user.yaml").write_text("phases: {decay: {parallel: {pp: 2, vp: 2}, optim: {max_lr: 4e-3}}}\n")
     assert parse("17m", "mlm", "decay", tmp_path / "user.yaml") == config
     path = tmp_path / "config.yaml"
@@ -258,7 +263,7 @@ def test_science_keys_ignore_operations_keys() -> None:
     operations = (
         "parallel.tp=2 batch.micro_batch_rows=8 precision.name=fp32 checkpoint.keep=9 metrics.wandb=true run.steps=5"
     )
-    assert science_keys(parse("17m", "mlm", "pretrain", words=operations.split())) == base
+    assert science_keys(parse("17m", "mlm", "pretrain", overrides=operations.split())) == base
     for word in (
         "optim.lr=1e-4",
         "run.seed=3",
@@ -271,7 +276,7 @@ def test_science_keys_ignore_operations_keys() -> None:
         "resilience.spike_window=64",
         "resilience.spike_ratio=3",
     ):
-        assert science_keys(parse("17m", "mlm", "pretrain", words=[word])) != base, word
+        assert science_keys(parse("17m", "mlm", "pretrain", overrides=[word])) != base, word
 
 
 def test_parse_phase_settings_apply_to_that_phase_only(tmp_path: Path) -> None:
@@ -325,7 +330,7 @@ def test_parse_mistake_in_other_phase_settings_is_refused(
 def test_parse_warmup_and_decay_are_the_recipes_shares_of_the_run(
     phase: str, words: list[str], shares: tuple[int, int, int | None]
 ) -> None:
-    schedule = parse("17m", "mlm", phase, words=words).schedule
+    schedule = parse("17m", "mlm", phase, overrides=words).schedule
     assert (schedule.warmup_tokens, schedule.decay_tokens, schedule.end_tokens) == shares
 
 
@@ -343,7 +348,7 @@ def test_parse_warmup_and_decay_are_the_recipes_shares_of_the_run(
     ],
 )
 def test_parse_rows_of_another_length_keep_the_tokens_of_a_step(words: list[str], rows: int, micro: int) -> None:
-    batch = parse("17m", "mlm", "pretrain", words=words).batch
+    batch = parse("17m", "mlm", "pretrain", overrides=words).batch
     assert (batch.global_batch_rows, batch.micro_batch_rows) == (rows, micro)
 
 
@@ -351,10 +356,11 @@ def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
     """What earlier versions had other defaults for stays as the run has begun with it, until a key is given."""
     old = ["batch.warmup_tokens=125B", "schedule.warmup_tokens=4B", "batch.warmup_min_rows=88"]
     words = ["data.seq_len=2048", "run.tokens=1T"]
-    begun = parse("17m", "mlm", "pretrain", words=[*words, *old, "batch.global_batch_rows=2816"])
-    assert science_keys(parse("17m", "mlm", "pretrain", words=words, begun=begun)) == science_keys(begun)
+    begun = parse("17m", "mlm", "pretrain", overrides=[*words, *old, "batch.global_batch_rows=2816"])
+    assert science_keys(parse("17m", "mlm", "pretrain", overrides=words, begun=begun)) == science_keys(begun)
     assert (
-        parse("17m", "mlm", "pretrain", words=[*words, "batch.warmup_tokens=0"], begun=begun).batch.warmup_tokens == 0
+        parse("17m", "mlm", "pretrain", overrides=[*words, "batch.warmup_tokens=0"], begun=begun).batch.warmup_tokens
+        == 0
     )
 
 
@@ -363,5 +369,5 @@ def test_from_yaml_of_an_earlier_version_keeps_its_early_decay(tmp_path: Path) -
     path = tmp_path / "config.yaml"
     for decay, end in ((20_000, 20_000), (50_000, None)):
         words = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]
-        path.write_text(to_yaml(parse("17m", "mlm", "decay", words=words)).replace("  end_tokens: null\n", ""))
+        path.write_text(to_yaml(parse("17m", "mlm", "decay", overrides=words)).replace("  end_tokens: null\n", ""))
         assert from_yaml(path).schedule.end_tokens == end

@@ -49,7 +49,7 @@ def test_size_has_its_published_shape_and_parameter_count(size: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_parse_every_combination_has_published_values(size: str, objective: str, phase: str) -> None:
     """Every combination has its published values, with the original's padded sequences."""
-    config = parse(size, objective, phase, words=["data.batching=padded"])
+    config = parse(size, objective, phase, overrides=["data.batching=padded"])
     third = size == "1b"
     final = phase in ("decay", "cross")
     assert config.optim.lr == pytest.approx(PEAK[size] / 2 if final else PEAK[size])

@@ -155,8 +155,8 @@ def test_fingerprint_differs_for_every_setting_that_changes_the_order(prepared: 
 
 def test_open_run_corpus_with_data_skip_leaves_out_rows(prepared: Dataset) -> None:
     words = ["data.seq_len=256", f"data.mixture=[{prepared.path}]"]
-    plain = parse("17m", "mlm", "pretrain", words=words)
-    some = parse("17m", "mlm", "pretrain", words=[*words, "data.skip='3:5,7:8'"])
+    plain = parse("17m", "mlm", "pretrain", overrides=words)
+    some = parse("17m", "mlm", "pretrain", overrides=[*words, "data.skip='3:5,7:8'"])
     left = [row for row in iterate_rows(plain, 0, 12) if row.position not in (3, 4, 7)]
     found = list(iterate_rows(some, 0, 9))
     assert [row.position for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]

@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"this file system has no sparse files of terabytes: {error}")
     mixture = [{"path": str(source), "weight": 1.0} for source in folders]
     words = ["data.seq_len=1024", "batch.global_batch_rows=32", "batch.warmup_min_rows=8", "batch.warmup_tokens=1B"]
-    config = parse("17m", "mlm", "pretrain", words=words)
+    config = parse("17m", "mlm", "pretrain", overrides=words)
     config = config.with_keys({"data.mixture": mixture})
     sizes = BatchSizes.of(config.batch, ROW_TOKENS)
     fill_positions(folders, ROW_TOKENS, range(sizes.rows_before(STEPS[0] - 1), sizes.rows_before(STEPS[-1])))

@@ -28,14 +28,14 @@ WORDS = ["data.seq_len=256", "batch.global_batch_rows=8", "batch.warmup_min_rows
 
 def written_config(path: Path, *datasets: Dataset, words: tuple[str, ...] = ()) -> Path:
     mixture = ", ".join(f"{{path: {dataset.path}, weight: {i + 1}}}" for i, dataset in enumerate(datasets))
-    config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words])
+    config = parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{mixture}]", *words])
     path.write_text(to_yaml(config))
     return path
 
 
 def corpus_of(*datasets: Dataset, words: tuple[str, ...] = ()) -> BlendedDataset:
     mixture = ", ".join(f"{{path: {dataset.path}, weight: 1}}" for dataset in datasets)
-    return open_run_dataset(parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{mixture}]", *words]))
+    return open_run_dataset(parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{mixture}]", *words]))
 
 
 def refused(match: str, *datasets: Dataset, words: tuple[str, ...]) -> None:
@@ -87,7 +87,7 @@ def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Pat
     """A script loops over more rows than are looked up at once."""
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
     words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
-    config = parse("17m", "mlm", "pretrain", words=words)
+    config = parse("17m", "mlm", "pretrain", overrides=words)
     rows = open_run_dataset(config).end
     assert rows is not None
     assert rows > 2 * ROWS_AT_ONCE
@@ -261,7 +261,7 @@ def test_recorded_order_unmatched_samples_are_refused_or_skipped(
 def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset, cache: Path) -> None:
     copy = shutil.copytree(prepared.path, cache / "copy")
     words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
-    config = parse("17m", "mlm", "pretrain", words=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
+    config = parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
     corpus = open_run_dataset(config)
     assert {(place.source, *place.chunks.tolist()) for place in corpus.places(range(4))} == {(0, 3)}
 
@@ -269,7 +269,7 @@ def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 50, 1000])
 def test_steps_within_matches_step_by_step_count_through_warmup(rows: int) -> None:
     """Compare with a step-by-step count through the warm-up."""
-    sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", words=WORDS).batch, 200.0)
+    sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", overrides=WORDS).batch, 200.0)
     steps, used = 0, sizes.size_at(0)
     while used <= rows:
         steps += 1

@@ -23,7 +23,7 @@ from tests.train.runs import TINY
 
 def batches_of(corpus: Path, objective: str, words: list[str]) -> Batches:
     words = [*TINY, f"data.mixture={corpus}", "data.batching=padded", *words]
-    config = parse("17m", objective, "pretrain", words=words)
+    config = parse("17m", objective, "pretrain", overrides=words)
     layout = Layout(Topology.of(config, config.parallel.pp), 0, 0, 0, 0, 0, None, None, None)
     return Batches.of(config, open_training_data(config), layout, torch.device("cpu"))
 

@@ -66,7 +66,7 @@ def test_clm_fraction_of_non_hybrid_or_above_one_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"data\.clm_fraction: needs objective hybrid, hybrid_mntp; all rows of mlm are alike"
     ):
-        parse("17m", "mlm", "pretrain", words=["data.clm_fraction=0.5"])
+        parse("17m", "mlm", "pretrain", overrides=["data.clm_fraction=0.5"])
     with pytest.raises(UserError, match=r"data\.clm_fraction: 2"):
-        parse("17m", "hybrid", "pretrain", words=["data.clm_fraction=2"])
+        parse("17m", "hybrid", "pretrain", overrides=["data.clm_fraction=2"])
     assert parse("17m", "hybrid", "pretrain").data.clm_fraction == 0.5

@@ -9,7 +9,7 @@ from megatron_ettin.parallel.topology import Topology
 
 
 def test_topology_coords_are_unique_per_rank() -> None:
-    config = parse("1b", "mlm", "pretrain", words=["parallel.tp=2", "parallel.pp=4", "batch.micro_batch_rows=8"])
+    config = parse("1b", "mlm", "pretrain", overrides=["parallel.tp=2", "parallel.pp=4", "batch.micro_batch_rows=8"])
     topology = Topology.of(config, 32)
     assert topology.dp == 4
     coords = {tuple(topology.coords(rank).items()) for rank in range(32)}
@@ -28,6 +28,6 @@ def test_topology_coords_are_unique_per_rank() -> None:
 )
 def test_topology_pipeline_layout_matches_pp_and_vpp(words: str, layout: str | None) -> None:
     config = parse(
-        "17m", "mlm", "pretrain", words=[*words.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"]
+        "17m", "mlm", "pretrain", overrides=[*words.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"]
     )
     assert Topology.of(config, config.parallel.pp).pipeline_layout == layout

@@ -30,7 +30,7 @@ def no_span(_: str) -> Iterator[None]:
 
 def main(world: int, rank: int, size: str, words: list[str]) -> None:
     torch.manual_seed(0)
-    config = parse(size, "mlm", "pretrain", words=words)
+    config = parse(size, "mlm", "pretrain", overrides=words)
     platform = detect("cpu", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     empty = PeakMemoryTracker().bytes

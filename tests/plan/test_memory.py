@@ -82,7 +82,7 @@ def test_bench_predicted_memory_matches_peak_tensor_bytes(
 def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
     config = parse("150m", "mlm", "pretrain")
     assert rank_parameters(config, 0)[0] == parameter_count(config.model, config.model.vocab_size)
-    piped = parse("150m", "mlm", "pretrain", words=["parallel.pp=4"])
+    piped = parse("150m", "mlm", "pretrain", overrides=["parallel.pp=4"])
     shared = config.model.vocab_size * config.model.hidden_size  # the last stage has a copy
     whole = sum(rank_parameters(piped, rank)[0] for rank in range(4))
     assert whole == parameter_count(config.model, config.model.vocab_size) + shared
@@ -93,7 +93,7 @@ def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
     embedding have none. (The saving on a real rank is tested in tests/emulated_te.)"""
     words = ["precision.name=fp8-current", "precision.bf16_first_layers=2", "parallel.pp=2", "parallel.tp=2"]
     plain, kept = (
-        parse("1b", "mlm", "pretrain", words=[*words, f"precision.fp8_weights={on}"]) for on in (False, True)
+        parse("1b", "mlm", "pretrain", overrides=[*words, f"precision.fp8_weights={on}"]) for on in (False, True)
     )
     inside = layer_parameter_count(plain.model) // 2
     assert [fp8_parameters(plain, rank) for rank in range(2)] == [12 * inside, 14 * inside]
@@ -107,8 +107,8 @@ def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
 
 def test_estimate_takes_the_fullest_pipeline_stage() -> None:
     """Take the stage with the highest sum: early stages hold more micro-batches, only the last one holds the logits."""
-    large = parse("1b", "mlm", "pretrain", words=["parallel.pp=4", "batch.micro_batch_rows=32"])
-    small = parse("17m", "clm", "pretrain", words=["parallel.pp=2", "batch.micro_batch_rows=1"])
+    large = parse("1b", "mlm", "pretrain", overrides=["parallel.pp=4", "batch.micro_batch_rows=32"])
+    small = parse("17m", "clm", "pretrain", overrides=["parallel.pp=2", "batch.micro_batch_rows=1"])
     assert estimate(large, 4) == rank_memory(large, 4, 0)
     assert estimate(large, 4).total_bytes > rank_memory(large, 4, 3).total_bytes
     assert estimate(large, 4).logits_bytes == 0

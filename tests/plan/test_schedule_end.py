@@ -17,7 +17,7 @@ FREE = frozenset(SPAN)
 
 
 def fitted(phase: str, *words: str, free: frozenset[str] = FREE, row_tokens: float = 1_000.0) -> Config:
-    return fit_schedule(parse("17m", "mlm", phase, words=words), free, row_tokens)
+    return fit_schedule(parse("17m", "mlm", phase, overrides=words), free, row_tokens)
 
 
 @pytest.mark.parametrize(("phase", "final"), [("extend", 0.5), ("decay", 0.04), ("cross", 0.02)])
@@ -33,11 +33,11 @@ def test_fit_schedule_of_fewer_steps_keeps_the_recipes_shares() -> None:
     assert config.schedule.end_tokens == end_tokens(config, 8_000.0) == end
     assert config.schedule.warmup_tokens == 3 * end // 50
     assert config.schedule.decay_tokens == 10 * end // 50
-    assert config.run == parse("17m", "mlm", "cross", words=["run.steps=50"]).run
+    assert config.run == parse("17m", "mlm", "cross", overrides=["run.steps=50"]).run
 
 
 def test_fit_schedule_steps_beyond_the_tokens_change_nothing() -> None:
-    config = parse("17m", "mlm", "cross", words=["run.steps=1_000_000_000"])
+    config = parse("17m", "mlm", "cross", overrides=["run.steps=1_000_000_000"])
     assert fit_schedule(config, FREE, 8_000.0) == config
 
 
@@ -61,18 +61,18 @@ def test_fit_schedule_given_decay_longer_than_the_steps_ends_with_the_tokens() -
 def test_fit_schedule_batch_warmup_settles_in_proportion() -> None:
     """The tokens of a number of steps depend on the batch warm-up, which is a share of them."""
     words = ["run.tokens=100M", "batch.warmup_tokens=50M", "run.steps=20"]
-    config = fit_schedule(parse("17m", "mlm", "pretrain", words=words), FREE, 1_024.0)
+    config = fit_schedule(parse("17m", "mlm", "pretrain", overrides=words), FREE, 1_024.0)
     assert config.batch.warmup_tokens == pytest.approx(end_tokens(config, 1_024.0) / 2, rel=0.05)
 
 
 def test_free_by_value_names_what_has_the_recipes_value() -> None:
-    config = parse("17m", "mlm", "cross", words=["run.tokens=5B", "schedule.decay_tokens=2B"])
+    config = parse("17m", "mlm", "cross", overrides=["run.tokens=5B", "schedule.decay_tokens=2B"])
     assert free_by_value(config) == FREE - {"schedule.decay_tokens"}
 
 
 def test_describe_end_says_shares_and_rate() -> None:
     words = ["schedule.name=wsd", "schedule.warmup_tokens=1M", "schedule.decay_tokens=10M", "run.tokens=100M"]
-    config = parse("17m", "mlm", "pretrain", words=[*words, "run.steps=47"])
+    config = parse("17m", "mlm", "pretrain", overrides=[*words, "run.steps=47"])
     assert describe_end(config, 1_000_000 / 2816 * 2) == (
         "wsd ends after about 94M tokens, at 100 % of warm-up (1M), 40 % of decay (10M); the rate there is 0.608 of"
         " optim.lr 0.003"

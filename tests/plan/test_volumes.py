@@ -49,7 +49,7 @@ def test_rank_of_512_matches_predicted_memory_and_traffic(
     child.close()
     assert status == 0, (tmp_path / "errors").read_text()[-2000:]
     found = json.loads((tmp_path / "shown").read_text().splitlines()[-1])
-    config = parse("17m", "mlm", "pretrain", words=[*COMMON, *words])
+    config = parse("17m", "mlm", "pretrain", overrides=[*COMMON, *words])
     pp_rank = rank // (WORLD // config.parallel.pp)
     parameters, _ = rank_parameters(config, pp_rank)
     assert found["parameters"] == parameters

@@ -38,7 +38,7 @@ def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -> None:
     words = [*TINY, f"data.mixture={corpus}", "run.fuse=never"]
-    config = parse("17m", objective, "pretrain", words=words)
+    config = parse("17m", objective, "pretrain", overrides=words)
     train_state = build_single_process(config, training=True)
     try:
         batches = Batches.of(config, open_training_data(config), train_state.layout, train_state.platform.device)

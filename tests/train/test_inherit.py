@@ -70,7 +70,7 @@ def test_init_from_overrides_win_over_inherited_settings(pool, corpus, imported,
 def groups(size, phase, *words):
     import yaml
 
-    return yaml.safe_load(to_yaml(parse(size, "clm", phase, words=words)))
+    return yaml.safe_load(to_yaml(parse(size, "clm", phase, overrides=words)))
 
 
 def test_inherited_recipe_settings_do_not_override_next_phase():

@@ -43,7 +43,7 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
     ]
     train_state = None
     try:
-        train_state = build_single_process(parse(size, "hybrid", "pretrain", words=words), initial_weights=False)
+        train_state = build_single_process(parse(size, "hybrid", "pretrain", overrides=words), initial_weights=False)
         layers = train_state.model_chunks[0].transformer.layers
         found: dict[str, Any] = {}
         for role, (layer, causal) in KINDS.items():

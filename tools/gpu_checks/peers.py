@@ -42,7 +42,7 @@ def item(session: Session, size: str, objective: str) -> dict[str, Any]:
     ours = statistics.median(line["tokens_per_second"] for line in lines)
     batch = [f"batch.global_batch_rows={MICRO_BATCHES * micro}", f"batch.micro_batch_rows={micro}"]
     data = [f"data.mixture={session.data}", f"data.seq_len={length}", "batch.warmup_tokens=0"]
-    config = parse(size, objective, "pretrain", words=[*batch, *data, *session.words])
+    config = parse(size, objective, "pretrain", overrides=[*batch, *data, *session.words])
     theirs, attention = transformers_speed(config, session.torch_device)
     return {
         "says": f"{ours:,.0f} tokens/s, transformers ({attention}, compiled) {theirs:,.0f}: {ours / theirs:.2f} times",

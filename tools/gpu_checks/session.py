@@ -66,7 +66,7 @@ class Session:
         """Return the overrides of the model's shape in every run of this size."""
         from megatron_ettin.config.resolve import parse
 
-        return parse(size, "mlm", "pretrain", words=self.words).model
+        return parse(size, "mlm", "pretrain", overrides=self.words).model
 
     def run(self, section: str, items: dict[str, Callable[[], dict[str, Any]]]) -> None:
         """Check every item that is not done, while time is left.

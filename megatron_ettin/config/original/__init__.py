@@ -1,1 +1,1 @@
-"""What the original trainer's configuration says, in our words."""
+"""Read the configuration of the original trainer."""

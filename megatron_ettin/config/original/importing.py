@@ -1,7 +1,7 @@
-"""`ettin train --config original.yaml`: a YAML of the original trainer as a layer of this system's keys.
+"""Read a YAML of the original trainer (`ettin train --config original.yaml`) as groups of this system's keys.
 
-Every key is taken over, or is left aside with a reason, or is refused because it cannot be honoured; there is no fourth
-way. What the file does not say is as under `recipe: original`."""
+Every key is used, or left aside with a reason, or refused because it cannot be honoured. What the file does not have is
+as under `recipe: original`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_ettin.config.original.keys import FIXED, IGNORED, reason_to_ignore
 from megatron_ettin.config.tables import SIZES
 
 MODEL = "model.model_config."
-# model.name -> objective; the cross-trained encoder predicts a masked token from the place before it
+# model.name -> objective; the cross-trained encoder predicts a masked token from the position before it
 OBJECTIVE_OF = {"flex_bert": "mlm", "flex_gpt": "clm", "flex_bert_to_gpt": "clm", "flex_gpt_to_bert": "mntp"}
 SCHEDULES = {
     "warmup_stable_decay": "wsd",
@@ -37,28 +37,33 @@ OPTIMIZERS = {
 }
 PRECISIONS = {"amp_bf16": "bf16", "bf16": "bf16", "fp32": "fp32"}
 NEVER_BATCHES = 10**12
-WSD_DECAY = "0.1dur"  # of a warmup_stable_decay that has no t_decay
+# default of t_decay of a warmup_stable_decay
+WSD_DECAY = "0.1dur"
 
 
 @dataclass
 class Reading:
-    """The keys of a file, flat, and which have been used."""
+    """The keys of a file, flat, and which of them have been used."""
 
     path: Path
     keys: dict[str, Any]
     used: set[str] = field(default_factory=set)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user about keys that were assumed or left aside."""
 
     def take(self, key: str, default: Any = None) -> Any:
+        """Return a key's value, or the default where the file does not have it, and mark the key as used."""
         self.used.add(key)
         return self.keys.get(key, default)
 
     def need(self, key: str) -> Any:
+        """Return a key's value. Raises UserError where the file does not have it."""
         if self.keys.get(key) is None:
             raise self.wrong(key, "is missing; neither this system nor the original trainer has a default for it")
         return self.take(key)
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a key's value as a number. Raises UserError."""
         value = self.need(key) if default is None else self.take(key, default)
         try:
             return float(value)
@@ -66,18 +71,23 @@ class Reading:
             raise self.wrong(key, f"is {value!r}; a number was expected") from None
 
     def choice(self, key: str, table: dict[str, Any]) -> Any:
+        """Return the entry of a table that a key names. Raises UserError."""
         value = self.need(key)
         if value not in table:
             raise self.wrong(key, f"is {value!r}{nearest(str(value), table)}; allowed: {', '.join(table)}")
         return table[value]
 
     def wrong(self, key: str, what: str) -> UserError:
+        """Return the error about a key of the file."""
         return UserError(f"config {self.path}: {key} {what}")
 
 
 def import_yaml(content: dict[str, Any], path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[str]]:
-    """(groups of our keys, names: objective and phase, and size where its shape is published, what to tell). Raises
-    UserError naming the first key that cannot be honoured or is not known."""
+    """Return (groups of our keys; objective and phase, and size where its shape is published; notes for the user).
+
+    Raises:
+        UserError: names the first key that cannot be honoured or is not known.
+    """
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except OmegaConfBaseException as error:
@@ -94,11 +104,11 @@ def import_yaml(content: dict[str, Any], path: Path) -> tuple[dict[str, dict[str
     names = {"objective": OBJECTIVE_OF[name], "phase": _phase(reading, name)}
     shape = resolved["model"].get("model_config") or {}
     size = next((size for size, s in SIZES.items() if _is_shape(shape, s)), None)
-    return groups, names | ({"size": size} if size else {}), reading.told
+    return groups, names | ({"size": size} if size else {}), reading.notes
 
 
 def flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested mappings by dotted key; an empty mapping is a leaf."""
+    """Return the leaves of nested mappings by dotted key; an empty mapping is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return [(prefix, tree)] if prefix else []
     return [leaf for key, value in tree.items() for leaf in flat(value, f"{prefix}.{key}" if prefix else str(key))]
@@ -111,7 +121,7 @@ def _is_shape(config: dict[str, Any], shape: Any) -> bool:
 
 
 def _phase(reading: Reading, name: str) -> str:
-    """Which tables fill what the file leaves open; --phase is stronger."""
+    """Return the phase whose tables fill what the file leaves open; --phase is stronger."""
     if "_to_" in name or reading.keys.get("load_weights_only"):
         return "cross"
     if reading.keys.get("scheduler.name") == "one_minus_sqrt":
@@ -120,13 +130,13 @@ def _phase(reading: Reading, name: str) -> str:
 
 
 def _model(reading: Reading) -> dict[str, dict[str, Any]]:
-    """model.model_config, by the words that checkpoints of the trainer are read with."""
+    """Read model.model_config as the checkpoints of the trainer are read."""
     config = {key.removeprefix(MODEL): value for key, value in reading.keys.items() if key.startswith(MODEL)}
     reading.used |= {f"{MODEL}{key}" for key in (*trainer_model.DEFAULTS, *trainer_model.FIXED)}
     for key in ("norm_kwargs.eps", "rotary_emb_dim", "local_attn_rotary_emb_dim", "initializer_range", "causal_mask"):
         reading.used.add(f"{MODEL}{key}")
     config["norm_kwargs"] = {"eps": reading.number(f"{MODEL}norm_kwargs.eps", 1e-5)}
-    source, notes = f"config {reading.path}", reading.told
+    source, notes = f"config {reading.path}", reading.notes
     notes += [
         f"{source} has no {MODEL}{key}: {trainer_model.default_note(key, value)}"
         for key, value in trainer_model.DEFAULTS.items()
@@ -177,7 +187,7 @@ def _data(reading: Reading) -> dict[str, dict[str, Any]]:
 def _batch(reading: Reading) -> dict[str, dict[str, Any]]:
     micro = reading.take("device_train_microbatch_size")
     if micro is not None and type(micro) is not int:
-        reading.told.append(f"device_train_microbatch_size {micro!r}: the tables' batch.micro_batch_rows is used")
+        reading.notes.append(f"device_train_microbatch_size {micro!r}: the tables' batch.micro_batch_rows is used")
         micro = None
     rows = reading.need("global_train_batch_size")
     tokens, low = (reading.take(f"train_loader.batch_size_warmup_{key}") for key in ("tokens", "min_size"))
@@ -186,16 +196,17 @@ def _batch(reading: Reading) -> dict[str, dict[str, Any]]:
         batch |= {"warmup_tokens": _tokens(reading, "train_loader.batch_size_warmup_tokens", tokens or 0, None)}
         batch |= {"warmup_min_rows": low if type(low) is int else None}
         if batch["warmup_tokens"]:
-            batch["loss_normalization"] = "global"  # micro-batches of a growing batch are not all full
+            # micro-batches of a growing batch are not all full
+            batch["loss_normalization"] = "global"
     elif tokens is not None:
-        reading.told.append(
+        reading.notes.append(
             "train_loader.batch_size_warmup_*: the original trainer heeds them with sequence_packing only"
         )
     return {"batch": batch}
 
 
 def _tokens(reading: Reading, key: str, value: Any, whole: int | None) -> int:
-    """A duration of the trainer in tokens: `3_000_000_000tok`, or `0.1dur` of the whole."""
+    """Return a duration of the trainer in tokens: `3_000_000_000tok`, or `0.1dur` of the whole."""
     text = str(value)
     for unit in ("ba", "ep", "sp", "sec", "iter"):
         if text.endswith(unit):
@@ -218,7 +229,8 @@ def _schedule(reading: Reading) -> dict[str, dict[str, Any]]:
     if end is not None and _tokens(reading, "scheduler.t_max", end, whole) != whole:
         raise reading.wrong("scheduler.t_max", f"is {end!r}; a schedule ends with max_duration here")
     decay = reading.take("scheduler.t_decay", WSD_DECAY if name == "wsd" else 0)
-    if name == "one_minus_sqrt":  # it has no warm-up, whatever the file says
+    if name == "one_minus_sqrt":
+        # it has no warm-up, whatever the file has
         reading.used.add("scheduler.t_warmup")
         warmup, decay = 0, reading.need("scheduler.t_decay")
     else:
@@ -244,7 +256,8 @@ def _optimizer(reading: Reading) -> dict[str, dict[str, Any]]:
         raise reading.wrong("optimizer.betas", f"is {betas!r}; two numbers were expected")
     optim: dict[str, Any] = {"name": name, "lr": lr, "weight_decay": decay * lr if coupled else decay}
     if coupled:
-        optim["weight_decay_reference_lr"] = lr  # a weight then loses lr x weight_decay a step, as in torch
+        # a weight then loses lr x weight_decay a step, as in torch
+        optim["weight_decay_reference_lr"] = lr
     optim |= {"beta1": float(betas[0]), "beta2": float(betas[1]), "eps": reading.number("optimizer.eps")}
     clip = "algorithms.gradient_clipping."
     if reading.take(f"{clip}clipping_threshold") is not None:
@@ -278,7 +291,8 @@ def _run(reading: Reading) -> dict[str, dict[str, Any]]:
 
 
 def _account_for_the_rest(reading: Reading) -> None:
-    """Fixed keys are as our model has them, the others are known not to matter. Raises UserError."""
+    """Refuse keys that were not used unless they have the only value there is here or are known not to matter. Raises
+    UserError."""
     aside: dict[str, list[str]] = {}
     for key, value in reading.keys.items():
         if key in reading.used:
@@ -294,7 +308,7 @@ def _account_for_the_rest(reading: Reading) -> None:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise reading.wrong(key, f"is not known{hint}; take it out if it does not decide what is learned")
-    reading.told += [f"left aside ({why}): {', '.join(keys)}" for why, keys in aside.items()]
+    reading.notes += [f"left aside ({why}): {', '.join(keys)}" for why, keys in aside.items()]
 
 
 Part = Callable[[Reading], dict[str, dict[str, Any]]]

@@ -1,7 +1,7 @@
-"""Every key of the original trainer's YAML that is known: what it must be, or why it is left aside.
+"""Tables of the original trainer's keys that must have one value, or that are left aside, with the reasons.
 
-Keys that are taken over are in `importing.py`; together the three account for all keys of the 48 published files. A
-trailing `.*` stands for anything below a key."""
+Keys that are used are in importing.py. Together they account for all keys of the 48 published files. A trailing `.*`
+stands for anything below a key."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ IGNORED: dict[str, str] = {
 
 
 def reason_to_ignore(key: str) -> str | None:
-    """Why `key` is left aside; None where it is not."""
+    """Return why a key is left aside; None where it is not."""
     for known, why in IGNORED.items():
         if key == known or (known.endswith(".*") and (key + ".").startswith(known[:-1])):
             return why

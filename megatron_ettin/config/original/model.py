@@ -1,7 +1,7 @@
-"""The original trainer's words for a model (`model_config` of its YAML) in ours.
+"""Translate the original trainer's `model_config` to a ModelConfig.
 
-A key that is missing has the trainer's own default, and every default that was used is told. What the names of tensors
-cannot show (activation, kind of attention, order of rotary channels) is checked here."""
+A missing key has the trainer's own default, and every default that was used is reported. What the names of tensors
+cannot show (activation, attention layer, order of rotary channels) is checked here."""
 
 from __future__ import annotations
 
@@ -45,16 +45,19 @@ KINDS = {
     "FlexGPTForCausalLM": ("clm", "head"),
     "MNTPFlexBertForMaskedLM": ("mlm", "lm_head"),
 }
-LONG = (10_000.0, 1_024, 7_999)  # the phases with this global base had rows of so many tokens, the others of so many
+# (global base, rows of the phases with it, rows of the other phases)
+LONG = (10_000.0, 1_024, 7_999)
 
 
 def default_note(key: str, value: Any) -> str:
+    """Return what is assumed for a key that a model_config does not have."""
     if key == "local_attn_rotary_emb_base":
         return "local layers have the global rotary base, as the original trainer does then"
     return f"assumed {value!r}, the original trainer's default"
 
 
 def check_fixed(config: dict[str, Any], source: str) -> None:
+    """Raise UserError where a model_config has something that our model has in one way only."""
     for key, (default, allowed) in FIXED.items():
         value = config.get(key, default)
         plain = value.removeprefix("unpadded_").removeprefix("padded_") if isinstance(value, str) else value
@@ -69,9 +72,17 @@ def check_fixed(config: dict[str, Any], source: str) -> None:
 
 
 def model_of(config: Mapping[str, Any], source: str, seq_len: Any, notes: list[str]) -> ModelConfig:
-    """The trainer's keys in ours. A vocabulary is rounded up to 8 rows, as the trainer does."""
+    """Return our model's keys. A vocabulary is rounded up to a multiple of 8 rows, as the trainer does.
+
+    Args:
+        config: the trainer's `model_config` with its defaults filled in.
+        source: names the file in messages.
+        seq_len: longest row, where a YAML has it.
+        notes: lines for the user are added to it.
+    """
     theta, local = float(config["rotary_emb_base"]), float(config["local_attn_rotary_emb_base"])
-    local = theta if local == -1 else local  # -1 is the trainer's word for "as the global one"
+    # -1 means the global base to the trainer
+    local = theta if local == -1 else local
     every, window = int(config["global_attn_every_n_layers"]), int(config["sliding_window"])
     if window == -1:
         every, window = 1, 128
@@ -106,7 +117,7 @@ def model_of(config: Mapping[str, Any], source: str, seq_len: Any, notes: list[s
 
 
 def _positions(seq_len: Any, theta: float, source: str, notes: list[str]) -> int:
-    """The longest row. Rotary embeddings have no table of positions, so only a YAML's max_seq_len says it."""
+    """Return the longest row. Rotary embeddings have no table of positions, so only a YAML's max_seq_len has it."""
     if type(seq_len) is int and seq_len > 0:
         return seq_len
     base, short, long = LONG
