@@ -290,9 +290,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: unreadable ({first_line(error)})") from None
     if not isinstance(groups, dict):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
-    groups = {str(key): value for key, value in groups.items()}
-    upgrade_keys(groups)
-    return groups
+    named: dict[str, Any] = {str(key): value for key, value in groups.items()}
+    upgrade_keys(named)
+    return named
 
 
 def total_bytes(checkpoint: Path) -> int:
