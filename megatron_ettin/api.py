@@ -1,14 +1,15 @@
-"""The package for scripts and notebooks: a typed function for each thing that people script.
+"""Use the package from scripts and notebooks: a typed function for each thing that people script.
 
-Importing it costs nothing; a function imports what it needs when it is called. Mistakes raise `UserError` with the line
-that a command would print. What is returned are the package's own objects: their documented attributes are part of this
-interface, other modules of the package are not."""
+Importing this module is cheap; a function imports what it needs when it is called. Mistakes raise `UserError` with the
+line that a command would print. Functions return the package's own objects: their documented attributes are part of
+this interface, other modules of the package are not. "Collective" functions are called by every rank at once."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,151 +17,119 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
+from megatron_ettin.train.interactive import Model, build_model, run_step
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_ettin.batching.batches import Batches
     from megatron_ettin.data.blended_dataset import Row
     from megatron_ettin.data.dataset import Dataset
     from megatron_ettin.evaluate.evaluation import EvalResult
     from megatron_ettin.plan.search import Planned
     from megatron_ettin.report.compare import Comparison
-    from megatron_ettin.train.setup import TrainState
-    from megatron_ettin.train.step import StepInfo
 
-__all__ = [
-    *("Checkpoint", "Model", "UserError", "build_model", "compare", "configure", "evaluate", "from_hf", "iterate_rows"),
-    *("load_checkpoint", "load_dataset", "order", "plan", "run_step", "to_hf", "train"),
-]
+__all__ = ["Checkpoint", "Model", "UserError", "build_model", "compare", "configure", "evaluate", "from_hf"]
+__all__ += ["iterate_rows", "load_checkpoint", "load_dataset", "order", "plan", "run_step", "to_hf", "train"]
 
 AnyPath = str | PathLike[str]
-ROWS_AT_ONCE = 64  # that are looked up
+# rows that are looked up together
+ROWS_AT_ONCE = 64
+# names of former versions -> where they are now
+_RENAMED = {
+    "Evaluated": ("megatron_ettin.evaluate.evaluation", "EvalResult"),
+    "Measured": ("megatron_ettin.evaluate.evaluation", "EvalMetrics"),
+}
 
 
-def configure(size: str, objective: str, phase: str, *words: str, site: AnyPath | None = None) -> Config:
-    """A run, resolved and checked: the recipe's tables, then a site file, then `group.key=value` words.
+def __getattr__(name: str) -> Any:
+    """Return what a name of a former version is called now, with a DeprecationWarning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, new = _RENAMED[name]
+    warnings.warn(f"{name} is now {module}.{new}; the old name will be removed", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(module), new)
 
-    As `ettin train --size SIZE --objective OBJECTIVE --phase PHASE --config SITE WORDS...` has it."""
+
+def configure(size: str, objective: str, phase: str, *overrides: str, site: AnyPath | None = None) -> Config:
+    """Resolve and check a run's configuration: the recipe's tables, then a user config, then overrides.
+
+    The same as `ettin train --size SIZE --objective OBJECTIVE --phase PHASE --config SITE OVERRIDES...`.
+
+    Args:
+        size: `17m`, `32m`, `68m`, `150m`, `400m` or `1b`.
+        objective: `mlm` (encoder), `clm` (decoder), `mntp`, `hybrid` or `hybrid_mntp`.
+        phase: `pretrain`, `extend`, `decay` or `cross`.
+        overrides: `group.key=value` words, such as `"parallel.tp=2"`; the keys are listed in docs/config.md.
+        site: user config, a YAML file of groups of keys.
+
+    Returns:
+        The frozen configuration, complete and checked.
+
+    Raises:
+        UserError: for an unknown name or key, or values that do not fit together.
+    """
     from megatron_ettin.config.resolve import parse
 
-    return parse(size, objective, phase, Path(site) if site is not None else None, words)
+    return parse(size, objective, phase, Path(site) if site is not None else None, overrides)
 
 
 def load_dataset(path: AnyPath) -> Dataset:
-    """A dataset made by `ettin prepare`, memory-mapped. `num_documents`, `num_chunks`, `num_tokens`, `fingerprint`;
-    `chunk(i)` are the tokens of a chunk, `document_of(i)` where it comes from, `verify()` reads every byte."""
+    """Open a dataset made by `ettin prepare`. It is memory-mapped: opening it reads only the manifest.
+
+    Args:
+        path: the dataset's folder.
+
+    Returns:
+        The dataset. `num_documents`, `num_chunks` and `num_tokens` count; `fingerprint` is a sha256 of the content;
+        `chunk(i)` returns the token ids [n] of a chunk, `document_of(i)` where it comes from, and `verify()` reads
+        every byte.
+
+    Raises:
+        UserError: where there is no dataset, or a damaged one.
+    """
     from megatron_ettin.data.dataset import open_dataset
 
     return open_dataset(Path(path))
 
 
 def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> Iterator[Row]:
-    """Rows of a run in its order, from position `first` on: `count` of them, or for ever; a `data.order` has an end.
+    """Yield the rows of a run in its order. This needs `data.mixture` and no model.
 
-    Of each row: `tokens`, `lengths` of its chunks, `source`, `chunks`, `position`. Needs `data.mixture`, no model."""
+    Args:
+        config: the run.
+        first: index of the first row, from 0.
+        count: number of rows; None: without end, or to the end of a recorded order (`data.order`).
+
+    Yields:
+        Rows with `tokens` [n], at most `data.seq_len` token ids, and `lengths`, the tokens of each chunk in them.
+
+    Raises:
+        UserError: for data that is missing, damaged or made for another vocabulary.
+    """
     from megatron_ettin.data.blended_dataset import open_run_dataset
 
-    corpus = open_run_dataset(config)
-    ends = [end for end in (corpus.end, None if count is None else first + count) if end is not None]
+    dataset = open_run_dataset(config)
+    ends = [end for end in (dataset.end, None if count is None else first + count) if end is not None]
     while not ends or first < min(ends):
         last = min([first + ROWS_AT_ONCE, *ends])
-        yield from corpus.rows(corpus.place_of(range(first, last)))
+        yield from dataset.rows(dataset.place_of(range(first, last)))
         first = last
 
 
-@dataclass
-class Model:
-    """A model of this process (or this rank's part of it, under torchrun or srun), with its optimizer.
-
-    Made by `build_model`. `step` and `tokens` are how far it has been trained."""
-
-    config: Config
-    train_state: TrainState
-    step: int = 0
-    tokens: int = 0
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The first chunk of the model: all of it, unless there are pipeline stages."""
-        return self.train_state.model_chunks[0]
-
-    @functools.cached_property
-    def batches(self) -> Batches:
-        """What the steps of the run train on."""
-        from megatron_ettin.batching.batches import Batches
-        from megatron_ettin.data.blended_dataset import open_run_dataset
-
-        train_state = self.train_state
-        return Batches.of(self.config, open_run_dataset(self.config), train_state.layout, train_state.platform.device)
-
-    def logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Logits [n, vocabulary] of each list of n tokens, each a document of its own. Of one process only."""
-        import torch
-
-        from megatron_ettin.model.packed import pack_rows
-
-        if self.train_state.layout.topology.world > 1:
-            raise UserError("logits: are of a model in one process")
-        model, device = self.module.eval(), self.train_state.platform.device
-        with torch.no_grad():
-            found = [
-                model(torch.tensor([[*ids]], device=device), pack_rows([[len(ids)]], len(ids), device))
-                for ids in token_lists
-            ]
-        model.train()
-        return found
-
-
-@contextlib.contextmanager
-def build_model(config: Config, checkpoint: AnyPath | None = None) -> Iterator[Model]:
-    """The model of a run with its initial weights, or those of a checkpoint, a run or a Hugging Face folder.
-
-    One at a time: core's process groups are the process's own, and are gone after the `with`. Collective."""
-    from megatron_ettin.convert.from_hf import as_checkpoint
-    from megatron_ettin.parallel.env import read_distributed_env
-    from megatron_ettin.parallel.groups import destroy_model_parallel
-    from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
-    from megatron_ettin.platform import detect
-    from megatron_ettin.train import resume
-    from megatron_ettin.train.setup import setup_training
-
-    place = read_distributed_env()
-    platform = detect(config.run.device, place.local_rank)
-    init_process_group(place, platform)
-    train_state = None
-    try:
-        train_state = setup_training(config, platform, place.world, initial_weights=checkpoint is None)
-        if checkpoint is not None:
-            with as_checkpoint(Path(checkpoint)) as found:
-                resume.load(train_state, found, with_optimizer=False)
-        yield Model(config, train_state)
-    finally:
-        if train_state is not None:
-            train_state.close()
-        destroy_model_parallel()
-        destroy_process_group()
-
-
-def run_step(model: Model, lr: float | None = None) -> StepInfo:
-    """The run's next step: its rows, forward and backward, one update, at the schedule's rate or `lr`. Collective.
-
-    Returns `loss`, `grad_norm`, `lr`, `labels`, `rows`, `seconds` and more, equal on every rank."""
-    from megatron_ettin.optim.schedule import lr_fraction
-    from megatron_ettin.train.step import train_step
-
-    config = model.config
-    if lr is None:
-        lr = config.optim.lr * lr_fraction(model.tokens, config.schedule, config.run.tokens)
-    info = train_step(model.train_state, model.batches, model.step, model.tokens, lr, stop=False)
-    model.step, model.tokens = info.step, info.tokens
-    return info
-
-
 def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) -> bool:
-    """What `ettin train` does: a whole run with metrics and checkpoints, or the rest of one.
+    """Train a whole run with metrics and checkpoints, or the rest of one, as `ettin train` does (collective).
 
-    True where it was asked to stop before its end."""
+    Args:
+        config: the run.
+        run_dir: its directory; a run that has begun there is resumed.
+        init_from: weights to begin from: a run, a checkpoint or a Hugging Face folder.
+
+    Returns:
+        True if the run was asked to stop before its end, False if it is done.
+
+    Raises:
+        UserError: for a run directory of another run, and for data or weights that do not fit.
+    """
     from megatron_ettin.train.trainer import TrainArgs, run_training
 
     return run_training(config, TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None))
@@ -168,20 +137,25 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors, whole whatever layout wrote them, and what it was trained as."""
+    """A checkpoint: its tensors, unsharded whatever layout wrote them, and its configuration."""
 
     path: Path
+    """The checkpoint's folder."""
     config: Config
+    """Configuration that it was trained with."""
     step: int
+    """Number of steps trained."""
     tokens: int
+    """Number of tokens trained on."""
 
     def names(self, optimizer: bool = False) -> list[str]:
-        """Of the model's tensors; with `optimizer` of its state too."""
+        """Return the names of the model's tensors, with `optimizer` those of the optimizer's state too."""
         return [name for name in self._reader.keys() if optimizer or not name.startswith("optimizer.")]  # noqa: SIM118
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        return self._reader.read(name)
+        """Read one tensor to host memory, unsharded and in the type it is stored in."""
+        tensor: torch.Tensor = self._reader.read(name)
+        return tensor
 
     @functools.cached_property
     def _reader(self) -> Any:
@@ -191,21 +165,49 @@ class Checkpoint:
 
 
 def load_checkpoint(path: AnyPath, verify: bool = True) -> Checkpoint:
-    """A checkpoint folder, or the latest of a run; with `verify` every file's sha256 is checked first."""
+    """Open a checkpoint.
+
+    Args:
+        path: a checkpoint's folder, or a run (its latest checkpoint).
+        verify: check the sha256 of every file first.
+
+    Returns:
+        The checkpoint; tensors are read when `read` is called.
+
+    Raises:
+        UserError: where there is no checkpoint, or a damaged one.
+    """
     from megatron_ettin.checkpoint import directory
     from megatron_ettin.train.resume import checkpoint_config
 
-    found = directory.resolve(Path(path))
+    folder = directory.resolve(Path(path))
     if verify:
-        directory.verify(found)
-    progress = directory.read_progress(found)
-    return Checkpoint(found, checkpoint_config(found), int(progress["step"]), int(progress["tokens"]))
+        directory.verify(folder)
+    progress = directory.read_progress(folder)
+    return Checkpoint(folder, checkpoint_config(folder), int(progress["step"]), int(progress["tokens"]))
 
 
 def to_hf(
     checkpoint: AnyPath, out: AnyPath, dtype: str = "float32", verify: bool = True, objective: str | None = None
 ) -> dict[str, Any]:
-    """A checkpoint, or a run's latest, as a folder for `transformers`. What was written, `parity` where verified."""
+    """Export a checkpoint as a folder that `transformers` loads.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run (its latest checkpoint).
+        out: the new folder.
+        dtype: type of the weights: `float32` or `bfloat16`.
+        verify: read back every tensor and compare logits with those of `transformers`, in fp32 on the CPU.
+        objective: `mlm` or `clm`, to export an encoder as a decoder or the reverse.
+
+    Returns:
+        `checkpoint`, `out`, `objective`, `dtype`, `step`, `files` (names of the safetensors files), `tokenizer`
+        (whether there is one), `parity` and `notes`. `parity` is None without `verify`, else it has `tensors` (number
+        of bit-identical tensors), `max_abs_logit_difference`, `tolerance`, `argmax_equal`, `near_ties`, `tokens` and
+        `transformers` (its version).
+
+    Raises:
+        UserError: where `out` exists, or the checkpoint cannot be exported.
+    """
     from megatron_ettin.convert.to_hf import to_hf as export
     from megatron_ettin.evaluate.inference import logits_of
 
@@ -214,7 +216,20 @@ def to_hf(
 
 
 def from_hf(folder: AnyPath, out: AnyPath, objective: str | None = None) -> dict[str, Any]:
-    """A folder of `transformers` as a checkpoint of weights. What was read, and what had to be assumed."""
+    """Import a folder that `transformers` wrote as a checkpoint of weights.
+
+    Args:
+        folder: config.json and safetensors files.
+        out: the new checkpoint's folder.
+        objective: `mlm` or `clm`, to import an encoder as a decoder or the reverse.
+
+    Returns:
+        `source`, `out`, `objective`, `size` (the published size of this shape, or None), `tensors` (their number) and
+        `notes` on what had to be assumed.
+
+    Raises:
+        UserError: where `out` exists, or the folder is not a ModernBERT model that can be imported.
+    """
     from megatron_ettin.convert.from_hf import from_hf as imported
 
     return imported(Path(folder), Path(out), objective=objective)
@@ -227,47 +242,95 @@ def evaluate(
     objective: str | None = None,
     seq_len: int | None = None,
 ) -> EvalResult:
-    """Loss of a checkpoint, a run or a Hugging Face folder on datasets, in all and by source, in fp32 on the CPU.
+    """Compute the validation loss of a model on datasets, in total and by source, in fp32 on the CPU.
 
-    `loss`, `accuracy`, `perplexity`, `labels`, `rows`, `sources`. `data`: a dataset, or names and datasets."""
+    Args:
+        checkpoint: a checkpoint, a run (its latest checkpoint) or a Hugging Face folder.
+        data: a dataset's folder, or a mapping from names to folders.
+        rows: read at most this many rows, divided among the sources; None: all.
+        objective: `mlm`, `clm` or `mntp`: how rows are read; None: as the model was trained.
+        seq_len: tokens of a row; None: as the model was trained.
+
+    Returns:
+        Loss, accuracy and counts, in total and in `sources` by name.
+
+    Raises:
+        UserError: for data that is missing, damaged or made with another tokenizer.
+    """
     from megatron_ettin.config.tables import OBJECTIVES
     from megatron_ettin.convert.from_hf import as_checkpoint
-    from megatron_ettin.evaluate import evaluation as evaluation
+    from megatron_ettin.evaluate import evaluation
     from megatron_ettin.evaluate.inference import load_for_inference
     from megatron_ettin.train import resume
 
-    named = data if isinstance(data, Mapping) else {Path(data).name: data}
-    with as_checkpoint(Path(checkpoint)) as found:
-        kind = objective or OBJECTIVES[resume.checkpoint_config(found).run.objective].row_objectives[-1]
-        with load_for_inference(found, kind) as train_state:
-            sets = {name: str(path) for name, path in named.items()}
-            held_out = evaluation.build_eval_dataset(train_state, sets, kind, seq_len)
+    datasets = data if isinstance(data, Mapping) else {Path(data).name: data}
+    with as_checkpoint(Path(checkpoint)) as path:
+        row_objective = objective or OBJECTIVES[resume.checkpoint_config(path).run.objective].row_objectives[-1]
+        with load_for_inference(path, row_objective) as train_state:
+            paths = {name: str(folder) for name, folder in datasets.items()}
+            held_out = evaluation.build_eval_dataset(train_state, paths, row_objective, seq_len)
             for batches in held_out.sources.values():
-                resume.check_tokenizer(found, batches.corpus)
-            resume.load(train_state, found, with_optimizer=False)
+                resume.check_tokenizer(path, batches.corpus)
+            resume.load(train_state, path, with_optimizer=False)
             return evaluation.evaluate(train_state, held_out, rows)
 
 
 def order(run: AnyPath, first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Which documents and spans steps `first` to `last` of a run used or will use: an object a chunk."""
-    from megatron_ettin.runs import order_export as orders
+    """Return which documents and spans some steps of a run used or will use.
 
-    config, corpus = orders.open_run(Path(run))
-    orders.check_same_order(Path(run), corpus)
-    return orders.spans(config, corpus, range(first - 1, last))
+    Args:
+        run: a run directory.
+        first: the first step, from 1.
+        last: the last step, inclusive.
+
+    Returns:
+        An iterator over chunks in order, each a dict: `step` (from 1), `slot` (in the batch), `position`
+        (of the row in the run), `dataset`, `row` and `chunk` (in the dataset), `source`, `document`, `document_index`,
+        `start_token` and `end_token` (in the document, end exclusive), `row_start` (token of the row).
+
+    Raises:
+        UserError: where the data is missing, or its order is not the run's recorded one.
+    """
+    from megatron_ettin.runs import order_export
+
+    config, dataset = order_export.open_run(Path(run))
+    order_export.check_same_order(Path(run), dataset)
+    return order_export.spans(config, dataset, range(first - 1, last))
 
 
 def compare(*runs: AnyPath) -> Comparison:
-    """Whether runs are a pair: `verdict`, and `checks` (or those `failed`), each with `name`, `passed` and `detail`."""
+    """Compare runs: are they a pair, trained on the same data by the same schedule?
+
+    Args:
+        runs: run directories; the phases of one model follow each other.
+
+    Returns:
+        `verdict` (PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL) and `checks`, of which `failed` lists those that
+        did not pass.
+
+    Raises:
+        UserError: for a folder that is not a run.
+    """
     from megatron_ettin.report.compare import compare as compared
 
     return compared([Path(run) for run in runs])
 
 
 def plan(config: Config, gpus: int, gpu: str = "h100", chunk_tokens: float | None = None) -> list[Planned]:
-    """The layouts that `gpus` devices can have, fastest first, as predicted.
+    """Predict the speed and memory of every layout that a number of GPUs can have.
 
-    Of each: its `config`, `dp`, `tokens_per_second_per_gpu`, `mfu`, `time.total` of a step, `memory.total_bytes`."""
+    Args:
+        config: the run; its layout is searched, everything else is kept.
+        gpus: number of GPUs.
+        gpu: `h100`, `h200`, `b200`, `a100`, `l40s`, ...
+        chunk_tokens: mean number of tokens of a document in a row; None: the recipe's.
+
+    Returns:
+        The valid layouts, fastest first.
+
+    Raises:
+        UserError: for an unknown GPU.
+    """
     from megatron_ettin.plan.hardware import find_gpu
     from megatron_ettin.plan.search import search
     from megatron_ettin.plan.step_time import PUBLISHED, usual_chunk_tokens

@@ -1,6 +1,6 @@
 """Prove that runs are a pair (same shape, data order, schedule, rows, tokens, updates) and draw their curves on a page.
 
-Give the runs of an encoder and of a decoder; several phases of one model follow each other on the token axis.
+Name the runs of an encoder and of a decoder; several phases of one model follow each other on the token axis.
 
     ettin compare runs/enc-pretrain runs/dec-pretrain --out pair.html
     ettin compare enc/pretrain enc/extend dec/pretrain dec/extend --out pair.html --json --require-paired

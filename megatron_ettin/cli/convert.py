@@ -1,4 +1,5 @@
-"""Checkpoints to and from Hugging Face folders, encoder and decoder, without loss; memory is that of one tensor.
+"""Convert checkpoints to and from Hugging Face folders, encoder and decoder, without loss. One tensor is in memory
+at a time.
 
 Examples:
   ettin convert to-hf runs/17m-mlm exported --dtype bf16
@@ -21,7 +22,9 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf|from-composer")
     out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported")
-    out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="of a run: its latest checkpoint")
+    out.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="a run stands for its latest checkpoint"
+    )
     out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     out.add_argument(
         "--verify",
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "fp32", "bf16"),
         default="float32",
-        help="of the weights (%(default)s)",
+        help="type of the weights (%(default)s)",
     )
     out.add_argument("--objective", metavar="mlm|clm", help="export an encoder as a decoder, or the reverse")
     out.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
@@ -48,26 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     theirs.add_argument("file", type=Path, metavar="FILE.pt", help="nothing in it is executed")
     theirs.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     theirs.add_argument(
-        "--config", type=Path, metavar="YAML", help="of the run, or a config.json (default: the file's)"
+        "--config", type=Path, metavar="YAML", help="the run's YAML, or a config.json (default: the one in the file)"
     )
-    theirs.add_argument("--objective", metavar="mlm|clm", help="what to import it as (default: what it was)")
+    theirs.add_argument("--objective", metavar="mlm|clm", help="import it as (default: what it was)")
     theirs.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _way(ways: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     epilog = f"example:\n  ettin convert {name} {example}"
     formatter = argparse.RawDescriptionHelpFormatter
-    return ways.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=formatter)
+    parser: argparse.ArgumentParser = ways.add_parser(
+        name, help=summary, description=summary, epilog=epilog, formatter_class=formatter
+    )
+    return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    with _tidied_on_sigterm():
+    with _unwind_on_sigterm():
         _run(args)
 
 
 @contextlib.contextmanager
-def _tidied_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, which a scheduler sends, unwind the conversion: what was begun beside the output is removed."""
+def _unwind_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which a scheduler sends, unwind the conversion, so that its temporary folder is removed."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -111,7 +117,8 @@ def _run(args: argparse.Namespace) -> None:
             result = to_hf(
                 args.checkpoint, args.out, args.dtype, args.verify, max_shard_bytes, our_logits, report, args.objective
             )
-        except ParityError as error:  # a fault of ours, not the user's: exit 1
+        except ParityError as error:
+            # a bug of this package, not a user error: exit 1
             raise SystemExit(f"ettin convert: {error}") from error
     _print(result, _exported(result), args.json)
 

@@ -1,8 +1,9 @@
-"""Is this machine fit to train, what is missing, and what does that cost? Versions, GPUs, file systems, limits, names,
-clocks; some seconds of products and sums whose results are checked.
+"""Check whether this machine is fit to train, what is missing, and what that costs: versions, GPUs, file systems,
+limits, names, clocks, and some seconds of matrix products and all-reduces whose results are checked.
 
-Each line is ok, a note, a warning (costs speed, or may end a run one day) or a problem (a run would stop, or compute
-something else), which says what to do. Exit status: 0, 1 where there is a problem, 2 for wrong arguments.
+Each line is ok, a note, a warning (costs speed, or may end a run one day) or a problem (a run would stop, or
+compute something else). Warnings and problems say what to do. Exit status: 0, 1 where there is a problem, 2 for
+wrong arguments.
 
 Examples:
   ettin doctor
@@ -31,18 +32,23 @@ if TYPE_CHECKING:
     from megatron_ettin.doctor.findings import Finding
     from megatron_ettin.parallel.env import DistributedEnv
 
-NO_FURTHER = ("megatron-core", "torch", "first host")  # a problem with these ends what follows
+# a problem with one of these makes the later checks impossible
+NO_FURTHER = ("megatron-core", "torch", "first host")
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--path", nargs="+", type=Path, metavar="DIR", help="file systems to try: where runs and data are (here)"
+        "--path",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="file systems to test: where runs and data are (default: here)",
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="a problem unless torch sees so many GPUs here")
-    parser.add_argument("--ranks", action="store_true", help="all ranks of this torchrun or srun beside each other")
-    parser.add_argument("--quick", action="store_true", help="without what takes seconds: speeds, products, imports")
-    parser.add_argument("--json", action="store_true", help="one object")
+    parser.add_argument("--gpus", type=int, metavar="N", help="report a problem unless torch sees so many GPUs here")
+    parser.add_argument("--ranks", action="store_true", help="compare all ranks of this torchrun or srun")
+    parser.add_argument("--quick", action="store_true", help="skip what takes seconds: speeds, products, imports")
+    parser.add_argument("--json", action="store_true", help="print one object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,36 +56,39 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ettin.parallel.env import read_distributed_env
 
     began = time.monotonic()
-    place = read_distributed_env()
-    if args.ranks and place.world == 1:
+    env = read_distributed_env()
+    if args.ranks and env.world == 1:
         how = "`torchrun --nproc-per-node N --no-python ettin doctor --ranks`, or srun in a job"
-        raise UserError(f"--ranks: this is one rank alone; start several: {how}")
+        raise UserError(f"--ranks: needs several ranks, and this is one alone; start them with {how}")
     if args.gpus is not None and args.gpus < 0:
         raise UserError(f"--gpus {args.gpus}: must be at least 0")
-    if not args.ranks and place.local_rank > 0:
-        return 0  # the first rank of each machine tells
+    if not args.ranks and env.local_rank > 0:
+        # the first rank of each host reports
+        return 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages that are missing, which is told below
-        found = findings(args, place)
+        # about missing packages, which are reported below
+        warnings.simplefilter("ignore")
+        found = collect(args, env)
     met = any(finding.name == "rendezvous" and finding.state == "ok" for finding in found)
-    if place.rank == 0 or not args.ranks:
+    if env.rank == 0 or not args.ranks:
         show(found, args.json, time.monotonic() - began)
     elif not met:
         show([finding for finding in found if finding.state == "problem"], False, 0.0)
     return 1 if worst(found) == "problem" else 0
 
 
-def findings(args: argparse.Namespace, place: DistributedEnv) -> list[Finding]:
-    """All of this rank, then of all ranks. Collective with --ranks."""
+def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
+    """Return the findings of this rank, then of all ranks (collective with --ranks)."""
     from megatron_ettin.doctor.accelerator import accelerator_findings
     from megatron_ettin.doctor.files import file_findings
-    from megatron_ettin.doctor.machine import machine_findings
+    from megatron_ettin.doctor.machine import host_findings
     from megatron_ettin.doctor.versions import version_findings
 
     found = version_findings()
     found += accelerator_findings(args.quick, args.gpus)
-    found += machine_findings()
-    if place.local_rank == 0:  # others would measure each other
+    found += host_findings()
+    if env.local_rank == 0:
+        # ranks that measure at the same time would measure each other
         for folder in dict.fromkeys(args.path or [Path(".")]):
             found += file_findings(folder, args.quick)
     broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in found)
@@ -88,15 +97,15 @@ def findings(args: argparse.Namespace, place: DistributedEnv) -> list[Finding]:
     from megatron_ettin.doctor import ranks
 
     if not args.ranks:
-        return found + ranks.alone_findings()
+        return found + ranks.single_rank_findings()
     from megatron_ettin.doctor.ranks import rank_findings
     from megatron_ettin.platform import detect
 
-    return found + rank_findings(place, detect("auto", place.local_rank), found, args.quick)
+    return found + rank_findings(env, detect("auto", env.local_rank), found, args.quick)
 
 
 def show(found: list[Finding], as_json: bool, seconds: float) -> None:
-    """A table on a terminal, an object for scripts, plain lines elsewhere."""
+    """Print the findings: an object for scripts, a table on a terminal, plain lines elsewhere."""
     from megatron_ettin.base.versions import code_version
     from megatron_ettin.doctor.findings import STATES, worst
 
@@ -105,8 +114,8 @@ def show(found: list[Finding], as_json: bool, seconds: float) -> None:
         print(json.dumps({**answer, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=1))
         return
     counts = {state: sum(finding.state == state for finding in found) for state in STATES}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    last = f"{socket.gethostname()}: {told}" + (f" ({seconds:.1f} s)" if seconds else "")
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    last = f"{socket.gethostname()}: {summary}" + (f" ({seconds:.1f} s)" if seconds else "")
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         draw(found, last)
         return
@@ -117,6 +126,7 @@ def show(found: list[Finding], as_json: bool, seconds: float) -> None:
 
 
 def draw(found: list[Finding], last: str) -> None:
+    """Print a table, and `last` below it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

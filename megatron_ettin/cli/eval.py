@@ -1,5 +1,5 @@
-"""Validation loss of a run or checkpoint on datasets, in all and by source: perplexity of a decoder, masked accuracy of
-an encoder. Sources are the datasets and, in a dataset prepared from several INPUTs, those.
+"""Compute the validation loss of a run or checkpoint on datasets, in total and by source: perplexity of a decoder,
+masked accuracy of an encoder. Sources are the datasets and, in a dataset prepared from several INPUTs, those.
 
 Example:
   ettin eval runs/17m-mlm --data data/corpus/heldout --baseline data/corpus
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--as",
         dest="reading",
         choices=("encoder", "decoder"),
-        help="of the harness: evaluate a model as what it was not trained as",
+        help="with --harness: evaluate a model as what it was not trained as",
     )
-    parser.add_argument("--tasks", metavar="NAME,NAME", help="of the harness")
+    parser.add_argument("--tasks", metavar="NAME,NAME", help="with --harness: its tasks")
     parser.add_argument("--task-path", type=Path, metavar="PATH", help="lm: folder of task files; mteb: Python file")
     parser.add_argument("--limit", type=int, metavar="N", help="only so many examples of each task of lm")
     parser.add_argument("--batch-rows", type=int, default=16, metavar="N", help="texts at a time (%(default)s)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,20 +52,20 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.data:
         raise UserError("--data: name a dataset, or --harness")
-    datasets = datasets_of(args.data, args.rows)
+    datasets = parse_datasets(args.data, args.rows)
     with (
         as_checkpoint(args.checkpoint) as checkpoint,
-        load_for_inference(checkpoint, kind_of(args.objective, checkpoint)) as train_state,
+        load_for_inference(checkpoint, row_objective(args.objective, checkpoint)) as train_state,
     ):
         held_out = build_eval_dataset(train_state, datasets, train_state.config.run.objective, args.seq_len)
         for batches in held_out.sources.values():
             check_tokenizer(checkpoint, batches.corpus)
         load(train_state, checkpoint, with_optimizer=False)
         result = evaluate(train_state, held_out, args.rows)
-        named = args.checkpoint if checkpoint.name == "imported" else checkpoint
-        answer = {**result.to_json(), "checkpoint": str(named)}
+        shown = args.checkpoint if checkpoint.name == "imported" else checkpoint
+        answer = {**result.to_json(), "checkpoint": str(shown)}
         whole, *parts = result.lines()
-        lines = [f"{named}: {whole}", *parts]
+        lines = [f"{shown}: {whole}", *parts]
         if args.baseline:
             corpus = held_out.corpus
             train = open_blended_dataset(
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_harness(args: argparse.Namespace) -> None:
-    """Export where need be, let the harness loose on the folder, print its figures."""
+    """Export the checkpoint if necessary, run the harness on the folder, and print its results."""
     from megatron_ettin.convert.from_hf import is_hf_folder
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.evaluate import harness
@@ -85,57 +85,57 @@ def run_harness(args: argparse.Namespace) -> None:
     tasks = [task for task in (args.tasks or "").split(",") if task]
     objective = harness.check(args.harness, tasks, args.task_path, args.checkpoint, args.reading)
     notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="ettin-") as room:
+    with tempfile.TemporaryDirectory(prefix="ettin-") as temporary:
         folder = args.checkpoint
         if not is_hf_folder(folder):
-            folder = Path(room) / "exported"
+            folder = Path(temporary) / "exported"
             notes += to_hf(args.checkpoint, folder, objective=objective)["notes"]
         elif objective not in harness.trained_as(folder):
             notes.append("this folder is a decoder's: its hidden states are causal, and are pooled as they are")
-        found = harness.evaluate(args.harness, folder, tasks, args.task_path, args.limit, args.batch_rows)
+        results = harness.evaluate(args.harness, folder, tasks, args.task_path, args.limit, args.batch_rows)
     if args.json:
-        told = {"checkpoint": str(args.checkpoint), "harness": args.harness, "notes": notes, "results": found}
-        print(json.dumps(told))
+        answer = {"checkpoint": str(args.checkpoint), "harness": args.harness, "notes": notes, "results": results}
+        print(json.dumps(answer))
         return
     for note in notes:
         print(f"note: {note}")
-    for task, measures in found.items():
+    for task, measures in results.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
 
-def kind_of(wanted: str | None, checkpoint: Path) -> str:
-    """How to read rows: as told, or as the checkpoint was trained (with masked tokens, if it was in both ways)."""
+def row_objective(given: str | None, checkpoint: Path) -> str:
+    """Return how rows are read: as given, or as the checkpoint was trained (a hybrid one: with masked tokens)."""
     from megatron_ettin.base.errors import UserError, nearest
     from megatron_ettin.checkpoint.directory import read_config
     from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
-    if wanted is None:
+    if given is None:
         return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].row_objectives[-1]
-    if wanted not in ROW_OBJECTIVES:
+    if given not in ROW_OBJECTIVES:
         raise UserError(
-            f"--objective: {wanted!r}{nearest(wanted, ROW_OBJECTIVES)}; it is one of {', '.join(ROW_OBJECTIVES)}"
+            f"--objective: {given!r}{nearest(given, ROW_OBJECTIVES)}; it is one of {', '.join(ROW_OBJECTIVES)}"
         )
-    return wanted
+    return given
 
 
-def datasets_of(given: list[str], rows: int | None) -> dict[str, str]:
-    """Name -> path of `--data`, by the rules of `data.validation`. Raises UserError."""
+def parse_datasets(given: list[str], rows: int | None) -> dict[str, str]:
+    """Return the paths of `--data` by name, by the rules of `data.validation`. Raises UserError."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.values import validation_sets
 
     if rows is not None and rows < 1:
-        raise UserError(f"--rows: {rows}; at least 1")
+        raise UserError(f"--rows {rows}: must be at least 1")
     named: dict[str, str] = {}
-    bare: list[str] = []
+    unnamed: list[str] = []
     for word in given:
         name, equals, path = word.partition("=")
         if not equals or Path(word).exists():
-            bare.append(word)
+            unnamed.append(word)
         elif name in named:
             raise UserError(f"--data: {name} is given twice; give each dataset its own name")
         else:
             named[name] = path
-    unnamed = validation_sets(bare, "--data") if bare else {}
-    if twice := sorted(set(unnamed) & set(named)):
+    by_folder = validation_sets(unnamed, "--data") if unnamed else {}
+    if twice := sorted(set(by_folder) & set(named)):
         raise UserError(f"--data: {twice[0]} is given twice; give each dataset its own name")
-    return {**unnamed, **(validation_sets(named, "--data") if named else {})}
+    return {**by_folder, **(validation_sets(named, "--data") if named else {})}

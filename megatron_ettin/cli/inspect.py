@@ -1,5 +1,5 @@
-"""What a dataset, checkpoint or run holds: counts, tokenizer, sources, files, row plans. --verify reads every byte and
-checks it against the recorded sha256; --sample shows decoded chunks.
+"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, row plans. --verify reads every byte
+and checks it against the recorded sha256; --sample shows decoded chunks.
 
   ettin inspect data/corpus --sample 3
   ettin inspect runs/17m-mlm/checkpoints/step_000000100 --verify
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
     if args.sample < 0:
-        raise UserError(f"--sample: {args.sample}; at least 0")
+        raise UserError(f"--sample {args.sample}: must be at least 0")
     is_dataset = (path / "manifest.json").is_file()
     if not is_dataset and any((path / name).exists() for name in ("integrity.json", "config.yaml")):
         from megatron_ettin.report.inspection import describe, render
@@ -63,22 +63,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path, as_json: bool = False) -> Verified:
-    """Read every byte of a dataset, its row plans and orders. UserError names the first bad file of several."""
+    """Read every byte of a dataset, its row plans and orders. Raises UserError for a bad file."""
     from megatron_ettin.data.derived import derived_files
     from megatron_ettin.data.verify import dataset_files, verify_files
 
-    found = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
-    if found.problems:
+    verified = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
+    if verified.problems:
         if as_json:
-            print(json.dumps({"verified": False, "verification": str(found), "problems": found.problems}, indent=1))
-        for problem in found.problems if len(found.problems) > 1 else ():
+            print(
+                json.dumps({"verified": False, "verification": str(verified), "problems": verified.problems}, indent=1)
+            )
+        for problem in verified.problems if len(verified.problems) > 1 else ():
             print(problem, file=sys.stderr)
-        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
-        raise UserError(f"{len(found.problems)} of {found.files} files are not as recorded: {found.problems[0]}{more}")
-    return found
+        more = f", and {len(verified.problems) - 1} more" if len(verified.problems) > 1 else ""
+        counts = f"{len(verified.problems)} of {verified.files} files"
+        raise UserError(f"{counts} are not as recorded: {verified.problems[0]}{more}")
+    return verified
 
 
 def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, Any]:
+    """Return what `--json` prints about a dataset."""
     from megatron_ettin.data.packing_index import existing_packing_indices
 
     plans = existing_packing_indices(dataset)
@@ -104,7 +108,7 @@ def describe_dataset(dataset: Dataset, verified: Verified | None) -> dict[str, A
 
 
 def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """`count` chunks spread over the dataset, always the same ones."""
+    """Return `count` decoded chunks spread over the dataset, always the same ones."""
     if not count:
         return []
     import numpy as np
@@ -139,12 +143,12 @@ def print_dataset(content: dict[str, Any]) -> None:
         print(f"  verified: every file has its recorded sha256; {content['verification']}")
     for sample in content["samples"]:
         document = f"{printable(sample['source'])} {printable(sample['document'])}"
-        place = f"{document} from token {sample['start_token']}, {sample['tokens']} tokens"
-        print(f"--- chunk {sample['chunk']}: {place}\n{printable(sample['text'], KEPT_OF_TEXTS)}")
+        span = f"{document} from token {sample['start_token']}, {sample['tokens']} tokens"
+        print(f"--- chunk {sample['chunk']}: {span}\n{printable(sample['text'], KEPT_OF_TEXTS)}")
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]], limit: int) -> None:
-    """Left-aligned first column, right-aligned figures; what is past `limit` is counted, not shown."""
+    """Print a table of at most `limit` rows and a count of the rest."""
     if not rows:
         return
     cells = [[f"{row[c]:,}" if isinstance(row[c], int) else printable(row[c]) for c in columns] for row in rows[:limit]]

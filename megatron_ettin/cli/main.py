@@ -1,5 +1,6 @@
-"""The `ettin` console script: finds the command's module and runs it. Only the command asked for is imported,
-so that `ettin --help` answers at once."""
+"""Run the `ettin` console script: find the command's module, parse its options, run it.
+
+Only the module of the given command is imported, so that `ettin --help` answers at once."""
 
 from __future__ import annotations
 
@@ -18,25 +19,26 @@ from megatron_ettin.parallel.failure_report import exit_with_parent, record_fail
 
 # command -> (module under megatron_ettin.cli, one line for `ettin --help`)
 COMMANDS = {
-    "prepare": ("prepare", "text -> an indexed, tokenized dataset"),
-    "inspect": ("inspect", "what a dataset, checkpoint or run holds; --verify checks every checksum"),
+    "prepare": ("prepare", "turn text into an indexed, tokenized dataset"),
+    "inspect": ("inspect", "show what a dataset, checkpoint or run holds; --verify checks every checksum"),
     "train": ("train", "train an encoder or a decoder; resumes by itself"),
-    "bench": ("bench", "how fast a run trains here, over layouts, precisions, micro-batches"),
-    "plan": ("plan", "layouts of N GPUs ranked by predicted speed, their memory, a phase's cost"),
+    "bench": ("bench", "measure how fast a run trains here, over layouts, precisions, micro-batches"),
+    "plan": ("plan", "rank layouts of N GPUs by predicted speed, with memory and a phase's cost"),
     "launch": ("launch", "write a run's sbatch script, and submit it"),
-    "status": ("status", "queue state, step, speed, time left, restarts of jobs and runs"),
-    "eval": ("eval", "validation loss of a run or checkpoint on a dataset"),
+    "status": ("status", "show queue state, step, speed, time left and restarts of jobs and runs"),
+    "eval": ("eval", "compute the validation loss of a run or checkpoint on a dataset"),
     "compare": ("compare", "prove that runs are a pair and draw their curves"),
-    "doctor": ("doctor", "is this machine fit to train; what is missing and what that costs"),
-    "report": ("report", "one page of a run or a pair: curves, data, restarts, checkpoints; --watch"),
-    "order": ("order", "which documents each step used or will use"),
-    "convert": ("convert", "to and from Hugging Face folders"),
-    "release": ("release", "every checkpoint of a run as revisions of a Hugging Face repository"),
-    "completion": ("completion", "completion for bash, zsh and fish"),
+    "doctor": ("doctor", "check whether this machine is fit to train; what is missing and what that costs"),
+    "report": ("report", "write one page of a run or a pair: curves, data, restarts, checkpoints; --watch"),
+    "order": ("order", "list which documents each step used or will use"),
+    "convert": ("convert", "convert checkpoints to and from Hugging Face folders"),
+    "release": ("release", "export every checkpoint of a run as revisions of a Hugging Face repository"),
+    "completion": ("completion", "print the completion script for bash, zsh or fish"),
 }
 
 
 def help_text() -> str:
+    """Return what `ettin --help` prints."""
     rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: ettin COMMAND [options]\n\n"
@@ -47,38 +49,39 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 the user's mistake, 75 saved and wants requeueing)."""
+    """Run one command and return the exit status: 0 done, 1 failed, 2 a user error, 75 saved and to be requeued."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     log.open_standard_files()
     if arguments[:1] in (["train"], ["bench"]) and is_launched():
         exit_with_parent()
     try:
-        return _status_of(arguments)
+        return _run_and_report(arguments)
     finally:
         log.drop_unwritten()
 
 
-def _status_of(arguments: list[str]) -> int:
-    """Run one command and tell of how it failed; the exit status."""
+def _run_and_report(arguments: list[str]) -> int:
+    """Run one command, report how it failed, and return the exit status."""
     try:
         status = dispatch(arguments)
         if arguments[:1] == ["train"]:
             log.flush()
         else:
-            # here, so that a closed pipe is met below and not at the interpreter's exit
+            # so that a closed pipe raises here and not at the interpreter's exit
             sys.stdout.flush()
         return status
     except UserError as error:
         record_failure(error, "user")
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        if isinstance(error, RankError) or local_rank == "0":  # one line a machine, not a rank
+        # one line for each host, not for each rank
+        if isinstance(error, RankError) or local_rank == "0":
             log.log_warning(f"ettin {arguments[0]}: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         log.log_warning(f"ettin {arguments[0]}: interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
-        # `ettin order | head` is no error; any other pipe that broke is
+        # `ettin order | head` is not an error; any other broken pipe is
         if isinstance(error, BrokenPipeError) and log.output_has_no_reader():
             return 0
         printing = isinstance(error, OSError) and error.filename is None and arguments[:1] != ["train"]
@@ -86,7 +89,8 @@ def _status_of(arguments: list[str]) -> int:
             return _output_lost(arguments, why)
         record_failure(error)
         raise
-    except SystemExit:  # of a command's --help
+    except SystemExit:
+        # a command's --help
         if why := log.output_failure():
             return _output_lost(arguments, why)
         raise
@@ -98,7 +102,7 @@ def _output_lost(arguments: list[str], why: str) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Find the command's module, parse its options, run it."""
+    """Parse the options of one command, run it, and return its exit status. Raises UserError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text(), end="")
         return 0
@@ -107,12 +111,13 @@ def dispatch(arguments: list[str]) -> int:
 
         print(version_text())
         return 0
-    if arguments[0] == "__complete":  # of the scripts that `ettin completion` prints
+    if arguments[0] == "__complete":
+        # called by the scripts that `ettin completion` prints
         from megatron_ettin.cli.completion import print_offers
 
         return print_offers(arguments[1:])
     name, rest = arguments[0], arguments[1:]
-    # core and torch warn at length, on every rank, of packages that are optional and of their own deprecations
+    # Megatron-Core and torch warn on every rank of optional packages and of their own deprecations
     warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     if name not in COMMANDS:
         hint = nearest(name, [*COMMANDS, "--help", "--version"])

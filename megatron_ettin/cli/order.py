@@ -1,4 +1,4 @@
-"""Which documents and spans each step of a run used or will use, for any step, from its configuration alone.
+"""List which documents and spans each step of a run used or will use, for any step, from its configuration alone.
 
 Steps are numbered as in metrics.jsonl; A:B means A to B - 1.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_ettin.base.text import printable
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them"
     )
     parser.add_argument("--fingerprint", action="store_true", help="print the fingerprint of the data order")
-    parser.add_argument("--json", action="store_true", help="one JSON object a chunk")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each chunk")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.runs.history import last_phase
 
     if not args.fingerprint and args.steps is None:
-        raise UserError("--steps A:B or --fingerprint: say what to show")
+        raise UserError("--steps A:B or --fingerprint: give one of them")
     if args.steps is None and (args.out or args.batches):
-        raise UserError(f"{args.out or args.batches}: --steps A:B says which steps to write")
+        raise UserError(f"{args.out or args.batches}: needs --steps A:B, the steps to write")
     steps = order_export.parse_steps(args.steps) if args.steps else range(0)
     for out in (args.out, args.batches):
         if out is not None and not out.parent.is_dir():
@@ -54,10 +55,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.batches}: {counted(order_export.write_batches(args.batches, config, corpus, steps), 'row')}")
     if args.out is None and args.batches is None:
         for record in order_export.spans(config, corpus, steps):
-            print(json.dumps(record) if args.json else line(record))
+            print(json.dumps(record) if args.json else format_chunk(record))
 
 
-def line(record: dict) -> str:
+def format_chunk(record: dict[str, Any]) -> str:
+    """Return the line of one chunk."""
     span = f"tokens {record['start_token']}-{record['end_token'] - 1}"
     where = f"{printable(record['source'])} {printable(record['document'])}"
     return f"step {record['step']} slot {record['slot']} {where} {span}"

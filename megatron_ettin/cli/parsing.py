@@ -72,9 +72,12 @@ def parse_overrides(parser: argparse.ArgumentParser, command: str, words: Sequen
     return parser.parse_intermixed_args(words) if command in INTERMIXED else parser.parse_args(words)
 
 
-def overrides_of(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
-    """The words that parse to `args`: options that are not at their default, then the rest. `leave_out`: names of
-    attributes."""
+def format_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
+    """Return the words that parse to `args`: options that are not at their default, then positional ones.
+
+    Args:
+        leave_out: attributes of `args` to skip.
+    """
     options: list[str] = []
     rest: list[str] = []
     for action in parser._actions:

@@ -1,4 +1,4 @@
-"""Texts or token ids from files, directories and URLs -> an indexed, tokenized dataset.
+"""Turn texts or token ids from files, directories and URLs into an indexed, tokenized dataset.
 
 INPUT: text files (one document each), JSON lines (.jsonl .ndjson, also .gz .zst .bz2 .xz, .json.gz), parquet, datasets
 saved to disk, MDS directories of texts or token ids, Megatron's .bin/.idx, a dataset made here, or a directory with any
@@ -58,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept-copied", action="store_true", help=copied)
     scale = parser.add_argument_group("at scale")
     scale.add_argument("--executor", default="local", metavar="E", help="local (default), slurm or ray")
-    scale.add_argument("--wait", action="store_true", help="slurm: until the dataset is there")
-    scale.add_argument("--slurm-partition", metavar="P", help="(default: the cluster's)")
-    scale.add_argument("--slurm-time", default="24:00:00", metavar="T", help="of each job (default 24:00:00)")
+    scale.add_argument("--wait", action="store_true", help="slurm: wait until the dataset is complete")
+    scale.add_argument("--slurm-partition", metavar="P", help="partition of the jobs (default: the cluster's)")
+    scale.add_argument(
+        "--slurm-time", default="24:00:00", metavar="T", help="time limit of each job (default 24:00:00)"
+    )
     scale.add_argument(
         "--slurm-arg", action="append", default=[], metavar="K=V", help="another option of sbatch, such as account=A"
     )
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     for text in (*args.inputs, str(args.out)):
         refuse_secrets(text, "INPUT" if text in args.inputs else "--out")
-    request = request_from(args)
+    request = build_request(args)
     try:
         with progress_report("prepare", "bytes") as progress:
             result = prepare(request, progress)
@@ -90,13 +92,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def request_from(args: argparse.Namespace) -> PrepareRequest:
+def build_request(args: argparse.Namespace) -> PrepareRequest:
+    """Build the request from the command line. Raises UserError."""
     from megatron_ettin.prepare.request import PrepareRequest
 
     return PrepareRequest(
         inputs=tuple(args.inputs),
         out=Path(args.out),
-        rule=rule_from(args),
+        rule=build_rule(args),
         tokenizer=args.tokenizer,
         format=args.format,
         text_key=args.text_key or "text",
@@ -105,25 +108,27 @@ def request_from(args: argparse.Namespace) -> PrepareRequest:
         id_key=args.id_key,
         holdout=args.holdout,
         workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
-        seq_lens=seq_lens(args.seq_len),
+        seq_lens=parse_seq_lens(args.seq_len),
         executor=args.executor,
         replan=args.replan,
         accept_copied=args.accept_copied,
         wait=args.wait,
         slurm_time=args.slurm_time,
         slurm_partition=args.slurm_partition,
-        slurm_arguments=tuple(map(key_and_value, args.slurm_arg)),
+        slurm_arguments=tuple(map(parse_key_value, args.slurm_arg)),
     )
 
 
-def key_and_value(word: str) -> tuple[str, str]:
+def parse_key_value(word: str) -> tuple[str, str]:
+    """Return key and value of a `--slurm-arg`. Raises UserError."""
     key, equals, value = word.lstrip("-").partition("=")
     if not equals or not key:
         raise UserError(f"--slurm-arg: {word!r}; give KEY=VALUE, such as account=nlp")
     return key, value
 
 
-def rule_from(args: argparse.Namespace) -> ChunkRule:
+def build_rule(args: argparse.Namespace) -> ChunkRule:
+    """Build the rule by which documents are cut into chunks. Raises UserError."""
     from megatron_ettin.prepare.chunking import chunk_rule
 
     if args.chunking not in CHUNKINGS:
@@ -137,7 +142,8 @@ def rule_from(args: argparse.Namespace) -> ChunkRule:
     return chunk_rule(args.chunk_tokens, least, skip, args.end_token)
 
 
-def seq_lens(text: str | None) -> tuple[int, ...]:
+def parse_seq_lens(text: str | None) -> tuple[int, ...]:
+    """Return the row lengths of `--seq-len`. Raises UserError."""
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
@@ -147,6 +153,7 @@ def seq_lens(text: str | None) -> tuple[int, ...]:
 
 
 def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
+    """Return what `--json` prints."""
     return {
         **dataset_summary(result.dataset, request.seq_lens),
         "already_complete": result.already_complete,

@@ -1,8 +1,8 @@
-"""Every checkpoint of a run, and of the runs it goes on from, as revisions of one Hugging Face repository.
+"""Export every checkpoint of a run, and of the runs it continues, as revisions of one Hugging Face repository.
 
 OUT gets a folder a revision (step0, step1000, ..., ext500, ..., decay200), each with weights, config, tokenizer, card
 and parity record, `main` (the final one, with the card of the whole release and its training curve) and data_order/.
-Run it again to go on after an interruption or to add later checkpoints.
+Run it again to continue after an interruption or to add later checkpoints.
 
 Examples:
   ettin release runs/17m-mlm/decay --out released/17m-mlm --licence apache-2.0
@@ -19,21 +19,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_ROWS = 20_000_000  # of a phase's data order that is written unasked
+# a longer data order of a phase is written only with --order all
+MOST_ROWS = 20_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "float32", "bfloat16"), default="fp32", help="of weights")
-    parser.add_argument("--name", help="of the model on its card (17m-encoder, or 176K-decoder of another shape)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "float32", "bfloat16"), default="fp32", help="type of weights"
+    )
+    parser.add_argument("--name", help="the model's name on its card (17m-encoder, or 176K-decoder of another shape)")
     parser.add_argument("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
     parser.add_argument("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
-    parser.add_argument("--alone", action="store_true", help="not the runs that RUN goes on from")
-    parser.add_argument("--workers", type=int, metavar="N", help="checkpoints at a time (by cores and memory)")
+    parser.add_argument("--alone", action="store_true", help="leave out the runs that RUN continues")
+    parser.add_argument("--workers", type=int, metavar="N", help="checkpoints at a time (default: by cores and memory)")
     parser.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
     parser.add_argument("--recheck", action="store_true", help="compare checksums of what is released already")
-    parser.add_argument("--replace", action="store_true", help="revisions that are of other weights too")
+    parser.add_argument("--replace", action="store_true", help="replace revisions that hold other weights")
     parser.add_argument("--push", metavar="OWNER/REPO", help="then to the Hugging Face hub, a branch a revision")
     parser.add_argument("--private", action="store_true", help="--push makes a private repository")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -49,23 +52,24 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.release.revision import WorkerLost
 
     try:
-        with _telling(args.json) as tell:
-            result = build.release(plan, tell)
-    except WorkerLost as error:  # exit 1: nobody's typing
+        with _progress(args.json) as report:
+            result = build.release(plan, report)
+    except WorkerLost as error:
+        # not a user error: exit 1
         raise SystemExit(f"ettin release: {error}") from error
-    told = {"out": str(args.out), **dataclasses.asdict(result)}
+    answer = {"out": str(args.out), **dataclasses.asdict(result)}
     if result.failed:
-        _print(told, args.json)
+        _print(answer, args.json)
         name, why = next(iter(result.failed.items()))
         pushed = "; nothing was pushed" if args.push else ""
         raise UserError(f"{len(result.failed)} of {len(result.revisions)} revisions failed{pushed}: {name}: {why}")
     if args.push:
-        told["push"] = _push(args)
-    _print(told, args.json)
+        answer["push"] = _push(args)
+    _print(answer, args.json)
 
 
 def make_plan(args: argparse.Namespace) -> Any:
-    """The options checked, the runs read. Raises UserError."""
+    """Check the options, read the runs, and return what to release. Raises UserError."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.base.text import parse_count
     from megatron_ettin.config.tables import OBJECTIVES, short_name
@@ -89,8 +93,8 @@ def make_plan(args: argparse.Namespace) -> Any:
     chain = find_chain([last_phase(run) for run in args.runs], args.alone)
     settings = chain.runs[-1].config.run
     exported = OBJECTIVES[settings.objective].exports[0]
-    called = short_name(settings.size, chain.runs[-1].config.model)
-    name = args.name or f"{called}-{'encoder' if exported == 'mlm' else 'decoder'}"
+    short = short_name(settings.size, chain.runs[-1].config.model)
+    name = args.name or f"{short}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)
@@ -98,7 +102,11 @@ def make_plan(args: argparse.Namespace) -> Any:
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:
-    """Steps 1 to `last_step` of a run's data order as parquet, datasets by name; None beyond `most_rows`."""
+    """Write steps 1 to `last_step` of a run's data order as parquet, datasets by name.
+
+    Returns:
+        Number of chunks and fingerprint; None where the order has more than `most_rows` rows, which are not written.
+    """
     from megatron_ettin.release.card import dataset_names
     from megatron_ettin.runs import order_export
 
@@ -113,6 +121,7 @@ def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None 
 
 
 def write_short_order(run_dir: Path, last_step: int, out: Path) -> dict[str, Any] | None:
+    """Write the data order as `write_order` does, unless it is long."""
     return write_order(run_dir, last_step, out, MOST_ROWS)
 
 
@@ -127,7 +136,7 @@ def _check_push(repository: str) -> None:
 
 
 def _push(args: argparse.Namespace) -> dict[str, Any]:
-    """All that the index names: revisions of deleted checkpoints too."""
+    """Push all revisions that the index names, also those of deleted checkpoints."""
     from megatron_ettin.release.hub import push
 
     index = json.loads((args.out / "release.json").read_text(encoding="utf-8"))
@@ -136,37 +145,36 @@ def _push(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _telling(as_json: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
-    """Progress on standard error, so that standard output is the answer; what failed stays to be read."""
+def _progress(as_json: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
+    """Yield a callback that shows progress on standard error; None with --json."""
     from megatron_ettin.base.progress import items_report
 
     if as_json:
         yield None
         return
-    with items_report("release") as tell:
+    with items_report("release") as show:
 
         def report(done: int, total: int, outcome: Any) -> None:
             if outcome is None:
-                tell(0, total, f"{total} revisions to make")
+                show(0, total, f"{total} revisions to make")
                 return
-            tell(done, total, f"{outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}")
+            show(done, total, f"{outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}")
 
         yield report
 
 
-def _print(told: dict[str, Any], as_json: bool) -> None:
+def _print(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(told, indent=1))
+        print(json.dumps(answer, indent=1))
         return
-    for note in told["notes"]:
+    for note in answer["notes"]:
         print(f"note: {note}")
-    counts = f"{len(told['made'])} made, {len(told['kept'])} were there"
-    if told["failed"]:
-        counts += f", {len(told['failed'])} failed"
-        for name, why in told["failed"].items():
+    counts = f"{len(answer['made'])} made, {len(answer['kept'])} were there"
+    if answer["failed"]:
+        counts += f", {len(answer['failed'])} failed"
+        for name, why in answer["failed"].items():
             print(f"failed: {name}: {why}")
-    print(f"{told['out']}: {len(told['revisions'])} revisions ({counts}) in {told['seconds']:.0f} s")
-    if told.get("push"):
-        print(
-            f"{told['push']['url']}: {len(told['push']['uploaded'])} uploaded, {len(told['push']['kept'])} were there"
-        )
+    print(f"{answer['out']}: {len(answer['revisions'])} revisions ({counts}) in {answer['seconds']:.0f} s")
+    if answer.get("push"):
+        pushed = answer["push"]
+        print(f"{pushed['url']}: {len(pushed['uploaded'])} uploaded, {len(pushed['kept'])} were there")

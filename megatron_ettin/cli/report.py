@@ -1,5 +1,5 @@
-"""One page of a run, of all its phases, or of a pair: curves to zoom into, data consumed, restarts, bad steps,
-checkpoints, configuration. One file that opens from disk; --watch serves it live on this machine.
+"""Write one page of a run, of all its phases, or of a pair: curves to zoom into, data consumed, restarts, bad steps,
+checkpoints, configuration. It is one file that opens from disk; --watch serves it live on this machine.
 
     ettin report runs/17m-mlm
     ettin report runs/17m-mlm runs/17m-clm --out pair.html --svg figures
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write every chart as a PNG")
     parser.add_argument("--svg", type=Path, metavar="DIR", help="also write every chart as an SVG")
-    parser.add_argument("--title", help="of the page, in place of the models' names")
+    parser.add_argument("--title", help="title of the page, in place of the models' names")
     parser.add_argument(
         "--release", type=Path, action="append", default=[], metavar="DIR",
-        help="an output of `ettin release` whose parity to show (those in and beside the runs are found)",
+        help="an output of `ettin release` whose parity to show (those in the runs and next to them are found)",
     )  # fmt: skip
     parser.add_argument(
         "--watch", nargs="?", type=port, const=DEFAULT_PORT, metavar="PORT",
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def port(text: str) -> int:
-    """A port number. Raises argparse's error, which tells a run after --watch from a typing mistake."""
+    """Return a port number. Raises argparse's error, which explains a run written after --watch."""
     if not text.isdigit() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535; runs stand before --watch")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535; runs stand before --watch")
     return int(text)
 
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(report: Report, out: Path, png: Path | None, svg: Path | None) -> Sequence[Path]:
-    """The page and the figures; returns their paths."""
+    """Write the page and the figures, and return their paths. Raises UserError."""
     from megatron_ettin.report import document, plots
 
     written = [out]
@@ -86,6 +86,7 @@ def write(report: Report, out: Path, png: Path | None, svg: Path | None) -> Sequ
 
 
 def show(report: Report, written: Sequence[Path], as_json: bool) -> None:
+    """Print what was written."""
     page, *figures = written
     if not as_json:
         print(f"{report.verdict}: " * (report.verdict is not None) + " / ".join(model.name for model in report.models))
@@ -103,18 +104,20 @@ def show(report: Report, written: Sequence[Path], as_json: bool) -> None:
         }
         for model in report.models
     ]
-    told = {"page": str(page), "bytes": page.stat().st_size, "figures": list(map(str, figures))}
-    print(json.dumps({**told, "verdict": report.verdict, "models": models}, indent=1))
+    answer = {"page": str(page), "bytes": page.stat().st_size, "figures": list(map(str, figures))}
+    print(json.dumps({**answer, "verdict": report.verdict, "models": models}, indent=1))
 
 
 def watch(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C. Raises UserError."""
     from megatron_ettin.report import document
 
     for option in ("out", "png", "svg"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option}: nothing is written with --watch; run the command again without it")
     source = document.ReportSource(lambda: document.make(args.runs, args.title, args.release))
-    source.newest()  # what is wrong with the runs is told before the server stands
+    # raises what is wrong with the runs before the server starts
+    source.newest()
     served = document.server(source, args.watch)
     print(f"http://{document.HOST}:{served.server_address[1]}/ until Ctrl-C", flush=True)
     try:

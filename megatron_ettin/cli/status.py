@@ -1,4 +1,4 @@
-"""Where jobs and runs stand: queue state, step, speed, time left, last checkpoint, restarts.
+"""Show where jobs and runs stand: queue state, step, speed, time left, last checkpoint, restarts.
 
 Examples:
   ettin status                      # all your jobs
@@ -23,28 +23,29 @@ from megatron_ettin.base.text import duration, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megatron_ettin.launch.queue import Queued
+    from megatron_ettin.launch.queue import QueuedJob
     from megatron_ettin.launch.run_state import RunState
 
 COLUMNS = (
     *("run", "model", "job", "state", "step", "done", "tokens/s", "left", "loss", "checkpoint", "restarts"),
     "slowest",
 )
-SILENT_SECONDS = 60.0  # worth a word from here on
+# a longer silence is shown
+SILENT_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", metavar="JOB|RUN", help="a job's number or a folder; default: your jobs")
-    parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="one array of objects")
+    parser.add_argument("--json", action="store_true", help="print one array of objects")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.every <= 0:
-        raise UserError(f"--every {args.every:g}: must be more than 0 seconds")
+        raise UserError(f"--every {args.every:g}: must be above 0")
     if args.watch and args.json:
-        raise UserError("--json: without --watch; ask again as often as you like")
+        raise UserError("--json: cannot be combined with --watch; repeat the command instead")
     if not args.watch:
         show(rows(args.what), args.json)
         return 0
@@ -60,34 +61,34 @@ def run(args: argparse.Namespace) -> int:
             live.update(table(rows(args.what)))
 
 
-Row = tuple["RunState", "Queued | None"]
+Row = tuple["RunState", "QueuedJob | None"]
 
 
 def rows(what: str | None) -> list[Row]:
-    """Runs with their jobs. Raises UserError where there are none."""
-    from megatron_ettin.launch.queue import own_jobs, shown
+    """Return runs with their jobs. Raises UserError where there are none."""
+    from megatron_ettin.launch.queue import own_jobs, query_jobs
 
     if what is None:
-        found = [row for job in own_jobs() for row in runs_of(job)]
-        if not found:
-            raise UserError("none of your jobs in the queue is of `ettin launch`; name a job or a run directory")
-        return found
+        own = [row for job in own_jobs() for row in runs_of(job)]
+        if not own:
+            raise UserError("no job of yours in the queue comes from `ettin launch`; name a job or a run directory")
+        return own
     if Path(what).is_dir():
         return rows_below(Path(what))
     if not what.replace("_", "").isdigit():
-        raise UserError(f"{what}: no such folder, and not the number of a job")
-    jobs = shown(what)
+        raise UserError(f"{what}: no such folder, and not a job number")
+    jobs = query_jobs(what)
     if not jobs:
         raise UserError(f"job {what}: SLURM does not know it (any more); name its run directory")
-    found = [row for job in jobs for row in runs_of(job)]
-    if not found:
-        raise UserError(f"job {what}: is not of `ettin launch`")
-    return found
+    submitted = [row for job in jobs for row in runs_of(job)]
+    if not submitted:
+        raise UserError(f"job {what}: was not submitted by `ettin launch`; name its run directory")
+    return submitted
 
 
 def rows_below(folder: Path) -> list[Row]:
-    """All runs in a folder, with those that were submitted and have not begun."""
-    from megatron_ettin.launch.queue import covers, shown
+    """Return all runs in a folder, with those that were submitted and have not begun."""
+    from megatron_ettin.launch.queue import covers, query_jobs
     from megatron_ettin.launch.run_state import read_events, run_state, runs_below, runs_of_event
 
     submitted = [Path(run) for event in read_events(folder / "slurm") for run in runs_of_event(event)]
@@ -96,12 +97,12 @@ def rows_below(folder: Path) -> list[Row]:
         raise UserError(f"{folder}: no run in it")
     states = [run_state(path) for path in paths]
     names = dict.fromkeys(state.job.partition("_")[0] for state in states if state.job)
-    jobs = [job for name in names for job in shown(name)]
+    jobs = [job for name in names for job in query_jobs(name)]
     return [(state, next((job for job in jobs if covers(job.id, state.job)), None)) for state in states]
 
 
-def runs_of(job: Queued) -> list[Row]:
-    """Of a job: the runs of its submission that are its own."""
+def runs_of(job: QueuedJob) -> list[Row]:
+    """Return the runs of a job."""
     from megatron_ettin.launch.queue import covers
     from megatron_ettin.launch.run_state import read_events, run_state, runs_of_event
 
@@ -116,6 +117,7 @@ def runs_of(job: Queued) -> list[Row]:
 
 
 def show(found: list[Row], as_json: bool) -> None:
+    """Print the rows: JSON for scripts, a table on a terminal, plain lines elsewhere."""
     if as_json:
         print(json.dumps([as_object(*row) for row in found], indent=1))
         return
@@ -128,14 +130,15 @@ def show(found: list[Row], as_json: bool) -> None:
         print("  ".join(f"{name} {text}" for name, text in zip(COLUMNS, cells(*row), strict=True) if text), flush=True)
 
 
-def as_object(state: RunState, job: Queued | None) -> dict[str, Any]:
-    """The keys that scripts read."""
+def as_object(state: RunState, job: QueuedJob | None) -> dict[str, Any]:
+    """Return the keys that scripts read."""
     record = dataclasses.asdict(state) | {"run": str(state.run), "fraction": state.fraction}
-    of_queue = {name: getattr(job, name) if job else None for name in ("state", "reason", "nodes")}
-    return record | of_queue
+    queue_fields = {name: getattr(job, name) if job else None for name in ("state", "reason", "nodes")}
+    return record | queue_fields
 
 
 def table(found: list[Row]) -> Table:
+    """Return the rows as a table for a terminal."""
     from rich.table import Table
 
     drawn = Table(*COLUMNS, box=None)
@@ -144,15 +147,15 @@ def table(found: list[Row]) -> Table:
     return drawn
 
 
-def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
-    """A row of the table."""
+def cells(state: RunState, job: QueuedJob | None) -> tuple[str, ...]:
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     from megatron_ettin.base.text import format_count
 
     saved = "" if state.checkpoint_step is None else f"{state.checkpoint_step:,}"
     saved += f" ({duration(state.checkpoint_age_seconds)} ago)" if state.checkpoint_age_seconds is not None else ""
     requeued = max(state.launches - 1, 0)
     shown = (
-        from_here(state.run),
+        relative(state.run),
         state.model or "",
         state.job or "",
         queue_state(state, job),
@@ -168,24 +171,24 @@ def cells(state: RunState, job: Queued | None) -> tuple[str, ...]:
     return tuple(map(printable, shown))
 
 
-def from_here(path: Path) -> str:
-    """Relative where it is below the current folder: a table of long paths does not fit a terminal."""
+def relative(path: Path) -> str:
+    """Return the path relative to the current folder where it is below it, so that the table fits a terminal."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def slowest(state: RunState) -> str:
-    """`rank 3 on n2, 1.62x`: its seconds to the median of the others."""
+    """Return the slowest rank and its seconds divided by the median of the others: `rank 3 on n2, 1.62x`."""
     return f"rank {state.slowest_rank} on {state.slowest_host}, {state.slowest_ratio:.2f}x"
 
 
-def queue_state(state: RunState, job: Queued | None) -> str:
-    """What SLURM says, and what the run does where that is not to train."""
+def queue_state(state: RunState, job: QueuedJob | None) -> str:
+    """Return the job's state in the queue, and the run's phase where that is not a step."""
     if job is None:
         return "done" if state.last_event == "done" or state.fraction == 1.0 else "not queued"
     if job.state == "PENDING":
         return f"PENDING ({job.reason})"
     if job.state != "RUNNING":
         return job.state
-    told = [job.state] if state.doing in (None, "step") else [job.state, str(state.doing)]
+    parts = [job.state] if state.doing in (None, "step") else [job.state, str(state.doing)]
     silent = state.silent_seconds or 0.0
-    return ", ".join([*told, *([f"silent for {duration(silent)}"] if silent > SILENT_SECONDS else [])])
+    return ", ".join([*parts, *([f"silent for {duration(silent)}"] if silent > SILENT_SECONDS else [])])

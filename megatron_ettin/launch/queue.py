@@ -1,4 +1,4 @@
-"""What SLURM says of jobs."""
+"""Ask SLURM about jobs."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
 
-ASK_SECONDS = 30.0
+SLURM_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Queued:
-    """A job, or a task of an array (`id` is then `12_3`). `reason`: why it waits. `log`: where its output goes."""
+class QueuedJob:
+    """A job, or one task of an array."""
 
     id: str
+    """`12`, or `12_3` for a task of an array."""
     name: str
     state: str
     reason: str
+    """Why it waits."""
     nodes: str
     restarts: int
     log: Path | None
+    """Where its output goes."""
 
 
-def ask(*command: str) -> str | None:
-    """What a command of SLURM's prints; None where there is no SLURM or it refuses."""
+def run_slurm(*command: str) -> str | None:
+    """Return the output of a SLURM command; None without SLURM or when the command fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
 
-def shown(job: str) -> list[Queued]:
-    """A job, or the tasks of an array, as long as SLURM remembers them."""
-    text = ask("scontrol", "show", "job", "--oneliner", job)
-    return [_parsed(line) for line in (text or "").splitlines() if line.startswith("JobId=")]
+def query_jobs(job: str) -> list[QueuedJob]:
+    """Return a job, or the tasks of an array, as long as SLURM remembers them."""
+    text = run_slurm("scontrol", "show", "job", "--oneliner", job)
+    return [_parse_job(line) for line in (text or "").splitlines() if line.startswith("JobId=")]
 
 
-def own_jobs() -> list[Queued]:
-    """The user's jobs that wait or run; of an array that does, all tasks. Raises UserError without SLURM."""
-    text = ask("squeue", "-h", "-u", getpass.getuser(), "-o", "%F")  # of an array's tasks the array
+def own_jobs() -> list[QueuedJob]:
+    """Return the user's jobs that wait or run, with all tasks of their arrays. Raises UserError without SLURM."""
+    # %F is the array of an array's task
+    text = run_slurm("squeue", "-h", "-u", getpass.getuser(), "-o", "%F")
     if text is None:
         raise UserError("no squeue answers on this machine; name a run directory")
-    return [queued for job in dict.fromkeys(text.split()) for queued in shown(job)]
+    return [queued for job in dict.fromkeys(text.split()) for queued in query_jobs(job)]
 
 
-def _parsed(line: str) -> Queued:
+def _parse_job(line: str) -> QueuedJob:
     fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line.strip()))
     array, task = fields.get("ArrayJobId"), fields.get("ArrayTaskId", "")
-    job = f"{array}_{task}" if array and task else fields["JobId"]
     log = fields.get("StdOut")
-    return Queued(
-        id=job,
+    return QueuedJob(
+        id=f"{array}_{task}" if array and task else fields["JobId"],
         name=fields.get("JobName", ""),
         state=fields.get("JobState", ""),
         reason=fields.get("Reason", "None"),
@@ -66,10 +69,9 @@ def _parsed(line: str) -> Queued:
 
 
 def covers(job: str, task: str | None) -> bool:
-    """Whether a job's id is, or stands for, the task: `12_0-3,7%2` for the tasks of an array that wait together."""
+    """Return whether a job's id includes the task: `12_0-3,7%2` stands for the tasks of an array that still wait."""
     if task is None or "_" not in job or "_" not in task:
         return job == task
-    (array, indices), (wanted, index) = job.split("_", 1), task.split("_", 1)
-    indices = indices.strip("[]")
-    ranges = [part.partition("-") for part in indices.partition("%")[0].split(",")]
-    return array == wanted and any(int(first) <= int(index) <= int(last or first) for first, _, last in ranges)
+    (array, indices), (task_array, index) = job.split("_", 1), task.split("_", 1)
+    ranges = [part.partition("-") for part in indices.strip("[]").partition("%")[0].split(",")]
+    return array == task_array and any(int(first) <= int(index) <= int(last or first) for first, _, last in ranges)

@@ -1,97 +1,113 @@
-"""What a submission is made of: the allocation, and the runs in it."""
+"""Describe a submission: the allocation of each job, and the runs in it."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.launch.profile import Profile
 
 TIME = re.compile(r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE)$")
-MARGIN_SECONDS = 300  # a quarter of the time where that is less
+# a quarter of the time where that is less
+MARGIN_SECONDS = 300
+SBATCH_OPTIONS = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What is asked of SLURM for each job. `more`: further options of sbatch, as written."""
+    """What each job asks of SLURM."""
 
     nodes: int
     tasks_per_node: int
+    """Ranks of a node."""
     gpus_per_node: int
     cpus_per_task: int | None
+    """Cores of a rank."""
     time: str | None
-    options: dict[str, str] = field(default_factory=dict)  # account, partition, ...
-    more: tuple[str, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+    """Further long options of sbatch: account, partition, ..."""
+    extra_options: tuple[str, ...] = ()
+    """Further options of sbatch, as written."""
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every job of a submission has in common."""
+class Submission:
+    """What all jobs of one submission have in common."""
 
-    folder: Path  # absolute: scripts, logs, events
+    folder: Path
+    """Absolute; takes scripts, logs and events."""
     allocation: Allocation
     profile: Profile
-    launcher: str  # srun (a task for each rank) or torchrun (a task for each node)
+    launcher: str
+    """srun (a task for each rank) or torchrun (a task for each node)."""
     container: str
     env_file: Path | None
     restarts: int
     requeues: int
     margin_seconds: int
     grace_seconds: int
-    written_by: str  # the command line that wrote it
+    command_line: str
+    """The command that wrote it."""
     cwd: Path
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run of a job: its directory and the words that it alone has."""
+class JobRun:
+    """One run of a job."""
 
     run_dir: Path
-    words: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    """Command-line arguments that this run alone has."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One submission script. More than one member makes an array. `after`: the job, by its name, that must be done
-    first, member by member."""
+class BatchJob:
+    """One submission script. More than one run makes an array."""
 
     name: str
-    command: str  # train or bench
-    words: tuple[str, ...]
-    members: tuple[Member, ...]
-    snapshots: dict[str, str] = field(default_factory=dict)  # file name -> resolved configuration
+    command: str
+    """train or bench."""
+    arguments: tuple[str, ...]
+    """Command-line arguments that all runs share."""
+    runs: tuple[JobRun, ...]
+    snapshots: dict[str, str] = field(default_factory=dict)
+    """File name -> resolved configuration."""
     after: str | None = None
-    at_once: int | None = None  # members of an array that may run at the same time
+    """Name of the job that must be done first, run by run."""
+    max_parallel: int | None = None
+    """Most runs of an array at the same time."""
 
     @property
     def is_array(self) -> bool:
-        return len(self.members) > 1
+        return len(self.runs) > 1
 
 
-def allocation_of(args: Any, profile: Profile) -> Allocation:
-    """From the command line, then the profile. Raises UserError."""
+def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
+    """Build the allocation from the command line, then the profile. Raises UserError."""
     gpus = first_given(args.gpus_per_node, profile.gpus_per_node)
-    if gpus is None and args.tasks_per_node is None:
-        raise UserError("--gpus-per-node: say how many, or 0 with --tasks-per-node N for ranks without a GPU")
     tasks = first_given(args.tasks_per_node, gpus)
+    if tasks is None:
+        raise UserError("--gpus-per-node: say how many, or 0 with --tasks-per-node N for ranks without a GPU")
     cpus = first_given(args.cpus_per_task, profile.cpus_per_task)
-    asked = {"nodes": args.nodes, "gpus-per-node": gpus, "tasks-per-node": tasks, "cpus-per-task": cpus}
-    for name, value in asked.items():
+    counts = {"nodes": args.nodes, "gpus-per-node": gpus, "tasks-per-node": tasks, "cpus-per-task": cpus}
+    for name, value in counts.items():
         least = 0 if name == "gpus-per-node" else 1
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    names = ("account", "partition", "qos", "constraint", "reservation", "mem", "exclude")
     options = {name: str(value) for name, value in profile.sbatch.items()}
-    options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options |= {name: getattr(args, name) for name in SBATCH_OPTIONS if getattr(args, name) is not None}
     if gpus and cpus is None:
         raise UserError(
             "--cpus-per-task: say how many cores each rank gets, a node's cores divided by its GPUs;"
@@ -102,33 +118,37 @@ def allocation_of(args: Any, profile: Profile) -> Allocation:
         options["mem"] = "0"
     time = first_given(args.time, options.pop("time", None))
     if time is not None and not TIME.match(time):
-        raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as sbatch has it")
+        raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as for sbatch")
     return Allocation(args.nodes, tasks, gpus or 0, cpus, time, options, tuple(args.sbatch_arg))
 
 
-def is_exclusive(options: Mapping[str, str], more: Sequence[str]) -> bool:
+def is_exclusive(options: Mapping[str, str], extra_options: Sequence[str]) -> bool:
     """Return whether the job gets whole nodes."""
-    return options.get("exclusive") == "" or "--exclusive" in more
+    return options.get("exclusive") == "" or "--exclusive" in extra_options
 
 
-def limits_memory(options: Mapping[str, str], more: Sequence[str]) -> bool:
-    """Return whether the memory is asked for already, per node, core or GPU."""
-    return any(name.startswith("mem") for name in options) or any(word.startswith("--mem") for word in more)
+def limits_memory(options: Mapping[str, str], extra_options: Sequence[str]) -> bool:
+    """Return whether memory is requested already, per node, core or GPU."""
+    return any(name.startswith("mem") for name in options) or any(one.startswith("--mem") for one in extra_options)
 
 
-def margin_of(asked: int | None, time: str | None) -> int:
-    """Seconds before the time limit at which a job saves. Raises UserError where it would save before it has begun."""
-    seconds = seconds_of(time) if time is not None else math.inf
-    margin = min(MARGIN_SECONDS, max(1, seconds / 4)) if asked is None else asked
+def resolve_margin(margin_seconds: int | None, time: str | None) -> int:
+    """Return the seconds before the time limit at which a job saves.
+
+    Raises:
+        UserError: where the job would save before it has begun.
+    """
+    limit = parse_time_limit(time) if time is not None else math.inf
+    margin = min(MARGIN_SECONDS, max(1, limit / 4)) if margin_seconds is None else margin_seconds
     if margin < 1:
         raise UserError(f"--margin-seconds {margin}: must be at least 1")
-    if margin >= seconds:
-        raise UserError(f"--margin-seconds {margin}: must be less than --time {time}, of which it is the last part")
+    if margin >= limit:
+        raise UserError(f"--margin-seconds {margin}: must be less than --time {time}, because it is its last part")
     return int(margin)
 
 
-def seconds_of(time: str) -> float:
-    """A time limit as sbatch reads it: minutes, MIN:SEC, HH:MM:SS, DAYS-HH, DAYS-HH:MM or DAYS-HH:MM:SS."""
+def parse_time_limit(time: str) -> float:
+    """Return the seconds of a time limit of sbatch: minutes, MIN:SEC, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS."""
     if time in ("0", "UNLIMITED", "INFINITE"):
         return math.inf
     days, dash, rest = time.rpartition("-")
@@ -140,6 +160,6 @@ def seconds_of(time: str) -> float:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def first_given(*values: Any) -> Any:
-    """The first that is not None; None where all are."""
+def first_given(*values: T | None) -> T | None:
+    """Return the first value that is not None; None where all are."""
     return next((value for value in values if value is not None), None)

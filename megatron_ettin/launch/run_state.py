@@ -1,12 +1,13 @@
-"""Where a run stands, from the files in its directory and the events of its jobs; no torch, for it is asked often."""
+"""Read where a run stands from its directory and the events of its jobs; without torch, because it is called often."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,63 +22,76 @@ from megatron_ettin.config.tables import short_name
 from megatron_ettin.parallel.failure_report import HEARTBEAT
 
 TAIL_BYTES = 64 << 10
-SPEED_STEPS = 20  # the speed is their median
-DEPTH = 3  # how far below a folder runs are looked for: MEMBER/PHASE
+# the speed is their median
+SPEED_STEPS = 20
+# levels below a folder at which runs are looked for: MEMBER/PHASE
+DEPTH = 3
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`fraction`: of the phase's tokens or steps. `seconds_left`: at the speed of the latest steps."""
+    """Where a run stands; fields are None where they are not known."""
 
     run: Path
-    model: str | None  # what is trained: `17m mlm pretrain`
+    model: str | None
+    """Size, objective and phase: `17m mlm pretrain`."""
     step: int | None
     tokens: int | None
     total_tokens: int | None
     total_steps: int | None
     tokens_per_second: float | None
     seconds_left: float | None
+    """At the speed of the latest steps."""
     loss: float | None
     checkpoint_step: int | None
     checkpoint_age_seconds: float | None
-    silent_seconds: float | None  # since the last step or sign of life
+    silent_seconds: float | None
+    """Since the last step or heartbeat."""
     doing: str | None
-    job: str | None  # the latest that was submitted for it
+    """Phase in the latest heartbeat."""
+    job: str | None
+    """The latest that was submitted for it."""
     failures: int
-    launches: int  # of the job's script: one more than it was requeued
-    last_event: str | None  # of the job: started, failed, saved, requeued, done, mistake
-    slowest_rank: int | None  # when ranks were last compared (metrics.ranks_every_steps)
+    launches: int
+    """Of the job's script: one more than it was requeued."""
+    last_event: str | None
+    """Of the job: started, failed, saved, requeued, done, mistake."""
+    slowest_rank: int | None
+    """When ranks were last compared (metrics.ranks_every_steps)."""
     slowest_host: str | None
-    slowest_ratio: float | None  # of its seconds to the median of the others
-    last_stall: str | None  # what the ranks' watchdogs said of the latest stall
+    slowest_ratio: float | None
+    """Its seconds divided by the median of the others."""
+    last_stall: str | None
+    """The watchdogs' line about the latest stall."""
 
     @property
     def fraction(self) -> float | None:
+        """Finished part of the phase, 0 to 1, by steps or by tokens."""
         if self.total_steps and self.step is not None:
             return min(1.0, self.step / self.total_steps)
         return min(1.0, self.tokens / self.total_tokens) if self.total_tokens and self.tokens is not None else None
 
 
 def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The run itself, or those in the folders below."""
+    """Yield the run itself, or those in the folders below."""
     try:
         if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
             yield folder
             return
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "slurm") if depth else []
     except OSError as error:
-        # others' runs beside one's own are no reason to show none
-        log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; passed over")
+        # an unreadable run of another user must not hide one's own
+        log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; skipped")
         return
     for below in inside:
         yield from runs_below(below, depth - 1)
 
 
 def run_state(run: Path) -> RunState:
-    """Of one run; what has not begun has None in most fields."""
+    """Return the state of one run. A run that has not begun has None in most fields."""
     lines = tail_lines(run / "metrics.jsonl")
-    is_compared = ("slowest_rank", "slowest_host", "slowest_ratio")
-    compared: dict[str, Any] = next((line for line in reversed(lines) if all(key in line for key in is_compared)), {})
+    keys = ("slowest_rank", "slowest_host", "slowest_ratio")
+    compared: dict[str, Any] = next((line for line in reversed(lines) if all(key in line for key in keys)), {})
     if _number(compared.get("slowest_ratio")) is None:
         compared = {}
     last = lines[-1] if lines else {}
@@ -87,8 +101,8 @@ def run_state(run: Path) -> RunState:
     events = [event for event in read_events(folder) if event.get("job") == task] if folder else []
     checkpoint = _newest_checkpoint(run)
     saved = None if checkpoint is None else _time_of(checkpoint)
-    beat, beat_time = _heartbeat(folder, task)
-    signs = [path_time for path_time in (beat_time, _time_of(run / "metrics.jsonl")) if path_time is not None]
+    heartbeat, heartbeat_time = _read_heartbeat(folder, task)
+    activity = [seen for seen in (heartbeat_time, _time_of(run / "metrics.jsonl")) if seen is not None]
     return RunState(
         run=run,
         model=_model(settings, groups.get("model")),
@@ -101,8 +115,8 @@ def run_state(run: Path) -> RunState:
         loss=_number(last.get("loss")),
         checkpoint_step=None if checkpoint is None else int(checkpoint.name.rpartition("_")[2]),
         checkpoint_age_seconds=None if saved is None else time.time() - saved,
-        silent_seconds=time.time() - max(signs) if signs else None,
-        doing=_text(beat.get("doing")),
+        silent_seconds=time.time() - max(activity) if activity else None,
+        doing=_text(heartbeat.get("doing")),
         job=task or job,
         failures=sum(event["event"] == "failed" for event in events),
         launches=sum(event["event"] == "started" for event in events),
@@ -115,7 +129,7 @@ def run_state(run: Path) -> RunState:
 
 
 def _count(value: Any) -> int | None:
-    """A count, or None for what is none."""
+    """Return a count that is one, else None."""
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
@@ -128,7 +142,7 @@ def _text(value: Any) -> str | None:
 
 
 def _last_stall(run: Path) -> str | None:
-    """RUN/watch/stall-TIME/report.json of the newest (faults/watchdog.py)."""
+    """Return the line of the newest RUN/watch/stall-TIME/report.json (faults/watchdog.py)."""
     for path in sorted((run / "watch").glob("stall-*/report.json"), reverse=True):
         try:
             return str(load_json(path.read_text(encoding="utf-8"))["line"])
@@ -138,7 +152,7 @@ def _last_stall(run: Path) -> str | None:
 
 
 def tail_lines(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a file of JSON lines."""
+    """Return the last whole lines of a file of JSON lines, without those that are no objects."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -146,38 +160,35 @@ def tail_lines(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()[1 if size > TAIL_BYTES else 0 :]
     except OSError:
         return []
-    found = []
+    return _json_objects(lines)
+
+
+def _json_objects(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    objects = []
     for line in lines:
-        try:
-            found.append(load_json(line))
-        except ValueError:
-            continue  # the one being written
-    return [line for line in found if isinstance(line, dict)]
+        # the last one may be half written
+        with contextlib.suppress(ValueError):
+            objects.append(load_json(line))
+    return [one for one in objects if isinstance(one, dict)]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Of a submission's folder, all of them."""
+    """Return all events of a submission's folder."""
     try:
         text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    found = []
-    for line in text.splitlines():
-        try:
-            found.append(load_json(line))
-        except ValueError:
-            continue
-    return [event for event in found if isinstance(event, dict) and isinstance(event.get("event"), str)]
+    return [event for event in _json_objects(text.splitlines()) if isinstance(event.get("event"), str)]
 
 
 def runs_of_event(event: dict[str, Any]) -> list[str]:
-    """The run directories that a submission names."""
+    """Return the run directories that a submission names."""
     runs = event.get("runs")
     return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
 
 
 def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
-    """Folder of the latest submission that has this run, its job, and the job or the array's task that trains it."""
+    """Return the folder of the latest submission of this run, its job, and the job or array task that trains it."""
     run = run.absolute()
     for above in (run, *list(run.parents)[:2]):
         folder = above / "slurm"
@@ -190,10 +201,10 @@ def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
 
 
 def _groups(run: Path) -> dict[str, dict[str, Any]]:
-    """The groups of its configuration."""
+    """Return the groups of the run's configuration."""
     try:
-        found = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
-        return {name: dict(group) for name, group in found.items() if isinstance(group, dict)}
+        content = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+        return {name: dict(group) for name, group in content.items() if isinstance(group, dict)}
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return {}
 
@@ -210,7 +221,7 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _seconds_left(lines: list[dict[str, Any]], settings: dict[str, Any]) -> float | None:
-    """By tokens, or by steps where they end the run."""
+    """Return the time left by tokens, or by steps where they end the run first."""
     if not lines:
         return None
     step, tokens = _count(lines[-1].get("step")), _count(lines[-1].get("tokens"))
@@ -223,7 +234,7 @@ def _seconds_left(lines: list[dict[str, Any]], settings: dict[str, Any]) -> floa
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """What `latest` names."""
+    """Return the checkpoint that `latest` names."""
     try:
         name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -242,19 +253,19 @@ def _time_of(path: Path) -> float | None:
         return None
 
 
-def _heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], float | None]:
-    """The newest of the job's attempts, and when it was written."""
+def _read_heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, Any], float | None]:
+    """Return the newest heartbeat of the job's attempts, and when it was written."""
     if folder is None or task is None:
         return {}, None
     try:
-        found = [(path.stat().st_mtime, path) for path in (folder / "attempts").glob(f"{task}.*/{HEARTBEAT}")]
+        heartbeats = [(path.stat().st_mtime, path) for path in (folder / "attempts").glob(f"{task}.*/{HEARTBEAT}")]
     except OSError:
         return {}, None
-    if not found:
+    if not heartbeats:
         return {}, None
-    when, path = max(found)
+    written, path = max(heartbeats)
     try:
-        beat = load_json(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}, when
-    return (beat if isinstance(beat, dict) else {}), when
+        return {}, written
+    return (content if isinstance(content, dict) else {}), written

@@ -40,7 +40,7 @@ def torchrun(words: list[str]) -> tuple[int, list[str]]:
 
 
 def ettin(words: list[str], ranks: int | None = None) -> int | None:
-    from megatron_ettin.cli.launched import jobs_of, parse_call
+    from megatron_ettin.cli.launch_jobs import parse_command, split_into_jobs
     from megatron_ettin.cli.main import main
     from megatron_ettin.cli.parsing import parse_overrides
     from megatron_ettin.config.overrides import check_keys, from_overrides
@@ -56,9 +56,9 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
     check_keys(from_overrides([*getattr(args, "words", [])]))
     if name in ("train", "bench") and "--compare" not in rest:
         if ranks is not None:  # checks that the layout fits the number of ranks
-            jobs_of(parse_call(name, rest, []), ranks, None)
+            split_into_jobs(parse_command(name, rest, []), ranks, None)
         elif name == "bench":
-            parse_call(name, rest, [])
+            parse_command(name, rest, [])
     return main([*words, "--dry-run"]) if name == "train" and "--dry-run" not in rest else 0
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.cli.main import main
-from megatron_ettin.cli.parsing import OneLineParser, overrides_of
+from megatron_ettin.cli.parsing import OneLineParser, format_arguments
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.launch.queue import covers
-from megatron_ettin.launch.request import margin_of, seconds_of
+from megatron_ettin.launch.request import parse_time_limit, resolve_margin
 from tests.launch.cluster import ROOT, Cluster
 from tests.launch.jobs import ETTIN, PATH, launch_words, train_words
 
@@ -113,8 +113,8 @@ def test_launch_dry_run_warns_of_data_that_is_not_there(capsys: pytest.CaptureFi
     assert main(["launch", *ONE_NODE, "--dry-run", "--", *CALL, "data.validation=held"]) == 0
     warned = capsys.readouterr().err.splitlines()
     assert warned == [
-        "warning: data.mixture: corpus: no dataset is there",
-        "warning: data.validation: held: no dataset is there",
+        "warning: data.mixture: corpus: no dataset exists there",
+        "warning: data.validation: held: no dataset exists there",
     ]
 
 
@@ -173,17 +173,19 @@ def test_launch_example_profiles_give_valid_scripts(tmp_path: Path, profile: Pat
         ("1-01:30", 91_799, 91_799),
     ],
 )
-def test_margin_of_time_limit_is_a_fraction_unless_given(time: str | None, asked: int | None, margin: int) -> None:
-    assert margin_of(asked, time) == margin
+def test_resolve_margin_of_time_limit_is_a_fraction_unless_given(
+    time: str | None, asked: int | None, margin: int
+) -> None:
+    assert resolve_margin(asked, time) == margin
 
 
 @pytest.mark.parametrize(
     ("time", "seconds"), [("90", 5400), ("1:30", 90), ("1:00:30", 3630), ("2-3", 183_600), ("1-00:01:01", 86_461)]
 )
-def test_seconds_of_time_matches_sbatch_and_limits_the_margin(time: str, seconds: int) -> None:
-    assert seconds_of(time) == seconds
+def test_parse_time_limit_matches_sbatch_and_limits_the_margin(time: str, seconds: int) -> None:
+    assert parse_time_limit(time) == seconds
     with pytest.raises(UserError, match=f"--margin-seconds {seconds}: must be less than --time {time}"):
-        margin_of(seconds, time)
+        resolve_margin(seconds, time)
 
 
 REFUSED = [
@@ -193,8 +195,8 @@ REFUSED = [
     (["--nodes", "0", "--gpus-per-node", "1"], CALL, "--nodes 0: must be at least 1"),
     (["--nodes", "1", "--gpus-per-node", "0"], CALL, "--tasks-per-node 0: must be at least 1"),
     (["--nodes", "1", "--gpus-per-node", "1"], CALL, "--cpus-per-task: say how many cores each rank gets"),
-    (ONE_NODE, CALL, "data.mixture: corpus: no dataset is there; --allow-unseen-data"),
-    (ONE_NODE, [*CALL, "data.order=none.npy"], "no dataset is there"),
+    (ONE_NODE, CALL, "data.mixture: corpus: no dataset exists there; --allow-unseen-data"),
+    (ONE_NODE, [*CALL, "data.order=none.npy"], "no dataset exists there"),
     ([*ONE_NODE, "--time", "soon"], CALL, "--time soon: write minutes"),
     ([*ONE_NODE], ["eval", "x"], "must be train or bench and its options, found 'eval'"),
     ([*ONE_NODE], [*CALL, "model.nun_layers=3"], "num_layers"),
@@ -203,11 +205,11 @@ REFUSED = [
         [*CALL, "parallel.tp=2"],
         "= 2 does not divide 7 ranks",
     ),
-    ([*ONE_NODE], [*CALL, "--dry-run"], "--dry-run: not of a job"),
-    ([*ONE_NODE, "--suite"], CALL, "--objective: the sweep says it"),
-    ([*ONE_NODE, "--container", "x"], CALL, "--container: the profile says nothing"),
+    ([*ONE_NODE], [*CALL, "--dry-run"], "--dry-run: not possible in a job"),
+    ([*ONE_NODE, "--suite"], CALL, "--objective: the sweep sets it"),
+    ([*ONE_NODE, "--container", "x"], CALL, "--container: the profile sets neither"),
     ([*ONE_NODE, "--env-file", "none"], CALL, "--env-file none: no such file"),
-    ([*ONE_NODE, "--after", "afterok:1"], CALL, "--after: goes with --submit"),
+    ([*ONE_NODE, "--after", "afterok:1"], CALL, "--after: needs --submit"),
     (["--nodes", "1", "--profile", "none.yaml"], CALL, "--profile none.yaml: No such file"),
 ]
 
@@ -232,8 +234,8 @@ def test_launch_refusal_is_one_line_and_leaves_no_files(
         ("gpus_per_node: -1\n", "gpus_per_node -1: must be at least 0"),
         ("container_prefix: ['{image}']\n", "only {container}, {folder}, {cwd} are known"),
         ("sbatch: {--partition: gpu}\n", "'--partition': write a long option without its dashes"),
-        ("sbatch: {nodes: 4}\n", "'nodes' is of the run"),
-        ("environment: {A B: 1}\n", "'A B' is no variable's name"),
+        ("sbatch: {nodes: 4}\n", "'nodes' is set by `ettin launch`"),
+        ("environment: {A B: 1}\n", "'A B' is not the name of a variable"),
         ("[1]\n", "holds no keys"),
         ("a: [\n", "not YAML"),
     ],
@@ -304,8 +306,8 @@ def test_words_of_parsed_arguments_round_trip() -> None:
     train.add_arguments(parser)
     words = ["--init-from", "a b", "--allow-change", "optim.lr", "--allow-change", "run.seed", "optim.lr=1", "x.y=2"]
     args = parser.parse_intermixed_args(words)
-    assert overrides_of(parser, args, ()) == words
-    assert overrides_of(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]
+    assert format_arguments(parser, args, ()) == words
+    assert format_arguments(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]
 
 
 @pytest.mark.parametrize(

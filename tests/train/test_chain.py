@@ -119,7 +119,7 @@ def test_phase_all_invalid_later_phase_is_refused_before_training(pool: Pool, co
     assert not (tmp_path / "runs/pretrain/checkpoints").exists()
     (result,) = pool.run(1, [*line(corpus, "all", tmp_path / "runs"), "--from-step", "1"])
     assert result.status == 2
-    assert "--from-step: is of one phase" in result.output
+    assert "--from-step: needs one phase" in result.output
 
 
 def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_path: Path, apart: Apart) -> None:
@@ -127,7 +127,7 @@ def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_pat
     words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", first)
     (result,) = pool.run(1, words)
     assert result.status == 0
-    assert "warning: decay begins from pretrain; the recipe goes on from extend" in result.output
+    assert "warning: decay begins from pretrain; the recipe continues extend" in result.output
     (result,) = pool.run(1, line(corpus, "extend", tmp_path / "b", "run.steps=1"))
     assert result.status == 0
     assert "warning: extend begins from initial weights" in result.output
@@ -140,7 +140,7 @@ def test_train_one_phase_in_the_folder_of_a_chain_is_refused(
     assert main(line(corpus, "pretrain", root)) == 2
     said = capsys.readouterr().err
     assert (
-        f"{root}: holds the phases pretrain, extend, decay; say --run-dir {root / 'pretrain'}, or --phase all" in said
+        f"{root}: holds the phases pretrain, extend, decay; give --run-dir {root / 'pretrain'}, or --phase all" in said
     )
     assert not (root / "config.yaml").exists()
 
@@ -195,4 +195,4 @@ def test_cross_from_the_same_objective_is_told(
 ) -> None:
     words = [*line(corpus, "cross", tmp_path / "run"), "--init-from", str(apart(1)), "--dry-run"]
     assert main(words) == 0
-    assert "note: cross goes on from weights of the same objective, clm: a control" in capsys.readouterr().err
+    assert "note: cross continues weights of the same objective, clm: a control" in capsys.readouterr().err

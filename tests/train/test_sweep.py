@@ -87,7 +87,7 @@ def test_sweep_invalid_definition_is_refused(sweeps: list[str], said: str) -> No
     [
         ([RATES, "--sweep-member", "2"], "--sweep-member 2: the sweep has runs 0 to 1"),
         (["--sweep-member", "0"], "--sweep-member: needs --sweep"),
-        ([RATES, "--from-step", "1"], "--sweep: does not go with --from-step"),
+        ([RATES, "--from-step", "1"], "--sweep: cannot be combined with --from-step"),
         (["--sweep", "optim.lr=1e-3,fast"], "optim.lr: 'fast' is not a number"),
     ],
 )

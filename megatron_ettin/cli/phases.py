@@ -1,0 +1,182 @@
+"""Resolve which runs an `ettin train` command asks for: one phase, the phases of a chain, or the members of a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ettin.runs.history import CHAIN, last_phase, phases_in
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.overrides import Member
+    from megatron_ettin.config.schema import Config
+
+# phase -> the phase of the recipe that it continues
+PREVIOUS = {"extend": "pretrain", "decay": "extend"}
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """One phase of one run, resolved and checked."""
+
+    config: Config
+    run_dir: Path
+    init_from: Path | None
+    kept: dict[str, Any]
+    """Keys of `model` that come with the weights it begins from."""
+    words: list[str]
+    """Its `group.key=value` overrides."""
+    begun: Config | None = None
+    """The run's recorded configuration; None before its first launch."""
+    given: frozenset[str] = frozenset()
+    """`group.key` of everything that the user sets."""
+
+    @property
+    def free(self) -> frozenset[str]:
+        """Keys of the schedule that follow the run's length."""
+        from megatron_ettin.config.resolve import SPAN
+
+        return frozenset() if self.begun is not None else frozenset(SPAN) - self.given
+
+    @property
+    def planned(self) -> Config:
+        """The configuration with its schedule for `run.steps`, as far as that is known without the data."""
+        from megatron_ettin.plan.schedule_end import expected_row_tokens, fit_schedule
+
+        return fit_schedule(self.config, self.free, expected_row_tokens(self.config))
+
+
+def recorded_config(run_dir: Path) -> Config | None:
+    """Return the configuration that a run directory records, None where no run has begun in it. Raises UserError."""
+    from megatron_ettin.config.resolve import from_yaml
+
+    path = run_dir / "config.yaml"
+    return from_yaml(path) if path.exists() else None
+
+
+def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
+    """Return the keys of `model` that come with the weights which the run began from.
+
+    They are as its first launch recorded them, so that a run resumes without those weights too, or as `init_from` has
+    them.
+
+    Raises:
+        UserError: where there are no such weights.
+    """
+    from megatron_ettin.runs.history import first_launch
+
+    first = first_launch(run_dir)
+    if first is not None:
+        return dict(first.get("model_of_weights") or {})
+    if init_from is None:
+        return {}
+    from megatron_ettin.config.resolve import inherited
+
+    return inherited(config_of_weights(init_from))
+
+
+def config_of_weights(init_from: Path) -> dict[str, Any]:
+    """Return the groups of the configuration stored with weights. Raises UserError where there are none."""
+    from megatron_ettin.checkpoint.directory import read_config, resolve
+    from megatron_ettin.convert.from_hf import groups_of, is_hf_folder
+
+    return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
+
+
+def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
+    """Return the phases that the command line asks for, resolved and checked. Raises UserError."""
+    from megatron_ettin.config.resolve import given_by_user, inherited, parse
+
+    run_dir, words = args.run_dir, args.words
+    if args.init_from is not None:
+        args.init_from = last_phase(args.init_from)
+    if args.sweep:
+        return [phase for member in chosen_members(args) for phase in member_phases(args, member)]
+    if args.phase != "all":
+        check_weights(args)
+    planned: list[PlannedPhase] = []
+    for phase in CHAIN if args.phase == "all" else [args.phase]:
+        own = run_dir / phase if args.phase == "all" else run_dir
+        begun = recorded_config(own)
+        kept = inherited(dataclasses.asdict(planned[-1].config)) if planned else model_of_weights(own, args.init_from)
+        config = parse(args.size, args.objective, phase, args.config, words, kept, begun)
+        source = planned[-1].run_dir if planned else args.init_from
+        given = given_by_user(args.config, words, phase)
+        planned.append(PlannedPhase(config, own, source, kept, words, begun, given))
+    return planned
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """Raise UserError for a phase in a folder of phases, and for cross-training without weights."""
+    from megatron_ettin.base.errors import UserError
+    from megatron_ettin.checkpoint.directory import list_checkpoints
+
+    if phases := phases_in(args.run_dir):
+        names = ", ".join(one.name for one in phases)
+        own = args.run_dir / args.phase
+        raise UserError(f"--run-dir {args.run_dir}: holds the phases {names}; give --run-dir {own}, or --phase all")
+    if args.phase == "cross" and args.init_from is None and not args.explain and not list_checkpoints(args.run_dir):
+        raise UserError(
+            "--phase cross: trains on weights of the other objective; name them with --init-from RUN|CHECKPOINT|HF_DIR"
+        )
+
+
+def chosen_members(args: argparse.Namespace) -> list[Member]:
+    """Return the sweep's members that this job runs. Raises UserError."""
+    from megatron_ettin.base.errors import UserError
+    from megatron_ettin.config.overrides import members
+
+    if args.phase == "all" or args.from_step is not None:
+        other = "--phase all" if args.phase == "all" else "--from-step"
+        raise UserError(f"--sweep: cannot be combined with {other}; leave one out")
+    sweep = members(args.sweep)
+    if args.sweep_member is None:
+        return sweep
+    if not 0 <= args.sweep_member < len(sweep):
+        raise UserError(f"--sweep-member {args.sweep_member}: the sweep has runs 0 to {len(sweep) - 1}")
+    return [sweep[args.sweep_member]]
+
+
+def member_phases(args: argparse.Namespace, member: Member) -> list[PlannedPhase]:
+    """Return the one run of a member, by the rules of a single run."""
+    names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
+    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.overrides], "sweep": []}
+    return plan_phases(argparse.Namespace(**{**vars(args), **names, **own}))
+
+
+def reference_rate_line(phase: PlannedPhase) -> str | None:
+    """Return a line on weight decay, which keeps its reference where a run continues with another learning rate."""
+    if phase.begun is None or phase.begun.optim.lr == phase.config.optim.lr:
+        return None
+    before, now = phase.begun.optim, phase.config.optim
+    reference = now.weight_decay_reference_lr
+    if before.weight_decay_reference_lr != reference:
+        return None
+    return (
+        f"optim.lr {before.lr:g} -> {now.lr:g}; optim.weight_decay_reference_lr stays {reference:g}, so weights decay"
+        f" by {now.lr / before.lr:.3g} of what they did"
+    )
+
+
+def chain_warning(phase: PlannedPhase) -> str | None:
+    """Return a warning where a phase does not continue the one that the recipe has before it; None elsewhere."""
+    from megatron_ettin.runs.history import first_launch
+
+    name = phase.config.run.phase
+    if first_launch(phase.run_dir) is not None:
+        return None
+    if name == "cross" and phase.init_from is not None:
+        source = (config_of_weights(phase.init_from).get("run") or {}).get("objective")
+        if source == phase.config.run.objective:
+            return f"note: cross continues weights of the same objective, {source}: a control, no cross-training"
+    if name not in PREVIOUS:
+        return None
+    if phase.init_from is None:
+        return f"warning: {name} begins from initial weights; the recipe continues {PREVIOUS[name]} (--init-from)"
+    source = (config_of_weights(phase.init_from).get("run") or {}).get("phase")
+    if source in (PREVIOUS[name], None):
+        return None
+    return f"warning: {name} begins from {source}; the recipe continues {PREVIOUS[name]}"
