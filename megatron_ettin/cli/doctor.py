@@ -81,7 +81,7 @@ def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
     """Return the findings of this rank, then of all ranks (collective with --ranks)."""
     from megatron_ettin.doctor.accelerator import accelerator_findings
     from megatron_ettin.doctor.files import file_findings
-    from megatron_ettin.doctor.machine import host_findings
+    from megatron_ettin.doctor.host import host_findings
     from megatron_ettin.doctor.versions import version_findings
 
     found = version_findings()

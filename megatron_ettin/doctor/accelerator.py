@@ -1,4 +1,4 @@
-"""GPUs, their driver and libraries, the packages that make them fast: what is there, what each absence costs."""
+"""Check GPUs, their driver and libraries, and the packages that make them fast, and what an absence costs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ NOT_HERE = "of no use without a GPU"
 
 
 def accelerator_findings(quick: bool, wanted_gpus: int | None = None) -> list[Finding]:
-    """Everything below. `quick`: nothing is imported that takes seconds. `wanted_gpus`: how many there must be."""
+    """Return all findings about GPUs and their packages.
+
+    Args:
+        quick: import nothing that takes seconds.
+        wanted_gpus: report a problem unless torch sees so many.
+    """
     seen = inventory.gpus()
-    found = [*_gpus(seen, wanted_gpus), _driver(bool(seen)), ok("collectives", inventory.collectives())]
     return [
-        *found,
+        *_gpus(seen, wanted_gpus),
+        _driver(bool(seen)),
+        ok("collectives", inventory.collectives()),
         _core(quick),
         _helper(),
         _transformer_engine(bool(seen), quick),
@@ -30,35 +36,37 @@ def accelerator_findings(quick: bool, wanted_gpus: int | None = None) -> list[Fi
 
 
 def _gpus(seen: list[inventory.Gpu], wanted: int | None) -> list[Finding]:
-    found = []
-    for part in sorted(set(seen), key=lambda part: part.name):
-        text = f"{seen.count(part)} x {part.name}, {part.memory_gib:.0f} GiB, capability {part.capability}"
-        if part.supported:
-            found.append(ok("gpu", text, count=seen.count(part), model=part.name, capability=part.capability))
+    findings = []
+    for gpu in sorted(set(seen), key=lambda gpu: gpu.name):
+        text = f"{seen.count(gpu)} x {gpu.name}, {gpu.memory_gib:.0f} GiB, capability {gpu.capability}"
+        if gpu.supported:
+            findings.append(ok("gpu", text, count=seen.count(gpu), model=gpu.name, capability=gpu.capability))
         else:
             why = f"{text}: this torch (CUDA {inventory.torch_build()}) has no kernels for it"
-            found.append(problem("gpu", why, "install a build of torch that has (https://pytorch.org)"))
+            findings.append(problem("gpu", why, "install a build of torch that has them (https://pytorch.org)"))
     if wanted is not None and len(seen) != wanted:
         mask = inventory.visible_devices()
         seen_by = f" (CUDA_VISIBLE_DEVICES={mask})" if mask is not None else ""
-        found.append(problem("gpu", f"torch sees {len(seen)} of {wanted}{seen_by}", "look at `nvidia-smi` and dmesg"))
+        findings.append(
+            problem("gpu", f"torch sees {len(seen)} of {wanted}{seen_by}", "look at `nvidia-smi` and dmesg")
+        )
     elif not seen and inventory.driver() is not None and inventory.visible_devices() != "":
         if inventory.torch_build() is None:
-            text, todo = "there are, but this torch is built for CPUs", "install a build of torch for CUDA"
+            text, todo = "there are GPUs, but this torch is built for CPUs", "install a build of torch for CUDA"
         else:
-            text = f"there is a driver, but torch (CUDA {inventory.torch_build()}) sees none"
+            text = f"there is a driver, but torch (CUDA {inventory.torch_build()}) sees no GPU"
             todo = "look at `nvidia-smi`; in a container: was it started with GPUs? is the driver new enough?"
-        found.append(problem("gpu", text, todo))
+        findings.append(problem("gpu", text, todo))
     elif not seen:
-        found.append(note("gpu", "none; runs here train on the processor, over gloo", count=0))
-    return found
+        findings.append(note("gpu", "none; runs here train on the CPU, over gloo", count=0))
+    return findings
 
 
 def _driver(has_gpu: bool) -> Finding:
     version, build = inventory.driver(), inventory.torch_build()
     built = f"torch is built for CUDA {build}" if build else "torch is built for CPUs"
     if version is None:
-        return (note if not has_gpu else ok)("driver", f"no kernel module of NVIDIA's is seen; {built}")
+        return (note if not has_gpu else ok)("driver", f"no NVIDIA kernel module was found; {built}")
     return ok("driver", f"{version}; {built}", version=version, cuda=build)
 
 
@@ -106,8 +114,11 @@ def _older(version: str, than: str) -> bool:
 
 
 def _apex(has_gpu: bool) -> Finding:
-    """Judge Apex by its one part that is used here, on Megatron-Core's own layers: those of fp32, and of any precision
-    where there is no Transformer Engine, whose layers add their weights' gradients themselves."""
+    """Check Apex for its one part that is used here, on Megatron-Core's own layers.
+
+    These run in fp32, and in any precision without Transformer Engine, whose layers accumulate weight gradients
+    themselves.
+    """
     kind, te = inventory.apex_kind(), version_of("transformer-engine")
     has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)
     if kind == "other":
@@ -121,10 +132,10 @@ def _apex(has_gpu: bool) -> Finding:
     if not has_gpu:
         return ok("apex", f"{state}; {NOT_HERE}")
     if has_te:
-        return ok("apex", f"{state}; beside Transformer Engine only runs in fp32 would use it")
+        return ok("apex", f"{state}; with Transformer Engine only runs in fp32 use it")
     if is_whole:
-        return ok("apex", f"{state}: products add to weights' gradients themselves")
-    return note("apex", f"{state}: weights' gradients are added to their buffers in a pass of their own")
+        return ok("apex", f"{state}: weight gradients are accumulated in the matrix product")
+    return note("apex", f"{state}: weight gradients are accumulated in a separate pass")
 
 
 def _flash_attention(has_gpu: bool) -> Finding:
@@ -153,5 +164,5 @@ def _compiler(has_gpu: bool) -> Finding:
     if has_gpu:
         return ok("compiler", f"Triton {version_of('triton') or ''}".strip() + (f", {cxx}" if cxx else ""))
     if cxx is None:
-        return note("compiler", "no C++ compiler: no run.fuse=always on the processor, which `auto` does not want")
+        return note("compiler", "no C++ compiler: no run.fuse=always on the CPU (`auto` does not use it there)")
     return ok("compiler", cxx)

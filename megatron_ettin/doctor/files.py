@@ -1,5 +1,5 @@
-"""Whether a folder's file system keeps what checkpoints rely on (rename replaces at once, fsync works on files and
-folders, locks hold), how fast it is, and how much is left."""
+"""Check a folder's file system: does it do what checkpoints rely on (rename replaces at once, fsync works on files and
+folders, locks hold), how fast is it, and how much room is left."""
 
 from __future__ import annotations
 
@@ -19,41 +19,49 @@ MIB, GIB = 1 << 20, 1 << 30
 LEAST_FREE, LOW_FREE = 1 * GIB, 20 * GIB
 FEWEST_INODES = 10_000
 PROBE_BYTES = 64 * MIB
-SLOW_MB = 100.0  # a second: a checkpoint of the 1b (12 GB) takes two minutes
+# MB per second: a checkpoint of the 1b (12 GB) takes two minutes
+SLOW_MB = 100.0
 SLOW_SYNC_SECONDS = 0.25
 
 
 def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> list[Finding]:
-    """Of the file system that `folder` is on. The nearest existing parent is taken for one that is not there yet; what
-    is written is removed. `quick`: without the speed."""
+    """Check the file system of a folder. What is written is removed.
+
+    Args:
+        folder: may not exist yet; then its nearest existing parent is checked.
+        quick: skip the speed.
+        probe_bytes: size of the file that measures the speed.
+    """
     name = f"files in {folder}"
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        return [problem(name, f"{place} is not a folder", "name one")]
-    found = [_room(f"room in {folder}", place)]
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return [problem(name, f"{existing} is not a folder", "name a folder")]
+    findings = [_room(f"room in {folder}", existing)]
     try:
-        with _probe_folder(place) as probe:
-            found.append(_behaviour(name, probe))
+        with _probe_folder(existing) as probe:
+            findings.append(_behaviour(name, probe))
             if not quick:
-                found.append(_speed(f"speed in {folder}", probe, probe_bytes))
+                findings.append(_speed(f"speed in {folder}", probe, probe_bytes))
     except OSError as error:
-        found.append(problem(name, f"cannot be written ({first_line(error)})", "choose another, or mend its rights"))
-    return found
+        todo = "choose another folder, or fix its permissions"
+        findings.append(problem(name, f"cannot be written ({first_line(error)})", todo))
+    return findings
 
 
 @contextlib.contextmanager
-def _probe_folder(place: Path) -> Iterator[Path]:
-    probe = Path(tempfile.mkdtemp(prefix=".tmp-ettin-doctor-", dir=place))
+def _probe_folder(folder: Path) -> Iterator[Path]:
+    probe = Path(tempfile.mkdtemp(prefix=".tmp-ettin-doctor-", dir=folder))
     try:
         yield probe
     finally:
         shutil.rmtree(probe, ignore_errors=True)
 
 
-def _room(name: str, place: Path) -> Finding:
-    status = os.statvfs(place)
+def _room(name: str, folder: Path) -> Finding:
+    status = os.statvfs(folder)
     free, inodes = status.f_bavail * status.f_frsize, status.f_favail
-    counted = status.f_files > 0  # btrfs and some network file systems count none
+    # btrfs and some network file systems count none
+    counted = status.f_files > 0
     text = f"{free / GIB:,.1f} GiB free" + (f", {inodes:,} inodes" if counted else "")
     figures = {"free_bytes": free, "free_inodes": inodes if counted else None}
     if free < LEAST_FREE:
@@ -66,7 +74,7 @@ def _room(name: str, place: Path) -> Finding:
 
 
 def _behaviour(name: str, probe: Path) -> Finding:
-    """Each of what checkpoints and run directories do; the first that fails is a problem."""
+    """Try what checkpoints and run directories do; the first needed one that fails is a problem."""
     missing = []
     for what, attempt, needed in PROMISES:
         try:
@@ -85,7 +93,7 @@ def _behaviour(name: str, probe: Path) -> Finding:
 
 
 def _replaces_a_file(probe: Path) -> bool:
-    """An open reader keeps the old content; the name has the new one."""
+    """Return whether rename replaces a file, while an open reader keeps the old content."""
     old, new = probe / "latest", probe / "latest.new"
     old.write_text("old")
     new.write_text("new")
@@ -95,7 +103,7 @@ def _replaces_a_file(probe: Path) -> bool:
 
 
 def _publishes_a_folder(probe: Path) -> bool:
-    """A whole folder appears by one rename, and none goes over another that has files."""
+    """Return whether one rename publishes a folder, and refuses to replace one that has files."""
     staged, published = probe / "step.tmp", probe / "step"
     staged.mkdir()
     (staged / "weights").write_text("w")
@@ -123,7 +131,7 @@ def _syncs(probe: Path) -> bool:
 
 
 def _locks(probe: Path) -> bool:
-    """The second of two is refused."""
+    """Return whether the second of two locks is refused."""
     with (probe / "lock").open("w") as first, (probe / "lock").open("w") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -142,7 +150,7 @@ PROMISES: tuple[tuple[str, Callable[[Path], bool], bool], ...] = (
 
 
 def _speed(name: str, probe: Path, size: int) -> Finding:
-    """Large writes with fsync, reads after the cache is told to forget, and small ones as a step's record is."""
+    """Measure large writes with fsync, reads without the page cache, and small synced writes as a step's record is."""
     block, path = os.urandom(min(MIB, size)), probe / "large"
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -165,5 +173,5 @@ def _speed(name: str, probe: Path, size: int) -> Finding:
     text = f"{written:,.0f} MB/s written with fsync, {read:,.0f} MB/s read, {sync * 1e3:.1f} ms for a small fsync"
     figures = {"write_mb_per_second": round(written, 1), "read_mb_per_second": round(read, 1), "fsync_seconds": sync}
     if written < SLOW_MB or sync > SLOW_SYNC_SECONDS:
-        return note(name, f"{text}: slow; checkpoints take long (they are written beside the steps)", **figures)
+        return note(name, f"{text}: slow; checkpoints take long (they are written in the background)", **figures)
     return ok(name, text, **figures)

@@ -1,4 +1,4 @@
-"""What `ettin doctor` has found out: one line each, and what to do where something is wrong."""
+"""Describe what `ettin doctor` finds: one line each, and what to do where something is wrong."""
 
 from __future__ import annotations
 
@@ -6,44 +6,51 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-STATES = ("ok", "note", "warning", "problem")  # ever worse; a note is a gap that costs nothing or is on purpose
+# from best to worst; a note is a gap that costs nothing or is on purpose
+STATES = ("ok", "note", "warning", "problem")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`name`: what was looked at; `text`: one line; `todo`: what to do, of a warning or problem; `figures`: what
-    scripts read, units in their names."""
+    """One thing that was checked."""
 
     name: str
+    """What was checked."""
     state: str
+    """One of STATES."""
     text: str
+    """What was found, in one line."""
     todo: str = ""
+    """What to do about a warning or problem."""
     figures: dict[str, Any] = field(default_factory=dict)
+    """Values for scripts; units are part of the names."""
 
 
 def ok(name: str, text: str, **figures: Any) -> Finding:
+    """Return a finding that is as it should be."""
     return Finding(name, "ok", text, figures=figures)
 
 
 def note(name: str, text: str, **figures: Any) -> Finding:
+    """Return a gap that costs nothing or is on purpose."""
     return Finding(name, "note", text, figures=figures)
 
 
 def warning(name: str, text: str, todo: str, **figures: Any) -> Finding:
-    """Costs speed or comfort, or may end a run one day."""
+    """Return a finding that costs speed or comfort, or may end a run one day."""
     return Finding(name, "warning", text, todo, figures)
 
 
 def problem(name: str, text: str, todo: str, **figures: Any) -> Finding:
-    """A run would stop, or compute something else."""
+    """Return a finding that would stop a run, or make it compute something else."""
     return Finding(name, "problem", text, todo, figures)
 
 
-def worst(found: Iterable[Finding]) -> str:
-    """The worst state of all; `ok` of none."""
-    return max((finding.state for finding in found), key=STATES.index, default="ok")
+def worst(findings: Iterable[Finding]) -> str:
+    """Return the worst state of all; `ok` of none."""
+    return max((finding.state for finding in findings), key=STATES.index, default="ok")
 
 
-def flops_text(rate: float) -> str:
-    """Operations a second: `51 GFLOP/s`, `612 TFLOP/s`."""
+def format_flops(rate: float) -> str:
+    """Format operations per second: `51 GFLOP/s`, `612 TFLOP/s`."""
     return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"

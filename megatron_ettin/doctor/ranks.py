@@ -1,7 +1,7 @@
-"""All ranks of a launch beside each other: do they meet, is the same installed, do their clocks agree, do sums over
-them come out right, and which of them is slow?
+"""Compare all ranks of a launch: do they meet, is the same installed, do their clocks agree, and which of them is slow?
 
-Seconds of products on every device of this process, and sums over its ranks: right, and how fast?"""
+Matrix products on every device of this process and all-reduces over its ranks run for some seconds; their results are
+checked and their speed is measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_ettin.base.versions import (
     first_difference,
     library_versions,
 )
-from megatron_ettin.doctor.findings import Finding, flops_text, ok, problem, warning
+from megatron_ettin.doctor.findings import Finding, format_flops, ok, problem, warning
 from megatron_ettin.parallel.collectives import all_gather_object, barrier
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group, release_store
@@ -32,22 +32,40 @@ from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.platform.sanity import AllReduces, Products, all_reduces, products
 
 ARRIVAL_SECONDS = 120.0
-SLOW_RANK = 0.85  # of the median rank's rate
-TOLD = 4
+# share of the median rank's rate
+SLOW_RANK = 0.85
+MOST_NAMED = 4
+# seconds of each of products and all-reduces
+GPU_SECONDS, CPU_SECONDS = 5.0, 0.5
+# share of the data sheet's figure
+LEAST_OF_PEAK = 0.5
+# share of the usual group of products that the slowest one has
+LEAST_OF_MEDIAN = 0.8
+BROKEN = "take this host out of the partition and test the device (dcgmi diag -r 3; memtest)"
 
 
-def rank_findings(place: DistributedEnv, platform: Platform, own: Sequence[Finding], quick: bool) -> list[Finding]:
-    """The same list on every rank, but where they do not meet. `own`: what this rank has found by itself; what is
-    wrong of the others' is in the list with their hosts. Collective."""
+def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding], quick: bool) -> list[Finding]:
+    """Compare all ranks (collective).
+
+    Args:
+        env: this rank.
+        platform: its device.
+        own: what this rank has found by itself.
+        quick: measure nothing.
+
+    Returns:
+        The same list on every rank, unless they do not meet; warnings and problems that other hosts found by themselves
+        are in it with their hosts.
+    """
     try:
-        init_process_group(place, platform, arrival_seconds=ARRIVAL_SECONDS)
+        init_process_group(env, platform, arrival_seconds=ARRIVAL_SECONDS)
     except RankError as error:
         todo = "are all started? are MASTER_ADDR and the port reachable from each host, is a firewall between them?"
         return [problem("rendezvous", str(error), todo)]
     try:
         measured = None if quick else products_finding(platform)
         hosts = all_gather_object(socket.gethostname())
-        found = [ok("rendezvous", f"{place.world} ranks by {place.source}; hosts: {len(set(hosts))}")]
+        found = [ok("rendezvous", f"{env.world} ranks by {env.source}; hosts: {len(set(hosts))}")]
         found += _differences(hosts, all_gather_object(_facts(platform)))
         barrier()
         found.append(judge_clocks(hosts, all_gather_object(time.time())))
@@ -56,11 +74,11 @@ def rank_findings(place: DistributedEnv, platform: Platform, own: Sequence[Findi
         seconds = 0.0 if quick else GPU_SECONDS if platform.is_gpu else CPU_SECONDS
         sums = all_gather_object(all_reduce_finding(all_reduces(platform, seconds), platform))
         found.append(next((one for one in sums if one.state != "ok"), sums[0]))
-        return found + _others(hosts, all_gather_object(list(own)))
+        return found + _on_other_hosts(hosts, all_gather_object(list(own)))
     except RuntimeError as error:  # a rank that died, a network that is cut
         return [
             problem(
-                "ranks", f"rank {place.rank}: {first_line(error)[:200]}", "NCCL_DEBUG=INFO tells more of GPUs' networks"
+                "ranks", f"rank {env.rank}: {first_line(error)[:200]}", "NCCL_DEBUG=INFO logs more about GPUs' networks"
             )
         ]
     finally:
@@ -69,7 +87,7 @@ def rank_findings(place: DistributedEnv, platform: Platform, own: Sequence[Findi
 
 
 def _facts(platform: Platform) -> dict[str, str]:
-    """What should be equal everywhere, by its name."""
+    """Return what should be equal everywhere, by name."""
     return {
         "code of megatron_ettin": f"{code_version()} ({code_hash()})",
         "libraries": library_versions(),
@@ -82,7 +100,7 @@ def _facts(platform: Platform) -> dict[str, str]:
 
 
 def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]:
-    """A finding for each fact in which ranks differ; code and libraries end a run."""
+    """Return a finding for each fact in which ranks differ; different code or libraries end a run."""
     found = []
     for name in facts[0]:
         line = first_difference(hosts, [{name: fact[name]} for fact in facts])
@@ -94,34 +112,36 @@ def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]
 
 
 def judge_clocks(hosts: Sequence[str], now: Sequence[float]) -> Finding:
-    """`now`: seconds of each rank's clock, read when all had met."""
+    """Judge the ranks' clocks, in seconds, which were read right after a barrier."""
     spread = max(now) - min(now)
     off = clock_warnings(hosts, now)
     if off:
-        lines = "; ".join(line.removeprefix("warning: ") for line in off[:TOLD])
+        lines = "; ".join(line.removeprefix("warning: ") for line in off[:MOST_NAMED])
         return warning("clocks", lines, "start chrony or ntpd there", spread_seconds=spread)
     return ok("clocks", f"within {spread * 1e3:.0f} ms (bound: {CLOCK_SECONDS:g} s)", spread_seconds=spread)
 
 
 def judge_rates(hosts: Sequence[str], measured: Sequence[Finding]) -> Finding:
-    """The products of all ranks: who is wrong, who is slow."""
+    """Judge the products of all ranks: which is wrong, which is slow."""
     bad = [f"rank {rank} on {hosts[rank]}: {one.text}" for rank, one in enumerate(measured) if one.state == "problem"]
     if bad:
         todo = next(one.todo for one in measured if one.state == "problem")
-        return problem("products", "; ".join(bad[:TOLD]), todo)
+        return problem("products", "; ".join(bad[:MOST_NAMED]), todo)
     rates = [one.figures["tflops"] for one in measured]
     usual = statistics.median(rates)
     slow = [rank for rank, rate in enumerate(rates) if rate < SLOW_RANK * usual]
-    text = f"{flops_text(usual * 1e12)} by the median rank, {min(rates) / usual:.0%} to {max(rates) / usual:.0%} of it"
+    text = (
+        f"{format_flops(usual * 1e12)} by the median rank, {min(rates) / usual:.0%} to {max(rates) / usual:.0%} of it"
+    )
     if slow:
-        told = ", ".join(f"rank {rank} on {hosts[rank]}: {rates[rank] / usual:.0%}" for rank in slow[:TOLD])
-        todo = "all wait for the slowest: leave its host out (sbatch --exclude), or see what else runs there"
-        return warning("products", f"{text}; slow: {told}", todo, tflops=rates)
+        named = ", ".join(f"rank {rank} on {hosts[rank]}: {rates[rank] / usual:.0%}" for rank in slow[:MOST_NAMED])
+        todo = "all ranks wait for the slowest: leave its host out (sbatch --exclude), or look at what else runs there"
+        return warning("products", f"{text}; slow: {named}", todo, tflops=rates)
     return ok("products", f"{text}; right", tflops=rates)
 
 
-def _others(hosts: list[str], every: list[list[Finding]]) -> list[Finding]:
-    """What is wrong on hosts other than rank 0's, once a host."""
+def _on_other_hosts(hosts: list[str], every: list[list[Finding]]) -> list[Finding]:
+    """Return warnings and problems of hosts other than rank 0's, once for each host."""
     found: dict[tuple[str, str, str], Finding] = {}
     for host, findings in zip(hosts, every, strict=True):
         for finding in findings if host != hosts[0] else ():
@@ -131,14 +151,8 @@ def _others(hosts: list[str], every: list[list[Finding]]) -> list[Finding]:
     return list(found.values())
 
 
-GPU_SECONDS, CPU_SECONDS = 5.0, 0.5  # of each of the two
-LEAST_OF_PEAK = 0.5  # of the data sheet's figure
-LEAST_OF_MEDIAN = 0.8  # the slowest group of products beside the usual one
-BROKEN = "take this machine out of the partition and test the device (dcgmi diag -r 3; memtest)"
-
-
-def alone_findings() -> list[Finding]:
-    """Products on each GPU in turn (or the processor), and a sum over one rank, which starts the backend."""
+def single_rank_findings() -> list[Finding]:
+    """Check products on each GPU in turn (or the CPU), and an all-reduce over one rank, which starts the backend."""
     count = max(gpu_count(), 1)
     found = [products_finding(detect("auto", index), index if count > 1 else None, count) for index in range(count)]
     platform = detect("auto", 0)
@@ -149,24 +163,25 @@ def alone_findings() -> list[Finding]:
         finally:
             destroy_process_group()
     except RuntimeError as error:
-        todo = "NCCL_DEBUG=INFO tells more; is the library's version that of torch?"
+        todo = "NCCL_DEBUG=INFO logs more; is the library's version that of torch?"
         found.append(problem("all-reduce", f"{platform.backend} does not start: {first_line(error)}", todo))
     return found
 
 
 def products_finding(platform: Platform, index: int | None = None, devices: int = 1) -> Finding:
-    """Products on one device. `devices`: that share the seconds."""
+    """Measure and judge products on one device; `devices` devices share the seconds."""
     name = "products" if index is None else f"products, gpu {index}"
     try:
         done = products(platform, (GPU_SECONDS if platform.is_gpu else CPU_SECONDS) / devices)
-    except RuntimeError as error:  # torch's errors of devices, out of memory too
+    except RuntimeError as error:
+        # errors of the device, out of memory too
         return problem(name, f"{platform.name}: {first_line(error)}", "look at `nvidia-smi` and dmesg")
     return judge_products(name, platform.name, platform.peak_flops, done)
 
 
 def judge_products(name: str, device: str, peak_flops: float | None, done: Products) -> Finding:
-    """What the measured rate says. `peak_flops`: of the data sheet, where it is known."""
-    text = f"{flops_text(done.flops)} in {done.dtype} at {done.side:,} on {device}"
+    """Judge the measured rate by itself and, where known, by `peak_flops` of the data sheet."""
+    text = f"{format_flops(done.flops)} in {done.dtype} at {done.side:,} on {device}"
     figures: dict[str, Any] = {"tflops": done.flops / 1e12, "slowest_tflops": done.slowest / 1e12}
     if peak_flops:
         figures["of_peak"] = done.flops / peak_flops
@@ -182,7 +197,7 @@ def judge_products(name: str, device: str, peak_flops: float | None, done: Produ
 
 
 def all_reduce_finding(done: AllReduces, platform: Platform) -> Finding:
-    """What the sums say."""
+    """Judge the all-reduces."""
     if done.error:
         return problem("all-reduce", done.error, BROKEN)
     if done.world == 1:

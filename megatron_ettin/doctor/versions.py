@@ -1,4 +1,4 @@
-"""Versions of Python and of packages, beside those that setup.cfg allows and those that the tests ran with."""
+"""Compare the versions of Python and of packages with those that setup.cfg allows and those that the tests ran with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = "megatron-ettin"
 OLDEST_PYTHON = (3, 10)
 TESTED_PYTHON = ("3.11",)
 
-# of constraints-cpu.txt (tests/doctor compares), without tools for developing
+# from constraints-cpu.txt (tests/doctor compares them), without development tools
 TESTED = {
     "torch": "2.13.0",
     "megatron-core": "0.16.1",
@@ -40,45 +40,46 @@ TESTED = {
     "deepspeed": "0.19.8",
     "wandb": "0.31.0",
 }
-# of constraints-gpu.txt: chosen by what their files say, run nowhere yet (docs/gpu-validation.md)
+# from constraints-gpu.txt: chosen by what their files declare, not run yet (docs/gpu-validation.md)
 PINNED = {"transformer-engine": "2.12.0"}
-# of these not the interface is used but the inside: another version does not work, or not as it should
-OF_DEVELOPERS = ("test", "docs")  # extras that no run misses
-FIRM = ("torch", "megatron-core", "transformer-engine", "deepspeed")
+# extras that no run needs
+DEVELOPMENT_EXTRAS = ("test", "docs")
+# packages whose internals are used: another version does not work, or works wrongly
+STRICT = ("torch", "megatron-core", "transformer-engine", "deepspeed")
 
 
 def version_findings() -> list[Finding]:
-    """Of Python, of each package that is missing or outside of the range, and of all others in one line."""
+    """Return findings on Python, on each package that is missing or out of range, and on all others in one."""
     return [*_own(), *_packages(_requirements())]
 
 
 def _own() -> list[Finding]:
-    found = platform.python_version()
+    python = platform.python_version()
     own = ok("megatron_ettin", code_version(), version=code_version())
     if sys.version_info < OLDEST_PYTHON:
         return [
             own,
-            problem("python", f"{found}: 3.10 is the oldest supported", "make the environment with a newer one"),
+            problem("python", f"{python}: 3.10 is the oldest supported", "create the environment with a newer one"),
         ]
-    if not found.startswith(tuple(f"{tested}." for tested in TESTED_PYTHON)):
-        return [own, note("python", f"{found}, untested; tested: {', '.join(TESTED_PYTHON)}", version=found)]
-    return [own, ok("python", found, version=found)]
+    if not python.startswith(tuple(f"{tested}." for tested in TESTED_PYTHON)):
+        return [own, note("python", f"{python}, untested; tested: {', '.join(TESTED_PYTHON)}", version=python)]
+    return [own, ok("python", python, version=python)]
 
 
 def _requirements() -> dict[str, tuple[Requirement, bool]]:
-    """Every requirement by name, and whether it is one of an extra. Empty where this package is not installed."""
+    """Return every requirement by name, and whether an extra has it. Empty where this package is not installed."""
     try:
         lines = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
         return {}
-    found: dict[str, tuple[Requirement, bool]] = {}
+    requirements: dict[str, tuple[Requirement, bool]] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         optional = marker is not None and not marker.evaluate({"extra": ""})
-        if optional and marker is not None and any(marker.evaluate({"extra": extra}) for extra in OF_DEVELOPERS):
+        if optional and marker is not None and any(marker.evaluate({"extra": extra}) for extra in DEVELOPMENT_EXTRAS):
             continue
-        found.setdefault(requirement.name, (requirement, optional))
-    return found
+        requirements.setdefault(requirement.name, (requirement, optional))
+    return requirements
 
 
 def _packages(wanted: dict[str, tuple[Requirement, bool]]) -> list[Finding]:
@@ -92,11 +93,11 @@ def _packages(wanted: dict[str, tuple[Requirement, bool]]) -> list[Finding]:
             if optional:
                 absent.append(name)
             else:
-                bad.append(problem(name, f"missing; {PACKAGE} wants {requirement.specifier}", _install(requirement)))
+                bad.append(problem(name, f"missing; {PACKAGE} needs {requirement.specifier}", _install(requirement)))
         elif not _allowed(version, requirement):
-            tell = problem if name in FIRM else warning
+            finding = problem if name in STRICT else warning
             text = f"{version} is outside of {requirement.specifier}" + (f"; tested: {tested}" if tested else "")
-            bad.append(tell(name, text, _install(requirement), version=version, tested=tested))
+            bad.append(finding(name, text, _install(requirement), version=version, tested=tested))
         elif tested is not None and not _same(version, tested):
             others.append(f"{name} {version} (tested: {tested})")
         else:
@@ -111,10 +112,10 @@ def _packages(wanted: dict[str, tuple[Requirement, bool]]) -> list[Finding]:
         for name, (requirement, _) in wanted.items()
     }
     text = f"{as_tested} as tested" + (f"; within their ranges: {', '.join(others)}" if others else "")
-    found = [(note if others else ok)("packages", text, **figures)]
+    packages = [(note if others else ok)("packages", text, **figures)]
     if absent:
-        found.append(note("optional packages", f"not installed: {', '.join(sorted(absent))}"))
-    return [*bad, *found]
+        packages.append(note("optional packages", f"not installed: {', '.join(sorted(absent))}"))
+    return [*bad, *packages]
 
 
 def _install(requirement: Requirement) -> str:
@@ -122,7 +123,7 @@ def _install(requirement: Requirement) -> str:
 
 
 def _allowed(version: str, requirement: Requirement) -> bool:
-    """Builds such as 2.10.0a0+b4e4 of NVIDIA's images count as the version that they become."""
+    """Return whether a version is in range; a build such as NVIDIA's 2.10.0a0+b4e4 counts as 2.10.0."""
     try:
         return Version(version).base_version in requirement.specifier or version in requirement.specifier
     except InvalidVersion:
@@ -130,5 +131,5 @@ def _allowed(version: str, requirement: Requirement) -> bool:
 
 
 def _same(version: str, tested: str) -> bool:
-    """`2.13.0+cpu` is 2.13.0."""
+    """Return whether two versions are the same but for the build: `2.13.0+cpu` is 2.13.0."""
     return Version(version).public == Version(tested).public

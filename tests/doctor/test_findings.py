@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from megatron_ettin.base import versions as base_versions
 from megatron_ettin.cli import doctor as command
 from megatron_ettin.cli.main import main
-from megatron_ettin.doctor import accelerator, machine, ranks, versions
-from megatron_ettin.doctor.findings import Finding, flops_text, note, ok, problem, worst
+from megatron_ettin.doctor import accelerator, host, ranks, versions
+from megatron_ettin.doctor.findings import Finding, format_flops, note, ok, problem, worst
 from megatron_ettin.platform import inventory
 from megatron_ettin.platform.sanity import AllReduces, Products, products, wrong_rows
 
@@ -91,18 +91,16 @@ def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch
     assert accelerator._apex(has_gpu=True).state == "ok"
 
 
-def test_apex_beside_transformer_engine_is_said_to_be_of_fp32_runs_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_apex_with_transformer_engine_is_used_in_fp32_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is there or not: with Transformer Engine nothing of bf16 or FP8 asks for it (platform/layers.py)."""
     metadata = tmp_path / "transformer_engine-2.12.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.12.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     absent = accelerator._apex(has_gpu=True)
-    assert (absent.state, absent.text) == ("ok", "absent; beside Transformer Engine only runs in fp32 would use it")
+    assert (absent.state, absent.text) == ("ok", "absent; with Transformer Engine only runs in fp32 use it")
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
-    assert accelerator._apex(has_gpu=True).text == "NVIDIA's; beside Transformer Engine only runs in fp32 would use it"
+    assert accelerator._apex(has_gpu=True).text == "NVIDIA's; with Transformer Engine only runs in fp32 use it"
 
 
 def test_missing_gpu_packages_matter_only_with_a_gpu() -> None:
@@ -167,22 +165,22 @@ def test_has_kernels_depends_on_built_architectures(
 
 
 def test_threads_of_all_ranks_beyond_the_cpus_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "usable_cpus", lambda: 16)
+    monkeypatch.setattr(host, "usable_cpus", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert machine._threads().state == "ok"
+    assert host._threads().state == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert machine._threads().state == "warning"
-    assert "OMP_NUM_THREADS=2" in machine._threads().todo
+    assert host._threads().state == "warning"
+    assert "OMP_NUM_THREADS=2" in host._threads().todo
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert machine._threads().state == "warning"
+    assert host._threads().state == "warning"
 
 
 def test_limits_too_low_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: 128, resource.RLIMIT_NPROC: 100, resource.RLIMIT_MEMLOCK: 65536}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits.get(which, 0), -1))
     monkeypatch.setattr(inventory, "has_infiniband", lambda: True)
-    states = {one.name: one.state for one in machine._limits()}
+    states = {one.name: one.state for one in host._limits()}
     assert states == {"open files": "problem", "processes": "warning", "locked memory": "warning", "core dumps": "ok"}
 
 
@@ -193,13 +191,13 @@ def test_names_unresolvable_hosts_are_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[03-07]")
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    found = machine._names()
+    found = host._names()
     assert [(one.name, one.state) for one in found] == [("host name", "warning"), ("first host", "problem")]
     assert "n03" in found[1].text
 
 
 def test_shared_memory_missing_is_a_problem(tmp_path: Path) -> None:
-    assert machine._shared_memory(tmp_path / "none").state == "problem"
+    assert host._shared_memory(tmp_path / "none").state == "problem"
 
 
 def test_wrong_rows_detects_wrong_matrix_products() -> None:
@@ -229,7 +227,7 @@ def test_rates_slow_or_wrong_products_name_the_rank() -> None:
     wrong = ranks.judge_rates(["a", "b"], [ranks_of[0], problem("products", "computes wrongly", "replace it")])
     assert wrong.state == "problem"
     assert "rank 1 on b" in wrong.text
-    assert (flops_text(51.2e9), flops_text(612e12)) == ("51 GFLOP/s", "612 TFLOP/s")
+    assert (format_flops(51.2e9), format_flops(612e12)) == ("51 GFLOP/s", "612 TFLOP/s")
 
 
 def test_all_reduce_and_clocks_wrong_sums_or_skew_are_reported() -> None:
@@ -319,7 +317,7 @@ def test_doctor_ranks_with_unknown_first_host_do_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Report the problem on each rank by itself, without a rendezvous."""
-    monkeypatch.setattr(machine, "_names", lambda: [problem("first host", "n1 does not resolve", "mend it")])
+    monkeypatch.setattr(host, "_names", lambda: [problem("first host", "n1 does not resolve", "mend it")])
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert main(["doctor", "--ranks", "--quick", "--path", str(tmp_path)]) == 1

@@ -1,4 +1,4 @@
-"""Threads, limits, shared memory and names of this machine."""
+"""Check threads, memory, limits, shared memory and names of this host."""
 
 from __future__ import annotations
 
@@ -18,35 +18,39 @@ from megatron_ettin.platform import inventory
 GIB = float(1 << 30)
 FEWEST_FILES, GOOD_FILES = 256, 4096
 FEWEST_PROCESSES = 1024
-LOCKED_BYTES = 1 << 30  # less than this and InfiniBand's buffers do not fit
-SHARED_GIB = 1.0  # what ranks on GPUs of one machine hand each other goes through it
+# with less, InfiniBand's buffers do not fit
+LOCKED_BYTES = 1 << 30
+# ranks on the GPUs of one host exchange data through it
+SHARED_GIB = 1.0
 LOW_MEMORY_GIB = 2.0
 
 
-def machine_findings() -> list[Finding]:
-    """Everything below."""
+def host_findings() -> list[Finding]:
+    """Return all findings about this host."""
     return [_threads(), _memory(), _shared_memory(), *_limits(), *_names()]
 
 
 def usable_cpus() -> int:
-    """Those that this process may run on, which a job's limits make fewer than the machine's."""
+    """Return the number of CPUs that this process may run on; a job may have fewer than the host."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _threads() -> Finding:
-    cpus, told = usable_cpus(), os.environ.get("OMP_NUM_THREADS", "")
+    cpus, threads = usable_cpus(), os.environ.get("OMP_NUM_THREADS", "")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
     text = f"{cpus} CPUs" + (f" for {ranks} ranks" if ranks > 1 else "")
-    figures = {"cpus": cpus, "local_ranks": ranks, "omp_num_threads": told or None}
-    if not told.isdigit():
+    figures = {"cpus": cpus, "local_ranks": ranks, "omp_num_threads": threads or None}
+    if not threads.isdigit():
         if ranks > 1:
             todo = f"export OMP_NUM_THREADS={max(cpus // ranks, 1)}"
             return warning("threads", f"{text}, OMP_NUM_THREADS is not set: each rank takes all", todo, **figures)
         return ok("threads", f"{text}; OMP_NUM_THREADS is not set, so torch decides", **figures)
-    if int(told) * ranks > cpus:
+    if int(threads) * ranks > cpus:
         todo = f"OMP_NUM_THREADS={max(cpus // ranks, 1)}, or more CPUs for each task"
-        return warning("threads", f"{text}, and OMP_NUM_THREADS={told}: threads wait for each other", todo, **figures)
-    return ok("threads", f"{text}, OMP_NUM_THREADS={told}", **figures)
+        return warning(
+            "threads", f"{text}, and OMP_NUM_THREADS={threads}: threads wait for each other", todo, **figures
+        )
+    return ok("threads", f"{text}, OMP_NUM_THREADS={threads}", **figures)
 
 
 def _memory() -> Finding:
@@ -55,23 +59,23 @@ def _memory() -> Finding:
     text = f"{free:.1f} of {total:.1f} GiB available"
     figures = {"available_gib": round(free, 2), "total_gib": round(total, 2)}
     if free < LOW_MEMORY_GIB:
-        return warning("memory", text, "end what holds it; a process that trains begins with 1 to 2 GiB", **figures)
+        return warning(
+            "memory", text, "end the processes that hold it; a process that trains needs 1 to 2 GiB at least", **figures
+        )
     return ok("memory", text, **figures)
 
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     name = str(folder)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        todo = "mount it; docker and podman: --shm-size=16g or --ipc=host"
-        return problem(name, "not there or not writable: ranks and reading processes of one machine need it", todo)
+        todo = "mount it (docker and podman: --shm-size=16g or --ipc=host)"
+        return problem(name, "missing or not writable: ranks and loader workers of one host need it", todo)
     usage = shutil.disk_usage(folder)
     total, free = usage.total / GIB, usage.free / GIB
     text, figures = f"{free:.2f} of {total:.2f} GiB free", {"free_gib": round(free, 3), "total_gib": round(total, 3)}
     if free < SHARED_GIB:
-        todo = "docker and podman: --shm-size=16g or --ipc=host; else remove what lies in it"
-        return warning(
-            name, f"{text}: ranks and reading processes of one machine hand data through it", todo, **figures
-        )
+        todo = "docker and podman: --shm-size=16g or --ipc=host; else remove files from it"
+        return warning(name, f"{text}: ranks and loader workers of one host exchange data through it", todo, **figures)
     return ok(name, text, **figures)
 
 
@@ -82,27 +86,27 @@ def _limits() -> list[Finding]:
         f"ulimit -n {_count(hard)}; in SLURM: PropagateResourceLimits",
     )
     if 0 <= files < FEWEST_FILES:
-        found = [problem("open files", text, todo)]
+        findings = [problem("open files", text, todo)]
     elif 0 <= files < GOOD_FILES:
-        found = [note("open files", f"{text}: hundreds of ranks, shards or sockets want {GOOD_FILES}", limit=files)]
+        findings = [note("open files", f"{text}: hundreds of ranks, shards or sockets need {GOOD_FILES}", limit=files)]
     else:
-        found = [ok("open files", text, limit=files)]
+        findings = [ok("open files", text, limit=files)]
     processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if 0 <= processes < FEWEST_PROCESSES:
         todo = f"ulimit -u, {FEWEST_PROCESSES} at least: threads count too"
-        found.append(warning("processes", _count(processes), todo, limit=processes))
+        findings.append(warning("processes", _count(processes), todo, limit=processes))
     else:
-        found.append(ok("processes", _count(processes), limit=processes))
+        findings.append(ok("processes", _count(processes), limit=processes))
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    told = "unlimited" if locked < 0 else f"{locked / (1 << 20):,.0f} MiB"
+    limit = "unlimited" if locked < 0 else f"{locked / (1 << 20):,.0f} MiB"
     if 0 <= locked < LOCKED_BYTES and inventory.has_infiniband():
         todo = "ulimit -l unlimited; docker: --ulimit memlock=-1; in SLURM: PropagateResourceLimitsExcept=MEMLOCK"
-        found.append(warning("locked memory", f"{told}: InfiniBand's buffers may not fit", todo, limit=locked))
+        findings.append(warning("locked memory", f"{limit}: InfiniBand's buffers may not fit", todo, limit=locked))
     else:
-        found.append(ok("locked memory", told, limit=locked))
+        findings.append(ok("locked memory", limit, limit=locked))
     core = resource.getrlimit(resource.RLIMIT_CORE)[0]
-    found.append(ok("core dumps", "off" if core == 0 else f"on, up to {_count(core)} bytes", limit=core))
-    return found
+    findings.append(ok("core dumps", "off" if core == 0 else f"on, up to {_count(core)} bytes", limit=core))
+    return findings
 
 
 def _count(limit: int) -> str:
@@ -110,32 +114,32 @@ def _count(limit: int) -> str:
 
 
 def _names() -> list[Finding]:
-    """Whether this machine's name and that of the first one resolve."""
+    """Check whether the names of this host and of the first one resolve."""
     host = socket.gethostname()
-    found = []
+    findings = []
     try:
         address = str(socket.getaddrinfo(host, None)[0][4][0])
         if address.startswith("127.") and _nodes() > 1:
-            todo = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-            found.append(warning("host name", f"{host} is {address}, where other nodes cannot reach it", todo))
+            todo = "correct /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            findings.append(warning("host name", f"{host} is {address}, where other nodes cannot reach it", todo))
         else:
-            found.append(ok("host name", f"{host} is {address}", address=address))
+            findings.append(ok("host name", f"{host} is {address}", address=address))
     except OSError as error:
-        todo = f"add it to /etc/hosts or DNS, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME ({host} is this machine)"
-        found.append(warning("host name", f"{host} does not resolve ({first_line(error)})", todo))
+        todo = f"add it to /etc/hosts or DNS, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME ({host} is this host)"
+        findings.append(warning("host name", f"{host} does not resolve ({first_line(error)})", todo))
     first = os.environ.get("MASTER_ADDR") or _first_of_job()
     if first and first != host:
         try:
             socket.getaddrinfo(first, None)
-            found.append(ok("first host", f"{first} resolves"))
+            findings.append(ok("first host", f"{first} resolves"))
         except OSError as error:
-            text = f"{first}, where ranks meet, does not resolve ({first_line(error)})"
-            found.append(problem("first host", text, "add it to /etc/hosts or DNS, or set MASTER_ADDR"))
-    return found
+            text = f"{first}, where the ranks meet, does not resolve ({first_line(error)})"
+            findings.append(problem("first host", text, "add it to /etc/hosts or DNS, or set MASTER_ADDR"))
+    return findings
 
 
 def _nodes() -> int:
-    """Of this job, as SLURM or torchrun tell."""
+    """Return the number of nodes of this job, by SLURM or torchrun."""
     return int(os.environ.get("SLURM_NNODES") or os.environ.get("GROUP_WORLD_SIZE") or 1)
 
 
