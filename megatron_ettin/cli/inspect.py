@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import KEPT_OF_TEXTS, printable, printable_json
-from megatron_ettin.runs.history import last_phase
 
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
@@ -35,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_ettin.runs.history import last_phase
+
     path = last_phase(Path(args.path))
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")

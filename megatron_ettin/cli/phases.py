@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.runs.history import CHAIN, last_phase, phases_in
-
 if TYPE_CHECKING:
     from megatron_ettin.config.overrides import Member
     from megatron_ettin.config.schema import Config
@@ -89,6 +87,7 @@ def config_of_weights(init_from: Path) -> dict[str, Any]:
 def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
     """Return the phases that the command line asks for, resolved and checked. Raises UserError."""
     from megatron_ettin.config.resolve import given_by_user, inherited, parse
+    from megatron_ettin.runs.history import CHAIN, last_phase
 
     run_dir, words = args.run_dir, args.words
     if args.init_from is not None:
@@ -113,6 +112,7 @@ def check_weights(args: argparse.Namespace) -> None:
     """Raise UserError for a phase in a folder of phases, and for cross-training without weights."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.checkpoint.directory import list_checkpoints
+    from megatron_ettin.runs.history import phases_in
 
     if phases := phases_in(args.run_dir):
         names = ", ".join(one.name for one in phases)
