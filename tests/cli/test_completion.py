@@ -89,7 +89,7 @@ def test_nearest_key_of_misspelled_key_suggests_existing_one(written: str, meant
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("train --sise 17m", "unknown option --sise (did you mean '--size'?)"),
         ("train --max-steps 5", "unknown option --max-steps (did you mean 'run.steps='?)"),
@@ -101,14 +101,16 @@ def test_nearest_key_of_misspelled_key_suggests_existing_one(written: str, meant
         ("--versoin", "(did you mean '--version'?)"),
     ],
 )
-def test_main_wrong_word_exits_2_with_one_line_hint(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_wrong_word_exits_2_with_one_line_hint(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(line.split(" ")) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert said in told
+    (line_of_error,) = capsys.readouterr().err.splitlines()
+    assert expected in line_of_error
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a folder with files to complete, an `ettin` on PATH and the completion scripts."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -134,10 +136,10 @@ TYPED = {
 }
 
 
-def test_bash_completion_of_partial_line_offers_candidates(place: Path) -> None:
+def test_bash_completion_of_partial_line_offers_candidates(folder: Path) -> None:
     """Call the completion function as bash does, with the line up to the cursor."""
     lines = "\n".join(f"try {line!r}" for line in TYPED)
-    script = f"""source {place}/ettin.bash
+    script = f"""source {folder}/ettin.bash
 complete -p ettin
 try() {{
     COMP_LINE="$1 and more" COMP_POINT=${{#1}} COMPREPLY=()
@@ -147,7 +149,7 @@ try() {{
 }}
 {lines}
 """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=place / "here", check=True)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=folder / "here", check=True)
     registered, *answers = done.stdout.splitlines()
     assert registered == "complete -F _ettin ettin"
     assert [sorted(answer.rstrip("|").split("|")) for answer in answers] == [sorted(want) for want in TYPED.values()]
@@ -155,18 +157,18 @@ try() {{
 
 @pytest.mark.parametrize("shell", SCRIPTS)
 def test_completion_command_prints_script_that_shell_parses(
-    shell: str, place: Path, capsys: pytest.CaptureFixture[str]
+    shell: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["completion", shell]) == 0
     assert capsys.readouterr().out == SCRIPTS[shell]
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
-    subprocess.run([shell, "-n", place / f"ettin.{shell}"], check=True)
+    subprocess.run([shell, "-n", folder / f"ettin.{shell}"], check=True)
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
-def test_fish_completion_of_config_value_offers_candidates(place: Path) -> None:
+def test_fish_completion_of_config_value_offers_candidates(folder: Path) -> None:
     line = "ettin train run.attention=fl"
-    script = f"source {place}/ettin.fish; complete --do-complete '{line}'"
+    script = f"source {folder}/ettin.fish; complete --do-complete '{line}'"
     done = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["run.attention=flash", "run.attention=flex"]

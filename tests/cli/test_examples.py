@@ -128,7 +128,7 @@ def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, tiny_tokenizer: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, tiny_tokenizer: Path) -> Path:
     """Make a folder with the files, datasets and runs that the examples name."""
     import zstandard
 
@@ -171,21 +171,21 @@ def words_of(example: str, tokenizer: Path) -> list[str]:
 @pytest.mark.parametrize("name", [name for name in COMMANDS if any(runs(e) for n, e in EXAMPLES if n == name)])
 def test_help_examples_of_command_exit_0(
     name: str,
-    place: Path,
+    folder: Path,
     pool: Pool,
     tiny_tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Run the examples in order, because one may use the output of another."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     for example in [example for of, example in EXAMPLES if of == name and runs(example)]:
         words = words_of(example, tiny_tokenizer)
         if name in POOL:
-            (done,) = pool.run(1, words, cwd=place)
-            status, told = done.status, done.output
+            (done,) = pool.run(1, words, cwd=folder)
+            status, output = done.status, done.output
         else:
             status = main(words)
-            told = "".join(capsys.readouterr())
-        assert status == 0, f"{example}: {told[-2000:]}"
-        assert told, example
+            output = "".join(capsys.readouterr())
+        assert status == 0, f"{example}: {output[-2000:]}"
+        assert output, example

@@ -306,8 +306,14 @@ def test_doctor_ranks_agree_or_name_the_differing_rank(pool, tmp_path: Path) -> 
     words = ["doctor", "--ranks", "--path", str(tmp_path)]
     first, second = pool.run(2, words)
     assert (first.status, second.status, second.output) == (0, 0, ""), first.output + second.output
-    for said in ("rendezvous: 2 ranks", "ranks alike: the same", "clocks: within", "right", "2 ranks, 4 MiB; right"):
-        assert said in first.output
+    for expected in (
+        "rendezvous: 2 ranks",
+        "ranks alike: the same",
+        "clocks: within",
+        "right",
+        "2 ranks, 4 MiB; right",
+    ):
+        assert expected in first.output
     first, second = pool.run(2, [*words, "--quick"], mutation="doctor_of_other_code_on_rank_1")
     assert (first.status, second.status) == (1, 1)
     assert "problem  ranks alike: the ranks differ in code of megatron_ettin: rank 1" in first.output

@@ -124,8 +124,8 @@ class Cluster:
     def wait_for_end(self, job: str, seconds: float = 240) -> str:
         """Wait for the end of a job and return its final state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-        told = f"end of job {job}, {self.state_of(job)}"
-        wait_until(lambda: self.state_of(job) in ended, seconds, told, ASK_SECONDS)
+        waiting_for = f"end of job {job}, {self.state_of(job)}"
+        wait_until(lambda: self.state_of(job) in ended, seconds, waiting_for, ASK_SECONDS)
         return self.state_of(job)
 
     def step_processes(self, job: str) -> list[Process]:
@@ -149,13 +149,13 @@ class Cluster:
         os.kill(pid, signal.SIGKILL)
 
     @contextmanager
-    def mounted(self, node: str, what: str | Path, place: Path, *options: str) -> Iterator[None]:
+    def mounted(self, node: str, what: str | Path, target: Path, *options: str) -> Iterator[None]:
         """Mount for the duration of the block; that node alone sees it (root only)."""
-        self.in_node(node, "mount", *options, what, place)
+        self.in_node(node, "mount", *options, what, target)
         try:
             yield
         finally:
-            self.in_node(node, "umount", "--lazy", place)
+            self.in_node(node, "umount", "--lazy", target)
 
     def in_node(self, node: str, *command: str | Path) -> None:
         """Run a command in the mount namespace of one node."""

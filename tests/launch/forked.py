@@ -55,18 +55,18 @@ def folder() -> Path:
 
 
 def join_node() -> None:
-    """Take the client's place: a slurmd has a host name and mounts of its own, if it was started as root."""
+    """Enter the client's namespaces: a slurmd has a host name and mounts of its own, if it was started as root."""
     client = int(os.environ.pop(CLIENT_VARIABLE))
     Path("/proc/self/comm").write_text(f"{NAMED}{client}")
     os.getppid = lambda: parent_of(client)  # ranks end with what started them
     if os.geteuid() != 0:
         return
-    libc, place = ctypes.CDLL(None, use_errno=True), os.getcwd()
-    for name, kind in NAMESPACES.items():
+    libc, folder_before = ctypes.CDLL(None, use_errno=True), os.getcwd()
+    for name, flag in NAMESPACES.items():
         with open(f"/proc/{client}/ns/{name}") as namespace:
-            if libc.setns(namespace.fileno(), kind) != 0:
+            if libc.setns(namespace.fileno(), flag) != 0:
                 raise OSError(ctypes.get_errno(), f"setns {name}")
-    os.chdir(place)
+    os.chdir(folder_before)
 
 
 def parent_of(pid: int) -> int:

@@ -50,9 +50,9 @@ def launch(cluster: Cluster, words: list[str], *options: str, pace: float = PACE
     return done.stdout.split("job ", 1)[1].split(";", 1)[0]
 
 
-def profile(place: Path | None = None, text: str = "") -> Path:
-    """Write a profile whose `ettin` is forked, and more of it; beside the forked programs by default."""
-    path = place or forked.folder() / "site.yaml"
+def profile(target: Path | None = None, text: str = "") -> Path:
+    """Write a profile whose `ettin` is forked, with further keys; next to the forked programs by default."""
+    path = target or forked.folder() / "site.yaml"
     path.write_text(f"path: {forked.folder()}\n{text}")
     return path
 

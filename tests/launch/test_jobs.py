@@ -27,29 +27,29 @@ TWO_BY_TWO = launch_words(2, 2, "--grace-seconds", "15", "--time", "20")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def uninterrupted(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train on two nodes with a rank each, from the first step to the last at one go."""
-    return at_one_go(slurm, corpus, tmp_path_factory.mktemp("jobs") / "two", TWO_NODES)
+    return run_uninterrupted(slurm, corpus, tmp_path_factory.mktemp("jobs") / "two", TWO_NODES)
 
 
 @pytest.fixture(scope="module")
-def undisturbed_of_four(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def uninterrupted_of_four(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train on two nodes with two ranks each, from the first step to the last at one go."""
-    return at_one_go(slurm, corpus, tmp_path_factory.mktemp("jobs") / "four", TWO_BY_TWO)
+    return run_uninterrupted(slurm, corpus, tmp_path_factory.mktemp("jobs") / "four", TWO_BY_TWO)
 
 
-def at_one_go(cluster: Cluster, corpus: Path, run_dir: Path, options: list[str]) -> Trained:
+def run_uninterrupted(cluster: Cluster, corpus: Path, run_dir: Path, options: list[str]) -> Trained:
     job = launch(cluster, train_words(corpus, run_dir, STEPS), *options, pace=0)
     assert cluster.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     return read(run_dir)
 
 
-def assert_same(run_dir: Path, undisturbed: Trained) -> None:
+def assert_same(run_dir: Path, uninterrupted: Trained) -> None:
     """Assert the same steps, losses and weights, to the last bit."""
-    disturbed = read(run_dir)
-    assert disturbed.column("step") == undisturbed.column("step")
-    assert disturbed.column("loss") == undisturbed.column("loss")
-    ours, theirs = disturbed.weights(), undisturbed.weights()
+    interrupted = read(run_dir)
+    assert interrupted.column("step") == uninterrupted.column("step")
+    assert interrupted.column("loss") == uninterrupted.column("loss")
+    ours, theirs = interrupted.weights(), uninterrupted.weights()
     assert ours.keys() == theirs.keys()
     assert len(ours) > 10
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -91,7 +91,7 @@ def held(stopped: Iterable[Process]) -> Iterator[None]:
 
 @pytest.mark.full
 def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
     """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
     at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
@@ -109,7 +109,7 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
         assert running["seconds_left"] > 0
         wait_until(lambda: "supervisor: SIGUSR1: asking the run to save" in all_said(run_dir), 90, "SLURM's warning")
     assert slurm.wait_for_end(job) == "COMPLETED", all_said(run_dir)
-    assert_same(run_dir, undisturbed)
+    assert_same(run_dir, uninterrupted)
     ended = status_of(slurm, run_dir)
     assert ended["last_event"] == "done"
     assert ended["launches"] >= 2
@@ -120,7 +120,7 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
 
 @pytest.mark.full
 def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
     """Signal every rank while it finishes its step, saves and ends; the checkpoint must be complete."""
     run_dir = tmp_path / "run"
@@ -135,7 +135,7 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
                     os.kill(process.pid, number)
         time.sleep(0.01)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
-    assert_same(run_dir, undisturbed)
+    assert_same(run_dir, uninterrupted)
     assert "failed" not in events_of(run_dir)
     assert slurm.shown(job, "Restarts") == "1"
 
@@ -170,14 +170,14 @@ def node_down(cluster: Cluster, job: str) -> None:
 
 
 def test_job_with_killed_rank_restarts_and_matches_uninterrupted_run(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
     run_dir = tmp_path / "run"
     job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES)
     past(run_dir, EVERY + 3)
     kill_rank(slurm, job)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
-    assert_same(run_dir, undisturbed)
+    assert_same(run_dir, uninterrupted)
     assert any("--- rank 1 on n2 was killed (srun: Killed)" in line for line in log_of(run_dir)) or os.geteuid() != 0
     assert events_of(run_dir) == ["submitted", "started", "failed", "done"]
 
@@ -196,7 +196,7 @@ def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus:
 
 @pytest.mark.full
 def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed_of_four: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted_of_four: Trained
 ) -> None:
     """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
     run_dir = tmp_path / "run"
@@ -207,7 +207,7 @@ def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
         wait_until(lambda: len(slurm.ranks(job)) < 4, 60, f"effect of {act.__name__}")
         wait_until(lambda: len(slurm.ranks(job)) == 4, 120, f"ranks after {act.__name__}", ASK_SECONDS)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
-    assert_same(run_dir, undisturbed_of_four)
+    assert_same(run_dir, uninterrupted_of_four)
     log, happened = log_of(run_dir), events_of(run_dir)
     assert "--- rank 3 on n2 was killed (srun: Killed)" in "\n".join(log) or os.geteuid() != 0
     assert any("starting again (1 of 3 times" in line for line in log)
@@ -218,7 +218,7 @@ def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
 
 @pytest.mark.full
 def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """Stop one rank, with a second job on the same node at the same time, which must not be disturbed. There is no save
+    """Stop one rank, with a second job on the same node at the same time, which must not be interrupted. There is no save
     before the end, because the phase after a save may take longer than a step."""
     first, second = tmp_path / "first", tmp_path / "second"
     words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
@@ -252,13 +252,13 @@ def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster,
 
 @pytest.mark.full
 def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
-    slurm: Cluster, corpus: Path, tmp_path: Path, undisturbed: Trained
+    slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
     """Resume from a damaged checkpoint, which no restart can mend."""
     run_dir = tmp_path / "run"
     saved = f"step_{2 * EVERY:09}"
-    others = sorted(path.name for path in (undisturbed.directory / "checkpoints").iterdir() if path.name != saved)
-    shutil.copytree(undisturbed.directory, run_dir, ignore=shutil.ignore_patterns("slurm", *others))
+    others = sorted(path.name for path in (uninterrupted.directory / "checkpoints").iterdir() if path.name != saved)
+    shutil.copytree(uninterrupted.directory, run_dir, ignore=shutil.ignore_patterns("slurm", *others))
     (part,) = list((run_dir / "checkpoints" / saved).glob("__0_0.distcp"))
     part.write_bytes(part.read_bytes()[:-7])
     words = launch_words(2, 1, "--time", "10")

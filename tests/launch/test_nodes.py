@@ -84,8 +84,8 @@ def test_node_with_other_code_is_named(slurm: Cluster, corpus: Path, tmp_path: P
         file.write("# edited\n")
     with slurm.mounted("n2", copy, package, "--bind"):
         log = failed_log(slurm, corpus, tmp_path / "run")
-    told = [line for line in log if "the ranks differ in code of megatron_ettin" in line]
-    assert told, log
-    assert all("rank 1 on n2: " in line or "rank 0 on n1: " in line for line in told), log
+    lines = [line for line in log if "the ranks differ in code of megatron_ettin" in line]
+    assert lines, log
+    assert all("rank 1 on n2: " in line or "rank 0 on n1: " in line for line in lines), log
     assert log[-2].startswith("--- rank "), log[-4:]
-    assert log[-1] in told[0], log[-4:]
+    assert log[-1] in lines[0], log[-4:]

@@ -56,9 +56,9 @@ def test_sandbox_blocks_of_the_slurm_page_run_as_printed(corpus: Path, tmp_path:
         text=True,
         timeout=500,
     )
-    said = "".join(path.read_text() for path in (tmp_path / "runs").glob("**/*.out"))
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{said}"
-    assert read(tmp_path / "runs" / "sandbox").column("step") == [1, 2, 3], said
+    log = "".join(path.read_text() for path in (tmp_path / "runs").glob("**/*.out"))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log}"
+    assert read(tmp_path / "runs" / "sandbox").column("step") == [1, 2, 3], log
     (launched,) = (tmp_path / "runs" / "sandbox" / "history.jsonl").read_text().splitlines()
     assert json.loads(launched)["world"] == 2
 

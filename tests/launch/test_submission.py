@@ -105,8 +105,8 @@ def test_launch_corpus_of_another_vocabulary_is_refused(
 ) -> None:
     call = [*CALL[:-1], f"data.mixture={corpus}", "--run-dir", str(tmp_path / "run")]
     assert main(["launch", *ONE_NODE, "--allow-unseen-data", "--", *call]) == 2
-    said = capsys.readouterr().err
-    assert "with a tokenizer of 320 entries, and model.vocab_size is 50,368; set model.vocab_size=320 or" in said
+    errors = capsys.readouterr().err
+    assert "with a tokenizer of 320 entries, but model.vocab_size is 50,368; set model.vocab_size=320 or" in errors
 
 
 def test_launch_dry_run_warns_of_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_launch_example_profiles_give_valid_scripts(tmp_path: Path, profile: Pat
 
 
 @pytest.mark.parametrize(
-    ("time", "asked", "margin"),
+    ("time", "given", "margin"),
     [
         (None, None, 300),
         ("24:00:00", None, 300),
@@ -174,9 +174,9 @@ def test_launch_example_profiles_give_valid_scripts(tmp_path: Path, profile: Pat
     ],
 )
 def test_resolve_margin_of_time_limit_is_a_fraction_unless_given(
-    time: str | None, asked: int | None, margin: int
+    time: str | None, given: int | None, margin: int
 ) -> None:
-    assert resolve_margin(asked, time) == margin
+    assert resolve_margin(given, time) == margin
 
 
 @pytest.mark.parametrize(
@@ -214,19 +214,19 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "call", "told"), REFUSED)
+@pytest.mark.parametrize(("options", "call", "expected"), REFUSED)
 def test_launch_refusal_is_one_line_and_leaves_no_files(
-    tmp_path: Path, options: list[str], call: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, options: list[str], call: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", *options, "--", *call, "--run-dir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ettin launch: ")
-    assert told in line
+    assert expected in line
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("sbtach: {}\n", "no key 'sbtach' (did you mean 'sbatch'?)"),
         ("srun: --x\n", "srun must be list[str], is '--x'"),
@@ -241,25 +241,25 @@ def test_launch_refusal_is_one_line_and_leaves_no_files(
     ],
 )
 def test_launch_bad_profile_is_refused_in_one_line(
-    tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "site.yaml").write_text(content)
     words = ["--nodes", "1", "--profile", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path / "run")]
     assert main(["launch", *words[:4], "--", *CALL, *words[4:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert expected in line
     assert str(tmp_path / "site.yaml") in line
 
 
 def test_launch_sbatch_refusal_is_quoted_and_leaves_no_files(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     call = ["train", *train_words(corpus, tmp_path / "runs" / "a", 5)]
-    for options, told in ((["--partition", "nosuch"], "nvalid partition"), (["--nodes", "9"], "Node count")):
+    for options, expected in ((["--partition", "nosuch"], "nvalid partition"), (["--nodes", "9"], "Node count")):
         done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--submit", "--", *call, PATH=PATH)
         assert done.returncode == 2
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()
         assert line.startswith("ettin launch: sbatch refused 17m-mlm-pretrain: ")
-        assert told in line
+        assert expected in line
         assert not (tmp_path / "runs").exists()
 
 
@@ -291,10 +291,14 @@ def test_launch_second_job_of_pending_run_needs_after(slurm: Cluster, corpus: Pa
 
 
 def test_status_of_unknown_job_or_run_is_refused(slurm: Cluster, tmp_path: Path) -> None:
-    for what, told in (("999999", "SLURM does not know it"), ("nothing", "no such folder"), (tmp_path, "no run in it")):
+    for what, expected in (
+        ("999999", "SLURM does not know it"),
+        ("nothing", "no such folder"),
+        (tmp_path, "no run in it"),
+    ):
         done = slurm.call(ETTIN, "status", what, PATH=PATH)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert expected in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert "no squeue answers" in slurm.call(ETTIN, "status", PATH=str(Path(ETTIN).parent)).stderr
 
@@ -327,8 +331,8 @@ def test_covers_array_job_matches_its_tasks(job: str, task: str | None, is_cover
 def test_launch_json_lists_folder_and_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     assert main(["launch", *ONE_NODE, "--allow-unseen-data", "--json", "--", *CALL, "--run-dir", str(run_dir)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == {
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {
         "folder": str(run_dir / "slurm"),
         "jobs": [{"script": str(run_dir / "slurm" / "17m-mlm-pretrain.sbatch"), "job": None}],
     }
