@@ -1,6 +1,6 @@
-"""Whether this machine can run the quick start: `python examples/check_machine.py FOLDER`; 1 and a line where not.
+"""Check whether this machine can run the quick start: `python examples/check_machine.py FOLDER`. Exits with 1 if not.
 
-Prints what the run will use: versions, processors, memory, and the free space where FOLDER lies."""
+Prints what the run will use: versions, processors, memory, and the free space of the disk that FOLDER is on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-MEMORY_GIB, DISK_GIB = 4, 2  # two ranks of about 1 GiB each while a model is exported; datasets and checkpoints
+# two ranks of about 1 GiB each while a model is exported; datasets and checkpoints
+MEMORY_GIB, DISK_GIB = 4, 2
 
 
 def main(folder: Path) -> int:

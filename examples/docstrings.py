@@ -1,9 +1,9 @@
-"""Real English text from this machine, for trying the system without a download.
+"""Collect real English text from this machine, for trying the system without a download.
 
-The docstrings of every installed Python module, standard library included, are read with `ast` (nothing is imported):
-one document a module, its docstrings in order under the names they describe. Doctest blocks, parameter tables and
-underlines are dropped, so that mostly prose is left; a docstring that an earlier module had already is dropped too,
-since libraries copy theirs by the hundred and a held-out part should not repeat the rest. Deterministic for a given
+It reads the docstrings of every installed Python module, standard library included, with `ast` (nothing is imported).
+A document is a module: its docstrings in order, under the names they describe. Doctest blocks, parameter tables and
+underlines are dropped, so that mostly prose is left. A docstring that an earlier module has too is dropped, because
+libraries copy theirs by the hundred and a held-out part should not repeat the rest. The result is the same for the same
 set of packages.
 
     python examples/docstrings.py --out docstrings.jsonl
@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEAST_CHARACTERS = 200
-LARGEST_SOURCE_BYTES = 2_000_000  # larger ones are generated tables
+# larger ones are generated tables
+LARGEST_SOURCE_BYTES = 2_000_000
 SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "idle_test", "lib2to3"}
 NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 UNDERLINE = re.compile(r"^\s*([-=~^*+#])\1{2,}\s*$")
@@ -48,13 +49,13 @@ def main() -> int:
 
 
 def write(out: Path, max_bytes: int | None) -> tuple[int, int]:
-    """Write the documents, beside `out` and then in its place. Returns (documents, bytes)."""
+    """Write the documents to a temporary file that then replaces `out`. Returns (documents, bytes)."""
     sources = list(walk())
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".tmp-{out.name}")
+    temporary = out.with_name(f".tmp-{out.name}")
     seen: set[bytes] = set()
     documents = written = 0
-    with open(beside, "wb") as file, multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
+    with open(temporary, "wb") as file, multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
         for (root, path), parts in zip(sources, pool.imap(read, sources, chunksize=64), strict=True):
             text = "\n\n".join(f"{name}\n{text}" if name else text for name, text in parts if is_new(text, seen))
             if len(text) < LEAST_CHARACTERS:
@@ -68,12 +69,12 @@ def write(out: Path, max_bytes: int | None) -> tuple[int, int]:
             documents, written = documents + 1, written + len(line)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, out)
+    os.replace(temporary, out)
     return documents, written
 
 
 def is_new(text: str, seen: set[bytes]) -> bool:
-    """Whether no earlier docstring was the same; remembers it."""
+    """Return whether no earlier docstring was the same, and remember this one."""
     digest = hashlib.sha256(text.encode()).digest()
     known = digest in seen
     seen.add(digest)
@@ -81,7 +82,7 @@ def is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def walk() -> Iterator[tuple[Path, Path]]:
-    """(root, file) of every installed module, roots and files in a fixed order, each file once."""
+    """Yield (root, file) of every installed module, roots and files in a fixed order, each file once."""
     paths = sysconfig.get_paths()
     seen: set[str] = set()
     for root in dict.fromkeys(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")):
@@ -95,12 +96,13 @@ def walk() -> Iterator[tuple[Path, Path]]:
 
 
 def read(source: tuple[Path, Path]) -> list[tuple[str, str]]:
-    """(name, prose) of one module's docstrings; none where it is not valid Python."""
+    """Return (name, prose) of one module's docstrings; none where it is not valid Python."""
     try:
         if os.path.getsize(source[1]) > LARGEST_SOURCE_BYTES:
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escape sequences
+            # about escape sequences in other packages
+            warnings.simplefilter("ignore")
             tree = ast.parse(source[1].read_bytes())
         return list(docstrings(tree, ""))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -108,7 +110,7 @@ def read(source: tuple[Path, Path]) -> list[tuple[str, str]]:
 
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, prose) of a module, class or function and of all it defines, in the order of the file."""
+    """Yield (dotted name, prose) of a module, class or function and of all it defines, in the order of the file."""
     raw = ast.get_docstring(node, clean=False) if isinstance(node, (ast.Module, *NAMED)) else None
     text = prose(raw) if raw else ""
     if text:
@@ -121,7 +123,7 @@ def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def prose(docstring: str) -> str:
-    """A docstring without doctests, tables and underlines; blank lines collapsed."""
+    """Return a docstring without doctests, tables and underlines; blank lines are collapsed."""
     kept: list[str] = []
     in_doctest, field_indent = False, None
     for line in inspect.cleandoc(docstring).splitlines():
@@ -129,7 +131,8 @@ def prose(docstring: str) -> str:
         if field_indent is not None and line.strip() and indent <= field_indent:
             field_indent = None
         if FIELD.match(line) and field_indent is None:
-            field_indent = indent  # its description is indented further
+            # its description is indented further
+            field_indent = indent
         in_doctest = bool(line.strip()) and (in_doctest or bool(PROMPT.match(line)))
         if in_doctest or UNDERLINE.match(line) or TABLE_ROW.match(line) or (field_indent is not None and line.strip()):
             continue

@@ -1,4 +1,4 @@
-"""Print the held-out losses of the quick start's pair beside those of guessing by frequency.
+"""Print the held-out losses of the quick start's pair next to those of guessing by frequency.
 
 python examples/show_losses.py ENCODER_EVAL.json DECODER_EVAL.json
 """

@@ -1,4 +1,4 @@
-"""Load a converted pair with transformers alone: the encoder fills a mask, the decoder goes on with a sentence.
+"""Load a converted pair with transformers alone: the encoder fills a mask, the decoder continues a sentence.
 
 python examples/try_models.py ENCODER_FOLDER DECODER_FOLDER
 """
@@ -17,7 +17,7 @@ PROMPT = "Returns the number of"
 
 
 def fill_mask(folder: Path, text: str, count: int = 5) -> list[tuple[str, float]]:
-    """The most probable tokens for the mask in `text`, with their probabilities."""
+    """Return the most probable tokens for the mask in `text`, with their probabilities."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder).eval()
     inputs = tokenizer(text, return_tensors="pt")
     masked = (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0]
@@ -27,8 +27,8 @@ def fill_mask(folder: Path, text: str, count: int = 5) -> list[tuple[str, float]
     return [(tokenizer.decode([index]), value) for index, value in zip(best.indices.tolist(), best.values.tolist())]
 
 
-def go_on(folder: Path, prompt: str, new_tokens: int = 20) -> str:
-    """`prompt` and the decoder's most probable words after it."""
+def continue_text(folder: Path, prompt: str, new_tokens: int = 20) -> str:
+    """Return `prompt` and the decoder's most probable words after it."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -45,7 +45,7 @@ def main() -> None:
     print(f"encoder: {MASKED}")
     for token, probability in fill_mask(options.encoder, MASKED):
         print(f"  {probability:6.1%} {token!r}")
-    print(f"decoder: {PROMPT} ...\n  {go_on(options.decoder, PROMPT)!r}")
+    print(f"decoder: {PROMPT} ...\n  {continue_text(options.decoder, PROMPT)!r}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # %% [markdown]
 # A training loop of one's own. `python examples/library/train_steps.py [DATASET]`
 #
-# Under `torchrun --no-python python ...` each rank runs the same script; add `parallel.tp=2` and the like to the words.
+# Under `torchrun --no-python python ...` each rank runs the same script; add `parallel.tp=2` and the like to the overrides.
 
 # %%
 import sys
@@ -20,7 +20,7 @@ config = configure(
     *("precision.name=fp32", "run.device=cpu", "optim.lr=3e-3", "schedule.warmup_tokens=0"),
 )
 
-# %% One model at a time; its process groups go with the `with`.
+# %% One model at a time; its process groups end with the `with`.
 with build_model(config) as model:
     count = sum(weight.numel() for weight in model.module.parameters())
     print(f"{count:,} weights")

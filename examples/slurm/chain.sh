@@ -9,7 +9,7 @@ read -ra options <<<"${SBATCH_ARGS:-}"
 
 before=() after=()
 for phase in pretrain extend decay; do
-    # the script's own --phase and --run-dir come first; of options said twice the last one counts
+    # the script's own --phase and --run-dir come first; of an option that is given twice the last one counts
     job=$(RUN=$base/$phase sbatch --parsable --job-name="150m-mlm-$phase" --kill-on-invalid-dep=yes "${after[@]}" \
         "${options[@]}" "$here/one_node.sbatch" --phase "$phase" "${before[@]}" "$@")
     echo "$phase: job $job"
