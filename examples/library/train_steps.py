@@ -1,7 +1,7 @@
 # %% [markdown]
 # A training loop of one's own. `python examples/library/train_steps.py [DATASET]`
 #
-# Under `torchrun --no-python python ...` each rank runs the same script; add `parallel.tp=2` and the like to the overrides.
+# Under `torchrun --no-python python ...` each rank runs the same script; add overrides such as `parallel.tp=2`.
 
 # %%
 import sys
