@@ -1,4 +1,4 @@
-"""How command lines are read: by argparse, with mistakes told in one line."""
+"""Parse command lines by argparse, and report mistakes in one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import NoReturn
 
 from megatron_ettin.base.errors import UserError, nearest
 
-INTERMIXED = ("train", "plan", "bench")  # key=value words may stand before and after options
+# commands whose key=value overrides may stand before and after options
+INTERMIXED = ("train", "plan", "bench")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake in one line like every other one; `--help` has the usage."""
+    """Raise UserError with one line for a mistake; `--help` has the usage."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -21,30 +22,30 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
-        """As argparse does, with the nearest choice."""
+        """Check a value as argparse does, and suggest the nearest choice."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            told = f"{value!r} does not exist{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
-            raise argparse.ArgumentError(action, told)
+            message = f"{value!r} does not exist{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, message)
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Every option of a parser and of the parsers inside of it."""
-    found: list[str] = []
+    """Return every option of a parser and of its subparsers."""
+    options: list[str] = []
     for action in parser._actions:
-        found += action.option_strings
+        options += action.option_strings
         if isinstance(action, argparse._SubParsersAction):
-            found += [option for inner in action.choices.values() for option in options_of(inner)]
-    return list(dict.fromkeys(found))
+            options += [option for inner in action.choices.values() for option in options_of(inner)]
+    return list(dict.fromkeys(options))
 
 
 def takes_keys(parser: argparse.ArgumentParser) -> bool:
-    """Whether group.key=value words follow this command."""
+    """Return whether the command takes group.key=value overrides."""
     return any("key=value" in str(action.metavar) for action in parser._actions)
 
 
 def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> str:
-    """What to say of words that no option takes: of the first one that looks like an option, else of all."""
+    """Return a message about words that no option takes: the first one that looks like an option, else all."""
     for word in words:
         name = word.partition("=")[0]
         if not name.startswith("-") or name == "-":
@@ -58,7 +59,7 @@ def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> s
 
 
 def _key_named(name: str) -> str:
-    """Hint for an option that is a key here, `--learning-rate`."""
+    """Return a hint for an option that is a key here, such as `--learning-rate`."""
     from megatron_ettin.config.overrides import same_name
     from megatron_ettin.config.schema import key_types
 
@@ -67,7 +68,7 @@ def _key_named(name: str) -> str:
 
 
 def parse_overrides(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> argparse.Namespace:
-    """Parse what follows the command's name. Raises UserError."""
+    """Parse the arguments after the command's name. Raises UserError."""
     # argparse cannot do both intermixed words and subcommands
     return parser.parse_intermixed_args(words) if command in INTERMIXED else parser.parse_args(words)
 

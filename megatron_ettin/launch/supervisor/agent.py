@@ -47,7 +47,7 @@ class SupervisorOptions(NamedTuple):
     command: List[str]
 
 
-class StopSignal:
+class StopRequest:
     """The warning that the time is up, from SLURM or the user. The first one counts; later ones change nothing."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def free_port(job: SlurmJob, attempt: int) -> int:
 class LaunchAgent:
     """Runs the command once."""
 
-    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopSignal, attempt: int) -> None:
+    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopRequest, attempt: int) -> None:
         self.options, self.job, self.stop = options, job, stop
         name = "{}.{}.{}".format(job.name or os.getpid(), job.restarts, attempt)
         self.folder = os.path.abspath(os.path.join(options.folder, "attempts", name))

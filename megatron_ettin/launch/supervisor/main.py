@@ -5,7 +5,7 @@ import os
 import time
 from typing import Dict, List, Optional, Sequence
 
-from .agent import DONE, SAVED, USER_ERROR, AttemptResult, LaunchAgent, StopSignal, SupervisorOptions
+from .agent import DONE, SAVED, USER_ERROR, AttemptResult, LaunchAgent, StopRequest, SupervisorOptions
 from .log import EventLog, log_line, open_standard_files, write
 from .slurm import SlurmJob, check_nodes
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     open_standard_files()
     try:
-        return Supervisor(options, SlurmJob(os.environ), StopSignal()).run()
+        return Supervisor(options, SlurmJob(os.environ), StopRequest()).run()
     except OSError as error:
         # of the command or the folder: another attempt would fail alike
         log_line("{}: {}".format(error.filename or options.folder, error.strerror or error))
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 class Supervisor:
     """One run of the job's batch script."""
 
-    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopSignal) -> None:
+    def __init__(self, options: SupervisorOptions, job: SlurmJob, stop: StopRequest) -> None:
         self.options, self.job, self.stop = options, job, stop
         self.events = EventLog(options.folder, job.name)
 
