@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, warn_renamed
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.interactive import Model, build_model, run_step
 
@@ -46,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, new = _RENAMED[name]
-    warnings.warn(f"{name} is now {module}.{new}; the old name will be removed", DeprecationWarning, stacklevel=2)
+    warn_renamed(name, f"{module}.{new}")
     return getattr(importlib.import_module(module), new)
 
 

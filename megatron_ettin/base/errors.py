@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 EXIT_FAILURE = 1
@@ -40,3 +41,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 def _digits(name: str) -> str:
     return "".join(filter(str.isdigit, name))
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Issue a DeprecationWarning at the line that used a former name."""
+    warnings.warn(f"{old} is now {new}; the old name will be removed", DeprecationWarning, stacklevel=3)

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, warn_renamed
 from megatron_ettin.config.schema import Config
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Model:
     @property
     def machine(self) -> TrainState:
         """Former name of `train_state` (deprecated)."""
-        warnings.warn("Model.machine is now Model.train_state", DeprecationWarning, stacklevel=2)
+        warn_renamed("Model.machine", "Model.train_state")
         return self.train_state
 
     @property
