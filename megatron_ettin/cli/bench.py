@@ -38,22 +38,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="17m 32m 68m 150m 400m 1b")
     parser.add_argument("--objective", default="mlm")
     parser.add_argument("--phase", default="pretrain")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="a site file, as of `ettin train`")
-    parser.add_argument("--data", metavar="DATASET", help="real rows")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="a user config, as for `ettin train`")
+    parser.add_argument("--data", metavar="DATASET", help="time the rows of a dataset")
     parser.add_argument("--chunk-tokens", type=float, default=615.4, help="mean of synthetic documents (%(default)s)")
-    parser.add_argument("--micro-batches", type=int, help="of each rank in a step (4)")
-    parser.add_argument("--warm-up", type=int, metavar="STEPS", help="(3)")
-    parser.add_argument("--steps", type=int, help="that count (8)")
+    parser.add_argument("--micro-batches", type=int, help="micro-batches of each rank in a step (4)")
+    parser.add_argument("--warm-up", type=int, metavar="STEPS", help="steps that are not counted (3)")
+    parser.add_argument("--steps", type=int, help="steps that are counted (8)")
     parser.add_argument("--quick", action="store_true", help="two micro-batches of two rows, three steps after one")
     parser.add_argument("--layouts", metavar="L1,L2", help="such as dp,tp2,tp2sp,tp2pp2 (sp: sequence parallelism)")
     parser.add_argument("--precision", metavar="P1,P2", help="such as bf16,fp8-current: --sweep precision.name=...")
-    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2")
-    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="(%(default)s)")
-    parser.add_argument("--again", action="store_true", help="measure what --out has, too")
-    parser.add_argument("--picture", type=Path, metavar="PNG")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="what moved beyond the noise")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="measure each value")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="file of results (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure also what --out has already")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="list what changed beyond the noise"
+    )
     parser.add_argument("--json", action="store_true", help="print the results, or the comparison, as JSON")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="as of `ettin train`")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, as for `ettin train`")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         with progress_report(env) as report:
             for number, member in enumerate(found):
                 report(number, len(found), " ".join(member.overrides))
-                rows.append(one(args, member, env, platform, known, is_only=len(found) == 1))
+                rows.append(measure_one(args, member, env, platform, known, is_only=len(found) == 1))
     finally:
         release_store()
     first = rows[0]
@@ -145,7 +147,7 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         args.picture.write_bytes(draw(rows))
 
 
-def one(
+def measure_one(
     args: argparse.Namespace,
     member: Member,
     env: DistributedEnv,

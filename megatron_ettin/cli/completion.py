@@ -1,16 +1,14 @@
-"""Completion for bash, zsh and fish: commands, options, sizes, objectives, phases, `group.key=` and its values, what
-follows `ettin launch ... --`. Prints the shell's script, which asks `ettin` at each press of TAB and never grows old.
+"""Print the completion script for bash, zsh or fish: commands, options, sizes, objectives, phases, `group.key=` and its
+values, what follows `ettin launch ... --`. The script calls `ettin` at each press of TAB and never grows old.
 
   ettin completion bash > ~/.local/share/bash-completion/completions/ettin
   ettin completion zsh > ~/.zfunc/_ettin                  # in .zshrc before compinit: fpath+=~/.zfunc
   ettin completion fish > ~/.config/fish/completions/ettin.fish
 For this shell only: eval "$(ettin completion bash)"
 
-What a shell may offer for the word under the cursor: `ettin __complete WORD...` prints a candidate a line, with a
-tab before what it means. The scripts of `ettin completion` call it at each press of TAB.
-
-shtab writes such scripts for argparse, and was tried: they complete neither what follows `ettin launch ... --` nor the
-values of keys (bash cuts words at `=`), and grow stale with each new key. Asking takes a tenth of a second."""
+The scripts call `ettin __complete WORD...`, which prints a candidate per line, with a tab before its meaning. It takes
+a tenth of a second. Scripts of shtab complete neither what follows `ettin launch ... --` nor the values of keys (bash
+splits words at `=`), and grow stale with each new key."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=tuple(SCRIPTS), help="whose script to print")
+    parser.add_argument("shell", choices=tuple(SCRIPTS), help="shell whose script to print")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,12 +122,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-FILES = ":files"  # the one line that asks the shell to offer files, for the part after a key's `=` too
+# a line that asks the shell to offer files, also for the part after a key's `=`
+FILES = ":files"
 NO_VALUE = ("?", "*", argparse.REMAINDER)
 
 Offers = dict[str, str]  # candidate -> what it means
 
-# options whose values are words that argparse is not told
+# values of options for which argparse has no choices
 VALUES: dict[str, tuple[str, ...]] = {
     "--size": tuple(SIZES),
     "--objective": tuple(OBJECTIVES),
@@ -147,32 +146,33 @@ FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")  # m
 
 
 def print_offers(words: Sequence[str]) -> int:
-    """`words`: what follows `ettin`, up to the cursor; the last is the one that is being written."""
+    """Print the candidates for the last of the words after `ettin`, which may be incomplete."""
     for word, meaning in offers(list(words) or [""]).items():
         sys.stdout.write(f"{word}\t{meaning}\n" if meaning else f"{word}\n")
     return 0
 
 
 def offers(words: list[str]) -> Offers:
-    """Candidates for the last word; empty where there is nothing to say."""
+    """Return candidates for the last word with their meanings; empty where there are none."""
     if len(words) == 1:
         commands = {name: summary for name, (_, summary) in COMMANDS.items()}
-        return _beginning(words[0], {**commands, "--help": "", "--version": "with commit and what it stands on"})
+        return _starting_with(words[0], {**commands, "--help": "", "--version": "with commit and what it stands on"})
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         return {}
     if command == "launch" and "--" in rest[:-1]:
         inner = rest[rest.index("--") + 1 :]
-        return offers(inner) if len(inner) > 1 else _beginning(inner[0], {"train": "", "bench": ""})
+        return offers(inner) if len(inner) > 1 else _starting_with(inner[0], {"train": "", "bench": ""})
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[command][0]}")
     parser: argparse.ArgumentParser = OneLineParser(prog=f"ettin {command}")
     module.add_arguments(parser)
-    return _of_parser(parser, rest)
+    return _parser_offers(parser, rest)
 
 
-def _of_parser(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
+def _parser_offers(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
     options = {name: action for action in parser._actions for name in action.option_strings}
-    current, waiting, seen = words[-1], None, 0  # waiting: the option whose value comes next
+    # waiting: the option whose value comes next
+    current, waiting, seen = words[-1], None, 0
     for number, word in enumerate(words[:-1]):
         if word in options:
             waiting = options[word] if options[word].nargs != 0 else None
@@ -181,9 +181,9 @@ def _of_parser(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
             waiting = None
             continue
         if waiting is None:
-            way = next((one for one in parser._actions if isinstance(one, argparse._SubParsersAction)), None)
-            if way is not None and word in way.choices:
-                return _of_parser(way.choices[word], words[number + 1 :])
+            subparsers = next((one for one in parser._actions if isinstance(one, argparse._SubParsersAction)), None)
+            if subparsers is not None and word in subparsers.choices:
+                return _parser_offers(subparsers.choices[word], words[number + 1 :])
             seen += 1
     if current.startswith("-"):
         name, equals, value = current.partition("=")
@@ -192,14 +192,16 @@ def _of_parser(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
                 word if word == FILES else f"{name}={word}": text
                 for word, text in _values(options[name], value).items()
             }
-        return _beginning(current, {name: action.help or "" for name, action in options.items() if name[:2] == "--"})
+        return _starting_with(
+            current, {name: action.help or "" for name, action in options.items() if name[:2] == "--"}
+        )
     if waiting is not None:
         return _values(waiting, current)
     return _positional([action for action in parser._actions if not action.option_strings], seen, current)
 
 
 def _positional(actions: list[argparse.Action], seen: int, current: str) -> Offers:
-    """For the word after `seen` others that no option takes."""
+    """Return candidates for a positional word after `seen` others."""
     if not actions:
         return {}
     action = actions[min(seen, len(actions) - 1)]
@@ -210,11 +212,11 @@ def _values(action: argparse.Action, current: str) -> Offers:
     name = action.option_strings[0] if action.option_strings else ""
     if isinstance(action, argparse._SubParsersAction):
         helps = {one.dest: one.help or "" for one in action._choices_actions}
-        return _beginning(current, {choice: helps.get(choice, "") for choice in action.choices})
+        return _starting_with(current, {choice: helps.get(choice, "") for choice in action.choices})
     if action.choices is not None:
-        return _beginning(current, dict.fromkeys(map(str, action.choices), ""))
+        return _starting_with(current, dict.fromkeys(map(str, action.choices), ""))
     if name in VALUES:
-        return _beginning(current, dict.fromkeys(VALUES[name], ""))
+        return _starting_with(current, dict.fromkeys(VALUES[name], ""))
     if name in KEY_OPTIONS:
         return _keys(current, KEY_OPTIONS[name])
     if "key=value" in str(action.metavar):
@@ -224,7 +226,7 @@ def _values(action: argparse.Action, current: str) -> Offers:
 
 
 def _keys(current: str, after: str) -> Offers:
-    """`group.` first, then `group.key=`, then the key's values; `extend.group.key=` of one phase likewise."""
+    """Offer `group.` first, then `group.key=`, then the key's values; `extend.group.key=` of one phase likewise."""
     first, dot, rest = current.partition(".")
     if dot and first in PHASES:
         return {word if word == FILES else f"{first}.{word}": text for word, text in _keys(rest, after).items()}
@@ -249,8 +251,8 @@ def _key_values(name: str, value: str) -> Offers:
     return {f"{name}={word}": "" for word in allowed if word.startswith(value)}
 
 
-def _beginning(start: str, found: Offers) -> Offers:
-    """Those that begin so; of the meaning the first line, without argparse's formats."""
+def _starting_with(start: str, found: Offers) -> Offers:
+    """Return the candidates that begin so, with the first line of their meanings."""
     return {
         word: text.partition("\n")[0].replace(" (%(default)s)", "")
         for word, text in found.items()

@@ -30,29 +30,34 @@ POSITIVE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", required=True)
+    parser.add_argument("--size", required=True, help="17m 32m 68m 150m 400m 1b")
     parser.add_argument("--objective", default="mlm")
     parser.add_argument("--phase", default="pretrain")
-    parser.add_argument("--gpus", type=int, metavar="N")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of a machine (what is usual for the GPU)")
-    parser.add_argument("--gpus-file", type=Path, metavar="YAML", help="parts of your own, as plan/gpus.yaml has them")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (default: the usual number)")
+    parser.add_argument("--gpus-file", type=Path, metavar="YAML", help="further GPUs, in the format of plan/gpus.yaml")
     parser.add_argument("--chunk-tokens", type=float, metavar="N", help="mean length of documents in rows")
     parser.add_argument("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
-    parser.add_argument("--price", type=float, metavar="X", help="of a GPU's hour")
+    parser.add_argument("--price", type=float, metavar="X", help="price of a GPU hour")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
     parser.add_argument(
         "--scale", metavar="FIRST:LAST", help="or N,N,...: speed, efficiency and goodput on so many GPUs"
     )
     parser.add_argument("--curve", type=Path, metavar="JSON", help="{GPUs: tokens/s of each} measured, for --scale")
-    parser.add_argument("--mtbf-hours", type=float, default=50_000.0, help="of one GPU, for --scale (%(default)s)")
+    parser.add_argument(
+        "--mtbf-hours",
+        type=float,
+        default=50_000.0,
+        help="mean time between failures of one GPU, for --scale (%(default)s)",
+    )
     parser.add_argument("--checkpoint-seconds", type=float, default=30.0, help="for --scale (%(default)s)")
     parser.add_argument("--restart-seconds", type=float, default=300.0, help="for --scale (%(default)s)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="of --scale")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="a site file, as of `ettin train`")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results of --scale")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="a user config, as for `ettin train`")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
-        "words", nargs="*", metavar="key=value", help="as of `ettin train`: any shape, batch, precision"
+        "words", nargs="*", metavar="key=value", help="overrides, as for `ettin train`: any shape, batch, precision"
     )
 
 
