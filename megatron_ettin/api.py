@@ -37,6 +37,7 @@ ROWS_AT_ONCE = 64
 _RENAMED = {
     "Evaluated": ("megatron_ettin.evaluate.evaluation", "EvalResult"),
     "Measured": ("megatron_ettin.evaluate.evaluation", "EvalMetrics"),
+    "StepInfo": ("megatron_ettin.train.progress", "StepResult"),
 }
 
 
@@ -129,9 +130,11 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
     Raises:
         UserError: for a run directory of another run, and for data or weights that do not fit.
     """
-    from megatron_ettin.train.trainer import TrainArgs, run_training
+    from megatron_ettin.train.job import TrainArgs, prepare_job
+    from megatron_ettin.train.trainer import Trainer
 
-    return run_training(config, TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None))
+    job = prepare_job(config, TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None))
+    return Trainer([job]).run()
 
 
 @dataclass(frozen=True)

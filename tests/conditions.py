@@ -16,12 +16,13 @@ from unittest import mock
 def _stop_in(phase: str) -> Iterator[None]:
     """Deliver a signal to stop in the second step of a phase."""
     from megatron_ettin.train import trainer
+    from megatron_ettin.train.progress import ControlSignal
 
     step = trainer.train_step
 
-    def stopping(train_state, batches, number, tokens, lr, stop, *more):
-        now = (train_state.config.run.phase, number) == (phase, 1)
-        return step(train_state, batches, number, tokens, lr, stop or now, *more)
+    def stopping(train_state, batches, lr, detector, signal):
+        now = (train_state.config.run.phase, train_state.progress.step) == (phase, 1)
+        return step(train_state, batches, lr, detector, ControlSignal.STOP if now else signal)
 
     with mock.patch.object(trainer, "train_step", stopping):
         yield
@@ -177,16 +178,16 @@ def wandb_offline() -> Iterator[None]:
 @contextlib.contextmanager
 def room_after_step_8() -> Iterator[None]:
     """Free the disk after the eighth step."""
-    from megatron_ettin.train.hooks import base
+    from megatron_ettin.train.hooks import metrics
 
-    real = base.Metrics.step
+    real = metrics.Metrics.step
 
     def step(self, run, info):
         real(self, run, info)
         if info.step == 8 and run.is_main_process:
             (Path(run.config.checkpoint.staging or run.directory.parent) / "filler").resolve().unlink()
 
-    with mock.patch.object(base.Metrics, "step", step):
+    with mock.patch.object(metrics.Metrics, "step", step):
         yield
 
 

@@ -156,13 +156,13 @@ def loss_mean_per_micro_batch() -> Iterator[None]:
     """Normalise the loss by each micro-batch's own number of labels where the batch's is meant."""
     from megatron_ettin.train import step
 
-    real = step.sum_of_losses
+    real = step.loss_and_labels
 
-    def mean(losses, correct, causal_labels, total, *more, **named):
-        _, count, report = real(losses, correct, causal_labels, total, *more, **named)
-        return total / max(len(losses), 1), count.clamp(max=1), report
+    def mean(labels, total, *more, **named):
+        _, count, report = real(labels, total, *more, **named)
+        return total / max(labels, 1), count.clamp(max=1), report
 
-    with mock.patch.object(step, "sum_of_losses", mean):
+    with mock.patch.object(step, "loss_and_labels", mean):
         yield
 
 

@@ -33,7 +33,7 @@ LOADS = ["load", "load and verify", "load from the disk", "load and verify from 
 def build(args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.trainer import build_single_process
+    from megatron_ettin.train.setup import build_single_process
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
     words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
@@ -66,9 +66,11 @@ class Bench:
         self.times: dict[str, list[float]] = {}
 
     def step(self) -> None:
+        from megatron_ettin.train.progress import Progress
         from megatron_ettin.train.step import train_step
 
-        train_step(self.train_state, self.batches, self.step_number, 0, 1e-5, False)
+        self.train_state.progress = Progress(self.step_number)
+        train_step(self.train_state, self.batches, 1e-5)
         self.step_number += 1
 
     def plain_steps(self, count: int) -> float:

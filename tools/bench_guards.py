@@ -23,7 +23,7 @@ def build(size: str, rows: int) -> tuple[Any, Any]:
     """Build the train state and batches of one rank, fp32."""
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.trainer import build_single_process
+    from megatron_ettin.train.setup import build_single_process
 
     words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     config = parse(size, "mlm", "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])
@@ -38,6 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     from megatron_ettin.config.operations import ResilienceConfig
     from megatron_ettin.faults.anomalies import AnomalyDetector
     from megatron_ettin.faults.sdc import replay_check, sums
+    from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.step import train_step
 
     torch.set_num_threads(args.threads)
@@ -48,10 +49,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for number in range(args.steps + 1):
         for side in draw.sample(sorted(seconds), len(seconds)):
             began = time.perf_counter()
-            info = train_step(train_state, batches, number, 0, 1e-4, False, None, guard if side == "judged" else None)
-            assert info.updated
-            # the first is a warm-up
-            if number:
+            train_state.progress = Progress(number)
+            assert train_step(train_state, batches, 1e-4, guard if side == "judged" else None).updated
+            if number:  # the first is a warm-up
                 seconds[side].append(time.perf_counter() - began)
     found = {side: statistics.median(values) for side, values in seconds.items()}
     for name, call in (

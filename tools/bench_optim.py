@@ -19,8 +19,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.optim.megatron import build_optimizer
 from megatron_ettin.parallel.groups import optimizer_groups
 from megatron_ettin.platform import Platform
-from megatron_ettin.train.setup import TrainState, wrap
-from megatron_ettin.train.trainer import build_single_process
+from megatron_ettin.train.setup import TrainState, build_single_process, wrap
 
 OURS, TORCH = ("stable_adamw", "adamw", "muon"), "torch.optim.AdamW, foreach"
 

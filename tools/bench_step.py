@@ -73,6 +73,7 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     from megatron_ettin.parallel.env import read_distributed_env
     from megatron_ettin.parallel.process_groups import init_process_group
     from megatron_ettin.platform import detect
+    from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.setup import setup_training
     from megatron_ettin.train.step import train_step
 
@@ -83,7 +84,12 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     init_process_group(read_distributed_env(), train_state)
     rank = setup_training(config, train_state, 1)
     batches = Batches.of(config, RandomRows(), rank.layout, train_state.device)  # type: ignore[arg-type]
-    return lambda step: train_step(rank, batches, step, 0, 3e-4, False) and None
+
+    def run(step: int) -> None:
+        rank.progress = Progress(step)
+        train_step(rank, batches, 3e-4)
+
+    return run
 
 
 def theirs(kind: str, rows: int) -> Callable[[int], None]:

@@ -7,15 +7,16 @@ put it on the device and to say where its chunks begin and end."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_ettin.batching.host import HostBatches
-from megatron_ettin.batching.loader import LoadedBatch
+from megatron_ettin.batching.loader import LoadedBatch, Loader, worker_count
 from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix, dataset_collator
 from megatron_ettin.config.layouts import full_batch_split, has_fixed_shapes, micro_batch_group
 from megatron_ettin.config.schema import Config
@@ -60,9 +61,9 @@ def row_tokens(config: Config, topology: Topology) -> int:
     return buffer_tokens(config.data.seq_len, topology, PRECISIONS[config.precision.name].multiple)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
-    """Micro-batches of any step for one data-parallel rank."""
+    """Micro-batches of any step for one data-parallel rank, on its device."""
 
     config: Config
     corpus: BlendedDataset
@@ -71,6 +72,7 @@ class Batches:
     kinds: ObjectiveMix
     layout: Layout
     device: torch.device
+    _loader: Loader | None = None
 
     @classmethod
     def of(cls, config: Config, corpus: BlendedDataset, layout: Layout, device: torch.device) -> Batches:
@@ -109,12 +111,34 @@ class Batches:
         """Micro-batches a rank runs at `step`; whole groups of pipeline ranks under the interleaved schedule."""
         return self.host.count(step)
 
-    def step(self, step: int, loaded: Iterable[LoadedBatch] | None = None) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of `step` in order, from a loader or made here."""
+    @contextlib.contextmanager
+    def prefetched(self, first_step: int, end_step: int | None, is_gpu: bool) -> Iterator[None]:
+        """Have the workers of `data.workers` make the batches of consecutive steps ahead.
+
+        Args:
+            first_step: The step, from 0, that is trained first.
+            end_step: The step after the last one; None where it is not known.
+            is_gpu: Whether tensors are pinned for a GPU, which also decides the default number of workers.
+        """
+        data = self.config.data
+        workers = worker_count(data.workers, is_gpu)
+        with contextlib.closing(Loader(self.host, first_step, end_step, workers, data.prefetch, is_gpu)) as loader:
+            self._loader = loader
+            try:
+                yield
+            finally:
+                self._loader = None
+
+    def step(self, step: int) -> Iterator[MicroBatch]:
+        """Return an iterator over this rank's micro-batches of `step`, in order."""
         key = step_key(self.config.run.seed, self.config.run.phase, step)
-        if loaded is None:
-            loaded = (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
-        return (self.on_device(batch, key) for batch in loaded)
+        return (self.on_device(batch, key) for batch in self.loaded(step))
+
+    def loaded(self, step: int) -> Iterator[LoadedBatch]:
+        """Return the batches of `step` in host memory: the workers' where they come to this step, else made here."""
+        if self._loader is not None and self._loader.next_step == step:
+            return self._loader.step(step)
+        return (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
 
     def held_out(self, rows: Sequence[Row | None], least: int = 0) -> MicroBatch:
         """Rows of an evaluation, all of one kind; None is an empty row. `least`: see `HostBatches.lay_out`."""

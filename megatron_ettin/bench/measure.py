@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from megatron_ettin.batching.batches import Batches
-from megatron_ettin.batching.loader import LoadedBatch, Loader, worker_count
+from megatron_ettin.batching.loader import LoadedBatch
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
-from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.model.config import DTYPES
 from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.parallel.env import DistributedEnv
@@ -34,8 +33,9 @@ from megatron_ettin.parallel.process_groups import destroy_process_group, init_p
 from megatron_ettin.platform import Platform
 from megatron_ettin.platform.comm_volume import CommVolumeTracker
 from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.train.progress import Progress, StepResult
 from megatron_ettin.train.setup import TrainState, setup_training
-from megatron_ettin.train.step import StepInfo, train_step
+from megatron_ettin.train.step import train_step
 
 TIMED_STEPS = 2
 
@@ -79,30 +79,22 @@ def measure_steps(train_state: TrainState, dataset: Any, lengths: StepCounts) ->
     """Measure the steps of a run that is set up."""
     platform, config = train_state.platform, train_state.config
     batches = Batches.of(config, dataset, train_state.layout, platform.device)
-    workers = worker_count(config.data.workers, platform.is_gpu)
     timed_from = lengths.warm_up + lengths.counted
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
-    loader = Loader(batches.host, 0, end, workers, config.data.prefetch, pinned=platform.is_gpu)
-    try:
-        infos, detector = [], new_anomaly_detector(train_state)
-        # no comprehension: its closure would keep the training state of a step that fails
+    with batches.prefetched(0, end, platform.is_gpu):
+        results = []
+        # no comprehension: its closure would keep the train state of a step that fails
         for step in range(timed_from):
-            infos.append(train_step(train_state, batches, step, 0, config.optim.lr, False, loader.step(step), detector))
-        phases, sent = time_phases(train_state, batches, loader, timed_from)
-        tensors = (
-            platform.peak_memory_bytes()
-            if platform.is_gpu
-            else peak_tensor_bytes(train_state, batches, loader, end - 1)
-        )
-    finally:
-        loader.close()
-    return summarize(train_state, infos[lengths.warm_up :], phases, sent, tensors)
+            results.append(step_once(train_state, batches, step))
+        phases, sent = time_phases(train_state, batches, timed_from)
+        tensors = platform.peak_memory_bytes() if platform.is_gpu else peak_tensor_bytes(train_state, batches, end - 1)
+    return summarize(train_state, results[lengths.warm_up :], phases, sent, tensors)
 
 
-def new_anomaly_detector(train_state: TrainState) -> AnomalyDetector:
-    """Return the detector that `ettin train` runs: it decides whether the update waits for the step's figures."""
-    assert train_state.optimizer is not None
-    return AnomalyDetector(train_state.config.resilience, (), train_state.optimizer.can_skip)
+def step_once(train_state: TrainState, batches: Batches, step: int) -> StepResult:
+    """Run one step (from 0) as `ettin train` does: the detector decides whether the update waits for the figures."""
+    train_state.progress = Progress(step)
+    return train_step(train_state, batches, train_state.config.optim.lr, train_state.detector)
 
 
 def out_of_memory() -> type[BaseException]:
@@ -110,9 +102,7 @@ def out_of_memory() -> type[BaseException]:
     return torch.OutOfMemoryError
 
 
-def time_phases(
-    train_state: TrainState, batches: Batches, loader: Loader, first: int
-) -> tuple[dict[str, float], dict[str, float]]:
+def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[dict[str, float], dict[str, float]]:
     """Time the phases of a step on this rank.
 
     Returns:
@@ -133,36 +123,28 @@ def time_phases(
 
         return call
 
+    source: Any = batches
+    loaded = source.loaded
+    source.loaded = lambda step: timed_batches(loaded(step), timers)
     settings.timers, settings.barrier_with_L1_time = timers, False
     optimizer.prepare, optimizer.update = timed_as_update(prepare), timed_as_update(update)
     try:
         seconds = 0.0
         for step in range(first, first + TIMED_STEPS):
-            waited = timed_batches(loader.step(step), timers)
             with volumes.track(timers.communication):
-                info = train_step(
-                    train_state,
-                    batches,
-                    step,
-                    0,
-                    train_state.config.optim.lr,
-                    False,
-                    waited,
-                    new_anomaly_detector(train_state),
-                )
-            seconds += info.seconds
+                seconds += step_once(train_state, batches, step).seconds
     finally:
+        del source.loaded
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
     found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
     return found, {axis: sent / TIMED_STEPS for axis, sent in volumes.by_axis().items()}
 
 
-def peak_tensor_bytes(train_state: TrainState, batches: Batches, loader: Loader, step: int) -> int:
+def peak_tensor_bytes(train_state: TrainState, batches: Batches, step: int) -> int:
     """Return the bytes of the tensors that are alive at once at the peak of a step on this rank."""
     with PeakMemoryTracker() as live:
-        detector = new_anomaly_detector(train_state)
-        train_step(train_state, batches, step, 0, train_state.config.optim.lr, False, loader.step(step), detector)
+        step_once(train_state, batches, step)
     return int(live.peak_bytes)
 
 
@@ -180,12 +162,16 @@ def timed_batches(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterato
 
 
 def summarize(
-    train_state: TrainState, infos: list[StepInfo], phases: dict[str, float], sent: dict[str, float], tensor_bytes: int
+    train_state: TrainState,
+    results: list[StepResult],
+    phases: dict[str, float],
+    sent: dict[str, float],
+    tensor_bytes: int,
 ) -> dict[str, Any]:
     """Combine the figures of the steps over all ranks."""
     world, platform = train_state.layout.topology.world, train_state.platform
-    speeds = [info.step_tokens / info.seconds for info in infos]
-    rates = [info.flops / info.seconds / world for info in infos]
+    speeds = [result.step_tokens / result.seconds for result in results]
+    rates = [result.flops / result.seconds / world for result in results]
     dtype = DTYPES[PRECISIONS[train_state.config.precision.name].compute]
     peak, source = platform.peak_flops, f"data sheet of {platform.name}, dense bf16"
     if peak is None:
@@ -205,7 +191,7 @@ def summarize(
         "tokens_per_second": middle,
         "tokens_per_second_per_gpu": middle / world,
         "tokens_per_second_range": [min(speeds), max(speeds)],
-        "step_seconds": [info.seconds for info in infos],
+        "step_seconds": [result.seconds for result in results],
         "tflops_per_second_per_gpu": statistics.median(rates) / 1e12,
         "mfu": statistics.median(rates) / peak,
         "peak_flops": peak,
@@ -216,7 +202,7 @@ def summarize(
         "communication_bytes": {axis: value / world for axis, value in zip(axes, moved, strict=True) if value},
         "layout": str(train_state.layout.topology),
         "attention": train_state.model_chunks[0].config.backend.attention.name,
-        "steps": len(infos),
+        "steps": len(results),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }

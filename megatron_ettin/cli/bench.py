@@ -255,7 +255,7 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
     from megatron_ettin.config.layouts import check_layout
     from megatron_ettin.config.overrides import given_keys
     from megatron_ettin.config.resolve import parse
-    from megatron_ettin.train.trainer import open_training_data
+    from megatron_ettin.train.job import open_training_data
 
     if args.data:
         words = [*words, f"data.mixture={args.data}"]

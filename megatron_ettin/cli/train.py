@@ -161,8 +161,8 @@ def train_phases(
     from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.faults.skipped_steps import TrainingStopped
     from megatron_ettin.train.chain import run_chain, run_sweep
+    from megatron_ettin.train.job import TrainArgs
     from megatron_ettin.train.saving import SaveFailed
-    from megatron_ettin.train.trainer import TrainArgs
 
     if args.init_from is not None:
         from megatron_ettin.convert.from_hf import import_once, is_hf_folder

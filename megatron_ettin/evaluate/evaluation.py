@@ -23,7 +23,7 @@ from megatron_ettin.data.mixture import largest_remainder
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.step import Totals, run_micro_batches
+from megatron_ettin.train.step import run_micro_batches
 
 VALIDATION_MLM_PROBABILITY = 0.15
 VALIDATION_SEED, VALIDATION_PHASE = 0, "validation"
@@ -135,10 +135,11 @@ def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | Non
     try:
         with torch.no_grad():
             for batches, count in zip(held_out.sources.values(), rows, strict=True):
-                totals = Totals()
+                totals = dict.fromkeys(("loss", "labels", "correct"), 0.0)
                 for group in groups_in_order(batches, count):
-                    totals += run_micro_batches(train_state, group, len(group), training=False).read()
-                figures += [totals.loss, totals.labels, totals.correct]
+                    own = run_micro_batches(train_state, group, len(group), training=False).read()
+                    totals = {name: total + own.get(name, 0.0) for name, total in totals.items()}
+                figures += totals.values()
     finally:
         for chunk in train_state.model_chunks:
             chunk.train()

@@ -15,8 +15,7 @@ from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group
 from megatron_ettin.train import resume
-from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.trainer import build_single_process
+from megatron_ettin.train.setup import TrainState, build_single_process
 
 
 def single_process_config(config: Config) -> Config:

@@ -19,13 +19,13 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_exception
 from megatron_ettin.config.operations import ResilienceConfig
+from megatron_ettin.faults.skipped_steps import TrainingStopped
 from megatron_ettin.faults.watchdog import collective_seconds
 from megatron_ettin.parallel.env import DistributedEnv, read_distributed_env
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group, reinit_after_restart
 from megatron_ettin.platform import detect
 from megatron_ettin.train.stop_signal import STOPS
-from megatron_ettin.train.trainer import TrainingStopped
 
 LEFT_TO_THE_RANK = STOPS
 AFTER_THE_WATCHDOG = timedelta(seconds=60)

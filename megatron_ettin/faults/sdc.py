@@ -20,8 +20,9 @@ from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.parallel.failure_report import raise_on_all
 from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.progress import StepResult
 from megatron_ettin.train.setup import TrainState
-from megatron_ettin.train.step import StepInfo, run_micro_batches
+from megatron_ettin.train.step import run_micro_batches
 
 Digest = tuple[int, int, int]  # micro-batch, layer (from 0, of the whole model), sum of the bits of its output
 Difference = tuple[int, int]  # micro-batch, layer
@@ -103,7 +104,7 @@ class WeightHashMismatch(RuntimeError):
 class WeightHashCheck(Hook):
     """Compares every `resilience.check_replicas_every` steps."""
 
-    def step(self, run: Run, info: StepInfo) -> None:
+    def step(self, run: Run, info: StepResult) -> None:
         every = run.config.resilience.check_replicas_every
         if every is not None and info.step % every == 0:
             check_weight_hashes(run.train_state, info.step)

@@ -18,8 +18,7 @@ from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.faults.anomalies import Anomaly
 from megatron_ettin.metrics import finite
 from megatron_ettin.runs.order_export import write_parquet
-from megatron_ettin.train.progress import Progress
-from megatron_ettin.train.step import StepInfo
+from megatron_ettin.train.progress import Progress, StepResult
 
 FOLDER = "bad_steps"
 
@@ -32,20 +31,20 @@ class BadNumbers(TrainingStopped):
     """The figures of too many steps, or of the last ones, were bad."""
 
 
-def outcome(config: Config, info: StepInfo, after: Progress) -> str:
+def outcome(config: Config, info: StepResult, after: Progress) -> str:
     """What becomes of a bad step: "ignored", "warned", "skipped" or "stopped"."""
-    assert info.bad is not None
+    assert info.anomaly is not None
     too_many = after.skipped_in_row > config.resilience.max_skips_in_row
     known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
-    return known.get(info.bad.action, "stopped" if too_many else "skipped")
+    return known.get(info.anomaly.action, "stopped" if too_many else "skipped")
 
 
-def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepInfo, after: Progress, found: str) -> str:
+def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, found: str) -> str:
     """Write down the step (on one rank); returns the line that tells of it."""
-    assert info.bad is not None
+    assert info.anomaly is not None
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
     table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
-    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": found, "why": info.bad.why}
+    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": found, "why": info.anomaly.why}
     entry |= {"loss": finite(info.loss), "grad_norm": finite(info.grad_norm), "lr": info.lr, "rows": list(info.rows)}
     entry |= {"in_row": after.skipped_in_row, "documents": str(table.relative_to(run_dir)), "time": time.time()}
     try:
@@ -56,7 +55,7 @@ def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepInfo
         named = f"documents in {table}"
     except (OSError, UserError) as error:  # a full disk is no reason to end here
         named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
-    return f"step {info.step}: {info.bad.why}; {consequence(info.bad, after, found)}; {rows}, {named}"
+    return f"step {info.step}: {info.anomaly.why}; {consequence(info.anomaly, after, found)}; {rows}, {named}"
 
 
 def consequence(bad: Anomaly, after: Progress, found: str) -> str:
@@ -70,7 +69,7 @@ def consequence(bad: Anomaly, after: Progress, found: str) -> str:
 
 
 def report_anomaly(
-    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepInfo, after: Progress, is_main_process: bool
+    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
 ) -> None:
     """Record a bad step and go on, or raise TrainingStopped, the same on every rank."""
     found = outcome(config, info, after)
@@ -80,7 +79,7 @@ def report_anomaly(
     if is_main_process:
         # a spike whose update was made is no alarm
         log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")
-    info.extra["bad"] = f"{found}: {info.bad.why}" if info.bad else found
+    info.extra["bad"] = f"{found}: {info.anomaly.why}" if info.anomaly else found
 
 
 def way_back(run_dir: Path, progress: Progress) -> str:

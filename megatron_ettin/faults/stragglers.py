@@ -15,7 +15,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.hang_report import RankInfo
 from megatron_ettin.parallel.collectives import all_gather_scalar
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.step import StepInfo
+from megatron_ettin.train.progress import StepResult
 
 WARN_RATIO = 1.5
 WARN_TIMES = 3  # in a row, always the same rank
@@ -57,7 +57,7 @@ class Stragglers(Hook):
         self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
         self.first_step = run.progress.step + 1  # kernels are compiled in it, and files opened
 
-    def step(self, run: Run, info: StepInfo) -> None:
+    def step(self, run: Run, info: StepResult) -> None:
         if len(self.peers) == 1 or info.step == self.first_step:
             return
         self.seconds.append(run.train_state.clock.seconds)

@@ -1,4 +1,4 @@
-"""`ettin train --phase all`: pretrain, extend and decay in one job, each in its own run directory.
+"""Several runs in one job: the phases of `ettin train --phase all`, and the members of `--sweep`.
 
 Every phase begins from the one before; a chain that was stopped goes on in the phase where it stopped. What can be
 checked of later phases is checked before the first one starts."""
@@ -8,21 +8,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.train.hooks.console import is_finished
-from megatron_ettin.train.trainer import TrainArgs, prepare, run_jobs
+from megatron_ettin.train.job import TrainArgs, TrainJob, prepare_job
+from megatron_ettin.train.run_log import is_finished
+from megatron_ettin.train.trainer import Trainer
 
 
-def run_chain(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
-    """Train the phases one after another; True if the job was asked to stop before the last was done. `stages`: in
-    order; each but the first begins from the run directory before it."""
+def chain_jobs(stages: Sequence[tuple[Config, TrainArgs]]) -> list[TrainJob]:
+    """Return the phases that are left to train, the last one always, in order. Raises UserError.
+
+    Args:
+        stages: All phases in order; each but the first begins from the run directory of the one before.
+    """
     left = list(stages)
     while len(left) > 1 and is_finished(left[0][0], left[0][1].run_dir):
         left.pop(0)
-    return run_jobs([prepare(config, launch) for config, launch in left])
+    return [prepare_job(config, args) for config, args in left]
+
+
+def sweep_jobs(stages: Sequence[tuple[Config, TrainArgs]]) -> list[TrainJob]:
+    """Return the members of a sweep that are left to train. Raises UserError."""
+    return [prepare_job(config, args) for config, args in stages if not is_finished(config, args.run_dir)]
+
+
+def run_chain(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
+    """Train the phases one after another; True if the job was asked to stop before the last was done."""
+    return Trainer(chain_jobs(stages)).run()
 
 
 def run_sweep(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
-    """Train the members of a sweep that are not finished; True if the job was asked to stop before the last was done.
+    """Train the members of a sweep; True if the job was asked to stop before the last was done.
+
     A member whose loss is not finite does not stop the others."""
-    left = [prepare(config, launch) for config, launch in stages if not is_finished(config, launch.run_dir)]
-    return bool(left) and run_jobs(left, each_alone=True)
+    jobs = sweep_jobs(stages)
+    return bool(jobs) and Trainer(jobs, each_alone=True).run()

@@ -25,6 +25,7 @@ from megatron_ettin.model.dropout import layer_keys
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.cuda_graph import CapturedGraph, Tensors
 from megatron_ettin.platform.device import to_device
+from megatron_ettin.train.totals import StepTotals, loss_and_labels
 
 DEVIATIONS = 6  # of the number of masked tokens that there is room for
 
@@ -56,9 +57,9 @@ class GraphedStep:
         self.keys = functools.lru_cache(maxsize=1)(layer_keys)
 
     def __call__(
-        self, ordinary: Callable[..., tuple[Any, Any]], batches: Iterator[MicroBatch], model: Any
+        self, totals: StepTotals, ordinary: Callable[..., tuple[Any, Any]], batches: Iterator[MicroBatch], model: Any
     ) -> tuple[Any, Any]:
-        """`ordinary` is the function for a micro-batch that does not fit."""
+        """Replay one micro-batch and add its losses to `totals`; `ordinary` runs one that does not fit."""
         batch = next(batches)
         if not self.fits(batch):
             return ordinary(iter([batch]), model)
@@ -67,7 +68,10 @@ class GraphedStep:
         (loss,) = self.replayed(self.inputs(batch))
         # the gradients are made already: core's schedule is given a loss that leads to none
         done = torch.zeros((), device=loss.device, requires_grad=True).clone()
-        return done, functools.partial(_report, loss.clone(), batch.labels.numel())
+        labels = batch.labels.numel()
+        totals.add("loss", loss.clone())
+        totals.add("labels", labels)
+        return done, functools.partial(loss_and_labels, labels)
 
     def fits(self, batch: MicroBatch) -> bool:
         labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
@@ -120,11 +124,3 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
     total, losses, _ = model(input_ids, packed, labels, label_positions)
     total.backward()
     return [losses.double().sum()]
-
-
-def _report(
-    loss: torch.Tensor, labels: int, total: torch.Tensor, non_loss_data: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Core's loss function: what step.py's `sum_of_losses` returns."""
-    count = torch.full((), labels, dtype=torch.int32, device=loss.device)
-    return total, count, {"loss": loss, "labels": count, "correct": torch.zeros_like(count)}

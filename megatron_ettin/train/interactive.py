@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_ettin.batching.batches import Batches
+    from megatron_ettin.train.progress import StepResult
     from megatron_ettin.train.setup import TrainState
-    from megatron_ettin.train.step import StepInfo
 
 
 @dataclass
@@ -126,7 +126,7 @@ def build_model(config: Config, checkpoint: str | PathLike[str] | None = None) -
         destroy_process_group()
 
 
-def run_step(model: Model, lr: float | None = None) -> StepInfo:
+def run_step(model: Model, lr: float | None = None) -> StepResult:
     """Train the run's next step: read its rows, run forward and backward, update the weights (collective).
 
     Args:
@@ -140,11 +140,13 @@ def run_step(model: Model, lr: float | None = None) -> StepInfo:
         UserError: for data that is missing, damaged or made for another vocabulary.
     """
     from megatron_ettin.optim.schedule import lr_fraction
+    from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.step import train_step
 
     config = model.config
     if lr is None:
         lr = config.optim.lr * lr_fraction(model.tokens, config.schedule, config.run.tokens)
-    info = train_step(model.train_state, model.batches, model.step, model.tokens, lr, stop=False)
-    model.step, model.tokens = info.step, info.tokens
-    return info
+    model.train_state.progress = Progress(model.step, model.tokens)
+    result = train_step(model.train_state, model.batches, lr)
+    model.step, model.tokens = result.step, result.tokens
+    return result

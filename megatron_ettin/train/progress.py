@@ -1,51 +1,109 @@
-"""Where a run stands: what a checkpoint says besides weights and optimizer."""
+"""Where a run stands, what its latest step did, and what a rank asks of the others."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ettin.config.schema import Config
-from megatron_ettin.faults.anomalies import AnomalyDetector
-from megatron_ettin.train.step import StepInfo
+from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
+
+
+class ControlSignal(enum.IntEnum):
+    """Request of a rank to all ranks, sent with the totals of a step. The highest one wins."""
+
+    NONE = 0
+    SAVE = 1
+    """Save a checkpoint after the step (from rank 0)."""
+    STOP = 2
+    """Save and end, so that the job can be requeued (from any rank)."""
+    SAVE_FAILED = 3
+    """End the run: a checkpoint could not be saved (from rank 0)."""
+    GONE = 4
+    """End the run: its directory was removed (from rank 0)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on every rank."""
+
+    step: int
+    """Number of the step, from 1."""
+    tokens: int
+    """Tokens of the run so far, padding not counted."""
+    loss: float
+    """Mean over the step's predicted tokens."""
+    lr: float
+    """Learning rate of the update."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+    step_tokens: int
+    """Tokens of the step, padding not counted."""
+    labels: int
+    """Predicted tokens of the step."""
+    rows: tuple[int, int]
+    """First row of the step in the order of the data, and the row after its last."""
+    seconds: float
+    """Duration on this rank."""
+    flops: float
+    """Floating-point operations of the step on all ranks."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further figures for metrics.jsonl; hooks add theirs."""
+    signal: ControlSignal = ControlSignal.NONE
+    """What the ranks were asked for, agreed by all of them."""
+    anomaly: Anomaly | None = None
+    """What is wrong with the loss or the gradient norm."""
+    updated: bool = True
+    """Whether the weights were updated."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a rank was asked to stop."""
+        return self.signal is ControlSignal.STOP
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`updates` counts optimizer steps, over phases that kept the optimizer. The rest is the guard's: `recent` as in
-    `Guard`, updates left out since the last that was not, and in all."""
+    """Where a run stands: what a checkpoint stores besides weights and optimizer."""
 
     step: int = 0
+    """Steps done."""
     tokens: int = 0
+    """Tokens trained on, padding not counted."""
     updates: int = 0
+    """Optimizer updates, over phases that kept the optimizer."""
     recent: tuple[float, ...] = ()
+    """Gradient norms of recent steps, as in `AnomalyDetector`."""
     skipped_in_row: int = 0
+    """Updates left out since the last one that was made."""
     skipped: int = 0
+    """Updates left out in all."""
 
-    def after(self, info: StepInfo, guard: AnomalyDetector) -> Progress:
-        """The same with one step more."""
-        left_out = int(not info.updated)
+    def after(self, result: StepResult, detector: AnomalyDetector) -> Progress:
+        """Return the progress one step later."""
+        left_out = int(not result.updated)
         return Progress(
-            step=info.step,
-            tokens=info.tokens,
-            updates=self.updates + int(info.updated),
-            recent=guard.after(info.loss, info.grad_norm),
+            step=result.step,
+            tokens=result.tokens,
+            updates=self.updates + int(result.updated),
+            recent=detector.after(result.loss, result.grad_norm),
             skipped_in_row=self.skipped_in_row + 1 if left_out else 0,
             skipped=self.skipped + left_out,
         )
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Progress:
-        """From what a checkpoint says; older ones say less."""
+        """Return the progress that a checkpoint's record holds; what an older version did not write has its default."""
         counts = {f.name: int(saved.get(f.name, 0)) for f in dataclasses.fields(cls) if f.name != "recent"}
-        # once pairs of loss and gradient norm
+        # an older version wrote pairs of loss and gradient norm
         norms = (one[1] if isinstance(one, list | tuple) else one for one in saved.get("recent", ()))
         return cls(recent=tuple(float(norm) for norm in norms), **counts)
 
 
 def is_done(config: Config, progress: Progress) -> bool:
-    """Whether a run has trained all its tokens or steps."""
+    """Return whether a run has trained all its tokens or steps."""
     steps = config.run.steps
     return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)

@@ -15,6 +15,7 @@ from megatron_ettin.batching.batches import row_tokens
 from megatron_ettin.config.layouts import full_batch_split
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.faults.step_timer import StepTimer
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
@@ -22,14 +23,17 @@ from megatron_ettin.model.model import EttinModel
 from megatron_ettin.optim.deepspeed import build_zero
 from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.megatron import build_optimizer
+from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
+from megatron_ettin.parallel.process_groups import init_process_group
 from megatron_ettin.parallel.topology import Topology
-from megatron_ettin.platform import Platform, tp_overlap
+from megatron_ettin.platform import Platform, detect, tp_overlap
 from megatron_ettin.platform.compile import enable_compile, should_compile
 from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.fp8 import reset_fp8_state
 from megatron_ettin.platform.layers import layer_backend
 from megatron_ettin.train.graphed_step import GraphedStep
+from megatron_ettin.train.progress import Progress
 
 
 @dataclass
@@ -43,6 +47,8 @@ class TrainState:
     ddp_model_chunks: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
     optimizer: TrainEngine | None
     graphed: GraphedStep | None = None
+    progress: Progress = field(default_factory=Progress)
+    """Steps done so far; replaced after each one."""
     clock: StepTimer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +60,14 @@ class TrainState:
         if self.optimizer is not None:
             self.optimizer.call_before_sum(self.clock.arrive)
 
+    @property
+    def detector(self) -> AnomalyDetector:
+        """Anomaly detector for the next step, holding the recent gradient norms."""
+        can_skip = self.optimizer is None or self.optimizer.can_skip
+        return AnomalyDetector(self.config.resilience, self.progress.recent, can_skip)
+
     def finish_param_sync(self) -> None:
-        """Before an evaluation: let what overlaps with the next step's forward pass end."""
+        """Wait for the parameter gather that overlaps with the next step's forward pass."""
         if self.optimizer is not None:
             self.optimizer.finish_param_sync()
 
@@ -127,6 +139,13 @@ def setup_training(
         tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
     return TrainState(config, platform, layout, chunks, wrapped, optimizer, graphed)
+
+
+def build_single_process(config: Config, training: bool = False, initial_weights: bool = True) -> TrainState:
+    """Build the whole model in this process, for evaluation, export checks and tools."""
+    platform = detect(config.run.device)
+    init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
+    return setup_training(config, platform, 1, training, initial_weights)
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:

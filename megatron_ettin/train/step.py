@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through core's pipeline schedule, one sum over all ranks, one update.
+"""One optimizer step: micro-batches through core's pipeline schedule, one all-reduce of its totals, one update.
 
 The loss is normalised by the number of predicted tokens of the whole batch (`global`, the default) or, as the original
 trainer did, by each micro-batch's own number (`microbatch`)."""
@@ -6,266 +6,194 @@ trainer did, by each micro-batch's own number (`microbatch`)."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ettin.batching.batches import Batches, MicroBatch
-from megatron_ettin.batching.loader import LoadedBatch
 from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
-from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
+from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.model.loss import LossOutput
-from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.platform.fp8 import preserve_fp8_state
 from megatron_ettin.platform.profiler import trace_range
+from megatron_ettin.train.progress import ControlSignal, StepResult
 from megatron_ettin.train.setup import TrainState
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did, equal on every rank. `step` counts from 1 once done."""
-
-    step: int
-    tokens: int  # of the run so far
-    loss: float  # mean over predicted tokens
-    lr: float
-    grad_norm: float
-    step_tokens: int
-    labels: int
-    rows: tuple[int, int]
-    seconds: float
-    flops: float
-    stop_requested: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
-    asked: float = 0.0  # by rank 0, with its sums
-    bad: Anomaly | None = None  # what is wrong with loss or gradient norm
-    updated: bool = True
-
-
-@dataclass
-class Totals:
-    """Sums over micro-batches of what this rank is the one to count."""
-
-    loss: float = 0.0
-    labels: int = 0
-    correct: int = 0
-    causal_loss: float = 0.0  # of the causal rows of a hybrid objective
-    causal_labels: int = 0
-    tokens: int = 0
-    global_pairs: int = 0
-    local_pairs: int = 0
-
-    def count(self, batch: MicroBatch) -> None:
-        self.tokens += batch.tokens
-        self.global_pairs += batch.pairs[0]
-        self.local_pairs += batch.pairs[1]
-
-    def __iadd__(self, other: Totals) -> Totals:
-        for name, value in dataclasses.asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-        return self
-
-
-@dataclass
-class Unread:
-    """Sums over micro-batches whose losses the device may still be computing."""
-
-    totals: Totals
-    reports: list[dict[str, torch.Tensor]]  # of each micro-batch; none where this rank is not the one to count
-
-    def read(self) -> Totals:
-        """Wait for the device, once."""
-        if self.reports:
-            names = list(self.reports[0])
-            sums = [torch.stack([report[name] for report in self.reports]).sum().double() for name in names]
-            for name, value in zip(names, torch.stack(sums).tolist(), strict=True):
-                setattr(self.totals, name, value if name.endswith("loss") else int(value))
-        return self.totals
-
-
-def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], count: int, training: bool) -> Unread:
-    """Forward (and backward) of `count` micro-batches of one shape. The last stage's first tensor rank counts, others
-    have zeros."""
-    models = train_state.ddp_model_chunks if training else train_state.model_chunks
-    totals, layout = Totals(), train_state.layout
-    counting = layout.is_last_pipeline_rank and layout.tp_rank == 0
-
-    def counted() -> Iterator[MicroBatch]:  # made as they are asked for: labelling overlaps with what the device does
-        for batch in batches:
-            if counting and layout.cp_rank == 0:  # its slices are of rows that others have parts of
-                totals.count(batch)
-            yield batch
-
-    tokens, given = tokens_of_first(counted())
-    forward = functools.partial(forward_step, functools.partial(normalising_factor, train_state.config, count))
-    run = train_state.optimizer.schedule() if training and train_state.optimizer else get_forward_backward_func()
-    graphed = train_state.graphed if training else None
-    with contextlib.nullcontext() if training else preserve_fp8_state(train_state.model_chunks):
-        outputs = run(
-            forward_step_func=forward if graphed is None else functools.partial(graphed, forward),
-            # model chunks of one rank each read the step's micro-batches
-            data_iterator=list(itertools.tee(given, len(models))) if len(models) > 1 else given,
-            model=list(models) if len(models) > 1 else models[0],
-            num_microbatches=count,
-            # rows are flattened: core sees one sequence of all their tokens
-            seq_length=tokens * layout.topology.cp,
-            micro_batch_size=1,
-            forward_only=not training,
-        )
-    return Unread(totals, outputs if counting else [])
-
-
-def tokens_of_first(batches: Iterator[MicroBatch]) -> tuple[int, Iterator[MicroBatch]]:
-    """Return the tokens that this rank has of the first micro-batch, and all of them again."""
-    first = next(batches)
-    return first.input_ids.numel(), itertools.chain((first,), batches)
-
-
-def normalising_factor(config: Config, micro_batches: int, labels: int) -> float:
-    """Return by what core, or DeepSpeed's engine, multiplies the sum of losses of a micro-batch before backward.
-
-    Under `global` that is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers."""
-    if config.batch.loss_normalization == "global":
-        return 1.0
-    # of DeepSpeed the number of micro-batches is in its loss scale
-    return 1 / (max(labels, 1) * (1 if config.parallel.engine == "deepspeed" else micro_batches))
-
-
-def forward_step(factor_of: Callable[[int], float], batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
-    """Core's forward_step_func: run one micro-batch, return its output and how to make a loss of it. `factor_of`: by
-    what the loss of so many labels will be multiplied."""
-    batch = next(batches)
-    output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(len(batch.labels)))
-    if not isinstance(output, LossOutput):  # hidden states for the next stage
-        return output, None
-    total, losses, correct = output
-    chunk = getattr(model, "module", model)  # inside what reduces its gradients
-    return total, functools.partial(
-        sum_of_losses, losses, correct, batch.causal_labels if chunk.config.hybrid else None
-    )
-
-
-def sum_of_losses(
-    losses: torch.Tensor,
-    correct: torch.Tensor,
-    causal_labels: int | None,
-    total: torch.Tensor,
-    non_loss_data: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Core's loss function: (sum, number of predicted tokens, what to report). losses [n]; the first `causal_labels`
-    of them are of causal rows, where a model has both kinds."""
-    count = torch.full((), len(losses), dtype=torch.int32, device=losses.device)
-    report = {"loss": losses.double().sum(), "labels": count, "correct": correct.sum()}
-    if causal_labels is not None:
-        report["causal_loss"] = losses[:causal_labels].double().sum()
-        report["causal_labels"] = torch.full_like(count, causal_labels)
-    return total, count, report
+from megatron_ettin.train.totals import STEP_SLOTS, StepTotals, loss_and_labels
 
 
 def train_step(
     train_state: TrainState,
     batches: Batches,
-    step: int,
-    tokens_before: int,
     lr: float,
-    stop: bool,
-    loaded: Iterable[LoadedBatch] | None = None,
-    guard: AnomalyDetector | None = None,
-    asked: float = 0.0,
-) -> StepInfo:
-    """Train on the rows of `step` (from 0), which are made here unless a loader has them. `stop`: this rank was asked
-    to stop; one rank's wish is everyone's. `asked`: what rank 0 asks of all. Where `guard` objects to the figures, the
-    update is left out."""
-    began, clock, optimizer = time.perf_counter(), train_state.clock, train_state.optimizer
+    detector: AnomalyDetector | None = None,
+    signal: ControlSignal = ControlSignal.NONE,
+) -> StepResult:
+    """Train on the step after `train_state.progress`, which stays as it is. Collective.
+
+    Args:
+        detector: Judges loss and gradient norm; an update that it objects to is left out. None: every update is made.
+        signal: What this rank asks of all ranks.
+    """
+    began, timer, optimizer = time.perf_counter(), train_state.clock, train_state.optimizer
     assert optimizer is not None
-    clock.begin()
+    config, step, tokens_before = train_state.config, train_state.progress.step, train_state.progress.tokens
+    profiled = step + 1 in config.profile.step_range
+    timer.begin()
     optimizer.zero_grad()
-    count = batches.micro_batch_count(step)
-    read = clock.reading(batches.step(step, loaded))
-    profiled = step + 1 in train_state.config.profile.step_range
+    micro_batches = timer.reading(batches.step(step))
     with trace_range(train_state.platform, f"forward and backward of step {step + 1}", profiled):
-        unread = run_micro_batches(train_state, read, count, training=True)
-    clock.update()
+        totals = run_micro_batches(train_state, micro_batches, batches.micro_batch_count(step), training=True)
+    timer.update()
     with trace_range(train_state.platform, "gradients", profiled):
         optimizer.prepare()
-    judged_first = guard is not None and guard.skips
-    if not judged_first:  # what follows waits for the device, which would stand idle until the update is queued
+    judged_first = detector is not None and detector.skips
+    # what follows waits for the device, which would stand idle until the update is queued
+    if not judged_first:
         with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
-    clock.last_sum()
-    sums = all_reduce_totals(train_state, unread.read(), optimizer.norm(), stop, asked)
-    loss = sums.loss / max(sums.labels, 1)
-    bad = None if guard is None else guard.judge(loss, sums.grad_norm)
-    left_out = judged_first and bad is not None and bad.leaves_out
+    timer.last_sum()
+    totals.add("stop", float(signal is ControlSignal.STOP))
+    totals.add("signal", float(signal), reduce="rank_zero")
+    totals.add("grad_norm", optimizer.norm(), reduce="rank_zero")
+    sums = totals.all_reduce(train_state.layout.rank, train_state.platform.device)
+    loss = sums["loss"] / max(sums["labels"], 1)
+    anomaly = None if detector is None else detector.judge(loss, sums["grad_norm"])
+    left_out = judged_first and anomaly is not None and anomaly.leaves_out
     if judged_first and not left_out:
-        clock.late_update()
+        timer.late_update()
         with trace_range(train_state.platform, "update", profiled):
             optimizer.update(lr)
-    clock.end()
-    model = train_state.config.model
-    return StepInfo(
+    timer.end()
+    tokens, labels, pairs = sums["tokens"], sums["labels"], (sums["global_pairs"], sums["local_pairs"])
+    return StepResult(
         step=step + 1,
-        tokens=tokens_before + int(sums.tokens),
+        tokens=tokens_before + int(tokens),
         loss=loss,
         lr=lr,
-        grad_norm=sums.grad_norm,
-        step_tokens=int(sums.tokens),
-        labels=int(sums.labels),
+        grad_norm=sums["grad_norm"],
+        step_tokens=int(tokens),
+        labels=int(labels),
         rows=batches.corpus.span_of(*batches.sizes.span(step)),
         seconds=time.perf_counter() - began,
-        flops=training_flops(model, model.vocab_size, sums.tokens, sums.labels, sums.global_pairs, sums.local_pairs),
-        stop_requested=sums.stops > 0,
-        extra=loss_by_objective(train_state.config, sums.loss, sums.labels, sums.causal_loss, sums.causal_labels),
-        asked=sums.asked,
-        bad=bad,
+        flops=training_flops(config.model, config.model.vocab_size, tokens, labels, *pairs),
+        extra=loss_by_objective(config, sums) | {name: sums[name] for name in sums if name not in STEP_SLOTS},
+        signal=max(ControlSignal(int(sums["signal"])), ControlSignal.STOP if sums["stop"] else ControlSignal.NONE),
+        anomaly=anomaly,
         updated=not left_out,
     )
 
 
-class Sums(NamedTuple):
-    """Of a step over all ranks, the same on each; `grad_norm` and `asked` are rank 0's."""
+def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], count: int, training: bool) -> StepTotals:
+    """Run forward (and, in training, backward) of `count` micro-batches of one shape. Collective.
 
-    loss: float
-    labels: float
-    tokens: float
-    global_pairs: float
-    local_pairs: float
-    causal_loss: float
-    causal_labels: float
-    stops: float
-    asked: float
-    grad_norm: float
+    The totals are those that this rank counts: the losses on the last pipeline stage's first tensor rank."""
+    models = train_state.ddp_model_chunks if training else train_state.model_chunks
+    totals, layout = StepTotals(), train_state.layout
+    counts_losses = layout.is_last_pipeline_rank and layout.tp_rank == 0
+
+    # micro-batches are made as core asks for them, while the device computes the one before
+    def counted() -> Iterator[MicroBatch]:
+        for batch in batches:
+            # other context-parallel ranks hold slices of the same rows
+            if counts_losses and layout.cp_rank == 0:
+                totals.add("tokens", batch.tokens)
+                totals.add("global_pairs", batch.pairs[0])
+                totals.add("local_pairs", batch.pairs[1])
+            yield batch
+
+    rest = counted()
+    first = next(rest)
+    given = itertools.chain((first,), rest)
+    factor_of = functools.partial(normalising_factor, train_state.config, count)
+    forward = functools.partial(forward_step, totals, counts_losses, factor_of)
+    if training and train_state.graphed is not None:
+        forward = functools.partial(train_state.graphed, totals if counts_losses else StepTotals(), forward)
+    run = train_state.optimizer.schedule() if training and train_state.optimizer else get_forward_backward_func()
+    with contextlib.nullcontext() if training else preserve_fp8_state(train_state.model_chunks):
+        run(
+            forward_step_func=forward,
+            # each model chunk of a rank reads the step's micro-batches
+            data_iterator=list(itertools.tee(given, len(models))) if len(models) > 1 else given,
+            model=list(models) if len(models) > 1 else models[0],
+            num_microbatches=count,
+            # rows are flattened: core sees one sequence of all their tokens
+            seq_length=first.input_ids.numel() * layout.topology.cp,
+            micro_batch_size=1,
+            forward_only=not training,
+        )
+    return totals
 
 
-def all_reduce_totals(train_state: TrainState, totals: Totals, norm: float, stop: bool, asked: float) -> Sums:
-    """Collective. Of the norm one rank's goes to all: what follows must be the same everywhere, to the last bit;
-    where anyone's is no number, the sum is none."""
-    norm = norm if train_state.layout.rank == 0 or not math.isfinite(norm) else 0.0
-    figures = [totals.loss, totals.labels, totals.tokens, totals.global_pairs, totals.local_pairs]
-    parts = [totals.causal_loss, totals.causal_labels, float(stop), asked, norm]
-    return Sums(*all_reduce_sum([*figures, *parts], train_state.platform.device))
+def normalising_factor(config: Config, micro_batches: int, labels: int) -> float:
+    """Return the factor by which core, or DeepSpeed's engine, multiplies a micro-batch's sum of losses before backward.
+
+    Under `global` it is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers."""
+    if config.batch.loss_normalization == "global":
+        return 1.0
+    # DeepSpeed's loss scale holds the number of micro-batches already
+    return 1 / (max(labels, 1) * (1 if config.parallel.engine == "deepspeed" else micro_batches))
 
 
-def loss_by_objective(
-    config: Config, loss: float, labels: float, causal_loss: float, causal_labels: float
-) -> dict[str, Any]:
-    """Of a hybrid run: the mean loss of the rows of each kind, and how many predicted tokens are of the causal ones."""
+def forward_step(
+    totals: StepTotals,
+    counts_losses: bool,
+    factor_of: Callable[[int], float],
+    batches: Iterator[MicroBatch],
+    model: Any,
+) -> tuple[Any, Any]:
+    """Run one micro-batch, add its losses to the totals, and return its output and core's loss function.
+
+    With the first three arguments bound it is core's forward_step_func.
+
+    Args:
+        counts_losses: Whether this rank is the one to count them.
+        factor_of: Number of labels -> factor that their losses are multiplied by later.
+    """
+    batch = next(batches)
+    labels = len(batch.labels)
+    output = model(batch.input_ids, batch.packed, batch.labels, batch.label_positions, factor_of(labels))
+    is_loss = isinstance(output, LossOutput)
+    add_losses(totals, output.losses if is_loss and counts_losses else None)
+    # another pipeline stage's output is the hidden states for the next
+    if not is_loss:
+        return output, None
+    if counts_losses:
+        if not model.training:
+            totals.add("correct", output.correct.sum())
+        # inside what reduces its gradients
+        if getattr(model, "module", model).config.hybrid:
+            # labels of causal rows come first
+            totals.add("causal_loss", output.losses[: batch.causal_labels].double().sum())
+            totals.add("causal_labels", batch.causal_labels)
+    return output.total, functools.partial(loss_and_labels, labels)
+
+
+def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
+    """Add the figures of one micro-batch. A new metric of the loss is a line here.
+
+    Args:
+        losses: [labels]; None on a rank that does not count them, which makes the slots alone.
+    """
+    totals.add("loss", None if losses is None else losses.double().sum())
+    totals.add("labels", None if losses is None else len(losses))
+
+
+def loss_by_objective(config: Config, sums: Mapping[str, float]) -> dict[str, Any]:
+    """Return, for a hybrid run, the mean loss of each row objective and the number of causal labels."""
     if not OBJECTIVES[config.run.objective].is_hybrid:
         return {}
     causal, masked = OBJECTIVES[config.run.objective].row_objectives
-    found: dict[str, Any] = {f"labels_{causal}": int(causal_labels)}
+    causal_loss, causal_labels = sums["causal_loss"], sums["causal_labels"]
+    figures: dict[str, Any] = {f"labels_{causal}": int(causal_labels)}
     if causal_labels:
-        found[f"loss_{causal}"] = causal_loss / causal_labels
-    if labels > causal_labels:
-        found[f"loss_{masked}"] = (loss - causal_loss) / (labels - causal_labels)
-    return found
+        figures[f"loss_{causal}"] = causal_loss / causal_labels
+    if sums["labels"] > causal_labels:
+        figures[f"loss_{masked}"] = (sums["loss"] - causal_loss) / (sums["labels"] - causal_labels)
+    return figures

@@ -17,7 +17,7 @@ from megatron_ettin.model.dropout import token_keys
 from megatron_ettin.model.packed import pack_rows
 from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.parallel.topology import Topology
-from megatron_ettin.train.trainer import open_training_data
+from megatron_ettin.train.job import open_training_data
 from tests.train.runs import TINY
 
 

@@ -14,7 +14,8 @@ from megatron_ettin.config.flops import training_flops
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group, release_store
-from megatron_ettin.train.trainer import build_single_process, open_training_data
+from megatron_ettin.train.job import open_training_data
+from megatron_ettin.train.setup import build_single_process
 from tests.train.runs import TINY
 
 

@@ -13,7 +13,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.model.packed import PackedRows, pack_rows
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group, release_store
-from megatron_ettin.train.trainer import build_single_process
+from megatron_ettin.train.setup import build_single_process
 
 KERNELS = ("te-fused", "flash", "varlen", "sdpa", "flex")
 KINDS = {

@@ -87,7 +87,7 @@ def host_batches(config: Config) -> Any:
     from megatron_ettin.batching.host import HostBatches
     from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
     from megatron_ettin.data.sampler import BatchSizes
-    from megatron_ettin.train.trainer import open_training_data
+    from megatron_ettin.train.job import open_training_data
 
     corpus = open_training_data(config)
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)

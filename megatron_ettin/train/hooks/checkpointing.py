@@ -10,12 +10,8 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.skipped_steps import TrainingStopped, way_back
 from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.progress import is_done
+from megatron_ettin.train.progress import ControlSignal, StepResult, is_done
 from megatron_ettin.train.saving import Retry, SaveFailed, Saver, SaveRequest, SaveResult, told
-from megatron_ettin.train.step import StepInfo
-
-# what rank 0 asks of all ranks through the sums of a step
-NOTHING, SAVE, STOP, GONE = 0.0, 1.0, 2.0, 3.0
 
 
 class Checkpoints(Hook):
@@ -34,24 +30,24 @@ class Checkpoints(Hook):
         self.saver = Saver(run.train_state, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
         run.closing.callback(self.saver.close)
 
-    def step(self, run: Run, info: StepInfo) -> None:
+    def step(self, run: Run, info: StepResult) -> None:
         if run.is_main_process:
             self._take(run, self.saver.poll())
-        if info.asked == STOP:
+        if info.signal is ControlSignal.SAVE_FAILED:
             raise SaveFailed(self.why if run.is_main_process else "a checkpoint could not be saved")
         if info.stop_requested:
             return  # `stop` saves
         milestone = run.config.checkpoint.weights_every_tokens
         if milestone is not None and info.tokens // milestone > (info.tokens - info.step_tokens) // milestone:
             self.milestone_is_due = True
-        self.is_due |= self._is_time(run, info) or info.asked == SAVE
+        self.is_due |= self._is_time(run, info) or info.signal is ControlSignal.SAVE
         # weights that give bad figures are not saved: what is due waits for the next update that is made
         if not run.progress.skipped_in_row:
             self._begin_due(run)
         if run.is_main_process:  # told with the next step
             self._take(run, self.saver.poll())
-            if run.request == NOTHING and (self.retry.is_due or self._minutes_are_over(run)):
-                run.request = SAVE
+            if run.signal is ControlSignal.NONE and (self.retry.is_due or self._minutes_are_over(run)):
+                run.signal = ControlSignal.SAVE
 
     def stop(self, run: Run) -> None:
         self._settle(run)
@@ -77,7 +73,7 @@ class Checkpoints(Hook):
             self.is_due = False
             self._begin(run, self._wish(run))
 
-    def _is_time(self, run: Run, info: StepInfo) -> bool:
+    def _is_time(self, run: Run, info: StepResult) -> bool:
         settings = run.config.checkpoint
         if settings.every_steps is not None and info.step % settings.every_steps == 0:
             return True
@@ -101,7 +97,7 @@ class Checkpoints(Hook):
         if not wish.milestone:
             self.begun_at = time.monotonic()
             self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
-            self.retry.due, run.request = None, NOTHING
+            self.retry.due, run.signal = None, ControlSignal.NONE
         self.saver.begin(wish)
         run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
 
@@ -133,7 +129,7 @@ class Checkpoints(Hook):
             then = "the run stops (checkpoint.on_failure)" if stops else f"tried again in {seconds:g} s"
             self.why = told(outcome, {"last": self.saved_step, "then": then})
             if stops:
-                run.request = STOP
+                run.signal = ControlSignal.SAVE_FAILED
             else:
                 log_warning(f"warning: {self.why}")
 
@@ -153,15 +149,15 @@ class DirectoryCheck(Hook):
         self.looked = time.monotonic()
         self.is_gone = False
 
-    def step(self, run: Run, info: StepInfo) -> None:
-        if info.asked == GONE:
+    def step(self, run: Run, info: StepResult) -> None:
+        if info.signal is ControlSignal.GONE:
             raise self._stopped(run)
         if not run.is_main_process:
             return
         if time.monotonic() - self.looked >= CHECK_SECONDS:
             self._look(run)
         if self.is_gone:
-            run.request = GONE
+            run.signal = ControlSignal.GONE
 
     def stop(self, run: Run) -> None:
         if run.is_main_process:

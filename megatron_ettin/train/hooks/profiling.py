@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.platform.profiler import Profiler
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.step import StepInfo
+from megatron_ettin.train.progress import StepResult
 
 FOLDER = "profile"
 
@@ -19,7 +19,7 @@ class Profiling(Hook):
         self.is_chosen = bool(self.steps) and (ranks is None or run.train_state.layout.rank in ranks)
         self._begin_before(run, run.progress.step + 1)
 
-    def step(self, run: Run, info: StepInfo) -> None:
+    def step(self, run: Run, info: StepResult) -> None:
         if self.profiler is not None and info.step >= self.steps[-1]:
             self._end(run, info.step)
         self._begin_before(run, info.step + 1)

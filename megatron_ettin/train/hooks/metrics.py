@@ -1,0 +1,104 @@
+"""The figures of every step: metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_ettin import __version__
+from megatron_ettin.base.versions import code_hash, library_versions
+from megatron_ettin.checkpoint.directory import step_of
+from megatron_ettin.config.tables import long_name, short_name
+from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
+from megatron_ettin.platform import Platform
+from megatron_ettin.runs.rollback import rolled_back
+from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.progress import StepResult, is_done
+
+
+def step_metrics(result: StepResult, platform: Platform, world: int) -> dict[str, Any]:
+    """Return a step's entry in metrics.jsonl."""
+    peak = platform.peak_flops
+    return {
+        "step": result.step,
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "updated": result.updated,
+        "tokens_per_second": result.step_tokens / result.seconds,
+        "mfu": result.flops / result.seconds / (peak * world) if peak else None,
+        "tflops_per_second": result.flops / result.seconds / 1e12,
+        "rows": list(result.rows),
+        "labels": result.labels,
+        "step_seconds": result.seconds,
+        "peak_memory_bytes": platform.peak_memory_bytes(),
+        **result.extra,
+    }
+
+
+def wandb_identity(run: Run) -> WandbIdentity:
+    """Return the names and the configuration of the run's page at Weights & Biases."""
+    config, corpus = run.config, run.batches.corpus
+    settings, named = config.metrics, config.run
+    name = short_name(named.size, config.model)
+    group = settings.wandb_group or f"{name}-{corpus.unskipped_fingerprint[:8]}-seed{named.seed}"
+    shown = dataclasses.asdict(config)
+    shown["versions"] = {"megatron_ettin": __version__, "code": code_hash(), "libraries": library_versions()}
+    shown["model_name"] = long_name(named.size, config.model)
+    shown["data_order"] = corpus.fingerprint
+    return WandbIdentity(
+        settings.wandb_project,
+        f"{name} {named.objective} {named.phase}",
+        group,
+        shown,
+        history=len(rolled_back(run.directory)),
+        checkpoints=settings.wandb_checkpoints,
+    )
+
+
+class Metrics(Hook):
+    """Writes every step to metrics.jsonl, and to TensorBoard and wandb where configured."""
+
+    def start(self, run: Run) -> None:
+        self.sinks = FanOut([])
+        if not run.is_main_process:
+            return
+        settings, step = run.config.metrics, run.progress.step
+        sinks: list[Sink] = [JsonlSink(run.directory / "metrics.jsonl", resume_step=step)]
+        if settings.tensorboard:
+            sinks.append(TensorBoardSink(run.directory / "events", resume_step=step))
+        if settings.wandb:
+            sinks.append(WandbSink(wandb_identity(run), run.directory / "wandb"))
+        self.sinks = FanOut(sinks)
+
+    def step(self, run: Run, result: StepResult) -> None:
+        if run.is_main_process:
+            self.sinks.log(step_metrics(result, run.train_state.platform, run.train_state.layout.topology.world))
+
+    def save(self, run: Run, path: Path) -> None:
+        self.sinks.keep(path, step_of(path))
+
+    def save_blocker(self) -> str | None:
+        return self.sinks.problem
+
+    def stop(self, run: Run) -> None:
+        metrics = run.config.metrics
+        if run.is_main_process and metrics.wandb and metrics.wandb_report and is_done(run.config, run.progress):
+            run.heartbeat.enter("writing the report")
+            self.sinks.attach("report", lambda: write_report(run.directory))
+        self.sinks.close()
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write the page of `ettin report` and its figures, and return their folder."""
+    # matplotlib takes seconds to import
+    from megatron_ettin.report import document, plots
+
+    folder = run_dir / "report"
+    report = document.make([run_dir])
+    document.write(folder / "report.html", document.render(report).encode())
+    for name, content in plots.figures(report.models, "png"):
+        document.write(folder / "figures" / name, content)
+    return folder

@@ -1,0 +1,102 @@
+"""One run to train: what the command asks for, and all that can be checked of it without the other ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import counted
+from megatron_ettin.config.resolve import keep_begun
+from megatron_ettin.config.schema import Config
+from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
+from megatron_ettin.data.mixture import resolve_mixture
+from megatron_ettin.data.sampler import BatchSizes
+from megatron_ettin.plan.schedule_end import fit_schedule, free_by_value
+from megatron_ettin.runs import directory
+from megatron_ettin.runs.rollback import check_roll_back
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """What `ettin train` takes besides the configuration."""
+
+    run_dir: Path
+    init_from: Path | None = None
+    """Run or checkpoint that the run begins from."""
+    keep_optimizer: bool | None = None
+    """Whether the optimizer's state of `init_from` is kept; None: by the rule of `resume.keeps_optimizer`."""
+    allow_change: Sequence[str] = ()
+    """Science keys that may change in a run that has begun."""
+    from_step: int | None = None
+    """Step to load from `init_from`; without `init_from`, the step that the run goes back to."""
+    model_of_weights: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `model` that came with `init_from`."""
+    json_stream: TextIO | None = None
+    """Where steps are written as JSON lines, instead of the lines for people."""
+    free: frozenset[str] | None = None
+    """Keys of the schedule that follow the run's length; None: by their values."""
+    unread: Sequence[str] = ()
+    """A line for each override that the run does not read, logged when it starts."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One run, checked as far as that goes without the other ranks."""
+
+    config: Config
+    args: TrainArgs
+    corpus: BlendedDataset
+    changes: list[str]
+    """Science keys that change in a run that has begun, as allowed."""
+
+
+def prepare_job(config: Config, args: TrainArgs) -> TrainJob:
+    """Open the data and check the run directory. Raises UserError."""
+    config = dataclasses.replace(config, data=resolve_mixture(config.data))
+    corpus = open_training_data(config)
+    config = with_schedule(cap_steps_to_order(config, corpus), args, corpus)
+    if args.from_step is not None and args.init_from is None:
+        check_roll_back(args.run_dir, args.from_step, config.data.skip)
+    directory.check_writable(args.run_dir)
+    if config.checkpoint.staging is not None:
+        directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
+    changes = directory.check_unchanged(args.run_dir, config, corpus, args.allow_change)
+    return TrainJob(config, args, corpus, changes)
+
+
+def open_training_data(config: Config) -> BlendedDataset:
+    """Open the run's dataset. Raises UserError where a part is missing or was made with another tokenizer."""
+    corpus = open_run_dataset(config)
+    if config.model.vocab_size != corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
+            f" set model.vocab_size={corpus.vocab_size} or prepare the data with the model's tokenizer"
+        )
+    return corpus
+
+
+def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
+    """Return the run with `run.steps` no later than the end of its `data.order`. Raises UserError where it is later."""
+    if corpus.end is None:
+        return config
+    steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.end)
+    if steps == 0:
+        rows = counted(corpus.end, "row")
+        raise UserError(f"data.order: {config.data.order} has {rows}, fewer than the first step needs")
+    if config.run.steps is not None and config.run.steps > steps:
+        raise UserError(
+            f"run.steps: {config.run.steps:,}, but data.order {config.data.order} ends with step {steps:,}"
+            f" ({counted(corpus.end, 'row')})"
+        )
+    return config.with_keys({"run.steps": config.run.steps or steps})
+
+
+def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Config:
+    """Return the run with a schedule in proportion to its length; one that has begun keeps its own."""
+    free = free_by_value(config) if args.free is None else args.free
+    begun = directory.recorded(args.run_dir)
+    return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)

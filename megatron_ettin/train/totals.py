@@ -1,0 +1,88 @@
+"""Named figures of one step, summed over its micro-batches and then over all ranks by one all-reduce.
+
+Each figure has a slot in one fp64 tensor. To add a metric, call `add` where its value is known, on every rank alike
+(`None` on a rank that has no value): a name that `train_step` does not use itself goes to metrics.jsonl as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from megatron_ettin.parallel.collectives import all_reduce_sum
+
+Reduction = Literal["sum", "mean", "rank_zero"]
+# figures that `train_step` uses itself. Their order decides how an all-reduce rounds their sums: later ones come behind
+STEP_SLOTS = (
+    *("loss", "labels", "tokens", "global_pairs", "local_pairs", "causal_loss", "causal_labels"),
+    *("stop", "signal", "grad_norm"),
+)
+
+
+class StepTotals:
+    """Figures of one step on this rank. Values that are tensors may still be computed by the device."""
+
+    def __init__(self, slots: Sequence[str] = STEP_SLOTS) -> None:
+        self._reductions: dict[str, Reduction] = {}
+        self._slots: dict[str, None] = dict.fromkeys(slots)
+        self._numbers: dict[str, float] = {}
+        self._tensors: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, name: str, value: torch.Tensor | float | None, reduce: Reduction = "sum") -> None:
+        """Add a value to the figure `name`.
+
+        Args:
+            value: A number or a scalar tensor; None makes the slot alone, on a rank that has nothing to count.
+            reduce: "sum" or "mean" of all values of all ranks, or "rank_zero": rank 0's value, but NaN or infinite
+                where any rank's is, so that all ranks decide alike.
+        """
+        if self._reductions.setdefault(name, reduce) != reduce:
+            raise ValueError(f"{name}: was added with reduce={self._reductions[name]!r}, now with {reduce!r}")
+        self._slots.setdefault(name)
+        if reduce == "mean":
+            self.add(count_of(name), None if value is None else 1.0)
+        if isinstance(value, torch.Tensor):
+            self._tensors.setdefault(name, []).append(value.detach())
+        elif value is not None:
+            self._numbers[name] = self._numbers.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """Wait for the device, once, and return this rank's sums by name."""
+        sums = dict.fromkeys(self._slots, 0.0) | self._numbers
+        if self._tensors:
+            on_device = torch.stack([torch.stack(values).sum().double() for values in self._tensors.values()])
+            for name, value in zip(self._tensors, on_device.tolist(), strict=True):
+                sums[name] += value
+        return sums
+
+    def all_reduce(self, rank: int, device: torch.device) -> dict[str, float]:
+        """Return each figure over all ranks, equal on every rank. Collective: one all-reduce.
+
+        Args:
+            rank: This process's global rank.
+            device: Where the process group's backend reduces tensors.
+        """
+        own = self.read()
+        for name, reduce in self._reductions.items():
+            if reduce == "rank_zero" and rank > 0 and math.isfinite(own[name]):
+                own[name] = 0.0
+        sums = dict(zip(own, all_reduce_sum(list(own.values()), device), strict=True))
+        for name, reduce in self._reductions.items():
+            if reduce == "mean":
+                count = sums.pop(count_of(name))
+                sums[name] = sums[name] / count if count else math.nan
+        return sums
+
+
+def count_of(name: str) -> str:
+    """Return the slot with the number of values of a figure that is a mean."""
+    return f"count of {name}"
+
+
+def loss_and_labels(
+    labels: int, total: torch.Tensor, non_loss_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return (sum of losses, number of labels, nothing to report), as core's loss function does."""
+    return total, torch.full((), labels, dtype=torch.int32, device=total.device), {}
