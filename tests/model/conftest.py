@@ -20,7 +20,7 @@ def process_group() -> Iterator[None]:
     from megatron_ettin.platform import detect
 
     platform = detect("cpu")
-    init_process_group(DistributedEnv(0, 1, 0, None, 0, "single process"), platform)
+    init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
     initialize_model_parallel(Topology.of(parse("17m", "mlm", "pretrain"), 1), 1)
     yield
     destroy_model_parallel()
