@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.packed import PackedRows
 from megatron_ettin.platform.compile import maybe_compile
 
@@ -43,7 +44,7 @@ class _RotaryAttention(MegatronModule):
     `layer_number` counts from 1, as in core. Causal rows come first in a micro-batch; if it has other rows too,
     `attend` is called once for each part."""
 
-    def __init__(self, config: Any, layer_number: int, pg_collection: Any = None) -> None:
+    def __init__(self, config: EttinTransformerConfig, layer_number: int, pg_collection: Any = None) -> None:
         super().__init__(config=config)
         self.context_group = None if pg_collection is None or pg_collection.cp.size() == 1 else pg_collection.cp
         self.is_global = (layer_number - 1) % config.global_attention_every == 0
@@ -88,7 +89,12 @@ class KernelAttention(_RotaryAttention):
     """Attention by a function that takes boundaries and window: `attend` of this module or one of kernels.py."""
 
     def __init__(
-        self, config: Any, layer_number: int, kernel: Kernel | None = None, pg_collection: Any = None, **_: Any
+        self,
+        config: EttinTransformerConfig,
+        layer_number: int,
+        kernel: Kernel | None = None,
+        pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config, layer_number, pg_collection)
         self.kernel = kernel or attend
@@ -109,7 +115,7 @@ class KernelAttention(_RotaryAttention):
 class TransformerEngineAttention(_RotaryAttention):
     """Rotation, then TE's fused or flash kernel on [tokens, heads, dim] with cu_seqlens and the layer's window."""
 
-    def __init__(self, config: Any, layer_number: int, kernel: Any, **arguments: Any) -> None:
+    def __init__(self, config: EttinTransformerConfig, layer_number: int, kernel: Any, **arguments: Any) -> None:
         super().__init__(config, layer_number, arguments.get("pg_collection"))
         # TE fixes the window when a kernel is built, so a hybrid model needs two; they hold no weights
         self.kernels = torch.nn.ModuleDict()

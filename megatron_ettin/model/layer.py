@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
+from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.dropout import CounterDropoutAdd, PlainAdd
 from megatron_ettin.model.kernels import attend_flash, attend_flex, attend_varlen
 from megatron_ettin.platform.compile import maybe_compile
@@ -55,7 +56,7 @@ class EttinLayer(TransformerLayer):
         return super()._forward_attention(*arguments, packed_seq_params=packed_seq_params, **keywords)
 
 
-def layer_spec(config: Any, first: bool) -> ModuleSpec:
+def layer_spec(config: EttinTransformerConfig, first: bool) -> ModuleSpec:
     """Return the spec of one layer; `first` marks the model's first layer."""
     backend = config.backend
     mask = AttnMaskType.padding_causal if config.causal else AttnMaskType.padding
@@ -87,12 +88,12 @@ def layer_spec(config: Any, first: bool) -> ModuleSpec:
     )
 
 
-def first_layer(config: Any, vp_stage: int | None, pp_rank: int) -> int:
+def first_layer(config: EttinTransformerConfig, vp_stage: int | None, pp_rank: int) -> int:
     """Return the index in the whole model of this stage's first layer."""
     return int(get_transformer_layer_offset(config, vp_stage, pp_rank))
 
 
-def block_spec(config: Any, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+def block_spec(config: EttinTransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
     """Return the specs of one pipeline stage's layers and of the final norm."""
     offset = first_layer(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
@@ -124,7 +125,12 @@ class BiasFreeLayerNorm(torch.nn.Module):
     tensor-parallel ranks, each of which holds a slice of the tokens."""
 
     def __init__(
-        self, config: Any, hidden_size: int, eps: float = 1e-5, sequence_parallel: bool | None = None, **_: Any
+        self,
+        config: EttinTransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        sequence_parallel: bool | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
