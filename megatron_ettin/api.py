@@ -109,10 +109,10 @@ def iterate_rows(config: Config, first: int = 0, count: int | None = None) -> It
     from megatron_ettin.data.blended_dataset import open_run_dataset
 
     dataset = open_run_dataset(config)
-    ends = [end for end in (dataset.end, None if count is None else first + count) if end is not None]
+    ends = [end for end in (dataset.row_limit, None if count is None else first + count) if end is not None]
     while not ends or first < min(ends):
         last = min([first + ROWS_AT_ONCE, *ends])
-        yield from dataset.rows(dataset.place_of(range(first, last)))
+        yield from dataset.rows(dataset.order_indices(range(first, last)))
         first = last
 
 

@@ -213,7 +213,7 @@ def skips_are_ignored() -> Iterator[None]:
     """Train on the rows that `data.skip` leaves out."""
     from megatron_ettin.data.blended_dataset import BlendedDataset
 
-    with mock.patch.object(BlendedDataset, "place_of", lambda self, counted: np.array(counted, np.int64)):
+    with mock.patch.object(BlendedDataset, "order_indices", lambda self, row_indices: np.array(row_indices, np.int64)):
         yield
 
 

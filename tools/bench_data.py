@@ -119,7 +119,7 @@ def measure_prepare(folder: Path, streaming_python: str | None) -> list[str]:
             )
     lines = [
         f"Input: {text.stat().st_size / 1e6:.1f} MB of .jsonl. Each figure is the whole command, start-up included, "
-        f"median of {REPEATS}; ours makes the row plan of 1,024, documents table and checksums too.",
+        f"median of {REPEATS}; ours makes the packing index of 1,024, documents table and checksums too.",
         "",
         "| workers | `ettin prepare` | tokens/s | CPU | Megatron's loop | tokens/s | CPU | ratio of tokens/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -174,7 +174,7 @@ def stages(text: Path, tokenizer_folder: Path) -> list[str]:
     encoding = time.perf_counter() - began
     return [
         f"Of one worker's time {encoding:.1f} s are the tokenizer's library (the floor for every pipeline on it) and "
-        f"{reading:.1f} s reading JSON; the rest is start-up, chunking, writing, hashing and the row plan."
+        f"{reading:.1f} s reading JSON; the rest is start-up, chunking, writing, hashing and the packing index."
     ]
 
 
@@ -197,7 +197,7 @@ def peak_bytes(command: list[str]) -> int:
 
 
 def measure_memory(folder: Path, streaming_python: str | None) -> list[str]:
-    """Measure the memory of `prepare` and row planning at one size and at ten times that."""
+    """Measure the memory of `prepare` and packing at one size and at ten times that."""
     text = docstrings(folder)
     larger = folder / "larger.jsonl"
     with open(larger, "wb") as out:
@@ -217,7 +217,7 @@ def measure_memory(folder: Path, streaming_python: str | None) -> list[str]:
         peak_bytes([sys.executable, str(ROOT / "tools" / "plan_rows.py"), str(folder / f"{n}"), str(n)]) for n in chunks
     ]
     counts = " | ".join(f"{n:,} chunks" for n in chunks)
-    return [*lines, f"| row plan of 1,024 | {counts} | {megabytes(peaks)} |"]
+    return [*lines, f"| packing index of 1,024 | {counts} | {megabytes(peaks)} |"]
 
 
 def megabytes(peaks: list[int]) -> str:

@@ -42,27 +42,27 @@ RATIOS = [
 
 
 class RandomRows:
-    """Stand-in for a corpus: rows of one full chunk, a function of the position."""
+    """Stand-in for a corpus: rows of one full chunk, a function of the order index."""
 
     vocab_size, special_ids, pad_id, mask_id, mean_tokens_per_row = VOCABULARY, SPECIALS, 50_283, MASK, float(SEQ_LEN)
 
-    def row(self, position: int) -> SimpleNamespace:
+    def row(self, order_index: int) -> SimpleNamespace:
         import numpy as np
 
-        tokens = np.random.default_rng(position).integers(5, 50_000, SEQ_LEN).astype(np.uint16)
+        tokens = np.random.default_rng(order_index).integers(5, 50_000, SEQ_LEN).astype(np.uint16)
         tokens[0], tokens[-1] = 50_281, 50_282
-        return SimpleNamespace(tokens=tokens, lengths=np.array([SEQ_LEN]), position=position)
+        return SimpleNamespace(tokens=tokens, lengths=np.array([SEQ_LEN]), order_index=order_index)
 
-    def rows(self, positions: Iterable[int]) -> list[SimpleNamespace]:
-        return [self.row(position) for position in positions]
+    def rows(self, order_indices: Iterable[int]) -> list[SimpleNamespace]:
+        return [self.row(index) for index in order_indices]
 
-    def place_of(self, counted: Any) -> Any:
-        """Return the counted rows as they are: none are skipped."""
+    def order_indices(self, row_indices: Any) -> Any:
+        """Return the rows as they are: none are skipped."""
         import numpy as np
 
-        return np.array(counted, np.int64)
+        return np.array(row_indices, np.int64)
 
-    def span_of(self, first: int, end: int) -> tuple[int, int]:
+    def order_span(self, first: int, end: int) -> tuple[int, int]:
         return first, end
 
 
@@ -117,7 +117,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
 
     def step(n: int) -> None:
         chosen = [source.row(n * rows + i) for i in range(rows)]
-        pairs = [label(row.tokens, row.lengths, row.position) for row in chosen]
+        pairs = [label(row.tokens, row.lengths, row.order_index) for row in chosen]
         input_ids = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
         labels = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
         optimizer.zero_grad()

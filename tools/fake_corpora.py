@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ettin.base.files import write_json
 from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, index_file_bytes
 from megatron_ettin.data.manifest import (
@@ -22,7 +23,6 @@ from megatron_ettin.data.manifest import (
     ShardRecord,
     SourceRecord,
     TokenizerRecord,
-    write_json_durably,
 )
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.packing_index import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PackingRecord
@@ -33,7 +33,7 @@ SEED, PHASE = 21, "pretrain"
 
 
 def make_sparse_dataset(folder: Path, rows: int, row_tokens: int) -> None:
-    """Make a dataset of `rows` chunks of `row_tokens` tokens and its row plan, one chunk per row, all of it holes."""
+    """Make a dataset of `rows` chunks of `row_tokens` tokens and its packing index, one chunk per row, all of it holes."""
     folder.mkdir(parents=True)
     name = "shard_00000"
     sizes = {
@@ -74,7 +74,7 @@ def make_sparse_dataset(folder: Path, rows: int, row_tokens: int) -> None:
         tokenizer_files={},
         settings_sha256=nothing,
     ).with_fingerprint()
-    write_json_durably(folder / FILE_NAME, dataclasses.asdict(manifest))
+    write_json(folder / FILE_NAME, dataclasses.asdict(manifest))
     make_sparse_plan(folder / f"rows_{row_tokens}", manifest.fingerprint, rows, row_tokens)
 
 

@@ -12,7 +12,7 @@
   peers        the same rows through transformers, compiled
   roofline     the least time of a step by the measured rates, part by part, against the measured step
 
-DATASET is `ettin prepare`d with row plans of all --seq-lens. Each section is a process of its own and ends within
+DATASET is `ettin prepare`d with packing indices of all --seq-lens. Each section is a process of its own and ends within
 --minutes. The same command continues with what is missing and keeps what passed. On a host without a GPU, `--device
 cpu` runs what it can. Overrides after `--` go to every run."""
 

@@ -14,7 +14,7 @@ from fake_corpora import make_sparse_dataset
 
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.indexed import HEADER
-from megatron_ettin.data.packing_index import build_or_open_packing_index
+from megatron_ettin.data.packing_index import PackingIndex
 
 ROW_TOKENS = 1_024
 AT_ONCE = 1_000_000
@@ -29,7 +29,7 @@ def main(folder: Path, chunks: int) -> None:
         for _ in range(0, chunks, AT_ONCE):
             lengths = np.clip(draw.lognormal(6.0, 0.8, AT_ONCE), 3, ROW_TOKENS)
             stream.write(lengths.astype("<i4").tobytes())
-    plan = build_or_open_packing_index(open_dataset(folder), ROW_TOKENS)
+    plan = PackingIndex.build_or_open(open_dataset(folder), ROW_TOKENS)
     print(f"{plan.num_rows} rows, {plan.fill:.4f} full")
 
 

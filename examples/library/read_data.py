@@ -21,7 +21,7 @@ print(f"chunk 0: {len(dataset.chunk(0))} tokens from {source} {document}, from t
 # %% Rows, as a run of these names has them: whole chunks, packed. No model is needed.
 config = configure("17m", "mlm", "pretrain", f"data.mixture={data}", "data.seq_len=128")
 for row in iterate_rows(config, first=100, count=3):
-    print(f"row {row.position}: {len(row.tokens)} tokens in {len(row.lengths)} chunks, {row.chunks.tolist()}")
+    print(f"row {row.order_index}: {len(row.tokens)} tokens in {len(row.lengths)} chunks, {row.chunks.tolist()}")
 
 # %% The order has no end: a run that reads a dataset twice goes on.
 tokens = sum(len(row.tokens) for row in itertools.islice(iterate_rows(config), 50))

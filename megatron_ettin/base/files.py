@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # what flock says where another process has the lock; NFS says the second
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+TEMPORARY = ".tmp-"
 
 
 def fsync(path: Path) -> None:
@@ -52,6 +56,11 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True, per
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by the content as indented JSON; several processes may do so at a time."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", per_process=True)
+
+
 def publish_folder(staging: Path, final: Path, aside: Path | None = None) -> None:
     """Rename a finished folder to its final name, and force the name to the disk.
 
@@ -68,6 +77,24 @@ def publish_folder(staging: Path, final: Path, aside: Path | None = None) -> Non
     fsync(final.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `path` at the end of the block, or is removed if the block raises.
+
+    Killed processes leave folders whose names begin with `.tmp-NAME-` and `.tmp-stale-NAME-`.
+    """
+    building = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+    try:
+        # mkdtemp makes it private, and other users read it too
+        building.chmod(0o777 & ~current_umask())
+        yield building
+        fsync(building)
+        stale = building.with_name(f"{TEMPORARY}stale-{building.name.removeprefix(TEMPORARY)}")
+        publish_folder(building, path, aside=stale)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def current_umask() -> int:

@@ -74,8 +74,8 @@ class HostBatches:
         """Return the real tokens of the longest of these micro-batches of this rank."""
         found = 0
         for index in indices:
-            places = self.corpus.place_of([first + slot for slot in split.slots(self.dp_rank, index)])
-            found = max(found, int(self.corpus.tokens_at(places).sum()) if len(places) else 0)
+            order_indices = self.corpus.order_indices([first + slot for slot in split.slots(self.dp_rank, index)])
+            found = max(found, int(self.corpus.token_counts(order_indices).sum()) if len(order_indices) else 0)
         return found
 
     def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
@@ -85,17 +85,19 @@ class HostBatches:
         rows = self.rows([first + slot for slot in slots])
         return range(slots.start, slots.start + split.size), [*rows, *[None] * (split.size - len(rows))]
 
-    def rows(self, positions: Sequence[int]) -> list[Row]:
-        """The run's rows of these numbers. Raises RankError where the data cannot be read."""
-        real = self.corpus.place_of(positions).tolist()
+    def rows(self, row_indices: Sequence[int]) -> list[Row]:
+        """Read rows of the run by their row indices. Raises RankError where the data cannot be read."""
+        order_indices = self.corpus.order_indices(row_indices).tolist()
         try:
-            rows = self.corpus.rows(real) if real else []
+            rows = self.corpus.rows(order_indices) if order_indices else []
         except OSError as error:
             raise RankError(
                 f"{error.filename or 'data'}: cannot be read any more ({error.strerror or error})"
             ) from None
         except IndexError as error:
-            raise RankError(f"data: {error} at positions {real}: a row plan or an order is damaged") from None
+            raise RankError(
+                f"data: {error} at order indices {order_indices}: a packing index or an order is damaged"
+            ) from None
         for row in rows:
             self._check(row)
         return rows
@@ -122,7 +124,7 @@ class HostBatches:
             if row is not None:
                 own = slice(start, start + len(row.tokens))
                 kind = self.kinds.of_slot(slot, causal_slots)
-                found = self.label(row.tokens, row.lengths, row.position, kind)
+                found = self.label(row.tokens, row.lengths, row.order_index, kind)
                 input_ids.reshape(-1)[own], labels.reshape(-1)[own] = found
         all_pairs = int(pairs[0]), int(pairs[1])
         if self.flat_multiple:

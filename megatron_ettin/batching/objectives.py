@@ -131,11 +131,7 @@ LABELLERS: dict[str, Callable[[MaskingCollator, np.ndarray, np.ndarray, int], tu
 
 def dataset_collator(config: Config, corpus: BlendedDataset, probability: float | None = None) -> MaskingCollator:
     """The labeller of a run on this corpus. Raises UserError where the vocabularies differ."""
-    if corpus.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
-            f" set model.vocab_size={corpus.vocab_size} or prepare the data with the model's tokenizer"
-        )
+    corpus.check_vocabulary(config.model.vocab_size)
     chance = config.data.mlm_probability if probability is None else probability
     return make_collator(
         config.run.objective, chance, config.run.seed, config.run.phase, corpus.vocab_size, corpus.special_ids,

@@ -23,7 +23,7 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """Random rows with the interface of a dataset. A row is a function of its position.
+    """Random rows with the interface of a dataset. A row is a function of its order index.
 
     Chunks have `chunk_tokens` tokens on average, lognormally distributed, and never more than the row.
     """
@@ -38,22 +38,22 @@ class SyntheticRows:
 
     @functools.cached_property
     def mean_tokens_per_row(self) -> float:
-        return float(self.tokens_at(range(SAMPLED_ROWS)).mean()) if self.padded else float(self.seq_len)
+        return float(self.token_counts(range(SAMPLED_ROWS)).mean()) if self.padded else float(self.seq_len)
 
-    def tokens_at(self, positions: Iterable[int]) -> np.ndarray:
-        return np.array([len(self.row(int(position)).tokens) for position in positions], np.int64)
+    def token_counts(self, order_indices: Iterable[int]) -> np.ndarray:
+        return np.array([len(self.row(int(index)).tokens) for index in order_indices], np.int64)
 
-    def place_of(self, counted: Sequence[int]) -> np.ndarray:
-        return np.asarray(counted, np.int64)
+    def order_indices(self, row_indices: Sequence[int]) -> np.ndarray:
+        return np.asarray(row_indices, np.int64)
 
-    def span_of(self, first: int, end: int) -> tuple[int, int]:
+    def order_span(self, first: int, end: int) -> tuple[int, int]:
         return first, end
 
-    def rows(self, positions: Sequence[int]) -> list[Row]:
-        return [self.row(int(position)) for position in positions]
+    def rows(self, order_indices: Sequence[int]) -> list[Row]:
+        return [self.row(int(index)) for index in order_indices]
 
-    def row(self, position: int) -> Row:
-        drawn = np.random.default_rng(position)
+    def row(self, order_index: int) -> Row:
+        drawn = np.random.default_rng(order_index)
         lengths: list[int] = []
         while (room := self.seq_len - sum(lengths)) > 0:
             mean = np.log(self.chunk_tokens) - SPREAD**2 / 2
@@ -61,7 +61,7 @@ class SyntheticRows:
         if self.padded:
             lengths = lengths[:1]
         tokens = drawn.integers(SPECIALS, self.vocab_size, sum(lengths))
-        return Row(tokens, np.array(lengths, np.int64), 0, position, np.arange(len(lengths)), position)
+        return Row(tokens, np.array(lengths, np.int64), 0, order_index, np.arange(len(lengths)), order_index)
 
 
 def attended_chunk_tokens(dataset: Any) -> float:

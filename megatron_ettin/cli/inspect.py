@@ -1,4 +1,4 @@
-"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, row plans. --verify reads every byte
+"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, packing indices. --verify reads every byte
 and checks it against the recorded sha256; --sample shows decoded chunks.
 
   ettin inspect data/corpus --sample 3
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(path: Path, as_json: bool = False) -> Verified:
-    """Read every byte of a dataset, its row plans and orders. Raises UserError for a bad file."""
+    """Read every byte of a dataset, its packing indices and orders. Raises UserError for a bad file."""
     from megatron_ettin.data.derived import derived_files
     from megatron_ettin.data.verify import dataset_files, verify_files
 
@@ -139,7 +139,7 @@ def print_dataset(content: dict[str, Any]) -> None:
     table("sources", ("name", "documents", "chunks", "tokens"), content["sources"], SOURCES_SHOWN)
     table("shards", ("name", "documents", "chunks", "tokens", "bytes"), content["shards"], SHARDS_SHOWN)
     plans = [{**plan, "fill": f"{plan['fill']:.2%}"} for plan in content["rows"]]
-    table("row plans", ("batching", "seq_len", "rows", "tokens", "fill"), plans, SHARDS_SHOWN)
+    table("packing indices", ("batching", "seq_len", "rows", "tokens", "fill"), plans, SHARDS_SHOWN)
     if content["verified"]:
         print(f"  verified: every file has its recorded sha256; {content['verification']}")
     for sample in content["samples"]:

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-token", default="every", metavar="E", help=ends)
     parser.add_argument("--min-chunk-tokens", type=int, default=None, metavar="N", help="fill up last pieces shorter")
     parser.add_argument("--skip-tokens", type=int, default=None, metavar="N", help="drop last pieces shorter")
-    parser.add_argument("--seq-len", default=None, metavar="N[,N]", help="build the row plans of these lengths at once")
+    parser.add_argument(
+        "--seq-len", default=None, metavar="N[,N]", help="build the packing indices of these lengths at once"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--replan", action="store_true", help="the inputs changed: plan anew, keep what is unchanged")
     copied = "a finished DATASET: inputs of the same names and sizes are the same, whatever their times"
@@ -166,9 +168,9 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
 
 
 def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any]:
-    from megatron_ettin.data.packing_index import build_or_open_packing_index
+    from megatron_ettin.data.packing_index import PackingIndex
 
-    plans = [build_or_open_packing_index(dataset, seq_len) for seq_len in lengths]
+    plans = [PackingIndex.build_or_open(dataset, seq_len) for seq_len in lengths]
     return {
         "dataset": str(dataset.path),
         "fingerprint": dataset.fingerprint,

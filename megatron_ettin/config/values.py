@@ -63,14 +63,6 @@ def share_at(points: Points, tokens: float) -> float:
 Skips = tuple[tuple[int, int], ...]
 
 
-def order_index(row_index: int, skips: Skips) -> int:
-    """Return the position in the order of a run's row; rows left out have no row index."""
-    for first, end in skips:
-        if row_index >= first:
-            row_index += end - first
-    return row_index
-
-
 def parse_skips(value: Any, key: str = "data.skip") -> Skips:
     """Read ranges of rows [first, end): `[[0, 8], [16, 24]]`, or the older `0:8,16:24`. Raises UserError where they are
     out of order."""

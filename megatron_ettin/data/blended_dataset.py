@@ -1,14 +1,11 @@
-"""The data order: position -> row -> tokens, for any position, in constant memory.
+"""The rows that a run trains on, by their index in the data order, in constant memory.
 
-Either the keyed order of a mixture (keyed.py), a pure function, or an order given in files (`data.order=FILE`,
-replay.py), which is compiled once and memory-mapped. Nothing depends on the number of ranks and a resume needs no
-state: the position is the state. An encoder and a decoder with one fingerprint read the same rows.
+The order is a `ShuffledSampler` over a mixture, which is a pure function, or a `RecordedSampler` over an order in files
+(`data.order=FILE`), which is compiled once and memory-mapped. Nothing depends on the number of ranks, and a resume
+needs no state but the step. An encoder and a decoder with one fingerprint read the same rows.
 
-Rows for evaluation that hold chunks of one source each, so that a loss by source is exact.
-
-A training row mixes the INPUTs of `ettin prepare`; here the chunks of each are packed by themselves, in memory and on
-every process alike. It is meant for held-out sets: 24 bytes a chunk, and a document looked up for each. A dataset of
-more than MOST_CHUNKS chunks is not told apart."""
+Two indices name a row. `order_index` counts the rows of the data order. `row_index` counts the rows of the run: those
+that `data.skip` leaves out have none. The two are equal where nothing is left out."""
 
 from __future__ import annotations
 
@@ -27,17 +24,12 @@ from megatron_ettin.config.values import Skips, parse_skips
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.mixture import BLOCK_SLOTS, FORMS, MixtureEntry, SourceEpochs, resolve_mixture, slot_counts
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.packing_index import (
-    PackingIndex,
-    PackingRecord,
-    RowArrays,
-    build_or_open_packing_index,
-    check_rows,
-)
+from megatron_ettin.data.packing_index import PackingIndex, PackingRecord, RowArrays, check_rows
 from megatron_ettin.data.replay.recorded import RecordedSampler, open_recorded_sampler
 from megatron_ettin.data.sampler import ShuffledSampler
 
-ORDER_VERSION = 1  # raise it when the same inputs would give another order
+# raise it when the same inputs would give another order
+ORDER_VERSION = 1
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -45,44 +37,62 @@ Int64Array = npt.NDArray[np.int64]
 class Row:
     """One training row."""
 
-    tokens: npt.NDArray[np.integer]  # real tokens, chunk after chunk; at most seq_len
-    lengths: Int64Array  # tokens of each chunk
-    source: int  # place in the mixture
-    row: int  # of the source's row plan
-    chunks: Int64Array  # global chunk numbers within the source's dataset
-    position: int
+    tokens: npt.NDArray[np.integer]
+    """Real tokens, chunk after chunk; at most seq_len."""
+    lengths: Int64Array
+    """Tokens of each chunk."""
+    source: int
+    """Index of the row's dataset in the mixture."""
+    row: int
+    """Number of the row in its dataset's packing index."""
+    chunks: Int64Array
+    """Chunk numbers within the dataset."""
+    order_index: int
+    """Index of the row in the data order."""
 
 
 class RowLocation(NamedTuple):
     """Where one row comes from."""
 
     source: int
+    """Index of the dataset in the mixture."""
     row: int
+    """Number of the row in its dataset's packing index."""
     chunks: Int64Array
+    """Chunk numbers within the dataset."""
 
 
 @dataclass(frozen=True)
 class LocatedRows:
     """Where n rows of m chunks in all come from."""
 
-    source: Int64Array  # [n]
-    row: Int64Array  # [n]
-    counts: Int64Array  # [n]: chunks of each row
-    chunks: Int64Array  # [m]: chunk numbers within the row's dataset, row after row
+    source: Int64Array
+    """Index [n] of each row's dataset in the mixture."""
+    row: Int64Array
+    """Number [n] of each row in its dataset's packing index."""
+    counts: Int64Array
+    """Chunks [n] of each row."""
+    chunks: Int64Array
+    """Chunk numbers [m] within the row's dataset, row after row."""
 
 
 class BlendedDataset:
-    """Rows by position; see `open_corpus`. `plans` holds a row plan for each dataset under the keyed order and nothing
-    under a given one, which names chunks. `nominal_tokens`: mean tokens a row instead of the data's own. `skips`:
-    places of the order that are left out. It pickles small: paths and records, no maps.
+    """Rows of one or several datasets in the order of a sampler. It pickles small: paths and records, no maps.
 
-    A run counts its rows without those that are left out; `place_of` says where in the order they are, and every other
-    method takes such places."""
+    Args:
+        datasets: the datasets of the mixture.
+        packing_indices: the packing index of each; empty under a recorded order, which names chunks.
+        order: the sampler.
+        seq_len: tokens of a row.
+        batching: `packed` or `padded`.
+        nominal_tokens: mean tokens of a row to plan with; by default those of the data.
+        skips: ranges [first, end) of order indices that are left out.
+    """
 
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        plans: Sequence[PackingIndex],
+        packing_indices: Sequence[PackingIndex],
         order: ShuffledSampler | RecordedSampler,
         seq_len: int,
         batching: str,
@@ -90,7 +100,7 @@ class BlendedDataset:
         skips: Skips = (),
     ) -> None:
         self.datasets = list(datasets)
-        self.plans = list(plans)
+        self.packing_indices = list(packing_indices)
         self.order = order
         self.seq_len = seq_len
         self.batching = batching
@@ -104,10 +114,15 @@ class BlendedDataset:
             self.mean_tokens_per_row = order.mean_tokens_per_row
             self.fingerprint = order.fingerprint
         else:
-            self.num_rows = sum(plan.num_rows for plan in plans)
-            slot_tokens = sum(c * plan.mean_tokens_per_row for c, plan in zip(order.counts, plans, strict=True))
+            self.num_rows = sum(index.num_rows for index in packing_indices)
+            slot_tokens = sum(
+                c * index.mean_tokens_per_row for c, index in zip(order.counts, packing_indices, strict=True)
+            )
             self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
-            self.fingerprint = self._keyed_fingerprint(order)
+            content: list[object] = ["order", ORDER_VERSION, order.seed, order.phase, seq_len, batching]
+            for dataset, index, count in zip(datasets, packing_indices, order.counts, strict=True):
+                content += [dataset.fingerprint, index.fingerprint, count]
+            self.fingerprint = hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
         self.skips = skips
         self.unskipped_fingerprint = self.fingerprint
         if skips:
@@ -117,124 +132,142 @@ class BlendedDataset:
             self.mean_tokens_per_row = nominal_tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("datasets", "plans", "order", "seq_len", "batching", "nominal_tokens", "skips")
+        names = ("datasets", "packing_indices", "order", "seq_len", "batching", "nominal_tokens", "skips")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    def reading_from(self, datasets: Sequence[Dataset], packing_indices: Sequence[PackingIndex]) -> BlendedDataset:
+        """Return the same rows, read from copies of the datasets and of their packing indices."""
+        return BlendedDataset(
+            datasets, packing_indices, self.order, self.seq_len, self.batching, self.nominal_tokens, self.skips
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError where a model of `vocab_size` tokens does not fit the datasets' tokenizer."""
+        if self.vocab_size != vocab_size:
+            raise UserError(
+                f"model.vocab_size: {vocab_size}, but the dataset's tokenizer has {self.vocab_size} entries;"
+                f" set model.vocab_size={self.vocab_size} or prepare the data with the model's tokenizer"
+            )
+
     @property
-    def end(self) -> int | None:
-        """How many rows a run has in a given order; None where there is no last one."""
+    def row_limit(self) -> int | None:
+        """Number of rows a run has under a recorded order; None where there is no last row."""
         if not isinstance(self.order, RecordedSampler):
             return None
         left_out = sum(min(end, self.order.num_rows) - min(first, self.order.num_rows) for first, end in self.skips)
         return self.order.num_rows - left_out
 
-    def place_of(self, counted: npt.ArrayLike) -> Int64Array:
-        """Positions in the order of a run's rows by their number: rows left out are not counted."""
-        places = np.array(counted, np.int64)
-        for first, end in self.skips:
-            places = np.where(places >= first, places + (end - first), places)
-        return places
+    def order_indices(self, row_indices: npt.ArrayLike) -> Int64Array:
+        """Return the order index of each row of the run."""
+        return order_indices(row_indices, self.skips)
 
-    def span_of(self, first: int, end: int) -> tuple[int, int]:
-        """[first, end) of a run's rows as places of the order; what is left out between them included."""
-        places = self.place_of([first, max(first, end - 1)]).tolist()
-        return places[0], places[1] + (end > first)
+    def order_span(self, first: int, end: int) -> tuple[int, int]:
+        """Return the run's rows [first, end) as a range of order indices, which spans the rows left out between
+        them."""
+        begin, last = self.order_indices([first, max(first, end - 1)]).tolist()
+        return begin, last + (end > first)
 
     @property
     def skipped_samples(self) -> int:
-        """Samples of a given order that are left out because no dataset has them."""
+        """Samples of a recorded order that are left out because no dataset has them."""
         return self.order.record.skipped_samples if isinstance(self.order, RecordedSampler) else 0
 
     @property
     def counts(self) -> list[int]:
-        """Slots of each source in every block of the keyed order."""
+        """Slots of each source in every block of the shuffled order."""
         return self.order.counts if isinstance(self.order, ShuffledSampler) else []
 
-    def locate(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """(source, row, epoch) of each position >= 0."""
-        return self.order.locate(positions)
+    def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return (source, row, epoch) of each order index."""
+        return self.order.locate(order_indices)
 
-    def row(self, position: int) -> Row:
-        """The row at one position."""
-        return self.rows([position])[0]
+    def row(self, order_index: int) -> Row:
+        """Read one row."""
+        return self.rows([order_index])[0]
 
-    def rows(self, positions: Sequence[int] | Int64Array) -> list[Row]:
-        """The rows at several positions: one look-up for all."""
-        return [self._read(place, int(p)) for place, p in zip(self.places(positions), positions, strict=True)]
+    def rows(self, order_indices: Sequence[int] | Int64Array) -> list[Row]:
+        """Read several rows with one look-up for all."""
+        locations = self.row_locations(order_indices)
+        return [self._read(location, int(i)) for location, i in zip(locations, order_indices, strict=True)]
 
-    def places(self, positions: Sequence[int] | Int64Array) -> list[RowLocation]:
-        """Source, row and chunks of the rows at the positions. Reads no tokens."""
-        placed = self.placed(positions)
-        chunks = np.split(placed.chunks, np.cumsum(placed.counts)[:-1]) if len(placed.counts) else []
-        return list(map(RowLocation, placed.source.tolist(), placed.row.tolist(), chunks))
+    def row_locations(self, order_indices: Sequence[int] | Int64Array) -> list[RowLocation]:
+        """Return source, row and chunks of several rows, without reading tokens."""
+        located = self.locate_rows(order_indices)
+        chunks = np.split(located.chunks, np.cumsum(located.counts)[:-1]) if len(located.counts) else []
+        return list(map(RowLocation, located.source.tolist(), located.row.tolist(), chunks))
 
-    def placed(self, positions: Sequence[int] | Int64Array) -> LocatedRows:
-        """`places` as arrays."""
-        wanted = np.asarray(positions, np.int64)
+    def locate_rows(self, order_indices: Sequence[int] | Int64Array) -> LocatedRows:
+        """Return the same as `row_locations` as arrays."""
+        wanted = np.asarray(order_indices, np.int64)
         source, row, _ = self.locate(wanted)
         if isinstance(self.order, RecordedSampler):
-            return LocatedRows(source, row, *self.order.chunks_at(wanted))
+            return LocatedRows(source, row, *self.order.row_chunks(wanted))
         counts = np.zeros_like(row)
-        of_source: list[tuple[npt.NDArray[np.bool_], Int64Array]] = []
+        by_source: list[tuple[npt.NDArray[np.bool_], Int64Array]] = []
         for s in np.unique(source).tolist():
             chosen = source == s
-            found, counts[chosen] = self.plans[s].chunks_of_rows(row[chosen])
-            of_source.append((chosen, found))
+            own, counts[chosen] = self.packing_indices[s].chunks_of_rows(row[chosen])
+            by_source.append((chosen, own))
         chunks = np.empty(int(counts.sum()), np.int64)
-        for chosen, found in of_source:
-            chunks[np.repeat(chosen, counts)] = found
+        for chosen, own in by_source:
+            chunks[np.repeat(chosen, counts)] = own
         return LocatedRows(source, row, counts, chunks)
 
-    def lengths_of(self, placed: LocatedRows) -> Int64Array:
-        """Tokens [m] that each chunk of the placed rows has in its row: no more than the row under `padded`."""
-        source = np.repeat(placed.source, placed.counts)
+    def chunk_lengths(self, located: LocatedRows) -> Int64Array:
+        """Return the tokens [m] that each chunk has in its row; `padded` cuts a chunk to the length of the row."""
+        source = np.repeat(located.source, located.counts)
         lengths = np.empty(source.shape, np.int64)
         for s in np.unique(source).tolist():
-            lengths[source == s] = self.datasets[s].lengths_of(placed.chunks[source == s])
+            lengths[source == s] = self.datasets[s].lengths_of(located.chunks[source == s])
         return np.minimum(lengths, self.seq_len)
 
-    def tokens_at(self, positions: npt.ArrayLike) -> Int64Array:
-        """Real tokens of the rows at the positions, without reading the rows."""
-        source, row, _ = self.locate(positions)
+    def token_counts(self, order_indices: npt.ArrayLike) -> Int64Array:
+        """Return the real tokens of each row, without reading the rows."""
         if isinstance(self.order, RecordedSampler):
-            return self.order.tokens_at(positions)
+            return self.order.token_counts(order_indices)
+        source, row, _ = self.locate(order_indices)
         tokens = np.empty_like(row)
-        for i in np.unique(source).tolist():
-            tokens[source == i] = self.plans[i].tokens_of(row[source == i])
+        for s in np.unique(source).tolist():
+            tokens[source == s] = self.packing_indices[s].tokens_of(row[source == s])
         return tokens
 
     def epochs(self, run_tokens: int) -> list[SourceEpochs]:
-        """How often each dataset is read in a run of `run_tokens` tokens."""
+        """Return how often each dataset is read in a run of `run_tokens` tokens."""
         names = [str(dataset.path) for dataset in self.datasets]
         if isinstance(self.order, RecordedSampler):
             tokens: list[float] = list(self.order.tokens_by_source)
             sizes = [dataset.num_tokens for dataset in self.datasets]
             run_tokens = min(run_tokens, round(sum(tokens)))
         else:
-            tokens = [c * plan.mean_tokens_per_row for c, plan in zip(self.order.counts, self.plans, strict=True)]
-            sizes = [plan.num_tokens for plan in self.plans]
+            tokens = [
+                c * index.mean_tokens_per_row for c, index in zip(self.order.counts, self.packing_indices, strict=True)
+            ]
+            sizes = [index.num_tokens for index in self.packing_indices]
         shares = [count / sum(tokens) for count in tokens]
         columns = zip(names, shares, sizes, strict=True)
         return [SourceEpochs(name, share, size, share * run_tokens / size) for name, share, size in columns]
 
-    def _read(self, place: RowLocation, position: int) -> Row:
-        dataset = self.datasets[place.source]
-        pieces = [dataset.chunk(chunk) for chunk in place.chunks.tolist()]
-        if len(pieces[0]) > self.seq_len:  # padded batching only: cut, but let the row end as it would have
-            ends_in_sep = pieces[0][-1] == dataset.manifest.tokenizer.sep_id
+    def _read(self, location: RowLocation, order_index: int) -> Row:
+        dataset = self.datasets[location.source]
+        parts = [dataset.chunk(chunk) for chunk in location.chunks.tolist()]
+        # padded batching only: cut the chunk, but let the row end as the chunk would have
+        if len(parts[0]) > self.seq_len:
+            ends_in_sep = parts[0][-1] == dataset.manifest.tokenizer.sep_id
             kept = self.seq_len - 1 if ends_in_sep else self.seq_len
-            pieces = [np.concatenate([pieces[0][:kept], pieces[0][-1:] if ends_in_sep else pieces[0][:0]])]
-        lengths = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
-        return Row(np.concatenate(pieces), lengths, place.source, place.row, place.chunks, position)
+            parts = [np.concatenate([parts[0][:kept], parts[0][-1:] if ends_in_sep else parts[0][:0]])]
+        lengths = np.asarray([len(part) for part in parts], dtype=np.int64)
+        return Row(np.concatenate(parts), lengths, location.source, location.row, location.chunks, order_index)
 
-    def _keyed_fingerprint(self, order: ShuffledSampler) -> str:
-        content: list[object] = ["order", ORDER_VERSION, order.seed, order.phase, self.seq_len, self.batching]
-        for dataset, plan, count in zip(self.datasets, self.plans, order.counts, strict=True):
-            content += [dataset.fingerprint, plan.fingerprint, count]
-        return hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
+
+def order_indices(row_indices: npt.ArrayLike, skips: Skips) -> Int64Array:
+    """Return the order index of each row of a run whose order leaves out the ranges `skips`."""
+    indices = np.array(row_indices, np.int64)
+    for first, end in skips:
+        indices = np.where(indices >= first, indices + (end - first), indices)
+    return indices
 
 
 def open_blended_dataset(
@@ -246,28 +279,26 @@ def open_blended_dataset(
     nominal_tokens: float | None = None,
     skips: Skips = (),
 ) -> BlendedDataset:
-    """The keyed order of a mixture (`parse_mixture`). Row plans that are not there are built."""
+    """Open a mixture (`parse_mixture`) in shuffled order. Packing indices that are not there are built."""
     datasets = open_datasets(mixture)
-    plans = [build_or_open_packing_index(dataset, seq_len, batching) for dataset in datasets]
-    rows = [plan.num_rows for plan in plans]
-    counts = slot_counts(mixture, rows, [plan.mean_tokens_per_row for plan in plans])
-    return BlendedDataset(
-        datasets, plans, ShuffledSampler(counts, rows, seed, phase), seq_len, batching, nominal_tokens, skips
-    )
+    indices = [PackingIndex.build_or_open(dataset, seq_len, batching) for dataset in datasets]
+    rows = [index.num_rows for index in indices]
+    counts = slot_counts(mixture, rows, [index.mean_tokens_per_row for index in indices])
+    order = ShuffledSampler(counts, rows, seed, phase)
+    return BlendedDataset(datasets, indices, order, seq_len, batching, nominal_tokens, skips)
 
 
 def open_run_dataset(config: Config) -> BlendedDataset:
-    """What a run reads: its mixture in the keyed order, or in the order of `data.order`'s files. Raises UserError."""
+    """Open what a run reads: its mixture in shuffled order, or in the order of `data.order`. Raises UserError."""
     data = resolve_mixture(config.data)
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
+    nominal, skips = data.mean_tokens_per_row, parse_skips(data.skip)
     if data.order == "keyed":
         seed, phase = config.run.seed, config.run.phase
-        nominal, skips = data.mean_tokens_per_row, parse_skips(data.skip)
         return open_blended_dataset(mixture, data.seq_len, data.batching, seed, phase, nominal, skips)
     datasets = open_datasets(mixture)
     order = open_recorded_sampler(data.order, datasets, data.seq_len, data.batching, data.order_missing)
-    skips = parse_skips(data.skip)
-    return BlendedDataset(datasets, [], order, data.seq_len, data.batching, data.mean_tokens_per_row, skips)
+    return BlendedDataset(datasets, [], order, data.seq_len, data.batching, nominal, skips)
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
@@ -286,43 +317,55 @@ def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
     return datasets
 
 
-MOST_CHUNKS = 1 << 24
+MAX_CHUNKS_BY_SOURCE = 1 << 24
 CHUNKS_AT_ONCE = 1 << 16
 
 
 def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str) -> dict[str, BlendedDataset]:
-    """Rows of each INPUT of a dataset, by its name, in a keyed order of their own. A dataset of one INPUT, or of too
-    many chunks, is one entry: its ordinary rows under the name "". Raises UserError."""
+    """Open a dataset for evaluation, in rows that hold chunks of one INPUT each, so that a loss by source is exact.
+
+    A training row mixes the INPUTs of `ettin prepare`; here the chunks of each are packed apart, in memory and on every
+    process alike. It is meant for held-out sets: 24 bytes a chunk, and a document looked up for each.
+
+    Returns:
+        For each INPUT, by its name, its rows in a shuffled order of their own. A dataset of one INPUT, or of more than
+        MAX_CHUNKS_BY_SOURCE chunks, is one entry: its ordinary rows under the name "".
+
+    Raises:
+        UserError: the dataset cannot be read, or rows of `seq_len` cannot hold its chunks.
+    """
     dataset = open_dataset(path)
     check_rows(dataset, seq_len, batching)
-    if len(dataset.manifest.sources) < 2 or dataset.num_chunks > MOST_CHUNKS:
-        plans = {"": build_or_open_packing_index(dataset, seq_len, batching)}
+    if len(dataset.manifest.sources) < 2 or dataset.num_chunks > MAX_CHUNKS_BY_SOURCE:
+        indices = {"": PackingIndex.build_or_open(dataset, seq_len, batching)}
     else:
-        plans = {name: plan_of(dataset, name, chunks, seq_len, batching) for name, chunks in by_source(dataset).items()}
-    return {name: one_source(dataset, plan, seed, phase) for name, plan in plans.items()}
+        by_source = chunks_by_source(dataset)
+        indices = {name: pack_source(dataset, name, own, seq_len, batching) for name, own in by_source.items()}
+    return {
+        name: BlendedDataset(
+            [dataset], [index], ShuffledSampler([BLOCK_SLOTS], [index.num_rows], seed, phase), seq_len, batching
+        )
+        for name, index in indices.items()
+    }
 
 
-def one_source(dataset: Dataset, plan: PackingIndex, seed: int, phase: str) -> BlendedDataset:
-    order = ShuffledSampler([BLOCK_SLOTS], [plan.num_rows], seed, phase)
-    return BlendedDataset([dataset], [plan], order, plan.seq_len, plan.batching)
+def chunks_by_source(dataset: Dataset) -> dict[str, Int64Array]:
+    """Return the chunks of each INPUT that has any, in the manifest's order.
 
-
-def by_source(dataset: Dataset) -> dict[str, npt.NDArray[np.int64]]:
-    """The chunks of each INPUT that has any, in the manifest's order: a document's file begins with its name."""
-    names = [source.name for source in dataset.manifest.sources]
-    number = {name: i for i, name in enumerate(names)}
+    The file of a document begins with the name of its INPUT."""
+    number = {source.name: i for i, source in enumerate(dataset.manifest.sources)}
     source_of = np.empty(dataset.num_chunks, np.int32)
     for first in range(0, dataset.num_chunks, CHUNKS_AT_ONCE):
         chunks = np.arange(first, min(first + CHUNKS_AT_ONCE, dataset.num_chunks))
         files = dataset.documents_of(chunks).source
         source_of[chunks] = [number.get(file.partition("/")[0], -1) for file in files]
-    found = {name: np.flatnonzero(source_of == i) for name, i in number.items()}
-    found["(other)"] = np.flatnonzero(source_of < 0)
-    return {name: chunks for name, chunks in found.items() if len(chunks)}
+    by_source = {name: np.flatnonzero(source_of == i) for name, i in number.items()}
+    by_source["(other)"] = np.flatnonzero(source_of < 0)
+    return {name: chunks for name, chunks in by_source.items() if len(chunks)}
 
 
-def plan_of(dataset: Dataset, name: str, chunks: npt.NDArray[np.int64], seq_len: int, batching: str) -> PackingIndex:
-    """A row plan in memory over some of a dataset's chunks."""
+def pack_source(dataset: Dataset, name: str, chunks: Int64Array, seq_len: int, batching: str) -> PackingIndex:
+    """Return a packing index in memory over some of a dataset's chunks."""
     lengths = np.minimum(dataset.lengths_of(chunks), seq_len)
     if batching == "padded":
         order, counts = np.arange(len(chunks)), np.ones(len(chunks), np.int64)

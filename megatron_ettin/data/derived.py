@@ -1,29 +1,34 @@
-"""Check the files of a dataset's folder that its manifest does not list: row plans, compiled orders, inputs.json."""
+"""Check the files of a dataset's folder that its manifest does not list: packing indices, compiled orders,
+inputs.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json
 from megatron_ettin.base.paths import path_in
+from megatron_ettin.data import packing_index
 from megatron_ettin.data.manifest import INPUTS_FILE, FileRecord
-from megatron_ettin.data.packing_index import PLAN_FILE, packing_record
-from megatron_ettin.data.replay.recorded import RECORD_FILE, order_record
+from megatron_ettin.data.packing_index import PackingRecord
+from megatron_ettin.data.replay import recorded
+from megatron_ettin.data.replay.recorded import OrderRecord
 from megatron_ettin.data.verify import Expected
 
 REMEDY = " (remove its folder: it is built again)"
 
 
 def derived_files(folder: Path) -> Iterator[Expected]:
-    """The files of the row plans and compiled orders beside a dataset, as their records have them, and the list of its
-    inputs where it is damaged."""
+    """Yield the files of a dataset's packing indices and compiled orders as their records have them, and the list of
+    its inputs if that is damaged."""
     yield from damaged_input_list(folder)
-    plans, orders = sorted(folder.glob(f"*_*/{PLAN_FILE}")), sorted(folder.glob(f"order_*/{RECORD_FILE}"))
-    for record_file in [*plans, *orders]:
+    indices = sorted(folder.glob(f"*_*/{packing_index.RECORD_FILE}"))
+    orders = sorted(folder.glob(f"order_*/{recorded.RECORD_FILE}"))
+    readers: list[tuple[Path, Callable[[Path], PackingRecord | OrderRecord]]]
+    readers = [*((file, PackingRecord.read) for file in indices), *((file, OrderRecord.read) for file in orders)]
+    for record_file, read in readers:
         try:
-            read = packing_record if record_file.name == PLAN_FILE else order_record
             records = read(record_file.parent).files
             paths = {name: path_in(record_file.parent, name, record_file) for name in records}
         except UserError as error:
@@ -37,7 +42,7 @@ def derived_files(folder: Path) -> Iterator[Expected]:
 
 
 def damaged_input_list(folder: Path) -> Iterator[Expected]:
-    """Yield inputs.json of a dataset if it is not what was written."""
+    """Yield inputs.json of a dataset if it is not as it was written."""
     path = folder / INPUTS_FILE
     try:
         raw = load_json(path.read_text(encoding="utf-8"))

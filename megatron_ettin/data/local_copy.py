@@ -1,10 +1,10 @@
-"""Copies of a mixture's datasets on a machine's own disk (`data.local_copy`), so that training reads rows from there
-and not over a network.
+"""Copies of a mixture's datasets on a host's own disk (`data.local_copy`), so that training does not read rows over a
+network.
 
-One process a machine copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
-when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a copy that was killed is
-gone on with, and later runs find the copy by the dataset's fingerprint. The order of a run does not change: it is made
-of fingerprints, not of paths. Held-out parts and row plans that are not in use stay where they are."""
+One process per host copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
+when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a killed copy is
+continued, and later runs find the copy by the dataset's fingerprint. The order of a run does not change: it is made of
+fingerprints, not of paths. Held-out parts and packing indices that are not in use are not copied."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import file_lock, fsync, publish_folder
+from megatron_ettin.base.files import file_lock, fsync
 from megatron_ettin.base.log import log_info, log_when_slow
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord
-from megatron_ettin.data.packing_index import PLAN_FILE, PackingIndex, open_packing_index
+from megatron_ettin.data.packing_index import RECORD_FILE, PackingIndex
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -36,26 +36,29 @@ KEY = "data.local_copy"
 
 @dataclass(frozen=True)
 class Unit:
-    """A folder that is there as a whole or not at all; `last` says what it holds and is copied after the rest."""
+    """A folder that is copied as a whole or not at all."""
 
     source: Path
     target: Path
     files: dict[str, FileRecord]
     last: str
+    """The file that lists the others; it is copied after them."""
 
     @property
     def staging(self) -> Path:
+        """Folder that the files are copied to before it gets its name."""
         return self.target.with_name(f".tmp-{self.target.name}")
 
     def source_file(self, name: str) -> Path:
-        """A file to copy. Raises UserError for a link: what is copied is then read as if it were the dataset's."""
+        """Return the path of a file to copy. Raises UserError for a link, which could lead to any file."""
         return path_in(self.source, name, self.source / self.last, nested=True, links=Links.NONE)
 
     def staged(self, name: str) -> Path:
+        """Return the path of a file's copy before the folder gets its name."""
         return path_in(self.staging, name, self.source / self.last, nested=True, links=Links.NONE)
 
     def missing(self) -> Iterator[tuple[str, FileRecord]]:
-        """Files that are not in the staging folder yet."""
+        """Yield the files that are not in the staging folder yet."""
         for name, record in self.files.items():
             try:
                 whole = self.staged(name).stat().st_size == record.bytes
@@ -65,78 +68,74 @@ class Unit:
                 yield name, record
 
 
-def local_corpus(corpus: BlendedDataset, folder: str, tell: Callable[[str], None] = log_info) -> BlendedDataset:
-    """The same corpus, read from copies under `folder`, which are made where they are not there. Raises UserError
-    where there is no room, a file is damaged or the disk refuses."""
+def open_local_copy(corpus: BlendedDataset, folder: str, log: Callable[[str], None] = log_info) -> BlendedDataset:
+    """Return the same rows, read from copies under `folder`, which are made before where they are missing.
+
+    Raises:
+        UserError: there is no room, a file is damaged, or the disk refuses.
+    """
     root = Path(folder).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            with log_when_slow(f"{KEY}: waits for another process, which copies to {root}"):
+            with log_when_slow(f"{KEY}: waiting for another process, which copies to {root}"):
                 held.enter_context(file_lock(root / ".lock"))
-            units = [unit for pair in pairs(corpus) for unit in units_to_copy(*pair, root)]
+            # by fingerprint: a repeated dataset is copied once
+            used = {dataset.fingerprint: i for i, dataset in reversed(list(enumerate(corpus.datasets)))}
+            units = [
+                unit
+                for i in sorted(used.values())
+                for unit in units_to_copy(corpus.datasets[i], corpus.packing_indices[i : i + 1], root)
+            ]
             if units:
-                copy(units, root, tell)
+                copy(units, root, log)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = f"{error.strerror}; what was copied is kept: make room and start again to go on"
             raise UserError(f"{KEY}: {root}: {reason}") from None
         raise UserError(f"{KEY}: {error.filename or root}: {error.strerror or error}") from None
     datasets = [open_dataset(copy_path(dataset, root)) for dataset in corpus.datasets]
-    plans = [local_plan(plan, dataset) for plan, dataset in zip(corpus.plans, datasets, strict=False)]
-    rows = (corpus.order, corpus.seq_len, corpus.batching, corpus.nominal_tokens, corpus.skips)
-    return BlendedDataset(datasets, plans, *rows)
-
-
-def pairs(corpus: BlendedDataset) -> Iterator[tuple[Dataset, PackingIndex | None]]:
-    """Each dataset once, with its row plan; a given order has none."""
-    seen = set()
-    for i, dataset in enumerate(corpus.datasets):
-        if dataset.fingerprint not in seen:
-            seen.add(dataset.fingerprint)
-            yield dataset, corpus.plans[i] if corpus.plans else None
+    copies = []
+    # a recorded order has no packing indices
+    for index, dataset in zip(corpus.packing_indices, datasets, strict=False):
+        path = dataset.path / index.folder.name
+        copied = PackingIndex.open(path, dataset, index.seq_len, index.batching)
+        if copied is None or copied.fingerprint != index.fingerprint:
+            raise UserError(f"{KEY}: {path}: changed while it was opened; start again")
+        copies.append(copied)
+    return corpus.reading_from(datasets, copies)
 
 
 def copy_path(dataset: Dataset, root: Path) -> Path:
-    """Where a dataset's copy lies, whatever the dataset is called elsewhere."""
+    """Return the folder of a dataset's copy, which does not depend on the dataset's own path."""
     return path_in(root, f"dataset-{dataset.fingerprint[:32]}", dataset.path / FILE_NAME)
 
 
-def local_plan(plan: PackingIndex, dataset: Dataset) -> PackingIndex:
-    found = open_packing_index(dataset.path / plan.folder.name, dataset, plan.seq_len, plan.batching)
-    if found is None or found.fingerprint != plan.fingerprint:
-        raise UserError(f"{KEY}: {dataset.path / plan.folder.name}: changed while it was opened; start again")
-    return found
+def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path) -> Iterator[Unit]:
+    """Yield what of a dataset and its packing index is not under `root` yet.
 
-
-def units_to_copy(dataset: Dataset, plan: PackingIndex | None, root: Path) -> Iterator[Unit]:
-    """What of a dataset and its plan is not under `root` yet. A copy that lost a file is taken apart to be mended."""
+    A copy that lost a file goes back to its staging folder, where the file is added."""
     target = copy_path(dataset, root)
     names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}
     names |= {f"tokenizer/{name}": record for name, record in dataset.manifest.tokenizer_files.items()}
     whole = Unit(dataset.path, target, names, FILE_NAME)
-    copied = opened(target)
-    if copied is None:
+    try:
+        copied = open_dataset(target)
+    except UserError:
+        copied = None
         if target.exists():
             shutil.rmtree(whole.staging, ignore_errors=True)
             os.rename(target, whole.staging)
         yield whole
-    if plan is not None:
-        place = target / plan.folder.name
-        found = copied and open_packing_index(place, copied, plan.seq_len, plan.batching)
-        if not found or found.fingerprint != plan.fingerprint:
-            yield Unit(plan.folder, place, plan.record.files, PLAN_FILE)
+    for index in indices:
+        path = target / index.folder.name
+        existing = copied and PackingIndex.open(path, copied, index.seq_len, index.batching)
+        if not existing or existing.fingerprint != index.fingerprint:
+            yield Unit(index.folder, path, index.record.files, RECORD_FILE)
 
 
-def opened(folder: Path) -> Dataset | None:
-    try:
-        return open_dataset(folder)
-    except UserError:
-        return None
-
-
-def copy(units: Sequence[Unit], root: Path, tell: Callable[[str], None]) -> None:
-    """Copy datasets and then the plans within them."""
+def copy(units: Sequence[Unit], root: Path, log: Callable[[str], None]) -> None:
+    """Copy datasets, and then the packing indices within them."""
     jobs = {unit.target: list(unit.missing()) for unit in units}
     needed = sum(record.bytes for missing in jobs.values() for _, record in missing)
     free = shutil.disk_usage(root).free
@@ -146,16 +145,16 @@ def copy(units: Sequence[Unit], root: Path, tell: Callable[[str], None]) -> None
             " make room, name another folder, or leave the key out"
         )
     began, names = time.monotonic(), sorted({unit.source.name for unit in units})
-    tell(f"{KEY}: copying {bytes_text(needed)} to {root} ({', '.join(names)})")
+    log(f"{KEY}: copying {bytes_text(needed)} to {root} ({', '.join(names)})")
     for unit in units:
         copy_unit(unit, jobs[unit.target])
     seconds = max(time.monotonic() - began, 1e-3)
-    tell(f"{KEY}: copied in {seconds:,.1f} s, {bytes_text(needed / seconds)}/s, every sha256 checked")
+    log(f"{KEY}: copied in {seconds:,.1f} s, {bytes_text(needed / seconds)}/s, every sha256 checked")
 
 
 def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
-    """Bring the files to the staging folder, several at a time, and give it its name."""
-    if unit.last == PLAN_FILE and unit.source.is_symlink():
+    """Copy the files to the staging folder, several at a time, and give it its name."""
+    if unit.last == RECORD_FILE and unit.source.is_symlink():
         raise UserError(f"{KEY}: {unit.source}: a link below a dataset is not copied; put the folder itself there")
     for folder in {unit.staging, *(unit.staged(name).parent for name in unit.files)}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,11 +175,12 @@ def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
     fsync(unit.staging)
     if unit.target.exists():
         shutil.rmtree(unit.target)
-    publish_folder(unit.staging, unit.target)
+    os.rename(unit.staging, unit.target)
+    fsync(unit.target.parent)
 
 
 def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Event) -> None:
-    """Copy and hash; the target has its name only once it is whole. Raises UserError for another sha256."""
+    """Copy and hash a file; the target has its name only once it is whole. Raises UserError for another sha256."""
     part = target.with_name(f".part-{target.name}")
     digest = hashlib.sha256()
     with open(source, "rb") as reading, open(part, "wb") as writing:
@@ -198,7 +198,7 @@ def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Ev
 
 
 def bytes_text(count: float) -> str:
-    """1.2 TB, 34.5 GB, 12 MB"""
+    """Format a size for people: 1.2 TB, 34.5 GB, 12 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,14 +1,13 @@
-"""manifest.json: what a dataset holds, by whom it was cut and the sha256 of every file.
+"""manifest.json: what a dataset holds, how it was made and the sha256 of every file.
 
-Dataclasses on this side, plain JSON on the other. The fingerprint covers the tokens and the chunk boundaries (.bin and
-.idx) and the tokenizer, not the names of the sources: two datasets with one fingerprint train the same model.
-The manifest is written last, so a directory without one is not a dataset."""
+The fingerprint covers the tokens, the chunk boundaries (.bin and .idx) and the tokenizer, not the names of the sources:
+two datasets with one fingerprint train the same model. The manifest is written last, so a directory without one is not
+a dataset."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,17 @@ from typing import Any
 
 from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.parsing import checked_digest, load_json
 from megatron_ettin.base.paths import Links, checked_name, checked_sha256, path_in
 
 FILE_NAME = "manifest.json"
-# of a finished dataset: its inputs, with their times
+# the inputs of a finished dataset, with their times
 INPUTS_FILE = "inputs.json"
 FORMAT = "megatron_ettin.dataset"
 VERSION = 2
 CHECKSUMS_SUFFIX = ".checksums.json"
-# what a field may be, by its annotation
-KINDS: dict[str, tuple[type, ...]] = {
+# the types that a field may have, by its annotation
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int, type(None)),
     "str": (str,),
@@ -41,17 +39,23 @@ SHARD_SUFFIXES = (".bin", ".idx", ".documents.arrow", ".starts.npy", CHECKSUMS_S
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Size and checksum of one file."""
+
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    name: str  # "shard_00000"
+    """One shard of a dataset."""
+
+    name: str
+    """For instance `shard_00000`."""
     documents: int
     chunks: int
     tokens: int
-    files: dict[str, FileRecord]  # by suffix
+    files: dict[str, FileRecord]
+    """Its files by suffix."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
+    """The tokenizer that a dataset was made with."""
+
     name: str
     fingerprint: str
     vocab_size: int
@@ -78,35 +84,43 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of manifest.json."""
+
     tokenizer: TokenizerRecord
     dtype: str
     chunk_tokens: int
     min_chunk_tokens: int
     skip_tokens: int
-    end_token: str  # which chunks of a document end in [SEP]: "every", "last" or "none"
+    end_token: str
+    """Which chunks of a document end in [SEP]: "every", "last" or "none"."""
     add_prefix_space: bool
-    holdout: float  # the fraction asked for; of a heldout dataset too
+    holdout: float
+    """The fraction of documents that `--holdout` asked for; a held-out dataset has it too."""
     documents: int
     chunks: int
     tokens: int
     longest_chunk_tokens: int
-    dropped_tokens: int  # of pieces too short to keep
+    dropped_tokens: int
+    """Tokens of pieces that were too short to keep."""
     empty_documents: int
     sources: list[SourceRecord]
     shards: list[ShardRecord]
     tokenizer_files: dict[str, FileRecord]
-    settings_sha256: str  # of everything that decided this output: settings and the inputs' names and sizes
+    settings_sha256: str
+    """sha256 of all that decided the output: the settings and the inputs' names and sizes."""
     fingerprint: str = ""
     format: str = FORMAT
     version: int = VERSION
 
     def with_fingerprint(self) -> Manifest:
+        """Return the manifest with the fingerprint of its content."""
         content = [self.tokenizer.fingerprint, self.dtype]
         content += [shard.files[suffix].sha256 for shard in self.shards for suffix in (".bin", ".idx")]
         return dataclasses.replace(self, fingerprint=hashlib.sha256(":".join(content).encode("ascii")).hexdigest())
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a dataset. Raises UserError."""
     path = folder / FILE_NAME
     if not path.is_file():
         what = "no such directory" if not folder.is_dir() else f"not a dataset: no {FILE_NAME}"
@@ -122,15 +136,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_from(raw: dict[str, Any]) -> Manifest:
-    """The manifest that `raw` is. Raises ValueError, KeyError, TypeError and AttributeError where it is none, or
-    where names in it lead out of the dataset's folder."""
+    """Return the manifest that `raw` is.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none, or a name in it leads out of the dataset's folder.
+    """
     tokenizer = {**raw["tokenizer"], "special_ids": tuple(raw["tokenizer"]["special_ids"])}
     shards = [ShardRecord(**{**shard, "files": file_records(shard["files"])}) for shard in raw["shards"]]
     for shard in shards:
         if not SHARD_NAME.fullmatch(checked_name(shard.name)):
-            raise ValueError(f"{shard.name[:80]!r} is no name of a shard")
+            raise ValueError(f"{shard.name[:80]!r} is not the name of a shard")
         if other := sorted(set(shard.files) - set(SHARD_SUFFIXES)):
-            raise ValueError(f"{other[0][:80]!r} is no file of a shard")
+            raise ValueError(f"{other[0][:80]!r} is not a file of a shard")
     checked_sha256(raw["fingerprint"])
     checked_sha256(tokenizer["fingerprint"])
     known = {
@@ -141,7 +158,7 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
     }
     manifest = Manifest(**{**raw, **known})
     for record in (manifest, manifest.tokenizer, *manifest.sources, *shards):
-        check_kinds(record)
+        check_field_types(record)
     if manifest.dtype not in TOKEN_DTYPES:
         raise ValueError(f"tokens of type {manifest.dtype[:80]!r}; known: {', '.join(TOKEN_DTYPES)}")
     for count in ("documents", "chunks", "tokens"):
@@ -150,50 +167,45 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def check_kinds(record: Any) -> None:
-    """Raise ValueError where a field of a record is not of the kind that it is declared as."""
+def check_field_types(record: Any) -> None:
+    """Raise ValueError where a field of a record has another type than its annotation."""
     for field in dataclasses.fields(record):
-        kinds = KINDS.get(str(field.type))
+        types = FIELD_TYPES.get(str(field.type))
         value = getattr(record, field.name)
-        if kinds is not None and type(value) not in kinds:
+        if types is not None and type(value) not in types:
             raise ValueError(f"{field.name} is a {type(value).__name__}, not {field.type}")
         if type(value) is int and not 0 <= value < 1 << 63:
-            raise ValueError(f"{field.name} is no count")
+            raise ValueError(f"{field.name} is not a count")
 
 
 def file_records(raw: dict[str, Any]) -> dict[str, FileRecord]:
-    """The records of files by name or suffix. Raises ValueError, TypeError and AttributeError."""
+    """Return the records of files by name or suffix. Raises ValueError, TypeError and AttributeError."""
     records = {checked_name(name): FileRecord(**record) for name, record in raw.items()}
     for record in records.values():
         checked_sha256(record.sha256)
         if type(record.bytes) is not int or record.bytes < 0:
-            raise ValueError("a file whose `bytes` are no count")
+            raise ValueError("a file whose `bytes` are not a count")
     return records
 
 
 def shard_file(folder: Path, shard: ShardRecord, suffix: str, links: Links = Links.INSIDE) -> Path:
-    """A file of a shard of the dataset in `folder`. Raises UserError where it leads out of it."""
+    """Return the path of a shard's file. Raises UserError where it leads out of the dataset's folder."""
     return path_in(folder, shard.name + suffix, folder / FILE_NAME, links=links)
 
 
-def write_json_durably(path: Path, content: Any) -> None:
-    """Replace a JSON file atomically and force it to the disk."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_atomically(path, text + "\n", per_process=True)
-
-
 def record_of(path: Path) -> FileRecord:
+    """Return size and sha256 of a file."""
     return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def check_file(path: Path, record: FileRecord, content: bool) -> None:
-    """Refuse, by name, a file that is missing, of another size or (with `content`) of another sha256."""
+    """Raise UserError where a file is missing or has another size or, with `content`, another sha256."""
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except OSError:
         raise UserError(f"{path}: missing (the manifest lists it with {record.bytes} bytes)") from None
-    if found != record.bytes:
-        kind = "truncated" if found < record.bytes else "changed"
-        raise UserError(f"{path}: {kind}, {found} bytes, the manifest says {record.bytes}")
+    if size != record.bytes:
+        damage = "truncated" if size < record.bytes else "changed"
+        raise UserError(f"{path}: {damage}, {size} bytes, the manifest says {record.bytes}")
     if content and sha256(path) != record.sha256:
         raise UserError(f"{path}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")

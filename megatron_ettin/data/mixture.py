@@ -1,10 +1,8 @@
-"""What a run trains on: one dataset or several, by token weight or token budget, and the slots each gets of a block.
+"""The mixture of datasets that a run trains on: its entries, the slots each gets of a block, the epochs of each.
 
 A weight is a share of tokens; slots are rows; sources differ in tokens a row. So a source's share of slots is
 weight / mean tokens a row, normalised, and becomes whole slots of a fixed block by largest remainder. Datasets listed
 without weights are taken in proportion to their rows, as if they were one dataset (to within a slot of a block).
-
-How often a run reads each dataset of its mixture, as a table and as warnings.
 
 Repeated data is worth about as much as new data up to some four epochs, and little beyond (Muennighoff et al. 2023)."""
 
@@ -25,26 +23,36 @@ from megatron_ettin.data.manifest import read_manifest
 
 BLOCK_SLOTS = 10_000
 KEYS = ("path", "weight", "tokens")
-LARGEST_WEIGHT = 1e100  # sums of weights stay finite
+# sums of weights stay finite
+LARGEST_WEIGHT = 1e100
 FILE_SUFFIXES = (".yaml", ".yml")
 FORMS = "a DATASET path, a list of {path, weight} or {path, tokens}, or a MIXTURE.yaml"
 
 
 @dataclass(frozen=True)
 class MixtureEntry:
+    """One dataset of a mixture."""
+
     path: str
-    weight: float | None = None  # share of tokens, relative to the other entries'
-    tokens: int | None = None  # a budget; the shares of budgets are those of weights
+    weight: float | None = None
+    """Share of tokens, relative to the weights of the other entries."""
+    tokens: int | None = None
+    """Token budget; budgets are shared out as weights are."""
 
     def to_plain(self) -> dict[str, Any]:
-        """As `data.mixture` states it."""
+        """Return the entry as `data.mixture` has it."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
-    """`data.mixture`: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the YAML file of a list.
+    """Parse `data.mixture`.
 
-    Relative dataset paths begin at `root`; without one, those of a file begin at its folder. Raises UserError."""
+    Args: value: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the path of a YAML file of a
+    list. root: where relative dataset paths begin; by default, those of a file begin at its folder.
+
+    Raises:
+        UserError: the value is none of these.
+    """
     where = "data.mixture"
     if isinstance(value, str) and value.endswith(FILE_SUFFIXES):
         where = value
@@ -56,15 +64,16 @@ def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
     if not isinstance(items, Sequence):
         raise UserError(f"{where}: {value!r}; give {FORMS}")
     entries = [parse_entry(f"{where}[{i}]", item) for i, item in enumerate(items)]
-    kinds = {"weight" if e.weight is not None else "tokens" if e.tokens is not None else "neither" for e in entries}
-    if len(kinds) > 1:
-        raise UserError(f"{where}: entries with {' and '.join(sorted(kinds))}; give every entry the same key")
+    used = {"weight" if e.weight is not None else "tokens" if e.tokens is not None else "neither" for e in entries}
+    if len(used) > 1:
+        raise UserError(f"{where}: entries with {' and '.join(sorted(used))}; give every entry the same key")
     return [dataclasses.replace(entry, path=below(root, entry.path)) for entry in entries]
 
 
 def resolve_mixture(data: DataConfig) -> DataConfig:
-    """The same data with its mixture as a list of entries and no file or root to look up: what a run records, so that
-    a mixture file edited later does not change what the run says of itself. Raises UserError."""
+    """Return the same keys with the mixture as a list of entries, without a file or a root to look up.
+
+    A run records this, so that a mixture file edited later does not change the run's record. Raises UserError."""
     if data.mixture is None:
         raise UserError("data.mixture: not set; give a dataset made by `ettin prepare`, data.mixture=DATASET")
     entries = parse_mixture(data.mixture, data.root)
@@ -72,12 +81,12 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
 
 
 def below(root: str | None, path: str) -> str:
-    """`path`, if relative, from `root` on."""
+    """Return `path`, joined to `root` if it is relative."""
     return path if root is None else os.path.normpath(os.path.join(root, os.path.expanduser(path)))
 
 
 def read_mixture_file(path: Path) -> Any:
-    """The list of a YAML file, which may stand under `datasets:`. Raises UserError."""
+    """Return the list of a YAML file, which may stand under `datasets:`. Raises UserError."""
     import yaml
 
     from megatron_ettin.base.parsing import load_yaml
@@ -101,13 +110,14 @@ def read_mixture_file(path: Path) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message. What is nested is named by its type: written out, aliases can stand for billions."""
+    """Format a value for a message; a nested one by its type, for its aliases can stand for billions of values."""
     if isinstance(value, str | int | float | bool | None):
         return repr(value[:60] if isinstance(value, str) else value)[:80]
     return f"a {type(value).__name__}"
 
 
 def parse_entry(where: str, item: Any) -> MixtureEntry:
+    """Parse one entry of a mixture; `where` names it in messages. Raises UserError."""
     if isinstance(item, str):
         if not item.strip():
             raise UserError(f"{where}: an empty path")
@@ -127,18 +137,22 @@ def parse_entry(where: str, item: Any) -> MixtureEntry:
 
 
 def positive_weight(where: str, weight: Any) -> float | None:
+    """Return a weight as a number. Raises UserError where it is not positive and finite."""
     if weight is None:
         return None
     try:
-        number = math.nan if isinstance(weight, bool) else float(weight)  # YAML 1.1 reads `1e-3` as text
+        # YAML 1.1 reads `1e-3` as text
+        number = math.nan if isinstance(weight, bool) else float(weight)
     except (TypeError, ValueError):
         raise UserError(f"{where}.weight: {shown(weight)}; give a number above 0") from None
-    if not 0 < number < LARGEST_WEIGHT:  # false for NaN
+    # false for NaN
+    if not 0 < number < LARGEST_WEIGHT:
         raise UserError(f"{where}.weight: {weight}; give a finite number above 0")
     return number
 
 
 def positive_tokens(where: str, tokens: Any) -> int | None:
+    """Return a token budget as a count. Raises UserError where it is not positive."""
     if tokens is None:
         return None
     if isinstance(tokens, bool) or (isinstance(tokens, float) and not math.isfinite(tokens)):
@@ -150,7 +164,16 @@ def positive_tokens(where: str, tokens: Any) -> int | None:
 
 
 def slot_counts(entries: Sequence[MixtureEntry], rows: Sequence[int], mean_tokens: Sequence[float]) -> list[int]:
-    """Slots of every block of BLOCK_SLOTS that each source gets; their sum is BLOCK_SLOTS."""
+    """Return the slots of every block that each source gets; their sum is BLOCK_SLOTS.
+
+    Args:
+        entries: the mixture.
+        rows: number of rows of each dataset.
+        mean_tokens: mean tokens of a row of each dataset.
+
+    Raises:
+        UserError: a dataset would get no slot.
+    """
     shares = []
     for entry, num_rows, mean in zip(entries, rows, mean_tokens, strict=True):
         weight = entry.weight if entry.weight is not None else entry.tokens
@@ -167,7 +190,7 @@ def slot_counts(entries: Sequence[MixtureEntry], rows: Sequence[int], mean_token
 
 
 def largest_remainder(fractions: Sequence[float], seats: int) -> list[int]:
-    """Whole seats in proportion: floors first, the rest to the largest remainders (ties to the earlier source)."""
+    """Share out whole seats in proportion: floors first, the rest to the largest remainders (ties to the earlier)."""
     exact = [fraction * seats for fraction in fractions]
     counts = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
@@ -177,18 +200,24 @@ def largest_remainder(fractions: Sequence[float], seats: int) -> list[int]:
 
 
 FEW_EPOCHS = 4
-ROUNDING = 0.005  # a budget of exactly the dataset is one epoch, whatever the rounding to slots and steps
+# a budget of exactly the dataset is one epoch, whatever the rounding to slots and steps
+ROUNDING = 0.005
 
 
 class SourceEpochs(NamedTuple):
+    """How often a run reads one dataset."""
+
     dataset: str
-    share: float  # of the run's tokens
-    tokens: int  # that the dataset has
-    epochs: float  # times that the run reads it
+    share: float
+    """Share of the run's tokens."""
+    tokens: int
+    """Tokens of the dataset."""
+    epochs: float
+    """Times that the run reads it."""
 
 
 def planned_epochs(mixture: Sequence[MixtureEntry], run_tokens: int) -> list[SourceEpochs]:
-    """The table before there is a row plan, from the manifests alone. Raises UserError where a dataset is not there."""
+    """Return how often each dataset is read, by the manifests alone. Raises UserError where a dataset is missing."""
     sizes = [read_manifest(Path(entry.path)).tokens for entry in mixture]
     weights = [entry.weight or entry.tokens or size for entry, size in zip(mixture, sizes, strict=True)]
     shares = [weight / sum(weights) for weight in weights]
@@ -197,7 +226,7 @@ def planned_epochs(mixture: Sequence[MixtureEntry], run_tokens: int) -> list[Sou
 
 
 def describe_epochs(table: Sequence[SourceEpochs]) -> list[str]:
-    """Lines of the table: dataset, share, tokens it has, epochs."""
+    """Format the table: dataset, share, tokens, epochs."""
     width = max(len("dataset"), *(len(source.dataset) for source in table))
     lines = [f"{'dataset':<{width}}   share   tokens   epochs"]
     for source in table:
@@ -207,12 +236,12 @@ def describe_epochs(table: Sequence[SourceEpochs]) -> list[str]:
 
 
 def epoch_warnings(table: Sequence[SourceEpochs]) -> list[str]:
-    """A line for every dataset that is read more than once."""
+    """Return a line for every dataset that is read more than once."""
     lines = []
     for source in table:
-        told = f"data.mixture: {source.dataset} will be read {source.epochs:,.1f} times"
+        line = f"data.mixture: {source.dataset} will be read {source.epochs:,.1f} times"
         if source.epochs > FEW_EPOCHS + ROUNDING:
-            lines.append(f"warning: {told}; beyond {FEW_EPOCHS} epochs repeated data adds little: add data or lower it")
+            lines.append(f"warning: {line}; beyond {FEW_EPOCHS} epochs repeated data adds little: add data or lower it")
         elif source.epochs > 1 + ROUNDING:
-            lines.append(f"note: {told}")
+            lines.append(f"note: {line}")
     return lines

@@ -5,11 +5,10 @@ The lengths on hand are the bits of one Python integer, so "the longest that fit
 no numpy call per chunk, about a microsecond a chunk. Memory is bounded by the window. Rows that a window could not
 fill hand their chunks on to the next one, as long as they are few; the very last window keeps what it has.
 
-The files of a packed row plan, written in bounded memory by one process or by several.
-
-Chunks are cut into segments of SEGMENT_CHUNKS by their number alone and each segment is packed by itself, so the bytes
-do not depend on who packed what. A process holds the lengths of one segment (16 MiB) and one window of the packing;
-what several processes pack is joined in order, file to file."""
+The files of a packing index are written in bounded memory by one process or by several. Chunks are split into segments
+of SEGMENT_CHUNKS by their number alone and each segment is packed by itself, so the bytes do not depend on which
+process packed what. A process holds the lengths of one segment (16 MiB) and one window of the packing; what several
+processes pack is joined in order, file to file."""
 
 from __future__ import annotations
 
@@ -35,15 +34,19 @@ from megatron_ettin.data.indexed import HEADER, narrowed
 from megatron_ettin.data.manifest import FileRecord, shard_file
 
 WINDOW_CHUNKS = 65_536
-FULL_ENOUGH = 0.985  # rows below are tried again with the next window's chunks
-CARRIED_CHUNKS = WINDOW_CHUNKS // 4  # at most so many are
+# rows that are less full are tried again with the next window's chunks, up to CARRIED_CHUNKS of them
+FULL_ENOUGH = 0.985
+CARRIED_CHUNKS = WINDOW_CHUNKS // 4
 
 Int64Array = npt.NDArray[np.int64]
 
 
 def pack(lengths: npt.NDArray[np.integer], row_tokens: int) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Pack chunks 0 .. n-1 of the given lengths (1 .. row_tokens each). Yields windows of rows as
-    (chunk numbers, row after row; how many chunks each row has). Every chunk comes exactly once."""
+    """Pack chunks 0 .. n-1 of the given lengths (1 .. row_tokens each) into rows. Every chunk comes exactly once.
+
+    Yields:
+        Windows of rows: chunk numbers, row after row, and the number of chunks of each row.
+    """
     carried = np.zeros(0, np.int64)
     for first in range(0, len(lengths), WINDOW_CHUNKS):
         last = min(first + WINDOW_CHUNKS, len(lengths))
@@ -58,8 +61,9 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int) -> Iterator[tuple[In
 
 
 def pack_window(window: Int64Array, lengths: npt.NDArray[np.integer], row_tokens: int) -> tuple[Int64Array, Int64Array]:
+    """Pack the chunks of one window; return chunk numbers, row after row, and the number of chunks of each row."""
     window_lengths = np.asarray(lengths[window])
-    # Per length, the chunks that have it, last first, so that pop() gives them in order.
+    # the chunks of each length, last first, so that pop() gives them in order
     by_length = np.lexsort((-window, window_lengths))
     sorted_lengths = window_lengths[by_length]
     distinct, starts = np.unique(sorted_lengths, return_index=True)
@@ -87,7 +91,7 @@ def pack_window(window: Int64Array, lengths: npt.NDArray[np.integer], row_tokens
 def split_off_unfilled(
     chunks: Int64Array, counts: Int64Array, lengths: npt.NDArray[np.integer], row_tokens: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """(chunks and counts of the rows to keep, chunks to carry to the next window). The emptiest rows are carried."""
+    """Split off the emptiest rows; return chunks and counts of the rows to keep, and the chunks to carry on."""
     ends = np.cumsum(counts)
     tokens = np.add.reduceat(np.asarray(lengths[chunks], np.int64), ends - counts)
     emptiest_first = np.argsort(tokens, kind="stable")
@@ -99,22 +103,25 @@ def split_off_unfilled(
 
 
 SEGMENT_CHUNKS = 64 * WINDOW_CHUNKS
-JOINED_ROWS = 1 << 20  # copied at once
-CHUNKS_FILE = "chunks.int64"  # chunk numbers, row after row
-ENDS_FILE = "ends.int64"  # for each row, where its chunks end in CHUNKS_FILE
-TOKENS_FILE = "tokens.int32"  # tokens of each row
+JOINED_ROWS = 1 << 20
+# chunk numbers, row after row
+CHUNKS_FILE = "chunks.int64"
+# for each row, where its chunks end in CHUNKS_FILE
+ENDS_FILE = "ends.int64"
+# tokens of each row
+TOKENS_FILE = "tokens.int32"
 DTYPES: dict[str, np.dtype[Any]] = {
     CHUNKS_FILE: np.dtype("<i8"),
     ENDS_FILE: np.dtype("<i8"),
     TOKENS_FILE: np.dtype("<i4"),
 }
 
-Packed = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-# (chunk numbers, row after row; where each row's end among them; tokens of each row)
+# chunk numbers, row after row; where each row's end among them; tokens of each row
+Packed = tuple[Int64Array, Int64Array, Int64Array]
 
 
-class PlanFiles:
-    """The three files of a plan, appended to; their checksums are made on the way."""
+class PackingFiles:
+    """Writer of the three files of a packing index, which computes their checksums on the way."""
 
     def __init__(self, folder: Path) -> None:
         self.rows = self.chunks = self.tokens = 0
@@ -122,14 +129,14 @@ class PlanFiles:
         self._open = contextlib.ExitStack()
         self._streams = {name: self._open.enter_context(open(folder / name, "wb")) for name in DTYPES}  # noqa: SIM115
 
-    def __enter__(self) -> PlanFiles:
+    def __enter__(self) -> PackingFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
     def append(self, chunks: npt.NDArray[Any], ends: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> None:
-        """`ends` count from the first of these chunks on."""
+        """Append rows; `ends` count from the first of these chunks on."""
         parts = {CHUNKS_FILE: chunks, ENDS_FILE: ends + self.chunks, TOKENS_FILE: tokens}
         for name, values in parts.items():
             raw = narrowed(values, DTYPES[name], name).tobytes()
@@ -140,7 +147,7 @@ class PlanFiles:
         self.tokens += int(tokens.sum(dtype=np.int64))
 
     def finish(self) -> dict[str, FileRecord]:
-        """Make the bytes durable; size and sha256 of each file."""
+        """Force the bytes to the disk; return size and sha256 of each file."""
         records = {}
         for name, stream in self._streams.items():
             stream.flush()
@@ -150,9 +157,13 @@ class PlanFiles:
 
 
 def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> tuple[int, int, dict[str, FileRecord]]:
-    """Pack all chunks of `dataset` into the files of a plan; returns (rows, tokens, files)."""
+    """Pack all chunks of a dataset into the files of an index.
+
+    Returns:
+        Number of rows, number of tokens, and the record of each file.
+    """
     segments = -(-dataset.num_chunks // SEGMENT_CHUNKS)
-    with PlanFiles(folder) as files:
+    with PackingFiles(folder) as files:
         done = 0
         if min(workers, segments) > 1:
             # a pool that breaks has lost a process to the kernel; the rest is packed here
@@ -164,13 +175,14 @@ def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> 
             for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
                 files.append(chunks, ends, tokens)
         records = files.finish()
-    for name in [name for name in os.listdir(folder) if name.startswith("part_")]:
-        os.unlink(folder / name)  # of a pool that broke
+    # parts of a pool that broke
+    for part in list(folder.glob("part_*")):
+        part.unlink()
     return files.rows, files.tokens, records
 
 
 def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Packed]:
-    """The rows of one segment, window by window."""
+    """Yield the rows of one segment, window by window."""
     first = segment * SEGMENT_CHUNKS
     lengths = read_lengths(dataset, first, min(first + SEGMENT_CHUNKS, dataset.num_chunks))
     if len(lengths) and not (int(lengths.min()) >= 1 and int(lengths.max()) <= seq_len):
@@ -184,7 +196,7 @@ def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Pac
 
 
 def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32]:
-    """Tokens of chunks [first, end), read and not mapped: the pages of a map would stay with the process."""
+    """Read the tokens of chunks [first, end). The files are not mapped: pages of a map would stay with the process."""
     shards = dataset.manifest.shards
     begins = np.cumsum([0] + [shard.chunks for shard in shards])
     parts = [np.zeros(0, "<i4")]
@@ -201,7 +213,9 @@ def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32
 
 
 def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, segments: int) -> Iterator[Path]:
-    """The prefix of each segment's part files, in order. No more of them wait on disk than twice the workers."""
+    """Pack segments in worker processes and yield the prefix of each one's part files, in order.
+
+    No more parts wait on disk than twice the workers."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_serve, initargs=(folder, dataset, seq_len)) as pool:
         waiting: deque[Future[Path]] = deque()
@@ -216,7 +230,8 @@ def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, s
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_served: tuple[Path, Dataset, int] | None = None  # in a worker process: what it works on
+# in a worker process: folder, dataset and seq_len that it works on
+_served: tuple[Path, Dataset, int] | None = None
 
 
 def _serve(folder: Path, dataset: Dataset, seq_len: int) -> None:
@@ -226,7 +241,7 @@ def _serve(folder: Path, dataset: Dataset, seq_len: int) -> None:
 
 
 def _pack_part(segment: int) -> Path:
-    """Pack one segment to part files of its own, in the form that `PlanFiles.append` takes."""
+    """Pack one segment to part files of its own, in the form that `PackingFiles.append` takes."""
     assert _served is not None
     folder, dataset, seq_len = _served
     prefix = folder / f"part_{segment:06d}"
@@ -240,7 +255,7 @@ def _pack_part(segment: int) -> Path:
     return prefix
 
 
-def join_part(prefix: Path, files: PlanFiles) -> None:
+def join_part(prefix: Path, files: PackingFiles) -> None:
     """Append a part and remove its files."""
     paths = {name: Path(f"{prefix}.{name}") for name in DTYPES}
     num_rows = paths[TOKENS_FILE].stat().st_size // DTYPES[TOKENS_FILE].itemsize

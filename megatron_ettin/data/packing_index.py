@@ -1,17 +1,17 @@
-"""Row plans: which chunks make up each training row of `seq_len` tokens. Built once per dataset and length, kept beside
-it (`rows_1024/`), memory-mapped by every rank.
+"""The packing index: which chunks make up each training row of `seq_len` tokens.
 
-`packed` fills rows with whole chunks by best fit (packing.py, row_building.py). `padded` is the original recipe: one
-chunk a row, cut to seq_len with its final [SEP] kept; its plan is a formula, so `padded_1024/` holds only the counts.
-A plan carries the fingerprint of the dataset it was made for and is rebuilt when that differs or a file is not as long
-as it says. Several processes may ask at once: one builds under a file lock, the others wait and read."""
+It is built once per dataset and length, kept next to the dataset (`rows_1024/`) and memory-mapped by every rank.
+`packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row, cut to
+seq_len with its final [SEP] kept; its index is a formula, so `padded_1024/` holds only the counts.
+
+An index carries the fingerprint of the dataset it was made for. It is rebuilt when that differs or when a file has
+another length than recorded. Several processes may ask at once: one builds under a file lock, the others wait."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import current_umask, file_lock, fsync, publish_folder
+from megatron_ettin.base.files import TEMPORARY, atomic_folder, file_lock, write_json
 from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.indexed import map_scattered
-from megatron_ettin.data.manifest import (
-    FileRecord,
-    check_file,
-    file_records,
-    write_json_durably,
-)
-from megatron_ettin.data.packing import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, read_lengths, write_packed
+from megatron_ettin.data.manifest import FileRecord, check_file, file_records
+from megatron_ettin.data.packing import DTYPES, read_lengths, write_packed
 
-FOLDERS = {"packed": "rows", "padded": "padded"}  # batching -> prefix of the plan's folder
-PLAN_FILE = "plan.json"
-VERSION = 1  # raise it when the same chunks would be packed otherwise
-BESIDE = ".tmp-"  # begins the name of a plan that is not finished
-COUNTED_CHUNKS = 1 << 20  # lengths of a padded plan that are read at once
+# batching -> prefix of the index's folder
+FOLDERS = {"packed": "rows", "padded": "padded"}
+RECORD_FILE = "plan.json"
+# raise it when the same chunks would be packed otherwise
+VERSION = 1
+LENGTHS_AT_ONCE = 1 << 20
 
 IntArray = npt.NDArray[np.integer]
 Int64Array = npt.NDArray[np.int64]
@@ -45,7 +41,7 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackingRecord:
-    """plan.json."""
+    """The content of plan.json."""
 
     dataset_fingerprint: str
     seq_len: int
@@ -55,18 +51,38 @@ class PackingRecord:
     files: dict[str, FileRecord]
     version: int = VERSION
 
+    @classmethod
+    def read(cls, folder: Path) -> PackingRecord:
+        """Read the record of the index in `folder`.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read.
+        """
+        raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
+        return cls(**{**raw, "files": file_records(raw["files"])})
+
 
 @dataclass(frozen=True)
 class RowArrays:
-    """The rows of a packed plan."""
+    """The rows of a packed index."""
 
-    chunks: IntArray  # chunk numbers, row after row
-    ends: IntArray  # for each row, where its chunks end in `chunks`
-    tokens: IntArray  # of each row
+    chunks: IntArray
+    """Chunk numbers, row after row."""
+    ends: IntArray
+    """For each row, where its chunks end in `chunks`."""
+    tokens: IntArray
+    """Tokens of each row."""
 
 
 class PackingIndex:
-    """See `ensure_row_plan`. `arrays` are the rows themselves; a plan on disk is mapped from its `folder` instead."""
+    """Chunks of each row of one dataset, by the number of the row. It pickles small: no maps.
+
+    Args:
+        folder: where the index lies.
+        record: the content of its plan.json.
+        dataset: the dataset that it was made for.
+        arrays: the rows themselves; by default those of a packed index are mapped from its `folder`.
+    """
 
     def __init__(self, folder: Path, record: PackingRecord, dataset: Dataset, arrays: RowArrays | None = None) -> None:
         self.folder = folder
@@ -76,24 +92,74 @@ class PackingIndex:
         self.num_tokens = record.num_tokens
         self.mean_tokens_per_row = record.num_tokens / record.num_rows
         self.fill = self.mean_tokens_per_row / record.seq_len
-        # Two plans with one fingerprint have the same chunks in the same rows.
+        # two indices with one fingerprint have the same chunks in the same rows
         hashes = {name: file.sha256 for name, file in record.files.items()}
         content = json.dumps({**asdict(record), "files": hashes}, sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode("ascii")).hexdigest()
         self.record = record
         self._dataset = dataset
         self._given = arrays
-        mapped = arrays is None and record.batching == "packed"
-        self._arrays = map_rows(folder) if mapped else arrays  # None: the formula of `padded`
+        # None: the formula of `padded`
+        self._arrays = arrays
+        if arrays is None and record.batching == "packed":
+            # in the order of the fields of RowArrays
+            self._arrays = RowArrays(*(map_scattered(folder / name, dtype) for name, dtype in DTYPES.items()))
 
-    def __getstate__(self) -> tuple[Path, PackingRecord, Dataset, RowArrays | None]:  # maps do not travel
+    @classmethod
+    def build_or_open(cls, dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> PackingIndex:
+        """Open the index of a dataset for rows of `seq_len` tokens, and build it before where none fits.
+
+        Args:
+            workers: number of processes that build; the bytes are the same for any number.
+
+        Raises:
+            UserError: the rows cannot hold the dataset's chunks, or the index cannot be written.
+        """
+        check_rows(dataset, seq_len, batching)
+        folder = dataset.path / f"{FOLDERS[batching]}_{seq_len}"
+        index = cls.open(folder, dataset, seq_len, batching)
+        if index is not None:
+            return index
+        try:
+            with file_lock(dataset.path / ".row-plans.lock") as held:
+                # another process may have built it while this one waited
+                index = cls.open(folder, dataset, seq_len, batching)
+                if index is None:
+                    if held:
+                        remove_leftovers(dataset.path)
+                    build_packing_index(folder, dataset, seq_len, batching, workers)
+        except OSError as error:
+            raise UserError(
+                f"packing index {folder}: {error.strerror}; build it where the dataset can be written: "
+                f"ettin prepare ... --seq-len {seq_len}"
+            ) from None
+        index = index or cls.open(folder, dataset, seq_len, batching)
+        if index is None:
+            raise UserError(f"packing index {folder}: written, but not readable as written; is the file system full?")
+        return index
+
+    @classmethod
+    def open(cls, folder: Path, dataset: Dataset, seq_len: int, batching: str) -> PackingIndex | None:
+        """Open the index in `folder`; return None where it is absent, damaged or another dataset's."""
+        try:
+            record = PackingRecord.read(folder)
+            for name, file in record.files.items():
+                check_file(path_in(folder, name, folder / RECORD_FILE), file, content=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+            return None
+        wanted = (dataset.fingerprint, seq_len, batching, VERSION)
+        if (record.dataset_fingerprint, record.seq_len, record.batching, record.version) != wanted:
+            return None
+        return cls(folder, record, dataset)
+
+    def __getstate__(self) -> tuple[Path, PackingRecord, Dataset, RowArrays | None]:
         return self.folder, self.record, self._dataset, self._given
 
     def __setstate__(self, state: tuple[Path, PackingRecord, Dataset, RowArrays | None]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def chunks_of(self, row: int) -> IntArray:
-        """Global chunk numbers of one row, in the order they stand in it."""
+        """Return the chunk numbers of one row, in the order in which they stand in it."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         if self._arrays is None:
@@ -102,65 +168,33 @@ class PackingIndex:
         return self._arrays.chunks[start : int(self._arrays.ends[row])]
 
     def chunks_of_rows(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """(chunk numbers, row after row; how many each row has) of many rows [n]: one look-up for all."""
+        """Look up many rows [n] at once.
+
+        Returns:
+            Chunk numbers [m], row after row, and the number of chunks of each row [n].
+        """
         if rows.size and not (int(rows.min()) >= 0 and int(rows.max()) < self.num_rows):
             raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of {self.num_rows}")
         if self._arrays is None:
             return rows, np.ones_like(rows)
         ends = self._arrays.ends[rows]
         starts = np.where(rows > 0, self._arrays.ends[np.maximum(rows - 1, 0)], 0)
-        counts = np.maximum(ends - starts, 0)  # a damaged plan may go backwards; an empty row is told by its reader
-        places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-        return self._arrays.chunks[places].astype(np.int64, copy=False), counts
+        # a damaged index may go backwards; the reader of an empty row reports it
+        counts = np.maximum(ends - starts, 0)
+        indices = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+        return self._arrays.chunks[indices].astype(np.int64, copy=False), counts
 
     def tokens_of(self, rows: npt.ArrayLike) -> IntArray:
-        """Real tokens of each of the rows."""
+        """Return the real tokens of each of the rows."""
         wanted = np.asarray(rows, dtype=np.int64)
         if self._arrays is not None:
             return self._arrays.tokens[wanted].astype(np.int64)
         return np.minimum(self._dataset.lengths_of(wanted), self.seq_len)
 
     def verify(self) -> None:
-        """Read every byte; UserError names the first damaged file."""
+        """Read every byte. Raises UserError naming the first damaged file."""
         for name, record in self.record.files.items():
-            check_file(path_in(self.folder, name, self.folder / PLAN_FILE), record, content=True)
-
-
-def map_rows(folder: Path) -> RowArrays:
-    files = {CHUNKS_FILE: "<i8", ENDS_FILE: "<i8", TOKENS_FILE: "<i4"}
-    return RowArrays(*(map_scattered(folder / name, dtype) for name, dtype in files.items()))
-
-
-def build_or_open_packing_index(
-    dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1
-) -> PackingIndex:
-    """The row plan of a dataset for rows of `seq_len` tokens; builds it when there is none that fits, with so many
-    processes and the same bytes for any number of them. Raises UserError where chunks and rows do not go together."""
-    check_rows(dataset, seq_len, batching)
-    folder = packing_index_folder(dataset, seq_len, batching)
-    plan = open_packing_index(folder, dataset, seq_len, batching)
-    if plan is not None:
-        return plan
-    try:
-        with file_lock(dataset.path / ".row-plans.lock") as alone:
-            plan = open_packing_index(folder, dataset, seq_len, batching)  # somebody may have built it while we waited
-            if plan is None:
-                if alone:
-                    remove_leftovers(dataset.path)
-                build_packing_index(folder, dataset, seq_len, batching, workers)
-    except OSError as error:
-        raise UserError(
-            f"row plan {folder}: {error.strerror}; build it where the dataset can be written: "
-            f"ettin prepare ... --seq-len {seq_len}"
-        ) from None
-    plan = plan or open_packing_index(folder, dataset, seq_len, batching)
-    if plan is None:
-        raise UserError(f"row plan {folder}: written, but not readable as written; is the file system full?")
-    return plan
-
-
-def packing_index_folder(dataset: Dataset, seq_len: int, batching: str) -> Path:
-    return dataset.path / f"{FOLDERS[batching]}_{seq_len}"
+            check_file(path_in(self.folder, name, self.folder / RECORD_FILE), record, content=True)
 
 
 def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
@@ -179,66 +213,33 @@ def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
 
 
 def existing_packing_indices(dataset: Dataset) -> list[PackingIndex]:
-    """The usable plans beside a dataset, by batching and length."""
-    plans = []
+    """Return the usable indices of a dataset, sorted by batching and length."""
+    indices = []
     for batching, prefix in FOLDERS.items():
         for folder in dataset.path.glob(f"{prefix}_*"):
             length = folder.name.removeprefix(f"{prefix}_")
-            if length.isdigit() and (plan := open_packing_index(folder, dataset, int(length), batching)):
-                plans.append(plan)
-    return sorted(plans, key=lambda plan: (plan.batching, plan.seq_len))
-
-
-def packing_record(folder: Path) -> PackingRecord:
-    """What the plan in `folder` says of itself. Raises OSError, ValueError, KeyError, TypeError or AttributeError where
-    that cannot be read."""
-    raw: dict[str, Any] = checked_digest(load_json((folder / PLAN_FILE).read_text(encoding="utf-8")))
-    return PackingRecord(**{**raw, "files": file_records(raw["files"])})
-
-
-def open_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: str) -> PackingIndex | None:
-    """The plan in `folder`, or None where it is absent, damaged or another dataset's."""
-    try:
-        record = packing_record(folder)
-        for name, file in record.files.items():
-            check_file(path_in(folder, name, folder / PLAN_FILE), file, content=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        return None
-    asked = (dataset.fingerprint, seq_len, batching, VERSION)
-    if (record.dataset_fingerprint, record.seq_len, record.batching, record.version) != asked:
-        return None
-    return PackingIndex(folder, record, dataset)
+            if length.isdigit() and (index := PackingIndex.open(folder, dataset, int(length), batching)):
+                indices.append(index)
+    return sorted(indices, key=lambda index: (index.batching, index.seq_len))
 
 
 def build_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
-    """Write the plan beside and rename it into place; whatever stood there goes."""
-    building = Path(tempfile.mkdtemp(prefix=f"{BESIDE}{folder.name}-", dir=dataset.path))
-    try:
-        building.chmod(0o777 & ~current_umask())  # mkdtemp makes it private; other users train on it too
+    """Write an index; it takes the place of what was there."""
+    with atomic_folder(folder) as building:
+        files: dict[str, FileRecord] = {}
         if batching == "packed":
             num_rows, num_tokens, files = write_packed(building, dataset, seq_len, workers)
         else:
-            num_rows, num_tokens, files = dataset.num_chunks, padded_tokens(dataset, seq_len), {}
+            num_rows, num_tokens = dataset.num_chunks, 0
+            for first in range(0, num_rows, LENGTHS_AT_ONCE):
+                lengths = read_lengths(dataset, first, min(first + LENGTHS_AT_ONCE, num_rows))
+                num_tokens += int(np.minimum(lengths, seq_len).sum(dtype=np.int64))
         record = PackingRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
-        write_json_durably(building / PLAN_FILE, with_digest(asdict(record)))
-        fsync(building)
-        stale = building.with_name(f"{BESIDE}stale-{building.name.removeprefix(BESIDE)}")
-        publish_folder(building, folder, aside=stale)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def padded_tokens(dataset: Dataset, seq_len: int) -> int:
-    """Tokens of all chunks, each cut to `seq_len`."""
-    total = 0
-    for first in range(0, dataset.num_chunks, COUNTED_CHUNKS):
-        lengths = read_lengths(dataset, first, min(first + COUNTED_CHUNKS, dataset.num_chunks))
-        total += int(np.minimum(lengths, seq_len).sum(dtype=np.int64))
-    return total
+        write_json(building / RECORD_FILE, with_digest(asdict(record)))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what builders that were killed have left; only for the one that holds the lock."""
+    """Remove what killed builders have left. Only the holder of the lock may call it."""
     for prefix in (*FOLDERS.values(), "stale"):
-        for leftover in folder.glob(f"{BESIDE}{prefix}[_-]*"):
+        for leftover in folder.glob(f"{TEMPORARY}{prefix}[_-]*"):
             shutil.rmtree(leftover, ignore_errors=True)

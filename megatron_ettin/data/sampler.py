@@ -1,19 +1,15 @@
-"""The keyed order: position -> (source, row, epoch) as a pure function of counts and keys, in constant memory.
+"""The shuffled order of a mixture, and the rows of every step.
 
-Positions come in blocks of BLOCK_SLOTS. Every block gives each source its fixed number of slots, shuffled by a key of
+The order maps an order index to (source, row, epoch) by a pure function of counts and keys, in constant memory. Order
+indices come in blocks of BLOCK_SLOTS. Every block gives each source its fixed number of slots, shuffled by a key of
 (seed, phase, block); so a source's slots before a block are a multiplication, and its k-th slot is row
 permutation(k mod rows) of epoch k // rows, each epoch with a key of its own.
 
 Proportions hold by construction. With B = BLOCK_SLOTS, a source that has c slots of every block and the exact share s:
 - in an aligned block it has c slots, and |c - s B| < 1 (largest remainder);
-- in any window of n positions the number of its slots differs from s n by at most n / B + 2 c (1 - c / B). For a part
-  of x slots of one block holds between max(0, x + c - B) and min(x, c) of them, which is nowhere further from c x / B
-  than c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B.
-
-How many rows each step trains on, and so which positions of the data order are its own.
-
-Batch warm-up counts nominal tokens (rows x the mean tokens a row) and grows in equal levels, each lasting an equal
-share of the warm-up's tokens: a closed form, so that any step's rows are known without the steps before it."""
+- in any window of n slots the number of its own differs from s n by at most n / B + 2 c (1 - c / B). For a part of x
+  slots of one block holds between max(0, x + c - B) and min(x, c) of them, which is nowhere further from c x / B than
+  c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B."""
 
 from __future__ import annotations
 
@@ -38,7 +34,14 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class ShuffledSampler:
-    """`counts`: slots of each source in every block, BLOCK_SLOTS in all. `rows`: rows of each source."""
+    """Rows of several sources in shuffled order, by order index.
+
+    Args:
+        counts: slots of each source in every block, BLOCK_SLOTS in all.
+        rows: number of rows of each source.
+        seed: seed of the run.
+        phase: phase of the run, which is part of every key.
+    """
 
     def __init__(self, counts: Sequence[int], rows: Sequence[int], seed: int, phase: str) -> None:
         if sum(counts) != BLOCK_SLOTS or len(counts) != len(rows):
@@ -50,34 +53,35 @@ class ShuffledSampler:
         self._block = lru_cache(maxsize=CACHED_BLOCKS)(self._shuffled_block)
         self._permutation = lru_cache(maxsize=CACHED_PERMUTATIONS)(self._keyed_permutation)
 
-    def __getstate__(self) -> dict[str, Any]:  # the caches do not travel to other processes
+    def __getstate__(self) -> dict[str, Any]:
+        # without the caches
         return {"counts": self.counts, "rows": self.num_rows, "seed": self.seed, "phase": self.phase}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def locate(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """(source, row, epoch) of each position >= 0, in the shape of `positions`."""
-        given = np.asarray(positions, dtype=np.int64)
+    def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return (source, row, epoch) of each order index, in the shape of `order_indices`."""
+        given = np.asarray(order_indices, dtype=np.int64)
         flat = np.atleast_1d(given).ravel()
         if flat.size and int(flat.min()) < 0:
-            raise IndexError(f"position {int(flat.min())}: positions begin at 0")
+            raise IndexError(f"order index {int(flat.min())}: order indices begin at 0")
         source, turn = self._source_and_turn(flat)
-        epoch, place = np.divmod(turn, np.asarray(self.num_rows, np.int64)[source])
-        row = np.empty_like(place)
+        epoch, index = np.divmod(turn, np.asarray(self.num_rows, np.int64)[source])
+        row = np.empty_like(index)
         for s in np.unique(source).tolist():
             of_source = source == s
             for e in np.unique(epoch[of_source]).tolist():
                 chosen = of_source & (epoch == e)
-                row[chosen] = self._permutation(s, e)(place[chosen]).astype(np.int64)
+                row[chosen] = self._permutation(s, e)(index[chosen]).astype(np.int64)
         return source.reshape(given.shape), row.reshape(given.shape), epoch.reshape(given.shape)
 
-    def _source_and_turn(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """The source of each position, and how many slots that source had before it."""
+    def _source_and_turn(self, order_indices: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return the source of each order index, and how many slots that source had before it."""
         if len(self.counts) == 1:
-            return np.zeros_like(positions), positions
-        source, turn = np.empty_like(positions), np.empty_like(positions)
-        blocks, slots = np.divmod(positions, BLOCK_SLOTS)
+            return np.zeros_like(order_indices), order_indices
+        source, turn = np.empty_like(order_indices), np.empty_like(order_indices)
+        blocks, slots = np.divmod(order_indices, BLOCK_SLOTS)
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             source_of_slot, turn_of_slot = self._block(block)
@@ -87,7 +91,7 @@ class ShuffledSampler:
         return source, turn + before
 
     def _shuffled_block(self, block: int) -> tuple[Int64Array, Int64Array]:
-        """For each slot of a block: its source, and the source's slots before it within the block."""
+        """Return the source of each slot of a block, and the source's slots before it within the block."""
         ordered = np.repeat(np.arange(len(self.counts), dtype=np.int64), self.counts)
         shuffle = Permutation(BLOCK_SLOTS, key64("block", self.seed, self.phase, block))
         source = ordered[shuffle(np.arange(BLOCK_SLOTS)).astype(np.int64)]
@@ -100,51 +104,63 @@ class ShuffledSampler:
         return Permutation(self.num_rows[source], key64("rows", self.seed, self.phase, source, epoch))
 
 
-WARMUP_LEVELS = 32  # batch sizes that a warm-up passes through
+# number of batch sizes that a warm-up passes through
+WARMUP_LEVELS = 32
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Rows of every step. Warm-up grows in equal levels, each lasting an equal share of the warm-up's tokens."""
+    """Number of rows of every step, and so the row indices of each.
 
-    rows: tuple[int, ...]  # of each level, the full batch last
-    first_step: tuple[int, ...]  # of each level
+    A batch warm-up counts nominal tokens (rows x the mean tokens a row) and grows in equal levels, each lasting an
+    equal share of the warm-up's tokens. That is a closed form: the rows of any step are known without those before it.
+    Steps count from 0.
+    """
+
+    rows: tuple[int, ...]
+    """Rows of a step at each level, the full batch last."""
+    first_step: tuple[int, ...]
+    """First step of each level."""
 
     @classmethod
     def of(cls, batch: BatchConfig, mean_tokens_per_row: float) -> BatchSizes:
+        """Plan the batch sizes of a run."""
         full, low = batch.global_batch_rows, batch.warmup_min_rows
         levels = min(WARMUP_LEVELS, full - low) if batch.warmup_tokens else 0
         rows, first = [], [0]
         for level in range(levels):
             rows.append(low + (full - low) * level // levels)
-            tokens_a_step = rows[-1] * mean_tokens_per_row
-            first.append(first[-1] + math.ceil(batch.warmup_tokens / levels / tokens_a_step))
+            tokens_per_step = rows[-1] * mean_tokens_per_row
+            first.append(first[-1] + math.ceil(batch.warmup_tokens / levels / tokens_per_step))
         return cls((*rows, full), tuple(first))
 
     def level(self, step: int) -> int:
+        """Return the level of the warm-up that `step` belongs to."""
         return bisect.bisect_right(self.first_step, step) - 1
 
     def size_at(self, step: int) -> int:
-        """Rows of `step` (steps count from 0)."""
+        """Return the number of rows of `step`."""
         return self.rows[self.level(step)]
 
     def rows_before(self, step: int) -> int:
-        """Position in the data order where `step` begins."""
+        """Return the row index at which `step` begins."""
         level = self.level(step)
         passed = sum(rows * (self.first_step[i + 1] - self.first_step[i]) for i, rows in enumerate(self.rows[:level]))
         return passed + self.rows[level] * (step - self.first_step[level])
 
     def span(self, step: int) -> tuple[int, int]:
-        """[first, end) positions of `step`."""
+        """Return the row indices [first, end) of `step`."""
         begin = self.rows_before(step)
         return begin, begin + self.size_at(step)
 
     def steps_for(self, rows: float) -> int:
-        """Steps until so many rows have been trained on."""
-        steps = math.ceil(rows / min(self.rows))  # at most as many
+        """Return the number of steps until so many rows have been trained on."""
+        # an upper bound
+        steps = math.ceil(rows / min(self.rows))
         return bisect.bisect_left(range(steps + 1), rows, key=self.rows_before)
 
     def steps_within(self, rows: int) -> int:
-        """Whole steps that so many rows are enough for."""
-        steps = rows // min(self.rows)  # at least as many
+        """Return the number of whole steps that so many rows are enough for."""
+        # an upper bound
+        steps = rows // min(self.rows)
         return bisect.bisect_right(range(steps + 1), rows, key=self.rows_before) - 1

@@ -1,10 +1,10 @@
-"""Loading and saving tokenizers through the `tokenizers` library alone; `transformers` is imported only for a hub
-name that has no tokenizer.json, because it costs seconds at import.
+"""Load and save tokenizers through the `tokenizers` library alone.
 
-What a run needs of a tokenizer is small: ids without special tokens, the roles of the special ids, and a fingerprint
-that tells whether two datasets were cut by the same one. Roles that a tokenizer lacks fall back as the recipe uses
-them: [CLS] is the beginning of a chunk (else BOS), [SEP] its end (else EOS). A prefix space goes in front of the text
-and nowhere else: the ByteLevel option of that name also puts one after every added token, which rewrites code."""
+`transformers`, which takes seconds to import, is imported only for a hub name that has no tokenizer.json. A run needs
+little of a tokenizer: ids without special tokens, the roles of the special ids, and a fingerprint that tells whether
+two datasets were made by the same one. Roles that a tokenizer lacks fall back as the recipe uses them: [CLS] is the
+beginning of a chunk (else BOS), [SEP] its end (else EOS). A prefix space goes in front of the text and nowhere else:
+the ByteLevel option of that name also puts one after every added token, which rewrites code."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from megatron_ettin.data.default_tokenizer import default_tokenizer_directory
 
 DEFAULT_NAME = "ettin"
 LONG_TEXT_CHARACTERS = 1 << 18
-BATCH_CHARACTERS = 1 << 20  # given to the library at once
+# given to the library at once
+BATCH_CHARACTERS = 1 << 20
 LETTER_SPACE_LETTER = re.compile(r"[A-Za-z] (?=[A-Za-z])")
-# role -> names tokenizer_config.json may give it, then token texts tried when the config says nothing
+# role -> its names in tokenizer_config.json
 ROLE_KEYS = {
     "unk": ("unk_token",),
     "cls": ("cls_token", "bos_token", "eos_token"),
@@ -37,6 +38,7 @@ ROLE_KEYS = {
     "pad": ("pad_token",),
     "mask": ("mask_token",),
 }
+# role -> token texts to try where the config has no such name
 ROLE_TEXTS = {
     "unk": ("[UNK]", "<unk>"),
     "cls": ("[CLS]", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -66,14 +68,15 @@ class Tokenizer:
         self.unk_id = roles.get("unk")
         self.mask_id = roles.get("mask")
         pad = roles.get("pad")
-        self.pad_id = self.sep_id if pad is None else pad  # never trained on: rows carry their lengths
+        # never trained on: rows carry their lengths
+        self.pad_id = self.sep_id if pad is None else pad
         self.vocab_size = vocabulary_size(backend)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """What Hugging Face calls all_special_ids, ascending: these are never masked."""
-        found = {self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id}
-        return tuple(sorted(i for i in found if i is not None))
+        """Ids that are never masked, ascending; `all_special_ids` of Hugging Face."""
+        ids = {self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id}
+        return tuple(sorted(i for i in ids if i is not None))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,19 +91,22 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True) < self.vocab_size
 
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
-        """Ids of each text, without special tokens (those written in the text itself are recognised)."""
+        """Return the ids of each text, without special tokens (those written in the text itself are recognised)."""
         return [ids.tolist() for ids in self.encode_arrays(texts, add_prefix_space)]
 
     def encode_arrays(self, texts: Sequence[str], add_prefix_space: bool = True) -> Iterator[npt.NDArray[np.uint32]]:
-        """What `encode_batch` gives, text by text. The library is given a bounded number of characters at a time, so
-        a text of a gigabyte takes memory for its ids (4 bytes each), not for the library's view of all of them."""
+        """Yield the ids of each text, as `encode_batch` returns them.
+
+        The library is given a bounded number of characters at a time, so a text of a gigabyte takes memory for its ids
+        (4 bytes each), not for the library's view of all of them."""
         parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
         next_text = 0
         for group in grouped(self._pieces(texts, add_prefix_space)):
             encoded = self._encoded([piece for _, piece in group])
             for (i, _), encoding in zip(group, encoded, strict=True):
                 parts[i].append(np.array(encoding.ids, dtype=np.uint32))
-            while next_text < group[-1][0]:  # the group's last text may go on in the next one
+            # the group's last text may continue in the next one
+            while next_text < group[-1][0]:
                 yield joined(parts[next_text])
                 parts[next_text] = []
                 next_text += 1
@@ -114,20 +120,21 @@ class Tokenizer:
             raise UserError(f"tokenizer {self.name}: cannot encode a text ({first_line(error)})") from None
 
     def _pieces(self, texts: Sequence[str], add_prefix_space: bool) -> Iterator[tuple[int, str]]:
-        """(number of its text, piece) of every text, at least one piece each."""
+        """Yield (number of the text, piece) for every piece of every text; each text has at least one."""
         for i, text in enumerate(texts):
             spaced = " " + text if add_prefix_space and text and text[0] != " " else text
             yield from ((i, piece) for piece in self._cut_long(spaced))
 
     def _cut_long(self, text: str) -> list[str]:
-        """A long text in pieces that encode to the same ids: the library takes 100 bytes of memory per character.
-        Cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a new word."""
+        """Cut a long text into pieces that encode to the same ids: the library takes 100 bytes of memory per character.
+
+        It is cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word."""
         if len(text) <= LONG_TEXT_CHARACTERS or not self._cuts_words_at_spaces:
             return [text]
         pieces, start = [], 0
-        while found := LETTER_SPACE_LETTER.search(text, start + LONG_TEXT_CHARACTERS):
-            pieces.append(text[start : found.start() + 1])
-            start = found.start() + 1
+        while match := LETTER_SPACE_LETTER.search(text, start + LONG_TEXT_CHARACTERS):
+            pieces.append(text[start : match.start() + 1])
+            start = match.start() + 1
         return [*pieces, text[start:]]
 
     @cached_property
@@ -140,10 +147,11 @@ class Tokenizer:
         return byte_level and not prefixed and not spaced and normalizer.get("type") in (None, "NFC")
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
-        """tokenizer.json and the two files by which transformers (4.56 .. 5.x) knows the special tokens."""
+        """Write tokenizer.json and the two files by which transformers (4.56 .. 5.x) knows the special tokens."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         texts = {f"{role}_token": self.backend.id_to_token(i) for role, i in self.roles.items() if i is not None}
@@ -161,7 +169,8 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
     def _added_tokens(self) -> list[dict[str, Any]]:
-        return json.loads(self.backend.to_str())["added_tokens"]
+        tokens: list[dict[str, Any]] = json.loads(self.backend.to_str())["added_tokens"]
+        return tokens
 
     def _special_entry(self, token_id: int) -> dict[str, Any]:
         token = self.backend.get_added_tokens_decoder().get(token_id)
@@ -173,7 +182,7 @@ class Tokenizer:
 
 
 def grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Pieces in order, BATCH_CHARACTERS and a piece at a time."""
+    """Yield groups of pieces in order; a group ends with the piece that makes it BATCH_CHARACTERS long."""
     group: list[tuple[int, str]] = []
     characters = 0
     for piece in pieces:
@@ -191,8 +200,15 @@ def joined(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
-    """A tokenizer by name: "ettin" (the recipe's, built offline), a directory, a tokenizer.json, a dataset directory,
-    or a hub name. The result's `name` is what was asked for."""
+    """Load a tokenizer by name.
+
+    Args:
+        name_or_path: "ettin" (the recipe's, built offline), a directory, a tokenizer.json, a dataset directory or a hub
+            name. It becomes the `name` of the result.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be read.
+    """
     name = str(name_or_path)
     if name == DEFAULT_NAME:
         return from_directory(default_tokenizer_directory(), name)
@@ -200,7 +216,8 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
     if path.is_file():
         return from_file(path, {}, name)
     if path.is_dir():
-        for folder in (path, path / "tokenizer"):  # the second: a dataset's own copy
+        # a dataset has a copy of its own in tokenizer/
+        for folder in (path, path / "tokenizer"):
             if (folder / "tokenizer.json").is_file():
                 return from_directory(folder, name)
         raise UserError(f"tokenizer {name}: no tokenizer.json in this directory")
@@ -210,11 +227,12 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_NAME) -> Tokenizer:
 
 
 def from_directory(folder: Path, name: str) -> Tokenizer:
+    """Load the tokenizer of a folder."""
     return from_file(folder / "tokenizer.json", read_settings(folder), name)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the files beside tokenizer.json say of its special tokens."""
+    """Read what special_tokens_map.json and tokenizer_config.json say of the special tokens. Raises UserError."""
     config: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -229,6 +247,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
+    """Load a tokenizer.json; `config` names its special tokens."""
     backend = read_backend(path)
     return Tokenizer(backend, special_roles(backend, config), name)
 
@@ -246,25 +265,27 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a tokenizer.json. Raises UserError where the library cannot read it."""
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises bare Exception for whatever it cannot read
+    except BaseException as error:
+        # the library raises bare Exception for whatever it cannot read
         raise_unless_library(error)
         raise UserError(f"tokenizer {path}: not a tokenizer.json ({first_line(error)})") from None
 
 
 def raise_unless_library(error: BaseException) -> None:
-    """Raise an interrupt or an exit again. What is left is the library's: a panic of its Rust code derives from
-    BaseException, so that `except Exception` lets it through."""
+    """Raise an interrupt or an exit again; return for an error of the library.
+
+    A panic of its Rust code derives from BaseException, so `except Exception` would not catch it."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
 def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, int | None]:
-    """role -> id, from the config where it says, else from the usual token texts."""
+    """Return the id of each role, by the config, or else by the usual token texts."""
     roles: dict[str, int | None] = {}
     for role, keys in ROLE_KEYS.items():
         entries = [config.get(key) for key in keys]
         texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
-        # half of a surrogate pair, which JSON can hold, is no text of any token
+        # half of a surrogate pair, which JSON can hold, is not the text of any token
         given = [text for text in texts if isinstance(text, str) and text.encode("utf-8", "ignore").decode() == text]
         candidates = [*given, *ROLE_TEXTS[role]]
         ids = (backend.token_to_id(text) for text in candidates)
@@ -273,7 +294,7 @@ def special_roles(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict
 
 
 def from_hub(name: str) -> Tokenizer:
-    """Download by huggingface_hub; a repository without tokenizer.json is converted by transformers."""
+    """Download a tokenizer by huggingface_hub; one without tokenizer.json is converted by transformers."""
     try:
         import huggingface_hub
     except ImportError:
@@ -281,7 +302,8 @@ def from_hub(name: str) -> Tokenizer:
     wanted = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # network, authentication, unknown name: the hub has a class for each
+    except Exception as error:
+        # network, authentication, unknown name: the hub has a class for each
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"tokenizer {name}: no such path, and the hub did not give it: {reason}") from None
     if (folder / "tokenizer.json").is_file():
@@ -302,10 +324,10 @@ def from_transformers(name: str) -> Tokenizer:
 
 
 def required(roles: dict[str, int | None], role: str, name: str) -> int:
-    found = roles.get(role)
-    if found is None:
+    token_id = roles.get(role)
+    if token_id is None:
         raise UserError(f"tokenizer {name}: no {role} token; one of {', '.join(ROLE_KEYS[role])} must be set")
-    return found
+    return token_id
 
 
 def without_id(token: dict[str, Any]) -> dict[str, Any]:

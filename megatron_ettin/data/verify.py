@@ -1,7 +1,7 @@
-"""Reading every byte of a dataset again: which files are not what the manifest says, and where they are not.
+"""Read every byte of a dataset again and report which files differ from the manifest, and where.
 
-Files are hashed by several threads (hashlib and reads let go of the interpreter's lock). All bad files are told, not
-the first one: a file system that lost one file has often lost more."""
+Files are hashed by several threads (hashlib and reads release the interpreter's lock). All bad files are reported, not
+only the first: a file system that lost one file has often lost more."""
 
 from __future__ import annotations
 
@@ -33,14 +33,20 @@ class Expected:
 
     path: Path
     record: FileRecord
-    blocks: Path | None = None  # the sidecar that has its blocks' digests
+    blocks: Path | None = None
+    """The sidecar with the digests of its blocks."""
     remedy: str = ""
-    problem: str = ""  # known before reading
+    """What to do about damage, for the end of the message."""
+    problem: str = ""
+    """Damage that is known before the file is read."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    problems: list[str]  # one line a bad file
+    """Result of a verification."""
+
+    problems: list[str]
+    """One line for each bad file."""
     files: int
     bytes: int
     seconds: float
@@ -51,7 +57,7 @@ class Verified:
 
 
 def verify_files(expected: list[Expected]) -> Verified:
-    """Read them all."""
+    """Read the files and compare them with their records."""
     began = time.monotonic()
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         problems = [problem for problem in pool.map(problem_of, expected) if problem]
@@ -60,7 +66,7 @@ def verify_files(expected: list[Expected]) -> Verified:
 
 
 def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Expected]:
-    """The files of a dataset, its held-out part included. Raises UserError where a manifest cannot be read."""
+    """Yield the files of a dataset and of its held-out part. Raises UserError where a manifest cannot be read."""
     manifest = manifest or read_manifest(folder)
     for name, record in manifest.tokenizer_files.items():
         yield Expected(path_in(folder / "tokenizer", name, folder / FILE_NAME), record)
@@ -73,15 +79,15 @@ def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Ex
 
 
 def problem_of(file: Expected) -> str | None:
-    """What is wrong with one file, by name and bytes; None where nothing is."""
+    """Return what is wrong with one file, by name and bytes; None where nothing is."""
     path, record = file.path, file.record
     if file.problem:
         return f"{path}: {file.problem}{file.remedy}"
     try:
         size = path.stat().st_size
         if size == record.bytes:
-            found = shard_digest(path)
-            return None if found.sha256 == record.sha256 else f"{path}: damaged{ranges(file)}{file.remedy}"
+            is_sound = shard_digest(path).sha256 == record.sha256
+            return None if is_sound else f"{path}: damaged{ranges(file)}{file.remedy}"
     except FileNotFoundError:
         return f"{path}: missing (the manifest lists it with {record.bytes} bytes){file.remedy}"
     except OSError as error:
@@ -92,16 +98,16 @@ def problem_of(file: Expected) -> str | None:
 
 
 def ranges(file: Expected) -> str:
-    """ ", bytes A to B" of the damaged blocks, as far as the sidecar tells."""
+    """Return `, within bytes A to B` of the damaged blocks, as far as the sidecar lists them."""
     if file.blocks is None:
         return ", its sha256 is not the manifest's"
     suffix = file.path.name.removeprefix(file.blocks.name.removesuffix(CHECKSUMS_SUFFIX))
     try:
-        places = list(damaged_ranges(read_checksums(file.blocks)[suffix], shard_digest(file.path)))
+        damaged = list(damaged_ranges(read_checksums(file.blocks)[suffix], shard_digest(file.path)))
     except (OSError, ValueError, KeyError, TypeError):
-        return f", its sha256 is not the manifest's ({file.blocks.name}, which has the places, is damaged too)"
-    if not places:
+        return f", its sha256 is not the manifest's ({file.blocks.name}, which lists its blocks, is damaged too)"
+    if not damaged:
         return ", its sha256 is not the manifest's"
-    shown = ", ".join(f"{first} to {end - 1}" for first, end in places[:RANGES_SHOWN])
-    more = f" and {len(places) - RANGES_SHOWN} more ranges" if len(places) > RANGES_SHOWN else ""
+    shown = ", ".join(f"{first} to {end - 1}" for first, end in damaged[:RANGES_SHOWN])
+    more = f" and {len(damaged) - RANGES_SHOWN} more ranges" if len(damaged) > RANGES_SHOWN else ""
     return f", within bytes {shown}{more}"

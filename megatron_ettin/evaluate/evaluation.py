@@ -178,7 +178,7 @@ def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | N
     for batches, rows in zip(held_out.sources.values(), held_out.rows(max_rows), strict=True):
         for position in range(rows):
             row = batches.corpus.row(position)
-            _, targets = batches.label(row.tokens, row.lengths, row.position)
+            _, targets = batches.label(row.tokens, row.lengths, row.order_index)
             targets = targets[targets != IGNORE]
             total -= float(log_probabilities[targets].sum())
             labels += len(targets)

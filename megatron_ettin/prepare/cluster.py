@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.data.manifest import FILE_NAME, write_json_durably
+from megatron_ettin.base.files import write_json
+from megatron_ettin.data.manifest import FILE_NAME
 from megatron_ettin.prepare.engine import Counter, IngestStep, Progress, agree_on_completed
 from megatron_ettin.prepare.request import PrepareRequest
 from megatron_ettin.prepare.task import IngestSettings
@@ -87,7 +88,7 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
                 said.seek(0)
                 raise UserError(f"sbatch refused the job array: {last_line(said.read().decode())}") from None
         jobs.append(str(executor.job_id))
-        write_json_durably(work / SUBMITTED, {"jobs": jobs})  # before anything else can fail
+        write_json(work / SUBMITTED, {"jobs": jobs})  # before anything else can fail
     script = work / "finish.slurm"
     script.write_text(finishing_script(work, request, arguments), encoding="utf-8")
     after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
@@ -97,7 +98,7 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
         (work / SUBMITTED).unlink(missing_ok=True)
         raise UserError(f"sbatch refused the finishing job: {last_line(done.stderr)}; the array was cancelled")
     jobs.append(done.stdout.strip().partition(";")[0])
-    write_json_durably(work / SUBMITTED, {"jobs": jobs})
+    write_json(work / SUBMITTED, {"jobs": jobs})
     return jobs
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.files import write_json
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import path_in
-from megatron_ettin.data.manifest import SHARD_SUFFIXES, write_json_durably
+from megatron_ettin.data.manifest import SHARD_SUFFIXES
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.inputs import Task, cut_tasks
 from megatron_ettin.prepare.task import SPLITS, record_path, shard_prefixes
@@ -46,7 +47,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
         kept = keep_unchanged(work, stored, wanted, tasks)
     if not kept:
         empty(work)
-    write_json_durably(work / FILE_NAME, {**wanted, **packed(tasks, files)})
+    write_json(work / FILE_NAME, {**wanted, **packed(tasks, files)})
     load_tasks.cache_clear()
     return tasks
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.files import write_json
 from megatron_ettin.base.parsing import load_json, with_digest
-from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE, write_json_durably
+from megatron_ettin.data.manifest import FILE_NAME, INPUTS_FILE
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule
 from megatron_ettin.prepare.input_file import InputFile
@@ -118,7 +119,7 @@ def write_inputs(folder: Path, files: list[InputFile]) -> None:
     """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
     rewritten."""
     listed = [[file.name, file.bytes, file.modified] for file in files]
-    write_json_durably(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
+    write_json(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
 
 
 def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:

@@ -22,7 +22,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import FILE_NAME, read_manifest
-from megatron_ettin.data.packing_index import build_or_open_packing_index
+from megatron_ettin.data.packing_index import PackingIndex
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare import cluster
 from megatron_ettin.prepare.engine import Counter, Progress, raise_first_error, run_here, run_local, run_on_ray
@@ -96,10 +96,10 @@ def heldout_of(dataset: Dataset) -> Dataset | None:
 
 
 def plan_rows(dataset: Dataset, request: PrepareRequest) -> None:
-    """The row plans asked for, of the dataset and of its held-out part."""
+    """The packing indices asked for, of the dataset and of its held-out part."""
     for part in filter(None, (dataset, heldout_of(dataset))):
         for seq_len in request.seq_lens:
-            build_or_open_packing_index(part, seq_len, workers=request.workers)
+            PackingIndex.build_or_open(part, seq_len, workers=request.workers)
 
 
 class Build:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import fsync
+from megatron_ettin.base.files import fsync, write_json
 from megatron_ettin.base.parsing import with_digest
 from megatron_ettin.data.indexed import token_dtype
 from megatron_ettin.data.manifest import (
@@ -24,7 +24,6 @@ from megatron_ettin.data.manifest import (
     SourceRecord,
     TokenizerRecord,
     record_of,
-    write_json_durably,
 )
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.request import PrepareRequest
@@ -96,7 +95,7 @@ def stage_split(
         tokenizer_files={file.name: record_of(file) for file in copied},
         settings_sha256=settings_sha256,
     )
-    write_json_durably(folder / FILE_NAME, with_digest(asdict(manifest.with_fingerprint())))
+    write_json(folder / FILE_NAME, with_digest(asdict(manifest.with_fingerprint())))
 
 
 def move(source: Path, target: Path, record: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.data.manifest import write_json_durably
+from megatron_ettin.base.files import write_json
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule
 from megatron_ettin.prepare.documents import read_documents
@@ -67,7 +67,7 @@ def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
         for writer in writers.values():
             writer.discard()
         raise
-    write_json_durably(record_path(settings.work, task.index), record)
+    write_json(record_path(settings.work, task.index), record)
     return sum(writer.counts["tokens"] for writer in writers.values())
 
 

@@ -26,8 +26,8 @@ from megatron_ettin.config.overrides import current_name, nearest_key
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config, key_types
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
-from megatron_ettin.config.values import order_index, parse_skips
-from megatron_ettin.data.blended_dataset import BlendedDataset
+from megatron_ettin.config.values import parse_skips
+from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
 from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.runs.history import (
     HISTORY,
@@ -115,7 +115,7 @@ def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow
     # rows left out are a key of their own, data.skip
     known = order.get("unskipped_fingerprint", order.get("fingerprint"))
     if order and known != corpus.unskipped_fingerprint and not set(changed) & {"run.seed", "run.phase"}:
-        key = DATA_KEY if corpus.end is None else ORDER_KEY
+        key = DATA_KEY if corpus.row_limit is None else ORDER_KEY
         changed += [key] * (key not in changed)
         before[key], now[key] = (
             str(known)[:12],
@@ -130,7 +130,7 @@ def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow
     return changed
 
 
-def told_of_guard(run_dir: Path, config: Config) -> str | None:
+def guard_rule_note(run_dir: Path, config: Config) -> str | None:
     """A line where a run of an older version, whose bad steps were judged otherwise, goes on under today's rule."""
     path = run_dir / "config.yaml"
     if not path.exists() or fixes_guard(path):
@@ -147,7 +147,7 @@ def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> Non
     would move, and some be lost."""
     path = run_dir / "config.yaml"
     before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
-    reached = order_index(trained_rows - 1, before) + 1 if trained_rows else 0
+    reached = int(order_indices(trained_rows - 1, before)) + 1 if trained_rows else 0
     for first, end in sorted(set(before) ^ set(corpus.skips)):
         if first < reached:
             raise UserError(

@@ -1,7 +1,7 @@
-"""What each step trained on or will train on: documents and spans as a table, or the very arrays the model saw.
+"""Export what each step trained on or will train on: documents and spans as a table, or the arrays that the model saw.
 
-A function of the run's configuration and its datasets; no torch, no run needed. Steps are numbered as in
-metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded however many steps are asked for."""
+Both are functions of the run's configuration and its datasets; neither torch nor a run is needed. Steps are numbered as
+in metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded for any number of steps."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ COLUMNS = (
 )  # fmt: skip
 ROWS_AT_ONCE = 16_384
 
-Table = dict[str, Any]  # of each of COLUMNS: an int64 array or a list of strings
+# an int64 array or a list of strings for each of COLUMNS
+Table = dict[str, Any]
 
 
 def open_run(path: Path) -> tuple[Config, BlendedDataset]:
-    """Configuration and data of a run directory, a checkpoint or a config.yaml. Raises UserError."""
+    """Open configuration and data of a run directory, a checkpoint or a config.yaml. Raises UserError."""
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path}: no config.yaml; give a run directory, a checkpoint or a resolved config")
@@ -48,11 +49,12 @@ def check_same_order(path: Path, corpus: BlendedDataset) -> None:
     try:
         recorded = load_json((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # no run, or one that has not started
+        # no run, or one that has not started
+        return
     if recorded != corpus.fingerprint:
         raise UserError(
             f"{path}: was trained in order {recorded[:12]}, its datasets now give {corpus.fingerprint[:12]}: a dataset"
-            " or row plan was changed since, so what the run read cannot be told from them"
+            " or packing index was changed since, so they do not show what the run read"
         )
 
 
@@ -72,64 +74,66 @@ def parse_steps(text: str) -> range:
 
 
 def batch_sizes(config: Config, corpus: BlendedDataset, steps: range) -> BatchSizes:
-    """Rows of every step. Raises UserError where the order is given and ends before `steps` do."""
+    """Return the rows of every step. Raises UserError where a recorded order ends before `steps` do."""
     sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-    if corpus.end is not None and sizes.rows_before(steps.stop - 1) > corpus.end:
+    if corpus.row_limit is not None and sizes.rows_before(steps.stop - 1) > corpus.row_limit:
         raise UserError(
             f"--steps: {steps.start}:{steps.stop}, but the order of {config.data.order} ends with step"
-            f" {sizes.steps_within(corpus.end):,} ({counted(corpus.end, 'row')})"
+            f" {sizes.steps_within(corpus.row_limit):,} ({counted(corpus.row_limit, 'row')})"
         )
     return sizes
 
 
-def pieces(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(step, slot, position) [n] of every row of `steps`, ROWS_AT_ONCE at most at a time."""
-    position, end = sizes.rows_before(steps.start - 1), sizes.rows_before(steps.stop - 1)
-    while position < end:
-        stop = min(end, position + ROWS_AT_ONCE)
-        step = sizes.steps_within(position)  # from 0
+def iter_rows(sizes: BatchSizes, steps: range) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (step, batch slot, row index) [n] of every row of `steps`, at most ROWS_AT_ONCE at a time."""
+    first, end = sizes.rows_before(steps.start - 1), sizes.rows_before(steps.stop - 1)
+    while first < end:
+        stop = min(end, first + ROWS_AT_ONCE)
+        # from 0
+        step = sizes.steps_within(first)
         first_rows = [sizes.rows_before(step)]
         while first_rows[-1] < stop:
             first_rows.append(sizes.rows_before(step + len(first_rows)))
-        positions = np.arange(position, stop)
-        index = np.searchsorted(first_rows, positions, side="right") - 1
-        yield step + index + 1, positions - np.asarray(first_rows)[index], positions
-        position = stop
+        row_index = np.arange(first, stop)
+        index = np.searchsorted(first_rows, row_index, side="right") - 1
+        yield step + index + 1, row_index - np.asarray(first_rows)[index], row_index
+        first = stop
 
 
 def tables(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[Table]:
-    """Which tokens of which document stood where, a line a chunk, in order and some rows at a time. `end_token` is
-    exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are in
-    `row_start` only."""
-    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
-        yield table_of(corpus, step, slot, corpus.place_of(position))
+    """Yield which tokens of which document stood where, a line a chunk, in order and some rows at a time.
+
+    `end_token` is exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are
+    in `row_start` only."""
+    for step, batch_slot, row_index in iter_rows(batch_sizes(config, corpus, steps), steps):
+        yield table_of(corpus, step, batch_slot, corpus.order_indices(row_index))
 
 
-def table_of(corpus: BlendedDataset, step: np.ndarray, slot: np.ndarray, position: np.ndarray) -> Table:
-    """The lines of these rows."""
-    placed = corpus.placed(position)
-    lengths = corpus.lengths_of(placed)
+def table_of(corpus: BlendedDataset, step: np.ndarray, batch_slot: np.ndarray, order_index: np.ndarray) -> Table:
+    """Return the lines of n rows from their steps, batch slots and order indices [n]."""
+    located = corpus.locate_rows(order_index)
+    lengths = corpus.chunk_lengths(located)
     ends = np.cumsum(lengths)
-    n = len(placed.chunks)
-    row_begins = np.append(ends - lengths, 0)[np.cumsum(placed.counts) - placed.counts]
-    source, row = np.repeat(placed.source, placed.counts), np.arange(len(step)).repeat(placed.counts)
+    n = len(located.chunks)
+    row_begins = np.append(ends - lengths, 0)[np.cumsum(located.counts) - located.counts]
+    source, row = np.repeat(located.source, located.counts), np.arange(len(step)).repeat(located.counts)
     names, files, ids = (np.empty(n, object) for _ in range(3))
     index, start, specials = (np.empty(n, np.int64) for _ in range(3))
     for s in np.unique(source).tolist():
         chosen = np.flatnonzero(source == s)
-        found = corpus.datasets[s].documents_of(placed.chunks[chosen])
+        spans = corpus.datasets[s].documents_of(located.chunks[chosen])
         names[chosen] = str(corpus.datasets[s].path)
-        files[chosen], ids[chosen] = found.source, found.document_id
-        index[chosen], start[chosen], specials[chosen] = found.document, found.start_token, found.special_tokens
+        files[chosen], ids[chosen] = spans.source, spans.document_id
+        index[chosen], start[chosen], specials[chosen] = spans.document, spans.start_token, spans.special_tokens
     columns = (
-        step[row], slot[row], position[row], names.tolist(), placed.row[row], placed.chunks, files.tolist(),
+        step[row], batch_slot[row], order_index[row], names.tolist(), located.row[row], located.chunks, files.tolist(),
         ids.tolist(), index, start, start + lengths - specials, ends - lengths - row_begins[row],
     )  # fmt: skip
     return dict(zip(COLUMNS, columns, strict=True))
 
 
 def spans(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[dict[str, Any]]:
-    """The lines of `tables`, one record a chunk."""
+    """Yield the lines of `tables`, one record a chunk."""
     for table in tables(config, corpus, steps):
         columns = [column if isinstance(column, list) else column.tolist() for column in table.values()]
         for values in zip(*columns, strict=True):
@@ -139,9 +143,14 @@ def spans(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[dict
 def write_parquet(
     out: Path, config: Config, corpus: BlendedDataset, steps: range, names: Mapping[str, str] | None = None
 ) -> int:
-    """Write the lines of `tables`; returns how many. Written beside and renamed. The file notes what it takes to train
-    in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows and nominal tokens. `names`: what to
-    call the datasets instead of their paths."""
+    """Write the lines of `tables` to a parquet file and return their number.
+
+    The file notes what is needed to train in this order elsewhere (`data.order=FILE`): the datasets' fingerprints, rows
+    and nominal tokens.
+
+    Args:
+        names: what to call the datasets instead of their paths.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -168,27 +177,28 @@ def write_parquet(
 
 
 def step_rows(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[tuple[int, int, Row]]:
-    """(step, slot, row) of every row of `steps` in order."""
-    for step, slot, position in pieces(batch_sizes(config, corpus, steps), steps):
-        yield from zip(step.tolist(), slot.tolist(), corpus.rows(corpus.place_of(position)), strict=True)
+    """Yield (step, batch slot, row) of every row of `steps` in order."""
+    for step, batch_slot, row_index in iter_rows(batch_sizes(config, corpus, steps), steps):
+        rows = corpus.rows(corpus.order_indices(row_index))
+        yield from zip(step.tolist(), batch_slot.tolist(), rows, strict=True)
 
 
 def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: range) -> int:
-    """Write what the model sees, exactly, as .npz; returns the number of rows n.
+    """Write exactly what the model sees as .npz and return the number of rows n.
 
-    step [n]; causal [n]: whether the row is; input_ids and labels [n, seq_len] (-100 where nothing is predicted,
-    shifted already for clm and mntp); spans [m, 3]: row among the n, first token, end of every chunk. All of it is in
-    memory: 16 bytes a token of a row."""
+    The arrays are step [n]; causal [n], whether the row is causal; input_ids and labels [n, seq_len] (-100 where
+    nothing is predicted, shifted already for clm and mntp); spans [m, 3]: index of the row, first token and end of
+    every chunk. All of it is in memory: 16 bytes a token of a row."""
     label, kinds = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
     n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
     input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
     numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
-    for i, (step, slot, row) in enumerate(step_rows(config, corpus, steps)):
-        kind = kinds.of_slot(slot, kinds.causal_rows(sizes, step - 1))
+    for i, (step, batch_slot, row) in enumerate(step_rows(config, corpus, steps)):
+        kind = kinds.of_slot(batch_slot, kinds.causal_rows(sizes, step - 1))
         numbers[i], causal[i], real = step, ROW_OBJECTIVES[kind].causal, len(row.tokens)
-        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.position, kind)
+        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.order_index, kind)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
     with _output(out) as temporary, open(temporary, "wb") as file:

@@ -42,7 +42,7 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
     if left := describe_empty_rows(config, train_state.layout.topology.dp):
         log_info(f"batch: {left}")
     assert train_state.optimizer is not None
-    for note in (start_note(config, train_state.optimizer.can_skip), directory.told_of_guard(run.directory, config)):
+    for note in (start_note(config, train_state.optimizer.can_skip), directory.guard_rule_note(run.directory, config)):
         if note is not None:
             log_info(note)
     log_info(f"attention by {backend.attention.name} ({backend.attention.why})")

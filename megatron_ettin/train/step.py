@@ -80,7 +80,7 @@ def train_step(
         grad_norm=sums["grad_norm"],
         step_tokens=int(tokens),
         labels=int(labels),
-        rows=batches.corpus.span_of(*batches.sizes.span(step)),
+        rows=batches.corpus.order_span(*batches.sizes.span(step)),
         seconds=time.perf_counter() - began,
         flops=training_flops(config.model, config.model.vocab_size, tokens, labels, *pairs),
         extra=loss_by_objective(config, sums) | {name: sums[name] for name in sums if name not in STEP_SLOTS},

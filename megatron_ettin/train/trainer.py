@@ -11,7 +11,7 @@ from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
-from megatron_ettin.data.local_copy import local_corpus
+from megatron_ettin.data.local_copy import open_local_copy
 from megatron_ettin.evaluate.evaluation import build_eval_dataset
 from megatron_ettin.faults.consistency import check_ranks_consistent
 from megatron_ettin.faults.hang_report import RankInfo
@@ -111,7 +111,9 @@ class Trainer:
         copies = config.data.local_copy is not None
         heartbeat.hang_seconds = config.resilience.hang_seconds
         heartbeat.enter("starting", COPY_SECONDS if copies else None)
-        corpus = local_corpus(job.corpus, config.data.local_copy) if config.data.local_copy is not None else job.corpus
+        corpus = (
+            open_local_copy(job.corpus, config.data.local_copy) if config.data.local_copy is not None else job.corpus
+        )
         seconds = collective_seconds(heartbeat.hang_seconds)
         init_process_group(self.env, self.platform, seconds, COPY_SECONDS if copies else RENDEZVOUS_SECONDS)
         heartbeat.enter("starting")

@@ -79,7 +79,9 @@ def test_blended_dataset_block_proportions_follow_token_weights(prepared: Datase
         positions = np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS)
         source, _, _ = corpus.locate(positions)
         assert np.bincount(source).tolist() == corpus.counts
-    tokens = [count * plan.mean_tokens_per_row for count, plan in zip(corpus.counts, corpus.plans, strict=True)]
+    tokens = [
+        count * plan.mean_tokens_per_row for count, plan in zip(corpus.counts, corpus.packing_indices, strict=True)
+    ]
     assert abs(tokens[0] / sum(tokens) - 0.75) < 1e-4
     assert corpus.mean_tokens_per_row == pytest.approx(sum(tokens) / BLOCK_SLOTS)
     first = corpus.locate(np.arange(100))[0]
@@ -89,7 +91,7 @@ def test_blended_dataset_block_proportions_follow_token_weights(prepared: Datase
 def test_blended_dataset_epoch_reads_every_row_once(prepared: Dataset, other: Dataset) -> None:
     corpus = corpus_of((prepared, 1.0), (other, 2.0))
     source, row, epoch = corpus.locate(np.arange(3 * BLOCK_SLOTS))
-    for i, plan in enumerate(corpus.plans):
+    for i, plan in enumerate(corpus.packing_indices):
         for turn in range(3):
             rows = row[(source == i) & (epoch == turn)]
             assert sorted(rows.tolist()) == list(range(plan.num_rows))
@@ -107,7 +109,7 @@ def test_locate_result_depends_only_on_position(prepared: Dataset, other: Datase
     apart = np.concatenate([np.stack(two.locate(positions[i : i + 1])) for i in reversed(range(6))], axis=1)
     assert np.array_equal(together, apart[:, ::-1])
     assert one.locate(5)[0].shape == ()
-    with pytest.raises(IndexError, match="position -1"):
+    with pytest.raises(IndexError, match="order index -1"):
         one.locate([-1])
 
 
@@ -117,14 +119,14 @@ def test_blended_dataset_packed_rows_equal_their_chunks(prepared: Dataset, other
     for position, row in enumerate(rows):
         again = corpus.row(position)
         assert np.array_equal(again.tokens, row.tokens)
-        assert row.position == position
+        assert row.order_index == position
         assert row.tokens.ndim == 1
         assert len(row.tokens) == int(row.lengths.sum()) <= 256
         pieces = np.split(row.tokens, np.cumsum(row.lengths)[:-1])
         for chunk, piece in zip(row.chunks, pieces, strict=True):
             assert np.array_equal(piece, corpus.datasets[row.source].chunk(int(chunk)))
             assert (piece[0], piece[-1]) == (50281, 50282)
-    assert corpus.tokens_at(np.arange(40)).tolist() == [len(row.tokens) for row in rows]
+    assert corpus.token_counts(np.arange(40)).tolist() == [len(row.tokens) for row in rows]
 
 
 def test_blended_dataset_padded_rows_are_truncated_and_keep_sep(prepared: Dataset) -> None:
@@ -157,9 +159,9 @@ def test_open_run_corpus_with_data_skip_leaves_out_rows(prepared: Dataset) -> No
     words = ["data.seq_len=256", f"data.mixture=[{prepared.path}]"]
     plain = parse("17m", "mlm", "pretrain", overrides=words)
     some = parse("17m", "mlm", "pretrain", overrides=[*words, "data.skip='3:5,7:8'"])
-    left = [row for row in iterate_rows(plain, 0, 12) if row.position not in (3, 4, 7)]
+    left = [row for row in iterate_rows(plain, 0, 12) if row.order_index not in (3, 4, 7)]
     found = list(iterate_rows(some, 0, 9))
-    assert [row.position for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
+    assert [row.order_index for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
     assert [row.tokens.tolist() for row in found] == [row.tokens.tolist() for row in left]
     corpora = [open_run_dataset(config) for config in (plain, some)]
     assert corpora[0].fingerprint != corpora[1].fingerprint

@@ -17,7 +17,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.data import local_copy
 from megatron_ettin.data.blended_dataset import BlendedDataset, open_blended_dataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
-from megatron_ettin.data.local_copy import copy_path, local_corpus
+from megatron_ettin.data.local_copy import copy_path, open_local_copy
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.train import trainer
 from tests import forkserver
@@ -44,7 +44,7 @@ def test_local_copy_yields_the_same_rows_and_is_reused(
     prepared: Dataset, other: Dataset, tmp_path: Path, batching: str
 ) -> None:
     corpus, told = mixture(prepared, other, batching=batching), []
-    local = local_corpus(corpus, str(tmp_path / "local"), told.append)
+    local = open_local_copy(corpus, str(tmp_path / "local"), told.append)
     assert local.fingerprint == corpus.fingerprint
     assert all(tmp_path / "local" in dataset.path.parents for dataset in local.datasets)
     for ours, theirs in zip(local.rows(range(50)), corpus.rows(range(50)), strict=True):
@@ -60,18 +60,18 @@ def test_local_copy_yields_the_same_rows_and_is_reused(
     assert "copying" in told[0]
     assert "every sha256 checked" in told[1]
     assert len(told) == 2
-    local_corpus(corpus, str(tmp_path / "local"), told.append)
+    open_local_copy(corpus, str(tmp_path / "local"), told.append)
     assert len(told) == 2  # found, nothing copied
     assert not list((tmp_path / "local").rglob(".tmp-*"))
     assert not list((tmp_path / "local").rglob(".part-*"))
 
 
 def test_local_copy_other_row_length_adds_only_its_packing_index(prepared: Dataset, tmp_path: Path) -> None:
-    local_corpus(mixture(prepared), str(tmp_path), print)
+    open_local_copy(mixture(prepared), str(tmp_path), print)
     folder = copy_path(prepared, tmp_path)
     before = (folder / "shard_00000.bin").stat().st_ino
     longer = open_blended_dataset([MixtureEntry(str(prepared.path))], 300, "packed", 3, "pretrain")
-    assert local_corpus(longer, str(tmp_path), print).fingerprint == longer.fingerprint
+    assert open_local_copy(longer, str(tmp_path), print).fingerprint == longer.fingerprint
     assert (folder / "shard_00000.bin").stat().st_ino == before
     assert (folder / "rows_256").is_dir()
     assert (folder / "rows_300").is_dir()
@@ -79,7 +79,7 @@ def test_local_copy_other_row_length_adds_only_its_packing_index(prepared: Datas
 
 def test_local_copy_dataset_listed_twice_is_copied_once(prepared: Dataset, tmp_path: Path) -> None:
     corpus = mixture(prepared, prepared)
-    assert local_corpus(corpus, str(tmp_path), print).fingerprint == corpus.fingerprint
+    assert open_local_copy(corpus, str(tmp_path), print).fingerprint == corpus.fingerprint
     assert len(list(tmp_path.glob("dataset-*"))) == 1
 
 
@@ -89,22 +89,22 @@ def test_local_copy_damaged_source_is_refused_until_repaired(copied: Dataset, tm
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(UserError, match=r"shard_00000\.starts\.npy: damaged, its sha256"):
-        local_corpus(corpus, str(tmp_path / "local"), print)
+        open_local_copy(corpus, str(tmp_path / "local"), print)
     assert not copy_path(copied, tmp_path / "local").exists()
     path.write_bytes(good)
-    local_corpus(corpus, str(tmp_path / "local"), print).datasets[0].verify()
+    open_local_copy(corpus, str(tmp_path / "local"), print).datasets[0].verify()
 
 
 def test_local_copy_with_bad_or_missing_files_is_repaired(prepared: Dataset, tmp_path: Path) -> None:
     corpus = mixture(prepared)
-    local_corpus(corpus, str(tmp_path), print)
+    open_local_copy(corpus, str(tmp_path), print)
     folder = copy_path(prepared, tmp_path)
     kept = (folder / "shard_00000.idx").stat().st_ino
     (folder / "shard_00000.bin").write_bytes(b"short")
     (folder / "rows_256" / "ends.int64").unlink()
-    local = local_corpus(corpus, str(tmp_path), print)
+    local = open_local_copy(corpus, str(tmp_path), print)
     local.datasets[0].verify()
-    local.plans[0].verify()
+    local.packing_indices[0].verify()
     assert (folder / "shard_00000.idx").stat().st_ino == kept
 
 
@@ -112,26 +112,26 @@ def test_local_copy_after_kill_keeps_finished_files(prepared: Dataset, tmp_path:
     """kill -9 after the third file: the next run copies the others."""
     code = (
         "import os, sys; from megatron_ettin.data import local_copy as c; from megatron_ettin.data.mixture import "
-        "MixtureEntry; from megatron_ettin.data.blended_dataset import open_corpus\n"
+        "MixtureEntry; from megatron_ettin.data.blended_dataset import open_blended_dataset\n"
         "c.COPIED_AT_ONCE, real, done = 1, c.copy_file, []\n"
         "def copy_file(*given):\n"
         "    if len(done) == 3: os.kill(os.getpid(), 9)\n"
         "    done.append(real(*given))\n"
         "c.copy_file = copy_file\n"
-        "c.local_corpus(open_corpus([MixtureEntry(sys.argv[1])], 256, 'packed', 3, 'pretrain'), sys.argv[2])\n"
+        "c.open_local_copy(open_blended_dataset([MixtureEntry(sys.argv[1])], 256, 'packed', 3, 'pretrain'), sys.argv[2])\n"
     )
     command = [sys.executable, "-c", code, str(prepared.path), str(tmp_path)]
     assert subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
     staging = copy_path(prepared, tmp_path).with_name(f".tmp-{copy_path(prepared, tmp_path).name}")
     kept = {path.name: path.stat().st_ino for path in staging.iterdir() if path.name.startswith("shard")}
     assert len(kept) == 3
-    local = local_corpus(mixture(prepared), str(tmp_path), print)
+    local = open_local_copy(mixture(prepared), str(tmp_path), print)
     local.datasets[0].verify()
     assert {name: (local.datasets[0].path / name).stat().st_ino for name in kept} == kept
 
 
 def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: Path) -> None:
-    mixture(prepared)  # its row plan is there
+    mixture(prepared)  # builds its packing index
     said = at_once("tests.data.together:copy_locally", prepared.path, tmp_path)
     lines = [line for text in said for line in text.splitlines()]
     assert len([line for line in lines if "copying" in line]) == 1
@@ -141,8 +141,8 @@ def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: 
 def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tmp_path: Path) -> None:
     entries = [MixtureEntry(str(prepared.path))]
     corpus = open_blended_dataset(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))
-    local = local_corpus(corpus, str(tmp_path), print)
-    assert local.place_of(range(5)).tolist() == [0, 1, 2, 5, 6]
+    local = open_local_copy(corpus, str(tmp_path), print)
+    assert local.order_indices(range(5)).tolist() == [0, 1, 2, 5, 6]
     assert local.fingerprint == corpus.fingerprint
     assert local.mean_tokens_per_row == corpus.mean_tokens_per_row
 
@@ -162,7 +162,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_local_copy_too_little_space_is_refused_before_copying(prepared: Dataset, small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"data\.local_copy: .*small has 65.5 kB free, the data .* needs .*B more"):
-        local_corpus(mixture(prepared), str(small_disk), print)
+        open_local_copy(mixture(prepared), str(small_disk), print)
     assert [path.name for path in small_disk.iterdir()] == [".lock"]
 
 
@@ -172,13 +172,13 @@ def test_local_copy_disk_filling_up_is_reported(
     """Another process takes the space after the check for it."""
     monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     with pytest.raises(UserError, match=r"data\.local_copy: .*No space left on device; what was copied is kept"):
-        local_corpus(mixture(prepared), str(small_disk), print)
+        open_local_copy(mixture(prepared), str(small_disk), print)
 
 
 def test_local_copy_folder_that_cannot_be_created_is_refused(prepared: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.local_copy: .*file/local: Not a directory"):
-        local_corpus(mixture(prepared), str(tmp_path / "file" / "local"), print)
+        open_local_copy(mixture(prepared), str(tmp_path / "file" / "local"), print)
 
 
 @pytest.mark.full
@@ -205,13 +205,13 @@ FORGOTTEN = {"data.skip": "skips", "data.mean_tokens_per_row": "nominal_tokens"}
 
 def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
     """Run `ettin train` with a local copy that has lost what `key` says."""
-    copy = trainer.local_corpus
+    copy = trainer.open_local_copy
 
     def forgetful(corpus: BlendedDataset, folder: str) -> BlendedDataset:
         state = copy(corpus, folder).__getstate__()
         return BlendedDataset(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
 
-    with mock.patch.object(trainer, "local_corpus", forgetful):
+    with mock.patch.object(trainer, "open_local_copy", forgetful):
         return forkserver.be_program("ettin", *words)
 
 

@@ -115,7 +115,7 @@ def test_epochs_of_mixture_match_counts_in_the_order(prepared: Dataset, other: D
     table = corpus.epochs(round(rows * corpus.mean_tokens_per_row))
     sources, _, epochs = corpus.locate(np.arange(rows))
     for i, source in enumerate(table):
-        assert source.epochs == pytest.approx(np.sum(sources == i) / corpus.plans[i].num_rows, rel=1e-6)
+        assert source.epochs == pytest.approx(np.sum(sources == i) / corpus.packing_indices[i].num_rows, rel=1e-6)
         assert epochs[sources == i].max() == np.ceil(source.epochs) - 1
     assert [source.share for source in table] == pytest.approx([0.5, 0.5], abs=1e-4)
     planned = planned_epochs(mixture, round(rows * corpus.mean_tokens_per_row))

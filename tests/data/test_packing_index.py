@@ -1,4 +1,4 @@
-"""Row plans: every chunk exactly once, rows full, rebuilt when stale, one builder among many processes."""
+"""Packing indices: every chunk exactly once, rows full, rebuilt when stale, one builder among many processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_ettin.data import packing
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.packing_index import build_or_open_packing_index, existing_packing_indices, open_packing_index
+from megatron_ettin.data.packing_index import PackingIndex, existing_packing_indices
 from tests.data.corpora import files_of
 from tests.data.together import at_once
 
@@ -44,7 +44,7 @@ def test_pack_any_lengths_keep_every_chunk_once_within_row(lengths: list[int], e
 
 
 def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
-    plan = build_or_open_packing_index(prepared, 256)
+    plan = PackingIndex.build_or_open(prepared, 256)
     assert plan.fill > 0.98
     assert plan.num_tokens == prepared.num_tokens
     chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
@@ -57,7 +57,7 @@ def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
 
 
 def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None:
-    plan = build_or_open_packing_index(prepared, 100, "padded")
+    plan = PackingIndex.build_or_open(prepared, 100, "padded")
     assert plan.num_rows == prepared.num_chunks
     assert plan.chunks_of(5).tolist() == [5]
     assert plan.tokens_of([0, 5]).tolist() == [min(100, len(prepared.chunk(i))) for i in (0, 5)]
@@ -67,28 +67,28 @@ def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None
 
 def test_packing_index_short_rows_or_unknown_batching_are_refused(prepared: Dataset) -> None:
     with pytest.raises(UserError, match=r"chunk_tokens = 128\).*data\.seq_len = 100"):
-        build_or_open_packing_index(prepared, 100)
+        PackingIndex.build_or_open(prepared, 100)
     with pytest.raises(UserError, match=r"data\.batching: 'pack'; allowed: packed, padded"):
-        build_or_open_packing_index(prepared, 256, "pack")
+        PackingIndex.build_or_open(prepared, 256, "pack")
 
 
 def test_packing_index_damaged_is_rebuilt_or_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
-    first = build_or_open_packing_index(dataset, 512)
+    first = PackingIndex.build_or_open(dataset, 512)
     chunks = first.folder / "chunks.int64"
     expected = chunks.read_bytes()
     chunks.write_bytes(expected[:-8])
-    assert build_or_open_packing_index(dataset, 512).fingerprint == first.fingerprint
+    assert PackingIndex.build_or_open(dataset, 512).fingerprint == first.fingerprint
     assert chunks.read_bytes() == expected
     record = json.loads((first.folder / "plan.json").read_text())
     record.pop(DIGEST)
     stale = with_digest({**record, "dataset_fingerprint": "another"})
     (first.folder / "plan.json").write_text(json.dumps(stale))
-    assert build_or_open_packing_index(dataset, 512).fingerprint == first.fingerprint
+    assert PackingIndex.build_or_open(dataset, 512).fingerprint == first.fingerprint
     assert json.loads((first.folder / "plan.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
     chunks.write_bytes(expected[::-1])
     with pytest.raises(UserError, match=r"chunks\.int64: damaged"):
-        build_or_open_packing_index(dataset, 512).verify()
+        PackingIndex.build_or_open(dataset, 512).verify()
     assert not list(dataset.path.glob(".tmp-*"))
 
 
@@ -97,9 +97,7 @@ def test_packing_index_concurrent_processes_build_it_once(prepared: Dataset, tmp
     said = at_once("tests.data.together:build_rows", tmp_path / "copy")
     assert sorted(line for text in said for line in text.split()) == ["built", *["ready"] * 4]
     assert not list((tmp_path / "copy").glob(".tmp-*"))
-    assert (
-        open_packing_index(tmp_path / "copy" / "rows_300", open_dataset(tmp_path / "copy"), 300, "packed") is not None
-    )
+    assert PackingIndex.open(tmp_path / "copy" / "rows_300", open_dataset(tmp_path / "copy"), 300, "packed") is not None
 
 
 def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50_368) -> Dataset:
@@ -109,15 +107,9 @@ def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50
     import pyarrow
     import pyarrow.ipc
 
+    from megatron_ettin.base.files import write_json
     from megatron_ettin.data.indexed import index_bytes
-    from megatron_ettin.data.manifest import (
-        FileRecord,
-        Manifest,
-        ShardRecord,
-        SourceRecord,
-        TokenizerRecord,
-        write_json_durably,
-    )
+    from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, SourceRecord, TokenizerRecord
 
     folder.mkdir(parents=True)
     shards, half = [], len(lengths) // 2
@@ -157,7 +149,7 @@ def make_lengths_dataset(folder: Path, lengths: np.ndarray, vocabulary: int = 50
         tokenizer_files={},
         settings_sha256="0" * 64,
     ).with_fingerprint()
-    write_json_durably(folder / "manifest.json", dataclasses.asdict(manifest))
+    write_json(folder / "manifest.json", dataclasses.asdict(manifest))
     return open_dataset(folder)
 
 
@@ -175,7 +167,7 @@ def cut(documents: np.ndarray, chunk_tokens: int) -> np.ndarray:
 def test_packing_index_lognormal_lengths_fill_rows_to_99_percent(seq_len: int, tmp_path: Path) -> None:
     """50,000 documents of log-normal length, a median of 500 tokens."""
     documents = np.random.default_rng(0).lognormal(6.2, 1.1, 50_000).astype(int) + 1
-    plan = build_or_open_packing_index(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
+    plan = PackingIndex.build_or_open(make_lengths_dataset(tmp_path / "dataset", cut(documents, seq_len)), seq_len)
     assert plan.fill >= 0.99
 
 
@@ -186,12 +178,12 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     dataset = make_lengths_dataset(tmp_path / "dataset", lengths)
     site = tmp_path / "site"
     site.mkdir()
-    patch = "from megatron_ettin.data import row_building\nrow_building.SEGMENT_CHUNKS = 7_000\n"
+    patch = "from megatron_ettin.data import packing\npacking.SEGMENT_CHUNKS = 7_000\n"
     script = (
         patch + "import sys\nfrom megatron_ettin.data.dataset import open_dataset\n"
-        "from megatron_ettin.data.packing_index import ensure_row_plan\n"
+        "from megatron_ettin.data.packing_index import PackingIndex\n"
         "if __name__ == '__main__':\n"
-        "    print(ensure_row_plan(open_dataset(sys.argv[1]), 200, workers=int(sys.argv[2])).fingerprint)\n"
+        "    print(PackingIndex.build_or_open(open_dataset(sys.argv[1]), 200, workers=int(sys.argv[2])).fingerprint)\n"
     )
     (site / "build.py").write_text(script)
     command = [sys.executable, str(site / "build.py"), str(dataset.path), "2"]
@@ -200,7 +192,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     assert done.returncode == 0, done.stderr
     by_two = files_of(dataset.path / "rows_200")
     shutil.rmtree(dataset.path / "rows_200")
-    plan = build_or_open_packing_index(dataset, 200, workers=1)
+    plan = PackingIndex.build_or_open(dataset, 200, workers=1)
     assert done.stdout.strip() == plan.fingerprint
     assert files_of(dataset.path / "rows_200") == by_two
     chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
@@ -210,7 +202,7 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
 
 
 def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> None:
-    for plan in (build_or_open_packing_index(prepared, 256), build_or_open_packing_index(prepared, 100, "padded")):
+    for plan in (PackingIndex.build_or_open(prepared, 256), PackingIndex.build_or_open(prepared, 100, "padded")):
         raw = pickle.dumps(plan)
         assert len(raw) < 20_000
         again = pickle.loads(raw)
@@ -222,13 +214,13 @@ def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> No
 def test_packing_index_next_build_removes_leftovers_of_a_killed_one(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
     code = (
-        "import sys, os; from megatron_ettin.data import rows; from megatron_ettin.data.dataset import open_dataset;"
-        "rows.write_json_durably = lambda *_: os.kill(os.getpid(), 9);"
-        "rows.ensure_row_plan(open_dataset(sys.argv[1]), 777)"
+        "import sys, os; from megatron_ettin.data import packing_index; from megatron_ettin.data.dataset import open_dataset;"
+        "packing_index.write_json = lambda *_: os.kill(os.getpid(), 9);"
+        "packing_index.PackingIndex.build_or_open(open_dataset(sys.argv[1]), 777)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(dataset.path)]).returncode == -9
     assert len(list(dataset.path.glob(".tmp-rows_777-*"))) == 1
-    build_or_open_packing_index(dataset, 778)
+    PackingIndex.build_or_open(dataset, 778)
     assert not list(dataset.path.glob(".tmp-*"))
 
 
@@ -238,6 +230,6 @@ def test_packing_index_damaged_chunk_lengths_are_refused(tmp_path: Path) -> None
         stream.seek(HEADER.size)
         stream.write(np.int32(2_000_000_000).tobytes())
     with pytest.raises(UserError, match=r"a chunk of .*2000000000 tokens among chunks 0 to 9.*--verify"):
-        build_or_open_packing_index(dataset, 64)
+        PackingIndex.build_or_open(dataset, 64)
     assert not list(dataset.path.glob(".tmp-*"))
     assert not (dataset.path / "rows_64").exists()

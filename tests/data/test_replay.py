@@ -88,12 +88,12 @@ def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Pat
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
     words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
     config = parse("17m", "mlm", "pretrain", overrides=words)
-    rows = open_run_dataset(config).end
+    rows = open_run_dataset(config).row_limit
     assert rows is not None
     assert rows > 2 * ROWS_AT_ONCE
-    assert [row.position for row in iterate_rows(config)] == list(range(rows))
-    assert [row.position for row in iterate_rows(config, rows - 2, 5)] == [rows - 2, rows - 1]
-    assert [row.position for row in iterate_rows(config, 3, ROWS_AT_ONCE + 1)] == list(range(3, ROWS_AT_ONCE + 4))
+    assert [row.order_index for row in iterate_rows(config)] == list(range(rows))
+    assert [row.order_index for row in iterate_rows(config, rows - 2, 5)] == [rows - 2, rows - 1]
+    assert [row.order_index for row in iterate_rows(config, 3, ROWS_AT_ONCE + 1)] == list(range(3, ROWS_AT_ONCE + 4))
 
 
 def test_recorded_order_fingerprint_depends_only_on_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
@@ -108,7 +108,7 @@ def test_recorded_order_fingerprint_depends_only_on_content(prepared: Dataset, o
     again = pickle.loads(pickle.dumps(one))
     assert again.fingerprint == one.fingerprint
     assert len(pickle.dumps(one)) < 100_000
-    for mine, theirs in zip(one.places(range(20)), again.places(range(20)), strict=True):
+    for mine, theirs in zip(one.row_locations(range(20)), again.row_locations(range(20)), strict=True):
         assert mine[:2] == theirs[:2]
         assert np.array_equal(mine.chunks, theirs.chunks)
 
@@ -167,7 +167,7 @@ def test_recorded_order_with_unfit_entries_is_refused(change: dict, told: str, p
 def test_recorded_order_unreadable_or_incompatible_source_is_refused(
     prepared: Dataset, other: Dataset, cache: Path
 ) -> None:
-    refused("no file or folder; give `keyed`", prepared, words=("data.order=keyd",))
+    refused("not a file or folder; give keyed", prepared, words=("data.order=keyd",))
     refused("no .parquet file", prepared, words=(f"data.order={other.path / 'tokenizer'}",))
     parquet.write_table(pa.table({"text": ["a"]}), cache / "text.parquet")
     refused("columns text; wanted input_ids", prepared, words=(f"data.order={cache / 'text.parquet'}",))
@@ -225,8 +225,8 @@ def test_recorded_order_published_samples_are_matched_by_content(
     assert packed.num_rows < 0.75 * len(samples)
     for position, row in enumerate(packed.rows(range(packed.num_rows))):
         assert int(row.lengths.sum()) <= 256
-        assert row.position == position
-    assert packed.tokens_at(np.arange(packed.num_rows)).tolist() == [
+        assert row.order_index == position
+    assert packed.token_counts(np.arange(packed.num_rows)).tolist() == [
         len(row.tokens) for row in packed.rows(range(packed.num_rows))
     ]
 
@@ -263,7 +263,7 @@ def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset
     words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
     config = parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
     corpus = open_run_dataset(config)
-    assert {(place.source, *place.chunks.tolist()) for place in corpus.places(range(4))} == {(0, 3)}
+    assert {(place.source, *place.chunks.tolist()) for place in corpus.row_locations(range(4))} == {(0, 3)}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 50, 1000])

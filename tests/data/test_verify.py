@@ -27,7 +27,7 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, small_blocks: None) -> Path:
-    """A shard of more than one block, a held-out part and a row plan."""
+    """A shard of more than one block, a held-out part and a packing index."""
     folder = tmp_path_factory.mktemp("verify")
     source = write_jsonl(folder / "corpus.jsonl", 150)
     words = ("--chunk-tokens", 128, "--holdout", 0.05, "--seq-len", 128, "--workers", 1)
@@ -109,7 +109,7 @@ def test_verify_damaged_checksums_do_not_hide_damaged_shard(copy: Path, capsys: 
     flip(copy / "shard_00000.checksums.json", 0)
     status, lines = verify(copy, capsys)
     assert status == 2
-    assert "shard_00000.checksums.json, which has the places, is damaged too" in lines[0]
+    assert "shard_00000.checksums.json, which lists its blocks, is damaged too" in lines[0]
     assert "shard_00000.checksums.json: damaged, its sha256 is not the manifest's" in lines[1]
 
 

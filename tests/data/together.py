@@ -8,7 +8,7 @@ import sys
 from megatron_ettin.data import packing_index
 from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.dataset import open_dataset
-from megatron_ettin.data.local_copy import local_corpus
+from megatron_ettin.data.local_copy import open_local_copy
 from megatron_ettin.data.mixture import MixtureEntry
 from tests import forkserver
 
@@ -40,7 +40,7 @@ def meet() -> None:
 
 
 def build_rows(folder: str) -> None:
-    """Open a row plan, and print `built` where this process had to build it."""
+    """Open a packing index, and print `built` where this process had to build it."""
     real = packing_index.build_packing_index
 
     def build(*arguments: object) -> None:
@@ -50,11 +50,11 @@ def build_rows(folder: str) -> None:
     packing_index.build_packing_index = build  # type: ignore[assignment]
     dataset = open_dataset(folder)
     meet()
-    packing_index.build_or_open_packing_index(dataset, 300)
+    packing_index.PackingIndex.build_or_open(dataset, 300)
 
 
 def copy_locally(folder: str, local: str) -> None:
     """Open the copy of a dataset, which prints when it is made."""
     corpus = open_blended_dataset([MixtureEntry(folder)], 256, "packed", 3, "pretrain")
     meet()
-    local_corpus(corpus, local).datasets[0].verify()
+    open_local_copy(corpus, local).datasets[0].verify()

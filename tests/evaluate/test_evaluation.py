@@ -64,7 +64,7 @@ def test_rows_by_source_hold_one_source_and_cover_every_chunk(two_inputs: Path, 
         chunks = np.concatenate([row.chunks for row in rows])
         assert {file.partition("/")[0] for file in dataset.documents_of(chunks).source} == {name}
         assert max(len(row.tokens) for row in rows) <= 64
-        assert sum(len(row.tokens) for row in rows) == part.plans[0].num_tokens
+        assert sum(len(row.tokens) for row in rows) == part.packing_indices[0].num_tokens
         read += chunks.tolist()
     assert sorted(read) == list(range(dataset.num_chunks))
 

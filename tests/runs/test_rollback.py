@@ -90,13 +90,13 @@ def test_row_order_with_skips_leaves_out_rows(corpus: Path) -> None:
     entries = [MixtureEntry(str(corpus))]
     plain = open_blended_dataset(entries, 64, "packed", 21, "pretrain")
     some = open_blended_dataset(entries, 64, "packed", 21, "pretrain", skips=((3, 5), (7, 8)))
-    assert some.place_of(range(6)).tolist() == [0, 1, 2, 5, 6, 8]
-    assert some.span_of(0, 4) == (0, 6)
-    assert some.span_of(3, 5) == (5, 7)
-    assert plain.span_of(3, 5) == (3, 5)
+    assert some.order_indices(range(6)).tolist() == [0, 1, 2, 5, 6, 8]
+    assert some.order_span(0, 4) == (0, 6)
+    assert some.order_span(3, 5) == (5, 7)
+    assert plain.order_span(3, 5) == (3, 5)
     assert some.fingerprint != plain.fingerprint == some.unskipped_fingerprint
-    for ours, theirs in zip(some.rows(some.place_of(range(6))), plain.rows([0, 1, 2, 5, 6, 8]), strict=True):
-        assert ours.position == theirs.position
+    for ours, theirs in zip(some.rows(some.order_indices(range(6))), plain.rows([0, 1, 2, 5, 6, 8]), strict=True):
+        assert ours.order_index == theirs.order_index
         assert (ours.tokens == theirs.tokens).all()
 
 

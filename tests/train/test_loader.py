@@ -126,7 +126,7 @@ def test_worker_count_unset_is_two_on_gpu_and_zero_on_cpu() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_damaged_or_missing_shard_is_named(corpus: Path, tmp_path: Path, workers: int) -> None:
     """Report a token id beyond the vocabulary, and a shard that disappears after the run has begun."""
-    # build the row plan of the dataset before it is copied
+    # build the packing index of the dataset before it is copied
     host_batches(corpus)
     damaged = shutil.copytree(corpus, tmp_path / "damaged")
     with open(damaged / "shard_00000.bin", "r+b") as stream:

@@ -62,7 +62,7 @@ def test_stop_signal_while_another_copies_the_data_ends_with_75(corpus: Path, tm
     with open(tmp_path / "local" / ".lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with alone_of_two(0, tmp_path, words) as (child, log):
-            wait_until(lambda: "data.local_copy: waits for another process" in log.read_text(), 60, "the wait")
+            wait_until(lambda: "data.local_copy: waiting for another process" in log.read_text(), 60, "the wait")
             os.kill(child.pid, signal.SIGUSR1)
             assert child.wait(60) == 75
 

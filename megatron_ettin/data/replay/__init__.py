@@ -1,1 +1,1 @@
-"""Orders that are given in files instead of drawn."""
+"""Data orders that are recorded in files instead of drawn."""

@@ -1,7 +1,7 @@
-"""Rows of an order that `ettin order --out` exported: each chunk a line, lines of one (step, slot) a row.
+"""Rows of an order that `ettin order --out` exported: each line is a chunk, and lines of one (step, slot) are a row.
 
-Read batch by batch, in the sequence of the lines. Datasets are known by the fingerprint that the file notes, so that
-they may have moved; a file without that note (written by something else) knows them by path."""
+The lines are read batch by batch, in their sequence. Datasets are found by the fingerprint that the file notes, so they
+may have moved; a file without that note (written by something else) names them by path."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, metadata_
 
 BATCH_LINES = 1 << 18
 COLUMNS = ("step", "slot", "dataset", "chunk")
-ROW_COLUMN = "row"  # not needed; carried into the table of `ettin order` where it is there
+# optional: carried into the table of `ettin order`
+ROW_COLUMN = "row"
 
 Int64Array = npt.NDArray[np.int64]
-Lines = dict[str, Int64Array]  # COLUMNS and ROW_COLUMN, the dataset as its place in the mixture
+# COLUMNS and ROW_COLUMN; the dataset as its index in the mixture
+Lines = dict[str, Int64Array]
 
 
 def exported_rows(
     files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
 ) -> Iterator[RecordedRows]:
-    """The rows of the files in order. Raises UserError naming file, step and slot of what does not fit; `missing`
-    does not matter: a chunk that its dataset does not have is an error of the file."""
+    """Yield the rows of the files in order.
+
+    Args:
+        missing: ignored; a chunk that its dataset does not have is always an error.
+
+    Raises:
+        UserError: a row does not fit; it names file, step and slot.
+    """
     first, last = 0, (-1, -1)
     for path in files.paths:
         notes = metadata_of(path)
@@ -44,6 +52,7 @@ def exported_rows(
 
 
 def check_notes(path: Path, notes: dict[str, Any], seq_len: int, batching: str) -> None:
+    """Raise UserError where the file was exported for rows of another shape."""
     for key, ours in (("seq_len", seq_len), ("batching", batching)):
         theirs = notes.get(key, ours)
         if theirs != ours:
@@ -51,7 +60,7 @@ def check_notes(path: Path, notes: dict[str, Any], seq_len: int, batching: str) 
 
 
 def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, str]) -> Iterator[Lines]:
-    """The lines of a file in batches that end where a row ends."""
+    """Yield the lines of a file in batches that end where a row ends."""
     import pyarrow
 
     file = open_parquet(path)
@@ -66,7 +75,7 @@ def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, 
                 if column.null_count:
                     raise UserError(f"data.order: {path}: a null in column {name}")
                 if name == "dataset":
-                    column = places_of(path, column, datasets, fingerprints, sources)
+                    column = dataset_indices(path, column, datasets, fingerprints, sources)
                 lines[name] = np.concatenate([held[name], np.asarray(column).astype(np.int64)])
             cut = last_row_begins(lines)
             held = {name: values[cut:] for name, values in lines.items()}
@@ -79,45 +88,43 @@ def whole_rows(path: Path, datasets: Sequence[Dataset], fingerprints: dict[str, 
 
 
 def last_row_begins(lines: Lines) -> int:
-    """Where the lines of the last (step, slot) begin."""
+    """Return the line at which those of the last (step, slot) begin."""
     others = np.flatnonzero((lines["step"] != lines["step"][-1]) | (lines["slot"] != lines["slot"][-1]))
     return int(others[-1]) + 1 if others.size else 0
 
 
-def places_of(
+def dataset_indices(
     path: Path, column: Any, datasets: Sequence[Dataset], fingerprints: dict[str, str], known: dict[str, int]
 ) -> Int64Array:
-    """The place in the mixture of each line's dataset. `known` remembers those found before."""
+    """Return the index in the mixture of each line's dataset. `known` caches the indices by name."""
     import pyarrow
 
     encoded = column if pyarrow.types.is_dictionary(column.type) else column.dictionary_encode()
     table = []
     for name in encoded.dictionary.to_pylist():
         if name not in known:
-            known[name] = place_of(path, name, datasets, fingerprints.get(name))
+            known[name] = dataset_index(path, name, datasets, fingerprints.get(name))
         table.append(known[name])
     return np.asarray(table, np.int64)[np.asarray(encoded.indices).astype(np.int64)]
 
 
-def place_of(path: Path, name: str, datasets: Sequence[Dataset], fingerprint: str | None) -> int:
-    for place, dataset in enumerate(datasets):
-        if dataset.fingerprint == fingerprint if fingerprint else same_folder(dataset.path, name):
-            return place
-    told = f" (fingerprint {fingerprint[:12]})" if fingerprint else ""
+def dataset_index(path: Path, name: str, datasets: Sequence[Dataset], fingerprint: str | None) -> int:
+    """Return the index in the mixture of a dataset by its fingerprint, or by its path. Raises UserError."""
+    for index, dataset in enumerate(datasets):
+        same_path = str(dataset.path) == name or dataset.path.resolve() == Path(name).resolve()
+        if dataset.fingerprint == fingerprint if fingerprint else same_path:
+            return index
+    named = f" (fingerprint {fingerprint[:12]})" if fingerprint else ""
     raise UserError(
-        f"data.order: {path}: trains on dataset {name}{told}, which data.mixture does not have; it has "
+        f"data.order: {path}: trains on dataset {name}{named}, which data.mixture does not have; it has "
         + ", ".join(f"{dataset.path} ({dataset.fingerprint[:12]})" for dataset in datasets)
     )
-
-
-def same_folder(path: Path, name: str) -> bool:
-    return str(path) == name or path.resolve() == Path(name).resolve()
 
 
 def rows_of(
     path: Path, lines: Lines, datasets: Sequence[Dataset], seq_len: int, batching: str, last: tuple[int, int]
 ) -> RecordedRows:
-    """Whole rows from their lines, checked. `last`: step and slot of the row before them."""
+    """Make whole rows of their lines and check them. `last`: step and slot of the row before them."""
     step, slot, source, chunks = (lines[name] for name in COLUMNS)
     before_step, before_slot = np.append(last[0], step[:-1]), np.append(last[1], slot[:-1])
     begins = (step != before_step) | (slot != before_slot)

@@ -1,4 +1,4 @@
-"""The parquet files of a given order: which, in what sequence, and of which kind."""
+"""The parquet files of a recorded order: which, in what sequence, and in which format."""
 
 from __future__ import annotations
 
@@ -13,35 +13,47 @@ import numpy.typing as npt
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.parsing import load_json
 
-METADATA_KEY = b"megatron_ettin.order"  # in the schema of what `ettin order --out` writes
-# kind -> the columns by which it is known
-KINDS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("input_ids",)}
+# in the schema of what `ettin order --out` writes
+METADATA_KEY = b"megatron_ettin.order"
+# format -> the columns by which it is known
+FORMATS = {"exported": ("step", "slot", "dataset", "chunk"), "published": ("input_ids",)}
 
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Some rows of a given order, n of them with m chunks in all."""
+    """Some rows of a recorded order, n of them with m chunks in all."""
 
-    sources: npt.NDArray[np.int64]  # [n] places in the mixture
-    counts: npt.NDArray[np.int64]  # [n] chunks of each
-    chunks: npt.NDArray[np.int64]  # [m]
-    tokens: npt.NDArray[np.int64]  # [n]
-    rows: npt.NDArray[np.int64]  # [n] number in the source's row plan, or place in the order where there is none
+    sources: npt.NDArray[np.int64]
+    """Index [n] of each row's dataset in the mixture."""
+    counts: npt.NDArray[np.int64]
+    """Chunks [n] of each row."""
+    chunks: npt.NDArray[np.int64]
+    """Chunk numbers [m], row after row."""
+    tokens: npt.NDArray[np.int64]
+    """Tokens [n] of each row."""
+    rows: npt.NDArray[np.int64]
+    """Number [n] of each row in its dataset's packing index, or its order index where the file has no such number."""
     skipped_samples: int = 0
-    nominal_tokens: float | None = None  # mean tokens a row of the corpus the order came from
+    nominal_tokens: float | None = None
+    """Mean tokens of a row of the data that the order came from."""
 
 
 @dataclass(frozen=True)
 class OrderFiles:
+    """The files of `data.order`."""
+
     paths: list[Path]
-    identity: list[tuple[str, int, int]]  # name, bytes, time of change: what a compiled order belongs to
+    identity: list[tuple[str, int, int]]
+    """Name, bytes and time of change of each file: a compiled order belongs to these."""
 
 
 def open_order_files(given: str) -> OrderFiles:
-    """The files of `data.order`, sorted by the numbers in their names. Raises UserError."""
+    """List the files of `data.order`, sorted by the numbers in their names. Raises UserError."""
     root = Path(given).expanduser()
     if not root.exists():
-        raise UserError(f"data.order: {given!r} is no file or folder; give `keyed`, ORDER.parquet or a folder of them")
+        raise UserError(
+            f"data.order: {given!r} is not a file or folder; give keyed, ORDER.parquet or a folder of these"
+        )
     paths = [root] if root.is_file() else sorted(root.rglob("[!.]*.parquet"), key=lambda path: by_numbers(root, path))
     if not paths:
         raise UserError(f"data.order: {given}: no .parquet file in it")
@@ -52,33 +64,34 @@ def open_order_files(given: str) -> OrderFiles:
 
 
 def by_numbers(root: Path, path: Path) -> tuple[list[int], str]:
-    """`checkpoint_000123/steps_20_to_29.parquet` -> 123, 20, 29: as numbers, since widths differ."""
+    """Return the sort key of a file: `checkpoint_000123/steps_20_to_29.parquet` -> 123, 20, 29, since widths differ."""
     name = str(path.relative_to(root))
     return [int(digits) for digits in re.findall(r"\d+", name)], name
 
 
-def kind_of_files(files: OrderFiles) -> str:
-    """The one kind of all of them. Raises UserError."""
-    kinds = {kind_of(path): path for path in reversed(files.paths)}
-    if len(kinds) > 1:
-        told = " and ".join(f"{path} ({kind})" for kind, path in kinds.items())
-        raise UserError(f"data.order: files of two kinds, {told}; keep them apart")
-    return next(iter(kinds))
+def common_format(files: OrderFiles) -> str:
+    """Return the format of the files. Raises UserError where they have several."""
+    formats = {format_of(path): path for path in reversed(files.paths)}
+    if len(formats) > 1:
+        named = " and ".join(f"{path} ({name})" for name, path in formats.items())
+        raise UserError(f"data.order: files of two formats, {named}; give them to runs of their own")
+    return next(iter(formats))
 
 
-def kind_of(path: Path) -> str:
+def format_of(path: Path) -> str:
+    """Return the format of a file. Raises UserError where it has none that is known."""
     names = open_parquet(path).schema_arrow.names
-    for kind, columns in KINDS.items():
+    for name, columns in FORMATS.items():
         if set(columns) <= set(names):
-            return kind
+            return name
     raise UserError(
         f"data.order: {path}: columns {', '.join(names)}; wanted input_ids, or those of `ettin order --out`"
-        f" ({', '.join(KINDS['exported'])})"
+        f" ({', '.join(FORMATS['exported'])})"
     )
 
 
 def open_parquet(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises UserError for what is none."""
+    """Open a pyarrow ParquetFile. Raises UserError where the file is none."""
     import pyarrow
     import pyarrow.parquet
 
@@ -89,10 +102,10 @@ def open_parquet(path: Path) -> Any:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """What `ettin order --out` noted in the file; empty for others."""
+    """Return the notes that `ettin order --out` left in the file; empty for other files."""
     raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY)
     try:
-        found = load_json(raw) if raw else {}
+        notes = load_json(raw) if raw else {}
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return notes if isinstance(notes, dict) else {}

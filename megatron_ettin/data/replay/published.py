@@ -1,7 +1,7 @@
 """Rows of a published order: samples of token ids, found again in the datasets by their content.
 
-A streaming join: hash every sample of the files, then scan the datasets once and look each chunk's hash up. In memory
-are about 32 bytes a sample (its hash, its place by hash, its chunk twice) and a batch of either side. Special tokens
+A streaming join: hash every sample of the files, then scan the datasets once and look up each chunk's hash. Memory
+holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and a batch of either side. Special tokens
 around a sample or chunk do not count, nor what is beyond the tokens that a row can hold, since trainers differ in what
 they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of them is
 matched falsely is some 5 %. Equal samples get the first chunk that has their content."""
@@ -23,11 +23,14 @@ from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
 from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, open_parquet
 
-WINDOW_SAMPLES = 4_096  # consecutive samples that are packed together
-BATCH_TOKENS = 1 << 21  # hashed at once: some 100 MB of intermediate arrays
+# consecutive samples that are packed together
+WINDOW_SAMPLES = 4_096
+# hashed at once: some 100 MB of intermediate arrays
+BATCH_TOKENS = 1 << 21
 SPREAD_SAMPLES = 1 << 20
 NOT_FOUND = -1
-SOURCE_SHIFT = 44  # a chunk's place as one number: source << 44 | chunk
+# a chunk of the mixture as one number: source << SOURCE_SHIFT | chunk
+SOURCE_SHIFT = 44
 
 Int64Array = npt.NDArray[np.int64]
 IntArray = npt.NDArray[np.integer]
@@ -36,9 +39,11 @@ IntArray = npt.NDArray[np.integer]
 def published_rows(
     files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
 ) -> Iterator[RecordedRows]:
-    """The rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
+    """Yield the rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
 
-    Raises UserError where samples have no chunk, unless `missing` is "skip"."""
+    Raises:
+        UserError: some samples are in no dataset and `missing` is not "skip", or chunks do not fit rows of `seq_len`.
+    """
     longest = max(datasets, key=lambda dataset: dataset.manifest.longest_chunk_tokens)
     if batching == "packed" and longest.manifest.longest_chunk_tokens > seq_len:
         raise UserError(
@@ -55,8 +60,8 @@ def published_rows(
     if lost.size and (missing == "error" or lost.size == found.size):
         ends = np.cumsum(samples)
         file = int(np.searchsorted(ends, lost[0], side="right"))
-        place = int(lost[0] - (ends[file] - samples[file]))
-        row = int(steps_order(files.paths[file])[place])
+        index = int(lost[0] - (ends[file] - samples[file]))
+        row = int(order_by_step(files.paths[file])[index])
         raise UserError(
             f"data.order: {lost.size:,} of {found.size:,} samples are in no dataset of data.mixture"
             f" ({100 * (1 - lost.size / found.size):.2f} % are), the first in {files.paths[file]} row {row};"
@@ -75,7 +80,8 @@ def published_rows(
 def window_rows(
     sources: Int64Array, chunks: Int64Array, datasets: Sequence[Dataset], seq_len: int, batching: str
 ) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
-    """(source, chunks, chunk numbers, tokens) of the rows of one window, by the first of their samples."""
+    """Pack the samples of one window; return source, chunk count, chunk numbers and tokens of its rows, sorted by the
+    first of their samples."""
     lengths = np.empty(len(chunks), np.int64)
     row_of, num_rows = np.empty(len(chunks), np.int64), 0
     for s in np.unique(sources).tolist():
@@ -89,7 +95,8 @@ def window_rows(
     if batching == "padded":
         return sources, np.ones_like(chunks), chunks, lengths
     _, first_of_row, row = np.unique(row_of, return_index=True, return_inverse=True)
-    leader = first_of_row[row]  # of each sample: the first sample of its row
+    # for each sample, the first sample of its row
+    leader = first_of_row[row]
     in_order = np.argsort(leader, kind="stable")
     first, counts = np.unique(leader, return_counts=True)
     tokens = np.add.reduceat(lengths[in_order], np.cumsum(counts) - counts)
@@ -97,27 +104,31 @@ def window_rows(
 
 
 def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) -> Int64Array:
-    """source << SOURCE_SHIFT | chunk of each sample, or NOT_FOUND. Sorts `hashes` in place."""
+    """Return source << SOURCE_SHIFT | chunk of each sample, or NOT_FOUND. Sorts `hashes` in place."""
     by_hash = np.argsort(hashes, kind="stable")
     hashes.sort()
-    found = np.full(len(hashes), NOT_FOUND, np.int64)  # of the first among equal hashes
+    # the first among equal hashes gets the chunk
+    found = np.full(len(hashes), NOT_FOUND, np.int64)
     wanted = 1 + int(np.count_nonzero(hashes[1:] != hashes[:-1])) if len(hashes) else 0
     for source, dataset in enumerate(datasets):
         for first, of_chunk in chunk_hashes(dataset, seq_len):
             if wanted == 0:
                 break
-            asked = np.argsort(of_chunk)  # in the order of the table, or each look-up misses every cache
-            place = np.empty(len(of_chunk), np.int64)
-            place[asked] = np.minimum(np.searchsorted(hashes, of_chunk[asked]), len(hashes) - 1)
-            hit = np.flatnonzero((hashes[place] == of_chunk) & (found[place] == NOT_FOUND))[::-1]
-            found[place[hit]] = (source << SOURCE_SHIFT) + first + hit  # of equal chunks the first is written last
-            wanted -= len(np.unique(place[hit]))
+            # in the order of the table, or each look-up misses every cache
+            by_value = np.argsort(of_chunk)
+            index = np.empty(len(of_chunk), np.int64)
+            index[by_value] = np.minimum(np.searchsorted(hashes, of_chunk[by_value]), len(hashes) - 1)
+            hit = np.flatnonzero((hashes[index] == of_chunk) & (found[index] == NOT_FOUND))[::-1]
+            # reversed, so that of equal chunks the first is written last
+            found[index[hit]] = (source << SOURCE_SHIFT) + first + hit
+            wanted -= len(np.unique(index[hit]))
+    # the others of equal hash get the same chunk
     leader = 0
-    for begin in range(0, len(hashes), SPREAD_SAMPLES):  # to the others of equal hash
-        places = np.arange(begin, min(begin + SPREAD_SAMPLES, len(hashes)))
-        new = (places == 0) | (hashes[places] != hashes[np.maximum(places - 1, 0)])
-        leaders = np.maximum.accumulate(np.where(new, places, leader))
-        found[places] = found[leaders]
+    for begin in range(0, len(hashes), SPREAD_SAMPLES):
+        indices = np.arange(begin, min(begin + SPREAD_SAMPLES, len(hashes)))
+        new = (indices == 0) | (hashes[indices] != hashes[np.maximum(indices - 1, 0)])
+        leaders = np.maximum.accumulate(np.where(new, indices, leader))
+        found[indices] = found[leaders]
         leader = int(leaders[-1])
     in_order = np.empty_like(found)
     in_order[by_hash] = found
@@ -125,7 +136,7 @@ def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) 
 
 
 def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Array]]:
-    """(first chunk, content hashes) of every chunk, some at a time."""
+    """Yield (first chunk, content hashes) of every chunk, some at a time."""
     first = 0
     for record in dataset.manifest.shards:
         shard = open_shard(shard_file(dataset.path, record, "", Links.UNCHECKED), scattered=False)
@@ -142,17 +153,17 @@ def chunk_hashes(dataset: Dataset, seq_len: int) -> Iterator[tuple[int, UInt64Ar
 
 
 def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt64Array:
-    """Content hashes of a file's samples, in the order of their steps."""
+    """Return the content hashes of a file's samples, in the order of their steps."""
     import pyarrow
 
     file, parts = open_parquet(path), [np.zeros(0, np.uint64)]
-    kind, row = file.schema_arrow.field("input_ids").type, 0
-    nested = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-    if not nested or not pyarrow.types.is_integer(kind.value_type):
-        raise UserError(f"data.order: {path}: column input_ids holds {kind}, wanted lists of token ids")
+    dtype, row, types = file.schema_arrow.field("input_ids").type, 0, pyarrow.types
+    nested = types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
+    if not nested or not types.is_integer(dtype.value_type):
+        raise UserError(f"data.order: {path}: column input_ids holds {dtype}, wanted lists of token ids")
     try:
         for batch in file.iter_batches(max(1, BATCH_TOKENS // seq_len), columns=["input_ids"]):
-            column = batch.column(0).cast(pyarrow.large_list(kind.value_type))
+            column = batch.column(0).cast(pyarrow.large_list(dtype.value_type))
             if column.null_count:
                 raise UserError(f"data.order: {path}: row {row + int(np.argmin(column.is_valid()))} has no input_ids")
             lengths = np.asarray(column.value_lengths()).astype(np.int64)
@@ -160,11 +171,11 @@ def sample_hashes(path: Path, tokenizer: TokenizerRecord, seq_len: int) -> UInt6
             row += len(lengths)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"data.order: {path}: damaged ({first_line(error)})") from None
-    return np.concatenate(parts)[steps_order(path)]
+    return np.concatenate(parts)[order_by_step(path)]
 
 
-def steps_order(path: Path) -> Int64Array:
-    """The rows of a file in the order of their `step`; as they stand where it has none."""
+def order_by_step(path: Path) -> Int64Array:
+    """Return the row numbers of a file sorted by their `step`; in the order of the file where it has none."""
     file = open_parquet(path)
     if "step" not in file.schema_arrow.names:
         return np.arange(file.metadata.num_rows)
@@ -173,9 +184,10 @@ def steps_order(path: Path) -> Int64Array:
 
 
 def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRecord, limit: int) -> UInt64Array:
-    """A 64-bit hash of each sequence's own tokens, `limit` of them at most; the sequences stand one after another.
+    """Return a 64-bit hash of each sequence's own tokens, `limit` of them at most; the sequences stand one after
+    another.
 
-    Without one [CLS] before, any [PAD] and then one [SEP] after."""
+    One [CLS] before, any [PAD] after and then one [SEP] are left out."""
     if len(tokens) == 0:
         return mix64(np.zeros(len(lengths), np.uint64))
     ends = np.cumsum(lengths)
@@ -188,8 +200,9 @@ def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRe
     ends -= (ends > start) & (tokens[np.maximum(ends - 1, 0)] == tokenizer.sep_id)
     start += (ends > start) & (tokens[np.minimum(start, len(tokens) - 1)] == tokenizer.cls_id)
     ends = np.minimum(ends, start + limit)
-    place = np.arange(len(tokens)) - np.repeat(start, lengths)
-    words = mix64((tokens.astype(np.uint64) << np.uint64(32)) ^ place.astype(np.uint64))
+    offsets = np.arange(len(tokens)) - np.repeat(start, lengths)
+    words = mix64((tokens.astype(np.uint64) << np.uint64(32)) ^ offsets.astype(np.uint64))
     sums = np.zeros(len(tokens) + 1, np.uint64)
-    np.cumsum(words, out=sums[1:])  # modulo 2**64: a difference of two is the sum between them
+    # modulo 2**64: a difference of two is the sum between them
+    np.cumsum(words, out=sums[1:])
     return mix64(sums[ends] - sums[start] + (ends - start).astype(np.uint64) * np.uint64(GOLDEN))

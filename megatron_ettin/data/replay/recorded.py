@@ -1,9 +1,9 @@
-"""An order given in files, compiled once: `data.order=FILE` trains on its rows, in its order.
+"""A data order recorded in files, compiled once: `data.order=FILE` trains on its rows, in its order.
 
-Compiling (replay_exported.py, replay_published.py) writes which chunks make up each row to `order_<key>/` beside the
-first dataset, or to `$ETTIN_CACHE/orders` where that cannot be written; every rank memory-maps it. Like a row plan it
-is written under a lock, renamed into place and checked by the size of its files. Its fingerprint covers the datasets
-and the chunks of every row, not where the files lie."""
+Compiling (exported.py, published.py) writes which chunks make up each row to `order_<key>/` in the first dataset, or to
+`$ETTIN_CACHE/orders` where the dataset cannot be written; every rank memory-maps it. Like a packing index it is written
+under a lock, renamed into place and checked by the size of its files. Its fingerprint covers the datasets and the
+chunks of every row, not where the files lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,72 +21,92 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import current_umask, file_lock, fsync, publish_folder
+from megatron_ettin.base.files import TEMPORARY, atomic_folder, file_lock, fsync, write_json
 from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.default_tokenizer import cache_directory
 from megatron_ettin.data.indexed import map_scattered, narrowed
-from megatron_ettin.data.manifest import (
-    FileRecord,
-    check_file,
-    file_records,
-    record_of,
-    write_json_durably,
-)
+from megatron_ettin.data.manifest import FileRecord, check_file, file_records, record_of
 from megatron_ettin.data.replay.exported import exported_rows
-from megatron_ettin.data.replay.files import RecordedRows, kind_of_files, open_order_files
+from megatron_ettin.data.replay.files import RecordedRows, common_format, open_order_files
 from megatron_ettin.data.replay.published import published_rows
 
-VERSION = 1  # raise it when the same files would be compiled otherwise
+# raise it when the same files would be compiled otherwise
+VERSION = 1
 RECORD_FILE = "order.json"
-# file -> its type; the first is one an entry of a row, the others one a row
-COLUMNS: dict[str, np.dtype] = {
-    "chunks.int64": np.dtype("<i8"),  # chunk numbers, row after row
-    "ends.int64": np.dtype("<i8"),  # where the row's chunks end in chunks.int64
-    "sources.int16": np.dtype("<i2"),  # the row's dataset: its place in `OrderRecord.datasets`
+# file -> the type of its values: one for each chunk of a row in the first file, one for each row in the others
+COLUMNS: dict[str, np.dtype[Any]] = {
+    # chunk numbers, row after row
+    "chunks.int64": np.dtype("<i8"),
+    # where the row's chunks end in chunks.int64
+    "ends.int64": np.dtype("<i8"),
+    # index of the row's dataset in `OrderRecord.datasets`
+    "sources.int16": np.dtype("<i2"),
     "tokens.int32": np.dtype("<i4"),
-    "rows.int64": np.dtype("<i8"),  # the number the row has in the dataset's row plan, for the table of `ettin order`
+    # number of the row in its dataset's packing index, for the table of `ettin order`
+    "rows.int64": np.dtype("<i8"),
 }
-CONTENT = ("chunks.int64", "ends.int64", "sources.int16")  # what the fingerprint covers
-KINDS = {"exported": exported_rows, "published": published_rows}
+# the files that the fingerprint covers
+CONTENT = ("chunks.int64", "ends.int64", "sources.int16")
+READERS = {"exported": exported_rows, "published": published_rows}
 
 Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class OrderRecord:
-    """order.json."""
+    """The content of a compiled order's order.json."""
 
     seq_len: int
     batching: str
     num_rows: int
-    mean_tokens_per_row: float  # nominal: of the corpus that an exported order came from, else of these rows
-    datasets: list[str]  # fingerprints, in order of appearance
-    tokens: list[int]  # of each of them
+    mean_tokens_per_row: float
+    """Nominal tokens of a row: those of the data that an exported order came from, else those of these rows."""
+    datasets: list[str]
+    """Fingerprints, in order of appearance."""
+    tokens: list[int]
+    """Tokens of each dataset."""
     skipped_samples: int
     files: dict[str, FileRecord]
     version: int = VERSION
 
+    @classmethod
+    def read(cls, folder: Path) -> OrderRecord:
+        """Read the record of the compiled order in `folder`.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read.
+        """
+        raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
+        return cls(**{**raw, "files": file_records(raw["files"])})
+
     @property
     def fingerprint(self) -> str:
+        """sha256 over the datasets and the chunks of every row."""
         hashes = [self.files[name].sha256 for name in CONTENT]
         content = ["given order", self.version, self.seq_len, self.batching, *self.datasets, *hashes]
         return hashlib.sha256(":".join(map(str, content)).encode("ascii")).hexdigest()
 
 
 class RecordedSampler:
-    """Rows by position, as `open_given_order` compiled them. It pickles small."""
+    """Rows by order index, as `open_recorded_sampler` compiled them. It pickles small.
+
+    Args:
+        folder: where the compiled order lies.
+        record: the content of its order.json.
+        fingerprints: fingerprints of the mixture's datasets.
+    """
 
     def __init__(self, folder: Path, record: OrderRecord, fingerprints: Sequence[str]) -> None:
         self.folder = folder
         self.record = record
-        self.fingerprints = list(fingerprints)  # of the mixture's datasets
+        self.fingerprints = list(fingerprints)
         self.num_rows = record.num_rows
         self.mean_tokens_per_row = record.mean_tokens_per_row
         self.fingerprint = record.fingerprint
         self._source = np.asarray([self.fingerprints.index(name) for name in record.datasets], np.int64)
-        maps = [map_scattered(folder / name, kind) for name, kind in COLUMNS.items()]
+        maps = [map_scattered(folder / name, dtype) for name, dtype in COLUMNS.items()]
         self._chunks, self._ends, self._sources, self._tokens, self._rows = maps
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,51 +121,56 @@ class RecordedSampler:
         by_name = dict(zip(self.record.datasets, self.record.tokens, strict=True))
         return [by_name.pop(name, 0) for name in self.fingerprints]
 
-    def locate(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """(source, row, epoch 0) of each position."""
-        wanted = self._checked(positions)
+    def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return (source, row, epoch 0) of each order index."""
+        wanted = self._checked(order_indices)
         rows = self._rows[wanted].astype(np.int64)
         return self._source[self._sources[wanted]], rows, np.zeros_like(rows)
 
-    def chunks_at(self, positions: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
-        """(chunks of each row [n], chunk numbers, row after row [m]) of positions [n]."""
-        wanted = self._checked(positions)
+    def row_chunks(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
+        """Return the number of chunks [n] of each row [n], and the chunk numbers [m], row after row."""
+        wanted = self._checked(order_indices)
         starts = np.where(wanted > 0, self._ends[np.maximum(wanted - 1, 0)], 0)
         counts = self._ends[wanted] - starts
         ends = np.cumsum(counts)
         return counts, self._chunks[np.arange(int(counts.sum())) + np.repeat(starts - (ends - counts), counts)]
 
-    def tokens_at(self, positions: npt.ArrayLike) -> Int64Array:
-        """Real tokens of the rows at the positions."""
-        return self._tokens[self._checked(positions)].astype(np.int64)
+    def token_counts(self, order_indices: npt.ArrayLike) -> Int64Array:
+        """Return the real tokens of each row."""
+        return self._tokens[self._checked(order_indices)].astype(np.int64)
 
-    def _checked(self, positions: npt.ArrayLike) -> Int64Array:
-        wanted = np.asarray(positions, np.int64)
+    def _checked(self, order_indices: npt.ArrayLike) -> Int64Array:
+        wanted = np.asarray(order_indices, np.int64)
         if wanted.size and not (int(wanted.min()) >= 0 and int(wanted.max()) < self.num_rows):
-            raise IndexError(f"positions {int(wanted.min())} to {int(wanted.max())} of an order of {self.num_rows}")
+            raise IndexError(f"order indices {int(wanted.min())} to {int(wanted.max())} of {self.num_rows} rows")
         return wanted
 
 
 def open_recorded_sampler(
     path: str, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str = "error"
 ) -> RecordedSampler:
-    """The order in `path` over these datasets; compiles it unless that was done before. Raises UserError."""
+    """Open the order in `path` over these datasets, and compile it before unless that was done. Raises UserError.
+
+    Args:
+        missing: `skip` leaves out samples that no dataset has, `error` refuses them.
+    """
     files = open_order_files(path)
     fingerprints = [dataset.fingerprint for dataset in datasets]
     content = [VERSION, seq_len, batching, missing, *fingerprints, *files.identity]
     key = hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:16]
-    places = (datasets[0].path, cache_directory() / "orders")
-    for place in places:
-        if record := read_record(place / f"order_{key}", seq_len, batching):
-            return RecordedSampler(place / f"order_{key}", record, fingerprints)
-    place = places[0] if os.access(places[0], os.W_OK) else places[1]
-    folder = place / f"order_{key}"
+    parents = (datasets[0].path, cache_directory() / "orders")
+    for parent in parents:
+        if record := read_record(parent / f"order_{key}", seq_len, batching):
+            return RecordedSampler(parent / f"order_{key}", record, fingerprints)
+    parent = parents[0] if os.access(parents[0], os.W_OK) else parents[1]
+    folder = parent / f"order_{key}"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with file_lock(place / ".orders.lock"):
-            record = read_record(folder, seq_len, batching)  # another process may have compiled it while we waited
+        parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(parent / ".orders.lock"):
+            # another process may have compiled it while this one waited
+            record = read_record(folder, seq_len, batching)
             if record is None:
-                rows = KINDS[kind_of_files(files)](files, datasets, seq_len, batching, missing)
+                rows = READERS[common_format(files)](files, datasets, seq_len, batching, missing)
                 build_order(folder, rows, seq_len, batching, datasets)
     except OSError as error:
         raise UserError(f"data.order: {folder}: {error.strerror}; it is compiled there from {path}") from None
@@ -156,17 +180,10 @@ def open_recorded_sampler(
     return RecordedSampler(folder, record, fingerprints)
 
 
-def order_record(folder: Path) -> OrderRecord:
-    """What the compiled order in `folder` says of itself. Raises OSError, ValueError, KeyError, TypeError or
-    AttributeError where that cannot be read."""
-    raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
-    return OrderRecord(**{**raw, "files": file_records(raw["files"])})
-
-
 def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None:
-    """The record of a compiled order, or None where it is absent or damaged."""
+    """Return the record of a compiled order; None where it is absent or damaged."""
     try:
-        record = order_record(folder)
+        record = OrderRecord.read(folder)
         for name in COLUMNS:
             check_file(path_in(folder, name, folder / RECORD_FILE), record.files[name], content=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -177,26 +194,19 @@ def read_record(folder: Path, seq_len: int, batching: str) -> OrderRecord | None
 def build_order(
     folder: Path, rows: Iterator[RecordedRows], seq_len: int, batching: str, datasets: Sequence[Dataset]
 ) -> None:
-    """Write the rows beside and rename them into place. The caller holds the lock, so what a killed process left
-    half-written can go."""
-    for left in folder.parent.glob(f".tmp-{folder.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-    try:
-        building.chmod(0o777 & ~current_umask())  # mkdtemp makes it private; other users train on it too
+    """Write a compiled order; it takes the place of a damaged one. Only the holder of the lock may call it."""
+    for prefix in ("", "stale-"):
+        for leftover in folder.parent.glob(f"{TEMPORARY}{prefix}{folder.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_folder(folder) as building:
         figures = write_columns(building, rows, datasets)
         files = {name: record_of(building / name) for name in COLUMNS}
         record = OrderRecord(seq_len=seq_len, batching=batching, files=files, **figures)
-        write_json_durably(building / RECORD_FILE, with_digest(asdict(record)))
-        fsync(building)
-        # a folder that is there is damaged
-        publish_folder(building, folder, aside=folder.with_name(f".tmp-{folder.name}-replaced"))
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        write_json(building / RECORD_FILE, with_digest(asdict(record)))
 
 
 def write_columns(folder: Path, rows: Iterator[RecordedRows], datasets: Sequence[Dataset]) -> dict[str, Any]:
-    """Write COLUMNS, batch by batch; returns what the record says of them. A repeated dataset counts as its first."""
+    """Write COLUMNS, batch by batch; return the figures of the record. A repeated dataset counts as its first."""
     names: list[str] = []
     tokens: list[int] = []
     num_rows = num_chunks = skipped = 0
@@ -217,9 +227,8 @@ def write_columns(folder: Path, rows: Iterator[RecordedRows], datasets: Sequence
                 tokens[i] += int(count)
             num_rows, num_chunks = num_rows + len(batch.counts), num_chunks + len(batch.chunks)
             skipped, nominal = skipped + batch.skipped_samples, batch.nominal_tokens or nominal
-        for stream in streams.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+    for column in COLUMNS:
+        fsync(folder / column)
     if num_rows == 0:
         raise UserError("data.order: no rows in it that the datasets of data.mixture have")
     mean = nominal or sum(tokens) / num_rows
