@@ -33,7 +33,7 @@ SEED, PHASE = 21, "pretrain"
 
 
 def make_sparse_dataset(folder: Path, rows: int, row_tokens: int) -> None:
-    """Make a dataset of `rows` chunks of `row_tokens` tokens and its packing index, one chunk per row, all of it holes."""
+    """Make a dataset of `rows` chunks of `row_tokens` tokens and its packing index, one chunk a row, all holes."""
     folder.mkdir(parents=True)
     name = "shard_00000"
     sizes = {
