@@ -1,4 +1,4 @@
-"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, packing indices. --verify reads every byte
+"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, packing. --verify reads every byte
 and checks it against the recorded sha256; --sample shows decoded chunks.
 
   ettin inspect data/corpus --sample 3

@@ -71,26 +71,22 @@ def prepare_job(config: Config, args: TrainArgs) -> TrainJob:
 def open_training_data(config: Config) -> BlendedDataset:
     """Open the run's dataset. Raises UserError where a part is missing or was made with another tokenizer."""
     corpus = open_run_dataset(config)
-    if config.model.vocab_size != corpus.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size}, but the dataset's tokenizer has {corpus.vocab_size} entries;"
-            f" set model.vocab_size={corpus.vocab_size} or prepare the data with the model's tokenizer"
-        )
+    corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
 
 def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
     """Return the run with `run.steps` no later than the end of its `data.order`. Raises UserError where it is later."""
-    if corpus.end is None:
+    if corpus.row_limit is None:
         return config
-    steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.end)
+    steps = BatchSizes.of(config.batch, corpus.mean_tokens_per_row).steps_within(corpus.row_limit)
     if steps == 0:
-        rows = counted(corpus.end, "row")
+        rows = counted(corpus.row_limit, "row")
         raise UserError(f"data.order: {config.data.order} has {rows}, fewer than the first step needs")
     if config.run.steps is not None and config.run.steps > steps:
         raise UserError(
             f"run.steps: {config.run.steps:,}, but data.order {config.data.order} ends with step {steps:,}"
-            f" ({counted(corpus.end, 'row')})"
+            f" ({counted(corpus.row_limit, 'row')})"
         )
     return config.with_keys({"run.steps": config.run.steps or steps})
 

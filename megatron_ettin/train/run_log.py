@@ -80,8 +80,8 @@ def log_data(config: Config, corpus: BlendedDataset) -> None:
         tokens = min(tokens, round(sizes.rows_before(run.steps) * corpus.mean_tokens_per_row))
     table = corpus.epochs(tokens)
     log_info(*describe_epochs(table))
-    if corpus.end is not None:
-        span = f"{counted(corpus.end, 'row')}, {counted(sizes.steps_within(corpus.end), 'step')}"
+    if corpus.row_limit is not None:
+        span = f"{counted(corpus.row_limit, 'row')}, {counted(sizes.steps_within(corpus.row_limit), 'step')}"
         left = f", {counted(skipped, 'sample')} left out" if (skipped := corpus.skipped_samples) else ""
         log_info(f"order of {config.data.order}: {span}{left}; the run ends with them")
     for line in epoch_warnings(table):
