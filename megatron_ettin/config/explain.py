@@ -35,8 +35,8 @@ REASONS = {
     "batch.loss_normalization": "every predicted token of a step counts the same on any layout; the original averaged"
     " the means of its micro-batches",
     "batch.micro_batch_rows": "follows the rows of a batch; under loss_normalization=microbatch it decides the loss",
-    "run.objective": "a masked token is predicted at its own place, as released encoders are used; the original trained"
-    " decoders on as encoders that predict it from the place before (--objective mntp)",
+    "run.objective": "a masked token is predicted at its own position, as released encoders are used; the original"
+    " trained decoders on as encoders that predict it from the position before (--objective mntp)",
     "resilience.on_nonfinite": "an update that is not finite ends a model; the original made every update",
     "resilience.on_spike": "a gradient norm far above the latest ones is reported and its update made; the original"
     " looked for none",
@@ -106,13 +106,13 @@ def differences(config: Config, origins: Mapping[str, str]) -> list[Difference]:
     run = config.run
     objective = "mlm" if (run.phase, run.objective) == ("cross", "mntp") else run.objective
     theirs, ours = _keys(recipe(run.size, objective, run.phase, name="original")), _keys(config)
-    found = []
+    listed = []
     for key, value in ours.items():
         if value != theirs[key]:
             who = origins.get(key)
             why = f"set by {who}" if who else REASONS.get(key, "")
-            found.append(Difference(key, value, theirs[key], why))
-    return found
+            listed.append(Difference(key, value, theirs[key], why))
+    return listed
 
 
 def _keys(config: Config) -> dict[str, Any]:
@@ -141,11 +141,11 @@ def facts(config: Config) -> list[Fact]:
     return [*always, warmup]
 
 
-def describe(found: list[Difference], config: Config) -> str:
+def describe(listed: list[Difference], config: Config) -> str:
     """Return the differences and facts as text."""
     name = f"{config.run.size} {config.run.objective} {config.run.phase}"
-    lines = [f"{name}, recipe {config.run.recipe}: {len(found)} keys differ from the original trainer's run"]
-    for one in found:
+    lines = [f"{name}, recipe {config.run.recipe}: {len(listed)} keys differ from the original trainer's run"]
+    for one in listed:
         lines.append(f"  {one.key}: {_shown(one.here)} (original: {_shown(one.original)})")
         lines.append(f"    {one.why or 'NO REASON IS RECORDED'}")
     lines.append("what no key reproduces:")
@@ -155,9 +155,9 @@ def describe(found: list[Difference], config: Config) -> str:
     return "\n".join(lines)
 
 
-def to_json(found: list[Difference], config: Config) -> dict[str, Any]:
+def to_json(listed: list[Difference], config: Config) -> dict[str, Any]:
     """Return the differences and facts as plain values."""
-    return {"keys": [one._asdict() for one in found], "always": [fact._asdict() for fact in facts(config)]}
+    return {"keys": [one._asdict() for one in listed], "always": [fact._asdict() for fact in facts(config)]}
 
 
 def _shown(value: Any) -> str:
@@ -167,20 +167,20 @@ def _shown(value: Any) -> str:
 def unread(config: Config) -> dict[str, str]:
     """Return the keys that the run does not read, each with the reason."""
     objective, name = OBJECTIVES[config.run.objective], config.run.objective
-    found = {}
+    listed = {}
     if not objective.needs_mask_token:
-        found["data.mlm_probability"] = f"{name} masks no token"
+        listed["data.mlm_probability"] = f"{name} masks no token"
     if objective.causal:
-        found["model.encoder_window"] = f"{name} has no bidirectional rows"
+        listed["model.encoder_window"] = f"{name} has no bidirectional rows"
     elif not objective.is_hybrid:
-        found["model.decoder_window_keys"] = f"{name} has no causal rows"
+        listed["model.decoder_window_keys"] = f"{name} has no causal rows"
     if config.data.validation is None:
-        found |= dict.fromkeys(("metrics.eval_every_steps", "metrics.eval_rows"), "data.validation is not set")
+        listed |= dict.fromkeys(("metrics.eval_every_steps", "metrics.eval_rows"), "data.validation is not set")
     if config.batch.warmup_tokens == 0:
-        found["batch.warmup_min_rows"] = "batch.warmup_tokens is 0"
+        listed["batch.warmup_min_rows"] = "batch.warmup_tokens is 0"
     if config.optim.name != "muon":
-        found |= dict.fromkeys(("optim.momentum", "optim.adjust_lr"), f"optim.name is {config.optim.name}")
-    return found
+        listed |= dict.fromkeys(("optim.momentum", "optim.adjust_lr"), f"optim.name is {config.optim.name}")
+    return listed
 
 
 def ignored_lines(config: Config, given: Collection[str]) -> list[str]:

@@ -108,15 +108,15 @@ def _split_evenly(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(1, stages + 1):
         left = stages - stage
-        found = {}
+        longer = {}
         for n in range(stage, len(costs) - left + 1):
             options = []
             for before, (highest, squares, lengths) in best.items():
                 if before < n:
                     part = ends[n] - ends[before]
                     options.append((max(highest, part), squares + part * part, (*lengths, n - before)))
-            found[n] = min(options, key=lambda option: (_rounded(option[0]), _rounded(option[1]), option[2]))
-        best = found
+            longer[n] = min(options, key=lambda option: (_rounded(option[0]), _rounded(option[1]), option[2]))
+        best = longer
     return best[len(costs)][2]
 
 

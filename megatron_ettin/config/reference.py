@@ -26,10 +26,10 @@ This page is generated from `megatron_ettin/config/schema.py` and `operations.py
 def reference() -> str:
     """Return the page."""
     parts = [HEAD]
-    for group, kind in groups().items():
-        parts.append(f"## `{group}`\n\n{(kind.__doc__ or '').strip()}\n")
+    for group, cls in groups().items():
+        parts.append(f"## `{group}`\n\n{(cls.__doc__ or '').strip()}\n")
         rows = ["| key | type | default | unit | allowed | science | meaning |", "|---|---|---|---|---|---|---|"]
-        rows += [_row(f"{group}.{field.name}", field) for field in dataclasses.fields(kind)]
+        rows += [_row(f"{group}.{field.name}", field) for field in dataclasses.fields(cls)]
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
@@ -49,8 +49,8 @@ def type_name(hint: Any) -> str:
     inner = get_args(hint)
     if get_origin(hint) is list:
         return f"list of {type_name(inner[0])}"
-    kinds = [one for one in inner or (hint,) if one is not type(None)]
-    return ", ".join("any" if one is Any else one.__name__ if not get_args(one) else type_name(one) for one in kinds)
+    types = [one for one in inner or (hint,) if one is not type(None)]
+    return ", ".join("any" if one is Any else one.__name__ if not get_args(one) else type_name(one) for one in types)
 
 
 def _yaml(value: Any) -> str:

@@ -110,9 +110,9 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
                     OmegaConf.update(tree, f"{group}.{key}", value, merge=False)
                 except OmegaConfBaseException:
                     hint = key_types()[f"{group}.{key}"]
-                    kind = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+                    wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
                     raise UserError(
-                        f"{group}.{key}: {value!r} is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+                        f"{group}.{key}: {value!r} is not {'an' if wanted[0] in 'aeiou' else 'a'} {wanted}"
                     ) from None
     return tree
 
@@ -120,12 +120,13 @@ def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
 def to_config(tree: Any) -> Config:
     """Return groups of plain values as the frozen dataclasses."""
     values: Any = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
-    return Config(**{group: kind(**values[group]) for group, kind in groups().items() if group in values})
+    return Config(**{group: cls(**values[group]) for group, cls in groups().items() if group in values})
 
 
 def to_yaml(config: Config) -> str:
     """Return the resolved run as text, groups in the order of the schema; `from_yaml` reads it back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def from_yaml(path: Path) -> Config:

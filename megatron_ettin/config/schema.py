@@ -1,6 +1,6 @@
 """The configuration's groups as frozen dataclasses: every key a user may set.
 
-Each key is declared once by `key` (keys.py), which says what it does and which values it may have; docs/config.md is
+Each key is declared once by `key` (keys.py), with what it does and which values it may have; docs/config.md is
 generated from here. Defaults are those that no recipe table decides: resolve.py fills the rest from SIZES, PHASES and
 OBJECTIVES. OmegaConf types and merges the groups, so a key that is not here does not exist. None means "not set"."""
 
@@ -312,7 +312,7 @@ def groups() -> Mapping[str, Any]:
 @functools.cache
 def key_types() -> Mapping[str, Any]:
     """Return the annotation of each `group.key`."""
-    return {f"{group}.{name}": hint for group, kind in groups().items() for name, hint in get_type_hints(kind).items()}
+    return {f"{group}.{name}": hint for group, cls in groups().items() for name, hint in get_type_hints(cls).items()}
 
 
 @functools.cache
@@ -320,6 +320,6 @@ def all_keys() -> Mapping[str, Key]:
     """Return what each `group.key` was declared with."""
     return {
         f"{group}.{one.name}": one.metadata[METADATA]
-        for group, kind in groups().items()
-        for one in dataclasses.fields(kind)
+        for group, cls in groups().items()
+        for one in dataclasses.fields(cls)
     }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ettin.config.flops import attended_pairs, flops_per_token
 from megatron_ettin.config.recipe import ORIGINAL_LOCAL_THETA, PHASES, recipe
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.config.tables import OBJECTIVES, SIZES, VOCABULARY, parameter_count, tensor_parallel_degrees
+from megatron_ettin.config.tables import OBJECTIVES, SIZES, parameter_count, tensor_parallel_degrees
 
 SIZE_TABLE = {  # size: layers, hidden, ffn, heads, parameters, tensor-parallel degrees
     "17m": (7, 256, 384, 4, 16_913_600, [1, 2, 4]),
@@ -108,39 +107,3 @@ def test_recipe_encoder_and_decoder_share_model_optimizer_and_batch(size: str, p
     assert (encoder.data.seq_len, encoder.batch.global_batch_rows) == (
         (1024, 2816) if phase == "pretrain" else (8192, 1024)
     )
-
-
-def brute_force_pairs(n: int, causal: bool, window: int | None) -> int:
-    def seen(query: int, key: int) -> bool:
-        if causal:
-            return key <= query and (window is None or query - key < window)
-        return window is None or abs(query - key) <= window
-
-    return sum(seen(q, k) for q in range(n) for k in range(n))
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 5, 64])
-@pytest.mark.parametrize("n", [1, 5, 6, 64, 65, 130])
-def test_attended_pairs_match_brute_force(n: int, causal: bool, window: int | None) -> None:
-    assert attended_pairs(n, causal, window) == brute_force_pairs(n, causal, window)
-
-
-@pytest.mark.parametrize(
-    ("size", "context", "causal", "gigaflops"),
-    [("1b", 1024, False, 6.07), ("1b", 8192, False, 7.61), ("1b", 1024, True, 6.32), ("1b", 8192, True, 7.09)],
-)
-def test_flops_per_token_match_the_published_figures(size: str, context: int, causal: bool, gigaflops: float) -> None:
-    """Match the published figures, for an encoder with labels at 30 % of positions."""
-    found = flops_per_token(SIZES[size], VOCABULARY, context, causal, 64, 1.0 if causal else 0.3)
-    assert found / 1e9 == pytest.approx(gigaflops, rel=0.005)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_flops_per_token_of_one_token_match_the_linear_layers(size: str) -> None:
-    """Count 6 operations per parameter of the layers' matrices, plus attention to one key; no head."""
-    shape = SIZES[size]
-    short = flops_per_token(shape, VOCABULARY, 1, True, 64, 0.0)
-    attention = 12 * shape.hidden_size * shape.num_layers
-    matrices = shape.num_layers * (4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.ffn_hidden_size)
-    assert short == 6 * matrices + attention

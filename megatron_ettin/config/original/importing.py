@@ -144,7 +144,7 @@ def _model(reading: Reading) -> dict[str, dict[str, Any]]:
     ]
     try:
         trainer_model.check_fixed(config, source)
-        found = trainer_model.model_of({**trainer_model.DEFAULTS, **config}, source, _seq_len(reading), notes)
+        model = trainer_model.model_of({**trainer_model.DEFAULTS, **config}, source, _seq_len(reading), notes)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{source}: {error}") from None
     causal = config.get("causal_mask")
@@ -158,8 +158,8 @@ def _model(reading: Reading) -> dict[str, dict[str, Any]]:
         *("local_rope_theta", "vocab_size", "global_attention_every", "encoder_window", "attention_output_dropout"),
         *("init_std", "norm_eps"),
     )
-    taken = {key: getattr(found, key) for key in keys}
-    return {"model": {**taken, "decoder_window_keys": found.encoder_window + 1}}
+    taken = {key: getattr(model, key) for key in keys}
+    return {"model": {**taken, "decoder_window_keys": model.encoder_window + 1}}
 
 
 def _seq_len(reading: Reading) -> int:

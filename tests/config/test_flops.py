@@ -1,4 +1,4 @@
-"""Layers of pipeline stages against every possible split."""
+"""Operations against brute force and published figures; layers of pipeline stages against every possible split."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import random
 
 import pytest
 
-from megatron_ettin.config.flops import layer_operations, split_evenly
+from megatron_ettin.config.flops import attended_pairs, flops_per_token, layer_operations, split_evenly
 from megatron_ettin.config.layouts import stage_layers
-from tests.config.test_resolve import parse
+from megatron_ettin.config.resolve import parse
+from megatron_ettin.config.tables import SIZES, VOCABULARY
 
 
-def dearest(costs: list[float], lengths: list[int]) -> float:
+def most_expensive(costs: list[float], lengths: list[int]) -> float:
     ends = [0, *itertools.accumulate(lengths)]
     return max(sum(costs[a:b]) for a, b in itertools.pairwise(ends))
 
@@ -27,7 +28,7 @@ def test_split_evenly_matches_the_best_of_all_splits(seed: int) -> None:
     found = split_evenly(costs, stages)
     assert sum(found) == len(costs)
     assert min(found) >= 1
-    assert dearest(costs, found) == pytest.approx(min(dearest(costs, split) for split in every))
+    assert most_expensive(costs, found) == pytest.approx(min(most_expensive(costs, split) for split in every))
 
 
 def test_split_evenly_equal_layers_gives_equal_stages() -> None:
@@ -66,3 +67,39 @@ def test_stage_layers_give_the_last_stage_fewer_for_the_head(
 ) -> None:
     """The splits of docs/layouts.md."""
     assert stage_layers(parse(size, objective, phase, overrides=["parallel.pp=4"])) == layers
+
+
+def brute_force_pairs(n: int, causal: bool, window: int | None) -> int:
+    def seen(query: int, key: int) -> bool:
+        if causal:
+            return key <= query and (window is None or query - key < window)
+        return window is None or abs(query - key) <= window
+
+    return sum(seen(q, k) for q in range(n) for k in range(n))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("n", [1, 5, 6, 64, 65, 130])
+def test_attended_pairs_match_brute_force(n: int, causal: bool, window: int | None) -> None:
+    assert attended_pairs(n, causal, window) == brute_force_pairs(n, causal, window)
+
+
+@pytest.mark.parametrize(
+    ("size", "context", "causal", "gigaflops"),
+    [("1b", 1024, False, 6.07), ("1b", 8192, False, 7.61), ("1b", 1024, True, 6.32), ("1b", 8192, True, 7.09)],
+)
+def test_flops_per_token_match_the_published_figures(size: str, context: int, causal: bool, gigaflops: float) -> None:
+    """Match the published figures, for an encoder with labels at 30 % of positions."""
+    found = flops_per_token(SIZES[size], VOCABULARY, context, causal, 64, 1.0 if causal else 0.3)
+    assert found / 1e9 == pytest.approx(gigaflops, rel=0.005)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flops_per_token_of_one_token_match_the_linear_layers(size: str) -> None:
+    """Count 6 operations per parameter of the layers' matrices, plus attention to one key; no head."""
+    shape = SIZES[size]
+    short = flops_per_token(shape, VOCABULARY, 1, True, 64, 0.0)
+    attention = 12 * shape.hidden_size * shape.num_layers
+    matrices = shape.num_layers * (4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.ffn_hidden_size)
+    assert short == 6 * matrices + attention

@@ -35,7 +35,7 @@ def test_row_split_ranks_and_micro_batches_have_equal_rows() -> None:
         assert max(sizes) <= split.size, split
 
 
-def test_row_split_rank_has_fewer_empty_places_than_a_micro_batch() -> None:
+def test_row_split_rank_has_fewer_empty_slots_than_a_micro_batch() -> None:
     for split in CASES:
         if split.count == -(-split.rows // (split.dp * split.size)):
             empty = split.count * split.size - len(rank_rows(split, 0))
@@ -54,12 +54,12 @@ def test_row_split_of_dividing_rows_deals_out_consecutive_micro_batches() -> Non
 @pytest.mark.parametrize(
     ("size", "dp", "share"), [("17m", 64, 0), ("68m", 32, 0), ("1b", 128, 0), ("1b", 512, 0.0834), ("68m", 8, 0.006)]
 )
-def test_recipe_batch_on_many_ranks_leaves_few_places_empty(size: str, dp: int, share: float) -> None:
+def test_recipe_batch_on_many_ranks_leaves_few_slots_empty(size: str, dp: int, share: float) -> None:
     split = full_batch_split(parse(size, "mlm", "pretrain"), dp)
     assert split.empty / split.capacity <= share
 
 
-def test_describe_empty_rows_tells_of_places_without_rows() -> None:
+def test_describe_empty_rows_names_slots_without_rows() -> None:
     config = parse("1b", "mlm", "pretrain")
     assert describe_empty_rows(config, 64) == (
         "2,816 rows on dp 64, 3 micro-batches of 15 each: 64 row slots of a step are empty (2.2% of the work)"
