@@ -1,6 +1,7 @@
 """Draw curves, bars and heat maps as PNG, SVG or PDF files with matplotlib.
 
-matplotlib is imported inside the functions, because it takes a second."""
+matplotlib is imported inside the functions, because it takes a second.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ MOST_DOTS = 40
 # an axis is logarithmic if the highest value is so many times the median
 WIDE_RANGE = 50
 CLIP_QUANTILE, CLIP_ROOM, CLIP_FROM = 0.95, 1.25, 2.0
-# columns of a heat map whose names are horizontal
-MOST_HORIZONTAL = 4
+# characters in the names of a heat map's columns that fit next to each other
+MOST_HORIZONTAL = 60
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def draw_heat_map(axes: Axes, rows: Sequence[str], columns: Sequence[str], grid:
     """Draw shares as colours and percents. `grid` is [rows, columns], NaN where there is no value."""
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
-    if len(columns) > MOST_HORIZONTAL:
+    if sum(map(len, columns)) > MOST_HORIZONTAL:
         axes.tick_params(axis="x", rotation=90)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2

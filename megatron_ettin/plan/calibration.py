@@ -104,9 +104,7 @@ def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[Measure
 
 
 def _from_bench_row(row: Any, own: Path | None) -> Any:
-    """Convert a line of `ettin bench` to a run, with the batch that it measured as overrides; return other rows
-    unchanged.
-    """
+    """Convert a line of `ettin bench` to a run, with its batch as overrides; return other rows unchanged."""
     if not isinstance(row, dict) or "state" not in row:
         return row
     if lacking := [key for key in (*BENCH_KEYS, *BENCH_BATCH_KEYS) if key not in row]:
@@ -147,9 +145,7 @@ def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
 
 
 def _check_types(row: dict[str, Any]) -> None:
-    """Raise UserError for a name that is not text, a number that is not above 0, or overrides that are not a list of
-    text.
-    """
+    """Raise UserError for a value that is not of its key's type, or a number that is not above 0."""
     for key, value in row.items():
         if key == "words":
             if not isinstance(value, list) or not all(isinstance(word, str) for word in value):

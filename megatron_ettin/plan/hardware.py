@@ -68,9 +68,7 @@ class GpuSpec:
         return ((ranks - nodes) * self.link_us + (nodes - 1) * self.network_us) * 1e-6
 
     def reduce_latency(self, ranks: int, stride: int, node: int) -> float:
-        """Return the latency of an all-reduce: around the ring twice, or up and down a tree of hosts where that is
-        faster.
-        """
+        """Return the latency of an all-reduce: twice around the ring, or a tree of hosts where that is faster."""
         nodes = self._nodes(ranks, stride, node)
         chain, levels = -(-ranks // nodes) - 1, math.ceil(math.log2(nodes))
         tree = 2 * (chain * self.link_us + levels * self.network_us) * 1e-6

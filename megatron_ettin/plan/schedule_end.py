@@ -36,11 +36,7 @@ def expected_row_tokens(config: Config) -> float:
 
 
 def end_tokens(config: Config, row_tokens: float) -> int:
-    """Return the tokens after which the run ends, by its tokens or by its steps.
-
-    Args:
-        row_tokens: mean tokens of a row.
-    """
+    """Return the tokens after which a run with rows of that mean length ends, by its tokens or by its steps."""
     if config.run.steps is None:
         return config.run.tokens
     rows = BatchSizes.of(config.batch, row_tokens).rows_before(config.run.steps)
@@ -86,9 +82,7 @@ def decays(schedule: ScheduleConfig) -> bool:
 
 
 def free_by_value(config: Config) -> frozenset[str]:
-    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run of which only the resolved config is
-    known.
-    """
+    """Return which of `SPAN` have the recipe's value for `run.tokens`, for a run known only by its result."""
     run, schedule = config.run, config.schedule
     base = recipe(run.size, run.objective, run.phase, config.data.batching, run.recipe)
     keys = ["schedule.end_tokens"] if schedule.end_tokens is None else []
@@ -97,20 +91,12 @@ def free_by_value(config: Config) -> frozenset[str]:
 
 
 def lr_at_end(config: Config, row_tokens: float) -> float:
-    """Return the learning rate at the run's end.
-
-    Args:
-        row_tokens: mean tokens of a row.
-    """
+    """Return the learning rate at the end of a run with rows of that mean length."""
     return config.optim.lr * lr_fraction(end_tokens(config, row_tokens), config.schedule, config.run.tokens)
 
 
 def describe_end(config: Config, row_tokens: float) -> str:
-    """Return the line that says how far the run comes in its schedule, and at which rate it ends.
-
-    Args:
-        row_tokens: mean tokens of a row.
-    """
+    """Return the line about how far the run comes in its schedule, and at which learning rate it ends."""
     schedule, end = config.schedule, end_tokens(config, row_tokens)
     about = "about " if config.run.steps is not None and end < config.run.tokens else ""
     parts = []

@@ -31,13 +31,21 @@ class Planned:
     """A valid layout with its predicted time and memory."""
 
     config: Config
+    """The run in this layout."""
     dp: int
+    """Data-parallel degree."""
     time: StepTime
+    """Seconds of a step, by part."""
     memory: Memory
+    """Bytes on the fullest GPU, by part."""
     row_tokens: float
+    """Mean tokens of a row."""
     chunk_tokens: float
+    """Mean tokens of a chunk."""
     gpus: int
+    """Number of GPUs."""
     gpu: GpuSpec
+    """Their model."""
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -148,9 +156,7 @@ def candidate_degrees(config: Config, gpus: int, node: int, given: Set[str] = fr
 
 
 def micro_batch_sizes(config: Config, dp: int) -> list[int]:
-    """Return the sizes of micro-batches into which a rank's rows divide evenly, the largest first, up to twice the
-    recipe's.
-    """
+    """Return the micro-batches that divide a rank's rows evenly, largest first, up to twice the recipe's."""
     share = -(-config.batch.global_batch_rows // dp)
     sizes = {-(-share // count) for count in range(1, share + 1)}
     return sorted((size for size in sizes if size <= 2 * config.batch.micro_batch_rows), reverse=True)
@@ -159,9 +165,7 @@ def micro_batch_sizes(config: Config, dp: int) -> list[int]:
 def apply_layout(
     config: Config, degrees: dict[str, int], rows: int, recompute: str, node: int, given: Set[str]
 ) -> Config:
-    """Return the configuration in a layout, where keys that are not `given` get what is usually fastest. Raises
-    UserError.
-    """
+    """Return the configuration in a layout, with usual values for keys that are not `given`. Raises UserError."""
     if degrees["tp"] > node:
         raise UserError(
             f"tp {degrees['tp']} would span hosts of {node} GPUs, so that every layer communicates over the network"

@@ -184,8 +184,11 @@ class Check:
     """One thing that a pair shares."""
 
     pair: str
+    """Names of the two models."""
     phase: str
+    """Phase; empty for a check of all phases."""
     name: str
+    """Short name, such as `data order`."""
     passed: bool
     detail: str
     """Values that were compared, or that differ."""
@@ -196,6 +199,7 @@ class Comparison:
     """The models that were compared, and the checks of each against the first."""
 
     chains: list[PhaseChain]
+    """The models, the first of which the others are checked against."""
     checks: list[Check]
 
     @property

@@ -178,9 +178,7 @@ def exported(models: Sequence[ModelRuns], folders: Sequence[Path]) -> dict[str, 
 
 
 def used(run: RunRecord, key: str) -> str:
-    """Return what the latest launch ran with (`device`, `attention`), or the configured value where that is not
-    recorded.
-    """
+    """Return a key that the latest launch ran with (`device`, `attention`), else the configured value."""
     found = run.launches[-1].get(key) if run.launches else None
     return str(found) if found else f"{run.setting('run', key)} (as configured)"
 

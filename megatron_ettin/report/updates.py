@@ -7,7 +7,7 @@ nothing is known, because its update was left out under some settings and made u
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ MOST_RANGES = 12
 Steps = Mapping[int, Mapping[str, Any]]
 
 
-def is_left_out(line: Mapping[str, Any]) -> bool:
-    """Return whether a step's update was left out."""
-    return line.get("updated") is False or str(line.get("bad", "")).startswith("skipped")
-
-
 def left_out(steps: Steps) -> list[int]:
     """Return the steps whose updates were left out."""
-    return [step for step, line in steps.items() if is_left_out(line)]
+    return [
+        step
+        for step, line in steps.items()
+        if line.get("updated") is False or str(line.get("bad", "")).startswith("skipped")
+    ]
 
 
 def unproven(run_dir: Path, steps: Steps) -> str | None:
@@ -60,13 +59,8 @@ def newest_count(run_dir: Path) -> tuple[int, int] | None:
 
 def format_steps(steps: Sequence[int]) -> str:
     """Return steps in words: `3, 7 to 9`; `none`."""
-    ranges = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges_of(steps)]
+    groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
+    consecutive = [[step for _, step in group] for _, group in groups]
+    ranges = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in consecutive]
     more = f" and {len(ranges) - MOST_RANGES} more ranges" if len(ranges) > MOST_RANGES else ""
     return ", ".join(ranges[:MOST_RANGES]) + more or "none"
-
-
-def ranges_of(steps: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the first and the last of each range of consecutive steps."""
-    groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
-    runs = [[step for _, step in group] for _, group in groups]
-    return [(run[0], run[-1]) for run in runs]

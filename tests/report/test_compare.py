@@ -240,7 +240,7 @@ def test_compare_page_fetches_nothing_and_shows_differences(tmp_path, encoder, c
     assert not re.search(r"url\((?!#)|@import", text)
     assert "<b>decoder" not in text
     assert "&lt;b&gt;decoder" in text
-    assert "NOT PAIRED" in text
+    assert "<title>NOT PAIRED: 17m mlm / 17m clm</title>" in text
     assert "optim.lr: 0.003 and 0.001" in text
     assert {chart["id"] for chart in numbers(text)["charts"]} == {"loss", "lr", "grad_norm", "speed"}
     assert len(text) < 200_000
