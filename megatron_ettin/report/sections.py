@@ -28,25 +28,32 @@ AXES = ("tp", "pp", "vpp", "cp")
 
 
 def table(
-    caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), quiet: bool = False
+    caption: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[int] = (),
+    quiet: bool = False,
+    none: str = "",
 ) -> str:
-    """Return a table. Cells are HTML.
+    """Return a table.
 
     Args:
         caption: its caption, as HTML.
         heads: of the columns.
-        rows: cells of each row.
+        rows: cells of each row, as HTML.
         numbers: columns that align to the right.
         quiet: whether a heading above has the caption's text.
+        none: text in place of a table without rows.
     """
+    if none and not rows:
+        return _soft(none)
     classes = [" class=number" if column in numbers else "" for column in range(len(heads))]
     head = "".join(f"<th scope=col{one}>{name}</th>" for one, name in zip(classes, heads))
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{one}>{cell}</td>" for one, cell in zip(classes, row)) + "</tr>" for row in rows
-    )
-    text = f"<caption{' class=sr' * quiet}>{caption}</caption>"
+    cells = ("".join(f"<td{one}>{cell}</td>" for one, cell in zip(classes, row)) for row in rows)
+    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
+    title = f"<caption{' class=sr' * quiet}>{caption}</caption>"
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{text}'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>{title}'
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
@@ -62,10 +69,10 @@ def count(value: float | None) -> str:
 def size(value: int | None) -> str:
     if value is None:
         return ""
-    unit, name = next(
-        ((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if value >= unit), (1, "bytes")
-    )
-    return f"{value / unit:.3g} {name}" if unit > 1 else f"{value} bytes"
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value} bytes"
 
 
 def cards(models: Sequence[ModelRuns]) -> str:
@@ -151,8 +158,8 @@ def comparison(compared: Comparison | str | None) -> str:
     parts += [f"Steps without a partner: {escaped(compared.without_partner)}."] if compared.without_partner else []
     verdict = f'<span class="verdict {"bad" if failed else "good"}">{compared.verdict}</span>'
     heads = ("Pair", "Phase", "Shared", "", "What was compared, or what differs")
-    differs = table("What differs", heads, map(_check, failed)) if failed else ""
-    proof = table("What was compared", heads, map(_check, checks), quiet=True)
+    differs = table("What differs", heads, [_check(one) for one in failed]) if failed else ""
+    proof = table("What was compared", heads, [_check(one) for one in checks], quiet=True)
     details = f'<details id="checks"><summary>All checks</summary>{proof}</details>' if checks else ""
     return f"<h2>Comparison</h2><p>{verdict}{' '.join(parts)}</p>{differs}{details}"
 
@@ -163,86 +170,49 @@ def _check(check: Check) -> Sequence[str]:
 
 
 def data(models: Sequence[ModelRuns]) -> str:
+    """Return the tokens read by dataset and source."""
     parts = ["<h2>Data consumed</h2>"]
+    heads = ("Source", "Share", "", "Tokens", "Epochs")
     for model in models:
         rows = []
         for one in facts.consumed(model.runs):
             rows.append(_consumed(one, f"<code>{escaped(one.name)}</code>"))
             rows += [_consumed(inner, f"&emsp;{escaped(inner.name)}") for inner in one.inner[:MOST_ROWS]]
-        heads = ("Source", "Share", "", "Tokens", "Epochs")
-        text = table(f"Data of {escaped(model.name)}", heads, rows, (1, 3, 4))
-        parts.append(text if rows else f'<p class="soft">{escaped(model.name)}: data.mixture is not set.</p>')
+        name = escaped(model.name)
+        parts.append(table(f"Data of {name}", heads, rows, (1, 3, 4), none=f"{name}: data.mixture is not set."))
         order = ", ".join(str(run.order["fingerprint"])[:16] for run in model.runs if run.order.get("fingerprint"))
-        parts.append(f'<p class="soft">Order of data: {escaped(order) or "not recorded yet"}.</p>')
-    note = (
-        "Shares are those of the configuration; within a dataset, those of its sources."
-        " <code>ettin order</code> counts exactly."
-    )
-    return "\n".join([*parts, f'<p class="soft">{note}</p>'])
+        parts.append(_soft(f"Order of data: {escaped(order) or 'not recorded yet'}."))
+    shares = "Shares are those of the configuration; within a dataset, those of its sources."
+    return "\n".join([*parts, _soft(f"{shares} <code>ettin order</code> counts exactly.")])
 
 
 def _consumed(one: facts.Consumed, name: str) -> tuple[str, ...]:
+    share = one.share
     meter = (
-        ""
-        if one.share is None
-        else f'<meter min=0 max=1 value="{one.share:.4f}" aria-label="share">{one.share:.0%}</meter>'
+        f'<meter min=0 max=1 value="{share:.4f}" aria-label="share">{share:.0%}</meter>' if share is not None else ""
     )
-    return name, number(one.share, ".1%") or "not known", meter, count(one.tokens), number(one.epochs, ".3g")
+    return name, number(share, ".1%") or "not known", meter, count(one.tokens), number(one.epochs, ".3g")
 
 
 def layout(models: Sequence[ModelRuns]) -> str:
+    """Return the layout of each phase."""
     heads = ("Model", "Phase", "Layout", "Ranks", "Micro-batch", "Precision", "Device", "Attention", "Engine")
     rows = []
-    for model, run in _runs(models):
+    for model, phase, run in _runs(models):
         last = run.launches[-1] if run.launches else {}
         degrees = {axis: run.setting("parallel", axis) for axis in AXES}
-        configured = " ".join(
-            f"{axis} {degree}" for axis, degree in degrees.items() if isinstance(degree, int) and degree > 1
-        )
+        configured = [f"{axis} {size}" for axis, size in degrees.items() if isinstance(size, int) and size > 1]
         shown = (
-            (last.get("layout") or configured or "data-parallel"), last.get("world", ""),
+            (last.get("layout") or " ".join(configured) or "data-parallel"), last.get("world", ""),
             run.setting("batch", "micro_batch_rows"), run.setting("precision", "name"), facts.used(run, "device"),
             facts.used(run, "attention"), run.setting("parallel", "engine"),
         )  # fmt: skip
-        rows.append((escaped(model.name), escaped(run.named("phase")), *map(escaped, shown)))
+        rows.append((model, phase, *map(escaped, shown)))
     return "<h2>Layout</h2>" + table("Layout of each phase", heads, rows, (3, 4), quiet=True)
 
 
-def environment(models: Sequence[ModelRuns]) -> str:
-    """Return the launches, each with the software it ran on, and the hosts that are known."""
-    shown = [(model, run, launch) for model, run in _runs(models) for launch in run.launches[-MOST_ROWS:]]
-    rows = [
-        [
-            *(escaped(model.name), escaped(run.named("phase"))),
-            escaped(_plain(launch.get("time")).replace("T", " ", 1)),
-            *(_wrapped(escaped(_plain(launch.get(key)), key)) for key in list(_LAUNCH)[1:]),
-            _wrapped(", ".join(f"{escaped(key)} {escaped(_plain(launch[key]), key)}" for key in _others(launch))),
-        ]
-        for model, run, launch in shown
-    ]
-    heads = ("Model", "Phase", *_LAUNCH.values(), "With")
-    parts = ["<h2>Environment and launches</h2>"]
-    parts.append(
-        table("Launches", heads, rows, quiet=True) if rows else '<p class="soft">No launch is recorded yet.</p>'
-    )
-    for model, run in _runs(models):
-        what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
-        if len(run.launches) > MOST_ROWS:
-            parts.append(f'<p class="soft">{what}: the last {MOST_ROWS} of {len(run.launches):,} launches.</p>')
-        if run.metrics.unreadable_lines:
-            unread = f"{run.metrics.unreadable_lines:,} lines of metrics.jsonl could not be read"
-            parts.append(f'<p class="bad">{what}: {unread}.</p>')
-        if len(run.metrics.slowest_hosts) > 1:
-            (host, often), whole = run.metrics.slowest_hosts.most_common(1)[0], run.metrics.slowest_hosts.total()
-            text = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons"
-            parts.append(f'<p class="soft">{what}: {text}.</p>')
-    named = dict.fromkeys(host for _, run in _runs(models) for host in facts.hosts(run))
-    parts.append(f'<p class="soft">Hosts: {escaped(", ".join(list(named)[:MOST_ROWS])) or "not recorded"}.</p>')
-    return "\n".join(parts)
-
-
+# keys of a launch's record that are not shown, and those with a column of their own; the others share one
 _NOT_SHOWN = ("model_of_weights", "init_from_relative")
-# keys of a launch's record with a column of their own; the others share one
 _LAUNCH = {
     "time": "Time",
     "step": "After step",
@@ -253,14 +223,34 @@ _LAUNCH = {
 }
 
 
-def _others(launch: dict[str, Any]) -> list[str]:
-    hidden = {*_NOT_SHOWN, *_LAUNCH, *(("init_from",) if launch.get("from") else ())}
-    return [key for key, value in launch.items() if key not in hidden and value is not None]
-
-
-def _wrapped(text: str) -> str:
-    """Return a cell that breaks anywhere, so that a long path does not push others off the page."""
-    return f"<span class=any>{text}</span>"
+def environment(models: Sequence[ModelRuns]) -> str:
+    """Return the launches, each with the software it ran on, and the hosts that are known."""
+    rows, notes = [], []
+    for model, phase, run in _runs(models):
+        for launch in run.launches[-MOST_ROWS:]:
+            hidden = {*_NOT_SHOWN, *_LAUNCH, *(("init_from",) if launch.get("from") else ())}
+            others = [key for key, value in launch.items() if key not in hidden and value is not None]
+            time, *cells = (escaped(_plain(launch.get(key)), key) for key in _LAUNCH)
+            cells.append(", ".join(f"{escaped(key)} {escaped(_plain(launch[key]), key)}" for key in others))
+            # a cell that breaks anywhere, so that a long path does not push others off the page
+            wrapped = (f"<span class=any>{cell}</span>" for cell in cells)
+            rows.append([model, phase, time.replace("T", " ", 1), *wrapped])
+        unread, hosts = run.metrics.unreadable_lines, run.metrics.slowest_hosts
+        if len(run.launches) > MOST_ROWS:
+            notes.append(_soft(f"{model}, {phase}: the last {MOST_ROWS} of {len(run.launches):,} launches."))
+        if unread:
+            text = f"{model}, {phase}: {unread:,} lines of metrics.jsonl could not be read."
+            notes.append(f'<p class="bad">{text}</p>')
+        if len(hosts) > 1:
+            (host, often), whole = hosts.most_common(1)[0], hosts.total()
+            text = f"the slowest rank was on {escaped(host)} in {often:,} of {whole:,} comparisons."
+            notes.append(_soft(f"{model}, {phase}: {text}"))
+    launches = table(
+        "Launches", ("Model", "Phase", *_LAUNCH.values(), "With"), rows, quiet=True, none="No launch is recorded yet."
+    )
+    known = list(dict.fromkeys(host for *_, run in _runs(models) for host in facts.hosts(run)))[:MOST_ROWS]
+    notes.append(_soft(f"Hosts: {escaped(', '.join(known)) or 'not recorded'}."))
+    return "\n".join(["<h2>Environment and launches</h2>", launches, *notes])
 
 
 def _plain(value: Any) -> str:
@@ -270,79 +260,56 @@ def _plain(value: Any) -> str:
 
 
 def bad_steps(models: Sequence[ModelRuns]) -> str:
+    """Return the bad steps, with their reasons and documents; empty where there is none."""
     rows = []
-    for model, run in _runs(models):
+    for model, phase, run in _runs(models):
         for step in sorted({*run.metrics.bad_steps, *run.bad_steps}):
             entry = run.bad_steps.get(step, {})
             why = run.metrics.bad_steps.get(step) or f"{entry.get('outcome')}: {entry.get('why')}"
-            rows.append(
-                (
-                    escaped(model.name),
-                    escaped(run.named("phase")),
-                    f"{step:,}",
-                    escaped(why),
-                    escaped(entry.get("documents") or ""),
-                )
-            )
+            rows.append((model, phase, f"{step:,}", escaped(why), escaped(entry.get("documents") or "")))
     if not rows:
         return ""
-    more = f'<p class="soft">The first {MOST_ROWS} of {len(rows):,}.</p>' if len(rows) > MOST_ROWS else ""
+    more = _soft(f"The first {MOST_ROWS} of {len(rows):,}.") if len(rows) > MOST_ROWS else ""
     heads = ("Model", "Phase", "Step", "What was wrong, what was done", "Documents")
     return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,), quiet=True) + more
 
 
 def checkpoints(models: Sequence[ModelRuns], releases: Sequence[Path]) -> str:
+    """Return what the runs have saved, whether it is whole, and its parity with transformers."""
     exports = facts.exported(models, releases)
     rows = []
-    for model, run in _runs(models):
+    for model, phase, run in _runs(models):
         for one in facts.saved(run, exports):
+            name = f"<code class=whole>{escaped(one.path.name)}</code>"
             tone, word = ("good", "whole") if one.whole else ("bad", "damaged")
             state = f'<span class="{tone}">{word}</span>: {escaped(one.integrity)}'
-            names = (
-                escaped(model.name),
-                escaped(run.named("phase")),
-                one.type,
-                f"<code class=whole>{escaped(one.path.name)}</code>",
-            )
-            rows.append(
-                (
-                    *names,
-                    number(one.step),
-                    count(one.tokens),
-                    size(one.bytes),
-                    state,
-                    escaped(one.parity or "no export found"),
-                )
-            )
+            figures = number(one.step), count(one.tokens), size(one.bytes)
+            rows.append((model, phase, one.type, name, *figures, state, escaped(one.parity or "no export found")))
     heads = ("Model", "Phase", "Kind", "Name", "Step", "Tokens", "Size", "Integrity", "Parity with transformers")
-    text = (
-        table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True)
-        if rows
-        else '<p class="soft">None yet.</p>'
-    )
-    note = (
-        '<p class="soft">Sizes are compared; <code>ettin inspect RUN --verify</code> reads every byte.</p>'
-        if rows
-        else ""
-    )
-    return f"<h2>Checkpoints and milestones</h2>{text}{note}"
+    saved = table("Checkpoints and milestones", heads, rows, (4, 5, 6), quiet=True, none="None yet.")
+    note = _soft("Sizes are compared; <code>ettin inspect RUN --verify</code> reads every byte.") if rows else ""
+    return f"<h2>Checkpoints and milestones</h2>{saved}{note}"
 
 
 def configuration(models: Sequence[ModelRuns]) -> str:
+    """Return the configuration of each phase, folded."""
     parts = ["<h2>Configuration</h2>"]
-    for index, (model, run) in enumerate(_runs(models)):
+    for index, (model, phase, run) in enumerate(_runs(models)):
         rows = [
             (f"<code>{escaped(f'{group}.{key}')}</code>", f"<code>{escaped(value, str(key))}</code>")
             for group, settings in run.config.items()
             for key, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
         ]
-        what = f"{escaped(model.name)}, {escaped(run.named('phase'))}"
-        text = table(f"Configuration of {what}", ("Key", "Value"), rows, quiet=True)
-        parts.append(
-            f'<details id="config-{index}"><summary>{what}: <code>{escaped(run.path)}</code></summary>{text}</details>'
-        )
+        keys = table(f"Configuration of {model}, {phase}", ("Key", "Value"), rows, quiet=True)
+        summary = f"<summary>{model}, {phase}: <code>{escaped(run.path)}</code></summary>"
+        parts.append(f'<details id="config-{index}">{summary}{keys}</details>')
     return "\n".join(parts)
 
 
-def _runs(models: Sequence[ModelRuns]) -> list[tuple[ModelRuns, RunRecord]]:
-    return [(model, run) for model in models for run in model.runs]
+def _soft(text: str) -> str:
+    return f'<p class="soft">{text}</p>'
+
+
+def _runs(models: Sequence[ModelRuns]) -> list[tuple[str, str, RunRecord]]:
+    """Return model, phase and record of every run, the names as HTML."""
+    return [(escaped(model.name), escaped(run.named("phase")), run) for model in models for run in model.runs]

@@ -66,7 +66,7 @@ def test_report_page_of_pair_draws_every_curve_and_mark(opened: Browser) -> None
     assert count(opened, "#chart-loss .mark.restart") == 1
     assert count(opened, "#chart-loss .mark.bad") == 1
     assert opened.value("document.querySelector('#chart-loss .mark.bad title').textContent") == (
-        "step 70: its loss is no number"
+        "step 70: its loss is not a number"
     )
     assert "17m clm, validation" in opened.value("document.querySelector('#chart-loss .legend').textContent")
 
