@@ -62,10 +62,10 @@ def mean_flops_per_token(config: Config) -> float:
         shares = [causal, 1 - causal]
     total = 0.0
     for name, share in zip(objective.row_objectives, shares, strict=True):
-        kind = ROW_OBJECTIVES[name]
-        labelled = data.mlm_probability if kind.masks else 1.0
-        window = config.windows[kind.causal]
-        total += share * flops_per_token(model, model.vocab_size, data.seq_len, kind.causal, window, labelled)
+        rows = ROW_OBJECTIVES[name]
+        labelled = data.mlm_probability if rows.masks else 1.0
+        window = config.windows[rows.causal]
+        total += share * flops_per_token(model, model.vocab_size, data.seq_len, rows.causal, window, labelled)
     return total
 
 
@@ -124,7 +124,7 @@ def describe(config: Config, as_json: bool) -> str:
             f"schedule        {describe_end(config, expected_row_tokens(config))}",
             f"data            {reason}" if reason else "\n".join(describe_epochs(table)),
             f"ranks           a multiple of {figures['smallest_world']}",
-            f"empty places    {describe_shares(figures['empty_share'])}",
+            f"empty row slots {describe_shares(figures['empty_share'])}",
             "memory, GiB     " + ", ".join(f"{name} {value}" for name, value in memory.items())
             + " (fullest rank at dp 1, activations estimated)",
         )

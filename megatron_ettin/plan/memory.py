@@ -243,7 +243,7 @@ def head_bytes(config: Config, fused: bool) -> tuple[float, float, float]:
     The peak is a chunk of logits, and the vocabulary's gradient in fp32, which is summed over chunks.
     """
     model, element, tokens = config.model, element_bytes(config), micro_batch_tokens(config)
-    share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[kind].masks else 1.0 for kind in row_objectives(config))
+    share = fmean(config.data.mlm_probability if ROW_OBJECTIVES[name].masks else 1.0 for name in row_objectives(config))
     labelled = round(tokens * share)
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
     norm = tokens * (model.hidden_size + 2) * element / slices(config)

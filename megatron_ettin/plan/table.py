@@ -115,15 +115,15 @@ def efficiency_line(best: Planned, gpus: int, share: float) -> str:
 
 
 def advantage(found: list[Planned]) -> str:
-    """Return the line about how far the best layout is ahead of the best one of another kind."""
+    """Return the line about how far the best layout is ahead of the best one of the other type."""
     best = found[0]
     plain = [one for one in found if one.gpus == one.dp]
     others = [one for one in found if (one.gpus == one.dp) != (best.gpus == best.dp)]
-    kind = "data parallelism with the distributed optimizer" if best in plain else layout_name(best)
+    name = "data parallelism with the distributed optimizer" if best in plain else layout_name(best)
     if not others:
-        return f"fastest: {kind}"
+        return f"fastest: {name}"
     ahead = best.tokens_per_second_per_gpu / others[0].tokens_per_second_per_gpu - 1
-    return f"fastest: {kind}, {ahead:.1%} ahead of {layout_name(others[0])}"
+    return f"fastest: {name}, {ahead:.1%} ahead of {layout_name(others[0])}"
 
 
 def summary(rejected: list[RejectedLayout]) -> list[str]:
