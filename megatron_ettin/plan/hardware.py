@@ -85,7 +85,7 @@ def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
     found = table.get(ALIASES.get(wanted, wanted))
     if found is None:
         raise UserError(
-            f"--gpu {name}: unknown{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
+            f"--gpu {name}: not known{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
         )
     return found
 
