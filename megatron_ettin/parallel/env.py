@@ -1,6 +1,6 @@
-"""Which rank this process is: read from torchrun's variables, from SLURM's step variables, or alone.
+"""Read which rank this process is: from torchrun's variables, from SLURM's step variables, or a single process.
 
-SLURM is believed only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers."""
+SLURM's variables count only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers."""
 
 from __future__ import annotations
 
@@ -17,52 +17,57 @@ FIRST_PORT, PORTS = 15_000, 17_000
 
 @dataclass(frozen=True)
 class DistributedEnv:
-    """This process among `world` ranks; `address` is None for a process that is alone."""
+    """This process among the ranks of a launch."""
 
     rank: int
     world: int
     local_rank: int
     address: str | None
+    """Host where the ranks meet; None for a single process."""
     port: int
-    source: str  # "torchrun", "slurm" or "alone"
+    source: str
+    """"torchrun", "slurm" or "alone"."""
 
 
 def read_distributed_env(environment: Mapping[str, str] | None = None) -> DistributedEnv:
-    """Rank and rendezvous address. Raises UserError for variables that contradict each other."""
-    env = os.environ if environment is None else environment
-    if "RANK" in env and "WORLD_SIZE" in env:
+    """Return the rank and rendezvous address. Raises UserError for variables that contradict each other."""
+    variables = os.environ if environment is None else environment
+    if "RANK" in variables and "WORLD_SIZE" in variables:
         return _checked(
             DistributedEnv(
-                int(env["RANK"]),
-                int(env["WORLD_SIZE"]),
-                int(env.get("LOCAL_RANK", 0)),
-                env.get("MASTER_ADDR", "127.0.0.1"),
-                int(env.get("MASTER_PORT", 29_500)),
+                int(variables["RANK"]),
+                int(variables["WORLD_SIZE"]),
+                int(variables.get("LOCAL_RANK", 0)),
+                variables.get("MASTER_ADDR", "127.0.0.1"),
+                int(variables.get("MASTER_PORT", 29_500)),
                 "torchrun",
             )
         )
-    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return _checked(
             DistributedEnv(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env.get("SLURM_LOCALID", 0)),
-                env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
-                int(env.get("MASTER_PORT") or job_port(env.get("SLURM_JOB_ID", "0"), env.get("SLURM_STEP_ID", "0"))),
+                int(variables["SLURM_PROCID"]),
+                int(variables["SLURM_STEP_NUM_TASKS"]),
+                int(variables.get("SLURM_LOCALID", 0)),
+                variables.get("MASTER_ADDR") or first_host(variables["SLURM_STEP_NODELIST"]),
+                int(
+                    variables.get("MASTER_PORT")
+                    or job_port(variables.get("SLURM_JOB_ID", "0"), variables.get("SLURM_STEP_ID", "0"))
+                ),
                 "slurm",
             )
         )
     return DistributedEnv(0, 1, 0, None, 0, "alone")
 
 
-def _checked(place: DistributedEnv) -> DistributedEnv:
-    if not 0 <= place.rank < place.world:
-        raise UserError(f"{place.source}: rank {place.rank} is not among {place.world} ranks")
-    return place
+def _checked(env: DistributedEnv) -> DistributedEnv:
+    if not 0 <= env.rank < env.world:
+        raise UserError(f"{env.source}: rank {env.rank} is not among {env.world} ranks")
+    return env
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
+    """Return the first host of a SLURM node list: `n[03-07,9],m1` -> `n03`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
     if match is None:
         raise UserError(f"SLURM_STEP_NODELIST: {nodelist!r} names no host")
@@ -70,7 +75,7 @@ def first_host(nodelist: str) -> str:
 
 
 def job_port(job_id: str, step_id: str) -> int:
-    """A port that two jobs on one node do not share: a function of job and step."""
+    """Return a port that two jobs on one node do not share, computed from job and step."""
     number = int(re.sub(r"\D", "", job_id) or 0) * 31 + int(re.sub(r"\D", "", step_id) or 0)
     return FIRST_PORT + number % PORTS
 
@@ -82,5 +87,5 @@ def is_launched() -> bool:
 
 
 def rank_of_environment() -> int:
-    """This process's rank as torchrun or SLURM say it; 0 without either."""
+    """Return this process's rank by torchrun's or SLURM's variables; 0 without either."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)

@@ -1,9 +1,9 @@
-"""What the ranks of a supervised launch leave for their supervisor (launch/supervisor): that the run ticks, and how a
-rank failed. Both are files in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written.
+"""Write the files that a launch's supervisor (launch/supervisor) reads: a heartbeat, and how a rank failed.
 
-A hang is seen by the ranks themselves (faults/watchdog.py). From outside it is seen as well, should they be unable to
-tell: rank 0 says what it does and how long that may take at most (all ranks move in step, so one is enough, however
-many there are), and the supervisor ends what has said nothing for longer."""
+Both lie in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written. The ranks themselves notice a hang
+(faults/watchdog.py). The supervisor notices it too, in case they cannot report it: rank 0 writes what it does and how
+long that may take at most, and the supervisor ends a launch that has been silent for longer. All ranks move in step, so
+one heartbeat is enough."""
 
 from __future__ import annotations
 
@@ -26,49 +26,59 @@ from megatron_ettin.parallel.env import rank_of_environment
 
 FOLDER_VARIABLE = "ETTIN_ATTEMPT_DIR"
 HEARTBEAT = "heartbeat.json"
-BEAT_SECONDS = 2.0  # steps may be shorter; a shared file system need not see each
-SLOW_FACTOR = 6  # what is no step (start, first step, evaluation, save) may take so many times hang_seconds
-WATCHDOG_SECONDS = 30.0  # that the supervisor leaves the ranks' own watchdogs to tell more than it can
+# steps may be shorter; a shared file system need not see each
+BEAT_SECONDS = 2.0
+# everything but a step (start, first step, evaluation, save) may take so many times hang_seconds
+SLOW_FACTOR = 6
+# time that the supervisor leaves the ranks' own watchdogs, which can report more than it can
+WATCHDOG_SECONDS = 30.0
 BETWEEN_STEPS = "between two steps"
-TOLD_LINES = 12  # of an error, its last ones
+# last lines of an error that a record keeps
+KEPT_LINES = 12
 
 
 def report_folder() -> Path | None:
-    """Where this launch's supervisor reads; None without one."""
+    """Return the folder that this launch's supervisor reads; None without a supervisor."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
 
 
 @dataclass
 class Heartbeat:
-    """What the main thread of this rank does, for its watchdog (faults/watchdog.py), and on rank 0, where `folder` is
-    given, the heartbeat that the supervisor reads. `hang_seconds`: the longest that a step may take."""
+    """What this rank's main thread does, for its watchdog and for the supervisor."""
 
     folder: Path | None = None
+    """Folder of the supervisor; None on every rank but 0."""
     hang_seconds: float = 600.0
-    figures: dict[str, Any] = field(default_factory=dict)  # of the latest step: step, tokens, saved_step
-    doing: str = "starting"  # or where in a step
-    limit_seconds: float = 0.0  # for what it does now, by the watchdog
-    ticks: int = 0  # how often something ended and something else began: progress, unlike the moments of a step
+    """The longest that a step may take."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Of the latest step: step, tokens, saved_step."""
+    doing: str = "starting"
+    """The phase, or the part of a step."""
+    limit_seconds: float = 0.0
+    """How long the phase may take."""
+    ticks: int = 0
+    """Number of phases that have ended; the parts of a step do not count as progress."""
     _last: float = 0.0
 
     def step(self, **figures: Any) -> None:
-        """A step is done, or what was slow; `figures` are kept for the beats to come."""
+        """Report that a step or a slow phase has ended; `figures` are kept for later beats."""
         self._move(BETWEEN_STEPS, self.hang_seconds, figures)
         if time.monotonic() - self._last > BEAT_SECONDS:
             self._beat("step")
 
     def enter(self, doing: str, limit_seconds: float | None = None, **figures: Any) -> None:
-        """Something begins that may take longer than a step."""
+        """Enter a phase that may take longer than a step."""
         self._move(doing, limit_seconds or self.hang_seconds * SLOW_FACTOR, figures)
         self._beat(doing)
 
-    def set_phase(self, moment: str) -> None:
-        """Where in a step this rank is; the step's time goes on."""
-        self.doing = moment
+    def set_phase(self, doing: str) -> None:
+        """Set which part of a step this rank is in; the step's time goes on."""
+        self.doing = doing
 
     def _move(self, doing: str, limit_seconds: float, figures: dict[str, Any]) -> None:
-        self.figures = self.figures | figures  # a new one: the watchdog's thread may be reading
+        # a new dict, because the watchdog's thread may be reading
+        self.figures = self.figures | figures
         self.doing, self.limit_seconds = doing, limit_seconds
         self.ticks += 1
 
@@ -82,21 +92,25 @@ class Heartbeat:
         )
 
 
-def record_failure(error: BaseException, kind: str = "error") -> None:
-    """Leave how this rank failed: `rank_00003.json` with host, time and the last lines of the error. `kind`: "user" for
-    a mistake and "stopped" for numbers that no restart mends, "error" else."""
+def record_failure(error: BaseException, category: str = "error") -> None:
+    """Write how this rank failed to `rank_00003.json`: host, time and the last lines of the error.
+
+    Args:
+        error: what ended the rank.
+        category: "user" for a mistake and "stopped" for numbers, which no restart mends; otherwise "error".
+    """
     folder = report_folder()
     if folder is None:
         return
-    lines = traceback.format_exception(error) if kind == "error" else [str(error)]
-    told = "".join(lines).rstrip().splitlines()[-TOLD_LINES:]
+    lines = traceback.format_exception(error) if category == "error" else [str(error)]
+    last = "".join(lines).rstrip().splitlines()[-KEPT_LINES:]
     rank = rank_of_environment()
-    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "kind": kind, "lines": told}
+    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "kind": category, "lines": last}
     _record_once(folder, rank, record)
 
 
 def record_stall(rank: int, host: str, line: str) -> None:
-    """Leave that all ranks wait for this one, in the words of `line`."""
+    """Write that all ranks wait for this one."""
     folder = report_folder()
     if folder is not None:
         record = {"rank": rank, "host": host, "time": time.time(), "kind": "stalled", "lines": [line]}
@@ -105,30 +119,31 @@ def record_stall(rank: int, host: str, line: str) -> None:
 
 def _record_once(folder: Path, rank: int, record: dict[str, Any]) -> None:
     path = folder / f"rank_{rank:05d}.json"
-    if not path.exists():  # what came first is the cause of what came after
+    # what came first is the cause of what came after
+    if not path.exists():
         write_record(path, record)
 
 
 class PeerFailure(RuntimeError):
-    """What the ranks raise that are not to blame, so that the supervisor finds the one that is."""
+    """Another rank failed. Raised on the ranks that did not, so that the supervisor finds the one that did."""
 
 
 def raise_on_all(error: Exception, ranks: Collection[int], own: int) -> NoReturn:
-    """Raise `error` on the ranks that it names, and on the others that they end because of it."""
+    """Raise `error` on the ranks that it names, and PeerFailure on the others."""
     if own in ranks:
         raise error
     raise PeerFailure(f"another rank failed: {error}") from None
 
 
 def end_now(error: BaseException) -> NoReturn:
-    """Tell of the error and end this process, whatever it still holds."""
+    """Record and log the error and end this process, whatever it still holds."""
     record_failure(error)
     log_exception(error)
     os._exit(1)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace the file. A heartbeat that cannot be written (a full disk) is no reason for a run to end."""
+    """Replace a file by a JSON record. Never raises: a heartbeat that a full disk refuses must not end a run."""
     with contextlib.suppress(OSError):
         write_atomically(path, json.dumps(record) + "\n", durable=False)
 
@@ -140,7 +155,7 @@ def exit_with_parent() -> None:
     A rank whose slurmstepd or torchrun agent was killed is seen by nobody, and would go on holding its GPU. A command
     calls this first, before its large imports: a launcher that is killed meanwhile would leave another parent behind.
     """
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="end with launcher", daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="exit with parent", daemon=True).start()
 
 
 def _watch_parent(parent: int) -> None:

@@ -1,5 +1,6 @@
-"""The process groups of a run. Core's global groups are created, asked and destroyed here and nowhere else, so that no
-other module needs to know that they are global."""
+"""Create, look up and destroy the process groups of a run.
+
+Core's global groups are used here and nowhere else, so that no other module needs to know that they are global."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from megatron_ettin.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place and groups. Made by `initialize`; groups are torch process groups."""
+    """This rank's coordinates and torch process groups, made by `initialize_model_parallel`."""
 
     topology: Topology
     rank: int
@@ -73,7 +74,7 @@ AXES = ("tp", "cp", "pp", "dp")
 
 
 def axes_of_groups() -> dict[str, str]:
-    """The axis of each of this rank's groups, by the group's name; what goes over dp and cp together is dp's."""
+    """Return the axis of each of this rank's groups by the group's name; groups over dp and cp count as dp."""
     groups = {
         "tp": [ps.get_tensor_model_parallel_group()],
         "cp": [ps.get_context_parallel_group()],
@@ -88,15 +89,19 @@ def axes_of_groups() -> dict[str, str]:
 class OptimizerGroups:
     """Groups that core's optimizers are given one by one."""
 
-    data: Any  # shards of the distributed optimizer
-    grad_stats: Any  # over which gradient norms are summed
+    data: Any
+    """The distributed optimizer's shards lie over this group."""
+    grad_stats: Any
+    """Gradient norms are summed over this group."""
     tensor: Any
     tensor_and_data: Any
-    embedding: Any  # first and last stage, which hold copies of the tied embedding; None on stages between
+    embedding: Any
+    """First and last stage, which hold copies of the tied embedding; None on the stages between."""
     index_in_model: int
 
 
 def optimizer_groups(distributed: bool) -> OptimizerGroups:
+    """Return the groups of core's optimizers; `distributed`: whether the optimizer's state is sharded."""
     model = ps.get_model_parallel_group()
     return OptimizerGroups(
         data=ps.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
@@ -109,8 +114,10 @@ def optimizer_groups(distributed: bool) -> OptimizerGroups:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of its `mpu` (Megatron's parallel_state under older names). Ranks of context parallelism
-    share weights and see other tokens: to ZeRO they are data-parallel ones."""
+    """DeepSpeed's `mpu`: Megatron's parallel_state under older names.
+
+    Ranks of context parallelism share weights and see other tokens: ZeRO treats them as data-parallel.
+    """
 
     def get_model_parallel_group(self) -> Any:
         return ps.get_tensor_model_parallel_group()
@@ -148,9 +155,10 @@ class ModelParallelUnit:
 
 
 def destroy_model_parallel() -> None:
-    """Destroy core's groups. torch's default group is the rendezvous's to destroy; both leak threads if left."""
+    """Destroy core's groups; `process_groups` destroys torch's default group. Both leak threads if left."""
     ps.destroy_model_parallel()
     for name, value in list(vars(ps).items()):
-        if isinstance(value, dist.ProcessGroup):  # core 0.16 forgets one; its connections would stay open
+        # core 0.16 forgets one, whose connections would stay open
+        if isinstance(value, dist.ProcessGroup):
             setattr(ps, name, None)
     gc.collect()

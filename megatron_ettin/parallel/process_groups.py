@@ -1,4 +1,4 @@
-"""Torch's default process group: how ranks meet, part, and meet again after a restart."""
+"""Create and destroy torch's default process group, again after a restart within the processes."""
 
 from __future__ import annotations
 
@@ -18,103 +18,117 @@ from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
 
-_kept: list[dist.Store] = []  # the store that ranks met at, and a part of it for every time they joined
-_anew = [0]  # how often the ranks began again in their processes
-TOLD_RANKS = 8
-TELL_AGAIN_SECONDS = 60.0
+# the store that ranks met at, and a part of it for every time they joined
+_stores: list[dist.Store] = []
+# how often the ranks were restarted in their processes
+_restarts = [0]
+LISTED_RANKS = 8
+REPEAT_SECONDS = 60.0
 
 
 def init_process_group(
-    place: DistributedEnv, platform: Platform, timeout_seconds: float = 600.0, arrival_seconds: float | None = None
+    env: DistributedEnv, platform: Platform, timeout_seconds: float = 600.0, arrival_seconds: float | None = None
 ) -> None:
-    """Create torch's default process group over all ranks. Raises RankError when the others do not answer.
+    """Create torch's default process group over all ranks.
 
-    `timeout_seconds` is how long a collective may take; `arrival_seconds`, where given, how long ranks may differ in
-    coming here, so that one that copies data first is waited for without making every later hang as long. After
-    `leave` the ranks may join again: the store is kept until `forget`, for its port could not be bound anew at once."""
+    After `destroy_process_group` it may be created again: the store is kept until `release_store`, because its port
+    could not be bound again at once.
+
+    Args:
+        env: this process among the ranks.
+        platform: gives the backend and the device.
+        timeout_seconds: how long a collective may take.
+        arrival_seconds: how long ranks may differ in coming here, by default `timeout_seconds`. A rank that copies data
+            first is waited for without making every later hang as long.
+
+    Raises:
+        RankError: the other ranks do not answer.
+    """
     if dist.is_initialized():
         return
     if platform.is_gpu:
         flight_recorder.enable()
     timeout = timedelta(seconds=timeout_seconds)
-    if place.address is None:
+    if env.address is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    url = f"tcp://{place.address}:{place.port}"
+    url = f"tcp://{env.address}:{env.port}"
     patience = timedelta(seconds=arrival_seconds or timeout_seconds)
     try:
-        if not _kept:
-            waiting = f"rank {place.rank} waits for rank 0 at {url}{_believed(place)}"
-            with log_when_slow(waiting) if place.local_rank == 0 else contextlib.nullcontext():
-                _kept.append(_meeting_point(place, patience))
-        store = dist.PrefixStore(f"join{_anew[0]}.{len(_kept)}", _kept[0])
-        _kept.append(store)
-        _await_all(store, place, patience)
-        _kept[0].set_timeout(timeout)
+        if not _stores:
+            waiting = f"rank {env.rank} waits for rank 0 at {url}{_env_hint(env)}"
+            with log_when_slow(waiting) if env.local_rank == 0 else contextlib.nullcontext():
+                _stores.append(_meeting_point(env, patience))
+        store = dist.PrefixStore(f"join{_restarts[0]}.{len(_stores)}", _stores[0])
+        _stores.append(store)
+        _await_all(store, env, patience)
+        _stores[0].set_timeout(timeout)
         dist.init_process_group(
             platform.backend,
             store=dist.PrefixStore("default_pg", store),
-            rank=place.rank,
-            world_size=place.world,
+            rank=env.rank,
+            world_size=env.world,
             timeout=timeout,
             device_id=platform.device if platform.is_gpu else None,
         )
     except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
         raise RankError(
-            f"rank {place.rank}: no rendezvous with {place.world} ranks at {url} ({first_line(error)})"
+            f"rank {env.rank}: no rendezvous with {env.world} ranks at {url} ({first_line(error)})"
         ) from None
 
 
-def _await_all(store: dist.Store, place: DistributedEnv, patience: timedelta) -> None:
-    """Come back when all ranks are here. Raises RuntimeError, naming those that are not, after `patience`."""
+def _await_all(store: dist.Store, env: DistributedEnv, patience: timedelta) -> None:
+    """Wait for all ranks. Raises RuntimeError, naming those that are missing, after `patience`."""
     deadline = time.monotonic() + patience.total_seconds()
-    tell_at = time.monotonic() + SLOW_SECONDS
-    store.set(f"here{place.rank}", "")
+    log_at = time.monotonic() + SLOW_SECONDS
+    store.set(f"here{env.rank}", "")
     arrived = store.add("arrived", 1)
-    while arrived < place.world:
+    while arrived < env.world:
         if time.monotonic() > deadline:
-            came = f"{arrived} of {place.world} ranks came within {patience.total_seconds():,.0f} s"
-            raise RuntimeError(f"{came}, not {_missing(store, place)}")
-        if time.monotonic() > tell_at:
-            tell_at += TELL_AGAIN_SECONDS
-            _tell_missing(store, place, arrived)
+            came = f"{arrived} of {env.world} ranks came within {patience.total_seconds():,.0f} s"
+            raise RuntimeError(f"{came}, not {_missing(store, env)}")
+        if time.monotonic() > log_at:
+            log_at += REPEAT_SECONDS
+            _log_missing(store, env, arrived)
         time.sleep(0.05)
         arrived = store.add("arrived", 0)
 
 
-def _tell_missing(store: dist.Store, place: DistributedEnv, arrived: int) -> None:
-    """Print who is waited for: rank 0 does, or where it is the one, the first rank of each machine."""
-    if place.rank == 0 or (place.local_rank == 0 and not store.check(["here0"])):
+def _log_missing(store: dist.Store, env: DistributedEnv, arrived: int) -> None:
+    """Log the missing ranks on rank 0 or, where rank 0 is missing, on the first rank of each host."""
+    if env.rank == 0 or (env.local_rank == 0 and not store.check(["here0"])):
         log_warning(
-            f"rank {place.rank} waits for {place.world - arrived} of {place.world} ranks: {_missing(store, place)}"
-            f"{_believed(place)}"
+            f"rank {env.rank} waits for {env.world - arrived} of {env.world} ranks: {_missing(store, env)}"
+            f"{_env_hint(env)}"
         )
 
 
-def _missing(store: dist.Store, place: DistributedEnv) -> str:
+def _missing(store: dist.Store, env: DistributedEnv) -> str:
     """Return the numbers of the first few ranks that have not come."""
-    missing = [str(rank) for rank in range(place.world) if not store.check([f"here{rank}"])]
-    return ", ".join(missing[:TOLD_RANKS]) + (" and more" if len(missing) > TOLD_RANKS else "")
+    missing = [str(rank) for rank in range(env.world) if not store.check([f"here{rank}"])]
+    return ", ".join(missing[:LISTED_RANKS]) + (" and more" if len(missing) > LISTED_RANKS else "")
 
 
-def _believed(place: DistributedEnv) -> str:
+def _env_hint(env: DistributedEnv) -> str:
     """Return why this process thinks that there are others: variables may be left from another launch."""
-    names = "RANK and WORLD_SIZE" if place.source == "torchrun" else "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
-    return f" ({names} say that there are {place.world})"
+    names = "RANK and WORLD_SIZE" if env.source == "torchrun" else "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
+    return f" ({names} say that there are {env.world})"
 
 
-def broadcast_before_groups(place: DistributedEnv, platform: Platform, make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, on every rank, before there are groups: they join for it and leave. What it
-    raises there (a UserError) is raised everywhere."""
-    if place.world == 1:
+def broadcast_before_groups(env: DistributedEnv, platform: Platform, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns on rank 0 on every rank, in a process group that exists for this alone.
+
+    A UserError that it raises is raised on every rank. It is called before the ranks meet and may take its time.
+    """
+    if env.world == 1:
         return make()
     box: list[Any] = [None, None]
-    if place.rank == 0:
+    if env.rank == 0:
         try:
             box[0] = make()
         except UserError as error:
             box[1] = error
-    init_process_group(place, platform)
+    init_process_group(env, platform)
     try:
         box = broadcast_object(box)
     finally:
@@ -124,31 +138,35 @@ def broadcast_before_groups(place: DistributedEnv, platform: Platform, make: Cal
     return box[0]
 
 
-def all_gather_before_groups(place: DistributedEnv, platform: Platform, own: Any, arrival_seconds: float) -> list[Any]:
-    """Every rank's value, by rank, where there are no groups: they join for it and leave. Raises RankError when one
-    does not come within `arrival_seconds`."""
-    if place.world == 1:
+def all_gather_before_groups(env: DistributedEnv, platform: Platform, own: Any, arrival_seconds: float) -> list[Any]:
+    """Return every rank's value, by rank, in a process group that exists for this alone.
+
+    Raises RankError when a rank does not come within `arrival_seconds`.
+    """
+    if env.world == 1:
         return [own]
     destroy_process_group()
-    init_process_group(place, platform, arrival_seconds=arrival_seconds)
+    init_process_group(env, platform, arrival_seconds=arrival_seconds)
     try:
         return all_gather_object(own)
     finally:
         destroy_process_group()
 
 
-def _meeting_point(place: DistributedEnv, patience: timedelta) -> dist.Store:
-    """The store that rank 0 holds, or torchrun's agent, which its own environment tells of. It does not wait for all
-    ranks itself, since it could not say who did not come."""
+def _meeting_point(env: DistributedEnv, patience: timedelta) -> dist.Store:
+    """Return the store that rank 0 or torchrun's agent holds.
+
+    It does not wait for all ranks itself, because it could not name those that are missing.
+    """
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=patience))
+        store, _, _ = next(dist.rendezvous("env://", env.rank, env.world, timeout=patience))
         return store
-    assert place.address is not None
+    assert env.address is not None
     return dist.TCPStore(
-        place.address,
-        place.port,
-        place.world,
-        is_master=place.rank == 0,
+        env.address,
+        env.port,
+        env.world,
+        is_master=env.rank == 0,
         timeout=patience,
         wait_for_workers=False,
         multi_tenant=True,
@@ -162,20 +180,26 @@ def destroy_process_group() -> None:
 
 
 def abort_process_group() -> None:
-    """Take all groups down without waiting for what is under way in them."""
+    """Abort all groups without waiting for collectives that are under way."""
     if dist.is_initialized():
         dist.distributed_c10d._abort_process_group()
 
 
 def reinit_after_restart(times: int, port: int) -> None:
-    """The ranks begin again, for the `times`-th time, whatever they had been in: they meet at another part of
-    torchrun's store, or at another port than `port`, where a library's store is, and than the last time."""
+    """Prepare the ranks to meet again after a restart within their processes.
+
+    They meet at another part of torchrun's store, or at a port that neither a library's store nor the last start used.
+
+    Args:
+        times: number of the restart.
+        port: where the library's store is.
+    """
     release_store()
-    _anew[0] = times
+    _restarts[0] = times
     if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         os.environ["MASTER_PORT"] = str(port + 1 + times)
 
 
 def release_store() -> None:
-    """Let go of the store that ranks met at: this process will not join again."""
-    _kept.clear()
+    """Release the store that ranks met at, when this process will not meet them again."""
+    _stores.clear()

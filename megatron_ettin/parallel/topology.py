@@ -1,4 +1,4 @@
-"""The degrees of parallelism of a run as a value that needs no process group."""
+"""Describe the degrees of parallelism of a run as a value that needs no process group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_ettin.config.schema import Config
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees of every axis over `world` ranks. Core's order of ranks: tp fastest, then cp, dp, pp slowest."""
+    """Degrees of every axis over all ranks. In core's order of ranks, tp varies fastest, then cp, dp and pp."""
 
     world: int
     tp: int
@@ -18,17 +18,18 @@ class Topology:
     vpp: int
     cp: int
     dp: int
-    layers: tuple[int, ...]  # of each of the pp x vpp stages, in model order
+    layers: tuple[int, ...]
+    """Number of layers of each of the pp x vpp stages, in model order."""
 
     @classmethod
     def of(cls, config: Config, world: int) -> Topology:
-        """The topology of a run on `world` ranks. Raises UserError where they do not divide."""
+        """Return the topology of a run on `world` ranks. Raises UserError where they do not divide."""
         parallel = config.parallel
         dp = check_layout(config, world)
         return cls(world, parallel.tp, parallel.pp, parallel.vpp, parallel.cp, dp, tuple(stage_layers(config)))
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Place of `rank` on each axis."""
+        """Return the coordinate of a rank on each axis."""
         tp, rest = rank % self.tp, rank // self.tp
         cp, rest = rest % self.cp, rest // self.cp
         dp, pp = rest % self.dp, rest // self.dp
