@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     from megatron_ettin.config.operations import ResilienceConfig
     from megatron_ettin.faults.anomalies import AnomalyDetector
-    from megatron_ettin.faults.sdc import replay_check, sums
+    from megatron_ettin.faults.sdc import replay_check, weight_bit_sums
     from megatron_ettin.train.progress import Progress
     from megatron_ettin.train.step import train_step
 
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
                 seconds[side].append(time.perf_counter() - began)
     found = {side: statistics.median(values) for side, values in seconds.items()}
     for name, call in (
-        ("replicas", lambda: sums(train_state)),
+        ("replicas", lambda: weight_bit_sums(train_state)),
         ("recheck", lambda: replay_check(train_state, batches, 0)),
     ):
         times = []

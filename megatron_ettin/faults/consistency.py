@@ -1,5 +1,7 @@
-"""Before the first step: do all ranks run the same thing? A node with an older checkout, another dataset under the same
-path or a clock that is off trains on without a word, and the run is lost; here the odd rank is named, with its host."""
+"""Check before the first step that all ranks run the same code, configuration and data.
+
+A node with an older checkout, another dataset under the same path or a clock that is off would train on silently, and
+the run would be lost. The check names the rank that differs and its host."""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.parallel.collectives import all_gather_object, barrier, world_size
 
 
-def facts_of(config: Config, corpus: BlendedDataset) -> dict[str, str]:
-    """What must be equal on all ranks, by its name in the message."""
+def comparable_facts(config: Config, corpus: BlendedDataset) -> dict[str, str]:
+    """Return the values that must be equal on all ranks, by their names in the message."""
     return {
         "code of megatron_ettin": f"{megatron_ettin.__version__} ({code_hash()})",
         "libraries": library_versions(),
@@ -32,11 +34,14 @@ def facts_of(config: Config, corpus: BlendedDataset) -> dict[str, str]:
 
 
 def check_ranks_consistent(config: Config, corpus: BlendedDataset) -> None:
-    """Compare all ranks of the default group. Raises UserError, the same on each, naming who differs from the most."""
+    """Compare all ranks of the default group (collective).
+
+    Raises UserError, the same on each rank, naming the ranks that differ from the majority.
+    """
     if world_size() == 1:
         return
-    mine: dict[str, Any] = {"host": socket.gethostname(), "facts": facts_of(config, corpus)}
-    ranks = all_gather_object(mine)
+    own: dict[str, Any] = {"host": socket.gethostname(), "facts": comparable_facts(config, corpus)}
+    ranks = all_gather_object(own)
     disagreement = first_difference([rank["host"] for rank in ranks], [rank["facts"] for rank in ranks])
     if disagreement is not None:
         raise UserError(disagreement)

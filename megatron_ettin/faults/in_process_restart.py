@@ -1,9 +1,9 @@
-"""Restarts within the ranks' processes, by nvidia-resiliency-ext: a rank whose step raises an error does not end the
-launch. All ranks leave what they are in, and begin again from the latest checkpoint with what they have imported.
+"""Restart the ranks within their processes, by nvidia-resiliency-ext, when the step of one raises an error.
 
-It wraps the whole of `ettin train`'s work, of any number of phases. A stall is not its matter: the watchdogs, which are
-quicker, end the ranks with 75. Restarts that are used up are left to the launcher, and so are ranks that were killed,
-where the launcher then ends the others (torchrun, srun --kill-on-bad-exit=1)."""
+The launch does not end: all ranks leave what they are in and begin again from the latest checkpoint, with what they
+have imported. The wrapper is around the whole of `ettin train`, of any number of phases. A stall is not handled here:
+the watchdogs are quicker and end the ranks with 75. Restarts that are used up and ranks that were killed are left to
+the launcher, which ends the others (torchrun, srun --kill-on-bad-exit=1)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from megatron_ettin.parallel.process_groups import destroy_process_group, reinit
 from megatron_ettin.platform import detect
 from megatron_ettin.train.stop_signal import STOPS
 
-LEFT_TO_THE_RANK = STOPS
-AFTER_THE_WATCHDOG = timedelta(seconds=60)
+RANK_SIGNALS = STOPS
+GRACE = timedelta(seconds=60)
 
 
 class RestartsUsedUp(RuntimeError):
@@ -36,23 +36,38 @@ class RestartsUsedUp(RuntimeError):
 
 
 class RankFailed(RuntimeError):
-    """An error of this rank, as the library is told of it."""
+    """An error of this rank, as it is passed to the library."""
 
 
 def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bool]) -> bool:
-    """`work()`, again on all ranks where it raises an error on one, up to `in_process_restarts` times; what no restart
-    mends (UserError, TrainingStopped) is raised. A process that is alone has its launcher to start it again."""
-    place = read_distributed_env()
-    if not settings.in_process_restarts or place.world == 1:
+    """Call `work`, and again on all ranks when it raises an error on one.
+
+    A single process is not restarted here: its launcher starts it again.
+
+    Args:
+        settings: `in_process_restarts` limits the restarts.
+        device: `run.device`.
+        work: the training.
+
+    Returns:
+        What `work` returned.
+
+    Raises:
+        UserError, TrainingStopped: no restart mends it.
+        RestartsUsedUp: one failure more than allowed.
+    """
+    env = read_distributed_env()
+    if not settings.in_process_restarts or env.world == 1:
         return work()
     inprocess = load()
-    tell_environment(place)
+    set_environment(env)
     port = int(os.environ["MASTER_PORT"])
     outcome: list[Any] = []
 
     def attempt(call_wrapper: Any = None) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_RANK)
-        destroy_model_parallel()  # where the last attempt was interrupted in doing so
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, RANK_SIGNALS)
+        # the last attempt may have been interrupted in doing so
+        destroy_model_parallel()
         destroy_process_group()
         reinit_after_restart(call_wrapper.iteration, port)
         failure = None
@@ -62,13 +77,15 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
             outcome[:] = [error]
         except Exception as error:
             failure = clear_traceback(error)
-        if failure is not None:  # here, where the error is gone
+        # raised here, where the error and its frames are gone
+        if failure is not None:
             raise failure
 
-    attempt.__annotations__["call_wrapper"] = inprocess.CallWrapper  # the wrapper looks for it to fill it in
-    wrapped = inprocess.Wrapper(**options(inprocess, settings, detect(device, place.local_rank).is_gpu))(attempt)
+    # the wrapper fills in the parameter that has this annotation
+    attempt.__annotations__["call_wrapper"] = inprocess.CallWrapper
+    wrapped = inprocess.Wrapper(**options(inprocess, settings, detect(device, env.local_rank).is_gpu))(attempt)
     try:
-        with blocked(LEFT_TO_THE_RANK):
+        with blocked(RANK_SIGNALS):
             wrapped()
     except inprocess.exception.RestartAbort as error:
         raise RestartsUsedUp(f"resilience.in_process_restarts: all {settings.in_process_restarts} used up") from error
@@ -78,8 +95,10 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
 
 
 def clear_traceback(error: Exception) -> RankFailed:
-    """The error, told, without what its frames hold: the model's memory, and groups whose connections would stay open
-    and let the other ranks wait."""
+    """Log an error and return it without what its frames hold.
+
+    They hold the model's memory, and groups whose open connections would let the other ranks wait.
+    """
     log_exception(error)
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = error.__context__ = error.__cause__ = None
@@ -88,7 +107,7 @@ def clear_traceback(error: Exception) -> RankFailed:
 
 
 def load() -> Any:
-    """The library's module. Raises UserError where it is not installed."""
+    """Import the library. Raises UserError where it is not installed."""
     try:
         from nvidia_resiliency_ext import inprocess
     except ImportError as error:
@@ -100,33 +119,33 @@ def load() -> Any:
 
 
 def options(inprocess: Any, settings: ResilienceConfig, is_gpu: bool) -> dict[str, Any]:
-    """Of the library's Wrapper. Its own limits of progress come after the watchdog's."""
+    """Return the options of the library's Wrapper. Its own time limits come after the watchdog's."""
     from nvidia_resiliency_ext.inprocess.abort import AbortTorchDistributed
 
-    soft = timedelta(seconds=collective_seconds(settings.hang_seconds)) + AFTER_THE_WATCHDOG
+    soft = timedelta(seconds=collective_seconds(settings.hang_seconds)) + GRACE
     retry = inprocess.initialize.RetryController(max_iterations=settings.in_process_restarts + 1)
     return {
         "initialize": retry,
         # ranks that wait over gloo are let go by the one that failed, when it leaves its groups
         "abort": AbortTorchDistributed() if is_gpu else None,
         "soft_timeout": soft,
-        "hard_timeout": soft + AFTER_THE_WATCHDOG,
-        "barrier_timeout": soft + 3 * AFTER_THE_WATCHDOG,
-        "completion_timeout": soft + 3 * AFTER_THE_WATCHDOG,
+        "hard_timeout": soft + GRACE,
+        "barrier_timeout": soft + 3 * GRACE,
+        "completion_timeout": soft + 3 * GRACE,
     }
 
 
-def tell_environment(place: DistributedEnv) -> None:
-    """The variables that the library reads, where SLURM gave others."""
-    assert place.address is not None
-    names = {"RANK": place.rank, "WORLD_SIZE": place.world, "LOCAL_RANK": place.local_rank}
+def set_environment(env: DistributedEnv) -> None:
+    """Set the variables that the library reads, where SLURM gave others."""
+    assert env.address is not None
+    names = {"RANK": env.rank, "WORLD_SIZE": env.world, "LOCAL_RANK": env.local_rank}
     os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
 
 
 @contextmanager
 def blocked(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """What is forked within does not end by these signals, which a scheduler sends to every process of a job."""
+    """Block signals that a scheduler sends to every process of a job, so that what is forked within ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

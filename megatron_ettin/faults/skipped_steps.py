@@ -1,7 +1,7 @@
-"""What follows a step whose figures are bad: it is told of, with its rows and documents written down; some end the run.
+"""Record a step whose figures are anomalous, with its rows and documents, and stop the run where that is configured.
 
-`RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for the step, `RUN/bad_steps.jsonl` has a line for
-each: a step that was trained again after a restart stands there again."""
+`RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for the step. `RUN/bad_steps.jsonl` has a line for
+each; a step that was trained again after a restart has a line again."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FOLDER = "bad_steps"
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on for a reason that is nobody's typing mistake (exit 1)."""
+    """The run cannot go on, for a reason that is no mistake in the configuration (exit 1)."""
 
 
 class BadNumbers(TrainingStopped):
-    """The figures of too many steps, or of the last ones, were bad."""
+    """The figures of too many steps were anomalous."""
 
 
 def outcome(config: Config, info: StepResult, after: Progress) -> str:
-    """What becomes of a bad step: "ignored", "warned", "skipped" or "stopped"."""
+    """Return what becomes of an anomalous step: "ignored", "warned", "skipped" or "stopped"."""
     assert info.anomaly is not None
     too_many = after.skipped_in_row > config.resilience.max_skips_in_row
     known = {"ignore": "ignored", "warn": "warned", "stop": "stopped"}
@@ -40,7 +40,7 @@ def outcome(config: Config, info: StepResult, after: Progress) -> str:
 
 
 def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, found: str) -> str:
-    """Write down the step (on one rank); returns the line that tells of it."""
+    """Record the step (on one rank) and return the line that reports it."""
     assert info.anomaly is not None
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
     table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
@@ -53,13 +53,14 @@ def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResu
         with open(run_dir / f"{FOLDER}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         named = f"documents in {table}"
-    except (OSError, UserError) as error:  # a full disk is no reason to end here
+    # a full disk is no reason to end here
+    except (OSError, UserError) as error:
         named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
     return f"step {info.step}: {info.anomaly.why}; {consequence(info.anomaly, after, found)}; {rows}, {named}"
 
 
 def consequence(bad: Anomaly, after: Progress, found: str) -> str:
-    """In words."""
+    """Describe what becomes of the step."""
     if found == "skipped":
         return f"the update is left out ({after.skipped_in_row} in a row)"
     if found in ("ignored", "warned"):
@@ -71,7 +72,7 @@ def consequence(bad: Anomaly, after: Progress, found: str) -> str:
 def report_anomaly(
     run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
 ) -> None:
-    """Record a bad step and go on, or raise TrainingStopped, the same on every rank."""
+    """Record an anomalous step and return, or raise TrainingStopped, the same on every rank."""
     found = outcome(config, info, after)
     line = record(run_dir, config, corpus, info, after, found) if is_main_process else f"step {info.step}: stopped"
     if found == "stopped":

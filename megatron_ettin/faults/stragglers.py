@@ -1,8 +1,8 @@
-"""The slow rank: one GPU that is hot, one disk that is shared, and all ranks wait for it at every step.
+"""Find the slowest rank: one GPU that is hot or one disk that is shared holds up all ranks at every step.
 
-Each rank's own seconds, up to the step's first sum over all ranks, are means over the steps since they were last
-compared; one number of each rank is gathered. Ranks are compared with those of their own pipeline stage, for stages
-differ by nature; within a tensor-parallel group, and along a pipeline, all are as slow as the slowest of them."""
+Each rank's own seconds until the step's first sum over all ranks are averaged over the steps since the last comparison,
+and one number of each rank is gathered. Ranks are compared within their own pipeline stage, because stages differ by
+nature. Within a tensor-parallel group, and along a pipeline, all ranks are as slow as the slowest of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import StepResult
 
 WARN_RATIO = 1.5
-WARN_TIMES = 3  # in a row, always the same rank
+# comparisons in a row that name the same rank
+WARN_TIMES = 3
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """`ratio`: of its seconds to the median of the others of its pipeline stage."""
+    """The slowest rank."""
 
     rank: int
     ratio: float
+    """Its seconds over the median of the other ranks of its pipeline stage."""
 
 
 def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
-    """The rank that its stage waits for the most; None where no stage has two ranks. `seconds` and `stages`, of the
-    pipeline, are by rank."""
+    """Return the rank that its stage waits for the most; None where no stage has two ranks.
+
+    Args:
+        seconds: of each rank.
+        stages: pipeline stage of each rank.
+    """
     by_stage: dict[int, list[int]] = defaultdict(list)
     for rank, stage in enumerate(stages):
         by_stage[stage].append(rank)
@@ -45,7 +51,7 @@ def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
 
 
 class Stragglers(Hook):
-    """Every `metrics.ranks_every_steps` steps the slowest rank into the metrics, a line where it stays the same one."""
+    """Add the slowest rank to the metrics every `metrics.ranks_every_steps` steps; warn where it stays the same."""
 
     def __init__(self, peers: Sequence[RankInfo]) -> None:
         self.peers = peers
@@ -55,7 +61,8 @@ class Stragglers(Hook):
     def start(self, run: Run) -> None:
         topology = run.train_state.layout.topology
         self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
-        self.first_step = run.progress.step + 1  # kernels are compiled in it, and files opened
+        # kernels are compiled in it, and files opened
+        self.first_step = run.progress.step + 1
 
     def step(self, run: Run, info: StepResult) -> None:
         if len(self.peers) == 1 or info.step == self.first_step:
