@@ -1,4 +1,4 @@
-"""How fast a run trains here: tokens/s, TFLOP/s, MFU, memory, and where a step's time goes. Nothing is trained or kept.
+"""Measure how fast a run trains here: tokens/s, TFLOP/s, MFU, memory, where a step's time goes. No weights are kept.
 
 Each combination of --layouts, --precision and --sweep is measured in turn and appended to --out as a line of JSON; the
 same command again goes on with those that are missing. Rows are synthetic, with documents' lengths, unless --data names
@@ -193,7 +193,8 @@ def measure_one(
         state, met = after_failure(env, platform, results.failure(error, out_of_memory()))
         kept = keep(state)
         if kept["state"] != results.NO_MEMORY or not met:
-            raise  # others wait in a collective: the job ends, and continues after this one when started again
+            # others wait in a collective: the job ends, and continues after this one when started again
+            raise
         return kept
     return keep({"state": results.DONE, **described(config, dataset, env, platform), **figures})
 

@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
 FILES = ":files"
 NO_VALUE = ("?", "*", argparse.REMAINDER)
 
-Offers = dict[str, str]  # candidate -> what it means
+# candidate -> its meaning
+Offers = dict[str, str]
 
 # values of options for which argparse has no choices
 VALUES: dict[str, tuple[str, ...]] = {
@@ -141,8 +142,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--harness": ("lm", "mteb"),
     "--gpu": ("h100-sxm", "h100-pcie", "h200", "b200", "a100", "l40s", "cpu"),
 }
-KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}  # and what follows the key
-FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")  # metavars of texts that are paths
+# options that take a key -> the text after the key
+KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}
+# metavars of texts that are paths
+FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")
 
 
 def print_offers(words: Sequence[str]) -> int:

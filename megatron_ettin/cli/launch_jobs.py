@@ -31,11 +31,11 @@ class LaunchedCommand:
     command: str
     """train or bench."""
     arguments: tuple[str, ...]
-    """Those that all jobs share."""
+    """Arguments that all jobs share."""
     base: Path
     """The run directory, the folder of a sweep's runs, or where bench writes its results."""
     swept: frozenset[str] = frozenset()
-    """Those of size and objective that differ between the runs."""
+    """Options among size and objective that differ between the runs."""
     runs: tuple[tuple[tuple[str, ...], tuple[PlannedPhase, ...]], ...] = ()
     """For each member of the sweep (or the one run) its own arguments, and its phases in order."""
     user_config: Path | None = None

@@ -1,4 +1,4 @@
-"""The layouts of a number of GPUs, fastest first: predicted speed, memory, what a phase takes, the YAML to paste.
+"""Rank the layouts of a number of GPUs by predicted speed, with memory, the cost of a phase, and the YAML to paste.
 
 Predictions come from a model of a step whose constants are fitted to the published runs of the recipe, or, with
 --calibrate, to measured runs of one's own: JSON lines with size, gpus, tokens_per_second_per_gpu.

@@ -12,16 +12,16 @@ STATES = ("ok", "note", "warning", "problem")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked."""
+    """Result of one check."""
 
     name: str
-    """What was checked."""
+    """Name of the check."""
     state: str
     """One of STATES."""
     text: str
-    """What was found, in one line."""
+    """Result in one line."""
     todo: str = ""
-    """What to do about a warning or problem."""
+    """Advice for a warning or problem."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Values for scripts; units are part of the names."""
 

@@ -75,12 +75,10 @@ def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding
         sums = all_gather_object(all_reduce_finding(all_reduces(platform, seconds), platform))
         found.append(next((one for one in sums if one.state != "ok"), sums[0]))
         return found + _on_other_hosts(hosts, all_gather_object(list(own)))
-    except RuntimeError as error:  # a rank that died, a network that is cut
-        return [
-            problem(
-                "ranks", f"rank {env.rank}: {first_line(error)[:200]}", "NCCL_DEBUG=INFO logs more about GPUs' networks"
-            )
-        ]
+    except RuntimeError as error:
+        # a rank died, or a network is cut
+        text = f"rank {env.rank}: {first_line(error)[:200]}"
+        return [problem("ranks", text, "NCCL_DEBUG=INFO logs more about GPUs' networks")]
     finally:
         destroy_process_group()
         release_store()

@@ -28,7 +28,7 @@ RUN_OPTIONS = (
 
 @dataclass(frozen=True)
 class Profile:
-    """The cluster's part of a script. `{container}`, `{folder}` (of the run) and `{cwd}` are replaced in `srun`,
+    """Settings of a cluster. `{container}`, `{folder}` (of the run) and `{cwd}` are replaced in `srun`,
     `container_srun` and `container_prefix`."""
 
     sbatch: dict[str, Any] = field(default_factory=dict)

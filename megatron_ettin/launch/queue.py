@@ -22,11 +22,11 @@ class QueuedJob:
     name: str
     state: str
     reason: str
-    """Why it waits."""
+    """Reason why it waits."""
     nodes: str
     restarts: int
     log: Path | None
-    """Where its output goes."""
+    """File that takes its output."""
 
 
 def run_slurm(*command: str) -> str | None:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each job asks of SLURM."""
+    """Request to SLURM for each job."""
 
     nodes: int
     tasks_per_node: int
@@ -44,7 +44,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Submission:
-    """What all jobs of one submission have in common."""
+    """Settings that all jobs of one submission share."""
 
     folder: Path
     """Absolute; takes scripts, logs and events."""
@@ -59,7 +59,7 @@ class Submission:
     margin_seconds: int
     grace_seconds: int
     command_line: str
-    """The command that wrote it."""
+    """Command that wrote it."""
     cwd: Path
 
 

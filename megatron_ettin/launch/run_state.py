@@ -30,7 +30,7 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands; fields are None where they are not known."""
+    """State of a run; fields that are not known are None."""
 
     run: Path
     model: str | None
@@ -50,14 +50,14 @@ class RunState:
     doing: str | None
     """Phase in the latest heartbeat."""
     job: str | None
-    """The latest that was submitted for it."""
+    """Id of the latest job that was submitted for it."""
     failures: int
     launches: int
-    """Of the job's script: one more than it was requeued."""
+    """Number of starts of the job's script: one more than its requeues."""
     last_event: str | None
-    """Of the job: started, failed, saved, requeued, done, mistake."""
+    """Latest event of the job: started, failed, saved, requeued, done or mistake."""
     slowest_rank: int | None
-    """When ranks were last compared (metrics.ranks_every_steps)."""
+    """Slowest rank when ranks were last compared (metrics.ranks_every_steps)."""
     slowest_host: str | None
     slowest_ratio: float | None
     """Its seconds divided by the median of the others."""

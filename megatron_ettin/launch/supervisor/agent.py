@@ -60,16 +60,16 @@ class StopRequest:
 
 
 class AttemptResult(NamedTuple):
-    """How an attempt ended."""
+    """Result of one attempt."""
 
     result: str
     """done, saved, mistake, failed or hung."""
     status: int
     """Exit status of the command."""
     culprit: Optional[failed_rank.TaskExit]
-    """The rank that failed first."""
+    """Rank that failed first."""
     heartbeat: Dict[str, Any]
-    """The last one."""
+    """The run's last heartbeat."""
     why: str
     """Why the command was ended; empty where it ended by itself."""
     stuck: bool

@@ -17,7 +17,7 @@ CHECK_SECONDS = 120.0
 
 
 class CommandResult(NamedTuple):
-    """What a command of SLURM answered."""
+    """Result of a SLURM command."""
 
     status: int
     text: str
