@@ -1,0 +1,54 @@
+"""Run directories with older names and forms of keys go on, without a changed science key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ettin.config.resolve import parse, to_yaml
+from megatron_ettin.config.science import science_keys
+from megatron_ettin.runs import directory, history, rollback
+
+OLDER = {
+    "weight_decay_reference_lr:": "max_lr:",
+    "vpp:": "vp:",
+    "  skip:\n  - - 24\n    - 32\n": "  skip: '24:32'\n",
+    "  recompute_modules:\n  - core_attn\n": "  recompute_modules: core_attn\n",
+}
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """Make a run directory with one checkpoint, as an earlier version wrote them."""
+    text = to_yaml(parse("17m", "mlm", "pretrain", overrides=["data.skip=[[24, 32]]"]))
+    for new, old in OLDER.items():
+        assert new in text
+        text = text.replace(new, old)
+    checkpoint = tmp_path / "checkpoints" / "step_000000003"
+    checkpoint.mkdir(parents=True)
+    for folder in (tmp_path, checkpoint):
+        (folder / "config.yaml").write_text(text)
+    (tmp_path / "history.jsonl").write_text(json.dumps({"changes": ["optim.max_lr"]}) + "\n")
+    (tmp_path / "rolled_back.json").write_text(json.dumps([{"to": 3, "skip": "24:32"}]))
+    return tmp_path
+
+
+def test_science_keys_of_an_older_run_are_those_of_today(older: Path) -> None:
+    config = parse("17m", "mlm", "pretrain", overrides=["data.skip=[[24, 32]]"])
+    assert history.stored_science_keys(older / "config.yaml") == science_keys(config)
+
+
+def test_checkpoint_of_an_older_run_is_accepted(older: Path) -> None:
+    config = parse("17m", "mlm", "pretrain", overrides=["data.skip=24:32"])
+    directory.check_checkpoint(older / "checkpoints" / "step_000000003", older, config, ())
+
+
+def test_older_names_of_allowed_changes_are_those_of_today(older: Path) -> None:
+    (launch,) = history.read_launches(older)
+    assert history.allowed_changes(launch) == ["optim.weight_decay_reference_lr"]
+
+
+def test_roll_back_with_the_older_text_is_known_as_done(older: Path) -> None:
+    assert not rollback.roll_back(older, 3, [[24, 32]])
