@@ -100,10 +100,7 @@ class PackingIndex:
         self._dataset = dataset
         self._given = arrays
         # None: the formula of `padded`
-        self._arrays = arrays
-        if arrays is None and record.batching == "packed":
-            # in the order of the fields of RowArrays
-            self._arrays = RowArrays(*(map_scattered(folder / name, dtype) for name, dtype in DTYPES.items()))
+        self._arrays = map_rows(folder) if arrays is None and record.batching == "packed" else arrays
 
     @classmethod
     def build_or_open(cls, dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> PackingIndex:
@@ -195,6 +192,12 @@ class PackingIndex:
         """Read every byte. Raises UserError naming the first damaged file."""
         for name, record in self.record.files.items():
             check_file(path_in(self.folder, name, self.folder / RECORD_FILE), record, content=True)
+
+
+def map_rows(folder: Path) -> RowArrays:
+    """Map the files of a packed index."""
+    chunks, ends, tokens = (map_scattered(folder / name, dtype) for name, dtype in DTYPES.items())
+    return RowArrays(chunks, ends, tokens)
 
 
 def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
