@@ -1,5 +1,7 @@
-"""Loss on held-out rows, in all and by source: the same rows and, for the encoder, the same masks (15 %, whatever the
-run trains with) at every evaluation, so that numbers compare over a run, over phases and between checkpoints."""
+"""Loss on held-out rows, in all and by source.
+
+Every evaluation has the same rows and, for the encoder, the same masks (15 %, whatever the run trains with), so that
+numbers compare over a run, over phases and between checkpoints."""
 
 from __future__ import annotations
 
@@ -50,16 +52,19 @@ class EvalMetrics:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; the perplexity only of a decoder."""
+        """Return plain values, with the perplexity for a decoder only."""
         perplexity = {"perplexity": self.perplexity} if self.objective == "clm" else {}
         return {**dataclasses.asdict(self), **perplexity}
 
 
 @dataclass(frozen=True)
 class EvalResult(EvalMetrics):
-    """The whole, and its parts by source: their labels, and their losses times labels, sum to the whole's."""
+    """Metrics of all rows and of each source.
+
+    The labels of the sources, and their losses times labels, sum to those of all rows."""
 
     sources: dict[str, EvalMetrics]
+    """Metrics by the name of the source."""
 
     def to_json(self) -> dict[str, Any]:
         parts = {name: part.to_json() for name, part in self.sources.items()}
@@ -68,7 +73,7 @@ class EvalResult(EvalMetrics):
         return {**super().to_json(), "sources": parts}
 
     def lines(self) -> list[str]:
-        """The whole and, where there are several, each source."""
+        """Format the metrics of all rows and, where there are several, of each source."""
         parts = [f"  {name}: {part}" for name, part in self.sources.items()]
         return [str(self), *(parts if len(parts) > 1 else [])]
 
@@ -82,17 +87,17 @@ class EvalDataset:
 
     @property
     def corpus(self) -> BlendedDataset:
-        """Of the first source; tokenizer, vocabulary and row length are everyone's."""
+        """Rows of the first source; all sources share tokenizer, vocabulary and row length."""
         return next(iter(self.sources.values())).corpus
 
     def rows(self, most: int | None) -> list[int]:
-        """Rows of each source to read: all, or `most` of them in proportion and at least one of each."""
-        there = [batches.corpus.num_rows for batches in self.sources.values()]
-        total = sum(there)
+        """Return the number of rows of each source to read: all, or `most` in proportion and at least one of each."""
+        available = [batches.corpus.num_rows for batches in self.sources.values()]
+        total = sum(available)
         if most is None or most >= total:
-            return there
-        shares = largest_remainder([rows / total for rows in there], most)
-        return [max(1, min(share, rows)) for share, rows in zip(shares, there, strict=True)]
+            return available
+        shares = largest_remainder([rows / total for rows in available], most)
+        return [max(1, min(share, rows)) for share, rows in zip(shares, available, strict=True)]
 
 
 def build_eval_dataset(
@@ -125,8 +130,11 @@ def held_out_batches(config: Config, train_state: TrainState, corpus: BlendedDat
 
 
 def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | None = None) -> EvalResult:
-    """Forward over `max_rows` rows (all by default), shared out over the sources. Collective; equal on every rank and
-    layout."""
+    """Run the model on held-out rows (collective); the result is equal on every rank and layout.
+
+    Args:
+        max_rows: number of rows, shared out over the sources; by default all.
+    """
     rows = held_out.rows(max_rows)
     train_state.finish_param_sync()
     for chunk in train_state.model_chunks:
@@ -155,7 +163,7 @@ def measured(objective: str, sums: np.ndarray, rows: int) -> EvalMetrics:
 
 
 def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
-    """This rank's share of the first `rows` rows, the same number of micro-batches on every rank, a few at a time."""
+    """Yield this rank's share of the first `rows` rows in groups of a few micro-batches, equally many on every rank."""
     host, together = batches.host, 2 * batches.layout.topology.pp
     split = host.split(rows)
     for begin in range(0, split.count, together):
@@ -165,10 +173,12 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
 
 
 def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | None = None) -> float:
-    """Cross entropy, on the positions that `evaluate` predicts, of the training corpus's token frequencies with one
-    added to each: what a model that ignores all context can reach."""
+    """Return the cross entropy of the training data's token frequencies on the labels that `evaluate` predicts.
+
+    One is added to each count. It is what a model that ignores all context can reach."""
     counts = np.ones(train.vocab_size, dtype=np.float64)
-    together = 4096  # chunks counted at once: a count over the vocabulary for each would cost more than reading it
+    # a count over the vocabulary for each chunk would cost more than reading the chunk
+    together = 4096
     for dataset in train.datasets:
         for begin in range(0, dataset.num_chunks, together):
             chunks = [dataset.chunk(i) for i in range(begin, min(begin + together, dataset.num_chunks))]
@@ -176,8 +186,8 @@ def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | N
     log_probabilities = np.log(counts / counts.sum())
     total, labels = 0.0, 0
     for batches, rows in zip(held_out.sources.values(), held_out.rows(max_rows), strict=True):
-        for position in range(rows):
-            row = batches.corpus.row(position)
+        for order_index in range(rows):
+            row = batches.corpus.row(order_index)
             _, targets = batches.label(row.tokens, row.lengths, row.order_index)
             targets = targets[targets != IGNORE]
             total -= float(log_probabilities[targets].sum())

@@ -1,14 +1,14 @@
-"""The directory that is a run: its resolved configuration, what it may not change, and who launched it when.
+"""Check and record a launch in a run directory: its configuration, what may not change, its lock and its history.
 
-Science keys are fixed by the first launch; another value is refused unless `--allow-change KEY` says that it is meant,
-and then history.jsonl records it. The data order is fixed by its fingerprint, not by a path."""
+The first launch fixes the science keys. Another value is refused unless `--allow-change KEY` allows it, and then
+history.jsonl records the change. The data order is fixed by its fingerprint, not by a path."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import platform as machine
+import platform
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +44,9 @@ ORDER_KEY = "data.order"
 
 
 def check_writable(run_dir: Path, what: str = "run directory ") -> None:
-    """Raise UserError where files cannot be made in `run_dir` (created if need be). `what`: it is, in the message."""
-    probe = run_dir / f".tmp-probe-{machine.node()}-{os.getpid()}"
+    """Create a folder if need be, and raise UserError where no files can be written in it. `what` names it in
+    messages."""
+    probe = run_dir / f".tmp-probe-{platform.node()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -60,7 +61,8 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
-    """Keep a second launch out of `run_dir` while this one trains. One rank holds the lock; a dead process's is gone.
+    """Keep a second launch out of `run_dir` while this one trains. Rank 0 holds the lock, which ends with its process.
+
     Raises UserError where another launch holds it."""
     if not is_main_process:
         yield
@@ -77,7 +79,7 @@ def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
                 f"warning: {run_dir}: its file system has no locks ({why}); start no second run in it meanwhile"
             )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {machine.node()}")
+        file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
 
@@ -89,7 +91,7 @@ def recorded(run_dir: Path) -> Config | None:
 
 
 def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow: Sequence[str]) -> list[str]:
-    """Names of allowed changes. Raises UserError naming the first science key that differs from the run's own."""
+    """Return the names of allowed changes. Raises UserError naming the first change that is not allowed."""
     allow = [current_name(key) for key in allow]
     for key in allow:
         if key not in key_types():
@@ -131,7 +133,7 @@ def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow
 
 
 def guard_rule_note(run_dir: Path, config: Config) -> str | None:
-    """A line where a run of an older version, whose bad steps were judged otherwise, goes on under today's rule."""
+    """Return a line if the run began under an older version's rule for bad steps; None if not."""
     path = run_dir / "config.yaml"
     if not path.exists() or fixes_guard(path):
         return None
@@ -143,8 +145,7 @@ def guard_rule_note(run_dir: Path, config: Config) -> str | None:
 
 
 def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> None:
-    """Raise UserError where the rows left out changed among those that the run has counted already: the rows after them
-    would move, and some be lost."""
+    """Raise UserError where `data.skip` changed among the rows already trained on: the rows after them would move."""
     path = run_dir / "config.yaml"
     before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
     reached = int(order_indices(trained_rows - 1, before)) + 1 if trained_rows else 0
@@ -157,7 +158,7 @@ def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> Non
 
 
 def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
-    """Which datasets are not those of the first launch, in words; empty where all are."""
+    """Describe the datasets that the first launch did not have; empty where there are none."""
     listed = order.get("datasets")
     known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
     other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
@@ -165,8 +166,9 @@ def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
 
 
 def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
-    """Raise UserError where a checkpoint was written with another science key than the run has, by its own config.yaml:
-    it is another run's then. Keys that a launch of this run was allowed to change may differ."""
+    """Raise UserError where a checkpoint's config.yaml has another science key: it is another run's then.
+
+    Keys that a launch of this run was allowed to change may differ."""
     groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
     allowed = {*map(current_name, allow), *(key for one in read_launches(run_dir) for key in allowed_changes(one))}
     if not fixes_guard(checkpoint / "config.yaml"):
@@ -185,7 +187,7 @@ def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Seq
 
 
 def read_order(run_dir: Path) -> dict[str, Any] | None:
-    """order.json: fingerprint of the data order and of the tokenizer; None where it is missing or damaged."""
+    """Read order.json, the fingerprints of data order and tokenizer; return None where it is missing or damaged."""
     try:
         order = load_json((run_dir / "order.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,8 +199,10 @@ def read_order(run_dir: Path) -> dict[str, Any] | None:
 def origin(
     run_dir: Path, init_from: Path | None, from_step: int | None, model_of_weights: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the first launch of a run began from, for `ettin release` to follow: absolute, and from the run directory
-    on, so that runs moved together still find each other. And what of the model came with it."""
+    """Return what the first launch of a run began from, for `ettin release` to follow.
+
+    The path is recorded absolute and relative to the run directory, so that runs moved together still find each other,
+    with what of the model came from it."""
     if init_from is None or first_launch(run_dir) is not None:
         return {}
     source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()
@@ -219,8 +223,12 @@ def order_record(config: Config, corpus: BlendedDataset) -> dict[str, Any]:
 
 
 def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset) -> None:
-    """Raise UserError where the batches would come from other rows than those that the run records. `reader`: the
-    corpus that the batches are read from, a copy on this machine for instance; `corpus`: the one that is recorded."""
+    """Raise UserError where batches would be read from other rows than the run records.
+
+    Args:
+        corpus: the rows that the run records.
+        reader: the rows that batches are read from, for instance a copy on this host.
+    """
     recorded, read = order_record(config, corpus), order_record(config, reader)
     for key, value in recorded.items():
         if read[key] != value:

@@ -1,11 +1,9 @@
-"""history.jsonl of a run directory: one object a launch, the first of which says where the run began.
+"""Read the launches of a run (history.jsonl), its science keys, and the phases in the folder of `--phase all`.
 
-The folder of `--phase all`: it holds a run directory for each phase and is none itself.
-
-Read the science keys that a run directory's config.yaml fixes for good.
-
-Up to the version that judged spikes by the mean and standard deviation of loss and norm, what becomes of a bad step was
-no science key: such a run goes on under the new rule, and its record alone says which of its updates were left out."""
+history.jsonl has one object a launch; the first says where the run began. The folder of `--phase all` holds a run
+directory for each phase and is none itself. Versions that judged spikes by the mean and standard deviation of loss and
+norm had no science keys for bad steps: such a run continues under the new rule, and only its record shows which of its
+updates were left out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Going back to an earlier step of a run (`ettin train --from-step N`): later checkpoints are put aside, not deleted.
+"""Roll a run back to an earlier step (`ettin train --from-step N`); later checkpoints are moved aside, not deleted.
 
-A job that is requeued runs the same command again and must go on, not back: what was done is written down, and done
-once for the same step and the same `data.skip`."""
+A requeued job runs the same command again and must continue instead of going back again: each rollback is recorded, and
+done once for the same step and the same `data.skip`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from megatron_ettin.checkpoint import directory
 from megatron_ettin.config.values import row_ranges
 
 RECORD = "rolled_back.json"
-ASIDE = "rolled_back"  # folder of what was put aside
+# folder of the checkpoints that were moved aside
+ASIDE = "rolled_back"
 
 
 def check_roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> None:
@@ -35,8 +36,9 @@ def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
 
 
 def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
-    """Make `step` the newest checkpoint of the run; False where that was done before. Raises UserError where the run
-    has no such checkpoint. A kill in between leaves nothing that the same call does not finish."""
+    """Make `step` the newest checkpoint of the run; return False where that was done before.
+
+    The same call finishes what a killed one began. Raises UserError where the run has no such checkpoint."""
     if _was_done(run_dir, step, skip):
         return False
     done = rolled_back(run_dir)
@@ -48,22 +50,22 @@ def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     aside = run_dir / ASIDE
     for path in (*directory.list_checkpoints(run_dir), *directory.list_milestones(run_dir)):
         if directory.step_of(path) > step:
-            place = aside / path.parent.name / path.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-            os.rename(path, place)
+            target_path = aside / path.parent.name / path.name
+            target_path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target_path, ignore_errors=True)
+            os.rename(path, target_path)
     entry = {"to": step, "skip": skip, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_atomically(run_dir / RECORD, json.dumps([*done, entry], indent=1) + "\n")
     return True
 
 
 def rolled_back(run_dir: Path) -> list[dict[str, Any]]:
-    """When the run went back, oldest first. Raises UserError."""
+    """Return the record of each rollback, oldest first. Raises UserError."""
     path = run_dir / RECORD
     if not path.exists():
         return []
     try:
-        found = load_json(path.read_text(encoding="utf-8"))
+        entries = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from None
-    return found if isinstance(found, list) else []
+    return entries if isinstance(entries, list) else []
