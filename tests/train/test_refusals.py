@@ -46,7 +46,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "run.deterministic=true parallel.tp=2 parallel.sequence_parallel=true parallel.tp_overlap=true",
-            "run.deterministic: not with parallel.tp_overlap",
+            "run.deterministic: does not work with parallel.tp_overlap",
         ),
         ("run.cuda_graph=true", "run.cuda_graph: needs a GPU, found none; run.cuda_graph=false computes the same"),
         ("parallel.offload_layers=1", "parallel.offload_layers: 1 needs a GPU, found none; parallel.recompute=full"),
@@ -55,7 +55,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("run.attention=varlen", "run.attention: varlen needs a GPU, found none; the nearest that runs is sdpa"),
         ("run.attention=flex", "run.attention: flex needs a GPU, found none (it has no backward on a CPU)"),
         ("optim.name=lion", "'lion' does not exist; it is one of stable_adamw, adamw, muon"),
-        ("optim.name=muon", "the distributed optimizer cuts them; add parallel.distributed_optimizer=false"),
+        ("optim.name=muon", "the distributed optimizer shards them; set parallel.distributed_optimizer=false"),
     ],
 )
 def test_train_invalid_setting_is_refused_without_writing(
