@@ -100,13 +100,13 @@ def latest_before_the_checkpoint() -> Iterator[None]:
     """Write `latest` before the checkpoint that it names is there."""
     from megatron_ettin.checkpoint import directory
 
-    real = directory.place
+    real = directory.seal_and_rename
 
-    def place(staging, final, known=None):
+    def seal_and_rename(staging, final, known=None):
         directory.write_atomically(final.parent / directory.LATEST, final.name + "\n")
         real(staging, final, known)
 
-    with mock.patch.object(directory, "place", place):
+    with mock.patch.object(directory, "seal_and_rename", seal_and_rename):
         yield
 
 

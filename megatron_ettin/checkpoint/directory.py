@@ -29,12 +29,12 @@ __all__ = [
     "list_checkpoints",
     "list_milestones",
     "new_staging",
-    "place",
     "prune",
     "publish",
     "read_config",
     "read_progress",
     "resolve",
+    "seal_and_rename",
     "step_name",
     "step_of",
     "tidy",
@@ -43,7 +43,8 @@ __all__ = [
 
 LATEST = "latest"
 _STAGING = ".tmp-"
-_REPLACED = ".tmp-replaced-"  # a checkpoint of the same step that is being saved again
+# a checkpoint of the same step that is being saved again
+_REPLACED = ".tmp-replaced-"
 _PRUNED = ".tmp-pruned-"
 _STEP = re.compile(r"step_(\d{9,})")
 
@@ -53,7 +54,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint folder is named after; 0 for one with another name (an imported one)."""
+    """Return the step that a checkpoint folder is named after; 0 for another name (an imported one)."""
     match = _STEP.fullmatch(path.name.removeprefix(_REPLACED))
     return int(match[1]) if match else 0
 
@@ -67,17 +68,17 @@ def milestones_folder(run_dir: Path) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Published checkpoints, oldest first, damaged ones included."""
+    """Return the published checkpoints, oldest first, damaged ones included."""
     return _steps_in(checkpoints_folder(run_dir))
 
 
 def list_milestones(run_dir: Path) -> list[Path]:
-    """Weights alone, kept for good, oldest first."""
+    """Return the milestones (weights only, kept for good), oldest first."""
     return _steps_in(milestones_folder(run_dir))
 
 
 def list_for_release(run_dir: Path) -> list[Path]:
-    """Milestones and the newest checkpoint; of a run without milestones all its checkpoints. Oldest first."""
+    """Return milestones and the newest checkpoint, or all checkpoints of a run without milestones, oldest first."""
     milestones, checkpoints = list_milestones(run_dir), list_checkpoints(run_dir)
     if not milestones:
         return checkpoints
@@ -92,7 +93,10 @@ def _steps_in(folder: Path) -> list[Path]:
 
 
 def at_step(run_dir: Path, step: int) -> Path:
-    """The checkpoint of a step or, where it is gone, the milestone. Raises UserError naming the steps there are."""
+    """Return the checkpoint of a step or, where it is gone, the milestone.
+
+    Raises UserError naming the steps there are.
+    """
     found = {step_of(path): path for path in (*list_milestones(run_dir), *list_checkpoints(run_dir))}
     if step not in found:
         there = ", ".join(str(one) for one in sorted(found)) or "none"
@@ -101,7 +105,7 @@ def at_step(run_dir: Path, step: int) -> Path:
 
 
 def _candidates(run_dir: Path) -> list[Path]:
-    """Newest first: published checkpoints, and one that a killed re-save of its step had moved aside."""
+    """Return published checkpoints, and one that a killed re-save of its step had moved aside, newest first."""
     published = list_checkpoints(run_dir)
     names = {path.name for path in published}
     aside = [
@@ -113,7 +117,7 @@ def _candidates(run_dir: Path) -> list[Path]:
 
 
 def _named_latest(run_dir: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None (with a warning) where it names none."""
+    """Return the checkpoint that `latest` names, or None (with a warning) where it names none."""
     path = checkpoints_folder(run_dir) / LATEST
     try:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
@@ -131,7 +135,7 @@ def _named_latest(run_dir: Path) -> Path | None:
 
 
 def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None] | None = None) -> Path | None:
-    """The checkpoint to go on from, None where a run has none.
+    """Return the checkpoint to go on from; None where a run has none.
 
     That is what `latest` names if it is whole (files and sizes, or checksums too), else the newest one that passes a
     full check (`check`: another way to make that than `verify`); every refused one is logged by the file that is
@@ -161,7 +165,7 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder from a checkpoint folder or a run directory (its latest). Raises UserError otherwise."""
+    """Return the checkpoint at a path: a checkpoint itself, or the latest of a run directory. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(
@@ -180,8 +184,10 @@ def resolve(path: Path) -> Path:
 
 
 def new_staging(folder: Path, step: int) -> Path:
-    """An empty folder in `folder` to write the checkpoint of `step` in. Removes what killed saves left, so that they
-    cannot fill the disk; one save at a time."""
+    """Make an empty folder to write the checkpoint of a step in; one save at a time.
+
+    What killed saves left in `folder` is removed, so that it cannot fill the disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_STAGING}step_*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -191,10 +197,13 @@ def new_staging(folder: Path, step: int) -> Path:
 
 
 def tidy(run_dir: Path) -> None:
-    """Before a run goes on: a checkpoint that was moved aside goes back where the new one of its step never came, all
-    else that killed saves left goes. For the one process that holds the run's lock."""
+    """Clean up after killed saves before a run goes on, in the one process that holds the run's lock.
+
+    A checkpoint that was moved aside goes back if the new one of its step never came; everything else goes.
+    """
     for folder in (checkpoints_folder(run_dir), milestones_folder(run_dir)):
-        with contextlib.suppress(OSError):  # a disk that cannot be written: the next save says so
+        # if the disk cannot be written, the next save reports it
+        with contextlib.suppress(OSError):
             for aside in folder.glob(f"{_REPLACED}step_*"):
                 final = folder / aside.name.removeprefix(_REPLACED)
                 if not final.exists():
@@ -207,22 +216,20 @@ def tidy(run_dir: Path) -> None:
 
 
 def staging_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is published in `folder`."""
+    """Return where the checkpoint of a step is written before it is published in `folder`."""
     return folder / f"{_STAGING}{step_name(step)}"
 
 
-def place(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Seal `staging` (`known`: as in `seal`) and rename it to `final`. A folder already there is moved aside first and
-    removed last, so that one of the two is whole at any instant."""
+def seal_and_rename(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
+    """Seal a folder and rename it to `final`; arguments as in `seal` and `publish_folder`."""
     seal(staging, known)
     publish_folder(staging, final, aside=final.with_name(_REPLACED + final.name))
 
 
 def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Make the checkpoint written in `staging` the run's latest: seal (`known`: as in `seal`), rename, then replace
-    `latest`, in this order."""
+    """Make the checkpoint in `staging` the run's latest: seal it, rename it, then replace `latest`, in this order."""
     staging, final = Path(staging), Path(final)
-    place(staging, final, known)
+    seal_and_rename(staging, final, known)
     write_atomically(final.parent / LATEST, final.name + "\n")
     for left in final.parent.glob(f"{_STAGING}*"):
         if left.is_dir():
@@ -254,7 +261,7 @@ def _is_kept(checkpoint: Path) -> bool:
 
 
 def bytes_of_newest(run_dir: Path) -> int | None:
-    """Of the newest checkpoint, all files; None where there is none."""
+    """Return the bytes of all files of the newest checkpoint; None where there is none."""
     for path in reversed(list_checkpoints(run_dir)):
         try:
             return total_bytes(path)
@@ -264,7 +271,7 @@ def bytes_of_newest(run_dir: Path) -> int | None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """progress.json: step, tokens and what else the run wrote."""
+    """Return progress.json: step, tokens and what else the run wrote."""
     path = Path(checkpoint) / "progress.json"
     try:
         progress = load_json(path.read_text(encoding="utf-8"))
@@ -286,7 +293,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.yaml"
     try:
         groups = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # OmegaConf and its YAML reader share no base class
+    # OmegaConf and its YAML reader share no base class
+    except Exception as error:
         raise UserError(f"{path}: unreadable ({first_line(error)})") from None
     if not isinstance(groups, dict):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
@@ -296,5 +304,5 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def total_bytes(checkpoint: Path) -> int:
-    """Bytes of all files that integrity.json lists."""
+    """Return the bytes of all files that integrity.json lists."""
     return sum(entry["bytes"] for entry in read_entries(checkpoint).values())

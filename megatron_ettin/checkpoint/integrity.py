@@ -1,8 +1,8 @@
-"""integrity.json: size and sha256 of every file of a checkpoint, written when it is sealed, checked when it is used.
+"""Write and check integrity.json: size and sha256 of every file of a checkpoint.
 
-A checkpoint is many files from many ranks; a torn or flipped one loads without complaint as wrong numbers. Hashing
-costs one more read of what was just written (in threads: hashlib lets go of the interpreter lock), and buys that
-every damaged file is refused by name. The first damage found is enough: nothing is repaired."""
+It is written when a checkpoint is sealed and checked when the checkpoint is used. A checkpoint is many files from many
+ranks; a torn or flipped one would load without complaint as wrong numbers. Hashing costs one more read of what was just
+written, in threads. The first damage found is reported by file; nothing is repaired."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json, with_
 from megatron_ettin.base.paths import checked_name, path_in, refuse_links
 
 INTEGRITY = "integrity.json"
-FORMATS = (1, 2)  # 1: a digest of each file, none of blocks, none of its own
+# format 1 has a digest of each file, none of blocks and none of its own
+FORMATS = (1, 2)
 
 __all__ = [
     "FORMATS",
@@ -39,15 +40,20 @@ def _files(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Force everything in `folder` to the disk and write its integrity.json, the last file of a checkpoint. `known`:
-    `digest` of files that were hashed when they were written."""
+    """Force everything in a folder to the disk and write its integrity.json, the last file of a checkpoint.
+
+    Args:
+        folder: the checkpoint, not yet published.
+        known: entries, by name, of files that were hashed when they were written.
+    """
 
     def entry(path: Path) -> tuple[str, Entry]:
         name = path.relative_to(folder).as_posix()
         return name, (known or {}).get(name) or digests.integrity_entry(path)
 
     paths = _files(folder)
-    with ThreadPoolExecutor(digests.THREADS) as disk:  # writes while what it writes is hashed
+    # one pool forces files to the disk while the other hashes them
+    with ThreadPoolExecutor(digests.THREADS) as disk:
         forced = [disk.submit(fsync, path) for path in paths]
         files = dict(digests.in_threads(entry, paths))
         for one in forced:
@@ -59,7 +65,7 @@ def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """What integrity.json says of every file. Raises UserError where it is missing, torn or of another format."""
+    """Return the entry of every file. Raises UserError if integrity.json is missing, torn or of another format."""
     path = folder / INTEGRITY
     try:
         raw = load_json(path.read_text(encoding="utf-8"))
@@ -79,7 +85,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """A file that integrity.json names. Raises UserError where it leads out of the checkpoint."""
+    """Return the path of a file in integrity.json. Raises UserError if it leads out of the checkpoint."""
     return path_in(folder, name, folder / INTEGRITY, nested=True)
 
 

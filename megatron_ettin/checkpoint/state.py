@@ -35,7 +35,7 @@ from megatron_ettin.platform.fp8 import delayed_scales, make_delayed_scales
 
 
 def sharding_metadata(dp_group: Any) -> dict[str, Any]:
-    """What core's sharded_state_dict functions are told: layers differ (layer 0 has no norm)."""
+    """Return the options of core's sharded_state_dict functions: layers differ (layer 0 has no norm)."""
     return {
         "non_homogeneous_layers": True,
         "singleton_local_shards": False,
@@ -44,7 +44,7 @@ def sharding_metadata(dp_group: Any) -> dict[str, Any]:
 
 
 def model_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Sharded tensors of this rank's model chunks, keyed `model0`, `model1`, ... for loading back."""
+    """Return the sharded tensors of this rank's model chunks, keyed `model0`, `model1`, ... for loading back."""
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata)) for i, chunk in enumerate(chunks)}
     for tensors in state.values():
         for key in [key for key in tensors if key.endswith("_extra_state")]:
@@ -53,8 +53,10 @@ def model_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, An
 
 
 def plan_state(path: Path, model: dict[str, Any], optimizer: Any, progress: dict[str, Any]) -> Plan:
-    """Plan what each rank writes into the existing empty folder `path`; rank 0 writes `progress`. Collective; raises
-    OSError when the disk refuses."""
+    """Plan what each rank writes into the existing empty folder `path` (collective).
+
+    Rank 0 writes `progress`. Raises OSError when the disk refuses.
+    """
     state = {**model, "progress": progress}
     if optimizer is not None:
         state["optimizer"] = optimizer
@@ -78,12 +80,12 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """Addresses of the memory behind them."""
+    """Return the addresses of the tensors' storages."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict[str, Any]:
-    """Read `path` into the layout that the sharded tensors describe. Collective.
+    """Read `path` into the layout that the sharded tensors describe (collective).
 
     Returns {"model0": ..., "optimizer": ..., "progress": ...}. Raises UserError naming the checkpoint where a tensor
     is missing or has another shape."""
@@ -108,7 +110,7 @@ def put_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Core and torch warn at length about what is chosen on purpose here."""
+    """Silence core's and torch's warnings about what is chosen on purpose here."""
     loggers = [logging.getLogger(name) for name in ("megatron.core", "torch.distributed.checkpoint")]
     levels = [logger.level for logger in loggers]
     try:
@@ -126,20 +128,23 @@ PREFIX = "fp8_scales."
 
 
 def keeps_scales(config: Config) -> bool:
-    """Whether a run has scales that outlive a step."""
+    """Return whether a run has scales that outlive a step."""
     return PRECISIONS[config.precision.name].fp8_recipe == "delayed"
 
 
 def stored_scales(checkpoint: Path) -> set[str]:
-    """Names of the scales in a checkpoint: none where another precision wrote it."""
+    """Return the names of the scales in a checkpoint; none where another precision wrote it."""
     return {key for key in CheckpointReader(checkpoint).keys() if key.startswith(PREFIX)}  # noqa: SIM118
 
 
 def scales_in_use(
     chunks: Sequence[Any], model_state: dict[str, Any], wanted: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Name -> tensor of this rank's linears; writing to one sets it. `wanted`, to load: the names that the checkpoint
-    has; linears of these get their tensors where they have none yet."""
+    """Return the scales of this rank's linears by name; writing to a tensor sets it.
+
+    Args:
+        wanted: for loading, the names in the checkpoint; linears of these get their tensors if they have none yet.
+    """
     keys = {
         id(entry.data): entry.key
         for tensors in model_state.values()
@@ -156,13 +161,13 @@ def scales_in_use(
 
 
 def sharded(scales: dict[str, torch.Tensor], layout: Layout) -> dict[str, ShardedTensor]:
-    """For core's checkpoints: each whole, written by one rank of those that have it."""
+    """Return the scales for core's checkpoints, each unsharded and written by one of the ranks that have it."""
     replica = (layout.tp_rank, layout.cp_rank, layout.dp_rank)
     return {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica) for key, tensor in scales.items()}
 
 
 def _linears(chunk: Any, keys: dict[int, str]) -> Iterator[tuple[str, Any]]:
-    """(prefix of its scales' names, module): named after the canonical name of its weight, whichever stage has it."""
+    """Yield (prefix of its scales' names, module); the prefix is the canonical name of its weight on any stage."""
     for module in chunk.modules():
         weight = keys.get(id(getattr(module, "weight", None)))
         if weight is not None and hasattr(module, "fp8_meta"):

@@ -1,4 +1,4 @@
-"""Writing a weights-only torch_dist checkpoint from one process, one tensor in memory at a time.
+"""Write a weights-only torch_dist checkpoint from one process, one tensor in memory at a time.
 
 Core's own save wants process groups and the whole state at once. The format underneath is plain: torch.save of each
 tensor at an offset of a .distcp file, and `.metadata` saying where. Written here directly, it is read by core's
@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_ettin.base.digests import Entry, integrity_entry
 from megatron_ettin.base.files import fsync
 
-FILE_BYTES = 256 << 20  # a .distcp file is closed once it is larger; it is hashed while the next is written
+# a .distcp file is closed once it is larger, and hashed while the next is written
+FILE_BYTES = 256 << 20
 FORMAT = {
     **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
     **{"common_backend": "torch", "common_backend_version": 1},
@@ -38,8 +39,10 @@ FORMAT = {
 def write_weights(
     staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], common: dict[str, Any], file_bytes: int = FILE_BYTES
 ) -> dict[str, Entry]:
-    """Write full `tensors` under their canonical names, and `common` (plain types), into the folder `staging`. Returns
-    the digests of the files of tensors, each computed while the next one is written."""
+    """Write unsharded tensors under their canonical names, and `common` (plain types), into a folder.
+
+    Returns the integrity entries of the files of tensors, each computed while the next one is written.
+    """
     staging = Path(staging)
     staging.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
@@ -83,8 +86,10 @@ def _forced_and_hashed(path: Path) -> Entry:
 
 
 def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
-    """torch.save, which tells of a full disk as an error of its zip writer. Raises OSError there. Without the zip's
-    own checksums: no reader of checkpoints looks at them, and integrity.json has better ones."""
+    """Call torch.save, and raise OSError on a full disk, which torch reports as an error of its zip writer.
+
+    The zip's own checksums are left out: no reader of checkpoints looks at them, and integrity.json has better ones.
+    """
     wanted = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -98,7 +103,7 @@ def save_tensor(tensor: torch.Tensor, file: BinaryIO) -> None:
 
 
 def _is_view(tensor: torch.Tensor) -> bool:
-    """torch.save writes the whole storage behind a view; what is stored must be the tensor alone."""
+    """Return whether a tensor is a view, of which torch.save would write the whole storage."""
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
 
 

@@ -1,15 +1,15 @@
-"""Writing a planned checkpoint while training goes on: a thread of every rank writes and hashes this rank's files, from
-copies in host memory, and leaves a mark beside them; a thread of rank 0 finishes once all marks are there.
+"""Write a planned checkpoint in the background while training goes on.
 
-After the planning nothing is collective, so that nothing waits: marks are files, on the file system that the checkpoint
-is on anyway. Threads and not processes, for a process would outlive a killed rank and its memory be copied once more;
-what takes long (writing, forcing to the disk, hashing) lets go of the interpreter's lock.
+A thread of every rank writes and hashes this rank's files, from copies in host memory, and leaves a mark file next to
+them. A thread of rank 0 finishes once all marks are there. After the planning nothing is collective, so that nothing
+waits: marks are files, on the file system that the checkpoint is on anyway. Threads are used and not processes, because
+a process would outlive a killed rank and copy its memory once more; what takes long (writing, forcing to the disk,
+hashing) releases the interpreter's lock.
 
-Folders on a machine's own disk (`checkpoint.staging`) in which files are written before they are copied.
-
-The folder that a user names may be shared: by the ranks of a machine, by both runs of a pair, by a job array. So each
-save of each process makes one of its own in it, locked for as long as the process lives, and removes it whatever
-happens. What a killed process left has no lock any more, and goes at the next save of anyone."""
+With `checkpoint.staging`, files are written to a folder on the host's own disk before they are copied. The folder that
+a user names may be shared: by the ranks of a host, by both runs of a pair, by a job array. So each save of each process
+makes one of its own in it, locked for as long as the process lives, and removes it whatever happens. What a killed
+process left has no lock any more, and is removed at the next save of anyone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.files import LockHeld, fsync, try_lock, write_atomically
 from megatron_ettin.checkpoint.weights_writer import save_tensor
 
-MARK = ".written-"  # and the rank
+# followed by the rank
+MARK = ".written-"
 POLL_SECONDS = 0.05
 
 
@@ -47,14 +48,14 @@ class NotWritten(Exception):
 
 @dataclass
 class _At:
-    """Which file or folder is being written, for the message of what goes wrong."""
+    """The file or folder that is being written, for error messages."""
 
     path: Path
 
 
 @dataclass
 class Plan:
-    """What this rank writes into `folder`. `writer` and `metadata` are core's; the latter is rank 0's alone."""
+    """The files that this rank writes into `folder`. `writer` and `metadata` are core's; only rank 0 has the latter."""
 
     folder: Path
     rank: int
@@ -64,12 +65,17 @@ class Plan:
 
     @property
     def buckets(self) -> list[Any]:
-        """(path, name, (byte items, tensor items)) of each file."""
+        """Path, name and (byte items, tensor items) of each file."""
         return self.writer.write_buckets or []
 
     def copy_tensors(self, live: set[int] | None, synchronize: Callable[[], None]) -> None:
-        """Replace every tensor whose storage is in `live` (addresses; None: every one) or on a device by a copy in host
-        memory, for training goes on in place. The others are copies already, which core made of views."""
+        """Replace tensors that training goes on to change in place by copies in host memory.
+
+        Args:
+            live: addresses of storages that the training uses, None for all. Tensors on a device are copied always; the
+                others are copies already, which core made of views.
+            synchronize: waits for copies from the device.
+        """
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.is_cpu:
@@ -85,8 +91,11 @@ class Plan:
         synchronize()
 
     def write(self, local: Path | None = None) -> None:
-        """Write this rank's files and its mark, which says what went wrong where something did. `local`: a folder on
-        this machine's own disk, where they are written first."""
+        """Write this rank's files and its mark, which holds the error if one occurred.
+
+        Args:
+            local: a folder on this host's own disk where the files are written first.
+        """
         mark: dict[str, Any] = {"files": {}, "stored": []}
         at = _At(self.folder if local is None else local)
         try:
@@ -97,16 +106,19 @@ class Plan:
                     self._write_files(staging, mark, at)
         except Exception as error:
             mark = {"error": f"rank {self.rank}: {at.path}: {_cause(error)}"}
-            for path, _, _ in self.buckets:  # of no use, and the mark needs room
+            # the files are of no use, and the mark needs room
+            for path, _, _ in self.buckets:
                 Path(path).unlink(missing_ok=True)
-        self.writer.write_buckets = None  # the copies are no longer needed
-        _place(self.folder / f"{MARK}{self.rank}", mark)
+        # the copies are no longer needed
+        self.writer.write_buckets = None
+        _write_mark(self.folder / f"{MARK}{self.rank}", mark)
 
     def _write_files(self, first: Path, mark: dict[str, Any], at: _At) -> None:
         """Write and hash each file in the folder `first`, and copy it to where it belongs if that is elsewhere."""
         for path, name, (items, tensors) in self.buckets:
             at.path = first / name
-            assert not items, "pickled entries"  # state.py leaves them out
+            # state.py leaves them out
+            assert not items, "pickled entries"
             mark["stored"] += _write_file(at.path, name, tensors)
             # before it is copied: a digest of the copy would seal whatever the copy is
             mark["files"][name] = integrity_entry(at.path)
@@ -114,8 +126,10 @@ class Plan:
                 _move(at.path, Path(path), mark["files"][name], at)
 
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
-        """On rank 0: wait for all marks, write what core leaves to the coordinator. Returns the digests of the ranks'
-        files. Raises NotWritten, and OSError of its own files."""
+        """Wait on rank 0 for all marks, and write what core leaves to the coordinator.
+
+        Returns the integrity entries of the ranks' files. Raises NotWritten, and OSError for its own files.
+        """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
         marks = [self._mark_of(rank, given_up) for rank in range(self.world)]
@@ -139,8 +153,10 @@ class Plan:
 
 
 def _write_file(path: Path, name: str, tensors: list[Any]) -> list[list[Any]]:
-    """One file of tensors, forced to the disk. Returns where each lies: name, offset and number of the piece (as in
-    MetadataIndex), file, first byte, bytes."""
+    """Write one file of tensors and force it to the disk.
+
+    Returns where each tensor lies: name, offset and index of the shard (as in MetadataIndex), file, first byte, bytes.
+    """
     stored = []
     with open(path, "wb") as stream:
         for item, tensor in tensors:
@@ -153,7 +169,7 @@ def _write_file(path: Path, name: str, tensors: list[Any]) -> list[list[Any]]:
 
 
 def _result(fqn: str, offset: Any, number: Any, name: str, first: int, length: int) -> WriteResult:
-    """As core wants to have it."""
+    """Return a WriteResult, as core expects it."""
     index = MetadataIndex(fqn, None if offset is None else torch.Size(offset), number)
     return WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(name, first, length))
 
@@ -169,7 +185,7 @@ def _move(source: Path, target: Path, written: Entry, at: _At) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """torch tells of a full disk as an error of its zip writer."""
+    """Return the OSError behind an error: torch reports a full disk as an error of its zip writer."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -178,13 +194,13 @@ def _cause(error: BaseException) -> str:
     return first_line(error)
 
 
-def _place(path: Path, mark: dict[str, Any]) -> None:
-    """A few bytes, which a full disk may still refuse: then rank 0 learns of it when the run ends."""
+def _write_mark(path: Path, mark: dict[str, Any]) -> None:
+    """Write a mark. If a full disk refuses even that, leave an empty file, which takes no block."""
     try:
         write_atomically(path, json.dumps(mark), durable=False)
     except OSError:
         path.unlink(missing_ok=True)
-        path.touch()  # an empty file takes no block
+        path.touch()
 
 
 PREFIX = ".ettin-staging-"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_ettin.base.errors import RankError, UserError
-from megatron_ettin.checkpoint.directory import place
+from megatron_ettin.checkpoint.directory import seal_and_rename
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.resolve import to_yaml
@@ -64,7 +64,7 @@ def from_hf(
         (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         config = imported_config(parsed.model, objective)
         (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        place(staging, resolved(out), known)
+        seal_and_rename(staging, resolved(out), known)
     return {
         **{"source": str(hf_dir), "out": str(out), "objective": objective, "size": size_of(parsed.model)},
         **{"tensors": len(wanted), "notes": notes},

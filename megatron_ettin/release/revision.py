@@ -25,7 +25,7 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import publish_folder
 from megatron_ettin.base.processes import serve_parent
-from megatron_ettin.checkpoint.directory import list_checkpoints, place
+from megatron_ettin.checkpoint.directory import list_checkpoints, seal_and_rename
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.resolve import to_yaml
@@ -116,7 +116,7 @@ def write_initial(run: PhaseRun, folder: Path) -> Path:
     if tokenizer is not None and tokenizer.is_dir():
         check_nothing_else(tokenizer.parent)
         shutil.copytree(tokenizer, staging / "tokenizer")
-    place(staging, folder, known)
+    seal_and_rename(staging, folder, known)
     return folder
 
 

@@ -209,7 +209,7 @@ class Saver:
             shutil.copytree(self.tokenizer, staging / "tokenizer")
         final = staging.with_name(wish.name)
         if wish.milestone:
-            directory.place(staging, final, known)
+            directory.seal_and_rename(staging, final, known)
         else:
             directory.publish(staging, final, known)
             directory.prune(self.run_dir, config.checkpoint.keep)

@@ -37,7 +37,7 @@ def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     if place.rank == 0:
         write_atomically(staging / "config.yaml", to_yaml(config))
         write_atomically(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
-        directory.place(staging, out)
+        directory.seal_and_rename(staging, out)
     barrier()
     destroy_process_group()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ettin.checkpoint.directory import place
+from megatron_ettin.checkpoint.directory import seal_and_rename
 from megatron_ettin.checkpoint.integrity import seal
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.checkpoint.weights_writer import write_weights
@@ -214,7 +214,7 @@ def test_to_hf_padded_vocabulary_is_stripped(sources, tmp_path):
     write_weights(staging, padded.items(), {"progress": {}})
     for name in ("config.yaml", "progress.json"):
         shutil.copy(sources / "checkpoint" / name, staging)
-    place(staging, tmp_path / "padded")
+    seal_and_rename(staging, tmp_path / "padded")
     to_hf(tmp_path / "padded", tmp_path / "out", verify=True)
     assert same_bits(tensors(sources / "whole"), tensors(tmp_path / "out"))
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.checkpoint.directory import place
+from megatron_ettin.checkpoint.directory import seal_and_rename
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import ModelConfig
@@ -51,7 +51,7 @@ def from_composer(
         with staged(out) as staging:
             notes += write_tokenizer(source.tree, staging, decision.model, file)
             known = _write(staging, _tensors(source, weights, wanted, decision.model, report), decision)
-            place(staging, resolved(out), known)
+            seal_and_rename(staging, resolved(out), known)
     finally:
         source.close()
     return {
