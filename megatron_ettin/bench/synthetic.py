@@ -40,6 +40,9 @@ class SyntheticRows:
     def mean_tokens_per_row(self) -> float:
         return float(self.token_counts(range(SAMPLED_ROWS)).mean()) if self.padded else float(self.seq_len)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Accept every model: rows are drawn from its own vocabulary."""
+
     def token_counts(self, order_indices: Iterable[int]) -> np.ndarray:
         return np.array([len(self.row(int(index)).tokens) for index in order_indices], np.int64)
 
