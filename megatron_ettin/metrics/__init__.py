@@ -1,5 +1,6 @@
-"""Floor 2: where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases beside it. The trainer
-hands one flat dict a step to `FanOut.log`."""
+"""Floor 2: where a run's metrics go: always to `metrics.jsonl`, optionally to TensorBoard and Weights & Biases.
+
+The trainer hands one flat dict a step to `FanOut.log`."""
 
 from megatron_ettin.metrics.record import METRICS_FILE, ROLLED_BACK_FILE, JsonlSink, finite, read_metrics
 from megatron_ettin.metrics.sinks import FanOut, Sink, TensorBoardSink

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of truth: one JSON object a step, each step once.
+"""Read and write `metrics.jsonl`, the record of truth: one JSON object a step, each step once.
 
 Non-finite numbers are written as null: every line is strict JSON that any reader takes."""
 
@@ -25,19 +25,20 @@ DAMAGED_FILE = "metrics.damaged.jsonl"
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return every line of a metrics file that holds an object, in order.
 
-    A torn last line, of a killed writer, is left out; damaged lines before it too, and told of."""
+    A torn last line, which a killed writer leaves, is left out. Damaged lines before it are left out with a warning.
+    """
     lines, damaged = _split(Path(path))
     if damaged:
-        log_warning(f"warning: {path}:{damaged[0][0]}: {_told(damaged)}; left out")
+        log_warning(f"warning: {path}:{damaged[0][0]}: {_describe_damage(damaged)}; left out")
     return [load_json(line) for line in lines]
 
 
-def _told(damaged: list[tuple[int, bytes]]) -> str:
+def _describe_damage(damaged: list[tuple[int, bytes]]) -> str:
     return f"not a JSON object with a step{f', and {len(damaged) - 1} more lines' if len(damaged) > 1 else ''}"
 
 
 def _is_sound(line: bytes) -> bool:
-    """Whether a line is an object, with a whole number for its step if it has one."""
+    """Return whether a line is an object, with a whole number for its step if it has one."""
     try:
         found = load_json(line)
     except ValueError:
@@ -46,8 +47,10 @@ def _is_sound(line: bytes) -> bool:
 
 
 def _split(path: Path) -> tuple[list[bytes], list[tuple[int, bytes]]]:
-    """The sound lines of a file without their newlines, and the damaged ones with their numbers, but for a torn last
-    one, which a killed writer leaves. Raises UserError where the file cannot be read."""
+    """Return the sound lines of a file without their newlines, and the damaged ones with their numbers.
+
+    A torn last line, which a killed writer leaves, is in neither. Raises UserError if the file cannot be read.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -61,7 +64,7 @@ def _split(path: Path) -> tuple[list[bytes], list[tuple[int, bytes]]]:
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """The file with exactly these lines, or as it was before."""
+    """Replace a file by these lines; it has exactly them, or is as it was before."""
     write_atomically(path, b"".join(line + b"\n" for line in lines))
 
 
@@ -93,16 +96,18 @@ class JsonlSink:
 
     def _mend(self, resume_step: int | None) -> None:
         lines, damaged = _split(self.path)
-        if damaged:  # a full disk or a hand: no reason for a run to end, and none to throw anything away
+        # a full disk or an editor: no reason for a run to end, and none to throw anything away
+        if damaged:
             aside = self.path.with_name(DAMAGED_FILE)
-            log_warning(f"warning: {self.path}:{damaged[0][0]}: {_told(damaged)}; moved to {aside.name}")
+            log_warning(f"warning: {self.path}:{damaged[0][0]}: {_describe_damage(damaged)}; moved to {aside.name}")
             earlier = aside.read_bytes().splitlines() if aside.exists() else []
             _replace(aside, [*earlier, *(line for _, line in damaged)])
         past = [line for line in lines if resume_step is not None and load_json(line).get("step", 0) > resume_step]
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
             earlier = _split(rolled_back)[0] if rolled_back.exists() else []
-            if earlier[-len(past) :] != past:  # equal: killed between the two replacements below
+            # they are equal after a kill between the two replacements below
+            if earlier[-len(past) :] != past:
                 _replace(rolled_back, earlier + past)
             dropped = set(past)
             lines = [line for line in lines if line not in dropped]
@@ -138,7 +143,8 @@ class JsonlSink:
                 return None
             except OSError as failed:
                 error = failed
-            os.ftruncate(self._file.fileno(), end)  # so that the next try does not append to half a line
+            # so that the next try does not append to half a line
+            os.ftruncate(self._file.fileno(), end)
         except OSError as failed:
             error = failed
         return f"{self.path}: {error.strerror or error}"
@@ -157,7 +163,7 @@ class JsonlSink:
 
 
 def finite(value: Any) -> Any:
-    """`value` as strict JSON: NaN and infinities become None."""
+    """Return a value as strict JSON has it: NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -4,9 +4,7 @@ The record (metrics.jsonl) keeps lines that cannot be written, and no checkpoint
 sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
 sinks open at their first line, so that opening is isolated as well.
 
-What dashboards call the keys of metrics.jsonl: a group and a name. The record itself keeps its flat keys.
-
-TensorBoard event files beside the record."""
+Dashboards get the keys of metrics.jsonl as a group and a name; the record itself keeps its flat keys."""
 
 from __future__ import annotations
 
@@ -18,29 +16,30 @@ from megatron_ettin.base.log import log_warning
 
 
 class Sink(Protocol):
-    """One place that takes the numbers of a step."""
+    """Destination of the metrics of each step."""
 
-    required: bool  # whether a failure stops the run
+    required: bool
+    """Whether a failure stops the run."""
 
     def log(self, values: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class FanOut:
-    """Hands each step's numbers to every sink; one that is not required and fails is switched off."""
+    """Hand each step's metrics to every sink; one that fails is switched off unless it is required."""
 
     def __init__(self, sinks: Iterable[Sink]):
         self.sinks = list(sinks)
 
     def log(self, values: Mapping[str, Any]) -> None:
         for sink in list(self.sinks):
-            self._ask(sink, sink.log, values)
+            self._call(sink, sink.log, values)
 
     def keep(self, checkpoint: Path, step: int) -> None:
-        """A checkpoint was published: for the sinks that care."""
+        """Pass a published checkpoint to the sinks that have a `keep`."""
         for sink in list(self.sinks):
             if hasattr(sink, "keep"):
-                self._ask(sink, sink.keep, checkpoint, step)
+                self._call(sink, sink.keep, checkpoint, step)
 
     @property
     def problem(self) -> str | None:
@@ -48,16 +47,16 @@ class FanOut:
         return next(filter(None, (getattr(sink, "problem", None) for sink in self.sinks)), None)
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:
-        """Files of the run, which `make` writes and returns the folder of: for the sinks that care."""
+        """Pass files of the run, in the folder that `make` writes and returns, to the sinks that have an `attach`."""
         for sink in list(self.sinks):
             if hasattr(sink, "attach"):
-                self._ask(sink, sink.attach, name, make)
+                self._call(sink, sink.attach, name, make)
 
     def close(self) -> None:
         for sink in list(self.sinks):
-            self._ask(sink, sink.close)
+            self._call(sink, sink.close)
 
-    def _ask(self, sink: Sink, action: Callable[..., None], *arguments: Any) -> None:
+    def _call(self, sink: Sink, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
         except Exception as error:
@@ -81,7 +80,7 @@ GROUPED = {
     "labels": "data/labels",
     "peak_memory_bytes": "memory/peak_bytes",
 }
-# the first that a key begins with; what follows stays
+# the first prefix of a key is replaced; what follows stays
 PREFIXES = {
     "validation_loss": "validation/loss",
     "validation_accuracy": "validation/accuracy",
@@ -91,7 +90,10 @@ PREFIXES = {
 
 
 def grouped(key: str) -> str:
-    """`loss` -> `train/loss`, `validation_loss/web` -> `validation/loss/web`; others go to `train/`."""
+    """Return a key with its group: `loss` -> `train/loss`, `validation_loss/web` -> `validation/loss/web`.
+
+    Other keys go to `train/`.
+    """
     if key in GROUPED:
         return GROUPED[key]
     for prefix, group in PREFIXES.items():
@@ -101,7 +103,7 @@ def grouped(key: str) -> str:
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that a dashboard can draw, under their groups; `data/rows` is where the step's rows end."""
+    """Return the numbers that a dashboard can draw, under their groups; `data/rows` is where the step's rows end."""
     found = {
         grouped(key): value
         for key, value in values.items()
@@ -112,7 +114,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardSink:
-    """Scalars by step under `directory`. Steps after `resume_step` that an earlier process wrote are purged."""
+    """TensorBoard event files. Steps after `resume_step` that an earlier process wrote are purged."""
 
     required = False
 

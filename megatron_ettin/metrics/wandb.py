@@ -1,4 +1,4 @@
-"""Weights & Biases: a page for each run that stays the same over requeues, encoder and decoder of a pair in one group.
+"""Send metrics to Weights & Biases: one page for each run, kept over requeues, with a pair in one group.
 
 Mode (online, offline, disabled) and key are wandb's own environment variables. Where the service cannot be reached the
 run is written to disk instead (`wandb sync` sends it later). Steps that the page has already are not sent again after a
@@ -21,33 +21,38 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.metrics.sinks import scalars
 
-STATE = "page.json"  # in the sink's folder: the page's id, and the last step that it was sent
+# in the sink's folder: the page's id, and the last step that it was sent
+STATE = "page.json"
 INIT_SECONDS = 60
-FINISH_SECONDS = 120.0  # the longest that the end of a run waits for what is not sent yet
+# the longest that the end of a run waits for what is not sent yet
+FINISH_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class WandbIdentity:
-    """What the page is called. `group`: shared by a pair. `history`: changes where a run went back to an earlier step
-    to train on other rows, which begins another page."""
+    """Names of the page."""
 
     project: str
     name: str
     group: str
+    """Shared by a pair."""
     config: Mapping[str, Any] = field(default_factory=dict)
     history: int = 0
-    checkpoints: str = "none"  # or "reference": where they are, or "upload": the files
+    """Changes when a run goes back to an earlier step to train on other rows, which begins another page."""
+    checkpoints: str = "none"
+    """"none", "reference" (paths of checkpoints) or "upload" (their files)."""
 
 
 class WandbSink:
-    """One page. `directory`: of this run, kept over restarts."""
+    """One page; its directory is kept over restarts."""
 
     required = False
 
     def __init__(self, identity: WandbIdentity, directory: str | Path):
         self.identity, self.directory = identity, Path(directory)
         self._run: Any = None
-        self._id, self._sent = "", 0  # what is in page.json
+        # what is in page.json
+        self._id, self._sent = "", 0
 
     def log(self, values: Mapping[str, Any]) -> None:
         if self._run is None:
@@ -59,7 +64,7 @@ class WandbSink:
             self._remember()
 
     def keep(self, checkpoint: Path, step: int) -> None:
-        """A published checkpoint, as an artifact where that is asked for."""
+        """Log a published checkpoint as an artifact where `checkpoints` is set."""
         if self._run is None or self.identity.checkpoints == "none":
             return
         import wandb
@@ -73,7 +78,7 @@ class WandbSink:
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:
-        """A folder as an artifact. What goes wrong with it is told, and the page ends as without it."""
+        """Log a folder as an artifact. An error becomes a warning, and the page ends as without it."""
         if self._run is None:
             return
         import wandb
@@ -93,8 +98,9 @@ class WandbSink:
         ending.start()
         ending.join(FINISH_SECONDS)
         if ending.is_alive():
-            told = f"wandb: not all sent within {FINISH_SECONDS:.0f} s; `wandb sync {self.directory}` does"
-            log_warning(told)
+            log_warning(
+                f"wandb: not all sent within {FINISH_SECONDS:.0f} s; `wandb sync {self.directory}` sends the rest"
+            )
 
     def _open(self) -> None:
         import wandb
@@ -108,9 +114,11 @@ class WandbSink:
         try:
             self._run = self._begun(wandb, settings, None)
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError, OSError) as error:
-            told = f"wandb: {first_line(error)}; the run is written to {self.directory}, to be sent by `wandb sync`"
-            log_warning(told)
-            wandb.teardown()  # its process still has the run that did not begin
+            log_warning(
+                f"wandb: {first_line(error)}; the run is written to {self.directory}, to be sent by `wandb sync`"
+            )
+            # its process still has the run that did not begin
+            wandb.teardown()
             self._run = self._begun(wandb, settings, "offline")
         # a pair is compared by tokens: the x-axis of everything
         self._run.define_metric("data/tokens")
@@ -130,7 +138,7 @@ class WandbSink:
         )
 
     def _state(self) -> dict[str, Any]:
-        """Of this history of the run; a new page where there is none."""
+        """Return the state of the page of this history; a new page where there is none."""
         try:
             found = load_json((self.directory / STATE).read_text(encoding="utf-8"))
             if found["history"] == self.identity.history:
