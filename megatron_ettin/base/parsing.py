@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +25,43 @@ def load_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_objects(
+    lines: Iterable[str | bytes], unreadable: list[int] | None = None, count_torn: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the objects of JSON lines, without blank lines and lines that hold no object.
+
+    Args:
+        lines: lines with their ends, so that a last one that a killed writer has torn can be told.
+        unreadable: gets the numbers of lines that hold no object, from 1.
+        count_torn: whether a torn last line is one of them.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = load_json(line)
+        except ValueError:
+            value = None
+            if not count_torn and line[-1:] not in (b"\n", "\n"):
+                continue
+        if isinstance(value, dict):
+            yield value
+        elif unreadable is not None:
+            unreadable.append(number)
+
+
+def read_json_lines(
+    path: Path, unreadable: list[int] | None = None, count_torn: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines, and none where it cannot be read. Arguments as in `json_objects`."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError:
+        return
+    with file:
+        yield from json_objects(file, unreadable, count_torn)
 
 
 def with_digest(content: dict[str, Any]) -> dict[str, Any]:

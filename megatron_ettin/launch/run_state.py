@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json, load_yaml
+from megatron_ettin.base.parsing import json_objects, load_json, load_yaml
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.parallel.failure_report import HEARTBEAT
@@ -160,16 +159,7 @@ def tail_lines(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()[1 if size > TAIL_BYTES else 0 :]
     except OSError:
         return []
-    return _json_objects(lines)
-
-
-def _json_objects(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
-    objects = []
-    for line in lines:
-        # the last one may be half written
-        with contextlib.suppress(ValueError):
-            objects.append(load_json(line))
-    return [one for one in objects if isinstance(one, dict)]
+    return list(json_objects(lines))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -178,7 +168,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return [event for event in _json_objects(text.splitlines()) if isinstance(event.get("event"), str)]
+    return [event for event in json_objects(text.splitlines()) if isinstance(event.get("event"), str)]
 
 
 def runs_of_event(event: dict[str, Any]) -> list[str]:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.parsing import read_json_lines
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.base.text import masked
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
 from megatron_ettin.report.models import ModelRuns
-from megatron_ettin.report.record import RunRecord, objects, read_json
+from megatron_ettin.report.record import RunRecord, read_json
 
 RELEASE, PARITY = "release.json", "parity.json"
 
@@ -216,7 +217,9 @@ def hosts(run: RunRecord) -> list[str]:
     found += [str(launch.get("host") or "") for launch in run.launches]
     path = run.path.absolute()
     for above in (path, *list(path.parents)[:2]):
-        found += [str(event["nodes"]) for event in objects(above / "slurm" / "events.jsonl") if event.get("nodes")]
+        found += [
+            str(event["nodes"]) for event in read_json_lines(above / "slurm" / "events.jsonl") if event.get("nodes")
+        ]
     return [host for host in dict.fromkeys([*found, *run.metrics.slowest_hosts]) if host]
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import load_json, read_json_lines
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE
@@ -83,8 +83,8 @@ class RunRecord:
         """Read a run. Raises UserError where `path` has no config.yaml that can be read."""
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path}: no run directory (it has no config.yaml)")
-        rolled_back = sum(1 for _ in objects(path / ROLLED_BACK_FILE))
-        launches = [launch for _, launch in zip(range(MOST_LAUNCHES), objects(path / HISTORY))]
+        rolled_back = sum(1 for _ in read_json_lines(path / ROLLED_BACK_FILE))
+        launches = [launch for _, launch in zip(range(MOST_LAUNCHES), read_json_lines(path / HISTORY))]
         metrics = read_metrics(path / METRICS_FILE)
         bad_steps = standing_bad_steps(path / "bad_steps.jsonl", metrics, launches)
         return cls(path, read_config(path), metrics, launches, read_json(path / "order.json"), bad_steps, rolled_back)
@@ -128,7 +128,7 @@ def standing_bad_steps(path: Path, metrics: MetricColumns, launches: list[dict[s
     """
     steps, found = set(metrics.steps.astype(int).tolist()), {}
     began = [(seconds_of(launch.get("time")), launch.get("step")) for launch in launches]
-    for entry in objects(path):
+    for entry in read_json_lines(path):
         step, at = entry.get("step"), entry.get("time")
         if not isinstance(step, int) or (step in steps and step not in metrics.bad_steps):
             continue
@@ -171,34 +171,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def objects(path: Path, unreadable: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines.
-
-    Args:
-        path: the file.
-        unreadable: gets the numbers of lines that hold no object, except a torn last one.
-    """
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError:
-        return
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                found = load_json(line) if line.strip() else None
-            except ValueError:
-                found = () if line.endswith(b"\n") else None
-            if isinstance(found, dict):
-                yield found
-            elif found is not None and unreadable is not None:
-                unreadable.append(number)
-
-
 def read_metrics(path: Path) -> MetricColumns:
     """Read metrics.jsonl as columns, which keep a million steps in memory (100,000 steps take a second or two)."""
     columns = {"step": array("d")}
     metrics, unreadable, count = MetricColumns(), list[int](), 0
-    for line in objects(path, unreadable):
+    for line in read_json_lines(path, unreadable):
         step = line.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**31:
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import load_json, read_json_lines
 from megatron_ettin.config.overrides import current_name, read_yaml
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
@@ -23,21 +23,8 @@ def read_launches(run_dir: Path, unreadable: list[int] | None = None) -> list[di
     """Return every launch's record, oldest first.
 
     Lines that a full disk or a kill has torn are left out; their numbers go to `unreadable`."""
-    try:
-        lines = (run_dir / HISTORY).read_bytes().splitlines()
-    except OSError:
-        return []
-    launches = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found = load_json(line) if line.strip() else {}
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            launches += [found] if found else []
-        elif unreadable is not None:
-            unreadable.append(number)
-    return launches
+    launches = read_json_lines(run_dir / HISTORY, unreadable, count_torn=True)
+    return [launch for launch in launches if launch]
 
 
 def allowed_changes(launch: dict[str, Any]) -> list[str]:
