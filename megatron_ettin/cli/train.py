@@ -160,9 +160,10 @@ def train_phases(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.faults.skipped_steps import TrainingStopped
-    from megatron_ettin.train.chain import run_chain, run_sweep
+    from megatron_ettin.train.chain import chain_jobs, sweep_jobs
     from megatron_ettin.train.job import TrainArgs
     from megatron_ettin.train.saving import SaveFailed
+    from megatron_ettin.train.trainer import Trainer
 
     if args.init_from is not None:
         from megatron_ettin.convert.from_hf import import_once, is_hf_folder
@@ -175,9 +176,16 @@ def train_phases(
     for one in phases:
         shared = (keep, args.allow_change, args.from_step, one.kept, json_stream, one.free, unread_keys(one))
         pairs.append((one.config, TrainArgs(one.run_dir, one.init_from, *shared)))
+    make_jobs, is_sweep = (sweep_jobs, True) if args.sweep else (chain_jobs, False)
+    settings, device = phases[0].config.resilience, phases[0].config.run.device
     try:
-        settings, device = phases[0].config.resilience, phases[0].config.run.device
-        unfinished = with_restarts(settings, device, lambda: run_sweep(pairs) if args.sweep else run_chain(pairs))
+        if settings.in_process_restarts:
+            # nothing is left of a sweep whose members are all done
+            unfinished = with_restarts(
+                settings, device, lambda: bool(jobs := make_jobs(pairs)) and Trainer(jobs, is_sweep).run()
+            )
+        else:
+            unfinished = bool(jobs := make_jobs(pairs)) and Trainer(jobs, is_sweep).run()
     except TrainingStopped as stopped:
         # the same rows and weights would end the same way; a disk that is full may not be tomorrow
         record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")

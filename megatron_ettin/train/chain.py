@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from megatron_ettin.config.schema import Config
 from megatron_ettin.train.job import TrainArgs, TrainJob, prepare_job
 from megatron_ettin.train.run_log import is_finished
-from megatron_ettin.train.trainer import Trainer
 
 
 def chain_jobs(stages: Sequence[tuple[Config, TrainArgs]]) -> list[TrainJob]:
@@ -28,16 +27,3 @@ def chain_jobs(stages: Sequence[tuple[Config, TrainArgs]]) -> list[TrainJob]:
 def sweep_jobs(stages: Sequence[tuple[Config, TrainArgs]]) -> list[TrainJob]:
     """Return the members of a sweep that are left to train. Raises UserError."""
     return [prepare_job(config, args) for config, args in stages if not is_finished(config, args.run_dir)]
-
-
-def run_chain(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
-    """Train the phases one after another; True if the job was asked to stop before the last was done."""
-    return Trainer(chain_jobs(stages)).run()
-
-
-def run_sweep(stages: Sequence[tuple[Config, TrainArgs]]) -> bool:
-    """Train the members of a sweep; True if the job was asked to stop before the last was done.
-
-    A member whose loss is not finite does not stop the others."""
-    jobs = sweep_jobs(stages)
-    return bool(jobs) and Trainer(jobs, each_alone=True).run()

@@ -1,7 +1,7 @@
-"""Saving a run while it trains: planned on all ranks together, written by a thread of each, published by rank 0's.
+"""Save a run while it trains: planned by all ranks together, written by a thread of each, published by rank 0's.
 
-A checkpoint that cannot be written (a full disk, a file system that is away) is given up and told of; the one before it
-stays the latest. Whether the run then goes on is `checkpoint.on_failure`'s to say."""
+A checkpoint that cannot be written (a full disk, a file system that is away) is given up and reported; the one before
+it stays the latest. `checkpoint.on_failure` decides whether the run then goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import TrainState
 
-BYTES_OF_A_WEIGHT = {True: 16, False: 4}  # with optimizer (weight, master, two moments) and without, at most
-SPARE = 1.05  # of the space that a checkpoint is expected to take
-LEFT_SECONDS = 60.0  # that the end of a run which failed waits for what is being written
+# at most, with optimizer (weight, master, two moments) and without
+BYTES_OF_A_WEIGHT = {True: 16, False: 4}
+# free space that a save needs, relative to the size that is expected of it
+SPARE = 1.05
+# time that a failed run waits at its end for a save in flight
+LEFT_SECONDS = 60.0
 MIB = float(1 << 20)
 
 
@@ -38,38 +41,47 @@ class SaveFailed(TrainingStopped):
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What is to be saved. `keep`: for good. `milestone`: weights alone."""
+    """A checkpoint to save."""
 
     progress: Progress
     keep: bool = False
+    """Whether it is never pruned."""
     milestone: bool = False
+    """Whether it holds the weights alone."""
 
     @property
     def name(self) -> str:
+        """Name of the checkpoint's folder."""
         return directory.step_name(self.progress.step)
 
 
 @dataclass
 class SaveResult:
-    """Of a save: `path`, or why there is none."""
+    """Outcome of a save."""
 
-    wish: SaveRequest
+    request: SaveRequest
     path: Path | None
-    why: str = ""
+    """The published checkpoint; None where the save failed."""
+    reason: str = ""
+    """Why it failed."""
 
 
 @dataclass
 class Saver:
-    """One save at a time. On every rank; outcomes are rank 0's until `wait` tells them to all."""
+    """Runs one save at a time on every rank. Results exist on rank 0 only until `wait()` broadcasts them."""
 
     train_state: TrainState
     run_dir: Path
     tokenizer: Path | None
-    ends_in_sep: bool = True  # any chunk of the data, by which an export knows its template
-    save_blocker: Callable[[], str | None] = lambda: None  # why the run must not be saved now, rank 0's
-    outcome: SaveResult | None = None  # of the last save, until it is taken
+    ends_in_sep: bool = True
+    """Whether any chunk of the data ends in a separator token; an export chooses its template by it."""
+    save_blocker: Callable[[], str | None] = lambda: None
+    """Returns why the run must not be saved now; called on rank 0."""
+    result: SaveResult | None = None
+    """Result of the last save, until it is read."""
     _thread: threading.Thread | None = None
-    _until: float = float("inf")  # when rank 0 stops waiting for the others
+    # time.monotonic() at which rank 0 stops waiting for the others
+    _until: float = float("inf")
 
     @property
     def is_main_process(self) -> bool:
@@ -79,18 +91,21 @@ class Saver:
     def is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, wish: SaveRequest) -> None:
-        """Plan a save, copy what it is of, and start to write it. Collective; one in flight is waited for first."""
+    def begin(self, request: SaveRequest) -> None:
+        """Plan a save, snapshot its tensors to host memory, and start writing them in a thread.
+
+        Collective; a save in flight is waited for first."""
         self.wait()
-        why = broadcast_object(self._prepare(wish) if self.is_main_process else None)
+        why = broadcast_object(self._prepare(request) if self.is_main_process else None)
         if why is not None:
-            self.outcome = SaveResult(wish, None, why)
+            self.result = SaveResult(request, None, why)
             return
-        plan = self._planned(wish, self._staging(wish), copies=self.train_state.config.checkpoint.asynchronous)
-        self._thread = threading.Thread(target=self._write, args=(wish, plan), name="checkpoint", daemon=True)
+        plan = self._planned(request, self._staging(request), copies=self.train_state.config.checkpoint.asynchronous)
+        self._thread = threading.Thread(target=self._write, args=(request, plan), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.train_state.config.checkpoint.asynchronous:
-            self._thread.join()  # what is written is what the optimizer would go on in
+            # what is being written is the memory that training goes on in
+            self._thread.join()
             barrier()
 
     def _join(self) -> None:
@@ -100,62 +115,61 @@ class Saver:
             self._thread = None
 
     def poll(self) -> SaveResult | None:
-        """The outcome of a save that has ended, once; rank 0's."""
+        """Return the result of a save that has ended, once; on rank 0."""
         if self.is_busy:
             return None
         self._join()
-        outcome, self.outcome = self.outcome, None
-        return outcome
+        result, self.result = self.result, None
+        return result
 
     def wait(self) -> SaveResult | None:
-        """Wait for what is being written; the outcome that was not taken yet, on every rank. Collective."""
+        """Wait for the save in flight and return the result that was not read yet, on every rank. Collective."""
         self._join()
-        outcome = broadcast_object(self.outcome)
-        self.outcome = None
-        return outcome
+        result = broadcast_object(self.result)
+        self.result = None
+        return result
 
     def close(self) -> None:
-        """The run is over, one way or another: let what is being written end, but not for ever, for other ranks may be
-        gone."""
+        """Let the save in flight end, but do not wait for ever: the run is over, and other ranks may be gone."""
         self._until = time.monotonic() + LEFT_SECONDS
         if self._thread is not None:
             self._thread.join(2 * LEFT_SECONDS)
             self._thread = None
 
-    def _folder(self, wish: SaveRequest) -> Path:
-        return (directory.milestones_folder if wish.milestone else directory.checkpoints_folder)(self.run_dir)
+    def _folder(self, request: SaveRequest) -> Path:
+        return (directory.milestones_folder if request.milestone else directory.checkpoints_folder)(self.run_dir)
 
-    def _staging(self, wish: SaveRequest) -> Path:
-        return directory.staging_of(self._folder(wish), wish.progress.step)
+    def _staging(self, request: SaveRequest) -> Path:
+        return directory.staging_of(self._folder(request), request.progress.step)
 
-    def _prepare(self, wish: SaveRequest) -> str | None:
+    def _prepare(self, request: SaveRequest) -> str | None:
         """Make an empty folder to write in; return why nothing can be saved."""
         if (why := self.save_blocker()) is not None:
             return why
-        folder = self._folder(wish)
+        folder = self._folder(request)
         try:
-            directory.new_staging(folder, wish.progress.step)
-            free, wanted = shutil.disk_usage(folder).free, self._wanted_bytes(wish)
+            directory.new_staging(folder, request.progress.step)
+            free, wanted = shutil.disk_usage(folder).free, self._wanted_bytes(request)
         except OSError as error:
             return f"{folder}: {error.strerror or error}"
         if free < wanted:
-            self._staging(wish).rmdir()
+            self._staging(request).rmdir()
             return f"{folder}: {free / MIB:,.0f} MiB free, a checkpoint takes some {wanted / MIB:,.0f}"
         return None
 
-    def _wanted_bytes(self, wish: SaveRequest) -> float:
-        last = None if wish.milestone else directory.bytes_of_newest(self.run_dir)
+    def _wanted_bytes(self, request: SaveRequest) -> float:
+        last = None if request.milestone else directory.bytes_of_newest(self.run_dir)
         model = self.train_state.config.model
         weights = parameter_count(model, model.vocab_size)
-        return SPARE * (last if last is not None else weights * BYTES_OF_A_WEIGHT[not wish.milestone])
+        return SPARE * (last if last is not None else weights * BYTES_OF_A_WEIGHT[not request.milestone])
 
-    def _planned(self, wish: SaveRequest, staging: Path, copies: bool) -> Plan:
-        """What this rank writes, in memory that nothing else writes to. Collective."""
+    def _planned(self, request: SaveRequest, staging: Path, copies: bool) -> Plan:
+        """Return what this rank writes, in memory that nothing else writes to. Collective."""
         train_state = self.train_state
         metadata = state.sharding_metadata(train_state.layout.dp_group)
         with train_state.summon_full_params():
             model, optimizer = state.model_state(train_state.model_chunks, metadata), None
-            if not wish.milestone:
+            if not request.milestone:
                 assert train_state.optimizer is not None
                 optimizer = train_state.optimizer.sharded_state(model, False)
             if state.keeps_scales(train_state.config):
@@ -164,51 +178,49 @@ class Saver:
                 )
             if train_state.optimizer is not None:
                 model = train_state.optimizer.weights_to_save(model)
-            plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(wish.progress))
-            if train_state.config.parallel.engine == "deepspeed":  # what it gathers is gone with summon_full_params
+            plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(request.progress))
+            # what DeepSpeed gathers is gone with summon_full_params
+            if train_state.config.parallel.engine == "deepspeed":
                 plan.copy_tensors(None, train_state.platform.synchronize)
             elif copies or train_state.platform.is_gpu:
                 plan.copy_tensors(self._live(model), train_state.platform.synchronize)
         return plan
 
     def _live(self, model: dict[str, Any]) -> set[int]:
-        """The memory in which training goes on."""
+        """Return the storages in which training goes on."""
         weights = [raw_data(p.data) for chunk in self.train_state.model_chunks for p in chunk.parameters()]
         scales = [entry.data for entry in (model.get("fp8_scales") or {}).values()]
         return state.storages([*weights, *scales, *self.train_state.live_optimizer_tensors()])
 
-    def _write(self, wish: SaveRequest, plan: Plan) -> None:
-        """The thread of a rank; what rank 0's finds out is the outcome."""
+    def _write(self, request: SaveRequest, plan: Plan) -> None:
+        """Write in a rank's thread; rank 0's thread publishes and sets the result."""
         local = self.train_state.config.checkpoint.staging
         plan.write(None if local is None else Path(local))
         if self.is_main_process:
             try:
-                self.outcome = SaveResult(wish, self._publish(wish, plan))
+                self.result = SaveResult(request, self._publish(request, plan))
             except NotWritten as error:
-                self._give_up(wish, plan, str(error))
+                self._give_up(request, plan, str(error))
             except OSError as error:
-                self._give_up(wish, plan, f"{error.filename or plan.folder}: {error.strerror or error}")
+                self._give_up(request, plan, f"{error.filename or plan.folder}: {error.strerror or error}")
 
-    def _give_up(self, wish: SaveRequest, plan: Plan, why: str) -> None:
+    def _give_up(self, request: SaveRequest, plan: Plan, why: str) -> None:
         shutil.rmtree(plan.folder, ignore_errors=True)
-        self.outcome = SaveResult(wish, None, why)
+        self.result = SaveResult(request, None, why)
 
-    def _publish(self, wish: SaveRequest, plan: Plan) -> Path:
-        known, staging, config = (
-            plan.finish(lambda: time.monotonic() > self._until),
-            plan.folder,
-            self.train_state.config,
-        )
+    def _publish(self, request: SaveRequest, plan: Plan) -> Path:
+        known = plan.finish(lambda: time.monotonic() > self._until)
+        staging, config = plan.folder, self.train_state.config
         write_atomically(staging / "config.yaml", to_yaml(config))
-        record: dict[str, Any] = dataclasses.asdict(wish.progress)
-        record |= {} if wish.milestone else {"optimizer": config.optim.name}
-        record |= {"keep": True} if wish.keep else {}
+        record: dict[str, Any] = dataclasses.asdict(request.progress)
+        record |= {} if request.milestone else {"optimizer": config.optim.name}
+        record |= {"keep": True} if request.keep else {}
         record |= {} if self.ends_in_sep else {"end_token": "none"}
         write_atomically(staging / "progress.json", json.dumps(record, indent=1) + "\n")
         if self.tokenizer is not None and self.tokenizer.is_dir():
             shutil.copytree(self.tokenizer, staging / "tokenizer")
-        final = staging.with_name(wish.name)
-        if wish.milestone:
+        final = staging.with_name(request.name)
+        if request.milestone:
             directory.seal_and_rename(staging, final, known)
         else:
             directory.publish(staging, final, known)
@@ -218,14 +230,14 @@ class Saver:
 
 @dataclass
 class Retry:
-    """When a save that failed is tried again: rank 0's clock decides, the step's sums tell the others."""
+    """Time of the next try after a failed save, by rank 0's clock; the other ranks learn of it with a step's totals."""
 
     seconds: float
     failures: int = 0
     due: float | None = None
 
-    def after(self, outcome: SaveResult) -> None:
-        if outcome.path is not None:
+    def after(self, result: SaveResult) -> None:
+        if result.path is not None:
             self.failures, self.due = 0, None
             return
         self.due = time.monotonic() + self.seconds * 2 ** min(self.failures, 4)
@@ -236,8 +248,12 @@ class Retry:
         return self.due is not None and time.monotonic() >= self.due
 
 
-def told(outcome: SaveResult, going_on: Mapping[str, Any]) -> str:
-    """A line for a save that failed."""
-    last = going_on["last"]
+def failure_line(result: SaveResult, last: int | None, then: str) -> str:
+    """Return the line about a save that failed.
+
+    Args:
+        last: Step of the latest checkpoint; None where there is none.
+        then: What happens next.
+    """
     kept = "there is none before it" if last is None else f"the latest is that of step {last}"
-    return f"{outcome.wish.name} could not be saved ({outcome.why}); {kept}; {going_on['then']}"
+    return f"{result.request.name} could not be saved ({result.reason}); {kept}; {then}"

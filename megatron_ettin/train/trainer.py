@@ -57,15 +57,15 @@ class Trainer:
         """Find this process among the ranks, and listen for signals to stop.
 
         Args:
-            jobs: The runs, in order.
+            jobs: The runs, in order, at least one.
             each_alone: Whether the next run begins where one cannot go on (TrainingStopped), as in a sweep.
         """
         self.jobs, self.each_alone = jobs, each_alone
+        first = jobs[0].config
         self.env = read_distributed_env()
         self.is_main_process = self.env.rank == 0
         if self.env.source != "alone":
             exit_with_parent()
-        first = jobs[0].config
         self.platform = detect(first.run.device, self.env.local_rank)
         if first.run.deterministic:
             self.platform.make_deterministic()

@@ -1,6 +1,6 @@
-"""When a run is saved: resumable checkpoints every so often and at the end, milestones of weights alone.
+"""Hooks that decide when a run is saved, and that end a run whose directory was removed.
 
-Whether the run's directory is still there."""
+A run saves resumable checkpoints every so often and at its end, and milestones of weights alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron_ettin.faults.skipped_steps import TrainingStopped, way_back
 from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import ControlSignal, StepResult, is_done
-from megatron_ettin.train.saving import Retry, SaveFailed, Saver, SaveRequest, SaveResult, told
+from megatron_ettin.train.saving import Retry, SaveFailed, Saver, SaveRequest, SaveResult, failure_line
 
 
 class Checkpoints(Hook):
-    """Saves every so many steps or tokens, when asked to stop, and at the end; tries again what failed."""
+    """Saves every so many steps, tokens or minutes, on a stop signal, and at the end; retries a save that failed."""
 
     def __init__(self, others: list[Hook]) -> None:
         self.others = others
@@ -32,11 +32,12 @@ class Checkpoints(Hook):
 
     def step(self, run: Run, info: StepResult) -> None:
         if run.is_main_process:
-            self._take(run, self.saver.poll())
+            self._handle(run, self.saver.poll())
         if info.signal is ControlSignal.SAVE_FAILED:
-            raise SaveFailed(self.why if run.is_main_process else "a checkpoint could not be saved")
+            raise SaveFailed(self.failure if run.is_main_process else "a checkpoint could not be saved")
         if info.stop_requested:
-            return  # `stop` saves
+            # `stop` saves
+            return
         milestone = run.config.checkpoint.weights_every_tokens
         if milestone is not None and info.tokens // milestone > (info.tokens - info.step_tokens) // milestone:
             self.milestone_is_due = True
@@ -44,22 +45,23 @@ class Checkpoints(Hook):
         # weights that give bad figures are not saved: what is due waits for the next update that is made
         if not run.progress.skipped_in_row:
             self._begin_due(run)
-        if run.is_main_process:  # told with the next step
-            self._take(run, self.saver.poll())
+        # the signal goes out with the next step
+        if run.is_main_process:
+            self._handle(run, self.saver.poll())
             if run.signal is ControlSignal.NONE and (self.retry.is_due or self._minutes_are_over(run)):
                 run.signal = ControlSignal.SAVE
 
     def stop(self, run: Run) -> None:
-        self._settle(run)
-        # rank 0 takes outcomes between steps, the others learn of them here
+        self._wait(run)
+        # rank 0 reads results between steps, the others learn of them here
         self.saved_step = broadcast_object(self.saved_step)
         if run.progress.skipped_in_row:
             if run.is_main_process and not is_done(run.config, run.progress):
                 why = f"the updates of its last {run.progress.skipped_in_row} steps were left out"
                 log_warning(f"step {run.progress.step}: not saved, for {why}; {way_back(run.directory, run.progress)}")
         elif run.progress.step != self.saved_step:
-            self._begin(run, self._wish(run))
-            self._settle(run, final=True)
+            self._begin(run, self._request(run))
+            self._wait(run, final=True)
 
     def _save_blocker(self) -> str | None:
         """Return why another hook does not want the run saved now."""
@@ -71,7 +73,7 @@ class Checkpoints(Hook):
             self._begin(run, SaveRequest(run.progress, milestone=True))
         if self.is_due:
             self.is_due = False
-            self._begin(run, self._wish(run))
+            self._begin(run, self._request(run))
 
     def _is_time(self, run: Run, info: StepResult) -> bool:
         settings = run.config.checkpoint
@@ -85,53 +87,52 @@ class Checkpoints(Hook):
         minutes = run.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self.begun_at >= 60.0 * minutes
 
-    def _wish(self, run: Run) -> SaveRequest:
+    def _request(self, run: Run) -> SaveRequest:
         every = run.config.checkpoint.keep_every_tokens
         keep = every is not None and run.progress.tokens // every > self.begun_tokens // every
         return SaveRequest(run.progress, keep=keep)
 
-    def _begin(self, run: Run, wish: SaveRequest) -> None:
+    def _begin(self, run: Run, request: SaveRequest) -> None:
         """Start to save; all ranks together."""
-        self._settle(run)
-        run.heartbeat.enter("saving weights" if wish.milestone else "saving a checkpoint")
-        if not wish.milestone:
+        self._wait(run)
+        run.heartbeat.enter("saving weights" if request.milestone else "saving a checkpoint")
+        if not request.milestone:
             self.begun_at = time.monotonic()
-            self.begun_step, self.begun_tokens = wish.progress.step, wish.progress.tokens
+            self.begun_step, self.begun_tokens = request.progress.step, request.progress.tokens
             self.retry.due, run.signal = None, ControlSignal.NONE
-        self.saver.begin(wish)
+        self.saver.begin(request)
         run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
 
-    def _settle(self, run: Run, final: bool = False) -> None:
+    def _wait(self, run: Run, final: bool = False) -> None:
         """Wait for a save in flight; all ranks together. Raises SaveFailed for the `final` one."""
         run.heartbeat.enter("waiting for a save")
-        outcome = self.saver.wait()
-        if outcome is not None and outcome.path is None and final:
-            raise SaveFailed(told(outcome, {"last": self.saved_step, "then": "the run ends without it"}))
-        self._take(run, outcome)
+        result = self.saver.wait()
+        if result is not None and result.path is None and final:
+            raise SaveFailed(failure_line(result, self.saved_step, "the run ends without it"))
+        self._handle(run, result)
 
-    def _take(self, run: Run, outcome: SaveResult | None) -> None:
-        """Tell of what became of a save. What follows from it is rank 0's to ask of all."""
-        if outcome is None:
+    def _handle(self, run: Run, result: SaveResult | None) -> None:
+        """Act on the result of a save and report a failure. Rank 0 decides what follows and signals it to all."""
+        if result is None:
             return
-        step, path = outcome.wish.progress.step, outcome.path
-        if path is not None and not outcome.wish.milestone:
+        step, path = result.request.progress.step, result.path
+        if path is not None and not result.request.milestone:
             self.saved_step = step
-            run.heartbeat.figures = run.heartbeat.figures | {
-                "saved_step": step
-            }  # a new one: the watchdog may be reading
+            # a new dict: the watchdog may be reading the old one
+            run.heartbeat.figures = run.heartbeat.figures | {"saved_step": step}
             for hook in self.others:
                 hook.save(run, path)
-        if not outcome.wish.milestone:
-            self.retry.after(outcome)
+        if not result.request.milestone:
+            self.retry.after(result)
         if path is None and run.is_main_process:
             stops = run.config.checkpoint.on_failure == "stop"
             seconds = run.config.checkpoint.retry_seconds * 2 ** min(self.retry.failures - 1, 4)
             then = "the run stops (checkpoint.on_failure)" if stops else f"tried again in {seconds:g} s"
-            self.why = told(outcome, {"last": self.saved_step, "then": then})
+            self.failure = failure_line(result, self.saved_step, then)
             if stops:
                 run.signal = ControlSignal.SAVE_FAILED
             else:
-                log_warning(f"warning: {self.why}")
+                log_warning(f"warning: {self.failure}")
 
 
 CHECK_SECONDS = 5.0
