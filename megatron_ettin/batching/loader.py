@@ -23,7 +23,8 @@ from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.batching.host import HostBatch, HostBatches
 
-GPU_WORKERS = 2  # by default; a CPU has none to spare
+# by default; a CPU has no cores to spare for workers
+GPU_WORKERS = 2
 LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -42,14 +43,14 @@ class LoadedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WorkerResult:
-    """What a worker sends: a micro-batch, or the user's mistake that it met (torch would wrap it in a traceback)."""
+    """What a worker sends: a micro-batch, or the line of a UserError (torch would wrap the error in a traceback)."""
 
     batch: HostBatch | None
     mistake: str = ""
     tensors: LoadedBatch | None = None
 
     def pin_memory(self) -> WorkerResult:
-        """torch calls it in a thread of its own: page-locked tensors, which a GPU copies while it computes."""
+        """Return the same in page-locked tensors, which a GPU copies while it computes; torch's pin thread calls it."""
         if self.batch is None:
             return self
         loaded = LoadedBatch.of(self.batch)
@@ -58,7 +59,7 @@ class WorkerResult:
 
 
 class MicroBatchDataset(TorchDataset):
-    """`HostBatches` as torch's loader wants it: an item for every (step, index)."""
+    """Map-style dataset of `HostBatches`: an item for every (step, index)."""
 
     def __init__(self, batches: HostBatches) -> None:
         self.batches = batches
@@ -72,7 +73,7 @@ class MicroBatchDataset(TorchDataset):
 
 @dataclasses.dataclass(frozen=True)
 class StepSampler:
-    """The sampler: every (step, index) from `first_step` on, up to `end_step` where there is one."""
+    """Sampler of every (step, index) from `first_step` on, up to `end_step` where there is one."""
 
     batches: HostBatches
     first_step: int
@@ -118,17 +119,20 @@ class Loader:
             collate_fn=identity,
             num_workers=workers,
             pin_memory=pinned,
-            generator=torch.Generator(),  # or torch would draw from the run's
+            # or torch would draw from the run's generator
+            generator=torch.Generator(),
             **options,
         )
         with signals_blocked(LEFT_TO_THE_PARENT):
             self._items: Iterator[WorkerResult] | None = iter(loader)
 
     def step(self, step: int) -> Iterator[LoadedBatch]:
-        """This rank's micro-batches of `step`, in order; the steps are asked for one after another, each to its end.
-        Raises RankError where the data cannot be read or a worker was lost."""
+        """Return an iterator over this rank's micro-batches of `step`.
+
+        Steps are read one after another, each to its end. Raises RankError where the data cannot be read or a worker
+        was lost."""
         if step != self.next_step or self._items is None:
-            raise ValueError(f"step {step} was asked for where {self.next_step} comes next")
+            raise ValueError(f"step {step} was requested where {self.next_step} comes next")
         self.next_step += 1
         return itertools.islice(self._loaded(), self.batches.count(step))
 
@@ -160,7 +164,7 @@ class Loader:
 
 
 def worker_count(wanted: int | None, is_gpu: bool) -> int:
-    """`data.workers`, or what suits the device."""
+    """Return `data.workers`, or the default for the device."""
     return wanted if wanted is not None else GPU_WORKERS if is_gpu else 0
 
 

@@ -1,9 +1,9 @@
-"""Micro-batches as replays of one recorded forward and backward pass (`run.cuda_graph`), for runs whose host is slower
-than their device.
+"""Run micro-batches as replays of one captured forward and backward pass (`run.cuda_graph`).
 
-A recording has fixed shapes: labels and boundaries are padded to a capacity, and what the host computes anew for each
-step (the keys of dropout's masks) is a tensor. Padded labels count for nothing, and boundaries at the end are chunks of
-no tokens, so the result is that of the ordinary pass. A micro-batch that does not fit runs as always."""
+It serves runs whose host is slower than their device. A captured graph has fixed shapes: labels and boundaries are
+padded to a capacity, and what the host computes anew for each step (the keys of dropout's masks) is a tensor. Padded
+labels count for nothing, and boundaries at the end are chunks of no tokens, so the result is that of the ordinary pass.
+A micro-batch that does not fit runs as always."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ from megatron_ettin.platform.cuda_graph import CapturedGraph, Tensors
 from megatron_ettin.platform.device import to_device
 from megatron_ettin.train.totals import StepTotals, loss_and_labels
 
-DEVIATIONS = 6  # of the number of masked tokens that there is room for
+# room for masked tokens above their mean, in standard deviations
+DEVIATIONS = 6
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Room of a recorded micro-batch: labels of this rank's slices, boundaries of whole rows."""
+    """Shapes of a captured micro-batch."""
 
     labels: int
+    """Labels in this rank's slices."""
     boundaries: int
+    """Boundaries of chunks in whole rows."""
 
     @classmethod
     def of(cls, config: Config, tokens: int) -> Capacity:
-        """For micro-batches of which this rank has `tokens` tokens."""
+        """Return the capacity for micro-batches of which this rank has `tokens` tokens."""
         chance = 1.0 if config.causal else config.data.mlm_probability
         labels = tokens * chance + DEVIATIONS * math.sqrt(tokens * chance * (1 - chance))
         rows = config.batch.micro_batch_rows
@@ -53,7 +56,7 @@ class GraphedStep:
     def __init__(self, config: Config, layers: int, tokens: int, is_main_process: bool) -> None:
         self.capacity, self.layers, self.is_main_process = Capacity.of(config, tokens), layers, is_main_process
         self.config = config
-        self.replayed: CapturedGraph | None = None
+        self.graph: CapturedGraph | None = None
         self.keys = functools.lru_cache(maxsize=1)(layer_keys)
 
     def __call__(
@@ -63,9 +66,9 @@ class GraphedStep:
         batch = next(batches)
         if not self.fits(batch):
             return ordinary(iter([batch]), model)
-        if self.replayed is None:
-            self.replayed = CapturedGraph(functools.partial(forward_and_backward, model, batch.packed))
-        (loss,) = self.replayed(self.inputs(batch))
+        if self.graph is None:
+            self.graph = CapturedGraph(functools.partial(forward_and_backward, model, batch.packed))
+        (loss,) = self.graph(self.inputs(batch))
         # the gradients are made already: core's schedule is given a loss that leads to none
         done = torch.zeros((), device=loss.device, requires_grad=True).clone()
         labels = batch.labels.numel()
@@ -86,7 +89,7 @@ class GraphedStep:
         return fits
 
     def inputs(self, batch: MicroBatch) -> Tensors:
-        """Everything that differs between micro-batches, in fixed shapes."""
+        """Return the tensors that differ between micro-batches, in fixed shapes."""
         packed, tokens = batch.packed, len(batch.packed.segments)
         missing = self.capacity.labels - batch.labels.numel()
         boundaries = self.capacity.boundaries - packed.cu_seqlens_q.numel()
@@ -103,8 +106,11 @@ class GraphedStep:
 
 
 def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tensors:
-    """One micro-batch, its gradients added to core's buffers; returns the sum of its losses, float64. `like` has what
-    all micro-batches share."""
+    """Run one micro-batch, add its gradients to core's buffers, and return the sum of its losses, float64.
+
+    Args:
+        like: Boundaries of another micro-batch, for the values that all of them share.
+    """
     input_ids, labels, label_positions, boundaries, segments, positions, slots, keys = tensors
     packed = PackedRows(
         qkv_format="thd",

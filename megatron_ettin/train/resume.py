@@ -1,15 +1,11 @@
-"""What a run goes on from: the three ways to begin.
+"""Decide what a run goes on from, and load it into this rank's part of the model.
 
 A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
-another objective starts it fresh), or from initial weights. Position in the data follows from the step alone.
+another objective starts it fresh), or from initial weights. Its position in the data follows from the step alone.
 
-Take over a checkpoint's moments when the run's optimizer is not the one that wrote them.
-
-Loading a checkpoint into this rank's part of a machine, with every file's sha256 computed meanwhile.
-
-What describes a checkpoint is small and is checked before anything is read of it. Its data are hashed in threads beside
-the load, which waits for the disk and copies: nobody goes on from what was loaded before the hashes agree, and a run
-that finds damage loads the checkpoint before that one over it. Every rank hashes a share of the blocks."""
+The files that describe a checkpoint are small and are checked before anything is loaded. Its data are hashed in threads
+during the load, which waits for the disk and copies; every rank hashes a share of the blocks. No rank goes on before
+the hashes agree, and a run that finds damage loads the checkpoint before that one."""
 
 from __future__ import annotations
 
@@ -50,9 +46,12 @@ def begin(
     from_step: int | None = None,
     allow_change: Sequence[str] = (),
 ) -> tuple[Progress, str]:
-    """Load what the run goes on from; returns its progress and a line that says so. Collective.
+    """Load what the run goes on from, and return its progress and a line that names it. Collective.
 
-    `from_step`: of `init_from`, where the run has not begun; else it goes back to that step of its own, once."""
+    Args:
+        from_step: Step of `init_from` where the run has not begun; without `init_from`, the step that the run goes
+            back to, once.
+    """
     back = from_step is not None and init_from is None
     if back:
         assert from_step is not None
@@ -77,7 +76,7 @@ def begin(
 
 
 def source_config(source: Path, config: Config) -> dict[str, Any]:
-    """The groups of the checkpoint's config. Raises UserError where its shape is not this run's."""
+    """Return the groups of a checkpoint's config. Raises UserError where its model shape is not this run's."""
     groups = directory.read_config(source)
     model = groups.get("model") or {}
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
@@ -93,7 +92,8 @@ def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
     """Raise UserError where the checkpoint's tokenizer is not the one its new data was made with."""
     folder = checkpoint / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
-        return  # weights from elsewhere may come without one; the vocabulary's size is checked anyway
+        # weights from elsewhere may come without one; the vocabulary's size is checked anyway
+        return
     theirs = load_tokenizer(folder).fingerprint
     if theirs != corpus.tokenizer_fingerprint:
         raise UserError(
@@ -103,7 +103,7 @@ def check_tokenizer(checkpoint: Path, corpus: BlendedDataset) -> None:
 
 
 def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted: bool | None) -> bool:
-    """Whether the optimizer's state comes along: between phases of one objective, unless told otherwise."""
+    """Return whether the optimizer's state is kept: between phases of one objective, unless `wanted` decides."""
     stored = directory.read_progress(source).get("optimizer")
     run = theirs.get("run") or {}
     same = run.get("objective") == config.run.objective and config.run.phase != "cross"
@@ -116,7 +116,7 @@ def keeps_optimizer(source: Path, theirs: dict[str, Any], config: Config, wanted
 
 
 def checkpoint_config(checkpoint: Path) -> Config:
-    """The resolved configuration inside a checkpoint."""
+    """Return the resolved configuration inside a checkpoint."""
     return from_yaml(checkpoint / "config.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Putting a run together on this rank: groups, model chunks, optimizer. Nothing here decides; the configuration has."""
+"""Build this rank's part of a run as configured: process groups, model chunks, optimizer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class TrainState:
     platform: Platform
     layout: Layout
     model_chunks: list[EttinModel]
-    ddp_model_chunks: list[Any]  # the same chunks with what reduces gradients around them; empty without an optimizer
+    ddp_model_chunks: list[Any]
+    """The same chunks inside the wrappers that reduce gradients; empty without an optimizer."""
     optimizer: TrainEngine | None
     graphed: GraphedStep | None = None
     progress: Progress = field(default_factory=Progress)
@@ -73,7 +74,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def summon_full_params(self, writing: bool = False) -> Iterator[None]:
-        """Inside, this rank's weights may be read one by one and, where `writing`, written. Collective."""
+        """Make this rank's weights readable one by one inside the context and, if `writing`, writable. Collective."""
         if self.optimizer is None:
             yield
             return
@@ -81,7 +82,7 @@ class TrainState:
             yield
 
     def live_optimizer_tensors(self) -> list[torch.Tensor]:
-        """Masters and moments of this rank, which an update changes in place."""
+        """Return the masters and moments of this rank, which an update changes in place."""
         if self.optimizer is None:
             return []
         inner = self.optimizer.inner
@@ -92,7 +93,8 @@ class TrainState:
     def close(self) -> None:
         if self.optimizer is not None:
             self.optimizer.close()
-        for one in self.ddp_model_chunks:  # nodes of torch's graph whose hooks hold the model, which Python cannot see
+        # nodes of torch's graph whose hooks hold the model, which Python's garbage collector cannot see
+        for one in self.ddp_model_chunks:
             if hasattr(one, "grad_accs"):
                 one.grad_accs.clear()
         reset_fp8_state()
@@ -103,11 +105,19 @@ class TrainState:
 def setup_training(
     config: Config, platform: Platform, world: int, training: bool = True, initial_weights: bool = True
 ) -> TrainState:
-    """Build this rank's part of the run with the initial weights. Collective. Raises UserError (layout, precision).
+    """Build this rank's part of the run. Collective.
 
-    Without `initial_weights` they are whatever core makes of them: to who loads a checkpoint, drawing a billion numbers
-    is half a minute for nothing."""
-    if not training:  # nothing would keep their masters
+    Args:
+        world: Number of ranks.
+        training: Whether gradient buffers and an optimizer are built.
+        initial_weights: Whether the weights are drawn by name; drawing a billion numbers takes half a minute, which a
+            caller that loads a checkpoint saves.
+
+    Raises:
+        UserError: The layout, the precision or a feature does not fit the device.
+    """
+    # without an optimizer nothing would keep the masters of FP8 weights
+    if not training:
         config = config.with_keys({"precision.fp8_weights": False})
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
@@ -149,7 +159,7 @@ def build_single_process(config: Config, training: bool = False, initial_weights
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
-    """This rank's model chunks (one, or vpp of them), weights drawn by name."""
+    """Build this rank's model chunks (one, or `parallel.vpp` of them)."""
     backend = layer_backend(platform, config.precision.name, config.run.attention)
     core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -164,7 +174,7 @@ def build_chunks(config: Config, platform: Platform, layout: Layout, initial_wei
 
 
 def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParallel]:
-    """Core's gradient buffers and reductions around each chunk."""
+    """Wrap each chunk in core's gradient buffers and reductions."""
     overlap, sharded = config.parallel.overlap, config.parallel.distributed_optimizer
     # core waits for gathered weights before a module's own forward; the output layer's are read by the loss instead,
     # and with pipeline stages they lie in buckets of their own, which nothing would wait for
@@ -188,5 +198,5 @@ def wrap(config: Config, chunks: list[EttinModel]) -> list[DistributedDataParall
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Core wants a function for one model chunk and a list for several."""
+    """Return the only function, or the list of several, as core wants them."""
     return functions if len(functions) > 1 else functions[0]

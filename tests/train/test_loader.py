@@ -67,7 +67,7 @@ def test_loader_started_at_a_step_continues_same_batches(corpus: Path) -> None:
     whole, rest = Loader(host, 0, None, workers=0), Loader(host, 7, None, workers=2)
     assert content(whole, range(10))[-len(content(rest, range(7, 10))) :] == content(Loader(host, 7), range(7, 10))
     rest.close()
-    with pytest.raises(ValueError, match="step 3 was asked for where 10 comes next"):
+    with pytest.raises(ValueError, match="step 3 was requested where 10 comes next"):
         whole.step(3)
 
 
