@@ -222,7 +222,7 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[Callable[[str], Child]]:
         words = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", word])
         with open(tmp_path / "said", "wb") as said:
             files = (0, said.fileno(), said.fileno())
-            target = "tests.train.test_loader:train_in_own_group"
+            target = "tests.batching.test_loader:train_in_own_group"
             started.append(forkserver.call(forkserver.shared(), target, words, files))
         return started[-1]
 
