@@ -79,9 +79,9 @@ def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
 def config_of_weights(init_from: Path) -> dict[str, Any]:
     """Return the groups of the configuration stored with weights. Raises UserError where there are none."""
     from megatron_ettin.checkpoint.directory import read_config, resolve
-    from megatron_ettin.convert.from_hf import groups_of, is_hf_folder
+    from megatron_ettin.convert.from_hf import is_hf_folder, model_group
 
-    return groups_of(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
+    return model_group(init_from) if is_hf_folder(init_from) else read_config(resolve(init_from))
 
 
 def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:

@@ -75,9 +75,9 @@ def make_plan(args: argparse.Namespace) -> Any:
     from megatron_ettin.config.tables import OBJECTIVES, short_name
     from megatron_ettin.convert.to_hf import SHORT
     from megatron_ettin.evaluate.inference import logits_of
-    from megatron_ettin.release.build import Plan
-    from megatron_ettin.release.chain import find_chain
-    from megatron_ettin.release.record import Options
+    from megatron_ettin.release.chain import find_release_chain
+    from megatron_ettin.release.plan import ReleasePlan
+    from megatron_ettin.release.record import ReleaseOptions
     from megatron_ettin.report.plots import overview_of_runs
     from megatron_ettin.runs.history import last_phase
 
@@ -90,15 +90,15 @@ def make_plan(args: argparse.Namespace) -> Any:
         value = getattr(args, option)
         if value is not None and (not value.strip() or "\n" in value):
             raise UserError(f"--{option} {value!r}: give one line of text")
-    chain = find_chain([last_phase(run) for run in args.runs], args.alone)
+    chain = find_release_chain([last_phase(run) for run in args.runs], args.alone)
     settings = chain.runs[-1].config.run
     exported = OBJECTIVES[settings.objective].exports[0]
     short = short_name(settings.size, chain.runs[-1].config.model)
     name = args.name or f"{short}-{'encoder' if exported == 'mlm' else 'decoder'}"
-    options = Options(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
+    options = ReleaseOptions(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)
-    return Plan(chain, args.out, options, logits_of, order, overview_of_runs, *again, args.push)
+    return ReleasePlan(chain, args.out, options, logits_of, order, overview_of_runs, *again, args.push)
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:

@@ -200,3 +200,9 @@ def _shape(model: object) -> tuple[Shape, int] | None:
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
     return Shape(*numbers[:-1]), numbers[-1]
+
+
+def published_size(model: object) -> str | None:
+    """Return the published size that has the model's shape, whatever its vocabulary; None where there is none."""
+    found = _shape(model)
+    return next((size for size, shape in SIZES.items() if found is not None and shape == found[0]), None)

@@ -1,6 +1,6 @@
-"""Output folders written beside and renamed when whole: a conversion that was killed leaves nothing under its name.
+"""Output folders that get their name when they are complete, and checked paths in Hugging Face folders.
 
-Files of a Hugging Face folder, which may have been made by anyone."""
+A conversion that is killed leaves nothing under the name of its output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_ettin.base.paths import path_in
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
 
-def resolved(out: Path) -> Path:
-    """Return where the output will lie, links followed: a rename onto a link fails, after all the work."""
+def resolve_output(out: Path) -> Path:
+    """Return the path of an output folder with links followed: a rename onto a link would fail after all the work."""
     try:
         return Path(out).resolve()
     except (OSError, RuntimeError) as error:
@@ -27,14 +27,20 @@ def resolved(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """An empty folder below `.tmp-NAME/` beside `out`, removed on the way out if the body has not renamed it. Held by
-    one process: another one that is asked for the same `out` raises UserError at once."""
-    out = resolved(out)
+def staging_dir(out: Path) -> Iterator[Path]:
+    """Yield an empty folder below `.tmp-NAME/` next to `out`, for the body to rename to `out`.
+
+    It is removed at the end if the body has not renamed it. One process holds it.
+
+    Raises:
+        UserError: `out` is not free, cannot be written, or another process is writing it.
+    """
+    out = resolve_output(out)
     _check_free(out)
     work = out.with_name(f".tmp-{out.name}")
-    with _held(work, out):
-        _check_free(out)  # another conversion may have been renamed to it since
+    with _locked(work, out):
+        # another conversion may have been renamed to it since
+        _check_free(out)
         staging = work / out.name
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -60,13 +66,14 @@ def _check_free(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _held(work: Path, out: Path) -> Iterator[None]:
-    """Make `work` and hold it alone; removed at the end. Where the file system has no locks, nothing is held."""
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Make the folder `work` and lock it for this process where the file system has locks; remove it at the end."""
+    ended = UserError(f"{out}: another conversion to it has just ended; start again")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        lock = open(work / "lock", "w", encoding="utf-8")  # noqa: SIM115 (open until the end)
     except FileNotFoundError:
-        raise UserError(f"{out}: another conversion to it has just ended; start again") from None
+        raise ended from None
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     with lock:
@@ -74,8 +81,9 @@ def _held(work: Path, out: Path) -> Iterator[None]:
             try_lock(lock.fileno())
         except LockHeld:
             raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
-        if not (work / "lock").exists():  # whoever held it has just ended, and removed the folder
-            raise UserError(f"{out}: another conversion to it has just ended; start again")
+        # whoever held it may have ended just now and removed the folder
+        if not (work / "lock").exists():
+            raise ended
         try:
             yield
         finally:
@@ -83,9 +91,13 @@ def _held(work: Path, out: Path) -> Iterator[None]:
 
 
 def hf_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
-    """Join a file's name to a Hugging Face folder. Raises UserError for a name or link that leads out of it.
+    """Join a file's name to a Hugging Face folder.
 
-    In the hub's cache (`models--X/snapshots/REVISION`) files are links to `models--X/blobs`: those are followed."""
+    In the hub's cache (`models--X/snapshots/REVISION`) files are links to `models--X/blobs`: those are followed.
+
+    Raises:
+        UserError: the name or a link leads out of the folder.
+    """
     here = folder.absolute()
-    cached = here.parent.name == "snapshots"
-    return path_in(folder, name, named_by or folder, root=here.parents[1] if cached else None)
+    is_cached = here.parent.name == "snapshots"
+    return path_in(folder, name, named_by or folder, root=here.parents[1] if is_cached else None)

@@ -1,4 +1,4 @@
-"""config.json of both ModernBERT classes, written for every transformers from 4.56 to 5.x and read from either.
+"""Write config.json of both ModernBERT classes for every transformers from 4.56 to 5.x, and read it from either.
 
 The generations name things differently: global_rope_theta, local_rope_theta and global_attn_every_n_layers (4.x) became
 rope_parameters and layer_types (5.x); 4.x reads the first and ignores the second, 5.x prefers the second. Both are
@@ -18,19 +18,20 @@ from megatron_ettin.config.schema import ModelConfig
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
 CLASSES = {"mlm": "ModernBertForMaskedLM", "clm": "ModernBertDecoderForCausalLM"}
-WRITTEN_FOR = "4.56.0"  # the oldest release that has both classes as we write them
+WRITTEN_FOR = "4.56.0"
+"""The oldest release that has both classes as they are written here."""
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# What our model has no counterpart for: a folder that sets one of these is refused.
+# our model has no counterpart for other values: a folder that sets one of them is refused
 _FIXED = {
     **{"norm_bias": False, "attention_bias": False, "mlp_bias": False, "decoder_bias": True},
     **{"hidden_activation": "gelu", "tie_word_embeddings": True},
 }
-
-_IDS = {"cls": "bos_token_id", "sep": "eos_token_id", "pad": ""}  # role -> what says it where NAME_token_id does not
+# role -> the key that has its id where there is no ROLE_token_id
+_IDS = {"cls": "bos_token_id", "sep": "eos_token_id", "pad": ""}
 
 
 def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """The config.json of a model. `special_ids` maps unk, cls, sep, pad, mask to ids."""
+    """Return the config.json of a model; `special_ids` maps unk, cls, sep, pad and mask to ids."""
     every = model.global_attention_every
     thetas = {_FULL: model.global_rope_theta, _SLIDING: model.local_rope_theta}
     window = model.encoder_window if objective == "mlm" else model.decoder_window_keys
@@ -53,7 +54,7 @@ def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Ma
         "global_rope_theta": model.global_rope_theta,
         "local_rope_theta": model.local_rope_theta,
         "layer_types": [_SLIDING if i % every else _FULL for i in range(model.num_layers)],
-        "rope_parameters": {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in thetas.items()},
+        "rope_parameters": {layer: {"rope_theta": theta, "rope_type": "default"} for layer, theta in thetas.items()},
         "local_attention": 2 * window,
         **{f"{name}_token_id": special_ids[name] for name in ("cls", "sep", "pad")},
         **{"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]},
@@ -68,7 +69,7 @@ def to_hf_config(model: ModelConfig, objective: str, dtype: str, special_ids: Ma
 
 
 def reader_notes(model: ModelConfig, objective: str) -> list[str]:
-    """What a reader of the exported folder must know of its transformers."""
+    """Return what a reader of the exported folder must know of the versions of transformers."""
     if objective == "clm" and model.local_rope_theta != model.global_rope_theta:
         # 4.56 and 4.57 build both rotary tables of a decoder from rope_theta, which is the global one
         return [
@@ -79,17 +80,19 @@ def reader_notes(model: ModelConfig, objective: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """What a config.json says in our terms, and what had to be assumed."""
+class ParsedHfConfig:
+    """A config.json in this system's terms."""
 
     objective: str
     model: ModelConfig
     notes: tuple[str, ...]
-    special_ids: dict[str, int]  # cls, sep and pad, where it says them
+    """What had to be assumed."""
+    special_ids: dict[str, int]
+    """Ids of cls, sep and pad, where it has them."""
 
 
-def from_hf_config(path: Path) -> Parsed:
-    """Read a config.json of either generation. Raises UserError where it is no model of ours."""
+def from_hf_config(path: Path) -> ParsedHfConfig:
+    """Read a config.json of either generation. Raises UserError for a model that this system does not have."""
     try:
         config = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,26 +134,27 @@ def from_hf_config(path: Path) -> Parsed:
         raise UserError(f"{path}: {model.num_attention_heads} heads do not divide hidden_size {model.hidden_size}")
     ids = {role: config.get(f"{role}_token_id", config.get(other)) for role, other in _IDS.items()}
     known = {role: i for role, i in ids.items() if type(i) is int and 0 <= i < model.vocab_size}
-    return Parsed(objective, model, tuple(notes), known)
+    return ParsedHfConfig(objective, model, tuple(notes), known)
 
 
 def _objective(config: dict[str, Any], path: Path) -> str:
-    names = {kind: name for name, kind in CLASSES.items()}
+    names = {name: objective for objective, name in CLASSES.items()}
     found = (config.get("architectures") or [None])[0]
-    if found is None:  # a config.json that was saved without a model
-        names, found = {kind: name for name, kind in MODEL_TYPES.items()}, config.get("model_type")
+    if found is None:
+        # a config.json that was saved without a model
+        names, found = {name: objective for objective, name in MODEL_TYPES.items()}, config.get("model_type")
     if found not in names:
         raise UserError(f"{path}: the architecture is {found}; only {' and '.join(names)} can be imported")
     return names[found]
 
 
 def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]) -> tuple[float, float]:
-    """Rotary bases of global and local layers; what is missing is filled as the file's own transformers would."""
+    """Return the rotary bases of global and local layers; a missing one gets the default of the file's transformers."""
     rope = config.get("rope_parameters") or {}
-    for kind in (_FULL, _SLIDING):
-        scaling = rope.get(kind) or {}
+    for layer in (_FULL, _SLIDING):
+        scaling = rope.get(layer) or {}
         if scaling.get("rope_type", "default") != "default":
-            raise UserError(f"{path}: rope_parameters.{kind} is {scaling['rope_type']}; only unscaled rotary is known")
+            raise UserError(f"{path}: rope_parameters.{layer} is {scaling['rope_type']}; only unscaled rotary is known")
     if config.get("rope_scaling"):
         raise UserError(f"{path}: rope_scaling is set; only unscaled rotary is known")
     version = str(config.get("transformers_version") or "")
@@ -159,15 +163,16 @@ def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]
     defaults = {"global": 160_000.0, "local": 160_000.0 if old_decoder else 10_000.0}
     written_by = f"transformers {version}" if version else "transformers 4 (the file names no version)"
     thetas: dict[str, float] = {}
-    for name, kind in (("global", _FULL), ("local", _SLIDING)):
-        new, old = (rope.get(kind) or {}).get("rope_theta"), config.get(f"{name}_rope_theta")
+    for name, layer in (("global", _FULL), ("local", _SLIDING)):
+        new, old = (rope.get(layer) or {}).get("rope_theta"), config.get(f"{name}_rope_theta")
         if new is not None and old is not None and float(new) != float(old):
             raise UserError(
-                f"{path}: rope_parameters.{kind} says {new:g}, {name}_rope_theta {old:g}; keep the right one"
+                f"{path}: rope_parameters.{layer} says {new:g}, {name}_rope_theta {old:g}; keep the right one"
             )
         theta = old if new is None else new
         if theta is None and name == "local" and "local_rope_theta" in config:
-            theta = thetas["global"]  # an explicit null: local layers share the global base
+            # an explicit null: local layers share the global base
+            theta = thetas["global"]
         if theta is None:
             theta = defaults[name]
             notes.append(f"config.json gives no {name} rotary base: assumed {theta:g}, the default of {written_by}")
@@ -176,7 +181,7 @@ def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]
 
 
 def _window(config: dict[str, Any], objective: str, path: Path) -> int:
-    """Keys to each side (encoder), or keys up to and with the query (decoder)."""
+    """Return the window: keys to each side (encoder), or keys up to and with the query (decoder)."""
     window = config.get("sliding_window") if objective == "clm" else None
     if window is None:
         window = int(config.get("local_attention") or 128) // 2
@@ -186,20 +191,22 @@ def _window(config: dict[str, Any], objective: str, path: Path) -> int:
 
 
 def _windows(window: int, objective: str) -> dict[str, Any]:
-    """Of the model as an encoder and as a decoder, so that it can become the other one: to 64 keys on each side belong
-    64 keys up to and with the query, as transformers has it, or 65, as the original trainer had it."""
+    """Return the windows of the model as an encoder and as a decoder, so that it can become the other one.
+
+    To 64 keys on each side belong 64 keys up to and with the query, as in transformers, or 65, as in the trainer.
+    """
     encoder = window if objective == "mlm" else max(1, window - window % 2)
     return {"encoder_window": encoder, "decoder_window_keys": window}
 
 
 def _global_every(config: dict[str, Any], path: Path) -> int:
-    """Period of the global layers, from the number (4.x) or the list of layer types (5.x)."""
+    """Return the period of the global layers, from the number (4.x) or the list of layer types (5.x)."""
     types = config.get("layer_types")
     if types is None:
         return int(config.get("global_attn_every_n_layers", 3))
     if len(types) != int(config["num_hidden_layers"]):
         raise UserError(f"{path}: {len(types)} layer_types for {config['num_hidden_layers']} layers")
-    later = [i for i, kind in enumerate(types) if kind == _FULL and i > 0]
+    later = [i for i, layer in enumerate(types) if layer == _FULL and i > 0]
     every = later[0] if later else max(len(types), 1)
     if list(types) != [_SLIDING if i % every else _FULL for i in range(int(config["num_hidden_layers"]))]:
         raise UserError(f"{path}: layer_types is no regular pattern of one global layer in {every}")

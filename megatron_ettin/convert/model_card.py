@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it is, where it comes from, how to load it, what was checked."""
+"""Write README.md of an exported folder: what it is, where it comes from, how to load it, what was checked."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from megatron_ettin.base.text import format_count
 from megatron_ettin.config.tables import VOCABULARY, parameter_count
 from megatron_ettin.convert.hf_config import reader_notes
-from megatron_ettin.convert.source import Source, cross_notes, predicts_next
+from megatron_ettin.convert.source import SourceCheckpoint, cross_notes, predicts_next
 
 THIS_FOLDER = 'FOLDER = "."  # this one'
+"""The line of the example that names the folder."""
 _USE = {
     "mlm": """from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -29,29 +30,44 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))""",
 }
-# of weights that predict a masked token at the position before it
+# for weights that predict a masked token at the position before it
 _USE_SHIFTED = _USE["mlm"].replace("logits[0, at]", "logits[0, at - 1]")
-_KIND = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
+_TASKS = {"mlm": ("encoder", "fill-mask"), "clm": ("decoder", "text-generation")}
 
 
 @dataclass(frozen=True)
-class About:
-    """What the checkpoint cannot say of itself: the name and the licence (of SPDX) that its owners give it."""
+class CardInfo:
+    """Facts for a card that the checkpoint does not record."""
 
     name: str | None = None
     licence: str | None = None
+    """SPDX identifier."""
     revision: str | None = None
-    total_tokens: int | None = None  # of all phases up to this one
+    total_tokens: int | None = None
+    """Tokens trained in all phases up to this one."""
 
 
 def model_card(
-    source: Source, dtype: str, has_tokenizer: bool, parity: dict[str, Any] | None, about: About = About()
+    source: SourceCheckpoint,
+    dtype: str,
+    has_tokenizer: bool,
+    parity: dict[str, Any] | None,
+    info: CardInfo = CardInfo(),
 ) -> str:
-    """The card's text. States only what the checkpoint and its owners say."""
-    kind, task = _KIND[source.objective]
+    """Return the card's text, which states only what the checkpoint and its owners say.
+
+    Args:
+        source: the exported checkpoint.
+        dtype: type of the exported weights.
+        has_tokenizer: whether a tokenizer was exported.
+        parity: record of the comparison with transformers; None where none was made.
+        info: what its owners say.
+    """
+    role, task = _TASKS[source.objective]
     usage = _USE[source.objective]
     if predicts_next(source):
-        task, usage = "feature-extraction", _USE_SHIFTED  # pipelines for masked tokens read them in place
+        # the pipeline for masked tokens would read them in place
+        task, usage = "feature-extraction", _USE_SHIFTED
     model, progress = source.model, source.progress
     parameters = parameter_count(model, model.vocab_size)
     if source.objective == "mlm":
@@ -65,20 +81,20 @@ def model_card(
         "attention": f"one layer in {model.global_attention_every} global, the others {window}",
         "rotary bases": f"global {model.global_rope_theta:g}, local {model.local_rope_theta:g}",
         "phase": f"{source.run.get('phase') or 'not recorded'}, step {progress.get('step', 0):,}",
-        **_tokens(source, about),
+        **_tokens(source, info),
         "longest text": f"{source.trained_length:,} tokens in training",
         "weights": dtype,
-        "licence": about.licence or "not stated",
+        "licence": info.licence or "not stated",
     }
-    if about.revision:
-        rows = {"revision": f"`{about.revision}`"} | rows
+    if info.revision:
+        rows = {"revision": f"`{info.revision}`"} | rows
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task}"),
-        *([f"license: {about.licence}"] if about.licence else []),
-        *("tags:", "- modernbert", "- ettin", "---", "", f"# {about.name or f'A ModernBERT-style {kind}'}", ""),
+        *([f"license: {info.licence}"] if info.licence else []),
+        *("tags:", "- modernbert", "- ettin", "---", "", f"# {info.name or f'A ModernBERT-style {role}'}", ""),
     ]
     lines += [
-        f"A ModernBERT-style {kind}, trained with megatron_ettin (the Ettin recipe of paired encoders and decoders).",
+        f"A ModernBERT-style {role}, trained with megatron_ettin (the Ettin recipe of paired encoders and decoders).",
         "",
         "| | |",
         "|---|---|",
@@ -94,17 +110,17 @@ def model_card(
     return "\n".join(lines)
 
 
-def _tokens(source: Source, about: About) -> dict[str, str]:
-    """What these weights were trained on, and beside it what their phase is planned for."""
+def _tokens(source: SourceCheckpoint, info: CardInfo) -> dict[str, str]:
+    """Return rows for the tokens that these weights were trained on and those that their phase is planned for."""
     trained, planned = source.progress.get("tokens") or 0, planned_tokens(source.run)
-    rows = {"tokens trained": format_count(trained) + (" in this phase" if about.total_tokens is not None else "")}
-    if about.total_tokens is not None:
-        rows["tokens trained"] += f", {format_count(about.total_tokens)} in all"
+    rows = {"tokens trained": format_count(trained) + (" in this phase" if info.total_tokens is not None else "")}
+    if info.total_tokens is not None:
+        rows["tokens trained"] += f", {format_count(info.total_tokens)} in all"
     return rows | ({"tokens planned": f"{planned} in this phase"} if planned else {})
 
 
 def planned_tokens(run: Mapping[str, Any]) -> str:
-    """What the `run` group of a config.yaml plans for its phase; empty where it plans nothing, as for imports."""
+    """Return what the `run` group of a config.yaml plans for its phase; empty for a plan of nothing, as of imports."""
     tokens, steps = run.get("tokens"), run.get("steps")
     if not isinstance(tokens, int) or tokens <= 0:
         return ""

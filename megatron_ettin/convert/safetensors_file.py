@@ -1,9 +1,7 @@
-"""Safetensors files written one tensor at a time and read one tensor at a time.
+"""Write and read safetensors files one tensor at a time.
 
-The library's writer wants all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
-so with shapes known beforehand a file of any size is written in the memory of its largest tensor.
-
-Tensors read by a few threads before they are asked for, within a bound of memory."""
+The library's writer needs all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
+so with shapes known beforehand a file of any size is written in the memory of its largest tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +23,27 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.convert.folders import hf_file
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FORCED_BYTES = 256 << 20
-Entry = tuple[str, tuple[int, ...]]
+FLUSH_BYTES = 256 << 20
+"""Bytes after which what was written is forced to the disk."""
+TensorSpec = tuple[str, tuple[int, ...]]
+"""Name and shape."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+READERS = 2
+"""Threads that read ahead; more of them take turns at the same memory bus."""
+AHEAD_BYTES = 64 << 20
+"""Memory of items that are read ahead; a larger item is read when it is asked for."""
 
 
-def plan_shards(entries: Sequence[Entry], item_bytes: int, max_shard_bytes: int) -> list[list[Entry]]:
-    """Consecutive entries in files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
-    shards: list[list[Entry]] = [[]]
+def plan_shards(specs: Sequence[TensorSpec], item_bytes: int, max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Group consecutive tensors into files of at most `max_shard_bytes`; a larger tensor gets a file of its own."""
+    shards: list[list[TensorSpec]] = [[]]
     used_bytes = 0
-    for name, shape in entries:
+    for name, shape in specs:
         size_bytes = math.prod(shape) * item_bytes
         if shards[-1] and used_bytes + size_bytes > max_shard_bytes:
             shards.append([])
@@ -46,19 +53,19 @@ def plan_shards(entries: Sequence[Entry], item_bytes: int, max_shard_bytes: int)
     return shards
 
 
-def write_file(path: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> int:
-    """Write the next tensors of `tensors` as `entries`, in order. Returns the bytes of the tensors."""
+def write_file(path: Path, specs: Sequence[TensorSpec], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> int:
+    """Write the next tensors of `tensors` as `specs`, in order. Returns the bytes of the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in entries:
+    for name, shape in specs:
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file, _forced_meanwhile(file) as written:
+    with open(path, "wb") as file, _flushed_in_background(file) as written:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in entries:
+        for name, shape in specs:
             tensor = next(tensors)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, planned {shape}")
@@ -68,20 +75,22 @@ def write_file(path: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors
 
 
 @contextlib.contextmanager
-def _forced_meanwhile(file: BinaryIO) -> Iterator[Callable[[int], None]]:
-    """Let the disk write while more is computed: every FORCED_BYTES that `written` is told of go to it in a thread, and
-    the rest at the end. The system itself would begin when a tenth of the memory is full."""
-    unforced = 0
+def _flushed_in_background(file: BinaryIO) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the bytes written; every FLUSH_BYTES a thread forces them to the disk.
+
+    The rest follows at the end. The system itself would begin when a tenth of the memory is full.
+    """
+    unflushed = 0
     running: Future[None] | None = None
 
     def written(count: int) -> None:
-        nonlocal unforced, running
-        unforced += count
-        if unforced >= FORCED_BYTES and (running is None or running.done()):
+        nonlocal unflushed, running
+        unflushed += count
+        if unflushed >= FLUSH_BYTES and (running is None or running.done()):
             if running is not None:
                 running.result()
             file.flush()
-            running, unforced = disk.submit(os.fdatasync, file.fileno()), 0
+            running, unflushed = disk.submit(os.fdatasync, file.fileno()), 0
 
     with ThreadPoolExecutor(1, "disk") as disk:
         yield written
@@ -92,24 +101,24 @@ def _forced_meanwhile(file: BinaryIO) -> Iterator[Callable[[int], None]]:
 
 
 def write_model(
-    folder: Path, entries: Sequence[Entry], dtype: torch.dtype, tensors: Iterator[torch.Tensor], max_shard_bytes: int
+    folder: Path, specs: Sequence[TensorSpec], dtype: torch.dtype, tensors: Iterator[torch.Tensor], max_shard_bytes: int
 ) -> list[str]:
-    """model.safetensors, or numbered shards and their index. Returns the file names."""
-    shards = plan_shards(entries, dtype.itemsize, max_shard_bytes)
+    """Write model.safetensors, or numbered shards and their index. Returns the names of the files."""
+    shards = plan_shards(specs, dtype.itemsize, max_shard_bytes)
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], dtype, tensors)
         return [SINGLE]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     total_bytes = sum(write_file(folder / name, shard, dtype, tensors) for name, shard in zip(names, shards))
-    weight_map = {entry[0]: name for name, shard in zip(names, shards) for entry in shard}
+    weight_map = {spec[0]: name for name, shard in zip(names, shards) for spec in shard}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return names
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies and what its file's header says of it."""
+class StoredTensor:
+    """A tensor of a file as the file's header describes it."""
 
     path: Path
     shape: tuple[int, ...]
@@ -117,52 +126,60 @@ class Stored:
 
 
 class ModelFiles:
-    """The tensors of a Hugging Face folder by name, whether in one file or in shards.
+    """Tensors of a Hugging Face folder by name, in one file or in shards (a `WeightFiles`).
 
-    The library maps a whole file into memory; it is mapped anew for each tensor, so that pages read are let go."""
+    The library maps a whole file into memory. It is mapped anew for each tensor, so that the pages are released.
+    """
+
+    reads_ahead = True
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.tensors: dict[str, Stored] = {}
+        """Read the headers. Raises UserError for a file that is missing, damaged, or unlike the index."""
+        self.path = folder
+        self.dtypes: Collection[str] = DTYPE_NAMES.values()
+        self.tensors: dict[str, StoredTensor] = {}
         for path, expected in self._files().items():
             with _opened(path) as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {name: Stored(path, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-            missing = sorted((expected or set()) - set(found))
+                for name in file.keys():  # noqa: SIM118
+                    header = file.get_slice(name)
+                    self.tensors[name] = StoredTensor(path, tuple(header.get_shape()), str(header.get_dtype()))
+                missing = sorted(expected - set(file.keys()))
             if missing:
                 raise UserError(f"{path}: lacks {missing[0]}, which the index places there")
-            self.tensors |= found
 
-    def _files(self) -> dict[Path, set[str] | None]:
-        """Every file to open and the names that the index places in it (None without an index)."""
-        index, single = self._folder / INDEX, self._folder / SINGLE
+    def _files(self) -> dict[Path, set[str]]:
+        """Return every file to open and the names that the index places in it."""
+        index, single = self.path / INDEX, self.path / SINGLE
         if not index.is_file():
             if single.is_file():
-                return {hf_file(self._folder, SINGLE, self._folder): None}
-            legacy = next(iter(sorted(self._folder.glob("*.bin"))), None)
+                return {hf_file(self.path, SINGLE, self.path): set()}
+            legacy = next(iter(sorted(self.path.glob("*.bin"))), None)
             hint = f"; {legacy.name} is a pickle, which is not read: save it as safetensors" if legacy else ""
-            raise UserError(f"{self._folder}: neither {SINGLE} nor {INDEX}{hint}")
-        files: dict[Path, set[str] | None] = {}
+            raise UserError(f"{self.path}: neither {SINGLE} nor {INDEX}{hint}")
+        files: dict[Path, set[str]] = {}
         try:
             weight_map = load_json(index.read_text(encoding="utf-8"))["weight_map"]
             for name, file in weight_map.items():
-                names = files.setdefault(hf_file(self._folder, file, index), set())
-                assert names is not None
-                names.add(name)
+                files.setdefault(hf_file(self.path, file, index), set()).add(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: unreadable ({error})") from None
         return files
 
     def read(self, name: str) -> torch.Tensor:
         with _opened(self.tensors[name].path) as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    def display_name(self, name: str) -> str:
+        return name
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.isfile(path):  # which takes a name that no file system does for a missing one
+    # unlike Path.is_file, it takes a name that no file system has for a missing one
+    if not os.path.isfile(path):
         raise UserError(f"{path}: missing; {INDEX} names it"[:600])
     try:
         with safe_open(path, framework="pt") as file:
@@ -171,17 +188,11 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: truncated or no safetensors file ({error})") from None
 
 
-Item = TypeVar("Item")
-Read = TypeVar("Read")
-READERS = 2  # at once; more take turns at the same memory bus
-AHEAD_BYTES = 64 << 20  # of items read before they are asked for; a larger one is read when it is
-
-
 def read_ahead(
-    items: Iterable[Item], bytes_of: Callable[[Item], int], read: Callable[[Item], Read]
-) -> Iterator[tuple[Item, Read]]:
-    """(item, read(item)) in order. Raises what `read` raises."""
-    waiting: deque[tuple[Item, int, Future[Read]]] = deque()
+    items: Iterable[Item], bytes_of: Callable[[Item], int], read: Callable[[Item], Result]
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, read(item)) in order, with READERS threads that read ahead within AHEAD_BYTES."""
+    waiting: deque[tuple[Item, int, Future[Result]]] = deque()
     rest, ahead_bytes = deque(items), 0
     with ThreadPoolExecutor(READERS, "read ahead") as pool:
         while rest or waiting:

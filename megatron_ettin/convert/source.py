@@ -1,4 +1,4 @@
-"""A checkpoint as conversion sees it: its model, its objective, and its weights by canonical name, without padding."""
+"""Open a checkpoint for conversion: its model, its objective, and its weights by canonical name, without padding."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.tables import EXPORTED, OBJECTIVES, ROW_OBJECTIVES
-from megatron_ettin.convert.rules import Pair, pairs
+from megatron_ettin.convert.rules import WeightMapping, weight_mappings
 from megatron_ettin.convert.safetensors_file import read_ahead
 
 WEIGHTS = ".distcp"
 
 
 def check_objective(objective: str) -> str:
+    """Return `objective` if it can be exported. Raises UserError."""
     if objective not in EXPORTED:
         raise UserError(f"--objective: {objective!r}; allowed: {', '.join(EXPORTED)}")
     return objective
 
 
 def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
-    """The `model` group of a config.yaml. Raises UserError naming what is missing or unknown."""
+    """Build the ModelConfig of a config.yaml's groups. Raises UserError naming what is missing."""
     group = groups.get("model")
     if not isinstance(group, dict):
         raise UserError(f"{path}: has no group `model`; the shape of the weights is unknown")
@@ -42,11 +43,20 @@ def model_config(groups: dict[str, Any], path: Path) -> ModelConfig:
         raise UserError(f"{path}: model: {str(error).split('__init__() ')[-1]}") from None
 
 
-class Source:
-    """An opened checkpoint of a checkpoint or run directory. Its small files are verified here; the weights' sha256 are
-    computed while they are converted, and `check_weights` raises UserError where one is not what was written.
+class SourceCheckpoint:
+    """The opened checkpoint of a checkpoint folder or run directory.
 
-    `objective` (mlm or clm) is what it becomes, `trained_objective` what it was trained for: weights serve both."""
+    Its small files are verified here. The sha256 of the weights are computed while they are converted, and
+    `check_weights` raises UserError where one is wrong.
+
+    Attributes:
+        checkpoint: its folder.
+        run: the `run` group of its config.yaml.
+        objective: what it is exported as, mlm or clm.
+        trained_objective: what it was trained for: weights serve both.
+        trained_length: tokens of the longest row trained on.
+        mappings: every tensor, in file order.
+    """
 
     def __init__(self, path: Path, objective: str | None = None) -> None:
         self.checkpoint = resolve(path)
@@ -67,27 +77,28 @@ class Source:
         self.model = model_config(groups, config_path)
         data = groups.get("data")
         rows = data.get("seq_len") if isinstance(data, dict) else None
-        # of imported weights the folder says the length, and of a run its rows, whatever the model had room for
+        # a run has rows of this length, whatever the model had room for; an import has the length that its folder says
         self.trained_length: int = rows if isinstance(rows, int) and rows > 0 else self.model.max_position_embeddings
         self.progress = read_progress(self.checkpoint)
         self._reader = CheckpointReader(self.checkpoint)
-        self.pairs = list(pairs(self.model, self.objective))
+        self.mappings = list(weight_mappings(self.model, self.objective))
         self._check()
 
     def _check(self) -> None:
-        """Every tensor is there with the shape that the config gives it."""
+        """Check that every tensor is there with the shape that the config gives it. Raises UserError."""
         present = set(self._reader.keys())
-        for pair in self.pairs:
-            if pair.ours not in present:
-                raise UserError(f"{self.checkpoint}: no tensor {pair.ours}, which the config's shape asks for")
-            found = self._reader.shape(pair.ours)
-            rows_fit = found[:1] >= pair.shape[:1] if pair.form.may_be_padded else found[:1] == pair.shape[:1]
-            if len(found) != len(pair.shape) or found[1:] != pair.shape[1:] or not rows_fit:
-                raise UserError(f"{self.checkpoint}: {pair.ours} is {found}; the config's shape gives {pair.shape}")
+        for mapping in self.mappings:
+            name, shape = mapping.name, mapping.shape
+            if name not in present:
+                raise UserError(f"{self.checkpoint}: no tensor {name}, which the config's shape asks for")
+            found = self._reader.shape(name)
+            rows_fit = found[:1] >= shape[:1] if mapping.transform.may_be_padded else found[:1] == shape[:1]
+            if len(found) != len(shape) or found[1:] != shape[1:] or not rows_fit:
+                raise UserError(f"{self.checkpoint}: {name} is {found}; the config's shape gives {shape}")
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """What the folder that was imported said of its special tokens; empty for a run's checkpoint."""
+        """Ids of special tokens in the folder that was imported; empty for a run's checkpoint."""
         recorded = self.progress.get("special_ids")
         return recorded if isinstance(recorded, dict) else {}
 
@@ -95,32 +106,33 @@ class Source:
     def tokenizer(self) -> Path:
         return self.checkpoint / "tokenizer"
 
-    def read(self, pair: Pair) -> torch.Tensor:
-        """One of ours, without the rows that tensor parallelism padded."""
-        return self._reader.read(pair.ours)[: pair.shape[0]]
+    def read(self, mapping: WeightMapping) -> torch.Tensor:
+        """Return a canonical tensor without the rows that tensor parallelism padded."""
+        return self._reader.read(mapping.name)[: mapping.shape[0]]
 
-    def tensors(self) -> Iterator[tuple[Pair, torch.Tensor]]:
-        """All of ours in file order, some read ahead."""
-        return read_ahead(self.pairs, self._bytes, self.read)
+    def tensors(self) -> Iterator[tuple[WeightMapping, torch.Tensor]]:
+        """Yield all canonical tensors in file order; some are read ahead."""
 
-    def _bytes(self, pair: Pair) -> int:
-        return math.prod(pair.shape) * self._reader.dtype(pair.ours).itemsize
+        def bytes_of(mapping: WeightMapping) -> int:
+            return math.prod(mapping.shape) * self._reader.dtype(mapping.name).itemsize
+
+        return read_ahead(self.mappings, bytes_of, self.read)
 
     def check_weights(self) -> None:
         """Wait for the checksums. Raises UserError naming the first file that is not what was written."""
         self._weights.result()
 
 
-def predicts_next(source: Source) -> bool:
-    """Whether the encoder that is exported predicts masked tokens at the position before them."""
+def predicts_next(source: SourceCheckpoint) -> bool:
+    """Return whether the exported encoder predicts masked tokens at the position before them."""
     if source.objective != "mlm":
         return False
-    kind = OBJECTIVES[source.trained_objective].masked_objective
-    return kind is None or ROW_OBJECTIVES[kind].shifts
+    row_objective = OBJECTIVES[source.trained_objective].masked_objective
+    return row_objective is None or ROW_OBJECTIVES[row_objective].shifts
 
 
-def cross_notes(source: Source) -> list[str]:
-    """What a reader must know of a model that was not trained for what it was exported as."""
+def cross_notes(source: SourceCheckpoint) -> list[str]:
+    """Return what a reader must know of a model that was not trained for what it was exported as."""
     trained = OBJECTIVES[source.trained_objective]
     if predicts_next(source) and trained.masked_objective is not None:
         return [

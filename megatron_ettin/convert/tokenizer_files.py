@@ -1,4 +1,4 @@
-"""Tokenizer files that travel with a model: between the checkpoint's tokenizer/ and the root of a Hugging Face folder.
+"""Copy tokenizer files between a checkpoint's tokenizer/ and the root of a Hugging Face folder.
 
 Checkpoints of both objectives hold the same files, so that a pair shares its data. What a tokenizer does with a text
 differs in a released folder: an encoder's writes what training put around every chunk, [CLS] text [SEP], and pads on
@@ -23,41 +23,46 @@ from megatron_ettin.convert.folders import hf_file
 from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-SIDES = {"mlm": "right", "clm": "left"}  # that a batch is padded on
+PADDING_SIDES = {"mlm": "right", "clm": "left"}
 INPUTS = ["input_ids", "attention_mask"]
 PUBLISHED_IDS = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}
 TRAINED = "megatron_ettin_trained"
+"""Key of tokenizer_config.json for what training had and the released files do not show."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a released tokenizer does with a text. `longest`: tokens of the longest text trained on, specials included.
-    `closing`: whether the chunks of training ended in [SEP]."""
+class TokenizerFormat:
+    """How a released tokenizer treats a text."""
 
     objective: str
-    longest: int
-    closing: bool = True
+    max_length: int
+    """Tokens of the longest text trained on, special tokens included."""
+    ends_with_sep: bool = True
+    """Whether the chunks of training ended in [SEP]."""
 
 
-def export_tokenizer(source: Path, target: Path, form: Form) -> bool:
-    """Copy a checkpoint's tokenizer into a released folder and give it its form; False where there is none."""
+def export_tokenizer(source: Path, target: Path, layout: TokenizerFormat) -> bool:
+    """Copy a checkpoint's tokenizer into a released folder as its objective needs it; False without a tokenizer."""
     if not _copy(source, target):
         return False
     content, settings = _read_json(target / FILES[0]), _read_json(target / FILES[1])
     trained = {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}
     tokens = special_tokens(target)
     if "cls" in tokens and "sep" in tokens:
-        _set_frame(content, tokens, form.closing and form.objective == "mlm")
+        _set_frame(content, tokens, layout.ends_with_sep and layout.objective == "mlm")
         _write_json(target / FILES[0], content)
     given = {key: value for key, value in settings.items() if value is not None}
     settings = {f"{role}_token": text for role, (_, text) in tokens.items()} | given
     _drop_ends(settings)
-    if form.objective == "clm":
+    if layout.objective == "clm":
         settings.setdefault("bos_token", settings.get("cls_token"))
         settings.setdefault("eos_token", settings.get("sep_token"))
     # without model_input_names, transformers 4 makes token_type_ids, which the model refuses
-    settings = _for_both_generations(settings) | {"padding_side": SIDES[form.objective], "model_input_names": INPUTS}
-    settings["model_max_length"] = form.longest
+    settings = _for_both_generations(settings) | {
+        "padding_side": PADDING_SIDES[layout.objective],
+        "model_input_names": INPUTS,
+    }
+    settings["model_max_length"] = layout.max_length
     _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True)
     if trained != {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}:
         settings[TRAINED] = trained
@@ -66,7 +71,7 @@ def export_tokenizer(source: Path, target: Path, form: Form) -> bool:
 
 
 def import_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a released folder's tokenizer into a checkpoint as training had it; False where there is none."""
+    """Copy a released folder's tokenizer into a checkpoint as training had it; False without a tokenizer."""
     if not _copy(source, target):
         return False
     content, found = _read_json(target / FILES[0]), _read_json(target / FILES[1])
@@ -98,17 +103,18 @@ def _copy(source: Path, target: Path) -> bool:
 
 
 def _drop_ends(settings: dict[str, Any]) -> None:
-    """Take out bos and eos where they are no more than second names of cls and sep."""
+    """Remove bos and eos where they are only second names of cls and sep."""
     for end, role in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
         if end in settings and settings[end] == settings.get(role):
             del settings[end]
 
 
 def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 writes, in the words that 4 knows and 5 still reads."""
+    """Return the settings that transformers 5 writes under the names that 4 knows and 5 still reads."""
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if isinstance(settings.get("extra_special_tokens"), list):  # 4 wants an object under this name
+    # 4 wants an object under this name
+    if isinstance(settings.get("extra_special_tokens"), list):
         more = settings["extra_special_tokens"]
         settings = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
         settings |= {"additional_special_tokens": more} if more else {}
@@ -116,7 +122,7 @@ def _for_both_generations(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_frame(content: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> None:
-    """Let the tokenizer put [CLS] before a text and, with `closing`, [SEP] after it, and nothing else."""
+    """Make the tokenizer put [CLS] before a text and, with `closing`, [SEP] after it, and nothing else."""
     (cls_id, cls), (sep_id, sep) = tokens["cls"], tokens["sep"]
     after = [sep_id] if closing else []
     if _frames(content, [cls_id], after):
@@ -127,12 +133,13 @@ def _set_frame(content: dict[str, Any], tokens: dict[str, tuple[int, str]], clos
 
 
 def _frames(content: dict[str, Any], before: list[int], after: list[int]) -> bool:
-    """Whether the tokenizer puts exactly these ids around a text."""
+    """Return whether the tokenizer puts exactly these ids around a text."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:
+        # the library raises plain Exception
         raise UserError(f"{FILES[0]}: unreadable ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -141,7 +148,7 @@ def _frames(content: dict[str, Any], before: list[int], after: list[int]) -> boo
 
 
 def _template(old: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: bool) -> dict[str, Any]:
-    """A post-processor that writes the frame; of the old one the part that only counts characters (ByteLevel) stays."""
+    """Return a post-processor that writes the frame; the old one's part that counts characters (ByteLevel) stays."""
     known = {text: {"id": text, "ids": [number], "tokens": [text]} for number, text in (tokens["cls"], tokens["sep"])}
     cls, sep = ({"SpecialToken": {"id": tokens[role][1], "type_id": 0}} for role in ("cls", "sep"))
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -156,8 +163,11 @@ def _template(old: dict[str, Any], tokens: dict[str, tuple[int, str]], closing: 
 
 
 def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> bool:
-    """Add or take the last [SEP] of the template for one text; True where something changed. The template for a pair
-    of texts stays: it is what the tokenizer came with."""
+    """Add or remove the last [SEP] of the template for one text; the template for a pair of texts stays.
+
+    Returns:
+        Whether something changed.
+    """
     template = content.get("post_processor") or {}
     pieces = template.get("single") if template.get("type") == "TemplateProcessing" else None
     if not pieces or sep not in template.get("special_tokens", {}):
@@ -189,25 +199,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _text(settings: dict[str, Any], role: str) -> str:
-    """What tokenizer_config.json calls a role: a text, or an object with its `content`; the usual name by default."""
+    """Return a role's token from tokenizer_config.json, which has a text or an object; the usual one by default."""
     token = settings.get(f"{role}_token")
     token = token.get("content") if isinstance(token, dict) else token
     return str(token or f"[{role.upper()}]")
 
 
 def token_count(tokenizer: Path) -> int:
-    """One more than the largest id of the tokenizer in the folder `tokenizer`."""
+    """Return one more than the largest id of the tokenizer in the folder `tokenizer`."""
     return vocabulary_size(read_backend(tokenizer / FILES[0]))
 
 
 def special_ids(tokenizer: Path, vocab_size: int, recorded: Mapping[str, int]) -> dict[str, int]:
-    """Ids of unk, cls, sep, pad and mask as training used them, else as an import `recorded` them.
+    """Return the ids of unk, cls, sep, pad and mask as training used them, else as an import `recorded` them.
 
-    Where neither says anything, the published ids stand for a vocabulary of the published size. Of another one nothing
-    is known: its last rows stand in, for transformers wants every decoder to have such ids."""
+    Where neither says anything, a vocabulary of the published size has the published ids. For another size nothing is
+    known: its last rows stand in, because transformers wants every decoder to have such ids.
+    """
     known, has_tokenizer = dict(recorded), (tokenizer / FILES[0]).is_file()
     if has_tokenizer:
         known |= {role: number for role, (number, _) in special_tokens(tokenizer).items()}
     if vocab_size == VOCABULARY and not has_tokenizer:
         return PUBLISHED_IDS | known
-    return {role: max(0, vocab_size - 5 + place) for place, role in enumerate(PUBLISHED_IDS)} | known
+    return {role: max(0, vocab_size - 5 + i) for i, role in enumerate(PUBLISHED_IDS)} | known

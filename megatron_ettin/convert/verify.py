@@ -1,8 +1,8 @@
-"""Proof that an exported folder is the checkpoint: tensors read back bit for bit, logits against transformers.
+"""Prove that an exported folder is the checkpoint: read tensors back bit for bit, compare logits with transformers'.
 
-Our side of the logits is handed in, for the model lives on a floor that conversion does not see. A bfloat16 export has
-rounded weights; it is imported again and our model runs on that, so that both sides hold the same numbers and the
-tolerance stays that of float32 arithmetic done in another order."""
+Our side of the logits is passed in, because the model lives on a floor that conversion does not see. A bfloat16 export
+has rounded weights. It is imported again and our model runs on the import, so that both sides hold the same numbers and
+the tolerance stays that of float32 arithmetic in another order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ import torch
 
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.safetensors_file import ModelFiles
-from megatron_ettin.convert.source import Source
+from megatron_ettin.convert.source import SourceCheckpoint
 
-# (checkpoint, token lists, objective) -> float32 logits [tokens, vocabulary] of each list
 Logits = Callable[[Path, list[list[int]], str], Sequence[torch.Tensor]]
-# Largest absolute difference of float32 logits. Rounding grows with what is added up: measured are 1e-5 where the
-# largest logit is 5. Weights of either dtype are compared in float32 arithmetic, so one tolerance serves both.
+"""(checkpoint, token lists, objective) -> float32 logits [tokens, vocabulary] of each list."""
 TOLERANCE, TOLERANCE_OF_LARGEST = 1e-4, 2e-5
+"""Largest absolute difference of float32 logits, and as a share of the largest logit.
+
+Rounding grows with what is added up: measured are 1e-5 where the largest logit is 5. Weights of either dtype are
+compared in float32 arithmetic, so one tolerance serves both.
+"""
 SEED = 21
 
 
@@ -30,8 +33,10 @@ class ParityError(Exception):
     """The exported folder is not the checkpoint: a fault of this program, never of the user."""
 
 
-def check_export(source: Source, folder: Path, dtype: torch.dtype, our_logits: Logits | None) -> dict[str, Any]:
-    """The parity record of an export. Raises ParityError where a tensor or the logits differ."""
+def check_export(
+    source: SourceCheckpoint, folder: Path, dtype: torch.dtype, our_logits: Logits | None
+) -> dict[str, Any]:
+    """Return the parity record of an export. Raises ParityError where a tensor or the logits differ."""
     import transformers
 
     tensors = compare_tensors(source, folder, dtype)
@@ -46,38 +51,44 @@ def check_export(source: Source, folder: Path, dtype: torch.dtype, our_logits: L
     return record
 
 
-def compare_tensors(source: Source, folder: Path, dtype: torch.dtype) -> int:
-    """Read every tensor back through the rules and compare bits. Returns how many there are."""
+def compare_tensors(source: SourceCheckpoint, folder: Path, dtype: torch.dtype) -> int:
+    """Read every tensor back through the rules and compare bits. Returns the number of tensors."""
     files = ModelFiles(folder)
-    stored = {name for pair in source.pairs for name in pair.theirs}
+    stored = {name for mapping in source.mappings for name in mapping.hf_names}
     if set(files.tensors) != stored:
         raise ParityError(f"{folder}: names differ: {sorted(set(files.tensors) ^ stored)[:3]}")
-    for pair, tensor in source.tensors():
-        back = pair.form.merge([files.read(name) for name in pair.theirs], source.model)
+    for mapping, tensor in source.tensors():
+        back = mapping.transform.merge([files.read(name) for name in mapping.hf_names], source.model)
         if not _same_bits(back, tensor.to(dtype)):
-            raise ParityError(f"{folder}: {', '.join(pair.theirs)} read back is not {pair.ours}")
+            raise ParityError(f"{folder}: {', '.join(mapping.hf_names)} read back is not {mapping.name}")
     return len(stored)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bytes: a NaN equals itself and -0.0 is not 0.0."""
-    same_form = a.dtype == b.dtype and a.shape == b.shape
-    return same_form and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Return whether the bytes are equal: a NaN equals itself and -0.0 is not 0.0."""
+    same_type = a.dtype == b.dtype and a.shape == b.shape
+    return same_type and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def token_lists(vocab_size: int, window: int, longest: int) -> list[list[int]]:
-    """Seeded ids of three lengths, two of them longer than the window of local layers."""
+    """Draw seeded ids of three lengths, two of them longer than the window of local layers."""
     generator = torch.Generator().manual_seed(SEED)
     lengths = [min(longest, length) for length in (2 * window + 37, window + 9, max(2, window // 2))]
     return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _compare_logits(source: Source, folder: Path, dtype: torch.dtype, our_logits: Logits) -> dict[str, Any]:
-    """Padded and unpadded: each list alone, and all of them in one padded batch."""
+def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, our_logits: Logits) -> dict[str, Any]:
+    """Compare the logits of each list alone and of all lists in one padded batch. Raises ParityError."""
     model = source.model
     window = model.encoder_window if source.objective == "mlm" else model.decoder_window_keys
     lists = token_lists(model.vocab_size, window, model.max_position_embeddings)
-    ours = _our_side(source, folder, dtype, our_logits, lists)
+    if dtype == torch.float32:
+        ours = our_logits(source.checkpoint, lists, source.objective)
+    else:
+        # the exported weights are rounded: our model runs on those
+        with tempfile.TemporaryDirectory(prefix=".tmp-reimport-", dir=folder.parent) as temporary:
+            from_hf(folder, Path(temporary) / "checkpoint")
+            ours = our_logits(Path(temporary) / "checkpoint", lists, source.objective)
     alone, padded = transformers_logits(folder, source.objective, lists)
     found = [_difference(folder, ours[i], theirs) for i in range(len(lists)) for theirs in (alone[i], padded[i])]
     difference, largest = max(one.difference for one in found), max(one.largest for one in found)
@@ -96,49 +107,43 @@ def _compare_logits(source: Source, folder: Path, dtype: torch.dtype, our_logits
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of two logits [tokens, vocabulary]. Near ties are tokens at which the two likeliest ids change places, which
-    rounding may do where their logits are within it of each other; `widest_tie` is how far apart these were."""
+class LogitsDifference:
+    """How two logits [tokens, vocabulary] differ."""
 
-    difference: float  # infinite where one holds a NaN
+    difference: float
+    """Largest absolute difference; infinite where one holds a NaN."""
     largest: float
+    """Largest absolute logit."""
     near_ties: int
+    """Tokens at which the two likeliest ids change places, as rounding may do where their logits are close."""
     widest_tie: float
+    """Largest gap between the logits of such two ids."""
 
 
-def _difference(folder: Path, ours: torch.Tensor, theirs: torch.Tensor) -> Difference:
+def _difference(folder: Path, ours: torch.Tensor, theirs: torch.Tensor) -> LogitsDifference:
     if ours.shape != theirs.shape:
         raise ParityError(f"{folder}: logits are {tuple(theirs.shape)}, not {tuple(ours.shape)}")
     gap = (ours - theirs).abs().max().item()
     mine, other = ours.argmax(-1, keepdim=True), theirs.argmax(-1, keepdim=True)
     ties = (ours.gather(-1, mine) - ours.gather(-1, other))[mine != other]
     widest = ties.max().item() if ties.numel() else 0.0
-    return Difference(gap if gap == gap else float("inf"), ours.abs().max().item(), ties.numel(), widest)
-
-
-def _our_side(
-    source: Source, folder: Path, dtype: torch.dtype, our_logits: Logits, lists: list[list[int]]
-) -> Sequence[torch.Tensor]:
-    if dtype == torch.float32:
-        return our_logits(source.checkpoint, lists, source.objective)
-    with tempfile.TemporaryDirectory(prefix=".tmp-reimport-", dir=folder.parent) as room:
-        from_hf(folder, Path(room) / "checkpoint")
-        return our_logits(Path(room) / "checkpoint", lists, source.objective)
+    return LogitsDifference(gap if gap == gap else float("inf"), ours.abs().max().item(), ties.numel(), widest)
 
 
 def transformers_logits(
     folder: Path, objective: str, lists: list[list[int]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """transformers' float32 logits of each list, run alone and run in one batch padded on the right."""
+    """Compute transformers' float32 logits of each list, run alone and run in one batch padded on the right."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()  # of loading a few tensors
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loader = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
     # eager: plain matrix products, the same in every version
     model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     longest = max(map(len, lists))
-    pad = model.config.pad_token_id or 0  # masked: any id does
+    # masked: any id does
+    pad = model.config.pad_token_id or 0
     batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in lists])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in lists])
     with torch.no_grad():

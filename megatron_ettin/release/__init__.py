@@ -1,1 +1,1 @@
-"""Floor 7: every checkpoint of a run as a revision of one Hugging Face repository."""
+"""Release every checkpoint of a run as a revision of one Hugging Face repository."""

@@ -1,4 +1,4 @@
-"""README.md of `main`: the final revision's card, then how it was trained, on what, and every revision there is."""
+"""Write README.md of `main`: the final revision's card, how it was trained, on what, and the list of revisions."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
 from megatron_ettin.data.mixture import MixtureEntry, parse_mixture, planned_epochs
-from megatron_ettin.release.chain import Chain
+from megatron_ettin.release.chain import ReleaseChain
 
 CURVE = "training_curve.png"
 
 
 def main_card(
     final_card: str,
-    chain: Chain,
+    chain: ReleaseChain,
     records: Sequence[dict[str, Any]],
     orders: dict[str, dict[str, Any]],
     has_curve: bool,
     repository: str | None = None,
 ) -> str:
-    """`records`: release.json and parity.json ("parity") of every revision, oldest first. `repository`: of the hub,
-    where the release is going to be pushed."""
+    """Return the card of `main`.
+
+    Args:
+        final_card: the card of the last revision.
+        chain: the runs that were released.
+        records: release.json of every revision with its parity.json as `parity`, oldest first.
+        orders: phase -> its data order.
+        has_curve: whether there is a training curve.
+        repository: OWNER/NAME of the hub that the release is going to be pushed to.
+    """
     text = final_card.rstrip()
     if repository is not None:
         text = text.replace(THIS_FOLDER, f'FOLDER = "{repository}"')
@@ -39,36 +47,36 @@ def main_card(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _training(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
+def _training(chain: ReleaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
     trained = _tokens_trained(chain, records)
     columns = [{"tokens trained": tokens} | _recipe(run.config) for run, tokens in zip(chain.runs, trained)]
     rows = [[key, *(column[key] for column in columns)] for key in columns[0]]
-    told = [f"{note[0].upper()}{note[1:]}." for note in chain.notes]
-    return ["## Training", table(["", *(run.phase for run in chain.runs)], rows), *told]
+    notes = [f"{note[0].upper()}{note[1:]}." for note in chain.notes]
+    return ["## Training", table(["", *(run.phase for run in chain.runs)], rows), *notes]
 
 
-def _tokens_trained(chain: Chain, records: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each phase, by the model of `main`: up to the checkpoint that the next phase began from."""
+def _tokens_trained(chain: ReleaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the tokens of `main` in each phase, up to the checkpoint that the next phase began from."""
     before = {one["phase"]: one["total_tokens"] - one["tokens"] for one in records}
     phases = [run.phase for run in chain.runs]
     ends = [*(before.get(phase) for phase in phases[1:]), records[-1]["total_tokens"]]
-    told = []
+    texts = []
     for phase, end in zip(phases, ends, strict=True):
         begin = before.get(phase)
-        told.append("not recorded" if begin is None or end is None else format_count(end - begin))
-    return told
+        texts.append("not recorded" if begin is None or end is None else format_count(end - begin))
+    return texts
 
 
 def _recipe(config: Config) -> dict[str, str]:
-    """What a reader needs to repeat a phase."""
+    """Return what a reader needs to repeat a phase."""
     optim, schedule, batch = config.optim, config.schedule, config.batch
     parallel = config.parallel
-    found = {
+    rows = {
         "tokens planned": planned_tokens(dataclasses.asdict(config.run)),
         "row length": f"{config.data.seq_len:,} tokens",
         "rows a step": f"{batch.global_batch_rows:,}",
@@ -83,29 +91,29 @@ def _recipe(config: Config) -> dict[str, str]:
         "seed": str(config.run.seed),
     }
     if OBJECTIVES[config.run.objective].is_hybrid:
-        found["causal rows"] = str(config.data.clm_fraction)
+        rows["causal rows"] = str(config.data.clm_fraction)
     if OBJECTIVES[config.run.objective].needs_mask_token:
-        found["masked"] = f"{config.data.mlm_probability:.0%} of tokens"
-    return found
+        rows["masked"] = f"{config.data.mlm_probability:.0%} of tokens"
+    return rows
 
 
-def _data(chain: Chain, orders: dict[str, dict[str, Any]]) -> list[str]:
+def _data(chain: ReleaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
     parts = ["## Data"]
     for run in chain.runs:
-        rows = mixture_rows(run.config)
-        parts += [f"{run.phase}:", table(["dataset", "share of tokens"], rows)] if rows else []
+        if shares := mixture_rows(run.config):
+            parts += [f"{run.phase}:", table(["dataset", "share of tokens"], shares)]
     if orders:
-        told = [
+        rows = [
             [f"`data_order/{order['file']}`", phase, f"1 to {order['last_step']:,}", f"`{order['fingerprint'][:16]}`"]
             for phase, order in orders.items()
         ]
         head = ["file", "phase", "steps", "fingerprint of the order"]
-        parts += ["Which document stood where in every step, as `ettin order` writes it:", table(head, told)]
+        parts += ["Which document stood where in every step, as `ettin order` writes it:", table(head, rows)]
     return parts
 
 
 def mixture_rows(config: Config) -> list[tuple[str, str]]:
-    """(dataset, share of the phase's tokens). Datasets have their names, never the paths of a machine."""
+    """Return (dataset, share of the phase's tokens) of each dataset, by name and never by a path of this host."""
     try:
         entries = parse_mixture(config.data.mixture, config.data.root)
     except UserError:
@@ -115,7 +123,7 @@ def mixture_rows(config: Config) -> list[tuple[str, str]]:
 
 
 def _shares(entries: list[MixtureEntry], run_tokens: int) -> list[str]:
-    """From weights, budgets or, where the datasets are still there, their sizes."""
+    """Return shares from weights, budgets or, where the datasets are still there, their sizes."""
     given = [entry.weight or entry.tokens for entry in entries]
     if all(given):
         total = sum(value or 0 for value in given)
@@ -127,7 +135,7 @@ def _shares(entries: list[MixtureEntry], run_tokens: int) -> list[str]:
 
 
 def dataset_names(paths: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that are distinct."""
     parts = [Path(path).parts for path in paths]
     longest = max(map(len, parts), default=1)
     for depth in range(1, longest + 1):

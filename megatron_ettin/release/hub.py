@@ -1,4 +1,4 @@
-"""A release folder -> a repository of the Hugging Face hub: a branch a revision, `main` last.
+"""Push a release folder to a repository of the Hugging Face hub: a branch a revision, `main` last.
 
 Every upload is one commit, so a reader sees a revision whole or not at all; files that the server has already are not
 sent again, so an interrupted push goes on where it stopped."""
@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.release.finish import ORDERS
 from megatron_ettin.release.record import RECORD, read_record
 
-ATTRIBUTES = ".gitattributes"  # the hub's own
+ATTRIBUTES = ".gitattributes"
+"""A file of the hub's own."""
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Names of branches."""
+class PushResult:
+    """The branches of a push, by name."""
 
     uploaded: list[str]
     kept: list[str]
@@ -29,8 +31,8 @@ class Pushed:
 
 
 def check_repository(name: str) -> None:
-    """Raises UserError for a name that no repository can have, before any work is done."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    """Raise UserError for a name that no repository can have, before any work is done."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -42,13 +44,24 @@ def check_repository(name: str) -> None:
 
 def push(
     out: Path, repository: str, names: list[str], private: bool, report: Callable[[int, int], None] | None = None
-) -> Pushed:
-    """Bring the revisions `names` and then `main` to the hub. Raises UserError in one line where the hub refuses."""
+) -> PushResult:
+    """Push the revisions `names` and then `main` to the hub.
+
+    Args:
+        out: the release folder.
+        repository: OWNER/NAME; it is made where it is missing.
+        names: revisions.
+        private: whether a new repository is private.
+        report: called with (branches done, all branches).
+
+    Raises:
+        UserError: the hub refuses.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
-    done = Pushed([], [], "")
+    done = PushResult([], [], "")
     try:
         url = str(api.create_repo(repository, private=private, exist_ok=True))
         branches = {branch.name for branch in api.list_repo_refs(repository).branches}
@@ -61,25 +74,27 @@ def push(
                 report(number, len(names) + 1)
     except LocalTokenNotFoundError:
         raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
-    except (HfHubHTTPError, OSError, *_connection_errors()) as error:  # type: ignore[misc]
+    except _connection_errors() as error:
         raise UserError(
             f"--push {repository}: {first_line(error)}; {len(done.uploaded) + len(done.kept)} of {len(names) + 1}"
             " revisions are there; run it again to go on"
         ) from None
-    return Pushed(done.uploaded, done.kept, url)
+    return PushResult(done.uploaded, done.kept, url)
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """Of the library's HTTP client, which changed in 1.0; the earlier one's are OSErrors."""
+    """Return the errors of the hub and of the library's HTTP client: httpx since 1.0, before it one of OSErrors."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         import httpx
     except ImportError:
-        return ()
-    return (httpx.HTTPError,)
+        return (HfHubHTTPError, OSError)
+    return (HfHubHTTPError, OSError, httpx.HTTPError)
 
 
 def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
-    """Make the branch hold exactly the folder's files, in one commit; False where it does already."""
+    """Make the branch hold exactly the folder's files, in one commit; return False where it does already."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     folder = out / name
@@ -102,16 +117,10 @@ def _push_branch(api: Any, out: Path, repository: str, name: str) -> bool:
 
 
 def _same(path: Path, entry: Any) -> bool:
-    """Whether the hub holds these bytes: by sha256 for large files, by git's own digest for small ones."""
+    """Return whether the hub holds these bytes: by sha256 for large files, by git's own digest for small ones."""
     if entry.size != path.stat().st_size:
         return False
     if entry.lfs is not None:
-        return _digest(hashlib.sha256(), path) == entry.lfs.sha256
-    return _digest(hashlib.sha1(f"blob {entry.size}\0".encode()), path) == entry.blob_id
-
-
-def _digest(digest: Any, path: Path) -> str:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return bool(sha256(path) == entry.lfs.sha256)
+    blob = f"blob {entry.size}\0".encode() + path.read_bytes()
+    return bool(hashlib.sha1(blob).hexdigest() == entry.blob_id)

@@ -1,6 +1,6 @@
-"""release.json of every revision: what it was made of and every file with its size and sha256.
+"""Write and read release.json of a revision: what it was made from, and every file with its size and sha256.
 
-A second `ettin release` reads it to leave alone what is there; whoever downloads a revision can check it by it."""
+A second `ettin release` reads it to keep what is there; whoever downloads a revision can check the files by it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from megatron_ettin.checkpoint.integrity import INTEGRITY
 from megatron_ettin.release.chain import Revision
 
 RECORD = "release.json"
-FORMAT = 2  # of what is in a revision; those of another one are made anew
+FORMAT = 2
+"""Format of a revision's content; revisions of another format are made anew."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides the bytes of a revision besides its checkpoint."""
+class ReleaseOptions:
+    """Options that decide the bytes of a revision, besides its checkpoint."""
 
     name: str
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
     licence: str | None = None
+    """SPDX identifier."""
 
 
 def source_identity(revision: Revision) -> str:
-    """A digest of the checkpoint's contents: integrity.json holds the sha256 of every file of it. Initial weights are
-    a function of seed and shape. Raises UserError where integrity.json is not readable."""
+    """Return a digest of the contents of a revision's checkpoint.
+
+    integrity.json holds the sha256 of every file of a checkpoint. Initial weights are a function of seed and shape.
+
+    Raises:
+        UserError: integrity.json is not readable.
+    """
     if revision.checkpoint is None:
         run, model = revision.run.config, revision.run.config.model
         shape = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads)
@@ -47,8 +54,8 @@ def source_identity(revision: Revision) -> str:
         raise UserError(f"{path}: unreadable ({error.strerror or error})") from None
 
 
-def made_of(revision: Revision, options: Options) -> dict[str, Any]:
-    """The part of the record that says what the folder should be."""
+def expected_record(revision: Revision, options: ReleaseOptions) -> dict[str, Any]:
+    """Return the record that the revision should have, without its files."""
     return {
         **{"format": FORMAT, "revision": revision.name, "phase": revision.phase, "step": revision.step},
         **{"tokens": revision.tokens, "total_tokens": revision.total_tokens, "source": source_identity(revision)},
@@ -57,19 +64,19 @@ def made_of(revision: Revision, options: Options) -> dict[str, Any]:
     }
 
 
-def write_record(folder: Path, made: dict[str, Any]) -> None:
-    """Seal a finished folder."""
+def write_record(folder: Path, expected: dict[str, Any]) -> None:
+    """Write the record of a finished folder and force all its files to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
-    (folder / RECORD).write_text(json.dumps({**made, "files": files}, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps({**expected, "files": files}, indent=1) + "\n", encoding="utf-8")
     for path in (*paths, folder / RECORD, folder):
         fsync(path)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a released folder, or nothing where there is none that can be read."""
+    """Return the record of a released folder; empty where there is none that can be read."""
     try:
         record = load_json((folder / RECORD).read_text(encoding="utf-8"))
         return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
@@ -77,8 +84,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def is_whole(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
-    """Whether every file of the record is there in its size and, with `checksums`, in its bytes."""
+def is_complete(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
+    """Return whether every file of the record is there in its size and, with `checksums`, in its bytes."""
     for name, entry in record["files"].items():
         path = path_in(folder, name, folder / RECORD, nested=True)
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -88,8 +95,8 @@ def is_whole(folder: Path, record: dict[str, Any], checksums: bool) -> bool:
     return True
 
 
-def is_released(folder: Path, made: dict[str, Any], checksums: bool) -> bool:
-    """Whether `folder` is that revision, verified against transformers, and whole."""
+def is_released(folder: Path, expected: dict[str, Any], checksums: bool) -> bool:
+    """Return whether `folder` is the expected revision, verified against transformers, and complete."""
     record = read_record(folder)
-    same = bool(record) and {key: record.get(key) for key in made} == made
-    return same and "parity.json" in record["files"] and is_whole(folder, record, checksums)
+    same = bool(record) and {key: record.get(key) for key in expected} == expected
+    return same and "parity.json" in record["files"] and is_complete(folder, record, checksums)

@@ -141,14 +141,17 @@ def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model.name": "hf_bert"}, "model.name is 'hf_bert'; allowed: flex_bert, flex_gpt"),
+        (
+            {"model.name": "hf_bert"},
+            "model.name is 'hf_bert' (did you mean 'flex_bert'?); allowed: flex_bert, flex_gpt",
+        ),
         ({"model.model_config.mlp_layer": "mlp"}, "mlp_layer is 'mlp'; our model has it as 'glu' only"),
         (
             {"model.model_config.attn_qkv_bias": True},
             "model.model_config.attn_qkv_bias is True; this system has False only",
         ),
         ({"model.model_config.mlp_dropout_prob": 0.1}, "the MLP has no dropout"),
-        ({"model.model_config.causal_mask": True}, "causal_mask is True, but model.name flex_bert says otherwise"),
+        ({"model.model_config.causal_mask": True}, "causal_mask is True, but flex_bert is mlm"),
         (
             {"model.model_config.hiden_act": "gelu"},
             "hiden_act is not known (did you mean 'model.model_config.hidden_act'?)",

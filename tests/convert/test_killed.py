@@ -20,9 +20,9 @@ from tests.convert.folders import command, make_folder
 
 # command -> where a call of the function stands between the weights and the end
 WAYS = {
-    "from-hf": ("megatron_ettin.convert.from_hf", "seal_and_rename"),
+    "from-hf": ("megatron_ettin.convert.importing", "seal_and_rename"),
     "to-hf": ("megatron_ettin.convert.to_hf", "export_tokenizer"),
-    "from-composer": ("megatron_ettin.convert.composer.importing", "seal_and_rename"),
+    "from-composer": ("megatron_ettin.convert.importing", "seal_and_rename"),
 }
 
 

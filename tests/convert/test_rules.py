@@ -7,7 +7,7 @@ import torch
 
 from megatron_ettin.config.schema import ModelConfig
 from megatron_ettin.config.tables import SIZES, parameter_count
-from megatron_ettin.convert.rules import QKV, TIED, pairs
+from megatron_ettin.convert.rules import QKV, TIED, weight_mappings
 from tests.convert.folders import classes
 
 
@@ -31,16 +31,16 @@ def test_rules_cover_names_and_shapes_of_transformers_exactly(size, objective):
             )
         ).state_dict()
     del theirs[TIED]
-    ours = {name: pair.their_shape for pair in pairs(model, objective) for name in pair.theirs}
+    ours = {name: mapping.hf_shape for mapping in weight_mappings(model, objective) for name in mapping.hf_names}
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rules_our_names_are_distinct_and_count_every_parameter(size):
     model = model_of(size)
-    listed = list(pairs(model, "clm"))
-    assert len({pair.ours for pair in listed}) == len(listed)
-    assert sum(torch.Size(pair.shape).numel() for pair in listed) == parameter_count(model)
+    listed = list(weight_mappings(model, "clm"))
+    assert len({mapping.name for mapping in listed}) == len(listed)
+    assert sum(torch.Size(mapping.shape).numel() for mapping in listed) == parameter_count(model)
 
 
 def test_qkv_merge_orders_rows_by_head_and_split_inverts_it():

@@ -64,12 +64,14 @@ def without_workers() -> Iterator[None]:
     import torch
 
     from megatron_ettin.release import build
-    from megatron_ettin.release.revision import make
+    from megatron_ettin.release.revision import make_revision
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker: figures of parity depend on it
     try:
-        with mock.patch.object(build, "make_all", lambda jobs, _: map(make, pickle.loads(pickle.dumps(jobs)))):
+        with mock.patch.object(
+            build, "make_revisions", lambda jobs, _: map(make_revision, pickle.loads(pickle.dumps(jobs)))
+        ):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ from unittest import mock
 import psutil
 
 from megatron_ettin.release import revision
-from megatron_ettin.release.revision import Job, Outcome
+from megatron_ettin.release.revision import RevisionJob, RevisionResult, make_revision
 from tests import forkserver
 from tests.prepare.small_tasks import wait_for
 
@@ -83,7 +83,7 @@ class Running:
         assert status is not None
         return status
 
-    def revision(self) -> list[psutil.Process]:
+    def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.pid).children()
         return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
@@ -125,15 +125,15 @@ def be_release(*line: str) -> int | None:
     fork = multiprocessing.get_context("fork")
     with (
         mock.patch.object(multiprocessing, "get_context", lambda method=None: fork),
-        mock.patch.object(revision, "make", make_unless_held),
+        mock.patch.object(revision, "make_revision", make_unless_held),
     ):
         return forkserver.be_program("ettin", *line)
 
 
-def make_unless_held(job: Job) -> Outcome:
+def make_unless_held(job: RevisionJob) -> RevisionResult:
     if job.revision.name == os.environ.get(HELD_VARIABLE):
         threading.Event().wait()
-    return revision.make(job)
+    return make_revision(job)
 
 
 def forget_hub() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.release.record import is_whole, read_record
+from megatron_ettin.release.record import is_complete, read_record
 from tests.prepare.small_tasks import wait_for
 from tests.release.conftest import NAMES, SAME, files_of, release
 from tests.release.running import Running
@@ -45,7 +45,7 @@ def check_whole(out: Path) -> None:
         if folder.name in (*NAMES, "main"):
             record = read_record(folder)
             assert record, folder
-            assert is_whole(folder, record, checksums=True), folder
+            assert is_complete(folder, record, checksums=True), folder
             assert {path.name for path in folder.iterdir()} == {*record["files"], "release.json"}
 
 

@@ -23,8 +23,8 @@ def test_release_source_that_is_no_run_is_refused(trained, tmp_path, capfd):
     for given, said in (
         (tmp_path / "nothing", "no such folder; give a run directory"),
         (tmp_path / "file", "not a folder; give a run directory"),
-        (tmp_path / "empty", "no run directory (it wants config.yaml and checkpoints/)"),
-        (checkpoint, "no run directory (it wants config.yaml and checkpoints/)"),
+        (tmp_path / "empty", "no run directory (config.yaml or checkpoints/ is missing)"),
+        (checkpoint, "no run directory (config.yaml or checkpoints/ is missing)"),
     ):
         status, _, err = release(capfd, given, "--out", tmp_path / "out")
         assert (status, err) == (2, f"ettin release: {given}: {said}")

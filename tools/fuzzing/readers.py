@@ -153,14 +153,15 @@ def make_composer(folder: Path) -> list[str]:
 
 
 def read_composer(folder: Path) -> None:
-    from megatron_ettin.convert.composer.torch_file import TensorRecord, TorchFile
+    from megatron_ettin.convert.composer.safe_unpickler import TensorRecord
+    from megatron_ettin.convert.composer.torch_file import TorchFile
 
     file = TorchFile(folder / "ep0.pt")
     try:
         tree, found = [file.tree], 0
         while tree and found < 50:
             one, found = tree.pop(), found + 1
-            if isinstance(one, TensorRecord) and one.storage.kind in ("FloatStorage", "HalfStorage"):
+            if isinstance(one, TensorRecord) and one.dtype in ("FloatStorage", "HalfStorage"):
                 file.read(one)
             elif isinstance(one, dict):
                 tree += list(one.values())

@@ -1,1 +1,1 @@
-"""Read the configuration of the original trainer."""
+"""Read the original trainer's configuration: its YAML files and the model that its checkpoints record."""

@@ -1,25 +1,25 @@
-"""Translate the original trainer's `model_config` to a ModelConfig.
+"""Read the original trainer's description of a model: `model_config` of its YAML, or the same keys in a checkpoint.
 
-A missing key has the trainer's own default, and every default that was used is reported. What the names of tensors
-cannot show (activation, attention layer, order of rotary channels) is checked here."""
+A missing key takes the trainer's own default, and every default that is used is noted. The names of tensors cannot show
+the activation, the kind of attention and the order of rotary channels, so these are checked here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import ModelConfig
 
-# bert-base-uncased, which the trainer starts from, with the trainer's own keys
+# those of bert-base-uncased, which the trainer starts from, and of the trainer's own keys
 DEFAULTS: dict[str, Any] = {
     **{"vocab_size": 30_522, "hidden_size": 768, "intermediate_size": 3_072},
     **{"num_hidden_layers": 12, "num_attention_heads": 12, "attn_out_dropout_prob": 0.0, "init_std": 0.02},
     **{"rotary_emb_base": 10_000.0, "local_attn_rotary_emb_base": -1, "sliding_window": -1},
     "global_attn_every_n_layers": -1,
 }
-# key -> (the trainer's default, what our model has)
 FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attention_layer": ("base", ("rope",)),
     "bert_layer": ("prenorm", ("prenorm", "compile_prenorm")),
@@ -34,30 +34,87 @@ FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "initial_bert_layer": (None, (None, "prenorm")),
     "initial_mlp_layer": (None, (None, "glu")),
 }
-# model.name of a YAML or the recorded class -> (objective, the head's name); a cross-trained model keeps its first head
-KINDS = {
+"""key -> (the trainer's default, the values that this model has)."""
+MODEL_NAMES = {
     "flex_bert": ("mlm", "head"),
     "flex_gpt": ("clm", "lm_head"),
     "flex_bert_to_gpt": ("clm", "head"),
     "flex_gpt_to_bert": ("mlm", "lm_head"),
+}
+"""model.name of a YAML -> (objective, name of the head); a cross-trained model keeps its first head."""
+CLASSES = MODEL_NAMES | {
     "FlexBertForMaskedLM": ("mlm", "head"),
     "FlexBertForCausalLM": ("clm", "lm_head"),
     "FlexGPTForCausalLM": ("clm", "head"),
     "MNTPFlexBertForMaskedLM": ("mlm", "lm_head"),
 }
-# (global base, rows of the phases with it, rows of the other phases)
-LONG = (10_000.0, 1_024, 7_999)
+"""`MODEL_NAMES` and the classes that checkpoints record."""
+_SHORT_BASE, _SHORT_ROW, _LONG_ROW = 10_000.0, 1_024, 7_999
 
 
-def default_note(key: str, value: Any) -> str:
-    """Return what is assumed for a key that a model_config does not have."""
+@dataclass(frozen=True)
+class TrainerModel:
+    """A model as a configuration of the original trainer describes it."""
+
+    source: str
+    """Where the description comes from, for messages."""
+    objective: str | None
+    """None where the configuration does not say it."""
+    head: str | None
+    """What its head should be called in a checkpoint: `head` or `lm_head`."""
+    model: ModelConfig
+    notes: list[str]
+    """Defaults and assumptions that were used."""
+
+
+def read_trainer_model(
+    config: Mapping[str, Any],
+    name: object,
+    source: str,
+    seq_len: object,
+    prefix: str = "",
+    unnoted: Collection[str] = (),
+) -> TrainerModel:
+    """Translate the trainer's keys of a model.
+
+    Args:
+        config: the keys of `model_config`.
+        name: model.name of a YAML, or the recorded class; None where neither is known.
+        source: the file, for messages.
+        seq_len: tokens in a row, where the file says it.
+        prefix: what stands before the keys in the file, for notes.
+        unnoted: keys of which a default is used without a note.
+
+    Raises:
+        UserError: a value that this model cannot have.
+    """
+    notes = [
+        f"{source} has no {prefix}{key}: {_default_note(key, value)}"
+        for key, value in DEFAULTS.items()
+        if key not in config and key not in unnoted
+    ]
+    try:
+        _check_fixed(config, source)
+        model = _model_config({**DEFAULTS, **config}, source, seq_len, notes)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{source}: {error}") from None
+    objective, head = CLASSES.get(name, (None, None)) if isinstance(name, str) else (None, None)
+    causal = config.get("causal_mask")
+    if objective is None and isinstance(causal, bool):
+        objective, head = MODEL_NAMES["flex_gpt" if causal else "flex_bert"]
+    elif isinstance(causal, bool) and causal != (objective == "clm"):
+        raise UserError(f"{source}: {prefix}causal_mask is {causal}, but {name} is {objective}")
+    return TrainerModel(source, objective, head, model, notes)
+
+
+def _default_note(key: str, value: Any) -> str:
     if key == "local_attn_rotary_emb_base":
         return "local layers have the global rotary base, as the original trainer does then"
     return f"assumed {value!r}, the original trainer's default"
 
 
-def check_fixed(config: dict[str, Any], source: str) -> None:
-    """Raise UserError where a model_config has something that our model has in one way only."""
+def _check_fixed(config: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for a setting that this model has no counterpart for."""
     for key, (default, allowed) in FIXED.items():
         value = config.get(key, default)
         plain = value.removeprefix("unpadded_").removeprefix("padded_") if isinstance(value, str) else value
@@ -71,34 +128,34 @@ def check_fixed(config: dict[str, Any], source: str) -> None:
             raise UserError(f"{source}: {key} is {config[key]!r}; our model turns all {head_dim} channels of a head")
 
 
-def model_of(config: Mapping[str, Any], source: str, seq_len: Any, notes: list[str]) -> ModelConfig:
-    """Return our model's keys. A vocabulary is rounded up to a multiple of 8 rows, as the trainer does.
-
-    Args:
-        config: the trainer's `model_config` with its defaults filled in.
-        source: names the file in messages.
-        seq_len: longest row, where a YAML has it.
-        notes: lines for the user are added to it.
-    """
+def _model_config(config: Mapping[str, Any], source: str, seq_len: object, notes: list[str]) -> ModelConfig:
+    """Build the ModelConfig. The vocabulary is rounded up to 8 rows, as the trainer does."""
     theta, local = float(config["rotary_emb_base"]), float(config["local_attn_rotary_emb_base"])
-    # -1 means the global base to the trainer
-    local = theta if local == -1 else local
+    if local == -1:
+        # the trainer's value for "as the global one"
+        local = theta
     every, window = int(config["global_attn_every_n_layers"]), int(config["sliding_window"])
     if window == -1:
         every, window = 1, 128
     if every < 1:
         raise UserError(f"{source}: has no global layer (global_attn_every_n_layers {every}); our first layer is one")
     if window < 2:
-        raise UserError(f"{source}: sliding_window is {window}; it is both sides of a query together, at least 2")
+        raise UserError(f"{source}: sliding_window is {window}; it counts both sides of a query and must be at least 2")
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     if heads < 1 or hidden < 1 or hidden % heads:
         raise UserError(f"{source}: {heads} heads do not divide hidden_size {hidden}")
     norm = config.get("norm_kwargs")
     eps = float(norm.get("eps", 1e-5)) if isinstance(norm, dict) else 1e-5
-    named = {"rotary_emb_base": theta, "local_attn_rotary_emb_base": local, "norm_kwargs.eps": eps}
-    for key, value in named.items():
+    positive = {"rotary_emb_base": theta, "local_attn_rotary_emb_base": local, "norm_kwargs.eps": eps}
+    for key, value in positive.items():
         if not 0 < value < math.inf:
             raise UserError(f"{source}: {key} is {value}; it must be above 0")
+    if not (type(seq_len) is int and seq_len > 0):
+        # rotary embeddings have no table of positions: only max_seq_len of a YAML says how long rows were
+        seq_len = _SHORT_ROW if theta <= _SHORT_BASE else _LONG_ROW
+        notes.append(
+            f"{source} does not say how long rows were: assumed {seq_len:,}, as the published phases with this base"
+        )
     return ModelConfig(
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden,
@@ -106,7 +163,7 @@ def model_of(config: Mapping[str, Any], source: str, seq_len: Any, notes: list[s
         num_attention_heads=heads,
         global_rope_theta=theta,
         local_rope_theta=local,
-        max_position_embeddings=_positions(seq_len, theta, source, notes),
+        max_position_embeddings=seq_len,
         vocab_size=-(-int(config["vocab_size"]) // 8) * 8,
         global_attention_every=every,
         encoder_window=window // 2,
@@ -114,13 +171,3 @@ def model_of(config: Mapping[str, Any], source: str, seq_len: Any, notes: list[s
         init_std=float(config["init_std"]),
         norm_eps=eps,
     )
-
-
-def _positions(seq_len: Any, theta: float, source: str, notes: list[str]) -> int:
-    """Return the longest row. Rotary embeddings have no table of positions, so only a YAML's max_seq_len has it."""
-    if type(seq_len) is int and seq_len > 0:
-        return seq_len
-    base, short, long = LONG
-    rows = short if theta <= base else long
-    notes.append(f"{source} does not say how long rows were: assumed {rows:,}, as the published phases with this base")
-    return rows

@@ -1,4 +1,4 @@
-"""Checkpoint files of the original trainer (Composer's `.pt`) -> checkpoints of weights; no pickled code runs."""
+"""Import checkpoint files of the original trainer (Composer's `.pt`); no pickled code runs."""
 
 from megatron_ettin.convert.composer.importing import from_composer
 

@@ -128,7 +128,7 @@ def test_from_composer_contradicting_objective_is_refused(tmp_path, capsys):
     run_yaml(path, "flex_gpt")
     refused(capsys, tmp_path, file, "has head.*, but", "--config", path)
     run_yaml(path, "flex_bert", causal_mask=True)
-    refused(capsys, tmp_path, file, "which is mlm, but causal_mask is True", "--config", path)
+    refused(capsys, tmp_path, file, "causal_mask is True, but flex_bert is mlm", "--config", path)
     run_yaml(path, None, causal_mask=True)
     refused(capsys, tmp_path, file, "whose head is lm_head.*", "--config", path)
     assert command(capsys, "from-composer", file, tmp_path / "out", "--config", path, "--objective", "clm")[0] == 0
@@ -190,7 +190,7 @@ def test_from_composer_unsupported_tensors_are_refused(tmp_path, capsys):
     with_changes("lacks model.final_norm.weight", **{"model.bert.final_norm.weight": None})
     with_changes("both head.*", **{"model.lm_head.norm.weight": weight})
     with_changes("are the same tensor of our model", **{"bert.final_norm.weight": weight})
-    with_changes("'DoubleStorage'; allowed", **{"model.bert.final_norm.weight": weight.double()})
+    with_changes("is DoubleStorage; allowed", **{"model.bert.final_norm.weight": weight.double()})
     with_changes("differs from the embedding", **{"model.decoder.weight": named["model.decoder.weight"] + 1})
     with_changes("tied to it", **{"model.decoder.weight": named["model.decoder.weight"][:-1]})
     with_changes("is no plain tensor", **{"model.bert.final_norm.weight": "text"})

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from megatron_ettin.convert.composer.torch_file import Inert, PlainDict, TensorRecord, read_pickle
+from megatron_ettin.convert.composer.safe_unpickler import PlainDict, Stub, TensorRecord, read_pickle
 from tests.convert.composer.trainer_files import composer_state, reference, trainer_file, trainer_names
 from tests.convert.folders import command
 
@@ -64,7 +64,7 @@ def attacks(marker):
         "getattr": Calls(Calls(getattr, Calls(__import__, "os"), "system"), f"touch {marker}"),
         "nested": Calls(map, eval, [touch]),
         "open": Calls(open, str(marker), "w"),
-        "state": Calls(Inert, state={"__class__": Calls(eval, touch)}),
+        "state": Calls(Stub, state={"__class__": Calls(eval, touch)}),
         "torch": Calls(torch.load, str(marker)),
         "bytes": Calls(torch.storage._load_from_bytes, pickle.dumps(Calls(os.system, f"touch {marker}"))),
     }
@@ -86,7 +86,7 @@ def test_read_pickle_of_attack_runs_nothing(tmp_path, kind, protocol):
         tree = read_pickle(content)
     assert not marker.exists()
     assert RAN == []
-    assert isinstance(tree["bad"], Inert)
+    assert isinstance(tree["bad"], Stub)
     assert tree["good"] == 1
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_ettin.checkpoint.directory import read_config, read_progress
 from megatron_ettin.convert.composer import from_composer
-from megatron_ettin.convert.composer.importing import NONE
+from megatron_ettin.convert.composer.importing import NO_TOKENIZER
 from tests.convert.composer.trainer_files import CONFIG, composer_state, reference, trainer_file, trainer_names
 from tests.convert.folders import command, load, logits, tensors
 from tests.train.runs import train
@@ -122,7 +122,7 @@ def test_from_composer_recorded_tokenizer_is_imported(tmp_path, tiny_tokenizer):
     tree["state"]["integrations"]["huggingface"]["tokenizer"] = recorded
     torch.save(tree, tmp_path / "file.pt")
     result = from_composer(tmp_path / "file.pt", tmp_path / "ours")
-    assert NONE not in result["notes"]
+    assert NO_TOKENIZER not in result["notes"]
     assert json.loads((tmp_path / "ours" / "tokenizer" / "tokenizer.json").read_text()) == files["tokenizer.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "ours"]
     assert not list((tmp_path / "ours").glob(".recorded*"))

@@ -1,0 +1,181 @@
+"""Write a model of another system as a weights-only checkpoint; Hugging Face folders and trainer's files share it.
+
+Weights are stored in float32 whatever they came in: widening is exact, and training starts from float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.checkpoint.directory import seal_and_rename
+from megatron_ettin.checkpoint.weights_writer import write_weights
+from megatron_ettin.config.recipe import recipe
+from megatron_ettin.config.resolve import to_yaml
+from megatron_ettin.config.schema import Config, ModelConfig
+from megatron_ettin.config.tables import published_size
+from megatron_ettin.convert.folders import resolve_output, staging_dir
+from megatron_ettin.convert.rules import TIED, WeightMapping
+from megatron_ettin.convert.safetensors_file import read_ahead
+
+Report = Callable[[int, int], None]
+"""Called with the number of tensors done and of all tensors."""
+
+
+class TensorInfo(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class WeightFiles(Protocol):
+    """Weights of another system by their Hugging Face names."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def dtypes(self) -> Collection[str]:
+        """Types of tensors that can be read."""
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether tensors may be read in threads before they are asked for."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+    def display_name(self, name: str) -> str:
+        """Return what the file calls a tensor, for messages."""
+
+
+@dataclass(frozen=True)
+class ModelImport:
+    """A model that is going to be written as a checkpoint."""
+
+    files: WeightFiles
+    model: ModelConfig
+    objective: str
+    """What it is imported as: mlm or clm."""
+    mappings: list[WeightMapping]
+    notes: list[str]
+    """What had to be assumed."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint's progress records besides step and tokens, which are 0."""
+
+    def check(self, config_source: str, optional: Collection[str] = ()) -> None:
+        """Check that the files hold exactly the tensors of the model, in their shapes.
+
+        Args:
+            config_source: what says the shapes, for messages.
+            optional: names of tensors that may be missing.
+
+        Raises:
+            UserError: naming the first tensor that is unknown, missing, of another shape or type, or not tied.
+        """
+        path, held, shown = self.files.path, self.files.tensors, self.files.display_name
+        expected = {name: mapping for mapping in self.mappings for name in mapping.hf_names}
+        unknown = sorted(set(held) - set(expected) - {TIED})
+        if unknown:
+            raise UserError(f"{path}: holds {shown(unknown[0])}, which our model does not have")
+        for name, mapping in expected.items():
+            if name not in held:
+                if name in optional:
+                    continue
+                raise UserError(f"{path}: lacks {name}, which {config_source} asks for")
+            stored = held[name]
+            if stored.shape != mapping.hf_shape:
+                source = f"the vocabulary of {config_source}" if mapping.transform.may_be_padded else config_source
+                raise UserError(f"{path}: {shown(name)} is {stored.shape}, but {source} asks for {mapping.hf_shape}")
+            if stored.dtype not in self.files.dtypes:
+                raise UserError(f"{path}: {shown(name)} is {stored.dtype}; allowed: {', '.join(self.files.dtypes)}")
+        if TIED in held and not self._is_tied():
+            raise UserError(f"{path}: {shown(TIED)} differs from the embedding; our output weight is tied to it")
+
+    def _is_tied(self) -> bool:
+        """Return whether the stored output weight holds the embedding's values."""
+        output, embedding = self.files.tensors[TIED], self.mappings[0].hf_names[0]
+        if output.shape != self.mappings[0].hf_shape or output.dtype not in self.files.dtypes:
+            return False
+        return torch.equal(self.files.read(TIED), self.files.read(embedding))
+
+    def write(
+        self, out: Path, import_tokenizer: Callable[[Path], int | None], no_tokenizer: str, report: Report | None
+    ) -> dict[str, Any]:
+        """Write the new checkpoint folder `out`.
+
+        Args:
+            out: the checkpoint's folder.
+            import_tokenizer: makes the tokenizer's folder and returns its number of ids; None without a tokenizer.
+            no_tokenizer: the note for a model without one.
+            report: called after each tensor.
+
+        Returns:
+            A summary for people and JSON.
+        """
+        notes = list(self.notes)
+        with staging_dir(out) as staging:
+            tokens = import_tokenizer(staging / "tokenizer")
+            if tokens is None:
+                notes.append(no_tokenizer)
+            elif tokens > self.model.vocab_size:
+                raise UserError(
+                    f"{self.files.path}: the tokenizer has {tokens:,} ids, the model's vocabulary"
+                    f" {self.model.vocab_size:,} rows"
+                )
+            config, progress = imported_config(self.model, self.objective), {"step": 0, "tokens": 0, **self.progress}
+            write_checkpoint(staging, resolve_output(out), self._tensors(report), config, progress)
+        size = published_size(self.model)
+        return {
+            **{"source": str(self.files.path), "out": str(out), "objective": self.objective, "size": size},
+            **{"tensors": len(self.mappings), "notes": notes},
+        }
+
+    def _tensors(self, report: Report | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield canonical names and float32 tensors."""
+
+        def read(mapping: WeightMapping) -> torch.Tensor:
+            parts = [self.files.read(name).to(torch.float32) for name in mapping.hf_names]
+            return mapping.transform.merge(parts, self.model)
+
+        if self.files.reads_ahead:
+            pieces = read_ahead(self.mappings, lambda mapping: 4 * math.prod(mapping.shape), read)
+        else:
+            pieces = ((mapping, read(mapping)) for mapping in self.mappings)
+        for done, (mapping, tensor) in enumerate(pieces, start=1):
+            yield mapping.name, tensor
+            if report is not None:
+                report(done, len(self.mappings))
+
+
+def imported_config(model: ModelConfig, objective: str) -> Config:
+    """Return a complete config.yaml for imported weights, in phase `imported`.
+
+    What weights cannot say comes from the recipe of the model's size, or of the smallest size for an unpublished shape.
+    """
+    size = published_size(model)
+    base = recipe(size or "17m", objective, "pretrain")
+    names = {"run.size": size or "custom", "run.phase": "imported", "run.tokens": 0}
+    imported = base.with_keys({**names, "data.seq_len": model.max_position_embeddings})
+    return dataclasses.replace(imported, model=model)
+
+
+def write_checkpoint(
+    staging: Path,
+    final: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Config,
+    progress: dict[str, Any],
+) -> None:
+    """Write a weights-only checkpoint into `staging`, which may hold a tokenizer, and rename it to `final`."""
+    known = write_weights(staging, tensors, {"progress": progress})
+    (staging / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+    (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    seal_and_rename(staging, final, known)
