@@ -70,10 +70,8 @@ def model_card(
         task, usage = "feature-extraction", _USE_SHIFTED
     model, progress = source.model, source.progress
     parameters = parameter_count(model, model.vocab_size)
-    if source.objective == "mlm":
-        window = f"{model.encoder_window} keys to each side"
-    else:
-        window = f"{model.decoder_window_keys} keys up to and with the query"
+    encoder, decoder = f"{model.encoder_window} keys to each side", f"{model.decoder_window_keys} keys up to and with"
+    window = encoder if source.objective == "mlm" else f"{decoder} the query"
     rows = {
         "parameters": f"{parameters:,} ({format_count(parameters)})",
         "shape": f"{model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_hidden_size}, "

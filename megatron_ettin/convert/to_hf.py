@@ -51,8 +51,7 @@ def to_hf(
         checkpoint: a checkpoint or a run directory.
         out: the folder to make.
         dtype: type of the exported weights: float32, bfloat16, fp32 or bf16.
-        verify: read the tensors back and, given `our_logits`, compare logits with transformers' before the folder gets
-            its name; the figures are its parity.json.
+        verify: compare tensors and, given `our_logits`, logits with transformers' before the folder gets its name.
         max_shard_bytes: largest safetensors file.
         our_logits: computes the logits of this system's model.
         report: called with (tensors done, tensors in all).
@@ -85,20 +84,23 @@ def to_hf(
             raise
         source.check_weights()
         if parity is not None:
-            # `ettin report` knows a checkpoint of a run by it; initial weights are none
-            if source.progress.get("step"):
-                parity["source"] = sha256(source.checkpoint / INTEGRITY)
-            (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
+            _write_parity(source, parity, staging / "parity.json")
         (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
-        for path in staging.iterdir():
+        for path in (*staging.iterdir(), staging):
             fsync(path)
-        fsync(staging)
         publish_folder(staging, resolve_output(out))
     return {
         **{"checkpoint": str(source.checkpoint), "out": str(out), "objective": source.objective, "dtype": dtype},
         **{"step": source.progress.get("step"), "files": files, "tokenizer": has_tokenizer, "parity": parity},
         "notes": [*reader_notes(source.model, source.objective), *cross_notes(source)],
     }
+
+
+def _write_parity(source: SourceCheckpoint, parity: dict[str, Any], path: Path) -> None:
+    """Write parity.json. `ettin report` finds a run's checkpoint by its `source`; initial weights have none."""
+    if source.progress.get("step"):
+        parity["source"] = sha256(source.checkpoint / INTEGRITY)
+    path.write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
 
 
 def _write(
