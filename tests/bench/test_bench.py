@@ -240,9 +240,9 @@ def test_bench_combinations_expand_layouts_precisions_and_sweeps() -> None:
     found = combinations("dp, tp2sp,tp2pp2", "bf16,fp32", ["batch.micro_batch_rows=1,2"])
     assert len(found) == 12
     layout = ["parallel.tp=2", "parallel.pp=1", "parallel.sequence_parallel=true"]
-    assert found[5].words == [*layout, "precision.name=bf16", "batch.micro_batch_rows=2"]
-    assert combinations("dp", None, [])[0].words == ["parallel.tp=1"]
-    assert combinations(None, None, [])[0].words == []
+    assert found[5].overrides == [*layout, "precision.name=bf16", "batch.micro_batch_rows=2"]
+    assert combinations("dp", None, [])[0].overrides == ["parallel.tp=1"]
+    assert combinations(None, None, [])[0].overrides == []
 
 
 def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:

@@ -180,12 +180,12 @@ def test_to_hf_verify_different_logits_are_refused(tmp_path, capsys, monkeypatch
 
 
 def test_compare_tensors_one_flipped_bit_is_refused(tmp_path):
-    from megatron_ettin.convert.source import Source
+    from megatron_ettin.convert.source import SourceCheckpoint
     from megatron_ettin.convert.verify import compare_tensors
 
     _, checkpoint = imported(tmp_path, "clm")
     to_hf(checkpoint, tmp_path / "again")
-    source = Source(checkpoint)
+    source = SourceCheckpoint(checkpoint)
     assert compare_tensors(source, tmp_path / "again", torch.float32) == len(tensors(tmp_path / "again"))
     file = tmp_path / "again" / "model.safetensors"
     content = bytearray(file.read_bytes())

@@ -45,7 +45,7 @@ def test_permutation_of_large_domain_is_in_range_and_injective(n: int, key: int,
 
 
 def test_permutation_invalid_position_or_size_is_refused() -> None:
-    with pytest.raises(IndexError, match="place 10 of a permutation of 10"):
+    with pytest.raises(IndexError, match="index 10 of a permutation of 10"):
         Permutation(10, 1)(np.array([3, 10]))
     with pytest.raises(ValueError, match="n must be in"):
         Permutation(0, 1)
