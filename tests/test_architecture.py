@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,3 +406,9 @@ def test_floors_of_docs_name_every_room(page: str) -> None:
     rooms = [room for room in FLOORS if room != "__main__"]
     names = {room: f"{room}/" if (ROOT / PACKAGE / room).is_dir() else f"{room}.py" for room in rooms}
     assert [room for room, name in names.items() if name not in text] == []
+
+
+def test_architecture_page_shows_drawings_of_the_code() -> None:
+    """The drawings of docs/architecture.md are what tools/draw_floors.py makes of the code."""
+    command = [sys.executable, str(ROOT / "tools" / "draw_floors.py"), "--check"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -28,8 +29,8 @@ WAY_OF_A_BATCH = (
     ("batching/host.py", "HostBatch"),
     ("batching/batches.py", "MicroBatch"),
     ("model/model.py", "EttinModel"),
-    ("train/step.py", "StepTotals"),
-    ("train/step.py", "StepResult"),
+    ("train/totals.py", "StepTotals"),
+    ("train/progress.py", "StepResult"),
     ("metrics/record.py", "JsonlSink"),
 )
 
@@ -64,16 +65,16 @@ def draw_way() -> str:
         tree = ast.parse((ROOT / PACKAGE / path).read_text(encoding="utf-8"))
         node = next(one for one in tree.body if getattr(one, "name", None) == name)
         summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append(f"| `{name}` | `{path}` | {summary.partition('. ')[0].rstrip('.')} |")
+        rows.append(f"| `{name}` | `{path}` | {re.split(r'[.;:] ', summary)[0].rstrip('.')} |")
     return "\n".join(rows)
 
 
 def updated(page: str) -> str:
     """Return the page with both drawings as the code has them now."""
     for name, drawing in (("rooms", draw_rooms()), ("way of a batch", draw_way())):
-        begin, end = f"<!-- drawn: {name} -->\n", f"\n<!-- end of {name} -->"
+        begin, end = f"<!-- drawn: {name} -->\n", f"<!-- end of {name} -->"
         head, _, rest = page.partition(begin)
-        page = head + begin + drawing + end + rest.partition(end)[2]
+        page = f"{head}{begin}\n{drawing}\n\n{end}{rest.partition(end)[2]}"
     return page
 
 
