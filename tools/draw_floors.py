@@ -65,7 +65,8 @@ def draw_way() -> str:
         tree = ast.parse((ROOT / PACKAGE / path).read_text(encoding="utf-8"))
         node = next(one for one in tree.body if getattr(one, "name", None) == name)
         summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append(f"| `{name}` | `{path}` | {re.split(r'[.;:] ', summary)[0].rstrip('.')} |")
+        sentence = re.split(r"[.;:] ", summary)[0].rstrip(".")
+        rows.append(f"| `{name}` | `{path}` | {sentence} |")
     return "\n".join(rows)
 
 
