@@ -77,9 +77,9 @@ def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
     shutil.rmtree(folder)
     assert status == 0
     assert len(lines) == 4
-    assert lines[0] == f"warning: {folder}/private/config.yaml: Permission denied; passed over"
+    assert lines[0] == f"warning: {folder}/private/config.yaml: Permission denied; skipped"
     assert "step 2" in lines[1]
-    assert lines[2] == f"warning: {folder}/private: Permission denied; passed over"
+    assert lines[2] == f"warning: {folder}/private: Permission denied; skipped"
     assert lines[3] == "['mine']"
 
 

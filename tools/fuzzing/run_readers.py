@@ -162,7 +162,7 @@ def read_local_copy(folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     try:
         dataset = open_dataset(folder)
-        for unit in units_to_copy(dataset, None, root):
+        for unit in units_to_copy(dataset, [], root):
             for name, record in unit.files.items():
                 unit.staged(name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(unit.source_file(name), unit.staged(name), record, threading.Event())
