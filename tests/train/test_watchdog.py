@@ -228,7 +228,7 @@ def test_rank_status_of_other_launch_or_torn_file_is_ignored(tmp_path: Path) -> 
 
 def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None:
     """The monotonic clock jumps by an hour between two ticks, as when the process was suspended."""
-    monkeypatch.setattr(watchdog, "meet", lambda rank: ([RankInfo.here(0)], "now"))
+    monkeypatch.setattr(watchdog, "gather_rank_info", lambda rank: ([RankInfo.here(0)], "now"))
     monkeypatch.setattr(watchdog.Watchdog, "_stall", lambda *_: pytest.fail("a stall"))
     jumps, jumped = itertools.count(), threading.Event()
 
