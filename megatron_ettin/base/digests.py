@@ -48,7 +48,7 @@ class Block:
 
     @property
     def prefix(self) -> str:
-        """The byte range for the beginning of a message; empty for a whole file."""
+        """Byte range for the beginning of a message; empty for a whole file."""
         return "" if self.is_whole else f"bytes {self.first:,} to {self.first + self.size - 1:,}: "
 
 

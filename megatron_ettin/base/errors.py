@@ -1,4 +1,7 @@
-"""The two ways a command ends early: a user's mistake (exit 2, one line) and a saved run that wants requeueing (75)."""
+"""Define the errors and exit statuses of a command.
+
+A user's mistake ends a command with one line and status 2; a saved run that has to be requeued ends with status 75.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from collections.abc import Iterable
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
-EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
+# as shells report Ctrl-C
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: the thing, what was found, what is allowed."""
 
     def __init__(self, message: object = "") -> None:
-        """Line ends in names that come from files are written as \\n: one line stays one."""
+        """Escape line ends, which names from files may hold, so that the message stays one line."""
         super().__init__(str(message).replace("\r", "\\r").replace("\n", "\\n"))
 
 

@@ -1,7 +1,9 @@
-"""JSON of files that others may have made, and its own digest in what says how all other files should be: that must be
-known to be right itself.
+"""Parse JSON and YAML files that others may have made.
 
-YAML without the numbers to base sixty of its first version, which reads the rows `24:32` as 1472."""
+A file that says how all other files should be must be known to be right itself, so it holds its own sha256.
+
+YAML 1.1 has numbers to base sixty and reads the rows `24:32` as 1472; the loader here leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ DIGEST = "content_sha256"
 
 
 def load_json(text: str | bytes) -> Any:
-    """The content. Raises ValueError, also for lists in lists so deep that Python's own reader gives up."""
+    """Parse JSON. Raises ValueError, also where lists are nested too deeply for Python's own reader."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -65,12 +67,16 @@ def read_json_lines(
 
 
 def with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with its own sha256."""
+    """Return the content with its own sha256 added."""
     return {**content, DIGEST: _digest_of(content)}
 
 
 def checked_digest(raw: dict[str, Any]) -> dict[str, Any]:
-    """The content without its sha256. Raises ValueError where that is another's; one without any is of before."""
+    """Return the content without its sha256, which an older version may have left out.
+
+    Raises:
+        ValueError: the sha256 is not that of the content.
+    """
     content = {key: value for key, value in raw.items() if key != DIGEST}
     try:
         is_own = DIGEST not in raw or raw[DIGEST] == _digest_of(content)
@@ -112,16 +118,23 @@ _Loader.add_implicit_resolver(
 
 
 MOST_DEPTH = 100
-MOST_NODES = 100_000  # with what aliases stand for: a file of a few lines can stand for billions
+# aliases count as what they stand for: a file of a few lines can stand for billions of nodes
+MOST_NODES = 100_000
 
 
 def load_yaml(text: str) -> Any:
-    """The content of one document. Raises yaml.YAMLError, also for what is nested too deeply or unfolds too far."""
-    if _depth(text) > MOST_DEPTH:  # the scanner's time grows with its square
+    """Parse one YAML document.
+
+    Raises:
+        yaml.YAMLError: it cannot be parsed, is nested too deeply, or has too many nodes once its aliases are expanded.
+    """
+    # the scanner's time grows with the square of the depth
+    if _depth(text) > MOST_DEPTH:
         raise yaml.YAMLError("nested too deeply")
     try:
         loader = _Loader(text)
-    except yaml.reader.ReaderError as error:  # a character that YAML has not
+    # a character that YAML does not allow
+    except yaml.reader.ReaderError as error:
         raise yaml.YAMLError(first_line(error)) from None
     try:
         node = loader.get_single_node()
@@ -131,7 +144,8 @@ def load_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
-    except (ValueError, OverflowError, TypeError) as error:  # a date or a number that is none
+    # text that looks like a date or a number and is none
+    except (ValueError, OverflowError, TypeError) as error:
         if isinstance(error, yaml.YAMLError):
             raise
         raise yaml.YAMLError(str(error)) from None
@@ -140,7 +154,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _depth(text: str) -> int:
-    """Flow collections in each other, at most; brackets within quotes are counted too."""
+    """Return how deeply flow collections are nested at most; brackets within quotes are counted too."""
     deepest = depth = 0
     for character in re.findall(r"[\[\]{}]", text):
         depth = depth + 1 if character in "[{" else max(0, depth - 1)
@@ -149,7 +163,7 @@ def _depth(text: str) -> int:
 
 
 def _count(node: Any, known: dict[int, int]) -> int:
-    """Nodes that it stands for. Raises yaml.YAMLError where they are too many, or where it holds itself."""
+    """Count the nodes that a node stands for. Raises yaml.YAMLError where it has too many or holds itself."""
     found = known.get(id(node))
     if found == 0:
         raise yaml.YAMLError("an alias stands for what it is in")

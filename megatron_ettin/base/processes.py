@@ -1,4 +1,4 @@
-"""What a process that works for another one owes it: to end when its parent does, and to leave signals to it."""
+"""Tie a worker process to its parent: it ends when the parent does and leaves Ctrl-C to it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import threading
 
 
 def serve_parent(sentinel: int | None = None) -> None:
-    """To be called first in a worker process. A parent that was killed cannot tell its workers, and one that is blocked
-    in a full pipe would stay for ever: a thread waits for the parent's end. Ctrl-C is the parent's to act on.
-    `sentinel`: of the parent, where another library than multiprocessing started this process."""
+    """End this worker process when its parent ends, and ignore Ctrl-C, on which the parent acts.
+
+    A worker calls this first. A parent that was killed cannot tell its workers, and a worker that is blocked in a full
+    pipe would stay for ever, so a thread waits for the parent's end.
+
+    Args:
+        sentinel: the parent's, where another library than multiprocessing started this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     sentinel = parent.sentinel if sentinel is None and parent is not None else sentinel

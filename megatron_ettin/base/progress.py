@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show the progress of long work on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE_EVERY_SECONDS = 10.0
 
 @contextlib.contextmanager
 def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Yields report(done, total, tokens); the bar is drawn at the first call and removed at the end."""
+    """Yield report(done, total, tokens), which draws the bar at its first call; the bar is removed at the end."""
     if errors_on_terminal():
         with bar(title) as report:
             yield report
@@ -59,8 +59,11 @@ def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
 
 @contextlib.contextmanager
 def items_report(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Of work in few large parts. Yields tell(done, total, line): on a terminal a bar with the newest line, elsewhere
-    every line on standard error. Prints meanwhile appear above the bar."""
+    """Yield report(done, total, line) for work in few large parts.
+
+    On a terminal it draws a bar with the newest line, elsewhere it writes every line to standard error. What is printed
+    meanwhile appears above the bar.
+    """
     if not errors_on_terminal():
         yield lambda done, total, line: log_warning(f"[{done}/{total}] " * (done > 0) + line)
         return

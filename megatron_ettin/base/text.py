@@ -1,9 +1,10 @@
-"""Text out of files on its way to a terminal: what would be taken for a command of the terminal is shown instead.
+"""Make text safe to show, and read and write counts as people do: `1.7T`, `250B`, `8_500_000_000`, `4096`, `2.5e9`.
 
-Token and row counts as people write them: `1.7T`, `250B`, `8_500_000_000`, `4096`, `2.5e9`.
-
-Keys in URLs, which are refused: a URL is part of a configuration, which is written into run directories, checkpoints
-and pages. And what is left out of a page that may be mailed, of files that others may have written."""
+- A terminal would obey escape sequences in text from files: they are shown instead.
+- A URL is part of a configuration, which is written into run directories, checkpoints and pages: URLs with keys in them
+  are refused.
+- A page that may be mailed shows files that others may have written: passwords and tokens are left out of it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ _COUNT = re.compile(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][+]?[0-9]+)?)\s*([KMBGT]?)(?:
 
 
 def parse_count(text: str | int | float, key: str) -> int:
-    """The whole number that `text` means. `key` names the setting in the error. Raises UserError."""
+    """Return the whole number that `text` means. Raises UserError, which names the setting `key`."""
     match = _COUNT.fullmatch(str(text).strip())
     if match is None:
         raise UserError(f"{key}: {text!r} is not a count; write 4096, 8_500_000_000, 250B or 1.7T")
@@ -55,7 +56,7 @@ def parse_count(text: str | int | float, key: str) -> int:
 
 
 def format_count(count: float) -> str:
-    """A count for people, three digits: 1.7T, 250B, 16.9M, 512."""
+    """Format a count with three digits: 1.7T, 250B, 16.9M, 512."""
     for suffix, unit in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= unit:
             return f"{count / unit:.3g}{suffix}"
@@ -63,16 +64,12 @@ def format_count(count: float) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return a count with its noun: `1 row`, `2,000 rows`.
-
-    Args:
-        plural: of a noun that takes more than an s.
-    """
+    """Return a count with its noun: `1 row`, `2,000 rows`. `plural` is for a noun that takes more than an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """`3d 4h`, `2h 5m`, `40s`."""
+    """Format a duration in its two largest units: `3d 4h`, `2h 5m`, `40s`."""
     units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
     for index, (name, size) in enumerate(units):
         if seconds >= size:
@@ -92,19 +89,22 @@ _SECRET_KEY = re.compile(
     r"(^|[_.-])(secret|password|passwd|credentials?|api_?key|access_?key|private_?key|token)$", re.IGNORECASE
 )
 _LOOKS_SECRET = (
-    (re.compile(r"(?<=://)[^/\s@]+@"), f"{HIDDEN}@"),  # user:password@ of a URL
+    # user:password@ of a URL
+    (re.compile(r"(?<=://)[^/\s@]+@"), f"{HIDDEN}@"),
     (
         re.compile(r"([?&;][\w-]*(?:sig|signature|token|key|secret|password|credential)=)[^&\s]+", re.IGNORECASE),
         rf"\1{HIDDEN}",
     ),
     (re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[bap]-|AKIA|ASIA)[\w-]{12,}"), HIDDEN),
-    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"), HIDDEN),  # a JSON web token
-    (re.compile(r"(?<![\w/@-])[0-9a-f]{40}\b"), HIDDEN),  # a key of wandb; a commit in a path or after an @ is none
+    # a JSON web token
+    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"), HIDDEN),
+    # a key of wandb; 40 digits in a path or after an @ are a commit
+    (re.compile(r"(?<![\w/@-])[0-9a-f]{40}\b"), HIDDEN),
 )
 
 
 def masked(text: object, key: str = "") -> str:
-    """`text` without what looks like a password, a token or a URL's credentials; nothing of it where `key` says so."""
+    """Hide what looks like a password, a token or a URL's credentials, or the whole text where `key` names a secret."""
     if _SECRET_KEY.search(key) and text not in (None, ""):
         return HIDDEN
     shown = str(text)

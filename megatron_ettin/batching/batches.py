@@ -1,9 +1,10 @@
-"""From a step number to micro-batches: which rows it trains on, their labels and boundaries, as this rank needs them.
+"""Make the micro-batches of a step on this rank's device: rows, labels and chunk boundaries.
 
 Everything is a pure function of (config, data, step): each data-parallel rank and each pipeline stage makes its own
-without talking. Batch warm-up counts nominal tokens (rows x the mean tokens a row), so its row counts are a closed
-form. host_batches.py makes a micro-batch in host memory, here or in a loader's worker; what is left to do here is to
-put it on the device and to say where its chunks begin and end."""
+without communication. Batch warm-up counts nominal tokens (rows x the mean tokens a row), so its row counts are a
+closed form. host.py makes a micro-batch in host memory, here or in a loader's worker; this module puts it on the device
+and adds where its chunks begin and end.
+"""
 
 from __future__ import annotations
 
@@ -34,30 +35,40 @@ from megatron_ettin.platform.device import to_device
 class MicroBatch:
     """Rows of one forward pass on this rank: this rank's slices of them."""
 
-    input_ids: torch.Tensor  # [rows, buffer tokens / cp]
-    labels: torch.Tensor  # [n]
-    label_positions: torch.Tensor  # [n] their flat positions in input_ids
-    causal_labels: int  # how many of them are of causal rows, which come first
+    input_ids: torch.Tensor
+    """Token ids [rows, buffer tokens / cp]."""
+    labels: torch.Tensor
+    """Token ids to predict [n]."""
+    label_positions: torch.Tensor
+    """Flat positions of the labels in `input_ids` [n]."""
+    causal_labels: int
+    """Number of labels in causal rows, which come first."""
     packed: PackedRows
-    tokens: int  # that are no padding
-    pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
+    """Boundaries of the chunks."""
+    tokens: int
+    """Number of tokens without padding."""
+    pairs: tuple[int, int]
+    """Number of attended (query, key) pairs of one global and of one local layer."""
 
 
 def buffer_tokens(seq_len: int, topology: Topology, precision_multiple: int = 1) -> int:
-    """Row length on the device: seq_len rounded up to what `token_multiple` says."""
+    """Return the row length on the device: seq_len rounded up to a multiple of `token_multiple`."""
     multiple = token_multiple(topology, precision_multiple)
     return -(-seq_len // multiple) * multiple
 
 
 def token_multiple(topology: Topology, precision_multiple: int = 1) -> int:
-    """Return what tokens are a multiple of so that every axis divides them, and each slice of them that a rank has what
-    the precision quantises in blocks."""
+    """Return the number that a row's tokens must be a multiple of.
+
+    Every parallel axis then divides them, and the slice of each rank consists of whole blocks of the precision's
+    quantisation.
+    """
     blocks = 16 if precision_multiple == 1 else math.lcm(16, precision_multiple) * topology.tp
     return math.lcm(blocks * topology.cp, topology.tp * topology.cp)
 
 
 def row_tokens(config: Config, topology: Topology) -> int:
-    """Tokens of a run's row on the device, padding included."""
+    """Return the tokens of a run's row on the device, padding included."""
     return buffer_tokens(config.data.seq_len, topology, PRECISIONS[config.precision.name].multiple)
 
 
@@ -87,7 +98,7 @@ class Batches:
 
     @functools.cached_property
     def host(self) -> HostBatches:
-        """The part that needs no device."""
+        """Maker of micro-batches in host memory, which needs no device."""
         topology, config = self.layout.topology, self.config
         fixed = has_fixed_shapes(config)
         flat = config.data.batching == "padded" and not fixed
@@ -108,7 +119,7 @@ class Batches:
         )
 
     def micro_batch_count(self, step: int) -> int:
-        """Micro-batches a rank runs at `step`; whole groups of pipeline ranks under the interleaved schedule."""
+        """Return the number of micro-batches a rank runs at `step`: whole groups of pipeline ranks if interleaved."""
         return self.host.count(step)
 
     @contextlib.contextmanager
@@ -141,12 +152,12 @@ class Batches:
         return (LoadedBatch.of(self.host.make(step, index)) for index in range(self.host.count(step)))
 
     def held_out(self, rows: Sequence[Row | None], least: int = 0) -> MicroBatch:
-        """Rows of an evaluation, all of one kind; None is an empty row. `least`: see `HostBatches.lay_out`."""
+        """Make a micro-batch of evaluation rows, all of one kind; None is an empty row. `least` as in `lay_out`."""
         causal = len(rows) if ROW_OBJECTIVES[self.kinds.kinds[0]].causal else 0
         return self.on_device(LoadedBatch.of(self.host.lay_out(rows, range(len(rows)), causal, least)), dropout_key=0)
 
     def on_device(self, batch: LoadedBatch, dropout_key: int) -> MicroBatch:
-        """Tensors on the device, without waiting for it."""
+        """Copy a micro-batch to the device, without waiting for it."""
         host = batch.host
         context = self.layout.cp_rank, self.layout.topology.cp
         packed = pack_rows(
@@ -161,7 +172,8 @@ class Batches:
         )
         ours = slice(packed.slice_start, packed.slice_start + packed.slice_tokens)
         labels = batch.labels[:, ours].reshape(-1)
-        label_positions = (labels != IGNORE).nonzero().squeeze(1)  # here, where nothing waits for it
+        # labels are still on the host, where nonzero waits for no device
+        label_positions = (labels != IGNORE).nonzero().squeeze(1)
         return MicroBatch(
             to_device(batch.input_ids[:, ours], self.device),
             to_device(labels[label_positions], self.device),

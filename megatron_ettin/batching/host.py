@@ -1,9 +1,10 @@
-"""The part of making a micro-batch that needs no device: which rows, their labels, laid out in arrays.
+"""Make a micro-batch in host memory: read its rows, label them and lay them out in arrays.
 
-A pure function of (configuration, data, step, index), free of torch and of Megatron, so that a loader's worker process
-starts at once. Rows are spread evenly over ranks and micro-batches (config/layouts.py); a place that is left over is
-an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` places each; those of padded batching
-are laid end to end, and the padding at the micro-batch's end is all that is computed for nothing."""
+It is a pure function of (configuration, data, step, index) and imports neither torch nor Megatron, so that a loader's
+worker process starts at once. Rows are spread evenly over ranks and micro-batches (config/layouts.py); a slot that is
+left over is an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` positions each. Rows of
+padded batching are laid end to end, and only the padding at the micro-batch's end is computed for nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +28,21 @@ class HostBatch:
     """Rows of one forward pass in host memory; arrays [rows, buffer tokens], or [1, tokens] of rows laid end to end."""
 
     input_ids: npt.NDArray[np.int64]
+    """Token ids."""
     labels: npt.NDArray[np.int64]
-    lengths: tuple[tuple[int, ...], ...]  # of the chunks of each row of the arrays
-    slots: tuple[int, ...]  # of each row within the step; laid end to end each is a chunk of the only row
-    tokens: int  # that are no padding
-    pairs: tuple[int, int]  # attended (query, key) pairs of one global and of one local layer
-    causal_places: int  # the first so many places of the arrays are of causal rows
-    flat: bool = False  # rows, of a chunk each, are laid end to end
+    """Token id to predict at each position, or IGNORE."""
+    lengths: tuple[tuple[int, ...], ...]
+    """Chunk lengths of each row of the arrays."""
+    slots: tuple[int, ...]
+    """Slot of each row within the step; of each chunk where rows are laid end to end."""
+    tokens: int
+    """Number of tokens without padding."""
+    pairs: tuple[int, int]
+    """Number of attended (query, key) pairs of one global and of one local layer."""
+    causal_places: int
+    """Number of positions of the arrays in causal rows, which come first."""
+    flat: bool = False
+    """Whether the rows, of one chunk each, are laid end to end."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +50,42 @@ class HostBatches:
     """Micro-batches of any step for one data-parallel rank. Pickles small: it travels to worker processes."""
 
     corpus: BlendedDataset
+    """Rows of the run."""
     sizes: BatchSizes
+    """Number of rows of each step."""
     label: MaskingCollator
+    """Makes inputs and labels of a row."""
     kinds: ObjectiveMix
-    windows: Mapping[bool, int]  # of a local layer: of causal rows (True) and of others
-    row_tokens: int  # of a row on the device, padding included
-    micro_batch_rows: int  # at most
+    """Row objective of each slot."""
+    windows: Mapping[bool, int]
+    """Attention window of a local layer: in causal rows (True) and in others (False)."""
+    row_tokens: int
+    """Tokens of a row on the device, padding included."""
+    micro_batch_rows: int
+    """Largest number of rows of a micro-batch."""
     dp: int
+    """Data-parallel degree."""
     dp_rank: int
-    group: int  # a rank runs a multiple of so many micro-batches
-    fixed: bool = False  # micro-batches of exactly `micro_batch_rows` places, whatever the step's rows
-    flat_multiple: int = 0  # rows laid end to end, tokens a multiple of it; 0: each in `row_tokens` places
-    equal: bool = False  # all micro-batches of a step have equally many tokens, as pipeline stages need
+    """Data-parallel rank."""
+    group: int
+    """Number of which a rank's micro-batches are a multiple."""
+    fixed: bool = False
+    """Whether micro-batches have exactly `micro_batch_rows` rows, empty ones included, in every step."""
+    flat_multiple: int = 0
+    """Lay rows end to end and pad to a multiple of so many tokens; 0: each row gets `row_tokens` positions."""
+    equal: bool = False
+    """Whether all micro-batches of a step have equally many tokens, as pipeline stages need."""
 
     def split(self, rows: int) -> RowSplit:
         """Return how so many rows are shared out over ranks and micro-batches."""
         return RowSplit.of(rows, self.dp, self.micro_batch_rows, self.group, self.fixed)
 
     def count(self, step: int) -> int:
-        """Micro-batches that a rank runs at `step`."""
+        """Return the number of micro-batches that a rank runs at `step`."""
         return self.split(self.sizes.size_at(step)).count
 
     def make(self, step: int, index: int) -> HostBatch:
-        """This rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
+        """Make this rank's micro-batch `index` of `step`. Raises RankError where the data cannot be read."""
         first, end = self.sizes.span(step)
         split = self.split(end - first)
         slots, rows = self.share(split, index, first)
@@ -79,8 +101,16 @@ class HostBatches:
         return found
 
     def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
-        """This rank's places of micro-batch `index` and their rows, None for an empty one; `first`: number of the
-        split's first row within the run. Raises RankError where the data cannot be read."""
+        """Return the slots of this rank's micro-batch `index` and their rows, None for an empty slot.
+
+        Args:
+            split: how the step's rows are shared out.
+            index: number of the micro-batch within the step.
+            first: row index of the step's first row.
+
+        Raises:
+            RankError: the data cannot be read.
+        """
         slots = split.slots(self.dp_rank, index)
         rows = self.rows([first + slot for slot in slots])
         return range(slots.start, slots.start + split.size), [*rows, *[None] * (split.size - len(rows))]
@@ -103,8 +133,14 @@ class HostBatches:
         return rows
 
     def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, least: int = 0) -> HostBatch:
-        """Label rows and lay them out; None is an empty row. Slots below `causal_slots` are causal. Laid end to end
-        they have at least `least` tokens, padding included."""
+        """Label rows and lay them out.
+
+        Args:
+            rows: the rows; None is an empty one.
+            slots: slot of each row within the step.
+            causal_slots: the slots below are causal.
+            least: tokens, padding included, that rows laid end to end have at least.
+        """
         lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
         causal_rows = sum(slot < causal_slots for slot in slots)
         tokens, pairs = [], np.zeros(2, np.int64)
@@ -135,7 +171,7 @@ class HostBatches:
         )
 
     def _check(self, row: Row) -> None:
-        """What a damaged file shows of itself. An id that no embedding has would stop a GPU without a word."""
+        """Raise RankError where a row shows damage. A GPU stops without a message at an id that has no embedding."""
         largest, smallest = (int(row.tokens.max()), int(row.tokens.min())) if len(row.tokens) else (0, -1)
         if len(row.tokens) > self.row_tokens or largest >= self.corpus.vocab_size or smallest < 0:
             raise RankError(

@@ -1,4 +1,4 @@
-"""Micro-batches ahead of the step: worker processes read, label and lay out, the device gets them in order.
+"""Make micro-batches ahead of the step in worker processes, which read, label and lay out; the order is kept.
 
 torch's DataLoader with the data order as its sampler: what is asked for is (step, index), so the answer is the same for
 any number of workers, and a resume needs the step alone. Ranks of one pipeline or tensor group make the same rows, each
@@ -178,8 +178,11 @@ def identity(item: Any) -> Any:
 
 @contextlib.contextmanager
 def signals_blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Processes started within leave these signals to the one that started them: a scheduler sends its warning to every
-    process of a job, and the run that finishes its step upon it still needs its workers and their fork server."""
+    """Block signals, so that processes started within leave them to this one.
+
+    A scheduler sends its warning to every process of a job. The run then finishes its step, for which it still needs
+    its workers and their fork server.
+    """
     # the first use of multiprocessing starts its resource tracker and then unblocks SIGINT and SIGTERM, whatever was
     # blocked before: a fork server that is started right after it would be ended by the scheduler's SIGTERM
     multiprocessing.resource_tracker.ensure_running()

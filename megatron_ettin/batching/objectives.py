@@ -1,4 +1,4 @@
-"""Inputs and labels of a row, for each kind of row (config/tables.py).
+"""Make inputs and labels of a row for its row objective (config/tables.py), and choose each row's objective.
 
 `mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
 80 % become [MASK], half of the rest a uniformly random id, the others stay), its random numbers a hash of (seed,
@@ -7,11 +7,10 @@ phase, position in the data order, token): the same masks on every layout and af
 `mntp` masks as `mlm` does, and the position before a masked token predicts it; a chunk's first token is never masked,
 for nothing before it could.
 
-Which rows of a step are read causally and which with masked tokens.
-
-Rows of a step come in the shuffled order of the data, so its first slots are as good a sample as any: they are the
-causal ones. Every micro-batch of any layout then has its causal rows first, and all but one of a step hold rows of one
-kind. How many there are is a pure function of the step."""
+Rows of a step come in the shuffled order of the data, so its first slots are as good a sample as any. Under a hybrid
+objective they are the causal rows, and the others have masked tokens. Every micro-batch of any layout then has its
+causal rows first, and all but one of a step hold rows of one kind. How many are causal is a pure function of the step.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ MASKED, RANDOM = 0.8, 0.1
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Everything that labels depend on besides the row, its position and its kind. `kinds`: of the objective."""
+    """Everything that labels depend on besides the row, its position and its kind. `kinds` are the objective's."""
 
     kinds: tuple[str, ...]
     probability: float
@@ -45,8 +44,14 @@ class MaskingCollator:
     def __call__(
         self, tokens: np.ndarray, lengths: np.ndarray, position: int, kind: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """tokens [n] of whole chunks with these lengths -> input ids [n], labels [n] (int64, -100 where none).
-        `kind`: one of `kinds`, needed where there are several."""
+        """Return input ids [n] and labels [n] of a row, int64; the label is -100 where there is none.
+
+        Args:
+            tokens: token ids [n] of whole chunks.
+            lengths: lengths of the chunks.
+            position: order index of the row, on which the masks depend.
+            kind: one of `kinds`, needed where there are several.
+        """
         if kind is None:
             (kind,) = self.kinds
         return LABELLERS[kind](self, tokens.astype(np.int64), lengths, position)
@@ -61,7 +66,7 @@ def make_collator(
     special_ids: Sequence[int],
     mask_id: int | None,
 ) -> MaskingCollator:
-    """The labeller of a run. Raises UserError where the tokenizer has no mask token and the objective needs one."""
+    """Return the collator of an objective. Raises UserError where it needs a mask token and the tokenizer has none."""
     if OBJECTIVES[objective].needs_mask_token and mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
     return MaskingCollator(
@@ -77,14 +82,14 @@ def make_collator(
 def mask_tokens(
     rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masked language modelling; see the module docstring."""
+    """Mask tokens for masked language modelling; see the module docstring."""
     return _masked(rule, tokens, position, rule.special_ids, None)
 
 
 def mask_next_tokens(
     rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masked next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
+    """Mask tokens for next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
     inputs, labels = _masked(rule, tokens, position, rule.special_ids, np.cumsum(lengths) - lengths)
     return inputs, np.append(labels[1:], IGNORE)
 
@@ -92,7 +97,7 @@ def mask_next_tokens(
 def _masked(
     rule: MaskingCollator, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs with masks, and the tokens that were chosen; those of `kept_ids` and at `kept_places` never are."""
+    """Return inputs with masks and the tokens chosen for them, never those of `kept_ids` or at `kept_places`."""
     row_key = mix64(np.array([position], dtype=np.uint64) ^ np.uint64(rule.seed_key))
     draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
     chosen = _uniform(draw) < rule.probability
@@ -101,7 +106,8 @@ def _masked(
         chosen[kept_places] = False
     fate, word = mix64(draw ^ np.uint64(0x5851F42D4C957F2D)), mix64(draw ^ np.uint64(0x14057B7EF767814F))
     kind = _uniform(fate)
-    assert rule.mask_id is not None  # `labeller` has seen to it
+    # `make_collator` refuses a tokenizer without one
+    assert rule.mask_id is not None
     inputs = np.where(chosen & (kind < MASKED), rule.mask_id, tokens)
     random_ids = (_uniform(word) * rule.vocab_size).astype(np.int64)
     inputs = np.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), random_ids, inputs)
@@ -111,14 +117,14 @@ def _masked(
 def shift_tokens(
     rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Causal language modelling: labels[i] is the token at i + 1 of the same chunk."""
+    """Shift labels for causal language modelling: labels[i] is the token at i + 1 of the same chunk."""
     labels = np.append(tokens[1:], IGNORE)
     labels[np.cumsum(lengths) - 1] = IGNORE
     return tokens, labels
 
 
 def _uniform(bits: np.ndarray) -> np.ndarray:
-    """uint64 -> float64 in [0, 1), the upper 53 bits."""
+    """Turn the upper 53 bits of each uint64 into a float64 in [0, 1)."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -130,7 +136,7 @@ LABELLERS: dict[str, Callable[[MaskingCollator, np.ndarray, np.ndarray, int], tu
 
 
 def dataset_collator(config: Config, corpus: BlendedDataset, probability: float | None = None) -> MaskingCollator:
-    """The labeller of a run on this corpus. Raises UserError where the vocabularies differ."""
+    """Return the collator of a run on this dataset. Raises UserError where the vocabularies differ."""
     corpus.check_vocabulary(config.model.vocab_size)
     chance = config.data.mlm_probability if probability is None else probability
     return make_collator(
@@ -141,7 +147,7 @@ def dataset_collator(config: Config, corpus: BlendedDataset, probability: float 
 
 @dataclass(frozen=True)
 class ObjectiveMix:
-    """Kinds of the rows of any step. `points`: the causal share by nominal tokens, of a hybrid objective."""
+    """Row objectives of the rows of any step. `points` is a hybrid objective's causal share by nominal tokens."""
 
     kinds: tuple[str, ...]
     points: Points = ()
@@ -158,7 +164,7 @@ class ObjectiveMix:
         return cls(kinds, points, config.run.seed, config.run.phase, mean_tokens_per_row)
 
     def causal_rows(self, sizes: BatchSizes, step: int) -> int:
-        """Rows of `step` that are causal: slots 0, 1, ... A share of 2.4 rows is 2 or 3 of them, 2.4 on average."""
+        """Return how many rows of `step` are causal: its first slots. 2.4 rows are 2 or 3, and 2.4 on average."""
         rows = sizes.size_at(step)
         if not self.points:
             return rows if ROW_OBJECTIVES[self.kinds[0]].causal else 0

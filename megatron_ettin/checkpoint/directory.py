@@ -1,8 +1,8 @@
-"""Checkpoints on disk: names, publishing, `latest`, pruning and finding the newest good one.
+"""Name, publish, prune and find checkpoints on disk.
 
 checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json), renamed, and only
-then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. Whoever reads never needs
-to know where a writer stopped; what one left goes when the run is next started, or at the next save."""
+then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. A reader never needs to
+know where a writer stopped. What a killed writer left is removed when the run is next started, or at the next save."""
 
 from __future__ import annotations
 
@@ -237,10 +237,11 @@ def publish(staging: Path, final: Path, known: Mapping[str, Entry] | None = None
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints, the one `latest` names and those whose progress.json says that they
-    are kept; 0 keeps all. Returns the removed.
+    """Remove all but the newest `keep` checkpoints and return the removed; 0 keeps all.
 
-    Each is renamed before it is deleted: half a folder must never pass for a checkpoint."""
+    The checkpoint that `latest` names is kept, and so are those whose progress.json says so. Each is renamed before it
+    is deleted: half a folder must never pass for a checkpoint.
+    """
     if keep <= 0:
         return []
     kept = {*list_checkpoints(run_dir)[-keep:], _named_latest(run_dir)}
@@ -283,8 +284,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.yaml of a checkpoint or a run directory as plain groups, with the key names of today.
-    Interpolations are not resolved."""
+    """Return config.yaml of a checkpoint or a run directory as plain groups, with the current key names.
+
+    Interpolations are not resolved.
+    """
     # 0.3 s that listing and verifying do without
     from omegaconf import OmegaConf
 

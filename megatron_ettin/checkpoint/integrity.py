@@ -111,8 +111,10 @@ def verify(
 
 
 def check_nothing_else(folder: Path) -> None:
-    """Raise UserError naming the first link below a checkpoint, or the first file that integrity.json does not list:
-    what is published of a checkpoint is what was written."""
+    """Raise UserError naming the first link or unlisted file of a checkpoint folder.
+
+    Only what was written, and is listed in integrity.json, may be published of a checkpoint.
+    """
     refuse_links(folder)
     listed = read_entries(folder)
     for path in _files(folder):

@@ -1,12 +1,12 @@
-"""Reading torch_dist checkpoints without unpickling anything a checkpoint could abuse.
+"""Read torch_dist checkpoints without unpickling anything that a checkpoint could abuse.
 
-torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False): either runs whatever
-the file says. Here `.metadata` goes through an allow-list of the dozen classes it needs, and byte entries are refused
+torch reads `.metadata` by plain pickle.load and byte entries by torch.load(weights_only=False): both run whatever the
+file says. Here `.metadata` goes through an allow-list of the dozen classes it needs, and byte entries are refused
 (ours have none). Core has no argument for reader or planner, so `load_strategy` swaps two names of core's module while
 it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it.
 
-Pickles that say they are larger than they are. Python's unpickler makes room for what an opcode says before it looks
-at what is there: eight bytes of a file can ask for tens of gigabytes."""
+`check_pickle` refuses pickles that claim to be larger than they are. Python's unpickler allocates what an opcode asks
+for before it looks at what is there: eight bytes of a file can ask for tens of gigabytes."""
 
 from __future__ import annotations
 
@@ -66,21 +66,22 @@ class AllowListed(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _member  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
+            # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
+            return _member
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, for which a checkpoint has no use")
         return super().find_class(module, name)
 
 
 def _member(kind: Any, name: Any) -> Any:
-    """A member of an allowed enumeration; a getattr of anything else is refused."""
+    """Return a member of an allowed enumeration; refuse a getattr of anything else."""
     if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
         raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, for which a checkpoint has no use")
     return kind[name]
 
 
 def _checked(metadata: Any, path: Path) -> Metadata:
-    """`metadata` if it has the shape torch writes and names files inside the checkpoint only."""
+    """Return `metadata` if it has the shape that torch writes and names only files inside the checkpoint."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise UserError(f"{path}: does not describe a checkpoint (found {type(metadata).__name__})")
     if not isinstance(metadata.storage_data, dict):
@@ -98,7 +99,7 @@ def _checked(metadata: Any, path: Path) -> Metadata:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Whether an entry has the fields that are read of it; an unpickled object may lack any."""
+    """Return whether an entry has the fields that are read from it; an unpickled object may lack any."""
     if not isinstance(entry, TensorStorageMetadata):
         return isinstance(entry, BytesStorageMetadata)
     sizes = [getattr(entry, "size", None)]
@@ -116,7 +117,8 @@ def _is_place(index: MetadataIndex, info: Any) -> bool:
     offset = getattr(index, "offset", None)
     return (
         all(isinstance(one, int) and one >= 0 for one in numbers)
-        and all(isinstance(one, str) and one.isprintable() for one in names)  # messages of one line have them
+        # they get into messages of one line
+        and all(isinstance(one, str) and one.isprintable() for one in names)
         and (offset is None or isinstance(offset, torch.Size))
     )
 
@@ -133,7 +135,7 @@ def _read_metadata(path: Path) -> Metadata:
 
 
 def file_in(folder: Path | str | os.PathLike[str], name: str) -> Path:
-    """A file that `.metadata` names; it was checked for links when that was read."""
+    """Return the path of a file that `.metadata` names; links were refused when `.metadata` was read."""
     return path_in(Path(folder), name, Path(folder) / ".metadata", nested=True, links=Links.UNCHECKED)
 
 
@@ -143,7 +145,8 @@ class SafeReader(FileSystemReader):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._cached: Metadata | None = None
-        self.refusal: UserError | None = None  # torch swallows what read_metadata raises
+        # torch swallows what read_metadata raises
+        self.refusal: UserError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached is None:
@@ -163,14 +166,15 @@ class SafeReader(FileSystemReader):
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         done: Any = torch.futures.Future()
         for name, items in per_file.items():
-            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)  # from a disk in one go
+            # in the order of the file, which a disk reads in one go
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
             with _naming(file_in(self.path, name)):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
         done.set_result(None)
         return done
 
     def read_chunk(self, index: MetadataIndex) -> torch.Tensor:
-        """One stored tensor, whole."""
+        """Read one stored chunk of a tensor."""
         info = self.read_metadata().storage_data[index]
         path = file_in(self.path, info.relative_path)
         with _naming(path), open(path, "rb") as file:
@@ -221,7 +225,7 @@ class CheckpointReader:
         return self._entry(key).properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
-        """The full tensor. Memory: the tensor and its largest stored chunk."""
+        """Read a full tensor. Memory: the tensor and its largest stored chunk."""
         entry = self._entry(key)
         self._check_coverage(key, entry)
         self._check_sizes(key, entry)
@@ -246,7 +250,7 @@ class CheckpointReader:
         return tensor
 
     def _check_sizes(self, key: str, entry: TensorStorageMetadata) -> None:
-        """Nothing is allocated for what the files are too small to hold."""
+        """Raise UserError, before anything is allocated, where the files are too small for a tensor."""
         for chunk in entry.chunks:
             info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
             wanted = chunk.sizes.numel() * entry.properties.dtype.itemsize
@@ -257,7 +261,7 @@ class CheckpointReader:
                 raise UserError(f"{file}: ends before {key}, which .metadata places there; the file is torn")
 
     def _check_coverage(self, key: str, entry: TensorStorageMetadata) -> None:
-        """Chunks must tile the tensor: a hole would be read as whatever the memory held."""
+        """Raise UserError where the chunks do not tile the tensor: a hole would be read as whatever the memory held."""
         boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
         volume = sum(torch.Size(sizes).numel() for _, sizes in boxes)
         inside = all(o >= 0 and o + s <= n for offsets, sizes in boxes for o, s, n in zip(offsets, sizes, entry.size))
@@ -274,14 +278,14 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def read_common(path: Path) -> Any:
-    """common.pt of a checkpoint, by torch's weights-only unpickler whatever the environment asks for."""
+    """Read common.pt of a checkpoint by torch's weights-only unpickler, whatever the environment asks for."""
     file = Path(path) / "common.pt"
     with _naming(file):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _cause(failure: CheckpointException, folder: Any) -> UserError:
-    """What went wrong on the first rank that failed, in one line."""
+    """Return the error of the first rank that failed, in one line."""
     error = next(iter(failure.failures.values()))[0]
     return error if isinstance(error, UserError) else UserError(f"checkpoint {folder}: {first_line(error)[:300]}")
 
@@ -299,8 +303,9 @@ def _swapped(module: Any, **names: Any) -> Iterator[None]:
 
 
 def load_strategy() -> Any:
-    """Core's sharded load strategy on the safe reader and planner, to pass to dist_checkpointing.load."""
-    import megatron.core.dist_checkpointing.strategies.torch as core  # seconds, and no use to convert or inspect
+    """Return core's sharded load strategy on the safe reader and planner, for dist_checkpointing.load."""
+    # takes seconds, and converting and inspecting do not need it
+    import megatron.core.dist_checkpointing.strategies.torch as core
 
     class SafePlanner(core.MCoreLoadPlanner):  # type: ignore[misc]
         def load_bytes(self, read_item: Any, value: Any) -> None:
@@ -316,7 +321,8 @@ def load_strategy() -> Any:
             try:
                 with swapped:
                     return super().load(sharded_state_dict, checkpoint_dir)
-            except CheckpointException as failure:  # raised on every rank, with the failing ranks' errors inside
+            # raised on every rank, with the failing ranks' errors inside
+            except CheckpointException as failure:
                 raise one.refusal or _cause(failure, checkpoint_dir) from failure
 
         def load_tensors_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -331,7 +337,7 @@ def load_strategy() -> Any:
 
 
 def common_strategy() -> Any:
-    """Core's strategy for common.pt through `read_common`, to pass to dist_checkpointing.load."""
+    """Return core's strategy for common.pt through `read_common`, for dist_checkpointing.load."""
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
     class SafeCommonStrategy(TorchCommonLoadStrategy):  # type: ignore[misc]
@@ -342,12 +348,15 @@ def common_strategy() -> Any:
 
 
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
-_DEEPEST = 10_000  # marks that are open at once; ours have a handful
+# marks that are open at once; our checkpoints have a handful
+_DEEPEST = 10_000
 
 
 def check_pickle(content: bytes) -> None:
-    """Raise pickle.UnpicklingError where a length goes beyond the file, or a place in the memo beyond what a file of
-    this size can fill."""
+    """Raise pickle.UnpicklingError where a pickle claims more than its size allows.
+
+    That is a length beyond the end of the file, or an index into the memo that a file of this size cannot reach.
+    """
     marks = 0
     try:
         for opcode, argument, position in pickletools.genops(content):
@@ -359,5 +368,6 @@ def check_pickle(content: bytes) -> None:
                 marks += 1
                 if marks > _DEEPEST + len(content) // 16:
                     raise pickle.UnpicklingError(f"byte {position}: {marks:,} marks")
-    except (ValueError, OverflowError, LookupError, struct.error) as error:  # what genops makes of damage
+    # genops raises these where a pickle is damaged
+    except (ValueError, OverflowError, LookupError, struct.error) as error:
         raise pickle.UnpicklingError(str(error)) from None

@@ -1,11 +1,11 @@
-"""Saving and loading a run's state under any layout with core's dist_checkpointing (format torch_dist).
+"""Save and load a run's state under any layout with core's dist_checkpointing (format torch_dist).
 
 Model, optimizer and progress become sharded tensors under canonical names; core writes each once and reads back what
 the present layout needs. Core's own linears would add empty pickled `_extra_state` entries: they are left out, because
 reading them back would unpickle without checks, and nothing is stored that needs it.
 
-Scales of FP8 runs with delayed scaling inside checkpoints: `fp8_scales.<linear>.{forward,backward}.<name>`, plain
-fp32 tensors that any layout reads and other precisions leave aside."""
+FP8 runs with delayed scaling also store their scales, as `fp8_scales.<linear>.{forward,backward}.<name>`: plain fp32
+tensors that any layout reads and other precisions ignore."""
 
 from __future__ import annotations
 
@@ -143,6 +143,8 @@ def scales_in_use(
     """Return the scales of this rank's linears by name; writing to a tensor sets it.
 
     Args:
+        chunks: this rank's model chunks.
+        model_state: their sharded state, which has the canonical names.
         wanted: for loading, the names in the checkpoint; linears of these get their tensors if they have none yet.
     """
     keys = {

@@ -43,7 +43,7 @@ POLL_SECONDS = 0.05
 
 
 class NotWritten(Exception):
-    """Why a checkpoint could not be written: one line, with the rank and the file."""
+    """A checkpoint could not be written; the message is one line with the rank and the file."""
 
 
 @dataclass
@@ -236,7 +236,8 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.iterdir():
         if not _OURS.fullmatch(folder.name) or folder.is_symlink():
             continue
-        with contextlib.suppress(OSError, LockHeld):  # another user's, or one that has just gone
+        # another user's, or one that has just gone
+        with contextlib.suppress(OSError, LockHeld):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if try_lock(lock) is None:
