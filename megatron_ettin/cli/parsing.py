@@ -77,6 +77,8 @@ def format_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     """Return the words that parse to `args`: options that are not at their default, then positional ones.
 
     Args:
+        parser: the parser of the command.
+        args: what the parser returned.
         leave_out: attributes of `args` to skip.
     """
     options: list[str] = []

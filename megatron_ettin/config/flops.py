@@ -55,6 +55,10 @@ def training_flops(
     """Return the operations of forward and backward of `tokens` tokens with `labels` predicted positions.
 
     Args:
+        shape: shape of the model.
+        vocab_size: rows of the output layer.
+        tokens: number of tokens.
+        labels: number of predicted positions.
         global_pairs: (query, key) pairs of one global layer, summed over the chunks.
         local_pairs: those of one local layer.
     """
@@ -93,8 +97,11 @@ def layer_operations(config: Config) -> list[float]:
 
 
 def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
-    """Return the lengths of `stages` contiguous parts of `costs`, none empty, whose most expensive part is as cheap as
-    possible. Of equal splits the one with the least sum of squares is taken."""
+    """Split `costs` into `stages` contiguous parts, and return their lengths.
+
+    No part is empty, and the most expensive one is as cheap as possible. Of equal splits the one with the least sum of
+    squares is taken.
+    """
     return list(_split_evenly(tuple(costs), stages))
 
 

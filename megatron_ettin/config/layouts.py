@@ -90,8 +90,11 @@ def check_recompute(config: Config) -> None:
 
 
 def stage_layers(config: Config) -> list[int]:
-    """Return the number of layers of each of the pp x vpp stages in model order. Raises UserError where
-    `parallel.pipeline_layers` does not fit."""
+    """Return the number of layers of each of the pp x vpp stages in model order.
+
+    Raises:
+        UserError: `parallel.pipeline_layers` does not fit.
+    """
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.vpp
     if parallel.pipeline_layers is None:
@@ -170,8 +173,10 @@ STAGES = (1, 2, 3)
 
 
 def zero_stage(parallel: ParallelConfig) -> int:
-    """Return DeepSpeed's ZeRO stage; 0 under Megatron-Core. 1 shards the optimizer state, 2 also gradients, 3 also
-    weights."""
+    """Return DeepSpeed's ZeRO stage; 0 under Megatron-Core.
+
+    Stage 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
+    """
     if parallel.engine != "deepspeed":
         return 0
     return 2 if parallel.zero_stage is None else parallel.zero_stage
@@ -305,7 +310,8 @@ class RowSplit:
 
     def slots(self, rank: int, index: int) -> range:
         """Return the rows within the step that micro-batch `index` of data-parallel rank `rank` holds."""
-        share, larger = divmod(self.rows, self.dp)  # the first `larger` ranks have a row more
+        # the first `larger` ranks have a row more
+        share, larger = divmod(self.rows, self.dp)
         ends = [(n * (share + 1) // self.count, n * share // self.count) for n in (index, index + 1)]
         of_larger, of_others = (end - start for start, end in zip(*ends))
         before = larger * ends[0][0] + (self.dp - larger) * ends[0][1]

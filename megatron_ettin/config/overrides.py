@@ -86,8 +86,11 @@ def is_original(content: Groups) -> bool:
 
 
 def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return size, objective and phase of a run: as given, or as an original trainer's file has them. Raises
-    UserError."""
+    """Return size, objective and phase of a run: as given, or as an original trainer's file has them.
+
+    Raises:
+        UserError: one is missing, or the file has another one than was given.
+    """
     in_file = config.names if config is not None else {}
     for name, value in given.items():
         if value is None and name not in in_file:
@@ -181,8 +184,11 @@ def from_overrides(overrides: Sequence[str]) -> Groups:
 
 
 def check_keys(layer: dict[str, Any]) -> None:
-    """Refuse unknown groups and keys, and turn values into their types where YAML has another, in place. Raises
-    UserError."""
+    """Refuse unknown groups and keys, and convert values to the types of their keys, in place.
+
+    Raises:
+        UserError: a group or key is unknown, or a value cannot be converted.
+    """
     rename_keys(layer)
     types = key_types()
     groups = {key.partition(".")[0] for key in types}
@@ -217,8 +223,11 @@ def current_name(key: str) -> str:
 
 
 def rename_keys(groups: Groups) -> None:
-    """Give keys of older names their names of today, in place, and say so once in a process. Raises UserError where a
-    group has both."""
+    """Replace older names of keys by the current ones, in place, and log a note once in a process.
+
+    Raises:
+        UserError: a key is given by both names.
+    """
     for old, new in RENAMED.items():
         group, _, old_name = old.partition(".")
         new_name = new.partition(".")[2]
@@ -234,8 +243,11 @@ def rename_keys(groups: Groups) -> None:
 
 
 def upgrade_keys(groups: Groups) -> None:
-    """Give a stored config.yaml's groups the form of today, in place: names, and lists that were text. Raises
-    UserError."""
+    """Convert the groups of a stored config.yaml to the current format, in place: names, and lists that were text.
+
+    Raises:
+        UserError: a key is given by both names, or a value cannot be parsed.
+    """
     rename_keys(groups)
     for name, key in all_keys().items():
         group, _, short = name.partition(".")

@@ -144,8 +144,10 @@ def from_yaml(path: Path) -> Config:
 
 
 def keep_early_decay(content: dict[str, Any]) -> None:
-    """Give a run of an earlier version the schedule that it was trained with: `one_minus_sqrt` decayed over its first
-    `decay_tokens` then, which is the same where they are the whole run."""
+    """Give a run of an earlier version the schedule that it was trained with.
+
+    `one_minus_sqrt` decayed over the first `decay_tokens` then, which is the same where they are the whole run.
+    """
     schedule, run = content.get("schedule"), content.get("run")
     if not isinstance(schedule, dict) or not isinstance(run, dict) or "end_tokens" in schedule:
         return
@@ -247,8 +249,10 @@ def keep_tokens_a_step(base: Config, merged: Any, fixed: Collection[str]) -> Non
 
 
 def keep_shares(base: Config, merged: Any, fixed: Collection[str], begun: Config | None = None) -> None:
-    """Let warm-up, decay and batch warm-up be the same shares of the run as in the tables. An earlier version's run
-    that has begun with the whole ones goes on with them."""
+    """Scale warm-up, decay and batch warm-up to be the same shares of the run as in the tables.
+
+    A run of an earlier version that has begun with the unscaled ones goes on with them.
+    """
     end = max(merged.schedule.end_tokens or merged.run.tokens, 0)
     for key in SPAN[:-1]:
         group, name = key.split(".")

@@ -284,8 +284,10 @@ class Config:
 
     @property
     def windows(self) -> dict[bool, int]:
-        """Attention window of local layers: `True` -> number of keys ending at the query (causal rows), `False` -> keys
-        on each side."""
+        """Attention window of local layers, in keys, by whether the row is causal.
+
+        `True` has the number of keys ending at the query, `False` the number on each side of it.
+        """
         return {True: self.model.decoder_window_keys, False: self.model.encoder_window}
 
     def value(self, name: str) -> Any:

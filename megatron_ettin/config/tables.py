@@ -179,8 +179,10 @@ def short_name(size: object, model: object) -> str:
 
 
 def long_name(size: object, model: object) -> str:
-    """Return `16.9M parameters, 7 layers x 256`, with `(from 17m)` where the shape is not that of the size; empty where
-    the group has no shape. Args as in `short_name`."""
+    """Return `16.9M parameters, 7 layers x 256`; empty where the group has no shape. Args as in `short_name`.
+
+    `(from 17m)` is added where the shape is not that of the size.
+    """
     known = _shape(model)
     if known is None:
         return ""

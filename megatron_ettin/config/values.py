@@ -64,8 +64,11 @@ Skips = tuple[tuple[int, int], ...]
 
 
 def parse_skips(value: Any, key: str = "data.skip") -> Skips:
-    """Read ranges of rows [first, end): `[[0, 8], [16, 24]]`, or the older `0:8,16:24`. Raises UserError where they are
-    out of order."""
+    """Read ranges of rows [first, end): `[[0, 8], [16, 24]]`, or the older `0:8,16:24`.
+
+    Raises:
+        UserError: a range is malformed, or ranges overlap or are out of order.
+    """
     if value is None:
         return ()
     ranges = []

@@ -38,7 +38,7 @@ def from_hf(hf_dir: Path, out: Path, report: Report | None = None, objective: st
         objective: mlm or clm, to make an encoder of a decoder's folder or the reverse: the weights are the same.
 
     Returns:
-        What was read and what had to be assumed.
+        The model that was read, with the assumptions that were made.
     """
     hf_dir = Path(hf_dir)
     if not hf_dir.is_dir():

@@ -86,7 +86,7 @@ class ParsedHfConfig:
     objective: str
     model: ModelConfig
     notes: tuple[str, ...]
-    """What had to be assumed."""
+    """Assumptions that were made, as lines for the user."""
     special_ids: dict[str, int]
     """Ids of cls, sep and pad, where it has them."""
 

@@ -63,12 +63,12 @@ class ModelImport:
     files: WeightFiles
     model: ModelConfig
     objective: str
-    """What it is imported as: mlm or clm."""
+    """Objective that it is imported as: mlm or clm."""
     mappings: list[WeightMapping]
     notes: list[str]
-    """What had to be assumed."""
+    """Assumptions that were made, as lines for the user."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """What the checkpoint's progress records besides step and tokens, which are 0."""
+    """Further entries of the checkpoint's progress; its step and tokens are 0."""
 
     def check(self, config_source: str, optional: Collection[str] = ()) -> None:
         """Check that the files hold exactly the tensors of the model, in their shapes.

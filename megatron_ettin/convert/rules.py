@@ -1,4 +1,4 @@
-"""One table of tensor names and shapes, which both directions of conversion walk.
+"""List tensor names and shapes in one table, which both directions of conversion walk.
 
 A rule names a canonical tensor of this system, its shape, and its tensors in `ModernBertForMaskedLM` (mlm) and
 `ModernBertDecoderForCausalLM` (clm). Two tensors are not the same bytes under another name: the fused attention input,

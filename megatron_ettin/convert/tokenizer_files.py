@@ -32,7 +32,7 @@ TRAINED = "megatron_ettin_trained"
 
 @dataclass(frozen=True)
 class TokenizerFormat:
-    """How a released tokenizer treats a text."""
+    """Treatment of a text by a released tokenizer."""
 
     objective: str
     max_length: int

@@ -108,7 +108,7 @@ def _compare_logits(source: SourceCheckpoint, folder: Path, dtype: torch.dtype, 
 
 @dataclass(frozen=True)
 class LogitsDifference:
-    """How two logits [tokens, vocabulary] differ."""
+    """Difference of two logits [tokens, vocabulary]."""
 
     difference: float
     """Largest absolute difference; infinite where one holds a NaN."""

@@ -1,4 +1,4 @@
-"""The rows that a run trains on, by their index in the data order, in constant memory.
+"""Look up the rows that a run trains on by their index in the data order, in constant memory.
 
 The order is a `ShuffledSampler` over a mixture, which is a pure function, or a `RecordedSampler` over an order in files
 (`data.order=FILE`), which is compiled once and memory-mapped. Nothing depends on the number of ranks, and a resume
@@ -52,7 +52,7 @@ class Row:
 
 
 class RowLocation(NamedTuple):
-    """Where one row comes from."""
+    """Origin of one row."""
 
     source: int
     """Index of the dataset in the mixture."""
@@ -64,7 +64,7 @@ class RowLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class LocatedRows:
-    """Where n rows of m chunks in all come from."""
+    """Origin of n rows with m chunks in all."""
 
     source: Int64Array
     """Index [n] of each row's dataset in the mixture."""
@@ -165,8 +165,7 @@ class BlendedDataset:
         return order_indices(row_indices, self.skips)
 
     def order_span(self, first: int, end: int) -> tuple[int, int]:
-        """Return the run's rows [first, end) as a range of order indices, which spans the rows left out between
-        them."""
+        """Return the run's rows [first, end) as a range of order indices, with the rows left out between them."""
         begin, last = self.order_indices([first, max(first, end - 1)]).tolist()
         return begin, last + (end > first)
 

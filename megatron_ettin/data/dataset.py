@@ -1,4 +1,4 @@
-"""A prepared dataset, opened for reading: chunks by one global number over all shards, memory-mapped.
+"""Open a prepared dataset and read its chunks, memory-mapped, by one global number over all shards.
 
 Opening costs one stat per file and no reads: sizes are checked, contents only by `verify`. Shards are mapped when first
 touched and the least recently used are closed again. Memory is O(shards), whatever the number of chunks."""
@@ -33,13 +33,13 @@ CHECKED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class DocumentSpans:
-    """Where each of n chunks comes from."""
+    """Origin of n chunks."""
 
     source: list[str]
     """The file, as "INPUT/path/within/it"."""
     document_id: list[str]
     start_token: npt.NDArray[np.int64]
-    """Where the chunk begins among the document's own tokens."""
+    """First token of the chunk among the document's own tokens."""
     document: npt.NDArray[np.int64]
     """Number of the document within the dataset."""
     special_tokens: npt.NDArray[np.int64]

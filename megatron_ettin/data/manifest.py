@@ -1,4 +1,4 @@
-"""manifest.json: what a dataset holds, how it was made and the sha256 of every file.
+"""Read and write manifest.json: what a dataset holds, how it was made, and the sha256 of every file.
 
 The fingerprint covers the tokens, the chunk boundaries (.bin and .idx) and the tokenizer, not the names of the sources:
 two datasets with one fingerprint train the same model. The manifest is written last, so a directory without one is not

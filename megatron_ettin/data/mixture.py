@@ -1,6 +1,6 @@
-"""The mixture of datasets that a run trains on: its entries, the slots each gets of a block, the epochs of each.
+"""Resolve the mixture of datasets that a run trains on: each one's slots in a block, and its epochs.
 
-A weight is a share of tokens; slots are rows; sources differ in tokens a row. So a source's share of slots is
+A weight is a share of tokens, slots are rows, and sources differ in tokens a row. So a source's share of slots is
 weight / mean tokens a row, normalised, and becomes whole slots of a fixed block by largest remainder. Datasets listed
 without weights are taken in proportion to their rows, as if they were one dataset (to within a slot of a block).
 
@@ -205,7 +205,7 @@ ROUNDING = 0.005
 
 
 class SourceEpochs(NamedTuple):
-    """How often a run reads one dataset."""
+    """Number of times that a run reads one dataset."""
 
     dataset: str
     share: float

@@ -1,4 +1,4 @@
-"""The packing index: which chunks make up each training row of `seq_len` tokens.
+"""Build and open packing indices, which say which chunks make up each training row of `seq_len` tokens.
 
 It is built once per dataset and length, kept next to the dataset (`rows_1024/`) and memory-mapped by every rank.
 `packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row, cut to
@@ -107,6 +107,9 @@ class PackingIndex:
         """Open the index of a dataset for rows of `seq_len` tokens, and build it before where none fits.
 
         Args:
+            dataset: the dataset, in whose folder the index is kept.
+            seq_len: tokens of a row.
+            batching: `packed` or `padded`.
             workers: number of processes that build; the bytes are the same for any number.
 
         Raises:

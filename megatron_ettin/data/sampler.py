@@ -1,9 +1,9 @@
-"""The shuffled order of a mixture, and the rows of every step.
+"""Shuffle the rows of a mixture, and share them out over the steps.
 
 The order maps an order index to (source, row, epoch) by a pure function of counts and keys, in constant memory. Order
 indices come in blocks of BLOCK_SLOTS. Every block gives each source its fixed number of slots, shuffled by a key of
 (seed, phase, block); so a source's slots before a block are a multiplication, and its k-th slot is row
-permutation(k mod rows) of epoch k // rows, each epoch with a key of its own.
+permutation(k mod rows) of epoch k // rows. Each epoch has a key of its own.
 
 Proportions hold by construction. With B = BLOCK_SLOTS, a source that has c slots of every block and the exact share s:
 - in an aligned block it has c slots, and |c - s B| < 1 (largest remainder);

@@ -49,8 +49,10 @@ ROLE_TEXTS = {
 
 
 def vocabulary_size(backend: tokenizers.Tokenizer) -> int:
-    """Return one more than the largest id: the rows that a model needs. Ids may have holes, and then there are fewer
-    entries than that."""
+    """Return one more than the largest id: the number of rows that an embedding needs.
+
+    It is more than the number of entries where ids are left out.
+    """
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
@@ -253,8 +255,10 @@ def from_file(path: Path, config: dict[str, Any], name: str) -> Tokenizer:
 
 
 def special_tokens(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return (id, text) of the special tokens of a tokenizer folder by role, in the roles in which training uses them:
-    a tokenizer without a pad token pads with [SEP]. Roles that it has no token for are left out."""
+    """Return (id, text) of a tokenizer folder's special tokens by the role in which training uses them.
+
+    A tokenizer without a pad token pads with [SEP]. Roles that it has no token for are left out.
+    """
     backend = read_backend(folder / "tokenizer.json")
     roles = special_roles(backend, read_settings(folder))
     roles["pad"] = roles["sep"] if roles["pad"] is None else roles["pad"]

@@ -36,7 +36,7 @@ class Expected:
     blocks: Path | None = None
     """The sidecar with the digests of its blocks."""
     remedy: str = ""
-    """What to do about damage, for the end of the message."""
+    """Advice for the end of a message about damage."""
     problem: str = ""
     """Damage that is known before the file is read."""
 

@@ -1,5 +1,7 @@
-"""Check a folder's file system: does it do what checkpoints rely on (rename replaces at once, fsync works on files and
-folders, locks hold), how fast is it, and how much room is left."""
+"""Check whether a folder's file system does what checkpoints rely on, and measure its speed and free space.
+
+Checkpoints rely on a rename that replaces at once, on fsync of files and folders, and on locks that hold.
+"""
 
 from __future__ import annotations
 

@@ -103,9 +103,19 @@ class EvalDataset:
 def build_eval_dataset(
     train_state: TrainState, datasets: Mapping[str, str], kind: str, seq_len: int | None = None
 ) -> EvalDataset:
-    """Rows of the datasets named, read as `kind` has it, in an order of their own that no run's seed changes. Sources
-    are the datasets, and within one that `ettin prepare` made from several INPUTs, `DATASET/INPUT`. Raises
-    UserError."""
+    """Open held-out rows, in an order that does not depend on the run's seed.
+
+    A source is a dataset, or `DATASET/INPUT` within a dataset that `ettin prepare` made from several INPUTs.
+
+    Args:
+        train_state: the model that is evaluated.
+        datasets: paths of the datasets by name.
+        kind: row objective by which the rows are read.
+        seq_len: tokens of a row; None: as in training.
+
+    Raises:
+        UserError: the row length does not fit the model, or a dataset cannot be used.
+    """
     data = train_state.config.data
     length = seq_len or data.seq_len
     if not 8 <= length <= train_state.config.model.max_position_embeddings:
@@ -133,6 +143,8 @@ def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | Non
     """Run the model on held-out rows (collective); the result is equal on every rank and layout.
 
     Args:
+        train_state: the model that is evaluated.
+        held_out: the rows by source.
         max_rows: number of rows, shared out over the sources; by default all.
     """
     rows = held_out.rows(max_rows)

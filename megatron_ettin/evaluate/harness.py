@@ -19,17 +19,21 @@ from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.from_hf import is_hf_folder
 from megatron_ettin.platform.device import device_name
 
-HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}  # name -> (module, the objective it is for)
+# name -> (module, objective of the models that it evaluates)
+HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}
 EXTRA = "pip install megatron_ettin[harness]"
 
 
-READINGS = {"encoder": "mlm", "decoder": "clm"}  # of --as -> the objective of the export
+# value of --as -> objective of the export
+READINGS = {"encoder": "mlm", "decoder": "clm"}
 KINDS_OF_MODEL = {objective: reading for reading, objective in READINGS.items()}
 
 
 def trained_as(path: Path) -> tuple[str, ...]:
-    """Return the exports ("mlm", "clm") that a run, a checkpoint or a Hugging Face folder was trained for; nothing
-    where that cannot be read."""
+    """Return the exports ("mlm", "clm") that a run, a checkpoint or a Hugging Face folder was trained for.
+
+    The result is empty where that cannot be read.
+    """
     try:
         if is_hf_folder(path):
             names = load_json((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
@@ -77,9 +81,14 @@ def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path
 def evaluate(
     harness: str, folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
 ) -> dict[str, dict[str, float]]:
-    """Task -> measure -> figure. `limit`: so many examples a task. Raises UserError for tasks that do not exist."""
+    """Evaluate a folder and return task -> measure -> figure, with at most `limit` examples a task.
+
+    Raises:
+        UserError: a task does not exist.
+    """
     run = {"lm": _lm_eval, "mteb": _mteb}[harness]
-    with contextlib.redirect_stdout(error_stream()):  # what they print is not the answer
+    # standard output is for the result alone
+    with contextlib.redirect_stdout(error_stream()):
         return run(folder, tasks, task_path, limit, batch_rows)
 
 
@@ -130,7 +139,7 @@ def _mteb(
 
 
 def _tasks_of(path: Path) -> dict[str, Any]:
-    """The AbsTask classes of a Python file by name."""
+    """Load the AbsTask classes of a Python file by name."""
     from mteb.abstasks import AbsTask
 
     spec = importlib.util.spec_from_file_location("ettin_tasks", path)
@@ -143,7 +152,7 @@ def _tasks_of(path: Path) -> dict[str, Any]:
 
 
 def _figures(measures: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` -> `acc`; names and versions are left out."""
+    """Return the numbers of a task's measures with short names: `acc,none` becomes `acc`."""
     return {
         key.split(",")[0] if key.endswith(",none") else key: float(value)
         for key, value in measures.items()

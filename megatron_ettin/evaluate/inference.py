@@ -19,7 +19,7 @@ from megatron_ettin.train.setup import TrainState, build_single_process
 
 
 def single_process_config(config: Config) -> Config:
-    """The same model for one process in fp32 on the CPU."""
+    """Return the configuration for the same model in one process, in fp32 on the CPU."""
     plain = dataclasses.replace(
         config, parallel=ParallelConfig(), precision=PrecisionConfig("fp32"), checkpoint=CheckpointConfig()
     )
@@ -28,8 +28,12 @@ def single_process_config(config: Config) -> Config:
 
 @contextlib.contextmanager
 def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterator[TrainState]:
-    """The checkpoint's whole model, not loaded yet, in this process; its groups are gone afterwards. With `objective`
-    it attends as an encoder or a decoder does, whatever it was trained as."""
+    """Build a checkpoint's whole model in this process, without its weights, and destroy its process groups afterwards.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        objective: makes the model attend as an encoder or a decoder, whatever it was trained as.
+    """
     config = single_process_config(resume.checkpoint_config(checkpoint))
     config = config.with_keys({"run.objective": objective or config.run.objective})
     train_state = build_single_process(config, initial_weights=False)
@@ -41,9 +45,10 @@ def load_for_inference(checkpoint: Path, objective: str | None = None) -> Iterat
 
 
 def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | None = None) -> list[torch.Tensor]:
-    """fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own.
+    """Return the fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own.
 
-    The checkpoint's checksums are the caller's to check."""
+    The caller checks the checkpoint's checksums.
+    """
     with load_for_inference(checkpoint, objective) as train_state, torch.no_grad():
         resume.load(train_state, checkpoint, with_optimizer=False, verified=True)
         model = train_state.model_chunks[0].eval()

@@ -76,10 +76,10 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class HangReport:
-    """Which rank holds the others up."""
+    """Report that names the rank which the others wait for."""
 
     line: str
-    """For the end of the log."""
+    """Message for the end of the log."""
     culprit: RankInfo | None
     """The first rank that `line` names; None where no rank is behind."""
 

@@ -28,8 +28,10 @@ RUN_OPTIONS = (
 
 @dataclass(frozen=True)
 class Profile:
-    """Settings of a cluster. `{container}`, `{folder}` (of the run) and `{cwd}` are replaced in `srun`,
-    `container_srun` and `container_prefix`."""
+    """Settings of a cluster.
+
+    `{container}`, `{folder}` (of the run) and `{cwd}` are replaced in `srun`, `container_srun` and `container_prefix`.
+    """
 
     sbatch: dict[str, Any] = field(default_factory=dict)
     """Long options of sbatch without dashes: {partition: gpu}."""

@@ -1,6 +1,6 @@
-"""Read and write `metrics.jsonl`, the record of truth: one JSON object a step, each step once.
+"""Read and write `metrics.jsonl`, the record that all else is derived from: one JSON object a step, each step once.
 
-Non-finite numbers are written as null: every line is strict JSON that any reader takes."""
+Non-finite numbers are written as null, so that every line is strict JSON, which any reader takes."""
 
 from __future__ import annotations
 

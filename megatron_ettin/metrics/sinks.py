@@ -43,7 +43,7 @@ class FanOut:
 
     @property
     def problem(self) -> str | None:
-        """Why lines of the record wait to be written; None where none do."""
+        """Reason why lines of the record wait to be written; None where none do."""
         return next(filter(None, (getattr(sink, "problem", None) for sink in self.sinks)), None)
 
     def attach(self, name: str, make: Callable[[], Path]) -> None:

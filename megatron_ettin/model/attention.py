@@ -1,4 +1,4 @@
-"""Attention of packed rows: rotary embedding, context parallelism, masks by chunk boundaries and windows.
+"""Compute attention over packed rows: rotary embedding, context parallelism, masks by chunk boundaries and windows.
 
 With torch's scaled_dot_product_attention, three functions compute the same masked softmax (RECIPE section 2) and differ
 in cost only: `attend_dense` masks whole rows (short rows), `attend_chunks` runs one unmasked attention per chunk (no

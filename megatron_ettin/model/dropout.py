@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, step, layer, row slot, token, channel), added to the residual.
+"""Apply dropout whose mask is a pure function of (seed, step, layer, row slot, token, channel), and add the residual.
 
 A generator's history would tie the mask to the layout; a counter does not. The mask is the same on every TP x PP x DP
 split, for every micro-batch size, after every resume and under recomputation. Two channels share one 32-bit hash, 16
@@ -101,7 +101,7 @@ def kept_gradient(gradient: torch.Tensor, keys: torch.Tensor, dropped: int, scal
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """residual + x * mask * scale.
+    """Compute residual + x * mask * scale.
 
     Compiled, it saves the tokens' keys and hashes again in backward; else it saves the mask, one byte per element."""
 

@@ -1,4 +1,4 @@
-"""Initial weights by name: the full tensor is drawn from hash(seed, canonical name), then split to this rank's shard.
+"""Draw initial weights by name: a full tensor from hash(seed, canonical name), then this rank's shard of it.
 
 So the layout cannot change the initial model. The formulas are the recipe's `full_megatron`: normal with sigma 0.02,
 truncated at two sigma, matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.

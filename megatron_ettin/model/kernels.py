@@ -1,4 +1,4 @@
-"""GPU kernels for attention of packed rows that take boundaries and a window themselves.
+"""Call the GPU kernels for attention of packed rows that take boundaries and a window themselves.
 
 All are called as kernel(q, k, v, packed, window, causal) -> out with tensors [tokens, heads, dim] and `window` as in
 attention.py, whose `attend` is the kernel called `sdpa`."""

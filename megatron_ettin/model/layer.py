@@ -1,4 +1,4 @@
-"""Core's ModuleSpec of the layers: the class of each role, for core's own layers and for Transformer Engine's.
+"""Build core's ModuleSpec of the layers: the class of each role, for core's layers and for Transformer Engine's.
 
 Layer 0 has no norm before its attention. Core does not slice a list of specs for a pipeline stage, so `block_spec`
 builds the stage's own from core's first layer and layer count (which cover uneven splits and virtual stages).

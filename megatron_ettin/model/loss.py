@@ -1,4 +1,4 @@
-"""Cross entropy of a linear output layer over a vocabulary split by tensor parallelism, in chunks of rows.
+"""Compute cross entropy of a linear output layer, in chunks of rows, over a vocabulary split by tensor parallelism.
 
 The fp32 logits of a whole micro-batch never exist: each chunk's logits become its loss and immediately its gradients
 for hidden states, weight and bias (three matrix products per chunk, as in the plain computation, none repeated in

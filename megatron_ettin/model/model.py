@@ -1,4 +1,4 @@
-"""The encoder or decoder model, on core's LanguageModule and TransformerBlock.
+"""Define the encoder or decoder model, on core's LanguageModule and TransformerBlock.
 
 embedding -> norm -> layers -> final norm -> [at labelled positions only] dense, GELU, norm -> tied output with a
 vocabulary bias. Encoder and decoder differ only in the attention mask that the configuration sets."""

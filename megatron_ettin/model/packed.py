@@ -1,4 +1,4 @@
-"""Boundaries of the chunks in a micro-batch's rows, which every layer of every pipeline stage needs.
+"""Hold the chunk boundaries of a micro-batch's rows, which every layer of every pipeline stage needs.
 
 Rows are flattened: hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], as
 Transformer Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer
@@ -44,7 +44,7 @@ class PackedRows(PackedSeqParams):
     slice_tokens: int = 0
     """Length of that slice; the whole row without context parallelism."""
     causal_tokens: int | None = None
-    """How many of the first T tokens are in causal rows; None: all or none, by the model's objective."""
+    """Number of tokens in causal rows, which come first; None: all or none, by the model's objective."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Masks and rotary tables, made once per micro-batch and shared by the layers."""
 
@@ -112,6 +112,8 @@ def pack_rows(
 
     Args:
         lengths: chunk lengths of each row, at most `seq_len` in sum.
+        seq_len: tokens of a row.
+        device: device of the tensors.
         slots: slot of each row (of each chunk where `flat`) within the step, on which dropout masks depend; 0, 1, ...
             by default.
         dropout_key: `step_key` of the step.

@@ -1,4 +1,4 @@
-"""AdamW and StableAdamW on the flat shards that core's optimizers hand out.
+"""Implement AdamW and StableAdamW on the flat shards that core's optimizers hand out.
 
 StableAdamW (Wortsman et al. 2023, arXiv 2304.13013; the original run's src/optimizer.py), per tensor, t = 1, 2, ...:
     b1 = (1 - beta1) / (1 - beta1^t);  b2 = beta2 (1 - beta2^(t-1)) / (1 - beta2^t)      (debiased in place)

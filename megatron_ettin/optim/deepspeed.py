@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as a `TrainEngine`, around the same tensor-parallel model and the same optimizers.
+"""Wrap DeepSpeed's ZeRO as a `TrainEngine`, around the same tensor-parallel model and the same optimizers.
 
 ZeRO flattens parameters and partitions the flat tensors over data-parallel ranks; `bind` tells our optimizers which
 range belongs to which parameter. Gradients are of sums of losses. They are divided by the number of labels, known after

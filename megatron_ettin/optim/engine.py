@@ -1,4 +1,4 @@
-"""The interface between the trainer and a data-parallel engine.
+"""Define the interface between the trainer and a data-parallel engine.
 
 Two engines implement it: `MegatronEngine` (optim/megatron.py) around core's optimizers, and `DeepSpeedEngine`
 (optim/deepspeed.py) around DeepSpeed's ZeRO. A step calls `zero_grad`, `schedule()`, `prepare`, `update` and `norm`."""

@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizers as a `TrainEngine`, with one of our optimizers inside.
+"""Wrap Megatron-Core's optimizers as a `TrainEngine`, with one of our optimizers inside.
 
 Gradient copies, fp32 masters, sharding and gathers are core's. `build_optimizer` does what core's
 get_megatron_optimizer does for one dense group of model chunks, which supports no inner optimizer but Adam and SGD.

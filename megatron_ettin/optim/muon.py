@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices of the network, StableAdamW for the rest: embedding, vocabulary bias, norms.
+"""Implement Muon for the hidden matrices, and StableAdamW for the rest: embedding, vocabulary bias, norms.
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. For a matrix with momentum beta and gradient g:
     m += (1 - beta)(g - m);  u = g + beta (m - g)                                            (Nesterov)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the fraction of `optim.lr` that a step uses, as a pure function of tokens.
+"""Define learning-rate schedules: the fraction of `optim.lr` that a step uses, as a pure function of tokens.
 
 Tokens are the global non-padding tokens trained on before the step, as in the original trainer, so the first step of a
 warm-up uses 1e-10. Source: the Ettin fork's src/scheduler.py (see docs/decisions.md)."""
@@ -54,6 +54,8 @@ def lr_fraction(tokens: float, schedule: ScheduleConfig, run_tokens: int) -> flo
     """Return the fraction of the learning rate for the step that begins after `tokens`.
 
     Args:
+        tokens: global non-padding tokens trained on before the step.
+        schedule: the schedule.
         run_tokens: `run.tokens`, where the decay ends unless `schedule.end_tokens` says otherwise.
     """
     return SCHEDULES[schedule.name](tokens, schedule, schedule.end_tokens or run_tokens)

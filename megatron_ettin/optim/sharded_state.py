@@ -1,4 +1,4 @@
-"""The distributed optimizer's state as sharded tensors: each rank writes and reads its own shards of parameters.
+"""Describe the distributed optimizer's state as sharded tensors: each rank writes and reads its own shards.
 
 Core's own format that survives a change of layout (`fully_reshardable`) gathers every state on every data-parallel rank
 before writing, and reads all of it on each. The files can store boxes of a tensor, and a shard, a range of the

@@ -63,6 +63,7 @@ def run_on_rank_zero(function: Callable[[], Value], *caught: type[Exception]) ->
     """Call a function on rank 0 alone and return what it returned on every rank.
 
     Args:
+        function: the function, without arguments.
         caught: errors that are raised on every rank when rank 0 meets them. Any other error ends rank 0 alone.
     """
     result: Any = None

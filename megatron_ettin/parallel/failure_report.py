@@ -45,18 +45,18 @@ def report_folder() -> Path | None:
 
 @dataclass
 class Heartbeat:
-    """What this rank's main thread does, for its watchdog and for the supervisor."""
+    """State of this rank's main thread, for its watchdog and for the supervisor."""
 
     folder: Path | None = None
     """Folder of the supervisor; None on every rank but 0."""
     hang_seconds: float = 600.0
     """The longest that a step may take."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """Of the latest step: step, tokens, saved_step."""
+    """Figures of the latest step: step, tokens, saved_step."""
     doing: str = "starting"
     """The phase, or the part of a step."""
     limit_seconds: float = 0.0
-    """How long the phase may take."""
+    """Longest time that the phase may take."""
     ticks: int = 0
     """Number of phases that have ended; the parts of a step do not count as progress."""
     _last: float = 0.0

@@ -71,7 +71,8 @@ def init_process_group(
             timeout=timeout,
             device_id=platform.device if platform.is_gpu else None,
         )
-    except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
+    # torch's store errors are RuntimeErrors
+    except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {env.rank}: no rendezvous with {env.world} ranks at {url} ({first_line(error)})"
         ) from None

@@ -66,7 +66,6 @@ def fit_schedule(config: Config, free: Collection[str], row_tokens: float) -> Co
 
 def _spanning(config: Config, free: Collection[str], end: int) -> Config:
     """Return the run with the free keys of its schedule in the proportions that they have to `run.tokens`."""
-
     shares = {key: config.value(key) * end // config.run.tokens for key in SPAN[:-1] if key in free}
     fitted = config.with_keys(shares)
     schedule = fitted.schedule

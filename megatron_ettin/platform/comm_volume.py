@@ -27,7 +27,7 @@ SENT = {
 
 
 class CommVolumeTracker:
-    """Counts bytes by (axis, method) inside `track`.
+    """Count bytes by (axis, method) inside `track`.
 
     `axes` maps the name of a process group to its axis; other groups count as `all`."""
 

@@ -1,4 +1,4 @@
-"""Element-wise functions that torch's compiler fuses to one kernel each once `enable_compile(True)` is called.
+"""Decorate element-wise functions that torch's compiler fuses to one kernel each after `enable_compile(True)`.
 
 A GPU spends a quarter of a bf16 step, and more of an FP8 one, on memory traffic between matrix products. Transformer
 Engine fuses the norms; the rest (rotation, gate, dropout with its hash, softmax of the vocabulary) is decorated here.

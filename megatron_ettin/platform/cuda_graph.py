@@ -1,6 +1,6 @@
-"""CUDA graphs: kernels captured once and launched together.
+"""Capture kernels once in a CUDA graph and launch them together.
 
-They help where kernels are shorter than the time that the host needs to launch them."""
+Graphs help where kernels are shorter than the time that the host needs to launch them."""
 
 from __future__ import annotations
 

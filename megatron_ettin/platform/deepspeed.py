@@ -1,6 +1,6 @@
 """Import DeepSpeed, only where `parallel.engine=deepspeed`.
 
-It looks for accelerators, logs at length and compiles kernels when it is imported or first used."""
+DeepSpeed looks for accelerators, logs at length and compiles kernels when it is imported or first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device of a rank as a `Platform`, which the floors above use instead of torch.cuda.
+"""Describe the device of a rank as a `Platform`, which the floors above use instead of torch.cuda.
 
 `detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, and `platform.cpu`
 emulates the few CUDA calls it makes."""

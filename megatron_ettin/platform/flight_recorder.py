@@ -1,4 +1,4 @@
-"""torch's flight recorder: the last collectives of every process group, started and completed."""
+"""Write torch's flight recorder to a file: the last collectives of each process group, started and completed."""
 
 from __future__ import annotations
 

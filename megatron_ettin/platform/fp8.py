@@ -1,4 +1,4 @@
-"""FP8 state: scales of delayed scaling, and weights stored in FP8.
+"""Keep FP8 state: the scales of delayed scaling, and weights stored in FP8.
 
 Delayed scaling keeps a scale for each input, weight and gradient of a linear and the maxima it came from; without them
 a resumed run would begin with scales of one. Transformer Engine keeps them in a linear's `fp8_meta` and would pickle

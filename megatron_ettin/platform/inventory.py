@@ -1,4 +1,4 @@
-"""The GPUs of this host and the packages that make them fast, as plain values.
+"""List the GPUs of this host and the packages that make them fast, as plain values.
 
 Only `transformer_engine_error` and `core_error` import such a package, which takes seconds."""
 

@@ -1,4 +1,4 @@
-"""The classes of a transformer layer's parts: Transformer Engine's on a GPU that has it, core's own elsewhere.
+"""Choose the classes of a transformer layer's parts: Transformer Engine's on a GPU that has it, else core's own.
 
 The idea is core's BackendSpecProvider; this one is smaller because an Ettin layer has four parts only."""
 
@@ -17,7 +17,7 @@ from megatron_ettin.platform.device import Platform
 
 @dataclass(frozen=True)
 class LayerBackend:
-    """The classes of a layer's parts and the attention kernel."""
+    """Classes of a layer's parts, and the attention kernel."""
 
     name: str
     column_linear: Any

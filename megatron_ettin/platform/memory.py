@@ -24,7 +24,7 @@ def is_symbolic(tensor: torch.Tensor) -> bool:
 
 
 class PeakMemoryTracker(TorchDispatchMode):
-    """Counts, inside its context, the bytes of all tensor storages and their peak.
+    """Count, inside its context, the bytes of all tensor storages and their peak.
 
     Counted are storages that existed before (found by the garbage collector) and those that operations return, until
     they are freed. Memory that a kernel allocates and frees itself is not seen."""

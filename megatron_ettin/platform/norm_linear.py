@@ -1,4 +1,4 @@
-"""Transformer Engine's fused LayerNorm + column-parallel linear without the norm's bias.
+"""Remove the norm's bias from Transformer Engine's fused LayerNorm + column-parallel linear.
 
 TE's LayerNorm always has a bias; the recipe's norms have none. Here it is a constant of zeros instead of a parameter:
 nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local layers'."""

@@ -32,7 +32,7 @@ class Products:
     dtype: str
     side: int
     error: str | None
-    """What is wrong; None if nothing is."""
+    """Error message; None if nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class AllReduces:
     size_bytes: int
     world: int
     error: str | None
-    """What is wrong; None if nothing is."""
+    """Error message; None if nothing is wrong."""
 
 
 def products(platform: Platform, seconds: float, side: int | None = None) -> Products:

@@ -1,6 +1,7 @@
-"""Buffers of Transformer Engine's overlap of tensor parallelism's communication with matrix products ("userbuffers").
+"""Make and free the buffers ("userbuffers") of Transformer Engine's communication overlap.
 
-They have one shape, are made before the model and freed after it."""
+With them the communication of tensor parallelism runs concurrently with matrix products. They have one shape, are made
+before the model and freed after it."""
 
 from __future__ import annotations
 

@@ -82,9 +82,9 @@ class ReleaseChain:
     """The runs of one model, one for each phase."""
 
     runs: list[PhaseRun]
-    """Oldest first."""
+    """Runs, oldest first."""
     notes: list[str]
-    """Where they came from."""
+    """Lines about weights of the first run that no run of the chain trained."""
 
     def revisions(self) -> list[Revision]:
         """Return all revisions, oldest first. Raises UserError where the last run has no checkpoint."""

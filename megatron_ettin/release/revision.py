@@ -63,7 +63,7 @@ class RevisionResult:
     name: str
     seconds: float
     error: str | None = None
-    """Why there is no such revision."""
+    """Reason why there is no such revision."""
 
 
 def make_revision(job: RevisionJob) -> RevisionResult:

@@ -44,8 +44,12 @@ ORDER_KEY = "data.order"
 
 
 def check_writable(run_dir: Path, what: str = "run directory ") -> None:
-    """Create a folder if need be, and raise UserError where no files can be written in it. `what` names it in
-    messages."""
+    """Create a folder if need be, and raise UserError where no files can be written in it.
+
+    Args:
+        run_dir: the folder.
+        what: names the folder in messages.
+    """
     probe = run_dir / f".tmp-probe-{platform.node()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -226,6 +230,7 @@ def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset)
     """Raise UserError where batches would be read from other rows than the run records.
 
     Args:
+        config: configuration of the run.
         corpus: the rows that the run records.
         reader: the rows that batches are read from, for instance a copy on this host.
     """

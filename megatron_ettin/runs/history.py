@@ -34,7 +34,7 @@ def allowed_changes(launch: dict[str, Any]) -> list[str]:
 
 
 def first_launch(run_dir: Path) -> dict[str, Any] | None:
-    """The first launch's record; None for a run that has not begun (or whose record cannot be read)."""
+    """Return the first launch's record; None where the run has not begun or its record cannot be read."""
     try:
         with open(run_dir / HISTORY, encoding="utf-8") as file:
             record = load_json(file.readline())
@@ -63,8 +63,13 @@ def last_phase(path: Path) -> Path:
 
 
 def stored_science_keys(path: Path) -> dict[str, object]:
-    """Return the science keys of a config.yaml, without the guard's where it is of a version that did not fix them.
-    Raises UserError."""
+    """Return the science keys of a config.yaml.
+
+    The keys of the anomaly detector are left out where the file's version did not fix them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     keys = science_keys(from_yaml(path))
     if fixes_guard(path):
         return keys
@@ -72,5 +77,5 @@ def stored_science_keys(path: Path) -> dict[str, object]:
 
 
 def fixes_guard(path: Path) -> bool:
-    """Return whether a config.yaml is of a version that has the guard's keys among its science keys."""
+    """Return whether a config.yaml's version has the anomaly detector's keys among its science keys."""
     return "spike_ratio" in (read_yaml(path).get("resilience") or {})

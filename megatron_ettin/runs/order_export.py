@@ -59,7 +59,7 @@ def check_same_order(path: Path, corpus: BlendedDataset) -> None:
 
 
 def parse_steps(text: str) -> range:
-    """`A:B` as steps A to B - 1, `A` as step A alone. Raises UserError."""
+    """Parse `A:B` as steps A to B - 1, and `A` as step A alone. Raises UserError."""
     first, colon, end = text.partition(":")
     try:
         steps = range(int(first), int(end) if colon else int(first) + 1)
@@ -149,6 +149,10 @@ def write_parquet(
     and nominal tokens.
 
     Args:
+        out: the file.
+        config: configuration of the run.
+        corpus: rows of the run.
+        steps: steps whose rows are written, counted from 1.
         names: what to call the datasets instead of their paths.
     """
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""One run to train: what the command asks for, and all that can be checked of it without the other ranks."""
+"""Describe one run to train, and check all of it that needs no other ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_ettin.runs.rollback import check_roll_back
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What `ettin train` takes besides the configuration."""
+    """Arguments of `ettin train` besides the configuration."""
 
     run_dir: Path
     init_from: Path | None = None
@@ -36,7 +36,7 @@ class TrainArgs:
     model_of_weights: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `model` that came with `init_from`."""
     json_stream: TextIO | None = None
-    """Where steps are written as JSON lines, instead of the lines for people."""
+    """Stream that gets steps as JSON lines, instead of the lines for people."""
     free: frozenset[str] | None = None
     """Keys of the schedule that follow the run's length; None: by their values."""
     unread: Sequence[str] = ()
@@ -45,7 +45,7 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One run, checked as far as that goes without the other ranks."""
+    """One run, checked as far as is possible without the other ranks."""
 
     config: Config
     args: TrainArgs

@@ -1,4 +1,4 @@
-"""Where a run stands, what its latest step did, and what a rank asks of the others."""
+"""Record a run's progress, the result of its latest step, and the signals between its ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ControlSignal(enum.IntEnum):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on every rank."""
+    """Result of a step, equal on every rank."""
 
     step: int
     """Number of the step, from 1."""
@@ -53,9 +53,9 @@ class StepResult:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further figures for metrics.jsonl; hooks add theirs."""
     signal: ControlSignal = ControlSignal.NONE
-    """What the ranks were asked for, agreed by all of them."""
+    """Strongest signal that any rank sent, equal on every rank."""
     anomaly: Anomaly | None = None
-    """What is wrong with the loss or the gradient norm."""
+    """Anomaly in the loss or the gradient norm."""
     updated: bool = True
     """Whether the weights were updated."""
 
@@ -67,7 +67,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what a checkpoint stores besides weights and optimizer."""
+    """Progress of a run, which a checkpoint stores besides weights and optimizer."""
 
     step: int = 0
     """Steps done."""

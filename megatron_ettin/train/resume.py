@@ -49,8 +49,14 @@ def begin(
     """Load what the run goes on from, and return its progress and a line that names it. Collective.
 
     Args:
+        train_state: The model and optimizer to load into.
+        run_dir: The run directory, whose newest checkpoint is used if it has one.
+        init_from: Checkpoint or run that a new run begins with; None: initial weights.
+        keep_optimizer: Whether the optimizer state of `init_from` is kept; None: by the rule of `keeps_optimizer`.
+        corpus: The rows that the run trains on, whose tokenizer `init_from` must have.
         from_step: Step of `init_from` where the run has not begun; without `init_from`, the step that the run goes
             back to, once.
+        allow_change: Science keys that may differ from the checkpoint's.
     """
     back = from_step is not None and init_from is None
     if back:
@@ -126,7 +132,7 @@ ALIKE = ("stable_adamw", "adamw")
 
 @dataclass(frozen=True)
 class MomentChange:
-    """How the moments of a checkpoint are taken over."""
+    """Change of a checkpoint's moments when a run loads them."""
 
     kept: bool = True
     """False: the optimizer starts fresh, as after `--init-optimizer fresh`."""
@@ -135,7 +141,7 @@ class MomentChange:
     second: float = 1.0
     """Factor of the second moments."""
     note: str = ""
-    """What is done, for the line that says what the run goes on from; empty where nothing is."""
+    """Text about the change, for the line that names the checkpoint loaded; empty where nothing changes."""
 
 
 def moment_change(checkpoint: Path, optim: OptimConfig) -> MomentChange:
@@ -179,7 +185,11 @@ class Damaged(UserError):
 def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True, verified: bool = False) -> Progress:
     """Put a checkpoint's weights (and optimizer) into this rank's part, whatever layout wrote it. Collective.
 
-    Every sha256 is checked unless `verified`. Raises UserError naming the damaged file, on every rank."""
+    Every sha256 is checked unless `verified`.
+
+    Raises:
+        UserError: on every rank, naming a damaged file.
+    """
     if verified:
         return _load(train_state, checkpoint, with_optimizer)
     run_on_rank_zero(lambda: _check_description(checkpoint), UserError)
@@ -187,15 +197,25 @@ def load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True,
 
 
 def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] | None:
-    """`directory.latest` of a run, loaded: its name and progress, None where the run has no checkpoint. What killed
-    saves left is put out of the way first. Collective; raises UserError where every checkpoint is damaged, and where
-    a whole one does not fit this machine."""
+    """Load the newest good checkpoint of a run, and return its name and progress. Collective.
+
+    What killed saves left is put out of the way first.
+
+    Returns:
+        None where the run has no checkpoint.
+
+    Raises:
+        UserError: every checkpoint is damaged, or one that is whole does not fit the run.
+    """
     layout = train_state.layout
     loaded: list[Progress] = []
     refused: list[UserError] = []
 
     def attempt(checkpoint: Path) -> None:
-        """Raises Damaged on every rank alike; a checkpoint that is whole but does not fit is no reason to go back."""
+        """Load a checkpoint, and raise Damaged on every rank alike.
+
+        A checkpoint that is whole but does not fit is no reason to go back to an older one.
+        """
         try:
             loaded.append(_load_hashing(train_state, checkpoint))
         except Damaged:
@@ -204,7 +224,8 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
             refused.append(error)
 
     def attempt_together(checkpoint: Path) -> None:
-        _check_description(checkpoint)  # before anyone reads
+        # before any rank reads
+        _check_description(checkpoint)
         broadcast_object(checkpoint)
         attempt(checkpoint)
 
@@ -228,13 +249,15 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
 
 
 def _check_description(checkpoint: Path) -> None:
-    """Presence and size of every file, sha256 of all that say what the data are. Raises UserError."""
+    """Check the size of every file and the sha256 of all but the data files. Raises UserError."""
     verify(checkpoint, which=lambda name: not name.endswith(DATA))
 
 
 def _share(layout: Layout, checkpoint: Path) -> list[Block]:
-    """What this rank hashes of the data: an even share of all blocks in the order of the ranks that wrote them, which
-    on the same layout is about what it reads, so that it reads ahead for itself."""
+    """Return the blocks that this rank hashes: an even share, in the order of the ranks that wrote them.
+
+    On the same layout that is about what the rank loads, so that hashing reads ahead for it.
+    """
     entries = {name: entry for name, entry in read_entries(checkpoint).items() if name.endswith(DATA)}
     names = sorted(entries, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     blocks = [block for name in names for block in blocks_of(name, entries[name])]
@@ -243,7 +266,7 @@ def _share(layout: Layout, checkpoint: Path) -> list[Block]:
 
 
 def _check_share(layout: Layout, checkpoint: Path) -> str | None:
-    """Hash this rank's share of the data; what is wrong with it."""
+    """Hash this rank's share of the data, and return an error message or None."""
     try:
         verify_blocks(checkpoint, _share(layout, checkpoint), background=True)
     except UserError as error:
@@ -252,8 +275,10 @@ def _check_share(layout: Layout, checkpoint: Path) -> str | None:
 
 
 def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
-    """`_load` while the data are hashed. Raises Damaged on every rank for what any rank found, which also explains
-    most of what a load can die of."""
+    """Load a checkpoint while its data are hashed in a thread.
+
+    Raises Damaged on every rank for damage that any rank found, because damage explains most errors of a load.
+    """
     layout, failed, progress = train_state.layout, None, Progress()
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(_check_share, layout, checkpoint)
@@ -300,7 +325,7 @@ def _load(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True
 
 
 def _exact(train_state: TrainState, loaded: dict[str, Any]) -> dict[int, Any]:
-    """id of each weight in FP8 -> what a checkpoint has of it."""
+    """Return the checkpoint's tensor of each weight in FP8, by the weight's id()."""
     return {
         id(weight): loaded[f"model{number}"][name]
         for number, chunk in enumerate(train_state.model_chunks)

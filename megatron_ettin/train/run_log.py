@@ -1,4 +1,4 @@
-"""Lines that a run logs when it starts and when it ends, and its entry in history.jsonl."""
+"""Format the lines that a run logs when it starts and ends, and its entry in history.jsonl."""
 
 from __future__ import annotations
 
@@ -122,6 +122,9 @@ def ending_lines(config: Config, run_dir: Path, progress: Progress, loss: float 
     """Return the lines for the end of a run: its result and the next command.
 
     Args:
+        config: Configuration of the run.
+        run_dir: Run directory.
+        progress: Progress at the end.
         loss: Loss of the last step; None where this launch made no step.
     """
     done = is_done(config, progress)

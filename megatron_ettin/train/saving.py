@@ -63,7 +63,7 @@ class SaveResult:
     path: Path | None
     """The published checkpoint; None where the save failed."""
     reason: str = ""
-    """Why it failed."""
+    """Reason why it failed."""
 
 
 @dataclass
@@ -252,6 +252,7 @@ def failure_line(result: SaveResult, last: int | None, then: str) -> str:
     """Return the line about a save that failed.
 
     Args:
+        result: The result.
         last: Step of the latest checkpoint; None where there is none.
         then: What happens next.
     """

@@ -38,7 +38,7 @@ from megatron_ettin.train.progress import Progress
 
 @dataclass
 class TrainState:
-    """One rank's share of a training run: where it stands and what it trains."""
+    """One rank's share of a training run: its progress, model and optimizer."""
 
     config: Config
     platform: Platform
@@ -108,6 +108,8 @@ def setup_training(
     """Build this rank's part of the run. Collective.
 
     Args:
+        config: Configuration of the run.
+        platform: Device of this rank.
         world: Number of ranks.
         training: Whether gradient buffers and an optimizer are built.
         initial_weights: Whether the weights are drawn by name; drawing a billion numbers takes half a minute, which a

@@ -37,9 +37,8 @@ def train_step(
 ) -> StepResult:
     """Train on the step after `train_state.progress`, which stays as it is. Collective.
 
-    Args:
-        detector: Judges loss and gradient norm; an update that it objects to is left out. None: every update is made.
-        signal: What this rank asks of all ranks.
+    `detector` judges loss and gradient norm, and an update that it objects to is left out; without one every update is
+    made. `signal` is sent to all ranks.
     """
     began, timer, optimizer = time.perf_counter(), train_state.clock, train_state.optimizer
     assert optimizer is not None
@@ -153,8 +152,11 @@ def forward_step(
     With the first three arguments bound it is core's forward_step_func.
 
     Args:
+        totals: Totals of the step.
         counts_losses: Whether this rank is the one to count them.
         factor_of: Number of labels -> factor that their losses are multiplied by later.
+        batches: Micro-batches, of which the next one is run.
+        model: The model chunk.
     """
     batch = next(batches)
     labels = len(batch.labels)
@@ -179,6 +181,7 @@ def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
     """Add the figures of one micro-batch. A new metric of the loss is a line here.
 
     Args:
+        totals: Totals of the step.
         losses: [labels]; None on a rank that does not count them, which makes the slots alone.
     """
     totals.add("loss", None if losses is None else losses.double().sum())

@@ -1,4 +1,4 @@
-"""The wish to stop that a scheduler, a launcher or a terminal sends as a signal."""
+"""Receive the signal by which a scheduler, a launcher or a terminal asks a run to stop."""
 
 from __future__ import annotations
 

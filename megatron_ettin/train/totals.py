@@ -34,6 +34,7 @@ class StepTotals:
         """Add a value to the figure `name`.
 
         Args:
+            name: Name of the figure.
             value: A number or a scalar tensor; None makes the slot alone, on a rank that has nothing to count.
             reduce: "sum" or "mean" of all values of all ranks, or "rank_zero": rank 0's value, but NaN or infinite
                 where any rank's is, so that all ranks decide alike.

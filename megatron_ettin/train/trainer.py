@@ -1,5 +1,4 @@
-"""The trainer behind `ettin train`: it makes what a run needs, goes on from where the run stands, and steps until the
-phase's tokens are trained on."""
+"""Train a run for `ettin train`: set it up, load its newest checkpoint, and step until the phase's tokens are done."""
 
 from __future__ import annotations
 
@@ -150,7 +149,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def explaining_failures(self, job: TrainJob, watchdog: Watchdog) -> Iterator[None]:
-        """Around what may stall: an error that a stall brought about ends the process as the stall did."""
+        """End the process as a stall does where an error inside was caused by one."""
         try:
             yield
         except Exception as error:
@@ -164,7 +163,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def naming_way_back(self, run: Run) -> Iterator[None]:
-        """Around the steps: add the last good checkpoint to an error about bad figures."""
+        """Add the last good checkpoint to an error about bad figures that is raised inside."""
         try:
             yield
         except BadNumbers as bad:
@@ -218,8 +217,10 @@ def after_anomaly(run: Run, result: StepResult, progress: Progress) -> None:
 
 
 def build_hooks(run: Run, peers: Sequence[RankInfo], job: TrainJob) -> list[Hook]:
-    """Return the hooks in the order they run: evaluation adds figures that the metrics then write, checkpoints come
-    last."""
+    """Return the hooks in the order in which they run.
+
+    Evaluation adds figures that the metrics then write, and checkpoints come after both.
+    """
     hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(job.args.json_stream)]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)

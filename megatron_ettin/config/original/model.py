@@ -57,11 +57,11 @@ class TrainerModel:
     """A model as a configuration of the original trainer describes it."""
 
     source: str
-    """Where the description comes from, for messages."""
+    """Origin of the description, for messages."""
     objective: str | None
     """None where the configuration does not say it."""
     head: str | None
-    """What its head should be called in a checkpoint: `head` or `lm_head`."""
+    """Name that its head should have in a checkpoint: `head` or `lm_head`."""
     model: ModelConfig
     notes: list[str]
     """Defaults and assumptions that were used."""

@@ -20,7 +20,7 @@ from megatron_ettin.convert.composer.torch_file import DTYPES, TorchFile
 from megatron_ettin.convert.rules import TIED
 
 STATE_DICTS = (("state", "model"), ("model",), ("state_dict",), ("model_state_dict",), ())
-"""Where a file may keep its weights, in the order of looking."""
+"""Keys under which a file may keep its weights, in the order in which they are tried."""
 HEADS = ("head", "lm_head")
 BIAS = "decoder.bias"
 EMBEDDING = "model.embeddings.tok_embeddings.weight"

@@ -1,4 +1,4 @@
-"""Rows of an order that `ettin order --out` exported: each line is a chunk, and lines of one (step, slot) are a row.
+"""Read an order that `ettin order --out` exported: each line is a chunk, and lines of one (step, slot) are a row.
 
 The lines are read batch by batch, in their sequence. Datasets are found by the fingerprint that the file notes, so they
 may have moved; a file without that note (written by something else) names them by path."""
@@ -33,6 +33,10 @@ def exported_rows(
     """Yield the rows of the files in order.
 
     Args:
+        files: the files of the order.
+        datasets: the datasets of the mixture.
+        seq_len: tokens of a row.
+        batching: `packed` or `padded`.
         missing: ignored; a chunk that its dataset does not have is always an error.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The parquet files of a recorded order: which, in what sequence, and in which format."""
+"""Find the parquet files of a recorded order, their sequence and their format."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Rows of a published order: samples of token ids, found again in the datasets by their content.
+"""Find the samples of a published order, which are token ids, in the datasets by their content.
 
-A streaming join: hash every sample of the files, then scan the datasets once and look up each chunk's hash. Memory
-holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and a batch of either side. Special tokens
-around a sample or chunk do not count, nor what is beyond the tokens that a row can hold, since trainers differ in what
-they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of them is
-matched falsely is some 5 %. Equal samples get the first chunk that has their content."""
+This is a streaming join: hash every sample of the files, then scan the datasets once and look up each chunk's hash.
+Memory holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and a batch of either side. Special
+tokens around a sample or chunk do not count, nor do tokens beyond those that a row can hold, because trainers differ in
+what they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of
+them is matched falsely is some 5 %. Equal samples get the first chunk that has their content."""
 
 from __future__ import annotations
 
@@ -80,8 +80,11 @@ def published_rows(
 def window_rows(
     sources: Int64Array, chunks: Int64Array, datasets: Sequence[Dataset], seq_len: int, batching: str
 ) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
-    """Pack the samples of one window; return source, chunk count, chunk numbers and tokens of its rows, sorted by the
-    first of their samples."""
+    """Pack the samples of one window into rows, sorted by the first of their samples.
+
+    Returns:
+        Source, chunk count, chunk numbers and tokens of the rows.
+    """
     lengths = np.empty(len(chunks), np.int64)
     row_of, num_rows = np.empty(len(chunks), np.int64), 0
     for s in np.unique(sources).tolist():
@@ -184,10 +187,10 @@ def order_by_step(path: Path) -> Int64Array:
 
 
 def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRecord, limit: int) -> UInt64Array:
-    """Return a 64-bit hash of each sequence's own tokens, `limit` of them at most; the sequences stand one after
-    another.
+    """Return a 64-bit hash of each sequence's own tokens, of the first `limit` at most.
 
-    One [CLS] before, any [PAD] after and then one [SEP] are left out."""
+    `tokens` holds the sequences one after another. One [CLS] before, any [PAD] after and then one [SEP] are left out.
+    """
     if len(tokens) == 0:
         return mix64(np.zeros(len(lengths), np.uint64))
     ends = np.cumsum(lengths)

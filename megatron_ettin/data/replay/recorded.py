@@ -1,4 +1,4 @@
-"""A data order recorded in files, compiled once: `data.order=FILE` trains on its rows, in its order.
+"""Compile a data order recorded in files (`data.order=FILE`), and read its rows in its order.
 
 Compiling (exported.py, published.py) writes which chunks make up each row to `order_<key>/` in the first dataset, or to
 `$ETTIN_CACHE/orders` where the dataset cannot be written; every rank memory-maps it. Like a packing index it is written
@@ -149,9 +149,13 @@ class RecordedSampler:
 def open_recorded_sampler(
     path: str, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str = "error"
 ) -> RecordedSampler:
-    """Open the order in `path` over these datasets, and compile it before unless that was done. Raises UserError.
+    """Open the order in `path` over these datasets, and compile it first unless that was done.
 
     Args:
+        path: `data.order`.
+        datasets: the datasets of the mixture.
+        seq_len: tokens of a row.
+        batching: `packed` or `padded`.
         missing: `skip` leaves out samples that no dataset has, `error` refuses them.
     """
     files = open_order_files(path)

@@ -71,7 +71,7 @@ class AttemptResult(NamedTuple):
     heartbeat: Dict[str, Any]
     """The run's last heartbeat."""
     why: str
-    """Why the command was ended; empty where it ended by itself."""
+    """Reason why the command was ended; empty where it ended by itself."""
     stuck: bool
     """Whether its step cannot be ended."""
 

@@ -18,16 +18,16 @@ from megatron_ettin.train.setup import TrainState
 
 @dataclass
 class Run:
-    """What hooks see of a run."""
+    """Run as hooks see it."""
 
     train_state: TrainState
     batches: Batches
     directory: Path
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     signal: ControlSignal = ControlSignal.NONE
-    """What rank 0 asks of all ranks with the next step."""
+    """Signal that rank 0 sends to all ranks with the next step."""
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What is closed when the run ends, however it ends."""
+    """Context managers to close when the run ends, however it ends."""
 
     @property
     def config(self) -> Config:
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands; replaced after every step."""
+        """Progress of the run; replaced after every step."""
         return self.train_state.progress
 
     @property

@@ -136,7 +136,8 @@ class Checkpoints(Hook):
 
 
 CHECK_SECONDS = 5.0
-RECORD = "config.yaml"  # written before the first step, and never removed by a run
+# it is written before the first step, and a run never removes it
+RECORD = "config.yaml"
 
 
 class DirectoryCheck(Hook):

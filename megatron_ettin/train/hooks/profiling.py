@@ -40,7 +40,8 @@ class Profiling(Hook):
         name = f"steps_{self.first}-{last}_rank_{run.train_state.layout.rank:05d}"
         try:
             text = self.profiler.write(run.directory / FOLDER, name)
-        except OSError as error:  # a profile is no reason for a run to end
+        # a profile is no reason for a run to end
+        except OSError as error:
             log_warning(f"warning: profile.steps: {name} cannot be written ({error})")
         else:
             if run.is_main_process:
