@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """A mistake that this rank alone can see (its device, its disk): told by every rank that meets it."""
+    """A mistake that only this rank can see (its device, its disk); every rank that meets one reports it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# what flock says where another process has the lock; NFS says the second
+# flock fails with these where another process has the lock; on NFS with EACCES
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 TEMPORARY = ".tmp-"
 

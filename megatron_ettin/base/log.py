@@ -1,7 +1,7 @@
-"""Print what a run reports, through the logger `megatron_ettin`. A line that cannot be written is lost.
+"""Print what a run reports through the logger `megatron_ettin`; a line that cannot be written is lost.
 
 A log's reader may end, its disk may be full, its terminal may be gone: none of that is a reason for a run of weeks to
-end, or to end with another exit status. So whatever prints while a run trains does it here
+end, or to end with another exit status. So everything that prints while a run trains does it here
 (tests/test_architecture.py).
 
 The logger's own handler writes plain lines: information to standard output, warnings and errors to standard error.

@@ -1,4 +1,4 @@
-"""Names that files give of other files: checked, and joined to paths in this one place.
+"""Check the names that files give of other files, and join them to paths, in this one place.
 
 A manifest, an index or a checkpoint's metadata may have been made by anyone. A name out of one that held `..`, or that
 led out of its folder by a link, would let whoever made it choose which files are read, copied, replaced or removed.

@@ -80,7 +80,7 @@ class Panel:
 
     @property
     def is_logarithmic(self) -> bool:
-        """Whether values span so much that a linear axis would hide most of them."""
+        """Return whether values span so much that a linear axis would hide most of them."""
         values = self.values
         return not (self.clipped or self.from_zero) and bool(
             values[0] > 0 and values[-1] > WIDE_RANGE * values[len(values) // 2]

@@ -20,7 +20,7 @@ SHOWN = (
     *("torch", "megatron-core", "transformer-engine", "deepspeed", "flash-attn"),
     *("transformers", "tokenizers", "datasets", "numpy", "pyarrow"),
 )
-# what decides a step's numbers
+# these decide a step's numbers
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "deepspeed")
 # log lines of two hosts whose clocks are further apart are put in the wrong order
 CLOCK_SECONDS = 5.0

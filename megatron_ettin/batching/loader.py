@@ -23,7 +23,7 @@ from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.batching.host import HostBatch, HostBatches
 
-# by default; a CPU has no cores to spare for workers
+# default on a GPU; without one, no cores are left for workers
 GPU_WORKERS = 2
 LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -43,7 +43,7 @@ class LoadedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class WorkerResult:
-    """What a worker sends: a micro-batch, or the line of a UserError (torch would wrap the error in a traceback)."""
+    """Result of a worker: a micro-batch, or the line of a UserError, which torch would wrap in a traceback."""
 
     batch: HostBatch | None
     mistake: str = ""

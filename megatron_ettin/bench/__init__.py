@@ -1,1 +1,1 @@
-"""Floor 8: what `ettin bench` times and what becomes of its results."""
+"""Floor 8: the measurements of `ettin bench` and their results."""

@@ -37,7 +37,7 @@ class LaunchedCommand:
     swept: frozenset[str] = frozenset()
     """Options among size and objective that differ between the runs."""
     runs: tuple[tuple[tuple[str, ...], tuple[PlannedPhase, ...]], ...] = ()
-    """For each member of the sweep (or the one run) its own arguments, and its phases in order."""
+    """Own arguments of each member of the sweep (or of the one run), and its phases in order."""
     user_config: Path | None = None
 
     @property

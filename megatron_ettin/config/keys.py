@@ -17,7 +17,7 @@ METADATA = "key"
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What a configuration key means and which values it may have. None is always allowed where the type allows it."""
+    """Meaning and allowed values of a configuration key. None is always allowed where the type allows it."""
 
     doc: str
     unit: str = ""
@@ -49,7 +49,7 @@ class Key:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the key has a range."""
+        """Return whether the key has a range."""
         return any(bound is not None for bound in (self.above, self.at_least, self.at_most, self.below))
 
     @property

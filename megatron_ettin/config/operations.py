@@ -1,6 +1,6 @@
-"""The configuration's groups of how a run is operated: layout, checkpoints, metrics, failures, profiles.
+"""Declare the configuration groups for operating a run: layout, checkpoints, metrics, failures, profiles.
 
-Only `resilience.on_*` and `resilience.spike_*` decide what is learned. How keys are declared: schema.py."""
+Only `resilience.on_*` and `resilience.spike_*` decide what is learned. schema.py explains how keys are declared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_ettin.config.values import names, rank_list, step_span, whole_numb
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model and the batch are laid out over ranks."""
+    """Layout of the model and the batch over ranks."""
 
     tp: int = key("Tensor-parallel ranks.", 1, at_least=1)
     pp: int = key("Pipeline stages.", 1, at_least=1)
@@ -71,7 +71,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept. Resumable ones hold weights and optimizer state."""
+    """Times at which checkpoints are written, and which are kept. Resumable ones hold weights and optimizer state."""
 
     every_minutes: Optional[float] = key(
         "Time between resumable checkpoints, by rank 0's clock.", 30.0, unit="minutes", above=0
@@ -103,7 +103,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What is measured, how often, and where it goes besides metrics.jsonl."""
+    """Figures that are measured, how often, and their destinations besides metrics.jsonl."""
 
     every_steps: int = key("Steps between lines on the console and in dashboards.", 1, unit="steps", at_least=1)
     tensorboard: bool = key("Write TensorBoard files.", True)
@@ -130,7 +130,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    """What happens when a step, a rank or the job goes wrong."""
+    """Reactions to a step, a rank or a job that goes wrong."""
 
     on_nonfinite: str = science_key(
         "What to do with a loss or gradient norm that is not finite: skip the update, stop the run, or ignore it.",

@@ -51,7 +51,7 @@ class UserConfig:
 
     @property
     def is_original(self) -> bool:
-        """Whether it is a YAML of the original trainer; no other file has size, objective and phase."""
+        """Return whether it is a YAML of the original trainer; no other file has size, objective and phase."""
         return bool(self.names)
 
 

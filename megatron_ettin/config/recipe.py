@@ -1,4 +1,4 @@
-"""Tables of the recipe: the published run of each size, objective and phase, and the original trainer's choices.
+"""List the recipe: the published run of each size, objective and phase, and the original trainer's choices.
 
 Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so: `rows` and
 `seq_len` of packed batching keep the published tokens per step (4,608 sequences of about 615 tokens, 2.84M).

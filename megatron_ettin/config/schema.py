@@ -1,4 +1,4 @@
-"""The configuration's groups as frozen dataclasses: every key a user may set.
+"""Declare the configuration's groups as frozen dataclasses, with every key a user may set.
 
 Each key is declared once by `key` (keys.py), with what it does and which values it may have; docs/config.md is
 generated from here. Defaults are those that no recipe table decides: resolve.py fills the rest from SIZES, PHASES and
@@ -145,7 +145,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, in which order, and how it becomes rows."""
+    """Data that is read, its order, and how it becomes rows."""
 
     seq_len: int = science_key("Length of a row.", unit="tokens", at_least=8)
     mlm_probability: float = science_key("Share of tokens that masked rows predict.", at_least=0, at_most=1)
@@ -233,7 +233,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Which run of the recipe this is, how long it is, and what it runs on."""
+    """Run of the recipe, its length, and the device it runs on."""
 
     size: str = key("Published size that the shape is taken from (`--size`).")
     objective: str = science_key("Training objective (`--objective`).")
@@ -279,7 +279,7 @@ class Config:
 
     @property
     def causal(self) -> bool:
-        """Whether every row is causal."""
+        """Return whether every row is causal."""
         return OBJECTIVES[self.run.objective].causal
 
     @property

@@ -1,4 +1,4 @@
-"""Science keys: what must not change within a run directory, because it decides what is learned."""
+"""List the science keys, which must not change within a run directory because they decide what is learned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONDITIONS: dict[str, Callable[[Config], bool]] = {
     "batch.micro_batch_rows": lambda config: config.batch.loss_normalization == "microbatch",
     "data.order": lambda config: True,
 }
-# what decides which updates are made
+# these decide which updates are made
 GUARD_KEYS = tuple(name for name, key in all_keys().items() if name.startswith("resilience.") and key.science)
 
 

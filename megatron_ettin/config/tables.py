@@ -1,4 +1,4 @@
-"""Tables of published shapes, objectives and precisions, and the names of models.
+"""List the published shapes, the objectives and the precisions, and name models.
 
 Shapes are those of the Ettin configurations (std/<size>/*.yaml, lines 24-27). Their parameter counts equal those of
 `transformers`' ModernBERT classes at vocabulary 50,368 with a tied output (the same for encoder and decoder).
@@ -88,7 +88,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class RowObjective:
-    """How a row is read: whether attention is causal, whether tokens are masked, whether position i predicts i + 1."""
+    """Way of reading a row: whether attention is causal, tokens are masked, and position i predicts i + 1."""
 
     causal: bool
     masks: bool
@@ -107,13 +107,13 @@ class Objective:
     """A training objective."""
 
     row_objectives: tuple[str, ...]
-    """How its rows are read. Where there are two, the first is causal and `data.clm_fraction` is its share."""
+    """Row objectives. Where there are two, the first is causal and `data.clm_fraction` is its share."""
     exports: tuple[str, ...]
     """Objectives of the models that its weights can be exported as; the first is the default."""
 
     @property
     def needs_mask_token(self) -> bool:
-        """Whether some of its rows have masked tokens."""
+        """Return whether some of its rows have masked tokens."""
         return self.masked_objective is not None
 
     @property
@@ -123,12 +123,12 @@ class Objective:
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether it mixes causal and masked rows."""
+        """Return whether it mixes causal and masked rows."""
         return len(self.row_objectives) > 1
 
     @property
     def causal(self) -> bool:
-        """Whether all rows are causal."""
+        """Return whether all rows are causal."""
         return all(ROW_OBJECTIVES[name].causal for name in self.row_objectives)
 
 

@@ -1,4 +1,4 @@
-"""Values of keys that are more than one number or name: shares over tokens, ranges of rows, lists, validation datasets.
+"""Parse values that are more than one number or name: shares over tokens, ranges of rows, lists, validation datasets.
 
 Lists are written as YAML lists. Texts such as `4,3` and `0:8,16:24`, which earlier versions had, are read too."""
 

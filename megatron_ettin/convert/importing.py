@@ -49,7 +49,7 @@ class WeightFiles(Protocol):
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether tensors may be read in threads before they are asked for."""
+        """Return whether tensors may be read in threads before they are asked for."""
 
     def read(self, name: str) -> torch.Tensor: ...
     def display_name(self, name: str) -> str:

@@ -50,7 +50,7 @@ class ShardRecord:
     """One shard of a dataset."""
 
     name: str
-    """For instance `shard_00000`."""
+    """Name of the files without suffix, such as `shard_00000`."""
     documents: int
     chunks: int
     tokens: int
@@ -92,7 +92,7 @@ class Manifest:
     min_chunk_tokens: int
     skip_tokens: int
     end_token: str
-    """Which chunks of a document end in [SEP]: "every", "last" or "none"."""
+    """Chunks of a document that end in [SEP]: "every", "last" or "none"."""
     add_prefix_space: bool
     holdout: float
     """The fraction of documents that `--holdout` asked for; a held-out dataset has it too."""

@@ -69,7 +69,7 @@ class RowArrays:
     chunks: IntArray
     """Chunk numbers, row after row."""
     ends: IntArray
-    """For each row, where its chunks end in `chunks`."""
+    """End of each row's chunks in `chunks`."""
     tokens: IntArray
     """Tokens of each row."""
 

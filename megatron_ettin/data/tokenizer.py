@@ -89,7 +89,7 @@ class Tokenizer:
 
     @property
     def has_holes(self) -> bool:
-        """Whether ids below `vocab_size` belong to no entry."""
+        """Return whether ids below `vocab_size` belong to no entry."""
         return self.backend.get_vocab_size(with_added_tokens=True) < self.vocab_size
 
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:

@@ -1,1 +1,1 @@
-"""Floor 5: checks whether this machine is fit to train, and what its gaps cost. Each module returns `Finding`s."""
+"""Floor 5: checks of this host for training, and the cost of what it lacks. Each module returns `Finding`s."""

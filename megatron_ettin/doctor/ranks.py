@@ -1,4 +1,4 @@
-"""Compare all ranks of a launch: do they meet, is the same installed, do their clocks agree, and which of them is slow?
+"""Compare all ranks of a launch: whether they meet, their versions, their clocks and their speed.
 
 Matrix products on every device of this process and all-reduces over its ranks run for some seconds; their results are
 checked and their speed is measured."""

@@ -1,1 +1,1 @@
-"""Floor 8: loss on held-out rows, logits of a checkpoint, other people's evaluations."""
+"""Floor 8: loss on held-out rows, logits of a checkpoint, and public evaluations."""

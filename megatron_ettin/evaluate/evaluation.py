@@ -1,4 +1,4 @@
-"""Loss on held-out rows, in all and by source.
+"""Measure the loss on held-out rows, in all and by source.
 
 Every evaluation has the same rows and, for the encoder, the same masks (15 %, whatever the run trains with), so that
 numbers compare over a run, over phases and between checkpoints."""

@@ -1,4 +1,4 @@
-"""Other people's evaluations of an exported folder: lm-evaluation-harness for decoders, mteb for encoders.
+"""Run public evaluations of an exported folder: lm-evaluation-harness for decoders, mteb for encoders.
 
 Both are extras (`pip install megatron_ettin[harness]`) and neither is imported before it is asked for. Tasks are named,
 or lie in a folder (lm: YAML files with `data_files` of one's own) or a Python file (mteb: its AbsTask classes)."""

@@ -1,4 +1,4 @@
-"""Logits of a checkpoint for given tokens, in one process: what exports are compared with."""
+"""Compute a checkpoint's logits for given tokens in one process; exports are compared with them."""
 
 from __future__ import annotations
 

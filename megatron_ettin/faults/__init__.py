@@ -1,1 +1,1 @@
-"""Floor 8: what notices and explains hangs, bad steps, slow ranks and flipped bits."""
+"""Floor 8: detection and explanation of hangs, bad steps, slow ranks and flipped bits."""

@@ -34,7 +34,7 @@ class Anomaly:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether the update must not be made."""
+        """Return whether the update must not be made."""
         return self.action in ("skip", "stop")
 
 
@@ -50,7 +50,7 @@ class AnomalyDetector:
 
     @property
     def skips(self) -> bool:
-        """Whether the update has to wait for the verdict."""
+        """Return whether the update has to wait for the verdict."""
         wanted = (self.settings.on_nonfinite, self.settings.on_spike)
         return self.can_skip and any(action in ("skip", "stop") for action in wanted)
 

@@ -1,4 +1,4 @@
-"""Floor 2: where a run's metrics go: always to `metrics.jsonl`, optionally to TensorBoard and Weights & Biases.
+"""Floor 2: the sinks of a run's metrics: always `metrics.jsonl`, optionally TensorBoard and Weights & Biases.
 
 The trainer hands one flat dict a step to `FanOut.log`."""
 

@@ -51,7 +51,7 @@ class WandbSink:
     def __init__(self, identity: WandbIdentity, directory: str | Path):
         self.identity, self.directory = identity, Path(directory)
         self._run: Any = None
-        # what is in page.json
+        # content of page.json
         self._id, self._sent = "", 0
 
     def log(self, values: Mapping[str, Any]) -> None:

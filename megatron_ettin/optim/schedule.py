@@ -9,7 +9,7 @@ import math
 
 from megatron_ettin.config.schema import ScheduleConfig
 
-# where the linear warm-up begins
+# fraction at which the linear warm-up begins
 FLOOR = 1e-10
 
 

@@ -1,4 +1,4 @@
-"""Collectives over all ranks: scalars, any picklable objects, and decisions that one rank takes for all.
+"""Run collectives over all ranks: on scalars, on picklable objects, and for decisions that one rank takes for all.
 
 With one rank, or before there is a process group, each returns this process's own value. Every function is collective:
 all ranks call it, in the same order."""

@@ -119,7 +119,7 @@ def record_stall(rank: int, host: str, line: str) -> None:
 
 def _record_once(folder: Path, rank: int, record: dict[str, Any]) -> None:
     path = folder / f"rank_{rank:05d}.json"
-    # what came first is the cause of what came after
+    # the first failure caused the later ones
     if not path.exists():
         write_record(path, record)
 

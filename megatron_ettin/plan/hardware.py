@@ -1,4 +1,4 @@
-"""GPU models that a plan can be made for: gpus.yaml, and a user's own file over it."""
+"""List the GPU models that a plan can be made for: those of gpus.yaml, overridden by a user's own file."""
 
 from __future__ import annotations
 

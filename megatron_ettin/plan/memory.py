@@ -138,7 +138,7 @@ def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tu
     return saved + head, max(loss, left + again)
 
 
-# of model/loss.py and model/attention.py, which a plan does not import: they need torch and core
+# constants of model/loss.py and model/attention.py, which a plan does not import: they need torch and core
 CHUNK_LOGITS_BYTES, FEWEST_ROWS, DEVICE_CHUNK_ROWS = 64 * 2**20, 64, 4096
 BAND, DENSE_ROW_TOKENS = 64, 192
 

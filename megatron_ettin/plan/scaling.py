@@ -103,7 +103,7 @@ def fit_curve(speeds: Mapping[int, float], step_seconds: float | None = None) ->
         raise ValueError(f"a curve has two numbers of GPUs or more, the smallest below {AT_GPUS}, and speeds above 0")
     gpus = np.array(sorted(speeds))
     longer = np.array([speeds[first] / speeds[n] for n in gpus.tolist()])
-    # what is measured, weighted by its noise; then the prior, and that nothing becomes faster
+    # rows: the measurements, weighted by their noise; then the prior, and that nothing becomes faster
     a = np.vstack(
         [np.column_stack([np.ones(len(gpus)), _growth_terms(gpus, first)]) / NOISE, np.diag([0, 1, 1]) / PRIOR]
     )
@@ -257,7 +257,7 @@ def step_seconds(one: Planned, constants: Constants, node: int, growth: ScalingC
     latency = growth.latency_seconds(one.dp * parallel.cp, first_seconds)
     if parallel.pp == 1:
         return one.time.total + latency + (slower - 1) * one.time.compute
-    # of the busiest rank's passes
+    # seconds of the busiest rank's passes
     within = one.time.compute + one.time.exposed_tp + one.time.exposed_cp
     rest = one.time.total - within - one.time.bubble - one.time.exposed_pp
     stages = [constants.seconds(stage) for stage in stage_work(one.config, one.gpu, one.dp, one.chunk_tokens)]

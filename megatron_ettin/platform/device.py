@@ -40,12 +40,12 @@ class Platform:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """Return whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def has_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's layers run here."""
+        """Return whether Transformer Engine's layers run here."""
         return self.is_gpu and have_transformer_engine()
 
     @property

@@ -73,7 +73,7 @@ class Revision:
     total_tokens: int
     """Tokens trained in this phase and all before it."""
     checkpoint: Path | None
-    """None for the initial weights, which are drawn anew."""
+    """Checkpoint folder; None for the initial weights, which are drawn again."""
     run: PhaseRun
 
 

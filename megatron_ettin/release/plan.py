@@ -1,4 +1,4 @@
-"""The request for a release and its result."""
+"""Hold the request for a release and its result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReleasePlan:
     recheck: bool = False
     """Compare checksums of what is released already, not only its sizes."""
     replace: bool = False
-    """Make revisions anew that are of other weights."""
+    """Make a revision again where the existing one has other weights."""
     repository: str | None = None
     """OWNER/NAME of the hub, for the code in the card of `main`."""
 

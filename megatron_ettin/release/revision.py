@@ -48,7 +48,7 @@ class WorkerLost(Exception):
 
 @dataclass(frozen=True)
 class RevisionJob:
-    """What a worker needs to make one revision of the release in `out`."""
+    """Arguments for a worker that makes one revision of the release in `out`."""
 
     revision: Revision
     out: Path

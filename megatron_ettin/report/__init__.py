@@ -1,1 +1,1 @@
-"""Floor 7: what is drawn and proven from what runs recorded."""
+"""Floor 7: pages, figures and comparisons from the records of runs."""

@@ -181,7 +181,7 @@ def server(source: ReportSource, port: int) -> ThreadingHTTPServer:
                 self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
-            """Log nothing: a line every two seconds is of no use."""
+            """Log nothing: a line every two seconds would be noise."""
 
     try:
         served = ThreadingHTTPServer((HOST, port), Handler)

@@ -21,11 +21,11 @@ from megatron_ettin.report.models import ModelRuns
 from megatron_ettin.report.record import Column, RunRecord
 
 OVERVIEW_BUCKETS = 600
-# of all models of a page
+# limits over all models of a page
 MOST_STEPS, DETAIL_BUCKETS = 120_000, 40_000
 # a curve with values at fewer of the steps is drawn through those between; else they are gaps
 DENSE = 0.9
-# of one run
+# limit for one run
 MOST_MARKS = 1_000
 AXES = ("tokens", "steps", "hours")
 # keys of metrics.jsonl (a * takes the rest) -> title, unit, factor of the values

@@ -1,1 +1,1 @@
-"""Floor 6: the directory that is a run: what is in it, who may train in it, what its steps read."""
+"""Floor 6: the run directory: its files, its lock, and the data that its steps read."""

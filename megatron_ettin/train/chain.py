@@ -1,7 +1,7 @@
-"""Several runs in one job: the phases of `ettin train --phase all`, and the members of `--sweep`.
+"""Train several runs in one job: the phases of `ettin train --phase all`, and the members of `--sweep`.
 
-Every phase begins from the one before; a chain that was stopped goes on in the phase where it stopped. What can be
-checked of later phases is checked before the first one starts."""
+Every phase begins from the one before, and a chain that was stopped goes on in the phase where it stopped. Everything
+about later phases that can be checked is checked before the first one starts."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class StepResult:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a rank was asked to stop."""
+        """Return whether a rank was asked to stop."""
         return self.signal is ControlSignal.STOP
 
 

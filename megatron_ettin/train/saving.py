@@ -104,7 +104,7 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(request, plan), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.train_state.config.checkpoint.asynchronous:
-            # what is being written is the memory that training goes on in
+            # the tensors being written are those that training changes in place
             self._thread.join()
             barrier()
 
@@ -179,7 +179,7 @@ class Saver:
             if train_state.optimizer is not None:
                 model = train_state.optimizer.weights_to_save(model)
             plan = state.plan_state(staging, model, optimizer, dataclasses.asdict(request.progress))
-            # what DeepSpeed gathers is gone with summon_full_params
+            # the tensors that DeepSpeed gathers are freed when summon_full_params ends
             if train_state.config.parallel.engine == "deepspeed":
                 plan.copy_tensors(None, train_state.platform.synchronize)
             elif copies or train_state.platform.is_gpu:

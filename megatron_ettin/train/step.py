@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through core's pipeline schedule, one all-reduce of its totals, one update.
+"""Make an optimizer step: micro-batches through core's pipeline schedule, one all-reduce of its totals, one update.
 
 The loss is normalised by the number of predicted tokens of the whole batch (`global`, the default) or, as the original
 trainer did, by each micro-batch's own number (`microbatch`)."""

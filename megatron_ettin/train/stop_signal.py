@@ -31,7 +31,7 @@ class StopSignal:
 
         Args:
             listen: `resilience.save_on_signal`.
-            tells: whether this process says that it ends; one a machine does.
+            tells: whether this process logs that it ends; one process of a host does.
         """
         self.received = self.begun = False
         self.tells = tells

@@ -1,4 +1,4 @@
-"""Keys of the original trainer's YAML that are not translated: what they must be, or why they are left aside.
+"""List the keys of the original trainer's YAML that are not translated, with the values they must have or a reason.
 
 Translated keys are in `importing.py`; together they account for every key of the 48 published files."""
 

@@ -33,7 +33,7 @@ class TaskExit(NamedTuple):
 
     @property
     def is_consequence(self) -> bool:
-        """Whether it ended because another one did."""
+        """Return whether it ended because another one did."""
         return self.kind == "error" and any(CONSEQUENCES.search(line) for line in self.lines[-1:])
 
     def describe(self) -> str:

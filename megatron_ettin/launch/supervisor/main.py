@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return Supervisor(options, SlurmJob(os.environ), StopRequest()).run()
     except OSError as error:
-        # of the command or the folder: another attempt would fail alike
+        # an error of the command or the folder: another attempt would fail alike
         log_line("{}: {}".format(error.filename or options.folder, error.strerror or error))
         return USER_ERROR
 

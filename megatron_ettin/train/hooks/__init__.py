@@ -1,1 +1,1 @@
-"""What happens besides training: metrics, checkpoints, evaluation, displays."""
+"""Hooks, which do what happens besides training: metrics, checkpoints, evaluation, displays."""

@@ -1,6 +1,7 @@
-"""Hooks: everything that happens besides training. The loop knows no more of them than these four methods.
+"""Define hooks, which do everything that happens besides training.
 
-Hooks run on every rank, in order; those that write look at the rank themselves."""
+The loop knows only their four methods. Hooks run on every rank, in order, and a hook that writes checks the rank
+itself."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class Run:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0."""
+        """Return whether this is rank 0."""
         return self.train_state.layout.rank == 0
 
     @property

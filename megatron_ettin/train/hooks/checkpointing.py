@@ -1,4 +1,4 @@
-"""Hooks that decide when a run is saved, and that end a run whose directory was removed.
+"""Decide when a run is saved, and end a run whose directory was removed.
 
 A run saves resumable checkpoints every so often and at its end, and milestones of weights alone."""
 

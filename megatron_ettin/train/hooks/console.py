@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: a bar on a terminal, plain lines in a log, or JSON lines."""
+"""Show a run while it trains: a bar on a terminal, plain lines in a log, or JSON lines."""
 
 from __future__ import annotations
 

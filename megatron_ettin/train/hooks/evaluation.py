@@ -1,4 +1,4 @@
-"""Validation loss while a run trains."""
+"""Measure the validation loss while a run trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of every step: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Write the figures of every step to metrics.jsonl, TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
