@@ -35,7 +35,7 @@ def json_objects(
     """Yield the objects of JSON lines, without blank lines and lines that hold no object.
 
     Args:
-        lines: lines with their ends, so that a last one that a killed writer has torn can be told.
+        lines: lines with their line ends, by which a last line that a killed writer has torn is recognized.
         unreadable: gets the numbers of lines that hold no object, from 1.
         count_torn: whether a torn last line is one of them.
     """

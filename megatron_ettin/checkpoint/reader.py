@@ -201,12 +201,12 @@ class CheckpointReader:
         self._metadata = self._reader.read_metadata()
 
     def keys(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         entries = self._metadata.state_dict_metadata
         return sorted(key for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata))
 
     def byte_entries(self) -> list[str]:
-        """Names of pickled objects; they are never read."""
+        """Return the names of pickled objects, which are never read."""
         entries = self._metadata.state_dict_metadata
         return sorted(key for key, entry in entries.items() if not isinstance(entry, TensorStorageMetadata))
 

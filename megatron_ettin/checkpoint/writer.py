@@ -215,7 +215,7 @@ def staging_folder(root: Path, run: str) -> Iterator[Path]:
 
     Args:
         root: the folder of `checkpoint.staging`, made if need be.
-        run: name of the run, a part of the folder's name for whoever looks at the disk.
+        run: name of the run, a part of the folder's name, for people who look at the disk.
 
     Raises:
         OSError: where the disk refuses.

@@ -76,8 +76,8 @@ class JsonlSink:
 
     Args:
         path: the file.
-        resume_step: the step of the checkpoint a run goes on from. Lines past it move to metrics.rolled_back.jsonl, so
-            that the record has each step once; they are copied there before they leave here.
+        resume_step: the step of the checkpoint that a run continues from. Later lines move to
+            metrics.rolled_back.jsonl, so that the record has each step once; they are copied before they are removed.
 
     Attributes:
         problem: why lines wait to be written; None where none do.

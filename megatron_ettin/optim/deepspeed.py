@@ -1,8 +1,8 @@
 """Wrap DeepSpeed's ZeRO as a `TrainEngine`, around the same tensor-parallel model and the same optimizers.
 
 ZeRO flattens parameters and partitions the flat tensors over data-parallel ranks; `bind` tells our optimizers which
-range belongs to which parameter. Gradients are of sums of losses. They are divided by the number of labels, known after
-the last micro-batch only, through ZeRO's loss scale. DeepSpeed averages over ranks, hence the factor of ranks."""
+range belongs to which parameter. Gradients are those of sums of losses. ZeRO's loss scale divides them by the number of
+labels, which is known only after the last micro-batch. DeepSpeed averages over ranks, hence the factor of ranks."""
 
 from __future__ import annotations
 

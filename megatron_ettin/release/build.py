@@ -84,8 +84,8 @@ def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult
     """Return jobs for the revisions that are missing or differ.
 
     Raises:
-        UserError: a revision there is of other weights, most likely of a run that differs only in its learning rate;
-            the revisions of both would be mixed.
+        UserError: a revision there holds other weights, most likely those of a run with another learning rate; the
+            revisions of both would be mixed.
     """
     jobs = []
     for revision in revisions:

@@ -126,11 +126,11 @@ def find_release_chain(paths: Sequence[Path], alone: bool = False) -> ReleaseCha
     """Read the runs of a release.
 
     Args:
-        paths: the run directories in order; a single one brings all runs that it goes on from.
+        paths: the run directories in order; for a single one, all runs that it began from are found.
         alone: release a single run without the runs before it.
 
     Raises:
-        UserError: a folder is no run directory, or the runs are not of one model.
+        UserError: a folder is no run directory, or the runs train different models.
     """
     runs = [PhaseRun.read(Path(path)) for path in paths]
     notes: list[str] = []
@@ -165,7 +165,7 @@ def _earlier(run: PhaseRun, notes: list[str]) -> PhaseRun | None:
 
 
 def _check_one_model(runs: Sequence[PhaseRun]) -> None:
-    """Raise UserError unless all runs are of one model and no two phases would have the same revision names."""
+    """Raise UserError unless all runs train one model and no two phases would have the same revision names."""
     first = runs[0]
     for i, run in enumerate(runs):
         if run.config.model != first.config.model and _shape(run) != _shape(first):

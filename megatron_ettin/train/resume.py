@@ -1,4 +1,4 @@
-"""Decide what a run goes on from, and load it into this rank's part of the model.
+"""Choose the checkpoint or weights that a run continues from, and load them into this rank's part of the model.
 
 A run begins from its own newest checkpoint, from another run's (`--init-from`: the next phase keeps the optimizer,
 another objective starts it fresh), or from initial weights. Its position in the data follows from the step alone.
@@ -46,7 +46,7 @@ def begin(
     from_step: int | None = None,
     allow_change: Sequence[str] = (),
 ) -> tuple[Progress, str]:
-    """Load what the run goes on from, and return its progress and a line that names it. Collective.
+    """Load what the run continues from, and return its progress and a line that names it. Collective.
 
     Args:
         train_state: The model and optimizer to load into.
@@ -141,7 +141,7 @@ class MomentChange:
     second: float = 1.0
     """Factor of the second moments."""
     note: str = ""
-    """Text about the change, for the line that names the checkpoint loaded; empty where nothing changes."""
+    """Text about the change, for the line that names the loaded checkpoint; empty where nothing changes."""
 
 
 def moment_change(checkpoint: Path, optim: OptimConfig) -> MomentChange:

@@ -101,7 +101,7 @@ class Trainer:
         return False
 
     def start(self, job: TrainJob, stack: contextlib.ExitStack) -> tuple[Run, list[Hook]]:
-        """Make all that a run needs, load what it goes on from, and log what it is. Collective."""
+        """Set up a run, load what it continues from, and log its start. Collective."""
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
         stack.enter_context(directory.locked(args.run_dir, is_main_process=self.is_main_process))
