@@ -34,7 +34,7 @@ class Layout:
         return self.pp_rank == self.topology.pp - 1
 
     def chunk_stages(self) -> list[tuple[int | None, bool, bool]]:
-        """(vpp stage, holds the embedding?, holds the head?) of each model chunk of this rank."""
+        """Return (vpp stage, holds the embedding?, holds the head?) of each model chunk of this rank."""
         if self.topology.vpp == 1:
             return [(None, ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage())]
         return [
