@@ -46,13 +46,13 @@ class Curve:
     """x and y of each phase, without NaN."""
     style: str = "-"
     is_sparse: bool = False
-    """Whether its points are far apart, such as evaluations, and are drawn as dots."""
+    """True if its points are far apart, such as evaluations, and are drawn as dots."""
     thin: bool = False
-    """Whether many points are drawn as medians, with a band from the lowest to the highest value."""
+    """True if many points are drawn as medians, with a band from the lowest to the highest value."""
     smooth: bool = False
-    """Whether the medians are smoothed over a twentieth of the curve, with the values behind them."""
+    """True if the medians are smoothed over a twentieth of the curve, with the values behind them."""
     is_background: bool = False
-    """Whether other curves may lie on it, so that it is drawn wide and pale."""
+    """True if other curves may lie on it, so that it is drawn wide and pale."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Panel:
     marks: Sequence[tuple[float, str]] = ()
     """x and name of vertical lines, such as the starts of phases."""
     clipped: bool = False
-    """Whether a few high values may leave the plot, each with a mark at its top."""
+    """True if a few high values may leave the plot, each with a mark at its top."""
     from_zero: bool = False
     percent: bool = False
     log_base: int | None = None

@@ -42,7 +42,7 @@ class HostBatch:
     causal_places: int
     """Number of positions of the arrays in causal rows, which come first."""
     flat: bool = False
-    """Whether the rows, of one chunk each, are laid end to end."""
+    """True if the rows, of one chunk each, are laid end to end."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class HostBatches:
     group: int
     """Number of which a rank's micro-batches are a multiple."""
     fixed: bool = False
-    """Whether micro-batches have exactly `micro_batch_rows` rows, empty ones included, in every step."""
+    """True if micro-batches have exactly `micro_batch_rows` rows, empty ones included, in every step."""
     flat_multiple: int = 0
     """Lay rows end to end and pad to a multiple of so many tokens; 0: each row gets `row_tokens` positions."""
     equal: bool = False
-    """Whether all micro-batches of a step have equally many tokens, as pipeline stages need."""
+    """True if all micro-batches of a step have equally many tokens, as pipeline stages need."""
 
     def split(self, rows: int) -> RowSplit:
         """Return how so many rows are shared out over ranks and micro-batches."""

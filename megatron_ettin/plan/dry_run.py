@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.flops import flops_per_token
 from megatron_ettin.config.resolve import to_yaml
@@ -110,7 +110,7 @@ def describe(config: Config, as_json: bool) -> str:
     figures = facts(config)
     table, reason = mixture_epochs(config)
     for warning in epoch_warnings(table):
-        print(warning, file=sys.stderr)
+        log_warning(warning)
     if as_json:
         mixture = [source._asdict() for source in table]
         return json.dumps({"config": dataclasses.asdict(config), **figures, "mixture": mixture}, indent=1)
