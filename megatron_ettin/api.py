@@ -2,7 +2,8 @@
 
 Importing this module is cheap; a function imports what it needs when it is called. Mistakes raise `UserError` with the
 line that a command would print. Functions return the package's own objects: their documented attributes are part of
-this interface, other modules of the package are not. "Collective" functions are called by every rank at once."""
+this interface, other modules of the package are not. "Collective" functions are called by every rank at once.
+"""
 
 from __future__ import annotations
 

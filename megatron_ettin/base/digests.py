@@ -6,7 +6,8 @@ shared over ranks, and show where a file has changed. hashlib releases the inter
 again, so reads are large: a hashing thread then rarely waits for a thread that runs Python.
 
 A shard's sha256 stands in the manifest and decides. Short digests of each of its MiB stand in a sidecar (19 bytes a
-MiB), which is read only when the sha256 is wrong, to show where the damage is."""
+MiB), which is read only when the sha256 is wrong, to show where the damage is.
+"""
 
 from __future__ import annotations
 

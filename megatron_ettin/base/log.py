@@ -5,7 +5,8 @@ end, or to end with another exit status. So everything that prints while a run t
 (tests/test_architecture.py).
 
 The logger's own handler writes plain lines: information to standard output, warnings and errors to standard error.
-Whoever uses the package as a library replaces that handler to send the lines elsewhere."""
+Whoever uses the package as a library replaces that handler to send the lines elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A manifest, an index or a checkpoint's metadata may have been made by anyone. A name out of one that held `..`, or that
 led out of its folder by a link, would let whoever made it choose which files are read, copied, replaced or removed.
-tests/test_architecture.py refuses any other way from such a name to a path."""
+tests/test_architecture.py refuses any other way from such a name to a path.
+"""
 
 from __future__ import annotations
 

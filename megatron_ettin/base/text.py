@@ -21,7 +21,8 @@ KEPT_OF_TEXTS = "\n\t"
 def printable(text: object, keep: str = "") -> str:
     """Return the text with every character that is not printed written as its escape, but for those in `keep`.
 
-    An escape sequence could set the terminal's title, wipe the screen or fake lines."""
+    An escape sequence could set the terminal's title, wipe the screen or fake lines.
+    """
     shown = str(text)
     if shown.isprintable():
         return shown

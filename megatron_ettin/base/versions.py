@@ -1,6 +1,7 @@
 """Versions of this package and of others, read without importing them: `ettin --version` must answer at once.
 
-Also the comparison of what the ranks run, which names the rank that differs."""
+Also the comparison of what the ranks run, which names the rank that differs.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 torch's DataLoader with the data order as its sampler: what is asked for is (step, index), so the answer is the same for
 any number of workers, and a resume needs the step alone. Ranks of one pipeline or tensor group make the same rows, each
 for itself; nothing is broadcast. Workers start from a fork server, never by a fork of this process, whose threads
-(gloo, CUDA) a fork would break; they hold neither Megatron nor a device."""
+(gloo, CUDA) a fork would break; they hold neither Megatron nor a device.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class Loader:
     """Micro-batches of consecutive steps from `first_step` on; `end_step`: where the run ends, if that is known.
 
     `workers` processes make up to `prefetch` micro-batches each ahead of what is asked for; 0 makes them here, when
-    they are asked for. `pinned`: for a GPU."""
+    they are asked for. `pinned`: for a GPU.
+    """
 
     def __init__(
         self,
@@ -130,7 +132,8 @@ class Loader:
         """Return an iterator over this rank's micro-batches of `step`.
 
         Steps are read one after another, each to its end. Raises RankError where the data cannot be read or a worker
-        was lost."""
+        was lost.
+        """
         if step != self.next_step or self._items is None:
             raise ValueError(f"step {step} was requested where {self.next_step} comes next")
         self.next_step += 1

@@ -2,7 +2,8 @@
 
 checkpoints/step_000000100/ is written as checkpoints/.tmp-step_000000100, sealed (integrity.json), renamed, and only
 then named by `latest`: a kill at any instant leaves the previous checkpoint named and whole. A reader never needs to
-know where a writer stopped. What a killed writer left is removed when the run is next started, or at the next save."""
+know where a writer stopped. What a killed writer left is removed when the run is next started, or at the next save.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +140,8 @@ def latest(run_dir: Path, checksums: bool = False, check: Callable[[Path], None]
 
     That is what `latest` names if it is whole (files and sizes, or checksums too), else the newest one that passes a
     full check (`check`: another way to make that than `verify`); every refused one is logged by the file that is
-    damaged. Raises UserError where all are damaged."""
+    damaged. Raises UserError where all are damaged.
+    """
     named = _named_latest(run_dir)
     rest = [path for path in _candidates(run_dir) if path != named]
     if named and rest and step_of(rest[0]) > step_of(named):

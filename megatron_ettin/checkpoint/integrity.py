@@ -2,7 +2,8 @@
 
 It is written when a checkpoint is sealed and checked when the checkpoint is used. A checkpoint is many files from many
 ranks; a torn or flipped one would load without complaint as wrong numbers. Hashing costs one more read of what was just
-written, in threads. The first damage found is reported by file; nothing is repaired."""
+written, in threads. The first damage found is reported by file; nothing is repaired.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def verify(
     """Raise UserError naming the first missing, truncated or changed file; sizes first, for they cost nothing.
 
     With checksums=False only presence and sizes are checked; `which` names the files whose sha256 are (else all).
-    `background`: as in `in_threads`."""
+    `background`: as in `in_threads`.
+    """
     entries = read_entries(folder)
     for name, entry in entries.items():
         path = file_of(folder, name)

@@ -6,7 +6,8 @@ file says. Here `.metadata` goes through an allow-list of the dozen classes it n
 it loads. `CheckpointReader` needs no process group and holds one tensor at a time: converting and inspecting use it.
 
 `check_pickle` refuses pickles that claim to be larger than they are. Python's unpickler allocates what an opcode asks
-for before it looks at what is there: eight bytes of a file can ask for tens of gigabytes."""
+for before it looks at what is there: eight bytes of a file can ask for tens of gigabytes.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ the present layout needs. Core's own linears would add empty pickled `_extra_sta
 reading them back would unpickle without checks, and nothing is stored that needs it.
 
 FP8 runs with delayed scaling also store their scales, as `fp8_scales.<linear>.{forward,backward}.<name>`: plain fp32
-tensors that any layout reads and other precisions ignore."""
+tensors that any layout reads and other precisions ignore.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict
     """Read `path` into the layout that the sharded tensors describe (collective).
 
     Returns {"model0": ..., "optimizer": ..., "progress": ...}. Raises UserError naming the checkpoint where a tensor
-    is missing or has another shape."""
+    is missing or has another shape.
+    """
     wanted = {**model, "progress": {}}
     if optimizer is not None:
         wanted["optimizer"] = optimizer

@@ -2,7 +2,8 @@
 
 Core's own save wants process groups and the whole state at once. The format underneath is plain: torch.save of each
 tensor at an offset of a .distcp file, and `.metadata` saying where. Written here directly, it is read by core's
-dist_checkpointing.load at any layout, and an import needs the memory of its largest tensor only."""
+dist_checkpointing.load at any layout, and an import needs the memory of its largest tensor only.
+"""
 
 from __future__ import annotations
 

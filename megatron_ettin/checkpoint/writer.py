@@ -9,7 +9,8 @@ hashing) releases the interpreter's lock.
 With `checkpoint.staging`, files are written to a folder on the host's own disk before they are copied. The folder that
 a user names may be shared: by the ranks of a host, by both runs of a pair, by a job array. So each save of each process
 makes one of its own in it, locked for as long as the process lives, and removes it whatever happens. What a killed
-process left has no lock any more, and is removed at the next save of anyone."""
+process left has no lock any more, and is removed at the next save of anyone.
+"""
 
 from __future__ import annotations
 

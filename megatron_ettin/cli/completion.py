@@ -8,7 +8,8 @@ For this shell only: eval "$(ettin completion bash)"
 
 The scripts call `ettin __complete WORD...`, which prints a candidate per line, with a tab before its meaning. It takes
 a tenth of a second. Scripts of shtab complete neither what follows `ettin launch ... --` nor the values of keys (bash
-splits words at `=`), and grow stale with each new key."""
+splits words at `=`), and grow stale with each new key.
+"""
 
 from __future__ import annotations
 

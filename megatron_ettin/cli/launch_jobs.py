@@ -1,6 +1,7 @@
 """Parse the `ettin train` or `ettin bench` command of a submission with its own parser, and split it into jobs.
 
-So a mistake is reported before anything is queued."""
+So a mistake is reported before anything is queued.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Run the `ettin` console script: find the command's module, parse its options, run it.
 
-Only the module of the given command is imported, so that `ettin --help` answers at once."""
+Only the module of the given command is imported, so that `ettin --help` answers at once.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Check a resolved run without processes, data or torch: single values, and keys that must fit each other.
 
 Each check raises UserError with the key, its value, the reason and what to do. `check` runs wherever a configuration is
-resolved. What depends on the number of ranks is checked by `check_layout` (layouts.py)."""
+resolved. What depends on the number of ranks is checked by `check_layout` (layouts.py).
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 `differences` lists the keys of the resolved run that have another value than under `recipe: original`, each with its
 reason or with who set it. `facts` lists what no key can reproduce. The tests require a reason for every combination of
-the recipe. `unread` names keys that a user set and the run does not read, because another run may have been meant."""
+the recipe. `unread` names keys that a user set and the run does not read, because another run may have been meant.
+"""
 
 from __future__ import annotations
 

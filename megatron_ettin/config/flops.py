@@ -3,7 +3,8 @@
 A multiply-add is two operations, and backward is twice forward. Attention counts (query, key) pairs inside the window
 and inside a chunk. The head counts labelled positions only, because nothing else passes through it. Stages are split as
 if every row were one chunk: a global layer of a long row does more than a local one, and the last stage has the head,
-which for a small shape is more than all layers."""
+which for a small shape is more than all layers.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Declare a configuration key once: its default, what it does, its unit, and which values it may have.
 
 `key` makes the dataclass field of a group in schema.py and stores a `Key` in its metadata. Checks, completion, science
-keys and docs/config.md (reference.py) read it from there."""
+keys and docs/config.md (reference.py) read it from there.
+"""
 
 from __future__ import annotations
 

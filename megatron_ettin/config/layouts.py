@@ -1,7 +1,8 @@
 """Check the layout of a run and split the rows of a step over ranks and micro-batches.
 
 `check_parallel`, `check_zero` (DeepSpeed) and `check_graphs` (CUDA graphs) need no number of ranks. `check_layout`
-does, and runs on every rank before any process group exists."""
+does, and runs on every rank before any process group exists.
+"""
 
 from __future__ import annotations
 
@@ -276,7 +277,8 @@ class RowSplit:
 
     Every rank gets floor(rows / dp) rows or one more, and every one of its micro-batches an equal part of them, rounded
     down or up. All micro-batches of a step have the same size, which pipeline stages need; a slot without a row is
-    empty. Where everything divides, micro-batch `index` of all ranks together holds consecutive rows."""
+    empty. Where everything divides, micro-batch `index` of all ranks together holds consecutive rows.
+    """
 
     rows: int
     dp: int

@@ -1,6 +1,7 @@
 """Declare the configuration groups for operating a run: layout, checkpoints, metrics, failures, profiles.
 
-Only `resilience.on_*` and `resilience.spike_*` decide what is learned. schema.py explains how keys are declared."""
+Only `resilience.on_*` and `resilience.spike_*` decide what is learned. schema.py explains how keys are declared.
+"""
 
 from __future__ import annotations
 

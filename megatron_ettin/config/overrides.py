@@ -3,7 +3,8 @@
 A user config is a YAML mapping of groups. Its `phases:` holds groups for single phases, as the override
 `extend.data.mixture=...` is for one. A YAML of the original trainer is read too (config/original/). Each layer is
 checked as it is read: unknown keys are refused with the nearest valid name, counts such as 1.7T become whole numbers,
-older names and forms of keys become those of today."""
+older names and forms of keys become those of today.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, 
 def read_layers(config: UserConfig | None, path: Path | None, overrides: Sequence[str], phase: str) -> list[Layer]:
     """Return every layer of a phase, weakest first: file, its part for the phase, overrides, overrides for the phase.
 
-    All are checked, those for other phases too. Raises UserError."""
+    All are checked, those for other phases too. Raises UserError.
+    """
     common, of_phase = split_overrides(overrides)
     layers = []
     if config is not None:

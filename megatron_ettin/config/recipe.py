@@ -3,7 +3,8 @@
 Numbers are those of the 48 published configurations. Where this system differs on purpose the table says so: `rows` and
 `seq_len` of packed batching keep the published tokens per step (4,608 sequences of about 615 tokens, 2.84M).
 `local_rope_theta` is the same for both objectives so that a pair is a pair; ORIGINAL_LOCAL_THETA has what was run. The
-1b ran a third of the published tokens in every phase but pretrain, whose configuration still has 1.7T."""
+1b ran a third of the published tokens in every phase but pretrain, whose configuration still has 1.7T.
+"""
 
 from __future__ import annotations
 

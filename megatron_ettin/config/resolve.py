@@ -8,7 +8,8 @@ it goes on as it began, whatever the tables have by now.
 
 Inherited settings: weights have a shape and were trained under windows, an epsilon and rotary bases, which the tables
 know for the published sizes only. They stand between the tables and the user: a ModernBERT's local base of 10,000 must
-not become the recipe's 160,000 because nobody mentioned it."""
+not become the recipe's 160,000 because nobody mentioned it.
+"""
 
 from __future__ import annotations
 
@@ -303,7 +304,8 @@ def inherited(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of `model` that come with weights whose config.yaml has the groups `source`.
 
     A published shape is left to --size, so that another one is refused rather than used. The rotary bases of a run
-    that followed the recipe are left to the recipe, which changes them from phase to phase; others are kept."""
+    that followed the recipe are left to the recipe, which changes them from phase to phase; others are kept.
+    """
     model, run = source.get("model") or {}, source.get("run") or {}
     keys = [*FIXED]
     if not any(all(model.get(key) == getattr(shape, key) for key in SHAPE) for shape in SIZES.values()):

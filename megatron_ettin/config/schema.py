@@ -2,7 +2,8 @@
 
 Each key is declared once by `key` (keys.py), with what it does and which values it may have; docs/config.md is
 generated from here. Defaults are those that no recipe table decides: resolve.py fills the rest from SIZES, PHASES and
-OBJECTIVES. OmegaConf types and merges the groups, so a key that is not here does not exist. None means "not set"."""
+OBJECTIVES. OmegaConf types and merges the groups, so a key that is not here does not exist. None means "not set".
+"""
 
 from __future__ import annotations
 

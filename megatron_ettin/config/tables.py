@@ -10,7 +10,8 @@ hidden state before a masked token predicts it), by which the original trainer t
 
 FP8 and MXFP8 run in Transformer Engine's linear layers only. A model is named by its published size where its shape is
 exactly that one, else by its number of parameters: `run.size` names the recipe that a run began with, and its keys may
-have given the model any other shape since."""
+have given the model any other shape since.
+"""
 
 from __future__ import annotations
 

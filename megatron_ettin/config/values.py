@@ -1,6 +1,7 @@
 """Parse values that are more than one number or name: shares over tokens, ranges of rows, lists, validation datasets.
 
-Lists are written as YAML lists. Texts such as `4,3` and `0:8,16:24`, which earlier versions had, are read too."""
+Lists are written as YAML lists. Texts such as `4,3` and `0:8,16:24`, which earlier versions had, are read too.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def validation_sets(value: Any, key: str = "data.validation") -> dict[str, str]:
     """Return the dataset paths of `data.validation` by name, in the order given. Raises UserError.
 
     A path without a name is called after its folder (`heldout` after the one above it), or by itself where two have the
-    same name."""
+    same name.
+    """
     if isinstance(value, Mapping):
         named = {str(name): path for name, path in value.items()}
     else:

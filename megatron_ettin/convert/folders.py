@@ -1,6 +1,7 @@
 """Output folders that get their name when they are complete, and checked paths in Hugging Face folders.
 
-A conversion that is killed leaves nothing under the name of its output."""
+A conversion that is killed leaves nothing under the name of its output.
+"""
 
 from __future__ import annotations
 

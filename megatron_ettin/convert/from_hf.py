@@ -1,6 +1,7 @@
 """Import a Hugging Face folder as a weights-only checkpoint, for `convert from-hf`, `--init-from` and `eval`.
 
-Such a folder has no optimizer state, so training from it starts a fresh optimizer."""
+Such a folder has no optimizer state, so training from it starts a fresh optimizer.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The generations name things differently: global_rope_theta, local_rope_theta and global_attn_every_n_layers (4.x) became
 rope_parameters and layer_types (5.x); 4.x reads the first and ignores the second, 5.x prefers the second. Both are
 written, thetas always, because the default of a missing local theta changed between them. The windows differ in
-meaning: an encoder's local_attention is both sides together, a decoder's sliding_window is keys including the query."""
+meaning: an encoder's local_attention is both sides together, a decoder's sliding_window is keys including the query.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Write a model of another system as a weights-only checkpoint; Hugging Face folders and trainer's files share it.
 
-Weights are stored in float32 whatever they came in: widening is exact, and training starts from float32."""
+Weights are stored in float32 whatever they came in: widening is exact, and training starts from float32.
+"""
 
 from __future__ import annotations
 

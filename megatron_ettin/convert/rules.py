@@ -3,7 +3,8 @@
 A rule names a canonical tensor of this system, its shape, and its tensors in `ModernBertForMaskedLM` (mlm) and
 `ModernBertDecoderForCausalLM` (clm). Two tensors are not the same bytes under another name: the fused attention input,
 whose rows are kept as [head][q, k, v][channel] so that a tensor-parallel rank holds whole heads, and the vocabulary,
-which tensor parallelism may have padded."""
+which tensor parallelism may have padded.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Write and read safetensors files one tensor at a time.
 
 The library's writer needs all tensors of a file at once. The format is a length, a JSON header and the bytes in order,
-so with shapes known beforehand a file of any size is written in the memory of its largest tensor."""
+so with shapes known beforehand a file of any size is written in the memory of its largest tensor.
+"""
 
 from __future__ import annotations
 

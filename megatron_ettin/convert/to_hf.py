@@ -2,7 +2,8 @@
 
 Weights are streamed: tensors are read a few ahead and written one after the other, whatever layout trained them. The
 model's weights are exported as they are stored (an optimizer's fp32 masters are not used), so the released model is the
-one that computed the training loss."""
+one that computed the training loss.
+"""
 
 from __future__ import annotations
 

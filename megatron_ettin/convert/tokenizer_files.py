@@ -5,7 +5,8 @@ differs in a released folder: an encoder's writes what training put around every
 the right; a decoder's writes [CLS] text, for a text that ends with [SEP] is finished and `generate` would begin
 another, pads on the left, and also calls the two bos and eos, which evaluations of decoders ask for. Ids and roles are
 those that training used (data/tokenizer.py). The way back undoes exactly that; what training had and the released
-files do not show is kept in tokenizer_config.json under `TRAINED`."""
+files do not show is kept in tokenizer_config.json under `TRAINED`.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Our side of the logits is passed in, because the model lives on a floor that conversion does not see. A bfloat16 export
 has rounded weights. It is imported again and our model runs on the import, so that both sides hold the same numbers and
-the tolerance stays that of float32 arithmetic in another order."""
+the tolerance stays that of float32 arithmetic in another order.
+"""
 
 from __future__ import annotations
 

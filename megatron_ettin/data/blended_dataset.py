@@ -5,7 +5,8 @@ The order is a `ShuffledSampler` over a mixture, which is a pure function, or a 
 needs no state but the step. An encoder and a decoder with one fingerprint read the same rows.
 
 Two indices name a row. `order_index` counts the rows of the data order. `row_index` counts the rows of the run: those
-that `data.skip` leaves out have none. The two are equal where nothing is left out."""
+that `data.skip` leaves out have none. The two are equal where nothing is left out.
+"""
 
 from __future__ import annotations
 
@@ -351,7 +352,8 @@ def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str
 def chunks_by_source(dataset: Dataset) -> dict[str, Int64Array]:
     """Return the chunks of each INPUT that has any, in the manifest's order.
 
-    The file of a document begins with the name of its INPUT."""
+    The file of a document begins with the name of its INPUT.
+    """
     number = {source.name: i for i, source in enumerate(dataset.manifest.sources)}
     source_of = np.empty(dataset.num_chunks, np.int32)
     for first in range(0, dataset.num_chunks, CHUNKS_AT_ONCE):

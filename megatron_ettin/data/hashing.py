@@ -7,7 +7,8 @@ every rank, after every resume and whatever was drawn before it.
 `Permutation` shuffles [0, n) without memory: an unbalanced Feistel network on the smallest power of two holding n,
 walked along its cycles until it lands inside [0, n). A shuffled epoch of 10**12 rows is thus a function, not a file:
 O(1) memory, random access, a bijection for every key. A look-up costs about 1.4 passes of 8 rounds (some 100 ns,
-vectorised). It shuffles; it does not encrypt."""
+vectorised). It shuffles; it does not encrypt.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ A test opens our shards with core's IndexedDataset, so the two cannot drift apar
 
 Files that are read in training order are mapped for random access. Without that advice, a page that is not in memory
 brings the file system's whole read-ahead with it, 128 KiB on many hosts and megabytes on some: a look-up of 8 bytes
-then costs a millisecond, and the process seems to hold the file."""
+then costs a millisecond, and the process seems to hold the file.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 One process per host copies, the others wait for its lock. A file is hashed while it is copied and gets its name only
 when its sha256 is the manifest's; a dataset gets its name when all of its files are there. So a killed copy is
 continued, and later runs find the copy by the dataset's fingerprint. The order of a run does not change: it is made of
-fingerprints, not of paths. Held-out parts and packing indices that are not in use are not copied."""
+fingerprints, not of paths. Held-out parts and packing indices that are not in use are not copied.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def copy_path(dataset: Dataset, root: Path) -> Path:
 def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path) -> Iterator[Unit]:
     """Yield what of a dataset and its packing index is not under `root` yet.
 
-    A copy that lost a file goes back to its staging folder, where the file is added."""
+    A copy that lost a file goes back to its staging folder, where the file is added.
+    """
     target = copy_path(dataset, root)
     names = {f"{shard.name}{suffix}": r for shard in dataset.manifest.shards for suffix, r in shard.files.items()}
     names |= {f"tokenizer/{name}": record for name, record in dataset.manifest.tokenizer_files.items()}

@@ -2,7 +2,8 @@
 
 The fingerprint covers the tokens, the chunk boundaries (.bin and .idx) and the tokenizer, not the names of the sources:
 two datasets with one fingerprint train the same model. The manifest is written last, so a directory without one is not
-a dataset."""
+a dataset.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A weight is a share of tokens, slots are rows, and sources differ in tokens a ro
 weight / mean tokens a row, normalised, and becomes whole slots of a fixed block by largest remainder. Datasets listed
 without weights are taken in proportion to their rows, as if they were one dataset (to within a slot of a block).
 
-Repeated data is worth about as much as new data up to some four epochs, and little beyond (Muennighoff et al. 2023)."""
+Repeated data is worth about as much as new data up to some four epochs, and little beyond (Muennighoff et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
 def resolve_mixture(data: DataConfig) -> DataConfig:
     """Return the same keys with the mixture as a list of entries, without a file or a root to look up.
 
-    A run records this, so that a mixture file edited later does not change the run's record. Raises UserError."""
+    A run records this, so that a mixture file edited later does not change the run's record. Raises UserError.
+    """
     if data.mixture is None:
         raise UserError("data.mixture: not set; give a dataset made by `ettin prepare`, data.mixture=DATASET")
     entries = parse_mixture(data.mixture, data.root)

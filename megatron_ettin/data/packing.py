@@ -8,7 +8,8 @@ fill hand their chunks on to the next one, as long as they are few; the very las
 One process or several write the files in bounded memory. Chunks are split into segments
 of SEGMENT_CHUNKS by their number alone and each segment is packed by itself, so the bytes do not depend on which
 process packed what. A process holds the lengths of one segment (16 MiB) and one window of the packing; what several
-processes pack is joined in order, file to file."""
+processes pack is joined in order, file to file.
+"""
 
 from __future__ import annotations
 
@@ -215,7 +216,8 @@ def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32
 def parts_in_order(folder: Path, dataset: Dataset, seq_len: int, workers: int, segments: int) -> Iterator[Path]:
     """Pack segments in worker processes and yield the prefix of each one's part files, in order.
 
-    No more parts wait on disk than twice the workers."""
+    No more parts wait on disk than twice the workers.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_serve, initargs=(folder, dataset, seq_len)) as pool:
         waiting: deque[Future[Path]] = deque()

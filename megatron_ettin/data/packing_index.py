@@ -5,7 +5,8 @@ It is built once per dataset and length, kept next to the dataset (`rows_1024/`)
 seq_len with its final [SEP] kept; its index is a formula, so `padded_1024/` holds only the counts.
 
 An index carries the fingerprint of the dataset it was made for. It is rebuilt when that differs or when a file has
-another length than recorded. Several processes may ask at once: one builds under a file lock, the others wait."""
+another length than recorded. Several processes may ask at once: one builds under a file lock, the others wait.
+"""
 
 from __future__ import annotations
 

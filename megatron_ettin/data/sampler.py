@@ -9,7 +9,8 @@ Proportions hold by construction. With B = BLOCK_SLOTS, a source that has c slot
 - in an aligned block it has c slots, and |c - s B| < 1 (largest remainder);
 - in any window of n slots the number of its own differs from s n by at most n / B + 2 c (1 - c / B). For a part of x
   slots of one block holds between max(0, x + c - B) and min(x, c) of them, which is nowhere further from c x / B than
-  c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B."""
+  c (1 - c / B); a window has two such parts at most, and whole blocks are exact in c; c / B for s adds n / B.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 little of a tokenizer: ids without special tokens, the roles of the special ids, and a fingerprint that tells whether
 two datasets were made by the same one. Roles that a tokenizer lacks fall back as the recipe uses them: [CLS] is the
 beginning of a chunk (else BOS), [SEP] its end (else EOS). A prefix space goes in front of the text and nowhere else:
-the ByteLevel option of that name also puts one after every added token, which rewrites code."""
+the ByteLevel option of that name also puts one after every added token, which rewrites code.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ class Tokenizer:
         """Yield the ids of each text, as `encode_batch` returns them.
 
         The library is given a bounded number of characters at a time, so a text of a gigabyte takes memory for its ids
-        (4 bytes each), not for the library's view of all of them."""
+        (4 bytes each), not for the library's view of all of them.
+        """
         parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
         next_text = 0
         for group in grouped(self._pieces(texts, add_prefix_space)):
@@ -130,7 +132,8 @@ class Tokenizer:
     def _cut_long(self, text: str) -> list[str]:
         """Cut a long text into pieces that encode to the same ids: the library takes 100 bytes of memory per character.
 
-        It is cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word."""
+        It is cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word.
+        """
         if len(text) <= LONG_TEXT_CHARACTERS or not self._cuts_words_at_spaces:
             return [text]
         pieces, start = [], 0
@@ -278,7 +281,8 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 def raise_unless_library(error: BaseException) -> None:
     """Raise an interrupt or an exit again; return for an error of the library.
 
-    A panic of its Rust code derives from BaseException, so `except Exception` would not catch it."""
+    A panic of its Rust code derives from BaseException, so `except Exception` would not catch it.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

@@ -1,7 +1,8 @@
 """Read every byte of a dataset again and report which files differ from the manifest, and where.
 
 Files are hashed by several threads (hashlib and reads release the interpreter's lock). All bad files are reported, not
-only the first: a file system that lost one file has often lost more."""
+only the first: a file system that lost one file has often lost more.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Compare all ranks of a launch: whether they meet, their versions, their clocks and their speed.
 
 Matrix products on every device of this process and all-reduces over its ranks run for some seconds; their results are
-checked and their speed is measured."""
+checked and their speed is measured.
+"""
 
 from __future__ import annotations
 

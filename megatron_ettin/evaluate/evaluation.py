@@ -1,7 +1,8 @@
 """Measure the loss on held-out rows, in all and by source.
 
 Every evaluation has the same rows and, for the encoder, the same masks (15 %, whatever the run trains with), so that
-numbers compare over a run, over phases and between checkpoints."""
+numbers compare over a run, over phases and between checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class EvalMetrics:
 class EvalResult(EvalMetrics):
     """Metrics of all rows and of each source.
 
-    The labels of the sources, and their losses times labels, sum to those of all rows."""
+    The labels of the sources, and their losses times labels, sum to those of all rows.
+    """
 
     sources: dict[str, EvalMetrics]
     """Metrics by the name of the source."""
@@ -187,7 +189,8 @@ def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
 def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | None = None) -> float:
     """Return the cross entropy of the training data's token frequencies on the labels that `evaluate` predicts.
 
-    One is added to each count. It is what a model that ignores all context can reach."""
+    One is added to each count. It is what a model that ignores all context can reach.
+    """
     counts = np.ones(train.vocab_size, dtype=np.float64)
     # a count over the vocabulary for each chunk would cost more than reading the chunk
     together = 4096

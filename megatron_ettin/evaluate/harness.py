@@ -1,7 +1,8 @@
 """Run public evaluations of an exported folder: lm-evaluation-harness for decoders, mteb for encoders.
 
 Both are extras (`pip install megatron_ettin[harness]`) and neither is imported before it is asked for. Tasks are named,
-or lie in a folder (lm: YAML files with `data_files` of one's own) or a Python file (mteb: its AbsTask classes)."""
+or lie in a folder (lm: YAML files with `data_files` of one's own) or a Python file (mteb: its AbsTask classes).
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ A figure that is not finite is an anomaly, and so is a spike: a gradient norm wh
 least `spike_ratio` times that median. Median and spread (the median absolute deviation) do not move with the spikes
 themselves; the logarithm makes a norm that is often twice its usual value an ordinary one. `tools/spike_rate.py`
 measures how often a healthy run is called a spike. All ranks judge the same global figures, so all come to the same;
-what is remembered is part of the run's progress, so a resumed run judges as one that never stopped."""
+what is remembered is part of the run's progress, so a resumed run judges as one that never stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Check before the first step that all ranks run the same code, configuration and data.
 
 A node with an older checkout, another dataset under the same path or a clock that is off would train on silently, and
-the run would be lost. The check names the rank that differs and its host."""
+the run would be lost. The check names the rank that differs and its host.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Name the ranks that the others wait for in a hang: those that are silent, or those that are behind.
 
 Each rank writes a small status file in RUN/watch (`write_status`), seldom while all goes well and once more when it
-sees no progress. Clocks of two hosts are not compared to decide anything."""
+sees no progress. Clocks of two hosts are not compared to decide anything.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The launch does not end: all ranks leave what they are in and begin again from the latest checkpoint, with what they
 have imported. The wrapper is around the whole of `ettin train`, of any number of phases. A stall is not handled here:
 the watchdogs are quicker and end the ranks with 75. Restarts that are used up and ranks that were killed are left to
-the launcher, which ends the others (torchrun, srun --kill-on-bad-exit=1)."""
+the launcher, which ends the others (torchrun, srun --kill-on-bad-exit=1).
+"""
 
 from __future__ import annotations
 

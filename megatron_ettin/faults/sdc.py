@@ -2,7 +2,8 @@
 
 The replay check runs the forward pass of an anomalous step twice more and compares the outputs of every layer bit by
 bit: the same inputs and weights give the same bits on a device that is sound. The weight-hash check compares ranks that
-hold the same weights: a flipped bit in one replica trains on, and which replica is saved is chance."""
+hold the same weights: a flipped bit in one replica trains on, and which replica is saved is chance.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Record a step whose figures are anomalous, with its rows and documents, and stop the run where that is configured.
 
 `RUN/bad_steps/step_000000012.parquet` is the table of `ettin order` for the step. `RUN/bad_steps.jsonl` has a line for
-each; a step that was trained again after a restart has a line again."""
+each; a step that was trained again after a restart has a line again.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Measure a rank's step until its first sum over all ranks, and report which part of the step it is in.
 
-From that sum on the ranks wait for the slowest of them, and their seconds say nothing of a single one."""
+From that sum on the ranks wait for the slowest of them, and their seconds say nothing of a single one.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Each rank's own seconds until the step's first sum over all ranks are averaged over the steps since the last comparison,
 and one number of each rank is gathered. Ranks are compared within their own pipeline stage, because stages differ by
-nature. Within a tensor-parallel group, and along a pipeline, all ranks are as slow as the slowest of them."""
+nature. Within a tensor-parallel group, and along a pipeline, all ranks are as slow as the slowest of them.
+"""
 
 from __future__ import annotations
 

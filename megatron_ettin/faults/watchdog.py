@@ -7,7 +7,8 @@ All ranks move in step, so all of them see a stall at nearly the same time. A ra
 dead or cut off. Time is counted by the thread's own ticks, each limited: neither a clock that is set nor a process that
 was suspended for an hour is a stall. A main thread that stays in C code without releasing the interpreter stops this
 thread too: then the others name the rank, and faulthandler's thread, which needs no interpreter, writes its stacks to
-the log."""
+the log.
+"""
 
 from __future__ import annotations
 

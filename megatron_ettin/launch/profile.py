@@ -1,6 +1,7 @@
 """Read a site's profile: the part of a submission script that belongs to the cluster and not to the run.
 
-A profile is YAML and strict; examples are in examples/slurm/sites/. The command line overrides it."""
+A profile is YAML and strict; examples are in examples/slurm/sites/. The command line overrides it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Read and write `metrics.jsonl`, the record that all else is derived from: one JSON object a step, each step once.
 
-Non-finite numbers are written as null, so that every line is strict JSON, which any reader takes."""
+Non-finite numbers are written as null, so that every line is strict JSON, which any reader takes.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ The record (metrics.jsonl) keeps lines that cannot be written, and no checkpoint
 sink that fails is named once in a warning and switched off, because a dashboard must never stop a run. Optional
 sinks open at their first line, so that opening is isolated as well.
 
-Dashboards get the keys of metrics.jsonl as a group and a name; the record itself keeps its flat keys."""
+Dashboards get the keys of metrics.jsonl as a group and a name; the record itself keeps its flat keys.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Mode (online, offline, disabled) and key are wandb's own environment variables. Where the service cannot be reached the
 run is written to disk instead (`wandb sync` sends it later). Steps that the page has already are not sent again after a
-resume from an earlier checkpoint: they are the same to the bit, and wandb cannot take them back."""
+resume from an earlier checkpoint: they are the same to the bit, and wandb cannot take them back.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ turns by position * theta^(-2c/dim). Local and global layers have their own thet
 
 Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509): between layers a rank holds a slice of every row. One
 all-to-all before the attention exchanges tokens for heads, one after it exchanges them back. In between runs the
-ordinary packed attention with any window and boundaries, on every device. The price: tp x cp must divide the heads."""
+ordinary packed attention with any window and boundaries, on every device. The price: tp x cp must divide the heads.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class _RotaryAttention(MegatronModule):
     """Base of both attention classes: theta and windows of the layer, rotation, context parallelism.
 
     `layer_number` counts from 1, as in core. Causal rows come first in a micro-batch; if it has other rows too,
-    `attend` is called once for each part."""
+    `attend` is called once for each part.
+    """
 
     def __init__(self, config: EttinTransformerConfig, layer_number: int, pg_collection: Any = None) -> None:
         super().__init__(config=config)
@@ -169,7 +171,8 @@ def allowed(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: 
 def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
     """Return a window as flash-attention (arXiv 2307.08691) and TE count it.
 
-    That is (keys to the left, keys to the right), both inclusive; -1 is unlimited."""
+    That is (keys to the left, keys to the right), both inclusive; -1 is unlimited.
+    """
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     return (window - 1, 0) if causal else (window, window)
@@ -232,7 +235,8 @@ def attend_bands(
 def band_mask(packed: PackedRows, window: int, causal: bool, before: int, after: int) -> torch.Tensor:
     """Return the mask [rows * blocks, 1, BAND, reach * BAND] of `attend_bands`.
 
-    Queries past the row's end see the padding around them, so that no softmax is empty."""
+    Queries past the row's end see the padding around them, so that no softmax is empty.
+    """
     rows, length = packed.rows, packed.seq_len
     blocks, reach = -(-length // BAND), before + 1 + after
     device = packed.segments.device

@@ -40,7 +40,8 @@ class EttinTransformerConfig(TransformerConfig):
 def recomputation(parallel: ParallelConfig) -> dict[str, Any]:
     """Return core's keys that say which activations are kept.
 
-    Full recomputation applies to the first layers of each stage, because backward needs the last ones immediately."""
+    Full recomputation applies to the first layers of each stage, because backward needs the last ones immediately.
+    """
     keys: dict[str, Any] = {
         "cpu_offloading": parallel.offload_layers > 0,
         "cpu_offloading_num_layers": parallel.offload_layers,

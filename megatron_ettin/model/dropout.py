@@ -4,7 +4,8 @@ A generator's history would tie the mask to the layout; a counter does not. The 
 split, for every micro-batch size, after every resume and under recomputation. Two channels share one 32-bit hash, 16
 bits each: the drop probability is p rounded to 1/65536, and kept values are scaled by exactly the kept share.
 The hash is `lowbias32` (Chris Wellons' two-round multiply-xorshift) of one key per token and one counter per 32-bit
-word, in 32-bit operations that a GPU kernel can do as well."""
+word, in 32-bit operations that a GPU kernel can do as well.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ def kept_gradient(gradient: torch.Tensor, keys: torch.Tensor, dropped: int, scal
 class _DropoutAdd(torch.autograd.Function):
     """Compute residual + x * mask * scale.
 
-    Compiled, it saves the tokens' keys and hashes again in backward; else it saves the mask, one byte per element."""
+    Compiled, it saves the tokens' keys and hashes again in backward; else it saves the mask, one byte per element.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keys: torch.Tensor, dropped: int) -> torch.Tensor:
@@ -127,7 +129,8 @@ class _DropoutAdd(torch.autograd.Function):
 class CounterDropoutAdd(torch.nn.Module):
     """Dropout and residual sum in core's `self_attn_bda` (bias, dropout, add) role.
 
-    Core builds it without arguments: its layer sets `config` and `layer_number` once, and `packed` before each call."""
+    Core builds it without arguments: its layer sets `config` and `layer_number` once, and `packed` before each call.
+    """
 
     config: Any = None
     layer_number = 0

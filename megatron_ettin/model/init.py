@@ -3,7 +3,8 @@
 So the layout cannot change the initial model. The formulas are the recipe's `full_megatron`: normal with sigma 0.02,
 truncated at two sigma, matrices that write to the residual stream divided by sqrt(2 x layers); norms one, bias zero.
 Source: ModernBERT's initialization.py, lines 107-137. The original trainer left the vocabulary bias at torch's default
-(`model.output_bias_init=uniform`); see docs/recipe.md."""
+(`model.output_bias_init=uniform`); see docs/recipe.md.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def full_shape(name: str, parameter: Any, tp: int, vocab_size: int) -> list[int]
 def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torch.Tensor:
     """Return this rank's shard of a whole tensor.
 
-    A partition_stride of 2 (the gated MLP) splits each half and joins the shards. Vocabularies get rows of zeros."""
+    A partition_stride of 2 (the gated MLP) splits each half and joins the shards. Vocabularies get rows of zeros.
+    """
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     dim, size = parameter.partition_dim, parameter.shape[parameter.partition_dim] * tp
@@ -62,7 +64,8 @@ def shard_tensor(full: torch.Tensor, parameter: Any, tp: int, rank: int) -> torc
 def init_weights(model: Any, full_tensor: Callable[[str, list[int]], torch.Tensor], tp: int, tp_rank: int) -> None:
     """Set every parameter of a stage from whole tensors, `full_tensor(canonical name, full shape)`.
 
-    To be called after construction: core's tying sums the two copies of the embedding while it builds."""
+    To be called after construction: core's tying sums the two copies of the embedding while it builds.
+    """
     offset = first_layer(model.config, model.vp_stage, model.pp_rank)
     trained = [(canonical_name(name, offset), p) for name, p in model.named_parameters() if p.requires_grad]
     with torch.no_grad():

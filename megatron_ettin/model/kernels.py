@@ -1,7 +1,8 @@
 """Call the GPU kernels for attention of packed rows that take boundaries and a window themselves.
 
 All are called as kernel(q, k, v, packed, window, causal) -> out with tensors [tokens, heads, dim] and `window` as in
-attention.py, whose `attend` is the kernel called `sdpa`."""
+attention.py, whose `attend` is the kernel called `sdpa`.
+"""
 
 from __future__ import annotations
 

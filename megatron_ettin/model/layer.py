@@ -2,7 +2,8 @@
 
 Layer 0 has no norm before its attention. Core does not slice a list of specs for a pipeline stage, so `block_spec`
 builds the stage's own from core's first layer and layer count (which cover uneven splits and virtual stages).
-The gated MLP is core's two linears with the gate between them as one function that may be compiled."""
+The gated MLP is core's two linears with the gate between them as one function that may be compiled.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ class BiasFreeLayerNorm(torch.nn.Module):
     """(x - mean) / sqrt(var + eps) * weight over the last dimension.
 
     Core's own local norm refuses sequence parallelism. This one marks its weight, and core sums the gradient over
-    tensor-parallel ranks, each of which holds a slice of the tokens."""
+    tensor-parallel ranks, each of which holds a slice of the tokens.
+    """
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 The fp32 logits of a whole micro-batch never exist: each chunk's logits become its loss and immediately its gradients
 for hidden states, weight and bias (three matrix products per chunk, as in the plain computation, none repeated in
 backward). The price: the loss must be a sum that is only scaled by one number afterwards, as training's is.
-The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxima and sums are all-reduced."""
+The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxima and sums are all-reduced.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +190,8 @@ def _accumulate(
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return a @ b x factor, scaled in fp32 while summing and rounded once.
 
-    Rounding before and after scaling would round to one side for factors near a power of two."""
+    Rounding before and after scaling would round to one side for factors near a power of two.
+    """
     if factor == 1:
         return torch.mm(a, b, out=out)
     return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor, out=out)
@@ -212,7 +214,8 @@ def linear_cross_entropy(
         padded: whether some labels are negative, whose losses and gradients are zero.
         factor: the number that the caller will multiply the sum by. Gradients in 16 bits are multiplied by it before
             they are rounded, so that 1 is left for backward: a factor rounded to bf16, up to 0.4 % off, would scale
-            all gradients of a micro-batch alike."""
+            all gradients of a micro-batch alike.
+    """
     valid = weight.shape[0] if valid is None else valid
     factor = 1.0 if weight.dtype == torch.float32 else factor
     wants_gradients = torch.is_grad_enabled()

@@ -1,7 +1,8 @@
 """Define the encoder or decoder model, on core's LanguageModule and TransformerBlock.
 
 embedding -> norm -> layers -> final norm -> [at labelled positions only] dense, GELU, norm -> tied output with a
-vocabulary bias. Encoder and decoder differ only in the attention mask that the configuration sets."""
+vocabulary bias. Encoder and decoder differ only in the attention mask that the configuration sets.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Embedding(MegatronModule):
 class PredictionHead(MegatronModule):
     """dense -> GELU -> norm, replicated over tensor-parallel ranks.
 
-    All ranks run it on the same gathered positions, so its gradients are equal everywhere and need no reduction."""
+    All ranks run it on the same gathered positions, so its gradients are equal everywhere and need no reduction.
+    """
 
     def __init__(self, config: EttinTransformerConfig) -> None:
         super().__init__(config=config)
@@ -152,7 +154,8 @@ class EttinModel(LanguageModule):
 
         Returns:
             Hidden states [tokens, 1, hidden] on a stage without the head; on the last stage a `LossOutput` where
-            labels are given, else logits [tokens, vocabulary]."""
+            labels are given, else logits [tokens, vocabulary].
+        """
         embedded = self.embedding(input_ids) if self.pre_process else None
         x: torch.Tensor = self.transformer(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:

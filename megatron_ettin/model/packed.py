@@ -3,7 +3,8 @@
 Rows are flattened: hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], as
 Transformer Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer
 and survives activation recomputation. Each stage builds its own from the data; only hidden states travel between
-stages."""
+stages.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class PackedRows(PackedSeqParams):
         """Return the causal rows (True) and the others (False), each where there are any.
 
         Args:
-            causal: whether all rows are causal, used where `causal_tokens` is None."""
+            causal: whether all rows are causal, used where `causal_tokens` is None.
+        """
         tokens = len(self.segments)
         first = self.causal_tokens
         if first is None:
@@ -119,7 +121,8 @@ def pack_rows(
         dropout_key: `step_key` of the step.
         causal_tokens: how many of the first tokens are in causal rows; None: by the model's objective.
         context: rank and degree of context parallelism.
-        flat: whether the only row holds the step's rows end to end, one chunk each."""
+        flat: whether the only row holds the step's rows end to end, one chunk each.
+    """
     filled = [[*row, seq_len - sum(row)] if sum(row) < seq_len else list(row) for row in lengths]
     chunks = np.array([n for row in filled for n in row], dtype=np.int64)
     starts, tokens = np.cumsum(chunks) - chunks, int(chunks.sum())

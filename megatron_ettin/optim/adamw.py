@@ -12,7 +12,8 @@ weight loses per step at lr = max_lr, independent of the peak learning rate ("fu
 Compiled, StableAdamW's update is two kernels per tensor. Its cost is memory traffic: 36 bytes per weight (gradient,
 moments read and written; then moments, weight read and written), a third of that of single operations. Values that
 change between steps are passed as tensors on the device, so nothing is recompiled and the host never waits to read a
-clip factor."""
+clip factor.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class DecoupledAdamW(torch.optim.AdamW):
     """AdamW with fully decoupled weight decay.
 
     Core's DistributedOptimizer requires an AdamW, and replaces the parameters in its groups by flat fp32 shards (views,
-    on which no optimizer could be built afterwards). So this one is built on whole parameters and bound to shards."""
+    on which no optimizer could be built afterwards). So this one is built on whole parameters and bound to shards.
+    """
 
     device = torch.device("cpu")
     """Set by the engines, because a rank without shards has no parameter to take it from."""
@@ -75,7 +77,8 @@ class DecoupledAdamW(torch.optim.AdamW):
         Args:
             slices: this rank's updated tensor -> the parameters in it.
             num_params: length of the vector of sums.
-            group: process group to all-reduce the sums over, or None."""
+            group: process group to all-reduce the sums over, or None.
+        """
         self.slices, self.num_params, self.sum_group = dict(slices), num_params, group
         for p in self.slices:
             if not self.state[p]:

@@ -2,7 +2,8 @@
 
 ZeRO flattens parameters and partitions the flat tensors over data-parallel ranks; `bind` tells our optimizers which
 range belongs to which parameter. Gradients are those of sums of losses. ZeRO's loss scale divides them by the number of
-labels, which is known only after the last micro-batch. DeepSpeed averages over ranks, hence the factor of ranks."""
+labels, which is known only after the last micro-batch. DeepSpeed averages over ranks, hence the factor of ranks.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ class DeepSpeedEngine:
     ) -> list[dict[str, torch.Tensor]]:
         """Run a step's micro-batches as core's schedules do, for one stage and with DeepSpeed's backward.
 
-        Returns the report of each micro-batch."""
+        Returns the report of each micro-batch.
+        """
         reports, labels = [], []
         self.zero.override_loss_scale(1.0)
         for number in range(num_microbatches):
@@ -198,7 +200,8 @@ def build_zero(
         config: the run's configuration.
         compute: fp32 or bf16.
         groups: process groups of the optimizer.
-        device: this rank's device."""
+        device: this rank's device.
+    """
     deepspeed = load_deepspeed()
     named = trained_parameters([chunk])
     shapes = {name: p.shape for name, p in named}
@@ -256,7 +259,8 @@ def _register_tied(zero: Any, chunk: Any) -> None:
 def _reduce_over_tensor_ranks(parameters: list[torch.nn.Parameter], group: Any) -> None:
     """Sum the gradients of norms under sequence parallelism, where each rank's covers its own tokens only.
 
-    Core sums them once per step; ZeRO takes each gradient as soon as it is made, so this is a hook."""
+    Core sums them once per step; ZeRO takes each gradient as soon as it is made, so this is a hook.
+    """
 
     def all_reduced(gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.clone()

@@ -1,7 +1,8 @@
 """Define the interface between the trainer and a data-parallel engine.
 
 Two engines implement it: `MegatronEngine` (optim/megatron.py) around core's optimizers, and `DeepSpeedEngine`
-(optim/deepspeed.py) around DeepSpeed's ZeRO. A step calls `zero_grad`, `schedule()`, `prepare`, `update` and `norm`."""
+(optim/deepspeed.py) around DeepSpeed's ZeRO. A step calls `zero_grad`, `schedule()`, `prepare`, `update` and `norm`.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class TrainEngine(Protocol):
     def finish_param_sync(self) -> None:
         """Wait for gathers of updated weights that overlap with the next forward pass.
 
-        Needed before anything but that pass reads the weights: a checkpoint, an evaluation, a comparison."""
+        Needed before anything but that pass reads the weights: a checkpoint, an evaluation, a comparison.
+        """
 
     def summon_full_params(self, writing: bool = False) -> contextlib.AbstractContextManager[None]:
         """Make the model's weights readable (and writable where `writing`) inside the context (collective)."""
@@ -55,7 +57,8 @@ class TrainEngine(Protocol):
 
         Args:
             model_state: sharded tensors of the model, by chunk and name.
-            loading: whether a checkpoint will be read into the result."""
+            loading: whether a checkpoint will be read into the result.
+        """
 
     def load_sharded_state(self, state: Any, updates: int) -> None:
         """Take over the tensors that `sharded_state` requested, read from a checkpoint (collective)."""
@@ -64,7 +67,8 @@ class TrainEngine(Protocol):
         """Set the fp32 masters from the model's present weights, after loading weights alone.
 
         Args:
-            exact: id of a parameter stored in FP8 -> the value it was cast from, which its master starts at."""
+            exact: id of a parameter stored in FP8 -> the value it was cast from, which its master starts at.
+        """
 
     def weights_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Return the sharded tensors that a checkpoint stores as the model's weights."""

@@ -4,7 +4,8 @@ Gradient copies, fp32 masters, sharding and gathers are core's. `build_optimizer
 get_megatron_optimizer does for one dense group of model chunks, which supports no inner optimizer but Adam and SGD.
 
 The gradient norm and clipping stay on the device: core's own reads the norm back between gradients and update, and the
-device would be idle until the update's kernels are queued."""
+device would be idle until the update's kernels are queued.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class MegatronEngine:
     def update(self, lr: float) -> None:
         """Clip the gradients and update every weight (collective).
 
-        A step without this call leaves no trace, neither in the moments nor in the count of updates."""
+        A step without this call leaves no trace, neither in the moments nor in the count of updates.
+        """
         for group in self.inner.param_groups:
             group["lr"] = lr
         if self.clip_grad:
@@ -157,7 +159,8 @@ def build_optimizer(
     """Build the engine of this rank's model chunks, which are wrapped in core's DistributedDataParallel (collective).
 
     Raises:
-        UserError: this torch has no Muon."""
+        UserError: this torch has no Muon.
+    """
     if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"optim.name=muon needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9 or newer"
@@ -260,7 +263,8 @@ def main_parameters(core: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
 def parameter_groups(chunks: Sequence[Any], optim: OptimConfig) -> list[dict[str, Any]]:
     """Return two groups: matrices, which decay, and norms and biases, which do not.
 
-    The order is the same on every rank, and an empty group is kept."""
+    The order is the same on every rank, and an empty group is kept.
+    """
     named = trained_parameters(chunks)
     common = {
         "max_lr": optim.weight_decay_reference_lr,
@@ -281,7 +285,8 @@ def align_buckets(chunks: Sequence[Any]) -> None:
 
     Core's fully_reshardable state gathers buckets without their padding but slices by padded offsets
     (distrib_optimizer.py), so every tensor after a padded bucket would be saved shifted, without an error. With pp > 1
-    the tied embedding has a bucket of its own that is padded."""
+    the tied embedding has a bucket of its own that is padded.
+    """
     for chunk in chunks:
         for buffer in chunk.buffers:
             buffer.numel_unpadded = buffer.numel
@@ -292,7 +297,8 @@ def align_buckets(chunks: Sequence[Any]) -> None:
 def global_norm(core: Any, device: torch.device) -> torch.Tensor:
     """Return the norm of all gradients, each counted once, as an fp32 scalar on `device` (collective).
 
-    `core` is one of core's optimizers with its main gradients ready."""
+    `core` is one of core's optimizers with its main gradients ready.
+    """
     gradients = core.get_main_grads_for_grad_norm() if core.get_parameters() else []
     norm = torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float32)
     group = core.get_grad_stats_parallel_group()

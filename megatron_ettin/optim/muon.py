@@ -5,7 +5,8 @@ Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. For a mat
     p *= 1 - lr/max_lr * weight_decay;  p -= lr * adjust(shape) * orthogonal(u)
 `orthogonal` is torch.optim.Muon's Newton-Schulz iteration (five steps in bfloat16) and `adjust` its adjust_lr_fn. It
 needs whole matrices: momentum is sharded, u is gathered over tensor parallelism, and each rank keeps its own rows or
-columns. Fused weights are orthogonalized as the matrices they consist of: q, k, v; the gated MLP's two halves."""
+columns. Fused weights are orthogonalized as the matrices they consist of: q, k, v; the gated MLP's two halves.
+"""
 
 from __future__ import annotations
 

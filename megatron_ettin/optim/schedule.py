@@ -1,7 +1,8 @@
 """Define learning-rate schedules: the fraction of `optim.lr` that a step uses, as a pure function of tokens.
 
 Tokens are the global non-padding tokens trained on before the step, as in the original trainer, so the first step of a
-warm-up uses 1e-10. Source: the Ettin fork's src/scheduler.py (see docs/decisions.md)."""
+warm-up uses 1e-10. Source: the Ettin fork's src/scheduler.py (see docs/decisions.md).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def wsd(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
 def one_minus_sqrt(tokens: float, schedule: ScheduleConfig, end_tokens: int) -> float:
     """Warm up, hold, then decay as f + (1 - f)(1 - sqrt(x)), with f = final_lr_fraction.
 
-    x goes from 0 to 1 over the last `decay_tokens` before `end_tokens`, and stays at 1 after it."""
+    x goes from 0 to 1 over the last `decay_tokens` before `end_tokens`, and stays at 1 after it.
+    """
     final = schedule.final_lr_fraction
     done = decayed(tokens, schedule, end_tokens)
     return warmup(tokens, schedule.warmup_tokens) * (final + (1 - final) * (1 - math.sqrt(done)))

@@ -2,7 +2,8 @@
 
 Core's own format that survives a change of layout (`fully_reshardable`) gathers every state on every data-parallel rank
 before writing, and reads all of it on each. The files can store boxes of a tensor, and a shard, a range of the
-flattened parameter, is a few boxes: the end of its first row, whole rows, the beginning of its last row."""
+flattened parameter, is a few boxes: the end of its first row, whole rows, the beginning of its last row.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def sharded_state(core: Any, model_state: dict[str, Any], masters: Masters) -> d
     Args:
         core: a DistributedOptimizer.
         model_state: the sharded tensors of its model chunks.
-        masters: tensors to use in place of the optimizer's masters; none if empty."""
+        masters: tensors to use in place of the optimizer's masters; none if empty.
+    """
     entries = entries_by_parameter(model_state)
     sharded = (
         tensor
@@ -49,7 +51,8 @@ def entries_by_parameter(model_state: dict[str, Any]) -> dict[int, Any]:
 def empty_masters(core: Any) -> Masters:
     """Return tensors to read a checkpoint's masters into.
 
-    In fp32 a master is the weight itself, which is loaded too and may have been rounded when it was written."""
+    In fp32 a master is the weight itself, which is loaded too and may have been rounded when it was written.
+    """
     return {id(parameter): torch.empty_like(states["param"]) for parameter, _, states in local_shards(core)}
 
 
@@ -81,7 +84,8 @@ def set_master_weights(core: Any, exact: Mapping[int, torch.Tensor]) -> None:
 def with_masters(core: Any, model_state: dict[str, Any]) -> dict[str, Any]:
     """Return `model_state` with this rank's masters in place of weights stored in FP8.
 
-    They have the type of the other weights, so a checkpoint's weights are not rounded to FP8."""
+    They have the type of the other weights, so a checkpoint's weights are not rounded to FP8.
+    """
     masters = {id(parameter): (first, states["param"]) for parameter, first, states in local_shards(core)}
 
     def replaced(name: str, entry: Any) -> dict[str, Any]:
@@ -104,7 +108,8 @@ def to_sharded_tensors(entry: Any, prefix: str, flat: torch.Tensor, first: int) 
         entry: the parameter's entry in the model's sharded state.
         prefix: what their keys begin with.
         flat: this rank's shard.
-        first: index of its first element in the flattened parameter."""
+        first: index of its first element in the flattened parameter.
+    """
     for start, whole in stored_tensors(entry):
         begin, end = max(first, start), min(first + len(flat), start + math.prod(whole.local_shape))
         for offset, shape in shard_boxes(whole.local_shape, begin - start, end - start):

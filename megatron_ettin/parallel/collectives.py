@@ -1,7 +1,8 @@
 """Run collectives over all ranks: on scalars, on picklable objects, and for decisions that one rank takes for all.
 
 With one rank, or before there is a process group, each returns this process's own value. Every function is collective:
-all ranks call it, in the same order."""
+all ranks call it, in the same order.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Read which rank this process is: from torchrun's variables, from SLURM's step variables, or a single process.
 
-SLURM's variables count only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers."""
+SLURM's variables count only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Both lie in the folder that ETTIN_ATTEMPT_DIR names; without it nothing is written. The ranks themselves notice a hang
 (faults/watchdog.py). The supervisor notices it too, in case they cannot report it: rank 0 writes what it does and how
 long that may take at most, and the supervisor ends a launch that has been silent for longer. All ranks move in step, so
-one heartbeat is enough."""
+one heartbeat is enough.
+"""
 
 from __future__ import annotations
 

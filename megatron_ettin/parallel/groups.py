@@ -1,6 +1,7 @@
 """Create, look up and destroy the process groups of a run.
 
-Core's global groups are used here and nowhere else, so that no other module needs to know that they are global."""
+Core's global groups are used here and nowhere else, so that no other module needs to know that they are global.
+"""
 
 from __future__ import annotations
 

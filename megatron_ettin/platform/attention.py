@@ -6,7 +6,8 @@
 | flash | the flash-attn package (3, else 2) | a GPU, the package, 16-bit |
 | varlen | torch's own flash attention | a GPU, torch with a window in `varlen_attn`, 16-bit |
 | flex | torch's compiled flex attention | a GPU, Triton |
-| sdpa | torch's scaled_dot_product_attention, chunk by chunk or in bands | nothing |"""
+| sdpa | torch's scaled_dot_product_attention, chunk by chunk or in bands | nothing |
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def choose_attention(wanted: str, platform: Platform, precision: str) -> Attenti
     """Return the kernel for `run.attention`; `auto` is the first of the table that runs here.
 
     Raises:
-        UserError: the requested kernel does not run here; the message says why and names one that does."""
+        UserError: the requested kernel does not run here; the message says why and names one that does.
+    """
     reasons = {name: missing(platform, precision) for name, missing in KERNELS.items()}
     nearest = next(name for name, reason in reasons.items() if reason is None)
     if wanted == "auto":

@@ -1,7 +1,8 @@
 """Count the bytes that process groups send, and time the calls and waits of this rank.
 
 Every collective and transfer passes the methods of torch's ProcessGroup, whoever calls it (core, Transformer Engine,
-this package), and the `wait` of the work that they return."""
+this package), and the `wait` of the work that they return.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ SENT = {
 class CommVolumeTracker:
     """Count bytes by (axis, method) inside `track`.
 
-    `axes` maps the name of a process group to its axis; other groups count as `all`."""
+    `axes` maps the name of a process group to its axis; other groups count as `all`.
+    """
 
     def __init__(self, axes: dict[str, str]) -> None:
         self.axes = axes

@@ -2,7 +2,8 @@
 
 A GPU spends a quarter of a bf16 step, and more of an FP8 one, on memory traffic between matrix products. Transformer
 Engine fuses the norms; the rest (rotation, gate, dropout with its hash, softmax of the vocabulary) is decorated here.
-Uncompiled they are ordinary functions on every device: compiling takes seconds, too long for short CPU runs."""
+Uncompiled they are ordinary functions on every device: compiling takes seconds, too long for short CPU runs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _state = {"enabled": False}
 class MaybeCompiled:
     """A function of tensors and constants that may be compiled; made by the decorators below.
 
-    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times."""
+    `dynamic`: compile one kernel for all sizes, where one for each would be compiled a hundred times.
+    """
 
     def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
         self.function = self.call = function
@@ -60,7 +62,8 @@ def should_compile(wanted: str, is_gpu: bool) -> bool:
     """Return whether to compile here for `run.fuse` = auto, always or never.
 
     Raises:
-        UserError: `always`, and this host lacks what the compiler needs."""
+        UserError: `always`, and this host lacks what the compiler needs.
+    """
     missing = None
     if is_gpu and find_spec("triton") is None:
         missing = "Triton, which torch's CUDA builds bring along"

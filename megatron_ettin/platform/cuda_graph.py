@@ -1,6 +1,7 @@
 """Capture kernels once in a CUDA graph and launch them together.
 
-Graphs help where kernels are shorter than the time that the host needs to launch them."""
+Graphs help where kernels are shorter than the time that the host needs to launch them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class CapturedGraph:
     """A function of tensors of fixed shapes, captured at its fourth call and replayed from then on.
 
     It must not wait for the device or allocate depending on values. Its only effects may be what it returns and what it
-    writes to memory that outlives it. The next call overwrites what a call returned."""
+    writes to memory that outlives it. The next call overwrites what a call returned.
+    """
 
     def __init__(self, function: Callable[[Tensors], Tensors]) -> None:
         self.function, self.calls = function, 0

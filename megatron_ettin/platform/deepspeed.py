@@ -1,6 +1,7 @@
 """Import DeepSpeed, only where `parallel.engine=deepspeed`.
 
-DeepSpeed looks for accelerators, logs at length and compiles kernels when it is imported or first used."""
+DeepSpeed looks for accelerators, logs at length and compiles kernels when it is imported or first used.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def release_globals() -> None:
     """Release what DeepSpeed keeps outside of its engines, because a process may train several runs.
 
     That is torch's process groups, the models of ZeRO-3 (a cached method of its coordinators holds them, and with them
-    all groups and their threads), and its counters of modules and parameters, which ranks compare."""
+    all groups and their threads), and its counters of modules and parameters, which ranks compare.
+    """
     deepspeed = load_deepspeed()
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
 

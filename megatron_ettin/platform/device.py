@@ -1,7 +1,8 @@
 """Describe the device of a rank as a `Platform`, which the floors above use instead of torch.cuda.
 
 `detect("auto")` takes the GPU where there is one. On the CPU the same Megatron-Core runs over gloo, and `platform.cpu`
-emulates the few CUDA calls it makes."""
+emulates the few CUDA calls it makes.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ class Platform:
     def measured_peak_flops(self, dtype: torch.dtype) -> float:
         """Return the operations per second of a large matrix product here, the reference for a CPU's speed.
 
-        Measured once per process, so that figures that are divided by it are comparable."""
+        Measured once per process, so that figures that are divided by it are comparable.
+        """
         if dtype in self._peaks:
             return self._peaks[dtype]
         n = 8192 if self.is_gpu else 1024
@@ -171,7 +173,8 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
 
     Raises:
         UserError: `gpu` was requested and there is none.
-        RankError: this host has fewer GPUs than local ranks."""
+        RankError: this host has fewer GPUs than local ranks.
+    """
     # read when CUDA starts: lets communication begin before the products it overlaps with, as core and TE require
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if wanted == "cpu":
@@ -223,7 +226,8 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copy `tensor` to `device` without waiting for the device.
 
     A copy from pageable memory would wait for all kernels before it. One from pinned memory is queued behind them, and
-    torch's host allocator keeps the memory until it is done."""
+    torch's host allocator keeps the memory until it is done.
+    """
     if torch.device(device).type == "cpu":
         return tensor
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

@@ -7,7 +7,8 @@ ranks, because core reduces the maxima over all of them in every step: one copy 
 
 Weights stored in FP8 (`precision.fp8_weights`) are Transformer Engine's quantized tensors. Core makes them
 (`fp8_param`), gathers their bytes and casts masters to them. This module adds what core leaves out: the exact values
-that the fp32 masters begin with, and the transposed copies for backward after a gather outside of the forward pass."""
+that the fp32 masters begin with, and the transposed copies for backward after a gather outside of the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def delayed_scales(linear: Any) -> dict[str, torch.Tensor]:
 def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
     """Restore the scales after forward passes inside.
 
-    The values they quantize count in the maxima of the next step, so evaluating a run would change its training."""
+    The values they quantize count in the maxima of the next step, so evaluating a run would change its training.
+    """
     linears = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
     before = [{name: tensor.clone() for name, tensor in delayed_scales(linear).items()} for linear in linears]
     yield
@@ -52,7 +54,8 @@ def preserve_fp8_state(chunks: Sequence[Any]) -> Iterator[None]:
 def reset_fp8_state() -> None:
     """Release the scales that Transformer Engine keeps outside of the model.
 
-    Else the next model in this process would reduce them too, over process groups that no longer exist."""
+    Else the next model in this process would reduce them too, over process groups that no longer exist.
+    """
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")
     if quantization is not None:
         quantization.FP8GlobalStateManager.reset()
@@ -61,7 +64,8 @@ def reset_fp8_state() -> None:
 def make_delayed_scales(linear: Any, config: Any) -> None:
     """Create the tensors that a Transformer Engine linear would create in its first forward pass, to load into them.
 
-    These are the steps of TE's own set_extra_state. `config` is core's TransformerConfig."""
+    These are the steps of TE's own set_extra_state. `config` is core's TransformerConfig.
+    """
     if delayed_scales(linear):
         return
     from megatron.core.fp8_utils import get_fp8_recipe
@@ -82,7 +86,8 @@ def set_weight(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Set a parameter's initial value, rounded to its type.
 
     For a parameter in FP8, Transformer Engine keeps on the host the value it was made from, which masters begin with:
-    it is set too."""
+    it is set too.
+    """
     # rounded first, so that FP8 weights are the same wherever they are cast
     value = value.to(parameter.dtype)
     parameter.copy_(value)

@@ -1,6 +1,7 @@
 """List the GPUs of this host and the packages that make them fast, as plain values.
 
-Only `transformer_engine_error` and `core_error` import such a package, which takes seconds."""
+Only `transformer_engine_error` and `core_error` import such a package, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def gpus() -> list[Gpu]:
 def has_kernels(built_for: list[str], major: int, minor: int) -> bool:
     """Return whether one of torch's architectures runs on this compute capability.
 
-    Machine code (sm) runs on its generation if not newer, intermediate code (compute) on all that are not older."""
+    Machine code (sm) runs on its generation if not newer, intermediate code (compute) on all that are not older.
+    """
     for name in built_for:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         if match is None:

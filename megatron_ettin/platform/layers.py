@@ -1,6 +1,7 @@
 """Choose the classes of a transformer layer's parts: Transformer Engine's on a GPU that has it, else core's own.
 
-The idea is core's BackendSpecProvider; this one is smaller because an Ettin layer has four parts only."""
+The idea is core's BackendSpecProvider; this one is smaller because an Ettin layer has four parts only.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
     """Return Transformer Engine's layers where they run, else core's. In fp32 core's, because TE would use TF32.
 
     Raises:
-        UserError: the kernel requested by `attention` (run.attention) does not run here."""
+        UserError: the kernel requested by `attention` (run.attention) does not run here.
+    """
     choice = choose_attention(attention, platform, precision)
     # core stores its choice in these variables, and refuses another one later in this process
     for name in ("FLASH", "FUSED", "UNFUSED"):

@@ -1,6 +1,7 @@
 """Measure the memory of live tensors, and configure the allocator of this process.
 
-Where no device counts its allocations, the sum of live tensor storages is what memory predictions are compared with."""
+Where no device counts its allocations, the sum of live tensor storages is what memory predictions are compared with.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 def is_symbolic(tensor: torch.Tensor) -> bool:
     """Return whether torch's compiler traced with this tensor.
 
-    Such tensors stay after a compilation and hold no memory, and their size depends on a solver that may be gone."""
+    Such tensors stay after a compilation and hold no memory, and their size depends on a solver that may be gone.
+    """
     return getattr(getattr(tensor, "fake_mode", None), "shape_env", None) is not None
 
 
@@ -27,7 +29,8 @@ class PeakMemoryTracker(TorchDispatchMode):
     """Count, inside its context, the bytes of all tensor storages and their peak.
 
     Counted are storages that existed before (found by the garbage collector) and those that operations return, until
-    they are freed. Memory that a kernel allocates and frees itself is not seen."""
+    they are freed. Memory that a kernel allocates and frees itself is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +80,8 @@ def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning them; do nothing without glibc.
 
     A training step and a conversion allocate the same sizes again and again, and faulting in their pages each time
-    costs a fifth of the time."""
+    costs a fifth of the time.
+    """
     # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):

@@ -1,7 +1,8 @@
 """Remove the norm's bias from Transformer Engine's fused LayerNorm + column-parallel linear.
 
 TE's LayerNorm always has a bias; the recipe's norms have none. Here it is a constant of zeros instead of a parameter:
-nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local layers'."""
+nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local layers'.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class Profiler:
     def write(self, folder: Path, name: str) -> str:
         """Write NAME.trace.json.gz (for Perfetto), NAME.txt and NAME.memory.pickle, and return the text of NAME.txt.
 
-        Raises OSError."""
+        Raises OSError.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.profile.export_chrome_trace(str(folder / f"{name}.trace.json.gz"))
         text = summary(self.profile.key_averages(), self.platform.is_gpu)

@@ -1,7 +1,8 @@
 """Check for `ettin doctor` that this device computes correctly and fast, and that ranks reach each other.
 
 Products are repeated and must give the same bits each time; some of their rows are compared with float64. All-reduces
-sum whole numbers, which is exact."""
+sum whole numbers, which is exact.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ A document's last piece is dropped when shorter than skip_tokens (unless it is t
 piece before it when shorter than min_chunk_tokens: the boundary moves back by 0 to chunk_tokens - 3 - rest tokens, so
 no token is read twice, the two pieces keep at least `rest` tokens each and their lengths are spread evenly, which is
 what lets rows be packed full. The recipe draws the number at random; here the document's hash does, the same in every
-run. Encoder and decoder read the same chunks."""
+run. Encoder and decoder read the same chunks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def chunk_rule(
     end_token: str = "every",
 ) -> ChunkRule:
     """The rule of a chunk size; what is not given follows the recipe (half and an eighth, at most 512 and 128).
-    Cutting plainly, with every remainder kept as it is, is `min_chunk_tokens=0, skip_tokens=0`."""
+    Cutting plainly, with every remainder kept as it is, is `min_chunk_tokens=0, skip_tokens=0`.
+    """
     if chunk_tokens < SMALLEST_CHUNK_TOKENS:
         raise UserError(f"--chunk-tokens: {chunk_tokens}; at least {SMALLEST_CHUNK_TOKENS}")
     least, skip = RECIPE_LIMITS.get(chunk_tokens, (min(512, chunk_tokens // 2), min(128, chunk_tokens // 8)))

@@ -2,7 +2,8 @@
 
 The finishing job is the same command with local processes: it finds the tasks done, or does what is left, merges and
 publishes. The command itself returns when both are submitted; run again it tells how far they are, and submits what is
-missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`."""
+missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Running the tasks of a plan: in this process, or by datatrove's executors on local processes, a SLURM cluster or Ray.
 
 A task is a rank of datatrove. It is done when its record lies in `tasks/`, whoever ran it; datatrove's own marks are
-brought in line with the records before each launch. Its logs go to `log/` in the working directory."""
+brought in line with the records before each launch. Its logs go to `log/` in the working directory.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +170,8 @@ class Watch:
     """While local processes work: report progress, and notice a process that was killed. The pool would put another in
     its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a
     signal of its own: where a shell started the command in the background, SIGINT is ignored. After Ctrl-C nothing is
-    lost: the pool ends its workers."""
+    lost: the pool ends its workers.
+    """
 
     def __init__(self, counter: Counter, progress: Progress) -> None:
         self.counter, self.progress = counter, progress

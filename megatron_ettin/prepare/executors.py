@@ -81,7 +81,8 @@ def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineE
 
 class ArrayExecutor(SlurmPipelineExecutor):
     """A job array. The cluster's own defaults hold for what the user did not say (partition, QOS, mail), and there is
-    no further job to add up datatrove's statistics: the dataset's manifest has the counts."""
+    no further job to add up datatrove's statistics: the dataset's manifest has the counts.
+    """
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
         arguments = super().get_sbatch_args(max_array)
@@ -119,7 +120,8 @@ def slurm_executor(
 @contextlib.contextmanager
 def errors_of_programs() -> Iterator[IO[bytes]]:
     """A file that takes what programs started meanwhile say on standard error: datatrove lets sbatch speak to the
-    terminal. The descriptor is replaced, since a child knows no other."""
+    terminal. The descriptor is replaced, since a child knows no other.
+    """
     with tempfile.TemporaryFile() as said:
         terminal = os.dup(2)
         os.dup2(said.fileno(), 2)

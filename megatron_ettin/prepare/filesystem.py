@@ -1,7 +1,8 @@
 """Where inputs lie: local paths through the operating system, URLs (s3://, gs://, hf://, memory://) through fsspec.
 
 A place is a string, a path or a URL; `file://` is a path. Remote files are opened for streaming, never copied. What a
-remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared."""
+remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def local_path(url: str) -> str | None:
 
 def canonical(url: str) -> str:
     """An absolute path for what is local, so that a build goes on from any directory; a URL without a slash at its
-    end."""
+    end.
+    """
     path = local_path(url)
     if path is not None:
         return os.path.abspath(path)
@@ -166,7 +168,8 @@ def entry_of(url: str, raw: dict[str, Any]) -> Entry:
 
 def walk(folder: str) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
     """(directory, its directories, its files), top down and sorted; a directory taken out of the second is not
-    entered. Links to directories are followed, each directory is visited once."""
+    entered. Links to directories are followed, each directory is visited once.
+    """
     visited: set[str] = set()
     pending = [folder]
     while pending:

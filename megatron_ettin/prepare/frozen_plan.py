@@ -2,7 +2,8 @@
 
 Whoever goes on with it, with any number of workers and any executor, works off these tasks: task 17 is the same bytes
 of the same files for ever, which is what a record "task 17 is done" means. Inputs that changed since are refused by
-name; `--replan` cuts the work anew and keeps the finished tasks whose input is what it was."""
+name; `--replan` cuts the work anew and keeps the finished tasks whose input is what it was.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ VERSION = 1
 
 def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan: bool) -> list[Task]:
     """The tasks of this work: those frozen before, else cut now and frozen. Raises UserError where a plan with
-    finished tasks was made for other settings or inputs."""
+    finished tasks was made for other settings or inputs.
+    """
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
     if stored is not None and {key: stored.get(key) for key in wanted} == wanted:

@@ -5,7 +5,8 @@ of workers, so neither does the output. A range is of bytes for every kind, and 
 documents belong to it (lines that begin in it, row groups that begin in it, ...), so that no file has to be opened to
 plan. A compressed file and an MDS shard cannot be entered in the middle and are not split. Small corpora get smaller
 tasks, so that there is something to share; very large ones get larger tasks, because a task is a shard and 100,000
-shards help nobody."""
+shards help nobody.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ class Listing:
 
 def read_files(given: str, listing: Listing) -> list[InputFile]:
     """The files of one INPUT, those of one kind only in each folder. Raises UserError also where its extensions would
-    leave out most of it, by files and by bytes."""
+    leave out most of it, by files and by bytes.
+    """
     before = len(listing.passed_over.by_reason.get(UNKNOWN, []))
     found = []
     for file in files_of_input(given, listing):

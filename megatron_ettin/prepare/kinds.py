@@ -1,7 +1,8 @@
 """Which kind of input a file's name says it is, and which kinds one folder may hold.
 
 Strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one kind never decides that
-files of another are left out. What is passed over is kept with its reason and told at the end."""
+files of another are left out. What is passed over is kept with its reason and told at the end.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def is_about(name: str) -> bool:
 def one_kind_a_folder(files: Iterable[InputFile], passed_over: PassedOver) -> list[InputFile]:
     """Return the files to read, texts about the data beside or below them taken out.
 
-    Raises UserError naming both where a folder holds files of two kinds, or texts above files of another kind."""
+    Raises UserError naming both where a folder holds files of two kinds, or texts above files of another kind.
+    """
     files = list(files)
     held: dict[str, dict[str, InputFile]] = {}
     for file in files:

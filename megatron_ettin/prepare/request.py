@@ -67,7 +67,8 @@ def check_request(request: PrepareRequest) -> PrepareRequest:
 
 def resolved_output(out: Path) -> Path:
     """Return where the dataset will lie, links followed. Raises UserError for a place that the last rename cannot give
-    its name to: it is asked for before the work and not after it."""
+    its name to: it is asked for before the work and not after it.
+    """
     if not out.name and out == Path():
         raise UserError("--out: is the current directory; name a new one in it")
     try:
@@ -92,7 +93,8 @@ def working_place(out: Path) -> Path:
 
 def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the output, besides the inputs. The vocabulary is named where ids have holes: earlier versions
-    counted its entries, and wrapped the ids above."""
+    counted its entries, and wrapped the ids above.
+    """
     holes = {"vocab_size": tokenizer.vocab_size} if tokenizer.has_holes else {}
     return {
         **holes,
@@ -110,14 +112,16 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
 
 def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
     """By which a finished dataset knows the same request: settings, names and sizes. Times are left out: a copy of the
-    inputs makes the same dataset. They are compared apart (`rewritten_input`)."""
+    inputs makes the same dataset. They are compared apart (`rewritten_input`).
+    """
     listed = [[file.name, file.source, file.kind, file.compression, file.bytes, file.detail] for file in files]
     return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def write_inputs(folder: Path, files: list[InputFile]) -> None:
     """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
-    rewritten."""
+    rewritten.
+    """
     listed = [[file.name, file.bytes, file.modified] for file in files]
     write_json(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
 

@@ -3,7 +3,8 @@
 Everything happens in `.tmp-NAME/` beside the output: the frozen plan, a record per finished task, then the staged
 dataset, which one rename publishes. A killed prepare is therefore continued by running it again, and DATASET is
 complete or absent. What was asked for is hashed (settings, and the inputs' names and sizes): a finished dataset answers
-"already there" to the same request and is never overwritten by another one."""
+"already there" to the same request and is never overwritten by another one.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +119,8 @@ class Build:
 
     def finished(self) -> PrepareResult | None:
         """The dataset of this very request, where it is there. Raises UserError where another one is, or where an input
-        was written since."""
+        was written since.
+        """
         out = self.request.out
         found = existing_output(out, self.settings_sha256)
         if found is None:
@@ -236,7 +238,8 @@ def remove_leftovers(folder: Path) -> None:
 @contextlib.contextmanager
 def working_directory(work: Path) -> Iterator[None]:
     """Hold `work` alone. A mistake before anything was done removes it; whatever happens later leaves it to go on
-    with."""
+    with.
+    """
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)

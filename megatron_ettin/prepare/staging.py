@@ -1,7 +1,8 @@
 """From the records of finished tasks to a complete dataset directory, still under its temporary name.
 
 Shards get their numbers here, in the order of the tasks, those without documents left out. Moving is by rename and may
-be interrupted anywhere: a file already moved is simply found in its place."""
+be interrupted anywhere: a file already moved is simply found in its place.
+"""
 
 from __future__ import annotations
 

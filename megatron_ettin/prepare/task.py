@@ -1,7 +1,8 @@
 """One task of `ettin prepare`: read, split off the held-out documents, tokenize in batches, cut, write one shard.
 
 A task depends on its input and the settings only and ends by
-writing its record, so a task with a record is done, whichever process did it and whatever was killed since."""
+writing its record, so a task with a record is done, whichever process did it and whatever was killed since.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def tokenized(
 
 def document_key(document: Document) -> str:
     """The content's hash: equal documents are cut alike and fall on one side of a held-out split. Of tokens it is the
-    hash of their ids as little-endian uint32."""
+    hash of their ids as little-endian uint32.
+    """
     content = document.text.encode("utf-8") if document.tokens is None else document.tokens.astype("<u4").tobytes()
     return hashlib.sha256(content).hexdigest()
 

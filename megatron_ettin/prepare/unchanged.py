@@ -17,7 +17,8 @@ ASKED_AT_ONCE = 32
 def check_unchanged(files: Iterable[InputFile]) -> None:
     """Raise UserError naming the first input that is not as it was listed.
 
-    What was read of such a file may be neither the old content nor the new."""
+    What was read of such a file may be neither the old content nor the new.
+    """
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         for difference in pool.map(change_of, files):
             if difference:

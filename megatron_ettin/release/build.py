@@ -1,7 +1,8 @@
 """Build a release folder: one sub-folder a revision, `main` for the final one, `data_order`, and an index.
 
 A release that is killed at any time leaves complete revisions and `.work`; the next one makes what is missing and ends
-in the same bytes. Revisions of checkpoints that were deleted meanwhile stay."""
+in the same bytes. Revisions of checkpoints that were deleted meanwhile stay.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Find what there is to release: the phases of one model, each a run directory, and the checkpoints of each.
 
 A run records the checkpoint that it began from. Following these records leads from a decay run over the extension to
-pre-training. Runs that were moved together are found by the recorded relative path."""
+pre-training. Runs that were moved together are found by the recorded relative path.
+"""
 
 from __future__ import annotations
 

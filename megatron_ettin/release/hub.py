@@ -1,7 +1,8 @@
 """Push a release folder to a repository of the Hugging Face hub: a branch a revision, `main` last.
 
 Every upload is one commit, so a reader sees a revision whole or not at all; files that the server has already are not
-sent again, so an interrupted push goes on where it stopped."""
+sent again, so an interrupted push goes on where it stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Write and read release.json of a revision: what it was made from, and every file with its size and sha256.
 
-A second `ettin release` reads it to keep what is there; a user who downloads a revision can check the files by it."""
+A second `ettin release` reads it to keep what is there; a user who downloads a revision can check the files by it.
+"""
 
 from __future__ import annotations
 

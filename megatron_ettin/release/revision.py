@@ -1,7 +1,8 @@
 """Make revisions: convert a checkpoint or the initial weights, verify the result, and publish it when it is complete.
 
 Several processes make revisions at a time, each with one thread: the figures of a parity record then do not depend on
-the number of cores, and a release that was interrupted ends in the same bytes."""
+the number of cores, and a release that was interrupted ends in the same bytes.
+"""
 
 from __future__ import annotations
 

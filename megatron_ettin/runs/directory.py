@@ -1,7 +1,8 @@
 """Check and record a launch in a run directory: its configuration, what may not change, its lock and its history.
 
 The first launch fixes the science keys. Another value is refused unless `--allow-change KEY` allows it, and then
-history.jsonl records the change. The data order is fixed by its fingerprint, not by a path."""
+history.jsonl records the change. The data order is fixed by its fingerprint, not by a path.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def check_writable(run_dir: Path, what: str = "run directory ") -> None:
 def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
     """Keep a second launch out of `run_dir` while this one trains. Rank 0 holds the lock, which ends with its process.
 
-    Raises UserError where another launch holds it."""
+    Raises UserError where another launch holds it.
+    """
     if not is_main_process:
         yield
         return
@@ -172,7 +174,8 @@ def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
 def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
     """Raise UserError where a checkpoint's config.yaml has another science key: it is another run's then.
 
-    Keys that a launch of this run was allowed to change may differ."""
+    Keys that a launch of this run was allowed to change may differ.
+    """
     groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
     allowed = {*map(current_name, allow), *(key for one in read_launches(run_dir) for key in allowed_changes(one))}
     if not fixes_guard(checkpoint / "config.yaml"):
@@ -206,7 +209,8 @@ def origin(
     """Return what the first launch of a run began from, for `ettin release` to follow.
 
     The path is recorded absolute and relative to the run directory, so that runs moved together still find each other,
-    with what of the model came from it."""
+    with what of the model came from it.
+    """
     if init_from is None or first_launch(run_dir) is not None:
         return {}
     source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()

@@ -3,7 +3,8 @@
 history.jsonl has one object a launch; the first says where the run began. The folder of `--phase all` holds a run
 directory for each phase and is none itself. Versions that judged spikes by the mean and standard deviation of loss and
 norm had no science keys for bad steps: such a run continues under the new rule, and only its record shows which of its
-updates were left out."""
+updates were left out.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ HISTORY = "history.jsonl"
 def read_launches(run_dir: Path, unreadable: list[int] | None = None) -> list[dict[str, Any]]:
     """Return every launch's record, oldest first.
 
-    Lines that a full disk or a kill has torn are left out; their numbers go to `unreadable`."""
+    Lines that a full disk or a kill has torn are left out; their numbers go to `unreadable`.
+    """
     launches = read_json_lines(run_dir / HISTORY, unreadable, count_torn=True)
     return [launch for launch in launches if launch]
 

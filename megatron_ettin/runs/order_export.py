@@ -1,7 +1,8 @@
 """Export what each step trained on or will train on: documents and spans as a table, or the arrays that the model saw.
 
 Both are functions of the run's configuration and its datasets; neither torch nor a run is needed. Steps are numbered as
-in metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded for any number of steps."""
+in metrics.jsonl: the first is 1. Many rows are looked up at once; memory is bounded for any number of steps.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def tables(config: Config, corpus: BlendedDataset, steps: range) -> Iterator[Tab
     """Yield which tokens of which document stood where, a line a chunk, in order and some rows at a time.
 
     `end_token` is exclusive and, like `start_token`, counts the document's own tokens: [CLS] and [SEP] of the chunk are
-    in `row_start` only."""
+    in `row_start` only.
+    """
     for step, batch_slot, row_index in iter_rows(batch_sizes(config, corpus, steps), steps):
         yield table_of(corpus, step, batch_slot, corpus.order_indices(row_index))
 
@@ -192,7 +194,8 @@ def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: rang
 
     The arrays are step [n]; causal [n], whether the row is causal; input_ids and labels [n, seq_len] (-100 where
     nothing is predicted, shifted already for clm and mntp); spans [m, 3]: index of the row, first token and end of
-    every chunk. All of it is in memory: 16 bytes a token of a row."""
+    every chunk. All of it is in memory: 16 bytes a token of a row.
+    """
     label, kinds = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
     n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)

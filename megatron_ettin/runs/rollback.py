@@ -1,7 +1,8 @@
 """Roll a run back to an earlier step (`ettin train --from-step N`); later checkpoints are moved aside, not deleted.
 
 A requeued job runs the same command again and must continue instead of going back again: each rollback is recorded, and
-done once for the same step and the same `data.skip`."""
+done once for the same step and the same `data.skip`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
 def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     """Make `step` the newest checkpoint of the run; return False where that was done before.
 
-    The same call finishes what a killed one began. Raises UserError where the run has no such checkpoint."""
+    The same call finishes what a killed one began. Raises UserError where the run has no such checkpoint.
+    """
     if _was_done(run_dir, step, skip):
         return False
     done = rolled_back(run_dir)

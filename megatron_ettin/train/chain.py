@@ -1,7 +1,8 @@
 """Train several runs in one job: the phases of `ettin train --phase all`, and the members of `--sweep`.
 
 Every phase begins from the one before, and a chain that was stopped goes on in the phase where it stopped. Everything
-about later phases that can be checked is checked before the first one starts."""
+about later phases that can be checked is checked before the first one starts.
+"""
 
 from __future__ import annotations
 

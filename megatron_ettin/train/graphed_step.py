@@ -3,7 +3,8 @@
 It serves runs whose host is slower than their device. A captured graph has fixed shapes: labels and boundaries are
 padded to a capacity, and what the host computes anew for each step (the keys of dropout's masks) is a tensor. Padded
 labels count for nothing, and boundaries at the end are chunks of no tokens, so the result is that of the ordinary pass.
-A micro-batch that does not fit runs as always."""
+A micro-batch that does not fit runs as always.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Step a model by hand, from scripts and notebooks: the part of `megatron_ettin.api` that holds a model.
 
-Importing this module is cheap; torch and Megatron-Core are imported when a model is built."""
+Importing this module is cheap; torch and Megatron-Core are imported when a model is built.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ another objective starts it fresh), or from initial weights. Its position in the
 
 The files that describe a checkpoint are small and are checked before anything is loaded. Its data are hashed in threads
 during the load, which waits for the disk and copies; every rank hashes a share of the blocks. No rank goes on before
-the hashes agree, and a run that finds damage loads the checkpoint before that one."""
+the hashes agree, and a run that finds damage loads the checkpoint before that one.
+"""
 
 from __future__ import annotations
 

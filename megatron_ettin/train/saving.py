@@ -1,7 +1,8 @@
 """Save a run while it trains: planned by all ranks together, written by a thread of each, published by rank 0's.
 
 A checkpoint that cannot be written (a full disk, a file system that is away) is given up and reported; the one before
-it stays the latest. `checkpoint.on_failure` decides whether the run then goes on."""
+it stays the latest. `checkpoint.on_failure` decides whether the run then goes on.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ class Saver:
     def begin(self, request: SaveRequest) -> None:
         """Plan a save, snapshot its tensors to host memory, and start writing them in a thread.
 
-        Collective; a save in flight is waited for first."""
+        Collective; a save in flight is waited for first.
+        """
         self.wait()
         why = broadcast_object(self._prepare(request) if self.is_main_process else None)
         if why is not None:

@@ -56,7 +56,8 @@ class TrainState:
         """Let the step timer see the beginning of the step's first sum over the ranks.
 
         The timer must not reference this object: core's configuration holds the callback, and the reference cycle
-        would keep the weights until Python collects garbage."""
+        would keep the weights until Python collects garbage.
+        """
         self.clock = StepTimer(self.platform)
         if self.optimizer is not None:
             self.optimizer.call_before_sum(self.clock.arrive)

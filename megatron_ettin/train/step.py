@@ -1,7 +1,8 @@
 """Make an optimizer step: micro-batches through core's pipeline schedule, one all-reduce of its totals, one update.
 
 The loss is normalised by the number of predicted tokens of the whole batch (`global`, the default) or, as the original
-trainer did, by each micro-batch's own number (`microbatch`)."""
+trainer did, by each micro-batch's own number (`microbatch`).
+"""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def train_step(
 def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], count: int, training: bool) -> StepTotals:
     """Run forward (and, in training, backward) of `count` micro-batches of one shape. Collective.
 
-    The totals are those that this rank counts: the losses on the last pipeline stage's first tensor rank."""
+    The totals are those that this rank counts: the losses on the last pipeline stage's first tensor rank.
+    """
     models = train_state.ddp_model_chunks if training else train_state.model_chunks
     totals, layout = StepTotals(), train_state.layout
     counts_losses = layout.is_last_pipeline_rank and layout.tp_rank == 0
@@ -133,7 +135,8 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
 def normalising_factor(config: Config, micro_batches: int, labels: int) -> float:
     """Return the factor by which core, or DeepSpeed's engine, multiplies a micro-batch's sum of losses before backward.
 
-    Under `global` it is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers."""
+    Under `global` it is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers.
+    """
     if config.batch.loss_normalization == "global":
         return 1.0
     # DeepSpeed's loss scale holds the number of micro-batches already

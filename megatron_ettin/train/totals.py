@@ -1,7 +1,8 @@
 """Sum named figures of one step over its micro-batches, and then over all ranks by one all-reduce.
 
 Each figure has a slot in one fp64 tensor. To add a metric, call `add` where its value is known, on every rank alike
-(`None` on a rank that has no value): a name that `train_step` does not use itself goes to metrics.jsonl as it is."""
+(`None` on a rank that has no value): a name that `train_step` does not use itself goes to metrics.jsonl as it is.
+"""
 
 from __future__ import annotations
 

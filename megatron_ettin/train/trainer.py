@@ -207,7 +207,8 @@ class Trainer:
 def after_anomaly(run: Run, result: StepResult, progress: Progress) -> None:
     """Report a step with bad figures and, where `resilience.recheck` is set, tell data from hardware.
 
-    Every rank has the same figures: where the run is to end all of them raise, before anything of the step is kept."""
+    Every rank has the same figures: where the run is to end all of them raise, before anything of the step is kept.
+    """
     if run.config.resilience.recheck:
         run.heartbeat.enter("computing a step again")
         finding = replay_check(run.train_state, run.batches, result.step - 1)

@@ -1,7 +1,8 @@
 """Translate a YAML of the original trainer (`ettin train --config original.yaml`) to this system's keys.
 
 Every key is translated, left aside with a reason, or refused because it cannot be honoured. What the file does not say
-is as under `recipe: original`."""
+is as under `recipe: original`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """List the keys of the original trainer's YAML that are not translated, with the values they must have or a reason.
 
-Translated keys are in `importing.py`; together they account for every key of the 48 published files."""
+Translated keys are in `importing.py`; together they account for every key of the 48 published files.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Read the original trainer's description of a model: `model_config` of its YAML, or the same keys in a checkpoint.
 
 A missing key takes the trainer's own default, and every default that is used is noted. The names of tensors cannot show
-the activation, the kind of attention and the order of rotary channels, so these are checked here."""
+the activation, the kind of attention and the order of rotary channels, so these are checked here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Decide which model and objective the weights of a trainer's file belong to.
 
 The shapes of the tensors say everything except heads, rotary bases and windows. Those come from --config, else from the
-file's own record, else from the published size with these shapes. Assumptions are noted and contradictions refused."""
+file's own record, else from the published size with these shapes. Assumptions are noted and contradictions refused.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Import the original trainer's checkpoint file as a weights-only checkpoint for training, evaluation and export.
 
 One tensor is in memory at a time; the file's optimizer state is never read. The tokenizer that Composer records in the
-file comes along."""
+file comes along.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A pickle is a program that may call whatever it can name. `StubUnpickler` resolves every name to a `Stub`, which takes
 any call and does nothing, except for the few names in `STAND_INS`, which lead to functions of this module. No module is
-imported, no class of torch is made, and tensors stay descriptions, so the gigabytes of an optimizer cost nothing."""
+imported, no class of torch is made, and tensors stay descriptions, so the gigabytes of an optimizer cost nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Open a file of torch.save without torch.load: a zip file of one pickle and the bytes of each storage.
 
 The pickle is read as data (safe_unpickler.py). The bytes of a tensor are read when it is asked for, one storage at a
-time, and checked against the zip file's own checksum, which torch.load does not do."""
+time, and checked against the zip file's own checksum, which torch.load does not do.
+"""
 
 from __future__ import annotations
 

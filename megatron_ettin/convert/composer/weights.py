@@ -2,7 +2,8 @@
 
 The original trainer wraps a model several times over, and each wrapper puts a word before or into the names. Without
 these, the names are the encoder's names of convert/rules.py, because the trainer's decoders keep the fused attention
-input too. A file whose q, k and v are separate gets the decoder's names, which have them separate."""
+input too. A file whose q, k and v are separate gets the decoder's names, which have them separate.
+"""
 
 from __future__ import annotations
 

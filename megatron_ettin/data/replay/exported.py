@@ -1,7 +1,8 @@
 """Read an order that `ettin order --out` exported: each line is a chunk, and lines of one (step, slot) are a row.
 
 The lines are read batch by batch, in their sequence. Datasets are found by the fingerprint that the file notes, so they
-may have moved; a file without that note (written by something else) names them by path."""
+may have moved; a file without that note (written by something else) names them by path.
+"""
 
 from __future__ import annotations
 

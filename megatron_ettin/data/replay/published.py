@@ -4,7 +4,8 @@ This is a streaming join: hash every sample of the files, then scan the datasets
 Memory holds about 32 bytes a sample (its hash, its index by hash, its chunk twice) and a batch of either side. Special
 tokens around a sample or chunk do not count, nor do tokens beyond those that a row can hold, because trainers differ in
 what they add and where they cut. Hashes have 64 bits: among 10**9 samples and as many chunks the chance that one of
-them is matched falsely is some 5 %. Equal samples get the first chunk that has their content."""
+them is matched falsely is some 5 %. Equal samples get the first chunk that has their content.
+"""
 
 from __future__ import annotations
 

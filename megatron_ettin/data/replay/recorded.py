@@ -3,7 +3,8 @@
 Compiling (exported.py, published.py) writes which chunks make up each row to `order_<key>/` in the first dataset, or to
 `$ETTIN_CACHE/orders` where the dataset cannot be written; every rank memory-maps it. Like a packing index it is written
 under a lock, renamed into place and checked by the size of its files. Its fingerprint covers the datasets and the
-chunks of every row, not where the files lie."""
+chunks of every row, not where the files lie.
+"""
 
 from __future__ import annotations
 

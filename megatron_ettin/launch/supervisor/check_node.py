@@ -1,7 +1,8 @@
 """Check one node before the run: started alone on each node, prints `NODE ok` or `NODE: what is wrong`.
 
 The argument is a JSON object with "names" (hosts that must resolve), "files" (that must be visible), "programs",
-"paths" (folders that must be writable) and "min_free_gib"."""
+"paths" (folders that must be writable) and "min_free_gib".
+"""
 
 import json
 import os

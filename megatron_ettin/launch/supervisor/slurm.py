@@ -98,7 +98,8 @@ class SlurmJob:
         """Put the job back into the queue, to run on other nodes than `exclude`. Returns None, or why it was refused.
 
         SLURM ends this process soon after. A job's nodes can be changed only while it is pending, which is from the
-        requeue on, so that comes next, within the seconds between SLURM's TERM and its KILL."""
+        requeue on, so that comes next, within the seconds between SLURM's TERM and its KILL.
+        """
         if not self.id:
             return "not in a SLURM job"
         excluded = sorted(set(self.excluded()) | set(exclude)) if exclude else []
@@ -120,7 +121,8 @@ def check_nodes(
     """Run check_node.py on every node of the job at once. Returns problems by node; none outside of SLURM.
 
     Arguments: the shared folder of the run's SLURM files, folders that must be writable on each node, programs that
-    each node must have, and the room that each folder must have left."""
+    each node must have, and the room that each folder must have left.
+    """
     hosts = expand_hosts(job.node_list)
     if not hosts:
         return {}

@@ -2,7 +2,8 @@
 
 A segment takes the record batches that begin in it. A stream has no index, so the batches before are passed over by
 walking; a local file is memory-mapped for that, which touches their headers only. Memory is bounded by one batch
-(`datasets` writes 1,000 rows)."""
+(`datasets` writes 1,000 rows).
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ def saved_dataset_files(
     folder: str, listed: Mapping[str, Entry], name: str, source: str, required: bool = False
 ) -> list[InputFile] | None:
     """The data files of a saved dataset in the order of its state.json; None where state.json is something else,
-    which `required` makes an error."""
+    which `required` makes an error.
+    """
     path = joined(folder, "state.json")
     raw = json_object(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("_data_files"), list):

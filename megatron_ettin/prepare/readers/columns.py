@@ -1,6 +1,7 @@
 """Documents in the columns of Arrow record batches, as parquet files and saved datasets have them.
 
-A text column makes documents of texts. Where there is none, a column of lists of integers makes documents of tokens."""
+A text column makes documents of texts. Where there is none, a column of lists of integers makes documents of tokens.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Columns:
 
 def choose_columns(schema: Any, options: ReadOptions, where: str) -> Columns:
     """The text column, else the token column; with `tokens_first` the other way round. UserError naming the columns
-    found where neither is there."""
+    found where neither is there.
+    """
     found = {name: schema.field(i).type for i, name in enumerate(schema.names)}
     id_key = options.id_key if options.id_key in found else None
     if options.text_key in found and not (options.tokens_first and options.tokens_key in found):

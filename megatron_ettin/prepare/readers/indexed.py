@@ -2,7 +2,8 @@
 
 A segment [start, end) of a .bin of n bytes takes documents [d * start / n, d * end / n) of the index's d: every
 document once, in order, without opening the index to plan. The index is read in blocks of documents through the file,
-local or remote; no part of either file is held whole."""
+local or remote; no part of either file is held whole.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | N
 
 def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
     """The shards of a dataset that `ettin prepare` made, in order; None where manifest.json is something else. Its
-    held-out part is a dataset of its own and not part of it."""
+    held-out part is a dataset of its own and not part of it.
+    """
     path = joined(folder, "manifest.json")
     raw = json_object(path)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -1,7 +1,8 @@
 """Text files and JSON lines, plain or compressed, streamed; every defect is told by file and line or byte.
 
 Strict on purpose: a line that cannot be read is an error and not a skipped document, because a corpus that silently
-lost its second half trains just as quietly. Only blank lines are passed over."""
+lost its second half trains just as quietly. Only blank lines are passed over.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def decoded(raw: bytes, offset: int) -> str:
 
 def json_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
     """A document a line of every line that begins in the segment. Without an id of its own a document is `file:line`
-    or, in a file that is cut, `file@byte`: nobody has counted the lines before."""
+    or, in a file that is cut, `file@byte`: nobody has counted the lines before.
+    """
     file = segment.file
     for number, offset, raw in lines(segment):
         if not raw.strip():

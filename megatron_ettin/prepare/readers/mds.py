@@ -4,7 +4,8 @@ A shard is: the number of samples n (uint32), n + 1 offsets of their bounds (uin
 A sample is: the size (uint32) of each column whose size varies, then the columns. An `ndarray` column says its dtype
 and shape in the encoding ("ndarray:uint16:10,20"); what the encoding leaves out stands before the values. Memory is
 bounded by a shard's offsets (some 20 bytes a sample) and one sample. The hashes of the index are checked while reading,
-so that a damaged shard never becomes part of a dataset."""
+so that a damaged shard never becomes part of a dataset.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ TEXT_ENCODINGS = ("str", "str_int")
 
 def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
     """The documents of a shard. Where something in it is wrong and it has a hash, the hash speaks first: a damaged
-    shard is no matter of token ids."""
+    shard is no matter of token ids.
+    """
     shard = shard_from_json(segment.file.detail)
     try:
         yield from shard_documents(segment.file, shard, options)

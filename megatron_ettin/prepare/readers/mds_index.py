@@ -2,7 +2,8 @@
 
 The index is all that is believed: its shards are read, in its order, and nothing else in the directory. A root index
 may name shards in sub-directories ("a/shard.00000.mds"), as merged indices do; the sub-directories' own indices, which
-name the same shards, are then left alone. Without a root index every sub-directory with an index is read."""
+name the same shards, are then left alone. Without a root index every sub-directory with an index is read.
+"""
 
 from __future__ import annotations
 

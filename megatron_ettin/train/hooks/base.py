@@ -1,7 +1,8 @@
 """Define hooks, which do everything that happens besides training.
 
 The loop knows only their four methods. Hooks run on every rank, in order, and a hook that writes checks the rank
-itself."""
+itself.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ class Hook:
 class GarbageCollection(Hook):
     """Collects Python's garbage on every rank at the same steps, the young generations only.
 
-    Python's own collector stops each rank at another time, and all others wait for it at the next collective."""
+    Python's own collector stops each rank at another time, and all others wait for it at the next collective.
+    """
 
     EVERY_STEPS = 50
 

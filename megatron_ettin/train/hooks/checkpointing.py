@@ -1,6 +1,7 @@
 """Decide when a run is saved, and end a run whose directory was removed.
 
-A run saves resumable checkpoints every so often and at its end, and milestones of weights alone."""
+A run saves resumable checkpoints every so often and at its end, and milestones of weights alone.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from megatron_ettin.train.progress import StepResult, is_done
 class Evaluation(Hook):
     """Evaluates on the validation datasets every `metrics.eval_every_steps` steps and at the end, in all and by source.
 
-    A hybrid run is evaluated on each of its row objectives; the figures of the first have no suffix."""
+    A hybrid run is evaluated on each of its row objectives; the figures of the first have no suffix.
+    """
 
     def __init__(self, held_out: Sequence[evaluation.EvalDataset]) -> None:
         self.held_out = held_out
