@@ -1,6 +1,6 @@
 """Mistakes in the package's code that the first tier of tests must catch: each makes a result wrong without an error.
 
-`MISTAKES` names for each the test that fails under it, and `FAULTS` for each fault of tests/faults.py the test that
+`MISTAKES` names for each the test that fails under it, and `FAULTS` for each fault of tests/fault_injection.py the test that
 sees it found. tests/test_mutations.py proves both; `python -m tests.mutations` writes docs/mistakes.md from them."""
 
 from __future__ import annotations
@@ -241,21 +241,21 @@ MISTAKES: dict[str, str] = {
     "::test_publish_forces_checkpoint_to_the_disk_before_latest_names_it[next step]",
 }
 FAULTS: dict[str, str] = {
-    "edited_code_on_rank_1": "tests/train/test_agreement.py"
+    "edited_code_on_rank_1": "tests/faults/test_consistency.py"
     "::test_train_edited_code_on_one_rank_is_refused_on_all_ranks",
-    "nan_gradients_in_step_3": "tests/train/test_guard.py"
+    "nan_gradients_in_step_3": "tests/faults/test_skipped_steps.py"
     "::test_nonfinite_gradient_step_is_skipped_without_changing_weights[]",
-    "flipped_weight_on_rank_1": "tests/train/test_guard.py::test_replica_check_names_rank_with_flipped_weight",
-    "flipped_tied_weight_on_last_stage": "tests/train/test_guard.py"
+    "flipped_weight_on_rank_1": "tests/faults/test_sdc.py::test_replica_check_names_rank_with_flipped_weight",
+    "flipped_tied_weight_on_last_stage": "tests/faults/test_sdc.py"
     "::test_replica_check_compares_both_copies_of_tied_embedding",
-    "unsound_layer_on_rank_1": "tests/train/test_guard.py::test_replay_check_names_rank_with_irreproducible_output",
-    "reading_stops_on_rank_1": "tests/train/test_watchdog.py::test_watchdog_rank_stuck_reading_data_is_named",
-    "c_code_on_rank_1": "tests/train/test_watchdog.py::test_watchdog_rank_stuck_in_c_code_is_named",
-    "slow_rank_1": "tests/train/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",
+    "unsound_layer_on_rank_1": "tests/faults/test_sdc.py::test_replay_check_names_rank_with_irreproducible_output",
+    "reading_stops_on_rank_1": "tests/faults/test_watchdog.py::test_watchdog_rank_stuck_reading_data_is_named",
+    "c_code_on_rank_1": "tests/faults/test_watchdog.py::test_watchdog_rank_stuck_in_c_code_is_named",
+    "slow_rank_1": "tests/faults/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",
     "disk_full_while_writing": "tests/train/test_saving.py"
     "::test_save_disk_filled_while_writing_keeps_previous_checkpoint",
     "no_locks": "tests/runs/test_run_records.py::test_train_on_a_file_system_without_locks_warns_and_trains",
-    "copies_change_a_byte": "tests/train/test_staging.py::test_staging_copy_that_differs_is_refused",
+    "copies_change_a_byte": "tests/checkpoint/test_writer.py::test_staging_copy_that_differs_is_refused",
     "doctor_of_other_code_on_rank_1": "tests/doctor/test_findings.py"
     "::test_doctor_ranks_agree_or_name_the_differing_rank",
     "memory_ends_on_rank_1": "tests/bench/test_bench.py::test_bench_out_of_memory_on_one_rank_continues_the_sweep",
@@ -292,7 +292,7 @@ def first_sentence(name: str) -> str:
 
 def find(name: str) -> Callable[[], AbstractContextManager[None]]:
     """Return the mistake, fault or condition of this name."""
-    for module in ("mutations", "faults", "conditions"):
+    for module in ("mutations", "fault_injection", "conditions"):
         found = getattr(importlib.import_module(f"tests.{module}"), name, None)
         if found is not None:
             return found

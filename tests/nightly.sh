@@ -72,7 +72,7 @@ harness() {
         ETTIN_HARNESS=$own/bin/python "$python" -m pytest tests/convert/test_harness.py
 }
 
-layouts() { ETTIN_WHOLE_TABLES=1 "$python" -m pytest tests/train/test_invariance.py tests/train/test_zero.py; }
+layouts() { ETTIN_WHOLE_TABLES=1 "$python" -m pytest tests/train/test_invariance.py tests/optim/test_deepspeed.py; }
 
 shapes() { # 25 minutes, 17 GB of memory and of disk
     ETTIN_FULL_SHAPES="32m 68m 150m 400m" "$python" -m pytest tests/convert/test_layouts.py -k "32m or 68m or 150m or 400m" &&

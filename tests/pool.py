@@ -134,7 +134,7 @@ def write_coverage() -> None:
 
 @contextlib.contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """Apply a mistake, fault or condition of tests/mutations.py, faults.py or conditions.py during one job.
+    """Apply a mistake, fault or condition of tests/mutations.py, fault_injection.py or conditions.py during one job.
 
     With `without:NAME` in the environment NAME is left out, so that tests/test_mutations.py can see its test fail."""
     mistake = os.environ.get(forkserver.MISTAKE_VARIABLE, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults, forkserver, mutations
+from tests import fault_injection, forkserver, mutations
 from tests.mutations import FAULTS, MISTAKES, PAGE, UNPROVEN, page
 
 FAILED = 1  # pytest's exit status where a test failed; others are errors of ours
@@ -44,7 +44,7 @@ def test_first_tier_test_of_fault_without_fault_fails(fault: str, tmp_path: Path
     assert "1 failed" in said
 
 
-@pytest.mark.parametrize(("module", "table"), [(mutations, MISTAKES), (faults, FAULTS)])
+@pytest.mark.parametrize(("module", "table"), [(mutations, MISTAKES), (fault_injection, FAULTS)])
 def test_every_mistake_and_fault_is_in_its_table(module: object, table: dict[str, str]) -> None:
     own = ["page", "first_sentence", "find"]
     made = [name for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__]

@@ -38,7 +38,7 @@ GROUPS = {
     "tests/convert/compat/": "compat",
 }
 # what takes longest starts first, so that no process is left alone with it at the end
-FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/train/test_zero.py", "report")
+FIRST = ("slurm", "docs", "tests/train/test_invariance.py", "emulated", "tests/optim/test_deepspeed.py", "report")
 FIRST += ("chaos", "release", "compat", "tests/test_mutations.py")
 WANT_SERVER = {"pool", "corpus"}
 

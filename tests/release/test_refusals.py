@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from megatron_ettin.release import build
-from tests.faults import no_locks
+from tests.fault_injection import no_locks
 from tests.release.conftest import files_of, release
 
 pytestmark = pytest.mark.ranks

@@ -51,7 +51,7 @@ def test_staging_shared_by_two_runs_keeps_their_weights_apart(pool: Pool, corpus
     for own, other in (("mlm", "clm"), ("clm", "mlm")):
         words = command(tmp_path / own, corpus, own, [*SHAPE, f"checkpoint.staging={shared}"])
         marks = (str(tmp_path / f"{own}.staged"), str(tmp_path / f"{other}.staged"))
-        line = forkserver.command("tests.train.test_staging:train_and_copy_together", *marks, *words)
+        line = forkserver.command("tests.checkpoint.test_writer:train_and_copy_together", *marks, *words)
         processes.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     for process in processes:
         said = process.communicate()[1]

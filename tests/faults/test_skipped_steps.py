@@ -7,14 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
 from megatron_ettin.checkpoint.directory import latest, list_checkpoints, list_milestones
 from megatron_ettin.cli.main import main
-from megatron_ettin.config.operations import ResilienceConfig
-from megatron_ettin.faults.anomalies import AnomalyDetector
 from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
 from tests.train.runs import command, read, tiered, train
@@ -42,43 +39,6 @@ def progress_of(directory: Path) -> dict:
 
 def bad(run: object) -> dict[int, str]:
     return {line["step"]: line["bad"] for line in run.metrics if "bad" in line}  # type: ignore[attr-defined]
-
-
-def test_anomaly_detector_limit_matches_numpy() -> None:
-    norms = np.random.default_rng(7).lognormal(0.3, 0.4, 128)
-    guard = AnomalyDetector(ResilienceConfig(), tuple(norms.tolist()))
-    logs = np.log(norms)
-    middle = np.median(logs)
-    limit = np.exp(middle + 6 * np.median(np.abs(logs - middle)) / 0.67448975)
-    assert guard.limit() == pytest.approx(limit, rel=1e-7)
-    assert guard.judge(3.0, limit * 0.999) is None
-    spike = guard.judge(3.0, limit * 1.001)
-    assert spike is not None
-    assert spike.why.startswith("gradient norm ")
-    assert spike.action == "warn"
-
-
-def test_anomaly_detector_quiet_norm_below_the_ratio_is_no_spike() -> None:
-    norms = np.random.default_rng(7).normal(1, 0.01, 128)
-    guard = AnomalyDetector(ResilienceConfig(), tuple(norms.tolist()))
-    assert guard.limit() == pytest.approx(5 * np.median(norms), rel=1e-6)
-
-
-def test_anomaly_detector_remembers_finite_norms_of_one_window() -> None:
-    recent = (1.0,) * 128
-    guard = AnomalyDetector(ResilienceConfig(), recent)
-    assert guard.after(3.0, 2.0) == (*recent[1:], 2.0)
-    assert guard.after(float("nan"), 1.0) == recent
-    assert guard.after(3.0, float("inf")) == recent
-
-
-@pytest.mark.parametrize("norms", [(1.0,) * 63, (), (0.0,) * 64, (1e-300, 1e300) * 64])
-def test_anomaly_detector_without_a_usable_window_finds_no_spike(norms: tuple[float, ...]) -> None:
-    assert AnomalyDetector(ResilienceConfig(), norms).judge(1e9, 0.0) is None
-
-
-def test_anomaly_detector_told_to_ignore_spikes_finds_none() -> None:
-    assert AnomalyDetector(ResilienceConfig(on_spike="ignore"), (1.0,) * 128).judge(3.0, 1e9) is None
 
 
 def test_progress_of_an_older_checkpoint_keeps_its_gradient_norms() -> None:
@@ -232,41 +192,6 @@ def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: P
     assert "older rule" not in again.output
 
 
-def test_replay_check_names_rank_with_irreproducible_output(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """Healthy ranks reproduce a spike bit for bit; a rank that does not is named."""
-    words = ["run.steps=7", "resilience.recheck=true", "parallel.pp=2", *NERVOUS]
-    results = pool.run(2, command(tmp_path / "sound", corpus, "mlm", words))
-    assert [result.status for result in results] == [0, 0]
-    assert any("all ranks have the same bits" in result.output for result in results)
-    assert bad(read(tmp_path / "sound"))
-    results = pool.run(2, command(tmp_path / "unsound", corpus, "mlm", words), "unsound_layer_on_rank_1")
-    assert [result.status for result in results] == [1, 1]
-    assert "the output of layer 3 for micro-batch 0 has other bits the second time on rank 1 on " in results[1].output
-    assert "another rank failed: " in results[0].output
-
-
-def test_replica_check_names_rank_with_flipped_weight(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=3", "resilience.check_replicas_every=1", "parallel.tp=2", "checkpoint.every_steps=1"]
-    sound = command(tmp_path / "sound", corpus, "mlm", [*words, "run.steps=2"])
-    assert [r.status for r in pool.run(4, sound)] == [0] * 4
-    results = pool.run(4, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_weight_on_rank_1")
-    assert [result.status for result in results] == [1] * 4
-    said = "step 2: rank 1 on {} holds other bits of transformer.final_layernorm.weight than 3 others have, as rank 0"
-    host = results[1].output.rpartition("rank 1 on ")[2].split()[0]
-    assert said.format(host) in results[1].output
-    assert latest(tmp_path / "flipped").name == "step_000000001"  # type: ignore[union-attr]
-
-
-def test_replica_check_compares_both_copies_of_tied_embedding(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    """First and last stage hold a copy each, and update it with a clip that each computes."""
-    words = ["run.steps=3", "resilience.check_replicas_every=1", "parallel.pp=2"]
-    sound = command(tmp_path / "sound", corpus, "mlm", words)
-    assert [r.status for r in pool.run(2, sound)] == [0, 0]
-    results = pool.run(2, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_tied_weight_on_last_stage")
-    assert [result.status for result in results] == [1, 1]
-    assert "other bits of embedding.word_embeddings.weight than" in results[0].output
-
-
 def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """DeepSpeed updates the weights before the loss and gradient norm are known."""
     words = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]
@@ -276,30 +201,6 @@ def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Pa
     assert bad(read(tmp_path))
     assert all(text.startswith("warned: ") for text in bad(read(tmp_path)).values())
     assert progress_of(tmp_path)["updates"] == 6
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        (
-            "resilience.on_spike=jump",
-            "resilience.on_spike: 'jump' does not exist; it is one of warn, skip, stop, ignore",
-        ),
-        ("resilience.spike_window=3", "resilience.spike_window: 3 is not allowed; it must be at least 4"),
-        ("resilience.spike_sigmas=0", "resilience.spike_sigmas: 0.0 is not allowed; it must be above 0"),
-        ("resilience.spike_ratio=0.5", "resilience.spike_ratio: 0.5 is not allowed; it must be at least 1"),
-        ("resilience.max_skips_in_row=-1", "resilience.max_skips_in_row: -1 is not allowed; it must be 0"),
-        (
-            "resilience.check_replicas_every=0",
-            "resilience.check_replicas_every: 0 is not allowed; it must be at least 1",
-        ),
-    ],
-)
-def test_resilience_invalid_setting_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
-) -> None:
-    assert main(command(tmp_path, corpus, "mlm", [word])) == 2
-    assert said in capsys.readouterr().err
 
 
 # a rate that wrecks every weight by its first update
