@@ -115,7 +115,7 @@ def delayed_scales() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replayed_on_a_cpu() -> Iterator[None]:
-    """Run `run.cuda_graph` without CUDA. Every call finds its inputs in the same memory, in the same shapes,
+    """Run `runtime.cuda_graph` without CUDA. Every call finds its inputs in the same memory, in the same shapes,
     and leaves its outputs in the same memory, as in a recording; what it cannot show is the recording itself."""
     import torch
 

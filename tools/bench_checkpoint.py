@@ -35,7 +35,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.setup import build_single_process
 
-    words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
+    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
     words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
     config = parse(args.size, "mlm", "pretrain", overrides=words.split())
     train_state = build_single_process(config, training=True)

@@ -25,7 +25,7 @@ def build(size: str, rows: int) -> tuple[Any, Any]:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.setup import build_single_process
 
-    words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
+    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
     config = parse(size, "mlm", "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])
     train_state = build_single_process(config, training=True)
     return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    words = ["precision.name=fp32", f"run.device={options.device}", "parallel.distributed_optimizer=false"]
+    words = ["precision.name=fp32", f"runtime.device={options.device}", "parallel.distributed_optimizer=false"]
     train_state = build_single_process(parse(options.size, "mlm", "pretrain", overrides=words))
     sides = {**{name: ours(train_state, name) for name in OURS}, TORCH: theirs(train_state)}
     seconds = median_seconds(sides, options.rounds, train_state.platform)

@@ -3,8 +3,8 @@
   python tools/bench_step.py [--threads 2] [--rows 4] [--steps 5] [--rounds 2] [--out docs/benchmarks/step.md]
 
 17m shape, fp32, rows of one chunk of 1,024 tokens (so that `transformers`, which ignores boundaries within a row, does
-the same attention), dropout 0 (`transformers` cannot express ours). `fused`: run.fuse=always. Each side runs in a
-process of its own, and sides take turns for `rounds` rounds. tokens/s is the median step, peak memory the process's
+the same attention), dropout 0 (`transformers` cannot express ours). `fused`: runtime.compile=always. Each side runs in
+a process of its own, and sides take turns for `rounds` rounds. tokens/s is the median step, peak memory the process's
 largest resident set."""
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     from megatron_ettin.train.setup import setup_training
     from megatron_ettin.train.step import train_step
 
-    words = f"precision.name=fp32 run.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
-    words += f" run.fuse={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
+    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
+    words += f" runtime.compile={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
     config = parse("17m", objective, "pretrain", overrides=words.split())
     train_state = detect("cpu")
     init_process_group(read_distributed_env(), train_state)

@@ -32,14 +32,14 @@ WORDS = "reader model encoder decoder token row follows predicts learns packs th
 STEPS = 6
 FP32 = "precision.name=fp32"
 DROPOUT = "model.attention_output_dropout=0.1"
-# name: ranks, objective, `key=value` words
+# name: ranks, objective, `key=value` overrides, by names and forms that older checkouts know too
 CASES: dict[str, tuple[int, str, str]] = {
     "mlm-tp2": (2, "mlm", f"{FP32} parallel.tp=2 {DROPOUT}"),
     "clm-pp2": (2, "clm", f"{FP32} parallel.pp=2 optim.name=adamw optim.clip_grad=0.5 {DROPOUT}"),
     "mlm-dp2": (2, "mlm", f"{FP32} parallel.overlap=true parallel.distributed_optimizer=true"),
     "clm-tp2-pp2": (4, "clm", f"{FP32} parallel.tp=2 parallel.pp=2 parallel.sequence_parallel=true {DROPOUT}"),
     "mlm-cp2": (2, "mlm", f"{FP32} parallel.cp=2 data.skip=8:16"),
-    "clm-vp2": (2, "clm", f"{FP32} parallel.pp=2 parallel.vpp=2"),
+    "clm-vp2": (2, "clm", f"{FP32} parallel.pp=2 parallel.vp=2"),
     "mntp": (1, "mntp", f"{FP32} {DROPOUT}"),
     "hybrid-dp2": (2, "hybrid_mntp", f"{FP32} data.clm_fraction=0:0.8,1500:0.3"),
     "mlm-padded": (1, "mlm", f"{FP32} data.batching=padded {DROPOUT}"),

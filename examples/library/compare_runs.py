@@ -14,7 +14,7 @@ words = [
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=2"),
     *(f"model.vocab_size={vocabulary}", "data.seq_len=128", f"data.mixture={data}"),
     *("batch.global_batch_rows=8", "batch.micro_batch_rows=4"),
-    *("precision.name=fp32", "run.device=cpu", "run.steps=4", "metrics.tensorboard=false"),
+    *("precision.name=fp32", "runtime.device=cpu", "run.steps=4", "metrics.tensorboard=false"),
 ]
 
 # %% The two halves, as `ettin train` trains them: resumed if they were begun, left alone if they are done.

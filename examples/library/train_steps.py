@@ -17,7 +17,7 @@ config = configure(
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=2"),
     *(f"model.vocab_size={vocabulary}", "data.seq_len=128", f"data.mixture={data}"),
     *("batch.global_batch_rows=8", "batch.micro_batch_rows=4"),
-    *("precision.name=fp32", "run.device=cpu", "optim.lr=3e-3", "schedule.warmup_tokens=0"),
+    *("precision.name=fp32", "runtime.device=cpu", "optim.lr=3e-3", "schedule.warmup_tokens=0"),
 )
 
 # %% One model at a time; its process groups end with the `with`.

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.bench import results
     from megatron_ettin.bench.results import combinations
+    from megatron_ettin.config.key_names import current_name
     from megatron_ettin.parallel.env import read_distributed_env
     from megatron_ettin.parallel.process_groups import broadcast_before_groups, release_store
     from megatron_ettin.platform import detect
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     if args.size is None and "size" not in found[0].values:
         raise UserError("--size: missing; give a size, or sweep it with --sweep size=...")
     env = read_distributed_env()
-    device = next((word.partition("=")[2] for word in args.words if word.startswith("run.device=")), "auto")
-    platform = detect(device, env.local_rank)
+    given = {current_name(key): value for key, _, value in (word.partition("=") for word in args.words)}
+    platform = detect(given.get("runtime.device", "auto"), env.local_rank)
     rows = []
     try:
         # read once: a rank that comes later would find what rank 0 has begun

@@ -60,7 +60,7 @@ def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> s
 
 def _key_named(name: str) -> str:
     """Return a hint for an option that is a key here, such as `--learning-rate`."""
-    from megatron_ettin.config.overrides import same_name
+    from megatron_ettin.config.key_names import same_name
     from megatron_ettin.config.schema import key_types
 
     found = same_name(name, key_types())

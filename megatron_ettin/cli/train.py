@@ -177,7 +177,7 @@ def train_phases(
         shared = (keep, args.allow_change, args.from_step, one.kept, json_stream, one.free, unread_keys(one))
         pairs.append((one.config, TrainArgs(one.run_dir, one.init_from, *shared)))
     make_jobs, is_sweep = (sweep_jobs, True) if args.sweep else (chain_jobs, False)
-    settings, device = phases[0].config.resilience, phases[0].config.run.device
+    settings, device = phases[0].config.resilience, phases[0].config.runtime.device
     try:
         if settings.in_process_restarts:
             # nothing is left of a sweep whose members are all done

@@ -79,10 +79,10 @@ def check_model(config: Config) -> None:
 
 def check_deterministic(config: Config) -> None:
     """Raise UserError where a deterministic run asks for something that is not."""
-    if config.run.deterministic and config.parallel.tp_overlap:
+    if config.runtime.deterministic and config.parallel.tp_overlap:
         raise UserError(
-            "run.deterministic: does not work with parallel.tp_overlap, which adds the parts of a sum in any order; set"
-            " parallel.tp_overlap=false"
+            "runtime.deterministic: does not work with parallel.tp_overlap, which adds the parts of a sum in any order;"
+            " set parallel.tp_overlap=false"
         )
 
 

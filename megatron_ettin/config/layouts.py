@@ -140,7 +140,7 @@ def micro_batch_group(config: Config) -> int:
 
 def has_fixed_shapes(config: Config) -> bool:
     """Return whether all micro-batches must have one shape, as captured graphs and userbuffers need it."""
-    return config.run.cuda_graph or config.parallel.tp_overlap
+    return config.runtime.cuda_graph or config.parallel.tp_overlap
 
 
 def full_batch_split(config: Config, dp: int) -> RowSplit:
@@ -246,29 +246,33 @@ def max_chunks_per_row(config: Config) -> int:
 
 def check_graphs(config: Config) -> None:
     """Raise UserError where the micro-batches of a run with CUDA graphs are not all alike."""
-    if config.run.cuda_graph:
+    if config.runtime.cuda_graph:
         for found, instead in _graph_refusals(config):
-            raise UserError(f"run.cuda_graph: does not work with {found}; {instead}")
+            raise UserError(f"runtime.cuda_graph: does not work with {found}; {instead}")
 
 
 def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (what is in the way, what to do)."""
     parallel, run = config.parallel, config.run
     if OBJECTIVES[run.objective].is_hybrid:
-        yield f"objective {run.objective}, whose micro-batches are not alike", "run.cuda_graph=false"
+        yield f"objective {run.objective}, whose micro-batches are not alike", "runtime.cuda_graph=false"
     if parallel.pp > 1:
-        yield f"pipeline stages (found pp {parallel.pp})", "use parallel.pp=1 or run.cuda_graph=false"
+        yield f"pipeline stages (found pp {parallel.pp})", "use parallel.pp=1 or runtime.cuda_graph=false"
     for key, plain in (("engine", "megatron"), ("recompute", "none"), ("offload_layers", 0), ("overlap", False)):
         if (value := getattr(parallel, key)) != plain:
-            yield f"parallel.{key}={value}", f"use parallel.{key}={str(plain).lower()} or run.cuda_graph=false"
+            yield f"parallel.{key}={value}", f"use parallel.{key}={str(plain).lower()} or runtime.cuda_graph=false"
     if PRECISIONS[config.precision.name].fp8_recipe == "delayed":
-        yield "precision.name=fp8-delayed, whose scales the host updates", "use fp8-current, or run.cuda_graph=false"
+        yield (
+            "precision.name=fp8-delayed, whose scales the host updates",
+            "use fp8-current, or runtime.cuda_graph=false",
+        )
     if config.precision.fp8_weights:
         yield "precision.fp8_weights, which are made outside of the graph", "use precision.fp8_weights=false"
     if config.batch.loss_normalization != "global":
-        yield f"batch.loss_normalization={config.batch.loss_normalization}", "use global, or run.cuda_graph=false"
-    if run.attention not in ("auto", *KERNELS):
-        yield f"run.attention={run.attention}", f"use one of {', '.join(KERNELS)}, or run.cuda_graph=false"
+        yield f"batch.loss_normalization={config.batch.loss_normalization}", "use global, or runtime.cuda_graph=false"
+    attention = config.runtime.attention
+    if attention not in ("auto", *KERNELS):
+        yield f"runtime.attention={attention}", f"use one of {', '.join(KERNELS)}, or runtime.cuda_graph=false"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ older names and forms of keys become those of today.
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.text import parse_count
+from megatron_ettin.config.key_names import current_name, nearest_key, rename_keys, unknown_group
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.recipe import PHASES
 from megatron_ettin.config.schema import all_keys, key_types
@@ -196,7 +194,7 @@ def check_keys(layer: dict[str, Any]) -> None:
     groups = {key.partition(".")[0] for key in types}
     for group, keys in layer.items():
         if group not in groups:
-            raise UserError(f"{_unknown_group(str(group), keys, types)}; groups: {', '.join(sorted(groups))}")
+            raise UserError(f"{unknown_group(str(group), keys, types)}; groups: {', '.join(sorted(groups))}")
         if keys is None:
             continue
         if not isinstance(keys, dict):
@@ -214,36 +212,6 @@ def check_keys(layer: dict[str, Any]) -> None:
                 keys[key] = _as_float(value, name)
 
 
-# older names of keys, which are still read
-RENAMED = {"optim.max_lr": "optim.weight_decay_reference_lr", "parallel.vp": "parallel.vpp"}
-_noted: set[str] = set()
-
-
-def current_name(key: str) -> str:
-    """Return the name of a key that may be given by its older name."""
-    return RENAMED.get(key, key)
-
-
-def rename_keys(groups: Groups) -> None:
-    """Replace older names of keys by the current ones, in place, and log a note once in a process.
-
-    Raises:
-        UserError: a key is given by both names.
-    """
-    for old, new in RENAMED.items():
-        group, _, old_name = old.partition(".")
-        new_name = new.partition(".")[2]
-        keys = groups.get(group)
-        if not isinstance(keys, dict) or old_name not in keys:
-            continue
-        if new_name in keys:
-            raise UserError(f"{new}: {old} is its older name, and both are set; remove {old}")
-        groups[group] = {(new_name if key == old_name else key): value for key, value in keys.items()}
-        if old not in _noted and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            log_warning(f"note: {old} is called {new} now; the older name is still read")
-        _noted.add(old)
-
-
 def upgrade_keys(groups: Groups) -> None:
     """Convert the groups of a stored config.yaml to the current format, in place: names, and lists that were text.
 
@@ -258,18 +226,6 @@ def upgrade_keys(groups: Groups) -> None:
             keys[short] = key.parse(keys[short], name)
 
 
-def _unknown_group(group: str, keys: Any, types: Collection[str]) -> str:
-    """Return a message with what was meant: a key, a phase before a key, or another group."""
-    groups = {key.partition(".")[0] for key in types}
-    only = next(iter(keys)) if isinstance(keys, dict) and len(keys) == 1 else None
-    if isinstance(only, str) and "." in only:
-        return f"unknown key '{group}.{only}'{nearest(group, PHASES)}"
-    hint = nearest(group, groups)
-    if isinstance(only, str):
-        return f"unknown key '{group}.{only}'{nearest_key(f'{group}.{only}', types) or hint}"
-    return f"unknown key {group!r}{hint or nearest_key(group, types)}"
-
-
 def _wants_float(hint: Any) -> bool:
     return hint is float or float in getattr(hint, "__args__", ())
 
@@ -280,75 +236,6 @@ def _as_float(value: str, name: str) -> float:
         return float(value)
     except ValueError:
         raise UserError(f"{name}: {value!r} is not a number") from None
-
-
-# names of Megatron-LM, Hugging Face's Trainer and Composer, without dashes
-ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "max_lr": "optim.lr",
-    "optimizer": "optim.name",
-    "max_grad_norm": "optim.clip_grad",
-    "grad_clip": "optim.clip_grad",
-    "gradient_clip_val": "optim.clip_grad",
-    "batch_size": "batch.global_batch_rows",
-    "global_batch_size": "batch.global_batch_rows",
-    "global_train_batch_size": "batch.global_batch_rows",
-    "micro_batch_size": "batch.micro_batch_rows",
-    "per_device_train_batch_size": "batch.micro_batch_rows",
-    "device_train_microbatch_size": "batch.micro_batch_rows",
-    "seq_length": "data.seq_len",
-    "sequence_length": "data.seq_len",
-    "max_seq_len": "data.seq_len",
-    "data_path": "data.mixture",
-    "dataset": "data.mixture",
-    "train_iters": "run.steps",
-    "max_steps": "run.steps",
-    "max_duration": "run.tokens",
-    "tensor_model_parallel_size": "parallel.tp",
-    "pipeline_model_parallel_size": "parallel.pp",
-    "context_parallel_size": "parallel.cp",
-    "use_distributed_optimizer": "parallel.distributed_optimizer",
-    "bf16": "precision.name",
-    "fp8": "precision.name",
-    "precision": "precision.name",
-    "save_interval": "checkpoint.every_steps",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "eval_interval": "metrics.eval_every_steps",
-    "eval_steps": "metrics.eval_every_steps",
-    "logging_steps": "metrics.every_steps",
-}
-
-
-def nearest_key(written: str, keys: Collection[str]) -> str:
-    """Return ` (did you mean 'optim.lr'?)` for `lr`, `optim.learning_rate`, `learning-rate`, or an empty text."""
-    known = same_name(written, keys)
-    if known is not None:
-        return f" (did you mean {known!r}?)"
-    name = _bare(written)
-    if "." in written:
-        return nearest(written, [key for key in keys if _bare(key) == name] or keys)
-    return nearest(written, keys) or _by_name(name, keys)
-
-
-def same_name(written: str, keys: Collection[str]) -> str | None:
-    """Return the one key of that name in any group, or the one that another system calls so; None where none is."""
-    name = _bare(written)
-    same = [key for key in keys if _bare(key) == name]
-    if len(same) == 1:
-        return same[0]
-    return ELSEWHERE[name] if ELSEWHERE.get(name) in keys else None
-
-
-def _bare(key: str) -> str:
-    return key.rpartition(".")[2].replace("-", "_")
-
-
-def _by_name(name: str, keys: Collection[str]) -> str:
-    """Return the hint for a key without a group and with a typo."""
-    names = {_bare(key): key for key in keys}
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 # options that may be swept besides keys

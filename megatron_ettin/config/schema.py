@@ -200,7 +200,7 @@ class DataConfig:
     )
     prefetch: int = key("Micro-batches that each worker reads ahead.", 4, unit="micro-batches", at_least=1)
     max_chunks_per_row: Optional[int] = key(
-        "Chunks that a captured CUDA graph has room for (`run.cuda_graph`). Not set: one for every 64 tokens.",
+        "Chunks that a captured CUDA graph has room for (`runtime.cuda_graph`). Not set: one for every 64 tokens.",
         None,
         unit="chunks",
         at_least=1,
@@ -234,7 +234,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Run of the recipe, its length, and the device it runs on."""
+    """Run of the recipe, and its length."""
 
     size: str = key("Published size that the shape is taken from (`--size`).")
     objective: str = science_key("Training objective (`--objective`).")
@@ -252,20 +252,27 @@ class RunSettings:
         choices=("paired", "original"),
     )
     steps: Optional[int] = key("Stop after this many steps, whatever the tokens.", None, unit="steps", at_least=1)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device and kernels of a run: how it computes, never what."""
+
     device: str = key("Device to train on.", "auto", choices=("auto", "cpu", "gpu"))
     deterministic: bool = key("Use only kernels that compute the same bits each time.", False)
     attention: str = key("Attention kernel.", "auto", choices=("auto", "te-fused", "flash", "varlen", "flex", "sdpa"))
     cuda_graph: bool = key("Capture forward and backward of a micro-batch once as a CUDA graph, and replay it.", False)
-    fuse: str = key(
+    compile: str = key(
         "Fuse element-wise kernels with torch's compiler. `auto`: on GPUs.", "auto", choices=("auto", "always", "never")
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A run, fully resolved."""
 
     run: RunSettings
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     model: ModelConfig
     parallel: ParallelConfig
     precision: PrecisionConfig

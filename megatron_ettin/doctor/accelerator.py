@@ -159,10 +159,10 @@ def _compiler(has_gpu: bool) -> Finding:
     if has_gpu and find_spec("triton") is None:
         todo = "install torch's own build for CUDA, which brings Triton"
         return warning(
-            "compiler", "no Triton: no run.fuse (element-wise work is a quarter of a bf16 step), nor flex", todo
+            "compiler", "no Triton: no runtime.compile (element-wise work is a quarter of a bf16 step), nor flex", todo
         )
     if has_gpu:
         return ok("compiler", f"Triton {version_of('triton') or ''}".strip() + (f", {cxx}" if cxx else ""))
     if cxx is None:
-        return note("compiler", "no C++ compiler: no run.fuse=always on the CPU (`auto` does not use it there)")
+        return note("compiler", "no C++ compiler: no runtime.compile=always on the CPU (`auto` does not use it there)")
     return ok("compiler", cxx)

@@ -23,7 +23,7 @@ def single_process_config(config: Config) -> Config:
     plain = dataclasses.replace(
         config, parallel=ParallelConfig(), precision=PrecisionConfig("fp32"), checkpoint=CheckpointConfig()
     )
-    return plain.with_keys({"run.device": "cpu"})
+    return plain.with_keys({"runtime.device": "cpu"})
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
 
     Args:
         settings: `in_process_restarts` limits the restarts.
-        device: `run.device`.
+        device: `runtime.device`.
         work: the training.
 
     Returns:

@@ -119,9 +119,9 @@ def transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         embedding_init_method=torch.nn.init.zeros_,
         use_cpu_initialization=not on_gpu,
-        deterministic_mode=config.run.deterministic and on_gpu,
+        deterministic_mode=config.runtime.deterministic and on_gpu,
         # captured graphs cast the weights to FP8 in each pass
-        disable_parameter_transpose_cache=config.run.cuda_graph,
+        disable_parameter_transpose_cache=config.runtime.cuda_graph,
         # it adds to core's gradient buffers, which DeepSpeed does not have
         gradient_accumulation_fusion=backend.fuses_weight_gradients and parallel.engine == "megatron",
         bias_activation_fusion=False,

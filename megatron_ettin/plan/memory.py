@@ -120,7 +120,10 @@ def fp8_parameters(config: Config, pp_rank: int) -> int:
 
 def micro_batch_bytes(config: Config, dp: int, pp_rank: int, on_gpu: bool) -> tuple[float, float]:
     """Return the activations of all micro-batches in flight on a pipeline rank, and the loss, in bytes."""
-    parallel, fused = config.parallel, config.run.fuse == "always" or (on_gpu and config.run.fuse == "auto")
+    parallel, fused = (
+        config.parallel,
+        config.runtime.compile == "always" or (on_gpu and config.runtime.compile == "auto"),
+    )
     each = [layers_bytes(config, stage, fused) for stage in rank_stages(config, pp_rank)]
     again = max(one for _, one in each)
     inputs = input_bytes(config, fused)

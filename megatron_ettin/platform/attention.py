@@ -1,4 +1,4 @@
-"""Choose the attention kernel of `run.attention` and say why.
+"""Choose the attention kernel of `runtime.attention` and say why.
 
 | name | kernel | needs |
 |---|---|---|
@@ -30,7 +30,7 @@ class AttentionChoice:
 
 
 def choose_attention(wanted: str, platform: Platform, precision: str) -> AttentionChoice:
-    """Return the kernel for `run.attention`; `auto` is the first of the table that runs here.
+    """Return the kernel for `runtime.attention`; `auto` is the first of the table that runs here.
 
     Raises:
         UserError: the requested kernel does not run here; the message says why and names one that does.
@@ -42,7 +42,7 @@ def choose_attention(wanted: str, platform: Platform, precision: str) -> Attenti
         before = passed[: list(reasons).index(nearest)]
         return AttentionChoice(nearest, "; ".join(before) or "the first choice")
     if reasons[wanted] is not None:
-        raise UserError(f"run.attention: {wanted} {reasons[wanted]}; the nearest that runs is {nearest}")
+        raise UserError(f"runtime.attention: {wanted} {reasons[wanted]}; the nearest that runs is {nearest}")
     return AttentionChoice(wanted, "requested")
 
 

@@ -59,7 +59,7 @@ def enable_compile(enabled: bool) -> None:
 
 
 def should_compile(wanted: str, is_gpu: bool) -> bool:
-    """Return whether to compile here for `run.fuse` = auto, always or never.
+    """Return whether to compile here for `runtime.compile` = auto, always or never.
 
     Raises:
         UserError: `always`, and this host lacks what the compiler needs.
@@ -71,6 +71,7 @@ def should_compile(wanted: str, is_gpu: bool) -> bool:
         missing = "a C++ compiler (g++ or clang++)"
     if wanted == "always" and missing:
         raise UserError(
-            f"run.fuse=always needs {missing}; install it, or set run.fuse=never, which computes the same uncompiled"
+            f"runtime.compile=always needs {missing}; install it, or set runtime.compile=never, which computes the same"
+            " uncompiled"
         )
     return wanted == "always" or (wanted == "auto" and is_gpu and missing is None)

@@ -136,11 +136,11 @@ class Platform:
     def check_graph(self, wanted: bool, attention: str) -> None:
         """Raise UserError for CUDA graphs without CUDA or with an attention kernel that cannot be captured."""
         if wanted and not self.is_gpu:
-            raise UserError("run.cuda_graph: needs a GPU, found none; run.cuda_graph=false computes the same")
+            raise UserError("runtime.cuda_graph: needs a GPU, found none; runtime.cuda_graph=false computes the same")
         if wanted and attention not in KERNELS:
             raise UserError(
-                f"run.cuda_graph=true cannot capture the attention kernel {attention}, which runs here; it needs one of"
-                f" {', '.join(KERNELS)} (run.attention)"
+                f"runtime.cuda_graph=true cannot capture the attention kernel {attention}, which runs here; it needs"
+                f" one of {', '.join(KERNELS)} (runtime.attention)"
             )
 
     def make_deterministic(self) -> None:
@@ -191,7 +191,7 @@ def detect(wanted: str = "auto", local_rank: int = 0) -> Platform:
         return Platform(torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if wanted == "gpu":
         raise UserError(
-            "run.device=gpu: this host has no GPU that torch can use; set run.device=cpu to train on the CPU"
+            "runtime.device=gpu: this host has no GPU that torch can use; set runtime.device=cpu to train on the CPU"
         )
     from megatron_ettin.platform import cpu
 

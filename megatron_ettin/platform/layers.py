@@ -36,7 +36,7 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
     """Return Transformer Engine's layers where they run, else core's. In fp32 core's, because TE would use TF32.
 
     Raises:
-        UserError: the kernel requested by `attention` (run.attention) does not run here.
+        UserError: the kernel requested by `attention` (runtime.attention) does not run here.
     """
     choice = choose_attention(attention, platform, precision)
     # core stores its choice in these variables, and refuses another one later in this process

@@ -157,7 +157,7 @@ class PhaseChain:
             "layout": " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1) or "data-parallel",
             "micro-batch rows": str(last.batch.micro_batch_rows),
             "precision": last.precision.name,
-            "device": last.run.device,
+            "device": last.runtime.device,
         }
 
 

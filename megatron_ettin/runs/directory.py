@@ -23,7 +23,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
 from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
-from megatron_ettin.config.overrides import current_name, nearest_key
+from megatron_ettin.config.key_names import current_name, nearest_key
 from megatron_ettin.config.resolve import from_yaml, to_yaml
 from megatron_ettin.config.schema import Config, key_types
 from megatron_ettin.config.science import GUARD_KEYS, science_keys

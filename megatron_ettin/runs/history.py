@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_lines
-from megatron_ettin.config.overrides import current_name, read_yaml
+from megatron_ettin.config.key_names import current_name
+from megatron_ettin.config.overrides import read_yaml
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
 

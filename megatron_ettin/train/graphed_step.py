@@ -1,4 +1,4 @@
-"""Run micro-batches as replays of one captured forward and backward pass (`run.cuda_graph`).
+"""Run micro-batches as replays of one captured forward and backward pass (`runtime.cuda_graph`).
 
 It serves runs whose host is slower than their device. A captured graph has fixed shapes: labels and boundaries are
 padded to a capacity, and what the host computes anew for each step (the keys of dropout's masks) is a tensor. Padded
@@ -83,7 +83,7 @@ class GraphedStep:
         if not fits and self.is_main_process:
             self.is_main_process = False
             log_info(
-                f"run.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
+                f"runtime.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
                 f" recorded one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
                 f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}"
             )

@@ -111,7 +111,7 @@ def build_model(config: Config, checkpoint: str | PathLike[str] | None = None) -
     from megatron_ettin.train.setup import setup_training
 
     env = read_distributed_env()
-    platform = detect(config.run.device, env.local_rank)
+    platform = detect(config.runtime.device, env.local_rank)
     init_process_group(env, platform)
     train_state = None
     try:

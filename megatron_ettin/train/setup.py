@@ -127,7 +127,7 @@ def setup_training(
     platform.check_tp_overlap(config.parallel.tp_overlap)
     if training:
         check_engine(config.parallel.engine)
-    enable_compile(should_compile(config.run.fuse, platform.is_gpu))
+    enable_compile(should_compile(config.runtime.compile, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
     if config.parallel.tp_overlap:
@@ -147,7 +147,7 @@ def setup_training(
     groups = optimizer_groups(sharded)
     optimizer = build_optimizer(wrapped, config.optim, compute == "bf16", sharded, groups, platform.device)
     graphed = None
-    if config.run.cuda_graph:
+    if config.runtime.cuda_graph:
         platform.check_graph(True, chunks[0].config.backend.attention.name)
         tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         graphed = GraphedStep(config, config.model.num_layers, tokens, layout.rank == 0)
@@ -156,14 +156,14 @@ def setup_training(
 
 def build_single_process(config: Config, training: bool = False, initial_weights: bool = True) -> TrainState:
     """Build the whole model in this process, for evaluation, export checks and tools."""
-    platform = detect(config.run.device)
+    platform = detect(config.runtime.device)
     init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
     return setup_training(config, platform, 1, training, initial_weights)
 
 
 def build_chunks(config: Config, platform: Platform, layout: Layout, initial_weights: bool = True) -> list[EttinModel]:
     """Build this rank's model chunks (one, or `parallel.vpp` of them)."""
-    backend = layer_backend(platform, config.precision.name, config.run.attention)
+    backend = layer_backend(platform, config.precision.name, config.runtime.attention)
     core = transformer_config(config, backend, layout.topology.pipeline_layout, platform.is_gpu)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     weights = init.recipe_weights(config.run.seed, config.model)

@@ -65,8 +65,8 @@ class Trainer:
         self.is_main_process = self.env.rank == 0
         if self.env.source != "alone":
             exit_with_parent()
-        self.platform = detect(first.run.device, self.env.local_rank)
-        if first.run.deterministic:
+        self.platform = detect(first.runtime.device, self.env.local_rank)
+        if first.runtime.deterministic:
             self.platform.make_deterministic()
         self.stop = StopSignal(first.resilience.save_on_signal, tells=self.env.local_rank == 0)
         folder = report_folder() if self.is_main_process else None

@@ -198,7 +198,7 @@ def test_synthetic_rows_are_full_and_reproducible() -> None:
 def test_bench_invalid_arguments_are_refused(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *words, "run.device=cpu"]) == 2
+    assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *words, "runtime.device=cpu"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
@@ -219,19 +219,19 @@ def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_pat
 
 def test_bench_invalid_result_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.jsonl").write_text("nothing\n")
-    assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]) == 2
+    assert main(["bench", "--size", "17m", "--out", str(tmp_path / "b.jsonl"), "runtime.device=cpu"]) == 2
     assert "b.jsonl:1: not a result of `ettin bench`" in capsys.readouterr().err
-    assert main(["bench", "--size", "17m", "--out", str(tmp_path), "run.device=cpu"]) == 2
+    assert main(["bench", "--size", "17m", "--out", str(tmp_path), "runtime.device=cpu"]) == 2
     assert "is a folder; expected a file" in capsys.readouterr().err
 
 
 def test_bench_sweep_without_valid_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "run.device=cpu"]
+    words = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "runtime.device=cpu"]
     # the second time the results are read from the file
     for _ in range(2):
         assert main(["bench", *words]) == 2
         error = capsys.readouterr().err.strip()
-        assert "none of 2 combinations is valid; 17m mlm run.device=cpu parallel.tp=3: " in error
+        assert "none of 2 combinations is valid; 17m mlm runtime.device=cpu parallel.tp=3: " in error
         assert "\n" not in error
     assert {row["state"] for row in results.read(tmp_path / "b.jsonl").values()} == {"invalid"}
 

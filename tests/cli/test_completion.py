@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ettin.cli.completion import FILES, SCRIPTS, VALUES, offers
 from megatron_ettin.cli.main import COMMANDS, main
-from megatron_ettin.config.overrides import ELSEWHERE, nearest_key
+from megatron_ettin.config.key_names import ELSEWHERE, nearest_key
 from megatron_ettin.config.schema import key_types
 from tests.cli.test_main import modules_after
 
@@ -32,9 +32,9 @@ from tests.cli.test_main import modules_after
         ("train opt", []),
         ("train parallel.t", ["parallel.tp=", "parallel.tp_overlap="]),
         ("train --size 17m optim.lr=1 --dry-run data.mlm", ["data.mlm_probability="]),
-        ("train run.attention=f", ["run.attention=flash", "run.attention=flex"]),
+        ("train runtime.attention=f", ["runtime.attention=flash", "runtime.attention=flex"]),
         ("train precision.name=fp8-b", ["precision.name=fp8-blockwise"]),
-        ("train run.deterministic=", ["run.deterministic=true", "run.deterministic=false"]),
+        ("train runtime.deterministic=", ["runtime.deterministic=true", "runtime.deterministic=false"]),
         ("train extend.data.mixture=", [FILES]),
         ("train extend.data.seq", ["extend.data.seq_len="]),
         ("train --sweep optim.l", ["optim.lr="]),
@@ -129,7 +129,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TYPED = {
     "ettin tra": ["train"],
     "ettin train --size 17m parallel.t": ["parallel.tp=", "parallel.tp_overlap="],
-    "ettin train run.attention=fl": ["flash", "flex"],
+    "ettin train runtime.attention=fl": ["flash", "flex"],
     "ettin launch --nodes 2 -- train --objective c": ["clm"],
     "ettin train data.mixture=cor": ["corp us", "corpus"],
     "ettin train --phase ": ["pretrain", "extend", "decay", "cross", "all"],
@@ -168,7 +168,7 @@ def test_completion_command_prints_script_that_shell_parses(
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
 def test_fish_completion_of_config_value_offers_candidates(folder: Path) -> None:
-    line = "ettin train run.attention=fl"
+    line = "ettin train runtime.attention=fl"
     script = f"source {folder}/ettin.fish; complete --do-complete '{line}'"
     done = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["run.attention=flash", "run.attention=flex"]
+    assert done.stdout.split() == ["runtime.attention=flash", "runtime.attention=flex"]

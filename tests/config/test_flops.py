@@ -140,7 +140,7 @@ def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -> None:
-    words = [*TINY, f"data.mixture={corpus}", "run.fuse=never"]
+    words = [*TINY, f"data.mixture={corpus}", "runtime.compile=never"]
     config = parse("17m", objective, "pretrain", overrides=words)
     train_state = build_single_process(config, training=True)
     try:

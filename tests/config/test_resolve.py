@@ -11,7 +11,7 @@ import yaml
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count, parse_count
 from megatron_ettin.checkpoint.directory import read_config
-from megatron_ettin.config import overrides
+from megatron_ettin.config import key_names, overrides
 from megatron_ettin.config.layouts import check_layout, full_batch_split, stage_layers
 from megatron_ettin.config.overrides import members
 from megatron_ettin.config.recipe import recipe
@@ -112,10 +112,10 @@ REFUSED = {
     "precision.bf16_last_layers=1": "precision.bf16_first_layers, bf16_last_layers: need an FP8 run, but precision.name is bf16",
     "precision.name=fp8-delayed precision.bf16_last_layers=1": "delayed scaling applies to all layers",
     "precision.name=fp32 precision.gradients=bf16": "precision.gradients: bf16 needs a 16-bit or FP8 run",
-    "run.cuda_graph=true parallel.pp=2": "run.cuda_graph: does not work with pipeline stages (found pp 2)",
-    "run.cuda_graph=true parallel.recompute=full": "does not work with parallel.recompute=full; use parallel.recompute=none",
-    "run.cuda_graph=true precision.name=fp8-delayed": "whose scales the host updates; use fp8-current",
-    "run.cuda_graph=true run.attention=sdpa": "does not work with run.attention=sdpa; use one of te-fused, flash, varlen",
+    "runtime.cuda_graph=true parallel.pp=2": "runtime.cuda_graph: does not work with pipeline stages (found pp 2)",
+    "runtime.cuda_graph=true parallel.recompute=full": "does not work with parallel.recompute=full; use parallel.recompute=none",
+    "runtime.cuda_graph=true precision.name=fp8-delayed": "whose scales the host updates; use fp8-current",
+    "runtime.cuda_graph=true runtime.attention=sdpa": "does not work with runtime.attention=sdpa; use one of te-fused, flash, varlen",
     "parallel.tp_overlap=true": "parallel.tp_overlap: hides the gathers and scatters of sequence parallelism",
     "precision.name=fp8-current precision.bf16_first_layers=28": "28 + 0 leave none of the 28 layers in FP8",
     "optim.name=adamww": "optim.name: 'adamww' does not exist (did you mean 'adamw'?)",
@@ -131,7 +131,7 @@ REFUSED = {
     "model.num_attention_heads=30": "30 heads do not divide hidden_size 1792",
     "parallel.pp=2 parallel.pipeline_layers=20,9": "parallel.pipeline_layers: [20, 9] must be 2 whole numbers",
     "batch.loss_normalization=microbatch batch.warmup_tokens=3B": "set batch.warmup_tokens=0 (found 3000000000)",
-    "run.device=tpu": "run.device: 'tpu' does not exist",
+    "runtime.device=tpu": "runtime.device: 'tpu' does not exist",
 }
 
 
@@ -228,7 +228,7 @@ def test_parse_short_forms_of_lists_mean_the_long_ones(word: str, same: str) -> 
 def test_older_names_of_keys_are_read_with_one_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overrides, "_noted", set())
+    monkeypatch.setattr(key_names, "_noted", set())
     old, new = (
         ["parallel.pp=2", f"parallel.{vpp}=2", f"optim.{reference}=4e-3"]
         for vpp, reference in (("vp", "max_lr"), ("vpp", "weight_decay_reference_lr"))

@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = [
     *("data.seq_len=64", "batch.global_batch_rows=2", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"),
     *("optim.lr=1e-60", "optim.weight_decay=0", "schedule.name=constant", "schedule.warmup_tokens=0"),
-    *("run.device=cpu", "run.steps=1", "metrics.tensorboard=false", "checkpoint.every_tokens=null"),
+    *("runtime.device=cpu", "run.steps=1", "metrics.tensorboard=false", "checkpoint.every_tokens=null"),
 ]
 
 

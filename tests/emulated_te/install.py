@@ -24,7 +24,7 @@ HOPPER, BLACKWELL = (9, 0), (10, 0)
 VARIABLES = {
     # its libraries are not loaded
     "NVTE_PROJECT_BUILDING": "1",
-    # as run.deterministic sets it on a device
+    # as runtime.deterministic sets it on a device
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     # DeepSpeed's own detection asks for a device
     "DS_ACCELERATOR": "cpu",

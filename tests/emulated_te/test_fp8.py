@@ -185,7 +185,7 @@ def test_fp8_weights_init_from_matches_16_bit_weights(
 def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Path) -> None:
     """Compare the peak of the tensors in a step."""
     shape = ["model.num_layers=2", "model.num_attention_heads=4", "model.vocab_size=2048", "data.seq_len=64"]
-    words = [*shape, "run.device=cpu", "precision.name=fp8-current", "--sweep", "precision.fp8_weights=false,true"]
+    words = [*shape, "runtime.device=cpu", "precision.name=fp8-current", "--sweep", "precision.fp8_weights=false,true"]
     out = tmp_path / "b.jsonl"
     (done,) = te_pool.run(
         1, ["bench", "--size", "17m", "--objective", "mlm", "--quick", "--steps", "1", "--out", str(out), *words]
@@ -204,7 +204,7 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
             "precision.name=fp8-current parallel.distributed_optimizer=false",
             "needs parallel.distributed_optimizer=true",
         ),
-        ("precision.name=fp8-current run.cuda_graph=true", "does not work with precision.fp8_weights"),
+        ("precision.name=fp8-current runtime.cuda_graph=true", "does not work with precision.fp8_weights"),
     ],
 )
 def test_fp8_weights_with_unsupported_option_is_refused(

@@ -21,7 +21,7 @@ ROUNDING = 5e-4
 def test_te_layers_losses_follow_local_layers(
     pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str
 ) -> None:
-    words = "run.attention=te-fused model.attention_output_dropout=0.1"
+    words = "runtime.attention=te-fused model.attention_output_dropout=0.1"
     actual = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
     expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
     assert 0 < apart(actual, expected) < ROUNDING
@@ -63,7 +63,9 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
 ) -> None:
     """Switch in one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
     for kernel in ("sdpa", "te-fused"):
-        actual = train(te_pool, 1, tmp_path / kernel, corpus, "mlm", f"run.attention={kernel} run.deterministic=true")
+        actual = train(
+            te_pool, 1, tmp_path / kernel, corpus, "mlm", f"runtime.attention={kernel} runtime.deterministic=true"
+        )
         assert (actual.column("loss") == whole("bf16").column("loss")) == (kernel == "te-fused")
         assert apart(actual, whole("bf16")) < ROUNDING
 
@@ -86,7 +88,7 @@ def test_te_layers_recompute_or_offload_changes_no_bit(
 
 @pytest.mark.full
 def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
-    """`run.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
-    words = "run.cuda_graph=true data.max_chunks_per_row=12"
+    """`runtime.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
+    words = "runtime.cuda_graph=true data.max_chunks_per_row=12"
     actual = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
     assert apart(actual, whole("bf16")) < ROUNDING

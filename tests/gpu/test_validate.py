@@ -18,7 +18,16 @@ from tests import forkserver
 from tests.train.runs import TINY
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_validate.py"
-ITS_OWN = ("data.seq_len", "batch.", "precision.name", "optim.lr", "schedule.", "run.device", "metrics.", "checkpoint.")
+ITS_OWN = (
+    "data.seq_len",
+    "batch.",
+    "precision.name",
+    "optim.lr",
+    "schedule.",
+    "runtime.device",
+    "metrics.",
+    "checkpoint.",
+)
 
 
 def be_tool(*words: str) -> None:
@@ -68,7 +77,7 @@ def check_attention(actual: dict) -> None:
         "decoder, local",
     }
     assert actual["attention"]["17m te-fused"]["state"] == "does not run"
-    assert "run.attention: te-fused needs a GPU" in actual["attention"]["17m te-fused"]["says"]
+    assert "runtime.attention: te-fused needs a GPU" in actual["attention"]["17m te-fused"]["says"]
 
 
 def test_gpu_validate_attention_section_on_cpu_passes(corpus: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ SELECTIVE = "parallel.recompute=selective"
 
 
 def kept_bytes_and_gradients(build_model, *words: str) -> tuple[int, dict[str, torch.Tensor]]:
-    model = build_model(parse("17m", "mlm", "pretrain", overrides=[*SHAPE, "run.device=cpu", *words])).train()
+    model = build_model(parse("17m", "mlm", "pretrain", overrides=[*SHAPE, "runtime.device=cpu", *words])).train()
     ids = torch.arange(128).view(2, 64)
     kept: dict[int, int] = {}
 

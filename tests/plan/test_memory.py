@@ -32,7 +32,7 @@ def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *word
     """Check the memory that `ettin bench` predicts against what its tensors hold at their fullest."""
     out = folder / "b.jsonl"
     line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
-    found = pool.run(world, [*line, "run.device=cpu", "batch.micro_batch_rows=4", *words])
+    found = pool.run(world, [*line, "runtime.device=cpu", "batch.micro_batch_rows=4", *words])
     assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
     (row,) = results.read(out).values()
     assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)

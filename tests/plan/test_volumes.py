@@ -12,7 +12,7 @@ from megatron_ettin.plan.memory import rank_memory, rank_parameters
 from megatron_ettin.plan.step_time import data_bytes, tied_gradient_bytes, volumes
 from tests import forkserver
 
-COMMON = ["run.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
+COMMON = ["runtime.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 INTERLEAVED = ["parallel.pp=4", "parallel.vpp=2", "parallel.overlap=true", "batch.global_batch_rows=512"]
 WORLD = 512

@@ -33,7 +33,7 @@ def test_compare_runs_differing_only_in_objective_are_paired(tmp_path, encoder):
 
 
 def test_compare_different_operations_keys_are_still_paired(tmp_path, encoder):
-    words = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "run.device=cpu")
+    words = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "runtime.device=cpu")
     assert compared(encoder, write_run(tmp_path / "decoder", "clm", words=words)) == ("PAIRED", {})
 
 

@@ -7,22 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ettin.config.resolve import parse, to_yaml
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.config.overrides import check_keys
+from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 from megatron_ettin.config.science import science_keys
 from megatron_ettin.runs import directory, history, rollback
 
+RUNTIME = """runtime:
+  device: auto
+  deterministic: false
+  attention: auto
+  cuda_graph: false
+  compile: never
+"""
 OLDER = {
     "weight_decay_reference_lr:": "max_lr:",
     "vpp:": "vp:",
     "  skip:\n  - - 24\n    - 32\n": "  skip: '24:32'\n",
     "  recompute_modules:\n  - core_attn\n": "  recompute_modules: core_attn\n",
+    # they were the last keys of `run`, whose group precedes
+    RUNTIME: RUNTIME.removeprefix("runtime:\n").replace("compile:", "fuse:"),
 }
 
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
     """Make a run directory with one checkpoint, as an earlier version wrote them."""
-    text = to_yaml(parse("17m", "mlm", "pretrain", overrides=["data.skip=[[24, 32]]"]))
+    text = to_yaml(parse("17m", "mlm", "pretrain", overrides=["data.skip=[[24, 32]]", "runtime.compile=never"]))
     for new, old in OLDER.items():
         assert new in text
         text = text.replace(new, old)
@@ -52,3 +63,14 @@ def test_older_names_of_allowed_changes_are_those_of_today(older: Path) -> None:
 
 def test_roll_back_with_the_older_text_is_known_as_done(older: Path) -> None:
     assert not rollback.roll_back(older, 3, [[24, 32]])
+
+
+def test_runtime_keys_of_an_older_run_are_read_from_its_run_group(older: Path) -> None:
+    config = from_yaml(older / "config.yaml")
+    assert config.runtime.compile == "never"
+    assert config.run.steps is None
+
+
+def test_runtime_key_by_both_names_is_refused() -> None:
+    with pytest.raises(UserError, match=r"runtime.device: run.device is its older name, and both are set"):
+        check_keys({"run": {"device": "cpu"}, "runtime": {"device": "cpu"}})

@@ -32,7 +32,7 @@ TINY = [
     "optim.lr=3e-3",
     "schedule.name=constant",
     "schedule.warmup_tokens=0",
-    "run.device=cpu",
+    "runtime.device=cpu",
     "metrics.tensorboard=false",
     "checkpoint.every_tokens=null",
 ]

@@ -16,7 +16,7 @@ from tests.train.runs import train
 pytestmark = pytest.mark.ranks
 FILE = Path(__file__).with_name("golden.json")
 OBJECTIVES = ("mlm", "clm", "mntp", "hybrid", "hybrid_mntp")
-WORDS = ["run.deterministic=true", "model.attention_output_dropout=0.1"]
+WORDS = ["runtime.deterministic=true", "model.attention_output_dropout=0.1"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -194,7 +194,7 @@ def test_train_with_run_fuse_matches_one_process(
     """Use the element-wise kernels of torch.compile and the loss functions written for them."""
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), *words.split(), "run.fuse=always"]
+    words = [*STEPS, *choice.split(), *words.split(), "runtime.compile=always"]
     found = train(pool, world, tmp_path, corpus, objective, words)
     assert equal(found, reference(option)), difference(found, reference(option))
 
@@ -203,7 +203,7 @@ def test_train_with_run_fuse_matches_one_process(
 def test_train_with_fused_functions_only_traced_matches_one_process(corpus: Path, tmp_path: Path, reference) -> None:
     """Use the loss functions written for torch.compile, and have all fusible functions traced by it."""
     objective, choice = OPTIONS[CLIPPED]
-    words = command(tmp_path, corpus, objective, [*STEPS, *choice.split(), "run.fuse=always"])
+    words = command(tmp_path, corpus, objective, [*STEPS, *choice.split(), "runtime.compile=always"])
     line = forkserver.command("tests.train.test_invariance:train_traced", *words)
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -234,10 +234,10 @@ def train_traced(*words: str) -> int:
 def test_train_with_cuda_graph_shapes_on_cpu_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    """Use the fixed shapes of `run.cuda_graph`: labels and boundaries padded to a capacity, dropout keys in tensors."""
+    """Use the fixed shapes of `runtime.cuda_graph`: labels and boundaries padded to a capacity, dropout keys in tensors."""
     world, words = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), *words.split(), "run.cuda_graph=true", "data.max_chunks_per_row=12"]
+    words = [*STEPS, *choice.split(), *words.split(), "runtime.cuda_graph=true", "data.max_chunks_per_row=12"]
     results = pool.run(world, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
     assert [result.status for result in results] == [0] * world, "\n".join(r.output[-3000:] for r in results)
     assert all("replaying" in result.output for result in results)
@@ -252,7 +252,13 @@ def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
     """Rows of more chunks than data.max_chunks_per_row are computed without the graph, and this is logged once."""
     option = DROPOUT
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), "run.cuda_graph=true", "data.max_chunks_per_row=1", "batch.micro_batch_rows=1"]
+    words = [
+        *STEPS,
+        *choice.split(),
+        "runtime.cuda_graph=true",
+        "data.max_chunks_per_row=1",
+        "batch.micro_batch_rows=1",
+    ]
     (result,) = pool.run(1, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
     assert result.status == 0, result.output[-3000:]
     assert result.output.count("replaying") == result.output.count("has no room in a recorded one") == 1

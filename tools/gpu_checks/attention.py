@@ -39,7 +39,7 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
     """Check one kernel through a model of two layers, in its four roles."""
     words = [
         *("precision.name=bf16", "model.num_layers=2", "data.clm_fraction=0.5", "parallel.distributed_optimizer=false"),
-        *(f"run.attention={kernel}", f"run.device={session.device}", "run.fuse=never", *session.words),
+        *(f"runtime.attention={kernel}", f"runtime.device={session.device}", "runtime.compile=never", *session.words),
     ]
     train_state = None
     try:

@@ -39,7 +39,7 @@ def train(
     folder, tokens = session.work / name, session.tokens_a_step
     ettin(
         *("train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(folder)),
-        *(f"data.mixture={session.data}", f"data.seq_len={length}", f"run.device={session.device}"),
+        *(f"data.mixture={session.data}", f"data.seq_len={length}", f"runtime.device={session.device}"),
         *(
             f"batch.global_batch_rows={rows}",
             f"batch.micro_batch_rows={max(1, tokens // length)}",
@@ -110,7 +110,7 @@ def checkpoints(session: Session) -> None:
     size = session.sizes[0]
 
     def halves(name: str) -> dict[str, Any]:
-        words = [f"precision.name={name}", "run.deterministic=true"]
+        words = [f"precision.name={name}", "runtime.deterministic=true"]
         whole = train(session, f"resume-{name}-whole", size, [*words, "run.steps=10"])
         train(session, f"resume-{name}", size, [*words, "run.steps=5"])
         both = train(session, f"resume-{name}", size, [*words, "run.steps=10"])
@@ -131,8 +131,10 @@ def checkpoints(session: Session) -> None:
         "bf16 to fp8-current": functools.partial(across, bf16, current),
         "fp8-current to bf16": functools.partial(across, current, bf16),
         "fp8-delayed to bf16": functools.partial(across, delayed, bf16),
-        "this device to the CPU": functools.partial(across, bf16, ["run.device=cpu"]),
-        "the CPU to this device": functools.partial(across, ["run.device=cpu"], [f"run.device={session.device}"]),
+        "this device to the CPU": functools.partial(across, bf16, ["runtime.device=cpu"]),
+        "the CPU to this device": functools.partial(
+            across, ["runtime.device=cpu"], [f"runtime.device={session.device}"]
+        ),
     }
     session.run("checkpoints", items)
 

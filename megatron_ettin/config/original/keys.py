@@ -58,12 +58,12 @@ _REASONS = {
     "this system's own way (parallel.*, checkpoint.*)": "save_num_checkpoints_to_keep save_overwrite save_filename"
     " save_latest_filename dist_timeout fsdp_config.* deepspeed_config.* parallelism_config.* device max_split_size_mb"
     " optimizer.foreach optimizer.triton optimizer.kahan_sum",
-    "padding is not computed (but with run.cuda_graph or parallel.tp_overlap)": "@padding @unpad_embeddings"
+    "padding is not computed (but with runtime.cuda_graph or parallel.tp_overlap)": "@padding @unpad_embeddings"
     " @pad_logits",
     "logits are made where a label is, and nowhere else": "@masked_prediction",
     "the vocabulary is the tokenizer's": "@allow_embedding_resizing",
     "kernels are Megatron-Core's and Transformer Engine's": "@compile_model @use_fa2 @use_sdpa_attn_mask",
-    "run.deterministic=true is for the whole run": "@deterministic_fa2",
+    "runtime.deterministic=true is for the whole run": "@deterministic_fa2",
     "there is no classification head": "@head_class_act @head_class_norm @pooling_type",
     "rotary embeddings have no table; data.seq_len says it": "@max_position_embeddings",
     "the loader's own decides": "mlm_probability",
