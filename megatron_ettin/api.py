@@ -131,11 +131,11 @@ def train(config: Config, run_dir: AnyPath, init_from: AnyPath | None = None) ->
     Raises:
         UserError: for a run directory of another run, and for data or weights that do not fit.
     """
-    from megatron_ettin.train.job import TrainArgs, prepare_job
+    from megatron_ettin.train.job import TrainArgs
     from megatron_ettin.train.trainer import Trainer
 
-    job = prepare_job(config, TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None))
-    return Trainer([job]).run()
+    args = TrainArgs(Path(run_dir), Path(init_from) if init_from is not None else None)
+    return Trainer([(config, args)]).run()
 
 
 @dataclass(frozen=True)

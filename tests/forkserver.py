@@ -43,7 +43,7 @@ FOLDER_VARIABLE, OWNER_VARIABLE = "ETTIN_TEST_SERVER_FOLDER", "ETTIN_TEST_SERVER
 MISTAKE_VARIABLE = "ETTIN_TEST_MISTAKE"
 CLIENT = Path(__file__).with_name("forkserver_client.py")
 WARM = (
-    *("torch", "numpy", "transformers", "matplotlib.pyplot", "torch.distributed.run", "megatron_ettin.train.chain"),
+    *("torch", "numpy", "transformers", "matplotlib.pyplot", "torch.distributed.run", "megatron_ettin.train.job"),
     *("megatron_ettin.train.trainer", "megatron_ettin.runs.order_export", "megatron_ettin.evaluate.evaluation"),
     *("megatron_ettin.evaluate.inference", "megatron_ettin.convert.to_hf", "megatron_ettin.convert.from_hf"),
     *("megatron_ettin.report.document", "megatron_ettin.plan.search", "megatron_ettin.prepare.run"),

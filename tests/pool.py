@@ -111,7 +111,7 @@ def warm_up_emulated(folder: str, major: int, minor: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("megatron_ettin.train.chain", "megatron_ettin.cli.train", "megatron_ettin.train.trainer"):
+    for name in ("megatron_ettin.train.job", "megatron_ettin.cli.train", "megatron_ettin.train.trainer"):
         importlib.import_module(name)
     forkserver.freeze()
 

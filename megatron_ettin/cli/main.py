@@ -10,7 +10,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_ettin.base import log
 from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
@@ -51,21 +52,15 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 failed, 2 a user error, 75 saved and to be requeued."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    trains = name == "train"
     log.open_standard_files()
-    if arguments[:1] in (["train"], ["bench"]) and is_launched():
+    if name in ("train", "bench") and is_launched():
         exit_with_parent()
     try:
-        return _run_and_report(arguments)
-    finally:
-        log.drop_unwritten()
-
-
-def _run_and_report(arguments: list[str]) -> int:
-    """Run one command, report how it failed, and return the exit status."""
-    try:
-        status = dispatch(arguments)
-        if arguments[:1] == ["train"]:
+        run, arguments = find_command(name, words)
+        status = int(run(arguments) or 0)
+        if trains:
             log.flush()
         else:
             # so that a closed pipe raises here and not at the interpreter's exit
@@ -76,56 +71,48 @@ def _run_and_report(arguments: list[str]) -> int:
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
         # one line for each host, not for each rank
         if isinstance(error, RankError) or local_rank == "0":
-            log.log_warning(f"ettin {arguments[0]}: {error}")
+            log.log_warning(f"ettin {name}: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        log.log_warning(f"ettin {arguments[0]}: interrupted")
+        log.log_warning(f"ettin {name}: interrupted")
         return EXIT_INTERRUPTED
-    except Exception as error:
+    # SystemExit: a command's --help
+    except (Exception, SystemExit) as error:
         # `ettin order | head` is not an error; any other broken pipe is
         if isinstance(error, BrokenPipeError) and log.output_has_no_reader():
             return 0
-        printing = isinstance(error, OSError) and error.filename is None and arguments[:1] != ["train"]
-        if printing and (why := log.output_failure()):
-            return _output_lost(arguments, why)
-        record_failure(error)
+        prints = isinstance(error, OSError) and error.filename is None and not trains
+        if (prints or isinstance(error, SystemExit)) and (why := log.output_failure()):
+            log.log_warning(f"ettin {name}: standard output cannot be written ({why})")
+            return EXIT_FAILURE
+        if not isinstance(error, SystemExit):
+            record_failure(error)
         raise
-    except SystemExit:
-        # a command's --help
-        if why := log.output_failure():
-            return _output_lost(arguments, why)
-        raise
+    finally:
+        log.drop_unwritten()
 
 
-def _output_lost(arguments: list[str], why: str) -> int:
-    log.log_warning(f"ettin {arguments[0]}: standard output cannot be written ({why})")
-    return EXIT_FAILURE
-
-
-def dispatch(arguments: list[str]) -> int:
-    """Parse the options of one command, run it, and return its exit status. Raises UserError."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(help_text(), end="")
-        return 0
-    if arguments[0] in ("-V", "--version"):
+def find_command(name: str, words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
+    """Return the function of a command and its argument: the parsed options. Raises UserError."""
+    if name in ("-h", "--help"):
+        return print, help_text().removesuffix("\n")
+    if name in ("-V", "--version"):
         from megatron_ettin.base.versions import version_text
 
-        print(version_text())
-        return 0
-    if arguments[0] == "__complete":
+        return print, version_text()
+    if name == "__complete":
         # called by the scripts that `ettin completion` prints
         from megatron_ettin.cli.completion import print_offers
 
-        return print_offers(arguments[1:])
-    name, rest = arguments[0], arguments[1:]
-    # Megatron-Core and torch warn on every rank of optional packages and of their own deprecations
-    warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
+        return print_offers, words
     if name not in COMMANDS:
         hint = nearest(name, [*COMMANDS, "--help", "--version"])
         raise UserError(f"no command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
+    # Megatron-Core and torch warn on every rank of optional packages and of their own deprecations
+    warnings.filterwarnings("ignore", module=r"(megatron\.|torch\.|transformers\.|megatron_ettin\.platform\.cpu)")
     module = importlib.import_module(f"megatron_ettin.cli.{COMMANDS[name][0]}")
     parser = OneLineParser(
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.run(parse_overrides(parser, name, rest)) or 0)
+    return module.run, parse_overrides(parser, name, words)

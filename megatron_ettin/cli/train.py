@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from megatron_ettin.base.errors import EXIT_REQUEUE
+from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_REQUEUE
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.cli.phases import PlannedPhase, chain_warning, plan_phases, reference_rate_line
 from megatron_ettin.parallel.env import rank_of_environment
 from megatron_ettin.parallel.failure_report import record_failure
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
+    from megatron_ettin.train.job import TrainArgs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +131,7 @@ def remarks(phase: PlannedPhase) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Explain, print or train the runs that the options ask for, and return the exit status."""
     is_main_process = rank_of_environment() == 0
     complete(args, is_main_process)
     phases = plan_phases(args)
@@ -143,57 +147,53 @@ def run(args: argparse.Namespace) -> int:
             log_warning(line)
         print("\n".join(describe(phase.planned, as_json=args.json) for phase in phases))
         return 0
-    if not args.json:
-        return train_phases(args, phases, is_main_process, None)
-    # steps go to standard output as JSON lines, everything else to standard error
-    json_stream = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        return train_phases(args, phases, is_main_process, json_stream)
-
-
-def train_phases(
-    args: argparse.Namespace, phases: list[PlannedPhase], is_main_process: bool, json_stream: TextIO | None
-) -> int:
-    """Train the phases one after another and return the exit status."""
-    if phases[0].config.resilience.in_process_restarts:
-        # or torch logs every look into the library's store
+    settings, device = phases[0].config.resilience, phases[0].config.runtime.device
+    if settings.in_process_restarts:
+        # or torch, when it is imported, logs every look into the library's store
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.faults.skipped_steps import TrainingStopped
-    from megatron_ettin.train.chain import chain_jobs, sweep_jobs
-    from megatron_ettin.train.job import TrainArgs
     from megatron_ettin.train.saving import SaveFailed
     from megatron_ettin.train.trainer import Trainer
 
-    if args.init_from is not None:
+    # steps go to standard output as JSON lines, everything else to standard error
+    json_stream = sys.stdout if args.json else None
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        runs, is_sweep = train_runs(args, phases, is_main_process, json_stream), bool(args.sweep)
+        try:
+            if settings.in_process_restarts:
+                unfinished = with_restarts(settings, device, lambda: Trainer(runs, is_sweep).run())
+            else:
+                unfinished = Trainer(runs, is_sweep).run()
+        except TrainingStopped as stopped:
+            # the same rows and weights would end the same way; a disk that is full may not be tomorrow
+            record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
+            log_warning(f"ettin train: {stopped}")
+            return EXIT_FAILURE
+        if is_sweep and is_main_process:
+            from megatron_ettin.config.overrides import members
+            from megatron_ettin.report.sweep import summarise
+
+            log_info(summarise(args.run_dir, members(args.sweep)))
+    return EXIT_REQUEUE if unfinished else 0
+
+
+def train_runs(
+    args: argparse.Namespace, phases: Sequence[PlannedPhase], is_main_process: bool, json_stream: TextIO | None
+) -> list[tuple[Config, TrainArgs]]:
+    """Return the configuration and arguments of each run; weights of a Hugging Face folder are imported first."""
+    from megatron_ettin.train.job import TrainArgs
+
+    weights = args.init_from
+    if weights is not None:
         from megatron_ettin.convert.from_hf import import_once, is_hf_folder
 
-        if is_hf_folder(args.init_from):
-            imported = {args.init_from: import_once(args.init_from, args.run_dir, is_main_process)}
-            phases = [dataclasses.replace(one, init_from=imported.get(one.init_from, one.init_from)) for one in phases]
+        if is_hf_folder(weights):
+            weights = import_once(weights, args.run_dir, is_main_process)
     keep = None if args.init_optimizer is None else args.init_optimizer == "keep"
-    pairs = []
+    runs = []
     for one in phases:
+        init_from = weights if one.init_from == args.init_from else one.init_from
         shared = (keep, args.allow_change, args.from_step, one.kept, json_stream, one.free, unread_keys(one))
-        pairs.append((one.config, TrainArgs(one.run_dir, one.init_from, *shared)))
-    make_jobs, is_sweep = (sweep_jobs, True) if args.sweep else (chain_jobs, False)
-    settings, device = phases[0].config.resilience, phases[0].config.runtime.device
-    try:
-        if settings.in_process_restarts:
-            # nothing is left of a sweep whose members are all done
-            unfinished = with_restarts(
-                settings, device, lambda: bool(jobs := make_jobs(pairs)) and Trainer(jobs, is_sweep).run()
-            )
-        else:
-            unfinished = bool(jobs := make_jobs(pairs)) and Trainer(jobs, is_sweep).run()
-    except TrainingStopped as stopped:
-        # the same rows and weights would end the same way; a disk that is full may not be tomorrow
-        record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
-        log_warning(f"ettin train: {stopped}")
-        return 1
-    if args.sweep and is_main_process:
-        from megatron_ettin.config.overrides import members
-        from megatron_ettin.report.sweep import summarise
-
-        log_info(summarise(args.run_dir, members(args.sweep)))
-    return EXIT_REQUEUE if unfinished else 0
+        runs.append((one.config, TrainArgs(one.run_dir, init_from, *shared)))
+    return runs

@@ -1,4 +1,8 @@
-"""Describe one run to train, and check all of it that needs no other ranks."""
+"""Describe the runs of one job, and check all of them that needs no other ranks before the first one starts.
+
+A job has one run, the phases of `ettin train --phase all`, each of which begins from the one before, or the members of
+`--sweep`. A job that was stopped goes on in the run where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
+from megatron_ettin.checkpoint.directory import latest, read_progress
 from megatron_ettin.config.resolve import keep_begun
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
@@ -18,6 +23,7 @@ from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.plan.schedule_end import fit_schedule, free_by_value
 from megatron_ettin.runs import directory
 from megatron_ettin.runs.rollback import check_roll_back
+from megatron_ettin.train.progress import Progress, is_done
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,22 @@ class TrainJob:
     corpus: BlendedDataset
     changes: list[str]
     """Science keys that change in a run that has begun, as allowed."""
+
+
+def prepare_jobs(runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = False) -> list[TrainJob]:
+    """Return the runs that are left to train, in order. Raises UserError.
+
+    Args:
+        runs: The members of a sweep, or phases in order, each but the first beginning from the run directory of the one
+            before: of them the last is always trained.
+        is_sweep: Whether they are the members of a sweep.
+    """
+    left = list(runs)
+    if is_sweep:
+        left = [(config, args) for config, args in runs if not is_finished(config, args.run_dir)]
+    while not is_sweep and len(left) > 1 and is_finished(left[0][0], left[0][1].run_dir):
+        left.pop(0)
+    return [prepare_job(config, args) for config, args in left]
 
 
 def prepare_job(config: Config, args: TrainArgs) -> TrainJob:
@@ -96,3 +118,15 @@ def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Co
     free = free_by_value(config) if args.free is None else args.free
     begun = directory.recorded(args.run_dir)
     return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)
+
+
+def saved_progress(run_dir: Path) -> Progress | None:
+    """Return the progress of a run's newest checkpoint; None where there is none. Raises UserError."""
+    newest = latest(run_dir) if (run_dir / "checkpoints").is_dir() else None
+    return None if newest is None else Progress.restored(read_progress(newest))
+
+
+def is_finished(config: Config, run_dir: Path) -> bool:
+    """Return whether a run's newest checkpoint has trained all that the run is to train. Raises UserError."""
+    saved = saved_progress(run_dir)
+    return saved is not None and is_done(config, saved)

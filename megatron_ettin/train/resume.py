@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,49 +33,36 @@ from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import is_fp8
 from megatron_ettin.runs.directory import check_checkpoint
 from megatron_ettin.runs.rollback import roll_back
+from megatron_ettin.train.job import TrainArgs
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import TrainState
 
 
-def begin(
-    train_state: TrainState,
-    run_dir: Path,
-    init_from: Path | None,
-    keep_optimizer: bool | None,
-    corpus: BlendedDataset,
-    from_step: int | None = None,
-    allow_change: Sequence[str] = (),
-) -> tuple[Progress, str]:
+def begin(train_state: TrainState, args: TrainArgs, corpus: BlendedDataset) -> tuple[Progress, str]:
     """Load what the run continues from, and return its progress and a line that names it. Collective.
 
     Args:
         train_state: The model and optimizer to load into.
-        run_dir: The run directory, whose newest checkpoint is used if it has one.
-        init_from: Checkpoint or run that a new run begins with; None: initial weights.
-        keep_optimizer: Whether the optimizer state of `init_from` is kept; None: by the rule of `keeps_optimizer`.
-        corpus: The rows that the run trains on, whose tokenizer `init_from` must have.
-        from_step: Step of `init_from` where the run has not begun; without `init_from`, the step that the run goes
-            back to, once.
-        allow_change: Science keys that may differ from the checkpoint's.
+        args: The run directory, whose newest checkpoint is used if it has one, and what a new run begins from.
+        corpus: The rows that the run trains on, whose tokenizer `args.init_from` must have.
     """
-    back = from_step is not None and init_from is None
-    if back:
-        assert from_step is not None
-        run_on_rank_zero(lambda: roll_back(run_dir, from_step, train_state.config.data.skip), UserError)
+    config, run_dir, step = train_state.config, args.run_dir, args.from_step
+    goes_back = step is not None and args.init_from is None
+    if goes_back:
+        run_on_rank_zero(lambda: roll_back(run_dir, step, config.data.skip), UserError)
     own = load_newest(train_state, run_dir)
     if own is not None:
         name, progress = own
         checkpoint = directory.checkpoints_folder(run_dir) / name
-        run_on_rank_zero(lambda: check_checkpoint(checkpoint, run_dir, train_state.config, allow_change), UserError)
-        note = moment_change(checkpoint, train_state.config.optim).note
-        origin = f"{'went back to' if back else 'resumed'} {name} ({progress.tokens:,} tokens)"
+        run_on_rank_zero(lambda: check_checkpoint(checkpoint, run_dir, config, args.allow_change), UserError)
+        note = moment_change(checkpoint, config.optim).note
+        origin = f"{'went back to' if goes_back else 'resumed'} {name} ({progress.tokens:,} tokens)"
         return progress, f"{origin}; {note}" if note else origin
-    if init_from is None:
+    if args.init_from is None:
         return Progress(), "initial weights"
-    source = directory.resolve(init_from) if from_step is None else directory.at_step(init_from, from_step)
+    source = directory.resolve(args.init_from) if step is None else directory.at_step(args.init_from, step)
     check_tokenizer(source, corpus)
-    config = source_config(source, train_state.config)
-    keep = keeps_optimizer(source, config, train_state.config, keep_optimizer)
+    keep = keeps_optimizer(source, source_config(source, config), config, args.keep_optimizer)
     progress = load(train_state, source, with_optimizer=keep)
     updates = progress.updates if keep else 0
     return Progress(updates=updates), f"weights {'and optimizer ' if keep else ''}of {source}"
@@ -179,7 +165,7 @@ def moment_change(checkpoint: Path, optim: OptimConfig) -> MomentChange:
 DATA = ".distcp"
 
 
-class Damaged(UserError):
+class DamagedCheckpointError(UserError):
     """A file of a checkpoint is not what was written."""
 
 
@@ -213,13 +199,13 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
     refused: list[UserError] = []
 
     def attempt(checkpoint: Path) -> None:
-        """Load a checkpoint, and raise Damaged on every rank alike.
+        """Load a checkpoint, and raise DamagedCheckpointError on every rank alike.
 
         A checkpoint that is whole but does not fit is no reason to go back to an older one.
         """
         try:
             loaded.append(_load_hashing(train_state, checkpoint))
-        except Damaged:
+        except DamagedCheckpointError:
             raise
         except UserError as error:
             refused.append(error)
@@ -240,7 +226,7 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
         broadcast_object(found)
     else:
         while isinstance(found := broadcast_object(None), Path):
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(DamagedCheckpointError):
                 attempt(found)
     if isinstance(found, UserError):
         raise found
@@ -278,7 +264,7 @@ def _check_share(layout: Layout, checkpoint: Path) -> str | None:
 def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: bool = True) -> Progress:
     """Load a checkpoint while its data are hashed in a thread.
 
-    Raises Damaged on every rank for damage that any rank found, because damage explains most errors of a load.
+    Raises DamagedCheckpointError on every rank where any rank reads damage, because damage explains most errors.
     """
     layout, failed, progress = train_state.layout, None, Progress()
     with ThreadPoolExecutor(1) as beside:
@@ -291,7 +277,7 @@ def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: boo
     outcomes = all_gather_object((damage, failed))
     for harmed, _ in outcomes:
         if harmed is not None:
-            raise Damaged(harmed)
+            raise DamagedCheckpointError(harmed)
     for _, refused in outcomes:
         if refused is not None:
             raise refused

@@ -10,7 +10,7 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.base.text import counted
-from megatron_ettin.checkpoint.directory import latest, list_checkpoints, read_progress
+from megatron_ettin.checkpoint.directory import list_checkpoints
 from megatron_ettin.config.layouts import describe_empty_rows
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import long_name, short_name
@@ -23,7 +23,7 @@ from megatron_ettin.plan.schedule_end import describe_end
 from megatron_ettin.platform.device import gpu_count
 from megatron_ettin.runs import directory
 from megatron_ettin.train.hooks.base import Run
-from megatron_ettin.train.job import TrainJob
+from megatron_ettin.train.job import TrainJob, saved_progress
 from megatron_ettin.train.progress import Progress, is_done
 
 
@@ -86,18 +86,6 @@ def log_data(config: Config, corpus: BlendedDataset) -> None:
         log_info(f"order of {config.data.order}: {span}{left}; the run ends with them")
     for line in epoch_warnings(table):
         log_warning(line)
-
-
-def saved_progress(run_dir: Path) -> Progress | None:
-    """Return the progress of a run's newest checkpoint; None where there is none. Raises UserError."""
-    newest = latest(run_dir) if (run_dir / "checkpoints").is_dir() else None
-    return None if newest is None else Progress.restored(read_progress(newest))
-
-
-def is_finished(config: Config, run_dir: Path) -> bool:
-    """Return whether a run's newest checkpoint has trained all that the run is to train. Raises UserError."""
-    saved = saved_progress(run_dir)
-    return saved is not None and is_done(config, saved)
 
 
 def complete_line(config: Config, run_dir: Path) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.batching.batches import Batches
+from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
 from megatron_ettin.data.local_copy import open_local_copy
@@ -31,13 +32,12 @@ from megatron_ettin.parallel.process_groups import (
 from megatron_ettin.platform import detect
 from megatron_ettin.runs import directory
 from megatron_ettin.train import resume
-from megatron_ettin.train.hooks.base import GarbageCollection, Hook, Run
+from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.hooks.checkpointing import Checkpoints, DirectoryCheck
 from megatron_ettin.train.hooks.console import Console
-from megatron_ettin.train.hooks.evaluation import Evaluation
-from megatron_ettin.train.hooks.metrics import Metrics
-from megatron_ettin.train.hooks.profiling import Profiling
-from megatron_ettin.train.job import TrainJob
+from megatron_ettin.train.hooks.metrics import Evaluation, Metrics
+from megatron_ettin.train.hooks.profiling import GarbageCollection, Profiling
+from megatron_ettin.train.job import TrainArgs, TrainJob, prepare_jobs
 from megatron_ettin.train.progress import ControlSignal, Progress, StepResult, is_done
 from megatron_ettin.train.run_log import complete_line, ending_lines, log_start
 from megatron_ettin.train.setup import setup_training
@@ -52,15 +52,15 @@ COPY_SECONDS = 7_200.0
 class Trainer:
     """Trains one run after another as this process's rank."""
 
-    def __init__(self, jobs: Sequence[TrainJob], each_alone: bool = False) -> None:
-        """Find this process among the ranks, and listen for signals to stop.
+    def __init__(self, runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = False) -> None:
+        """Check the runs, find this process among the ranks, and listen for signals to stop. Raises UserError.
 
         Args:
-            jobs: The runs, in order, at least one.
-            each_alone: Whether the next run begins where one cannot go on (TrainingStopped), as in a sweep.
+            runs: The phases of a chain or the members of a sweep, in order, at least one.
+            is_sweep: Whether the next run begins also where one cannot go on (TrainingStopped).
         """
-        self.jobs, self.each_alone = jobs, each_alone
-        first = jobs[0].config
+        self.jobs, self.is_sweep = prepare_jobs(runs, is_sweep), is_sweep
+        first = self.jobs[0].config if self.jobs else runs[0][0]
         self.env = read_distributed_env()
         self.is_main_process = self.env.rank == 0
         if self.env.source != "alone":
@@ -73,7 +73,7 @@ class Trainer:
         self.heartbeat = Heartbeat(folder, first.resilience.hang_seconds)
 
     def run(self) -> bool:
-        """Train the runs, each from opening its data to its last save.
+        """Train the runs, each from its lock to its last save (collective).
 
         Returns:
             Whether it was asked to stop before the last run's end, so that the job wants requeueing.
@@ -82,18 +82,18 @@ class Trainer:
             process.callback(release_store)
             process.callback(self.stop.close)
             for job in self.jobs:
+                # the runs that are left were asked to stop too
                 stopped = self.stop.received
                 try:
                     if not stopped:
-                        # the stack undoes what `start` makes, last first
+                        # no variable here holds what `start` makes: its memory is free when the next run begins
                         with contextlib.ExitStack() as stack:
                             stopped = self.train(*self.start(job, stack))
                 except TrainingStopped as error:
-                    if not self.each_alone:
+                    if not self.is_sweep:
                         raise
                     if self.is_main_process:
                         log_warning(f"{job.args.run_dir}: {error}")
-                # the runs that are left were asked to stop too
                 if stopped:
                     self.heartbeat.enter("stopped")
                     return True
@@ -101,41 +101,37 @@ class Trainer:
         return False
 
     def start(self, job: TrainJob, stack: contextlib.ExitStack) -> tuple[Run, list[Hook]]:
-        """Set up a run, load what it continues from, and log its start. Collective."""
+        """Set up a run, load what it continues from, and log its start (collective).
+
+        Args:
+            job: The run.
+            stack: Undoes at the end of the run, last first, what is made here.
+        """
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
         stack.enter_context(directory.locked(args.run_dir, is_main_process=self.is_main_process))
         if self.is_main_process and (line := complete_line(config, args.run_dir)):
             log_info(line)
-        copies = config.data.local_copy is not None
         heartbeat.hang_seconds = config.resilience.hang_seconds
-        heartbeat.enter("starting", COPY_SECONDS if copies else None)
-        corpus = (
-            open_local_copy(job.corpus, config.data.local_copy) if config.data.local_copy is not None else job.corpus
-        )
-        seconds = collective_seconds(heartbeat.hang_seconds)
-        init_process_group(self.env, self.platform, seconds, COPY_SECONDS if copies else RENDEZVOUS_SECONDS)
+        copy_folder, corpus, patience = config.data.local_copy, job.corpus, RENDEZVOUS_SECONDS
+        heartbeat.enter("starting", COPY_SECONDS if copy_folder is not None else None)
+        if copy_folder is not None:
+            corpus, patience = open_local_copy(corpus, copy_folder), COPY_SECONDS
+        init_process_group(self.env, self.platform, collective_seconds(heartbeat.hang_seconds), patience)
         heartbeat.enter("starting")
         stack.callback(destroy_process_group)
         watchdog = stack.enter_context(Watchdog(args.run_dir, heartbeat, self.env.rank))
         # before the watchdog ends: other ranks may keep this one waiting
         stack.callback(destroy_process_group)
         stack.callback(destroy_model_parallel)
+        # after `explaining_failures` has looked at an error, which may end the process
         closing = stack.enter_context(contextlib.ExitStack())
-        stack.enter_context(self.explaining_failures(job, watchdog))
+        stack.enter_context(self.explaining_failures(config, watchdog))
         check_ranks_consistent(config, job.corpus)
         train_state = setup_training(config, self.platform, self.env.world)
         closing.callback(train_state.close)
         train_state.clock.heartbeat = heartbeat
-        train_state.progress, origin = resume.begin(
-            train_state,
-            args.run_dir,
-            args.init_from,
-            args.keep_optimizer,
-            job.corpus,
-            args.from_step,
-            args.allow_change,
-        )
+        train_state.progress, origin = resume.begin(train_state, args, job.corpus)
         progress = train_state.progress
         batches = Batches.of(config, corpus, train_state.layout, self.platform.device)
         directory.check_reader(config, job.corpus, corpus)
@@ -148,7 +144,7 @@ class Trainer:
         return run, build_hooks(run, watchdog.peers, job)
 
     @contextlib.contextmanager
-    def explaining_failures(self, job: TrainJob, watchdog: Watchdog) -> Iterator[None]:
+    def explaining_failures(self, config: Config, watchdog: Watchdog) -> Iterator[None]:
         """End the process as a stall does where an error inside was caused by one."""
         try:
             yield
@@ -156,7 +152,7 @@ class Trainer:
             watchdog.explain()
             if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
                 # the others wait for this rank in a kernel; so would it for them, taking the groups down
-                if not job.config.resilience.in_process_restarts:
+                if not config.resilience.in_process_restarts:
                     end_now(error)
                 abort_process_group()
             raise

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTED = ("megatron_ettin.cli.train", "megatron_ettin.train.chain", "megatron_ettin.train.trainer", "tests.pool")
+IMPORTED = ("megatron_ettin.cli.train", "megatron_ettin.train.job", "megatron_ettin.train.trainer", "tests.pool")
 CLONE_NEWNET = 0x40000000
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 

@@ -7,7 +7,6 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,23 +69,3 @@ class Hook:
     def save_blocker(self) -> str | None:
         """Return why the run must not be saved now, or None. Called on rank 0 before each save."""
         return None
-
-
-class GarbageCollection(Hook):
-    """Collects Python's garbage on every rank at the same steps, the young generations only.
-
-    Python's own collector stops each rank at another time, and all others wait for it at the next collective.
-    """
-
-    EVERY_STEPS = 50
-
-    def start(self, run: Run) -> None:
-        gc.collect()
-        gc.disable()
-
-    def step(self, run: Run, result: StepResult) -> None:
-        if result.step % self.EVERY_STEPS == 0:
-            gc.collect(1)
-
-    def stop(self, run: Run) -> None:
-        gc.enable()

@@ -1,15 +1,18 @@
-"""Write the figures of every step to metrics.jsonl, TensorBoard, and Weights & Biases."""
+"""Measure the validation loss, and write every step's figures to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin import __version__
+from megatron_ettin.base.log import log_info
 from megatron_ettin.base.versions import code_hash, library_versions
 from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.tables import long_name, short_name
+from megatron_ettin.evaluate.evaluation import EvalDataset, evaluate
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
 from megatron_ettin.runs.rollback import rolled_back
@@ -56,6 +59,35 @@ def wandb_identity(run: Run) -> WandbIdentity:
         history=len(rolled_back(run.directory)),
         checkpoints=settings.wandb_checkpoints,
     )
+
+
+class Evaluation(Hook):
+    """Evaluates on the validation datasets every `metrics.eval_every_steps` steps and at the end, in all and by source.
+
+    A hybrid run is evaluated on each of its row objectives; the figures of the first have no suffix.
+    """
+
+    def __init__(self, held_out: Sequence[EvalDataset]) -> None:
+        self.held_out = held_out
+
+    def step(self, run: Run, result: StepResult) -> None:
+        every = run.config.metrics.eval_every_steps
+        if (every is None or result.step % every) and not is_done(run.config, run.progress):
+            return
+        run.heartbeat.enter("evaluating")
+        for number, held_out in enumerate(self.held_out):
+            suffix = f"_{held_out.kind}" if number else ""
+            measured = evaluate(run.train_state, held_out, run.config.metrics.eval_rows)
+            result.extra[f"validation_loss{suffix}"] = measured.loss
+            result.extra[f"validation_accuracy{suffix}"] = measured.accuracy
+            if len(measured.sources) > 1:
+                parts = {f"validation_loss{suffix}/{name}": part.loss for name, part in measured.sources.items()}
+                result.extra.update(parts)
+            if run.is_main_process:
+                whole, *lines = measured.lines()
+                kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
+                log_info(f"step {result.step} validation {kind}{whole}", *lines)
+        run.heartbeat.step()
 
 
 class Metrics(Hook):

@@ -1,6 +1,8 @@
-"""Trace the steps of `profile.steps` on the ranks of `profile.ranks`, and summarise what took longest."""
+"""Keep the time of a step even (Python's garbage), and trace where it goes (`profile.steps`)."""
 
 from __future__ import annotations
+
+import gc
 
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.platform.profiler import Profiler
@@ -10,8 +12,31 @@ from megatron_ettin.train.progress import StepResult
 FOLDER = "profile"
 
 
+class GarbageCollection(Hook):
+    """Collects Python's garbage on every rank at the same steps, the young generations only.
+
+    Python's own collector stops each rank at another time, and all others wait for it at the next collective.
+    """
+
+    EVERY_STEPS = 50
+
+    def start(self, run: Run) -> None:
+        gc.collect()
+        gc.disable()
+
+    def step(self, run: Run, result: StepResult) -> None:
+        if result.step % self.EVERY_STEPS == 0:
+            gc.collect(1)
+
+    def stop(self, run: Run) -> None:
+        gc.enable()
+
+
 class Profiling(Hook):
-    """Begins before the first of the steps and writes after the last; a run that ends sooner writes what it has."""
+    """Traces the steps of `profile.steps` on the ranks of `profile.ranks`, and summarises what took longest.
+
+    It begins before the first of the steps and writes after the last; a run that ends sooner writes what it has.
+    """
 
     def start(self, run: Run) -> None:
         self.steps, ranks = run.config.profile.step_range, run.config.profile.ranks
