@@ -117,7 +117,7 @@ def warm_up_emulated(folder: str, major: int, minor: int) -> None:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: after a large job the allocator (platform/memory.py) would keep gigabytes."""
+    """Return freed memory to the system: after a large job the allocator (platform/cpu.py) would keep gigabytes."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -31,8 +31,7 @@ from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.parallel.groups import AXES, axes_of_groups, destroy_model_parallel
 from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
 from megatron_ettin.platform import Platform
-from megatron_ettin.platform.comm_volume import CommVolumeTracker
-from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.platform.trackers import CommVolumeTracker, PeakMemoryTracker
 from megatron_ettin.train.progress import Progress, StepResult
 from megatron_ettin.train.setup import TrainState, setup_training
 from megatron_ettin.train.step import train_step

@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.from_hf import from_hf
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.convert.verify import ParityError
-    from megatron_ettin.platform.memory import keep_freed_memory
+    from megatron_ettin.platform.cpu import keep_freed_memory
     from megatron_ettin.runs.history import last_phase
 
     keep_freed_memory()

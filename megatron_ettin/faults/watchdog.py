@@ -35,7 +35,7 @@ from megatron_ettin.faults.hang_report import (
 )
 from megatron_ettin.parallel.collectives import all_gather_object
 from megatron_ettin.parallel.failure_report import SLOW_FACTOR, Heartbeat, record_stall, write_record
-from megatron_ettin.platform import flight_recorder
+from megatron_ettin.platform.profiler import dump_flight_recorder
 
 # ranks may differ by so much in seeing a stall
 ANSWER_SECONDS = 3.0
@@ -123,7 +123,7 @@ class Watchdog:
             self.stall_folder.mkdir(parents=True, exist_ok=True)
             self._dump(seconds)
         self._write_status()
-        flight_recorder.dump(self.stall_folder / f"rank_{self.rank:05d}.trace")
+        dump_flight_recorder(self.stall_folder / f"rank_{self.rank:05d}.trace")
         candidates = reporters(len(self.peers))
         turn = candidates.index(self.rank) if self.rank in candidates else len(candidates)
         if not self._reported_within(turn * TURN_SECONDS):

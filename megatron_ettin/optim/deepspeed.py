@@ -8,6 +8,10 @@ labels, which is known only after the last micro-batch. DeepSpeed averages over 
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +20,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
+from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.schema import Config
 from megatron_ettin.optim import sharded_state
 from megatron_ettin.optim.adamw import DecoupledAdamW, ParamInfo, ShardSlice
 from megatron_ettin.optim.megatron import build_inner_optimizer, param_info, trained_parameters
 from megatron_ettin.parallel.groups import ModelParallelUnit, OptimizerGroups
-from megatron_ettin.platform.deepspeed import load_deepspeed, release_globals
+from megatron_ettin.platform.device import device_name
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Destroy the engine and, with it, torch's process groups."""
         self.engine.destroy()
-        release_globals()
+        _release_globals()
 
     def bind(self, groups: OptimizerGroups, infos: dict[str, ParamInfo]) -> None:
         """Bind the inner optimizer to the parameters in ZeRO's flat tensors. `infos` is keyed by parameter name."""
@@ -294,3 +299,51 @@ def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, Shard
             flat_range = slice(ours.start, ours.start + ours.numel)
             param_range = slice(theirs.start, theirs.start + theirs.numel)
             yield name, Shard(flats[p._hp_mapping.param_group_index], flat_range, param_range)
+
+
+def load_deepspeed() -> Any:
+    """Return the module `deepspeed`, quiet and on torch's device.
+
+    DeepSpeed looks for accelerators, logs at length and compiles kernels when it is imported or first used.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_name())
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            import deepspeed
+    # its search for compilers can raise anything
+    except Exception as error:
+        raise UserError(
+            f"parallel.engine: deepspeed cannot be imported ({first_line(error)}); pip install"
+            " 'megatron-ettin[deepspeed]', or set parallel.engine=megatron, whose distributed_optimizer shards the"
+            " optimizer's state too"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # on a CPU its first use would spend minutes compiling collectives over shared memory on every host
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _release_globals() -> None:
+    """Release what DeepSpeed keeps outside of its engines, because a process may train several runs.
+
+    That is torch's process groups, the models of ZeRO-3 (a cached method of its coordinators holds them, and with them
+    all groups and their threads), and its counters of modules and parameters, which ranks compare.
+    """
+    deepspeed = load_deepspeed()
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
+
+    for member in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        # the cache is in the closure of a decorator
+        for cell in getattr(member, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+    deepspeed.comm.destroy_process_group()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]

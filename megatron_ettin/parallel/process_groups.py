@@ -15,8 +15,8 @@ from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.log import SLOW_SECONDS, log_warning, log_when_slow
 from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object
 from megatron_ettin.parallel.env import DistributedEnv
-from megatron_ettin.platform import flight_recorder
 from megatron_ettin.platform.device import Platform
+from megatron_ettin.platform.profiler import enable_flight_recorder
 
 # the store that ranks met at, and a part of it for every time they joined
 _stores: list[dist.Store] = []
@@ -47,7 +47,7 @@ def init_process_group(
     if dist.is_initialized():
         return
     if platform.is_gpu:
-        flight_recorder.enable()
+        enable_flight_recorder()
     timeout = timedelta(seconds=timeout_seconds)
     if env.address is None:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

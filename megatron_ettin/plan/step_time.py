@@ -8,7 +8,7 @@ what `parallel.overlap` hides counts as hidden. Sources: Megatron-LM (arXiv 2104
 (2205.05198) for sequence parallelism.
 
 `volumes` counts the bytes that a rank hands to collectives and transfers in a step, by axis: of what is gathered or
-scattered the whole, as platform/comm_volume.py counts it on real ranks (tests/plan/test_volumes.py compares both).
+scattered the whole, as platform/trackers.py counts it on real ranks (tests/plan/test_volumes.py compares both).
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Choose the classes of a transformer layer's parts: Transformer Engine's on a GPU that has it, else core's own.
 
 The idea is core's BackendSpecProvider; this one is smaller because an Ettin layer has four parts only.
+
+`make_overlap_buffers` makes the buffers ("userbuffers") with which Transformer Engine's layers communicate over tensor
+parallelism while they multiply matrices. They have one shape, are made before the model and freed after it.
 """
 
 from __future__ import annotations
@@ -8,8 +11,11 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.platform.attention import AttentionChoice, choose_attention
@@ -53,14 +59,51 @@ def layer_backend(platform: Platform, precision: str, attention: str = "auto") -
         return LayerBackend("local", ColumnParallelLinear, RowParallelLinear, choice, fuses_weight_gradients=fuses)
     from megatron.core.extensions import transformer_engine as te
 
-    from megatron_ettin.platform.norm_linear import BiasFreeNormColumnLinear
-
     return LayerBackend(
         "transformer_engine",
         te.TEColumnParallelLinear,
         te.TERowParallelLinear,
         choice,
-        BiasFreeNormColumnLinear,
+        _bias_free_norm_linear(),
         te.TEDotProductAttention if choice.name == "te-fused" else None,
         fuses_weight_gradients=True,
     )
+
+
+@cache
+def _bias_free_norm_linear() -> Any:
+    """Return Transformer Engine's fused LayerNorm and column-parallel linear, without the norm's bias.
+
+    TE's LayerNorm always has a bias; the recipe's norms have none. Here it is a constant of zeros instead of a
+    parameter: nothing trains, counts, reduces (DeepSpeed would) or saves it, and names in checkpoints equal the local
+    layers'.
+    """
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+
+    class BiasFreeNormColumnLinear(TELayerNormColumnParallelLinear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bias = self.layer_norm_bias
+            del self.layer_norm_bias
+            self.register_buffer("layer_norm_bias", torch.zeros_like(bias.data), persistent=False)
+
+    return BiasFreeNormColumnLinear
+
+
+def make_overlap_buffers(tokens: int, hidden_size: int, tp: int, fp8: bool, bf16: bool) -> None:
+    """Make the buffers for micro-batches of `tokens` tokens over all tensor-parallel ranks (collective).
+
+    `fp8` and `bf16` say whether there are layers of that precision, each of which has its own buffers.
+    """
+    from transformer_engine.pytorch.module import base
+
+    mode = base.UserBufferQuantizationMode
+    modes = [one for one, wanted in ((mode.FP8, fp8), (mode.NONE, bf16)) if wanted]
+    base.initialize_ub([tokens, hidden_size], tp, quantization_modes=modes, bootstrap_backend="nccl")
+
+
+def free_overlap_buffers() -> None:
+    """Free the buffers of `make_overlap_buffers`."""
+    from transformer_engine.pytorch.module import base
+
+    base.destroy_ub()

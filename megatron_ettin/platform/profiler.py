@@ -1,8 +1,13 @@
-"""Run torch's profiler around some steps, with the device's kernels and allocations and ranges for nsys."""
+"""Record what a rank does: torch's profiler around some steps, ranges for nsys, and torch's flight recorder.
+
+The flight recorder keeps the last collectives of each process group, started and completed, for a hang report.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,12 @@ TOP = 15
 NAME_CHARACTERS = 60
 # allocations kept for a snapshot
 HISTORY_ENTRIES = 200_000
+# collectives that the flight recorder keeps per rank, some hundred bytes each
+FLIGHT_RECORDER_ENTRIES = 2000
+# variables of torch 2.10 and newer, and of older versions
+FLIGHT_RECORDER_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+# a device that hangs may never answer
+DUMP_SECONDS = 5.0
 
 
 class Profiler:
@@ -88,3 +99,28 @@ def trace_range(platform: Platform, name: str, enabled: bool) -> Iterator[None]:
         finally:
             if platform.is_gpu:
                 torch.cuda.nvtx.range_pop()
+
+
+def enable_flight_recorder() -> None:
+    """Make NCCL process groups created from now on keep their last collectives."""
+    if not any(name in os.environ for name in FLIGHT_RECORDER_VARIABLES):
+        os.environ.update(dict.fromkeys(FLIGHT_RECORDER_VARIABLES, str(FLIGHT_RECORDER_ENTRIES)))
+
+
+def dump_flight_recorder(path: Path) -> bool:
+    """Write the record (a pickle, for `torchfrtrace`) within 5 s, and return whether there was one."""
+    done: list[bool] = []
+
+    def dump() -> None:
+        # exists in builds with NCCL
+        read = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if read is None or not torch.cuda.is_initialized():
+            return
+        with contextlib.suppress(RuntimeError, OSError):
+            path.write_bytes(read())
+            done.append(True)
+
+    thread = threading.Thread(target=dump, name="flight recorder", daemon=True)
+    thread.start()
+    thread.join(DUMP_SECONDS)
+    return bool(done)

@@ -34,7 +34,7 @@ from megatron_ettin.convert.model_card import CardInfo, model_card
 from megatron_ettin.convert.rules import weight_mappings
 from megatron_ettin.convert.to_hf import to_hf
 from megatron_ettin.convert.verify import Logits, ParityError
-from megatron_ettin.platform.memory import keep_freed_memory
+from megatron_ettin.platform.cpu import keep_freed_memory
 from megatron_ettin.release.chain import PhaseRun, Revision
 from megatron_ettin.release.plan import WORK
 from megatron_ettin.release.record import ReleaseOptions, expected_record, write_record

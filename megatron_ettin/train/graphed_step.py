@@ -24,7 +24,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.dropout import layer_keys
 from megatron_ettin.model.packed import PackedRows
-from megatron_ettin.platform.cuda_graph import CapturedGraph, Tensors
+from megatron_ettin.platform.compile import CapturedGraph, Tensors
 from megatron_ettin.platform.device import to_device
 from megatron_ettin.train.totals import StepTotals, loss_and_labels
 

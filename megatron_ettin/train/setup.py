@@ -20,18 +20,17 @@ from megatron_ettin.faults.step_timer import StepTimer
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
 from megatron_ettin.model.model import EttinModel
-from megatron_ettin.optim.deepspeed import build_zero
+from megatron_ettin.optim.deepspeed import build_zero, load_deepspeed
 from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.megatron import build_optimizer
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
 from megatron_ettin.parallel.process_groups import init_process_group
 from megatron_ettin.parallel.topology import Topology
-from megatron_ettin.platform import Platform, detect, tp_overlap
+from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.compile import enable_compile, should_compile
-from megatron_ettin.platform.deepspeed import check_engine
 from megatron_ettin.platform.fp8 import reset_fp8_state
-from megatron_ettin.platform.layers import layer_backend
+from megatron_ettin.platform.layers import free_overlap_buffers, layer_backend, make_overlap_buffers
 from megatron_ettin.train.graphed_step import GraphedStep
 from megatron_ettin.train.progress import Progress
 
@@ -100,7 +99,7 @@ class TrainState:
                 one.grad_accs.clear()
         reset_fp8_state()
         if self.config.parallel.tp_overlap:
-            tp_overlap.free_buffers()
+            free_overlap_buffers()
 
 
 def setup_training(
@@ -125,8 +124,8 @@ def setup_training(
     platform.check_precision(config.precision.name)
     platform.check_offload(config.parallel.offload_layers)
     platform.check_tp_overlap(config.parallel.tp_overlap)
-    if training:
-        check_engine(config.parallel.engine)
+    if training and config.parallel.engine == "deepspeed":
+        load_deepspeed()
     enable_compile(should_compile(config.runtime.compile, platform.is_gpu))
     topology = Topology.of(config, world)
     layout = initialize_model_parallel(topology, config.run.seed)
@@ -134,7 +133,7 @@ def setup_training(
         tokens = full_batch_split(config, topology.dp).size * row_tokens(config, topology) // topology.cp
         fp8 = PRECISIONS[config.precision.name].fp8_recipe is not None
         bf16 = not fp8 or config.precision.bf16_first_layers + config.precision.bf16_last_layers > 0
-        tp_overlap.make_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
+        make_overlap_buffers(tokens, config.model.hidden_size, topology.tp, fp8, bf16)
     chunks = build_chunks(config, platform, layout, initial_weights)
     if not training:
         return TrainState(config, platform, layout, chunks, [], None)

@@ -221,12 +221,11 @@ def test_zero_invalid_setting_is_refused(
 
 
 def test_deepspeed_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ettin.platform.deepspeed import check_engine
+    from megatron_ettin.optim.deepspeed import load_deepspeed
 
-    check_engine("megatron")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"deepspeed cannot be imported .*megatron-ettin\[deepspeed\]"):
-        check_engine("deepspeed")
+        load_deepspeed()
 
 
 def test_zero_second_run_in_process_leaks_no_threads(pool: Pool, corpus: Path, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from megatron_ettin.bench.synthetic import SyntheticRows
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.parallel.groups import axes_of_groups
 from megatron_ettin.platform import detect
-from megatron_ettin.platform.comm_volume import CommVolumeTracker
-from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.platform.trackers import CommVolumeTracker, PeakMemoryTracker
 from megatron_ettin.train.setup import setup_training
 from megatron_ettin.train.step import run_micro_batches
 

@@ -13,7 +13,7 @@ from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import layer_parameter_count, parameter_count
 from megatron_ettin.plan.memory import estimate, fp8_parameters, rank_memory, rank_parameters
 from megatron_ettin.plan.step_time import data_bytes
-from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.platform.trackers import PeakMemoryTracker
 from tests.pool import Pool
 
 SHAPE = ["model.num_layers=4", "model.vocab_size=16384", "data.seq_len=512"]

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from megatron_ettin.platform.memory import PeakMemoryTracker
+from megatron_ettin.platform.trackers import PeakMemoryTracker
 
 
 def test_peak_memory_tracker_view_is_counted_once() -> None:

@@ -1,18 +1,23 @@
-"""Count the bytes that process groups send, and time the calls and waits of this rank.
+"""Measure what a rank uses: the memory of live tensors, and the bytes that its process groups send.
 
-Every collective and transfer passes the methods of torch's ProcessGroup, whoever calls it (core, Transformer Engine,
-this package), and the `wait` of the work that they return.
+`PeakMemoryTracker` counts what memory predictions are compared with, where no device counts its allocations.
+`CommVolumeTracker` counts bytes, and times the calls and waits of this rank. Every collective and transfer passes the
+methods of torch's ProcessGroup, whoever calls it (core, Transformer Engine, this package), and the `wait` of the work
+that they return.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # methods, in several versions of torch, and the index of the argument that holds all the data that is sent
@@ -25,6 +30,65 @@ SENT = {
     **dict.fromkeys(("alltoall_base", "alltoall", "all_to_all_single"), 1),
     **dict.fromkeys(("recv", "recv_anysource", "barrier"), None),
 }
+
+
+def is_symbolic(tensor: torch.Tensor) -> bool:
+    """Return whether torch's compiler traced with this tensor.
+
+    Such tensors stay after a compilation and hold no memory, and their size depends on a solver that may be gone.
+    """
+    return getattr(getattr(tensor, "fake_mode", None), "shape_env", None) is not None
+
+
+class PeakMemoryTracker(TorchDispatchMode):
+    """Count, inside its context, the bytes of all tensor storages and their peak.
+
+    Counted are storages that existed before (found by the garbage collector) and those that operations return, until
+    they are freed. Memory that a kernel allocates and frees itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # bytes of each live storage
+        self.held: dict[int, int] = {}
+        self.bytes = self.peak_bytes = 0
+        for item in gc.get_objects():
+            # isinstance would touch objects that warn when they are used
+            if issubclass(type(item), torch.Tensor):
+                self.add(item)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type[Any]],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return output
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        if is_symbolic(tensor):
+            return
+        try:
+            storage = tensor.untyped_storage()
+        # a subclass without a storage of its own
+        except NotImplementedError:
+            return
+        key = storage._cdata
+        if key in self.held:
+            return
+        self.held[key] = storage.nbytes()
+        self.bytes += self.held[key]
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(storage, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        self.bytes -= self.held.pop(key, 0)
 
 
 class CommVolumeTracker:
