@@ -36,7 +36,7 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 @contextlib.contextmanager
 def late_updates_are_told() -> Iterator[None]:
     """Print a line for each update that waited for the verdict on its step's figures."""
-    from megatron_ettin.faults.step_timer import StepTimer
+    from megatron_ettin.faults.heartbeat import StepTimer
 
     late_update = StepTimer.late_update
 

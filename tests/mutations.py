@@ -245,8 +245,8 @@ FAULTS: dict[str, str] = {
     "::test_train_edited_code_on_one_rank_is_refused_on_all_ranks",
     "nan_gradients_in_step_3": "tests/faults/test_skipped_steps.py"
     "::test_nonfinite_gradient_step_is_skipped_without_changing_weights[]",
-    "flipped_weight_on_rank_1": "tests/faults/test_sdc.py::test_replica_check_names_rank_with_flipped_weight",
-    "flipped_tied_weight_on_last_stage": "tests/faults/test_sdc.py"
+    "flipped_weight_on_rank_1": "tests/faults/test_consistency.py::test_replica_check_names_rank_with_flipped_weight",
+    "flipped_tied_weight_on_last_stage": "tests/faults/test_consistency.py"
     "::test_replica_check_compares_both_copies_of_tied_embedding",
     "unsound_layer_on_rank_1": "tests/faults/test_sdc.py::test_replay_check_names_rank_with_irreproducible_output",
     "reading_stops_on_rank_1": "tests/faults/test_watchdog.py::test_watchdog_rank_stuck_reading_data_is_named",

@@ -104,7 +104,7 @@ def current_umask() -> int:
     return mask
 
 
-class LockHeld(Exception):
+class LockHeldError(Exception):
     """Another process has the lock."""
 
 
@@ -116,13 +116,13 @@ def try_lock(handle: int) -> str | None:
         is no sign of another process. Whoever asks goes on, and says once that nothing keeps a second one out.
 
     Raises:
-        LockHeld: another process has it.
+        LockHeldError: another process has it.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
-            raise LockHeld from None
+            raise LockHeldError from None
         return error.strerror or str(error)
     return None
 

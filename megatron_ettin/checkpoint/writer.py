@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ettin.base.digests import Entry, integrity_entry
 from megatron_ettin.base.errors import first_line
-from megatron_ettin.base.files import LockHeld, fsync, try_lock, write_atomically
+from megatron_ettin.base.files import LockHeldError, fsync, try_lock, write_atomically
 from megatron_ettin.checkpoint.weights_writer import save_tensor
 
 # followed by the rank
@@ -43,7 +43,7 @@ MARK = ".written-"
 POLL_SECONDS = 0.05
 
 
-class NotWritten(Exception):
+class NotWrittenError(Exception):
     """A checkpoint could not be written; the message is one line with the rank and the file."""
 
 
@@ -129,14 +129,14 @@ class Plan:
     def finish(self, given_up: Callable[[], bool]) -> dict[str, Entry]:
         """Wait on rank 0 for all marks, and write what core leaves to the coordinator.
 
-        Returns the integrity entries of the ranks' files. Raises NotWritten, and OSError for its own files.
+        Returns the integrity entries of the ranks' files. Raises NotWrittenError, and OSError for its own files.
         """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
         marks = [self._mark_of(rank, given_up) for rank in range(self.world)]
         failed = [mark["error"] for mark in marks if "error" in mark]
         if failed:
-            raise NotWritten(failed[0])
+            raise NotWrittenError(failed[0])
         self.writer.finish(self.metadata, [[_result(*stored) for stored in mark["stored"]] for mark in marks])
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         for rank in range(self.world):
@@ -147,7 +147,7 @@ class Plan:
         path = self.folder / f"{MARK}{rank}"
         while not path.exists():
             if given_up():
-                raise NotWritten(f"rank {rank} had not written its part when the run ended")
+                raise NotWrittenError(f"rank {rank} had not written its part when the run ended")
             time.sleep(POLL_SECONDS)
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if text else {"error": f"rank {rank}: ENOSPC, the disk is full"}
@@ -238,7 +238,7 @@ def remove_leftovers(root: Path) -> None:
         if not _OURS.fullmatch(folder.name) or folder.is_symlink():
             continue
         # another user's, or one that has just gone
-        with contextlib.suppress(OSError, LockHeld):
+        with contextlib.suppress(OSError, LockHeldError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if try_lock(lock) is None:
@@ -256,7 +256,7 @@ def _locked_folder(root: Path, prefix: str) -> tuple[Path, int]:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             # without locks nothing there is taken for a leftover
             try_lock(lock)
-        except (LockHeld, FileNotFoundError):
+        except (LockHeldError, FileNotFoundError):
             pass
         else:
             if folder.is_dir():

@@ -152,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
         # or torch, when it is imported, logs every look into the library's store
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_ettin.faults.in_process_restart import with_restarts
-    from megatron_ettin.faults.skipped_steps import TrainingStopped
-    from megatron_ettin.train.saving import SaveFailed
+    from megatron_ettin.faults.skipped_steps import TrainingStoppedError
+    from megatron_ettin.train.saving import SaveFailedError
     from megatron_ettin.train.trainer import Trainer
 
     # steps go to standard output as JSON lines, everything else to standard error
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace) -> int:
                 unfinished = with_restarts(settings, device, lambda: Trainer(runs, is_sweep).run())
             else:
                 unfinished = Trainer(runs, is_sweep).run()
-        except TrainingStopped as stopped:
+        except TrainingStoppedError as stopped:
             # the same rows and weights would end the same way; a disk that is full may not be tomorrow
-            record_failure(stopped, "error" if isinstance(stopped, SaveFailed) else "stopped")
+            record_failure(stopped, "error" if isinstance(stopped, SaveFailedError) else "stopped")
             log_warning(f"ettin train: {stopped}")
             return EXIT_FAILURE
         if is_sweep and is_main_process:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock
+from megatron_ettin.base.files import LockHeldError, try_lock
 from megatron_ettin.base.paths import path_in
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
@@ -80,7 +80,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
     with lock:
         try:
             try_lock(lock.fileno())
-        except LockHeld:
+        except LockHeldError:
             raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
         # whoever held it may have ended just now and removed the folder
         if not (work / "lock").exists():

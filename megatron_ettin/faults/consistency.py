@@ -1,7 +1,8 @@
-"""Check before the first step that all ranks run the same code, configuration and data.
+"""Check that ranks agree: on code, configuration and data before the first step, on weights while training.
 
 A node with an older checkout, another dataset under the same path or a clock that is off would train on silently, and
-the run would be lost. The check names the rank that differs and its host.
+the run would be lost. So would a flipped bit in the weights of one data-parallel replica: which replica is saved is
+chance. Each check names the rank that differs and its host.
 """
 
 from __future__ import annotations
@@ -9,18 +10,31 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
+from collections import Counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 import megatron_ettin
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
+from megatron_ettin.config.layouts import zero_stage
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.parallel.collectives import all_gather_object, barrier, world_size
+from megatron_ettin.parallel.failure_report import raise_on_all
+from megatron_ettin.platform.fp8 import raw_data
+from megatron_ettin.train.hooks.base import Hook, Run
+from megatron_ettin.train.progress import StepResult
+from megatron_ettin.train.setup import TrainState
+
+# pp, tp, dp, cp rank
+MeshCoord = tuple[int, int, int, int]
+# the tied embedding on the first stage, and its copy on the last
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def comparable_facts(config: Config, corpus: BlendedDataset) -> dict[str, str]:
@@ -51,3 +65,76 @@ def check_ranks_consistent(config: Config, corpus: BlendedDataset) -> None:
     if dist.get_rank() == 0:
         for line in clock_warnings([rank["host"] for rank in ranks], now):
             log_warning(line)
+
+
+class WeightHashMismatchError(RuntimeError):
+    """Ranks that must hold the same weights do not."""
+
+
+class WeightHashCheck(Hook):
+    """Compare the replicas every `resilience.check_replicas_every` steps."""
+
+    def step(self, run: Run, info: StepResult) -> None:
+        """Compare the replicas after a step where that is due (collective)."""
+        every = run.config.resilience.check_replicas_every
+        if every is not None and info.step % every == 0:
+            check_weight_hashes(run.train_state, info.step)
+
+
+def check_weight_hashes(train_state: TrainState, step: int) -> None:
+    """Compare the weights that several ranks hold (collective). Raises WeightHashMismatchError naming the odd rank."""
+    parallel, layout = train_state.config.parallel, train_state.layout
+    if layout.topology.world == 1 or (parallel.engine == "deepspeed" and zero_stage(parallel) == 3):
+        # ZeRO-3 holds each weight once
+        return
+    train_state.finish_param_sync()
+    coord: MeshCoord = (layout.pp_rank, layout.tp_rank, layout.dp_rank, layout.cp_rank)
+    ranks = all_gather_object((socket.gethostname(), coord, weight_bit_sums(train_state)))
+    odd = first_differing_rank(ranks)
+    if odd is not None:
+        rank, other, name, count = odd
+        usual = f"{count} others have, as" if count > 1 else "(of two, either may be wrong)"
+        error = WeightHashMismatchError(
+            f"step {step}: rank {rank} on {ranks[rank][0]} holds other bits of {name} than {usual} rank {other} on"
+            f" {ranks[other][0]}; suspect that hardware"
+        )
+        raise_on_all(error, {rank} if count > 1 else {rank, other}, layout.rank)
+
+
+def weight_bit_sums(train_state: TrainState) -> dict[str, tuple[bool, int]]:
+    """Return for each weight of this rank whether tensor parallelism shards it, and the sum of its bits."""
+    sums: dict[str, tuple[bool, int]] = {}
+    for number, chunk in enumerate(train_state.model_chunks):
+        for name, weight in chunk.named_parameters():
+            sharded = bool(getattr(weight, "tensor_model_parallel", False))
+            sums[f"chunk {number} {name}" if number else name] = (sharded, sum_of_bits(raw_data(weight.data)))
+    return sums
+
+
+def first_differing_rank(
+    ranks: list[tuple[str, MeshCoord, dict[str, tuple[bool, int]]]],
+) -> tuple[int, int, str, int] | None:
+    """Find the first weight that differs between its replicas; None where all agree.
+
+    Returns:
+        The rank that differs from the majority, one rank of the majority, the weight's name, the majority's size.
+    """
+    groups: dict[tuple[Any, ...], dict[int, int]] = {}
+    for rank, (_, (pp, tp, _, _), weights) in enumerate(ranks):
+        for name, (sharded, total) in weights.items():
+            tied = name.endswith(TIED)
+            stage, known = (None, TIED[0]) if tied else (pp, name)
+            groups.setdefault((stage, tp if sharded else None, known), {})[rank] = total
+    for (*_, name), totals in groups.items():
+        usual, count = Counter(totals.values()).most_common(1)[0]
+        for rank, total in totals.items():
+            if total != usual:
+                other = next(r for r, value in totals.items() if value == usual)
+                return rank, other, str(name), count
+    return None
+
+
+def sum_of_bits(tensor: torch.Tensor) -> int:
+    """Return the sum of all elements' bit patterns as integers, modulo 2**64."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_exception
 from megatron_ettin.config.operations import ResilienceConfig
-from megatron_ettin.faults.skipped_steps import TrainingStopped
+from megatron_ettin.faults.skipped_steps import TrainingStoppedError
 from megatron_ettin.faults.watchdog import collective_seconds
 from megatron_ettin.parallel.env import DistributedEnv, read_distributed_env
 from megatron_ettin.parallel.groups import destroy_model_parallel
@@ -32,11 +32,11 @@ RANK_SIGNALS = STOPS
 GRACE = timedelta(seconds=60)
 
 
-class RestartsUsedUp(RuntimeError):
+class RestartsUsedUpError(RuntimeError):
     """The ranks failed once more than `resilience.in_process_restarts` allows (exit 1, as any error)."""
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """An error of this rank, as it is passed to the library."""
 
 
@@ -54,8 +54,8 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
         What `work` returned.
 
     Raises:
-        UserError, TrainingStopped: no restart mends it.
-        RestartsUsedUp: one failure more than allowed.
+        UserError, TrainingStoppedError: no restart mends it.
+        RestartsUsedUpError: one failure more than allowed.
     """
     env = read_distributed_env()
     if not settings.in_process_restarts or env.world == 1:
@@ -74,7 +74,7 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
         failure = None
         try:
             outcome[:] = [work()]
-        except (UserError, TrainingStopped) as error:
+        except (UserError, TrainingStoppedError) as error:
             outcome[:] = [error]
         except Exception as error:
             failure = clear_traceback(error)
@@ -89,13 +89,15 @@ def with_restarts(settings: ResilienceConfig, device: str, work: Callable[[], bo
         with blocked(RANK_SIGNALS):
             wrapped()
     except inprocess.exception.RestartAbort as error:
-        raise RestartsUsedUp(f"resilience.in_process_restarts: all {settings.in_process_restarts} used up") from error
+        raise RestartsUsedUpError(
+            f"resilience.in_process_restarts: all {settings.in_process_restarts} used up"
+        ) from error
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return bool(outcome[0])
 
 
-def clear_traceback(error: Exception) -> RankFailed:
+def clear_traceback(error: Exception) -> RankFailedError:
     """Log an error and return it without what its frames hold.
 
     They hold the model's memory, and groups whose open connections would let the other ranks wait.
@@ -104,7 +106,7 @@ def clear_traceback(error: Exception) -> RankFailed:
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = error.__context__ = error.__cause__ = None
     gc.collect()
-    return RankFailed(f"{type(error).__name__}: {error}")
+    return RankFailedError(f"{type(error).__name__}: {error}")
 
 
 def load() -> Any:

@@ -24,11 +24,11 @@ from megatron_ettin.train.progress import Progress, StepResult
 FOLDER = "bad_steps"
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStoppedError(RuntimeError):
     """The run cannot go on, for a reason that is no mistake in the configuration (exit 1)."""
 
 
-class BadNumbers(TrainingStopped):
+class BadNumbersError(TrainingStoppedError):
     """The figures of too many steps were anomalous."""
 
 
@@ -73,11 +73,11 @@ def consequence(bad: Anomaly, after: Progress, found: str) -> str:
 def report_anomaly(
     run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
 ) -> None:
-    """Record an anomalous step and return, or raise TrainingStopped, the same on every rank."""
+    """Record an anomalous step and return, or raise TrainingStoppedError, the same on every rank."""
     found = outcome(config, info, after)
     line = record(run_dir, config, corpus, info, after, found) if is_main_process else f"step {info.step}: stopped"
     if found == "stopped":
-        raise BadNumbers(line)
+        raise BadNumbersError(line)
     if is_main_process:
         # a spike whose update was made is no alarm
         log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")

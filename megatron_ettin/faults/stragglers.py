@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.faults.hang_report import RankInfo
+from megatron_ettin.faults.heartbeat import RankInfo
 from megatron_ettin.parallel.collectives import all_gather_scalar
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import StepResult

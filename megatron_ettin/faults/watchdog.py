@@ -18,23 +18,25 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ettin.base.errors import EXIT_REQUEUE
 from megatron_ettin.base.log import ERRORS, flush, log_warning
-from megatron_ettin.faults.hang_report import (
-    FOLDER,
+from megatron_ettin.faults.heartbeat import (
+    SLOW_FACTOR,
+    Heartbeat,
     RankInfo,
     RankStatus,
-    hang_report,
-    read_status,
+    read_rank_status,
     status_path,
-    write_status,
+    write_rank_status,
 )
 from megatron_ettin.parallel.collectives import all_gather_object
-from megatron_ettin.parallel.failure_report import SLOW_FACTOR, Heartbeat, record_stall, write_record
+from megatron_ettin.parallel.failure_report import record_stall, write_status
 from megatron_ettin.platform.profiler import dump_flight_recorder
 
 # ranks may differ by so much in seeing a stall
@@ -47,6 +49,8 @@ TURN_SECONDS = 2.0
 C_CODE_SECONDS = 30.0
 KEPT_STALLS = 10
 REPORT, CLAIM = "report.json", ".reporter"
+FOLDER = "watch"
+LISTED_RANKS = 3
 
 
 def collective_seconds(hang_seconds: float) -> float:
@@ -64,7 +68,6 @@ class Watchdog:
         self.tick_seconds = min(1.0, heartbeat.hang_seconds / 10)
         self.status_seconds = max(1.0, heartbeat.hang_seconds / 4)
         self.stalled = False
-        self._count = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -105,10 +108,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _write_status(self) -> None:
-        self._count += 1
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-        write_status(self.folder, self.launch, self.peers[self.rank], self.heartbeat, self._count, self.stalled)
+        write_rank_status(self.folder, self.launch, self.peers[self.rank], self.heartbeat, self.stalled)
 
     def _schedule_stack_dump(self) -> None:
         """Have faulthandler write stacks to standard error if this thread does not come here again in time."""
@@ -164,14 +166,14 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         """Wait for the others' answers and report whom they wait for."""
-        found = hang_report(self.peers, self._answers())
-        line = f"stalled for {seconds:.0f} s: {found.line}"
-        if found.culprit is not None:
-            record_stall(found.culprit.rank, found.culprit.host, line)
+        report = hang_report(self.peers, self._answers())
+        line = f"stalled for {seconds:.0f} s: {report.line}"
+        if report.failed_rank is not None:
+            record_stall(report.failed_rank.rank, report.failed_rank.host, line)
         else:
             # no host is to blame
             record_stall(self.rank, "", line)
-        write_record(self.stall_folder / REPORT, {"line": line, "time": time.time()})
+        write_status(self.stall_folder / REPORT, self.rank, line=line)
         message = f"ettin train: {line}; stacks in {self.stall_folder}"
         run_with_timeout(TURN_SECONDS, lambda: log_warning(message))
 
@@ -182,7 +184,7 @@ class Watchdog:
         while True:
             for peer in self.peers:
                 if peer.rank not in statuses or not statuses[peer.rank].stalled:
-                    status = read_status(self.folder, self.launch, peer.rank)
+                    status = read_rank_status(self.folder, self.launch, peer.rank)
                     if status is not None:
                         statuses[peer.rank] = status
             if time.monotonic() > deadline or sum(status.stalled for status in statuses.values()) == len(self.peers):
@@ -221,3 +223,54 @@ def run_with_timeout(seconds: float, act: Callable[[], Any]) -> None:
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+@dataclass(frozen=True)
+class HangReport:
+    """Report that names the rank which the others wait for."""
+
+    line: str
+    """Message for the end of the log."""
+    failed_rank: RankInfo | None
+    """The first rank that `line` names; None where no rank is behind."""
+
+
+def hang_report(peers: Sequence[RankInfo], statuses: Mapping[int, RankStatus]) -> HangReport:
+    """Find the ranks that hold the others up.
+
+    Args:
+        peers: all ranks.
+        statuses: their latest statuses; a rank whose status is not `stalled` gave no answer.
+    """
+    answered = {rank: status for rank, status in statuses.items() if status.stalled}
+    silent = [peer for peer in peers if peer.rank not in answered]
+    if silent:
+        listed = [_silence(peer, statuses.get(peer.rank)) for peer in silent[:LISTED_RANKS]]
+        more = f" and {len(silent) - LISTED_RANKS} more" if len(silent) > LISTED_RANKS else ""
+        return HangReport(", ".join(listed) + more + _others(list(answered.values())), silent[0])
+    last = min(status.progress for status in answered.values())
+    behind = [peer for peer in peers if answered[peer.rank].progress == last]
+    others = [status for status in answered.values() if status.progress != last]
+    where = answered[behind[0].rank].describe()
+    if not others:
+        who = str(behind[0]) if len(peers) == 1 else f"all {len(peers)} ranks"
+        verb = "is" if len(peers) == 1 else "are"
+        return HangReport(f"{who} {verb} in {where}", peers[0] if len(peers) == 1 else None)
+    listed = [str(peer) for peer in behind[:LISTED_RANKS]]
+    more = f" and {len(behind) - LISTED_RANKS} more" if len(behind) > LISTED_RANKS else ""
+    verb = "is" if len(behind) == 1 else "are"
+    return HangReport(f"{', '.join(listed)}{more} {verb} still in {where}{_others(others)}", behind[0])
+
+
+def _silence(peer: RankInfo, status: RankStatus | None) -> str:
+    if status is None:
+        return f"{peer} has not been heard of"
+    return f"{peer} has not been heard of for {status.age_seconds:.0f} s (last {status.describe()})"
+
+
+def _others(statuses: Sequence[RankStatus]) -> str:
+    """Return what most of the other ranks wait in, for the end of the line."""
+    if not statuses:
+        return ""
+    (where, count), *_ = Counter(status.describe() for status in statuses).most_common(1)
+    return f"; {'the others wait' if count == len(statuses) else f'{count} others wait'} in {where}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, fsync, publish_folder, try_lock
+from megatron_ettin.base.files import LockHeldError, fsync, publish_folder, try_lock
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import token_dtype
@@ -275,7 +275,7 @@ def take(lock: int, work: Path) -> None:
     while True:
         try:
             why = try_lock(lock)
-        except LockHeld:
+        except LockHeldError:
             if time.monotonic() > deadline:
                 raise UserError(f"{work}: another `ettin prepare` is writing it") from None
             time.sleep(0.1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock, write_atomically
+from megatron_ettin.base.files import LockHeldError, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.release.chain import PREFIXES, Revision
@@ -146,7 +146,7 @@ def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             reason = try_lock(handle)
-        except LockHeld:
+        except LockHeldError:
             raise UserError(f"--out {out}: another `ettin release` is writing there; wait for it") from None
         if reason is not None:
             log_warning(f"warning: {out}: its file system has no locks ({reason}); start no second release into it")

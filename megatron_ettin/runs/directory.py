@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_ettin import __version__
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeld, try_lock, write_atomically
+from megatron_ettin.base.files import LockHeldError, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
@@ -76,7 +76,7 @@ def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
             why = try_lock(file.fileno())
-        except LockHeld:
+        except LockHeldError:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(f"run directory {run_dir}: {holder} is training in it; wait for it or stop it") from None

@@ -18,10 +18,10 @@ from typing import Any
 
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.checkpoint import directory, state
-from megatron_ettin.checkpoint.writer import NotWritten, Plan
+from megatron_ettin.checkpoint.writer import NotWrittenError, Plan
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.tables import parameter_count
-from megatron_ettin.faults.skipped_steps import TrainingStopped
+from megatron_ettin.faults.skipped_steps import TrainingStoppedError
 from megatron_ettin.parallel.collectives import barrier, broadcast_object
 from megatron_ettin.platform.fp8 import raw_data
 from megatron_ettin.train.progress import Progress
@@ -36,7 +36,7 @@ LEFT_SECONDS = 60.0
 MIB = float(1 << 20)
 
 
-class SaveFailed(TrainingStopped):
+class SaveFailedError(TrainingStoppedError):
     """A checkpoint that had to be written was not."""
 
 
@@ -201,7 +201,7 @@ class Saver:
         if self.is_main_process:
             try:
                 self.result = SaveResult(request, self._publish(request, plan))
-            except NotWritten as error:
+            except NotWrittenError as error:
                 self._give_up(request, plan, str(error))
             except OSError as error:
                 self._give_up(request, plan, f"{error.filename or plan.folder}: {error.strerror or error}")

@@ -16,7 +16,7 @@ from megatron_ettin.config.layouts import full_batch_split
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.faults.anomalies import AnomalyDetector
-from megatron_ettin.faults.step_timer import StepTimer
+from megatron_ettin.faults.heartbeat import StepTimer
 from megatron_ettin.model import init
 from megatron_ettin.model.config import transformer_config
 from megatron_ettin.model.model import EttinModel

@@ -13,15 +13,15 @@ from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
 from megatron_ettin.data.local_copy import open_local_copy
 from megatron_ettin.evaluate.evaluation import build_eval_dataset
-from megatron_ettin.faults.consistency import check_ranks_consistent
-from megatron_ettin.faults.hang_report import RankInfo
-from megatron_ettin.faults.sdc import WeightHashCheck, replay_check
-from megatron_ettin.faults.skipped_steps import BadNumbers, TrainingStopped, report_anomaly, way_back
+from megatron_ettin.faults.consistency import WeightHashCheck, check_ranks_consistent
+from megatron_ettin.faults.heartbeat import Heartbeat, RankInfo
+from megatron_ettin.faults.sdc import replay_check
+from megatron_ettin.faults.skipped_steps import BadNumbersError, TrainingStoppedError, report_anomaly, way_back
 from megatron_ettin.faults.stragglers import Stragglers
 from megatron_ettin.faults.watchdog import Watchdog, collective_seconds
 from megatron_ettin.optim.schedule import lr_fraction
 from megatron_ettin.parallel.env import read_distributed_env
-from megatron_ettin.parallel.failure_report import Heartbeat, end_now, exit_with_parent, report_folder
+from megatron_ettin.parallel.failure_report import end_now, exit_with_parent, report_folder
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import (
     abort_process_group,
@@ -57,7 +57,7 @@ class Trainer:
 
         Args:
             runs: The phases of a chain or the members of a sweep, in order, at least one.
-            is_sweep: Whether the next run begins also where one cannot go on (TrainingStopped).
+            is_sweep: Whether the next run begins also where one cannot go on (TrainingStoppedError).
         """
         self.jobs, self.is_sweep = prepare_jobs(runs, is_sweep), is_sweep
         first = self.jobs[0].config if self.jobs else runs[0][0]
@@ -89,7 +89,7 @@ class Trainer:
                         # no variable here holds what `start` makes: its memory is free when the next run begins
                         with contextlib.ExitStack() as stack:
                             stopped = self.train(*self.start(job, stack))
-                except TrainingStopped as error:
+                except TrainingStoppedError as error:
                     if not self.is_sweep:
                         raise
                     if self.is_main_process:
@@ -150,7 +150,7 @@ class Trainer:
             yield
         except Exception as error:
             watchdog.explain()
-            if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStopped)):
+            if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStoppedError)):
                 # the others wait for this rank in a kernel; so would it for them, taking the groups down
                 if not config.resilience.in_process_restarts:
                     end_now(error)
@@ -162,10 +162,10 @@ class Trainer:
         """Add the last good checkpoint to an error about bad figures that is raised inside."""
         try:
             yield
-        except BadNumbers as bad:
+        except BadNumbersError as bad:
             if not self.is_main_process:
                 raise
-            raise BadNumbers(f"{bad}; {way_back(run.directory, run.progress)}") from None
+            raise BadNumbersError(f"{bad}; {way_back(run.directory, run.progress)}") from None
 
     def train(self, run: Run, hooks: Sequence[Hook]) -> bool:
         """Step until the run is done; True if it was asked to stop before. The same on every rank."""
@@ -194,7 +194,9 @@ class Trainer:
         left_out = run.progress.skipped_in_row
         if is_done(run.config, run.progress) and left_out:
             last = "step" if left_out == 1 else f"{left_out} steps"
-            raise BadNumbers(f"the run ends with the updates of its last {last} left out; nothing of them was saved")
+            raise BadNumbersError(
+                f"the run ends with the updates of its last {last} left out; nothing of them was saved"
+            )
         if self.is_main_process:
             log_info(*ending_lines(run.config, run.directory, run.progress, loss))
         return not is_done(run.config, run.progress)

@@ -1,10 +1,13 @@
-"""The consistency check of ranks before a run starts; tests/launch/test_nodes.py runs it on real nodes."""
+"""Ranks that run other code or hold other weights are named; tests/launch/test_nodes.py does so on real nodes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron_ettin.base.versions import clock_warnings, code_hash, first_difference, library_versions
+from megatron_ettin.checkpoint.directory import latest
 from tests.pool import Pool
 from tests.train.runs import command
 
@@ -52,3 +55,27 @@ def test_train_edited_code_on_one_rank_is_refused_on_all_ranks(pool: Pool, corpu
     assert "(edited); the other 1 have " in results[0].output
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert [result.status for result in pool.run(2, words)] == [0, 0]
+
+
+@pytest.mark.ranks
+def test_replica_check_names_rank_with_flipped_weight(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    words = ["run.steps=3", "resilience.check_replicas_every=1", "parallel.tp=2", "checkpoint.every_steps=1"]
+    sound = command(tmp_path / "sound", corpus, "mlm", [*words, "run.steps=2"])
+    assert [r.status for r in pool.run(4, sound)] == [0] * 4
+    results = pool.run(4, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_weight_on_rank_1")
+    assert [result.status for result in results] == [1] * 4
+    said = "step 2: rank 1 on {} holds other bits of transformer.final_layernorm.weight than 3 others have, as rank 0"
+    host = results[1].output.rpartition("rank 1 on ")[2].split()[0]
+    assert said.format(host) in results[1].output
+    assert latest(tmp_path / "flipped").name == "step_000000001"  # type: ignore[union-attr]
+
+
+@pytest.mark.ranks
+def test_replica_check_compares_both_copies_of_tied_embedding(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """First and last stage hold a copy each, and update it with a clip that each computes."""
+    words = ["run.steps=3", "resilience.check_replicas_every=1", "parallel.pp=2"]
+    sound = command(tmp_path / "sound", corpus, "mlm", words)
+    assert [r.status for r in pool.run(2, sound)] == [0, 0]
+    results = pool.run(2, command(tmp_path / "flipped", corpus, "mlm", words), "flipped_tied_weight_on_last_stage")
+    assert [result.status for result in results] == [1, 1]
+    assert "other bits of embedding.word_embeddings.weight than" in results[0].output

@@ -14,19 +14,19 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.faults import watchdog
-from megatron_ettin.faults.hang_report import (
+from megatron_ettin.faults.heartbeat import (
     COMPUTE,
     DATA,
     REDUCE,
+    Heartbeat,
     RankInfo,
     RankStatus,
-    hang_report,
-    read_status,
-    write_status,
+    read_rank_status,
+    write_rank_status,
 )
 from megatron_ettin.faults.stragglers import Slowest, slowest
+from megatron_ettin.faults.watchdog import hang_report
 from megatron_ettin.launch.run_state import run_state
-from megatron_ettin.parallel.failure_report import Heartbeat
 from tests.launch.cluster import wait_until
 from tests.launch.jobs import step_of
 from tests.pool import Pool
@@ -160,7 +160,7 @@ PEERS = [RankInfo(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("signs", "line", "culprit"),
+    ("signs", "line", "failed_rank"),
     [
         (
             [RankStatus(7, REDUCE, True, 1), RankStatus(7, REDUCE, True, 1), RankStatus(7, COMPUTE, False, 9), None],
@@ -192,11 +192,11 @@ PEERS = [RankInfo(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]
     ],
 )
 def test_hang_report_names_the_rank_that_others_wait_for(
-    signs: list[RankStatus | None], line: str, culprit: int | None
+    signs: list[RankStatus | None], line: str, failed_rank: int | None
 ) -> None:
-    found = hang_report(PEERS, {rank: sign for rank, sign in enumerate(signs) if sign is not None})
-    assert found.line == line
-    assert (found.culprit and found.culprit.rank) == culprit
+    report = hang_report(PEERS, {rank: sign for rank, sign in enumerate(signs) if sign is not None})
+    assert report.line == line
+    assert (report.failed_rank and report.failed_rank.rank) == failed_rank
 
 
 def test_straggler_detection_compares_ranks_within_a_stage() -> None:
@@ -216,14 +216,14 @@ def test_watchdog_reporters_are_few_and_spread_over_hosts() -> None:
 def test_rank_status_of_other_launch_or_torn_file_is_ignored(tmp_path: Path) -> None:
     heartbeat = Heartbeat(figures={"step": 4})
     heartbeat.set_phase(DATA)
-    write_status(tmp_path, "now", PEERS[3], heartbeat, 1, stalled=False)
-    sign = read_status(tmp_path, "now", 3)
+    write_rank_status(tmp_path, "now", PEERS[3], heartbeat, stalled=False)
+    sign = read_rank_status(tmp_path, "now", 3)
     assert sign is not None
     assert (sign.step, sign.doing, sign.stalled) == (4, DATA, False)
-    assert read_status(tmp_path, "before", 3) is None
-    assert read_status(tmp_path, "now", 2) is None
+    assert read_rank_status(tmp_path, "before", 3) is None
+    assert read_rank_status(tmp_path, "now", 2) is None
     (tmp_path / "rank_00003.json").write_text("{torn")
-    assert read_status(tmp_path, "now", 3) is None
+    assert read_rank_status(tmp_path, "now", 3) is None
 
 
 def test_watchdog_clock_jump_is_not_a_stall(tmp_path: Path, monkeypatch) -> None:

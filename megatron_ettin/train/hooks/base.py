@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.schema import Config
-from megatron_ettin.parallel.failure_report import Heartbeat
+from megatron_ettin.faults.heartbeat import Heartbeat
 from megatron_ettin.train.progress import ControlSignal, Progress, StepResult
 from megatron_ettin.train.setup import TrainState
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.faults.skipped_steps import TrainingStopped, way_back
+from megatron_ettin.faults.skipped_steps import TrainingStoppedError, way_back
 from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import ControlSignal, StepResult, is_done
-from megatron_ettin.train.saving import Retry, SaveFailed, Saver, SaveRequest, SaveResult, failure_line
+from megatron_ettin.train.saving import Retry, SaveFailedError, Saver, SaveRequest, SaveResult, failure_line
 
 
 class Checkpoints(Hook):
@@ -35,7 +35,7 @@ class Checkpoints(Hook):
         if run.is_main_process:
             self._handle(run, self.saver.poll())
         if info.signal is ControlSignal.SAVE_FAILED:
-            raise SaveFailed(self.failure if run.is_main_process else "a checkpoint could not be saved")
+            raise SaveFailedError(self.failure if run.is_main_process else "a checkpoint could not be saved")
         if info.stop_requested:
             # `stop` saves
             return
@@ -105,11 +105,11 @@ class Checkpoints(Hook):
         run.heartbeat.enter("going on from a save", run.heartbeat.hang_seconds)
 
     def _wait(self, run: Run, final: bool = False) -> None:
-        """Wait for a save in flight; all ranks together. Raises SaveFailed for the `final` one."""
+        """Wait for a save in flight; all ranks together. Raises SaveFailedError for the `final` one."""
         run.heartbeat.enter("waiting for a save")
         result = self.saver.wait()
         if result is not None and result.path is None and final:
-            raise SaveFailed(failure_line(result, self.saved_step, "the run ends without it"))
+            raise SaveFailedError(failure_line(result, self.saved_step, "the run ends without it"))
         self._handle(run, result)
 
     def _handle(self, run: Run, result: SaveResult | None) -> None:
@@ -178,8 +178,8 @@ class DirectoryCheck(Hook):
             # the file system does not answer, which says nothing of the directory
             return
 
-    def _stopped(self, run: Run) -> TrainingStopped:
-        return TrainingStopped(
+    def _stopped(self, run: Run) -> TrainingStoppedError:
+        return TrainingStoppedError(
             f"{run.directory}: removed while the run trained ({RECORD} is gone); the run ends after step"
             f" {run.progress.step} and saves nothing more"
         )
