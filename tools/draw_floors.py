@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.test_architecture import FLOORS, PACKAGE, modules_of  # noqa: E402
+from tests.architecture import FLOORS, PACKAGE, modules_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "architecture.md"
 # (module, class or function) in the order in which a row passes them on its way to a metric
