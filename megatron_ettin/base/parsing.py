@@ -29,6 +29,15 @@ def load_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty where the file is missing or holds no object."""
+    try:
+        content = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def json_objects(
     lines: Iterable[str | bytes], unreadable: list[int] | None = None, count_torn: bool = False
 ) -> Iterator[dict[str, Any]]:

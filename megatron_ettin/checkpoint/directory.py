@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_ettin.base.digests import Entry
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.base.files import publish_folder, write_atomically
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import load_json, load_yaml
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.checkpoint.integrity import read_entries, seal, verify
 
@@ -34,6 +36,7 @@ __all__ = [
     "publish",
     "read_config",
     "read_progress",
+    "read_stored_config",
     "resolve",
     "seal_and_rename",
     "step_name",
@@ -285,27 +288,30 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return progress
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.yaml of a checkpoint or a run directory as plain groups, with the current key names.
+def read_stored_config(folder: Path) -> dict[str, Any]:
+    """Return the groups of a config.yaml as they are stored, by the names of the version that wrote them.
 
-    Interpolations are not resolved.
+    Raises:
+        UserError: the file cannot be read.
     """
-    # 0.3 s that listing and verifying do without
-    from omegaconf import OmegaConf
-
-    from megatron_ettin.config.overrides import upgrade_keys
-
     path = Path(folder) / "config.yaml"
     try:
-        groups = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    # OmegaConf and its YAML reader share no base class
-    except Exception as error:
+        groups = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: unreadable ({first_line(error)})") from None
     if not isinstance(groups, dict):
         raise UserError(f"{path}: holds a {type(groups).__name__}, not groups of settings")
-    named: dict[str, Any] = {str(key): value for key, value in groups.items()}
-    upgrade_keys(named)
-    return named
+    return {str(name): group for name, group in groups.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.yaml of a checkpoint or a run directory as plain groups, with the current names of keys."""
+    # OmegaConf, which it imports, takes 0.3 s that listing and verifying do without
+    from megatron_ettin.config.overrides import upgrade_keys
+
+    groups = read_stored_config(folder)
+    upgrade_keys(groups)
+    return groups
 
 
 def total_bytes(checkpoint: Path) -> int:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.report import document, plots
     from megatron_ettin.report.compare import compare
-    from megatron_ettin.runs.history import phases_in
+    from megatron_ettin.runs.directory import phases_in
 
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: a page is written, so its name must end in .html")

@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
     from megatron_ettin.convert.to_hf import to_hf
     from megatron_ettin.convert.verify import ParityError
     from megatron_ettin.platform.cpu import keep_freed_memory
-    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.runs.directory import last_phase
 
     keep_freed_memory()
     if args.way == "from-hf":

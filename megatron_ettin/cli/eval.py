@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.data.mixture import MixtureEntry
     from megatron_ettin.evaluate.evaluation import build_eval_dataset, evaluate, unigram_loss
     from megatron_ettin.evaluate.inference import load_for_inference
-    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.runs.directory import last_phase
     from megatron_ettin.train.resume import check_tokenizer, load
 
     args.checkpoint = last_phase(args.checkpoint)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.runs.directory import last_phase
 
     path = last_phase(Path(args.path))
     if not path.is_dir():

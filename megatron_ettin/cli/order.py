@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.base.text import counted
     from megatron_ettin.runs import order_export
-    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.runs.directory import last_phase
 
     if not args.fingerprint and args.steps is None:
         raise UserError("--steps A:B or --fingerprint: give one of them")

@@ -47,14 +47,6 @@ class PlannedPhase:
         return fit_schedule(self.config, self.free, expected_row_tokens(self.config))
 
 
-def recorded_config(run_dir: Path) -> Config | None:
-    """Return the configuration that a run directory records, None where no run has begun in it. Raises UserError."""
-    from megatron_ettin.config.resolve import from_yaml
-
-    path = run_dir / "config.yaml"
-    return from_yaml(path) if path.exists() else None
-
-
 def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
     """Return the keys of `model` that come with the weights which the run began from.
 
@@ -64,9 +56,9 @@ def model_of_weights(run_dir: Path, init_from: Path | None) -> dict[str, Any]:
     Raises:
         UserError: where there are no such weights.
     """
-    from megatron_ettin.runs.history import first_launch
+    from megatron_ettin.runs.directory import RunDirectory
 
-    first = first_launch(run_dir)
+    first = RunDirectory(run_dir).first_launch
     if first is not None:
         return dict(first.get("model_of_weights") or {})
     if init_from is None:
@@ -87,7 +79,7 @@ def config_of_weights(init_from: Path) -> dict[str, Any]:
 def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
     """Return the phases that the command line asks for, resolved and checked. Raises UserError."""
     from megatron_ettin.config.resolve import given_by_user, inherited, parse
-    from megatron_ettin.runs.history import CHAIN, last_phase
+    from megatron_ettin.runs.directory import CHAIN, RunDirectory, last_phase
 
     run_dir, words = args.run_dir, args.words
     if args.init_from is not None:
@@ -99,7 +91,7 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
     planned: list[PlannedPhase] = []
     for phase in CHAIN if args.phase == "all" else [args.phase]:
         own = run_dir / phase if args.phase == "all" else run_dir
-        begun = recorded_config(own)
+        begun = RunDirectory(own).recorded_config
         kept = inherited(dataclasses.asdict(planned[-1].config)) if planned else model_of_weights(own, args.init_from)
         config = parse(args.size, args.objective, phase, args.config, words, kept, begun)
         source = planned[-1].run_dir if planned else args.init_from
@@ -112,7 +104,7 @@ def check_weights(args: argparse.Namespace) -> None:
     """Raise UserError for a phase in a folder of phases, and for cross-training without weights."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.checkpoint.directory import list_checkpoints
-    from megatron_ettin.runs.history import phases_in
+    from megatron_ettin.runs.directory import phases_in
 
     if phases := phases_in(args.run_dir):
         names = ", ".join(one.name for one in phases)
@@ -163,10 +155,10 @@ def reference_rate_line(phase: PlannedPhase) -> str | None:
 
 def chain_warning(phase: PlannedPhase) -> str | None:
     """Return a warning where a phase does not continue the one that the recipe has before it; None elsewhere."""
-    from megatron_ettin.runs.history import first_launch
+    from megatron_ettin.runs.directory import RunDirectory
 
     name = phase.config.run.phase
-    if first_launch(phase.run_dir) is not None:
+    if RunDirectory(phase.run_dir).first_launch is not None:
         return None
     if name == "cross" and phase.init_from is not None:
         source = (config_of_weights(phase.init_from).get("run") or {}).get("objective")

@@ -75,11 +75,11 @@ def make_plan(args: argparse.Namespace) -> Any:
     from megatron_ettin.config.tables import OBJECTIVES, short_name
     from megatron_ettin.convert.to_hf import SHORT
     from megatron_ettin.evaluate.inference import logits_of
+    from megatron_ettin.release.build import ReleasePlan
     from megatron_ettin.release.chain import find_release_chain
-    from megatron_ettin.release.plan import ReleasePlan
     from megatron_ettin.release.record import ReleaseOptions
-    from megatron_ettin.report.plots import overview_of_runs
-    from megatron_ettin.runs.history import last_phase
+    from megatron_ettin.report.plots import overview_of_chain
+    from megatron_ettin.runs.directory import last_phase
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
@@ -98,7 +98,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     options = ReleaseOptions(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
     order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)
-    return ReleasePlan(chain, args.out, options, logits_of, order, overview_of_runs, *again, args.push)
+    return ReleasePlan(chain, args.out, options, logits_of, order, overview_of_chain, *again, args.push)
 
 
 def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:

@@ -117,13 +117,20 @@ def rank_list(value: Any, key: str) -> list[int] | None:
 
 def step_span(value: Any, key: str) -> list[int]:
     """Read `[FIRST, END]`, the older `FIRST:END`, or a single step. Raises UserError."""
-    numbers = _numbers(value, ":") or []
-    first, end = numbers if len(numbers) == 2 else (*numbers, numbers[0] + 1) if len(numbers) == 1 else (0, 0)
+    first, end = first_and_end(value) or (0, 0)
     if not 1 <= first < end:
         raise UserError(f"{key}: {value!r} is not [FIRST, END] (steps FIRST to END - 1, from 1 on) or a single step")
     if end - first > MOST_STEPS:
         raise UserError(f"{key}: {value} are {end - first:,} steps; at most {MOST_STEPS}, because all are in memory")
     return [first, end]
+
+
+def first_and_end(value: Any) -> tuple[int, int] | None:
+    """Read `[FIRST, END]`, the older `FIRST:END`, or a single number N as N and N + 1; None for anything else."""
+    numbers = _numbers(value, ":") or []
+    if len(numbers) == 1:
+        return numbers[0], numbers[0] + 1
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def _numbers(value: Any, separator: str) -> list[int] | None:

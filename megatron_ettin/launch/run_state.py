@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import time
@@ -11,20 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import json_objects, load_json, load_yaml
+from megatron_ettin.base.parsing import json_objects, read_json_object
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.config.tables import short_name
+from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.parallel.failure_report import HEARTBEAT
+from megatron_ettin.runs.directory import CONFIG, RunDirectory, find_runs
 
-TAIL_BYTES = 64 << 10
 # the speed is their median
 SPEED_STEPS = 20
-# levels below a folder at which runs are looked for: MEMBER/PHASE
-DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -71,24 +66,14 @@ class RunState:
         return min(1.0, self.tokens / self.total_tokens) if self.total_tokens and self.tokens is not None else None
 
 
-def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """Yield the run itself, or those in the folders below."""
-    try:
-        if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
-            yield folder
-            return
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "slurm") if depth else []
-    except OSError as error:
-        # an unreadable run of another user must not hide one's own
-        log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; skipped")
-        return
-    for below in inside:
-        yield from runs_below(below, depth - 1)
+def runs_below(folder: Path) -> Iterator[Path]:
+    """Yield the run itself, or those in the folders below, also runs whose configuration is lost."""
+    return find_runs(folder, marks=(CONFIG, METRICS_FILE))
 
 
 def run_state(run: Path) -> RunState:
     """Return the state of one run. A run that has not begun has None in most fields."""
-    lines = tail_lines(run / "metrics.jsonl")
+    lines = RunDirectory(run).last_metrics
     keys = ("slowest_rank", "slowest_host", "slowest_ratio")
     compared: dict[str, Any] = next((line for line in reversed(lines) if all(key in line for key in keys)), {})
     if _number(compared.get("slowest_ratio")) is None:
@@ -101,7 +86,7 @@ def run_state(run: Path) -> RunState:
     checkpoint = _newest_checkpoint(run)
     saved = None if checkpoint is None else _time_of(checkpoint)
     heartbeat, heartbeat_time = _read_heartbeat(folder, task)
-    activity = [seen for seen in (heartbeat_time, _time_of(run / "metrics.jsonl")) if seen is not None]
+    activity = [seen for seen in (heartbeat_time, _time_of(run / METRICS_FILE)) if seen is not None]
     return RunState(
         run=run,
         model=_model(settings, groups.get("model")),
@@ -143,23 +128,9 @@ def _text(value: Any) -> str | None:
 def _last_stall(run: Path) -> str | None:
     """Return the line of the newest RUN/watch/stall-TIME/report.json (faults/watchdog.py)."""
     for path in sorted((run / "watch").glob("stall-*/report.json"), reverse=True):
-        try:
-            return str(load_json(path.read_text(encoding="utf-8"))["line"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        if (line := read_json_object(path).get("line")) is not None:
+            return str(line)
     return None
-
-
-def tail_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the last whole lines of a file of JSON lines, without those that are no objects."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().splitlines()[1 if size > TAIL_BYTES else 0 :]
-    except OSError:
-        return []
-    return list(json_objects(lines))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -191,11 +162,10 @@ def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
 
 
 def _groups(run: Path) -> dict[str, dict[str, Any]]:
-    """Return the groups of the run's configuration."""
+    """Return the groups of the run's configuration; empty where it cannot be read."""
     try:
-        content = load_yaml((run / "config.yaml").read_text(encoding="utf-8"))
-        return {name: dict(group) for name, group in content.items() if isinstance(group, dict)}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return {name: group for name, group in RunDirectory(run).stored_groups.items() if isinstance(group, dict)}
+    except UserError:
         return {}
 
 
@@ -254,8 +224,4 @@ def _read_heartbeat(folder: Path | None, task: str | None) -> tuple[dict[str, An
     if not heartbeats:
         return {}, None
     written, path = max(heartbeats)
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}, written
-    return (content if isinstance(content, dict) else {}), written
+    return read_json_object(path), written

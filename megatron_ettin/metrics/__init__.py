@@ -3,7 +3,14 @@
 The trainer hands one flat dict a step to `FanOut.log`.
 """
 
-from megatron_ettin.metrics.record import METRICS_FILE, ROLLED_BACK_FILE, JsonlSink, finite, read_metrics
+from megatron_ettin.metrics.record import (
+    METRICS_FILE,
+    ROLLED_BACK_FILE,
+    JsonlSink,
+    finite,
+    read_last_metrics,
+    read_metrics,
+)
 from megatron_ettin.metrics.sinks import FanOut, Sink, TensorBoardSink
 from megatron_ettin.metrics.wandb import WandbIdentity, WandbSink
 
@@ -17,5 +24,6 @@ __all__ = [
     "WandbIdentity",
     "WandbSink",
     "finite",
+    "read_last_metrics",
     "read_metrics",
 ]

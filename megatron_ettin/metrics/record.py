@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,75 @@ from megatron_ettin.base.parsing import load_json
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "metrics.rolled_back.jsonl"
 DAMAGED_FILE = "metrics.damaged.jsonl"
+TAIL_BYTES = 64 << 10
+
+
+def iter_metrics(
+    path: Path, damaged: list[tuple[int, bytes]], missing_ok: bool = False
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield every sound line of a metrics file without its line end, and the object that it holds.
+
+    A sound line is a JSON object, with a whole number for its step if it has one. A last line that is not sound is left
+    out, because a killed writer may leave half of one.
+
+    Args:
+        path: the file.
+        damaged: gets the number, from 1, and the text of every other line that is not sound.
+        missing_ok: end where the file cannot be read.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    last: tuple[int, bytes] | None = None
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.removesuffix(b"\n")
+                if not line.strip():
+                    continue
+                if last is not None:
+                    damaged.append(last)
+                content = _sound_object(line)
+                last = (number, line) if content is None else None
+                if content is not None:
+                    yield line, content
+    except OSError as error:
+        if not missing_ok:
+            raise UserError(f"metrics {path}: {error.strerror or error}") from None
+
+
+def _sound_object(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line; None where it is none, or its step is no whole number."""
+    try:
+        content = load_json(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and type(content.get("step", 0)) is int else None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return every line of a metrics file that holds an object, in order.
-
-    A torn last line, which a killed writer leaves, is left out. Damaged lines before it are left out with a warning.
-    """
-    lines, damaged = _split(Path(path))
+    """Return every sound line of a metrics file, in order, and warn of damaged ones. Raises UserError."""
+    damaged: list[tuple[int, bytes]] = []
+    lines = [content for _, content in iter_metrics(Path(path), damaged)]
     if damaged:
         log_warning(f"warning: {path}:{damaged[0][0]}: {_describe_damage(damaged)}; left out")
-    return [load_json(line) for line in lines]
+    return lines
+
+
+def read_last_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the sound lines in the last 64 KiB of a metrics file, in order; none where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().splitlines()[1 if size > TAIL_BYTES else 0 :]
+    except OSError:
+        return []
+    return [content for line in lines if (content := _sound_object(line)) is not None]
 
 
 def _describe_damage(damaged: list[tuple[int, bytes]]) -> str:
     return f"not a JSON object with a step{f', and {len(damaged) - 1} more lines' if len(damaged) > 1 else ''}"
-
-
-def _is_sound(line: bytes) -> bool:
-    """Return whether a line is an object, with a whole number for its step if it has one."""
-    try:
-        found = load_json(line)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and type(found.get("step", 0)) is int
-
-
-def _split(path: Path) -> tuple[list[bytes], list[tuple[int, bytes]]]:
-    """Return the sound lines of a file without their newlines, and the damaged ones with their numbers.
-
-    A torn last line, which a killed writer leaves, is in neither. Raises UserError if the file cannot be read.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"metrics {path}: {error.strerror or error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    damaged = [(number, line) for number, line in numbered if not _is_sound(line)]
-    lost = {number for number, _ in damaged}
-    if damaged and damaged[-1][0] == numbered[-1][0]:
-        damaged.pop()
-    return [line for number, line in numbered if number not in lost], damaged
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
@@ -96,24 +124,25 @@ class JsonlSink:
         self.problem: str | None = None
 
     def _mend(self, resume_step: int | None) -> None:
-        lines, damaged = _split(self.path)
+        damaged: list[tuple[int, bytes]] = []
+        lines = list(iter_metrics(self.path, damaged))
         # a full disk or an editor: no reason for a run to end, and none to throw anything away
         if damaged:
             aside = self.path.with_name(DAMAGED_FILE)
             log_warning(f"warning: {self.path}:{damaged[0][0]}: {_describe_damage(damaged)}; moved to {aside.name}")
             earlier = aside.read_bytes().splitlines() if aside.exists() else []
             _replace(aside, [*earlier, *(line for _, line in damaged)])
-        past = [line for line in lines if resume_step is not None and load_json(line).get("step", 0) > resume_step]
+        past = [line for line, content in lines if resume_step is not None and content.get("step", 0) > resume_step]
         if past:
             rolled_back = self.path.with_name(ROLLED_BACK_FILE)
-            earlier = _split(rolled_back)[0] if rolled_back.exists() else []
+            earlier = [line for line, _ in iter_metrics(rolled_back, [])] if rolled_back.exists() else []
             # they are equal after a kill between the two replacements below
             if earlier[-len(past) :] != past:
                 _replace(rolled_back, earlier + past)
-            dropped = set(past)
-            lines = [line for line in lines if line not in dropped]
-        if past or b"".join(line + b"\n" for line in lines) != self.path.read_bytes():
-            _replace(self.path, lines)
+        dropped = set(past)
+        kept = [line for line, _ in lines if line not in dropped]
+        if b"".join(line + b"\n" for line in kept) != self.path.read_bytes():
+            _replace(self.path, kept)
 
     def log(self, values: Mapping[str, Any]) -> None:
         self._waiting.append(json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n")

@@ -11,23 +11,87 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeldError, try_lock, write_atomically
+from megatron_ettin.base.files import LockHeldError, fsync, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json
-from megatron_ettin.release.chain import PREFIXES, Revision
-from megatron_ettin.release.finish import ORDERS, write_main, write_orders
-from megatron_ettin.release.plan import WORK, ReleasePlan, ReleaseResult
-from megatron_ettin.release.record import RECORD, expected_record, is_released, read_record
-from megatron_ettin.release.revision import RevisionJob, RevisionResult, choose_worker_count, make_revisions
+from megatron_ettin.base.parsing import load_json, read_json_object
+from megatron_ettin.base.paths import path_in
+from megatron_ettin.convert.verify import Logits
+from megatron_ettin.release.card import CURVE, main_card
+from megatron_ettin.release.chain import PREFIXES, Revision, revisions_of
+from megatron_ettin.release.record import (
+    RECORD,
+    WORK,
+    ReleaseOptions,
+    expected_record,
+    is_released,
+    read_record,
+    write_record,
+)
+from megatron_ettin.release.revision import (
+    RevisionJob,
+    RevisionResult,
+    choose_worker_count,
+    make_revisions,
+    publish_revision,
+)
+from megatron_ettin.runs.chain import PhaseChain
+from megatron_ettin.runs.directory import RunDirectory
 
+ORDERS = "data_order"
+CARD = "README.md"
 RESERVED = {"main", ORDERS, WORK, RECORD}
 Report = Callable[[int, int, RevisionResult | None], None]
 """Called with the revisions done, all of them, and the result of the last one; None at the start."""
+DrawCurve = Callable[[PhaseChain], bytes]
+"""Phases of the model -> a PNG. Raises UserError."""
+WriteOrder = Callable[[Path, int, Path], dict[str, Any] | None]
+"""(run directory, last step, file to write) -> what was written; None for too many rows. Raises UserError."""
+
+
+@dataclass(frozen=True)
+class ReleasePlan:
+    """A request for a release. The callables belong to floors that this room does not see."""
+
+    chain: PhaseChain
+    out: Path
+    options: ReleaseOptions
+    our_logits: Logits
+    write_order: WriteOrder | None
+    """None for a release without data order."""
+    draw_curve: DrawCurve
+    workers: int | None = None
+    """Processes; None for as many as cores and memory allow."""
+    recheck: bool = False
+    """Compare checksums of what is released already, not only its sizes."""
+    replace: bool = False
+    """Make a revision again where the existing one has other weights."""
+    repository: str | None = None
+    """OWNER/NAME of the hub, for the code in the card of `main`."""
+
+
+@dataclass
+class ReleaseResult:
+    """The outcome of a release."""
+
+    revisions: list[str]
+    """Names of all revisions, oldest first."""
+    made: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Name -> reason."""
+    orders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Phase -> its data order, as release.json describes it."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_each: dict[str, float] = field(default_factory=dict)
+    workers: int = 0
 
 
 def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
@@ -42,15 +106,15 @@ def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
         WorkerLost: a worker process was killed.
     """
     began = time.perf_counter()
-    revisions = plan.chain.revisions()
+    revisions = revisions_of(plan.chain)
     with _locked(plan.out, _identity(plan)):
         result = ReleaseResult([revision.name for revision in revisions], notes=list(plan.chain.notes))
         _make_revisions(plan, revisions, result, report)
         if plan.write_order is not None:
-            write_orders(plan, plan.write_order, revisions, result)
+            _write_orders(plan, plan.write_order, revisions, result)
         if revisions[-1].name not in result.failed:
             records = _sorted_records(plan.out)
-            write_main(plan, records, result)
+            _write_main(plan, records, result)
             keys = ("revision", "phase", "step", "total_tokens")
             index = {
                 **_identity(plan),
@@ -110,14 +174,13 @@ def _missing(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult
 
 def _sorted_records(out: Path) -> list[dict[str, Any]]:
     """Return release.json and parity.json of every revision in `out`, also of deleted checkpoints, oldest first."""
-    order = list(PREFIXES)
     records = []
     for folder in out.iterdir():
         record = read_record(folder) if folder.is_dir() and folder.name not in RESERVED else {}
         if record and "parity.json" in record["files"]:
             record["parity"] = load_json((folder / "parity.json").read_text(encoding="utf-8"))
             records.append(record)
-    rank = {phase: number for number, phase in enumerate(order)}
+    rank = {phase: number for number, phase in enumerate(PREFIXES)}
     return sorted(records, key=lambda one: (rank.get(one["phase"], 9), one["step"]))
 
 
@@ -184,3 +247,72 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
     path = out / RECORD
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text)
+
+
+def _write_main(plan: ReleasePlan, records: Sequence[dict[str, Any]], result: ReleaseResult) -> None:
+    """Publish the last of `records` as `main`: its files by hard links, with the card of the whole release."""
+    out, chain = plan.out, plan.chain
+    final = path_in(out, records[-1]["revision"], out / RECORD)
+    folder = out / WORK / "main"
+    folder.mkdir()
+    for name in records[-1]["files"]:
+        if name != CARD:
+            source = path_in(final, name, final / RECORD, nested=True)
+            target = path_in(folder, name, final / RECORD, nested=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                # the file system has no hard links
+                shutil.copyfile(source, target)
+    try:
+        (folder / CURVE).write_bytes(plan.draw_curve(chain))
+    except UserError as error:
+        result.notes.append(f"no training curve: {error}")
+    card = (final / CARD).read_text(encoding="utf-8")
+    text = main_card(card, chain, records, result.orders, (folder / CURVE).is_file(), plan.repository)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    expected = {key: value for key, value in records[-1].items() if key not in ("files", "parity")}
+    write_record(folder, expected)
+    if read_record(out / "main") != read_record(folder):
+        publish_revision(folder, out / "main")
+
+
+def _write_orders(
+    plan: ReleasePlan, write_order: WriteOrder, revisions: Sequence[Revision], result: ReleaseResult
+) -> None:
+    """Write data_order/PHASE.parquet of every phase up to its last released step.
+
+    An order that cannot be written gives a note.
+    """
+    out = plan.out
+    known = read_json_object(out / RECORD).get(ORDERS) or {}
+    for run in plan.chain.runs:
+        last_step = max((one.step for one in revisions if one.run is run), default=0)
+        if not last_step:
+            continue
+        path = out / ORDERS / f"{run.phase}.parquet"
+        if _is_written(path, known.get(run.phase), run, last_step):
+            result.orders[run.phase] = known[run.phase]
+            continue
+        temporary = out / WORK / path.name
+        try:
+            written = write_order(run.path, last_step, temporary)
+        except UserError as error:
+            result.notes.append(f"no data order of {run.phase}: {error}")
+            continue
+        if written is None:
+            result.notes.append(f"no data order of {run.phase}: too many rows; --order all writes them all")
+            continue
+        path.parent.mkdir(exist_ok=True)
+        fsync(temporary)
+        os.replace(temporary, path)
+        size = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        result.orders[run.phase] = {"file": path.name, "last_step": last_step, **written, **size}
+
+
+def _is_written(path: Path, entry: dict[str, Any] | None, run: RunDirectory, last_step: int) -> bool:
+    """Return whether the order of a phase is there as the index describes it and as the run has it now."""
+    if not entry or not path.is_file() or path.stat().st_size != entry.get("bytes"):
+        return False
+    return entry.get("last_step") == last_step and entry.get("fingerprint") == run.order.get("fingerprint")

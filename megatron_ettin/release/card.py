@@ -13,14 +13,14 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
 from megatron_ettin.data.mixture import MixtureEntry, parse_mixture, planned_epochs
-from megatron_ettin.release.chain import ReleaseChain
+from megatron_ettin.runs.chain import PhaseChain
 
 CURVE = "training_curve.png"
 
 
 def main_card(
     final_card: str,
-    chain: ReleaseChain,
+    chain: PhaseChain,
     records: Sequence[dict[str, Any]],
     orders: dict[str, dict[str, Any]],
     has_curve: bool,
@@ -52,7 +52,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _training(chain: ReleaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
+def _training(chain: PhaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
     trained = _tokens_trained(chain, records)
     columns = [{"tokens trained": tokens} | _recipe(run.config) for run, tokens in zip(chain.runs, trained)]
     rows = [[key, *(column[key] for column in columns)] for key in columns[0]]
@@ -60,7 +60,7 @@ def _training(chain: ReleaseChain, records: Sequence[dict[str, Any]]) -> list[st
     return ["## Training", table(["", *(run.phase for run in chain.runs)], rows), *notes]
 
 
-def _tokens_trained(chain: ReleaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
+def _tokens_trained(chain: PhaseChain, records: Sequence[dict[str, Any]]) -> list[str]:
     """Return the tokens of `main` in each phase, up to the checkpoint that the next phase began from."""
     before = {one["phase"]: one["total_tokens"] - one["tokens"] for one in records}
     phases = [run.phase for run in chain.runs]
@@ -97,7 +97,7 @@ def _recipe(config: Config) -> dict[str, str]:
     return rows
 
 
-def _data(chain: ReleaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
+def _data(chain: PhaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
     parts = ["## Data"]
     for run in chain.runs:
         if shares := mixture_rows(run.config):

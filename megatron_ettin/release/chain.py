@@ -1,7 +1,7 @@
 """Find what there is to release: the phases of one model, each a run directory, and the checkpoints of each.
 
 A run records the checkpoint that it began from. Following these records leads from a decay run over the extension to
-pre-training. Runs that were moved together are found by the recorded relative path.
+pre-training.
 """
 
 from __future__ import annotations
@@ -12,54 +12,11 @@ from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import list_for_release, read_progress, step_of
-from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.config.schema import Config
-from megatron_ettin.runs.history import first_launch
+from megatron_ettin.runs.chain import PhaseChain
+from megatron_ettin.runs.directory import PHASE_ORDER, RunDirectory
 
-PREFIXES = {"pretrain": "step", "extend": "ext", "decay": "decay", "cross": "cross"}
+PREFIXES = dict(zip(PHASE_ORDER, ("step", "ext", "decay", "cross"), strict=True))
 """Phase -> prefix of its revisions' names before the step, as in the published repositories; phases in order."""
-
-
-@dataclass(frozen=True)
-class PhaseRun:
-    """The run directory of one phase."""
-
-    path: Path
-    config: Config
-    began_from: Path | None
-    """The checkpoint that it started from; None for initial weights."""
-
-    @property
-    def phase(self) -> str:
-        return self.config.run.phase
-
-    @property
-    def objective(self) -> str:
-        return self.config.run.objective
-
-    @classmethod
-    def read(cls, path: Path) -> PhaseRun:
-        """Read a run directory. Raises UserError for another folder."""
-        if not path.is_dir():
-            raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run directory")
-        if not (path / "config.yaml").is_file() or not (path / "checkpoints").is_dir():
-            raise UserError(f"{path}: no run directory (config.yaml or checkpoints/ is missing)")
-        run = cls(path, from_yaml(path / "config.yaml"), _began_from(path))
-        if run.phase not in PREFIXES:
-            raise UserError(f"{path}: its phase is {run.phase!r}; allowed: {', '.join(PREFIXES)}")
-        return run
-
-
-def _began_from(run_dir: Path) -> Path | None:
-    """Return what the first launch recorded, at its path or relative to the run as it was then."""
-    record = first_launch(run_dir) or {}
-    recorded, relative = record.get("init_from"), record.get("init_from_relative")
-    if recorded is None:
-        # runs of before 0.2 recorded a sentence: `weights [and optimizer] of PATH`
-        _, separator, path = str(record.get("from", "")).partition(" of ")
-        return Path(path) if separator else None
-    candidates = (Path(recorded), (run_dir / str(relative)).resolve())
-    return next((path for path in candidates if path.is_dir()), candidates[0])
 
 
 @dataclass(frozen=True)
@@ -75,36 +32,28 @@ class Revision:
     """Tokens trained in this phase and all before it."""
     checkpoint: Path | None
     """Checkpoint folder; None for the initial weights, which are drawn again."""
-    run: PhaseRun
+    run: RunDirectory
 
 
-@dataclass(frozen=True)
-class ReleaseChain:
-    """The runs of one model, one for each phase."""
-
-    runs: list[PhaseRun]
-    """Runs, oldest first."""
-    notes: list[str]
-    """Lines about weights of the first run that no run of the chain trained."""
-
-    def revisions(self) -> list[Revision]:
-        """Return all revisions, oldest first. Raises UserError where the last run has no checkpoint."""
-        found: list[Revision] = []
-        tokens_before = 0
-        for number, run in enumerate(self.runs):
-            if number:
-                tokens_before = _tokens_before(run, found)
-            elif run.began_from is None and run.phase == "pretrain":
-                found.append(Revision("step0", run.phase, 0, 0, 0, None, run))
-            found += [_revision(run, checkpoint, tokens_before) for checkpoint in list_for_release(run.path)]
-        if not any(revision.checkpoint for revision in found):
-            raise UserError(f"{self.runs[-1].path}: the run has no checkpoint yet")
-        if found[-1].run is not self.runs[-1]:
-            raise UserError(f"{self.runs[-1].path}: the run has no checkpoint yet; `main` would be an earlier phase")
-        return found
+def revisions_of(chain: PhaseChain) -> list[Revision]:
+    """Return all revisions of a model, oldest first. Raises UserError where the last run has no checkpoint."""
+    revisions: list[Revision] = []
+    tokens_before = 0
+    for number, run in enumerate(chain.runs):
+        if number:
+            tokens_before = _tokens_before(run, revisions)
+        elif run.began_from is None and run.phase == "pretrain":
+            revisions.append(Revision("step0", run.phase, 0, 0, 0, None, run))
+        revisions += [_revision(run, checkpoint, tokens_before) for checkpoint in list_for_release(run.path)]
+    last = chain.runs[-1]
+    if not any(revision.checkpoint for revision in revisions):
+        raise UserError(f"{last.path}: the run has no checkpoint yet")
+    if revisions[-1].run is not last:
+        raise UserError(f"{last.path}: the run has no checkpoint yet; `main` would be an earlier phase")
+    return revisions
 
 
-def _tokens_before(run: PhaseRun, earlier: Sequence[Revision]) -> int:
+def _tokens_before(run: RunDirectory, earlier: Sequence[Revision]) -> int:
     """Return the tokens of the phases before `run`, up to the very checkpoint that it began from."""
     origin = run.began_from.resolve() if run.began_from is not None else None
     for revision in earlier:
@@ -113,7 +62,7 @@ def _tokens_before(run: PhaseRun, earlier: Sequence[Revision]) -> int:
     return max((revision.total_tokens for revision in earlier), default=0)
 
 
-def _revision(run: PhaseRun, checkpoint: Path, tokens_before: int) -> Revision:
+def _revision(run: RunDirectory, checkpoint: Path, tokens_before: int) -> Revision:
     step = step_of(checkpoint)
     try:
         tokens = int(read_progress(checkpoint).get("tokens") or 0)
@@ -123,7 +72,7 @@ def _revision(run: PhaseRun, checkpoint: Path, tokens_before: int) -> Revision:
     return Revision(f"{PREFIXES[run.phase]}{step}", run.phase, step, tokens, tokens_before + tokens, checkpoint, run)
 
 
-def find_release_chain(paths: Sequence[Path], alone: bool = False) -> ReleaseChain:
+def find_release_chain(paths: Sequence[Path], alone: bool = False) -> PhaseChain:
     """Read the runs of a release.
 
     Args:
@@ -133,7 +82,7 @@ def find_release_chain(paths: Sequence[Path], alone: bool = False) -> ReleaseCha
     Raises:
         UserError: a folder is no run directory, or the runs train different models.
     """
-    runs = [PhaseRun.read(Path(path)) for path in paths]
+    runs = [_read_run(Path(path)) for path in paths]
     notes: list[str] = []
     if len(runs) == 1 and not alone:
         while (earlier := _earlier(runs[0], notes)) is not None:
@@ -141,10 +90,22 @@ def find_release_chain(paths: Sequence[Path], alone: bool = False) -> ReleaseCha
                 raise UserError(f"{earlier.path}: goes on from itself according to history.jsonl")
             runs.insert(0, earlier)
     _check_one_model(runs)
-    return ReleaseChain(runs, notes)
+    return PhaseChain(f"{runs[-1].model_name} {runs[-1].objective}", runs, notes)
 
 
-def _earlier(run: PhaseRun, notes: list[str]) -> PhaseRun | None:
+def _read_run(path: Path) -> RunDirectory:
+    """Return a run directory. Raises UserError for a folder without a configuration or without checkpoints."""
+    if not path.is_dir():
+        raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run directory")
+    run = RunDirectory(path)
+    if not run.has_begun or not (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: no run directory (config.yaml or checkpoints/ is missing)")
+    if run.config.run.phase not in PREFIXES:
+        raise UserError(f"{path}: its phase is {run.phase!r}; allowed: {', '.join(PREFIXES)}")
+    return run
+
+
+def _earlier(run: RunDirectory, notes: list[str]) -> RunDirectory | None:
     """Return the run whose checkpoint `run` began from; None where it began from no run of this model."""
     origin = run.began_from
     if origin is None:
@@ -158,14 +119,14 @@ def _earlier(run: PhaseRun, notes: list[str]) -> PhaseRun | None:
     if not (folder / "checkpoints").is_dir():
         notes.append(f"{run.phase} began from imported weights ({origin.name})")
         return None
-    earlier = PhaseRun.read(folder)
+    earlier = _read_run(folder)
     if earlier.objective != run.objective:
         notes.append(f"{run.phase} began from weights trained as {earlier.objective} ({earlier.phase})")
         return None
     return earlier
 
 
-def _check_one_model(runs: Sequence[PhaseRun]) -> None:
+def _check_one_model(runs: Sequence[RunDirectory]) -> None:
     """Raise UserError unless all runs train one model and no two phases would have the same revision names."""
     first = runs[0]
     for i, run in enumerate(runs):
@@ -180,6 +141,6 @@ def _check_one_model(runs: Sequence[PhaseRun]) -> None:
                 raise UserError(f"{run.path} and {other.path}: both are {run.phase}; release each by itself")
 
 
-def _shape(run: PhaseRun) -> tuple[int, ...]:
+def _shape(run: RunDirectory) -> tuple[int, ...]:
     model = run.config.model
     return (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.vocab_size)

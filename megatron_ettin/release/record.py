@@ -14,12 +14,14 @@ from typing import Any
 from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import fsync
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import read_json_object
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.checkpoint.integrity import INTEGRITY
 from megatron_ettin.release.chain import Revision
 
 RECORD = "release.json"
+WORK = ".work"
+"""Folder in the release for what is being made; it is removed at the end."""
 FORMAT = 2
 """Format of a revision's content; revisions of another format are made anew."""
 
@@ -78,11 +80,8 @@ def write_record(folder: Path, expected: dict[str, Any]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a released folder; empty where there is none that can be read."""
-    try:
-        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
-    except (OSError, ValueError):
-        return {}
+    record = read_json_object(folder / RECORD)
+    return record if isinstance(record.get("files"), dict) else {}
 
 
 def is_complete(folder: Path, record: dict[str, Any], checksums: bool) -> bool:

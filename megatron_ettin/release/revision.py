@@ -35,9 +35,9 @@ from megatron_ettin.convert.rules import weight_mappings
 from megatron_ettin.convert.to_hf import to_hf
 from megatron_ettin.convert.verify import Logits, ParityError
 from megatron_ettin.platform.cpu import keep_freed_memory
-from megatron_ettin.release.chain import PhaseRun, Revision
-from megatron_ettin.release.plan import WORK
-from megatron_ettin.release.record import ReleaseOptions, expected_record, write_record
+from megatron_ettin.release.chain import Revision
+from megatron_ettin.release.record import WORK, ReleaseOptions, expected_record, write_record
+from megatron_ettin.runs.directory import RunDirectory
 
 BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
 """Memory of a worker, measured: both models in float32 while they are compared, and the imports."""
@@ -97,7 +97,7 @@ def publish_revision(folder: Path, final: Path) -> None:
     publish_folder(folder, final, aside=folder.with_name(f"{final.name}.replaced"))
 
 
-def write_initial(run: PhaseRun, folder: Path) -> Path:
+def write_initial(run: RunDirectory, folder: Path) -> Path:
     """Write a checkpoint of the weights that `run` began with: a function of its seed and shape, in its precision."""
     from megatron_ettin.model.init import recipe_weights
 

@@ -1,35 +1,34 @@
-"""Decide whether runs are a pair: join a model's phases into a chain, and check chain against chain.
+"""Decide whether runs are a pair: check a chain of phases against another.
 
 A pair shares shape, data order, schedule, optimizer, batch and seed by configuration. By the record of every step that
 both have, it shares rows, tokens, learning rate and whether the update was made. The configuration alone would be a
 promise; the record is the proof. What may differ (layout, micro-batch, precision, device) is shown and never judged.
+
+Of skipped updates the record is metrics.jsonl and the counts of the newest checkpoint. Lines of older versions have no
+`updated`: for a step that they call ignored nothing is known, because its update was left out under some settings and
+made under others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import load_json
-from megatron_ettin.config.resolve import from_yaml
-from megatron_ettin.config.schema import Config
 from megatron_ettin.config.science import GUARD_KEYS
-from megatron_ettin.config.tables import long_name, short_name
-from megatron_ettin.metrics import METRICS_FILE, read_metrics
-from megatron_ettin.report.record import PHASE_ORDER, final_loss, make_names_distinct
-from megatron_ettin.report.updates import format_steps, left_out, unproven
-from megatron_ettin.runs.history import allowed_changes, read_launches, stored_science_keys
+from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.runs.chain import PhaseChain, join_phases
+from megatron_ettin.runs.directory import RunDirectory
 
 # science keys in which a pair differs
 OBJECTIVE_KEYS = {"run.objective", "data.mlm_probability", "data.clm_fraction", "model.decoder_window_keys"}
+# ranges of steps that a line names
+MOST_RANGES = 12
 ORDER_KEYS = ("fingerprint", "tokenizer", "rows_per_step")
-# numbers in a step's line
-NUMBERS = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "updates")
 # checks by configuration -> prefixes of their science keys
 GROUPS = {
     "model shape": ("model.",),
@@ -39,144 +38,6 @@ GROUPS = {
     "batch and rows": ("batch.", "data."),
     "bad steps": ("resilience.",),
 }
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """A run directory with every step's line."""
-
-    path: Path
-    config: Config
-    science: dict[str, object]
-    """Science keys that its config.yaml fixes."""
-    order: dict[str, Any]
-    changes: list[str]
-    """Science keys that were changed by --allow-change."""
-    steps: dict[int, dict[str, Any]]
-    """Step -> its line in metrics.jsonl."""
-    torn_launches: list[int] = field(default_factory=list)
-    """Numbers of lines of history.jsonl that cannot be read."""
-
-    @classmethod
-    def read(cls, path: Path) -> ComparedRun:
-        """Read a run. Raises UserError for a directory that is not a run or has no step yet."""
-        config = path / "config.yaml"
-        if not config.is_file():
-            raise UserError(f"{path}: no run directory (it has no config.yaml)")
-        lines = read_metrics(path / METRICS_FILE)
-        steps = {line["step"]: _sound(line) for line in lines if _is_count(line.get("step")) and is_step(line)}
-        if not steps:
-            raise UserError(f"{path}: {METRICS_FILE} holds no step yet")
-        torn: list[int] = []
-        changes = [key for launch in read_launches(path, torn) for key in allowed_changes(launch)]
-        order, science = _json_object(path / "order.json"), stored_science_keys(config)
-        return cls(path, from_yaml(config), science, order, changes, dict(sorted(steps.items())), torn)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on."""
-        return max(int(line["tokens"]) for line in self.steps.values())
-
-    @property
-    def phase(self) -> str:
-        """Name of the phase."""
-        return self.config.run.phase
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def is_step(line: dict[str, Any]) -> bool:
-    """Return whether a line of the record is a step's: evaluations have no tokens of their own."""
-    return _is_count(line.get("tokens")) and line["tokens"] > 0
-
-
-def _sound(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a step's line without values that should be numbers and are not, as if they had not been recorded."""
-
-    def is_number(value: Any) -> bool:
-        return type(value) in (int, float) and -1e300 < value < 1e300
-
-    wrong = {key for key in NUMBERS if line.get(key) is not None and not is_number(line[key])}
-    return {key: value for key, value in line.items() if key not in wrong} if wrong else line
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a file, empty where there is no file. Raises UserError where it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
-@dataclass
-class PhaseChain:
-    """The phases of one model, in the order in which they are trained."""
-
-    name: str
-    runs: list[ComparedRun] = field(default_factory=list)
-
-    @property
-    def objective(self) -> str:
-        """Objective of the model."""
-        return self.runs[0].config.run.objective
-
-    @property
-    def phases(self) -> list[str]:
-        """Names of the phases."""
-        return [run.phase for run in self.runs]
-
-    def left_out(self) -> dict[str, list[int]]:
-        """Return the steps whose updates were skipped, by phase; phases without any are not in it."""
-        skipped = {run.phase: left_out(run.steps) for run in self.runs}
-        return {phase: steps for phase, steps in skipped.items() if steps}
-
-    def summary(self) -> dict[str, Any]:
-        """Return the figures of the model for --json. What a run may choose freely is shown and not judged."""
-        last = self.runs[-1].config
-        lines = [line for run in self.runs for line in run.steps.values()]
-        losses = [line["loss"] for line in self.runs[-1].steps.values() if line.get("loss") is not None]
-        speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
-        degrees = {axis: getattr(last.parallel, axis) for axis in ("tp", "pp", "vpp", "cp")}
-        return {
-            "name": self.name,
-            "model": long_name(last.run.size, last.model),
-            "runs": [str(run.path) for run in self.runs],
-            "phases": self.phases,
-            "steps": len(lines),
-            "tokens": sum(run.tokens for run in self.runs),
-            "final_loss": final_loss(losses),
-            "tokens_per_second": statistics.median(speeds) if speeds else None,
-            "updates_left_out": self.left_out(),
-            "layout": " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1) or "data-parallel",
-            "micro-batch rows": str(last.batch.micro_batch_rows),
-            "precision": last.precision.name,
-            "device": last.runtime.device,
-        }
-
-
-def join_phases(runs: Sequence[ComparedRun]) -> list[PhaseChain]:
-    """Join runs of one size and objective to chains while their phases differ; a phase again starts another chain."""
-    chains: list[PhaseChain] = []
-    for run in runs:
-        settings = run.config.run
-        name = f"{short_name(settings.size, run.config.model)} {settings.objective}"
-        last = next((chain for chain in reversed(chains) if chain.name == name), None)
-        if last is None or run.phase in last.phases:
-            last = PhaseChain(name)
-            chains.append(last)
-        last.runs.append(run)
-    # a pattern of the shell names runs by the alphabet
-    for chain in chains:
-        chain.runs.sort(key=lambda run: PHASE_ORDER.get(run.phase, len(PHASE_ORDER)))
-    make_names_distinct(chains)
-    return chains
 
 
 @dataclass(frozen=True)
@@ -204,7 +65,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL."""
+        """Return PAIRED, NOT PAIRED, SAME TRAINING or ONE MODEL."""
         if len(self.chains) == 1:
             return "ONE MODEL"
         if self.failed:
@@ -213,23 +74,24 @@ class Comparison:
 
     @property
     def failed(self) -> list[Check]:
-        """Checks that failed."""
+        """Return the checks that failed."""
         return [check for check in self.checks if not check.passed]
 
     @property
     def left_out(self) -> str:
-        """Updates that each model skipped, in words; empty if none skipped any."""
-        if not any(chain.left_out() for chain in self.chains):
+        """Return the updates that each model skipped, as text; empty if none skipped any."""
+        skipped = [(chain.name, chain.skipped_updates()) for chain in self.chains]
+        if not any(by_phase for _, by_phase in skipped):
             return ""
         parts = []
-        for chain in self.chains:
-            phases = [f"{phase} {format_steps(steps)}" for phase, steps in chain.left_out().items()]
-            parts.append(f"{chain.name} {', '.join(phases) or 'none'}")
+        for name, by_phase in skipped:
+            phases = [f"{phase} {format_steps(steps)}" for phase, steps in by_phase.items()]
+            parts.append(f"{name} {', '.join(phases) or 'none'}")
         return "; ".join(parts)
 
     @property
     def without_partner(self) -> str:
-        """Number of steps of each run that have no partner in the other model; empty if every step has one."""
+        """Return how many steps of each run have no partner in the other model; empty if every step has one."""
         parts = []
         for other in self.chains[1:]:
             for a, b in zip(self.chains[0].runs, other.runs):
@@ -241,8 +103,24 @@ class Comparison:
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Read the runs and check each chain against the first. Raises UserError for what cannot be read."""
-    chains = join_phases([ComparedRun.read(path) for path in paths])
+    return compare_runs([RunDirectory(path) for path in paths])
+
+
+def compare_runs(runs: Sequence[RunDirectory]) -> Comparison:
+    """Check each chain of runs against the first. Raises UserError for what cannot be read."""
+    for run in runs:
+        check_comparable(run)
+    chains = join_phases(runs, by_record=False)
     return Comparison(chains, [check for other in chains[1:] for check in check_pair(chains[0], other)])
+
+
+def check_comparable(run: RunDirectory) -> None:
+    """Raise UserError where a file that is compared cannot be read, or the run has no step yet."""
+    run.check_begun()
+    if not run.steps:
+        raise UserError(f"{run.path}: {METRICS_FILE} holds no step yet")
+    run.check_order()
+    _ = run.science
 
 
 def check_pair(first: PhaseChain, second: PhaseChain) -> Iterator[Check]:
@@ -256,13 +134,13 @@ def check_pair(first: PhaseChain, second: PhaseChain) -> Iterator[Check]:
             yield Check(pair, a.phase, name, passed, detail)
 
 
-def check_runs(a: ComparedRun, b: ComparedRun) -> Iterator[tuple[str, tuple[bool, str]]]:
+def check_runs(a: RunDirectory, b: RunDirectory) -> Iterator[tuple[str, tuple[bool, str]]]:
     """Yield every check of two runs of one phase: by configuration, then by the record."""
     keys_a, keys_b = a.science, b.science
     if not all(key in keys for keys in (keys_a, keys_b) for key in GUARD_KEYS):
         # a run of an older version fixes none of them: the record of its updates is the proof
         keys_a, keys_b = ({key: keys[key] for key in keys if key not in GUARD_KEYS} for keys in (keys_a, keys_b))
-    own = OBJECTIVE_KEYS if a.config.run.objective != b.config.run.objective else set()
+    own = OBJECTIVE_KEYS if a.objective != b.objective else set()
     for name, prefixes in GROUPS.items():
         keys = [key for key in {**keys_a, **keys_b} if key.startswith(prefixes) and key not in own]
         if keys:
@@ -280,7 +158,7 @@ def _equal_values(pairs: dict[str, tuple[Any, Any]]) -> tuple[bool, str]:
     return not differing, "; ".join(differing) or f"{len(pairs)} {'keys' if len(pairs) > 1 else 'key'} equal"
 
 
-def check_order(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+def check_order(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
     """Check the fingerprints of the data order and of the tokenizer."""
     for run in (a, b):
         if not run.order.get("fingerprint"):
@@ -289,14 +167,14 @@ def check_order(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
     return passed, f"fingerprint {a.order['fingerprint'][:16]}" if passed else detail
 
 
-def check_changes(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+def check_changes(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
     """Check that no science key changed half-way: no configuration describes such a run, so it has no partner."""
     changed = [f"{run.path.name}: {key}" for run in (a, b) for key in dict.fromkeys(run.changes)]
     torn = [f"{run.path.name}: line {number} cannot be read" for run in (a, b) for number in run.torn_launches]
     return not changed, "; ".join(changed or ["neither run used --allow-change", *torn])
 
 
-def check_steps(a: ComparedRun, b: ComparedRun, key: str) -> tuple[bool, str]:
+def check_steps(a: RunDirectory, b: RunDirectory, key: str) -> tuple[bool, str]:
     """Check that `key` agrees on every step that both recorded; name the first step that differs."""
     common = [step for step in a.steps if step in b.steps]
     if not common:
@@ -310,21 +188,46 @@ def check_steps(a: ComparedRun, b: ComparedRun, key: str) -> tuple[bool, str]:
     return True, f"{len(common)} common steps ({common[0]} to {common[-1]}; recorded {len(a.steps)} and {len(b.steps)})"
 
 
-def check_updates(a: ComparedRun, b: ComparedRun) -> tuple[bool, str]:
+def check_updates(a: RunDirectory, b: RunDirectory) -> tuple[bool, str]:
     """Check that both made, and skipped, the updates of the same steps."""
     common = {step for step in a.steps if step in b.steps}
     if not common:
         return False, "the runs have no step in common"
     for run in (a, b):
-        if (reason := unproven(run.path, run.steps)) is not None:
+        if (reason := _unproven(run)) is not None:
             return False, reason
-    left, right = ([step for step in left_out(run.steps) if step in common] for run in (a, b))
+    left, right = ([step for step in run.skipped_updates if step in common] for run in (a, b))
     if left == right:
         return True, f"left out in both: {format_steps(left)}" if left else f"made at all of {len(common)} common steps"
-    names = [run.config.run.objective for run in (a, b)]
+    names = [run.objective for run in (a, b)]
     if names[0] == names[1]:
         names = [str(run.path) for run in (a, b)]
     return False, f"left out in {names[0]}: {format_steps(left)}; in {names[1]}: {format_steps(right)}"
+
+
+def _unproven(run: RunDirectory) -> str | None:
+    """Return why the record does not prove which updates were made; None where it does."""
+    lines = run.steps.items()
+    unclear = [step for step, line in lines if "updated" not in line and str(line.get("bad")).startswith("ignored")]
+    if run.saved_skips is not None:
+        reached, count = run.saved_skips
+        known = sum(step <= reached for step in run.skipped_updates)
+        if count != known:
+            return (
+                f"{run.path}: the checkpoint of step {reached:,} counts {count:,} updates that were left out,"
+                f" metrics.jsonl names {known:,}"
+            )
+        unclear = [step for step in unclear if step > reached]
+    return f"{run.path}: whether the update of step {unclear[0]} was made was not recorded" if unclear else None
+
+
+def format_steps(steps: Sequence[int]) -> str:
+    """Return steps as text: `3, 7 to 9`; `none`."""
+    groups = itertools.groupby(enumerate(sorted(steps)), key=lambda pair: pair[1] - pair[0])
+    consecutive = [[step for _, step in group] for _, group in groups]
+    ranges = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in consecutive]
+    more = f" and {len(ranges) - MOST_RANGES} more ranges" if len(ranges) > MOST_RANGES else ""
+    return ", ".join(ranges[:MOST_RANGES]) + more or "none"
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -26,12 +26,15 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.text import masked
 from megatron_ettin.report import sections
-from megatron_ettin.report.compare import Comparison, compare
+from megatron_ettin.report.compare import Comparison, compare_runs
 from megatron_ettin.report.facts import embedded, escaped
-from megatron_ettin.report.models import ModelRuns, models_of, read_models
 from megatron_ettin.report.series import page_data
+from megatron_ettin.runs.chain import PhaseChain, join_phases
+from megatron_ettin.runs.directory import RunDirectory, find_runs
 
 HERE = Path(__file__).parent
+# more curves cannot be told apart
+MOST_MODELS = 12
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Report:
     """The content of a page: its numbers, and its parts by the id of their element."""
 
     title: str
-    models: list[ModelRuns]
+    models: list[PhaseChain]
     data: dict[str, Any]
     parts: dict[str, str]
     verdict: str | None
@@ -51,13 +54,32 @@ def make(paths: Sequence[Path], title: str | None = None, releases: Sequence[Pat
     return _report(models, _compared(models), title or " / ".join(model.name for model in models), releases)
 
 
+def read_models(paths: Sequence[Path]) -> list[PhaseChain]:
+    """Read the models in run directories and in folders of them. Raises UserError where a path has none."""
+    runs: dict[Path, RunDirectory] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run directory")
+        below = list(find_runs(path))
+        if not below:
+            raise UserError(f"{path}: no run directory (no config.yaml in it or in the folders below)")
+        for run in below:
+            runs.setdefault(run.resolve(), RunDirectory(run))
+    models = join_phases(list(runs.values()), by_record=True)
+    if len(models) > MOST_MODELS:
+        raise UserError(f"{len(models)} models; one page shows at most {MOST_MODELS}: name fewer runs")
+    return models
+
+
 def make_comparison(comparison: Comparison) -> Report:
     """Return the page of a comparison, with its verdict as the title."""
     names = " / ".join(chain.name for chain in comparison.chains)
-    return _report(models_of(comparison.chains), comparison, f"{comparison.verdict}: {names}", ())
+    return _report(comparison.chains, comparison, f"{comparison.verdict}: {names}", ())
 
 
-def _report(models: list[ModelRuns], compared: Comparison | str | None, title: str, releases: Sequence[Path]) -> Report:
+def _report(
+    models: list[PhaseChain], compared: Comparison | str | None, title: str, releases: Sequence[Path]
+) -> Report:
     parts = {
         "cards": sections.cards(models),
         "comparison": sections.comparison(compared),
@@ -72,12 +94,12 @@ def _report(models: list[ModelRuns], compared: Comparison | str | None, title: s
     return Report(title, models, page_data(models), parts, verdict)
 
 
-def _compared(models: Sequence[ModelRuns]) -> Comparison | str | None:
+def _compared(models: Sequence[PhaseChain]) -> Comparison | str | None:
     """Compare several models, or return the reason why they cannot be compared."""
     if len(models) < 2:
         return None
     try:
-        return compare([run.path for model in models for run in model.runs if len(run.metrics.steps)])
+        return compare_runs([run for model in models for run in model.runs if len(run.metrics.steps)])
     except UserError as error:
         return str(error)
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import read_json_lines
+from megatron_ettin.base.parsing import read_json_lines, read_json_object
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.base.text import masked
 from megatron_ettin.checkpoint.directory import list_checkpoints, list_milestones, read_progress
 from megatron_ettin.checkpoint.integrity import INTEGRITY, read_entries
-from megatron_ettin.report.models import ModelRuns
-from megatron_ettin.report.record import RunRecord, read_json
+from megatron_ettin.runs.chain import PhaseChain
+from megatron_ettin.runs.directory import RunDirectory
 
 RELEASE, PARITY = "release.json", "parity.json"
 
@@ -38,7 +38,7 @@ class Consumed:
     inner: Sequence[Consumed] = ()
 
 
-def consumed(runs: Iterable[RunRecord]) -> list[Consumed]:
+def consumed(runs: Iterable[RunDirectory]) -> list[Consumed]:
     """Return the tokens read by dataset over all phases, as the mixture of each phase shares out its tokens."""
     tokens: dict[str, float | None] = {}
     for run in runs:
@@ -48,7 +48,7 @@ def consumed(runs: Iterable[RunRecord]) -> list[Consumed]:
     known = sum(value for value in tokens.values() if value is not None)
     found = []
     for path, value in tokens.items():
-        manifest = read_json(Path(path) / "manifest.json")
+        manifest = read_json_object(Path(path) / "manifest.json")
         size = manifest.get("tokens")
         share = value / known if value is not None and known else None
         epochs = value / size if value is not None and isinstance(size, int) and size > 0 else None
@@ -70,7 +70,7 @@ def _sources(
         yield Consumed(str(one.get("name")), shared, read, epochs)
 
 
-def mixture_shares(run: RunRecord) -> list[tuple[str, float | None]]:
+def mixture_shares(run: RunDirectory) -> list[tuple[str, float | None]]:
     """Return each dataset and its share of the run's tokens, by the configuration or else by the datasets' sizes."""
     mixture = run.setting("data", "mixture")
     items = [mixture] if isinstance(mixture, str | dict) else mixture if isinstance(mixture, list) else []
@@ -78,7 +78,7 @@ def mixture_shares(run: RunRecord) -> list[tuple[str, float | None]]:
     paths = [str(entry.get("path")) for entry in entries]
     weights = [entry.get("weight") or entry.get("tokens") for entry in entries]
     if len(entries) > 1 and not any(weights):
-        weights = [read_json(Path(path) / "manifest.json").get("tokens") for path in paths]
+        weights = [read_json_object(Path(path) / "manifest.json").get("tokens") for path in paths]
     if len(entries) == 1:
         return [(paths[0], 1.0)]
     numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and weight > 0]
@@ -101,7 +101,7 @@ class Saved:
     parity: str
 
 
-def saved(run: RunRecord, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
+def saved(run: RunDirectory, exports: dict[str, tuple[Path, str]]) -> list[Saved]:
     """Return everything that a run has saved, oldest first. `exports` are those of `exported`."""
     paths = [("checkpoint", path) for path in list_checkpoints(run.path)]
     paths += [("milestone", path) for path in list_milestones(run.path)]
@@ -149,7 +149,7 @@ def identity(checkpoint: Path) -> str:
 
 def describe_parity(folder: Path, name: str) -> str:
     """Return in words what is recorded about an export's parity with transformers."""
-    parity = read_json(folder / PARITY)
+    parity = read_json_object(folder / PARITY)
     difference = parity.get("max_abs_logit_difference")
     if not parity.get("tensors_identical"):
         return f"in {name}, not verified"
@@ -157,7 +157,7 @@ def describe_parity(folder: Path, name: str) -> str:
     return f"verified in {name}: tensors equal{logits}"
 
 
-def exported(models: Sequence[ModelRuns], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
+def exported(models: Sequence[PhaseChain], folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
     """Find exports by the identity of the checkpoint they were made of, each with its folder and name.
 
     These are revisions of releases in `folders`, and releases and exports of `ettin convert` in the runs and in their
@@ -170,21 +170,21 @@ def exported(models: Sequence[ModelRuns], folders: Sequence[Path]) -> dict[str, 
     release_folders |= {record.parent for above in nearby for record in above.glob(f"*/{RELEASE}")}
     found = {}
     for path in sorted(path for above in nearby for path in above.glob(f"*/{PARITY}")):
-        found[str(read_json(path).get("source"))] = (path.parent, path.parent.name)
+        found[str(read_json_object(path).get("source"))] = (path.parent, path.parent.name)
     for path in sorted(path for folder in release_folders for path in folder.glob(f"*/{RELEASE}")):
-        record = read_json(path)
+        record = read_json_object(path)
         if isinstance(record.get("source"), str) and path.parent.name != "main":
             found[record["source"]] = (path.parent, f"revision {record.get('revision')}")
     return found
 
 
-def used(run: RunRecord, key: str) -> str:
+def used(run: RunDirectory, key: str) -> str:
     """Return a key that the latest launch ran with (`device`, `attention`), else the configured value."""
     found = run.launches[-1].get(key) if run.launches else None
-    return str(found) if found else f"{run.setting('run', key)} (as configured)"
+    return str(found) if found else f"{run.setting('runtime', key)} (as configured)"
 
 
-def device_hours(model: ModelRuns) -> float | None:
+def device_hours(model: PhaseChain) -> float | None:
     """Return the hours in steps times the ranks of each launch; None where one of the two was not recorded."""
     total, before = 0.0, 0.0
     for run, own in zip(model.runs, model.axes(), strict=True):
@@ -200,7 +200,7 @@ def device_hours(model: ModelRuns) -> float | None:
     return total
 
 
-def commits(model: ModelRuns) -> list[str]:
+def commits(model: PhaseChain) -> list[str]:
     """Return the code that the phases ran, oldest first: the commit, or version and digest of the code."""
     found = [
         one.get("commit") or f"{one.get('version')} ({one['code']})"
@@ -211,9 +211,11 @@ def commits(model: ModelRuns) -> list[str]:
     return list(dict.fromkeys(map(str, found)))
 
 
-def hosts(run: RunRecord) -> list[str]:
+def hosts(run: RunDirectory) -> list[str]:
     """Return the hosts that are known to have trained: from the ranks' own files, the job's events and the metrics."""
-    found = [str(read_json(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]]
+    found = [
+        str(read_json_object(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]
+    ]
     found += [str(launch.get("host") or "") for launch in run.launches]
     path = run.path.absolute()
     for above in (path, *list(path.parents)[:2]):

@@ -23,7 +23,8 @@ from megatron_ettin.checkpoint.directory import (
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.config.tables import long_name, short_name
-from megatron_ettin.metrics import METRICS_FILE, read_metrics
+from megatron_ettin.metrics import METRICS_FILE
+from megatron_ettin.runs.directory import RunDirectory
 
 OPTIMIZER, FP8_SCALES = "optimizer.", "fp8_scales."
 _RUN_KEYS = ("size", "objective", "phase")
@@ -85,14 +86,16 @@ def describe_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
 
 def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
     """Describe the configuration, last step and checkpoints of a run."""
-    groups = read_config(path)
+    directory = RunDirectory(path)
+    groups = directory.groups
     run, model, batch = (groups.get(name) or {} for name in ("run", "model", "batch"))
     checkpoints = list_checkpoints(path)
     if verify:
         for checkpoint in checkpoints:
             check_nothing_else(checkpoint)
             verify_checkpoint(checkpoint)
-    last = _last(read_metrics(path / METRICS_FILE)) if (path / METRICS_FILE).is_file() else {}
+    # evaluations may follow the last step
+    last = next((line for line in reversed(directory.last_metrics) if "loss" in line), {})
     return {
         "kind": "run",
         "path": str(path),
@@ -109,11 +112,6 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],
         "verified": verify,
     }
-
-
-def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the last line that has a loss: evaluations may follow it."""
-    return next((line for line in reversed(lines) if "loss" in line), {})
 
 
 def render(description: dict[str, Any]) -> str:

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_ettin.base.plots import Curve, Panel, draw_figure, draw_overview
-from megatron_ettin.report.compare import ComparedRun, join_phases
-from megatron_ettin.report.models import ModelRuns, models_of
+from megatron_ettin.report.compare import check_comparable
 from megatron_ettin.report.series import charts, colour_indices, shown_keys
+from megatron_ettin.runs.chain import PhaseChain
 
 STYLES = ("-", "--", ":")
 OVERVIEW = ("loss", "lr", "grad_norm", "speed")
 
 
-def figures(models: Sequence[ModelRuns], form: str) -> Iterator[tuple[str, bytes]]:
+def figures(models: Sequence[PhaseChain], form: str) -> Iterator[tuple[str, bytes]]:
     """Yield the file name and the content of every chart that there are numbers for. `form` is png or svg."""
     for name, panel in panels(models):
         yield f"{name}.{form}", draw_figure(panel, form)
 
 
-def overview(models: Sequence[ModelRuns]) -> bytes:
+def overview(models: Sequence[PhaseChain]) -> bytes:
     """Return a PNG of losses, learning rate, gradient norm and speed."""
     drawn = dict(panels(models))
     return draw_overview([drawn[name] for name in OVERVIEW if name in drawn])
 
 
-def overview_of_runs(runs: list[Path]) -> bytes:
+def overview_of_chain(chain: PhaseChain) -> bytes:
     """Return the overview of one model's phases. Raises UserError where a run has no metrics."""
-    return overview(models_of(join_phases([ComparedRun.read(path) for path in runs])))
+    for run in chain.runs:
+        check_comparable(run)
+    return overview([chain])
 
 
-def panels(models: Sequence[ModelRuns]) -> Iterator[tuple[str, Panel]]:
+def panels(models: Sequence[PhaseChain]) -> Iterator[tuple[str, Panel]]:
     """Yield the id and the panel of every chart, against tokens (steps where tokens are not known)."""
     axes = [model.axes() for model in models]
     x_axis = "tokens" if all("tokens" in own for one in axes for own in one if len(own["steps"])) else "steps"
-    colours = colour_indices([model.runs[0].named("objective") for model in models])
+    colours = colour_indices([model.objective for model in models])
     longest = max(zip(models, axes), key=lambda pair: len(pair[0].runs))
     ends = [float(own[x_axis][-1]) for own in longest[1] if len(own["steps"])]
     marks = list(zip([0.0, *ends], longest[0].phases))[: len(ends)]
@@ -53,7 +54,7 @@ def panels(models: Sequence[ModelRuns]) -> Iterator[tuple[str, Panel]]:
 
 
 def _curves(
-    model: ModelRuns, x: list[Any], chart: dict[str, Any], colour: int, is_one_of_many: bool
+    model: PhaseChain, x: list[Any], chart: dict[str, Any], colour: int, is_one_of_many: bool
 ) -> Iterator[Curve]:
     # the page of one model has a colour for each part of a chart, else each model has its own in every chart
     by_key = not is_one_of_many and chart["id"] != "loss"

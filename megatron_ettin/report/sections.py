@@ -12,8 +12,8 @@ from megatron_ettin.config.tables import long_name
 from megatron_ettin.report import facts
 from megatron_ettin.report.compare import Check, Comparison
 from megatron_ettin.report.facts import escaped
-from megatron_ettin.report.models import SECONDS_AN_HOUR, ModelRuns
-from megatron_ettin.report.record import LAST_STEPS, RunRecord, final_loss
+from megatron_ettin.runs.chain import LAST_STEPS, SECONDS_AN_HOUR, PhaseChain, final_loss
+from megatron_ettin.runs.directory import RunDirectory
 
 NONE = "none"
 # rows of a table of launches or bad steps
@@ -75,7 +75,7 @@ def size(value: int | None) -> str:
     return f"{value} bytes"
 
 
-def cards(models: Sequence[ModelRuns]) -> str:
+def cards(models: Sequence[PhaseChain]) -> str:
     """Return the figures of each model at a glance."""
     parts = []
     for model in models:
@@ -86,25 +86,25 @@ def cards(models: Sequence[ModelRuns]) -> str:
     return "\n".join(parts)
 
 
-def _validation(model: ModelRuns) -> tuple[str, str]:
+def _validation(model: PhaseChain) -> tuple[str, str]:
     """Return the newest loss on held-out data and the lowest of its phase, named where a later one has none."""
     for run in reversed(model.runs):
         known = run.metrics.known("validation_loss")
         if len(known):
-            phase = "" if run is model.runs[-1] else f" in {escaped(run.named('phase'))}"
+            phase = "" if run is model.runs[-1] else f" in {escaped(run.phase)}"
             return number(float(known[-1]), ".4f"), f"lowest {known.min():.4f}{phase}"
     return NONE, "not evaluated"
 
 
-def _figures(model: ModelRuns) -> Iterable[tuple[str, str, str]]:
+def _figures(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
     last = model.runs[-1]
     metrics = last.metrics
     goal_tokens, goal_steps = last.setting("run", "tokens"), last.setting("run", "steps")
     step = metrics.last("step")
-    of = f"of {goal_steps:,} in {escaped(last.named('phase'))}" if isinstance(goal_steps, int) else ""
+    of = f"of {goal_steps:,} in {escaped(last.phase)}" if isinstance(goal_steps, int) else ""
     yield "steps", f"{sum(len(run.metrics.steps) for run in model.runs):,}", of or "none recorded yet" * (step is None)
     planned = f" of {format_count(goal_tokens)} planned" if isinstance(goal_tokens, int) and goal_tokens > 0 else ""
-    here = f"{count(last.tokens)}{planned} in {escaped(last.named('phase'))}"
+    here = f"{count(last.tokens)}{planned} in {escaped(last.phase)}"
     yield "tokens", count(sum(run.tokens for run in model.runs)), here
     losses = metrics.known("loss").tolist()
     averaged = min(len(losses), LAST_STEPS)
@@ -126,10 +126,10 @@ def _figures(model: ModelRuns) -> Iterable[tuple[str, str, str]]:
     yield "bad steps", f"{bad:,}", "marked in the curves" if bad else ""
 
 
-def _costs(model: ModelRuns) -> Iterable[tuple[str, str, str]]:
+def _costs(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
     """Yield the model's size, the cost of its training, and the code that trained it."""
     last = model.runs[-1]
-    parameters, _, shape = long_name(last.setting("run", "size"), last.config.get("model")).partition(" parameters, ")
+    parameters, _, shape = long_name(last.setting("run", "size"), last.groups.get("model")).partition(" parameters, ")
     yield "parameters", escaped(parameters) or NONE, escaped(shape)
     hours = [own["hours"][-1] for own in model.axes() if "hours" in own and len(own["hours"])]
     if hours:
@@ -169,7 +169,7 @@ def _check(check: Check) -> Sequence[str]:
     return escaped(check.pair), escaped(check.phase or "all"), escaped(check.name), passed, escaped(check.detail)
 
 
-def data(models: Sequence[ModelRuns]) -> str:
+def data(models: Sequence[PhaseChain]) -> str:
     """Return the tokens read by dataset and source."""
     parts = ["<h2>Data consumed</h2>"]
     heads = ("Source", "Share", "", "Tokens", "Epochs")
@@ -194,7 +194,7 @@ def _consumed(one: facts.Consumed, name: str) -> tuple[str, ...]:
     return name, number(share, ".1%") or "not known", meter, count(one.tokens), number(one.epochs, ".3g")
 
 
-def layout(models: Sequence[ModelRuns]) -> str:
+def layout(models: Sequence[PhaseChain]) -> str:
     """Return the layout of each phase."""
     heads = ("Model", "Phase", "Layout", "Ranks", "Micro-batch", "Precision", "Device", "Attention", "Engine")
     rows = []
@@ -223,7 +223,7 @@ _LAUNCH = {
 }
 
 
-def environment(models: Sequence[ModelRuns]) -> str:
+def environment(models: Sequence[PhaseChain]) -> str:
     """Return the launches, each with the software it ran on, and the hosts that are known."""
     rows, notes = [], []
     for model, phase, run in _runs(models):
@@ -259,7 +259,7 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def bad_steps(models: Sequence[ModelRuns]) -> str:
+def bad_steps(models: Sequence[PhaseChain]) -> str:
     """Return the bad steps, with their reasons and documents; empty where there is none."""
     rows = []
     for model, phase, run in _runs(models):
@@ -274,7 +274,7 @@ def bad_steps(models: Sequence[ModelRuns]) -> str:
     return "<h2>Bad steps</h2>" + table("Steps with bad figures", heads, rows[:MOST_ROWS], (2,), quiet=True) + more
 
 
-def checkpoints(models: Sequence[ModelRuns], releases: Sequence[Path]) -> str:
+def checkpoints(models: Sequence[PhaseChain], releases: Sequence[Path]) -> str:
     """Return what the runs have saved, whether it is whole, and its parity with transformers."""
     exports = facts.exported(models, releases)
     rows = []
@@ -291,13 +291,13 @@ def checkpoints(models: Sequence[ModelRuns], releases: Sequence[Path]) -> str:
     return f"<h2>Checkpoints and milestones</h2>{saved}{note}"
 
 
-def configuration(models: Sequence[ModelRuns]) -> str:
+def configuration(models: Sequence[PhaseChain]) -> str:
     """Return the configuration of each phase, folded."""
     parts = ["<h2>Configuration</h2>"]
     for index, (model, phase, run) in enumerate(_runs(models)):
         rows = [
             (f"<code>{escaped(f'{group}.{key}')}</code>", f"<code>{escaped(value, str(key))}</code>")
-            for group, settings in run.config.items()
+            for group, settings in run.groups.items()
             for key, value in (settings.items() if isinstance(settings, dict) else [("", settings)])
         ]
         keys = table(f"Configuration of {model}, {phase}", ("Key", "Value"), rows, quiet=True)
@@ -310,6 +310,6 @@ def _soft(text: str) -> str:
     return f'<p class="soft">{text}</p>'
 
 
-def _runs(models: Sequence[ModelRuns]) -> list[tuple[str, str, RunRecord]]:
+def _runs(models: Sequence[PhaseChain]) -> list[tuple[str, str, RunDirectory]]:
     """Return model, phase and record of every run, the names as HTML."""
-    return [(escaped(model.name), escaped(run.named("phase")), run) for model in models for run in model.runs]
+    return [(escaped(model.name), escaped(run.phase), run) for model in models for run in model.runs]

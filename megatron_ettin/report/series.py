@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_ettin.base.plots import bucket_summary
 from megatron_ettin.base.text import masked
-from megatron_ettin.report.models import ModelRuns
-from megatron_ettin.report.record import Column, RunRecord
+from megatron_ettin.metrics.columns import Column
+from megatron_ettin.runs.chain import PhaseChain
+from megatron_ettin.runs.directory import RunDirectory
 
 OVERVIEW_BUCKETS = 600
 # limits over all models of a page
@@ -50,11 +51,11 @@ LEAST_SLOWEST = 1.1
 FROM_ZERO = ("speed", "mfu", "memory")
 
 
-def page_data(models: Sequence[ModelRuns]) -> dict[str, Any]:
+def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
     """Return the data that the page's script draws."""
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
-    colours = colour_indices([model.runs[0].named("objective") for model in models])
+    colours = colour_indices([model.objective for model in models])
     drawn = [model_data(model, size) | {"colour": colour % 6} for model, colour in zip(models, colours, strict=True)]
     every_run = [run for model in drawn for run in model["runs"] if run["n"]]
     return {
@@ -64,7 +65,7 @@ def page_data(models: Sequence[ModelRuns]) -> dict[str, Any]:
     }
 
 
-def shown_keys(models: Sequence[ModelRuns]) -> set[str]:
+def shown_keys(models: Sequence[PhaseChain]) -> set[str]:
     """Return the keys of metrics that have something to show: numbers, and for the slowest rank one that is slow."""
     columns = [
         (masked(key), run.metrics.known(key)) for model in models for run in model.runs for key in run.metrics.columns
@@ -88,13 +89,13 @@ def _fits(key: str, pattern: str) -> bool:
     return key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1]))
 
 
-def model_data(model: ModelRuns, size: int) -> dict[str, Any]:
+def model_data(model: PhaseChain, size: int) -> dict[str, Any]:
     axes = model.axes()
     runs = [run_data(run, own, size) for run, own in zip(model.runs, axes)]
     return {"name": masked(model.name), "runs": runs}
 
 
-def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, Any]:
+def run_data(run: RunDirectory, axes: dict[str, Column], size: int) -> dict[str, Any]:
     """Return one run: its x in every axis, its curves and its events. `size` is the steps of a bucket of the detail."""
     count = len(run.metrics.steps)
     series = {}
@@ -103,7 +104,7 @@ def run_data(run: RunRecord, axes: dict[str, Column], size: int) -> dict[str, An
             series[masked(key)] = series_data(column, size)
     ends = np.minimum(np.arange(size - 1, count + size - 1, size), count - 1) if count else np.empty(0, int)
     return {
-        "phase": masked(run.named("phase")),
+        "phase": masked(run.phase),
         "n": len(ends),
         "grid": {axis: packed(values[ends], "<f8") for axis, values in axes.items()},
         "series": series,
@@ -163,7 +164,7 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.5g}" if abs(value) < 1e5 else f"{value:.12g}")
 
 
-def marks(run: RunRecord, axes: dict[str, Column]) -> list[dict[str, Any]]:
+def marks(run: RunDirectory, axes: dict[str, Column]) -> list[dict[str, Any]]:
     """Return restarts and bad steps: kind, text, and x in every axis."""
     steps = run.metrics.steps
     if not len(steps):

@@ -12,45 +12,37 @@ import numpy as np
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.plots import Curve, Panel, draw_row
 from megatron_ettin.config.overrides import Member
-from megatron_ettin.metrics import METRICS_FILE, read_metrics
-from megatron_ettin.report.record import final_loss
+from megatron_ettin.runs.chain import final_loss
+from megatron_ettin.runs.directory import RunDirectory
 
 
 def summarise(folder: Path, members: Sequence[Member]) -> str:
     """Read the members' metrics, write sweep.json and sweep.png, and return the table, also with members not begun."""
     rows = [_row(folder / member.name, member) for member in members]
-    found = [row for row in rows if row["final_loss"] is not None]
-    for group in _groups(found, "objective"):
-        min(group, key=lambda row: row["final_loss"])["best"] = True
-    public = [{key: value for key, value in row.items() if key != "lines"} for row in rows]
+    begun = [row for row in rows if row["final_loss"] is not None]
+    # losses of different objectives cannot be compared
+    for objective in {row["values"].get("objective", "") for row in begun}:
+        same = [row for row in begun if row["values"].get("objective", "") == objective]
+        min(same, key=lambda row: row["final_loss"])["best"] = True
+    public = [{key: value for key, value in row.items() if key != "metrics"} for row in rows]
     write_atomically(folder / "sweep.json", json.dumps(public, indent=1) + "\n")
-    if found:
-        (folder / "sweep.png").write_bytes(picture(found))
+    if begun:
+        (folder / "sweep.png").write_bytes(picture(begun))
     return table(rows)
 
 
 def _row(path: Path, member: Member) -> dict[str, Any]:
-    lines = read_metrics(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else []
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    held_out = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    run = RunDirectory(path)
     return {
         "name": member.name,
         "values": member.values,
-        "steps": len(lines),
-        "tokens": max((line["tokens"] for line in lines), default=0),
-        "final_loss": final_loss(losses),
-        "validation_loss": held_out[-1] if held_out else None,
+        "steps": len(run.metrics.steps),
+        "tokens": run.tokens,
+        "final_loss": final_loss(run.metrics.known("loss").tolist()),
+        "validation_loss": run.metrics.last("validation_loss"),
         "best": False,
-        "lines": lines,
+        "metrics": run.metrics,
     }
-
-
-def _groups(rows: Sequence[dict[str, Any]], key: str) -> list[list[dict[str, Any]]]:
-    """Group rows whose losses can be compared: by objective where objectives are swept."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["values"].get(key, ""), []).append(row)
-    return list(groups.values())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -72,9 +64,9 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
     """Return a PNG of losses against tokens and, where a swept key has numbers, of the final loss against it."""
     curves = []
     for number, row in enumerate(rows):
-        points = [(line["tokens"], line["loss"]) for line in row["lines"] if line.get("loss") is not None]
-        segment = np.array(points, float).T
-        curves.append(Curve(row["name"], number, [(segment[0], segment[1])], thin=True, smooth=True))
+        tokens, loss = row["metrics"].columns["tokens"], row["metrics"].columns["loss"]
+        known = ~np.isnan(loss)
+        curves.append(Curve(row["name"], number, [(tokens[known], loss[known])], thin=True, smooth=True))
     panels = [Panel("Training loss", "tokens", curves)]
     if key := _numeric_key(rows):
         others: dict[str, list[tuple[float, float]]] = {}

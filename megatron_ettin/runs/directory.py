@@ -1,258 +1,339 @@
-"""Check and record a launch in a run directory: its configuration, what may not change, its lock and its history.
+"""Read a run directory, and find run directories in folders: the one reader for all commands.
 
-The first launch fixes the science keys. Another value is refused unless `--allow-change KEY` allows it, and then
-history.jsonl records the change. The data order is fixed by its fingerprint, not by a path.
+A run directory has config.yaml (the resolved configuration), order.json (the data order), history.jsonl (an object a
+launch; the first says where the run began), metrics.jsonl (an object a step), bad_steps.jsonl and checkpoints/. The
+folder of `--phase all` holds a run directory for each phase and is none itself.
+
+A run may be training meanwhile, or never have begun. `ettin status` reads often: this module imports neither torch nor
+numpy nor OmegaConf; what needs them is imported where it is used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import platform
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ettin import __version__
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import LockHeldError, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json, load_yaml
-from megatron_ettin.base.versions import code_hash, recorded_commit
-from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
-from megatron_ettin.config.key_names import current_name, nearest_key
-from megatron_ettin.config.resolve import from_yaml, to_yaml
-from megatron_ettin.config.schema import Config, key_types
-from megatron_ettin.config.science import GUARD_KEYS, science_keys
-from megatron_ettin.config.values import parse_skips
-from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
-from megatron_ettin.metrics import METRICS_FILE
-from megatron_ettin.runs.history import (
-    HISTORY,
-    allowed_changes,
-    first_launch,
-    fixes_guard,
-    read_launches,
-    stored_science_keys,
+from megatron_ettin.base.parsing import load_json, read_json_lines, read_json_object
+from megatron_ettin.checkpoint.directory import (
+    list_checkpoints,
+    read_config,
+    read_progress,
+    read_stored_config,
+    step_of,
 )
+from megatron_ettin.config.tables import short_name
+from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE, read_last_metrics, read_metrics
 
-# these stand for the data order's fingerprint in --allow-change
-DATA_KEY = "data.mixture"
-ORDER_KEY = "data.order"
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
+    from megatron_ettin.metrics.columns import MetricColumns
+
+CONFIG, ORDER, HISTORY = "config.yaml", "order.json", "history.jsonl"
+# in the order in which one model is trained; `--phase all` trains the first three
+PHASE_ORDER = ("pretrain", "extend", "decay", "cross")
+CHAIN = PHASE_ORDER[:3]
+# levels below a folder at which runs are looked for: MODEL/PHASE, and a folder of models
+DEPTH = 3
+# numbers in a step's line
+NUMBERS = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "updates")
 
 
-def check_writable(run_dir: Path, what: str = "run directory ") -> None:
-    """Create a folder if need be, and raise UserError where no files can be written in it.
+class RunDirectory:
+    """One run directory. A file is read when it is first needed and kept; a new object reads it again.
 
-    Args:
-        run_dir: the folder.
-        what: names the folder in messages.
+    Properties that raise UserError say so. All others leave out what is missing, torn or damaged.
     """
-    probe = run_dir / f".tmp-probe-{platform.node()}-{os.getpid()}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{what}{run_dir}: cannot be written ({error.strerror or error})") from None
-    for name in (".lock", HISTORY, METRICS_FILE):
-        path = run_dir / name
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{path}: cannot be written, it is another user's (uid {path.stat().st_uid}); chmod g+w it")
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-@contextlib.contextmanager
-def locked(run_dir: Path, is_main_process: bool) -> Iterator[None]:
-    """Keep a second launch out of `run_dir` while this one trains. Rank 0 holds the lock, which ends with its process.
+    @property
+    def has_begun(self) -> bool:
+        """Return whether the first launch has recorded its configuration."""
+        return (self.path / CONFIG).exists()
 
-    Raises UserError where another launch holds it.
-    """
-    if not is_main_process:
-        yield
-        return
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+    def check_begun(self) -> None:
+        """Raise UserError where the folder has no config.yaml."""
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{self.path}: no run directory (it has no config.yaml)")
+
+    @cached_property
+    def config(self) -> Config:
+        """Return the resolved configuration. Raises UserError."""
+        from megatron_ettin.config.resolve import from_yaml
+
+        return from_yaml(self.path / CONFIG)
+
+    @property
+    def recorded_config(self) -> Config | None:
+        """Return the resolved configuration; None before the first launch. Raises UserError."""
+        return self.config if self.has_begun else None
+
+    @cached_property
+    def stored_groups(self) -> dict[str, Any]:
+        """Return the groups of config.yaml by the names of the version that wrote them. Raises UserError."""
+        return read_stored_config(self.path)
+
+    @cached_property
+    def groups(self) -> dict[str, Any]:
+        """Return the groups of config.yaml by the current names of keys. Raises UserError."""
+        return read_config(self.path)
+
+    def setting(self, group: str, key: str) -> Any:
+        """Return a value of the configuration; None where it has none. Raises UserError."""
+        settings = self.groups.get(group)
+        return settings.get(key) if isinstance(settings, dict) else None
+
+    @property
+    def objective(self) -> str:
+        """Return the objective by its name. Raises UserError."""
+        return str(self.setting("run", "objective") or "?")
+
+    @property
+    def phase(self) -> str:
+        """Return the phase by its name. Raises UserError."""
+        return str(self.setting("run", "phase") or "?")
+
+    @property
+    def model_name(self) -> str:
+        """Return the model's size, or its parameter count where it has another shape. Raises UserError."""
+        return short_name(self.setting("run", "size"), self.groups.get("model"))
+
+    @cached_property
+    def science(self) -> dict[str, object]:
+        """Return the science keys that config.yaml fixes. Raises UserError.
+
+        The keys of the anomaly detector are left out where the file's version did not fix them.
+        """
+        from megatron_ettin.config.science import GUARD_KEYS, science_keys
+
+        keys = science_keys(self.config)
+        if fixes_guard(self.stored_groups):
+            return keys
+        return {key: value for key, value in keys.items() if key not in GUARD_KEYS}
+
+    @cached_property
+    def _history(self) -> tuple[list[dict[str, Any]], list[int]]:
+        torn: list[int] = []
+        launches = [one for one in read_json_lines(self.path / HISTORY, torn, count_torn=True) if one]
+        return launches, torn
+
+    @property
+    def launches(self) -> list[dict[str, Any]]:
+        """Return every launch's record, oldest first."""
+        return self._history[0]
+
+    @property
+    def torn_launches(self) -> list[int]:
+        """Return the numbers of the lines of history.jsonl that a full disk or a kill has torn."""
+        return self._history[1]
+
+    @property
+    def first_launch(self) -> dict[str, Any] | None:
+        """Return the first launch's record; None where the run has not begun or its record cannot be read."""
+        return self.launches[0] if self.launches and 1 not in self.torn_launches else None
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """Return the launches after the first that began before the last recorded step, so trained something."""
+        last = int(self.metrics.steps[-1]) if len(self.metrics.steps) else 0
+        return [one for one in self.launches[1:] if not (isinstance(one.get("step"), int) and one["step"] >= last)]
+
+    @property
+    def changes(self) -> list[str]:
+        """Return the science keys that launches were allowed to change, in the order of the launches."""
+        from megatron_ettin.config.key_names import current_name
+
+        recorded = [one["changes"] for one in self.launches if isinstance(one.get("changes"), list)]
+        return [current_name(key) for keys in recorded for key in keys if isinstance(key, str)]
+
+    @property
+    def origins(self) -> list[Path]:
+        """Return where the run or checkpoint that this one began from may be: at its path, or relative to this one.
+
+        Runs that were moved together are found by the relative path.
+        """
+        first = self.first_launch or {}
+        recorded, relative = first.get("init_from"), first.get("init_from_relative")
+        if not isinstance(recorded, str):
+            return []
+        return [Path(recorded), (self.path / relative).resolve()] if isinstance(relative, str) else [Path(recorded)]
+
+    @property
+    def began_from(self) -> Path | None:
+        """Return the run or checkpoint that this one began from, which may be gone; None for initial weights."""
+        if self.origins:
+            return next((path for path in self.origins if path.is_dir()), self.origins[0])
+        # runs of before 0.2 recorded a sentence: `weights [and optimizer] of PATH`
+        _, separator, path = str((self.first_launch or {}).get("from", "")).partition(" of ")
+        return Path(path) if separator else None
+
+    @cached_property
+    def order(self) -> dict[str, Any]:
+        """Return order.json: the fingerprints of data order and tokenizer."""
+        return read_json_object(self.path / ORDER)
+
+    def check_order(self) -> None:
+        """Raise UserError where there is an order.json that cannot be read."""
+        path = self.path / ORDER
+        if self.order or not path.exists():
+            return
         try:
-            why = try_lock(file.fileno())
-        except LockHeldError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(f"run directory {run_dir}: {holder} is training in it; wait for it or stop it") from None
-        if why is not None:
-            log_warning(
-                f"warning: {run_dir}: its file system has no locks ({why}); start no second run in it meanwhile"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+            content = load_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected a JSON object")
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the data order before rows are left out of it; None where none is recorded."""
+        known = self.order.get("unskipped_fingerprint", self.order.get("fingerprint"))
+        return known if isinstance(known, str) else None
 
-def recorded(run_dir: Path) -> Config | None:
-    """Return the configuration of a run that has begun; None before its first launch. Raises UserError."""
-    path = run_dir / "config.yaml"
-    return from_yaml(path) if path.exists() else None
+    @cached_property
+    def metrics(self) -> MetricColumns:
+        """Return the columns of metrics.jsonl."""
+        from megatron_ettin.metrics.columns import MetricColumns
 
+        return MetricColumns.read(self.path / METRICS_FILE)
 
-def check_unchanged(run_dir: Path, config: Config, corpus: BlendedDataset, allow: Sequence[str]) -> list[str]:
-    """Return the names of allowed changes. Raises UserError naming the first change that is not allowed."""
-    allow = [current_name(key) for key in allow]
-    for key in allow:
-        if key not in key_types():
-            raise UserError(f"--allow-change {key}: no such key{nearest_key(key, key_types())}")
-    path = run_dir / "config.yaml"
-    saved = next(iter([*list_checkpoints(run_dir)[-1:], *list_milestones(run_dir)[-1:]]), None)
-    if not path.exists():
-        if saved is not None:
-            raise UserError(
-                f"{path}: missing, though the run has checkpoints: nothing says what it may not change; put"
-                f" {saved / 'config.yaml'} there"
-            )
-        return []
-    before, now = stored_science_keys(path), science_keys(config)
-    changed = [key for key in now if before.get(key) != now[key] and (key in before or key not in GUARD_KEYS)]
-    order = read_order(run_dir)
-    if order is None and saved is not None and not {DATA_KEY, ORDER_KEY} & set(allow):
-        raise UserError(
-            f"{run_dir / 'order.json'}: missing or damaged, though the run has checkpoints: nothing says what data they"
-            f" were trained on; put it back, or if the data are the same go on with --allow-change {DATA_KEY}"
-        )
-    order = order or {}
-    # rows left out are a key of their own, data.skip
-    known = order.get("unskipped_fingerprint", order.get("fingerprint"))
-    if order and known != corpus.unskipped_fingerprint and not set(changed) & {"run.seed", "run.phase"}:
-        key = DATA_KEY if corpus.row_limit is None else ORDER_KEY
-        changed += [key] * (key not in changed)
-        before[key], now[key] = (
-            str(known)[:12],
-            corpus.unskipped_fingerprint[:12] + other_datasets(order, corpus),
-        )
-    for key in changed:
-        if key not in allow:
-            raise UserError(
-                f"{run_dir}: was started with {key}={before.get(key)}, now {key}={now[key]}; start another run"
-                f" directory, or go on with --allow-change {key}"
-            )
-    return changed
+    @cached_property
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """Return the last lines of metrics.jsonl, without reading those before them."""
+        return read_last_metrics(self.path / METRICS_FILE)
 
+    @cached_property
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """Return each step's line in metrics.jsonl, ascending; evaluations have no line here. Raises UserError.
 
-def guard_rule_note(run_dir: Path, config: Config) -> str | None:
-    """Return a line if the run began under an older version's rule for bad steps; None if not."""
-    path = run_dir / "config.yaml"
-    if not path.exists() or fixes_guard(path):
+        Values that should be numbers and are not are left out, as if they had not been recorded.
+        """
+        lines = [line for line in read_metrics(self.path / METRICS_FILE) if _is_count(line.get("step"))]
+        steps = {line["step"]: _without_wrong_numbers(line) for line in lines if _is_count(line.get("tokens"), least=1)}
+        return dict(sorted(steps.items()))
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens trained on."""
+        known = self.metrics.known("tokens")
+        return int(known.max()) if len(known) else 0
+
+    @property
+    def skipped_updates(self) -> list[int]:
+        """Return the steps whose updates were left out. Raises UserError.
+
+        Lines of older versions have no `updated`; a step that they call skipped was left out.
+        """
+        return [
+            step
+            for step, line in self.steps.items()
+            if line.get("updated") is False or str(line.get("bad", "")).startswith("skipped")
+        ]
+
+    @property
+    def saved_skips(self) -> tuple[int, int] | None:
+        """Return the step of the newest checkpoint that counts skipped updates, and its count."""
+        for checkpoint in reversed(list_checkpoints(self.path)):
+            try:
+                count = read_progress(checkpoint).get("skipped")
+            except UserError:
+                continue
+            if isinstance(count, int):
+                return step_of(checkpoint), count
         return None
-    before, now = from_yaml(path).resilience, config.resilience
-    return (
-        f"this run began under an older rule for spikes (resilience.on_spike={before.on_spike}); from here on it is"
-        f" on_spike={now.on_spike}, judged by the logarithm of the gradient norm, and fixed for this run"
-    )
+
+    @cached_property
+    def bad_steps(self) -> dict[int, dict[str, Any]]:
+        """Return the entries of bad_steps.jsonl by step, without those of steps that were taken back.
+
+        A step that a launch trained again is bad if its new line in metrics.jsonl says so. One that ended its launch
+        has no line there; it stands until a later launch has begun before it.
+        """
+        bad, recorded = self.metrics.bad_steps, set(self.metrics.steps.astype(int).tolist())
+        began = [(_seconds_of(launch.get("time")), launch.get("step")) for launch in self.launches]
+        standing = {}
+        for entry in read_json_lines(self.path / "bad_steps.jsonl"):
+            step, at = entry.get("step"), entry.get("time")
+            if not isinstance(step, int) or (step in recorded and step not in bad):
+                continue
+            later = [first for seconds, first in began if isinstance(at, int | float) and seconds > at]
+            if step in bad or not any(isinstance(first, int) and first < step for first in later):
+                standing[step] = entry
+        return standing
+
+    @property
+    def rolled_back_lines(self) -> int:
+        """Return the number of steps that were trained again after a roll-back or a restart."""
+        return sum(1 for _ in read_json_lines(self.path / ROLLED_BACK_FILE))
 
 
-def check_skips(run_dir: Path, corpus: BlendedDataset, trained_rows: int) -> None:
-    """Raise UserError where `data.skip` changed among the rows already trained on: the rows after them would move."""
-    path = run_dir / "config.yaml"
-    before = parse_skips(from_yaml(path).data.skip) if path.exists() else corpus.skips
-    reached = int(order_indices(trained_rows - 1, before)) + 1 if trained_rows else 0
-    for first, end in sorted(set(before) ^ set(corpus.skips)):
-        if first < reached:
-            raise UserError(
-                f"data.skip: {first}:{end} begins before row {reached}, up to which this run has trained; go back with"
-                " --from-step first"
-            )
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 63
 
 
-def other_datasets(order: dict[str, Any], corpus: BlendedDataset) -> str:
-    """Describe the datasets that the first launch did not have; empty where there are none."""
-    listed = order.get("datasets")
-    known = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
-    other = [str(dataset.path) for dataset in corpus.datasets if dataset.fingerprint not in known]
-    return f" (dataset {', '.join(other)} holds other tokens than at the first launch)" if known and other else ""
+def _without_wrong_numbers(line: dict[str, Any]) -> dict[str, Any]:
+    def is_wrong(value: Any) -> bool:
+        return value is not None and not (type(value) in (int, float) and -1e300 < value < 1e300)
+
+    return {key: value for key, value in line.items() if key not in NUMBERS or not is_wrong(value)}
 
 
-def check_checkpoint(checkpoint: Path, run_dir: Path, config: Config, allow: Sequence[str]) -> None:
-    """Raise UserError where a checkpoint's config.yaml has another science key: it is another run's then.
-
-    Keys that a launch of this run was allowed to change may differ.
-    """
-    groups, own = read_config(checkpoint), load_yaml(to_yaml(config))
-    allowed = {*map(current_name, allow), *(key for one in read_launches(run_dir) for key in allowed_changes(one))}
-    if not fixes_guard(checkpoint / "config.yaml"):
-        allowed |= set(GUARD_KEYS)
-    for name in science_keys(config):
-        group, _, key = name.partition(".")
-        theirs = groups.get(group)
-        # an order's path may change, its content is compared by its fingerprint; earlier versions had fewer keys
-        if name == ORDER_KEY or name in allowed or not isinstance(theirs, dict) or key not in theirs:
-            continue
-        if theirs[key] != own[group][key]:
-            raise UserError(
-                f"{checkpoint}: was written with {name}={theirs[key]}, this run has {own[group][key]}: it is another"
-                f" run's; take it out of {checkpoint.parent}, or go on with --allow-change {name}"
-            )
-
-
-def read_order(run_dir: Path) -> dict[str, Any] | None:
-    """Read order.json, the fingerprints of data order and tokenizer; return None where it is missing or damaged."""
+def _seconds_of(time: Any) -> float:
+    """Return the seconds since 1970 of a launch's time; 0 where it is none."""
     try:
-        order = load_json((run_dir / "order.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = order.get("unskipped_fingerprint", order.get("fingerprint")) if isinstance(order, dict) else None
-    return order if isinstance(known, str) else None
+        return datetime.strptime(str(time), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        return 0.0
 
 
-def origin(
-    run_dir: Path, init_from: Path | None, from_step: int | None, model_of_weights: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what the first launch of a run began from, for `ettin release` to follow.
+def fixes_guard(stored_groups: Mapping[str, Any]) -> bool:
+    """Return whether the version that stored a configuration fixed the keys of the anomaly detector for a run.
 
-    The path is recorded absolute and relative to the run directory, so that runs moved together still find each other,
-    with what of the model came from it.
+    Older ones judged spikes by the mean and standard deviation of loss and norm. Such a run continues under the new
+    rule, and only its record shows which of its updates were left out.
     """
-    if init_from is None or first_launch(run_dir) is not None:
-        return {}
-    source = (resolve(init_from) if from_step is None else at_step(init_from, from_step)).absolute()
-    relative = os.path.relpath(source, run_dir.absolute())
-    return {"init_from": str(source), "init_from_relative": relative, "model_of_weights": dict(model_of_weights)}
+    return "spike_ratio" in (stored_groups.get("resilience") or {})
 
 
-def order_record(config: Config, corpus: BlendedDataset) -> dict[str, Any]:
-    """Return the content of order.json: which rows a run is trained on, in which order."""
-    return {
-        "fingerprint": corpus.fingerprint,
-        "unskipped_fingerprint": corpus.unskipped_fingerprint,
-        "tokenizer": corpus.tokenizer_fingerprint,
-        "datasets": [dataset.fingerprint for dataset in corpus.datasets],
-        "rows_per_step": config.batch.global_batch_rows,
-        "mean_tokens_per_row": corpus.mean_tokens_per_row,
-    }
-
-
-def check_reader(config: Config, corpus: BlendedDataset, reader: BlendedDataset) -> None:
-    """Raise UserError where batches would be read from other rows than the run records.
+def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEPTH) -> Iterator[Path]:
+    """Yield a folder that is a run directory, or the run directories below it, and warn of unreadable folders.
 
     Args:
-        config: configuration of the run.
-        corpus: the rows that the run records.
-        reader: the rows that batches are read from, for instance a copy on this host.
+        folder: where to look.
+        marks: files of which a run directory has at least one.
+        depth: levels below `folder` to look at.
     """
-    recorded, read = order_record(config, corpus), order_record(config, reader)
-    for key, value in recorded.items():
-        if read[key] != value:
-            raise UserError(
-                f"data: the batches are read in another order than order.json records: {key} is {read[key]!s:.20} and"
-                f" not {value!s:.20}; nothing was trained; this is a fault of the package"
-                + (", start without data.local_copy" if config.data.local_copy else "")
-            )
+    try:
+        if any((folder / name).is_file() for name in marks):
+            yield folder
+            return
+        inside = sorted(path for path in folder.iterdir() if path.is_dir()) if depth and folder.is_dir() else []
+    except OSError as error:
+        # another user's folder must not hide one's own
+        log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; skipped")
+        return
+    for below in inside:
+        if below.name != "slurm" and not below.name.startswith("."):
+            yield from find_runs(below, marks, depth - 1)
 
 
-def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: dict[str, Any]) -> None:
-    """Write config.yaml and order.json and append this launch to history.jsonl. One rank calls it."""
-    write_atomically(run_dir / "config.yaml", to_yaml(config))
-    write_atomically(run_dir / "order.json", json.dumps(order_record(config, corpus), indent=1) + "\n")
-    record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": __version__}
-    record |= {"code": code_hash(), "commit": recorded_commit(), "host": socket.gethostname(), **launch}
-    with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
-        history.write(json.dumps(record) + "\n")
+def phases_in(folder: Path) -> list[Path]:
+    """Return the run directories of the phases that have begun in a chain's folder, in order; none of other folders."""
+    if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
+        return []
+    return [folder / phase for phase in CHAIN if (folder / phase / CONFIG).is_file()]
+
+
+def last_phase(path: Path) -> Path:
+    """Return the last phase's run directory where `path` is a chain's folder, and say so; `path` itself elsewhere."""
+    phases = phases_in(path)
+    if not phases:
+        return path
+    log_warning(f"{path}: holds {', '.join(one.name for one in phases)}; reading {phases[-1]}")
+    return phases[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ import numpy as np
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import atomic_path
-from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.text import counted
 from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE, ROW_OBJECTIVES
+from megatron_ettin.config.values import first_and_end
 from megatron_ettin.data.blended_dataset import BlendedDataset, Row, open_run_dataset
 from megatron_ettin.data.replay.files import METADATA_KEY
 from megatron_ettin.data.sampler import BatchSizes
+from megatron_ettin.runs.directory import CONFIG, RunDirectory
 
 COLUMNS = (
     "step", "slot", "position", "dataset", "row", "chunk", "source", "document", "document_index", "start_token",
@@ -38,7 +40,7 @@ Table = dict[str, Any]
 
 def open_run(path: Path) -> tuple[Config, BlendedDataset]:
     """Open configuration and data of a run directory, a checkpoint or a config.yaml. Raises UserError."""
-    file = path / "config.yaml" if path.is_dir() else path
+    file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path}: no config.yaml; give a run directory, a checkpoint or a resolved config")
     config = from_yaml(file)
@@ -47,12 +49,9 @@ def open_run(path: Path) -> tuple[Config, BlendedDataset]:
 
 def check_same_order(path: Path, corpus: BlendedDataset) -> None:
     """Raise UserError where the run directory `path` recorded another order than its datasets give today."""
-    try:
-        recorded = load_json((path / "order.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        # no run, or one that has not started
-        return
-    if recorded != corpus.fingerprint:
+    recorded = RunDirectory(path).order.get("fingerprint")
+    # there is none in a folder that is no run, or one that has not started
+    if isinstance(recorded, str) and recorded != corpus.fingerprint:
         raise UserError(
             f"{path}: was trained in order {recorded[:12]}, its datasets now give {corpus.fingerprint[:12]}: a dataset"
             " or packing index was changed since, so they do not show what the run read"
@@ -61,17 +60,14 @@ def check_same_order(path: Path, corpus: BlendedDataset) -> None:
 
 def parse_steps(text: str) -> range:
     """Parse `A:B` as steps A to B - 1, and `A` as step A alone. Raises UserError."""
-    first, colon, end = text.partition(":")
-    try:
-        steps = range(int(first), int(end) if colon else int(first) + 1)
-        len(steps)
-    except OverflowError:
-        raise UserError(f"--steps: {text!r}; no run has so many steps") from None
-    except ValueError:
-        raise UserError(f"--steps: {text!r} is not A:B (steps A to B - 1) or a single step") from None
-    if steps.start < 1 or not steps:
+    span = first_and_end(text)
+    if span is None:
+        raise UserError(f"--steps: {text!r} is not A:B (steps A to B - 1) or a single step")
+    if not 1 <= span[0] < span[1]:
         raise UserError(f"--steps: {text!r} is empty or begins before 1, the first step of metrics.jsonl")
-    return steps
+    if span[1] > sys.maxsize:
+        raise UserError(f"--steps: {text!r}; no run has so many steps")
+    return range(*span)
 
 
 def batch_sizes(config: Config, corpus: BlendedDataset, steps: range) -> BatchSizes:
@@ -196,16 +192,16 @@ def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: rang
     nothing is predicted, shifted already for clm and mntp); spans [m, 3]: index of the row, first token and end of
     every chunk. All of it is in memory: 16 bytes a token of a row.
     """
-    label, kinds = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
+    collate, mix = dataset_collator(config, corpus), ObjectiveMix.of(config, corpus.mean_tokens_per_row)
     sizes = batch_sizes(config, corpus, steps)
     n = sizes.rows_before(steps.stop - 1) - sizes.rows_before(steps.start - 1)
     input_ids = np.full((n, config.data.seq_len), corpus.pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
     numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
     for i, (step, batch_slot, row) in enumerate(step_rows(config, corpus, steps)):
-        kind = kinds.of_slot(batch_slot, kinds.causal_rows(sizes, step - 1))
-        numbers[i], causal[i], real = step, ROW_OBJECTIVES[kind].causal, len(row.tokens)
-        input_ids[i, :real], labels[i, :real] = label(row.tokens, row.lengths, row.order_index, kind)
+        objective = mix.of_slot(batch_slot, mix.causal_rows(sizes, step - 1))
+        numbers[i], causal[i], real = step, ROW_OBJECTIVES[objective].causal, len(row.tokens)
+        input_ids[i, :real], labels[i, :real] = collate(row.tokens, row.lengths, row.order_index, objective)
         ends = np.cumsum(row.lengths)
         boundaries += [(i, int(end - length), int(end)) for end, length in zip(ends, row.lengths, strict=True)]
     with _output(out) as temporary, open(temporary, "wb") as file:

@@ -21,7 +21,8 @@ from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
 from megatron_ettin.data.mixture import resolve_mixture
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.plan.schedule_end import fit_schedule, free_by_value
-from megatron_ettin.runs import directory
+from megatron_ettin.runs import launches
+from megatron_ettin.runs.directory import RunDirectory
 from megatron_ettin.runs.rollback import check_roll_back
 from megatron_ettin.train.progress import Progress, is_done
 
@@ -83,10 +84,10 @@ def prepare_job(config: Config, args: TrainArgs) -> TrainJob:
     config = with_schedule(cap_steps_to_order(config, corpus), args, corpus)
     if args.from_step is not None and args.init_from is None:
         check_roll_back(args.run_dir, args.from_step, config.data.skip)
-    directory.check_writable(args.run_dir)
+    launches.check_writable(args.run_dir)
     if config.checkpoint.staging is not None:
-        directory.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
-    changes = directory.check_unchanged(args.run_dir, config, corpus, args.allow_change)
+        launches.check_writable(Path(config.checkpoint.staging), "checkpoint.staging: ")
+    changes = launches.check_unchanged(args.run_dir, config, corpus, args.allow_change)
     return TrainJob(config, args, corpus, changes)
 
 
@@ -116,7 +117,7 @@ def cap_steps_to_order(config: Config, corpus: BlendedDataset) -> Config:
 def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Config:
     """Return the run with a schedule in proportion to its length; one that has begun keeps its own."""
     free = free_by_value(config) if args.free is None else args.free
-    begun = directory.recorded(args.run_dir)
+    begun = RunDirectory(args.run_dir).recorded_config
     return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)
 
 

@@ -21,7 +21,7 @@ from megatron_ettin.faults.anomalies import start_note
 from megatron_ettin.parallel.env import DistributedEnv
 from megatron_ettin.plan.schedule_end import describe_end
 from megatron_ettin.platform.device import gpu_count
-from megatron_ettin.runs import directory
+from megatron_ettin.runs import launches
 from megatron_ettin.train.hooks.base import Run
 from megatron_ettin.train.job import TrainJob, saved_progress
 from megatron_ettin.train.progress import Progress, is_done
@@ -42,7 +42,7 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
     if left := describe_empty_rows(config, train_state.layout.topology.dp):
         log_info(f"batch: {left}")
     assert train_state.optimizer is not None
-    for note in (start_note(config, train_state.optimizer.can_skip), directory.guard_rule_note(run.directory, config)):
+    for note in (start_note(config, train_state.optimizer.can_skip), launches.guard_rule_note(run.directory, config)):
         if note is not None:
             log_info(note)
     log_info(f"attention by {backend.attention.name} ({backend.attention.why})")
@@ -68,8 +68,8 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
         "step": run.progress.step,
     }
     args = job.args
-    record |= directory.origin(args.run_dir, args.init_from, args.from_step, args.model_of_weights)
-    directory.write_launch(args.run_dir, config, job.corpus, record)
+    record |= launches.origin(args.run_dir, args.init_from, args.from_step, args.model_of_weights)
+    launches.write_launch(args.run_dir, config, job.corpus, record)
 
 
 def log_data(config: Config, corpus: BlendedDataset) -> None:

@@ -30,7 +30,7 @@ from megatron_ettin.parallel.process_groups import (
     release_store,
 )
 from megatron_ettin.platform import detect
-from megatron_ettin.runs import directory
+from megatron_ettin.runs import launches
 from megatron_ettin.train import resume
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.hooks.checkpointing import Checkpoints, DirectoryCheck
@@ -109,7 +109,7 @@ class Trainer:
         """
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
-        stack.enter_context(directory.locked(args.run_dir, is_main_process=self.is_main_process))
+        stack.enter_context(launches.locked(args.run_dir, is_main_process=self.is_main_process))
         if self.is_main_process and (line := complete_line(config, args.run_dir)):
             log_info(line)
         heartbeat.hang_seconds = config.resilience.hang_seconds
@@ -134,8 +134,8 @@ class Trainer:
         train_state.progress, origin = resume.begin(train_state, args, job.corpus)
         progress = train_state.progress
         batches = Batches.of(config, corpus, train_state.layout, self.platform.device)
-        directory.check_reader(config, job.corpus, corpus)
-        directory.check_skips(args.run_dir, job.corpus, batches.sizes.rows_before(progress.step))
+        launches.check_reader(config, job.corpus, corpus)
+        launches.check_skips(args.run_dir, job.corpus, batches.sizes.rows_before(progress.step))
         run = Run(train_state, batches, args.run_dir, heartbeat, closing=stack)
         stack.enter_context(self.naming_way_back(run))
         heartbeat.enter("first step", step=progress.step, saved_step=progress.step)

@@ -11,7 +11,6 @@ import pytest
 
 from megatron_ettin.cli.main import main
 from megatron_ettin.report.compare import compare
-from megatron_ettin.report.models import models_of
 from megatron_ettin.report.plots import panels
 from tests.report.synthetic import write_run
 from tests.report.test_report import numbers
@@ -51,7 +50,7 @@ def test_compare_phases_named_by_the_alphabet_are_joined_in_training_order(tmp_p
 
 def test_compare_picture_draws_the_evaluation_of_a_short_phase(tmp_path):
     runs = [write_run(tmp_path / phase, phase=phase, steps=60) for phase in ("pretrain", "decay")]
-    losses = dict(panels(models_of(compare(runs).chains)))["loss"]
+    losses = dict(panels(compare(runs).chains))["loss"]
     (validation,) = [curve for curve in losses.curves if curve.label == "validation loss"]
     assert [len(x) for x, _ in validation.segments] == [1, 1]
     assert validation.is_sparse
@@ -188,7 +187,7 @@ def test_compare_later_phase_continues_the_token_axis(tmp_path):
     ]
     comparison = compare(runs)
     assert comparison.verdict == "PAIRED"
-    models = models_of(comparison.chains)
+    models = comparison.chains
     assert models[0].phases == ["pretrain", "decay"]
     first, second = (axes["tokens"] for axes in models[0].axes())
     assert second[0] == first[-1] + 64_001

@@ -11,7 +11,8 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.overrides import check_keys
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 from megatron_ettin.config.science import science_keys
-from megatron_ettin.runs import directory, history, rollback
+from megatron_ettin.runs import launches, rollback
+from megatron_ettin.runs.directory import RunDirectory
 
 RUNTIME = """runtime:
   device: auto
@@ -48,17 +49,16 @@ def older(tmp_path: Path) -> Path:
 
 def test_science_keys_of_an_older_run_are_those_of_today(older: Path) -> None:
     config = parse("17m", "mlm", "pretrain", overrides=["data.skip=[[24, 32]]"])
-    assert history.stored_science_keys(older / "config.yaml") == science_keys(config)
+    assert RunDirectory(older).science == science_keys(config)
 
 
 def test_checkpoint_of_an_older_run_is_accepted(older: Path) -> None:
     config = parse("17m", "mlm", "pretrain", overrides=["data.skip=24:32"])
-    directory.check_checkpoint(older / "checkpoints" / "step_000000003", older, config, ())
+    launches.check_checkpoint(older / "checkpoints" / "step_000000003", older, config, ())
 
 
 def test_older_names_of_allowed_changes_are_those_of_today(older: Path) -> None:
-    (launch,) = history.read_launches(older)
-    assert history.allowed_changes(launch) == ["optim.weight_decay_reference_lr"]
+    assert RunDirectory(older).changes == ["optim.weight_decay_reference_lr"]
 
 
 def test_roll_back_with_the_older_text_is_known_as_done(older: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import list_checkpoints
-from megatron_ettin.runs.directory import check_writable
+from megatron_ettin.runs.launches import check_writable
 from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 

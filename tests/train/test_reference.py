@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import from_yaml
 from megatron_ettin.convert.to_hf import to_hf
-from megatron_ettin.release.chain import PhaseRun
 from megatron_ettin.release.revision import write_initial
+from megatron_ettin.runs.directory import RunDirectory
 from tests.convert.folders import load
 from tests.pool import Pool
 from tests.train.runs import train
@@ -103,7 +103,7 @@ def test_train_losses_match_plain_pytorch(
     config = from_yaml(tmp_path / "run/config.yaml")
     original = recipe == "original"
     assert (config.batch.loss_normalization == "microbatch") == (config.model.output_bias_init == "uniform") == original
-    to_hf(write_initial(PhaseRun.read(tmp_path / "run"), tmp_path / "initial"), tmp_path / "hf")
+    to_hf(write_initial(RunDirectory(tmp_path / "run"), tmp_path / "initial"), tmp_path / "hf")
     assert (
         main(["order", str(tmp_path / "run"), "--steps", f"1:{STEPS + 1}", "--batches", str(tmp_path / "seen.npz")])
         == 0
