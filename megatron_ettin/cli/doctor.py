@@ -107,15 +107,13 @@ def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
 def show(found: list[Finding], as_json: bool, seconds: float) -> None:
     """Print the findings: an object for scripts, a table on a terminal, plain lines elsewhere."""
     from megatron_ettin.base.versions import code_version
-    from megatron_ettin.doctor.findings import STATES, worst
+    from megatron_ettin.doctor.findings import count_states, worst
 
     if as_json:
         answer = {"host": socket.gethostname(), "version": code_version(), "state": worst(found), "seconds": seconds}
         print(json.dumps({**answer, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=1))
         return
-    counts = {state: sum(finding.state == state for finding in found) for state in STATES}
-    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    last = f"{socket.gethostname()}: {summary}" + (f" ({seconds:.1f} s)" if seconds else "")
+    last = f"{socket.gethostname()}: {count_states(found)}" + (f" ({seconds:.1f} s)" if seconds else "")
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         draw(found, last)
         return

@@ -119,15 +119,15 @@ def _apex(has_gpu: bool) -> Finding:
     These run in fp32, and in any precision without Transformer Engine, whose layers accumulate weight gradients
     themselves.
     """
-    kind, te = inventory.apex_kind(), version_of("transformer-engine")
+    variant, te = inventory.apex_kind(), version_of("transformer-engine")
     has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)
-    if kind == "other":
+    if variant == "other":
         text = f"the installed `apex` {version_of('apex') or ''} is not NVIDIA's but PyPI's toolkit for web sites"
         todo = "pip uninstall apex; NVIDIA's comes with its containers or from github.com/NVIDIA/apex, never from PyPI"
         return warning("apex", text, todo)
     is_whole = inventory.apex_adds_gradients()
     state = "NVIDIA's" if is_whole else "absent"
-    if kind is not None and not is_whole:
+    if variant is not None and not is_whole:
         state = "NVIDIA's, without fused_weight_gradient_mlp_cuda (built without --cuda_ext)"
     if not has_gpu:
         return ok("apex", f"{state}; {NOT_HERE}")

@@ -1,4 +1,4 @@
-"""Describe what `ettin doctor` finds: one line each, and what to do where something is wrong."""
+"""Hold what `ettin doctor` finds: one line each, and what to do where something is wrong."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def problem(name: str, text: str, todo: str, **figures: Any) -> Finding:
 def worst(findings: Iterable[Finding]) -> str:
     """Return the worst state of all; `ok` of none."""
     return max((finding.state for finding in findings), key=STATES.index, default="ok")
+
+
+def count_states(findings: Iterable[Finding]) -> str:
+    """Return how many findings have each state: `12 ok, 1 warning`."""
+    states = [finding.state for finding in findings]
+    return ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
 
 
 def format_flops(rate: float) -> str:

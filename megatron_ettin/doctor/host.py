@@ -32,7 +32,7 @@ def host_findings() -> list[Finding]:
 
 def usable_cpus() -> int:
     """Return the number of CPUs that this process may run on; a job may have fewer than the host."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _threads() -> Finding:

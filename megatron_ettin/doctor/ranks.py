@@ -51,11 +51,11 @@ def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding
     Args:
         env: this rank.
         platform: its device.
-        own: what this rank has found by itself.
+        own: findings of this rank alone.
         quick: measure nothing.
 
     Returns:
-        The same list on every rank, unless they do not meet; warnings and problems that other hosts found by themselves
+        The same list on every rank, unless they do not meet; warnings and problems of other hosts alone
         are in it with their hosts.
     """
     try:
@@ -66,16 +66,16 @@ def rank_findings(env: DistributedEnv, platform: Platform, own: Sequence[Finding
     try:
         measured = None if quick else products_finding(platform)
         hosts = all_gather_object(socket.gethostname())
-        found = [ok("rendezvous", f"{env.world} ranks by {env.source}; hosts: {len(set(hosts))}")]
-        found += _differences(hosts, all_gather_object(_facts(platform)))
+        findings = [ok("rendezvous", f"{env.world} ranks by {env.source}; hosts: {len(set(hosts))}")]
+        findings += _differences(hosts, all_gather_object(_facts(platform)))
         barrier()
-        found.append(judge_clocks(hosts, all_gather_object(time.time())))
+        findings.append(judge_clocks(hosts, all_gather_object(time.time())))
         if measured is not None:
-            found.append(judge_rates(hosts, all_gather_object(measured)))
+            findings.append(judge_rates(hosts, all_gather_object(measured)))
         seconds = 0.0 if quick else GPU_SECONDS if platform.is_gpu else CPU_SECONDS
         sums = all_gather_object(all_reduce_finding(all_reduces(platform, seconds), platform))
-        found.append(next((one for one in sums if one.state != "ok"), sums[0]))
-        return found + _on_other_hosts(hosts, all_gather_object(list(own)))
+        findings.append(next((one for one in sums if one.state != "ok"), sums[0]))
+        return findings + _on_other_hosts(hosts, all_gather_object(list(own)))
     except RuntimeError as error:
         # a rank died, or a network is cut
         text = f"rank {env.rank}: {first_line(error)[:200]}"
@@ -100,14 +100,14 @@ def _facts(platform: Platform) -> dict[str, str]:
 
 def _differences(hosts: list[str], facts: list[dict[str, str]]) -> list[Finding]:
     """Return a finding for each fact in which ranks differ; different code or libraries end a run."""
-    found = []
+    findings = []
     for name in facts[0]:
         line = first_difference(hosts, [{name: fact[name]} for fact in facts])
         if line is not None and name in ("code of megatron_ettin", "libraries"):
-            found.append(problem("ranks alike", line, "one environment on a file system that all share"))
+            findings.append(problem("ranks alike", line, "one environment on a file system that all share"))
         elif line is not None:
-            found.append(warning("ranks alike", line, "start them with the same environment, on the same hardware"))
-    return found or [ok("ranks alike", f"the same {', '.join(facts[0])}")]
+            findings.append(warning("ranks alike", line, "start them with the same environment, on the same hardware"))
+    return findings or [ok("ranks alike", f"the same {', '.join(facts[0])}")]
 
 
 def judge_clocks(hosts: Sequence[str], now: Sequence[float]) -> Finding:
@@ -141,30 +141,30 @@ def judge_rates(hosts: Sequence[str], measured: Sequence[Finding]) -> Finding:
 
 def _on_other_hosts(hosts: list[str], every: list[list[Finding]]) -> list[Finding]:
     """Return warnings and problems of hosts other than rank 0's, once for each host."""
-    found: dict[tuple[str, str, str], Finding] = {}
-    for host, findings in zip(hosts, every, strict=True):
-        for finding in findings if host != hosts[0] else ():
+    findings: dict[tuple[str, str, str], Finding] = {}
+    for host, own in zip(hosts, every, strict=True):
+        for finding in own if host != hosts[0] else ():
             if finding.state in ("warning", "problem"):
                 named = dataclasses.replace(finding, name=f"{host}: {finding.name}")
-                found.setdefault((host, finding.name, finding.text), named)
-    return list(found.values())
+                findings.setdefault((host, finding.name, finding.text), named)
+    return list(findings.values())
 
 
 def single_rank_findings() -> list[Finding]:
     """Check products on each GPU in turn (or the CPU), and an all-reduce over one rank, which starts the backend."""
     count = max(gpu_count(), 1)
-    found = [products_finding(detect("auto", index), index if count > 1 else None, count) for index in range(count)]
+    findings = [products_finding(detect("auto", index), index if count > 1 else None, count) for index in range(count)]
     platform = detect("auto", 0)
     try:
         init_process_group(DistributedEnv(0, 1, 0, None, 0, "alone"), platform)
         try:
-            found.append(all_reduce_finding(all_reduces(platform, 0.0), platform))
+            findings.append(all_reduce_finding(all_reduces(platform, 0.0), platform))
         finally:
             destroy_process_group()
     except RuntimeError as error:
         todo = "NCCL_DEBUG=INFO logs more; is the library's version that of torch?"
-        found.append(problem("all-reduce", f"{platform.backend} does not start: {first_line(error)}", todo))
-    return found
+        findings.append(problem("all-reduce", f"{platform.backend} does not start: {first_line(error)}", todo))
+    return findings
 
 
 def products_finding(platform: Platform, index: int | None = None, devices: int = 1) -> Finding:
