@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Set
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.plan.hardware import GpuSpec
-    from megatron_ettin.plan.step_time import Constants
+    from megatron_ettin.plan.step_time import StepModel
 
 POSITIVE = (
     *("gpus", "gpus_per_node", "chunk_tokens", "price", "top"),
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
     from megatron_ettin.plan.search import efficiency, limit_to_relax, nearest_miss, search
-    from megatron_ettin.plan.step_time import PUBLISHED, usual_chunk_tokens
+    from megatron_ettin.plan.step_time import PUBLISHED, StepModel, usual_chunk_tokens
 
     for key in POSITIVE:
         value = getattr(args, key)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     runs = runs or calibration.published_runs()
     errors = calibration.prediction_errors(runs, constants)
     chunk_tokens = min(args.chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
-    node = args.gpus_per_node or gpu.gpus_per_node
+    model = StepModel(gpu, args.gpus_per_node or gpu.gpus_per_node, chunk_tokens, constants)
     if not args.scale:
         for key in ("curve", "picture"):
             if getattr(args, key):
@@ -91,35 +92,34 @@ def run(args: argparse.Namespace) -> None:
     elif args.gpus is not None:
         raise UserError("--gpus: cannot be used with --scale, which has its own numbers of GPUs; remove one of the two")
     else:
-        print_scaling(args, config, gpu, constants, errors, chunk_tokens, node, given)
+        print_scaling(args, config, model, errors, given)
         return
     if args.gpus is None:
         raise UserError("--gpus: missing; give a number of GPUs, or --scale FIRST:LAST")
-    found, rejected = search(config, args.gpus, gpu, constants, chunk_tokens, node, given)
-    if not found:
+    layouts, rejected = search(config, args.gpus, model, given)
+    if not layouts:
         nearest = nearest_miss(rejected)
         relax = limit_to_relax(nearest.partition(": ")[2], config, args.gpus)
         raise UserError(f"--gpus {args.gpus}: no valid layout; the nearest: {nearest}{relax}")
-    compared = efficiency(found[0], config, constants, chunk_tokens, node, given)
+    compared = efficiency(layouts[0], config, model, given)
     if not args.json:
-        table.print_plan(found, rejected, gpu, args.top, args.price, errors, compared)
+        table.print_plan(layouts, rejected, args.top, args.price, errors, compared)
         return
     answer = {
         "gpu": vars(gpu),
         "constants": vars(constants),
         "calibration": errors,
-        "phase": table.phase_cost(found[0], args.price),
+        "phase": table.phase_cost(layouts[0], args.price),
         "efficiency": None if compared is None else {"over_gpus": compared[0], "share": compared[1]},
-        "layouts": [one.to_json() for one in found],
+        "layouts": [one.to_json() for one in layouts],
         "rejected": [vars(one) for one in rejected],
     }
     print(json.dumps(answer, indent=1))
 
 
 def print_scaling(
-    args: argparse.Namespace, config: Config, gpu: GpuSpec, constants: Constants, errors: list[dict[str, Any]],
-    chunk_tokens: float, node: int, given: Set[str],
-) -> None:  # fmt: skip
+    args: argparse.Namespace, config: Config, model: StepModel, errors: list[dict[str, Any]], given: Set[str]
+) -> None:
     """Print the rows from few to many GPUs as a table or JSON, and draw them if asked for."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.plan import scaling
@@ -129,20 +129,20 @@ def print_scaling(
     numbers = scaling.parse_gpu_counts(args.scale)
     growth = scaling.read_curve(args.curve) if args.curve else ScalingCurve(8)
     failures = FailureModel(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
-    rows = scaling.scaling_rows(
-        config, gpu, numbers, growth, failures, constants, chunk_tokens, node, given, args.price
-    )
+    rows = scaling.scaling_rows(config, model, numbers, growth, failures, given)
+    if args.price is not None:
+        rows = [dataclasses.replace(row, cost=row.gpu_hours * args.price) for row in rows]
     if args.picture:
         try:
-            args.picture.write_bytes(scaling.picture(rows, f"{args.size} {args.objective} on {gpu.name}"))
+            args.picture.write_bytes(scaling.picture(rows, f"{args.size} {args.objective} on {model.gpu.name}"))
         except OSError as error:
             raise UserError(f"--picture {args.picture}: {error.strerror}") from None
     if not args.json:
         print("\n".join([scaling.table(rows), *calibration_lines(errors)]))
         return
     answer = {
-        "gpu": vars(gpu),
-        "constants": vars(constants),
+        "gpu": vars(model.gpu),
+        "constants": vars(model.constants),
         "calibration": errors,
         "growth": vars(growth),
         "failures": vars(failures),

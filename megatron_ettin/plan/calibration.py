@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
@@ -26,10 +27,11 @@ from megatron_ettin.plan.step_time import (
     PUBLISHED,
     PUBLISHED_CHUNK_TOKENS,
     Constants,
-    busiest_rank_work,
-    predict,
+    StepModel,
     usual_chunk_tokens,
 )
+
+Array = npt.NDArray[np.float64]
 
 REQUIRED_KEYS = ("size", "gpus", "tokens_per_second_per_gpu")
 RUN_KEYS = (*REQUIRED_KEYS, "objective", "phase", "gpu", "gpus_per_node", "chunk_tokens", "words")
@@ -49,28 +51,24 @@ class MeasuredRun:
     name: str
     config: Config
     gpus: int
-    gpu: GpuSpec
-    node: int
-    """Number of GPUs per node."""
-    chunk_tokens: float
-    """Mean tokens of a chunk."""
+    model: StepModel
     tokens_per_second_per_gpu: float
 
     @property
     def dp(self) -> int:
-        """Data-parallel degree."""
+        """Return the data-parallel degree."""
         return check_layout(self.config, self.gpus)
 
     @property
     def step_seconds(self) -> float:
-        """Measured seconds of a step."""
+        """Return the measured seconds of a step."""
         tokens = self.config.batch.global_batch_rows * self.config.data.seq_len
         return tokens / self.gpus / self.tokens_per_second_per_gpu
 
     def predicted(self, constants: Constants) -> float:
         """Return the predicted tokens per second of each GPU."""
-        time = predict(self.config, self.gpu, self.dp, self.chunk_tokens, constants, self.node).total
-        return self.tokens_per_second_per_gpu * self.step_seconds / time
+        time = dataclasses.replace(self.model, constants=constants).predict(self.config, self.dp)
+        return self.tokens_per_second_per_gpu * self.step_seconds / time.total
 
 
 def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[MeasuredRun]:
@@ -90,17 +88,17 @@ def read_runs(path: Path, gpu: GpuSpec, own: Path | None = None) -> list[Measure
     rows = [row for row in rows if not isinstance(row, dict) or row.get("state", "done") == "done"]
     if not rows:
         raise UserError(f"--calibrate {path}: holds no runs")
-    found = []
+    runs = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(_parse_run(_from_bench_row(row, own), gpu, own))
+            runs.append(_parse_run(_from_bench_row(row, own), gpu, own))
         except UserError as error:
             raise UserError(f"--calibrate {path}: run {number}: {error}") from None
     # overrides that not all runs share tell their names apart
     overrides = [row.get("words", []) for row in rows]
     common = set.intersection(*map(set, overrides))
-    names = (" ".join([run.name, *(one for one in own if one not in common)]) for run, own in zip(found, overrides))
-    return [dataclasses.replace(run, name=name) for run, name in zip(found, names)]
+    names = (" ".join([run.name, *(one for one in own if one not in common)]) for run, own in zip(runs, overrides))
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
 
 
 def _from_bench_row(row: Any, own: Path | None) -> Any:
@@ -111,14 +109,13 @@ def _from_bench_row(row: Any, own: Path | None) -> Any:
         raise UserError(f"is not a complete line of `ettin bench`: it has no {lacking[0]}")
     _check_types({"words": row["words"], "gpu": row["device"]})
     batch = [f"batch.micro_batch_rows={row['micro_batch_rows']}", f"batch.global_batch_rows={row['global_batch_rows']}"]
-    found = {key: row[key] for key in BENCH_KEYS}
-    found |= {"words": [*row["words"], *batch, "batch.warmup_tokens=0"]}
-    chunk = row.get("attended_chunk_tokens") or row.get("chunk_tokens")
-    found |= {"chunk_tokens": chunk} if chunk else {}
+    run = {key: row[key] for key in BENCH_KEYS} | {"words": [*row["words"], *batch, "batch.warmup_tokens=0"]}
+    if chunk := row.get("attended_chunk_tokens") or row.get("chunk_tokens"):
+        run["chunk_tokens"] = chunk
     names = sorted({**ALIASES, **read_table(TABLE), **(read_table(own) if own else {})}, key=len, reverse=True)
     device = row["device"].lower().replace(" ", "-")
     known = next((name for name in names if name in device), None)
-    return found | ({"gpu": known} if known is not None else {})
+    return run | ({"gpu": known} if known is not None else {})
 
 
 def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
@@ -130,18 +127,16 @@ def _parse_run(row: Any, gpu: GpuSpec, own: Path | None) -> MeasuredRun:
     config = parse(
         row["size"], row.get("objective", "mlm"), row.get("phase", "pretrain"), overrides=row.get("words", [])
     )
+    check_layout(config, row["gpus"])
     gpu = find_gpu(row["gpu"], own) if "gpu" in row else gpu
-    found = MeasuredRun(
+    chunk_tokens = row.get("chunk_tokens", usual_chunk_tokens(config))
+    return MeasuredRun(
         name=f"{row['size']} {config.run.objective} on {row['gpus']}",
         config=config,
         gpus=row["gpus"],
-        gpu=gpu,
-        node=row.get("gpus_per_node", gpu.gpus_per_node),
-        chunk_tokens=row.get("chunk_tokens", usual_chunk_tokens(config)),
+        model=StepModel(gpu, row.get("gpus_per_node", gpu.gpus_per_node), chunk_tokens),
         tokens_per_second_per_gpu=row["tokens_per_second_per_gpu"],
     )
-    check_layout(config, found.gpus)
-    return found
 
 
 def _check_types(row: dict[str, Any]) -> None:
@@ -164,20 +159,18 @@ def fit_constants(runs: list[MeasuredRun]) -> Constants:
     rows, wanted = [], []
     unfitted = Constants(0.0, 0.0, 0.0, PUBLISHED.step_seconds)
     for run in runs:
-        rest = predict(run.config, run.gpu, run.dp, run.chunk_tokens, unfitted, run.node).total
+        rest = dataclasses.replace(run.model, constants=unfitted).predict(run.config, run.dp).total
         pp, vpp = run.config.parallel.pp, run.config.parallel.vpp
-        work = busiest_rank_work(run.config, run.gpu, run.dp, run.chunk_tokens)
-        count = micro_batches(run.config, run.dp)
         # the bubble is made of what is fitted
-        longer = 1 + (pp - 1) / (vpp * count)
-        amounts = np.array([work.operations, work.traffic, work.token_layers, work.micro_batches]) * longer
-        rows.append(amounts / run.step_seconds)
+        longer = 1 + (pp - 1) / (vpp * micro_batches(run.config, run.dp))
+        work = np.array(run.model.busiest_rank_work(run.config, run.dp))
+        rows.append(work * longer / run.step_seconds)
         wanted.append(max(0.0, 1 - rest / run.step_seconds))
     best = _non_negative(np.array(rows), np.array(wanted))
     return Constants(float(best[0]), float(best[2]), float(best[1]), PUBLISHED.step_seconds, float(best[3]))
 
 
-def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _non_negative(a: Array, b: Array) -> Array:
     """Return the non-negative x of least |a x - b|, found over every choice of columns."""
     best, least = np.zeros(a.shape[1]), float("inf")
     for choice in CHOICES:
@@ -203,16 +196,9 @@ def published_runs() -> list[MeasuredRun]:
 
 def prediction_errors(runs: list[MeasuredRun], constants: Constants) -> list[dict[str, Any]]:
     """Return the measured and predicted tokens per second of each run, and the error in percent of the measured."""
-    rows = []
+    errors = []
     for run in runs:
-        predicted = run.predicted(constants)
-        measured = run.tokens_per_second_per_gpu
-        rows.append(
-            {
-                "run": run.name,
-                "measured": measured,
-                "predicted": predicted,
-                "error_percent": 100 * (predicted / measured - 1),
-            }
-        )
-    return rows
+        measured, predicted = run.tokens_per_second_per_gpu, run.predicted(constants)
+        shares = {"measured": measured, "predicted": predicted, "error_percent": 100 * (predicted / measured - 1)}
+        errors.append({"run": run.name, **shares})
+    return errors

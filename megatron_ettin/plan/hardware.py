@@ -37,14 +37,17 @@ class GpuSpec:
 
     @property
     def flops(self) -> float:
+        """Return the operations per second at the dense bf16 peak."""
         return self.bf16_tflops * 1e12
 
     @property
     def memory_bytes(self) -> int:
+        """Return the size of the memory."""
         return int(self.memory_gib * 2**30)
 
     @property
     def bytes_per_second(self) -> float:
+        """Return the bandwidth of the memory."""
         return self.memory_tb_per_s * 1e12
 
     def ring_rate(self, ranks: int, stride: int, node: int) -> float:
@@ -82,12 +85,12 @@ def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
     """Return the GPU model of that name. Raises UserError with the names that there are."""
     table = read_table(TABLE) | (read_table(own_file) if own_file is not None else {})
     wanted = name.lower()
-    found = table.get(ALIASES.get(wanted, wanted))
-    if found is None:
+    gpu = table.get(ALIASES.get(wanted, wanted))
+    if gpu is None:
         raise UserError(
             f"--gpu {name}: not known{nearest(wanted, [*ALIASES, *table])}; known: {', '.join(table)} (or --gpus-file)"
         )
-    return found
+    return gpu
 
 
 def read_table(path: Path) -> dict[str, GpuSpec]:

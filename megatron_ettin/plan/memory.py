@@ -38,6 +38,7 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
+        """Return the sum of all parts."""
         return sum(asdict(self).values())
 
 
@@ -47,7 +48,7 @@ def estimate(config: Config, dp: int, on_gpu: bool = True) -> Memory:
     That is the first, which has most micro-batches in flight, or the last, which has the head.
     """
     ranks = {0, config.parallel.pp - 1}
-    return max((rank_memory(config, dp, rank, on_gpu) for rank in ranks), key=lambda found: found.total_bytes)
+    return max((rank_memory(config, dp, rank, on_gpu) for rank in ranks), key=lambda memory: memory.total_bytes)
 
 
 def rank_memory(config: Config, dp: int, pp_rank: int, on_gpu: bool = True) -> Memory:
@@ -220,6 +221,7 @@ def reach_tokens(config: Config, causal: bool) -> int:
 
 
 def row_objectives(config: Config) -> tuple[str, ...]:
+    """Return the names of the objectives that rows of the run may have."""
     return OBJECTIVES[config.run.objective].row_objectives
 
 

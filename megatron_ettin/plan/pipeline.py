@@ -2,15 +2,15 @@
 
 Every rank runs its passes in the order of core's schedules (1F1B, arXiv 2104.04473 figure 4; with several model
 chunks per rank, interleaved), each as soon as the rank is free and its input has arrived. Where all stages take the
-same time, this gives the closed form of the bubble, (pp - 1) / (vpp x micro-batches). With unequal stages, transfers,
-or ranks that are slow at times, the closed form is wrong.
+same time, this gives the closed form of the bubble, (pp - 1) / (vpp x micro-batches). With unequal stages or
+transfers the closed form is wrong.
 
 Empty row slots are those of a whole run's micro-batches, the batch warm-up's smaller steps included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ettin.config.layouts import RowSplit, full_batch_split, has_fixed_shapes, micro_batch_group
@@ -29,11 +29,6 @@ class SimulatedStep:
     seconds: float
     busy_seconds: tuple[float, ...]
     """Seconds that each rank computes."""
-
-    @property
-    def bubble(self) -> float:
-        """Share of the step that the busiest rank waits."""
-        return 1 - max(self.busy_seconds) / self.seconds
 
 
 def order_of_passes(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Pass]:
@@ -82,7 +77,6 @@ def simulate(
     micro_batches: int,
     ranks: int,
     hop_seconds: float = 0.0,
-    slowness: Callable[[int, int], float] | None = None,
 ) -> SimulatedStep:
     """Simulate a step over stages in model order (rank r has stages r, r + ranks, ...).
 
@@ -92,7 +86,6 @@ def simulate(
         micro_batches: number of micro-batches.
         ranks: number of pipeline ranks.
         hop_seconds: to send a micro-batch to the next stage.
-        slowness: factor on the seconds of a pass, by rank and the pass's number.
     """
     stages, chunks = len(forward_seconds), len(forward_seconds) // ranks
     orders = [order_of_passes(rank, ranks, chunks, micro_batches) for rank in range(ranks)]
@@ -110,7 +103,6 @@ def simulate(
                 if ready is None:
                     break
                 took = (forward_seconds if direction == FORWARD else backward_seconds)[stage]
-                took *= slowness(rank, next_pass[rank]) if slowness is not None else 1.0
                 free[rank] = max(free[rank], ready) + took
                 busy[rank] += took
                 done[direction, stage, micro_batch] = free[rank]

@@ -27,10 +27,9 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.layouts import micro_batches
 from megatron_ettin.config.schema import Config
-from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.pipeline import simulate
 from megatron_ettin.plan.search import Planned, nearest_miss, search
-from megatron_ettin.plan.step_time import Constants, hop_seconds, stage_work
+from megatron_ettin.plan.step_time import StepModel
 from megatron_ettin.plan.table import layout_name
 
 # number of GPUs at which the growth's two parts are given, relative to the smallest measured number
@@ -74,11 +73,11 @@ class ScalingCurve:
         return 1 + self.latency_seconds(gpus, 1.0) / (self.step_seconds or 1.0) + self.slowest_at(gpus)
 
 
-def _growth_terms(gpus: np.ndarray, first: int) -> np.ndarray:
+def _growth_terms(gpus: plots.Values, first: int) -> plots.Values:
     """Return both terms at each number of GPUs, [n, 2]: 0 at `first` and 1 at AT_GPUS."""
     linear = (gpus - first) / (AT_GPUS - first)
 
-    def largest(n: np.ndarray | float) -> Any:
+    def largest(n: plots.Values | float) -> Any:
         """Approximate the largest of n standard normal draws."""
         return np.sqrt(2 * np.log(np.maximum(n, 1.0)))
 
@@ -201,54 +200,86 @@ def read_curve(path: Path) -> ScalingCurve:
 
 
 def scaling_rows(
-    config: Config, gpu: GpuSpec, numbers: Sequence[int], growth: ScalingCurve, failures: FailureModel,
-    constants: Constants, chunk_tokens: float, node: int, given: Set[str] = frozenset(), price: float | None = None,
-) -> list[ScalingRow]:  # fmt: skip
-    """Predict the run on each number of GPUs that has a valid layout. Raises UserError where none has."""
+    config: Config,
+    model: StepModel,
+    numbers: Sequence[int],
+    growth: ScalingCurve,
+    failures: FailureModel,
+    given: Set[str] = frozenset(),
+) -> list[ScalingRow]:
+    """Predict the run on each of the rising numbers of GPUs that has a valid layout; `given` keys keep their values.
+
+    Raises:
+        UserError: no number has a valid layout, or failures leave nothing of the run.
+    """
     if growth.latency is not None:
         # with the links' own latencies the measured one would count twice
-        gpu = dataclasses.replace(gpu, link_us=0.0, network_us=0.0)
+        model = dataclasses.replace(model, gpu=dataclasses.replace(model.gpu, link_us=0.0, network_us=0.0))
     rows_a_gpu = max(1, config.batch.global_batch_rows // AT_GPUS)
     lacking: list[str] = []
 
-    def fastest(one: Config, gpus: int) -> Planned | None:
-        found, rejected = search(one, gpus, gpu, constants, chunk_tokens, node, given)
-        if not found:
+    def fastest(gpus: int, weak: bool) -> Planned | None:
+        scaled = config.with_keys({"batch.global_batch_rows": rows_a_gpu * gpus}) if weak else config
+        layouts, rejected = search(scaled, gpus, model, given)
+        if not layouts:
             lacking.append(f"{gpus}: {nearest_miss(rejected)}")
-        return found[0] if found else None
+        return layouts[0] if layouts else None
 
-    def weak(gpus: int) -> Planned | None:
-        return fastest(config.with_keys({"batch.global_batch_rows": rows_a_gpu * gpus}), gpus)
-
-    base = weak(growth.first)
+    base = fastest(growth.first, weak=True)
     rows: list[ScalingRow] = []
     for gpus in numbers:
-        found = fastest(config, gpus), weak(gpus)
-        if found[0] is None or found[1] is None:
+        strong, weak = fastest(gpus, weak=False), fastest(gpus, weak=True)
+        if strong is None or weak is None:
             continue
-        speeds = [
-            one.config.batch.global_batch_rows
-            * one.row_tokens
-            / gpus
-            / step_seconds(one, constants, node, growth, (base or one).time.total)
-            for one in found
-            if one is not None
-        ]
+        seconds = step_seconds(strong, model, growth, (base or strong).time.total)
+        speed = _step_tokens(strong) / gpus / seconds
+        weak_speed = _step_tokens(weak) / gpus / step_seconds(weak, model, growth, (base or weak).time.total)
         if growth.latency is not None and base is not None:
-            speeds[1] = base.tokens_per_second_per_gpu / growth.factor(gpus)
-        rows.append(_row(config, found[0], gpus, speeds, rows[0] if rows else None, failures, price))
+            weak_speed = base.tokens_per_second_per_gpu / growth.factor(gpus)
+        kept = _usable_goodput(failures, gpus)
+        phase_seconds = config.run.tokens / (speed * gpus * kept)
+        rows.append(
+            ScalingRow(
+                gpus=gpus,
+                layout=layout_name(strong),
+                strong_tokens_per_second_per_gpu=speed,
+                strong_efficiency=speed / rows[0].strong_tokens_per_second_per_gpu if rows else 1.0,
+                weak_tokens_per_second_per_gpu=weak_speed,
+                weak_efficiency=weak_speed / rows[0].weak_tokens_per_second_per_gpu if rows else 1.0,
+                step_seconds=seconds,
+                goodput=kept,
+                checkpoint_every_seconds=best_interval(failures, gpus),
+                phase_days=phase_seconds / 86_400,
+                gpu_hours=phase_seconds / 3600 * gpus,
+            )
+        )
     if not rows:
         raise UserError(f"--scale: none of {numbers[0]} to {numbers[-1]} GPUs has a valid layout; {lacking[-1]}")
     return rows
 
 
-def step_seconds(one: Planned, constants: Constants, node: int, growth: ScalingCurve, first_seconds: float) -> float:
+def _usable_goodput(failures: FailureModel, gpus: int) -> float:
+    """Return the goodput. Raises UserError where it is next to nothing."""
+    kept = goodput(failures, gpus)
+    if kept < LEAST_GOODPUT:
+        raise UserError(
+            f"--scale: one of {gpus} GPUs fails every {failures.mean_seconds(gpus):.3g} s, so nothing is kept; relax"
+            " --mtbf-hours, --checkpoint-seconds or --restart-seconds"
+        )
+    return kept
+
+
+def _step_tokens(one: Planned) -> float:
+    """Return the tokens of a step."""
+    return one.config.batch.global_batch_rows * one.row_tokens
+
+
+def step_seconds(one: Planned, model: StepModel, growth: ScalingCurve, first_seconds: float) -> float:
     """Return the seconds of a step of a layout, the wait for the slowest rank included.
 
     Args:
         one: the layout.
-        constants: of the step model.
-        node: GPUs per host.
+        model: what predicted it.
         growth: how steps grow with the number of GPUs.
         first_seconds: of a step on the curve's first number of GPUs.
     """
@@ -260,10 +291,10 @@ def step_seconds(one: Planned, constants: Constants, node: int, growth: ScalingC
     # seconds of the busiest rank's passes
     within = one.time.compute + one.time.exposed_tp + one.time.exposed_cp
     rest = one.time.total - within - one.time.bubble - one.time.exposed_pp
-    stages = [constants.seconds(stage) for stage in stage_work(one.config, one.gpu, one.dp, one.chunk_tokens)]
+    stages = [model.constants.seconds(stage) for stage in model.stage_work(one.config, one.dp)]
     busiest = max(sum(stages[rank :: parallel.pp]) for rank in range(parallel.pp))
     stages = [slower * within / count * seconds / busiest for seconds in stages]
-    hop = hop_seconds(one.config, one.gpu, one.dp, node)
+    hop = model.hop_seconds(one.config, one.dp)
     return rest + latency + simulated_seconds(stages, count, parallel.pp, parallel.recompute == "full", hop)
 
 
@@ -274,37 +305,10 @@ def simulated_seconds(stages: Sequence[float], count: int, ranks: int, recompute
     """
     few = min(count, SIMULATED_GROUPS * ranks + count % ranks)
     forward = 1 / 4 if recompute else 1 / 3
-    found = simulate(
+    step = simulate(
         [forward * seconds for seconds in stages], [(1 - forward) * seconds for seconds in stages], few, ranks, hop
     )
-    return found.seconds + (count - few) * max(found.busy_seconds) / few
-
-
-def _row(
-    config: Config, strong: Planned, gpus: int, speeds: Sequence[float], first: ScalingRow | None,
-    failures: FailureModel, price: float | None,
-) -> ScalingRow:  # fmt: skip
-    kept = goodput(failures, gpus)
-    if kept < LEAST_GOODPUT:
-        raise UserError(
-            f"--scale: one of {gpus} GPUs fails every {failures.mean_seconds(gpus):.3g} s, so nothing is kept; relax"
-            " --mtbf-hours, --checkpoint-seconds or --restart-seconds"
-        )
-    seconds = config.run.tokens / (speeds[0] * gpus * kept)
-    return ScalingRow(
-        gpus=gpus,
-        layout=layout_name(strong),
-        strong_tokens_per_second_per_gpu=speeds[0],
-        strong_efficiency=speeds[0] / first.strong_tokens_per_second_per_gpu if first else 1.0,
-        weak_tokens_per_second_per_gpu=speeds[1],
-        weak_efficiency=speeds[1] / first.weak_tokens_per_second_per_gpu if first else 1.0,
-        step_seconds=strong.config.batch.global_batch_rows * strong.row_tokens / gpus / speeds[0],
-        goodput=kept,
-        checkpoint_every_seconds=best_interval(failures, gpus),
-        phase_days=seconds / 86_400,
-        gpu_hours=seconds / 3600 * gpus,
-        cost=None if price is None else seconds / 3600 * gpus * price,
-    )
+    return step.seconds + (count - few) * max(step.busy_seconds) / few
 
 
 def table(rows: Sequence[ScalingRow]) -> str:

@@ -15,7 +15,7 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import tensor_parallel_degrees
 from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.memory import Memory, estimate
-from megatron_ettin.plan.step_time import Constants, StepTime, operations_per_token, predict
+from megatron_ettin.plan.step_time import StepModel, StepTime, operations_per_token
 
 # the rest is the driver's, NCCL's and the allocator's gaps
 USABLE_MEMORY = 0.92
@@ -49,12 +49,12 @@ class Planned:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Predicted tokens per second of each GPU."""
+        """Return the predicted tokens per second of each GPU."""
         return self.config.batch.global_batch_rows * self.row_tokens / self.time.total / self.gpus
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilisation relative to the dense bf16 peak, whatever the precision."""
+        """Return the model FLOP utilisation relative to the dense bf16 peak, whatever the precision."""
         return operations_per_token(self.config, self.chunk_tokens) * self.tokens_per_second_per_gpu / self.gpu.flops
 
     def to_json(self) -> dict[str, Any]:
@@ -85,9 +85,8 @@ class RejectedLayout:
 
 
 def search(
-    config: Config, gpus: int, gpu: GpuSpec, constants: Constants, chunk_tokens: float, node: int,
-    given: Set[str] = frozenset(),
-) -> tuple[list[Planned], list[RejectedLayout]]:  # fmt: skip
+    config: Config, gpus: int, model: StepModel, given: Set[str] = frozenset()
+) -> tuple[list[Planned], list[RejectedLayout]]:
     """Return the valid layouts, fastest first, and the others with their reasons.
 
     For each combination of degrees the best micro-batch is kept. Recomputation is tried only where the run does not
@@ -96,15 +95,12 @@ def search(
     Args:
         config: the run.
         gpus: number of GPUs.
-        gpu: their model.
-        constants: of the step model.
-        chunk_tokens: mean tokens of a chunk.
-        node: GPUs per host.
+        model: what predicts a step on these GPUs.
         given: keys that keep their values, also default ones.
     """
-    found, rejected = [], []
+    valid, rejected = [], []
     open_recompute = config.parallel.recompute == "none" and "parallel.recompute" not in given
-    for degrees in candidate_degrees(config, gpus, node, given):
+    for degrees in candidate_degrees(config, gpus, model.node, given):
         name = " ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1 or axis == "tp")
         options, reasons = [], []
         dp = gpus // math.prod(degrees[axis] for axis in ("tp", "cp", "pp"))
@@ -114,22 +110,22 @@ def search(
         for recompute in ("none", "full") if open_recompute else (config.parallel.recompute,):
             for rows in sizes:
                 try:
-                    one = apply_layout(config, degrees, rows, recompute, node, given)
-                    options.append(predict_layout(one, gpus, gpu, constants, chunk_tokens, node))
+                    one = apply_layout(config, degrees, rows, recompute, model.node, given)
+                    options.append(predict_layout(one, gpus, model))
                 except UserError as error:
                     reasons.append(str(error))
             if options:
                 break
         if options:
-            found.append(min(options, key=lambda one: one.time.total))
+            valid.append(min(options, key=lambda one: one.time.total))
         else:
             rejected.append(RejectedLayout(name, nearest_reason(reasons)))
-    if not found and not rejected:
+    if not valid and not rejected:
         own = config.parallel
         name = f"tp {own.tp} pp {own.pp} cp {own.cp}"
         rejected.append(RejectedLayout(name, f"needs {own.tp * own.pp * own.cp} GPUs, there are {gpus}"))
-    found.sort(key=lambda one: one.time.total)
-    return found, rejected
+    valid.sort(key=lambda one: one.time.total)
+    return valid, rejected
 
 
 def nearest_reason(reasons: list[str]) -> str:
@@ -180,41 +176,34 @@ def apply_layout(
     return config.with_keys({**chosen, "batch.micro_batch_rows": rows})
 
 
-def efficiency(
-    best: Planned, config: Config, constants: Constants, chunk_tokens: float, node: int, given: Set[str]
-) -> tuple[int, float] | None:
+def efficiency(best: Planned, config: Config, model: StepModel, given: Set[str]) -> tuple[int, float] | None:
     """Compare the best layout's speed per GPU with that of the best layout on one host.
 
     Returns:
         (GPUs of one host, share of their speed), or None if the run has no more GPUs than that or no layout fits on
             them.
     """
-    if best.gpus <= node:
+    if best.gpus <= model.node:
         return None
-    found, _ = search(config, node, best.gpu, constants, chunk_tokens, node, given)
-    return (node, best.tokens_per_second_per_gpu / found[0].tokens_per_second_per_gpu) if found else None
+    layouts, _ = search(config, model.node, model, given)
+    return (model.node, best.tokens_per_second_per_gpu / layouts[0].tokens_per_second_per_gpu) if layouts else None
 
 
-def predict_layout(
-    one: Config, gpus: int, gpu: GpuSpec, constants: Constants, chunk_tokens: float, node: int
-) -> Planned:
+def predict_layout(config: Config, gpus: int, model: StepModel) -> Planned:
     """Predict the time and memory of a layout. Raises UserError if it is not valid or does not fit."""
-    config = one
-    dp = check_layout(one, gpus)
+    dp = check_layout(config, gpus)
     if dp > config.batch.global_batch_rows:
         raise UserError(f"dp {dp} is more than the {config.batch.global_batch_rows} rows of a step")
-    check(one)
-    memory = estimate(one, dp, on_gpu=gpu.name != "cpu")
-    room = int(gpu.memory_bytes * USABLE_MEMORY)
+    check(config)
+    memory = estimate(config, dp, on_gpu=model.gpu.name != "cpu")
+    room = int(model.gpu.memory_bytes * USABLE_MEMORY)
     if memory.total_bytes > room:
         raise UserError(
             f"does not fit: {memory.total_bytes / 2**30:.1f} GiB of {room / 2**30:.1f} usable, with micro-batches of"
-            f" {one.batch.micro_batch_rows} and recompute={one.parallel.recompute}"
+            f" {config.batch.micro_batch_rows} and recompute={config.parallel.recompute}"
         )
     row_tokens = config.data.mean_tokens_per_row or float(config.data.seq_len)
-    return Planned(
-        one, dp, predict(one, gpu, dp, chunk_tokens, constants, node), memory, row_tokens, chunk_tokens, gpus, gpu
-    )
+    return Planned(config, dp, model.predict(config, dp), memory, row_tokens, model.chunk_tokens, gpus, model.gpu)
 
 
 def nearest_miss(rejected: list[RejectedLayout]) -> str:

@@ -6,16 +6,13 @@ element-wise work, a cost per micro-batch. Communication is that of rings (each 
 all-reduced, (n-1)/n of what is gathered or scattered) at the links' rates, with a latency for each rank passed. Only
 what `parallel.overlap` hides counts as hidden. Sources: Megatron-LM (arXiv 2104.04473) for the pipeline's bubble,
 (2205.05198) for sequence parallelism.
-
-`volumes` counts the bytes that a rank hands to collectives and transfers in a step, by axis: of what is gathered or
-scattered the whole, as platform/trackers.py counts it on real ranks (tests/plan/test_volumes.py compares both).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from megatron_ettin.config.flops import layer_operations
 from megatron_ettin.config.layouts import (
@@ -72,17 +69,13 @@ class Constants:
 PUBLISHED = Constants(operations=1.773, token_layer_seconds=26.58e-9, micro_batch_seconds=66.1e-3)
 
 
-@dataclass(frozen=True)
-class StepWork:
+class StepWork(NamedTuple):
     """Amounts of one step's work on one rank, which the constants multiply."""
 
     operations: float
     traffic: float
     token_layers: float
     micro_batches: float
-
-    def plus(self, other: StepWork) -> StepWork:
-        return StepWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +93,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Return the seconds of the whole step."""
         return float(sum(asdict(self).values()))
 
 
@@ -121,129 +115,137 @@ def operations_per_token(config: Config, chunk_tokens: float) -> float:
     return mean_flops_per_token(config.with_keys({"data.seq_len": max(1, round(chunk_tokens))}))
 
 
-def stage_work(config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float) -> list[StepWork]:
-    """Return the work of one rank's micro-batches on each pipeline stage, in model order."""
-    model, parallel = config.model, config.parallel
-    split = full_batch_split(config, dp)
-    tokens = split.capacity / dp * computed_row_tokens(config) / parallel.cp
-    operations = operations_per_token(config, chunk_tokens)
-    linear = 6 * model.num_layers * layer_parameter_count(model)
-    again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
-    speedup = FP8_SPEEDUP.get(config.precision.name, 1.0)
-    a_token = (operations - linear + linear / speedup) * again / parallel.tp
-    # fp32 runs at half of the rate and moves twice the bytes
-    wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
-    slices = parallel.tp if parallel.sequence_parallel else 1
-    moved = wide * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
-    costs, begin, found = layer_operations(config), 0, []
-    for layers in stage_layers(config):
-        share = sum(costs[begin : begin + layers]) / sum(costs)
-        begin += layers
-        found.append(
-            StepWork(
-                operations=a_token * share * tokens * wide / gpu.flops,
-                traffic=layers * moved * tokens / gpu.bytes_per_second,
-                token_layers=layers * tokens * REFERENCE_BANDWIDTH / gpu.bytes_per_second / parallel.tp,
-                micro_batches=split.count * layers / model.num_layers,
-            )
+@dataclass(frozen=True)
+class StepModel:
+    """Predict steps on hosts of GPUs. Ranks of tp are adjacent, then cp, dp, pp."""
+
+    gpu: GpuSpec
+    node: int
+    """GPUs per host."""
+    chunk_tokens: float
+    """Mean tokens of a chunk."""
+    constants: Constants = PUBLISHED
+
+    def predict(self, config: Config, dp: int) -> StepTime:
+        """Predict the seconds of a step at data-parallel degree `dp`."""
+        config = with_split_rows(config, dp)
+        parallel, count = config.parallel, micro_batches(config, dp)
+        compute = self.constants.seconds(self.busiest_rank_work(config, dp))
+        tp, cp, pp = self.communication(config, dp)
+        return StepTime(
+            compute=compute,
+            bubble=compute * (parallel.pp - 1) / (parallel.vpp * count),
+            exposed_tp=tp,
+            exposed_cp=cp,
+            exposed_pp=pp,
+            exposed_dp=self.data_parallel(config, dp, compute / count),
+            optimizer=self.update_seconds(config, dp),
+            other=self.constants.step_seconds,
         )
-    return found
 
+    def stage_work(self, config: Config, dp: int) -> list[StepWork]:
+        """Return the work of one rank's micro-batches on each pipeline stage, in model order."""
+        model, parallel = config.model, config.parallel
+        split = full_batch_split(config, dp)
+        tokens = split.capacity / dp * computed_row_tokens(config) / parallel.cp
+        operations = operations_per_token(config, self.chunk_tokens)
+        linear = 6 * model.num_layers * layer_parameter_count(model)
+        again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[parallel.recompute]
+        speedup = FP8_SPEEDUP.get(config.precision.name, 1.0)
+        a_token = (operations - linear + linear / speedup) * again / parallel.tp
+        # fp32 runs at half of the rate and moves twice the bytes
+        wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
+        slices = parallel.tp if parallel.sequence_parallel else 1
+        moved = wide * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
+        costs, begin, works = layer_operations(config), 0, []
+        for layers in stage_layers(config):
+            share = sum(costs[begin : begin + layers]) / sum(costs)
+            begin += layers
+            works.append(
+                StepWork(
+                    operations=a_token * share * tokens * wide / self.gpu.flops,
+                    traffic=layers * moved * tokens / self.gpu.bytes_per_second,
+                    token_layers=layers * tokens * REFERENCE_BANDWIDTH / self.gpu.bytes_per_second / parallel.tp,
+                    micro_batches=split.count * layers / model.num_layers,
+                )
+            )
+        return works
 
-def busiest_rank_work(
-    config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float, constants: Constants = PUBLISHED
-) -> StepWork:
-    """Return the work of one rank's micro-batches on the pipeline rank that is busiest by `constants`."""
-    stages, pp = stage_work(config, gpu, dp, chunk_tokens), config.parallel.pp
-    ranks = [functools.reduce(StepWork.plus, stages[rank::pp]) for rank in range(pp)]
-    return max(ranks, key=constants.seconds)
+    def busiest_rank_work(self, config: Config, dp: int) -> StepWork:
+        """Return the work of one rank's micro-batches on the pipeline rank that is busiest by the constants."""
+        stages, pp = self.stage_work(config, dp), config.parallel.pp
+        ranks = [StepWork(*map(sum, zip(*stages[rank::pp]))) for rank in range(pp)]
+        return max(ranks, key=self.constants.seconds)
 
+    def communication(self, config: Config, dp: int) -> tuple[float, float, float]:
+        """Return the seconds per step of tensor, context and pipeline parallelism."""
+        parallel, count = config.parallel, micro_batches(config, dp)
+        hidden = hidden_bytes(config)
+        passes = max(tensor_passes(config, rank) for rank in {0, parallel.pp - 1})
+        # an all-reduce goes around twice
+        each = 1 if parallel.sequence_parallel else 2
+        tp = count * passes * each * self.ring(hidden, parallel.tp, 1)
+        layers = config.model.num_layers / parallel.pp
+        # q, k, v and the output change hands, forward and backward
+        cp = count * layers * 8 * self.ring(hidden / parallel.tp, parallel.cp, parallel.tp)
+        pp = (count * (parallel.vpp - 1) + parallel.pp - 1) * 2 * self.hop_seconds(config, dp)
+        if parallel.pp > 1:
+            # first and last stage sum their gradients of the vocabulary
+            stride = parallel.tp * parallel.cp * dp
+            pp += 2 * self.ring(tied_gradient_bytes(config), 2, stride)
+        return tp, cp, pp
 
-def ring(gpu: GpuSpec, bytes_: float, ranks: int, stride: int, node: int, pieces: int = 1) -> float:
-    """Return the seconds to gather or to scatter `bytes_` over a ring of every `stride`-th GPU, in so many pieces."""
-    if ranks == 1:
-        return 0.0
-    rate = gpu.ring_rate(ranks, stride, node) * LINK_SHARE
-    return bytes_ * (ranks - 1) / ranks / rate + pieces * gpu.ring_latency(ranks, stride, node)
-
-
-def predict(config: Config, gpu: GpuSpec, dp: int, chunk_tokens: float, constants: Constants, node: int) -> StepTime:
-    """Predict the seconds of a step on `gpu`s in hosts of `node`. Ranks of tp are adjacent, then cp, dp, pp."""
-    config = with_split_rows(config, dp)
-    parallel, count = config.parallel, micro_batches(config, dp)
-    compute = constants.seconds(busiest_rank_work(config, gpu, dp, chunk_tokens, constants))
-    bubble = compute * (parallel.pp - 1) / (parallel.vpp * count)
-    tp, cp, pp = communication(config, gpu, dp, node)
-    return StepTime(
-        compute=compute,
-        bubble=bubble,
-        exposed_tp=tp,
-        exposed_cp=cp,
-        exposed_pp=pp,
-        exposed_dp=data_parallel(config, gpu, dp, node, compute / count),
-        optimizer=update_seconds(config, gpu, dp),
-        other=constants.step_seconds,
-    )
-
-
-def communication(config: Config, gpu: GpuSpec, dp: int, node: int) -> tuple[float, float, float]:
-    """Return the seconds per step of tensor, context and pipeline parallelism."""
-    parallel, count = config.parallel, micro_batches(config, dp)
-    hidden = hidden_bytes(config)
-    passes = max(tensor_passes(config, rank) for rank in {0, parallel.pp - 1})
-    # an all-reduce goes around twice
-    each = 1 if parallel.sequence_parallel else 2
-    tp = count * passes * each * ring(gpu, hidden, parallel.tp, 1, node)
-    layers = config.model.num_layers / parallel.pp
-    # q, k, v and the output change hands, forward and backward
-    cp = count * layers * 8 * ring(gpu, hidden / parallel.tp, parallel.cp, parallel.tp, node)
-    pp = (count * (parallel.vpp - 1) + parallel.pp - 1) * 2 * hop_seconds(config, gpu, dp, node)
-    if parallel.pp > 1:
-        # first and last stage sum their gradients of the vocabulary
+    def hop_seconds(self, config: Config, dp: int) -> float:
+        """Return the seconds to send a micro-batch's activations, or their gradients, to the next pipeline stage."""
+        parallel = config.parallel
+        if parallel.pp == 1:
+            return 0.0
         stride = parallel.tp * parallel.cp * dp
-        pp += 2 * ring(gpu, tied_gradient_bytes(config), 2, stride, node)
-    return tp, cp, pp
+        rate = self.gpu.ring_rate(parallel.pp, stride, self.node) * LINK_SHARE
+        return hop_bytes(config) / rate + self.gpu.ring_latency(2, stride, self.node)
 
+    def data_parallel(self, config: Config, dp: int, micro_batch_seconds: float) -> float:
+        """Return the seconds per step to reduce gradients and to gather weights that are not hidden.
 
-def hop_seconds(config: Config, gpu: GpuSpec, dp: int, node: int) -> float:
-    """Return the seconds to send a micro-batch's activations, or their gradients, to the next pipeline stage."""
-    parallel = config.parallel
-    if parallel.pp == 1:
-        return 0.0
-    stride = parallel.tp * parallel.cp * dp
-    rate = gpu.ring_rate(parallel.pp, stride, node) * LINK_SHARE
-    return hop_bytes(config) / rate + gpu.ring_latency(2, stride, node)
+        With `parallel.overlap` concurrent passes hide all but the last bucket of gradients and the first of weights, if
+        there is time.
+        """
+        parallel, ranks = config.parallel, dp * config.parallel.cp
+        pieces = buckets(config, dp)
+        sharded = parallel.distributed_optimizer
+        reduced_bytes, gathered_bytes = max(data_bytes(config, rank) for rank in {0, parallel.pp - 1})
+        reduced = self.ring(reduced_bytes, ranks, parallel.tp, pieces)
+        gathered = self.ring(gathered_bytes if sharded else reduced_bytes, ranks, parallel.tp, pieces)
+        if not sharded and ranks > 1:
+            # one all-reduce, for which there are trees
+            ring = self.gpu.ring_latency(ranks, parallel.tp, self.node)
+            tree = self.gpu.reduce_latency(ranks, parallel.tp, self.node)
+            reduced, gathered = reduced - pieces * (ring - tree), gathered - pieces * ring
+        if not parallel.overlap:
+            return reduced + gathered
+        hideable = 1 - 1 / pieces
+        # a model chunk's last backward passes, of a group of micro-batches, come while others' gradients are reduced
+        passes = parallel.pp if parallel.vpp > 1 else 1
+        seconds = 2 / 3 * micro_batch_seconds * passes
+        if not sharded:
+            return reduced + gathered - min(seconds, hideable * (reduced + gathered))
+        hidden = min(seconds, hideable * reduced)
+        if parallel.pp == 1:
+            # with stages weights are gathered at the step's end
+            hidden += min(seconds / 2, hideable * gathered)
+        return reduced + gathered - hidden
 
+    def ring(self, bytes_: float, ranks: int, stride: int, pieces: int = 1) -> float:
+        """Return the seconds to gather or scatter `bytes_` in pieces over a ring of every `stride`-th GPU."""
+        if ranks == 1:
+            return 0.0
+        rate = self.gpu.ring_rate(ranks, stride, self.node) * LINK_SHARE
+        return bytes_ * (ranks - 1) / ranks / rate + pieces * self.gpu.ring_latency(ranks, stride, self.node)
 
-def data_parallel(config: Config, gpu: GpuSpec, dp: int, node: int, micro_batch_seconds: float) -> float:
-    """Return the seconds per step to reduce gradients and to gather weights that are not hidden.
-
-    With `parallel.overlap` concurrent passes hide all but the last bucket of gradients and the first of weights, if
-    there is time.
-    """
-    parallel, ranks = config.parallel, dp * config.parallel.cp
-    pieces = buckets(config, dp)
-    sharded = parallel.distributed_optimizer
-    reduced_bytes, gathered_bytes = max(data_bytes(config, rank) for rank in {0, parallel.pp - 1})
-    reduced = ring(gpu, reduced_bytes, ranks, parallel.tp, node, pieces)
-    gathered = ring(gpu, gathered_bytes if sharded else reduced_bytes, ranks, parallel.tp, node, pieces)
-    if not sharded and ranks > 1:
-        # one all-reduce, for which there are trees
-        latency = gpu.ring_latency(ranks, parallel.tp, node), gpu.reduce_latency(ranks, parallel.tp, node)
-        reduced, gathered = reduced - pieces * (latency[0] - latency[1]), gathered - pieces * latency[0]
-    if not parallel.overlap:
-        return reduced + gathered
-    hideable = 1 - 1 / pieces
-    # a model chunk's last backward passes, of a group of micro-batches, come while others' gradients are reduced
-    passes = parallel.pp if parallel.vpp > 1 else 1
-    seconds = 2 / 3 * micro_batch_seconds * passes
-    if not sharded:
-        return reduced + gathered - min(seconds, hideable * (reduced + gathered))
-    hidden = min(seconds, hideable * reduced)
-    if parallel.pp == 1:
-        # with stages weights are gathered at the step's end
-        hidden += min(seconds / 2, hideable * gathered)
-    return reduced + gathered - hidden
+    def update_seconds(self, config: Config, dp: int) -> float:
+        """Return the seconds of the optimizer's update."""
+        shards = dp * config.parallel.cp if config.parallel.distributed_optimizer else 1
+        return UPDATE_BYTES * mean_rank_weights(config) / shards / self.gpu.bytes_per_second
 
 
 def buckets(config: Config, dp: int) -> int:
@@ -258,38 +260,9 @@ def buckets(config: Config, dp: int) -> int:
     return max(1, math.ceil(mean_rank_weights(config) / chunks / max(40e6, 1e6 * dp))) + chunks - 1
 
 
-def update_seconds(config: Config, gpu: GpuSpec, dp: int) -> float:
-    """Return the seconds of the optimizer's update."""
-    shards = dp * config.parallel.cp if config.parallel.distributed_optimizer else 1
-    return UPDATE_BYTES * mean_rank_weights(config) / shards / gpu.bytes_per_second
-
-
 def mean_rank_weights(config: Config) -> float:
     """Return the weights of a rank, averaged over the pipeline stages."""
     return parameter_count(config.model, config.model.vocab_size) / (config.parallel.tp * config.parallel.pp)
-
-
-def volumes(config: Config, dp: int, pp_rank: int) -> dict[str, float]:
-    """Return the bytes that a rank of that pipeline stage hands to collectives and transfers in a step, by axis.
-
-    Left out are sums over labels in the loss, gradients of norms, and single numbers.
-    """
-    config = with_split_rows(config, dp)
-    parallel, count = config.parallel, micro_batches(config, dp)
-    hidden = hidden_bytes(config)
-    found = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
-    if parallel.tp > 1:
-        found["tp"] = count * hidden * tensor_passes(config, pp_rank)
-    if parallel.cp > 1:
-        # q, k, v and the output change hands, forward and backward
-        found["cp"] = count * sum(map(len, rank_stages(config, pp_rank))) * 8 * hidden / parallel.tp
-    if parallel.pp > 1:
-        found["pp"] = transfers(config, pp_rank) * count * hop_bytes(config)
-        if pp_rank in (0, parallel.pp - 1):
-            found["pp"] += tied_gradient_bytes(config)
-    if dp * parallel.cp > 1:
-        found["dp"] = sum(data_bytes(config, pp_rank))
-    return found
 
 
 def hidden_bytes(config: Config) -> int:
@@ -314,13 +287,6 @@ def tensor_passes(config: Config, pp_rank: int) -> int:
     return 10 * layers + 2 * (pp_rank == 0) + (pp_rank == pp - 1)
 
 
-def transfers(config: Config, pp_rank: int) -> int:
-    """Return the hidden states and gradients that a rank sends for a micro-batch, also between its own model chunks."""
-    pp, vpp = config.parallel.pp, config.parallel.vpp
-    forward, backward = vpp - (pp_rank == pp - 1), vpp - (pp_rank == 0)
-    return forward + backward
-
-
 def tied_gradient_bytes(config: Config) -> int:
     """Return the bytes of the gradients of the vocabulary's weights, which first and last stage sum."""
     rows = -(-config.model.vocab_size // config.parallel.tp)
@@ -328,6 +294,7 @@ def tied_gradient_bytes(config: Config) -> int:
 
 
 def gradient_bytes(config: Config) -> int:
+    """Return the bytes of an element of a gradient."""
     return 4 if config.precision.gradients == "fp32" or PRECISIONS[config.precision.name].compute == "fp32" else 2
 
 

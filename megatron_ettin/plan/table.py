@@ -11,7 +11,6 @@ from rich.table import Table
 
 from megatron_ettin.base.text import counted, format_count
 from megatron_ettin.config.layouts import describe_empty_rows, full_batch_split
-from megatron_ettin.plan.hardware import GpuSpec
 from megatron_ettin.plan.pipeline import run_row_slots
 from megatron_ettin.plan.search import Planned, RejectedLayout
 
@@ -31,8 +30,9 @@ def phase_cost(best: Planned, price: float | None) -> dict[str, float]:
     rows, slots = run_row_slots(best.config, best.dp)
     full = full_batch_split(best.config, best.dp)
     seconds = best.config.run.tokens / speed * (slots / rows) / (full.capacity / full.rows)
-    found = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": seconds / 3600 * best.gpus}
-    return found | ({"cost": found["gpu_hours"] * price} if price is not None else {})
+    hours = seconds / 3600 * best.gpus
+    cost = {"tokens": best.config.run.tokens, "days": seconds / SECONDS_A_DAY, "gpu_hours": hours}
+    return cost | ({"cost": hours * price} if price is not None else {})
 
 
 def parallel_yaml(best: Planned) -> str:
@@ -46,23 +46,39 @@ def parallel_yaml(best: Planned) -> str:
 
 
 def layout_name(one: Planned) -> str:
+    """Return the degrees above 1, and dp: `tp 2 dp 256`."""
     parallel = one.config.parallel
     axes = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "dp": one.dp}
     return " ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "dp")
 
 
 def print_plan(
-    found: list[Planned], rejected: list[RejectedLayout], gpu: GpuSpec, top: int, price: float | None,
-    errors: list[dict[str, Any]], compared: tuple[int, float] | None,
-) -> None:  # fmt: skip
-    console, best = Console(soft_wrap=True, highlight=False, width=160), found[0]
+    layouts: list[Planned],
+    rejected: list[RejectedLayout],
+    top: int,
+    price: float | None,
+    errors: list[dict[str, Any]],
+    compared: tuple[int, float] | None,
+) -> None:
+    """Print the fastest layouts and what follows from the best one.
+
+    Args:
+        layouts: the valid layouts, fastest first.
+        rejected: the others.
+        top: number of layouts to print.
+        price: of a GPU-hour.
+        errors: of the step model, run by run.
+        compared: GPUs of one host, and the best layout's share of their speed.
+    """
+    console, best = Console(soft_wrap=True, highlight=False, width=160), layouts[0]
+    gpu = best.gpu
     console.print(
         f"{best.config.run.size} {best.config.run.objective} {best.config.run.phase} on {counted(best.gpus, 'GPU')}:"
         f" {gpu.name}, {gpu.bf16_tflops:g} TFLOPS in bf16, {gpu.memory_gib:g} GiB each; predicted, not measured"
     )
     columns = ("layout", "micro-batch", "tokens/s/GPU", "MFU", "step, s", "bubble", "tp", "cp", "pp", "dp", "GiB")
     table = Table(*columns, box=None, header_style="", pad_edge=False)
-    for one in found[:top]:
+    for one in layouts[:top]:
         seconds = one.time
         shares = [getattr(seconds, part) for part in SHARES]
         again = ", recompute" if one.config.parallel.recompute != "none" else ""
@@ -75,9 +91,9 @@ def print_plan(
         )
     console.print(table)
     console.print("bubble, tp, cp, pp, dp: shares of the step spent idle and in communication that nothing hides")
-    if len(found) > top:
-        console.print(f"... and {len(found) - top} slower ones (--top, --json)")
-    console.print(advantage(found))
+    if len(layouts) > top:
+        console.print(f"... and {len(layouts) - top} slower ones (--top, --json)")
+    console.print(advantage(layouts))
     if compared is not None:
         console.print(efficiency_line(best, *compared))
     if left := describe_empty_rows(best.config, best.dp):
@@ -114,11 +130,11 @@ def efficiency_line(best: Planned, gpus: int, share: float) -> str:
     )
 
 
-def advantage(found: list[Planned]) -> str:
+def advantage(layouts: list[Planned]) -> str:
     """Return the line about how far the best layout is ahead of the best one of the other type."""
-    best = found[0]
-    plain = [one for one in found if one.gpus == one.dp]
-    others = [one for one in found if (one.gpus == one.dp) != (best.gpus == best.dp)]
+    best = layouts[0]
+    plain = [one for one in layouts if one.gpus == one.dp]
+    others = [one for one in layouts if (one.gpus == one.dp) != (best.gpus == best.dp)]
     name = "data parallelism with the distributed optimizer" if best in plain else layout_name(best)
     if not others:
         return f"fastest: {name}"

@@ -15,7 +15,7 @@ from megatron_ettin.bench.results import combinations
 from megatron_ettin.bench.synthetic import SyntheticRows, attended_chunk_tokens
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse
-from megatron_ettin.plan.step_time import volumes
+from tests.plan.volumes import volumes
 from tests.pool import Pool
 from tests.train.runs import TINY
 

@@ -1,4 +1,4 @@
-"""The simulated pipeline against its closed form, core's order of passes, and what a slow rank must cost."""
+"""The simulated pipeline against its closed form, and core's order of passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_ettin.plan.pipeline import BACKWARD, FORWARD, order_of_passes, sim
 def test_simulate_1f1b_bubble_matches_the_formula(ranks: int, micro_batches: int) -> None:
     found = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
     assert found.seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
-    assert found.bubble == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
+    assert 1 - max(found.busy_seconds) / found.seconds == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(2, 2, 4), (4, 2, 8), (4, 7, 16), (2, 4, 2)])
@@ -38,14 +38,6 @@ def test_simulate_slowest_stage_sets_the_time() -> None:
     uneven = simulate([1.0, 1.0, 1.0, 1.5], [2.0, 2.0, 2.0, 3.0], 32, 4)
     assert uneven.seconds > 4.5 * 32 > even.seconds
     assert simulate([1.0] * 4, [2.0] * 4, 32, 4, hop_seconds=0.1).seconds > even.seconds
-
-
-def test_simulate_one_slow_pass_delays_the_step_once() -> None:
-    plain = simulate([1.0] * 4, [2.0] * 4, 16, 4).seconds
-    slow = simulate(
-        [1.0] * 4, [2.0] * 4, 16, 4, slowness=lambda rank, number: 5.0 if (rank, number) == (2, 10) else 1.0
-    )
-    assert plain < slow.seconds <= plain + 4 * 2.0
 
 
 def test_order_of_passes_interleaved_partial_group_is_refused() -> None:

@@ -27,13 +27,13 @@ TORCHTITAN = {8: 1.0, 128: 0.977}
 
 @pytest.mark.parametrize("others", [{}, {16: 46.04}])
 def test_fit_of_curve_to_64_gpus_predicts_512(others: dict[int, float]) -> None:
-    found = fit_curve({n: speed for n, speed in MOSAIC.items() if n <= 64} | others)
-    assert found.latency >= 0
-    assert found.slowest >= 0
-    errors = {n: 100 * (1 / found.factor(n) - speed / MOSAIC[8]) for n, speed in MOSAIC.items()}
+    curve = fit_curve({n: speed for n, speed in MOSAIC.items() if n <= 64} | others)
+    assert curve.latency >= 0
+    assert curve.slowest >= 0
+    errors = {n: 100 * (1 / curve.factor(n) - speed / MOSAIC[8]) for n, speed in MOSAIC.items()}
     assert errors[8] == 0, errors
     assert all(abs(error) <= 3 for error in errors.values()), errors
-    assert found.factor(4096) > found.factor(512) > found.factor(64) > 1
+    assert curve.factor(4096) > curve.factor(512) > curve.factor(64) > 1
 
 
 def scale(capsys: pytest.CaptureFixture[str], *words: str, size: str = "1b") -> dict[int, dict[str, float]]:

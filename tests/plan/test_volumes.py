@@ -9,8 +9,9 @@ import pytest
 
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.plan.memory import rank_memory, rank_parameters
-from megatron_ettin.plan.step_time import data_bytes, tied_gradient_bytes, volumes
+from megatron_ettin.plan.step_time import data_bytes, tied_gradient_bytes
 from tests import forkserver
+from tests.plan.volumes import volumes
 
 COMMON = ["runtime.device=cpu", "model.num_layers=8", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
