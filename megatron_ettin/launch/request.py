@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +38,7 @@ class Allocation:
 
     @property
     def world_size(self) -> int:
+        """Return the number of ranks."""
         return self.nodes * self.tasks_per_node
 
 
@@ -91,6 +91,7 @@ class BatchJob:
 
     @property
     def is_array(self) -> bool:
+        """Return whether it has more than one run."""
         return len(self.runs) > 1
 
 
@@ -113,23 +114,16 @@ def build_allocation(args: argparse.Namespace, profile: Profile) -> Allocation:
             "--cpus-per-task: say how many cores each rank gets, a node's cores divided by its GPUs;"
             " without it SLURM binds each rank, its data loader and its transfers to one core"
         )
-    if is_exclusive(options, args.sbatch_arg) and not limits_memory(options, args.sbatch_arg):
+    is_exclusive = options.get("exclusive") == "" or "--exclusive" in args.sbatch_arg
+    # per node, core or GPU
+    limits_memory = any(name.lstrip("-").startswith("mem") for name in [*options, *args.sbatch_arg])
+    if is_exclusive and not limits_memory:
         # else clusters with a default per core or node give the job a part of the memory of its own nodes
         options["mem"] = "0"
     time = first_given(args.time, options.pop("time", None))
     if time is not None and not TIME.match(time):
         raise UserError(f"--time {time}: write minutes, HH:MM:SS or DAYS-HH:MM:SS, as for sbatch")
     return Allocation(args.nodes, tasks, gpus or 0, cpus, time, options, tuple(args.sbatch_arg))
-
-
-def is_exclusive(options: Mapping[str, str], extra_options: Sequence[str]) -> bool:
-    """Return whether the job gets whole nodes."""
-    return options.get("exclusive") == "" or "--exclusive" in extra_options
-
-
-def limits_memory(options: Mapping[str, str], extra_options: Sequence[str]) -> bool:
-    """Return whether memory is requested already, per node, core or GPU."""
-    return any(name.startswith("mem") for name in options) or any(one.startswith("--mem") for one in extra_options)
 
 
 def resolve_margin(margin_seconds: int | None, time: str | None) -> int:

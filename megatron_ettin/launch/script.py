@@ -100,8 +100,7 @@ def _choose_run(job: BatchJob) -> list[str]:
     width = len(str(len(job.runs) - 1))
     lines = ["", "case $SLURM_ARRAY_TASK_ID in"]
     for index, run in enumerate(job.runs):
-        words = f" words=({shlex.join(run.arguments)})"
-        lines.append(f"{index:>{width}}) run={shlex.quote(str(run.run_dir))}{words} ;;")
+        lines.append(f"{index:>{width}}) run={shlex.quote(str(run.run_dir))} words=({shlex.join(run.arguments)}) ;;")
     return [*lines, "esac"]
 
 

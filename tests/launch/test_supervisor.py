@@ -206,7 +206,7 @@ def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:
 )
 def test_from_srun_line_gives_rank_and_kind_of_failure(line: str, rank: int | None, kind: str) -> None:
     found = failed_rank.from_srun(line + "\n")
-    assert (found and (found.rank, found.kind)) == ((rank, kind) if rank is not None else None)
+    assert (found and (found.rank, found.category)) == ((rank, kind) if rank is not None else None)
 
 
 def record(folder: Path, rank: int, when: float, text: str) -> None:

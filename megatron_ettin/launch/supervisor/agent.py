@@ -66,7 +66,7 @@ class AttemptResult(NamedTuple):
     """done, saved, mistake, failed or hung."""
     status: int
     """Exit status of the command."""
-    culprit: Optional[failed_rank.TaskExit]
+    failure: Optional[failed_rank.TaskExit]
     """Rank that failed first."""
     heartbeat: Dict[str, Any]
     """The run's last heartbeat."""
@@ -130,8 +130,8 @@ class LaunchAgent:
         reader.join(KILL_SECONDS)
         heartbeat, why = read_heartbeat(self.folder), failed_rank.stall_line(self.folder) or why
         result = self._result(process.returncode, heartbeat, why)
-        culprit = failed_rank.first_failure(self.folder, self.srun_exits)
-        return AttemptResult(result, process.returncode, culprit, heartbeat, why, self.stuck)
+        failure = failed_rank.first_failure(self.folder, self.srun_exits)
+        return AttemptResult(result, process.returncode, failure, heartbeat, why, self.stuck)
 
     def _read(self, process: "subprocess.Popen[str]") -> None:
         """Pass the command's errors on, and keep what srun reports of tasks."""
@@ -204,7 +204,7 @@ class LaunchAgent:
             return FINAL_PHASES[heartbeat["doing"]]
         if why == STOPPED_EARLY:
             return "saved"
-        if any(report.kind in failed_rank.FINAL for report in failed_rank.from_files(self.folder)):
+        if any(report.category in failed_rank.FINAL for report in failed_rank.from_files(self.folder)):
             return "mistake"
         if why:
             return "hung" if why.startswith(("nothing", "stalled")) else "failed"

@@ -13,7 +13,7 @@ CONSEQUENCES = re.compile(
 )
 # srun's line about a task that ended badly: "srun: error: n2: task 3: Killed", "... tasks 0-1: Exited with exit code 1"
 TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-]+): (.+)$")
-ASKED_TO_END = ("Terminated", "Exited with exit code 75", "Exited with exit code 143")
+REQUESTED_ENDS = ("Terminated", "Exited with exit code 75", "Exited with exit code 143")
 # failures that a restart would repeat
 FINAL = ("user", "stopped")
 
@@ -25,7 +25,7 @@ class TaskExit(NamedTuple):
     """When, in seconds of the epoch."""
     rank: int
     host: str
-    kind: str
+    category: str
     """"user": a mistake; "stopped": bad numbers; "error"; "stalled": all others waited for it; "killed": by a signal,
     without an error of its own; "exit": with a status, without an error of its own."""
     lines: List[str]
@@ -34,15 +34,15 @@ class TaskExit(NamedTuple):
     @property
     def is_consequence(self) -> bool:
         """Return whether it ended because another one did."""
-        return self.kind == "error" and any(CONSEQUENCES.search(line) for line in self.lines[-1:])
+        return self.category == "error" and any(CONSEQUENCES.search(line) for line in self.lines[-1:])
 
     def describe(self) -> str:
         """Return the lines that end the job's log."""
         where = "rank {} on {}".format(self.rank, self.host)
-        if self.kind == "stalled":
+        if self.category == "stalled":
             # its line names the rank already
             return "\n".join(["--- the ranks' watchdogs ended it:"] + self.lines)
-        if self.kind == "killed":
+        if self.category == "killed":
             return "--- {} was killed ({})".format(where, self.lines[0])
         return "\n".join(["--- {} failed first; its last lines:".format(where)] + self.lines)
 
@@ -59,7 +59,7 @@ def expand_ranks(text: str) -> List[int]:
 def from_srun(line: str) -> Optional[TaskExit]:
     """Parse a line of srun about a task; None for its other lines and for tasks that were asked to end."""
     match = TASK_LINE.match(line.rstrip())
-    if match is None or match.group(3).startswith(ASKED_TO_END):
+    if match is None or match.group(3).startswith(REQUESTED_ENDS):
         return None
     by_signal = not match.group(3).startswith("Exited with exit code")
     rank = expand_ranks(match.group(2))[0]
@@ -86,7 +86,7 @@ def from_files(folder: str) -> List[TaskExit]:
 
 def stall_line(folder: str) -> str:
     """Return the watchdogs' line that names the rank they waited for; empty without one."""
-    lines = [report.lines[0] for report in from_files(folder) if report.kind == "stalled" and report.lines]
+    lines = [report.lines[0] for report in from_files(folder) if report.category == "stalled" and report.lines]
     return lines[0] if lines else ""
 
 
@@ -96,7 +96,7 @@ def first_failure(folder: str, srun_exits: List[TaskExit]) -> Optional[TaskExit]
     reported = {report.rank for report in reports}
     everyone = reports + [task for task in srun_exits if task.rank not in reported]
     causes = [task for task in everyone if not task.is_consequence]
-    killed = [task for task in causes if task.kind == "killed"]
-    # srun tells of a killed rank after the others have already written what they saw of it
-    chosen = [task for task in causes if task.kind in (*FINAL, "error", "stalled")] or killed or causes or everyone
+    killed = [task for task in causes if task.category == "killed"]
+    # srun reports a killed rank after the others have already written what they saw of it
+    chosen = [task for task in causes if task.category in (*FINAL, "error", "stalled")] or killed or causes or everyone
     return min(chosen, key=lambda task: task.time) if chosen else None

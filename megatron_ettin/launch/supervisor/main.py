@@ -85,9 +85,9 @@ class Supervisor:
             return self._requeue("stopped with step {} saved".format(saved_step or 0), SAVED)
         if attempt.result == "mistake":
             self.events.add("mistake")
-            self._log_culprit(attempt)
-            return 1 if attempt.culprit is not None and attempt.culprit.kind == "stopped" else USER_ERROR
-        host = attempt.culprit.host if attempt.culprit else None
+            self._log_failure(attempt)
+            return 1 if attempt.failure is not None and attempt.failure.category == "stopped" else USER_ERROR
+        host = attempt.failure.host if attempt.failure else None
         why = attempt.why or "exit status {}".format(attempt.status)
         self.events.add("failed", result=attempt.result, node=host, saved_step=saved_step, why=why)
         return self._after_failure(attempt)
@@ -101,7 +101,7 @@ class Supervisor:
             if attempt.stuck or self.stop.name:
                 why = "a step of the job cannot be ended" if attempt.stuck else "failed while it was asked to stop"
                 return self._requeue(why, status, attempt)
-            self._log_culprit(attempt)
+            self._log_failure(attempt)
             log_line(
                 "starting again ({} of {} times without a new checkpoint)".format(len(failures), self.options.restarts)
             )
@@ -111,7 +111,7 @@ class Supervisor:
         if nodes.count(worst) > 1 and self.job.has_spares(self.job.excluded() + [worst]):
             return self._requeue("{} failed {} times".format(worst, nodes.count(worst)), status, attempt, [worst])
         log_line("{} failures in a row without a new checkpoint; giving up".format(len(failures)))
-        self._log_culprit(attempt)
+        self._log_failure(attempt)
         return status
 
     def _exclude_nodes(self, problems: Dict[str, List[str]]) -> int:
@@ -131,7 +131,7 @@ class Supervisor:
         self, why: str, status: int, attempt: Optional[AttemptResult] = None, exclude: Sequence[str] = ()
     ) -> int:
         """Requeue the job, unless SLURM has ended it (it was cancelled) or it was requeued too often."""
-        self._log_culprit(attempt)
+        self._log_failure(attempt)
         if self.job.restarts >= self.options.requeues:
             log_line(
                 "{}; requeued {} times already, which is the limit: submit it again".format(why, self.job.restarts)
@@ -153,6 +153,6 @@ class Supervisor:
             time.sleep(0.1)
         return status
 
-    def _log_culprit(self, attempt: Optional[AttemptResult]) -> None:
-        if attempt is not None and attempt.culprit is not None:
-            write(attempt.culprit.describe() + "\n")
+    def _log_failure(self, attempt: Optional[AttemptResult]) -> None:
+        if attempt is not None and attempt.failure is not None:
+            write(attempt.failure.describe() + "\n")
