@@ -211,11 +211,11 @@ def to_hf(
     Raises:
         UserError: where `out` exists, or the checkpoint cannot be exported.
     """
-    from megatron_ettin.convert.to_hf import to_hf as export
+    from megatron_ettin.convert.to_hf import ExportOptions, to_hf as export
     from megatron_ettin.evaluate.inference import logits_of
 
-    logits = logits_of if verify else None
-    return export(Path(checkpoint), Path(out), dtype, verify, our_logits=logits, objective=objective)
+    options = ExportOptions(dtype, objective, verify=verify, our_logits=logits_of if verify else None)
+    return export(Path(checkpoint), Path(out), options)
 
 
 def from_hf(folder: AnyPath, out: AnyPath, objective: str | None = None) -> dict[str, Any]:
@@ -336,8 +336,8 @@ def plan(config: Config, gpus: int, gpu: str = "h100", chunk_tokens: float | Non
     """
     from megatron_ettin.plan.hardware import find_gpu
     from megatron_ettin.plan.search import search
-    from megatron_ettin.plan.step_time import PUBLISHED, usual_chunk_tokens
+    from megatron_ettin.plan.step_time import StepModel, usual_chunk_tokens
 
     part = find_gpu(gpu, None)
     tokens = min(chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
-    return search(config, gpus, part, PUBLISHED, tokens, part.gpus_per_node)[0]
+    return search(config, gpus, StepModel(part, part.gpus_per_node, tokens))[0]

@@ -91,7 +91,7 @@ def _unwind_on_sigterm() -> Iterator[None]:
 def _run(args: argparse.Namespace) -> None:
     from megatron_ettin.base.text import parse_count
     from megatron_ettin.convert.from_hf import from_hf
-    from megatron_ettin.convert.to_hf import to_hf
+    from megatron_ettin.convert.to_hf import ExportOptions, to_hf
     from megatron_ettin.convert.verify import ParityError
     from megatron_ettin.platform.cpu import keep_freed_memory
     from megatron_ettin.runs.directory import last_phase
@@ -112,11 +112,10 @@ def _run(args: argparse.Namespace) -> None:
     args.checkpoint = last_phase(args.checkpoint)
     max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
     our_logits = _our_logits() if args.verify else None
+    options = ExportOptions(args.dtype, args.objective, max_shard_bytes, args.verify, our_logits)
     with _progress("writing") as report:
         try:
-            result = to_hf(
-                args.checkpoint, args.out, args.dtype, args.verify, max_shard_bytes, our_logits, report, args.objective
-            )
+            result = to_hf(args.checkpoint, args.out, options, report)
         except ParityError as error:
             # a bug of this package, not a user error: exit 1
             raise SystemExit(f"ettin convert: {error}") from error

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def run_harness(args: argparse.Namespace) -> None:
     """Export the checkpoint if necessary, run the harness on the folder, and print its results."""
     from megatron_ettin.convert.from_hf import is_hf_folder
-    from megatron_ettin.convert.to_hf import to_hf
+    from megatron_ettin.convert.to_hf import ExportOptions, to_hf
     from megatron_ettin.evaluate import harness
 
     tasks = [task for task in (args.tasks or "").split(",") if task]
@@ -89,7 +89,7 @@ def run_harness(args: argparse.Namespace) -> None:
         folder = args.checkpoint
         if not is_hf_folder(folder):
             folder = Path(temporary) / "exported"
-            notes += to_hf(args.checkpoint, folder, objective=objective)["notes"]
+            notes += to_hf(args.checkpoint, folder, ExportOptions(objective=objective))["notes"]
         elif objective not in harness.trained_as(folder):
             notes.append("this folder is a decoder's: its hidden states are causal, and are pooled as they are")
         results = harness.evaluate(args.harness, folder, tasks, args.task_path, args.limit, args.batch_rows)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.schema import ModelConfig
+from megatron_ettin.convert.folders import json_object
 
 MODEL_TYPES = {"mlm": "modernbert", "clm": "modernbert-decoder"}
 CLASSES = {"mlm": "ModernBertForMaskedLM", "clm": "ModernBertDecoderForCausalLM"}
@@ -94,14 +94,9 @@ class ParsedHfConfig:
 
 def from_hf_config(path: Path) -> ParsedHfConfig:
     """Read a config.json of either generation. Raises UserError for a model that this system does not have."""
-    try:
-        config = load_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; give a folder with config.json and safetensors files") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a {type(config).__name__}, not an object")
+    if not path.exists():
+        raise UserError(f"{path}: missing; give a folder with config.json and safetensors files")
+    config = json_object(path)
     try:
         objective = _objective(config, path)
     except (TypeError, KeyError) as error:
@@ -139,14 +134,14 @@ def from_hf_config(path: Path) -> ParsedHfConfig:
 
 
 def _objective(config: dict[str, Any], path: Path) -> str:
-    names = {name: objective for objective, name in CLASSES.items()}
-    found = (config.get("architectures") or [None])[0]
-    if found is None:
+    names, key = CLASSES, (config.get("architectures") or [None])[0]
+    if key is None:
         # a config.json that was saved without a model
-        names, found = {name: objective for objective, name in MODEL_TYPES.items()}, config.get("model_type")
-    if found not in names:
-        raise UserError(f"{path}: the architecture is {found}; only {' and '.join(names)} can be imported")
-    return names[found]
+        names, key = MODEL_TYPES, config.get("model_type")
+    objectives = {name: objective for objective, name in names.items()}
+    if key not in objectives:
+        raise UserError(f"{path}: the architecture is {key}; only {' and '.join(objectives)} can be imported")
+    return objectives[key]
 
 
 def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]) -> tuple[float, float]:

@@ -31,28 +31,39 @@ Report = Callable[[int, int], None]
 
 
 class TensorInfo(Protocol):
+    """Shape and type of a tensor that was not read."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Return the name of its type in the file's format."""
 
 
 class WeightFiles(Protocol):
     """Weights of another system by their Hugging Face names."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Return the file or folder, for messages."""
+
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return all tensors by name."""
+
     @property
     def dtypes(self) -> Collection[str]:
-        """Types of tensors that can be read."""
+        """Return the types of tensors that can be read."""
 
     @property
     def reads_ahead(self) -> bool:
         """Return whether tensors may be read in threads before they are asked for."""
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+
     def display_name(self, name: str) -> str:
         """Return what the file calls a tensor, for messages."""
 

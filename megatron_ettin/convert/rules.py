@@ -57,44 +57,34 @@ class MappingRule:
     """Names of one canonical tensor; `{i}` stands for the layer's number."""
 
     name: str
-    shape: tuple[str, ...]
-    """V is the vocabulary, H the hidden size, F the inner width of the gated MLP."""
-    mlm: tuple[str, ...]
-    clm: tuple[str, ...]
+    shape: str
+    """Space between sizes; V is the vocabulary, H the hidden size, F the inner width of the gated MLP."""
+    mlm: str
+    """Name of the encoder's tensor."""
+    clm: tuple[str, ...] = ()
+    """Names of the decoder's tensors, if they are not the encoder's."""
     transform: WeightTransform = SAME
     first_layer: int = 0
-
-
-def _rule(
-    name: str,
-    shape: str,
-    mlm: str,
-    clm: tuple[str, ...] = (),
-    transform: WeightTransform = SAME,
-    first_layer: int = 0,
-) -> MappingRule:
-    """Build a rule; the decoder has the encoder's name by default."""
-    return MappingRule(name, tuple(shape.split()), (mlm,), clm or (mlm,), transform, first_layer)
 
 
 _OURS, _HF = "transformer.layers.{i}.", "model.layers.{i}."
 _SEPARATE = tuple(f"{_HF}attn.{letter}_proj.weight" for letter in "qkv")
 
 RULES = (
-    _rule("embedding.word_embeddings.weight", "V H", "model.embeddings.tok_embeddings.weight", transform=VOCABULARY),
-    _rule("embedding.norm.weight", "H", "model.embeddings.norm.weight"),
+    MappingRule("embedding.word_embeddings.weight", "V H", "model.embeddings.tok_embeddings.weight", (), VOCABULARY),
+    MappingRule("embedding.norm.weight", "H", "model.embeddings.norm.weight"),
     # layer 0 has no norm before its attention: the embedding's norm takes its place
-    _rule(f"{_OURS}self_attention.linear_qkv.layer_norm_weight", "H", f"{_HF}attn_norm.weight", first_layer=1),
-    _rule(f"{_OURS}self_attention.linear_qkv.weight", "3H H", f"{_HF}attn.Wqkv.weight", _SEPARATE, QKV),
-    _rule(f"{_OURS}self_attention.linear_proj.weight", "H H", f"{_HF}attn.Wo.weight"),
-    _rule(f"{_OURS}mlp.linear_fc1.layer_norm_weight", "H", f"{_HF}mlp_norm.weight"),
+    MappingRule(f"{_OURS}self_attention.linear_qkv.layer_norm_weight", "H", f"{_HF}attn_norm.weight", first_layer=1),
+    MappingRule(f"{_OURS}self_attention.linear_qkv.weight", "3H H", f"{_HF}attn.Wqkv.weight", _SEPARATE, QKV),
+    MappingRule(f"{_OURS}self_attention.linear_proj.weight", "H H", f"{_HF}attn.Wo.weight"),
+    MappingRule(f"{_OURS}mlp.linear_fc1.layer_norm_weight", "H", f"{_HF}mlp_norm.weight"),
     # in both systems the activation is applied to the first half
-    _rule(f"{_OURS}mlp.linear_fc1.weight", "2F H", f"{_HF}mlp.Wi.weight"),
-    _rule(f"{_OURS}mlp.linear_fc2.weight", "H F", f"{_HF}mlp.Wo.weight"),
-    _rule("transformer.final_layernorm.weight", "H", "model.final_norm.weight"),
-    _rule("head.dense.weight", "H H", "head.dense.weight", ("lm_head.dense.weight",)),
-    _rule("head.norm.weight", "H", "head.norm.weight", ("lm_head.norm.weight",)),
-    _rule("output_layer.bias", "V", "decoder.bias", transform=VOCABULARY),
+    MappingRule(f"{_OURS}mlp.linear_fc1.weight", "2F H", f"{_HF}mlp.Wi.weight"),
+    MappingRule(f"{_OURS}mlp.linear_fc2.weight", "H F", f"{_HF}mlp.Wo.weight"),
+    MappingRule("transformer.final_layernorm.weight", "H", "model.final_norm.weight"),
+    MappingRule("head.dense.weight", "H H", "head.dense.weight", ("lm_head.dense.weight",)),
+    MappingRule("head.norm.weight", "H", "head.norm.weight", ("lm_head.norm.weight",)),
+    MappingRule("output_layer.bias", "V", "decoder.bias", transform=VOCABULARY),
 )
 
 
@@ -110,7 +100,7 @@ class WeightMapping:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of each Hugging Face tensor: the canonical tensor split evenly along dim 0."""
+        """Return the shape of each Hugging Face tensor: the canonical tensor split evenly along dim 0."""
         return (self.shape[0] // len(self.hf_names), *self.shape[1:])
 
 
@@ -124,6 +114,7 @@ def weight_mappings(model: ModelConfig, objective: str) -> Iterator[WeightMappin
     expanded += [(rule, i) for i in range(model.num_layers) for rule in layers if i >= rule.first_layer]
     expanded += [(rule, 0) for rule in RULES[first + len(layers) :]]
     for rule, i in expanded:
-        hf_names = tuple(name.replace("{i}", str(i)) for name in (rule.mlm if objective == "mlm" else rule.clm))
-        name, shape = rule.name.replace("{i}", str(i)), tuple(sizes[s] for s in rule.shape)
-        yield WeightMapping(name, shape, hf_names, rule.transform)
+        theirs = rule.clm if objective == "clm" and rule.clm else (rule.mlm,)
+        hf_names = tuple(name.replace("{i}", str(i)) for name in theirs)
+        shape = tuple(sizes[size] for size in rule.shape.split())
+        yield WeightMapping(rule.name.replace("{i}", str(i)), shape, hf_names, rule.transform)

@@ -167,11 +167,13 @@ class ModelFiles:
         return files
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
         with _opened(self.tensors[name].path) as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
     def display_name(self, name: str) -> str:
+        """Return the name itself, which is the file's."""
         return name
 
 

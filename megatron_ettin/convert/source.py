@@ -91,19 +91,20 @@ class SourceCheckpoint:
             name, shape = mapping.name, mapping.shape
             if name not in present:
                 raise UserError(f"{self.checkpoint}: no tensor {name}, which the config's shape asks for")
-            found = self._reader.shape(name)
-            rows_fit = found[:1] >= shape[:1] if mapping.transform.may_be_padded else found[:1] == shape[:1]
-            if len(found) != len(shape) or found[1:] != shape[1:] or not rows_fit:
-                raise UserError(f"{self.checkpoint}: {name} is {found}; the config's shape gives {shape}")
+            stored = self._reader.shape(name)
+            rows_fit = stored[:1] >= shape[:1] if mapping.transform.may_be_padded else stored[:1] == shape[:1]
+            if len(stored) != len(shape) or stored[1:] != shape[1:] or not rows_fit:
+                raise UserError(f"{self.checkpoint}: {name} is {stored}; the config's shape gives {shape}")
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Ids of special tokens in the folder that was imported; empty for a run's checkpoint."""
+        """Return the ids of special tokens in the folder that was imported; empty for a run's checkpoint."""
         recorded = self.progress.get("special_ids")
         return recorded if isinstance(recorded, dict) else {}
 
     @property
     def tokenizer(self) -> Path:
+        """Return the folder of the tokenizer, which need not exist."""
         return self.checkpoint / "tokenizer"
 
     def read(self, mapping: WeightMapping) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,42 @@ from megatron_ettin.convert.verify import Logits, check_export
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
-MAX_SHARD_BYTES = 5_000_000_000
 Card = Callable[[SourceCheckpoint, str, bool, dict[str, Any] | None], str]
 """(source, dtype, has a tokenizer, parity record) -> text of README.md."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Choices of an export. Raises UserError for a value that cannot be used."""
+
+    dtype: str = "float32"
+    """Type of the exported weights: float32, bfloat16, fp32 or bf16."""
+    objective: str | None = None
+    """mlm or clm, to make a decoder of an encoder or the reverse."""
+    max_shard_bytes: int = 5_000_000_000
+    """Largest safetensors file."""
+    verify: bool = False
+    """Compare tensors and, given `our_logits`, logits with transformers' before the folder gets its name."""
+    our_logits: Logits | None = None
+    """Computes the logits of this system's model."""
+
+    def __post_init__(self) -> None:
+        if self.dtype_name not in DTYPES:
+            raise UserError(f"dtype: {self.dtype!r}; allowed: {', '.join([*DTYPES, *SHORT])}")
+        if self.max_shard_bytes < 1:
+            raise UserError(f"max_shard_bytes: {self.max_shard_bytes}; must be at least 1")
+
+    @property
+    def dtype_name(self) -> str:
+        """Return the long name of the type."""
+        return SHORT.get(self.dtype, self.dtype)
 
 
 def to_hf(
     checkpoint: Path,
     out: Path,
-    dtype: str = "float32",
-    verify: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    our_logits: Logits | None = None,
+    options: ExportOptions = ExportOptions(),
     report: Report | None = None,
-    objective: str | None = None,
     card: Card = model_card,
 ) -> dict[str, Any]:
     """Export `checkpoint` (or a run's latest) to the new folder `out`.
@@ -51,41 +74,36 @@ def to_hf(
     Args:
         checkpoint: a checkpoint or a run directory.
         out: the folder to make.
-        dtype: type of the exported weights: float32, bfloat16, fp32 or bf16.
-        verify: compare tensors and, given `our_logits`, logits with transformers' before the folder gets its name.
-        max_shard_bytes: largest safetensors file.
-        our_logits: computes the logits of this system's model.
+        options: what to export, and how.
         report: called with (tensors done, tensors in all).
-        objective: mlm or clm, to make a decoder of an encoder or the reverse.
         card: writes README.md.
 
     Returns:
         What was written, for people and JSON.
 
     Raises:
-        UserError: the checkpoint or an option is not usable.
+        UserError: the checkpoint is not usable.
         ParityError: the exported folder is not the checkpoint.
     """
-    dtype = SHORT.get(dtype, dtype)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; allowed: {', '.join([*DTYPES, *SHORT])}")
-    if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes: {max_shard_bytes}; must be at least 1")
-    source = SourceCheckpoint(checkpoint, objective)
+    dtype = options.dtype_name
+    source = SourceCheckpoint(checkpoint, options.objective)
     with staging_dir(out) as staging:
         try:
-            files = _write(source, staging, dtype, max_shard_bytes, report)
+            files = _write_model(source, staging, options, report)
             ends_with_sep = source.progress.get("end_token") != "none"
             layout = TokenizerFormat(source.objective, source.trained_length, ends_with_sep)
             has_tokenizer = export_tokenizer(source.tokenizer, staging, layout)
-            parity = check_export(source, staging, DTYPES[dtype], our_logits) if verify else None
+            parity = check_export(source, staging, DTYPES[dtype], options.our_logits) if options.verify else None
         except UserError:
             # a damaged file is reported by its checksum rather than by what it leads to
             source.check_weights()
             raise
         source.check_weights()
         if parity is not None:
-            _write_parity(source, parity, staging / "parity.json")
+            if source.progress.get("step"):
+                # `ettin report` finds a run's checkpoint by it; initial weights have none
+                parity["source"] = sha256(source.checkpoint / INTEGRITY)
+            (staging / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card(source, dtype, has_tokenizer, parity), encoding="utf-8")
         for path in (*staging.iterdir(), staging):
             fsync(path)
@@ -97,20 +115,11 @@ def to_hf(
     }
 
 
-def _write_parity(source: SourceCheckpoint, parity: dict[str, Any], path: Path) -> None:
-    """Write parity.json. `ettin report` finds a run's checkpoint by its `source`; initial weights have none."""
-    if source.progress.get("step"):
-        parity["source"] = sha256(source.checkpoint / INTEGRITY)
-    path.write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
-
-
-def _write(
-    source: SourceCheckpoint, staging: Path, dtype: str, max_shard_bytes: int, report: Report | None
-) -> list[str]:
+def _write_model(source: SourceCheckpoint, staging: Path, options: ExportOptions, report: Report | None) -> list[str]:
     """Write config.json and the weights. Returns the names of the safetensors files."""
     ids = special_ids(source.tokenizer, source.model.vocab_size, source.special_ids)
     model = dataclasses.replace(source.model, max_position_embeddings=source.trained_length)
-    config = to_hf_config(model, source.objective, dtype, ids)
+    config = to_hf_config(model, source.objective, options.dtype_name, ids)
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.objective == "clm":
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -124,4 +133,4 @@ def _write(
                 report(done, len(source.mappings))
 
     specs: list[TensorSpec] = [(name, mapping.hf_shape) for mapping in source.mappings for name in mapping.hf_names]
-    return write_model(staging, specs, DTYPES[dtype], hf_tensors(), max_shard_bytes)
+    return write_model(staging, specs, DTYPES[options.dtype_name], hf_tensors(), options.max_shard_bytes)

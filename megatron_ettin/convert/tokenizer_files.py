@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import load_json
 from megatron_ettin.config.tables import VOCABULARY
-from megatron_ettin.convert.folders import hf_file
+from megatron_ettin.convert.folders import hf_file, json_object
 from megatron_ettin.data.tokenizer import read_backend, special_tokens, vocabulary_size
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -46,7 +45,7 @@ def export_tokenizer(source: Path, target: Path, layout: TokenizerFormat) -> boo
     """Copy a checkpoint's tokenizer into a released folder as its objective needs it; False without a tokenizer."""
     if not _copy(source, target):
         return False
-    content, settings = _read_json(target / FILES[0]), _read_json(target / FILES[1])
+    content, settings = json_object(target / FILES[0]), _read_settings(target)
     trained = {"post_processor": content.get("post_processor"), "pad_token": settings.get("pad_token")}
     tokens = special_tokens(target)
     if "cls" in tokens and "sep" in tokens:
@@ -75,10 +74,10 @@ def import_tokenizer(source: Path, target: Path) -> bool:
     """Copy a released folder's tokenizer into a checkpoint as training had it; False without a tokenizer."""
     if not _copy(source, target):
         return False
-    content, found = _read_json(target / FILES[0]), _read_json(target / FILES[1])
-    settings = {key: value for key, value in found.items() if key not in (TRAINED, "padding_side")}
+    content, given = json_object(target / FILES[0]), _read_settings(target)
+    settings = {key: value for key, value in given.items() if key not in (TRAINED, "padding_side")}
     _drop_ends(settings)
-    trained = found.get(TRAINED)
+    trained = given.get(TRAINED)
     if isinstance(trained, dict) and "post_processor" in trained:
         content["post_processor"] = trained["post_processor"]
         if trained.get("pad_token") is None:
@@ -86,7 +85,7 @@ def import_tokenizer(source: Path, target: Path) -> bool:
         _write_json(target / FILES[0], content)
     elif _set_closing(content, _text(settings, "cls"), _text(settings, "sep"), True):
         _write_json(target / FILES[0], content)
-    if settings != found:
+    if settings != given:
         _write_json(target / FILES[1], settings)
     return True
 
@@ -183,16 +182,9 @@ def _set_closing(content: dict[str, Any], cls: str, sep: str, closing: bool) -> 
     return True
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not an object")
-    return content
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says; nothing without one."""
+    return json_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from megatron_ettin.config.tables import OBJECTIVES, parameter_count
 from megatron_ettin.convert.importing import write_checkpoint
 from megatron_ettin.convert.model_card import CardInfo, model_card
 from megatron_ettin.convert.rules import weight_mappings
-from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from megatron_ettin.convert.verify import Logits, ParityError
 from megatron_ettin.platform.cpu import keep_freed_memory
 from megatron_ettin.release.chain import Revision
@@ -80,7 +80,8 @@ def make_revision(job: RevisionJob) -> RevisionResult:
         checkpoint = revision.checkpoint or write_initial(revision.run, folder.with_name(f"{revision.name}.initial"))
         info = CardInfo(options.name, options.licence, revision.name, revision.total_tokens)
         card = functools.partial(model_card, info=info)
-        to_hf(checkpoint, folder, options.dtype, True, options.max_shard_bytes, job.our_logits, card=card)
+        export = ExportOptions(options.dtype, None, options.max_shard_bytes, verify=True, our_logits=job.our_logits)
+        to_hf(checkpoint, folder, export, card=card)
         write_record(folder, expected)
         publish_revision(folder, job.out / revision.name)
     except (UserError, ParityError) as refusal:

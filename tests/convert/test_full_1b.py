@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.from_hf import from_hf
-from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from tests.convert.folders import SHAPE_17M, make_folder
 
 pytestmark = pytest.mark.skipif("1b" not in os.environ.get("ETTIN_FULL_SHAPES", ""), reason="nightly")
@@ -67,7 +67,7 @@ def test_convert_full_1b_through_one_and_four_ranks_keeps_bits(tmp_path: Path, o
     from_hf(theirs, tmp_path / "imported")
     for layout, (tp, pp) in LAYOUTS.items():
         reshard(tmp_path / "imported", tmp_path / "sharded", precision, tp, pp)
-        to_hf(tmp_path / "sharded", tmp_path / "again", name, max_shard_bytes=10**10)
+        to_hf(tmp_path / "sharded", tmp_path / "again", ExportOptions(name, max_shard_bytes=10**10))
         assert_same(theirs, tmp_path / "again", layout)
         for used in ("sharded", "again"):
             shutil.rmtree(tmp_path / used)

@@ -21,7 +21,7 @@ import torch
 
 from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.from_hf import from_hf
-from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from tests.conftest import make_corpus
 from tests.convert.folders import make_folder, tensors
 from tests.pool import Pool
@@ -92,7 +92,7 @@ def test_convert_trained_on_one_and_four_ranks_keeps_bits(
         command += [f"model.vocab_size={VOCABULARY}", f"model.num_layers={shape['num_hidden_layers']}", *gathers(size)]
         results = pool.run(world, [*command, f"data.mixture={odd_corpus}"], timeout_seconds=600)
         assert {result.status for result in results} == {0}, "\n".join(r.output[-2000:] for r in results)
-        to_hf(run, tmp_path / "again", {"fp32": "float32", "bf16": "bfloat16"}[precision])
+        to_hf(run, tmp_path / "again", ExportOptions(precision))
         assert_same(theirs, tmp_path / "again", f"{world} ranks")
         shutil.rmtree(tmp_path / "again")
         shutil.rmtree(run)

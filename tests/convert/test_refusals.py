@@ -15,7 +15,7 @@ from megatron_ettin.checkpoint.integrity import seal
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.checkpoint.weights_writer import write_weights
 from megatron_ettin.convert.from_hf import from_hf
-from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from tests.convert.folders import command, make_folder, same_bits, tensors
 
 
@@ -25,7 +25,7 @@ def sources(tmp_path_factory):
     room = tmp_path_factory.mktemp("sources")
     make_folder(room / "whole", "mlm")
     from_hf(room / "whole", room / "checkpoint")
-    to_hf(room / "checkpoint", room / "theirs", max_shard_bytes=100_000)
+    to_hf(room / "checkpoint", room / "theirs", ExportOptions(max_shard_bytes=100_000))
     return room
 
 
@@ -215,7 +215,7 @@ def test_to_hf_padded_vocabulary_is_stripped(sources, tmp_path):
     for name in ("config.yaml", "progress.json"):
         shutil.copy(sources / "checkpoint" / name, staging)
     seal_and_rename(staging, tmp_path / "padded")
-    to_hf(tmp_path / "padded", tmp_path / "out", verify=True)
+    to_hf(tmp_path / "padded", tmp_path / "out", ExportOptions(verify=True))
     assert same_bits(tensors(sources / "whole"), tensors(tmp_path / "out"))
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_ettin.checkpoint.directory import read_config, read_progress, verify
 from megatron_ettin.checkpoint.reader import CheckpointReader
 from megatron_ettin.convert.from_hf import from_hf
-from megatron_ettin.convert.to_hf import to_hf
+from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from megatron_ettin.convert.verify import ParityError
 from megatron_ettin.data.tokenizer import load_tokenizer
 from tests.convert import folders
@@ -60,7 +60,7 @@ def test_round_trip_of_17m_shape_keeps_bits_and_logits(tmp_path, objective):
 @BOTH
 def test_round_trip_with_shards_keeps_bits_and_logits(tmp_path, objective):
     theirs, checkpoint = imported(tmp_path, objective)
-    result = to_hf(checkpoint, tmp_path / "again", max_shard_bytes=50_000)
+    result = to_hf(checkpoint, tmp_path / "again", ExportOptions(max_shard_bytes=50_000))
     assert len(result["files"]) > 3
     assert all((tmp_path / "again" / name).stat().st_size < 90_000 for name in result["files"])
     assert same_bits(tensors(theirs), tensors(tmp_path / "again"))
@@ -169,11 +169,13 @@ def test_to_hf_verify_different_logits_are_refused(tmp_path, capsys, monkeypatch
         return [torch.zeros(len(ids), 320) for ids in lists]
 
     with pytest.raises(ParityError, match="logits differ"):
-        to_hf(checkpoint, tmp_path / "again", verify=True, our_logits=wrong)
+        to_hf(checkpoint, tmp_path / "again", ExportOptions(verify=True, our_logits=wrong))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "theirs"]
     nans = [torch.full((2 * 8 + 37, 320), float("nan")), torch.zeros(17, 320), torch.zeros(4, 320)]
-    with pytest.raises(ParityError, match="inf"):
-        to_hf(checkpoint, tmp_path / "again", verify=True, our_logits=lambda path, lists, objective: nans)
+    with pytest.raises(ParityError, match="by nan"):
+        to_hf(
+            checkpoint, tmp_path / "again", ExportOptions(verify=True, our_logits=lambda path, lists, objective: nans)
+        )
     monkeypatch.setattr("megatron_ettin.evaluate.inference.logits_of", wrong)
     with pytest.raises(SystemExit, match="logits differ"):
         command(capsys, "to-hf", checkpoint, tmp_path / "again", "--verify")

@@ -151,7 +151,7 @@ def _model(yaml: TrainerYaml, config: dict[str, Any]) -> dict[str, Any]:
     known += ("local_attn_rotary_emb_dim", "initializer_range", "causal_mask")
     yaml.used |= {f"{MODEL}{key}" for key in known}
     name, source = yaml.keys["model.name"], f"config {yaml.path}"
-    described = trainer_model.read_trainer_model(config, name, source, _seq_len(yaml), MODEL, unnoted=("init_std",))
+    described = trainer_model.read_trainer_model(config, name, source, _seq_len(yaml), MODEL)
     yaml.notes += described.notes
     model = {key: getattr(described.model, key) for key in MODEL_KEYS}
     return {**model, "decoder_window_keys": described.model.encoder_window + 1}

@@ -7,7 +7,7 @@ the activation, the kind of attention and the order of rotary channels, so these
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,6 @@ def read_trainer_model(
     source: str,
     seq_len: object,
     prefix: str = "",
-    unnoted: Collection[str] = (),
 ) -> TrainerModel:
     """Translate the trainer's keys of a model.
 
@@ -84,15 +83,16 @@ def read_trainer_model(
         source: the file, for messages.
         seq_len: tokens in a row, where the file says it.
         prefix: what stands before the keys in the file, for notes.
-        unnoted: keys of which a default is used without a note.
 
     Raises:
         UserError: a value that this model cannot have.
     """
+    # a YAML, or a checkpoint that records initializer_range, leaves init_std out on purpose
+    expected = DEFAULTS.keys() - ({"init_std"} if prefix or "initializer_range" in config else set())
     notes = [
         f"{source} has no {prefix}{key}: {_default_note(key, value)}"
         for key, value in DEFAULTS.items()
-        if key not in config and key not in unnoted
+        if key in expected and key not in config
     ]
     try:
         _check_fixed(config, source)

@@ -21,9 +21,11 @@ class Stub:
     __slots__ = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
+        """Accept any arguments."""
         return super().__new__(cls)
 
     def __call__(self, *args: Any) -> Any:
+        """Do nothing, whatever the arguments are."""
         return self
 
     def _ignore(*args: Any) -> None:
@@ -42,6 +44,7 @@ class StubFunction(Stub):
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
+        """Call the function."""
         return self._function(*args)
 
 
@@ -54,16 +57,11 @@ class PlainDict(dict[Any, Any]):
         return None
 
 
-class StorageType(NamedTuple):
-    """A class of storages that a pickle names, such as `FloatStorage`."""
-
-    name: str
-
-
 class StorageRecord(NamedTuple):
     """A storage that was not read."""
 
     type_name: str
+    """Name of the class that the pickle gives it, such as `FloatStorage`."""
     key: str
     """Name of the record in the zip file that holds the bytes."""
     items: int
@@ -79,7 +77,7 @@ class TensorRecord(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Name of the class of its storage."""
+        """Return the name of the class of its storage."""
         return self.storage.type_name
 
 
@@ -119,13 +117,15 @@ class StubUnpickler(pickle.Unpickler):
     """An unpickler that knows tensors and dictionaries; every other name is a stub."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in for a name; of a class of storages the name itself."""
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
-            return StorageType(name)
+            return name
         return STAND_INS.get((module, name), Stub)
 
     def persistent_load(self, saved: Any) -> Any:
+        """Describe a storage, the only thing that torch.save keeps outside of the pickle."""
         match saved:
-            case ("storage", StorageType(name), str(key), _, int(items)) if type(saved) is tuple:
+            case ("storage", str(name), str(key), _, int(items)) if type(saved) is tuple:
                 return StorageRecord(name, key, items)
         return Stub()
 

@@ -60,6 +60,7 @@ class TorchFile:
         return whole.as_strided(record.shape, record.stride, record.offset).contiguous()
 
     def close(self) -> None:
+        """Close the file."""
         self._zip.close()
 
     def _info(self, record: str) -> zipfile.ZipInfo:

@@ -51,14 +51,17 @@ class TrainerWeights:
 
     @property
     def path(self) -> Path:
+        """Return the the file."""
         return self.file.path
 
     @property
     def dtypes(self) -> Collection[str]:
+        """Return the classes of storages that can be read."""
         return DTYPES
 
     @property
     def num_layers(self) -> int:
+        """Return the number of layers that have a tensor."""
         return len({name.split(".")[2] for name in self.tensors if name.startswith("model.layers.")})
 
     def read(self, name: str) -> torch.Tensor:
@@ -68,6 +71,7 @@ class TrainerWeights:
         return self.file.read(self.tensors[name])
 
     def display_name(self, name: str) -> str:
+        """Return the name that the file has, in quotes."""
         return repr(self.original_names[name])
 
 
