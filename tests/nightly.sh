@@ -69,7 +69,7 @@ harness() {
     "$venv/bin/python" -m venv "$own" &&
         "$own/bin/pip" install -q "$(grep '^torch==' constraints-cpu.txt)" &&
         "$own/bin/pip" install -q --editable ".[harness]" -c constraints-cpu.txt &&
-        ETTIN_HARNESS=$own/bin/python "$python" -m pytest tests/convert/test_harness.py
+        ETTIN_HARNESS=$own/bin/python "$python" -m pytest tests/evaluate/test_harness.py
 }
 
 layouts() { ETTIN_WHOLE_TABLES=1 "$python" -m pytest tests/train/test_invariance.py tests/optim/test_deepspeed.py; }

@@ -207,7 +207,15 @@ def scaling_rows(
     failures: FailureModel,
     given: Set[str] = frozenset(),
 ) -> list[ScalingRow]:
-    """Predict the run on each of the rising numbers of GPUs that has a valid layout; `given` keys keep their values.
+    """Predict the run on each number of GPUs that has a valid layout.
+
+    Args:
+        config: the run.
+        model: what predicts a step.
+        numbers: of GPUs, rising.
+        growth: how steps grow with the number of GPUs.
+        failures: what interrupts the run.
+        given: keys that keep their values, also default ones.
 
     Raises:
         UserError: no number has a valid layout, or failures leave nothing of the run.

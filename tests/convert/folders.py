@@ -4,10 +4,12 @@ Norms, biases and matrices are moved so that a missing norm, a swapped half or a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 TINY = {
     **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -84,3 +86,30 @@ def command(capsys: Any, *words: Any) -> tuple[int, str, str]:
     status = main(["convert", *map(str, words)])
     out, err = capsys.readouterr()
     return status, out, (err.strip().splitlines() or [""])[-1]
+
+
+def refused(capsys, tmp_path, way, source, said):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, out, err = command(capsys, way, source, tmp_path / "out")
+    assert status == 2
+    assert out == ""
+    assert err.startswith("ettin convert: ")
+    assert said in err, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(folder, change):
+    """Change one tensor, or the names, of the folder's first shard."""
+    file = sorted(folder.glob("*.safetensors"))[0]
+    held = tensors(folder)
+    for other in folder.glob("*.safetensors"):
+        other.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(held)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return file

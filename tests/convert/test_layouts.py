@@ -23,8 +23,9 @@ from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.from_hf import from_hf
 from megatron_ettin.convert.to_hf import ExportOptions, to_hf
 from tests.conftest import make_corpus
-from tests.convert.folders import make_folder, tensors
+from tests.convert.folders import command, make_folder, tensors
 from tests.pool import Pool
+from tests.train.runs import train
 
 pytestmark = pytest.mark.ranks
 FULL = os.environ.get("ETTIN_FULL_SHAPES", "17m").split()
@@ -106,3 +107,25 @@ def assert_same(theirs: Path, again: Path, layout: str) -> None:
             tensor.view(torch.uint8), found[name].view(torch.uint8)
         )
         assert same, f"{name} after {layout}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "precision"), [("clm", "bf16"), pytest.param("mlm", "fp32", marks=pytest.mark.full)]
+)
+def test_to_hf_of_sharded_training_checkpoint_verifies_and_round_trips(
+    pool, corpus, tmp_path, capsys, objective, precision
+):
+    words = ["parallel.tp=2", "parallel.pp=2", "run.steps=2", f"precision.name={precision}"]
+    train(pool, 4, tmp_path / "run", corpus, objective, words)
+    status, out, err = command(capsys, "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["step"] == 2
+    assert result["tokenizer"]
+    assert result["parity"]["tensors_identical"]
+    assert result["parity"]["max_abs_logit_difference"] < 1e-4
+    assert command(capsys, "from-hf", tmp_path / "out", tmp_path / "back")[0] == 0
+    status, out, err = command(capsys, "to-hf", tmp_path / "back", tmp_path / "again", "--verify", "--json")
+    assert status == 0, err
+    a, b = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert a.read_bytes() == b.read_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.convert.folders import TINY, make_model
+from tests.convert.folders import TINY, command, make_model
 
 # what its class FlexBertConfig writes for the models of tests/convert/folders.py
 CONFIG = {
@@ -81,3 +81,13 @@ def trainer_file(path: Path, objective: str, shape: dict[str, Any] = TINY, **cha
     model = reference(objective, shape)
     torch.save(composer_state(trainer_names(model, objective), objective, **changes), path)
     return model
+
+
+def refused(capsys, tmp_path, file, said, *words):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, out, err = command(capsys, "from-composer", file, tmp_path / "out", *words)
+    assert status == 2, err
+    assert out == "", err
+    assert err.startswith("ettin convert: "), err
+    assert said in err, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

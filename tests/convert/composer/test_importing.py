@@ -12,8 +12,7 @@ import yaml
 from megatron_ettin.checkpoint.directory import read_config
 from megatron_ettin.config.tables import SIZES
 from megatron_ettin.convert.composer import from_composer
-from tests.convert.composer.test_hostile import refused
-from tests.convert.composer.trainer_files import CONFIG, composer_state, reference, trainer_file, trainer_names
+from tests.convert.composer.trainer_files import CONFIG, composer_state, reference, refused, trainer_file, trainer_names
 from tests.convert.folders import command
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests import forkserver
 from tests.convert.composer.trainer_files import trainer_file
-from tests.convert.folders import command, make_folder
+from tests.convert.folders import command, make_folder, refused
 
 # command -> where a call of the function stands between the weights and the end
 WAYS = {
@@ -46,7 +46,7 @@ def test_convert_killed_while_writing_leaves_nothing_and_repeats(tmp_path, capsy
         trainer_file(source, "mlm")
     before = {path.name for path in tmp_path.iterdir()}
     words = [way, str(source), str(tmp_path / "out")]
-    child = forkserver.call(forkserver.shared(), "tests.convert.test_killed:convert_until_killed", words)
+    child = forkserver.call(forkserver.shared(), "tests.convert.test_folders:convert_until_killed", words)
     assert child.wait() == -signal.SIGKILL
     child.close()
     assert {path.name for path in tmp_path.iterdir()} == {*before, ".tmp-out"}
@@ -75,7 +75,7 @@ def begun(tmp_path):
     """A conversion from-hf that waits between its weights and its end, as a process of its own."""
     make_folder(tmp_path / "theirs", "mlm")
     (tmp_path / "signs").mkdir()
-    code = "import sys; from tests.convert.test_killed import convert_slowly; sys.exit(convert_slowly(*sys.argv[1:]))"
+    code = "import sys; from tests.convert.test_folders import convert_slowly; sys.exit(convert_slowly(*sys.argv[1:]))"
     words = ["from-hf", tmp_path / "theirs", tmp_path / "out", tmp_path / "signs"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(forkserver.ROOT), *sys.path])}
     child = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment)
@@ -117,3 +117,20 @@ def test_convert_output_link_is_followed(tmp_path, capsys, exists):
     assert command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "out")[0] == 0
     assert (tmp_path / "disk" / "out" / "config.yaml").is_file()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_convert_output_not_empty_is_refused_and_kept(sources, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for way, source in (("to-hf", sources / "checkpoint"), ("from-hf", sources / "theirs")):
+        refused(capsys, tmp_path, way, source, "not empty")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_convert_empty_output_folder_is_used(sources, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert command(capsys, "to-hf", sources / "checkpoint", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    (tmp_path / "back").mkdir()
+    assert command(capsys, "from-hf", tmp_path / "out", tmp_path / "back")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]
