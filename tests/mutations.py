@@ -139,15 +139,15 @@ def window_one_too_wide() -> Iterator[None]:
 
 @contextlib.contextmanager
 def masks_seeded_by_the_rank() -> Iterator[None]:
-    """Draw the masks of a row from its position and the rank that reads it."""
-    from megatron_ettin.batching import objectives
+    """Draw the masks of a row from its order index and the rank that reads it."""
+    from megatron_ettin.batching.objectives import MaskingCollator
 
-    real = objectives._masked
+    real = MaskingCollator.__call__
 
-    def masked(rule, tokens, position, *more):
-        return real(rule, tokens, position + 1_000_003 * int(os.environ.get("RANK", "0")), *more)
+    def masked(self, tokens, lengths, order_index, *more):
+        return real(self, tokens, lengths, order_index + 1_000_003 * int(os.environ.get("RANK", "0")), *more)
 
-    with mock.patch.object(objectives, "_masked", masked):
+    with mock.patch.object(MaskingCollator, "__call__", masked):
         yield
 
 

@@ -116,7 +116,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     source = RandomRows()
-    label = make_collator("clm" if kind == "clm" else "mlm", 0.3, 21, "pretrain", VOCABULARY, SPECIALS, MASK)
+    label = make_collator("clm" if kind == "clm" else "mlm", source, 0.3, 21, "pretrain")
 
     def step(n: int) -> None:
         chosen = [source.row(n * rows + i) for i in range(rows)]

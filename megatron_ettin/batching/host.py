@@ -1,61 +1,85 @@
 """Make a micro-batch in host memory: read its rows, label them and lay them out in arrays.
 
 It is a pure function of (configuration, data, step, index) and imports neither torch nor Megatron, so that a loader's
-worker process starts at once. Rows are spread evenly over ranks and micro-batches (config/layouts.py); a slot that is
-left over is an empty row: all padding, no labels, not counted. Packed rows have `row_tokens` positions each. Rows of
-padded batching are laid end to end, and only the padding at the micro-batch's end is computed for nothing.
+worker process starts at once. Each data-parallel rank and each pipeline stage makes its own, without communication.
+Rows are spread evenly over ranks and micro-batches (config/layouts.py); a slot that is left over is an empty row: all
+padding, no labels, not counted. Packed rows have `row_tokens` positions each. Rows of padded batching are laid end to
+end, and only the padding at the micro-batch's end is computed for nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_ettin.base.errors import RankError
-from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix
+from megatron_ettin.batching.objectives import MaskingCollator, ObjectiveMix, dataset_collator
 from megatron_ettin.config.flops import attended_pairs
-from megatron_ettin.config.layouts import RowSplit
-from megatron_ettin.config.tables import IGNORE
+from megatron_ettin.config.layouts import RowSplit, full_batch_split, has_fixed_shapes, micro_batch_group
+from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import IGNORE, PRECISIONS, ROW_OBJECTIVES
 from megatron_ettin.data.blended_dataset import BlendedDataset, Row
 from megatron_ettin.data.sampler import BatchSizes
+from megatron_ettin.model.boundaries import ChunkBoundaries, HostArray, pin_arrays
+from megatron_ettin.parallel.topology import Topology
+
+
+def token_multiple(config: Config, topology: Topology) -> int:
+    """Return the number that the tokens of a row on the device must be a multiple of.
+
+    Every parallel axis then divides them, and the slice of each rank consists of whole blocks of the precision's
+    quantisation.
+    """
+    precision = PRECISIONS[config.precision.name].multiple
+    blocks = 16 if precision == 1 else math.lcm(16, precision) * topology.tp
+    return math.lcm(blocks * topology.cp, topology.tp * topology.cp)
+
+
+def row_tokens(config: Config, topology: Topology) -> int:
+    """Return the tokens of a row on the device: seq_len rounded up to a multiple of `token_multiple`."""
+    multiple = token_multiple(config, topology)
+    return -(-config.data.seq_len // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class HostBatch:
-    """Rows of one forward pass in host memory; arrays [rows, buffer tokens], or [1, tokens] of rows laid end to end."""
+    """Rows of one forward pass in host memory: this rank's slices of them, ready to be copied to its device."""
 
-    input_ids: npt.NDArray[np.int64]
-    """Token ids."""
-    labels: npt.NDArray[np.int64]
-    """Token id to predict at each position, or IGNORE."""
-    lengths: tuple[tuple[int, ...], ...]
-    """Chunk lengths of each row of the arrays."""
-    slots: tuple[int, ...]
-    """Slot of each row within the step; of each chunk where rows are laid end to end."""
+    input_ids: HostArray
+    """Token ids [rows, row tokens / cp]; [1, tokens / cp] of rows laid end to end."""
+    labels: HostArray
+    """Token ids to predict [n]."""
+    label_positions: HostArray
+    """Flat positions of the labels in `input_ids` [n]."""
+    causal_labels: int
+    """Number of labels in causal rows, which come first."""
+    boundaries: ChunkBoundaries
+    """Boundaries of the chunks."""
     tokens: int
     """Number of tokens without padding."""
     pairs: tuple[int, int]
     """Number of attended (query, key) pairs of one global and of one local layer."""
-    causal_places: int
-    """Number of positions of the arrays in causal rows, which come first."""
-    flat: bool = False
-    """True if the rows, of one chunk each, are laid end to end."""
+
+    def pin_memory(self) -> HostBatch:
+        """Return the same in page-locked memory; the thread of torch's DataLoader that pins calls it."""
+        return dataclasses.replace(pin_arrays(self), boundaries=pin_arrays(self.boundaries))
 
 
 @dataclass(frozen=True)
 class HostBatches:
-    """Micro-batches of any step for one data-parallel rank. Pickles small: it travels to worker processes."""
+    """Maker of the micro-batches of any step for one rank. Pickles small: it travels to worker processes."""
 
     corpus: BlendedDataset
     """Rows of the run."""
     sizes: BatchSizes
     """Number of rows of each step."""
-    label: MaskingCollator
+    collator: MaskingCollator
     """Makes inputs and labels of a row."""
-    kinds: ObjectiveMix
+    objectives: ObjectiveMix
     """Row objective of each slot."""
     windows: Mapping[bool, int]
     """Attention window of a local layer: in causal rows (True) and in others (False)."""
@@ -63,25 +87,51 @@ class HostBatches:
     """Tokens of a row on the device, padding included."""
     micro_batch_rows: int
     """Largest number of rows of a micro-batch."""
-    dp: int
+    dp: int = 1
     """Data-parallel degree."""
-    dp_rank: int
+    dp_rank: int = 0
     """Data-parallel rank."""
-    group: int
+    context: tuple[int, int] = (0, 1)
+    """Rank and degree of context parallelism."""
+    group: int = 1
     """Number of which a rank's micro-batches are a multiple."""
     fixed: bool = False
     """True if micro-batches have exactly `micro_batch_rows` rows, empty ones included, in every step."""
     flat_multiple: int = 0
     """Lay rows end to end and pad to a multiple of so many tokens; 0: each row gets `row_tokens` positions."""
-    equal: bool = False
+    equal_lengths: bool = False
     """True if all micro-batches of a step have equally many tokens, as pipeline stages need."""
+
+    @classmethod
+    def of(
+        cls, config: Config, corpus: BlendedDataset, topology: Topology, dp_rank: int = 0, cp_rank: int = 0
+    ) -> HostBatches:
+        """Return the maker of a run's micro-batches for one rank. Raises UserError where the vocabularies differ."""
+        fixed = has_fixed_shapes(config)
+        flat = config.data.batching == "padded" and not fixed
+        return cls(
+            corpus,
+            BatchSizes.of(config.batch, corpus.mean_tokens_per_row),
+            dataset_collator(config, corpus),
+            ObjectiveMix.of(config, corpus.mean_tokens_per_row),
+            config.windows,
+            row_tokens(config, topology),
+            full_batch_split(config, topology.dp).size if fixed else config.batch.micro_batch_rows,
+            topology.dp,
+            dp_rank,
+            (cp_rank, topology.cp),
+            micro_batch_group(config),
+            fixed,
+            token_multiple(config, topology) if flat else 0,
+            flat and topology.pp > 1,
+        )
 
     def split(self, rows: int) -> RowSplit:
         """Return how so many rows are shared out over ranks and micro-batches."""
         return RowSplit.of(rows, self.dp, self.micro_batch_rows, self.group, self.fixed)
 
     def count(self, step: int) -> int:
-        """Return the number of micro-batches that a rank runs at `step`."""
+        """Return the number of micro-batches a rank runs at `step`: whole groups of pipeline ranks if interleaved."""
         return self.split(self.sizes.size_at(step)).count
 
     def make(self, step: int, index: int) -> HostBatch:
@@ -89,16 +139,26 @@ class HostBatches:
         first, end = self.sizes.span(step)
         split = self.split(end - first)
         slots, rows = self.share(split, index, first)
-        least = self.longest(split, range(split.count), first) if self.equal else 0
-        return self.lay_out(rows, slots, self.kinds.causal_rows(self.sizes, step), least)
+        min_tokens = self.longest(split, range(split.count), first) if self.equal_lengths else 0
+        return self.lay_out(rows, slots, self.objectives.causal_rows(self.sizes, step), min_tokens)
+
+    def make_held_out(self, split: RowSplit, index: int, min_tokens: int = 0) -> HostBatch:
+        """Make this rank's micro-batch `index` of evaluation rows, all of one objective. `min_tokens` as in `lay_out`.
+
+        Raises:
+            RankError: the data cannot be read.
+        """
+        _, rows = self.share(split, index)
+        causal = ROW_OBJECTIVES[self.objectives.row_objectives[0]].causal
+        return self.lay_out(rows, range(len(rows)), len(rows) if causal else 0, min_tokens)
 
     def longest(self, split: RowSplit, indices: Iterable[int], first: int = 0) -> int:
         """Return the real tokens of the longest of these micro-batches of this rank."""
-        found = 0
+        longest = 0
         for index in indices:
             order_indices = self.corpus.order_indices([first + slot for slot in split.slots(self.dp_rank, index)])
-            found = max(found, int(self.corpus.token_counts(order_indices).sum()) if len(order_indices) else 0)
-        return found
+            longest = max(longest, int(self.corpus.token_counts(order_indices).sum()) if len(order_indices) else 0)
+        return longest
 
     def share(self, split: RowSplit, index: int, first: int = 0) -> tuple[range, list[Row | None]]:
         """Return the slots of this rank's micro-batch `index` and their rows, None for an empty slot.
@@ -132,16 +192,18 @@ class HostBatches:
             self._check(row)
         return rows
 
-    def lay_out(self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, least: int = 0) -> HostBatch:
+    def lay_out(
+        self, rows: Sequence[Row | None], slots: Sequence[int], causal_slots: int, min_tokens: int = 0
+    ) -> HostBatch:
         """Label rows and lay them out.
 
         Args:
             rows: the rows; None is an empty one.
             slots: slot of each row within the step.
             causal_slots: the slots below are causal.
-            least: tokens, padding included, that rows laid end to end have at least.
+            min_tokens: tokens, padding included, that rows laid end to end have at least.
         """
-        lengths = tuple(tuple(row.lengths.tolist()) if row is not None else () for row in rows)
+        lengths: list[list[int]] = [row.lengths.tolist() if row is not None else [] for row in rows]
         causal_rows = sum(slot < causal_slots for slot in slots)
         tokens, pairs = [], np.zeros(2, np.int64)
         for causal, part in ((True, lengths[:causal_rows]), (False, lengths[causal_rows:])):
@@ -149,25 +211,35 @@ class HostBatches:
             tokens.append(int(real.sum()))
             pairs += [attended_pairs(real, causal, window).sum() for window in (None, self.windows[causal])]
         if self.flat_multiple:
-            places = max(1, -(-max(sum(tokens), least) // self.flat_multiple)) * self.flat_multiple
-            starts, shape = np.cumsum([0, *map(sum, lengths)]), (1, places)
-            causal_places = tokens[0] if causal_rows < len(rows) else places
+            width = max(1, -(-max(sum(tokens), min_tokens) // self.flat_multiple)) * self.flat_multiple
+            starts, shape = np.cumsum([0, *map(sum, lengths)]), (1, width)
+            causal_tokens = tokens[0] if causal_rows < len(rows) else width
         else:
             starts, shape = np.arange(len(rows)) * self.row_tokens, (len(rows), self.row_tokens)
-            causal_places = causal_rows * self.row_tokens
+            causal_tokens = causal_rows * self.row_tokens
         input_ids, labels = np.full(shape, self.corpus.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
         for row, slot, start in zip(rows, slots, starts.tolist(), strict=False):
             if row is not None:
                 own = slice(start, start + len(row.tokens))
-                kind = self.kinds.of_slot(slot, causal_slots)
-                found = self.label(row.tokens, row.lengths, row.order_index, kind)
-                input_ids.reshape(-1)[own], labels.reshape(-1)[own] = found
-        all_pairs = int(pairs[0]), int(pairs[1])
+                objective = self.objectives.row_objective(slot, causal_slots)
+                inputs, targets = self.collator(row.tokens, row.lengths, row.order_index, objective)
+                input_ids.reshape(-1)[own], labels.reshape(-1)[own] = inputs, targets
         if self.flat_multiple:
-            lengths = (tuple(n for row in lengths for n in row),)
+            lengths = [[n for row in lengths for n in row]]
             slots = [slot for row, slot in zip(rows, slots, strict=True) if row is not None for _ in row.lengths]
+        flat = self.flat_multiple > 0
+        boundaries = ChunkBoundaries.of(lengths, shape[1], slots, causal_tokens, self.context, flat)
+        ours = slice(boundaries.slice_start, boundaries.slice_start + boundaries.slice_tokens)
+        own_labels = labels[:, ours].reshape(-1)
+        label_positions = np.flatnonzero(own_labels != IGNORE)
         return HostBatch(
-            input_ids, labels, lengths, tuple(slots), sum(tokens), all_pairs, causal_places, self.flat_multiple > 0
+            input_ids=np.ascontiguousarray(input_ids[:, ours]),
+            labels=own_labels[label_positions],
+            label_positions=label_positions,
+            causal_labels=boundaries.count_causal(label_positions),
+            boundaries=boundaries,
+            tokens=sum(tokens),
+            pairs=(int(pairs[0]), int(pairs[1])),
         )
 
     def _check(self, row: Row) -> None:

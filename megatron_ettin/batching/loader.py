@@ -9,8 +9,6 @@ for itself; nothing is broadcast. Workers start from a fork server, never by a f
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import multiprocessing
 import multiprocessing.resource_tracker
 import signal
@@ -29,141 +27,81 @@ GPU_WORKERS = 2
 LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedBatch:
-    """A HostBatch with its arrays as tensors."""
+class MicroBatchDataset(TorchDataset["HostBatch | str"]):
+    """Map-style dataset of `HostBatches`: an item for every (step, index).
 
-    host: HostBatch
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-
-    @classmethod
-    def of(cls, host: HostBatch) -> LoadedBatch:
-        return cls(host, torch.from_numpy(host.input_ids), torch.from_numpy(host.labels))
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerResult:
-    """Result of a worker: a micro-batch, or the line of a UserError, which torch would wrap in a traceback."""
-
-    batch: HostBatch | None
-    mistake: str = ""
-    tensors: LoadedBatch | None = None
-
-    def pin_memory(self) -> WorkerResult:
-        """Return the same in page-locked tensors, which a GPU copies while it computes; torch's pin thread calls it."""
-        if self.batch is None:
-            return self
-        loaded = LoadedBatch.of(self.batch)
-        pinned = LoadedBatch(self.batch, loaded.input_ids.pin_memory(), loaded.labels.pin_memory())
-        return dataclasses.replace(self, tensors=pinned)
-
-
-class MicroBatchDataset(TorchDataset):
-    """Map-style dataset of `HostBatches`: an item for every (step, index)."""
+    The item is the line of a UserError where there is one, because torch would wrap the error in a traceback.
+    """
 
     def __init__(self, batches: HostBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, key: tuple[int, int]) -> WorkerResult:
+    def __getitem__(self, key: tuple[int, int]) -> HostBatch | str:
         try:
-            return WorkerResult(self.batches.make(*key))
+            return self.batches.make(*key)
         except UserError as error:
-            return WorkerResult(None, str(error))
+            return str(error)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSampler:
-    """Sampler of every (step, index) from `first_step` on, up to `end_step` where there is one."""
+@contextlib.contextmanager
+def load_batches(
+    batches: HostBatches, steps: Iterable[int], workers: int = 0, prefetch: int = 4, pinned: bool = False
+) -> Iterator[Iterator[HostBatch]]:
+    """Yield an iterator over this rank's micro-batches of `steps`, and stop the workers at the end.
 
-    batches: HostBatches
-    first_step: int
-    end_step: int | None
+    The iterator raises RankError where the data cannot be read or a worker was lost.
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in itertools.count(self.first_step):
-            if self.end_step is not None and step >= self.end_step:
-                return
-            yield from ((step, index) for index in range(self.batches.count(step)))
-
-
-class Loader:
-    """Micro-batches of consecutive steps from `first_step` on; `end_step`: where the run ends, if that is known.
-
-    `workers` processes make up to `prefetch` micro-batches each ahead of what is asked for; 0 makes them here, when
-    they are asked for. `pinned`: for a GPU.
+    Args:
+        batches: maker of the micro-batches.
+        steps: the steps in order, without end where it is not known.
+        workers: number of processes; 0 makes a micro-batch here, when it is asked for.
+        prefetch: number of micro-batches that each worker makes ahead.
+        pinned: whether the arrays are pinned for a GPU.
     """
-
-    def __init__(
-        self,
-        batches: HostBatches,
-        first_step: int,
-        end_step: int | None = None,
-        workers: int = 0,
-        prefetch: int = 4,
-        pinned: bool = False,
-    ) -> None:
-        self.batches = batches
-        self.next_step = first_step
-        order: Iterable[Any] = StepSampler(batches, first_step, end_step)
-        options: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if workers:
+        options = {
+            "multiprocessing_context": multiprocessing.get_context("forkserver"),
+            "prefetch_factor": prefetch,
+            "worker_init_fn": start_worker,
+        }
+        multiprocessing.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        MicroBatchDataset(batches),
+        sampler=((step, index) for step in steps for index in range(batches.count(step))),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pinned,
+        # or torch would draw from the run's generator
+        generator=torch.Generator(),
+        **options,
+    )
+    with signals_blocked(LEFT_TO_THE_PARENT):
+        items: Any = iter(loader)
+    try:
+        yield checked(items)
+    finally:
         if workers:
-            options = {
-                "multiprocessing_context": multiprocessing.get_context("forkserver"),
-                "prefetch_factor": prefetch,
-                "worker_init_fn": start_worker,
-            }
-            multiprocessing.set_forkserver_preload([__name__])
-        loader: DataLoader[Any] = DataLoader(
-            MicroBatchDataset(batches),
-            sampler=order,
-            batch_size=None,
-            collate_fn=identity,
-            num_workers=workers,
-            pin_memory=pinned,
-            # or torch would draw from the run's generator
-            generator=torch.Generator(),
-            **options,
-        )
-        with signals_blocked(LEFT_TO_THE_PARENT):
-            self._items: Iterator[WorkerResult] | None = iter(loader)
+            items._shutdown_workers()
 
-    def step(self, step: int) -> Iterator[LoadedBatch]:
-        """Return an iterator over this rank's micro-batches of `step`.
 
-        Steps are read one after another, each to its end. Raises RankError where the data cannot be read or a worker
-        was lost.
-        """
-        if step != self.next_step or self._items is None:
-            raise ValueError(f"step {step} was requested where {self.next_step} comes next")
-        self.next_step += 1
-        return itertools.islice(self._loaded(), self.batches.count(step))
-
-    def close(self) -> None:
-        """Stop the workers."""
-        shut_down = getattr(self._items, "_shutdown_workers", None)
-        self._items = None
-        if shut_down is not None:
-            shut_down()
-
-    def _loaded(self) -> Iterator[LoadedBatch]:
-        assert self._items is not None
-        while True:
-            try:
-                loaded = next(self._items)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                cause = first_line(error)
-                raise RankError(
-                    f"data.workers: {cause}; out of memory, or a data file that shrank? data.workers=0 reads in the"
-                    " training process"
-                ) from None
-            if loaded.batch is None:
-                raise RankError(loaded.mistake)
-            yield loaded.tensors or LoadedBatch.of(loaded.batch)
+def checked(items: Iterator[HostBatch | str]) -> Iterator[HostBatch]:
+    """Yield the micro-batches that workers made. Raises RankError with a worker's error, or where one was lost."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RankError(
+                f"data.workers: {first_line(error)}; out of memory, or a data file that shrank? data.workers=0 reads in"
+                " the training process"
+            ) from None
+        if isinstance(item, str):
+            raise RankError(item)
+        yield item
 
 
 def worker_count(wanted: int | None, is_gpu: bool) -> int:
@@ -172,11 +110,8 @@ def worker_count(wanted: int | None, is_gpu: bool) -> int:
 
 
 def start_worker(worker: int) -> None:
+    """Make a worker process end with its parent and leave signals to it."""
     serve_parent()
-
-
-def identity(item: Any) -> Any:
-    return item
 
 
 @contextlib.contextmanager

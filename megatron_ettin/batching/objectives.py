@@ -2,22 +2,25 @@
 
 `mlm` is the masking of transformers' DataCollatorForLanguageModeling (Bernoulli over non-special tokens; of the chosen
 80 % become [MASK], half of the rest a uniformly random id, the others stay), its random numbers a hash of (seed,
-phase, position in the data order, token): the same masks on every layout and after every resume.
+phase, order index, token): the same masks on every layout and after every resume.
 `clm` shifts by one inside each chunk; the last token of a chunk predicts nothing.
 `mntp` masks as `mlm` does, and the position before a masked token predicts it; a chunk's first token is never masked,
 for nothing before it could.
 
 Rows of a step come in the shuffled order of the data, so its first slots are as good a sample as any. Under a hybrid
 objective they are the causal rows, and the others have masked tokens. Every micro-batch of any layout then has its
-causal rows first, and all but one of a step hold rows of one kind. How many are causal is a pure function of the step.
+causal rows first, and all but one of a step hold rows of one objective. How many are causal is a pure function of the
+step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.schema import Config
@@ -27,150 +30,153 @@ from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.hashing import key64, mix64
 from megatron_ettin.data.sampler import BatchSizes
 
+# of the tokens chosen for masking: share that becomes [MASK], and share that becomes a random id
 MASKED, RANDOM = 0.8, 0.1
+
+IntArray = npt.NDArray[np.integer]
+
+
+class Vocabulary(Protocol):
+    """Token ids of a tokenizer, as a dataset knows them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of token ids."""
+
+    @property
+    def special_ids(self) -> Sequence[int]:
+        """Return the ids of special tokens, which are never masked."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """Return the id of [MASK]; None where there is none."""
 
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Everything that labels depend on besides the row, its position and its kind. `kinds` are the objective's."""
+    """Makes inputs and labels of rows; it holds everything that they depend on besides the row and its objective."""
 
-    kinds: tuple[str, ...]
+    row_objectives: tuple[str, ...]
+    """Row objectives of the run's objective."""
     probability: float
+    """Share of the tokens that are chosen for masking."""
     seed_key: int
+    """Hash of (seed, phase)."""
     vocab_size: int
+    """Number of token ids, from which random ones are drawn."""
     special_ids: tuple[int, ...]
+    """Ids that are never masked."""
     mask_id: int | None
+    """Id of [MASK]; None where no row objective masks."""
 
     def __call__(
-        self, tokens: np.ndarray, lengths: np.ndarray, position: int, kind: str | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, tokens: IntArray, lengths: IntArray, order_index: int, objective: str | None = None
+    ) -> tuple[IntArray, IntArray]:
         """Return input ids [n] and labels [n] of a row, int64; the label is -100 where there is none.
 
         Args:
             tokens: token ids [n] of whole chunks.
             lengths: lengths of the chunks.
-            position: order index of the row, on which the masks depend.
-            kind: one of `kinds`, needed where there are several.
+            order_index: order index of the row, on which the masks depend.
+            objective: one of `row_objectives`, needed where there are several.
         """
-        if kind is None:
-            (kind,) = self.kinds
-        return LABELLERS[kind](self, tokens.astype(np.int64), lengths, position)
+        if objective is None:
+            (objective,) = self.row_objectives
+        ids = tokens.astype(np.int64)
+        if objective == "clm":
+            labels = np.append(ids[1:], IGNORE)
+            labels[np.cumsum(lengths) - 1] = IGNORE
+            return ids, labels
+        if objective == "mlm":
+            return self._mask(ids, order_index)
+        inputs, labels = self._mask(ids, order_index, never=np.cumsum(lengths) - lengths)
+        return inputs, np.append(labels[1:], IGNORE)
+
+    def _mask(self, tokens: IntArray, order_index: int, never: IntArray | None = None) -> tuple[IntArray, IntArray]:
+        """Return inputs with masks, and the tokens chosen for them as labels; positions `never` are not chosen."""
+        row_key = mix64(np.array([order_index], dtype=np.uint64) ^ np.uint64(self.seed_key))
+        draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
+        chosen = _uniform(draw) < self.probability
+        chosen &= ~np.isin(tokens, self.special_ids)
+        if never is not None:
+            chosen[never] = False
+        fate = _uniform(mix64(draw ^ np.uint64(0x5851F42D4C957F2D)))
+        random_ids = _uniform(mix64(draw ^ np.uint64(0x14057B7EF767814F))) * self.vocab_size
+        # `make_collator` refuses a tokenizer without one
+        assert self.mask_id is not None
+        inputs = np.where(chosen & (fate < MASKED), self.mask_id, tokens)
+        replaced = chosen & (fate >= MASKED) & (fate < MASKED + RANDOM)
+        inputs = np.where(replaced, random_ids.astype(np.int64), inputs)
+        return inputs, np.where(chosen, tokens, IGNORE)
 
 
-def make_collator(
-    objective: str,
-    probability: float,
-    seed: int,
-    phase: str,
-    vocab_size: int,
-    special_ids: Sequence[int],
-    mask_id: int | None,
-) -> MaskingCollator:
-    """Return the collator of an objective. Raises UserError where it needs a mask token and the tokenizer has none."""
-    if OBJECTIVES[objective].needs_mask_token and mask_id is None:
+def _uniform(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Turn the upper 53 bits of each uint64 into a float64 in [0, 1)."""
+    uniform: npt.NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
+
+
+def make_collator(objective: str, vocabulary: Vocabulary, probability: float, seed: int, phase: str) -> MaskingCollator:
+    """Return the collator of an objective. Raises UserError where it needs a mask token and the tokenizer has none.
+
+    Args:
+        objective: the run's objective.
+        vocabulary: the token ids.
+        probability: share of the tokens that are chosen for masking.
+        seed: seed of the run.
+        phase: phase of the run, which is part of every key.
+    """
+    if OBJECTIVES[objective].needs_mask_token and vocabulary.mask_id is None:
         raise UserError(f"objective {objective}: the dataset's tokenizer has no mask token; clm needs none")
     return MaskingCollator(
         OBJECTIVES[objective].row_objectives,
         probability,
         key64("mlm", seed, phase),
-        vocab_size,
-        tuple(special_ids),
-        mask_id,
+        vocabulary.vocab_size,
+        tuple(vocabulary.special_ids),
+        vocabulary.mask_id,
     )
 
 
-def mask_tokens(
-    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mask tokens for masked language modelling; see the module docstring."""
-    return _masked(rule, tokens, position, rule.special_ids, None)
-
-
-def mask_next_tokens(
-    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mask tokens for next-token prediction: labels[i] is the masked token at i + 1 of the same chunk."""
-    inputs, labels = _masked(rule, tokens, position, rule.special_ids, np.cumsum(lengths) - lengths)
-    return inputs, np.append(labels[1:], IGNORE)
-
-
-def _masked(
-    rule: MaskingCollator, tokens: np.ndarray, position: int, kept_ids: Sequence[int], kept_places: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs with masks and the tokens chosen for them, never those of `kept_ids` or at `kept_places`."""
-    row_key = mix64(np.array([position], dtype=np.uint64) ^ np.uint64(rule.seed_key))
-    draw = mix64(row_key + np.arange(len(tokens), dtype=np.uint64))
-    chosen = _uniform(draw) < rule.probability
-    chosen &= ~np.isin(tokens, kept_ids)
-    if kept_places is not None:
-        chosen[kept_places] = False
-    fate, word = mix64(draw ^ np.uint64(0x5851F42D4C957F2D)), mix64(draw ^ np.uint64(0x14057B7EF767814F))
-    kind = _uniform(fate)
-    # `make_collator` refuses a tokenizer without one
-    assert rule.mask_id is not None
-    inputs = np.where(chosen & (kind < MASKED), rule.mask_id, tokens)
-    random_ids = (_uniform(word) * rule.vocab_size).astype(np.int64)
-    inputs = np.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), random_ids, inputs)
-    return inputs, np.where(chosen, tokens, IGNORE)
-
-
-def shift_tokens(
-    rule: MaskingCollator, tokens: np.ndarray, lengths: np.ndarray, position: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shift labels for causal language modelling: labels[i] is the token at i + 1 of the same chunk."""
-    labels = np.append(tokens[1:], IGNORE)
-    labels[np.cumsum(lengths) - 1] = IGNORE
-    return tokens, labels
-
-
-def _uniform(bits: np.ndarray) -> np.ndarray:
-    """Turn the upper 53 bits of each uint64 into a float64 in [0, 1)."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-LABELLERS: dict[str, Callable[[MaskingCollator, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
-    "mlm": mask_tokens,
-    "clm": shift_tokens,
-    "mntp": mask_next_tokens,
-}
-
-
-def dataset_collator(config: Config, corpus: BlendedDataset, probability: float | None = None) -> MaskingCollator:
+def dataset_collator(config: Config, corpus: BlendedDataset) -> MaskingCollator:
     """Return the collator of a run on this dataset. Raises UserError where the vocabularies differ."""
     corpus.check_vocabulary(config.model.vocab_size)
-    chance = config.data.mlm_probability if probability is None else probability
-    return make_collator(
-        config.run.objective, chance, config.run.seed, config.run.phase, corpus.vocab_size, corpus.special_ids,
-        corpus.mask_id,
-    )  # fmt: skip
+    return make_collator(config.run.objective, corpus, config.data.mlm_probability, config.run.seed, config.run.phase)
 
 
 @dataclass(frozen=True)
 class ObjectiveMix:
-    """Row objectives of the rows of any step. `points` is a hybrid objective's causal share by nominal tokens."""
+    """Row objectives of the rows of any step."""
 
-    kinds: tuple[str, ...]
+    row_objectives: tuple[str, ...]
+    """The row objective of all rows; under a hybrid objective that of causal rows, and that of the others."""
     points: Points = ()
+    """Causal share of the rows of a hybrid objective, by nominal tokens."""
     seed: int = 0
+    """Seed of the run."""
     phase: str = ""
+    """Phase of the run."""
     mean_tokens_per_row: float = 1.0
+    """Nominal tokens of a row."""
 
     @classmethod
     def of(cls, config: Config, mean_tokens_per_row: float) -> ObjectiveMix:
-        kinds = OBJECTIVES[config.run.objective].row_objectives
-        if len(kinds) == 1:
-            return cls(kinds)
+        """Return the mix of a run whose rows have so many nominal tokens."""
+        row_objectives = OBJECTIVES[config.run.objective].row_objectives
+        if len(row_objectives) == 1:
+            return cls(row_objectives)
         points = parse_points(config.data.clm_fraction, "data.clm_fraction")
-        return cls(kinds, points, config.run.seed, config.run.phase, mean_tokens_per_row)
+        return cls(row_objectives, points, config.run.seed, config.run.phase, mean_tokens_per_row)
 
     def causal_rows(self, sizes: BatchSizes, step: int) -> int:
         """Return how many rows of `step` are causal: its first slots. 2.4 rows are 2 or 3, and 2.4 on average."""
         rows = sizes.size_at(step)
         if not self.points:
-            return rows if ROW_OBJECTIVES[self.kinds[0]].causal else 0
+            return rows if ROW_OBJECTIVES[self.row_objectives[0]].causal else 0
         share = share_at(self.points, sizes.rows_before(step) * self.mean_tokens_per_row)
         draw = (key64("kinds", self.seed, self.phase, step) >> 11) * 2.0**-53
         return min(rows, int(share * rows + draw))
 
-    def of_slot(self, slot: int, causal_rows: int) -> str:
-        return self.kinds[0] if slot < causal_rows else self.kinds[-1]
+    def row_objective(self, slot: int, causal_rows: int) -> str:
+        """Return the objective of the row in a slot of a step whose first `causal_rows` slots are causal."""
+        return self.row_objectives[0] if slot < causal_rows else self.row_objectives[-1]

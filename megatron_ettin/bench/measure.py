@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_ettin.batching.batches import Batches
-from megatron_ettin.batching.loader import LoadedBatch
+from megatron_ettin.batching.batches import Batches, MicroBatch
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS
 from megatron_ettin.model.config import DTYPES
@@ -80,7 +79,7 @@ def measure_steps(train_state: TrainState, dataset: Any, lengths: StepCounts) ->
     batches = Batches.of(config, dataset, train_state.layout, platform.device)
     timed_from = lengths.warm_up + lengths.counted
     end = timed_from + TIMED_STEPS + (0 if platform.is_gpu else 1)
-    with batches.prefetched(0, end, platform.is_gpu):
+    with batches.prefetched(0, end):
         results = []
         # no comprehension: its closure would keep the train state of a step that fails
         for step in range(timed_from):
@@ -123,8 +122,8 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
         return call
 
     source: Any = batches
-    loaded = source.loaded
-    source.loaded = lambda step: timed_batches(loaded(step), timers)
+    made = source.step
+    source.step = lambda step: timed_batches(made(step), timers)
     settings.timers, settings.barrier_with_L1_time = timers, False
     optimizer.prepare, optimizer.update = timed_as_update(prepare), timed_as_update(update)
     try:
@@ -133,7 +132,7 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
             with volumes.track(timers.communication):
                 seconds += step_once(train_state, batches, step).seconds
     finally:
-        del source.loaded
+        del source.step
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
     found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
     found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
@@ -147,12 +146,12 @@ def peak_tensor_bytes(train_state: TrainState, batches: Batches, step: int) -> i
     return int(live.peak_bytes)
 
 
-def timed_batches(loaded: Iterator[LoadedBatch], timers: PhaseTimers) -> Iterator[LoadedBatch]:
-    """Yield the loaded batches, and time the waits for them as the phase "data"."""
+def timed_batches(batches: Iterator[MicroBatch], timers: PhaseTimers) -> Iterator[MicroBatch]:
+    """Yield the micro-batches, and time the waits for them as the phase "data"."""
     while True:
         timers("data").start()
         try:
-            batch = next(loaded)
+            batch = next(batches)
         except StopIteration:
             return
         finally:

@@ -18,12 +18,9 @@ import torch
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.batching.batches import Batches, MicroBatch
-from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
-from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.data.blended_dataset import BlendedDataset, open_by_source
 from megatron_ettin.data.mixture import largest_remainder
-from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.parallel.collectives import all_reduce_sum
 from megatron_ettin.train.setup import TrainState
 from megatron_ettin.train.step import run_micro_batches
@@ -85,7 +82,9 @@ class EvalDataset:
     """Rows to evaluate on, by source, all read in one way."""
 
     sources: dict[str, Batches]
-    kind: str
+    """Rows by the name of their source."""
+    row_objective: str
+    """The objective by which they are read."""
 
     @property
     def corpus(self) -> BlendedDataset:
@@ -103,7 +102,7 @@ class EvalDataset:
 
 
 def build_eval_dataset(
-    train_state: TrainState, datasets: Mapping[str, str], kind: str, seq_len: int | None = None
+    train_state: TrainState, datasets: Mapping[str, str], row_objective: str, seq_len: int | None = None
 ) -> EvalDataset:
     """Open held-out rows, in an order that does not depend on the run's seed.
 
@@ -112,7 +111,7 @@ def build_eval_dataset(
     Args:
         train_state: the model that is evaluated.
         datasets: paths of the datasets by name.
-        kind: row objective by which the rows are read.
+        row_objective: the objective by which the rows are read.
         seq_len: tokens of a row; None: as in training.
 
     Raises:
@@ -123,22 +122,16 @@ def build_eval_dataset(
     if not 8 <= length <= train_state.config.model.max_position_embeddings:
         most = train_state.config.model.max_position_embeddings
         raise UserError(f"--seq-len {length}: a row of this model has from 8 to {most} tokens")
-    names = {"run.seed": VALIDATION_SEED, "run.phase": VALIDATION_PHASE, "run.objective": kind}
-    config = train_state.config.with_keys({**names, "data.seq_len": length})
+    names = {"run.seed": VALIDATION_SEED, "run.phase": VALIDATION_PHASE, "run.objective": row_objective}
+    rows = {"data.seq_len": length, "data.mlm_probability": VALIDATION_MLM_PROBABILITY}
+    config = train_state.config.with_keys({**names, **rows})
     sources = {}
     for name, path in datasets.items():
         parts = open_by_source(path, length, data.batching, VALIDATION_SEED, VALIDATION_PHASE)
         for part, corpus in parts.items():
             label = name if not part else part if len(datasets) == 1 else f"{name}/{part}"
-            sources[label] = held_out_batches(config, train_state, corpus)
-    return EvalDataset(sources, kind)
-
-
-def held_out_batches(config: Config, train_state: TrainState, corpus: BlendedDataset) -> Batches:
-    label = dataset_collator(config, corpus, VALIDATION_MLM_PROBABILITY)
-    sizes = BatchSizes((config.batch.global_batch_rows,), (0,))
-    kinds = ObjectiveMix.of(config, corpus.mean_tokens_per_row)
-    return Batches(config, corpus, sizes, label, kinds, train_state.layout, train_state.platform.device)
+            sources[label] = Batches.of(config, corpus, train_state.layout, train_state.platform.device)
+    return EvalDataset(sources, row_objective)
 
 
 def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | None = None) -> EvalResult:
@@ -166,24 +159,25 @@ def evaluate(train_state: TrainState, held_out: EvalDataset, max_rows: int | Non
         for chunk in train_state.model_chunks:
             chunk.train()
     sums = np.array(all_reduce_sum(figures, train_state.platform.device)).reshape(-1, 3)
-    kind = held_out.kind
-    parts = {name: measured(kind, part, count) for name, part, count in zip(held_out.sources, sums, rows, strict=True)}
-    return EvalResult(**dataclasses.asdict(measured(kind, sums.sum(axis=0), sum(rows))), sources=parts)
+    objective = held_out.row_objective
+    parts = {name: mean(objective, part, n) for name, part, n in zip(held_out.sources, sums, rows, strict=True)}
+    return EvalResult(**dataclasses.asdict(mean(objective, sums.sum(axis=0), sum(rows))), sources=parts)
 
 
-def measured(objective: str, sums: np.ndarray, rows: int) -> EvalMetrics:
+def mean(objective: str, sums: np.ndarray, rows: int) -> EvalMetrics:
+    """Return the metrics of rows from their sums of losses, labels and correct predictions."""
     loss, labels, correct = sums.tolist()
     return EvalMetrics(objective, loss / max(labels, 1), int(labels), rows, correct / max(labels, 1))
 
 
 def groups_in_order(batches: Batches, rows: int) -> Iterator[list[MicroBatch]]:
     """Yield this rank's share of the first `rows` rows in groups of a few micro-batches, equally many on every rank."""
-    host, together = batches.host, 2 * batches.layout.topology.pp
+    host, together = batches.host, 2 * batches.config.parallel.pp
     split = host.split(rows)
     for begin in range(0, split.count, together):
         indices = range(begin, min(begin + together, split.count))
-        least = host.longest(split, indices) if host.equal else 0
-        yield [batches.held_out(host.share(split, index)[1], least) for index in indices]
+        min_tokens = host.longest(split, indices) if host.equal_lengths else 0
+        yield [batches.on_device(host.make_held_out(split, index, min_tokens)) for index in indices]
 
 
 def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | None = None) -> float:
@@ -203,7 +197,7 @@ def unigram_loss(train: BlendedDataset, held_out: EvalDataset, max_rows: int | N
     for batches, rows in zip(held_out.sources.values(), held_out.rows(max_rows), strict=True):
         for order_index in range(rows):
             row = batches.corpus.row(order_index)
-            _, targets = batches.label(row.tokens, row.lengths, row.order_index)
+            _, targets = batches.host.collator(row.tokens, row.lengths, row.order_index)
             targets = targets[targets != IGNORE]
             total -= float(log_probabilities[targets].sum())
             labels += len(targets)

@@ -65,7 +65,7 @@ def digests(train_state: TrainState, batches: Batches, step: int) -> list[Digest
         for chunk in train_state.model_chunks:
             for layer in chunk.transformer.layers:
                 stack.enter_context(_recording(layer, layers))
-        count = batches.micro_batch_count(step)
+        count = batches.host.count(step)
         run_micro_batches(train_state, batches.step(step), count, training=False).read()
     return layers
 

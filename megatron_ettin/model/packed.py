@@ -1,9 +1,8 @@
 """Hold the chunk boundaries of a micro-batch's rows, which every layer of every pipeline stage needs.
 
 Rows are flattened: hidden states are [rows * seq_len, 1, hidden] and attention sees [tokens, heads, dim], as
-Transformer Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer
-and survives activation recomputation. Each stage builds its own from the data; only hidden states travel between
-stages.
+Transformer Engine expects. `PackedRows` is passed in core's `packed_seq_params` argument, which reaches each layer and
+survives activation recomputation. Each stage builds its own from the data; only hidden states travel between stages.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_ettin.model.boundaries import ChunkBoundaries
 from megatron_ettin.platform.device import to_device
 
 Value = TypeVar("Value")
@@ -35,7 +35,7 @@ class PackedRows(PackedSeqParams):
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[R] slot of each row within the step; [C] slot of each chunk where `flat`."""
     flat: bool = False
-    """Whether the only row holds the step's rows end to end, one chunk each."""
+    """True if the only row holds the step's rows end to end, one chunk each."""
     dropout_key: int = 0
     """Hash of (seed, phase, step), from dropout.py's `step_key`."""
     layer_keys: torch.Tensor | None = None
@@ -48,6 +48,32 @@ class PackedRows(PackedSeqParams):
     """Number of tokens in causal rows, which come first; None: all or none, by the model's objective."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Masks and rotary tables, made once per micro-batch and shared by the layers."""
+
+    @classmethod
+    def of(cls, host: ChunkBoundaries, device: torch.device | str = "cpu", dropout_key: int = 0) -> PackedRows:
+        """Copy boundaries to `device`, without waiting for it. `dropout_key`: `step_key` of the step."""
+        longest = max(host.chunk_lengths)
+        cu_seqlens, segments, positions, slots = (
+            to_device(torch.as_tensor(array), device)
+            for array in (host.cu_seqlens, host.segments, host.positions, host.slots)
+        )
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            seq_len=host.seq_len,
+            chunk_lengths=host.chunk_lengths,
+            segments=segments,
+            positions=positions,
+            slots=slots,
+            flat=host.flat,
+            dropout_key=dropout_key,
+            slice_start=host.slice_start,
+            slice_tokens=host.slice_tokens,
+            causal_tokens=host.causal_tokens,
+        )
 
     @property
     def rows(self) -> int:
@@ -86,12 +112,6 @@ class PackedRows(PackedSeqParams):
             positions=self.positions[begin:end],
         )
 
-    def count_causal(self, positions: torch.Tensor) -> int:
-        """Return how many of the ascending flat `positions` of this rank's slices are in causal rows."""
-        rows, rest = divmod(self.causal_tokens or 0, self.seq_len)
-        within = min(max(rest - self.slice_start, 0), self.slice_tokens)
-        return int(torch.searchsorted(positions, rows * self.slice_tokens + within))
-
     def cached(self, key: Any, make: Callable[[], Value]) -> Value:
         """Return `make()`, called once per `key` and micro-batch."""
         if key not in self.cache:
@@ -107,47 +127,15 @@ def pack_rows(
     slots: Sequence[int] | None = None,
     dropout_key: int = 0,
     causal_tokens: int | None = None,
-    context: tuple[int, int] = (0, 1),
-    flat: bool = False,
 ) -> PackedRows:
-    """Return the boundaries of rows given as lists of chunk lengths; the padding of a row becomes a chunk of its own.
+    """Return the boundaries of rows given as lists of chunk lengths, on `device`.
 
     Args:
         lengths: chunk lengths of each row, at most `seq_len` in sum.
         seq_len: tokens of a row.
         device: device of the tensors.
-        slots: slot of each row (of each chunk where `flat`) within the step, on which dropout masks depend; 0, 1, ...
-            by default.
+        slots: slot of each row within the step, on which dropout masks depend; 0, 1, ... by default.
         dropout_key: `step_key` of the step.
         causal_tokens: how many of the first tokens are in causal rows; None: by the model's objective.
-        context: rank and degree of context parallelism.
-        flat: whether the only row holds the step's rows end to end, one chunk each.
     """
-    filled = [[*row, seq_len - sum(row)] if sum(row) < seq_len else list(row) for row in lengths]
-    chunks = np.array([n for row in filled for n in row], dtype=np.int64)
-    starts, tokens = np.cumsum(chunks) - chunks, int(chunks.sum())
-    segments = to_device(torch.from_numpy(np.repeat(np.arange(len(chunks)), chunks)), device)
-    positions = to_device(torch.from_numpy(np.arange(tokens) - np.repeat(starts, chunks)), device)
-    boundaries = to_device(torch.from_numpy(np.concatenate([starts, [tokens]]).astype(np.int32)), device)
-    numbers = list(range(len(filled)) if slots is None else slots)
-    if flat:
-        # the padding at the end has no slot
-        numbers += [0] * (len(chunks) - len(numbers))
-    longest = int(chunks.max())
-    return PackedRows(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        seq_len=seq_len,
-        chunk_lengths=tuple(chunks.tolist()),
-        segments=segments,
-        positions=positions,
-        slots=to_device(torch.tensor(numbers), device),
-        flat=flat,
-        dropout_key=dropout_key,
-        slice_start=context[0] * (seq_len // context[1]),
-        slice_tokens=seq_len // context[1],
-        causal_tokens=causal_tokens,
-    )
+    return PackedRows.of(ChunkBoundaries.of(lengths, seq_len, slots, causal_tokens), device, dropout_key)

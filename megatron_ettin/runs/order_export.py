@@ -199,7 +199,7 @@ def write_batches(out: Path, config: Config, corpus: BlendedDataset, steps: rang
     labels = np.full_like(input_ids, IGNORE)
     numbers, causal, boundaries = np.empty(n, np.int64), np.empty(n, np.bool_), []
     for i, (step, batch_slot, row) in enumerate(step_rows(config, corpus, steps)):
-        objective = mix.of_slot(batch_slot, mix.causal_rows(sizes, step - 1))
+        objective = mix.row_objective(batch_slot, mix.causal_rows(sizes, step - 1))
         numbers[i], causal[i], real = step, ROW_OBJECTIVES[objective].causal, len(row.tokens)
         input_ids[i, :real], labels[i, :real] = collate(row.tokens, row.lengths, row.order_index, objective)
         ends = np.cumsum(row.lengths)

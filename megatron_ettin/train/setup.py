@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_ettin.batching.batches import row_tokens
+from megatron_ettin.batching.host import row_tokens
 from megatron_ettin.config.layouts import full_batch_split
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS

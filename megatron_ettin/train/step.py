@@ -49,7 +49,7 @@ def train_step(
     optimizer.zero_grad()
     micro_batches = timer.reading(batches.step(step))
     with trace_range(train_state.platform, f"forward and backward of step {step + 1}", profiled):
-        totals = run_micro_batches(train_state, micro_batches, batches.micro_batch_count(step), training=True)
+        totals = run_micro_batches(train_state, micro_batches, batches.host.count(step), training=True)
     timer.update()
     with trace_range(train_state.platform, "gradients", profiled):
         optimizer.prepare()

@@ -174,7 +174,7 @@ class Trainer:
         for hook in hooks:
             hook.start(run)
         stopped = is_done(run.config, run.progress)
-        with run.batches.prefetched(run.progress.step, settings.steps, self.platform.is_gpu):
+        with run.batches.prefetched(run.progress.step, settings.steps):
             while not stopped:
                 detector = train_state.detector
                 lr = run.config.optim.lr * lr_fraction(run.progress.tokens, run.config.schedule, settings.tokens)

@@ -4,6 +4,8 @@ exit with the run, however it ends."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,19 +13,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.batching.host import HostBatches
-from megatron_ettin.batching.loader import Loader, worker_count
+from megatron_ettin.batching.host import HostBatch, HostBatches
+from megatron_ettin.batching.loader import load_batches, worker_count
 from megatron_ettin.batching.objectives import ObjectiveMix, make_collator
 from megatron_ettin.cli.main import main
 from megatron_ettin.config.schema import BatchConfig
+from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.data.blended_dataset import open_blended_dataset
 from megatron_ettin.data.mixture import MixtureEntry
 from megatron_ettin.data.sampler import BatchSizes
@@ -39,36 +44,58 @@ def host_batches(corpus_path: Path, dp: int = 2, dp_rank: int = 1, group: int = 
     """Return host batches of 64-token rows, 3 growing to 8 rows per step, so micro-batches of 2 are not always full."""
     corpus = open_blended_dataset([MixtureEntry(str(corpus_path))], 64, "packed", 17, "pretrain")
     sizes = BatchSizes.of(BATCH, corpus.mean_tokens_per_row)
-    label = make_collator("mlm", 0.3, 17, "pretrain", corpus.vocab_size, corpus.special_ids, corpus.mask_id)
-    return HostBatches(corpus, sizes, label, ObjectiveMix(("mlm",)), {True: 8, False: 8}, 64, 2, dp, dp_rank, group)
+    collator = make_collator("mlm", corpus, 0.3, 17, "pretrain")
+    windows = {True: 8, False: 8}
+    return HostBatches(corpus, sizes, collator, ObjectiveMix(("mlm",)), windows, 64, 2, dp, dp_rank, group=group)
 
 
-def content(loader: Loader, steps: range) -> list[tuple]:
-    """Return the contents of the micro-batches of these steps."""
-    batches = [batch for step in steps for batch in loader.step(step)]
-    return [(b.input_ids.tolist(), b.labels.tolist(), b.host.lengths, b.host.slots, b.host.pairs) for b in batches]
+def content(batches: Iterable[HostBatch]) -> list[tuple]:
+    """Return all that is in these micro-batches."""
+    return [plain(batch) for batch in batches]
+
+
+def plain(value: Any) -> Any:
+    """Return a dataclass as a tuple of its fields, arrays as lists."""
+    if dataclasses.is_dataclass(value):
+        return tuple(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def real_rows(host: HostBatches, batch: HostBatch) -> list[bool]:
+    """Return for each row whether it holds tokens."""
+    return (np.asarray(batch.input_ids) != host.corpus.pad_id).any(axis=1).tolist()
 
 
 @pytest.mark.parametrize("dp_rank", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_loader_any_worker_count_yields_same_batches(corpus: Path, dp_rank: int) -> None:
     host = host_batches(corpus, dp_rank=dp_rank)
-    expected = [host.make(step, index) for step in range(12) for index in range(host.count(step))]
+    expected = content(host.make(step, index) for step in range(12) for index in range(host.count(step)))
     for workers, prefetch in ((0, 4), (1, 1), (2, 3)):
-        loader = Loader(host, 0, 12, workers, prefetch)
-        found = content(loader, range(12))
-        loader.close()
-        assert [f[0] for f in found] == [batch.input_ids.tolist() for batch in expected]
-        assert [f[1] for f in found] == [batch.labels.tolist() for batch in expected]
-        assert [f[2:] for f in found] == [(b.lengths, b.slots, b.pairs) for b in expected]
+        with load_batches(host, range(12), workers, prefetch) as batches:
+            assert content(batches) == expected
 
 
 def test_loader_started_at_a_step_continues_same_batches(corpus: Path) -> None:
     host = host_batches(corpus)
-    whole, rest = Loader(host, 0, None, workers=0), Loader(host, 7, None, workers=2)
-    assert content(whole, range(10))[-len(content(rest, range(7, 10))) :] == content(Loader(host, 7), range(7, 10))
-    rest.close()
-    with pytest.raises(ValueError, match="step 3 was requested where 10 comes next"):
-        whole.step(3)
+    count = sum(host.count(step) for step in range(7, 10))
+    with load_batches(host, range(10)) as whole, load_batches(host, itertools.count(7), workers=2) as rest:
+        assert content(whole)[-count:] == content(itertools.islice(rest, count))
+
+
+def test_host_batch_pinned_has_every_array_as_a_tensor_in_page_locked_memory(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host without a GPU, which has no page-locked memory, pinning is a mark on the tensor."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: setattr(tensor, "marked", True) or tensor)
+    batch = host_batches(corpus).make(0, 0)
+    pinned = batch.pin_memory()
+    pairs = [(batch, pinned), (batch.boundaries, pinned.boundaries)]
+    for before, after in pairs:
+        for name, array in vars(before).items():
+            if isinstance(array, np.ndarray):
+                assert getattr(after, name).marked, name
+                assert getattr(after, name).tolist() == array.tolist(), name
+    assert plain(pinned)[3] == batch.causal_labels
 
 
 def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -> None:
@@ -81,8 +108,11 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
             rows: dict[int, tuple] = {}
             for index in range(host.count(step)):
                 batch = host.make(step, index)
-                real = [i for i, lengths in enumerate(batch.lengths) if lengths]
-                rows |= {batch.slots[i]: (batch.input_ids[i].tolist(), batch.labels[i].tolist()) for i in real}
+                labels = np.full(batch.input_ids.size, IGNORE)
+                labels[batch.label_positions] = batch.labels
+                parts = zip(real_rows(host, batch), batch.input_ids, labels.reshape(-1, 64), strict=True)
+                slots = batch.boundaries.slots.tolist()
+                rows |= {slots[i]: (ids.tolist(), own.tolist()) for i, (real, ids, own) in enumerate(parts) if real}
             if host is alone:
                 found = rows
                 assert len(rows) == host.sizes.size_at(step)
@@ -102,7 +132,7 @@ def test_host_batches_during_batch_warmup_spread_rows_evenly(corpus: Path, dp: i
         for host in ranks:
             batches = [host.make(step, index) for index in range(host.count(step))]
             computed.append([len(batch.input_ids) for batch in batches])
-            real.append(sum(bool(lengths) for batch in batches for lengths in batch.lengths))
+            real.append(sum(sum(real_rows(host, batch)) for batch in batches))
         assert max(real) - min(real) <= 1, (step, real)
         assert all(sizes == computed[0] for sizes in computed), (step, computed)
         assert len(set(computed[0])) == 1, (step, computed)
@@ -133,30 +163,31 @@ def test_loader_damaged_or_missing_shard_is_named(corpus: Path, tmp_path: Path, 
         tokens = np.full(stream.seek(0, 2) // 2, 60_000, "<u2")
         stream.seek(0)
         stream.write(tokens.tobytes())
-    loader = Loader(host_batches(damaged), 0, 12, workers)
-    with pytest.raises(UserError, match=r"damaged: row \d+ .* the largest 60000; .* ends with 319: damaged"):
-        content(loader, range(3))
-    loader.close()
+    with (
+        load_batches(host_batches(damaged), range(12), workers) as batches,
+        pytest.raises(UserError, match=r"damaged: row \d+ .* the largest 60000; .* ends with 319: damaged"),
+    ):
+        content(batches)
     # a new path, which this process has not memory-mapped yet
     gone = shutil.copytree(corpus, tmp_path / "gone")
     host = host_batches(gone)
     (gone / "shard_00000.bin").unlink()
-    loader = Loader(host, 0, 12, workers)
-    with pytest.raises(UserError, match=r"shard_00000\.bin: cannot be read any more \(No such file"):
-        content(loader, range(3))
-    loader.close()
+    with (
+        load_batches(host, range(12), workers) as batches,
+        pytest.raises(UserError, match=r"shard_00000\.bin: cannot be read any more \(No such file"),
+    ):
+        content(batches)
 
 
 def test_loader_killed_worker_is_reported(corpus: Path) -> None:
-    loader = Loader(host_batches(corpus), 0, None, workers=2, prefetch=2)
-    next(loader.step(0))
-    workers = loading_processes(os.getpid())
-    assert len(workers) == 2
-    for worker in workers:
-        worker.kill()
-    with pytest.raises(UserError, match=r"data\.workers: .*; out of memory, .*data\.workers=0"):
-        content(loader, range(1, 40))
-    loader.close()
+    with load_batches(host_batches(corpus), itertools.count(), workers=2, prefetch=2) as batches:
+        next(batches)
+        workers = loading_processes(os.getpid())
+        assert len(workers) == 2
+        for worker in workers:
+            worker.kill()
+        with pytest.raises(UserError, match=r"data\.workers: .*; out of memory, .*data\.workers=0"):
+            content(batches)
 
 
 def loading_processes(pid: int) -> list[psutil.Process]:

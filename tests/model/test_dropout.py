@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from megatron_ettin.model.boundaries import ChunkBoundaries
 from megatron_ettin.model.dropout import keep_mask, keep_mask_by_channel, step_key, token_keys
-from megatron_ettin.model.packed import pack_rows
+from megatron_ettin.model.packed import PackedRows, pack_rows
 
 
 def mask(
@@ -31,10 +34,23 @@ def test_dropout_keys_sequence_parallel_slices_join_to_whole() -> None:
 def test_dropout_keys_context_parallel_slices_join_to_whole() -> None:
     rows = [[128]] * 2
     whole = token_keys(pack_rows(rows, 128, slots=[0, 1], dropout_key=5), 3, 0, 256).view(2, 128)
-    slices = [
-        token_keys(pack_rows(rows, 128, slots=[0, 1], dropout_key=5, context=(rank, 2)), 3, 0, 128) for rank in (0, 1)
-    ]
+    boundaries = [ChunkBoundaries.of(rows, 128, [0, 1], context=(rank, 2)) for rank in (0, 1)]
+    slices = [token_keys(PackedRows.of(host, dropout_key=5), 3, 0, 128) for host in boundaries]
     assert torch.equal(whole, torch.cat([one.view(2, 64) for one in slices], dim=1))
+
+
+def test_token_keys_of_flat_rows_equal_those_of_rows_of_their_own() -> None:
+    lengths, slots = [40, 9, 64], [7, 8, 11]
+    apart = token_keys(pack_rows([[n] for n in lengths], 64, slots=slots, dropout_key=5), 3, 0, 192).view(3, 64)
+    expected = torch.cat([apart[i, :n] for i, n in enumerate(lengths)])
+    for cp in (1, 2):
+        boundaries = [ChunkBoundaries.of([lengths], 128, slots, context=(rank, cp), flat=True) for rank in range(cp)]
+        packs = [PackedRows.of(host, dropout_key=5) for host in boundaries]
+        size = 128 // cp
+        # two calls a rank, as with sequence parallelism
+        calls = itertools.product(packs, (0, size // 2))
+        actual = torch.cat([token_keys(packed, 3, first, size // 2) for packed, first in calls])
+        assert torch.equal(actual[: sum(lengths)], expected)
 
 
 @pytest.mark.parametrize("channels", [64, 63, 2])

@@ -38,7 +38,7 @@ def main(world: int, rank: int, size: str, words: list[str]) -> None:
     held = PeakMemoryTracker().bytes - empty
     corpus = SyntheticRows(config.data.seq_len, 200.0, config.model.vocab_size)
     batches = Batches.of(config, corpus, train_state.layout, platform.device)
-    count = batches.micro_batch_count(0)
+    count = batches.host.count(0)
     traffic = CommVolumeTracker(axes_of_groups())
     with traffic.track(no_span), PeakMemoryTracker() as live:
         train_state.optimizer.zero_grad()

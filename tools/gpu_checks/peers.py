@@ -16,6 +16,7 @@ from gpu_checks.runs import OBJECTIVES, train
 from gpu_checks.session import Session
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.schema import Config
+from megatron_ettin.config.tables import IGNORE
 
 MICRO_BATCHES, STEPS, WARM_UP = 4, 8, 3
 
@@ -67,10 +68,12 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
         for index in range(MICRO_BATCHES):
             host = batches.make(step, index)
             tokens += host.tokens
-            ids, labels = (torch.from_numpy(array).to(device) for array in (host.input_ids, host.labels))
+            ids = torch.from_numpy(host.input_ids).to(device)
             # its class shifts the labels itself
-            if config.causal:
-                labels = ids
+            labels = ids
+            if not config.causal:
+                labels = torch.full_like(ids, IGNORE)
+                labels.view(-1)[host.label_positions] = torch.from_numpy(host.labels).to(device)
             with torch.autocast(device, torch.bfloat16):
                 loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
             (loss / MICRO_BATCHES).backward()
@@ -85,16 +88,10 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 def host_batches(config: Config) -> Any:
     """Return the run's micro-batches in host memory, as one rank has them."""
     from megatron_ettin.batching.host import HostBatches
-    from megatron_ettin.batching.objectives import ObjectiveMix, dataset_collator
-    from megatron_ettin.data.sampler import BatchSizes
+    from megatron_ettin.parallel.topology import Topology
     from megatron_ettin.train.job import open_training_data
 
-    corpus = open_training_data(config)
-    sizes = BatchSizes.of(config.batch, corpus.mean_tokens_per_row)
-    kinds = ObjectiveMix.of(config, corpus.mean_tokens_per_row)
-    label = dataset_collator(config, corpus)
-    rows = config.batch.micro_batch_rows
-    return HostBatches(corpus, sizes, label, kinds, config.windows, config.data.seq_len, rows, 1, 0, 1)
+    return HostBatches.of(config, open_training_data(config), Topology.of(config, 1))
 
 
 def build(config: Config, device: str, pad_id: int) -> tuple[Any, str]:

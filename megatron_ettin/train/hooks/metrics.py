@@ -76,7 +76,7 @@ class Evaluation(Hook):
             return
         run.heartbeat.enter("evaluating")
         for number, held_out in enumerate(self.held_out):
-            suffix = f"_{held_out.kind}" if number else ""
+            suffix = f"_{held_out.row_objective}" if number else ""
             measured = evaluate(run.train_state, held_out, run.config.metrics.eval_rows)
             result.extra[f"validation_loss{suffix}"] = measured.loss
             result.extra[f"validation_accuracy{suffix}"] = measured.accuracy
@@ -85,7 +85,7 @@ class Evaluation(Hook):
                 result.extra.update(parts)
             if run.is_main_process:
                 whole, *lines = measured.lines()
-                kind = f"{held_out.kind} " if len(self.held_out) > 1 else ""
+                kind = f"{held_out.row_objective} " if len(self.held_out) > 1 else ""
                 log_info(f"step {result.step} validation {kind}{whole}", *lines)
         run.heartbeat.step()
 
