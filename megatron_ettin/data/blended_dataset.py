@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,17 +52,6 @@ class Row:
     """Index of the row in the data order."""
 
 
-class RowLocation(NamedTuple):
-    """Origin of one row."""
-
-    source: int
-    """Index of the dataset in the mixture."""
-    row: int
-    """Number of the row in its dataset's packing index."""
-    chunks: Int64Array
-    """Chunk numbers within the dataset."""
-
-
 @dataclass(frozen=True)
 class LocatedRows:
     """Origin of n rows with m chunks in all."""
@@ -77,73 +66,50 @@ class LocatedRows:
     """Chunk numbers [m] within the row's dataset, row after row."""
 
 
+@dataclass(eq=False)
 class BlendedDataset:
-    """Rows of one or several datasets in the order of a sampler. It pickles small: paths and records, no maps.
+    """Rows of one or several datasets in the order of a sampler. It pickles small: paths and records, no maps."""
 
-    Args:
-        datasets: the datasets of the mixture.
-        packing_indices: the packing index of each; empty under a recorded order, which names chunks.
-        order: the sampler.
-        seq_len: tokens of a row.
-        batching: `packed` or `padded`.
-        nominal_tokens: mean tokens of a row to plan with; by default those of the data.
-        skips: ranges [first, end) of order indices that are left out.
-    """
+    datasets: list[Dataset]
+    """Datasets of the mixture."""
+    packing_indices: list[PackingIndex]
+    """Packing index of each dataset; empty under a recorded order, which names chunks."""
+    order: ShuffledSampler | RecordedSampler
+    """The sampler."""
+    nominal_tokens: float | None = None
+    """Mean tokens of a row to plan with; None: those of the data."""
+    skips: Skips = ()
+    """Ranges [first, end) of order indices that are left out."""
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        packing_indices: Sequence[PackingIndex],
-        order: ShuffledSampler | RecordedSampler,
-        seq_len: int,
-        batching: str,
-        nominal_tokens: float | None = None,
-        skips: Skips = (),
-    ) -> None:
-        self.datasets = list(datasets)
-        self.packing_indices = list(packing_indices)
-        self.order = order
-        self.seq_len = seq_len
-        self.batching = batching
-        tokenizer = datasets[0].manifest.tokenizer
+    def __post_init__(self) -> None:
+        rows = self.order.record if isinstance(self.order, RecordedSampler) else self.packing_indices[0].record
+        self.seq_len, self.batching = rows.seq_len, rows.batching
+        tokenizer = self.datasets[0].manifest.tokenizer
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.vocab_size = tokenizer.vocab_size
         self.special_ids = tokenizer.special_ids
         self.pad_id, self.mask_id = tokenizer.pad_id, tokenizer.mask_id
-        if isinstance(order, RecordedSampler):
-            self.num_rows = order.num_rows
-            self.mean_tokens_per_row = order.mean_tokens_per_row
-            self.fingerprint = order.fingerprint
+        if isinstance(self.order, RecordedSampler):
+            self.num_rows = self.order.num_rows
+            self.mean_tokens_per_row = self.order.mean_tokens_per_row
+            self.fingerprint = self.order.fingerprint
         else:
-            self.num_rows = sum(index.num_rows for index in packing_indices)
-            slot_tokens = sum(
-                c * index.mean_tokens_per_row for c, index in zip(order.counts, packing_indices, strict=True)
-            )
-            self.mean_tokens_per_row = slot_tokens / BLOCK_SLOTS
-            content: list[object] = ["order", ORDER_VERSION, order.seed, order.phase, seq_len, batching]
-            for dataset, index, count in zip(datasets, packing_indices, order.counts, strict=True):
+            parts = list(zip(self.datasets, self.packing_indices, self.order.counts, strict=True))
+            self.num_rows = sum(index.num_rows for index in self.packing_indices)
+            self.mean_tokens_per_row = sum(n * index.mean_tokens_per_row for _, index, n in parts) / BLOCK_SLOTS
+            seed, phase = self.order.seed, self.order.phase
+            content: list[object] = ["order", ORDER_VERSION, seed, phase, self.seq_len, self.batching]
+            for dataset, index, count in parts:
                 content += [dataset.fingerprint, index.fingerprint, count]
             self.fingerprint = hashlib.sha256(":".join(str(part) for part in content).encode("utf-8")).hexdigest()
-        self.skips = skips
         self.unskipped_fingerprint = self.fingerprint
-        if skips:
-            self.fingerprint = hashlib.sha256(f"{self.fingerprint} without {skips}".encode()).hexdigest()
-        self.nominal_tokens = nominal_tokens
-        if nominal_tokens is not None:
-            self.mean_tokens_per_row = nominal_tokens
+        if self.skips:
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} without {self.skips}".encode()).hexdigest()
+        if self.nominal_tokens is not None:
+            self.mean_tokens_per_row = self.nominal_tokens
 
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("datasets", "packing_indices", "order", "seq_len", "batching", "nominal_tokens", "skips")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def reading_from(self, datasets: Sequence[Dataset], packing_indices: Sequence[PackingIndex]) -> BlendedDataset:
-        """Return the same rows, read from copies of the datasets and of their packing indices."""
-        return BlendedDataset(
-            datasets, packing_indices, self.order, self.seq_len, self.batching, self.nominal_tokens, self.skips
-        )
+    def __reduce__(self) -> tuple[type[BlendedDataset], tuple[Any, ...]]:
+        return type(self), (self.datasets, self.packing_indices, self.order, self.nominal_tokens, self.skips)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError where a model of `vocab_size` tokens does not fit the datasets' tokenizer."""
@@ -190,17 +156,13 @@ class BlendedDataset:
 
     def rows(self, order_indices: Sequence[int] | Int64Array) -> list[Row]:
         """Read several rows with one look-up for all."""
-        locations = self.row_locations(order_indices)
-        return [self._read(location, int(i)) for location, i in zip(locations, order_indices, strict=True)]
-
-    def row_locations(self, order_indices: Sequence[int] | Int64Array) -> list[RowLocation]:
-        """Return source, row and chunks of several rows, without reading tokens."""
         located = self.locate_rows(order_indices)
         chunks = np.split(located.chunks, np.cumsum(located.counts)[:-1]) if len(located.counts) else []
-        return list(map(RowLocation, located.source.tolist(), located.row.tolist(), chunks))
+        columns = zip(located.source.tolist(), located.row.tolist(), chunks, map(int, order_indices), strict=True)
+        return [self._read(*origin) for origin in columns]
 
     def locate_rows(self, order_indices: Sequence[int] | Int64Array) -> LocatedRows:
-        """Return the same as `row_locations` as arrays."""
+        """Return source, row and chunks of several rows, without reading tokens."""
         wanted = np.asarray(order_indices, np.int64)
         source, row, _ = self.locate(wanted)
         if isinstance(self.order, RecordedSampler):
@@ -250,16 +212,16 @@ class BlendedDataset:
         columns = zip(names, shares, sizes, strict=True)
         return [SourceEpochs(name, share, size, share * run_tokens / size) for name, share, size in columns]
 
-    def _read(self, location: RowLocation, order_index: int) -> Row:
-        dataset = self.datasets[location.source]
-        parts = [dataset.chunk(chunk) for chunk in location.chunks.tolist()]
+    def _read(self, source: int, row: int, chunks: Int64Array, order_index: int) -> Row:
+        dataset = self.datasets[source]
+        parts = [dataset.chunk(chunk) for chunk in chunks.tolist()]
         # padded batching only: cut the chunk, but let the row end as the chunk would have
         if len(parts[0]) > self.seq_len:
             ends_in_sep = parts[0][-1] == dataset.manifest.tokenizer.sep_id
             kept = self.seq_len - 1 if ends_in_sep else self.seq_len
             parts = [np.concatenate([parts[0][:kept], parts[0][-1:] if ends_in_sep else parts[0][:0]])]
         lengths = np.asarray([len(part) for part in parts], dtype=np.int64)
-        return Row(np.concatenate(parts), lengths, location.source, location.row, location.chunks, order_index)
+        return Row(np.concatenate(parts), lengths, source, row, chunks, order_index)
 
 
 def order_indices(row_indices: npt.ArrayLike, skips: Skips) -> Int64Array:
@@ -271,34 +233,27 @@ def order_indices(row_indices: npt.ArrayLike, skips: Skips) -> Int64Array:
 
 
 def open_blended_dataset(
-    mixture: Sequence[MixtureEntry],
-    seq_len: int,
-    batching: str,
-    seed: int,
-    phase: str,
-    nominal_tokens: float | None = None,
-    skips: Skips = (),
+    mixture: Sequence[MixtureEntry], seq_len: int, batching: str, seed: int, phase: str
 ) -> BlendedDataset:
     """Open a mixture (`parse_mixture`) in shuffled order. Packing indices that are not there are built."""
     datasets = open_datasets(mixture)
     indices = [PackingIndex.build_or_open(dataset, seq_len, batching) for dataset in datasets]
     rows = [index.num_rows for index in indices]
     counts = slot_counts(mixture, rows, [index.mean_tokens_per_row for index in indices])
-    order = ShuffledSampler(counts, rows, seed, phase)
-    return BlendedDataset(datasets, indices, order, seq_len, batching, nominal_tokens, skips)
+    return BlendedDataset(datasets, indices, ShuffledSampler(counts, rows, seed, phase))
 
 
 def open_run_dataset(config: Config) -> BlendedDataset:
     """Open what a run reads: its mixture in shuffled order, or in the order of `data.order`. Raises UserError."""
     data = resolve_mixture(config.data)
     mixture = [MixtureEntry(**entry) for entry in data.mixture]
-    nominal, skips = data.mean_tokens_per_row, parse_skips(data.skip)
     if data.order == "keyed":
-        seed, phase = config.run.seed, config.run.phase
-        return open_blended_dataset(mixture, data.seq_len, data.batching, seed, phase, nominal, skips)
-    datasets = open_datasets(mixture)
-    order = open_recorded_sampler(data.order, datasets, data.seq_len, data.batching, data.order_missing)
-    return BlendedDataset(datasets, [], order, data.seq_len, data.batching, nominal, skips)
+        dataset = open_blended_dataset(mixture, data.seq_len, data.batching, config.run.seed, config.run.phase)
+    else:
+        datasets = open_datasets(mixture)
+        order = open_recorded_sampler(data.order, datasets, data.seq_len, data.batching, data.order_missing)
+        dataset = BlendedDataset(datasets, [], order)
+    return replace(dataset, nominal_tokens=data.mean_tokens_per_row, skips=parse_skips(data.skip))
 
 
 def open_datasets(mixture: Sequence[MixtureEntry]) -> list[Dataset]:
@@ -341,12 +296,8 @@ def open_by_source(path: str, seq_len: int, batching: str, seed: int, phase: str
     else:
         by_source = chunks_by_source(dataset)
         indices = {name: pack_source(dataset, name, own, seq_len, batching) for name, own in by_source.items()}
-    return {
-        name: BlendedDataset(
-            [dataset], [index], ShuffledSampler([BLOCK_SLOTS], [index.num_rows], seed, phase), seq_len, batching
-        )
-        for name, index in indices.items()
-    }
+    samplers = {name: ShuffledSampler([BLOCK_SLOTS], [index.num_rows], seed, phase) for name, index in indices.items()}
+    return {name: BlendedDataset([dataset], [index], samplers[name]) for name, index in indices.items()}
 
 
 def chunks_by_source(dataset: Dataset) -> dict[str, Int64Array]:

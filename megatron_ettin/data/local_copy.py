@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
@@ -103,7 +103,7 @@ def open_local_copy(corpus: BlendedDataset, folder: str, log: Callable[[str], No
         if copied is None or copied.fingerprint != index.fingerprint:
             raise UserError(f"{KEY}: {path}: changed while it was opened; start again")
         copies.append(copied)
-    return corpus.reading_from(datasets, copies)
+    return replace(corpus, datasets=datasets, packing_indices=copies)
 
 
 def copy_path(dataset: Dataset, root: Path) -> Path:

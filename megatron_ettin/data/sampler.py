@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,12 +53,9 @@ class ShuffledSampler:
         self._block = lru_cache(maxsize=CACHED_BLOCKS)(self._shuffled_block)
         self._permutation = lru_cache(maxsize=CACHED_PERMUTATIONS)(self._keyed_permutation)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type[ShuffledSampler], tuple[list[int], list[int], int, str]]:
         # without the caches
-        return {"counts": self.counts, "rows": self.num_rows, "seed": self.seed, "phase": self.phase}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        return type(self), (self.counts, self.num_rows, self.seed, self.phase)
 
     def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Return (source, row, epoch) of each order index, in the shape of `order_indices`."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -140,7 +141,8 @@ def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: 
 
 def test_local_copy_keeps_rows_left_out_and_nominal_tokens(prepared: Dataset, tmp_path: Path) -> None:
     entries = [MixtureEntry(str(prepared.path))]
-    corpus = open_blended_dataset(entries, 256, "packed", 3, "pretrain", nominal_tokens=250.0, skips=((3, 5),))
+    corpus = open_blended_dataset(entries, 256, "packed", 3, "pretrain")
+    corpus = replace(corpus, nominal_tokens=250.0, skips=((3, 5),))
     local = open_local_copy(corpus, str(tmp_path), print)
     assert local.order_indices(range(5)).tolist() == [0, 1, 2, 5, 6]
     assert local.fingerprint == corpus.fingerprint
@@ -208,8 +210,7 @@ def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
     copy = trainer.open_local_copy
 
     def forgetful(corpus: BlendedDataset, folder: str) -> BlendedDataset:
-        state = copy(corpus, folder).__getstate__()
-        return BlendedDataset(**{**state, FORGOTTEN[key]: () if key == "data.skip" else None})
+        return replace(copy(corpus, folder), **{FORGOTTEN[key]: () if key == "data.skip" else None})
 
     with mock.patch.object(trainer, "open_local_copy", forgetful):
         return forkserver.be_program("ettin", *words)
