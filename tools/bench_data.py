@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import bench_loaders
 import psutil
@@ -36,6 +37,7 @@ LEAST_BYTES = 10_000_000
 # size of the larger corpus relative to the smaller, for memory
 GROWTH = 10
 SMALL_PLAN_CHUNKS = 4_000_000
+BATCH_STEPS = 40
 
 
 @dataclass
@@ -235,10 +237,53 @@ def measure_loaders(folder: Path, streaming_python: str | None) -> list[str]:
     ]
 
 
+def measure_batches(folder: Path, streaming_python: str | None) -> list[str]:
+    """Measure what a micro-batch costs the training process while two workers make them ahead."""
+    lines = ["| objective | micro-batch | in the training process |", "|---|---|---|"]
+    for objective in ("mlm", "clm"):
+        for rows, seq_len in ((16, 1_024), (2, 8_192)):
+            low, middle, high = statistics.quantiles(seconds_per_batch(objective, rows, seq_len), n=4)
+            figures = f"{1e3 * middle:.2f} ms ({1e3 * low:.2f} to {1e3 * high:.2f})"
+            lines.append(f"| {objective} | {rows} rows of {seq_len:,} | {figures} |")
+    return [
+        "CPU seconds of the training process's main thread for a micro-batch that two workers have made, median and "
+        "middle half. On a GPU the copies to the device come on top.",
+        "",
+        *lines,
+    ]
+
+
+def seconds_per_batch(objective: str, rows: int, seq_len: int) -> list[float]:
+    """Return the main thread's CPU seconds for a micro-batch, of each of some steps."""
+    import torch
+
+    from megatron_ettin.batching.batches import Batches
+    from megatron_ettin.bench.synthetic import SyntheticRows
+    from megatron_ettin.config.resolve import parse
+    from megatron_ettin.parallel.groups import Layout
+    from megatron_ettin.parallel.topology import Topology
+
+    words = f"data.seq_len={seq_len} batch.global_batch_rows={2 * rows} batch.micro_batch_rows={rows} data.workers=2"
+    config = parse("150m", objective, "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])
+    layout = Layout(Topology.of(config, 1), 0, 0, 0, 0, 0, None, None, None)
+    dataset: Any = SyntheticRows(seq_len, 200.0, config.model.vocab_size)
+    batches = Batches.of(config, dataset, layout, torch.device("cpu"))
+    seconds = []
+    with batches.prefetched(0, BATCH_STEPS):
+        for step in range(BATCH_STEPS):
+            # the workers' time to make the next ones, as a device's step would leave it to them
+            time.sleep(0.15)
+            began = time.thread_time()
+            count = len(list(batches.step(step)))
+            seconds.append((time.thread_time() - began) / count)
+    return seconds[BATCH_STEPS // 5 :]
+
+
 SECTIONS: dict[str, Callable[[Path, str | None], list[str]]] = {
     "prepare": measure_prepare,
     "memory": measure_memory,
     "loaders": measure_loaders,
+    "batches": measure_batches,
 }
 
 if __name__ == "__main__":

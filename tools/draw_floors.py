@@ -26,6 +26,7 @@ WAY_OF_A_BATCH = (
     ("data/packing_index.py", "PackingIndex"),
     ("data/sampler.py", "ShuffledSampler"),
     ("data/blended_dataset.py", "BlendedDataset"),
+    ("data/blended_dataset.py", "Row"),
     ("batching/host.py", "HostBatch"),
     ("batching/batches.py", "MicroBatch"),
     ("model/model.py", "EttinModel"),

@@ -36,7 +36,7 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Row:
-    """One training row."""
+    """Tokens of one training row, and where they come from."""
 
     tokens: npt.NDArray[np.integer]
     """Real tokens, chunk after chunk; at most seq_len."""

@@ -31,16 +31,22 @@ VALIDATION_SEED, VALIDATION_PHASE = 0, "validation"
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """Mean loss over predicted tokens; accuracy of the likeliest token (masked positions of an encoder)."""
+    """Metrics of held-out rows."""
 
     objective: str
+    """Row objective by which the rows were read."""
     loss: float
+    """Mean loss over predicted tokens, in nats."""
     labels: int
+    """Number of predicted tokens."""
     rows: int
+    """Number of rows."""
     accuracy: float
+    """Share of predicted tokens for which the likeliest token is the right one."""
 
     @property
     def perplexity(self) -> float:
+        """Return e to the power of the loss."""
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
@@ -66,6 +72,7 @@ class EvalResult(EvalMetrics):
     """Metrics by the name of the source."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values, with those of each source under "sources"."""
         parts = {name: part.to_json() for name, part in self.sources.items()}
         for part in parts.values():
             del part["objective"]

@@ -20,14 +20,14 @@ from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.from_hf import is_hf_folder
 from megatron_ettin.platform.device import device_name
 
-# name -> (module, objective of the models that it evaluates)
+# name of the harness -> (module, objective of the models that it evaluates)
 HARNESSES = {"lm": ("lm_eval", "clm"), "mteb": ("mteb", "mlm")}
 EXTRA = "pip install megatron_ettin[harness]"
 
 
 # value of --as -> objective of the export
 READINGS = {"encoder": "mlm", "decoder": "clm"}
-KINDS_OF_MODEL = {objective: reading for reading, objective in READINGS.items()}
+READING_OF = {objective: reading for reading, objective in READINGS.items()}
 
 
 def trained_as(path: Path) -> tuple[str, ...]:
@@ -48,24 +48,34 @@ def trained_as(path: Path) -> tuple[str, ...]:
 def check_reading(harness: str, path: Path, reading: str | None) -> None:
     """Raise UserError where a model would be evaluated as what it was not trained as, unless `reading` asks for it."""
     needed = HARNESSES[harness][1]
-    kind = KINDS_OF_MODEL[needed]
     if reading is not None and READINGS[reading] != needed:
-        raise UserError(f"--as {reading}: --harness {harness} is for {kind}s")
-    found = trained_as(path)
-    if not found or needed in found:
+        raise UserError(f"--as {reading}: --harness {harness} is for {READING_OF[needed]}s")
+    trained = trained_as(path)
+    if not trained or needed in trained:
         return
     if is_hf_folder(path) and harness == "lm":
         raise UserError(f"--harness lm: {path} holds an encoder's class, which cannot generate; name a decoder's")
     if reading is None:
-        other = KINDS_OF_MODEL[found[0]]
+        wanted, other = READING_OF[needed], READING_OF[trained[0]]
         raise UserError(
-            f"--harness {harness}: is for {kind}s, and {path} was trained as {'an' if other[0] in 'aeiou' else 'a'}"
-            f" {other}; --as {kind} evaluates it as what it was not trained as"
+            f"--harness {harness}: is for {wanted}s, and {path} was trained as {'an' if other[0] in 'aeiou' else 'a'}"
+            f" {other}; --as {wanted} evaluates it as what it was not trained as"
         )
 
 
 def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path, reading: str | None) -> str:
-    """Return the objective that the harness is for. `path`: of the model; `reading`: of --as. Raises UserError."""
+    """Check an evaluation before it begins, and return the objective that the harness is for.
+
+    Args:
+        harness: name of the harness.
+        tasks: names of its tasks.
+        task_path: folder or file of more tasks.
+        path: the run, checkpoint or folder.
+        reading: value of --as.
+
+    Raises:
+        UserError: the harness, its tasks or the model cannot be used.
+    """
     if harness not in HARNESSES:
         raise UserError(f"--harness: {harness!r}{nearest(harness, HARNESSES)}; it is one of {', '.join(HARNESSES)}")
     module, objective = HARNESSES[harness]
@@ -82,7 +92,15 @@ def check(harness: str, tasks: Sequence[str], task_path: Path | None, path: Path
 def evaluate(
     harness: str, folder: Path, tasks: Sequence[str], task_path: Path | None, limit: int | None, batch_rows: int
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a folder and return task -> measure -> figure, with at most `limit` examples a task.
+    """Evaluate a Hugging Face folder and return task -> measure -> figure.
+
+    Args:
+        harness: name of the harness.
+        folder: the exported model.
+        tasks: names of the tasks.
+        task_path: folder or file of more tasks.
+        limit: number of examples of a task; None: all.
+        batch_rows: rows of a forward pass.
 
     Raises:
         UserError: a task does not exist.
@@ -106,7 +124,7 @@ def _lm_eval(
         raise UserError(
             f"--tasks: lm-evaluation-harness has no {unknown[0]!r}{close}; --task-path names a folder of more"
         )
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf",
         # as the paper's decoders were evaluated; chunks begin with this token in training too
         model_args={"pretrained": str(folder), "add_bos_token": True, "dtype": "float32"},
@@ -116,7 +134,7 @@ def _lm_eval(
         batch_size=batch_rows,
         device=device_name(),
     )
-    return {task: _figures(measures) for task, measures in found["results"].items()}
+    return {task: _figures(measures) for task, measures in results["results"].items()}
 
 
 def _mteb(
@@ -134,9 +152,9 @@ def _mteb(
             hint = nearest(name, own)
             raise UserError(f"--tasks: mteb has no {name!r}{hint}; --task-path names a Python file of more") from None
     model = SentenceTransformer(str(folder))
-    found = mteb.evaluate(model, chosen, encode_kwargs={"batch_size": batch_rows}, cache=None)
+    results = mteb.evaluate(model, chosen, encode_kwargs={"batch_size": batch_rows}, cache=None)
     # over all subsets and splits of a task, as mteb weighs them
-    return {result.task_name: {"main_score": float(result.get_score())} for result in found.task_results}
+    return {result.task_name: {"main_score": float(result.get_score())} for result in results.task_results}
 
 
 def _tasks_of(path: Path) -> dict[str, Any]:
@@ -148,8 +166,8 @@ def _tasks_of(path: Path) -> dict[str, Any]:
         raise UserError(f"--task-path {path}: is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    kinds: list[Any] = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, AbsTask)]
-    return {kind.metadata.name: kind for kind in kinds if getattr(kind, "metadata", None) is not None}
+    classes: list[Any] = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, AbsTask)]
+    return {task.metadata.name: task for task in classes if getattr(task, "metadata", None) is not None}
 
 
 def _figures(measures: dict[str, Any]) -> dict[str, float]:

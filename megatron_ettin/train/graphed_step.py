@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
 from megatron_ettin.base.log import log_info
 from megatron_ettin.batching.batches import MicroBatch
@@ -78,13 +78,14 @@ class GraphedStep:
         return done, functools.partial(loss_and_labels, labels)
 
     def fits(self, batch: MicroBatch) -> bool:
+        """Return whether a micro-batch has room in the captured one; the first that has none is logged."""
         labels, boundaries = batch.labels.numel(), batch.packed.cu_seqlens_q.numel()
         fits = labels <= self.capacity.labels and boundaries <= self.capacity.boundaries
         if not fits and self.is_main_process:
             self.is_main_process = False
             log_info(
                 f"runtime.cuda_graph: a micro-batch of {boundaries - 1} chunks and {labels} labels has no room in a"
-                f" recorded one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
+                f" captured one ({self.capacity.boundaries - 1}, {self.capacity.labels}) and runs without, as others"
                 f" like it will; data.max_chunks_per_row is {max_chunks_per_row(self.config)}"
             )
         return fits
@@ -96,9 +97,9 @@ class GraphedStep:
         boundaries = self.capacity.boundaries - packed.cu_seqlens_q.numel()
         return [
             batch.input_ids,
-            F.pad(batch.labels, (0, missing), value=IGNORE),
-            F.pad(batch.label_positions, (0, missing)),
-            F.pad(packed.cu_seqlens_q, (0, boundaries), value=tokens),
+            pad(batch.labels, (0, missing), value=IGNORE),
+            pad(batch.label_positions, (0, missing)),
+            pad(packed.cu_seqlens_q, (0, boundaries), value=tokens),
             packed.segments,
             packed.positions,
             packed.slots,

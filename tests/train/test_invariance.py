@@ -261,7 +261,7 @@ def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
     ]
     (result,) = pool.run(1, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
     assert result.status == 0, result.output[-3000:]
-    assert result.output.count("replaying") == result.output.count("has no room in a recorded one") == 1
+    assert result.output.count("replaying") == result.output.count("has no room in a captured one") == 1
     assert equal(read(tmp_path), reference(option)), difference(read(tmp_path), reference(option))
 
 
