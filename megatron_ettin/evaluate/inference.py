@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,24 @@ def logits_of(checkpoint: Path, token_lists: list[list[int]], objective: str | N
     """Return the fp32 logits [n, vocabulary] of each list of n token ids, every list a chunk of its own.
 
     The caller checks the checkpoint's checksums.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        token_lists: token ids; the lists may differ in length.
+        objective: as in `load_for_inference`.
     """
-    with load_for_inference(checkpoint, objective) as train_state, torch.no_grad():
+    with load_for_inference(checkpoint, objective) as train_state:
         resume.load(train_state, checkpoint, with_optimizer=False, verified=True)
-        model = train_state.model_chunks[0].eval()
-        return [model(torch.tensor([ids]), pack_rows([[len(ids)]], len(ids))) for ids in token_lists]
+        return compute_logits(train_state.model_chunks[0], token_lists, train_state.platform.device)
+
+
+def compute_logits(
+    model: torch.nn.Module, token_lists: Sequence[Sequence[int]], device: torch.device
+) -> list[torch.Tensor]:
+    """Return the logits [n, vocabulary] of each list of n token ids; the model is left in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return [
+            model(torch.tensor([[*ids]], device=device), pack_rows([[len(ids)]], len(ids), device))
+            for ids in token_lists
+        ]

@@ -69,19 +69,12 @@ class Model:
         Raises:
             UserError: under more than one rank.
         """
-        import torch
-
-        from megatron_ettin.model.packed import pack_rows
+        from megatron_ettin.evaluate.inference import compute_logits
 
         if self.train_state.layout.topology.world > 1:
             raise UserError("logits: need a model in one process; start the script without torchrun")
-        model, device = self.module.eval(), self.train_state.platform.device
-        with torch.no_grad():
-            logits = [
-                model(torch.tensor([[*ids]], device=device), pack_rows([[len(ids)]], len(ids), device))
-                for ids in token_lists
-            ]
-        model.train()
+        logits = compute_logits(self.module, token_lists, self.train_state.platform.device)
+        self.module.train()
         return logits
 
 

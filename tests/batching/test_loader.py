@@ -103,7 +103,7 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
     alone = host_batches(corpus, dp=1, dp_rank=0)
     ranks = [host_batches(corpus, dp=2, dp_rank=rank) for rank in (0, 1)]
     for step in (0, 5, 40):
-        found: dict[int, tuple] = {}
+        missing: dict[int, tuple] = {}
         for host in (alone, *ranks):
             rows: dict[int, tuple] = {}
             for index in range(host.count(step)):
@@ -114,12 +114,12 @@ def test_host_batches_of_data_parallel_ranks_partition_each_step(corpus: Path) -
                 slots = batch.boundaries.slots.tolist()
                 rows |= {slots[i]: (ids.tolist(), own.tolist()) for i, (real, ids, own) in enumerate(parts) if real}
             if host is alone:
-                found = rows
+                missing = rows
                 assert len(rows) == host.sizes.size_at(step)
             else:
-                assert rows.items() <= found.items()
-                found = {slot: row for slot, row in found.items() if slot not in rows}
-        assert not found
+                assert rows.items() <= missing.items()
+                missing = {slot: row for slot, row in missing.items() if slot not in rows}
+        assert not missing
 
 
 @pytest.mark.parametrize("dp", [3, 4])
@@ -221,8 +221,8 @@ def test_train_on_layout_with_workers_matches_without_workers(
 ) -> None:
     words = [*layout.split(), "run.steps=4"]
     without = train(pool, 2, tmp_path / "without", corpus, "clm", [*words, "data.workers=0"])
-    found = train(pool, 2, tmp_path / "with", corpus, "clm", [*words, "data.workers=1"])
-    assert found.column("loss") == without.column("loss")
+    ahead = train(pool, 2, tmp_path / "with", corpus, "clm", [*words, "data.workers=1"])
+    assert ahead.column("loss") == without.column("loss")
 
 
 @pytest.mark.full

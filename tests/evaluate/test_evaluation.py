@@ -87,19 +87,19 @@ def test_eval_single_process_matches_validation_loss_per_source(
     words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
     answer = pool.run(1, ["eval", str(run.directory), *words, "--baseline", str(corpus)])[0]
     assert answer.status == 0, answer.output
-    found, logged = json.loads(answer.output.strip().splitlines()[-1]), run.metrics[-1]
-    assert found["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
-    assert found["accuracy"] == pytest.approx(logged["validation_accuracy"])
-    assert 3 < found["unigram_loss"] < np.log(320)
-    for name, part in found["sources"].items():
+    result, logged = json.loads(answer.output.strip().splitlines()[-1]), run.metrics[-1]
+    assert result["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
+    assert result["accuracy"] == pytest.approx(logged["validation_accuracy"])
+    assert 3 < result["unigram_loss"] < np.log(320)
+    for name, part in result["sources"].items():
         assert part["loss"] == pytest.approx(logged[f"validation_loss/{name}"], rel=1e-5)
-        assert ("perplexity" in part) == (found["objective"] == "clm")
+        assert ("perplexity" in part) == (result["objective"] == "clm")
         assert 0 <= part["accuracy"] <= 1
-    parts = found["sources"].values()
-    assert found["labels"] == sum(part["labels"] for part in parts)
-    assert found["rows"] == sum(part["rows"] for part in parts)
-    assert (found["rows"] == 30) == (rows == 30)
-    assert found["loss"] == pytest.approx(sum(part["loss"] * part["labels"] for part in parts) / found["labels"])
+    parts = result["sources"].values()
+    assert result["labels"] == sum(part["labels"] for part in parts)
+    assert result["rows"] == sum(part["rows"] for part in parts)
+    assert (result["rows"] == 30) == (rows == 30)
+    assert result["loss"] == pytest.approx(sum(part["loss"] * part["labels"] for part in parts) / result["labels"])
     assert len({round(part["loss"], 6) for part in parts}) == len(parts)
 
 
@@ -109,17 +109,17 @@ def test_eval_dataset_of_two_inputs_reports_each_as_a_source(run: Trained, pool:
     lines = pool.run(1, ["eval", str(run.directory), "--data", str(two_inputs), "--rows", "6"])[0].output.splitlines()
     assert [line.strip().partition(":")[0] for line in lines[-2:]] == ["news.jsonl", "code"]
     words = ["--data", str(two_inputs), "--rows", "6", "--json"]
-    found = json.loads(pool.run(1, ["eval", str(run.directory), *words])[0].output.strip().splitlines()[-1])
-    assert found["rows"] == 6
-    assert all(part["rows"] >= 1 for part in found["sources"].values())
+    result = json.loads(pool.run(1, ["eval", str(run.directory), *words])[0].output.strip().splitlines()[-1])
+    assert result["rows"] == 6
+    assert all(part["rows"] >= 1 for part in result["sources"].values())
 
 
 @pytest.mark.ranks
 def test_eval_single_source_reports_one_part_equal_to_total(run: Trained, pool: Pool, corpus: Path) -> None:
     answer = pool.run(1, ["eval", str(run.directory), "--data", str(corpus / "heldout"), "--json"])[0]
-    found = json.loads(answer.output.strip().splitlines()[-1])
-    assert list(found["sources"]) == ["dataset"]
-    assert found["sources"]["dataset"]["loss"] == found["loss"]
+    result = json.loads(answer.output.strip().splitlines()[-1])
+    assert list(result["sources"]) == ["dataset"]
+    assert result["sources"]["dataset"]["loss"] == result["loss"]
 
 
 @pytest.mark.parametrize(
