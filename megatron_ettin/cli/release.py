@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
     if args.push:
         _check_push(args.push)
     from megatron_ettin.release import build
-    from megatron_ettin.release.revision import WorkerLost
+    from megatron_ettin.release.revision import WorkerLostError
 
     try:
         with _progress(args.json) as report:
             result = build.release(plan, report)
-    except WorkerLost as error:
+    except WorkerLostError as error:
         # not a user error: exit 1
         raise SystemExit(f"ettin release: {error}") from error
     answer = {"out": str(args.out), **dataclasses.asdict(result)}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.parsing import json_objects, read_json_object
-from megatron_ettin.base.paths import Links, path_in
+from megatron_ettin.base.parsing import read_json_lines, read_json_object
+from megatron_ettin.checkpoint.directory import step_of
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE
 from megatron_ettin.parallel.failure_report import HEARTBEAT
@@ -73,17 +73,21 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 def run_state(run: Path) -> RunState:
     """Return the state of one run. A run that has not begun has None in most fields."""
-    lines = RunDirectory(run).last_metrics
+    directory = RunDirectory(run)
+    lines = directory.last_metrics
     keys = ("slowest_rank", "slowest_host", "slowest_ratio")
     compared: dict[str, Any] = next((line for line in reversed(lines) if all(key in line for key in keys)), {})
     if _number(compared.get("slowest_ratio")) is None:
         compared = {}
     last = lines[-1] if lines else {}
-    groups = _groups(run)
-    settings = groups.get("run") or {}
+    try:
+        groups = directory.stored_groups
+    except UserError:
+        groups = {}
+    settings = groups["run"] if isinstance(groups.get("run"), dict) else {}
     folder, job, task = submission_of(run)
     events = [event for event in read_events(folder) if event.get("job") == task] if folder else []
-    checkpoint = _newest_checkpoint(run)
+    checkpoint = directory.newest_checkpoint
     saved = None if checkpoint is None else _time_of(checkpoint)
     heartbeat, heartbeat_time = _read_heartbeat(folder, task)
     activity = [seen for seen in (heartbeat_time, _time_of(run / METRICS_FILE)) if seen is not None]
@@ -97,7 +101,7 @@ def run_state(run: Path) -> RunState:
         tokens_per_second=_median(lines, "tokens_per_second"),
         seconds_left=_seconds_left(lines, settings),
         loss=_number(last.get("loss")),
-        checkpoint_step=None if checkpoint is None else int(checkpoint.name.rpartition("_")[2]),
+        checkpoint_step=None if checkpoint is None else step_of(checkpoint),
         checkpoint_age_seconds=None if saved is None else time.time() - saved,
         silent_seconds=time.time() - max(activity) if activity else None,
         doing=_text(heartbeat.get("doing")),
@@ -135,11 +139,7 @@ def _last_stall(run: Path) -> str | None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return all events of a submission's folder."""
-    try:
-        text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return [event for event in json_objects(text.splitlines()) if isinstance(event.get("event"), str)]
+    return [event for event in read_json_lines(folder / "events.jsonl") if isinstance(event.get("event"), str)]
 
 
 def runs_of_event(event: dict[str, Any]) -> list[str]:
@@ -151,22 +151,13 @@ def runs_of_event(event: dict[str, Any]) -> list[str]:
 def submission_of(run: Path) -> tuple[Path | None, str | None, str | None]:
     """Return the folder of the latest submission of this run, its job, and the job or array task that trains it."""
     run = run.absolute()
-    for above in (run, *list(run.parents)[:2]):
-        folder = above / "slurm"
+    for folder in RunDirectory(run).submission_folders:
         for event in reversed(read_events(folder)):
             runs = runs_of_event(event)
             if event["event"] == "submitted" and str(run) in runs and re.fullmatch(r"\w+", str(event.get("job"))):
                 job = str(event["job"])
                 return folder, job, f"{job}_{runs.index(str(run))}" if len(runs) > 1 else job
     return None, None, None
-
-
-def _groups(run: Path) -> dict[str, dict[str, Any]]:
-    """Return the groups of the run's configuration; empty where it cannot be read."""
-    try:
-        return {name: group for name, group in RunDirectory(run).stored_groups.items() if isinstance(group, dict)}
-    except UserError:
-        return {}
 
 
 def _model(settings: dict[str, Any], model: object) -> str | None:
@@ -191,19 +182,6 @@ def _seconds_left(lines: list[dict[str, Any]], settings: dict[str, Any]) -> floa
     by_tokens = (total - tokens) / speed if total and speed and tokens is not None else None
     known = [left for left in (by_steps, by_tokens) if left is not None]
     return max(0.0, min(known)) if known else None
-
-
-def _newest_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint that `latest` names."""
-    try:
-        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return None
-    try:
-        path = path_in(run / "checkpoints", name, "latest", links=Links.UNCHECKED)
-        return path if re.fullmatch(r"step_\d{9,18}", name, re.ASCII) and path.is_dir() else None
-    except (OSError, UserError):
-        return None
 
 
 def _time_of(path: Path) -> float | None:

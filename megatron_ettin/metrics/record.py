@@ -145,6 +145,7 @@ class JsonlSink:
             _replace(self.path, kept)
 
     def log(self, values: Mapping[str, Any]) -> None:
+        """Append the line of a step, or keep it in memory where it cannot be written."""
         self._waiting.append(json.dumps(finite(values), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         self._write_waiting()
 

@@ -22,8 +22,11 @@ class Sink(Protocol):
     required: bool
     """Whether a failure stops the run."""
 
-    def log(self, values: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Take the metrics of a step, `step` among them."""
+
+    def close(self) -> None:
+        """Write what is left, at the end of the run."""
 
 
 class FanOut:
@@ -33,6 +36,7 @@ class FanOut:
         self.sinks = list(sinks)
 
     def log(self, values: Mapping[str, Any]) -> None:
+        """Pass the metrics of a step to every sink."""
         for sink in list(self.sinks):
             self._call(sink, sink.log, values)
 
@@ -54,6 +58,7 @@ class FanOut:
                 self._call(sink, sink.attach, name, make)
 
     def close(self) -> None:
+        """Close every sink."""
         for sink in list(self.sinks):
             self._call(sink, sink.close)
 
@@ -105,13 +110,13 @@ def grouped(key: str) -> str:
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers that a dashboard can draw, under their groups; `data/rows` is where the step's rows end."""
-    found = {
+    numbers = {
         grouped(key): value
         for key, value in values.items()
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
     }
     rows = values.get("rows")
-    return found | ({"data/rows": rows[1]} if rows else {})
+    return numbers | ({"data/rows": rows[1]} if rows else {})
 
 
 class TensorBoardSink:
@@ -124,6 +129,7 @@ class TensorBoardSink:
         self._writer: Any = None
 
     def log(self, values: Mapping[str, Any]) -> None:
+        """Write the numbers of a step as scalars."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -133,5 +139,6 @@ class TensorBoardSink:
             self._writer.add_scalar(key, value, global_step=values["step"])
 
     def close(self) -> None:
+        """Write what is buffered and close the file."""
         if self._writer is not None:
             self._writer.close()

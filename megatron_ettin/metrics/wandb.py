@@ -19,7 +19,7 @@ from typing import Any
 from megatron_ettin.base.errors import first_line
 from megatron_ettin.base.files import write_atomically
 from megatron_ettin.base.log import log_warning
-from megatron_ettin.base.parsing import load_json
+from megatron_ettin.base.parsing import read_json_object
 from megatron_ettin.metrics.sinks import scalars
 
 # in the sink's folder: the page's id, and the last step that it was sent
@@ -56,6 +56,7 @@ class WandbSink:
         self._id, self._sent = "", 0
 
     def log(self, values: Mapping[str, Any]) -> None:
+        """Send the numbers of a step that the page does not have yet."""
         if self._run is None:
             self._open()
         step = int(values["step"])
@@ -92,6 +93,7 @@ class WandbSink:
             log_warning(f"wandb: no {name}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
+        """Finish the run at the service, as far as that takes no longer than FINISH_SECONDS."""
         if self._run is None:
             return
         # the service may be away, and a job that has saved must end
@@ -141,10 +143,10 @@ class WandbSink:
     def _state(self) -> dict[str, Any]:
         """Return the state of the page of this history; a new page where there is none."""
         try:
-            found = load_json((self.directory / STATE).read_text(encoding="utf-8"))
-            if found["history"] == self.identity.history:
-                return {"id": str(found["id"]), "step": int(found["step"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            state = read_json_object(self.directory / STATE)
+            if state["history"] == self.identity.history:
+                return {"id": str(state["id"]), "step": int(state["step"])}
+        except (ValueError, KeyError, TypeError):
             pass
         return {"id": f"{self.identity.name.replace(' ', '-')}-{secrets.token_hex(4)}", "step": 0}
 

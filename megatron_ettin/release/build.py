@@ -103,7 +103,7 @@ def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
 
     Raises:
         UserError: before anything is written where that is possible.
-        WorkerLost: a worker process was killed.
+        WorkerLostError: a worker process was killed.
     """
     began = time.perf_counter()
     revisions = revisions_of(plan.chain)
@@ -229,14 +229,14 @@ def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
 def _check_index(index: Path, identity: dict[str, Any]) -> None:
     """Raise UserError where the folder holds the release of another model."""
     try:
-        found = load_json(index.read_text(encoding="utf-8"))
-        differing = [key for key in ("name", "objective", "size") if found[key] != identity[key]]
+        there = load_json(index.read_text(encoding="utf-8"))
+        differing = [key for key in ("name", "objective", "size") if there[key] != identity[key]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{index}: unreadable; name another folder") from None
     if differing:
         key = differing[0]
         raise UserError(
-            f"--out {index.parent}: holds the release of {key} {found[key]}, this one has {identity[key]}; name a new"
+            f"--out {index.parent}: holds the release of {key} {there[key]}, this one has {identity[key]}; name a new"
             " folder"
         )
 

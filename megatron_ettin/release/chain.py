@@ -76,7 +76,7 @@ def find_release_chain(paths: Sequence[Path], alone: bool = False) -> PhaseChain
     """Read the runs of a release.
 
     Args:
-        paths: the run directories in order; for a single one, all runs that it began from are found.
+        paths: the run directories in order; for a single one, all runs that it began from are added.
         alone: release a single run without the runs before it.
 
     Raises:

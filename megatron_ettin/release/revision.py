@@ -43,7 +43,7 @@ BYTES_PER_PARAMETER, BASE_BYTES = 14, 900_000_000
 """Memory of a worker, measured: both models in float32 while they are compared, and the imports."""
 
 
-class WorkerLost(Exception):
+class WorkerLostError(Exception):
     """A worker process ended before its work did: no mistake of the user, most often too little memory."""
 
 
@@ -127,7 +127,7 @@ def choose_worker_count(requested: int | None, jobs: int, model: ModelConfig) ->
 
 
 def make_revisions(jobs: Sequence[RevisionJob], workers: int) -> Iterator[RevisionResult]:
-    """Make every job's revision in processes and yield results as they come. Raises WorkerLost."""
+    """Make every job's revision in processes and yield results as they come. Raises WorkerLostError."""
     # threads and torch do not survive a fork
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_initialize_worker)
@@ -136,7 +136,7 @@ def make_revisions(jobs: Sequence[RevisionJob], workers: int) -> Iterator[Revisi
             yield done.result()
         pool.shutdown()
     except BrokenProcessPool:
-        raise WorkerLost(
+        raise WorkerLostError(
             f"one of {workers} workers was killed, most likely for memory; what is released stays: run it again with"
             " fewer --workers"
         ) from None

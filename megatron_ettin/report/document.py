@@ -33,7 +33,7 @@ from megatron_ettin.runs.chain import PhaseChain, join_phases
 from megatron_ettin.runs.directory import RunDirectory, find_runs
 
 HERE = Path(__file__).parent
-# more curves cannot be told apart
+# a reader cannot distinguish more curves
 MOST_MODELS = 12
 
 

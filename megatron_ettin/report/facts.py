@@ -5,7 +5,6 @@ Text of a run is made fit for a page: secrets are left out of it, the rest is es
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ettin.base.digests import sha256
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import read_json_lines, read_json_object
 from megatron_ettin.base.paths import path_in
@@ -46,14 +46,14 @@ def consumed(runs: Iterable[RunDirectory]) -> list[Consumed]:
             before = tokens.get(path, 0.0)
             tokens[path] = None if share is None or before is None else before + share * run.tokens
     known = sum(value for value in tokens.values() if value is not None)
-    found = []
+    datasets = []
     for path, value in tokens.items():
         manifest = read_json_object(Path(path) / "manifest.json")
         size = manifest.get("tokens")
         share = value / known if value is not None and known else None
         epochs = value / size if value is not None and isinstance(size, int) and size > 0 else None
-        found.append(Consumed(path, share, value, epochs, tuple(_sources(manifest, value, share, epochs))))
-    return found
+        datasets.append(Consumed(path, share, value, epochs, tuple(_sources(manifest, value, share, epochs))))
+    return datasets
 
 
 def _sources(
@@ -116,14 +116,14 @@ def _saved(saved_type: str, path: Path, exports: dict[str, tuple[Path, str]]) ->
     whole, detail, size = integrity_of(path)
     parity = ""
     if exports:
-        found = exports.get(identity(path))
-        parity = "not exported" if found is None else describe_parity(*found)
+        export = exports.get(identity(path))
+        parity = "not exported" if export is None else describe_parity(*export)
     numbers = {key: progress.get(key) if isinstance(progress.get(key), int) else None for key in ("step", "tokens")}
     return Saved(saved_type, path, numbers["step"], numbers["tokens"], size, detail, whole, parity)
 
 
 def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
-    """Return whether all files have their recorded sizes, the same in words, and the bytes. Contents are not read."""
+    """Return whether all files have their recorded sizes, a text that says so, and the bytes. Contents are not read."""
     try:
         entries = read_entries(checkpoint)
     except UserError as error:
@@ -142,13 +142,13 @@ def integrity_of(checkpoint: Path) -> tuple[bool, str, int | None]:
 def identity(checkpoint: Path) -> str:
     """Return the digest by which an export names the checkpoint that it was made of."""
     try:
-        return hashlib.sha256((checkpoint / INTEGRITY).read_bytes()).hexdigest()
+        return sha256(checkpoint / INTEGRITY)
     except OSError:
         return ""
 
 
 def describe_parity(folder: Path, name: str) -> str:
-    """Return in words what is recorded about an export's parity with transformers."""
+    """Return a text on what is recorded about an export's parity with transformers."""
     parity = read_json_object(folder / PARITY)
     difference = parity.get("max_abs_logit_difference")
     if not parity.get("tensors_identical"):
@@ -168,20 +168,20 @@ def exported(models: Sequence[PhaseChain], folders: Sequence[Path]) -> dict[str,
     }
     release_folders = {folder.resolve() for folder in folders}
     release_folders |= {record.parent for above in nearby for record in above.glob(f"*/{RELEASE}")}
-    found = {}
+    exports = {}
     for path in sorted(path for above in nearby for path in above.glob(f"*/{PARITY}")):
-        found[str(read_json_object(path).get("source"))] = (path.parent, path.parent.name)
+        exports[str(read_json_object(path).get("source"))] = (path.parent, path.parent.name)
     for path in sorted(path for folder in release_folders for path in folder.glob(f"*/{RELEASE}")):
         record = read_json_object(path)
         if isinstance(record.get("source"), str) and path.parent.name != "main":
-            found[record["source"]] = (path.parent, f"revision {record.get('revision')}")
-    return found
+            exports[record["source"]] = (path.parent, f"revision {record.get('revision')}")
+    return exports
 
 
 def used(run: RunDirectory, key: str) -> str:
     """Return a key that the latest launch ran with (`device`, `attention`), else the configured value."""
-    found = run.launches[-1].get(key) if run.launches else None
-    return str(found) if found else f"{run.setting('runtime', key)} (as configured)"
+    latest = run.launches[-1].get(key) if run.launches else None
+    return str(latest) if latest else f"{run.setting('runtime', key)} (as configured)"
 
 
 def device_hours(model: PhaseChain) -> float | None:
@@ -202,27 +202,23 @@ def device_hours(model: PhaseChain) -> float | None:
 
 def commits(model: PhaseChain) -> list[str]:
     """Return the code that the phases ran, oldest first: the commit, or version and digest of the code."""
-    found = [
+    code = [
         one.get("commit") or f"{one.get('version')} ({one['code']})"
         for run in model.runs
         for one in run.launches
         if one.get("commit") or one.get("code")
     ]
-    return list(dict.fromkeys(map(str, found)))
+    return list(dict.fromkeys(map(str, code)))
 
 
 def hosts(run: RunDirectory) -> list[str]:
     """Return the hosts that are known to have trained: from the ranks' own files, the job's events and the metrics."""
-    found = [
-        str(read_json_object(path).get("host") or "") for path in sorted(run.path.glob("watch/rank_*.json"))[:10_000]
-    ]
-    found += [str(launch.get("host") or "") for launch in run.launches]
-    path = run.path.absolute()
-    for above in (path, *list(path.parents)[:2]):
-        found += [
-            str(event["nodes"]) for event in read_json_lines(above / "slurm" / "events.jsonl") if event.get("nodes")
-        ]
-    return [host for host in dict.fromkeys([*found, *run.metrics.slowest_hosts]) if host]
+    ranks = sorted(run.path.glob("watch/rank_*.json"))[:10_000]
+    names = [str(read_json_object(path).get("host") or "") for path in ranks]
+    names += [str(launch.get("host") or "") for launch in run.launches]
+    for folder in run.submission_folders:
+        names += [str(event["nodes"]) for event in read_json_lines(folder / "events.jsonl") if event.get("nodes")]
+    return [name for name in dict.fromkeys([*names, *run.metrics.slowest_hosts]) if name]
 
 
 def escaped(text: object, key: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Write the parts of a run's page that are words and tables; all text of files goes through `escaped`."""
+"""Write the parts of a run's page that are text and tables; all text of files goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -59,14 +59,17 @@ def table(
 
 
 def number(value: float | None, form: str = ",") -> str:
+    """Return a number in a format; empty where it is not known."""
     return "" if value is None else format(value, form)
 
 
 def count(value: float | None) -> str:
+    """Return a count such as 1.7T; empty where it is not known."""
     return "" if value is None else format_count(round(value))
 
 
 def size(value: int | None) -> str:
+    """Return bytes in GiB, MiB or KiB; empty where they are not known."""
     if value is None:
         return ""
     for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -136,12 +139,12 @@ def _costs(model: PhaseChain) -> Iterable[tuple[str, str, str]]:
         used = facts.device_hours(model)
         text = "" if used is None else f"{used:.3g} device-hours"
         yield "time in steps", duration(float(hours[-1]) * SECONDS_AN_HOUR), text
-    found = facts.commits(model)
-    if found:
+    code = facts.commits(model)
+    if code:
         yield (
             "commit",
-            f"<code>{escaped(found[-1])}</code>",
-            f"and {len(found) - 1} before it" if len(found) > 1 else "",
+            f"<code>{escaped(code[-1])}</code>",
+            f"and {len(code) - 1} before it" if len(code) > 1 else "",
         )
 
 

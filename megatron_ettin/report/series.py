@@ -56,7 +56,14 @@ def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
     colours = colour_indices([model.objective for model in models])
-    drawn = [model_data(model, size) | {"colour": colour % 6} for model, colour in zip(models, colours, strict=True)]
+    drawn = [
+        {
+            "name": masked(model.name),
+            "runs": [run_data(run, axes, size) for run, axes in zip(model.runs, model.axes(), strict=True)],
+            "colour": colour % 6,
+        }
+        for model, colour in zip(models, colours, strict=True)
+    ]
     every_run = [run for model in drawn for run in model["runs"] if run["n"]]
     return {
         "axes": [axis for axis in AXES if every_run and all(axis in run["grid"] for run in every_run)],
@@ -75,24 +82,18 @@ def shown_keys(models: Sequence[PhaseChain]) -> set[str]:
 
 def charts(keys: Iterable[str]) -> list[dict[str, Any]]:
     """Return the charts that there are numbers for."""
-    found = []
+    drawn = []
     for name, wanted, title, unit, factor in CHARTS:
         shown = [key for key in sorted(keys) if any(_fits(key, pattern) for pattern in wanted)]
         if shown:
-            found.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
+            drawn.append({"id": name, "title": title, "unit": unit, "factor": factor, "keys": shown})
             flags = {"zero": FROM_ZERO, "clip": CLIPPED, "smooth": SMOOTHED}
-            found[-1] |= {flag: True for flag, names in flags.items() if name in names}
-    return found
+            drawn[-1] |= {flag: True for flag, names in flags.items() if name in names}
+    return drawn
 
 
 def _fits(key: str, pattern: str) -> bool:
     return key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1]))
-
-
-def model_data(model: PhaseChain, size: int) -> dict[str, Any]:
-    axes = model.axes()
-    runs = [run_data(run, own, size) for run, own in zip(model.runs, axes)]
-    return {"name": masked(model.name), "runs": runs}
 
 
 def run_data(run: RunDirectory, axes: dict[str, Column], size: int) -> dict[str, Any]:
@@ -118,18 +119,18 @@ def series_data(column: Column, size: int) -> dict[str, Any]:
     known = np.flatnonzero(~np.isnan(column))
     sparse = len(known) < DENSE * len(column)
     values = column[known] if sparse else column
-    found: dict[str, Any] = {}
+    curve: dict[str, Any] = {}
     if sparse:
-        found |= {"indices": packed(known // size, "<u4"), "y": packed(values)}
+        curve |= {"indices": packed(known // size, "<u4"), "y": packed(values)}
     elif size > 1:
         low, middle, high = bucket_summary(values, size)
-        found |= {"low": packed(low), "y": packed(middle), "high": packed(high)}
+        curve |= {"low": packed(low), "y": packed(middle), "high": packed(high)}
     else:
-        found["y"] = packed(values)
-    found["n"] = len(known) if sparse else math.ceil(len(column) / size)
-    if found["n"] > OVERVIEW_BUCKETS:
-        found["overview"] = overview(values, found["n"], 1 if sparse else size)
-    return found
+        curve["y"] = packed(values)
+    curve["n"] = len(known) if sparse else math.ceil(len(column) / size)
+    if curve["n"] > OVERVIEW_BUCKETS:
+        curve["overview"] = overview(values, curve["n"], 1 if sparse else size)
+    return curve
 
 
 def overview(values: Column, points: int, size: int) -> dict[str, Any]:
@@ -160,12 +161,12 @@ def colour_indices(objectives: Sequence[str]) -> list[int]:
 
 
 def rounded(value: float) -> float | None:
-    """Return five digits, which a screen cannot tell from more; None for NaN."""
+    """Return five digits, which look like more on a screen; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.5g}" if abs(value) < 1e5 else f"{value:.12g}")
 
 
 def marks(run: RunDirectory, axes: dict[str, Column]) -> list[dict[str, Any]]:
-    """Return restarts and bad steps: kind, text, and x in every axis."""
+    """Return restarts and bad steps, each with its type (`kind`), a text, and x in every axis."""
     steps = run.metrics.steps
     if not len(steps):
         return []
@@ -176,8 +177,8 @@ def marks(run: RunDirectory, axes: dict[str, Column]) -> list[dict[str, Any]]:
     ]
     reasons = {step: str(entry.get("why")) for step, entry in run.bad_steps.items()} | run.metrics.bad_steps
     bad = [("bad", step, f"step {step:,}: {why}") for step, why in sorted(reasons.items())]
-    found = []
-    for kind, step, text in itertools.chain(restarts[:MOST_MARKS], bad[:MOST_MARKS]):
+    drawn = []
+    for mark, step, text in itertools.chain(restarts[:MOST_MARKS], bad[:MOST_MARKS]):
         index = min(max(int(np.searchsorted(steps, step)), 0), len(steps) - 1)
-        found.append({"kind": kind, "text": masked(text), **{axis: float(x[index]) for axis, x in axes.items()}})
-    return found
+        drawn.append({"kind": mark, "text": masked(text), **{axis: float(x[index]) for axis, x in axes.items()}})
+    return drawn

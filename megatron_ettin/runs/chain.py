@@ -24,7 +24,7 @@ class PhaseChain:
     """The phases of one model, in the order in which they are trained."""
 
     name: str
-    """Size and objective, and what tells the model from others of these: `17m mlm`."""
+    """Size and objective, and what distinguishes the model from others of these: `17m mlm`."""
     runs: list[RunDirectory]
     notes: list[str] = field(default_factory=list)
     """Lines about weights of the first run that no run of the chain trained."""

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from megatron_ettin.config.schema import Config
     from megatron_ettin.metrics.columns import MetricColumns
 
-CONFIG, ORDER, HISTORY = "config.yaml", "order.json", "history.jsonl"
+CONFIG, ORDER, HISTORY, ROLLED_BACK = "config.yaml", "order.json", "history.jsonl", "rolled_back.json"
 # in the order in which one model is trained; `--phase all` trains the first three
 PHASE_ORDER = ("pretrain", "extend", "decay", "cross")
 CHAIN = PHASE_ORDER[:3]
+# a folder of `ettin launch`, in a run or above it
+SUBMISSIONS = "slurm"
 # levels below a folder at which runs are looked for: MODEL/PHASE, and a folder of models
 DEPTH = 3
 # numbers in a step's line
@@ -156,7 +158,7 @@ class RunDirectory:
     def origins(self) -> list[Path]:
         """Return where the run or checkpoint that this one began from may be: at its path, or relative to this one.
 
-        Runs that were moved together are found by the relative path.
+        The relative path leads to runs that were moved together with this one.
         """
         first = self.first_launch or {}
         recorded, relative = first.get("init_from"), first.get("init_from_relative")
@@ -237,6 +239,14 @@ class RunDirectory:
         ]
 
     @property
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest published checkpoint, which may be damaged."""
+        try:
+            return next(reversed(list_checkpoints(self.path)), None)
+        except OSError:
+            return None
+
+    @property
     def saved_skips(self) -> tuple[int, int] | None:
         """Return the step of the newest checkpoint that counts skipped updates, and its count."""
         for checkpoint in reversed(list_checkpoints(self.path)):
@@ -266,6 +276,24 @@ class RunDirectory:
             if step in bad or not any(isinstance(first, int) and first < step for first in later):
                 standing[step] = entry
         return standing
+
+    @property
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Return the record of each rollback (`--from-step`), oldest first. Raises UserError."""
+        path = self.path / ROLLED_BACK
+        if not path.exists():
+            return []
+        try:
+            entries = load_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: unreadable ({error})") from None
+        return entries if isinstance(entries, list) else []
+
+    @property
+    def submission_folders(self) -> list[Path]:
+        """Return the folders in which `ettin launch` may have recorded jobs of this run, nearest first."""
+        path = self.path.absolute()
+        return [above / SUBMISSIONS for above in (path, *path.parents[:2])]
 
     @property
     def rolled_back_lines(self) -> int:
@@ -319,7 +347,7 @@ def find_runs(folder: Path, marks: Collection[str] = (CONFIG,), depth: int = DEP
         log_warning(f"warning: {error.filename or folder}: {error.strerror or error}; skipped")
         return
     for below in inside:
-        if below.name != "slurm" and not below.name.startswith("."):
+        if below.name != SUBMISSIONS and not below.name.startswith("."):
             yield from find_runs(below, marks, depth - 1)
 
 

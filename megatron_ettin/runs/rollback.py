@@ -11,15 +11,13 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_atomically
-from megatron_ettin.base.parsing import load_json
 from megatron_ettin.checkpoint import directory
 from megatron_ettin.config.values import row_ranges
+from megatron_ettin.runs.directory import ROLLED_BACK, RunDirectory
 
-RECORD = "rolled_back.json"
 # folder of the checkpoints that were moved aside
 ASIDE = "rolled_back"
 
@@ -32,7 +30,7 @@ def check_roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> N
 
 def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     # earlier versions recorded the skips as text
-    done = [(entry.get("to"), row_ranges(entry.get("skip"), "skip")) for entry in rolled_back(run_dir)]
+    done = [(entry.get("to"), row_ranges(entry.get("skip"), "skip")) for entry in RunDirectory(run_dir).rollbacks]
     return (step, skip) in done
 
 
@@ -43,7 +41,6 @@ def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
     """
     if _was_done(run_dir, step, skip):
         return False
-    done = rolled_back(run_dir)
     target = directory.at_step(run_dir, step)
     if target.parent != directory.checkpoints_folder(run_dir):
         raise UserError(f"--from-step {step}: {target} holds weights alone; begin a new run with --init-from {target}")
@@ -57,17 +54,5 @@ def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
             shutil.rmtree(target_path, ignore_errors=True)
             os.rename(path, target_path)
     entry = {"to": step, "skip": skip, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_atomically(run_dir / RECORD, json.dumps([*done, entry], indent=1) + "\n")
+    write_atomically(run_dir / ROLLED_BACK, json.dumps([*RunDirectory(run_dir).rollbacks, entry], indent=1) + "\n")
     return True
-
-
-def rolled_back(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the record of each rollback, oldest first. Raises UserError."""
-    path = run_dir / RECORD
-    if not path.exists():
-        return []
-    try:
-        entries = load_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
-    return entries if isinstance(entries, list) else []

@@ -15,7 +15,7 @@ from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.evaluate.evaluation import EvalDataset, evaluate
 from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, WandbIdentity, WandbSink
 from megatron_ettin.platform import Platform
-from megatron_ettin.runs.rollback import rolled_back
+from megatron_ettin.runs.directory import RunDirectory
 from megatron_ettin.train.hooks.base import Hook, Run
 from megatron_ettin.train.progress import StepResult, is_done
 
@@ -56,7 +56,7 @@ def wandb_identity(run: Run) -> WandbIdentity:
         f"{name} {named.objective} {named.phase}",
         group,
         shown,
-        history=len(rolled_back(run.directory)),
+        history=len(RunDirectory(run.directory).rollbacks),
         checkpoints=settings.wandb_checkpoints,
     )
 
