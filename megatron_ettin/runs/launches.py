@@ -1,7 +1,11 @@
-"""Check and record a launch in a run directory: its configuration, what may not change, its lock and its history.
+"""Check and record a launch in a run directory: configuration, what may not change, lock, history, and rollbacks.
 
 The first launch fixes the science keys. Another value is refused unless `--allow-change KEY` allows it, and then
 history.jsonl records the change. The data order is fixed by its fingerprint, not by a path.
+
+A rollback to an earlier step (`--from-step N`) moves later checkpoints aside and deletes none. A requeued job runs the
+same command again and must continue instead of going back again: each rollback is recorded, and done once for the same
+step and the same `data.skip`.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +27,28 @@ from megatron_ettin.base.files import LockHeldError, try_lock, write_atomically
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.versions import code_hash, recorded_commit
-from megatron_ettin.checkpoint.directory import at_step, list_checkpoints, list_milestones, read_config, resolve
+from megatron_ettin.checkpoint.directory import (
+    LATEST,
+    at_step,
+    checkpoints_folder,
+    list_checkpoints,
+    list_milestones,
+    read_config,
+    resolve,
+    step_of,
+    verify,
+)
 from megatron_ettin.config.key_names import current_name, nearest_key
 from megatron_ettin.config.resolve import to_yaml
 from megatron_ettin.config.schema import Config, key_types
 from megatron_ettin.config.science import GUARD_KEYS, science_keys
-from megatron_ettin.config.values import parse_skips
+from megatron_ettin.config.values import parse_skips, row_ranges
 from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
 from megatron_ettin.metrics import METRICS_FILE
-from megatron_ettin.runs.directory import CONFIG, HISTORY, ORDER, RunDirectory, fixes_guard
+from megatron_ettin.runs.directory import CONFIG, HISTORY, ORDER, ROLLED_BACK, RunDirectory, fixes_guard
 
+# folder of the checkpoints that a roll-back moves aside
+ASIDE = "rolled_back"
 # these stand for the data order's fingerprint in --allow-change
 DATA_KEY = "data.mixture"
 ORDER_KEY = "data.order"
@@ -229,3 +246,39 @@ def write_launch(run_dir: Path, config: Config, corpus: BlendedDataset, launch: 
     record |= {"code": code_hash(), "commit": recorded_commit(), "host": socket.gethostname(), **launch}
     with open(run_dir / HISTORY, "a", encoding="utf-8") as history:
         history.write(json.dumps(record) + "\n")
+
+
+def check_roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> None:
+    """Raise UserError where the run neither went back to `step` before nor has a checkpoint of it."""
+    if not _was_done(run_dir, step, skip):
+        at_step(run_dir, step)
+
+
+def _was_done(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
+    # earlier versions recorded the skips as text
+    done = [(entry.get("to"), row_ranges(entry.get("skip"), "skip")) for entry in RunDirectory(run_dir).rollbacks]
+    return (step, skip) in done
+
+
+def roll_back(run_dir: Path, step: int, skip: list[list[int]] | None) -> bool:
+    """Make `step` the newest checkpoint of the run; return False where that was done before.
+
+    The same call finishes what a killed one began. Raises UserError where the run has no such checkpoint.
+    """
+    if _was_done(run_dir, step, skip):
+        return False
+    target = at_step(run_dir, step)
+    if target.parent != checkpoints_folder(run_dir):
+        raise UserError(f"--from-step {step}: {target} holds weights alone; begin a new run with --init-from {target}")
+    verify(target)
+    write_atomically(target.parent / LATEST, target.name + "\n")
+    aside = run_dir / ASIDE
+    for path in (*list_checkpoints(run_dir), *list_milestones(run_dir)):
+        if step_of(path) > step:
+            target_path = aside / path.parent.name / path.name
+            target_path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target_path, ignore_errors=True)
+            os.rename(path, target_path)
+    entry = {"to": step, "skip": skip, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_atomically(run_dir / ROLLED_BACK, json.dumps([*RunDirectory(run_dir).rollbacks, entry], indent=1) + "\n")
+    return True

@@ -23,7 +23,7 @@ from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.plan.schedule_end import fit_schedule, free_by_value
 from megatron_ettin.runs import launches
 from megatron_ettin.runs.directory import RunDirectory
-from megatron_ettin.runs.rollback import check_roll_back
+from megatron_ettin.runs.launches import check_roll_back
 from megatron_ettin.train.progress import Progress, is_done
 
 

@@ -31,8 +31,7 @@ from megatron_ettin.optim.adamw import stored_share
 from megatron_ettin.parallel.collectives import all_gather_object, broadcast_object, run_on_rank_zero
 from megatron_ettin.parallel.groups import Layout
 from megatron_ettin.platform.fp8 import is_fp8
-from megatron_ettin.runs.launches import check_checkpoint
-from megatron_ettin.runs.rollback import roll_back
+from megatron_ettin.runs.launches import check_checkpoint, roll_back
 from megatron_ettin.train.job import TrainArgs
 from megatron_ettin.train.progress import Progress
 from megatron_ettin.train.setup import TrainState

@@ -11,7 +11,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.overrides import check_keys
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
 from megatron_ettin.config.science import science_keys
-from megatron_ettin.runs import launches, rollback
+from megatron_ettin.runs import launches
 from megatron_ettin.runs.directory import RunDirectory
 
 RUNTIME = """runtime:
@@ -62,7 +62,7 @@ def test_older_names_of_allowed_changes_are_those_of_today(older: Path) -> None:
 
 
 def test_roll_back_with_the_older_text_is_known_as_done(older: Path) -> None:
-    assert not rollback.roll_back(older, 3, [[24, 32]])
+    assert not launches.roll_back(older, 3, [[24, 32]])
 
 
 def test_runtime_keys_of_an_older_run_are_read_from_its_run_group(older: Path) -> None:
