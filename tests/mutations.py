@@ -254,7 +254,7 @@ FAULTS: dict[str, str] = {
     "slow_rank_1": "tests/faults/test_watchdog.py::test_straggler_slow_rank_is_named_in_metrics_and_status",
     "disk_full_while_writing": "tests/train/test_saving.py"
     "::test_save_disk_filled_while_writing_keeps_previous_checkpoint",
-    "no_locks": "tests/runs/test_run_records.py::test_train_on_a_file_system_without_locks_warns_and_trains",
+    "no_locks": "tests/runs/test_launches.py::test_train_on_a_file_system_without_locks_warns_and_trains",
     "copies_change_a_byte": "tests/checkpoint/test_writer.py::test_staging_copy_that_differs_is_refused",
     "doctor_of_other_code_on_rank_1": "tests/doctor/test_ranks.py::test_doctor_ranks_agree_or_name_the_differing_rank",
     "memory_ends_on_rank_1": "tests/bench/test_bench.py::test_bench_out_of_memory_on_one_rank_continues_the_sweep",

@@ -1,4 +1,4 @@
-"""What a run directory says of itself: lost, damaged or another run's, it stops a run from going on as something else."""
+"""Check what a run directory records: where it is lost, damaged or another run's, the run does not go on."""
 
 from __future__ import annotations
 
