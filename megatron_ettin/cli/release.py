@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# a longer data order of a phase is written only with --order all
-MOST_ROWS = 20_000_000
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
@@ -72,7 +69,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     """Check the options, read the runs, and return what to release. Raises UserError."""
     from megatron_ettin.base.errors import UserError
     from megatron_ettin.base.text import parse_count
-    from megatron_ettin.config.tables import OBJECTIVES, short_name
+    from megatron_ettin.config.tables import OBJECTIVES
     from megatron_ettin.convert.to_hf import SHORT
     from megatron_ettin.evaluate.inference import logits_of
     from megatron_ettin.release.build import ReleasePlan
@@ -91,38 +88,11 @@ def make_plan(args: argparse.Namespace) -> Any:
         if value is not None and (not value.strip() or "\n" in value):
             raise UserError(f"--{option} {value!r}: give one line of text")
     chain = find_release_chain([last_phase(run) for run in args.runs], args.alone)
-    settings = chain.runs[-1].config.run
-    exported = OBJECTIVES[settings.objective].exports[0]
-    short = short_name(settings.size, chain.runs[-1].config.model)
-    name = args.name or f"{short}-{'encoder' if exported == 'mlm' else 'decoder'}"
+    exported = OBJECTIVES[chain.objective].exports[0]
+    name = args.name or f"{chain.runs[-1].model_name}-{'encoder' if exported == 'mlm' else 'decoder'}"
     options = ReleaseOptions(name, SHORT.get(args.dtype, args.dtype), max_shard_bytes, args.licence)
-    order = {"none": None, "all": write_order, "auto": write_short_order}[args.order]
     again = (args.workers, args.recheck, args.replace)
-    return ReleasePlan(chain, args.out, options, logits_of, order, overview_of_chain, *again, args.push)
-
-
-def write_order(run_dir: Path, last_step: int, out: Path, most_rows: int | None = None) -> dict[str, Any] | None:
-    """Write steps 1 to `last_step` of a run's data order as parquet, datasets by name.
-
-    Returns:
-        Number of chunks and fingerprint; None where the order has more than `most_rows` rows, which are not written.
-    """
-    from megatron_ettin.release.card import dataset_names
-    from megatron_ettin.runs import order_export
-
-    config, corpus = order_export.open_run(run_dir)
-    order_export.check_same_order(run_dir, corpus)
-    steps = range(1, last_step + 1)
-    if most_rows is not None and order_export.batch_sizes(config, corpus, steps).rows_before(last_step) > most_rows:
-        return None
-    paths = [str(dataset.path) for dataset in corpus.datasets]
-    names = dict(zip(paths, dataset_names(paths), strict=True))
-    return {"chunks": order_export.write_parquet(out, config, corpus, steps, names), "fingerprint": corpus.fingerprint}
-
-
-def write_short_order(run_dir: Path, last_step: int, out: Path) -> dict[str, Any] | None:
-    """Write the data order as `write_order` does, unless it is long."""
-    return write_order(run_dir, last_step, out, MOST_ROWS)
+    return ReleasePlan(chain, args.out, options, logits_of, overview_of_chain, args.order, *again, args.push)
 
 
 def _check_push(repository: str) -> None:

@@ -23,7 +23,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_object
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.convert.verify import Logits
-from megatron_ettin.release.card import CURVE, main_card
+from megatron_ettin.release.card import CURVE, dataset_names, main_card
 from megatron_ettin.release.chain import PREFIXES, Revision, revisions_of
 from megatron_ettin.release.record import (
     RECORD,
@@ -41,6 +41,7 @@ from megatron_ettin.release.revision import (
     make_revisions,
     publish_revision,
 )
+from megatron_ettin.runs import order_export
 from megatron_ettin.runs.chain import PhaseChain
 from megatron_ettin.runs.directory import RunDirectory
 
@@ -51,8 +52,8 @@ Report = Callable[[int, int, RevisionResult | None], None]
 """Called with the revisions done, all of them, and the result of the last one; None at the start."""
 DrawCurve = Callable[[PhaseChain], bytes]
 """Phases of the model -> a PNG. Raises UserError."""
-WriteOrder = Callable[[Path, int, Path], dict[str, Any] | None]
-"""(run directory, last step, file to write) -> what was written; None for too many rows. Raises UserError."""
+MOST_ORDER_ROWS = 20_000_000
+"""A longer data order of a phase is written only with `--order all`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class ReleasePlan:
     out: Path
     options: ReleaseOptions
     our_logits: Logits
-    write_order: WriteOrder | None
-    """None for a release without data order."""
     draw_curve: DrawCurve
+    orders: str = "auto"
+    """Data orders to write: `auto` (those that are not too long), `all` or `none`."""
     workers: int | None = None
     """Processes; None for as many as cores and memory allow."""
     recheck: bool = False
@@ -110,8 +111,8 @@ def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
     with _locked(plan.out, _identity(plan)):
         result = ReleaseResult([revision.name for revision in revisions], notes=list(plan.chain.notes))
         _make_revisions(plan, revisions, result, report)
-        if plan.write_order is not None:
-            _write_orders(plan, plan.write_order, revisions, result)
+        if plan.orders != "none":
+            _write_orders(plan, revisions, result)
         if revisions[-1].name not in result.failed:
             records = _sorted_records(plan.out)
             _write_main(plan, records, result)
@@ -278,9 +279,7 @@ def _write_main(plan: ReleasePlan, records: Sequence[dict[str, Any]], result: Re
         publish_revision(folder, out / "main")
 
 
-def _write_orders(
-    plan: ReleasePlan, write_order: WriteOrder, revisions: Sequence[Revision], result: ReleaseResult
-) -> None:
+def _write_orders(plan: ReleasePlan, revisions: Sequence[Revision], result: ReleaseResult) -> None:
     """Write data_order/PHASE.parquet of every phase up to its last released step.
 
     An order that cannot be written gives a note.
@@ -297,7 +296,7 @@ def _write_orders(
             continue
         temporary = out / WORK / path.name
         try:
-            written = write_order(run.path, last_step, temporary)
+            written = _write_order(run.path, last_step, temporary, is_limited=plan.orders != "all")
         except UserError as error:
             result.notes.append(f"no data order of {run.phase}: {error}")
             continue
@@ -309,6 +308,23 @@ def _write_orders(
         os.replace(temporary, path)
         size = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         result.orders[run.phase] = {"file": path.name, "last_step": last_step, **written, **size}
+
+
+def _write_order(run_dir: Path, last_step: int, out: Path, is_limited: bool) -> dict[str, Any] | None:
+    """Write steps 1 to `last_step` of a run's data order as parquet, datasets by name. Raises UserError.
+
+    Returns:
+        Number of chunks and fingerprint; None where `is_limited` and the order is too long, which is not written.
+    """
+    config, corpus = order_export.open_run(run_dir)
+    order_export.check_same_order(run_dir, corpus)
+    steps = range(1, last_step + 1)
+    rows = order_export.batch_sizes(config, corpus, steps).rows_before(last_step)
+    if is_limited and rows > MOST_ORDER_ROWS:
+        return None
+    paths = [str(dataset.path) for dataset in corpus.datasets]
+    names = dict(zip(paths, dataset_names(paths), strict=True))
+    return {"chunks": order_export.write_parquet(out, config, corpus, steps, names), "fingerprint": corpus.fingerprint}
 
 
 def _is_written(path: Path, entry: dict[str, Any] | None, run: RunDirectory, last_step: int) -> bool:
