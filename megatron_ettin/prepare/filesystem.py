@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ettin.base.errors import UserError, first_line
+from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import checked_name, path_in
 
 BUFFER_BYTES = 1 << 20
@@ -202,10 +203,14 @@ def open_input(url: str) -> IO[bytes]:
         raise unreachable(url, error) from None
 
 
-def read_whole(url: str) -> bytes:
-    """A small file's content."""
+def read_json(url: str) -> Any:
+    """Return the parsed content of a small file, None where it is not JSON."""
     with open_input(url) as stream:
-        return stream.read()
+        raw = stream.read()
+    try:
+        return load_json(raw)
+    except ValueError:
+        return None
 
 
 def unreachable(url: str, error: BaseException) -> UserError:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.prepare.filesystem import Entry, base_name, canonical, find, local_path, parent_of, walk
-from megatron_ettin.prepare.input_file import InputFile, Segment
-from megatron_ettin.prepare.kinds import (
+from megatron_ettin.prepare.formats import (
     ABOUT_DATA,
     CACHED,
     COMPRESSIBLE,
@@ -33,8 +32,9 @@ from megatron_ettin.prepare.kinds import (
     kind_of,
     one_kind_a_folder,
 )
-from megatron_ettin.prepare.readers.arrow_directory import dataset_dict_files, saved_dataset_files
-from megatron_ettin.prepare.readers.indexed_files import own_dataset_files, pair_at, pair_of
+from megatron_ettin.prepare.input_file import InputFile, Segment
+from megatron_ettin.prepare.readers.arrow import dataset_dict_files, saved_dataset_files
+from megatron_ettin.prepare.readers.indexed import own_dataset_files, pair_at, pair_of
 from megatron_ettin.prepare.readers.mds_index import mds_files
 
 TASK_BYTES = 16 << 20

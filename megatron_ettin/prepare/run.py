@@ -27,9 +27,10 @@ from megatron_ettin.data.packing_index import PackingIndex
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare import cluster
 from megatron_ettin.prepare.engine import Counter, Progress, raise_first_error, run_here, run_local, run_on_ray
+from megatron_ettin.prepare.formats import PassedOver
 from megatron_ettin.prepare.frozen_plan import changed_since, freeze
+from megatron_ettin.prepare.input_file import check_unchanged
 from megatron_ettin.prepare.inputs import InputFile, list_inputs
-from megatron_ettin.prepare.kinds import PassedOver
 from megatron_ettin.prepare.request import (
     PrepareRequest,
     check_request,
@@ -41,7 +42,6 @@ from megatron_ettin.prepare.request import (
 )
 from megatron_ettin.prepare.staging import NoDocumentsError, read_task_records, stage
 from megatron_ettin.prepare.task import IngestSettings
-from megatron_ettin.prepare.unchanged import check_unchanged
 
 LOCK_SECONDS = 3.0
 

@@ -7,24 +7,39 @@ writing its record, so a task with a record is done, whichever process did it an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.files import write_json
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare.chunking import ChunkRule
-from megatron_ettin.prepare.documents import read_documents
+from megatron_ettin.prepare.filesystem import local_path, unreachable
+from megatron_ettin.prepare.input_file import Segment
 from megatron_ettin.prepare.inputs import Task
+from megatron_ettin.prepare.readers.arrow import arrow_documents
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame
+from megatron_ettin.prepare.readers.indexed import indexed_documents
+from megatron_ettin.prepare.readers.lines import json_documents, text_document
+from megatron_ettin.prepare.readers.mds import mds_documents
+from megatron_ettin.prepare.readers.parquet import parquet_documents
 from megatron_ettin.prepare.shards import ShardWriter
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1_024
 SPLITS = ("train", "heldout")
+READERS: dict[str, Callable[[Segment, ReadOptions], Iterator[Document]]] = {
+    "text": text_document,
+    "jsonl": json_documents,
+    "parquet": parquet_documents,
+    "datasets": arrow_documents,
+    "mds": mds_documents,
+    "indexed": indexed_documents,
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,21 @@ def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+def read_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """The documents of a segment in order, empty ones included."""
+    url = segment.file.url
+    try:
+        yield from READERS[segment.file.kind](segment, options)
+    except UserError:
+        raise
+    except Exception as error:
+        if local_path(url) is None:  # each remote file system has exceptions of its own
+            raise unreachable(url, error) from None
+        if isinstance(error, OSError):
+            raise UserError(f"{url}: {error.strerror or error}") from None
+        raise
 
 
 def tokenized(

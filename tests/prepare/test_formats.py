@@ -18,9 +18,9 @@ import zstandard
 from megatron_ettin.cli.main import main
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare import inputs
-from megatron_ettin.prepare.documents import read_documents
 from megatron_ettin.prepare.inputs import cut_tasks, list_inputs
 from megatron_ettin.prepare.readers.document import ReadOptions
+from megatron_ettin.prepare.task import read_documents
 from tests.data.corpora import ettin, files_of, prepare_here, words
 from tests.prepare.held import prepared, refusal
 

@@ -13,9 +13,9 @@ import zstandard
 from megatron_ettin.data.dataset import open_dataset
 from megatron_ettin.data.tokenizer import Tokenizer
 from megatron_ettin.prepare import inputs
-from megatron_ettin.prepare.documents import read_documents
 from megatron_ettin.prepare.inputs import cut_tasks, list_inputs
 from megatron_ettin.prepare.readers.document import ReadOptions
+from megatron_ettin.prepare.task import read_documents
 from tests.checkpoint.durable import Watched, watched
 from tests.data.corpora import ettin, files_of, prepare_here, words, write_jsonl
 from tests.prepare.small_tasks import HOLD_VARIABLE, arguments_for, finish, forked, start, wait_for

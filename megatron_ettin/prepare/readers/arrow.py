@@ -1,17 +1,18 @@
-"""Arrow IPC files as `datasets` writes them (streams), and the file format; read a record batch at a time.
+"""Arrow IPC files as `datasets` writes them (streams), the file format, and directories that `datasets` saved to disk.
 
 A segment takes the record batches that begin in it. A stream has no index, so the batches before are passed over by
 walking; a local file is memory-mapped for that, which touches their headers only. Memory is bounded by one batch
-(`datasets` writes 1,000 rows).
+(`datasets` writes 1,000 rows). In a saved directory state.json names a split's Arrow files,
+dataset_dict.json the splits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_ettin.base.errors import UserError, first_line
-from megatron_ettin.prepare.filesystem import local_path, open_input
+from megatron_ettin.prepare.filesystem import Entry, entries, joined, joined_in, local_path, open_input, read_json
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.columns import batch_documents, choose_columns
 from megatron_ettin.prepare.readers.document import Document, ReadOptions
@@ -70,3 +71,48 @@ def batches(stream: Any, file: InputFile) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         yield begin, batch
+
+
+def saved_dataset_files(
+    folder: str, listed: Mapping[str, Entry], name: str, source: str, required: bool = False
+) -> list[InputFile] | None:
+    """The data files of a saved dataset in the order of its state.json; None where state.json is something else,
+    which `required` makes an error.
+    """
+    path = joined(folder, "state.json")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("_data_files"), list):
+        if required:
+            raise UserError(f"{path}: not the state of a saved dataset: no list '_data_files'")
+        return None
+    if raw.get("_indices_files") or raw.get("_indices_data_files"):
+        how = "datasets.load_from_disk(DIR).flatten_indices().save_to_disk(NEW)"
+        raise UserError(f"{folder}: saved with an indices mapping, which is not read; flatten it first: {how}")
+    files = []
+    for number, data in enumerate(raw["_data_files"]):
+        file_name = data.get("filename") if isinstance(data, dict) else None
+        if not isinstance(file_name, str):
+            raise UserError(f"{path}: data file {number} has no 'filename'")
+        if file_name not in listed:
+            listed = {entry.url.rpartition("/")[2]: entry for entry in entries(folder)}
+        if file_name not in listed:
+            raise UserError(f"{path}: names the data file {file_name!r}, which is not there")
+        entry = listed[file_name]
+        files.append(InputFile(entry.url, f"{name}/{file_name}", source, "datasets", None, entry.bytes, entry.modified))
+    return files
+
+
+def dataset_dict_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
+    """The data files of every split, in the order of dataset_dict.json; None where that file is something else."""
+    path = joined(folder, "dataset_dict.json")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("splits"), list):
+        return None
+    files: list[InputFile] = []
+    for split in map(str, raw["splits"]):
+        inside = joined_in(folder, split, path)
+        held = {entry.url.rpartition("/")[2]: entry for entry in entries(inside)}
+        if "state.json" not in held:
+            raise UserError(f"{path}: names the split {split!r}, but {inside} has no state.json")
+        files += saved_dataset_files(inside, held, f"{name}/{split}", source, required=True) or []
+    return files

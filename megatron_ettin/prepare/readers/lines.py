@@ -14,10 +14,8 @@ from typing import IO, Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import load_json
 from megatron_ettin.prepare.filesystem import open_input
-from megatron_ettin.prepare.input_file import InputFile, Segment
-from megatron_ettin.prepare.readers.compressed import BLOCK_BYTES, blocks
+from megatron_ettin.prepare.input_file import BLOCK_BYTES, InputFile, Segment, blocks, shrunk
 from megatron_ettin.prepare.readers.document import Document, ReadOptions
-from megatron_ettin.prepare.unchanged import shrunk
 
 KEYS_SHOWN = 8
 NOT_BLANK = re.compile(r"\S")

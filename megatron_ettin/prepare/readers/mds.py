@@ -18,8 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.input_file import InputFile, Segment
-from megatron_ettin.prepare.readers.compressed import BLOCK_BYTES, COMPRESSED_BLOCK_BYTES, decompressed, raw_blocks
+from megatron_ettin.prepare.input_file import (
+    BLOCK_BYTES,
+    COMPRESSED_BLOCK_BYTES,
+    InputFile,
+    Segment,
+    decompressed,
+    raw_blocks,
+)
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
 from megatron_ettin.prepare.readers.mds_index import MdsShard, index_of, shard_from_json
 

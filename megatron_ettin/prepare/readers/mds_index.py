@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.prepare.filesystem import Entry, entries, find, joined, joined_in, parent_of
+from megatron_ettin.prepare.filesystem import Entry, entries, find, joined, joined_in, parent_of, read_json
 from megatron_ettin.prepare.input_file import InputFile
-from megatron_ettin.prepare.readers.arrow_directory import json_object
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 2
@@ -50,7 +49,7 @@ def shard_from_json(text: str) -> MdsShard:
 def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
     """The shards in the index's order, sizes checked; None where index.json is not an index of shards."""
     path = joined(folder, INDEX_NAME)
-    raw = json_object(path)
+    raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("shards"), list):
         if any(file.endswith((".mds", ".mds.zstd")) for file in listed):
             raise UserError(f"{path}: not an MDS index: no list of shards in it")
