@@ -26,15 +26,22 @@ SMALLEST_CHUNK_TOKENS = 16
 # chunk_tokens -> (min_chunk_tokens, skip_tokens): the folder name "1024-512-128", the script's "8192-512-32", and the
 # 8,000 of the context extension, whose loader then cuts to 7,999
 RECIPE_LIMITS = {1_024: (512, 128), 7_999: (512, 32), 8_000: (512, 32), 8_192: (512, 32)}
-END_TOKENS = ("every", "last", "none")  # which chunks of a document end in [SEP]
+# which chunks of a document end in [SEP]
+END_TOKENS = ("every", "last", "none")
 
 
 @dataclass(frozen=True)
 class ChunkRule:
-    chunk_tokens: int  # longest chunk, special tokens included
-    min_chunk_tokens: int  # of document tokens
-    skip_tokens: int  # of document tokens
-    end_token: str = "every"  # of END_TOKENS
+    """Lengths by which documents are cut into chunks."""
+
+    chunk_tokens: int
+    """Longest chunk, special tokens included."""
+    min_chunk_tokens: int
+    """Shortest last piece that stays as it is, in document tokens."""
+    skip_tokens: int
+    """A shorter last piece is dropped, in document tokens."""
+    end_token: str = "every"
+    """One of END_TOKENS."""
 
 
 def chunk_rule(
@@ -43,8 +50,10 @@ def chunk_rule(
     skip_tokens: int | None = None,
     end_token: str = "every",
 ) -> ChunkRule:
-    """The rule of a chunk size; what is not given follows the recipe (half and an eighth, at most 512 and 128).
-    Cutting plainly, with every remainder kept as it is, is `min_chunk_tokens=0, skip_tokens=0`.
+    """Return the rule of a chunk size. Raises UserError.
+
+    What is not given follows the recipe (half and an eighth of the chunk, at most 512 and 128). `min_chunk_tokens=0,
+    skip_tokens=0` cuts plainly and keeps every remainder as it is.
     """
     if chunk_tokens < SMALLEST_CHUNK_TOKENS:
         raise UserError(f"--chunk-tokens: {chunk_tokens}; at least {SMALLEST_CHUNK_TOKENS}")
@@ -62,7 +71,7 @@ def chunk_rule(
 
 
 def piece_bounds(num_tokens: int, rule: ChunkRule, document_key: str) -> list[tuple[int, int]]:
-    """[start, end) of each piece of a document. What lies after the last end is dropped."""
+    """Return [start, end) of each piece of a document. What lies after the last end is dropped."""
     size = rule.chunk_tokens - 2
     starts = range(0, num_tokens, size)
     bounds = [(start, min(start + size, num_tokens)) for start in starts]
@@ -79,26 +88,27 @@ def piece_bounds(num_tokens: int, rule: ChunkRule, document_key: str) -> list[tu
 
 
 def chunk_lengths(bounds: list[tuple[int, int]], end_token: str) -> list[int]:
-    """Tokens of each chunk of one document, special tokens included."""
+    """Return the tokens of each chunk of one document, special tokens included."""
     last = len(bounds) - 1
     return [end - start + 1 + has_end_token(i == last, end_token) for i, (start, end) in enumerate(bounds)]
 
 
 def has_end_token(is_last_of_document: bool, end_token: str) -> bool:
+    """Return whether a chunk ends in [SEP]."""
     return end_token == "every" or (end_token == "last" and is_last_of_document)
 
 
 def framed(
     ids: npt.NDArray[np.integer], bounds: list[tuple[int, int]], cls_id: int, sep_id: int, end_token: str = "every"
 ) -> npt.NDArray[np.integer]:
-    """The pieces of one document between [CLS] and, by `end_token`, [SEP], as one array."""
+    """Return the pieces of one document between [CLS] and, by `end_token`, [SEP], as one array."""
     lengths = chunk_lengths(bounds, end_token)
     out = np.empty(sum(lengths), dtype=ids.dtype)
-    place = 0
+    position = 0
     for (start, end), length in zip(bounds, lengths, strict=True):
-        out[place] = cls_id
-        out[place + 1 : place + 1 + end - start] = ids[start:end]
-        place += length
+        out[position] = cls_id
+        out[position + 1 : position + 1 + end - start] = ids[start:end]
+        position += length
         if length > end - start + 1:
-            out[place - 1] = sep_id
+            out[position - 1] = sep_id
     return out

@@ -33,13 +33,16 @@ FINISHING_CPUS = 4
 
 @dataclass(frozen=True)
 class Submitted:
-    """Where an unfinished dataset stands on the cluster."""
+    """State of an unfinished dataset on the cluster."""
 
-    jobs: list[str]  # the array's (or arrays'), and last the finishing job
-    states: dict[str, int]  # of what is queued or running, by SLURM's name
+    jobs: list[str]
+    """Ids of the job arrays, and last that of the finishing job."""
+    states: dict[str, int]
+    """Numbers of jobs that are queued or running, by SLURM's name of the state."""
     tasks_done: int
     num_tasks: int
-    new: bool  # submitted by this very command
+    new: bool
+    """Whether this command submitted them."""
 
     def __str__(self) -> str:
         states = ", ".join(f"{count} {state.lower()}" for state, count in self.states.items()) or "none queued"
@@ -48,7 +51,7 @@ class Submitted:
 
 
 def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> Submitted:
-    """Submit the pending tasks and the finishing job, or tell how those submitted before are doing."""
+    """Submit the pending tasks and the finishing job, or report how those submitted before are doing."""
     if any(character.isspace() for character in str(settings.work)):
         raise UserError(f"--out: {str(request.out)!r} has a space in its path, which sbatch's scripts cannot name")
     for program in ("sbatch", "squeue"):
@@ -59,29 +62,27 @@ def submit_or_look(settings: IngestSettings, request: PrepareRequest, counter: C
     states = queue_states(jobs)
     if states:
         return Submitted(jobs, states, total - len(counter.open), total, new=False)
-    if jobs and (why := told_reason(work)):
+    if jobs and (why := failure_reason(work)):
         (work / SUBMITTED).unlink()
         raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}; run again to submit anew")
     jobs = submit(settings, request, counter)
     states = {}
-    with contextlib.suppress(UserError):  # submitted they are, whether squeue answers or not
+    # submitted they are, whether squeue answers or not
+    with contextlib.suppress(UserError):
         states = queue_states(jobs)
     return Submitted(jobs, states, total - len(counter.open), total, new=True)
 
 
 def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) -> list[str]:
+    """Submit the job array and the finishing job, and return their ids. Raises UserError where SLURM refuses one."""
     from megatron_ettin.prepare.executors import errors_of_programs, slurm_executor
 
     work = settings.work
     shutil.rmtree(work / "errors", ignore_errors=True)
     jobs = []
-    arguments = dict(request.slurm_arguments)
     if counter.open:
         agree_on_completed(work, counter)
-        executor = slurm_executor(
-            IngestStep(settings), len(counter.tasks), request.workers, work / "log", request.slurm_time,
-            request.slurm_partition, arguments,
-        )  # fmt: skip
+        executor = slurm_executor(IngestStep(settings), len(counter.tasks), request, work / "log")
         with errors_of_programs() as said:
             try:
                 executor.run()
@@ -89,9 +90,10 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
                 said.seek(0)
                 raise UserError(f"sbatch refused the job array: {last_line(said.read().decode())}") from None
         jobs.append(str(executor.job_id))
-        write_json(work / SUBMITTED, {"jobs": jobs})  # before anything else can fail
+        # before anything else can fail
+        write_json(work / SUBMITTED, {"jobs": jobs})
     script = work / "finish.slurm"
-    script.write_text(finishing_script(work, request, arguments), encoding="utf-8")
+    script.write_text(finishing_script(work, request), encoding="utf-8")
     after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
     done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
     if done.returncode:
@@ -103,14 +105,15 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
     return jobs
 
 
-def finishing_script(work: Path, request: PrepareRequest, arguments: dict[str, str]) -> str:
+def finishing_script(work: Path, request: PrepareRequest) -> str:
+    """Return the batch script of the job that finishes the dataset."""
     options: dict[str, str | None] = {
         "job-name": "ettin-prepare-finish",
         "time": request.slurm_time,
         "partition": request.slurm_partition,
         "cpus-per-task": str(FINISHING_CPUS),
         "output": str(work / "log" / "finish.out"),
-        **arguments,
+        **dict(request.slurm_arguments),
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     run = shlex.join([sys.executable, "-m", "megatron_ettin", "prepare", *finishing_command(request)])
@@ -119,6 +122,7 @@ def finishing_script(work: Path, request: PrepareRequest, arguments: dict[str, s
 
 
 def submitted_jobs(work: Path) -> list[str]:
+    """Return the ids of the jobs submitted before; empty where there are none."""
     try:
         return [str(job) for job in json.loads((work / SUBMITTED).read_text(encoding="utf-8"))["jobs"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -126,23 +130,28 @@ def submitted_jobs(work: Path) -> list[str]:
 
 
 def check_not_queued(work: Path) -> None:
-    """Raise UserError where jobs of this dataset are still to come; the finishing job itself is one of them."""
+    """Raise UserError where jobs of this dataset are still to come. The finishing job itself is one of them."""
     jobs = submitted_jobs(work)
     if jobs and os.environ.get("SLURM_JOB_ID") not in jobs and shutil.which("squeue") and queue_states(jobs):
         raise UserError(f"{work}: jobs {', '.join(jobs)} are queued or running; scancel them, or use --executor slurm")
 
 
 def queue_states(jobs: list[str]) -> dict[str, int]:
-    """How many jobs and array tasks of these ids are in each state; empty when the queue knows none of them."""
+    """Count the jobs and array tasks of these ids by state; empty when the queue knows none of them."""
     states: dict[str, int] = {}
-    for job in jobs:  # one by one: squeue refuses a list that has one id too old to know
-        for state in asked_queue(job):
+    # one by one: squeue refuses a list that has one id too old to know
+    for job in jobs:
+        for state in job_states(job):
             states[state] = states.get(state, 0) + 1
     return states
 
 
-def asked_queue(job: str) -> list[str]:
-    """The states of a job's parts. Raises UserError where squeue does not answer: that is not an empty queue."""
+def job_states(job: str) -> list[str]:
+    """Return the states of a job's parts.
+
+    Raises:
+        UserError: squeue does not answer, which does not mean that the queue is empty.
+    """
     for attempt in range(QUEUE_ATTEMPTS):
         if attempt:
             time.sleep(WAIT_SECONDS * attempt)
@@ -155,27 +164,35 @@ def asked_queue(job: str) -> list[str]:
 
 
 def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Progress) -> None:
-    """Until the finishing job has published the dataset. Raises UserError with the first error where it has not."""
+    """Wait until the finishing job has published the dataset.
+
+    Raises:
+        UserError: the jobs ended without it; the message has the first error.
+    """
     while not (out / FILE_NAME).is_file():
-        with contextlib.suppress(OSError):  # the finishing job may be moving the records away
+        # the finishing job may be moving the records away
+        with contextlib.suppress(OSError):
             counter.refresh()
         progress(counter.done, counter.total, counter.tokens)
         try:
             queued = queue_states(jobs[-1:])
         except UserError:
-            continue  # it will answer again; the jobs do not depend on it
+            # it will answer again; the jobs do not depend on it
+            continue
         if not queued:
-            time.sleep(WAIT_SECONDS)  # the file system of another machine may be late
+            # the file system of another machine may be late
+            time.sleep(WAIT_SECONDS)
             if (out / FILE_NAME).is_file():
                 return
-            why = told_reason(work) or f"they left no word in {work / 'log'} (cancelled?)"
-            (work / SUBMITTED).unlink(missing_ok=True)  # told: the next launch submits anew
+            why = failure_reason(work) or f"they left no word in {work / 'log'} (cancelled?)"
+            # told: the next launch submits anew
+            (work / SUBMITTED).unlink(missing_ok=True)
             raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}")
         time.sleep(WAIT_SECONDS)
 
 
-def told_reason(work: Path) -> str:
-    """The line that a user needs, of what the jobs left behind; empty where they left nothing, as cancelled ones do."""
+def failure_reason(work: Path) -> str:
+    """Return the line that explains a failure; empty where the jobs left nothing, as cancelled ones do."""
     failed = sorted((work / "errors").glob("*"))
     if failed:
         return failed[0].read_text(encoding="utf-8")
@@ -187,11 +204,12 @@ def told_reason(work: Path) -> str:
 
 
 def last_line(text: str) -> str:
+    """Return the last line of a program's message."""
     return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 def finishing_command(request: PrepareRequest) -> list[str]:
-    """The same request, with local processes in place of the cluster."""
+    """Return the arguments of `ettin prepare` for the same request with local processes."""
     rule = request.rule
     options: dict[str, object] = {
         "out": request.out,

@@ -24,20 +24,23 @@ from megatron_ettin.prepare.frozen_plan import load_tasks
 from megatron_ettin.prepare.inputs import Task
 from megatron_ettin.prepare.task import SPLITS, IngestSettings, record_path, run_task
 
-Progress = Callable[[int, int, int], None]  # input bytes done, of how many, tokens written
+# input bytes done, of how many, tokens written
+Progress = Callable[[int, int, int], None]
 POLL_SECONDS = 0.25
 POLLED_TASKS_A_SECOND = 4_000
-WORKER_LOST = signal.SIGUSR2  # to the main thread
+# to the main thread
+WORKER_LOST = signal.SIGUSR2
 LOST = "a worker process died (out of memory?); run the same command again, with fewer --workers, to continue"
 
 
 @dataclass(frozen=True)
 class IngestStep:
-    """One task, as a step of datatrove's pipeline; pickles small, the task itself is in prepare.json."""
+    """Step of datatrove's pipeline that runs one task. It pickles small: the task itself is in prepare.json."""
 
     settings: IngestSettings
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """Run task `rank`, and leave its error in a file where it fails."""
         work = self.settings.work
         prepare_process()
         running, failed = work / "running" / str(rank), error_path(work, rank)
@@ -56,12 +59,13 @@ class IngestStep:
 
 @lru_cache(maxsize=1)
 def tokenizer_of(work: Path) -> Tokenizer:
+    """Load the tokenizer that the working directory holds, once in a process."""
     return load_tokenizer(work / "tokenizer")
 
 
 @lru_cache(maxsize=1)
 def prepare_process() -> None:
-    """Once a worker process: one thread of tokenizing, Ctrl-C left to the parent, an end with it."""
+    """Set a worker process up, once: one thread of tokenizing, Ctrl-C left to the parent, an end with it."""
     import multiprocess
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -71,13 +75,13 @@ def prepare_process() -> None:
 
 
 def error_path(work: Path, rank: int) -> Path:
-    """Where a task that failed leaves its one line."""
+    """Return the file in which a task that failed leaves its one line."""
     return work / "errors" / f"{rank:05d}"
 
 
 @dataclass
 class Counter:
-    """How far the tasks of a plan are, by their records: `open` holds the numbers of those that are not done."""
+    """Progress of a plan's tasks, by their records. `open` holds the numbers of those that are not done."""
 
     work: Path
     tasks: list[Task]
@@ -86,8 +90,10 @@ class Counter:
         self.weights = {task.index: sum(s.end - s.start for s in task.segments) for task in self.tasks}
         self.total = sum(self.weights.values())
         self.open = {i for i in self.weights if not record_path(self.work, i).is_file()}
-        self.resumed = len(self.weights) - len(self.open)  # tasks done before
-        self.tokens = 0  # of the tasks that finish while this counts
+        # tasks done before
+        self.resumed = len(self.weights) - len(self.open)
+        # of the tasks that finish while this counts
+        self.tokens = 0
 
     @property
     def done(self) -> int:
@@ -95,18 +101,21 @@ class Counter:
         return self.total - sum(self.weights[i] for i in self.open)
 
     def refresh(self) -> None:
-        there = set(os.listdir(self.work / "tasks"))  # one question, not one a task: file systems are shared
+        # one question, not one a task: file systems are shared
+        """Read the records that were written since."""
+        there = set(os.listdir(self.work / "tasks"))
         for index in [i for i in self.open if record_path(self.work, i).name in there]:
             record = json.loads(record_path(self.work, index).read_text(encoding="utf-8"))
             self.tokens += sum(record[split]["tokens"] for split in SPLITS if split in record)
             self.open.discard(index)
 
     def pending(self) -> list[Task]:
+        """Return the tasks that are not done."""
         return [task for task in self.tasks if task.index in self.open]
 
 
 def run_here(settings: IngestSettings, counter: Counter, progress: Progress) -> None:
-    """One task after another in this process: one worker is one thread."""
+    """Run one task after another in this process: one worker is one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     remove_unfinished(settings.work)
     tokenizer = tokenizer_of(settings.work)
@@ -118,7 +127,7 @@ def run_here(settings: IngestSettings, counter: Counter, progress: Progress) -> 
 
 
 def run_local(settings: IngestSettings, counter: Counter, workers: int, progress: Progress) -> None:
-    """Several processes on this machine. The first error of a task ends them all and is raised."""
+    """Run the tasks in several processes of this machine. The first error of a task ends them all and is raised."""
     from megatron_ettin.prepare.executors import local_executor
 
     work = settings.work
@@ -126,12 +135,12 @@ def run_local(settings: IngestSettings, counter: Counter, workers: int, progress
     agree_on_completed(work, counter)
     count = min(workers, len(counter.open))
     executor = local_executor(IngestStep(settings), len(counter.tasks), count, work / "log")
-    watch = Watch(counter, progress)
-    with watch:
+    monitor = WorkerMonitor(counter, progress)
+    with monitor:
         try:
             executor.run()
         except KeyboardInterrupt:
-            if watch.lost:
+            if monitor.lost:
                 raise UserError(LOST) from None
             raise
         finally:
@@ -140,7 +149,7 @@ def run_local(settings: IngestSettings, counter: Counter, workers: int, progress
 
 
 def end_children() -> None:
-    """Whatever the pool left when it was interrupted: a process that nobody ends is waited for at exit."""
+    """End what the pool left when it was interrupted, because Python waits for such processes at exit."""
     import multiprocess
 
     for child in multiprocess.active_children():
@@ -149,14 +158,14 @@ def end_children() -> None:
 
 
 def remove_unfinished(work: Path) -> None:
-    """Shards of processes that were killed; under the lock, so that nobody is writing them. And errors told before."""
+    """Remove shards of processes that were killed, and old errors. The lock is held, so nobody writes them."""
     for path in (work / "tasks").glob(".tmp-*"):
         path.unlink(missing_ok=True)
     shutil.rmtree(work / "errors", ignore_errors=True)
 
 
 def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progress: Progress) -> None:
-    """On a Ray cluster that shares this file system. What failed is told by `raise_first_error`."""
+    """Run the tasks on a Ray cluster that shares this file system. `raise_first_error` reports what failed."""
     from megatron_ettin.prepare.executors import ray_executor
 
     agree_on_completed(settings.work, counter)
@@ -166,11 +175,12 @@ def run_on_ray(settings: IngestSettings, counter: Counter, workers: int, progres
     progress(counter.done, counter.total, counter.tokens)
 
 
-class Watch:
-    """While local processes work: report progress, and notice a process that was killed. The pool would put another in
-    its place and wait for the lost task for ever; the main thread is interrupted instead, and `lost` is set. By a
-    signal of its own: where a shell started the command in the background, SIGINT is ignored. After Ctrl-C nothing is
-    lost: the pool ends its workers.
+class WorkerMonitor:
+    """Report progress while local processes work, and notice a process that was killed.
+
+    The pool would start another process and wait for the lost task for ever. The main thread is interrupted instead,
+    and `lost` is set. The interrupt is a signal of its own, because SIGINT is ignored where a shell started the command
+    in the background. After Ctrl-C nothing is lost: the pool ends its workers.
     """
 
     def __init__(self, counter: Counter, progress: Progress) -> None:
@@ -180,9 +190,9 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch workers", daemon=True)
 
     def __enter__(self) -> None:
-        self._handlers = {WORKER_LOST: signal.signal(WORKER_LOST, self._tell_lost)}
+        self._handlers = {WORKER_LOST: signal.signal(WORKER_LOST, self._on_worker_lost)}
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._tell_interrupted)
+            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         for stale in running_files(self.counter.work):
             stale.unlink(missing_ok=True)
         self._thread.start()
@@ -193,11 +203,11 @@ class Watch:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _tell_interrupted(self, number: int, frame: object) -> None:
+    def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def _tell_lost(self, number: int, frame: object) -> None:
+    def _on_worker_lost(self, number: int, frame: object) -> None:
         if not self._interrupted:
             self.lost = True
             raise KeyboardInterrupt
@@ -207,23 +217,26 @@ class Watch:
             self.counter.refresh()
             self.progress(self.counter.done, self.counter.total, self.counter.tokens)
             if any((self.counter.work / "errors").glob("*")):
-                continue  # a task failed: the pool ends the others, which are not lost
+                # a task failed: the pool ends the others, which are not lost
+                continue
             if any(is_lost(file) for file in running_files(self.counter.work)):
                 signal.pthread_kill(threading.main_thread().ident or 0, WORKER_LOST)
                 return
 
 
 def running_files(work: Path) -> list[Path]:
+    """List the files that name the tasks being worked on, each with the worker's process id."""
     return list((work / "running").glob("*"))
 
 
 def is_lost(file: Path) -> bool:
-    """Whether the process that works on a task is gone without having put the task down."""
+    """Return whether the process that works on a task is gone although the task is not done."""
     try:
         pid = int(file.read_text())
         os.kill(pid, 0)
     except (ValueError, PermissionError):
-        return False  # being written; somebody's
+        # being written; somebody's
+        return False
     except FileNotFoundError:
         return False
     except ProcessLookupError:
@@ -232,7 +245,7 @@ def is_lost(file: Path) -> bool:
 
 
 def agree_on_completed(work: Path, counter: Counter) -> None:
-    """Make datatrove's marks say what the records say."""
+    """Bring datatrove's marks of completed tasks in line with the records."""
     marks = work / "log" / "completions"
     marks.mkdir(parents=True, exist_ok=True)
     for task in counter.tasks:
@@ -244,7 +257,7 @@ def agree_on_completed(work: Path, counter: Counter) -> None:
 
 
 def raise_first_error(work: Path, counter: Counter) -> None:
-    """UserError where tasks are left over: the line of the first that failed."""
+    """Raise UserError with the line of the first task that failed, where tasks are left over."""
     counter.refresh()
     if not counter.open:
         return

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.processes import serve_parent
+from megatron_ettin.prepare.engine import prepare_process
+from megatron_ettin.prepare.request import PrepareRequest
 
 try:
-    import multiprocess
     import multiprocess.util
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
     from loguru import logger
@@ -24,20 +24,23 @@ except ImportError as error:
         f"several processes need datatrove ({error}): pip install 'megatron_ettin[data]', or give --workers 1"
     ) from None
 
-JOBS_IN_ARRAY = 1_000  # what SLURM's MaxArraySize allows without asking
+# what SLURM's MaxArraySize allows by default
+JOBS_IN_ARRAY = 1_000
 
 
 @lru_cache(maxsize=1)
 def nowhere() -> IO[str]:
-    """Never closed: a log handler may still write to it."""
+    """Return a file that drops what is written. It is never closed, because a log handler may still write to it."""
     return open(os.devnull, "w")
 
 
 class Quiet:
-    """datatrove logs each task to standard error besides its file; the terminal is the progress bar's."""
+    """Mixin against datatrove's log on standard error, where the progress bar is. The log has files too."""
 
     def run(self) -> Any:
-        logger.remove()  # of this process, whose standard error is the progress report's
+        # of this process, whose standard error is the progress report's
+        """Run the tasks without a log on standard error."""
+        logger.remove()
         return super().run()  # type: ignore[misc]
 
     def _run_for_rank(self, *arguments: Any, **named: Any) -> Any:
@@ -47,68 +50,73 @@ class Quiet:
 
 
 class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
+    """Executor with processes of this machine."""
+
     def run(self) -> Any:
-        # datatrove forks a manager process, which nothing would end if this process were killed
-        multiprocess.util.register_after_fork(self, lambda executor: end_with_parent())
+        """Run the tasks. A manager process that datatrove forks ends with this one, also where that is killed."""
+        multiprocess.util.register_after_fork(self, lambda executor: prepare_process())
         return super().run()
 
 
-def end_with_parent() -> None:
-    parent = multiprocess.parent_process()
-    if parent is not None:
-        serve_parent(parent.sentinel)
-
-
 class QuietRayExecutor(Quiet, RayPipelineExecutor):
+    """Executor on a Ray cluster."""
+
     pass
 
 
 def local_executor(step: Any, tasks: int, workers: int, log: Path) -> LocalPipelineExecutor:
-    """Spawned, not forked: the parent has threads."""
+    """Return an executor with spawned processes; forked ones would inherit the parent's threads."""
     return QuietLocalExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log), start_method="spawn")
 
 
 def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineExecutor:
-    """On the Ray cluster that RAY_ADDRESS names, else on one of this machine."""
+    """Return an executor on the Ray cluster that RAY_ADDRESS names, else on one of this machine."""
     try:
         import ray
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install 'megatron_ettin[ray]'") from None
-    logger.remove()  # it warns at construction that the log folder has to be shared, which docs/prepare.md says too
+    # it warns at construction that the log folder has to be shared, which docs/prepare.md says too
+    logger.remove()
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
     return QuietRayExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
 
 
 class ArrayExecutor(SlurmPipelineExecutor):
-    """A job array. The cluster's own defaults hold for what the user did not say (partition, QOS, mail), and there is
-    no further job to add up datatrove's statistics: the dataset's manifest has the counts.
+    """Executor that submits a job array.
+
+    The cluster's own defaults hold for what the user did not say (partition, QOS, mail). No further job adds up
+    datatrove's statistics, because the dataset's manifest has the counts.
     """
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        """Return sbatch's options: the user's, and of datatrove's those that do not contradict them."""
         arguments = super().get_sbatch_args(max_array)
         if {"mem", "mem-per-gpu"} & set(arguments):
-            del arguments["mem-per-cpu"]  # datatrove's own; sbatch takes one of the three
+            # datatrove's own; sbatch takes one of the three
+            del arguments["mem-per-cpu"]
         return {key: value for key, value in arguments.items() if value is not None}
 
     def launch_merge_stats(self) -> None:
+        """Submit nothing: the manifest has the counts."""
         pass
 
 
-def slurm_executor(
-    step: Any, tasks: int, workers: int, log: Path, time: str, partition: str | None, sbatch: dict[str, str]
-) -> ArrayExecutor:
-    """Each job runs `tasks_per_job` tasks with this very interpreter; `workers` jobs at once."""
-    logger.remove()  # of this process: what it would say, the command says in its own words
+def slurm_executor(step: Any, tasks: int, request: PrepareRequest, log: Path) -> ArrayExecutor:
+    """Return the job array: `request.workers` jobs at once, each with several tasks and this very interpreter."""
+    # of this process: what it would say, the command says in its own words
+    logger.remove()
     return ArrayExecutor(
         [step],
         tasks=tasks,
-        time=time,
-        partition=partition,  # type: ignore[arg-type]  # None: the cluster's default
-        workers=workers,
+        time=request.slurm_time,
+        # None: the cluster's default
+        partition=request.slurm_partition,
+        workers=request.workers,
         job_name="ettin-prepare",
         qos="",
-        env_command=environment_command(),
-        sbatch_args=sbatch,
+        # compute nodes find this interpreter's commands first
+        env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
+        sbatch_args=dict(request.slurm_arguments),
         max_array_size=JOBS_IN_ARRAY,
         tasks_per_job=-(-tasks // JOBS_IN_ARRAY),
         logging_dir=str(log),
@@ -119,8 +127,9 @@ def slurm_executor(
 
 @contextlib.contextmanager
 def errors_of_programs() -> Iterator[IO[bytes]]:
-    """A file that takes what programs started meanwhile say on standard error: datatrove lets sbatch speak to the
-    terminal. The descriptor is replaced, since a child knows no other.
+    """Yield a file that takes what programs started meanwhile write to standard error.
+
+    datatrove lets sbatch write to the terminal. The descriptor is replaced, since a child knows no other.
     """
     with tempfile.TemporaryFile() as said:
         terminal = os.dup(2)
@@ -130,8 +139,3 @@ def errors_of_programs() -> Iterator[IO[bytes]]:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-
-
-def environment_command() -> str:
-    """Compute nodes find this interpreter's commands first."""
-    return f'export PATH="{Path(sys.executable).parent}:$PATH"'

@@ -17,8 +17,10 @@ from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import checked_name, path_in
 
 BUFFER_BYTES = 1 << 20
-REMOTE_BLOCK_BYTES = 8 << 20  # asked for at once: a request over a network costs tens of milliseconds
-PACKAGES = {  # protocol -> what to install for it
+# asked for at once: a request over a network costs tens of milliseconds
+REMOTE_BLOCK_BYTES = 8 << 20
+# protocol -> what to install for it
+PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
     "gs": "gcsfs",
@@ -42,19 +44,21 @@ class Entry:
     url: str
     is_directory: bool
     bytes: int
-    modified: str  # changes when the content does; empty where the file system says nothing
+    modified: str
+    """Changes when the content does; empty where the file system says nothing."""
 
 
 def local_path(url: str) -> str | None:
-    """The path of a local place, None for a remote one."""
+    """Return the path of a local file or folder, None for a remote one."""
     if url.startswith("file://"):
         return url.removeprefix("file://")
     return None if "://" in url else url
 
 
 def canonical(url: str) -> str:
-    """An absolute path for what is local, so that a build goes on from any directory; a URL without a slash at its
-    end.
+    """Return an absolute path for what is local, so that a build goes on from any directory.
+
+    A URL loses the slash at its end.
     """
     path = local_path(url)
     if path is not None:
@@ -63,11 +67,16 @@ def canonical(url: str) -> str:
 
 
 def joined(folder: str, name: str) -> str:
+    """Return the path or URL of a name in a folder."""
     return os.path.join(folder, name) if local_path(folder) is not None else f"{folder.rstrip('/')}/{name}"
 
 
 def joined_in(folder: str, name: object, named_by: str, nested: bool = False) -> str:
-    """The place of a file that another file names. Raises UserError where it leads out of the folder, by a link too."""
+    """Return the path or URL of a file that another file names.
+
+    Raises:
+        UserError: it leads out of the folder, by a link too.
+    """
     path = local_path(folder)
     if path is not None:
         return str(path_in(Path(path), name, named_by, nested))
@@ -78,13 +87,14 @@ def joined_in(folder: str, name: object, named_by: str, nested: bool = False) ->
 
 
 def parent_of(url: str) -> str:
+    """Return the folder that a file or folder lies in."""
     if local_path(url) is not None:
         return os.path.dirname(url) or "."
     return url.rpartition("/")[0]
 
 
 def base_name(url: str) -> str:
-    """The last part of a place's name: what a dataset calls an INPUT."""
+    """Return the last part of a path or URL, by which a dataset names an INPUT."""
     path = local_path(url)
     if path is not None:
         return os.path.basename(os.path.realpath(path)) or "root"
@@ -92,12 +102,13 @@ def base_name(url: str) -> str:
 
 
 def file_system_of(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path on it) of a remote URL."""
+    """Return (fsspec file system, path on it) of a remote URL. Raises UserError."""
     protocol = url.partition("://")[0]
     try:
         import fsspec
 
-        return fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)
+        return system, str(path)
     except ImportError as error:
         package = PACKAGES.get(protocol.rpartition("::")[2])
         how = f"pip install {package}" if package else first_line(error)
@@ -105,12 +116,13 @@ def file_system_of(url: str) -> tuple[Any, str]:
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "hf", "memory"))
         raise UserError(f"{url}: {first_line(error)}; known are {known} and what else fsspec knows") from None
-    except Exception as error:  # each file system has exceptions of its own: credentials, networks
+    except Exception as error:
+        # each file system has exceptions of its own: credentials, networks
         raise unreachable(url, error) from None
 
 
 def find(url: str) -> Entry | None:
-    """What is at a place; None where nothing is."""
+    """Describe the file or folder of that name; None where there is none. Raises UserError."""
     path = local_path(url)
     if path is not None:
         try:
@@ -130,12 +142,12 @@ def find(url: str) -> Entry | None:
 
 
 def entries(folder: str) -> list[Entry]:
-    """What a directory holds, sorted by name, hidden entries left out; links are followed."""
+    """List what a directory holds, sorted by name, hidden entries left out; links are followed."""
     path = local_path(folder)
     if path is not None:
         try:
-            with os.scandir(path) as found:
-                return sorted((e for raw in found if (e := local_entry(raw))), key=lambda entry: entry.url)
+            with os.scandir(path) as scanned:
+                return sorted((e for raw in scanned if (e := local_entry(raw))), key=lambda entry: entry.url)
         except OSError as error:
             raise UserError(f"{error.filename or path}: {error.strerror}") from None
     system, remote = file_system_of(folder)
@@ -148,28 +160,33 @@ def entries(folder: str) -> list[Entry]:
 
 
 def local_entry(raw: os.DirEntry[str]) -> Entry | None:
+    """Describe an entry of a local directory; None for a hidden one and a link to nowhere."""
     if raw.name.startswith("."):
         return None
     try:
         status = raw.stat()
-    except FileNotFoundError:  # a link to nowhere
+    except FileNotFoundError:
+        # a link to nowhere
         return None
     return Entry(raw.path, raw.is_dir(), status.st_size, str(status.st_mtime_ns))
 
 
 def is_folder_itself(raw: dict[str, Any], remote: str) -> bool:
-    """Object stores list an empty object of the directory's own name."""
-    return raw["name"].strip("/") == remote.strip("/")
+    """Return whether a listed object is the directory: object stores list an empty one of its own name."""
+    return str(raw["name"]).strip("/") == remote.strip("/")
 
 
 def entry_of(url: str, raw: dict[str, Any]) -> Entry:
+    """Describe a remote file or folder by what its file system says."""
     changed = next((str(raw[key]) for key in CHANGE_KEYS if raw.get(key)), "")
     return Entry(url, raw["type"] == "directory", int(raw.get("size") or 0), changed)
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
-    """(directory, its directories, its files), top down and sorted; a directory taken out of the second is not
-    entered. Links to directories are followed, each directory is visited once.
+    """Yield (directory, its directories, its files), top down and sorted.
+
+    A directory taken out of the second is not entered. Links to directories are followed, each directory is visited
+    once.
     """
     visited: set[str] = set()
     pending = [folder]
@@ -180,14 +197,14 @@ def walk(folder: str) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
         if real in visited:
             continue
         visited.add(real)
-        found = entries(here)
-        folders = [entry for entry in found if entry.is_directory]
-        yield here, folders, [entry for entry in found if not entry.is_directory]
+        listed = entries(here)
+        folders = [entry for entry in listed if entry.is_directory]
+        yield here, folders, [entry for entry in listed if not entry.is_directory]
         pending += [entry.url for entry in reversed(folders)]
 
 
 def open_input(url: str) -> IO[bytes]:
-    """A file to read: buffered, with `seek`."""
+    """Open a file to read: buffered, with `seek`. Raises UserError."""
     path = local_path(url)
     if path is not None:
         try:
@@ -196,7 +213,8 @@ def open_input(url: str) -> IO[bytes]:
             raise UserError(f"{path}: {error.strerror}") from None
     system, remote = file_system_of(url)
     try:
-        return system.open(remote, "rb", block_size=REMOTE_BLOCK_BYTES)
+        stream: IO[bytes] = system.open(remote, "rb", block_size=REMOTE_BLOCK_BYTES)
+        return stream
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
     except Exception as error:
@@ -214,6 +232,7 @@ def read_json(url: str) -> Any:
 
 
 def unreachable(url: str, error: BaseException) -> UserError:
+    """Return the error for a remote file that cannot be read."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{url}: cannot be read ({type(error).__name__}: {first_line(error)})")

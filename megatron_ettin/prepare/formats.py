@@ -1,4 +1,4 @@
-"""Which kind of input a file's name says it is, and which kinds one folder may hold.
+"""Tell the format of an input by its name, and which formats one folder may hold.
 
 Strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one kind never decides that
 files of another are left out. What is passed over is kept with its reason and told at the end.
@@ -19,7 +19,7 @@ from megatron_ettin.prepare.input_file import InputFile
 
 FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "mds", "indexed")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-KIND_OF_SUFFIX = {
+FORMAT_OF_SUFFIX = {
     ".txt": "text",
     ".md": "text",
     ".rst": "text",
@@ -37,7 +37,8 @@ COMPRESSIBLE = ("text", "jsonl")
 WHOLE_FOLDER = ("text", "jsonl", "parquet")
 # corpora of JSON lines are published as .json.gz; a plain .json is one object more often than not
 COMPRESSED_ONLY = {".json": "jsonl"}
-NUMBERED_PART = re.compile(r"\.jsonl\.\d+$")  # what `split -d` makes of a .jsonl
+# what `split -d` makes of a .jsonl
+NUMBERED_PART = re.compile(r"\.jsonl\.\d+$")
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|citation|contributing|code_of_conduct|dataset_?card|data_?sheet)"
     r"([._-].*)?$",
@@ -61,20 +62,22 @@ class PassedOver:
     """Bytes of the files that are read."""
 
     def add(self, reason: str, entry: Entry) -> None:
+        """Note a file that is not read."""
         self.by_reason.setdefault(reason, []).append(entry)
 
     @property
     def urls(self) -> list[str]:
+        """Return the files in the order of the reasons."""
         return [entry.url for entries in self.by_reason.values() for entry in entries]
 
     def lines(self) -> Iterator[str]:
         """Yield one line for people for each reason."""
         for reason, entries in self.by_reason.items():
             shown = ", ".join([*(entry.url for entry in entries[:3]), *(["..."] if len(entries) > 3 else [])])
-            of_kinds = f" ({extensions(entries)}; `--format text` reads every file)" if reason == UNKNOWN else ""
+            by_extension = f" ({extensions(entries)}; `--format text` reads every file)" if reason == UNKNOWN else ""
             most = reason == UNKNOWN and sum(entry.bytes for entry in entries) > self.read_bytes
             warning = "warning: more bytes than were read: " if most else ""
-            yield f"{warning}{counted(len(entries), 'file')} passed over, {reason}{of_kinds}: {shown}"
+            yield f"{warning}{counted(len(entries), 'file')} passed over, {reason}{by_extension}: {shown}"
 
 
 def extensions(entries: list[Entry]) -> str:
@@ -85,70 +88,72 @@ def extensions(entries: list[Entry]) -> str:
     return ", ".join([*named, *([f"{more:,} others"] if more else [])])
 
 
-def kind_of(name: str) -> tuple[str | None, str | None]:
-    """Return (kind, compression) by a file's extensions; kind is None where they do not tell."""
+def format_of_name(name: str) -> tuple[str | None, str | None]:
+    """Return (format, compression) by a file's extensions; the format is None where they do not say it."""
     stem, suffix = os.path.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression is None:
-        return ("jsonl" if NUMBERED_PART.search(name.lower()) else KIND_OF_SUFFIX.get(suffix)), None
-    kind = {**KIND_OF_SUFFIX, **COMPRESSED_ONLY}.get(os.path.splitext(stem)[1])
-    return (kind if kind in COMPRESSIBLE else None), compression
+        return ("jsonl" if NUMBERED_PART.search(name.lower()) else FORMAT_OF_SUFFIX.get(suffix)), None
+    format_name = {**FORMAT_OF_SUFFIX, **COMPRESSED_ONLY}.get(os.path.splitext(stem)[1])
+    return (format_name if format_name in COMPRESSIBLE else None), compression
 
 
 def is_about(name: str) -> bool:
-    """Whether a file's name is that of a README, a licence or the like."""
+    """Return whether a file's name is that of a README, a licence or the like."""
     return ABOUT.match(name) is not None
 
 
-def one_kind_a_folder(files: Iterable[InputFile], passed_over: PassedOver) -> list[InputFile]:
-    """Return the files to read, texts about the data beside or below them taken out.
+def one_format_per_folder(files: Iterable[InputFile], passed_over: PassedOver) -> list[InputFile]:
+    """Return the files to read, without texts about the data in their own folders or above.
 
-    Raises UserError naming both where a folder holds files of two kinds, or texts above files of another kind.
+    Raises:
+        UserError: a folder holds files of two formats, or texts above files of another format; it names both.
     """
     files = list(files)
     held: dict[str, dict[str, InputFile]] = {}
     for file in files:
-        held.setdefault(parent_of(file.url), {}).setdefault(file.kind, file)
-    data = above({folder: kinds for folder, kinds in held.items() if set(kinds) != {"text"}})
+        held.setdefault(parent_of(file.url), {}).setdefault(file.format, file)
+    data = above({folder: formats for folder, formats in held.items() if set(formats) != {"text"}})
     kept = [file for file in files if not (is_text_about(file) and parent_of(file.url) in data)]
     gone = [file for file in files if is_text_about(file) and parent_of(file.url) in data]
     for file in gone:
         passed_over.add(ABOUT_DATA, Entry(file.url, False, file.bytes, file.modified))
-    text = next((file for file in kept if file.kind in COMPRESSIBLE), None)
-    tokens = next((file for file in kept if file.kind == "indexed"), None)
+    text = next((file for file in kept if file.format in COMPRESSIBLE), None)
+    tokens = next((file for file in kept if file.format == "indexed"), None)
     if text is not None and tokens is not None:
         # a dataset that was made of these texts: each document would be read twice
-        raise two_kinds(tokens, text)
+        raise two_formats_error(tokens, text)
     first: dict[str, InputFile] = {}
     for file in kept:
         folder = parent_of(file.url)
         other = first.setdefault(folder, file)
-        if file.kind == "text" and other.kind == "text":
+        if file.format == "text" and other.format == "text":
             other = data.get(folder, other)
-            other = other if other.kind not in COMPRESSIBLE else file
-        if other.kind != file.kind:
-            raise two_kinds(other, file)
+            other = other if other.format not in COMPRESSIBLE else file
+        if other.format != file.format:
+            raise two_formats_error(other, file)
     return kept
 
 
-def two_kinds(one: InputFile, other: InputFile) -> UserError:
-    """Return the error for an INPUT that holds files of two kinds."""
+def two_formats_error(one: InputFile, other: InputFile) -> UserError:
+    """Return the error for an INPUT that holds files of two formats."""
     return UserError(
-        f"{one.url} is {one.kind} and {other.url} is {other.kind}: which of them is the corpus? Name the files to read,"
-        " each kind as an INPUT of its own, or move the others away"
+        f"{one.url} is {one.format} and {other.url} is {other.format}: which of them is the corpus? Name the files"
+        " to read, each kind as an INPUT of its own, or move the others away"
     )
 
 
 def is_text_about(file: InputFile) -> bool:
-    return file.kind == "text" and is_about(file.url.rpartition("/")[2])
+    """Return whether a file is a text about the data, such as a README."""
+    return file.format == "text" and is_about(file.url.rpartition("/")[2])
 
 
 def above(held: dict[str, dict[str, InputFile]]) -> dict[str, InputFile]:
-    """Return folder -> a file of another kind than text in it or below it."""
-    found: dict[str, InputFile] = {}
-    for folder, kinds in held.items():
-        example = next(file for kind, file in kinds.items() if kind != "text")
-        while folder not in found or (found[folder].kind in COMPRESSIBLE and example.kind not in COMPRESSIBLE):
-            found[folder] = example
+    """Map each folder to a file of another format than text in it or below it."""
+    examples: dict[str, InputFile] = {}
+    for folder, formats in held.items():
+        file = next(one for format_name, one in formats.items() if format_name != "text")
+        while folder not in examples or (examples[folder].format in COMPRESSIBLE and file.format not in COMPRESSIBLE):
+            examples[folder] = file
             folder = parent_of(folder)
-    return found
+    return examples

@@ -28,8 +28,10 @@ VERSION = 1
 
 
 def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan: bool) -> list[Task]:
-    """The tasks of this work: those frozen before, else cut now and frozen. Raises UserError where a plan with
-    finished tasks was made for other settings or inputs.
+    """Return the tasks of this work: those frozen before, else cut now and frozen.
+
+    Raises:
+        UserError: a plan with finished tasks was made for other settings or inputs.
     """
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
@@ -44,7 +46,8 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
                 f"{work}: begun with other settings or inputs: {difference}; run what it was begun with, or add "
                 "--replan: finished tasks whose input did not change are kept"
             )
-        shutil.rmtree(work / "dataset", ignore_errors=True)  # shards under the numbers of the old plan
+        # shards under the numbers of the old plan
+        shutil.rmtree(work / "dataset", ignore_errors=True)
         shutil.rmtree(work / "errors", ignore_errors=True)
         kept = keep_unchanged(work, stored, wanted, tasks)
     if not kept:
@@ -55,7 +58,7 @@ def freeze(work: Path, settings: dict[str, Any], files: list[InputFile], replan:
 
 
 def read_plan(work: Path) -> dict[str, Any] | None:
-    """What stands in prepare.json; None where nothing readable does."""
+    """Return the content of prepare.json; None where it is missing or cannot be read."""
     try:
         stored: dict[str, Any] = load_json((work / FILE_NAME).read_text(encoding="utf-8"))
         return stored if stored["version"] == VERSION else None
@@ -65,7 +68,7 @@ def read_plan(work: Path) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=1)
 def load_tasks(work: Path) -> list[Task]:
-    """The frozen tasks, for a worker process: read once. Raises UserError where they are gone."""
+    """Read the frozen tasks, once in a worker process. Raises UserError where they are gone."""
     stored = read_plan(work)
     if stored is None:
         raise UserError(f"{work / FILE_NAME}: missing or damaged; run `ettin prepare` again")
@@ -73,14 +76,15 @@ def load_tasks(work: Path) -> list[Task]:
 
 
 def packed(tasks: list[Task], files: list[InputFile]) -> dict[str, Any]:
-    """Tasks by the numbers of their files: a corpus of 100,000 files would be named again and again otherwise."""
+    """Return the tasks by the numbers of their files, so that a corpus of 100,000 files names each once."""
     number = {file: i for i, file in enumerate(files)}
     cut = [[[number[s.file], s.start, s.end] for s in task.segments] for task in tasks]
     return {"num_tasks": len(tasks), "tasks": cut}
 
 
 def tasks_of(stored: dict[str, Any]) -> list[Task]:
-    files = [InputFile(**raw) for raw in stored["inputs"]]
+    """Return the tasks of a stored plan."""
+    files = [restored_file(raw) for raw in stored["inputs"]]
     return [
         Task(i, tuple(Segment(files[file], start, end) for file, start, end in segments))
         for i, segments in enumerate(stored["tasks"])
@@ -88,11 +92,12 @@ def tasks_of(stored: dict[str, Any]) -> list[Task]:
 
 
 def any_finished(work: Path, stored: dict[str, Any]) -> bool:
+    """Return whether a task of the stored plan has a record."""
     return any(record_path(work, i).is_file() for i in range(stored["num_tasks"]))
 
 
 def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What a user has to know about the first thing that is not as it was."""
+    """Describe the first difference between a stored plan and the wanted one, for a message."""
     before, now = stored["settings"], wanted["settings"]
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
@@ -112,7 +117,11 @@ def first_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], tasks: list[Task]) -> int:
-    """Drop what finished tasks left unless the new plan has the very same task; returns how many are kept."""
+    """Drop what finished tasks left unless the new plan has the very same task.
+
+    Returns:
+        The number of tasks that are kept.
+    """
     before = tasks_of(stored)
     kept = 0
     for i, task in enumerate(before):
@@ -128,7 +137,7 @@ def keep_unchanged(work: Path, stored: dict[str, Any], wanted: dict[str, Any], t
 
 
 def is_whole(work: Path, index: int) -> bool:
-    """Whether a finished task's shards lie where it left them."""
+    """Return whether a finished task's shards are there, with the sizes of its record."""
     try:
         record = load_json(record_path(work, index).read_text(encoding="utf-8"))
         return all(
@@ -141,7 +150,7 @@ def is_whole(work: Path, index: int) -> bool:
 
 
 def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) -> str:
-    """How settings or inputs differ from the frozen ones, in words; empty where they do not or nothing is frozen."""
+    """Describe how settings or inputs differ from the frozen ones; empty where they do not or none are frozen."""
     stored = read_plan(work)
     wanted = wanted_plan(settings, files)
     if stored is None or {key: stored.get(key) for key in wanted} == wanted:
@@ -149,8 +158,19 @@ def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) 
     return first_difference(stored, wanted)
 
 
+def stored_file(file: InputFile) -> dict[str, Any]:
+    """Return a file as prepare.json has it, where its format is the key `kind`."""
+    return {"kind" if key == "format" else key: value for key, value in asdict(file).items()}
+
+
+def restored_file(raw: dict[str, Any]) -> InputFile:
+    """Return the file that `stored_file` described."""
+    return InputFile(**{"format" if key == "kind" else key: value for key, value in raw.items()})
+
+
 def wanted_plan(settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any]:
-    return {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [asdict(f) for f in files]}
+    """Return what a plan of these settings and inputs is compared by."""
+    return {"version": VERSION, "settings": json.loads(json.dumps(settings)), "inputs": [stored_file(f) for f in files]}
 
 
 def empty(work: Path) -> None:

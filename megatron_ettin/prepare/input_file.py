@@ -16,35 +16,46 @@ from typing import Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.prepare.filesystem import find, local_path, open_input
 
-# an input byte counts as so many of text, where compression or format make it more; by compression, else by kind
+# an input byte counts as so many of text, where compression or format make it more; by compression, else by format
 GROWTH = {"gzip": 4, "zstd": 4, "bzip2": 4, "xz": 4, "parquet": 3}
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """Strings and numbers only: `dataclasses.asdict` and the constructor take it to JSON and back."""
+    """One input as the plan, the readers and prepare.json know it.
 
-    url: str  # a path, or a URL of fsspec's
-    name: str  # what the dataset calls it: the INPUT's own name, then the path within it
-    source: str  # the INPUT it came by
-    kind: str  # of READERS
+    It has strings and numbers only, so that prepare.json holds it as it is (frozen_plan.py).
+    """
+
+    url: str
+    """Path, or URL of fsspec's."""
+    name: str
+    """Name in the dataset: the INPUT's own, then the path within it."""
+    source: str
+    """INPUT that it belongs to."""
+    format: str
+    """One of FORMATS but `auto`."""
     compression: str | None
     bytes: int
-    modified: str = ""  # changes when the content does: nanoseconds, an ETag; empty where the file system says nothing
-    detail: str = ""  # JSON: what its directory's index says of it
+    modified: str = ""
+    """Changes when the content does: nanoseconds, an ETag; empty where the file system says nothing."""
+    detail: str = ""
+    """JSON with what its directory's index says about it."""
 
     @property
     def growth(self) -> int:
-        return GROWTH.get(self.compression or self.kind, 1)
+        """Bytes of text that an input byte counts as."""
+        return GROWTH.get(self.compression or self.format, 1)
 
     @property
     def weight_bytes(self) -> int:
+        """Size in bytes of text, by which work is cut into tasks."""
         return self.bytes * self.growth
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What of a file belongs to bytes [start, end)."""
+    """Part of a file that belongs to bytes [start, end)."""
 
     file: InputFile
     start: int
@@ -52,26 +63,28 @@ class Segment:
 
     @property
     def is_whole(self) -> bool:
+        """Return whether the segment is the whole file."""
         return self.start == 0 and self.end == self.file.bytes
 
 
 REMEDY = "let nothing write to it and run again with --replan"
 # on a network an answer takes milliseconds
-ASKED_AT_ONCE = 32
+CONCURRENT_CHECKS = 32
 
 
 def check_unchanged(files: Iterable[InputFile]) -> None:
     """Raise UserError naming the first input that is not as it was listed.
 
-    What was read of such a file may be neither the old content nor the new.
+    This is checked again before a dataset is published: what was read of such a file may be neither the old content nor
+    the new.
     """
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        for difference in pool.map(change_of, files):
+    with ThreadPoolExecutor(CONCURRENT_CHECKS) as pool:
+        for difference in pool.map(difference_from_listed, files):
             if difference:
                 raise UserError(f"{difference}; {REMEDY}")
 
 
-def change_of(file: InputFile) -> str:
+def difference_from_listed(file: InputFile) -> str:
     """Return how an input differs from what was listed, or an empty string."""
     now = find(file.url)
     if now is None:
@@ -85,18 +98,21 @@ def change_of(file: InputFile) -> str:
 
 
 def shrunk(file: InputFile, end: int) -> UserError:
-    """The error for a file that ends before it should."""
+    """Return the error for a file that ends before it should."""
     return UserError(f"{file.url}: ends at byte {end:,}, it had {file.bytes:,} when it was listed; {REMEDY}")
 
 
 BLOCK_BYTES = 1 << 20
-COMPRESSED_BLOCK_BYTES = 1 << 17  # a block of well compressed text becomes a thousand times as much
-LARGEST_WINDOW_BYTES = 1 << 31  # zstd --long=31
-PADDED = ("gzip", "xz")  # whose members may be followed by zeros
+# a block of well compressed text becomes a thousand times as much
+COMPRESSED_BLOCK_BYTES = 1 << 17
+# zstd --long=31
+LARGEST_WINDOW_BYTES = 1 << 31
+# whose members may be followed by zeros
+PADDED = ("gzip", "xz")
 
 
 def blocks(file: InputFile) -> Iterator[bytes]:
-    """The file's bytes, decompressed."""
+    """Yield the file's bytes, decompressed. Raises UserError where the archive is broken or cut off."""
     if file.compression is None:
         yield from raw_blocks(file.url, BLOCK_BYTES)
     else:
@@ -104,13 +120,14 @@ def blocks(file: InputFile) -> Iterator[bytes]:
 
 
 def raw_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
+    """Yield the file's bytes as they are."""
     with open_input(url) as stream:
         while block := stream.read(block_bytes):
             yield block
 
 
 def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
-    """Members one after another, each checked to have its end: all of these formats allow several."""
+    """Decompress the members one after another, each checked to have its end: all formats allow several."""
     import zstandard
 
     def new_member() -> Any:
@@ -137,7 +154,8 @@ def decompressed(raw: Iterator[bytes], file: InputFile) -> Iterator[bytes]:
                     block = block.lstrip(b"\x00") if file.compression in PADDED else block
     except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or file.compression != "bzip2"):
-            raise  # of the file system; bzip2's own errors are OSErrors without a number
+            # of the file system; bzip2's own errors are OSErrors without a number
+            raise
         raise UserError(f"{file.url}: broken {file.compression} data before byte {read_bytes} ({error})") from None
     if member is not None:
         raise UserError(f"{file.url}: {file.compression} data ends in the middle, at byte {read_bytes}: truncated")

@@ -22,15 +22,15 @@ from megatron_ettin.prepare.formats import (
     COMPRESSIBLE,
     EMPTY,
     FOREIGN,
+    FORMAT_OF_SUFFIX,
     FORMATS,
-    KIND_OF_SUFFIX,
     UNKNOWN,
     WHOLE_FOLDER,
     PassedOver,
     extensions,
+    format_of_name,
     is_about,
-    kind_of,
-    one_kind_a_folder,
+    one_format_per_folder,
 )
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.arrow import dataset_dict_files, saved_dataset_files
@@ -40,9 +40,12 @@ from megatron_ettin.prepare.readers.mds_index import mds_files
 TASK_BYTES = 16 << 20
 SMALLEST_TASK_BYTES = 4 << 20
 LARGEST_TASK_BYTES = 1 << 30
-FEWEST_TASKS = 64  # tasks shrink below TASK_BYTES before there are fewer
-MOST_TASKS = 1_024  # and grow beyond it before there are more
-PARTNERS = (".bin", ".crc", ".lock")  # belong to another file
+# tasks shrink below TASK_BYTES before there are fewer
+FEWEST_TASKS = 64
+# and grow beyond it before there are more
+MOST_TASKS = 1_024
+# belong to another file
+PARTNERS = (".bin", ".crc", ".lock")
 SPLITTABLE = ("jsonl", "parquet", "datasets", "indexed")
 # a file by which a directory is known as one corpus: it names what belongs to it, and nothing else in it is read
 CONTAINERS = {
@@ -55,6 +58,8 @@ CONTAINERS = {
 
 @dataclass(frozen=True)
 class Task:
+    """Segments that become one shard of each split."""
+
     index: int
     segments: tuple[Segment, ...]
 
@@ -62,7 +67,13 @@ class Task:
 def list_inputs(
     inputs: Sequence[str], format_name: str, out: str | os.PathLike[str] | None = None
 ) -> tuple[list[InputFile], PassedOver]:
-    """Every file to read, in order, and the files of directories that were passed over. `out` is never an input."""
+    """Return every file to read, in order, and the files of directories that were passed over. Raises UserError.
+
+    Args:
+        inputs: paths and URLs, as given on the command line.
+        format_name: one of FORMATS.
+        out: the dataset to be made, which is never an input.
+    """
     if format_name not in FORMATS:
         raise UserError(f"--format: {format_name!r}{nearest(format_name, FORMATS)}; allowed: {', '.join(FORMATS)}")
     if "" in inputs:
@@ -77,7 +88,7 @@ def list_inputs(
         source = label if taken[label] == 1 else f"{label}#{taken[label]}"
         files += read_files(given, Listing(source, format_name, out, passed_over))
     if not files:
-        known = " ".join((*KIND_OF_SUFFIX, ".jsonl.gz", ".json.zst", *CONTAINERS))
+        known = " ".join((*FORMAT_OF_SUFFIX, ".jsonl.gz", ".json.zst", *CONTAINERS))
         left = "".join(f"; {line}" for line in passed_over.lines())
         raise UserError(
             f"no input documents in {', '.join(inputs)}; looked for files that are not empty: {known}{left}"
@@ -88,38 +99,41 @@ def list_inputs(
 
 @dataclass(frozen=True)
 class Listing:
-    """How the files of one INPUT are listed."""
+    """Settings by which the files of one INPUT are listed."""
 
     source: str
     format_name: str
     out: str | os.PathLike[str] | None
     passed_over: PassedOver
 
-    def takes(self, kind: str) -> bool:
-        return self.format_name in ("auto", kind)
+    def takes(self, format_name: str) -> bool:
+        """Return whether files of this format are read."""
+        return self.format_name in ("auto", format_name)
 
 
 def read_files(given: str, listing: Listing) -> list[InputFile]:
-    """The files of one INPUT, those of one kind only in each folder. Raises UserError also where its extensions would
-    leave out most of it, by files and by bytes.
+    """Return the files of one INPUT, of one format only in each folder.
+
+    Raises:
+        UserError: a file cannot be read, or its extensions would leave out most of the INPUT, by files and by bytes.
     """
     before = len(listing.passed_over.by_reason.get(UNKNOWN, []))
-    found = []
+    files = []
     for file in files_of_input(given, listing):
         check_name(file.url)
-        if file.kind in COMPRESSIBLE and not file.bytes:
+        if file.format in COMPRESSIBLE and not file.bytes:
             listing.passed_over.add(EMPTY, Entry(file.url, False, 0, file.modified))
         else:
-            found.append(file)
+            files.append(file)
     unknown = listing.passed_over.by_reason.get(UNKNOWN, [])[before:]
-    unknown_bytes, found_bytes = sum(entry.bytes for entry in unknown), sum(file.bytes for file in found)
-    if len(unknown) > len(found) > 0 and unknown_bytes > found_bytes:
+    unknown_bytes, read_bytes = sum(entry.bytes for entry in unknown), sum(file.bytes for file in files)
+    if len(unknown) > len(files) > 0 and unknown_bytes > read_bytes:
         raise UserError(
-            f"{given}: the extensions of {len(unknown):,} of {len(unknown) + len(found):,} files, most of its bytes, do"
+            f"{given}: the extensions of {len(unknown):,} of {len(unknown) + len(files):,} files, most of its bytes, do"
             f" not say what is in them ({extensions(unknown)}); --format text (or jsonl, parquet) reads every file as"
             " that; or name the files to read"
         )
-    return one_kind_a_folder(found, listing.passed_over) if listing.format_name == "auto" else found
+    return one_format_per_folder(files, listing.passed_over) if listing.format_name == "auto" else files
 
 
 def refuse_output(given: str, out: str | os.PathLike[str] | None) -> None:
@@ -139,6 +153,7 @@ def check_name(url: str) -> None:
 
 
 def files_of_input(given: str, listing: Listing) -> Iterator[InputFile]:
+    """Yield the files of one INPUT: a file, a directory, or the prefix of a Megatron dataset. Raises UserError."""
     entry, source = find(given), listing.source
     if entry is None:
         pair = pair_at(given, source, source) if listing.takes("indexed") else None
@@ -147,14 +162,14 @@ def files_of_input(given: str, listing: Listing) -> Iterator[InputFile]:
         yield pair
     elif entry.is_directory:
         yield from directory_files(given, listing)
-    elif base_name(given) in CONTAINERS and (found := container_files(parent_of(given), [entry], source, listing)):
-        yield from found
+    elif base_name(given) in CONTAINERS and (files := container_files(parent_of(given), [entry], source, listing)):
+        yield from files
     else:
         yield explicit_file(entry, source, listing.format_name)
 
 
 def directory_files(folder: str, listing: Listing) -> Iterator[InputFile]:
-    """Files under a directory whose names or indices say that they are wanted; the others are passed over."""
+    """Yield the files under a directory whose names or indices say that they are wanted, and note the others."""
     for here, folders, files in walk(folder):
         path = local_path(here)
         if path is not None and listing.out is not None and os.path.realpath(path) == os.fspath(listing.out):
@@ -169,72 +184,83 @@ def directory_files(folder: str, listing: Listing) -> Iterator[InputFile]:
             continue
         for entry in files:
             check_name(entry.url)
-            file = found_file(entry, f"{name}/{base_name_of(entry)}", listing)
+            file = listed_file(entry, f"{name}/{base_name_of(entry)}", listing)
             if file is not None:
                 yield file
 
 
 def base_name_of(entry: Entry) -> str:
-    """Of a listed file: the name it is listed by, also where it is a link."""
+    """Return the name that a file is listed by, also where it is a link."""
     return entry.url.rpartition("/")[2]
 
 
 def container_files(folder: str, files: list[Entry], name: str, listing: Listing) -> list[InputFile] | None:
-    """The files of a directory that is one corpus, None where it is not. `files`: what lies in it, as listed."""
+    """Return the files of a directory that is one corpus, None where it is not. Raises UserError.
+
+    Args:
+        folder: the directory.
+        files: what lies in it, as listed.
+        name: what the dataset calls the directory.
+        listing: settings of the INPUT.
+    """
     listed = {base_name_of(entry): entry for entry in files}
-    for marker, (kind, list_files) in CONTAINERS.items():
-        if marker in listed and listing.takes(kind):
-            found = list_files(folder, listed, name, listing.source)
-            if found is not None:
-                return found
+    for marker, (format_name, list_files) in CONTAINERS.items():
+        if marker in listed and listing.takes(format_name):
+            members = list_files(folder, listed, name, listing.source)
+            if members is not None:
+                return members
     loose = next((n for n in listed if n.endswith((".mds", ".mds.zstd"))), None)
     if loose is not None and listing.takes("mds") and "index.json" not in listed:
         raise UserError(f"{folder}: holds MDS shards ({loose}) but no index.json, without which they cannot be read")
     return None
 
 
-def found_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
-    """A file found in a directory. None, and passed over with its reason, where it is not read."""
+def listed_file(entry: Entry, name: str, listing: Listing) -> InputFile | None:
+    """Return a file of a directory as an input. Where it is not read, note it with its reason and return None."""
     file_name = base_name_of(entry)
-    kind, compression = kind_of(file_name)
+    named, compression = format_of_name(file_name)
     wanted = listing.format_name
     if wanted in WHOLE_FOLDER:
-        if wanted != "text" and kind in (None, "text") and is_about(file_name):
+        if wanted != "text" and named in (None, "text") and is_about(file_name):
             listing.passed_over.add(ABOUT_DATA, entry)
             return None
         kept = compression if wanted in COMPRESSIBLE else None
         return InputFile(entry.url, name, listing.source, wanted, kept, entry.bytes, entry.modified)
-    if kind == "datasets" and file_name.startswith("cache-"):
+    if named == "datasets" and file_name.startswith("cache-"):
         listing.passed_over.add(CACHED, entry)
         return None
     file = None
-    if kind == "indexed" and listing.takes("indexed"):
+    if named == "indexed" and listing.takes("indexed"):
         file = pair_of(entry, name, listing.source, strict=wanted == "indexed")
-    elif kind is not None and listing.takes(kind) and not (kind == "text" and compression):
-        file = InputFile(entry.url, name, listing.source, kind, compression, entry.bytes, entry.modified)
+    elif named is not None and listing.takes(named) and not (named == "text" and compression):
+        file = InputFile(entry.url, name, listing.source, named, compression, entry.bytes, entry.modified)
     if file is None and not entry.url.endswith(PARTNERS):
-        listing.passed_over.add(reason_of(entry, kind, wanted), entry)
+        listing.passed_over.add(reason_of(entry, named, wanted), entry)
     return file
 
 
-def reason_of(entry: Entry, kind: str | None, format_name: str) -> str:
-    """Why a file is passed over that its extension does not ask for."""
+def reason_of(entry: Entry, named: str | None, format_name: str) -> str:
+    """Return why a file is passed over that its extension does not ask for."""
     if not entry.bytes:
         return EMPTY
-    if kind is None and is_about(base_name_of(entry)):
+    if named is None and is_about(base_name_of(entry)):
         return ABOUT_DATA
-    if kind == "indexed":
+    if named == "indexed":
         return FOREIGN
     return UNKNOWN if format_name == "auto" else f"not {format_name}"
 
 
 def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
-    """A file named on the command line: --format decides, else its extension, which must be known."""
+    """Return a file named on the command line: --format decides, else its extension, which must be known.
+
+    Raises:
+        UserError: the file is empty, cannot be read, or does not say its format.
+    """
     path = local_path(entry.url)
     if path is not None and not os.path.isfile(path):
         raise UserError(f"{path}: neither a file nor a directory")
-    kind, compression = kind_of(base_name_of(entry))
-    if format_name == "auto" and compression and kind != "jsonl":
+    named, compression = format_of_name(base_name_of(entry))
+    if format_name == "auto" and compression and named != "jsonl":
         suffix = os.path.splitext(entry.url)[1]
         raise UserError(f"{entry.url}: compressed, not .jsonl{suffix}; say what is in it with --format")
     if entry.bytes == 0:
@@ -244,37 +270,40 @@ def explicit_file(entry: Entry, source: str, format_name: str) -> InputFile:
     if format_name == "mds" or (format_name == "auto" and entry.url.endswith((".mds", ".mds.zstd"))):
         raise UserError(f"{entry.url}: an MDS shard is read through its directory; name the one with index.json")
     if format_name == "auto" and entry.url.endswith(".bin"):
-        kind = "indexed"
-    if format_name == "auto" and kind is None:
+        named = "indexed"
+    if format_name == "auto" and named is None:
         raise UserError(
             f"{entry.url}: its extension does not say what is in it; say so with --format: text (the file is one"
             " document), jsonl (a document a line), parquet, datasets, mds or indexed"
         )
-    kind = format_name if format_name != "auto" or kind is None else kind
-    if kind == "indexed":
+    chosen = format_name if format_name != "auto" or named is None else named
+    if chosen == "indexed":
         pair = pair_at(entry.url, source, source)
         if pair is None:
             raise UserError(f"{entry.url}: a Megatron dataset is a pair, name.bin and name.idx; the .idx is not there")
         return pair
-    kept = compression if kind in COMPRESSIBLE else None
-    return InputFile(entry.url, source, source, kind, kept, entry.bytes, entry.modified)
+    kept = compression if chosen in COMPRESSIBLE else None
+    return InputFile(entry.url, source, source, chosen, kept, entry.bytes, entry.modified)
 
 
 def task_bytes(total_bytes: int) -> int:
-    """How much input a task takes, given all of it."""
+    """Return how many bytes of input a task takes, given all of it."""
     usual = min(TASK_BYTES, max(SMALLEST_TASK_BYTES, total_bytes // FEWEST_TASKS))
     return max(usual, min(LARGEST_TASK_BYTES, total_bytes // MOST_TASKS))
 
 
 def is_splittable(file: InputFile) -> bool:
-    """Arrow streams have no index: to find a place in one its messages are walked, which is cheap on a local disk."""
-    if file.kind == "datasets" and local_path(file.url) is None:
+    """Return whether a file may be cut into segments.
+
+    Arrow streams have no index: to reach a batch their messages are walked, which is cheap on a local disk only.
+    """
+    if file.format == "datasets" and local_path(file.url) is None:
         return False
-    return file.kind in SPLITTABLE and file.compression is None
+    return file.format in SPLITTABLE and file.compression is None
 
 
 def cut_tasks(files: Iterable[InputFile]) -> list[Task]:
-    """Whole small files together, large ones in ranges as long as a task."""
+    """Cut the work into tasks: whole small files together, large ones in ranges as long as a task."""
     files = list(files)
     limit = task_bytes(sum(file.weight_bytes for file in files))
     tasks: list[Task] = []

@@ -19,11 +19,14 @@ from megatron_ettin.prepare.chunking import ChunkRule
 from megatron_ettin.prepare.input_file import InputFile
 
 EXECUTORS = ("local", "slurm", "ray")
-INGEST_VERSION = 1  # raise it when the same input would give other tokens or chunks
+# raise it when the same input would give other tokens or chunks
+INGEST_VERSION = 1
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
+    """Request of `ettin prepare`."""
+
     inputs: tuple[str, ...]
     out: Path
     rule: ChunkRule
@@ -36,14 +39,19 @@ class PrepareRequest:
     seq_lens: tuple[int, ...] = ()
     add_prefix_space: bool = True
     tokens_key: str = "input_ids"
-    tokens_first: bool = False  # where an input has both columns, take the tokens
-    executor: str = "local"  # of EXECUTORS
+    tokens_first: bool = False
+    """Take the tokens where an input has both columns."""
+    executor: str = "local"
+    """One of EXECUTORS."""
     replan: bool = False
-    accept_copied: bool = False  # inputs of another time are taken for the same where names and sizes are
-    wait: bool = False  # slurm: until the dataset is there
+    accept_copied: bool = False
+    """Take inputs of another time for the same where names and sizes are."""
+    wait: bool = False
+    """With SLURM: return only when the dataset is there."""
     slurm_time: str = "24:00:00"
     slurm_partition: str | None = None
-    slurm_arguments: tuple[tuple[str, str], ...] = ()  # more options of sbatch
+    slurm_arguments: tuple[tuple[str, str], ...] = ()
+    """Further options of sbatch."""
 
 
 def check_request(request: PrepareRequest) -> PrepareRequest:
@@ -66,34 +74,38 @@ def check_request(request: PrepareRequest) -> PrepareRequest:
 
 
 def resolved_output(out: Path) -> Path:
-    """Return where the dataset will lie, links followed. Raises UserError for a place that the last rename cannot give
-    its name to: it is asked for before the work and not after it.
+    """Return the path of the dataset, links followed.
+
+    Raises:
+        UserError: the last rename could not publish it there, which is checked before the work and not after it.
     """
     if not out.name and out == Path():
         raise UserError("--out: is the current directory; name a new one in it")
     try:
-        found = out.resolve()
-        os.fsencode(found).decode("utf-8")
+        resolved = out.resolve()
+        os.fsencode(resolved).decode("utf-8")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(working_place(found))
+            os.lstat(work_folder(resolved))
     except UnicodeDecodeError:
         raise UserError(f"--out {os.fsencode(out)!r}: the name is not UTF-8") from None
-    except (OSError, RuntimeError) as error:  # the second: a link to itself
+    except (OSError, RuntimeError) as error:
+        # the second: a link to itself
         raise UserError(f"--out {out!s:.80}: {getattr(error, 'strerror', None) or error}") from None
-    if not (found / FILE_NAME).is_file() and (found == Path.cwd() or os.path.ismount(found)):
-        what = "a mount point" if os.path.ismount(found) else "the current directory"
+    if not (resolved / FILE_NAME).is_file() and (resolved == Path.cwd() or os.path.ismount(resolved)):
+        what = "a mount point" if os.path.ismount(resolved) else "the current directory"
         raise UserError(f"--out {out}: is {what}; name a new directory in it")
-    return found
+    return resolved
 
 
-def working_place(out: Path) -> Path:
-    """Where an unfinished dataset lies: beside its place, so that a rename publishes it."""
+def work_folder(out: Path) -> Path:
+    """Return the folder of an unfinished dataset, which lies in that of the dataset so that a rename publishes it."""
     return out.parent / f".tmp-{out.name}"
 
 
 def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the output, besides the inputs. The vocabulary is named where ids have holes: earlier versions
-    counted its entries, and wrapped the ids above.
+    """Return what decides the output, besides the inputs.
+
+    The vocabulary is named where ids have holes: earlier versions counted its entries, and wrapped the ids above.
     """
     holes = {"vocab_size": tokenizer.vocab_size} if tokenizer.has_holes else {}
     return {
@@ -111,23 +123,26 @@ def settings_of(request: PrepareRequest, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def hash_of_settings(settings: dict[str, Any], files: list[InputFile]) -> str:
-    """By which a finished dataset knows the same request: settings, names and sizes. Times are left out: a copy of the
-    inputs makes the same dataset. They are compared apart (`rewritten_input`).
+    """Hash settings and inputs, by which a finished dataset knows the same request.
+
+    Of the inputs it takes names and sizes. Times are left out, because a copy of the inputs makes the same dataset;
+    they are compared separately (`rewritten_input`).
     """
-    listed = [[file.name, file.source, file.kind, file.compression, file.bytes, file.detail] for file in files]
+    listed = [[file.name, file.source, file.format, file.compression, file.bytes, file.detail] for file in files]
     return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def write_inputs(folder: Path, files: list[InputFile]) -> None:
-    """Keep names and times of the inputs beside the dataset: names and sizes alone do not tell a file that was
-    rewritten.
+    """Keep names and times of the inputs in the dataset's folder.
+
+    Names and sizes alone do not reveal a file that was rewritten.
     """
     listed = [[file.name, file.bytes, file.modified] for file in files]
     write_json(folder / INPUTS_FILE, with_digest({"version": 1, "files": listed}))
 
 
 def rewritten_input(folder: Path, files: list[InputFile]) -> tuple[bool, InputFile | None]:
-    """Return (whether times were kept, the first input whose time is another than when the dataset was made)."""
+    """Return (whether times were kept, the first input that has another time than when the dataset was made)."""
     try:
         raw = load_json((folder / INPUTS_FILE).read_text(encoding="utf-8"))
         before = [str(modified) for _, _, modified in raw["files"]]

@@ -29,15 +29,15 @@ from megatron_ettin.prepare import cluster
 from megatron_ettin.prepare.engine import Counter, Progress, raise_first_error, run_here, run_local, run_on_ray
 from megatron_ettin.prepare.formats import PassedOver
 from megatron_ettin.prepare.frozen_plan import changed_since, freeze
-from megatron_ettin.prepare.input_file import check_unchanged
-from megatron_ettin.prepare.inputs import InputFile, list_inputs
+from megatron_ettin.prepare.input_file import InputFile, check_unchanged
+from megatron_ettin.prepare.inputs import list_inputs
 from megatron_ettin.prepare.request import (
     PrepareRequest,
     check_request,
     hash_of_settings,
     rewritten_input,
     settings_of,
-    working_place,
+    work_folder,
     write_inputs,
 )
 from megatron_ettin.prepare.staging import NoDocumentsError, read_task_records, stage
@@ -48,14 +48,18 @@ LOCK_SECONDS = 3.0
 
 @dataclass
 class PrepareResult:
+    """A finished dataset, and what the command did for it."""
+
     dataset: Dataset
     heldout: Dataset | None
     already_complete: bool
     seconds: float = 0.0
-    tokens_written: int = 0  # by this command; less than the dataset's after a resume
+    tokens_written: int = 0
+    """Tokens written by this command: fewer than the dataset's after a resume."""
     tasks_resumed: int = 0
     passed_over: PassedOver = field(default_factory=PassedOver)
-    times_compared: bool = True  # where it was already complete: the inputs' times too, not only their sizes
+    times_compared: bool = True
+    """Whether a complete dataset was known by its inputs' times too, not only by their sizes."""
 
 
 def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | cluster.Submitted:
@@ -65,10 +69,10 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
     tokenizer = load_tokenizer(request.tokenizer)
     files, passed_over = list_inputs(request.inputs, request.format, request.out)
     build = Build(request, tokenizer, files, progress)
-    found = build.finished()
-    if found is not None:
+    finished = build.finished()
+    if finished is not None:
         build.clear()
-        result = found
+        result = finished
     else:
         answer = build.submit() if request.executor == "slurm" else build.run()
         if isinstance(answer, cluster.Submitted):
@@ -81,7 +85,11 @@ def prepare(request: PrepareRequest, progress: Progress) -> PrepareResult | clus
 
 
 def existing_output(out: Path, settings_sha256: str) -> Dataset | None:
-    """The finished dataset of this very request, None where nothing is, UserError where something else is."""
+    """Return the finished dataset of this very request, None where there is nothing.
+
+    Raises:
+        UserError: something else has that path.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / FILE_NAME).is_file():
@@ -92,12 +100,13 @@ def existing_output(out: Path, settings_sha256: str) -> Dataset | None:
 
 
 def heldout_of(dataset: Dataset) -> Dataset | None:
+    """Return the held-out part of a dataset, None where it has none."""
     folder = dataset.path / "heldout"
     return open_dataset(folder) if (folder / FILE_NAME).is_file() else None
 
 
 def plan_rows(dataset: Dataset, request: PrepareRequest) -> None:
-    """The packing indices asked for, of the dataset and of its held-out part."""
+    """Build the requested packing indexes, of the dataset and of its held-out part."""
     for part in filter(None, (dataset, heldout_of(dataset))):
         for seq_len in request.seq_lens:
             PackingIndex.build_or_open(part, seq_len, workers=request.workers)
@@ -115,15 +124,17 @@ class Build:
         self.progress = progress
         self.settings = settings_of(request, tokenizer)
         self.settings_sha256 = hash_of_settings(self.settings, files)
-        self.work = working_place(request.out)
+        self.work = work_folder(request.out)
 
     def finished(self) -> PrepareResult | None:
-        """The dataset of this very request, where it is there. Raises UserError where another one is, or where an input
-        was written since.
+        """Return the dataset of this very request, where it is there.
+
+        Raises:
+            UserError: another one is there, or an input was written since.
         """
         out = self.request.out
-        found = existing_output(out, self.settings_sha256)
-        if found is None:
+        finished = existing_output(out, self.settings_sha256)
+        if finished is None:
             return None
         known, rewritten = rewritten_input(out, self.files)
         if rewritten is not None and not self.request.accept_copied:
@@ -133,14 +144,14 @@ class Build:
                 " where only the time differs"
             )
         compared = known and rewritten is None
-        return PrepareResult(found, heldout_of(found), already_complete=True, times_compared=compared)
+        return PrepareResult(finished, heldout_of(finished), already_complete=True, times_compared=compared)
 
     def run(self) -> PrepareResult:
-        """All the way, with processes of this machine or on Ray."""
+        """Make the dataset with processes of this machine or on Ray."""
         with working_directory(self.work):
             cluster.check_not_queued(self.work)
-            if (found := self.finished_meanwhile()) is not None:
-                return found
+            if (finished := self.finished_meanwhile()) is not None:
+                return finished
             settings, counter = self.planned()
             if counter.open:
                 self.run_tasks(settings, counter)
@@ -157,13 +168,14 @@ class Build:
                 shutil.rmtree(self.work, ignore_errors=True)
 
     def finished_meanwhile(self) -> PrepareResult | None:
-        """The dataset, where another `ettin prepare` published it between the listing of the inputs and the lock."""
-        found = self.finished()
-        if found is not None:
+        """Return the dataset where another `ettin prepare` published it after the inputs were listed."""
+        finished = self.finished()
+        if finished is not None:
             shutil.rmtree(self.work, ignore_errors=True)
-        return found
+        return finished
 
     def run_tasks(self, settings: IngestSettings, counter: Counter) -> None:
+        """Run the tasks that are not done with the executor of the request."""
         if self.request.executor == "ray":
             run_on_ray(settings, counter, self.request.workers, self.progress)
         elif self.request.workers == 1:
@@ -172,10 +184,10 @@ class Build:
             run_local(settings, counter, self.request.workers, self.progress)
 
     def submit(self) -> PrepareResult | cluster.Submitted:
-        """To the cluster; with `--wait` until the dataset is there."""
+        """Submit the work to the cluster; with `--wait` wait until the dataset is there."""
         with working_directory(self.work):
-            if (found := self.finished_meanwhile()) is not None:
-                return found
+            if (finished := self.finished_meanwhile()) is not None:
+                return finished
             jobs = cluster.submitted_jobs(self.work)
             difference = changed_since(self.work, self.settings, self.files)
             if difference and cluster.queue_states(jobs):
@@ -191,14 +203,15 @@ class Build:
         )
 
     def planned(self) -> tuple[IngestSettings, Counter]:
-        """What the tasks need in the working directory: the frozen plan, the tokenizer."""
+        """Freeze the plan, and give the tasks what they need in the working directory."""
         tasks = freeze(self.work, self.settings, self.files, self.request.replan)
         (self.work / "tasks").mkdir(exist_ok=True)
-        if not (self.work / "tokenizer").is_dir():  # tasks on other machines may be reading it
-            beside = self.work / ".tmp-tokenizer"
-            shutil.rmtree(beside, ignore_errors=True)
-            self.tokenizer.save(beside)
-            os.rename(beside, self.work / "tokenizer")
+        # tasks on other machines may be reading it
+        if not (self.work / "tokenizer").is_dir():
+            temporary = self.work / ".tmp-tokenizer"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.tokenizer.save(temporary)
+            os.rename(temporary, self.work / "tokenizer")
         request = self.request
         settings = IngestSettings(
             self.work, request.rule, token_dtype(self.tokenizer.vocab_size).str, request.text_key, request.id_key,
@@ -208,14 +221,15 @@ class Build:
         return settings, Counter(self.work, tasks)
 
     def publish(self, num_tasks: int) -> Dataset:
-        """Merge the records, plan rows, and put the dataset in its place."""
+        """Merge the records, plan rows, and give the dataset its name."""
         out = self.request.out
         check_unchanged(self.files)
         records = read_task_records(self.work, num_tasks)
         try:
             staged = stage(self.work, records, self.request, self.tokenizer, self.settings_sha256)
         except NoDocumentsError:
-            shutil.rmtree(self.work, ignore_errors=True)  # there is nothing in the tasks to go on with
+            # there is nothing in the tasks to go on with
+            shutil.rmtree(self.work, ignore_errors=True)
             raise
         write_inputs(staged, self.files)
         plan_rows(open_dataset(staged), self.request)
@@ -227,7 +241,7 @@ class Build:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What was being written when an earlier launch was killed: temporary names, anywhere in the dataset."""
+    """Remove temporary files of an earlier launch that was killed, anywhere in the dataset."""
     for path in list(folder.rglob(".tmp-*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -237,8 +251,9 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def working_directory(work: Path) -> Iterator[None]:
-    """Hold `work` alone. A mistake before anything was done removes it; whatever happens later leaves it to go on
-    with.
+    """Hold `work` alone.
+
+    A mistake before anything was done removes it. Whatever happens later leaves it for the next launch.
     """
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -254,7 +269,8 @@ def working_directory(work: Path) -> Iterator[None]:
         except UserError as error:
             finished = len(list((work / "tasks").glob("task_*.json")))
             if cluster.submitted_jobs(work):
-                raise  # whoever submitted it asks for the reason, which lies in it
+                # whoever submitted it asks for the reason, which lies in it
+                raise
             if finished:
                 kept = f"{finished} finished task{'s are' if finished > 1 else ' is'} kept in {work}"
                 raise UserError(f"{error} ({kept})") from None
@@ -270,7 +286,7 @@ def working_directory(work: Path) -> Iterator[None]:
 
 
 def take(lock: int, work: Path) -> None:
-    """Lock for this process alone; the helpers of one that was killed a moment ago are given the time to end."""
+    """Lock the folder for this process, and give the workers of one that was killed a moment ago time to end."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -282,6 +298,7 @@ def take(lock: int, work: Path) -> None:
         else:
             if why is not None:
                 log_warning(f"warning: {work}: its file system has no locks ({why}); start no second prepare into it")
-            elif not (work / "lock").exists():  # whoever held it has just published and removed the folder
+            elif not (work / "lock").exists():
+                # whoever held it has just published and removed the folder
                 raise UserError(f"{work}: another `ettin prepare` has just finished it; run the same command again")
             return

@@ -20,7 +20,7 @@ from megatron_ettin.prepare.chunking import ChunkRule, chunk_lengths, framed, pi
 
 
 class ShardWriter:
-    """Documents in, a .bin/.idx pair and its sidecars out. Ends with `finish` or `discard`."""
+    """Writer of one shard: documents in, a .bin/.idx pair and its sidecars out. Ends with `finish` or `discard`."""
 
     def __init__(self, prefix: Path, rule: ChunkRule, dtype: np.dtype, cls_id: int, sep_id: int) -> None:
         self.prefix = prefix
@@ -29,7 +29,8 @@ class ShardWriter:
         self.cls_id = cls_id
         self.sep_id = sep_id
         self.dropped_tokens = 0
-        self.sources: dict[str, list[int]] = {}  # source -> [documents, chunks, tokens]
+        # source -> [documents, chunks, tokens]
+        self.sources: dict[str, list[int]] = {}
         self._tokens = 0
         self._lengths: list[int] = []
         self._starts: list[int] = []
@@ -42,7 +43,7 @@ class ShardWriter:
     def add(
         self, source: str, name: str, document_id: str, ids: list[int] | npt.NDArray[np.integer], document_key: str
     ) -> None:
-        """One document of at least one token. `document_key` decides what the recipe leaves to chance."""
+        """Add a document of at least one token. `document_key` decides what the recipe leaves to chance."""
         bounds = piece_bounds(len(ids), self.rule, document_key)
         known = narrowed(np.asarray(ids), self.dtype, f"{name}: {document_id}: token id")
         tokens = framed(known, bounds, self.cls_id, self.sep_id, self.rule.end_token)
@@ -61,6 +62,7 @@ class ShardWriter:
 
     @property
     def counts(self) -> dict[str, int]:
+        """Counts of what was added so far."""
         longest = max(self._lengths, default=0)
         return {
             "documents": len(self._ids),
@@ -93,7 +95,7 @@ class ShardWriter:
         return records
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Remove the unfinished files."""
         self._stream.close()
         for suffix in SHARD_SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)

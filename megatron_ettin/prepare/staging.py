@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ class NoDocumentsError(UserError):
 
 
 def read_task_records(work: Path, num_tasks: int) -> list[dict[str, Any]]:
+    """Read the records of all tasks, in order."""
     return [json.loads(record_path(work, i).read_text(encoding="utf-8")) for i in range(num_tasks)]
 
 
 def stage(
     work: Path, records: list[dict[str, Any]], request: PrepareRequest, tokenizer: Tokenizer, settings_sha256: str
 ) -> Path:
-    """Lay out `work/dataset` (and `heldout` in it). Returns its path."""
+    """Lay out `work/dataset` (and `heldout` in it), and return its path. Raises NoDocumentsError."""
     if not any(record["train"]["documents"] for record in records):
         held_out = sum(record.get("heldout", {}).get("documents", 0) for record in records)
         detail = f"all {held_out} are held out by --holdout {request.holdout}" if held_out else "every text is empty"
@@ -50,20 +51,20 @@ def stage(
     staged = work / "dataset"
     for split in SPLITS:
         if any(record.get(split, {}).get("documents") for record in records):
-            folder = staged if split == "train" else staged / split
-            stage_split(work, folder, split, records, request, tokenizer, settings_sha256)
+            stage_split(work, split, records, request, tokenizer, settings_sha256)
     return staged
 
 
 def stage_split(
     work: Path,
-    folder: Path,
     split: str,
     records: list[dict[str, Any]],
     request: PrepareRequest,
     tokenizer: Tokenizer,
     settings_sha256: str,
 ) -> None:
+    """Move the shards of one split to their names, and write its tokenizer and manifest."""
+    folder = work / "dataset" if split == "train" else work / "dataset" / split
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[ShardRecord] = []
     parts = [record[split] for record in records]
@@ -80,7 +81,7 @@ def stage_split(
     for path in (*copied, folder / "tokenizer"):
         fsync(path)
     manifest = Manifest(
-        tokenizer=tokenizer_record(tokenizer),
+        tokenizer=TokenizerRecord(**{one.name: getattr(tokenizer, one.name) for one in fields(TokenizerRecord)}),
         dtype=token_dtype(tokenizer.vocab_size).name,
         **asdict(request.rule),
         add_prefix_space=request.add_prefix_space,
@@ -100,7 +101,11 @@ def stage_split(
 
 
 def move(source: Path, target: Path, record: Path) -> None:
-    """Into place, unless it is there already. A file that is nowhere takes its task's record along."""
+    """Move a file to its name, unless it is there already.
+
+    Raises:
+        UserError: the file is missing. Its task's record is removed, so that the task runs again.
+    """
     if source.exists():
         os.replace(source, target)
     elif not target.exists():
@@ -108,21 +113,8 @@ def move(source: Path, target: Path, record: Path) -> None:
         raise UserError(f"{source}: missing from the unfinished dataset; run the same command again to make it anew")
 
 
-def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
-    return TokenizerRecord(
-        name=tokenizer.name,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        special_ids=tokenizer.special_ids,
-        cls_id=tokenizer.cls_id,
-        sep_id=tokenizer.sep_id,
-        pad_id=tokenizer.pad_id,
-        mask_id=tokenizer.mask_id,
-    )
-
-
 def source_totals(parts: list[dict[str, Any]]) -> list[SourceRecord]:
-    """Counts of each INPUT, in the order in which their documents come."""
+    """Add up the counts of each INPUT, in the order in which their documents come."""
     totals: dict[str, list[int]] = {}
     for part in parts:
         for source, counts in part["sources"].items():

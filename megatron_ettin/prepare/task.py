@@ -44,9 +44,10 @@ READERS: dict[str, Callable[[Segment, ReadOptions], Iterator[Document]]] = {
 
 @dataclass(frozen=True)
 class IngestSettings:
-    """What a worker needs to know."""
+    """Settings that a worker needs."""
 
-    work: Path  # tasks/ and tokenizer/ are in here
+    work: Path
+    """Working directory, with tasks/ and tokenizer/."""
     rule: ChunkRule
     dtype: str
     text_key: str
@@ -59,6 +60,7 @@ class IngestSettings:
 
 
 def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
+    """Run a task and write its record. Returns the tokens written."""
     prefixes = dict(zip(SPLITS, shard_prefixes(settings.work, task.index), strict=True))
     dtype, ends = np.dtype(settings.dtype), (tokenizer.cls_id, tokenizer.sep_id)
     writers = {
@@ -88,15 +90,17 @@ def run_task(task: Task, settings: IngestSettings, tokenizer: Tokenizer) -> int:
 
 
 def shard_prefixes(work: Path, task_index: int) -> list[Path]:
-    """Where a task's shards lie, by split; without their suffixes."""
+    """Return the paths of a task's shards, by split, without their suffixes."""
     return [work / "tasks" / f"{split}_{task_index:05d}" for split in SPLITS]
 
 
 def record_path(work: Path, task_index: int) -> Path:
+    """Return the path of a task's record."""
     return work / "tasks" / f"task_{task_index:05d}.json"
 
 
 def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
+    """Return what the readers need of the settings and the tokenizer."""
     frame = TokenFrame(
         tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.fingerprint
     )
@@ -106,7 +110,7 @@ def read_options(settings: IngestSettings, tokenizer: Tokenizer) -> ReadOptions:
 
 
 def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
-    """Documents in order, BATCH_CHARACTERS and one document at a time."""
+    """Yield documents in order, in lists of BATCH_CHARACTERS or one document."""
     batch: list[Document] = []
     size = 0
     for segment in task.segments:
@@ -121,14 +125,15 @@ def batches(task: Task, options: ReadOptions) -> Iterator[list[Document]]:
 
 
 def read_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
-    """The documents of a segment in order, empty ones included."""
+    """Yield the documents of a segment in order, empty ones included. Raises UserError."""
     url = segment.file.url
     try:
-        yield from READERS[segment.file.kind](segment, options)
+        yield from READERS[segment.file.format](segment, options)
     except UserError:
         raise
     except Exception as error:
-        if local_path(url) is None:  # each remote file system has exceptions of its own
+        # each remote file system has exceptions of its own
+        if local_path(url) is None:
             raise unreachable(url, error) from None
         if isinstance(error, OSError):
             raise UserError(f"{url}: {error.strerror or error}") from None
@@ -138,7 +143,7 @@ def read_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]
 def tokenized(
     batch: list[Document], tokenizer: Tokenizer, add_prefix_space: bool
 ) -> Iterator[tuple[Document, npt.NDArray[np.uint32]]]:
-    """Each document with its ids: a text's from the tokenizer, token inputs as they are."""
+    """Yield each document with its ids: a text's from the tokenizer, token inputs as they are."""
     texts = [document.text for document in batch if document.tokens is None]
     encoded = tokenizer.encode_arrays(texts, add_prefix_space)
     for document in batch:
@@ -146,12 +151,14 @@ def tokenized(
 
 
 def document_key(document: Document) -> str:
-    """The content's hash: equal documents are cut alike and fall on one side of a held-out split. Of tokens it is the
-    hash of their ids as little-endian uint32.
+    """Hash a document's content: equal documents are cut alike and fall on one side of a held-out split.
+
+    The content of tokens is their ids as little-endian uint32.
     """
     content = document.text.encode("utf-8") if document.tokens is None else document.tokens.astype("<u4").tobytes()
     return hashlib.sha256(content).hexdigest()
 
 
 def is_held_out(key: str, fraction: float) -> bool:
+    """Return whether a document belongs to the held-out fraction."""
     return int(key[:16], 16) < int(fraction * (1 << 64))

@@ -110,8 +110,8 @@ LINE_NAMES = {
 def test_list_inputs_names_of_json_lines_are_known(tmp_path: Path, name: str) -> None:
     write_lines(tmp_path / name)
     named, found = (list_inputs([str(place)], "auto")[0] for place in (tmp_path / name, tmp_path))
-    assert [(file.kind, file.compression) for file in named] == [("jsonl", LINE_NAMES[name])]
-    assert [(file.kind, file.compression) for file in found] == [("jsonl", LINE_NAMES[name])]
+    assert [(file.format, file.compression) for file in named] == [("jsonl", LINE_NAMES[name])]
+    assert [(file.format, file.compression) for file in found] == [("jsonl", LINE_NAMES[name])]
 
 
 PACKERS = {"bz2": bz2.compress, "xz": lzma.compress}
@@ -141,7 +141,7 @@ def test_list_inputs_given_format_reads_every_file_of_a_folder(tmp_path: Path) -
     (tmp_path / "main.py").write_text("print('text')\n")
     (tmp_path / ".hidden").write_text("never")
     files, passed_over = list_inputs([str(tmp_path)], "text")
-    assert [(file.name.partition("/")[2], file.kind) for file in files] == [
+    assert [(file.name.partition("/")[2], file.format) for file in files] == [
         ("main.py", "text"),
         ("part-00000", "text"),
         ("sub/c4.json.gz", "text"),

@@ -22,6 +22,7 @@ STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def arrow_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of the record batches that begin in a segment. Raises UserError."""
     import pyarrow
 
     file = segment.file
@@ -40,6 +41,7 @@ def arrow_documents(segment: Segment, options: ReadOptions) -> Iterator[Document
 
 
 def opened(file: InputFile) -> Any:
+    """Open an Arrow file: memory-mapped where it is local."""
     import pyarrow
 
     path = local_path(file.url)
@@ -51,12 +53,16 @@ def opened(file: InputFile) -> Any:
 
 
 def batches(stream: Any, file: InputFile) -> Iterator[tuple[int, Any]]:
-    """(offset of its message, record batch), in order. An empty dataset has a schema and no batch."""
+    """Yield (offset of its message, record batch), in order.
+
+    An empty dataset has a schema and no batch.
+    """
     import pyarrow.ipc
 
     if stream.read(len(FILE_MAGIC)) == FILE_MAGIC:
         reader = pyarrow.ipc.open_file(stream)
-        for i in range(reader.num_record_batches):  # without offsets: spread evenly over the bytes
+        # without offsets: spread evenly over the bytes
+        for i in range(reader.num_record_batches):
             yield file.bytes * i // reader.num_record_batches, reader.get_batch(i)
         return
     stream.seek(max(file.bytes - len(STREAM_END), 0))
@@ -76,8 +82,9 @@ def batches(stream: Any, file: InputFile) -> Iterator[tuple[int, Any]]:
 def saved_dataset_files(
     folder: str, listed: Mapping[str, Entry], name: str, source: str, required: bool = False
 ) -> list[InputFile] | None:
-    """The data files of a saved dataset in the order of its state.json; None where state.json is something else,
-    which `required` makes an error.
+    """Return the data files of a saved dataset in the order of its state.json. Raises UserError.
+
+    None where state.json is something else, which `required` makes an error.
     """
     path = joined(folder, "state.json")
     raw = read_json(path)
@@ -103,7 +110,10 @@ def saved_dataset_files(
 
 
 def dataset_dict_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
-    """The data files of every split, in the order of dataset_dict.json; None where that file is something else."""
+    """Return the data files of every split, in the order of dataset_dict.json.
+
+    None where that file is something else.
+    """
     path = joined(folder, "dataset_dict.json")
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("splits"), list):

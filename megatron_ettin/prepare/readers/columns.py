@@ -16,14 +16,15 @@ from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.prepare.input_file import InputFile
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, document_tokens
 
-BATCH_BYTES = 8 << 20  # rows are turned into Python's objects so many bytes at a time
+# rows are turned into Python's objects so many bytes at a time
+BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1_024
 COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file are read."""
+    """Columns of a file that are read."""
 
     content: str
     is_text: bool
@@ -31,68 +32,74 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
+        """Names of the columns."""
         return [self.content] if self.id is None else [self.content, self.id]
 
 
 def choose_columns(schema: Any, options: ReadOptions, where: str) -> Columns:
-    """The text column, else the token column; with `tokens_first` the other way round. UserError naming the columns
-    found where neither is there.
+    """Return the text column, else the token column; with `tokens_first` the other way round.
+
+    Raises:
+        UserError: neither is there, or it has the wrong type.
     """
-    found = {name: schema.field(i).type for i, name in enumerate(schema.names)}
-    id_key = options.id_key if options.id_key in found else None
-    if options.text_key in found and not (options.tokens_first and options.tokens_key in found):
-        if not is_text(found[options.text_key]):
-            raise UserError(f"{where}: column {options.text_key!r} is {found[options.text_key]}, not a string")
+    types = {name: schema.field(i).type for i, name in enumerate(schema.names)}
+    id_key = options.id_key if options.id_key in types else None
+    if options.text_key in types and not (options.tokens_first and options.tokens_key in types):
+        if not is_text(types[options.text_key]):
+            raise UserError(f"{where}: column {options.text_key!r} is {types[options.text_key]}, not a string")
         return Columns(options.text_key, True, id_key)
-    if options.tokens_key in found:
-        if not is_token_list(found[options.tokens_key]):
-            kind = found[options.tokens_key]
-            raise UserError(f"{where}: column {options.tokens_key!r} is {kind}, not a list of integers")
+    if options.tokens_key in types:
+        if not is_token_list(types[options.tokens_key]):
+            wrong = types[options.tokens_key]
+            raise UserError(f"{where}: column {options.tokens_key!r} is {wrong}, not a list of integers")
         return Columns(options.tokens_key, False, id_key)
-    shown = ", ".join(f"{name} ({kind})" for name, kind in list(found.items())[:COLUMNS_SHOWN])
-    more = ", ..." if len(found) > COLUMNS_SHOWN else ""
+    shown = ", ".join(f"{name} ({type_})" for name, type_ in list(types.items())[:COLUMNS_SHOWN])
+    more = ", ..." if len(types) > COLUMNS_SHOWN else ""
     raise UserError(
-        f"{where}: no text column {options.text_key!r}{nearest(options.text_key, found)} and no token column "
+        f"{where}: no text column {options.text_key!r}{nearest(options.text_key, types)} and no token column "
         f"{options.tokens_key!r}; columns found: {shown or 'none'}{more} (choose with --text-key or --tokens-key)"
     )
 
 
-def is_text(kind: Any) -> bool:
-    import pyarrow
+def is_text(column: Any) -> bool:
+    """Return whether a column type is a string."""
+    from pyarrow import types
 
-    kinds = pyarrow.types
-    if kinds.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+    if types.is_dictionary(column):
+        return is_text(column.value_type)
+    return bool(types.is_string(column) or types.is_large_string(column) or types.is_string_view(column))
 
 
-def is_token_list(kind: Any) -> bool:
-    import pyarrow
+def is_token_list(column: Any) -> bool:
+    """Return whether a column type is a list of integers."""
+    from pyarrow import types
 
-    kinds = pyarrow.types
-    lists = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-    return lists and kinds.is_integer(kind.value_type)
+    is_list = types.is_list(column) or types.is_large_list(column) or types.is_fixed_size_list(column)
+    return bool(is_list and types.is_integer(column.value_type))
 
 
 def batch_documents(
     batch: Any, first_row: int, columns: Columns, file: InputFile, options: ReadOptions
 ) -> Iterator[Document]:
-    """A document a row of a record batch; `first_row` is its first row's number within the file, from 0."""
+    """Yield a document for each row of a record batch.
+
+    `first_row` is the number of its first row within the file, from 0.
+    """
     rows = rows_at_once(batch.nbytes, batch.num_rows)
     for start in range(0, batch.num_rows, rows):
         part = batch.slice(start, rows)
         content = part.column(part.schema.get_field_index(columns.content))
         names = row_names(part, first_row + start, columns, file)
         if columns.is_text:
-            found = texts(content, first_row + start, columns.content, file)
-            yield from (Document(file, name, text=text) for name, text in zip(names, found, strict=True))
+            values = texts(content, first_row + start, columns.content, file)
+            yield from (Document(file, name, text=text) for name, text in zip(names, values, strict=True))
         else:
             ids = token_arrays(content, first_row + start, columns.content, file, options)
             yield from (Document(file, name, tokens=tokens) for name, tokens in zip(names, ids, strict=True))
 
 
 def row_names(part: Any, first_row: int, columns: Columns, file: InputFile) -> list[str]:
-    """The ids of the rows; file#row where there is none."""
+    """Return the ids of the rows; file#row where there is none."""
     numbered = [f"{file.name}#{first_row + i}" for i in range(part.num_rows)]
     if columns.id is None:
         return numbered
@@ -101,10 +108,12 @@ def row_names(part: Any, first_row: int, columns: Columns, file: InputFile) -> l
 
 
 def rows_at_once(total_bytes: int, rows: int) -> int:
+    """Return how many rows are turned into Python's objects at a time."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(total_bytes, 1)))
 
 
 def texts(column: Any, first_row: int, name: str, file: InputFile) -> Iterator[str]:
+    """Yield the texts of a column. Raises UserError for a null or a text that is not UTF-8."""
     try:
         values = column.to_pylist()
     except UnicodeDecodeError:
@@ -116,8 +125,10 @@ def texts(column: Any, first_row: int, name: str, file: InputFile) -> Iterator[s
 
 
 def value_at(column: Any, i: int, where: str, name: str) -> str | None:
+    """Return one text of a column. Raises UserError where it is not UTF-8."""
     try:
-        return column[i].as_py()
+        value: str | None = column[i].as_py()
+        return value
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: {name!r} is not UTF-8, byte {error.start} of it") from None
 
@@ -125,7 +136,7 @@ def value_at(column: Any, i: int, where: str, name: str) -> str | None:
 def token_arrays(
     column: Any, first_row: int, name: str, file: InputFile, options: ReadOptions
 ) -> Iterator[npt.NDArray[np.uint32]]:
-    """Ids of each row, its outer special ids taken off."""
+    """Yield the ids of each row, without their outer special ids. Raises UserError for a null."""
     assert options.frame is not None
     for i in range(len(column)):
         where = f"{file.url}#{first_row + i}"

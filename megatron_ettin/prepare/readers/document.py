@@ -20,12 +20,14 @@ IntArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Document:
-    """Exactly one of `text` and `tokens` is given."""
+    """Document as every reader yields it. Exactly one of `text` and `tokens` is given."""
 
     file: InputFile
-    id: str  # from the id column, else file:line or file#row; the file's name for text
+    id: str
+    """From the id column, else file:line or file#row; the file's name for text."""
     text: str = ""
-    tokens: npt.NDArray[np.uint32] | None = None  # without the special ids around them
+    tokens: npt.NDArray[np.uint32] | None = None
+    """Token ids without the special ones around them."""
 
     @property
     def size(self) -> int:
@@ -35,7 +37,7 @@ class Document:
 
 @dataclass(frozen=True)
 class TokenFrame:
-    """The tokenizer that token ids are expected to come from."""
+    """Tokenizer that token ids are expected to come from."""
 
     vocab_size: int
     cls_id: int
@@ -46,16 +48,30 @@ class TokenFrame:
 
 @dataclass(frozen=True)
 class ReadOptions:
+    """Settings of the readers."""
+
     text_key: str = "text"
     id_key: str = "id"
     tokens_key: str = "input_ids"
-    frame: TokenFrame | None = None  # None: token inputs cannot be read
-    tokens_first: bool = False  # where there are both, take the tokens
-    text_may_be_json: bool = False  # by `--format text`; else JSON lines under a text's name are refused
+    frame: TokenFrame | None = None
+    """None where token inputs cannot be read."""
+    tokens_first: bool = False
+    """Take the tokens where there are both."""
+    text_may_be_json: bool = False
+    """Read JSON lines under a text's name as text (`--format text`); else they are refused."""
 
 
 def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame) -> npt.NDArray[np.uint32]:
-    """The sequences of one document, each without its outer special ids, joined. `where` names the document."""
+    """Join the sequences of one document, each without its outer special ids.
+
+    Args:
+        sequences: token ids.
+        where: the document's name, for messages.
+        frame: the tokenizer.
+
+    Raises:
+        UserError: an id is outside the vocabulary.
+    """
     pieces: list[IntArray] = []
     first = 0
     for ids in sequences:
@@ -72,7 +88,7 @@ def document_tokens(sequences: Iterable[IntArray], where: str, frame: TokenFrame
 
 
 def without_outer_specials(ids: IntArray, frame: TokenFrame) -> IntArray:
-    """One leading [CLS], every trailing [PAD] and then one trailing [SEP] taken off."""
+    """Return ids without one leading [CLS], every trailing [PAD] and then one trailing [SEP]."""
     start, end = 0, len(ids)
     if end and ids[0] == frame.cls_id:
         start = 1

@@ -30,7 +30,7 @@ FLOAT_CODES = {6: "float64", 7: "float32"}
 
 @dataclass(frozen=True)
 class Index:
-    """The header of an .idx, and where its arrays lie."""
+    """Header of an .idx, and the offsets of its arrays."""
 
     path: str
     dtype: np.dtype
@@ -39,35 +39,40 @@ class Index:
 
     @property
     def pointers_at(self) -> int:
+        """Offset of the sequences' pointers, in bytes."""
         return HEADER.size + 4 * self.sequences
 
     @property
     def documents_at(self) -> int:
+        """Offset of the documents' bounds, in bytes."""
         return self.pointers_at + 8 * self.sequences
 
 
 def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of a segment of a Megatron dataset. Raises UserError."""
     file, frame = segment.file, options.frame
     assert frame is not None
     detail = json.loads(file.detail)
     made_by = detail.get("tokenizer")
     if made_by not in (None, frame.fingerprint):
-        asked = f"{frame.fingerprint[:12]}... is asked for; give the dataset's own directory as --tokenizer"
-        raise UserError(f"{file.url}: made with another tokenizer: {made_by[:12]}..., {asked}")
+        wanted = f"{frame.fingerprint[:12]}... is asked for; give the dataset's own directory as --tokenizer"
+        raise UserError(f"{file.url}: made with another tokenizer: {made_by[:12]}..., {wanted}")
     prefix = file.url.removesuffix(".bin")
     with open_input(prefix + ".idx") as index_stream, open_input(file.url) as tokens:
         index = read_header(index_stream, prefix + ".idx", detail["index_bytes"])
-        first, end = (index.documents * place // max(file.bytes, 1) for place in (segment.start, segment.end))
+        first, end = (index.documents * offset // max(file.bytes, 1) for offset in (segment.start, segment.end))
         with contextlib.ExitStack() as stack:
             named = stack.enter_context(open_names(prefix)) if detail.get("documents") else None
             for begin in range(first, end, DOCUMENTS_AT_ONCE):
                 stop = min(begin + DOCUMENTS_AT_ONCE, end)
                 numbered = [f"{file.name}#{i}" for i in range(begin, stop)]
                 ids = numbered if named is None else names(named, begin, stop)
-                yield from block_documents(index, index_stream, tokens, file, begin, ids, frame)
+                documents = block_tokens(index, index_stream, tokens, file, range(begin, stop), frame)
+                yield from (Document(file, name, tokens=one) for name, one in zip(ids, documents, strict=True))
 
 
 def read_header(stream: IO[bytes], path: str, index_bytes: int) -> Index:
+    """Read and check the header of an .idx. Raises UserError."""
     raw = stream.read(HEADER.size)
     if len(raw) < HEADER.size:
         raise UserError(f"{path}: {len(raw)} bytes, too short for a Megatron index")
@@ -82,8 +87,8 @@ def read_header(stream: IO[bytes], path: str, index_bytes: int) -> Index:
         raise UserError(f"{path}: unknown dtype code {code}; known: {', '.join(map(str, DTYPE_OF_CODE))}")
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if index_bytes < expected:
-        told = f"its header tells of {sequences} sequences and {boundaries - 1} documents, {expected} bytes"
-        raise UserError(f"{path}: truncated, {index_bytes} bytes; {told}")
+        described = f"its header tells of {sequences} sequences and {boundaries - 1} documents, {expected} bytes"
+        raise UserError(f"{path}: truncated, {index_bytes} bytes; {described}")
     index = Index(path, DTYPE_OF_CODE[code], sequences, max(boundaries - 1, 0))
     if boundaries:
         ends = [int(read_array(stream, index.documents_at + 8 * i, "<i8", 1)[0]) for i in (0, boundaries - 1)]
@@ -93,21 +98,17 @@ def read_header(stream: IO[bytes], path: str, index_bytes: int) -> Index:
 
 
 def read_array(stream: IO[bytes], offset: int, dtype: Any, count: int) -> npt.NDArray[Any]:
+    """Read an array at an offset of a file."""
     stream.seek(offset)
     return np.frombuffer(stream.read(count * np.dtype(dtype).itemsize), dtype=dtype)
 
 
-def block_documents(
-    index: Index,
-    index_stream: IO[bytes],
-    tokens: IO[bytes],
-    file: InputFile,
-    begin: int,
-    ids: list[str],
-    frame: TokenFrame,
-) -> Iterator[Document]:
-    """Documents [begin, begin + len(ids))."""
-    bounds = read_array(index_stream, index.documents_at + 8 * begin, "<i8", len(ids) + 1)
+def block_tokens(
+    index: Index, index_stream: IO[bytes], tokens: IO[bytes], file: InputFile, documents: range, frame: TokenFrame
+) -> Iterator[npt.NDArray[np.uint32]]:
+    """Yield the token ids of consecutive documents. Raises UserError where index or tokens are damaged."""
+    begin = documents.start
+    bounds = read_array(index_stream, index.documents_at + 8 * begin, "<i8", len(documents) + 1)
     if np.any(np.diff(bounds) < 0) or bounds[0] < 0 or bounds[-1] > index.sequences:
         wrong = begin + int(np.flatnonzero(np.diff(bounds) < 0)[0]) if np.any(np.diff(bounds) < 0) else begin
         raise UserError(f"{index.path}: damaged at document {wrong}: its sequences do not ascend")
@@ -118,19 +119,19 @@ def block_documents(
     wrong_at = np.flatnonzero((lengths < 0) | (pointers < 0) | (ends > file.bytes))
     if len(wrong_at):
         i = int(wrong_at[0])
-        place = f"sequence {first + i} lies in bytes {pointers[i]} to {ends[i]}"
-        raise UserError(f"{file.url}: truncated, {file.bytes} bytes, but by its index {place}")
-    for number, name in enumerate(ids):
+        extent = f"sequence {first + i} lies in bytes {pointers[i]} to {ends[i]}"
+        raise UserError(f"{file.url}: truncated, {file.bytes} bytes, but by its index {extent}")
+    for number in range(len(documents)):
         low, high = int(bounds[number]) - first, int(bounds[number + 1]) - first
         sequences = document_sequences(tokens, index.dtype, pointers[low:high], lengths[low:high])
         where = f"{file.url}: document {begin + number}"
-        yield Document(file, name, tokens=document_tokens(sequences, where, frame))
+        yield document_tokens(sequences, where, frame)
 
 
 def document_sequences(
     tokens: IO[bytes], dtype: np.dtype, pointers: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> list[npt.NDArray[np.integer]]:
-    """The sequences of one document; those that lie one after another are read at once."""
+    """Return the sequences of one document. Those that lie one after another are read at once."""
     if not len(pointers):
         return []
     if np.array_equal(pointers[1:], pointers[:-1] + lengths[:-1] * dtype.itemsize):
@@ -141,7 +142,7 @@ def document_sequences(
 
 @contextlib.contextmanager
 def open_names(prefix: str) -> Iterator[Any]:
-    """The documents sidecar of a shard of ours: its record batch readers."""
+    """Open the documents sidecar of a shard of our own: its record batch."""
     import pyarrow
     import pyarrow.ipc
 
@@ -155,18 +156,23 @@ def open_names(prefix: str) -> Iterator[Any]:
 
 
 def names(table: Any, begin: int, end: int) -> list[str]:
-    return table.column(table.schema.get_field_index("document_id")).slice(begin, end - begin).to_pylist()
+    """Return the ids of documents [begin, end)."""
+    column = table.column(table.schema.get_field_index("document_id"))
+    return [str(name) for name in column.slice(begin, end - begin).to_pylist()]
 
 
 def pair_at(given: str, name: str, source: str) -> InputFile | None:
-    """The pair that a prefix, an .idx or a .bin names; None where there is no .idx."""
+    """Return the pair that a prefix, an .idx or a .bin names; None where there is no .idx."""
     prefix = given[:-4] if given.endswith((".idx", ".bin")) else given
     index = find(prefix + ".idx")
     return None if index is None else pair_of(index, name, source, strict=True)
 
 
 def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | None:
-    """The pair of an .idx file. One that is not Megatron's is None, or an error where the user asked for it."""
+    """Return the pair of an .idx file.
+
+    One that is not Megatron's is None, or with `strict` a UserError.
+    """
     with open_input(index.url) as stream:
         magic = stream.read(len(MAGIC))
     if magic != MAGIC:
@@ -182,8 +188,9 @@ def pair_of(index: Entry, name: str, source: str, strict: bool) -> InputFile | N
 
 
 def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
-    """The shards of a dataset that `ettin prepare` made, in order; None where manifest.json is something else. Its
-    held-out part is a dataset of its own and not part of it.
+    """Return the shards of a dataset that `ettin prepare` made, in order. Raises UserError.
+
+    None where manifest.json is something else. The held-out part is a dataset of its own and not included.
     """
     path = joined(folder, "manifest.json")
     raw = read_json(path)
@@ -198,17 +205,17 @@ def own_dataset_files(folder: str, listed: Mapping[str, Entry], name: str, sourc
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
     files = []
     for shard in manifest.shards:
-        found = {
+        present = {
             suffix: find(joined_in(folder, shard.name + suffix, path))
             for suffix in (".bin", ".idx", ".documents.arrow")
         }
-        for suffix, entry in found.items():
+        for suffix, entry in present.items():
             expected = shard.files[suffix].bytes
             if entry is None:
                 raise UserError(f"{path}: names {shard.name}{suffix}, which is not there")
             if entry.bytes != expected:
                 raise UserError(f"{entry.url}: {entry.bytes} bytes, the manifest says {expected}")
-        tokens, index = found[".bin"], found[".idx"]
+        tokens, index = present[".bin"], present[".idx"]
         assert tokens is not None and index is not None
         detail = {"index_bytes": index.bytes, "tokenizer": manifest.tokenizer.fingerprint, "documents": True}
         file_name = f"{name}/{shard.name}"

@@ -22,6 +22,7 @@ NOT_BLANK = re.compile(r"\S")
 
 
 def text_document(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """Yield the one document of a text file. Raises UserError."""
     text = whole_text(segment.file)
     if not options.text_may_be_json and begins_with_json_object(text):
         raise UserError(
@@ -32,7 +33,7 @@ def text_document(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 
 
 def begins_with_json_object(text: str) -> bool:
-    """Whether the first line that is not blank is a JSON object: JSON lines under a text's name."""
+    """Return whether the first line that is not blank is a JSON object: JSON lines under a text's name."""
     visible = NOT_BLANK.search(text)
     start = visible.start() if visible else 0
     end = text.find("\n", start)
@@ -46,7 +47,7 @@ def begins_with_json_object(text: str) -> bool:
 
 
 def whole_text(file: InputFile) -> str:
-    """A text file's content, without a byte order mark."""
+    """Return a text file's content, without a byte order mark."""
     raw = b"".join(blocks(file))
     if file.compression is None and len(raw) < file.bytes:
         raise shrunk(file, len(raw))
@@ -57,7 +58,7 @@ def whole_text(file: InputFile) -> str:
 
 
 def decoded(raw: bytes, offset: int) -> str:
-    """UTF-8 without NUL; `offset` is where `raw` begins in its file."""
+    """Decode UTF-8 without NUL. `offset` is where `raw` begins in its file."""
     if (zero := raw.find(b"\x00")) >= 0:
         raise UserError(f"not text, a NUL byte at offset {offset + zero}")
     try:
@@ -68,8 +69,10 @@ def decoded(raw: bytes, offset: int) -> str:
 
 
 def json_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
-    """A document a line of every line that begins in the segment. Without an id of its own a document is `file:line`
-    or, in a file that is cut, `file@byte`: nobody has counted the lines before.
+    """Yield a document for every line that begins in the segment. Raises UserError.
+
+    Without an id of its own a document is `file:line` or, in a file that is cut, `file@byte`, because nobody has
+    counted the lines before.
     """
     file = segment.file
     for number, offset, raw in lines(segment):
@@ -85,7 +88,7 @@ def json_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]
 
 
 def parsed(raw: bytes, offset: int, options: ReadOptions) -> tuple[str, Any]:
-    """(text, id or None) of one line. Raises UserError with what is wrong, without the place."""
+    """Return (text, id or None) of one line. Raises UserError with what is wrong, without file and line."""
     line = decoded(raw, offset)
     try:
         record = load_json(line.removeprefix("\ufeff") if offset == 0 else line)
@@ -96,6 +99,7 @@ def parsed(raw: bytes, offset: int, options: ReadOptions) -> tuple[str, Any]:
 
 
 def text_of(record: Any, text_key: str) -> str:
+    """Return the text of a record. Raises UserError."""
     if not isinstance(record, dict):
         raise UserError(f"a JSON {type(record).__name__}, not an object with a {text_key!r} key")
     if text_key not in record:
@@ -108,7 +112,7 @@ def text_of(record: Any, text_key: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """Half of an escaped surrogate pair is no character; it becomes U+FFFD, as the standard says."""
+    """Replace each half of an escaped surrogate pair, which is no character, by U+FFFD as the standard says."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -117,7 +121,7 @@ def whole_characters(text: str) -> str:
 
 
 def lines(segment: Segment) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, 0 in a file that is cut; offset; line without its end) of every line that begins in the segment."""
+    """Yield (line number, 0 in a file that is cut; offset; line without its end) of lines that begin in the segment."""
     number, step = (1, 1) if segment.is_whole else (0, 0)
     if segment.file.compression:
         offset = 0
@@ -135,16 +139,17 @@ def lines(segment: Segment) -> Iterator[tuple[int, int, bytes]]:
 
 
 def seek_first_line(stream: IO[bytes], start: int) -> int:
-    """Go to the first line that begins at `start` or after; returns its offset."""
+    """Go to the first line that begins at `start` or after, and return its offset."""
     if start == 0:
         return 0
     stream.seek(start - 1)
-    skipped = stream.readline()  # the end of the line before, at least its newline
+    # the end of the line before, at least its newline
+    skipped = stream.readline()
     return start - 1 + len(skipped)
 
 
 def count_line_ends(url: str, start: int, end: int) -> int:
-    """Newlines in bytes [start, end)."""
+    """Count the newlines in bytes [start, end)."""
     count = 0
     with open_input(url) as stream:
         stream.seek(start)
@@ -155,6 +160,7 @@ def count_line_ends(url: str, start: int, end: int) -> int:
 
 
 def split_lines(stream: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream of blocks, without their ends."""
     kept: list[bytes] = []
     for block in stream:
         first, *more = block.split(b"\n")

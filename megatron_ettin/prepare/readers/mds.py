@@ -30,7 +30,8 @@ from megatron_ettin.prepare.readers.document import Document, ReadOptions, docum
 from megatron_ettin.prepare.readers.mds_index import MdsShard, index_of, shard_from_json
 
 SIZE = struct.Struct("<I")
-SHAPE_DTYPES = ("<u1", "<u2", "<u4", "<u8")  # by the two low bits before a shape
+# by the two low bits before a shape
+SHAPE_DTYPES = ("<u1", "<u2", "<u4", "<u8")
 # the byte before values whose encoding names no dtype -> dtype
 VALUE_DTYPES = {
     8: "uint8",
@@ -50,8 +51,10 @@ TEXT_ENCODINGS = ("str", "str_int")
 
 
 def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
-    """The documents of a shard. Where something in it is wrong and it has a hash, the hash speaks first: a damaged
-    shard is no matter of token ids.
+    """Yield the documents of a shard. Raises UserError.
+
+    Where something is wrong in a shard with hashes, these are checked first: the message is then that the shard is
+    damaged, not that a token id is wrong.
     """
     shard = shard_from_json(segment.file.detail)
     try:
@@ -65,6 +68,7 @@ def mds_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
 
 
 def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of a shard that is believed to be whole."""
     content = content_column(shard, index_of(file), options)
     id_column = next((i for i, (name, *_) in enumerate(shard.columns) if name == options.id_key), None)
     is_text = shard.columns[content][1] == "str"
@@ -81,7 +85,7 @@ def shard_documents(file: InputFile, shard: MdsShard, options: ReadOptions) -> I
 
 
 def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
-    """Number of the text column, else of the token column."""
+    """Return the number of the text column, else of the token column. Raises UserError."""
     encodings = {name: (i, encoding) for i, (name, encoding, _) in enumerate(shard.columns)}
     if options.text_key in encodings and not (options.tokens_first and options.tokens_key in encodings):
         number, encoding = encodings[options.text_key]
@@ -96,14 +100,15 @@ def content_column(shard: MdsShard, index: str, options: ReadOptions) -> int:
             wanted = "not an ndarray of integers"
             raise UserError(f"{index}: column {options.tokens_key!r} is encoded as {encoding!r}, {wanted}")
         return number
-    found = ", ".join(f"{name} ({encoding})" for name, encoding, _ in shard.columns)
+    columns = ", ".join(f"{name} ({encoding})" for name, encoding, _ in shard.columns)
     raise UserError(
         f"{index}: no text column {options.text_key!r} and no token column {options.tokens_key!r}; "
-        f"columns found: {found or 'none'} (choose with --text-key or --tokens-key)"
+        f"columns found: {columns or 'none'} (choose with --text-key or --tokens-key)"
     )
 
 
 def is_integer(dtype: str) -> bool:
+    """Return whether a dtype's name is that of integers."""
     return dtype in VALUE_DTYPES.values() and np.issubdtype(np.dtype(dtype), np.integer)
 
 
@@ -124,14 +129,15 @@ class HashedBlocks:
             yield block
 
     def check(self, what: str, index: str) -> None:
+        """Raise UserError where a digest is not the expected one."""
         for name, digest in self._digests.items():
             if digest.hexdigest() != self._expected[name]:
-                told = f"{digest.hexdigest()}, {index} says {self._expected[name]}"
-                raise UserError(f"{what}: damaged, its {name} is {told}")
+                digests = f"{digest.hexdigest()}, {index} says {self._expected[name]}"
+                raise UserError(f"{what}: damaged, its {name} is {digests}")
 
 
 def hash_function(name: str) -> Callable[[], Any] | None:
-    """By the name that an index has for it; None for one that is not there (xxhash is an extra)."""
+    """Return the function that an index names; None for one that is not there (xxhash is an extra)."""
     if name in hashlib.algorithms_guaranteed and not name.startswith("shake_"):
         return lambda: hashlib.new(name, usedforsecurity=False)
     if name.startswith("xx"):
@@ -150,35 +156,36 @@ class Reader:
         self._blocks = blocks
         self._where = where
         self._held = b""
-        self._place = 0
+        self._position = 0
         self.offset = 0
 
     def read(self, size: int, what: str) -> bytes:
+        """Return the next `size` bytes. Raises UserError where there are fewer; `what` names them."""
         pieces: list[bytes] = []
         missing = size
         while missing:
-            if self._place == len(self._held):
+            if self._position == len(self._held):
                 block = next(self._blocks, None)
                 if block is None:
                     end = self.offset + size - missing
                     raise UserError(f"{self._where}: truncated, ends at byte {end} within {what}")
-                self._held, self._place = block, 0
-            piece = self._held[self._place : self._place + missing]
-            self._place += len(piece)
+                self._held, self._position = block, 0
+            piece = self._held[self._position : self._position + missing]
+            self._position += len(piece)
             missing -= len(piece)
             pieces.append(piece)
         self.offset += size
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_rest(self) -> int:
-        """Bytes that were left."""
-        rest = len(self._held) - self._place + sum(len(block) for block in self._blocks)
+        """Read to the end, and return the number of bytes that were left."""
+        rest = len(self._held) - self._position + sum(len(block) for block in self._blocks)
         self.offset += rest
         return rest
 
 
 def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
-    """The columns of each sample, as bytes."""
+    """Yield the columns of each sample, as bytes. Raises UserError."""
     index = index_of(file)
     stored = HashedBlocks(
         raw_blocks(file.url, COMPRESSED_BLOCK_BYTES if file.compression else BLOCK_BYTES), shard.file_hashes
@@ -198,17 +205,17 @@ def samples(file: InputFile, shard: MdsShard) -> Iterator[list[bytes]]:
 
 
 def bounded(blocks: Iterator[bytes], most_bytes: int, url: str, index: str) -> Iterator[bytes]:
-    """The blocks, refused where they are more than the index says: a small file can unfold into terabytes."""
-    found = 0
+    """Pass blocks on, and refuse more than the index says: a small file can unfold into terabytes."""
+    total = 0
     for block in blocks:
-        found += len(block)
-        if found > most_bytes:
+        total += len(block)
+        if total > most_bytes:
             raise UserError(f"{url}: more than {most_bytes:,} bytes uncompressed, which is what {index} says")
         yield block
 
 
 def read_bounds(reader: Reader, file: InputFile, shard: MdsShard, index: str) -> npt.NDArray[np.int64]:
-    """Offsets of the samples' bounds [samples + 1], checked to lie in the shard in order."""
+    """Return the offsets of the samples' bounds [samples + 1], checked to lie in the shard in order."""
     (count,) = SIZE.unpack(reader.read(SIZE.size, "its first number"))
     if count != shard.samples:
         raise UserError(f"{file.url}: holds {count} samples, {index} says {shard.samples}")
@@ -222,25 +229,27 @@ def read_bounds(reader: Reader, file: InputFile, shard: MdsShard, index: str) ->
 
 
 def sample_columns(sample: bytes, shard: MdsShard, where: str) -> list[bytes]:
-    place, sizes = 0, []
+    """Return the columns of a sample, as bytes. Raises UserError."""
+    position, sizes = 0, []
     for _, _, fixed in shard.columns:
         if fixed:
             sizes.append(fixed)
             continue
-        if place + SIZE.size > len(sample):
+        if position + SIZE.size > len(sample):
             raise UserError(f"{where}: damaged sample, {len(sample)} bytes cannot hold its columns' sizes")
-        sizes.append(SIZE.unpack_from(sample, place)[0])
-        place += SIZE.size
-    if place + sum(sizes) != len(sample):
-        raise UserError(f"{where}: damaged sample, {len(sample)} bytes, its columns take {place + sum(sizes)}")
+        sizes.append(SIZE.unpack_from(sample, position)[0])
+        position += SIZE.size
+    if position + sum(sizes) != len(sample):
+        raise UserError(f"{where}: damaged sample, {len(sample)} bytes, its columns take {position + sum(sizes)}")
     columns = []
     for size in sizes:
-        columns.append(sample[place : place + size])
-        place += size
+        columns.append(sample[position : position + size])
+        position += size
     return columns
 
 
 def text_value(raw: bytes, where: str) -> str:
+    """Decode a text column. Raises UserError."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -248,7 +257,7 @@ def text_value(raw: bytes, where: str) -> str:
 
 
 def scalar(raw: bytes, encoding: str, where: str) -> str | None:
-    """A document id; None where the column cannot be one."""
+    """Return a document id; None where the column cannot be one."""
     if encoding in TEXT_ENCODINGS or encoding == "bytes":
         return text_value(raw, where)
     dtype = INTEGER_ENCODINGS.get(encoding)
@@ -256,26 +265,24 @@ def scalar(raw: bytes, encoding: str, where: str) -> str | None:
 
 
 def array_rows(raw: bytes, encoding: str, where: str) -> list[npt.NDArray[np.integer]]:
-    """An ndarray's rows along its last axis; a plain list of ids is one row."""
+    """Return an ndarray's rows along its last axis; a plain list of ids is one row. Raises UserError."""
     dtype_name, _, shape_text = encoding.partition(":")[2].partition(":")
-    place = 0
+    position = 0
     try:
         if not dtype_name:
-            dtype_name, place = VALUE_DTYPES[raw[0]], 1
+            dtype_name, position = VALUE_DTYPES[raw[0]], 1
             if not is_integer(dtype_name):
                 raise UserError(f"{where}: an ndarray of {dtype_name}, which are no token ids")
         if shape_text:
             shape = [int(part) for part in shape_text.split(",")]
         else:
-            dimensions, kind = raw[place] >> 2, SHAPE_DTYPES[raw[place] & 3]
-            place += 1
-            shape = np.frombuffer(raw, kind, dimensions, place).tolist()
-            place += dimensions * np.dtype(kind).itemsize
-        values = np.frombuffer(raw, np.dtype(dtype_name).newbyteorder("<"), offset=place)
-        return list(values.reshape(-1, shape[-1])) if values.size == int(np.prod(shape)) else damaged(where, raw)
+            dimensions, dtype = raw[position] >> 2, SHAPE_DTYPES[raw[position] & 3]
+            position += 1
+            shape = np.frombuffer(raw, dtype, dimensions, position).tolist()
+            position += dimensions * np.dtype(dtype).itemsize
+        values = np.frombuffer(raw, np.dtype(dtype_name).newbyteorder("<"), offset=position)
+        if values.size == int(np.prod(shape)):
+            return list(values.reshape(-1, shape[-1]))
     except (IndexError, KeyError, ValueError):
-        return damaged(where, raw)
-
-
-def damaged(where: str, raw: bytes) -> Any:
+        pass
     raise UserError(f"{where}: damaged ndarray of {len(raw)} bytes")

@@ -23,31 +23,41 @@ READ_COMPRESSION = "zstd"
 
 @dataclass(frozen=True)
 class MdsShard:
-    """What the index says of one shard. No path is kept: a dataset does not depend on where its inputs lay."""
+    """Shard as the index describes it. No path is kept: a dataset does not depend on where its inputs lay."""
 
-    file_name: str  # of the file that is read, as the index names it
+    file_name: str
+    """Of the file that is read, as the index names it."""
     samples: int
-    columns: tuple[tuple[str, str, int | None], ...]  # name, encoding, bytes where fixed
+    columns: tuple[tuple[str, str, int | None], ...]
+    """Name, encoding, bytes where fixed."""
     raw_bytes: int
-    raw_hashes: dict[str, str]  # algorithm -> hexadecimal digest, of the shard when not compressed
-    file_hashes: dict[str, str]  # of the file that is read: the compressed one, or as above
+    raw_hashes: dict[str, str]
+    """Algorithm -> hexadecimal digest, of the shard when not compressed."""
+    file_hashes: dict[str, str]
+    """Of the file that is read: the compressed one, or as above."""
 
     def to_json(self) -> str:
+        """Return the shard as a JSON text."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
 def index_of(file: InputFile) -> str:
-    """The index.json that names a shard."""
+    """Return the path of the index.json that names a shard."""
     return file.url.removesuffix(json.loads(file.detail)["file_name"]) + INDEX_NAME
 
 
 def shard_from_json(text: str) -> MdsShard:
+    """Return the shard that `to_json` wrote."""
     raw = json.loads(text)
     return MdsShard(**{**raw, "columns": tuple(tuple(column) for column in raw["columns"])})
 
 
 def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) -> list[InputFile] | None:
-    """The shards in the index's order, sizes checked; None where index.json is not an index of shards."""
+    """Return the shards in the index's order, sizes checked; None where index.json is not an index of shards.
+
+    Raises:
+        UserError: the index is damaged, or a shard is missing or has another size.
+    """
     path = joined(folder, INDEX_NAME)
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("shards"), list):
@@ -57,23 +67,18 @@ def mds_files(folder: str, listed: Mapping[str, Entry], name: str, source: str) 
     if raw.get("version") != FORMAT_VERSION:
         raise UserError(f"{path}: MDS version {raw.get('version')}; version {FORMAT_VERSION} is read")
     present = {folder: {entry.url: entry for entry in listed.values()}} if len(listed) > 1 else {}
-    return [mds_file(path, folder, number, shard, present, name, source) for number, shard in enumerate(raw["shards"])]
+    return [mds_file(folder, number, shard, present, name, source) for number, shard in enumerate(raw["shards"])]
 
 
 def mds_file(
-    path: str,
-    folder: str,
-    number: int,
-    shard: Any,
-    present: dict[str, dict[str, Entry]],
-    name: str,
-    source: str,
+    folder: str, number: int, shard: Any, present: dict[str, dict[str, Entry]], name: str, source: str
 ) -> InputFile:
-    """One shard: the file that is there, uncompressed before compressed."""
+    """Return the file of one shard that is there, uncompressed before compressed. Raises UserError."""
+    path = joined(folder, INDEX_NAME)
     try:
         if (shard["format"], shard["version"]) != ("mds", FORMAT_VERSION):
-            found = f"format {shard['format']!r} version {shard['version']}"
-            raise UserError(f"{path}: shard {number} is {found}; 'mds' version {FORMAT_VERSION} is read")
+            described = f"format {shard['format']!r} version {shard['version']}"
+            raise UserError(f"{path}: shard {number} is {described}; 'mds' version {FORMAT_VERSION} is read")
         raw, zipped = shard["raw_data"], shard["zip_data"]
         fields = (shard["column_names"], shard["column_encodings"], shard["column_sizes"])
         columns = tuple(zip(*fields, strict=True))
@@ -107,7 +112,7 @@ def _is_column(name: Any, encoding: Any, size: Any) -> bool:
 
 
 def entry_in(folder: str, file_name: str, path: str, present: dict[str, dict[str, Entry]]) -> Entry | None:
-    """A file that an index names, from one listing a directory: `present` keeps them."""
+    """Describe a file that an index names, from one listing of each directory, which `present` keeps."""
     url = joined_in(folder, file_name, path, nested=True)
     inside = parent_of(url)
     if inside not in present:

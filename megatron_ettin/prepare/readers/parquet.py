@@ -17,6 +17,7 @@ from megatron_ettin.prepare.readers.document import Document, ReadOptions
 
 
 def parquet_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of the row groups that begin in a segment. Raises UserError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -37,10 +38,10 @@ def parquet_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
 
 
 def group_start(described: Any) -> int:
-    """Where the first byte of a row group lies in its file."""
+    """Return the offset of a row group's first byte in its file."""
     if described.num_columns == 0:
         return 0
-    starts = []
+    starts: list[int] = []
     for i in range(described.num_columns):
         column = described.column(i)
         dictionary = column.dictionary_page_offset if column.has_dictionary_page else None
@@ -51,6 +52,7 @@ def group_start(described: Any) -> int:
 def group_documents(
     parquet: Any, group: int, first_row: int, columns: Columns, segment: Segment, options: ReadOptions
 ) -> Iterator[Document]:
+    """Yield the documents of one row group, in batches of pages."""
     import pyarrow
 
     file, described = segment.file, parquet.metadata.row_group(group)
