@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ettin.base.errors import first_line
+from megatron_ettin.base.errors import UserError, first_line
 
 DIGEST = "content_sha256"
 
@@ -160,6 +160,18 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
+
+
+def read_yaml(path: Path, label: str) -> Any:
+    """Parse a YAML file. Raises UserError, whose message begins with `label`, where it cannot be read or parsed."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{label}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{label}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
 
 
 def _depth(text: str) -> int:

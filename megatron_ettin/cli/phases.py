@@ -78,7 +78,8 @@ def config_of_weights(init_from: Path) -> dict[str, Any]:
 
 def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
     """Return the phases that the command line asks for, resolved and checked. Raises UserError."""
-    from megatron_ettin.config.resolve import given_by_user, inherited, parse
+    from megatron_ettin.config.overrides import given_by_user
+    from megatron_ettin.config.resolve import Start, inherited, parse
     from megatron_ettin.runs.directory import CHAIN, RunDirectory, last_phase
 
     run_dir, words = args.run_dir, args.words
@@ -93,7 +94,7 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
         own = run_dir / phase if args.phase == "all" else run_dir
         begun = RunDirectory(own).recorded_config
         kept = inherited(dataclasses.asdict(planned[-1].config)) if planned else model_of_weights(own, args.init_from)
-        config = parse(args.size, args.objective, phase, args.config, words, kept, begun)
+        config = parse(args.size, args.objective, phase, args.config, words, Start(kept, begun))
         source = planned[-1].run_dir if planned else args.init_from
         given = given_by_user(args.config, words, phase)
         planned.append(PlannedPhase(config, own, source, kept, words, begun, given))

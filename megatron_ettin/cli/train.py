@@ -55,10 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def explain(phase: PlannedPhase, args: argparse.Namespace) -> str:
     """Return what `--explain` prints about a phase."""
     from megatron_ettin.config.explain import describe, differences, to_json
-    from megatron_ettin.config.resolve import origins
+    from megatron_ettin.config.resolve import Start, origins
 
     config = phase.planned
-    different = differences(config, origins(args.config, phase.words, phase.kept, phase.config.run.phase, phase.begun))
+    who = origins(args.config, phase.words, config.run.phase, Start(phase.kept, phase.begun))
+    different = differences(config, who)
     return json.dumps(to_json(different, config), indent=1) if args.json else describe(different, config)
 
 
@@ -110,7 +111,7 @@ def log_remarks(phases: list[PlannedPhase], allowed: Sequence[str] = ()) -> None
 def unread_keys(phase: PlannedPhase) -> tuple[str, ...]:
     """Return a line for each override that this run does not read; files are left out: they serve both halves."""
     from megatron_ettin.config.explain import ignored_lines
-    from megatron_ettin.config.resolve import given_by_user
+    from megatron_ettin.config.overrides import given_by_user
 
     return tuple(ignored_lines(phase.config, given_by_user(None, phase.words, phase.config.run.phase)))
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from megatron_ettin.base.text import format_count
 from megatron_ettin.config.overrides import split_overrides
 from megatron_ettin.config.recipe import PHASES, recipe
-from megatron_ettin.config.schema import Config
-from megatron_ettin.config.science import science_keys
+from megatron_ettin.config.schema import Config, science_keys
 from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
 REASONS = {
@@ -88,6 +87,8 @@ ALWAYS = (
 
 
 class Difference(NamedTuple):
+    """A key that differs from the original trainer's run."""
+
     key: str
     here: Any
     original: Any

@@ -55,10 +55,10 @@ class Key:
 
     @property
     def range(self) -> str:
-        """The allowed numbers in words, such as `from 0 to 1`; empty where there is no range."""
+        """Return the allowed numbers in words, such as `from 0 to 1`; empty where there is no range."""
         bounds = {"above": self.above, "at least": self.at_least, "at most": self.at_most, "below": self.below}
-        words = [f"{word} {bound:,}".removesuffix(".0") for word, bound in bounds.items() if bound is not None]
-        return f"0 ({self.zero}) or above" if self.zero else " and ".join(words)
+        limits = [f"{name} {bound:,}".removesuffix(".0") for name, bound in bounds.items() if bound is not None]
+        return f"0 ({self.zero}) or above" if self.zero else " and ".join(limits)
 
 
 def key(doc: str, default: Any = MISSING, **about: Any) -> Any:

@@ -79,9 +79,9 @@ def check_recompute(config: Config) -> None:
     if not parallel.offload_layers:
         return
     if parallel.recompute != "none" or parallel.pp > 1:
-        found = f"pp {parallel.pp}" if parallel.pp > 1 else f"recompute={parallel.recompute}"
+        conflict = f"pp {parallel.pp}" if parallel.pp > 1 else f"recompute={parallel.recompute}"
         raise UserError(
-            f"parallel.offload_layers: works with neither recomputation nor pipeline stages (found {found})"
+            f"parallel.offload_layers: works with neither recomputation nor pipeline stages (found {conflict})"
         )
     if parallel.offload_layers >= config.model.num_layers:
         raise UserError(
@@ -188,9 +188,9 @@ def check_zero(config: Config) -> None:
     parallel = config.parallel
     if parallel.engine != "deepspeed":
         for key, unset in (("zero_stage", None), ("zero_offload", "none")):
-            if (found := getattr(parallel, key)) != unset:
+            if (value := getattr(parallel, key)) != unset:
                 raise UserError(
-                    f"parallel.{key}: {found} needs parallel.engine=deepspeed (found {parallel.engine}); remove it or"
+                    f"parallel.{key}: {value} needs parallel.engine=deepspeed (found {parallel.engine}); remove it or"
                     " set the engine"
                 )
         return
@@ -247,8 +247,8 @@ def max_chunks_per_row(config: Config) -> int:
 def check_graphs(config: Config) -> None:
     """Raise UserError where the micro-batches of a run with CUDA graphs are not all alike."""
     if config.runtime.cuda_graph:
-        for found, instead in _graph_refusals(config):
-            raise UserError(f"runtime.cuda_graph: does not work with {found}; {instead}")
+        for obstacle, instead in _graph_refusals(config):
+            raise UserError(f"runtime.cuda_graph: does not work with {obstacle}; {instead}")
 
 
 def _graph_refusals(config: Config) -> Iterator[tuple[str, str]]:
@@ -306,12 +306,12 @@ class RowSplit:
 
     @property
     def capacity(self) -> int:
-        """Number of row slots that all ranks compute in the step, empty ones included."""
+        """Return the number of row slots that all ranks compute in the step, empty ones included."""
         return self.count * self.dp * self.size
 
     @property
     def empty(self) -> int:
-        """Number of slots that have no row."""
+        """Return the number of slots that have no row."""
         return self.capacity - self.rows
 
     def slots(self, rank: int, index: int) -> range:

@@ -9,15 +9,15 @@ older names and forms of keys become those of today.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from megatron_ettin.base import parsing
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.parsing import load_yaml
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.key_names import current_name, nearest_key, rename_keys, unknown_group
 from megatron_ettin.config.original.importing import import_yaml
@@ -33,6 +33,8 @@ class Layer(NamedTuple):
 
     groups: Groups
     origin: str
+    is_whole_run: bool = False
+    """Whether it is a YAML of the original trainer, which is a whole run as the tables are."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,9 @@ class UserConfig:
     phases: dict[str, Groups] = field(default_factory=dict)
     """Groups for one phase, by phase."""
     names: dict[str, str] = field(default_factory=dict)
-    """Size, objective and phase, where the file has them."""
+    """Size, objective and phase. Only a YAML of the original trainer has them."""
     notes: tuple[str, ...] = ()
     """Lines about keys of an original trainer's file that were left aside or assumed."""
-
-    @property
-    def is_original(self) -> bool:
-        """Return whether it is a YAML of the original trainer; no other file has size, objective and phase."""
-        return bool(self.names)
 
 
 def read_user_config(path: Path) -> UserConfig:
@@ -100,15 +97,17 @@ def run_names(config: UserConfig | None, path: Path | None, given: Mapping[str, 
     return {name: value or in_file[name] for name, value in given.items()}
 
 
-def read_layers(config: UserConfig | None, path: Path | None, overrides: Sequence[str], phase: str) -> list[Layer]:
+def read_layers(path: Path | None, overrides: Sequence[str], phase: str) -> list[Layer]:
     """Return every layer of a phase, weakest first: file, its part for the phase, overrides, overrides for the phase.
 
     All are checked, those for other phases too. Raises UserError.
     """
+    config = read_user_config(path) if path else None
     common, of_phase = split_overrides(overrides)
     layers = []
     if config is not None:
-        layers = [Layer(config.common, str(path)), Layer(config.phases.get(phase, {}), f"{path} (phases.{phase})")]
+        layers = [Layer(config.common, str(path), bool(config.names))]
+        layers.append(Layer(config.phases.get(phase, {}), f"{path} (phases.{phase})"))
     layers += [Layer(from_overrides([one]), f"`{one}`") for one in common]
     layers += [Layer(from_overrides([one]), f"`{phase}.{one}`") for one in of_phase.get(phase, [])]
     for layer in layers:
@@ -133,31 +132,28 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list
 
 def given_keys(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
     """Return the `group.key` of everything that a user config or overrides set, to the recipe's value or another."""
-    layers = read_layers(read_user_config(user_config) if user_config else None, user_config, overrides, phase)
-    return keys_of([layer.groups for layer in layers])
+    return keys_of(read_layers(user_config, overrides, phase))
 
 
-def given(layers: Sequence[Groups], group: str, key: str) -> str | None:
+def given_by_user(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
+    """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
+    return keys_of(layer for layer in read_layers(user_config, overrides, phase) if not layer.is_whole_run)
+
+
+def given(layers: Sequence[Layer], group: str, key: str) -> str | None:
     """Return the strongest layer's value of a key that decides which tables are used; None where none has it."""
-    values = [value for layer in layers if (value := (layer.get(group) or {}).get(key)) is not None]
+    values = [value for layer in layers if (value := (layer.groups.get(group) or {}).get(key)) is not None]
     return str(values[-1]) if values else None
 
 
-def keys_of(layers: Sequence[Groups]) -> frozenset[str]:
+def keys_of(layers: Iterable[Layer]) -> frozenset[str]:
     """Return the `group.key` of everything that the layers set."""
-    return frozenset(f"{group}.{key}" for layer in layers for group, keys in layer.items() for key in keys or {})
+    return frozenset(f"{group}.{key}" for layer in layers for group, keys in layer.groups.items() for key in keys or {})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the groups of a user config. Raises UserError for a missing or broken file."""
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    content = parsing.read_yaml(path, f"config {path}")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -174,7 +170,7 @@ def from_overrides(overrides: Sequence[str]) -> Groups:
             raise UserError(f"{override!r} is not key=value; write for example optim.lr=1e-3")
         group, _, name = key.partition(".")
         try:
-            parsed = load_yaml(value) if value else None
+            parsed = parsing.load_yaml(value) if value else None
         except yaml.YAMLError:
             raise UserError(f"{key}: {value!r} is not a YAML value") from None
         if not name:
@@ -203,12 +199,12 @@ def check_keys(layer: dict[str, Any]) -> None:
             name = f"{group}.{key}"
             if name not in types:
                 raise UserError(f"unknown key {name!r}{nearest_key(name, types)}")
-            wants_count = types[name] is int or int in getattr(types[name], "__args__", ())
+            hints = (types[name], *get_args(types[name]))
             if (parse := all_keys()[name].parse) is not None and value is not None:
                 keys[key] = parse(value, name)
-            elif wants_count and isinstance(value, (str, float)):
+            elif int in hints and isinstance(value, (str, float)):
                 keys[key] = parse_count(value, name)
-            elif _wants_float(types[name]) and isinstance(value, str):
+            elif float in hints and isinstance(value, str):
                 keys[key] = _as_float(value, name)
 
 
@@ -224,10 +220,6 @@ def upgrade_keys(groups: Groups) -> None:
         keys = groups.get(group)
         if key.parse is not None and isinstance(keys, dict) and keys.get(short) is not None:
             keys[short] = key.parse(keys[short], name)
-
-
-def _wants_float(hint: Any) -> bool:
-    return hint is float or float in getattr(hint, "__args__", ())
 
 
 def _as_float(value: str, name: str) -> float:
@@ -251,7 +243,7 @@ class Member(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """The values as `key=value`, those of options left out."""
+        """Return the values as `key=value`, those of options left out."""
         return [f"{key}={value}" for key, value in self.values.items() if key not in NAMES]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
-from megatron_ettin.config.overrides import given, keys_of, read_layers, read_user_config, read_yaml, upgrade_keys
+from megatron_ettin.config.overrides import Layer, given, keys_of, read_layers, read_yaml, upgrade_keys
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config, ModelConfig, groups, key_types
 from megatron_ettin.config.tables import SIZES
@@ -34,14 +34,30 @@ from megatron_ettin.config.tables import SIZES
 REMOVED = (("resilience", "stop_on_nonfinite"),)
 
 
+class Start(NamedTuple):
+    """State that a run begins from."""
+
+    weights: Mapping[str, Any] = {}
+    """Keys of `model` that come with its weights (`inherited`); stronger than the tables only."""
+    begun: Config | None = None
+    """Recorded configuration of a run that goes on; linked defaults that nothing sets are taken from it."""
+
+    @property
+    def layer(self) -> Layer:
+        """Return the keys that come with the weights."""
+        return Layer({"model": dict(self.weights)}, "the weights it begins from")
+
+
+NEW_RUN = Start()
+
+
 def parse(
     size: str,
     objective: str,
     phase: str,
     user_config: Path | None = None,
     overrides: Sequence[str] = (),
-    weights: Mapping[str, Any] | None = None,
-    begun: Config | None = None,
+    start: Start = NEW_RUN,
 ) -> Config:
     """Resolve and check a run. Raises UserError.
 
@@ -51,14 +67,13 @@ def parse(
         phase: phase of the recipe.
         user_config: YAML file of groups, or of the original trainer.
         overrides: `[phase.]group.key=value`.
-        weights: keys of `model` that come with the weights it begins from (`inherited`); stronger than the tables only.
-        begun: recorded configuration of a run that goes on; linked defaults that nothing sets are taken from it.
+        start: what the run begins from.
     """
-    read = read_user_config(user_config) if user_config else None
-    layers = [layer.groups for layer in read_layers(read, user_config, overrides, phase)]
+    begun, below = start.begun, [start.layer]
+    layers = read_layers(user_config, overrides, phase)
     base = recipe(size, objective, phase, given(layers, "data", "batching"), given(layers, "run", "recipe") or "paired")
-    below, of_file = [{"model": dict(weights or {})}], frozenset[str]()
-    if read is not None and read.is_original:
+    of_file = frozenset[str]()
+    if layers and layers[0].is_whole_run:
         # a whole run, as the tables are: overrides change it, and linked defaults start from its values
         of_file = keys_of(layers[:1])
         base = to_config(apply_linked_defaults(base, merge(base, [*below, layers[0]]), of_file))
@@ -72,25 +87,11 @@ def parse(
     return resolved
 
 
-def given_by_user(user_config: Path | None, overrides: Sequence[str], phase: str) -> frozenset[str]:
-    """Return the `group.key` that the user sets. A YAML of the original trainer is a run, as the tables are."""
-    read = read_user_config(user_config) if user_config else None
-    layers = [layer.groups for layer in read_layers(read, user_config, overrides, phase)]
-    return keys_of(layers[1:] if read is not None and read.is_original else layers)
-
-
-def origins(
-    user_config: Path | None,
-    overrides: Sequence[str],
-    weights: Mapping[str, Any],
-    phase: str,
-    begun: Config | None = None,
-) -> dict[str, str]:
+def origins(user_config: Path | None, overrides: Sequence[str], phase: str, start: Start) -> dict[str, str]:
     """Return who set each key that is not the tables': the strongest of the layers of `parse`, with the same Args."""
-    layers = read_layers(read_user_config(user_config) if user_config else None, user_config, overrides, phase)
-    all_layers = [({"model": dict(weights)}, "the weights it begins from"), *layers]
-    who = {f"{group}.{key}": name for layer, name in all_layers for group, keys in layer.items() for key in keys or {}}
-    for key in kept_by(begun, who):
+    layers = [start.layer, *read_layers(user_config, overrides, phase)]
+    who = {key: layer.origin for layer in layers for key in keys_of([layer])}
+    for key in kept_by(start.begun, who):
         who[key] = "the run itself, which has begun with it"
     for leader, follower in FOLLOWERS:
         if leader in who:
@@ -98,14 +99,14 @@ def origins(
     return who
 
 
-def merge(base: Config, layers: Sequence[dict[str, Any]]) -> Any:
+def merge(base: Config, layers: Sequence[Layer]) -> Any:
     """Return OmegaConf's tree of a run with the layers in it, weakest first. Raises UserError for a wrong type."""
     tree = OmegaConf.structured(base)
     OmegaConf.set_readonly(tree, False)
     for group in tree:
         OmegaConf.set_readonly(tree[group], False)
     for layer in layers:
-        for group, keys in layer.items():
+        for group, keys in layer.groups.items():
             for key, value in (keys or {}).items():
                 try:
                     OmegaConf.update(tree, f"{group}.{key}", value, merge=False)
@@ -226,11 +227,6 @@ def apply_linked_defaults(
         merged.batch.micro_batch_rows = min(merged.batch.micro_batch_rows, merged.batch.global_batch_rows)
     keep_shares(base, merged, fixed, begun)
     return merged
-
-
-def keep_begun(config: Config, begun: Config, keys: Collection[str]) -> Config:
-    """Return the run with the values of some keys that it began with."""
-    return config.with_keys({key: begun.value(key) for key in keys})
 
 
 def keep_tokens_a_step(base: Config, merged: Any, fixed: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, get_type_hints
 
@@ -22,7 +22,7 @@ from megatron_ettin.config.operations import (
     ResilienceConfig,
 )
 from megatron_ettin.config.tables import OBJECTIVES, PRECISIONS
-from megatron_ettin.config.values import row_ranges
+from megatron_ettin.config.values import row_ranges, share_points
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it wants Optional[...] rather than ... | None.
 # Calls of `key` make fields, as those of dataclasses.field do.
@@ -151,9 +151,10 @@ class DataConfig:
     seq_len: int = science_key("Length of a row.", unit="tokens", at_least=8)
     mlm_probability: float = science_key("Share of tokens that masked rows predict.", at_least=0, at_most=1)
     clm_fraction: Any = science_key(
-        "Share of causal rows of a hybrid run: a number, or `TOKENS:SHARE,...` such as `0:1,10B:0.5`, linear between"
-        " points.",
+        "Share of causal rows of a hybrid run: a number, or `[[TOKENS, SHARE], ...]` such as `[[0, 1], [10B, 0.5]]`,"
+        " linear between points.",
         None,
+        parse=share_points,
     )
     mixture: Any = key(
         "What to train on: a dataset path, a list of paths or of `{path, weight | tokens}`, or the YAML file of one.",
@@ -292,7 +293,7 @@ class Config:
 
     @property
     def windows(self) -> dict[bool, int]:
-        """Attention window of local layers, in keys, by whether the row is causal.
+        """Return the attention window of local layers, in keys, by whether the row is causal.
 
         `True` has the number of keys ending at the query, `False` the number on each side of it.
         """
@@ -333,3 +334,31 @@ def all_keys() -> Mapping[str, Key]:
         for group, cls in groups().items()
         for one in dataclasses.fields(cls)
     }
+
+
+def _decays_to_the_end(config: Config) -> bool:
+    schedule = config.schedule
+    return schedule.name != "constant" and schedule.decay_tokens > 0 and schedule.end_tokens is None
+
+
+# keys that are science keys in some runs only
+CONDITIONS: dict[str, Callable[[Config], bool]] = {
+    # the decay ends there
+    "run.tokens": _decays_to_the_end,
+    # a mean of micro-batches' means depends on what is in one
+    "batch.micro_batch_rows": lambda config: config.batch.loss_normalization == "microbatch",
+    "data.order": lambda config: True,
+}
+# these decide which updates are made
+GUARD_KEYS = tuple(name for name, key in all_keys().items() if name.startswith("resilience.") and key.science)
+
+
+def science_keys(config: Config) -> dict[str, object]:
+    """Return the keys that must not change within a run directory, flat; operations keys (layout, sinks) may."""
+    names = [
+        name for name, key in all_keys().items() if key.science is True or (key.science and CONDITIONS[name](config))
+    ]
+    values = {name: config.value(name) for name in names}
+    # a recorded order is fixed by the fingerprint of its content, not by the path of its files
+    values["data.order"] = "keyed" if config.data.order == "keyed" else "given"
+    return values

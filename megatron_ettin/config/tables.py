@@ -51,13 +51,20 @@ class HasShape(Protocol):
     """A `Shape` or the resolved `model` group, for counting parameters."""
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Return the number of layers."""
+
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Return the width of the residual stream."""
+
     @property
-    def ffn_hidden_size(self) -> int: ...
+    def ffn_hidden_size(self) -> int:
+        """Return the inner width of the gated MLP."""
+
     @property
-    def num_attention_heads(self) -> int: ...
+    def num_attention_heads(self) -> int:
+        """Return the number of attention heads."""
 
 
 def layer_parameter_count(shape: HasShape) -> int:
@@ -119,7 +126,7 @@ class Objective:
 
     @property
     def masked_objective(self) -> str | None:
-        """The row objective that masks tokens; None where there is none."""
+        """Return the row objective that masks tokens; None where there is none."""
         return next((name for name in self.row_objectives if ROW_OBJECTIVES[name].masks), None)
 
     @property
@@ -207,5 +214,5 @@ def _shape(model: object) -> tuple[Shape, int] | None:
 
 def published_size(model: object) -> str | None:
     """Return the published size that has the model's shape, whatever its vocabulary; None where there is none."""
-    found = _shape(model)
-    return next((size for size, shape in SIZES.items() if found is not None and shape == found[0]), None)
+    known = _shape(model)
+    return next((size for size, shape in SIZES.items() if known is not None and shape == known[0]), None)

@@ -21,33 +21,36 @@ MOST_STEPS = 50
 
 
 def parse_points(value: Any, key: str) -> Points:
-    """Read a share that may change over a run: `0.5`, or `0:1,10B:0.5` (tokens:share). Raises UserError.
+    """Read a share that may change over a run: `0.5`, `[[0, 1], [10B, 0.5]]`, or the older `0:1,10B:0.5`.
 
     Returns:
         (tokens, share) of each point, tokens ascending.
+
+    Raises:
+        UserError: a point is malformed, or tokens do not ascend.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return ((0, _share(value, value, key)),)
-    if not isinstance(value, str):
-        raise UserError(f"{key}: {value!r}; give a number from 0 to 1, or TOKENS:SHARE,... such as 0:1,10B:0.5")
-    points = []
-    for part in value.split(","):
-        tokens, colon, share = part.strip().partition(":")
-        points.append((parse_count(tokens, key) if colon else 0, _share(share if colon else tokens, value, key)))
+    parts: Any = value
+    if not isinstance(value, list):
+        parts = [part.split(":") if ":" in part else (0, part) for part in str(value).split(",")]
+    try:
+        points = [(parse_count(tokens, key), float(str(share))) for tokens, share in parts]
+    except (TypeError, ValueError):
+        points = []
+    if not points or not all(0 <= share <= 1 for _, share in points):
+        raise UserError(
+            f"{key}: {value!r}; give a number from 0 to 1, or [[TOKENS, SHARE], ...] such as [[0, 1], [10B, 0.5]]"
+        )
     starts = [tokens for tokens, _ in points]
     if starts != sorted(set(starts)):
         raise UserError(f"{key}: {value!r}; the tokens of its points must ascend")
     return tuple(points)
 
 
-def _share(text: Any, whole: Any, key: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise UserError(f"{key}: {whole!r}; a share is a number from 0 to 1")
-    return share
+def share_points(value: Any, key: str) -> float | list[list[float]]:
+    """Read a share as `parse_points` does, as plain values: a number, or a list of [tokens, share]."""
+    points = parse_points(value, key)
+    is_number = not isinstance(value, list) and ":" not in str(value)
+    return points[0][1] if is_number else [list(point) for point in points]
 
 
 def share_at(points: Points, tokens: float) -> float:

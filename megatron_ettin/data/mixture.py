@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.parsing import read_yaml
 from megatron_ettin.base.text import format_count, parse_count
 from megatron_ettin.config.schema import DataConfig
 from megatron_ettin.data.manifest import read_manifest
@@ -89,18 +90,7 @@ def below(root: str | None, path: str) -> str:
 
 def read_mixture_file(path: Path) -> Any:
     """Return the list of a YAML file, which may stand under `datasets:`. Raises UserError."""
-    import yaml
-
-    from megatron_ettin.base.parsing import load_yaml
-
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"data.mixture: {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    content = read_yaml(path, f"data.mixture: {path}")
     if isinstance(content, Mapping):
         for key in content:
             if key != "datasets":

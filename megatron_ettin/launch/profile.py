@@ -12,10 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from megatron_ettin.base.errors import UserError, nearest
-from megatron_ettin.base.parsing import load_yaml
+from megatron_ettin.base.parsing import read_yaml
 
 OPTION = re.compile(r"[a-z][a-z0-9-]*$")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
@@ -63,12 +61,7 @@ def read_profile(path: Path | None) -> Profile:
     """Return the profile in a file, or the default one. Raises UserError that names the key."""
     if path is None:
         return Profile()
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--profile {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--profile {path}: not YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path, f"--profile {path}")
     if not isinstance(content, dict):
         raise UserError(f"--profile {path}: holds no keys; allowed: {', '.join(f.name for f in fields(Profile))}")
     return Profile(**{key: _checked(path, key, value) for key, value in content.items()})

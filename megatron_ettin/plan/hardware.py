@@ -6,10 +6,8 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-import yaml
-
-from megatron_ettin.base.errors import UserError, first_line, nearest
-from megatron_ettin.base.parsing import load_yaml
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.base.parsing import read_yaml
 
 MAY_BE_ZERO = ("fp8_tflops", "link_us", "network_us")
 TABLE = Path(__file__).with_name("gpus.yaml")
@@ -95,10 +93,7 @@ def find_gpu(name: str, own_file: Path | None = None) -> GpuSpec:
 
 def read_table(path: Path) -> dict[str, GpuSpec]:
     """Read GPU models from a file. Raises UserError naming the model and key that are wrong."""
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--gpus-file {path}: {first_line(error)}") from None
+    content = read_yaml(path, f"--gpus-file {path}")
     if not isinstance(content, dict):
         raise UserError(f"--gpus-file {path}: expected a mapping of GPU names")
     keys = {one.name: one.default is MISSING for one in fields(GpuSpec) if one.name != "name"}

@@ -97,7 +97,7 @@ class Counter:
 
     @property
     def done(self) -> int:
-        """Bytes of input that are done."""
+        """Return the bytes of input that are done."""
         return self.total - sum(self.weights[i] for i in self.open)
 
     def refresh(self) -> None:

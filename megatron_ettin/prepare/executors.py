@@ -1,4 +1,7 @@
-"""datatrove's executors as `ettin prepare` uses them. Imported only where one is asked for: datatrove is an extra."""
+"""datatrove's executors as `ettin prepare` uses them. Imported only where one is asked for: datatrove is an extra.
+
+It has no types, so mypy cannot know what these classes inherit.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Quiet:
             return super()._run_for_rank(*arguments, **named)  # type: ignore[misc]
 
 
-class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
+class QuietLocalExecutor(Quiet, LocalPipelineExecutor):  # type: ignore[misc]
     """Executor with processes of this machine."""
 
     def run(self) -> Any:
@@ -58,7 +61,7 @@ class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
         return super().run()
 
 
-class QuietRayExecutor(Quiet, RayPipelineExecutor):
+class QuietRayExecutor(Quiet, RayPipelineExecutor):  # type: ignore[misc]
     """Executor on a Ray cluster."""
 
     pass
@@ -81,7 +84,7 @@ def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineE
     return QuietRayExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
 
 
-class ArrayExecutor(SlurmPipelineExecutor):
+class ArrayExecutor(SlurmPipelineExecutor):  # type: ignore[misc]
     """Executor that submits a job array.
 
     The cluster's own defaults hold for what the user did not say (partition, QOS, mail). No further job adds up

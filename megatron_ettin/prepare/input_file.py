@@ -44,12 +44,12 @@ class InputFile:
 
     @property
     def growth(self) -> int:
-        """Bytes of text that an input byte counts as."""
+        """Return the bytes of text that an input byte counts as."""
         return GROWTH.get(self.compression or self.format, 1)
 
     @property
     def weight_bytes(self) -> int:
-        """Size in bytes of text, by which work is cut into tasks."""
+        """Return the size in bytes of text, by which work is cut into tasks."""
         return self.bytes * self.growth
 
 

@@ -62,7 +62,7 @@ class ShardWriter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts of what was added so far."""
+        """Return the counts of what was added so far."""
         longest = max(self._lengths, default=0)
         return {
             "documents": len(self._ids),

@@ -112,7 +112,7 @@ class RunDirectory:
 
         The keys of the anomaly detector are left out where the file's version did not fix them.
         """
-        from megatron_ettin.config.science import GUARD_KEYS, science_keys
+        from megatron_ettin.config.schema import GUARD_KEYS, science_keys
 
         keys = science_keys(self.config)
         if fixes_guard(self.stored_groups):

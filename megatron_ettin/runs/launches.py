@@ -40,8 +40,7 @@ from megatron_ettin.checkpoint.directory import (
 )
 from megatron_ettin.config.key_names import current_name, nearest_key
 from megatron_ettin.config.resolve import to_yaml
-from megatron_ettin.config.schema import Config, key_types
-from megatron_ettin.config.science import GUARD_KEYS, science_keys
+from megatron_ettin.config.schema import GUARD_KEYS, Config, key_types, science_keys
 from megatron_ettin.config.values import parse_skips, row_ranges
 from megatron_ettin.data.blended_dataset import BlendedDataset, order_indices
 from megatron_ettin.metrics import METRICS_FILE

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.checkpoint.directory import latest, read_progress
-from megatron_ettin.config.resolve import keep_begun
 from megatron_ettin.config.schema import Config
 from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
 from megatron_ettin.data.mixture import resolve_mixture
@@ -118,7 +117,9 @@ def with_schedule(config: Config, args: TrainArgs, corpus: BlendedDataset) -> Co
     """Return the run with a schedule in proportion to its length; one that has begun keeps its own."""
     free = free_by_value(config) if args.free is None else args.free
     begun = RunDirectory(args.run_dir).recorded_config
-    return keep_begun(config, begun, free) if begun else fit_schedule(config, free, corpus.mean_tokens_per_row)
+    if begun:
+        return config.with_keys({key: begun.value(key) for key in free})
+    return fit_schedule(config, free, corpus.mean_tokens_per_row)
 
 
 def saved_progress(run_dir: Path) -> Progress | None:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from megatron_ettin.checkpoint.directory import read_config
-from megatron_ettin.config.resolve import inherited, parse, to_yaml
+from megatron_ettin.config.resolve import Start, inherited, parse, to_yaml
 from megatron_ettin.convert.from_hf import from_hf
 from tests.convert.folders import make_folder
 from tests.train.runs import TINY
@@ -76,16 +76,16 @@ def groups(size, phase, *words):
 def test_inherited_recipe_settings_do_not_override_next_phase():
     kept = inherited(groups("17m", "pretrain"))
     assert not {"local_rope_theta", "global_rope_theta", "num_layers"} & set(kept)
-    config = parse("17m", "clm", "extend", weights=kept)
+    config = parse("17m", "clm", "extend", start=Start(kept))
     assert config == parse("17m", "clm", "extend")
     assert config.model.global_rope_theta != parse("17m", "clm", "pretrain").model.global_rope_theta
 
 
 def test_inherited_settings_of_another_published_size_are_ignored():
     kept = inherited(groups("32m", "pretrain"))
-    assert parse("17m", "clm", "extend", weights=kept) == parse("17m", "clm", "extend")
+    assert parse("17m", "clm", "extend", start=Start(kept)) == parse("17m", "clm", "extend")
 
 
 def test_inherited_decoder_window_keys_65_are_kept():
     kept = inherited(groups("17m", "pretrain", "model.decoder_window_keys=65"))
-    assert parse("17m", "clm", "decay", weights=kept).model.decoder_window_keys == 65
+    assert parse("17m", "clm", "decay", start=Start(kept)).model.decoder_window_keys == 65

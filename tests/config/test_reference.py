@@ -13,8 +13,7 @@ from megatron_ettin.config.checks import check
 from megatron_ettin.config.keys import Key
 from megatron_ettin.config.recipe import recipe
 from megatron_ettin.config.reference import reference
-from megatron_ettin.config.schema import all_keys, key_types
-from megatron_ettin.config.science import CONDITIONS, GUARD_KEYS
+from megatron_ettin.config.schema import CONDITIONS, GUARD_KEYS, all_keys, key_types
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 

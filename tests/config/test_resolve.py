@@ -15,8 +15,8 @@ from megatron_ettin.config import key_names, overrides
 from megatron_ettin.config.layouts import check_layout, full_batch_split, stage_layers
 from megatron_ettin.config.overrides import members
 from megatron_ettin.config.recipe import recipe
-from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
-from megatron_ettin.config.science import science_keys
+from megatron_ettin.config.resolve import Start, from_yaml, parse, to_yaml
+from megatron_ettin.config.schema import science_keys
 
 
 def test_parse_overrides_win_over_yaml_and_yaml_over_recipe(tmp_path: Path) -> None:
@@ -62,13 +62,14 @@ def test_parse_linked_defaults_follow_the_key_that_is_set() -> None:
 
 def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
     begun = parse("17m", "mlm", "decay", overrides=["optim.weight_decay_reference_lr=5e-3"])
+    start = Start(begun=begun)
     assert (
-        parse("17m", "mlm", "decay", overrides=["optim.lr=1e-4"], begun=begun).optim.weight_decay_reference_lr == 5e-3
+        parse("17m", "mlm", "decay", overrides=["optim.lr=1e-4"], start=start).optim.weight_decay_reference_lr == 5e-3
     )
-    assert parse("17m", "mlm", "decay", begun=begun).optim.weight_decay_reference_lr == 5e-3
+    assert parse("17m", "mlm", "decay", start=start).optim.weight_decay_reference_lr == 5e-3
     assert (
         parse(
-            "17m", "mlm", "decay", overrides=["optim.weight_decay_reference_lr=4e-3"], begun=begun
+            "17m", "mlm", "decay", overrides=["optim.weight_decay_reference_lr=4e-3"], start=start
         ).optim.weight_decay_reference_lr
         == 4e-3
     )
@@ -76,9 +77,10 @@ def test_parse_of_a_run_that_has_begun_keeps_its_reference_rate() -> None:
 
 def test_parse_of_a_run_that_has_begun_with_a_large_decay_goes_on() -> None:
     begun = parse("17m", "mlm", "decay").with_keys({"optim.weight_decay": 0.1})
-    assert parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.1"], begun=begun).optim.weight_decay == 0.1
+    start = Start(begun=begun)
+    assert parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.1"], start=start).optim.weight_decay == 0.1
     with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.2 is"):
-        parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.2"], begun=begun)
+        parse("17m", "mlm", "decay", overrides=["optim.weight_decay=0.2"], start=start)
 
 
 def test_to_yaml_round_trip_gives_the_same_config(tmp_path: Path) -> None:
@@ -357,9 +359,10 @@ def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
     old = ["batch.warmup_tokens=125B", "schedule.warmup_tokens=4B", "batch.warmup_min_rows=88"]
     words = ["data.seq_len=2048", "run.tokens=1T"]
     begun = parse("17m", "mlm", "pretrain", overrides=[*words, *old, "batch.global_batch_rows=2816"])
-    assert science_keys(parse("17m", "mlm", "pretrain", overrides=words, begun=begun)) == science_keys(begun)
+    start = Start(begun=begun)
+    assert science_keys(parse("17m", "mlm", "pretrain", overrides=words, start=start)) == science_keys(begun)
     assert (
-        parse("17m", "mlm", "pretrain", overrides=[*words, "batch.warmup_tokens=0"], begun=begun).batch.warmup_tokens
+        parse("17m", "mlm", "pretrain", overrides=[*words, "batch.warmup_tokens=0"], start=start).batch.warmup_tokens
         == 0
     )
 

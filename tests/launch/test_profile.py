@@ -44,7 +44,7 @@ def test_launch_example_profiles_give_valid_scripts(tmp_path: Path, profile: Pat
         ("sbatch: {nodes: 4}\n", "'nodes' is set by `ettin launch`"),
         ("environment: {A B: 1}\n", "'A B' is not the name of a variable"),
         ("[1]\n", "holds no keys"),
-        ("a: [\n", "not YAML"),
+        ("a: [\n", "not valid YAML"),
     ],
 )
 def test_launch_bad_profile_is_refused_in_one_line(

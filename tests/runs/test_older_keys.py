@@ -10,7 +10,7 @@ import pytest
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.config.overrides import check_keys
 from megatron_ettin.config.resolve import from_yaml, parse, to_yaml
-from megatron_ettin.config.science import science_keys
+from megatron_ettin.config.schema import science_keys
 from megatron_ettin.runs import launches
 from megatron_ettin.runs.directory import RunDirectory
 

@@ -186,15 +186,15 @@ def make_site(folder: Path) -> list[str]:
 
 def read_site(folder: Path) -> None:
     """Read it as a user config, its lines as overrides, and now and then (it is slow) as a whole run."""
-    from megatron_ettin.config.overrides import read_layers, read_user_config as read
+    from megatron_ettin.config.overrides import read_layers
     from megatron_ettin.config.resolve import parse
 
     paths = [folder / name for name, content in GOOD_SITES.items() if (folder / name).read_bytes() != content]
     path = (paths or [folder / "site.yaml"])[0]
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     words = [line.strip().replace(": ", "=", 1) for line in lines if ": " in line][1:2]
-    read_layers(None, None, [f"optim.{word}" for word in words], "extend")
-    read_layers(read(path), path, [], "extend")
+    read_layers(None, [f"optim.{word}" for word in words], "extend")
+    read_layers(path, [], "extend")
     if len(lines) % 50 == 7 or path.stat().st_size % 50 == 7:
         parse("17m", "mlm", "extend", user_config=path)
 

@@ -1,7 +1,7 @@
 """Translate a YAML of the original trainer (`ettin train --config original.yaml`) to this system's keys.
 
-Every key is translated, left aside with a reason, or refused because it cannot be honoured. What the file does not say
-is as under `recipe: original`.
+Every key is translated, left aside with a reason, or refused because it cannot be honoured; together that accounts for
+every key of the 48 published files. What the file does not say is as under `recipe: original`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError, first_line, nearest
 from megatron_ettin.base.text import parse_count
 from megatron_ettin.config.original import model as trainer_model
-from megatron_ettin.config.original.keys import FIXED, IGNORED, reason_to_ignore
 from megatron_ettin.config.tables import published_size
 
 MODEL = "model.model_config."
@@ -44,6 +43,70 @@ NEVER_BATCHES = 10**12
 WSD_DECAY = "0.1dur"
 """scheduler.t_decay of a warmup_stable_decay that has none."""
 
+_NO_BIAS = ((False,), "no linear layer but the output has a bias")
+
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "count_padding_tokens": ((False,), "tokens counted here are real ones"),
+    "model.pretrained_model_name": (("bert-base-uncased", "google-bert/bert-base-uncased"), "the defaults behind it"),
+    f"{MODEL}init_method": (("full_megatron",), "the only initialisation here"),
+    f"{MODEL}attention_probs_dropout_prob": ((0, None), "attention has no dropout inside"),
+    f"{MODEL}hidden_dropout_prob": ((0, None), "hidden states have no dropout"),
+    f"{MODEL}embed_dropout_prob": ((0, None), "the embedding has no dropout"),
+    f"{MODEL}mlp_dropout_prob": ((0, None), "the MLP has no dropout"),
+    **{f"{MODEL}{layer}_bias": _NO_BIAS for layer in ("attn_out", "attn_qkv", "mlp_in", "mlp_out", "head_pred")},
+    f"{MODEL}decoder_bias": ((True,), "the output has a bias"),
+    f"{MODEL}norm_kwargs.bias": ((False,), "norms have no bias"),
+    f"{MODEL}embed_norm": ((True,), "the embedding has a norm"),
+    f"{MODEL}final_norm": ((True,), "there is a final norm"),
+    f"{MODEL}skip_first_prenorm": ((True,), "the first layer has no norm before its attention"),
+    f"{MODEL}head_pred_norm": ((True,), "the prediction head has a norm"),
+    f"{MODEL}loss_function": (("fa_cross_entropy", "cross_entropy"), "the loss is the cross entropy"),
+    f"{MODEL}loss_kwargs.reduction": (("mean",), "the loss is a mean"),
+    f"{MODEL}activation_function": (("gelu",), "the activation is the exact GELU"),
+    f"{MODEL}init_cutoff_factor": ((2,), "weights are drawn within two sigma, the trainer's default; null is three"),
+    "train_loader.name": (("text",), "text is what is read"),
+    "train_loader.dataset.shuffle": ((True,), "data is always shuffled"),
+    "train_loader.dataset.split": (("train",), "datasets are named by their folders"),
+    "optimizer.filter_bias_norm_wd": ((True,), "norms and biases never decay"),
+}
+"""key -> (values that are honoured, what they mean); another value is refused."""
+
+_REASONS = {
+    "a run reads data.mixture": "data_local data_remote train_loader.dataset.local train_loader.dataset.remote"
+    " train_loader.dataset.streaming",
+    "datasets bring their tokenizer": "tokenizer_name model.tokenizer_name train_loader.dataset.tokenizer_name",
+    "the order follows from run.seed and the phase": "train_loader.dataset.shuffle_seed",
+    "the objective decides the mask": "train_loader.dataset.use_decoder_attn_mask",
+    "the objective decides what is masked": "train_loader.dataset.suppress_masking",
+    "micro-batches are made by this system's own loader (data.workers, data.prefetch)": "train_loader.drop_last"
+    " train_loader.num_workers train_loader.packing_prefetch_factor train_loader.prefetch_factor"
+    " train_loader.persistent_workers",
+    "held-out rows are data.validation, always masked at 15 %": "eval_loader.* global_eval_batch_size"
+    " device_eval_batch_size eval_subset_num_batches",
+    "metrics.* decide what is logged": "callbacks.* loggers.* progress_bar log_to_console console_log_interval"
+    " python_log_level optimizer.log_grad_norm model.disable_train_metrics",
+    "every phase begins its steps, tokens and schedule anew; --init-from says from what": "load_path reset_time"
+    " restart_override load_weights_only model.pretrained_checkpoint init_from_checkpoint.* load_ignore_keys"
+    " load_strict_model_weights load_exclude_algorithms",
+    "a run directory always goes on by itself": "autoresume",
+    "--run-dir names a run": "run_name save_folder",
+    "this system's own way (parallel.*, checkpoint.*)": "save_num_checkpoints_to_keep save_overwrite save_filename"
+    " save_latest_filename dist_timeout fsdp_config.* deepspeed_config.* parallelism_config.* device max_split_size_mb"
+    " optimizer.foreach optimizer.triton optimizer.kahan_sum",
+    "padding is not computed (but with runtime.cuda_graph or parallel.tp_overlap)": "@padding @unpad_embeddings"
+    " @pad_logits",
+    "logits are made where a label is, and nowhere else": "@masked_prediction",
+    "the vocabulary is the tokenizer's": "@allow_embedding_resizing",
+    "kernels are Megatron-Core's and Transformer Engine's": "@compile_model @use_fa2 @use_sdpa_attn_mask",
+    "runtime.deterministic=true is for the whole run": "@deterministic_fa2",
+    "there is no classification head": "@head_class_act @head_class_norm @pooling_type",
+    "rotary embeddings have no table; data.seq_len says it": "@max_position_embeddings",
+    "the loader's own decides": "mlm_probability",
+}
+"""reason -> keys, with `@` for those of the model and `.*` for anything below a key."""
+IGNORED = {key.replace("@", MODEL): reason for reason, keys in _REASONS.items() for key in keys.split()}
+"""key (or prefix.*) -> the reason why it is left aside."""
+
 Groups = dict[str, dict[str, Any]]
 
 
@@ -58,23 +121,27 @@ class TrainerYaml:
 
     @property
     def objective(self) -> str:
+        """Return the objective that the file's model is trained for."""
         return str(self.choice("model.name", OBJECTIVES))
 
     @property
     def max_duration(self) -> int:
-        """Tokens of the whole run."""
+        """Return the tokens of the whole run."""
         return self.tokens("max_duration", self.need("max_duration"))
 
     def take(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, which counts as used from now on."""
         self.used.add(key)
         return self.keys.get(key, default)
 
     def need(self, key: str) -> Any:
+        """Return the value of a key that must be there. Raises UserError."""
         if self.keys.get(key) is None:
             raise self.error(key, "is missing; neither this system nor the original trainer has a default for it")
         return self.take(key)
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return the value of a key as a number. Raises UserError."""
         value = self.need(key) if default is None else self.take(key, default)
         try:
             return float(value)
@@ -82,6 +149,7 @@ class TrainerYaml:
             raise self.error(key, f"is {value!r}; a number was expected") from None
 
     def choice(self, key: str, table: Mapping[str, Any]) -> Any:
+        """Return the entry of a table that a key names. Raises UserError."""
         value = self.need(key)
         if value not in table:
             raise self.error(key, f"is {value!r}{nearest(str(value), table)}; allowed: {', '.join(table)}")
@@ -99,6 +167,7 @@ class TrainerYaml:
         return parse_count(value, f"config {self.path}: {key}")
 
     def error(self, key: str, reason: str) -> UserError:
+        """Return an error that names the file and the key."""
         return UserError(f"config {self.path}: {key} {reason}")
 
 
@@ -265,3 +334,11 @@ def _account_for_the_rest(yaml: TrainerYaml) -> None:
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise yaml.error(key, f"is not known{hint}; take it out if it does not decide what is learned")
     yaml.notes += [f"left aside ({reason}): {', '.join(keys)}" for reason, keys in aside.items()]
+
+
+def reason_to_ignore(key: str) -> str | None:
+    """Return why `key` is left aside; None where it is not."""
+    for known, reason in IGNORED.items():
+        if key == known or (known.endswith(".*") and (key + ".").startswith(known[:-1])):
+            return reason
+    return None

@@ -32,7 +32,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns."""
+        """Return the names of the columns."""
         return [self.content] if self.id is None else [self.content, self.id]
 
 

@@ -31,7 +31,7 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Characters or tokens: what a batch is measured by."""
+        """Return the characters or tokens, by which a batch is measured."""
         return len(self.text) if self.tokens is None else len(self.tokens)
 
 

@@ -39,12 +39,12 @@ class Index:
 
     @property
     def pointers_at(self) -> int:
-        """Offset of the sequences' pointers, in bytes."""
+        """Return the offset of the sequences' pointers, in bytes."""
         return HEADER.size + 4 * self.sequences
 
     @property
     def documents_at(self) -> int:
-        """Offset of the documents' bounds, in bytes."""
+        """Return the offset of the documents' bounds, in bytes."""
         return self.pointers_at + 8 * self.sequences
 
 
