@@ -29,7 +29,7 @@ TIER_SECONDS = 600.0
 # folder or file -> the group whose cluster, server or emulation it shares
 GROUPS = {
     "tests/launch/": "slurm",
-    "tests/prepare/test_prepare_slurm.py": "slurm",
+    "tests/prepare/test_cluster.py": "slurm",
     "tests/docs/": "docs",
     "tests/emulated_te/": "emulated",
     "tests/report/": "report",

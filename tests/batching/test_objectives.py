@@ -13,7 +13,7 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.batching.objectives import ObjectiveMix, make_collator
 from megatron_ettin.config.resolve import parse
 from megatron_ettin.config.tables import IGNORE
-from megatron_ettin.config.values import parse_points, share_at
+from megatron_ettin.config.values import parse_points
 from megatron_ettin.data.sampler import BatchSizes
 
 SPECIAL, MASK, VOCAB_SIZE = (50_280, 50_281, 50_282, 50_283, 50_284), 50_284, 50_368
@@ -113,26 +113,6 @@ SIZES = BatchSizes((8,), (0,))
 
 def hybrid_mix(points: str, **changes: object) -> ObjectiveMix:
     return ObjectiveMix(("clm", "mlm"), parse_points(points, "k"), 21, "pretrain", 100.0, **changes)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens", "share"),
-    [
-        ("0.25", 10**12, 0.25),
-        ("0:1,10B:0.5", 0, 1.0),
-        ("0:1, 10B:0.5", 5 * 10**9, 0.75),
-        ("0:1,10B:0.5", 2 * 10**10, 0.5),
-        ("1B:0.2,2B:0.4", 0, 0.2),
-    ],
-)
-def test_share_at_interpolates_between_points(text: str, tokens: int, share: float) -> None:
-    assert share_at(parse_points(text, "k"), tokens) == pytest.approx(share)
-
-
-@pytest.mark.parametrize("text", ["1.5", "-0.1", "half", "0:1,0:0.5", "10B:1,5B:0", "0:", True, None, [0.5]])
-def test_parse_points_invalid_share_is_refused(text: object) -> None:
-    with pytest.raises(UserError, match=r"^k: "):
-        parse_points(text, "k")
 
 
 def test_objective_mix_pure_objective_has_all_or_no_causal_rows() -> None:

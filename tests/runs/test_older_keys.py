@@ -74,3 +74,13 @@ def test_runtime_keys_of_an_older_run_are_read_from_its_run_group(older: Path) -
 def test_runtime_key_by_both_names_is_refused() -> None:
     with pytest.raises(UserError, match=r"runtime.device: run.device is its older name, and both are set"):
         check_keys({"run": {"device": "cpu"}, "runtime": {"device": "cpu"}})
+
+
+def test_science_keys_of_an_older_hybrid_run_are_those_of_today(tmp_path: Path) -> None:
+    config = parse("17m", "hybrid", "pretrain", overrides=["data.clm_fraction=[[0, 0.8], [1500, 0.3]]"])
+    today = "  clm_fraction:\n  - - 0\n    - 0.8\n  - - 1500\n    - 0.3\n"
+    text = to_yaml(config)
+    assert today in text
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace(today, "  clm_fraction: 0:0.8,1500:0.3\n"))
+    assert history.stored_science_keys(path) == science_keys(config)

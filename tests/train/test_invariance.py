@@ -77,7 +77,7 @@ FIRST = [
 # changing during the run
 MORE = {
     "mntp": ("mntp", "optim.name=stable_adamw model.attention_output_dropout=0"),
-    "hybrid": ("hybrid_mntp", "data.clm_fraction=0:0.8,3000:0.3 optim.name=stable_adamw"),
+    "hybrid": ("hybrid_mntp", "data.clm_fraction=[[0,0.8],[3000,0.3]] optim.name=stable_adamw"),
     # rows of one chunk, laid end to end: micro-batches have different numbers of tokens
     "padded": ("mlm", "data.batching=padded model.attention_output_dropout=0.1"),
     "padded hybrid": ("hybrid_mntp", "data.batching=padded data.clm_fraction=0:0.8,3000:0.3"),
