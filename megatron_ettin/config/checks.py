@@ -6,10 +6,6 @@ resolved. What depends on the number of ranks is checked by `check_layout` (layo
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
 from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.text import refuse_secrets
 from megatron_ettin.config.layouts import check_graphs, check_parallel, check_zero
@@ -195,19 +191,5 @@ def check_validation(config: Config) -> None:
 
 def check_secrets(config: Config) -> None:
     """Raise UserError where a value holds a URL with a key in it."""
-    for group, values in dataclasses.asdict(config).items():
-        for key, value in values.items():
-            for text in _texts(value):
-                refuse_secrets(text, f"{group}.{key}")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text within a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
+    for name in all_keys():
+        refuse_secrets(str(config.value(name)), name)

@@ -253,12 +253,6 @@ ORIGINAL_MEAN_TOKENS = 615.36
 
 # local_attn_rotary_emb_base as the published runs had it: (phase, objective) -> size -> theta
 ORIGINAL_LOCAL_THETA = {
-    ("pretrain", "mlm"): PHASES["pretrain"].local_rope_theta,
-    ("pretrain", "clm"): PHASES["pretrain"].local_rope_theta,
-    ("extend", "mlm"): PHASES["extend"].local_rope_theta,
-    ("extend", "clm"): PHASES["extend"].local_rope_theta,
-    ("decay", "mlm"): THETA_160K,
+    **{(name, objective): phase.local_rope_theta for name, phase in PHASES.items() for objective in ("mlm", "clm")},
     ("decay", "clm"): by_size(10_000.0, 10_000.0, 10_000.0, 160_000.0, 10_000.0, 160_000.0),
-    ("cross", "mlm"): THETA_160K,
-    ("cross", "clm"): THETA_160K,
 }
