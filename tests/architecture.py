@@ -255,8 +255,17 @@ def names_from_files_become_paths_in_one_place(module: Module) -> Iterator[str]:
 
 
 NAME_SOURCES = {
-    *("load_json", "load_yaml", "loads", "json_object", "read_text", "read_record", "read_entries", "read_manifest"),
-    *("manifest_from", "plan_record", "order_record", "read_metadata", "file_records", "read_progress", "read_config"),
+    *("load_json", "load_yaml", "loads", "read_json", "read_yaml", "read_text", "read_record", "read_entries"),
+    *(
+        "read_manifest",
+        "manifest_from",
+        "plan_record",
+        "order_record",
+        "read_metadata",
+        "file_records",
+        "read_progress",
+        "read_config",
+    ),
 }
 NAME_FIELDS = {"files", "tokenizer_files", "shards", "storage_data", "relative_path", "fingerprint"}
 NAME_CHECKS = {
@@ -375,17 +384,16 @@ NOT_YET: dict[Callable[[Module], Iterator[str]], set[str]] = {
             "bench",
             "checkpoint",
             "cli",
-            "config",
             "data",
             "faults",
         ),
-        *("metrics", "parallel", "platform", "prepare", "release", "report", "runs", "train"),
+        *("metrics", "parallel", "platform", "release", "report", "runs", "train"),
         *("bench_checkpoint", "bench_convert", "bench_data", "bench_engines", "bench_guards", "bench_optim"),
         *("bench_startup", "bench_step", "chaos", "chaos_parts", "fuzz", "fuzzing", "gpu_checks", "gpu_validate"),
         *("library", "same_training", "spike_rate"),
     },
     full_files: {
-        *("base", "config", "data", "faults", "parallel", "platform", "prepare", "release"),
+        *("base", "data", "faults", "parallel", "platform", "release"),
         "train",
     },
 }

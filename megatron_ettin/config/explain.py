@@ -2,7 +2,7 @@
 
 `differences` lists the keys of the resolved run that have another value than under `recipe: original`, each with its
 reason or with who set it. `facts` lists what no key can reproduce. The tests require a reason for every combination of
-the recipe. `unread` names keys that a user set and the run does not read, because another run may have been meant.
+the recipe. `unused_keys` names keys that a user set and the run does not read, because another run may have been meant.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def unread(config: Config) -> dict[str, str]:
+def unused_keys(config: Config) -> dict[str, str]:
     """Return the keys that the run does not read, each with the reason."""
     objective, name = OBJECTIVES[config.run.objective], config.run.objective
     listed = {}
@@ -187,7 +187,7 @@ def unread(config: Config) -> dict[str, str]:
 
 def ignored_lines(config: Config, given: Collection[str]) -> list[str]:
     """Return a line for each key of `given` without effect, and for a validation that has no cadence."""
-    lines = [f"{key}: has no effect, because {why}" for key, why in unread(config).items() if key in given]
+    lines = [f"{key}: has no effect, because {why}" for key, why in unused_keys(config).items() if key in given]
     if config.data.validation is not None and config.metrics.eval_every_steps is None:
         lines.append(
             "data.validation: is evaluated at the end of the run only; metrics.eval_every_steps=N does so on the way"

@@ -83,12 +83,12 @@ def submit(settings: IngestSettings, request: PrepareRequest, counter: Counter) 
     if counter.open:
         agree_on_completed(work, counter)
         executor = slurm_executor(IngestStep(settings), len(counter.tasks), request, work / "log")
-        with errors_of_programs() as said:
+        with errors_of_programs() as messages:
             try:
                 executor.run()
             except subprocess.CalledProcessError:
-                said.seek(0)
-                raise UserError(f"sbatch refused the job array: {last_line(said.read().decode())}") from None
+                messages.seek(0)
+                raise UserError(f"sbatch refused the job array: {last_line(messages.read().decode())}") from None
         jobs.append(str(executor.job_id))
         # before anything else can fail
         write_json(work / SUBMITTED, {"jobs": jobs})
@@ -197,10 +197,10 @@ def failure_reason(work: Path) -> str:
     if failed:
         return failed[0].read_text(encoding="utf-8")
     try:
-        said = last_line((work / "log" / "finish.out").read_text(encoding="utf-8"))
+        reason = last_line((work / "log" / "finish.out").read_text(encoding="utf-8"))
     except OSError:
         return ""
-    return said.removeprefix("ettin prepare: ")
+    return reason.removeprefix("ettin prepare: ")
 
 
 def last_line(text: str) -> str:

@@ -134,11 +134,11 @@ def errors_of_programs() -> Iterator[IO[bytes]]:
 
     datatrove lets sbatch write to the terminal. The descriptor is replaced, since a child knows no other.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as messages:
         terminal = os.dup(2)
-        os.dup2(said.fileno(), 2)
+        os.dup2(messages.fileno(), 2)
         try:
-            yield said
+            yield messages
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)

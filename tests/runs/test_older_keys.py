@@ -81,6 +81,5 @@ def test_science_keys_of_an_older_hybrid_run_are_those_of_today(tmp_path: Path) 
     today = "  clm_fraction:\n  - - 0\n    - 0.8\n  - - 1500\n    - 0.3\n"
     text = to_yaml(config)
     assert today in text
-    path = tmp_path / "config.yaml"
-    path.write_text(text.replace(today, "  clm_fraction: 0:0.8,1500:0.3\n"))
-    assert history.stored_science_keys(path) == science_keys(config)
+    (tmp_path / "config.yaml").write_text(text.replace(today, "  clm_fraction: 0:0.8,1500:0.3\n"))
+    assert RunDirectory(tmp_path).science == science_keys(config)
