@@ -9,7 +9,7 @@ from tests.report.synthetic import write_run
 
 
 def test_status_of_another_shape_does_not_call_it_by_the_size(tmp_path, capsys):
-    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
-    write_run(tmp_path / "run", words=words)
+    overrides = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    write_run(tmp_path / "run", overrides=overrides)
     assert main(["status", str(tmp_path), "--json"]) == 0
     assert [row["model"] for row in json.loads(capsys.readouterr().out)] == ["207K mlm pretrain"]

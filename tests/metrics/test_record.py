@@ -148,9 +148,9 @@ def test_jsonl_sink_on_full_disk_keeps_lines_until_there_is_room(tmp_path, capsy
     sinks.log(line(4))
     assert sinks.problem is None
     assert steps_of(path) == [1, 2, 3, 4]
-    said = "".join(capsys.readouterr())
-    assert said.count("lines wait in memory, and nothing is saved before they are written") == 1
-    assert "the 3 lines that waited are written" in said
+    output = "".join(capsys.readouterr())
+    assert output.count("lines wait in memory, and nothing is saved before they are written") == 1
+    assert "the 3 lines that waited are written" in output
 
 
 def test_jsonl_sink_closed_on_full_disk_says_how_many_lines_are_lost(tmp_path, capsys):
@@ -175,8 +175,8 @@ def test_jsonl_sink_kill_9_loses_no_logged_line(tmp_path):
     first = process.stdout.readline()
     time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    told = (first + process.communicate()[0]).split(b"\n")
-    last = int(told[-2])  # the last one that was printed whole
+    printed = (first + process.communicate()[0]).split(b"\n")
+    last = int(printed[-2])  # the last one that was printed whole
     assert steps_of(path)[: last + 1] == list(range(last + 1))
 
 

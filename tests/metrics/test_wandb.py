@@ -27,11 +27,11 @@ def records(run_dir: Path) -> list[Any]:
     """Return all records that were logged to wandb, over all launches."""
     from wandb.proto import wandb_internal_pb2
 
-    found = []
+    logged = []
     for path in sorted((run_dir / "wandb").rglob("*.wandb")):
         for data in blocks(path.read_bytes()):
-            found.append(wandb_internal_pb2.Record.FromString(data))
-    return found
+            logged.append(wandb_internal_pb2.Record.FromString(data))
+    return logged
 
 
 def blocks(content: bytes) -> Iterator[bytes]:
@@ -43,11 +43,11 @@ def blocks(content: bytes) -> Iterator[bytes]:
         if left < 7:
             at += left
             continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
+        _, length, record_type = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
         # 1 is a full record, 4 the last part of one
-        if kind in (1, 4):
+        if record_type in (1, 4):
             yield record
             record = b""
 
@@ -65,19 +65,19 @@ def page(run_dir: Path) -> tuple[set[tuple[str, str]], list[dict[str, Any]]]:
 
 def artifacts(run_dir: Path) -> dict[str, set[str]]:
     """Return the aliases and file paths of each artifact by name, over all launches."""
-    found: dict[str, set[str]] = {}
+    named: dict[str, set[str]] = {}
     for record in records(run_dir):
         if record.WhichOneof("record_type") == "artifact":
             artifact = record.artifact
             paths = [entry.path for entry in artifact.manifest.contents]
-            found.setdefault(artifact.name, set()).update(artifact.aliases, paths)
-    return found
+            named.setdefault(artifact.name, set()).update(artifact.aliases, paths)
+    return named
 
 
 def test_wandb_resumed_runs_keep_one_page_and_share_a_group(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     def launch(objective: str, steps: int, *more: str) -> Path:
-        words = [f"run.steps={steps}", "checkpoint.every_steps=1", "checkpoint.keep=0", "metrics.wandb=true", *more]
-        (result,) = pool.run(1, command(tmp_path / objective, corpus, objective, words), "wandb_offline")
+        overrides = [f"run.steps={steps}", "checkpoint.every_steps=1", "checkpoint.keep=0", "metrics.wandb=true", *more]
+        (result,) = pool.run(1, command(tmp_path / objective, corpus, objective, overrides), "wandb_offline")
         assert result.status == 0, result.output[-2000:]
         assert "switched off" not in result.output, result.output[-2000:]
         return tmp_path / objective
@@ -109,9 +109,9 @@ def test_wandb_resumed_runs_keep_one_page_and_share_a_group(pool: Pool, corpus: 
 def test_wandb_unreachable_service_writes_to_disk_and_hides_key(corpus: Path, tmp_path: Path) -> None:
     """With an address that does not answer the run continues and is logged to disk, and its API key stays secret. Runs
     in a process of its own, because wandb keeps the mode of the first run of a process."""
-    words = command(tmp_path, corpus, "mlm", ["run.steps=2", "metrics.wandb=true"])
+    arguments = command(tmp_path, corpus, "mlm", ["run.steps=2", "metrics.wandb=true"])
     away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "5" * 40, "WANDB_INIT_TIMEOUT": "1"}
-    line = program("ettin", *words)
+    line = program("ettin", *arguments)
     done = subprocess.run(line, env={**os.environ, **away}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read(tmp_path).column("step") == [1, 2]

@@ -15,7 +15,7 @@ from megatron_ettin.cli.main import main
 from tests.pool import Pool
 from tests.train.runs import command
 
-# phase -> (ranks, steps, steps from one checkpoint to the next, words)
+# phase -> (ranks, steps, steps from one checkpoint to the next, overrides)
 PHASES = {
     "pretrain": (1, 10, 5, []),
     "extend": (2, 2, 1, ["parallel.tp=2"]),
@@ -37,11 +37,11 @@ def trained(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def train_phases(pool: Pool, corpus: Path, root: Path, objective: str) -> None:
     before: Path | None = None
-    for phase, (world, steps, every, words) in PHASES.items():
+    for phase, (world, steps, every, overrides) in PHASES.items():
         run = root / objective / phase
         options = ["--init-from", str(before)] if before else []
-        words = ["checkpoint.keep=0", f"checkpoint.every_steps={every}", f"run.steps={steps}", *words]
-        line = command(run, corpus, objective, words, options)
+        overrides = ["checkpoint.keep=0", f"checkpoint.every_steps={every}", f"run.steps={steps}", *overrides]
+        line = command(run, corpus, objective, overrides, options)
         line[line.index("pretrain")] = phase
         results = pool.run(world, line)
         assert {result.status for result in results} == {0}, results[0].output[-3000:]
@@ -77,11 +77,11 @@ def without_workers() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def release(capfd: Any, *words: object) -> tuple[int, str, str]:
+def release(capfd: Any, *arguments: object) -> tuple[int, str, str]:
     """Run `ettin release WORDS` in this process: (status, standard output, last line of standard error)."""
     capfd.readouterr()
     with without_workers():
-        status = main(["release", *map(str, words)])
+        status = main(["release", *map(str, arguments)])
     out, err = capfd.readouterr()
     return status, out, (err.strip().splitlines() or [""])[-1]
 

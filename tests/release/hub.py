@@ -58,11 +58,11 @@ def oid_of(tree: Tree) -> str:
 
 def entry(name: str, content: bytes) -> dict[str, Any]:
     blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    found: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": blob}
+    listed: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": blob}
     if name.endswith(LARGE):
-        found["oid"] = hashlib.sha1(b"pointer" + content).hexdigest()
-        found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return found
+        listed["oid"] = hashlib.sha1(b"pointer" + content).hexdigest()
+        listed["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return listed
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -101,12 +101,12 @@ class Handler(BaseHTTPRequestHandler):
     def chunked(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return b""
-        found = b""
+        received = b""
         while size := int(self.rfile.readline(), 16):
-            found += self.rfile.read(size)
+            received += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return found
+        return received
 
     def create(self, body: bytes) -> None:
         self.hub.visibility = json.loads(body).get("visibility") or (

@@ -31,16 +31,16 @@ class Running:
     """A release that was started.
 
     Args:
-        words: of the command.
+        arguments: of the command.
         real: whether it is a program of its own.
         largest_file: bytes, at which the system refuses to write on; 0 for no limit. Of a forked one.
         held: the revision that a forked one's worker never ends.
     """
 
-    def __init__(self, *words: object, real: bool = False, largest_file: int = 0, held: str = "") -> None:
+    def __init__(self, *arguments: object, real: bool = False, largest_file: int = 0, held: str = "") -> None:
         self.mark = str(uuid.uuid4())
         self.errors = tempfile.NamedTemporaryFile("r", encoding="utf-8")  # noqa: SIM115
-        line = ["release", *map(str, words)]
+        line = ["release", *map(str, arguments)]
         with open(os.devnull, "r+b") as nowhere, open(self.errors.name, "ab") as errors:
             if real:
                 self.process: subprocess.Popen[bytes] | forkserver.Child = subprocess.Popen(
@@ -65,16 +65,16 @@ class Running:
         """Return all of standard error up to now."""
         return Path(self.errors.name).read_text(encoding="utf-8")
 
-    def has_told(self, revisions: int) -> bool:
-        """Return whether it has told of so many revisions, or of all that it makes."""
+    def has_reported(self, revisions: int) -> bool:
+        """Return whether it has reported so many revisions, or all that it makes."""
         if revisions == 0:
             return True
-        told = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.output(), re.MULTILINE)]
-        return any(done == min(revisions, total) for done, total in told)
+        reported = [tuple(map(int, pair)) for pair in re.findall(r"^\[(\d+)/(\d+)\]", self.output(), re.MULTILINE)]
+        return any(done == min(revisions, total) for done, total in reported)
 
-    def wait_until_told(self, revisions: int) -> None:
-        """Wait until it has told of so many, or has ended."""
-        wait_for(lambda: self.has_told(revisions) or self.process.poll() is not None, 200)
+    def wait_until_reported(self, revisions: int) -> None:
+        """Wait until it has reported so many, or has ended."""
+        wait_for(lambda: self.has_reported(revisions) or self.process.poll() is not None, 200)
 
     def ended(self, seconds: float = 200) -> int:
         """Return the exit status, once it has ended."""
@@ -89,13 +89,13 @@ class Running:
 
     def left_over(self) -> list[psutil.Process]:
         """Return what still runs of its session, or was started with its mark in the environment."""
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 ours = os.getsid(process.pid) == self.pid or process.environ().get("ETTIN_TEST_MARK") == self.mark
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def close(self) -> None:
         """Kill what is left of it."""
@@ -142,6 +142,6 @@ def forget_hub() -> None:
         del sys.modules[name]
 
 
-def release_program(*words: object) -> list[str]:
+def release_program(*arguments: object) -> list[str]:
     """Return a command line that runs `ettin release WORDS` so, for `subprocess`."""
-    return forkserver.command("tests.release.running:be_release", "release", *words)
+    return forkserver.command("tests.release.running:be_release", "release", *arguments)

@@ -62,8 +62,8 @@ def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
     assert card.startswith("---\n")
     assert "license: mit\n" in card
     assert "# tiny\n" in card
-    for said in ("pretrain", "extend", "decay", "learning rate", "| dataset | 100.00% |", "training_curve.png"):
-        assert said in card, said
+    for message in ("pretrain", "extend", "decay", "learning rate", "| dataset | 100.00% |", "training_curve.png"):
+        assert message in card, message
     assert all(f"| `{name}` |" in card for name in NAMES)
     assert str(corpus.parent) not in card  # names, not the paths of a machine
     assert (released / "main" / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -108,13 +108,13 @@ def test_train_with_released_order_has_same_losses(released, trained, corpus, po
 
 def test_release_repeated_makes_nothing(released, trained, capfd):
     before = {path: path.stat().st_mtime_ns for path in released.rglob("*")}
-    words = (trained / "mlm/decay", "--out", released, *SAME, "--json")
+    arguments = (trained / "mlm/decay", "--out", released, *SAME, "--json")
     for more in ((), ("--recheck",)):
-        status, out, err = release(capfd, *words, *more)
+        status, out, err = release(capfd, *arguments, *more)
         assert status == 0, err
-        told = json.loads(out)
-        assert told["made"] == []
-        assert told["kept"] == NAMES
+        reported = json.loads(out)
+        assert reported["made"] == []
+        assert reported["kept"] == NAMES
     assert {path: path.stat().st_mtime_ns for path in before if path != released} == {
         path: time for path, time in before.items() if path != released
     }
@@ -131,8 +131,8 @@ def test_release_recheck_remakes_damaged_or_missing_revisions(released, trained,
     weights.write_bytes(content)
     (out / "ext1" / "config.json").write_text("{}")
     shutil.rmtree(out / "main")
-    words = (trained / "mlm/decay", "--out", out, *SAME, "--json", "--recheck")
-    status, printed, err = release(capfd, *words)
+    arguments = (trained / "mlm/decay", "--out", out, *SAME, "--json", "--recheck")
+    status, printed, err = release(capfd, *arguments)
     assert status == 0, err
     assert sorted(json.loads(printed)["made"]) == ["ext1", "ext2", "step5"]
     assert files_of(out) == files_of(released)
@@ -144,14 +144,14 @@ def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path
     last = runs / "pretrain/checkpoints/step_000000010"
     shutil.move(last, tmp_path / "later")
     (runs / "pretrain/checkpoints/latest").write_text("step_000000005\n")
-    words = (runs / "pretrain", "--out", tmp_path / "out", "--order", "none", "--json", *SAME)
-    status, out, err = release(capfd, *words)
+    arguments = (runs / "pretrain", "--out", tmp_path / "out", "--order", "none", "--json", *SAME)
+    status, out, err = release(capfd, *arguments)
     assert status == 0, err
     assert json.loads(out)["made"] == ["step0", "step5"]
     assert json.loads((tmp_path / "out/release.json").read_text())["main"] == "step5"
     shutil.rmtree(runs / "pretrain/checkpoints/step_000000005")
     shutil.move(tmp_path / "later", last)
-    status, out, err = release(capfd, *words)
+    status, out, err = release(capfd, *arguments)
     assert status == 0, err
     assert json.loads(out)["made"] == ["step10"]
     index = json.loads((tmp_path / "out/release.json").read_text())
@@ -166,8 +166,8 @@ def test_release_runs_moved_together_are_found(trained, tmp_path, capfd):
     for phase in ("extend", "decay"):  # the absolute paths lead nowhere
         history = tmp_path / "moved" / phase / "history.jsonl"
         history.write_text(history.read_text().replace(str(trained), "/nowhere"))
-    words = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json")
-    status, out, err = release(capfd, tmp_path / "moved/decay", *words)
+    arguments = ("--out", tmp_path / "out", "--dtype", "bf16", "--order", "none", "--json")
+    status, out, err = release(capfd, tmp_path / "moved/decay", *arguments)
     assert status == 0, err
     assert json.loads(out)["made"] == ["step0", "step10", "ext2", "decay1"]
     assert {tensor.dtype for tensor in tensors(tmp_path / "out/ext2").values()} == {torch.bfloat16}
@@ -180,8 +180,8 @@ def test_release_damaged_checkpoint_does_not_stop_the_others(trained, tmp_path, 
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     (tmp_path / "run/checkpoints/step_000000010/integrity.json").unlink()
-    words = (tmp_path / "run", trained / "mlm/extend", "--out", tmp_path / "out", "--order", "none")
-    status, out, err = release(capfd, *words)
+    arguments = (tmp_path / "run", trained / "mlm/extend", "--out", tmp_path / "out", "--order", "none")
+    status, out, err = release(capfd, *arguments)
     assert status == 2
     assert "2 of 5 revisions failed" in err
     assert "integrity.json" in err

@@ -30,8 +30,8 @@ MOMENTS = [(1, 0.5, 1.0), (0, 0.6, 6.0), (9, 0.8, 1.5), (2, 0.3, 1.0)]
 def start() -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def begin(*words: object, **options: object) -> Running:
-        started.append(Running(*words, **options))
+    def begin(*arguments: object, **options: object) -> Running:
+        started.append(Running(*arguments, **options))
         return started[-1]
 
     yield begin
@@ -53,11 +53,11 @@ def check_whole(out: Path) -> None:
 def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released, trained, tmp_path, real):
     draw = random.Random(4)
     out = tmp_path / "out"
-    words = [trained / "mlm/decay", "--out", out, "--workers", "2", *SAME]
+    arguments = [trained / "mlm/decay", "--out", out, "--workers", "2", *SAME]
     for number in range(KILLS):
         revisions, *seconds = MOMENTS[number % len(MOMENTS)]
-        running = start(*words, real=real)
-        running.wait_until_told(revisions)
+        running = start(*arguments, real=real)
+        running.wait_until_reported(revisions)
         time.sleep(draw.uniform(0, seconds[real]))
         if running.process.poll() is None:
             # of every process, or of the command alone
@@ -65,7 +65,7 @@ def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released,
         running.ended()
         wait_for(lambda running=running: not running.left_over())
         check_whole(out)
-    running = start(*words, real=real)
+    running = start(*arguments, real=real)
     assert running.ended() == 0, running.output()
     assert files_of(out) == files_of(released)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -75,7 +75,7 @@ def test_release_kill_9_at_random_moments_resumes_to_same_bytes(start, released,
 def test_release_killed_worker_exits_1_with_advice(start, trained, tmp_path, real):
     out = tmp_path / "out"
     running = start(trained / "mlm/decay", "--out", out, "--workers", "2", real=real, held="" if real else "ext1")
-    running.wait_until_told(1)
+    running.wait_until_reported(1)
     assert running.output().startswith(f"{len(NAMES)} revisions")
     running.workers()[0].kill()
     assert running.ended() == 1
@@ -88,9 +88,9 @@ def test_release_killed_worker_exits_1_with_advice(start, trained, tmp_path, rea
 @REAL
 def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp_path, real):
     out = tmp_path / "out"
-    words = [trained / "mlm/decay", "--out", out, "--workers", "1" if real else "2"]
-    running = start(*words, real=real, held="" if real else "ext1")
-    running.wait_until_told(1)
+    arguments = [trained / "mlm/decay", "--out", out, "--workers", "1" if real else "2"]
+    running = start(*arguments, real=real, held="" if real else "ext1")
+    running.wait_until_reported(1)
     assert running.workers()
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     # what shells give for Ctrl-C; a fork that would end so ends by the signal itself
@@ -103,14 +103,14 @@ def test_release_interrupted_exits_130_and_leaves_no_process(start, trained, tmp
 def test_release_failing_writes_exit_2_and_repeat_succeeds(start, trained, tmp_path, capfd):
     """A limit on file sizes stands in for a full disk: the weights cannot be written, what is there stays."""
     out = tmp_path / "out"
-    words = [trained / "mlm/pretrain", "--out", out, "--workers", "1"]
-    running = start(*words, largest_file=100_000)
+    arguments = [trained / "mlm/pretrain", "--out", out, "--workers", "1"]
+    running = start(*arguments, largest_file=100_000)
     assert running.ended() == 2, running.output()
     last = running.output().strip().splitlines()[-1]
     assert last.startswith("ettin release: 3 of 3 revisions failed")
     assert "File too large" in last
     assert "Traceback" not in running.output()
     assert sorted(path.name for path in out.iterdir()) == ["data_order", "release.json"]
-    status, _, err = release(capfd, *words)
+    status, _, err = release(capfd, *arguments)
     assert status == 0, err
     assert json.loads((out / "release.json").read_text())["main"] == "step10"

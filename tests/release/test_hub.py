@@ -49,10 +49,10 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {**os.environ, **mine, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
 
 
-def start(hub: Hub, trained: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+def start(hub: Hub, trained: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
     line = [str(trained / "mlm/decay"), "--out", str(out), "--workers", "1", *SAME, "--push", "lab/tiny", "--json"]
     return subprocess.Popen(
-        release_program(*line, *words),
+        release_program(*line, *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,20 +86,20 @@ def test_push_killed_midway_resumes_without_repeated_commits(hub, trained, out):
     hub.let_go.set()
     assert hub.commits == NAMES[:4]
     assert hub.visibility == "private"
-    told = json.loads(finished(start(hub, trained, out)))["push"]
-    assert told["kept"] == NAMES[:4]
-    assert told["uploaded"] == [*NAMES[4:], "main"]
+    reported = json.loads(finished(start(hub, trained, out)))["push"]
+    assert reported["kept"] == NAMES[:4]
+    assert reported["uploaded"] == [*NAMES[4:], "main"]
     assert hub.commits == [*NAMES, "main"]  # one commit each, and none twice
     check_hub(hub, out)
     uploads = hub.uploads
-    told = json.loads(finished(start(hub, trained, out)))["push"]
-    assert told["uploaded"] == []
+    reported = json.loads(finished(start(hub, trained, out)))["push"]
+    assert reported["uploaded"] == []
     assert hub.uploads == uploads
     assert len(hub.commits) == len(NAMES) + 1
     # what a revision should not have goes, what changed is sent anew
     hub.branches["step5"] |= {"stray.bin": b"1", "config.json": b"{}"}
-    told = json.loads(finished(start(hub, trained, out)))["push"]
-    assert told["uploaded"] == ["step5"]
+    reported = json.loads(finished(start(hub, trained, out)))["push"]
+    assert reported["uploaded"] == ["step5"]
     assert hub.uploads == uploads
     check_hub(hub, out)
 

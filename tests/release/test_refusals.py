@@ -20,14 +20,14 @@ def test_release_source_that_is_no_run_is_refused(trained, tmp_path, capfd):
     checkpoint = trained / "mlm/pretrain/checkpoints/step_000000005"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for given, said in (
+    for given, message in (
         (tmp_path / "nothing", "no such folder; give a run directory"),
         (tmp_path / "file", "not a folder; give a run directory"),
         (tmp_path / "empty", "no run directory (config.yaml or checkpoints/ is missing)"),
         (checkpoint, "no run directory (config.yaml or checkpoints/ is missing)"),
     ):
         status, _, err = release(capfd, given, "--out", tmp_path / "out")
-        assert (status, err) == (2, f"ettin release: {given}: {said}")
+        assert (status, err) == (2, f"ettin release: {given}: {message}")
     assert not (tmp_path / "out").exists()
 
 
@@ -74,7 +74,7 @@ def test_release_unrelated_runs_are_refused(trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--max-shard-bytes", "0"], "--max-shard-bytes 0: must be at least 1"),
@@ -85,11 +85,11 @@ def test_release_unrelated_runs_are_refused(trained, tmp_path, capfd):
         (["--push", "a/b/c"], "--push a/b/c"),
     ],
 )
-def test_release_bad_options_are_refused(trained, tmp_path, capfd, words, said):
-    status, _, err = release(capfd, trained / "mlm/pretrain", "--out", tmp_path / "out", *words)
+def test_release_bad_options_are_refused(trained, tmp_path, capfd, arguments, message):
+    status, _, err = release(capfd, trained / "mlm/pretrain", "--out", tmp_path / "out", *arguments)
     assert status == 2, err
     assert err.startswith("ettin release: "), err
-    assert said in err, err
+    assert message in err, err
     assert not (tmp_path / "out").exists()
 
 
@@ -123,24 +123,26 @@ def test_release_unusable_out_folder_is_refused(trained, tmp_path, capfd):
 def test_release_other_weights_under_same_step_need_replace(trained, tmp_path, capfd):
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained / "mlm/pretrain", run)
-    words = (run, "--out", out, "--order", "none")
-    assert release(capfd, *words)[0] == 0
+    arguments = (run, "--out", out, "--order", "none")
+    assert release(capfd, *arguments)[0] == 0
     before = files_of(out)
     first, second = (run / f"checkpoints/step_{step:09d}" for step in (5, 10))
     shutil.rmtree(first)
     shutil.copytree(second, first)  # the weights of another run, as far as anybody can tell
-    status, _, err = release(capfd, *words)
-    said = f"--out {out}: its step5 is of other weights than {first}; name a new folder, or --replace to make it anew"
-    assert (status, err) == (2, f"ettin release: {said}")
+    status, _, err = release(capfd, *arguments)
+    message = (
+        f"--out {out}: its step5 is of other weights than {first}; name a new folder, or --replace to make it anew"
+    )
+    assert (status, err) == (2, f"ettin release: {message}")
     assert files_of(out) == before
-    status, told, err = release(capfd, *words, "--replace", "--json")
+    status, reported, err = release(capfd, *arguments, "--replace", "--json")
     assert status == 0, err
-    assert json.loads(told)["made"] == ["step5"], err
+    assert json.loads(reported)["made"] == ["step5"], err
 
 
 def test_release_on_a_file_system_without_locks_warns_and_goes_on(tmp_path, capsys):
     with no_locks(), build._locked(tmp_path / "out", {"name": "a", "objective": "mlm", "size": "17m"}):
         pass
-    said = capsys.readouterr().err
-    assert said.count("its file system has no locks (Function not implemented)") == 1
+    message = capsys.readouterr().err
+    assert message.count("its file system has no locks (Function not implemented)") == 1
     assert (tmp_path / "out" / "release.json").is_file()

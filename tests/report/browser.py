@@ -21,11 +21,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 def require_chromium() -> str:
     """Return the path of Chromium. Skip the test where there is none; in CI that is a failure."""
-    found = next(filter(None, map(shutil.which, NAMES)), "")
-    if not found:
+    path = next(filter(None, map(shutil.which, NAMES)), "")
+    if not path:
         why = "no Chromium here (apt-get install chromium; tests/run.sh does so in CI)"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    return found
+    return path
 
 
 class Browser:
@@ -35,13 +35,13 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_browser, self.write_end = os.pipe()
         self.read_end, from_browser = os.pipe()
-        words = [require_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        words += ["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking", "--mute-audio"]
-        words += [f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}", "about:blank"]
+        arguments = [require_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        arguments += ["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking", "--mute-audio"]
+        arguments += [f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}", "about:blank"]
         # the browser reads its file 3 and writes its file 4
         shell = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
         self.process = subprocess.Popen(
-            ["bash", "-c", shell, "bash", *words], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL
+            ["bash", "-c", shell, "bash", *arguments], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -67,9 +67,9 @@ class Browser:
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send one command and return the browser's answer."""
         self.number += 1
-        asked = {"id": self.number, "method": method, "params": parameters}
-        asked |= {"sessionId": self.session} if self.session else {}
-        os.write(self.write_end, json.dumps(asked).encode() + b"\0")
+        request = {"id": self.number, "method": method, "params": parameters}
+        request |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write_end, json.dumps(request).encode() + b"\0")
         deadline = time.monotonic() + ANSWER_SECONDS
         while (message := self._message(deadline)).get("id") != self.number:
             self.events.append(message)
@@ -111,8 +111,8 @@ class Browser:
         self.ask("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self.ask("Input.dispatchKeyEvent", type="keyUp", **event)
 
-    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
-        self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+    def mouse(self, event_type: str, x: float, y: float, **more: Any) -> None:
+        self.ask("Input.dispatchMouseEvent", type=event_type, x=x, y=y, **more)
 
     def colours(self, scheme: str) -> None:
         """Emulate the reader's system preference, 'light' or 'dark'."""
@@ -125,8 +125,8 @@ class Browser:
     @property
     def errors(self) -> list[dict[str, Any]]:
         """Return the exceptions, and the messages of the console and of the browser itself."""
-        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event.get("method") in kinds]
+        methods = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event.get("method") in methods]
 
     @property
     def requests(self) -> list[str]:

@@ -10,20 +10,22 @@ from megatron_ettin.cli.main import main
 from tests.pool import Pool
 from tests.train.runs import train
 
-WORDS = ["metrics.eval_every_steps=2", "metrics.ranks_every_steps=2", "checkpoint.weights_every_tokens=1000"]
+OVERRIDES = ["metrics.eval_every_steps=2", "metrics.ranks_every_steps=2", "checkpoint.weights_every_tokens=1000"]
 
 
 @pytest.fixture(scope="session")
 def trained(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with mlm and clm, each with pretrain and extend, and with mlm/hf, exported from mlm/extend."""
     root = tmp_path_factory.mktemp("trained")
-    words = [*WORDS, f"data.validation={corpus}/heldout"]
+    overrides = [*OVERRIDES, f"data.validation={corpus}/heldout"]
     for objective, world in (("mlm", 2), ("clm", 1)):
         first = root / objective / "pretrain"
         if objective == "mlm":
-            train(pool, world, first, corpus, objective, [*words, "run.steps=4"], mutation="nan_gradients_in_step_3")
-        train(pool, world, first, corpus, objective, [*words, "run.steps=6"])
+            train(
+                pool, world, first, corpus, objective, [*overrides, "run.steps=4"], mutation="nan_gradients_in_step_3"
+            )
+        train(pool, world, first, corpus, objective, [*overrides, "run.steps=6"])
         later = ["--phase", "extend", "--init-from", str(first)]
-        train(pool, world, root / objective / "extend", corpus, objective, [*words, "run.steps=3"], later)
+        train(pool, world, root / objective / "extend", corpus, objective, [*overrides, "run.steps=3"], later)
     assert main(["convert", "to-hf", str(root / "mlm" / "extend"), str(root / "mlm" / "hf")]) == 0
     return root

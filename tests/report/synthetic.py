@@ -19,13 +19,13 @@ def write_run(
     objective: str = "mlm",
     phase: str = "pretrain",
     steps: int = 40,
-    words: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
     fingerprint: str = FINGERPRINT,
     **changed: Mapping[int, object],
 ) -> Path:
     """Write a run of `steps` steps; `changed` maps a key of metrics.jsonl to {step: another value}."""
     base = ("batch.global_batch_rows=64", "run.tokens=1_000_000_000", "schedule.warmup_tokens=100_000")
-    config = parse("17m", objective, phase, overrides=(*base, "schedule.decay_tokens=100_000", *words))
+    config = parse("17m", objective, phase, overrides=(*base, "schedule.decay_tokens=100_000", *overrides))
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     order = {"fingerprint": fingerprint, "tokenizer": "aa", "rows_per_step": 64, "mean_tokens_per_row": 1000.0}

@@ -178,9 +178,14 @@ def test_report_page_marks_gradient_norms_above_the_axis(opened: Browser) -> Non
 
 def test_report_page_tables_fit_a_screen_of_1280(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    place = "/scratch/of/a/large/site/" * 4 + "step_000000120"
+    location = "/scratch/of/a/large/site/" * 4 + "step_000000120"
     launch = {"time": "2026-11-29T16:34:37+0000", "version": "0.1.0", "code": "0123456789ab", "commit": "0123456789ab"}
-    launch |= {"host": "node-0017.site", "from": f"weights of {place}", "init_from": place, "layout": "tp 2 pp 4 dp 8"}
+    launch |= {
+        "host": "node-0017.site",
+        "from": f"weights of {location}",
+        "init_from": location,
+        "layout": "tp 2 pp 4 dp 8",
+    }
     launch |= {
         "world": 64,
         "threads": 12,

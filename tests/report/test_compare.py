@@ -32,13 +32,13 @@ def test_compare_runs_differing_only_in_objective_are_paired(tmp_path, encoder):
 
 
 def test_compare_different_operations_keys_are_still_paired(tmp_path, encoder):
-    words = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "runtime.device=cpu")
-    assert compared(encoder, write_run(tmp_path / "decoder", "clm", words=words)) == ("PAIRED", {})
+    overrides = ("parallel.tp=2", "batch.micro_batch_rows=4", "precision.name=fp32", "runtime.device=cpu")
+    assert compared(encoder, write_run(tmp_path / "decoder", "clm", overrides=overrides)) == ("PAIRED", {})
 
 
 def test_compare_model_of_another_shape_is_not_called_by_the_size(tmp_path):
-    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
-    runs = [write_run(tmp_path / objective, objective, words=words) for objective in ("mlm", "clm")]
+    overrides = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    runs = [write_run(tmp_path / objective, objective, overrides=overrides) for objective in ("mlm", "clm")]
     assert [chain.name for chain in compare(runs).chains] == ["207K mlm", "207K clm"]
 
 
@@ -63,26 +63,26 @@ def test_compare_folder_named_like_a_formula_is_drawn(tmp_path):
 
 
 def test_compare_two_runs_of_one_objective_are_same_training(tmp_path, encoder):
-    assert compared(encoder, write_run(tmp_path / "again", words=("parallel.tp=2",))) == ("SAME TRAINING", {})
+    assert compared(encoder, write_run(tmp_path / "again", overrides=("parallel.tp=2",))) == ("SAME TRAINING", {})
 
 
 @pytest.mark.parametrize(
     ("changes", "check", "shown"),
     [
-        ({"words": ("optim.weight_decay=0.01",)}, "optimizer", "optim.weight_decay: 0.0003 and 0.01"),
-        ({"words": ("run.seed=7",)}, "phase and seed", "run.seed: 21 and 7"),
-        ({"words": ("schedule.decay_tokens=5M",)}, "schedule", "schedule.decay_tokens: 100000 and 5000000"),
-        ({"words": ("run.tokens=5M",)}, "schedule", "run.tokens: 1000000000 and 5000000"),
-        ({"words": ("batch.warmup_tokens=5M",)}, "batch and rows", "batch.warmup_tokens: 0 and 5000000"),
-        ({"words": ("data.seq_len=512",)}, "batch and rows", "data.seq_len: 1024 and 512"),
-        ({"words": ("model.num_layers=6",)}, "model shape", "model.num_layers: 7 and 6"),
+        ({"overrides": ("optim.weight_decay=0.01",)}, "optimizer", "optim.weight_decay: 0.0003 and 0.01"),
+        ({"overrides": ("run.seed=7",)}, "phase and seed", "run.seed: 21 and 7"),
+        ({"overrides": ("schedule.decay_tokens=5M",)}, "schedule", "schedule.decay_tokens: 100000 and 5000000"),
+        ({"overrides": ("run.tokens=5M",)}, "schedule", "run.tokens: 1000000000 and 5000000"),
+        ({"overrides": ("batch.warmup_tokens=5M",)}, "batch and rows", "batch.warmup_tokens: 0 and 5000000"),
+        ({"overrides": ("data.seq_len=512",)}, "batch and rows", "data.seq_len: 1024 and 512"),
+        ({"overrides": ("model.num_layers=6",)}, "model shape", "model.num_layers: 7 and 6"),
         ({"fingerprint": "ab" * 32}, "data order", f"fingerprint: {'5f' * 32} and {'ab' * 32}"),
         ({"fingerprint": ""}, "data order", "order.json has no fingerprint"),
         ({"rows": {9: [512, 577]}}, "rows of every step", "step 9: [512, 576] and [512, 577]"),
         ({"rows": {9: None}}, "rows of every step", "step 9: rows was not recorded"),
         ({"tokens": {12: 5}}, "tokens of every step", "step 12: "),
         ({"lr": {3: 0.5}}, "learning rate of every step", "step 3: "),
-        ({"words": ("resilience.on_spike=skip",)}, "bad steps", "resilience.on_spike: warn and skip"),
+        ({"overrides": ("resilience.on_spike=skip",)}, "bad steps", "resilience.on_spike: warn and skip"),
         ({"updated": {9: False}}, "updates of every step", "left out in mlm: none; in clm: 9"),
         (
             {"updated": dict.fromkeys((3, 7, 8, 9), False)},
@@ -107,7 +107,7 @@ def test_compare_key_changed_during_the_run_breaks_the_pair(tmp_path, encoder):
 
 
 def test_compare_decoder_window_counts_as_part_of_the_objective(tmp_path, encoder):
-    decoder = write_run(tmp_path / "decoder", "clm", words=("model.decoder_window_keys=65",))
+    decoder = write_run(tmp_path / "decoder", "clm", overrides=("model.decoder_window_keys=65",))
     assert compared(encoder, decoder) == ("PAIRED", {})
     assert compared(decoder, write_run(tmp_path / "other", "clm"))[0] == "NOT PAIRED"
 
@@ -225,7 +225,7 @@ class Links(HTMLParser):
 
 
 def test_compare_page_fetches_nothing_and_shows_differences(tmp_path, encoder, capsys):
-    decoder = write_run(tmp_path / "<b>decoder", "clm", steps=130, words=("optim.lr=1e-3",))
+    decoder = write_run(tmp_path / "<b>decoder", "clm", steps=130, overrides=("optim.lr=1e-3",))
     out = tmp_path / "reports" / "pair.html"
     assert main(["compare", str(encoder), str(decoder), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -248,15 +248,15 @@ def test_compare_page_fetches_nothing_and_shows_differences(tmp_path, encoder, c
 
 
 def test_compare_json_and_require_paired_set_the_exit_status(tmp_path, encoder, capsys):
-    decoder = write_run(tmp_path / "decoder", "clm", words=("run.seed=3",))
+    decoder = write_run(tmp_path / "decoder", "clm", overrides=("run.seed=3",))
     out = tmp_path / "pair.html"
-    words = ["compare", str(encoder), str(decoder), "--out", str(out), "--json"]
-    assert main([*words, "--require-paired"]) == 1
+    arguments = ["compare", str(encoder), str(decoder), "--out", str(out), "--json"]
+    assert main([*arguments, "--require-paired"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["verdict"] == "NOT PAIRED"
     assert [check["name"] for check in answer["checks"] if not check["passed"]] == ["phase and seed"]
     assert [model["steps"] for model in answer["models"]] == [40, 40]
-    assert main(words) == 0
+    assert main(arguments) == 0
     assert main(["compare", str(encoder), "--out", str(out), "--require-paired"]) == 0
     assert "ONE MODEL" in capsys.readouterr().out
 

@@ -45,16 +45,21 @@ def run(written, tmp_path):
 
 def test_inspect_checkpoint_reports_contents_and_verifies(run, capsys):
     path = checkpoints_folder(run) / step_name(20)
-    found = describe(path, verify=True)
-    assert (found["kind"], found["step"], found["tokens"], found["verified"]) == ("checkpoint", 20, 20_000, True)
-    assert (found["size"], found["objective"], found["phase"]) == ("17m", "clm", "pretrain")
-    assert found["parameters"] == 20
-    assert found["dtypes"] == ["float32"]
-    assert found["tensors"] == {"head.norm.weight": [8], "output_layer.bias": [4, 3]}
-    assert found["optimizer"]
-    assert found["optimizer_tensors"] == 1
-    assert not found["tokenizer"]
-    assert found["bytes"] == sum(file.stat().st_size for file in path.iterdir() if file.name != "integrity.json")
+    description = describe(path, verify=True)
+    assert (description["kind"], description["step"], description["tokens"], description["verified"]) == (
+        "checkpoint",
+        20,
+        20_000,
+        True,
+    )
+    assert (description["size"], description["objective"], description["phase"]) == ("17m", "clm", "pretrain")
+    assert description["parameters"] == 20
+    assert description["dtypes"] == ["float32"]
+    assert description["tensors"] == {"head.norm.weight": [8], "output_layer.bias": [4, 3]}
+    assert description["optimizer"]
+    assert description["optimizer_tensors"] == 1
+    assert not description["tokenizer"]
+    assert description["bytes"] == sum(file.stat().st_size for file in path.iterdir() if file.name != "integrity.json")
     assert not describe(checkpoints_folder(run) / step_name(10))["optimizer"]
     assert main(["inspect", str(path), "--verify"]) == 0
     text = capsys.readouterr().out
@@ -62,16 +67,16 @@ def test_inspect_checkpoint_reports_contents_and_verifies(run, capsys):
     assert "20 (20K tokens)" in text
     assert "all good" in text
     assert main(["inspect", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found | {"verified": False}
+    assert json.loads(capsys.readouterr().out) == description | {"verified": False}
 
 
 def test_inspect_run_reports_progress_and_checkpoints(run, capsys):
-    found = describe(run)
-    assert (found["kind"], found["step"], found["seed"]) == ("run", 23, 21)
-    assert found["loss"] == pytest.approx(2.7)
-    assert found["checkpoints"] == [step_name(10), step_name(20)]
-    assert found["config"]["num_layers"] == 7
-    assert found["config"]["tp"] == 1
+    description = describe(run)
+    assert (description["kind"], description["step"], description["seed"]) == ("run", 23, 21)
+    assert description["loss"] == pytest.approx(2.7)
+    assert description["checkpoints"] == [step_name(10), step_name(20)]
+    assert description["config"]["num_layers"] == 7
+    assert description["config"]["tp"] == 1
     assert main(["inspect", str(run)]) == 0
     text = capsys.readouterr().out
     assert "loss 2.7000" in text

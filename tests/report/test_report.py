@@ -23,9 +23,9 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 TOKEN = "hf_" + "q" * 30
 
 
-def reported(out: Path, *words: object) -> str:
+def reported(out: Path, *arguments: object) -> str:
     """Write the page of runs and return its text."""
-    assert main(["report", *map(str, words), "--out", str(out)]) == 0
+    assert main(["report", *map(str, arguments), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -112,12 +112,12 @@ def test_report_of_trained_pair_lists_data_layout_bad_steps_and_checkpoints(
 
 def test_report_quickstart_command_writes_page_and_figures(trained: Path, tmp_path: Path) -> None:
     script = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
-    (words,) = re.findall(r"^ +ettin (report .*)$", script, re.M)
+    (arguments,) = re.findall(r"^ +ettin (report .*)$", script, re.M)
     root = tmp_path / "out"
     root.mkdir()
     for objective in ("mlm", "clm"):
         (root / objective).symlink_to(trained / objective)
-    assert main(shlex.split(words.replace("$out", str(root)))) == 0
+    assert main(shlex.split(arguments.replace("$out", str(root)))) == 0
     last = script.rpartition("<<END")[2].replace("$out", str(root))
     assert "PAIRED" in (root / "pair.html").read_text(encoding="utf-8")
     assert f"{root}/pair.html" in last
@@ -154,7 +154,7 @@ def test_report_validation_loss_of_earlier_phase_names_that_phase(tmp_path: Path
 
 
 def test_report_of_broken_pair_names_the_difference_first(tmp_path: Path, run: Path, page: Path) -> None:
-    text = reported(page, run, write_run(tmp_path / "other", "clm", words=("run.seed=3",)))
+    text = reported(page, run, write_run(tmp_path / "other", "clm", overrides=("run.seed=3",)))
     shown = section(text, "comparison")
     assert "NOT PAIRED" in shown
     assert shown.index("run.seed: 21 and 3") < shown.index("All checks")
@@ -200,8 +200,8 @@ def test_report_of_run_without_steps_draws_no_chart(
     text = reported(page, run)
     assert numbers(text)["charts"] == []
     assert '<p class="soft" id="empty">No step is recorded yet.' in text
-    beside = write_run(tmp_path / "beside", "clm")
-    assert numbers(reported(page, run, beside))["charts"][0]["id"] == "loss"
+    other = write_run(tmp_path / "beside", "clm")
+    assert numbers(reported(page, run, other))["charts"][0]["id"] == "loss"
 
 
 def test_report_malformed_files_are_passed_over(run: Path, page: Path) -> None:
@@ -294,7 +294,7 @@ def test_report_bad_arguments_are_refused_in_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (run / "config.yaml").write_text("run: {")
-    for words, shown in (
+    for arguments, shown in (
         ([tmp_path / "none"], "no such folder"),
         ([run / "order.json"], "not a folder"),
         ([tmp_path / "empty"], "no run directory"),
@@ -304,7 +304,7 @@ def test_report_bad_arguments_are_refused_in_one_line(
         ([run, "--watch", "0", "--out", tmp_path / "page.html"], "nothing is written with --watch"),
         (["--watch", run], "runs stand before --watch"),
     ):
-        assert main(["report", *map(str, words)]) == 2
+        assert main(["report", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert shown in error, error
         assert error.count("\n") == 1, error
@@ -314,13 +314,13 @@ def test_report_unwritable_output_is_refused_in_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    for words in (
+    for arguments in (
         ["--out", tmp_path / "file" / "page.html"],
         ["--out", tmp_path / "a.html", "--png", tmp_path / "file"],
     ):
-        assert main(["report", str(run), *map(str, words)]) == 2
+        assert main(["report", str(run), *map(str, arguments)]) == 2
         error = capsys.readouterr().err
-        assert f"{words[-2]} {words[-1]}: cannot be written" in error
+        assert f"{arguments[-2]} {arguments[-1]}: cannot be written" in error
         assert error.count("\n") == 1
 
 
@@ -360,8 +360,8 @@ def cards_of(run: Path, page: Path) -> str:
 
 
 def test_report_card_says_parameters_and_shape(tmp_path: Path, page: Path) -> None:
-    words = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
-    run = write_run(tmp_path / "run", words=words)
+    overrides = ("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=2048")
+    run = write_run(tmp_path / "run", overrides=overrides)
     assert "parameters  207K 2 layers x 64, vocabulary 2,048 (from 17m)" in cards_of(run, page)
 
 

@@ -38,7 +38,7 @@ def served(run: Path) -> Iterator[tuple[int, document.ReportSource]]:
         server.server_close()
 
 
-def asked(port: int, path: str, host: str = "") -> tuple[int, str]:
+def answer_of(port: int, path: str, host: str = "") -> tuple[int, str]:
     """Return status and text of the answer to a GET request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers={"Host": host} if host else {})
@@ -56,36 +56,36 @@ def look_again(source: document.ReportSource) -> None:
 def test_watch_server_sends_page_then_only_changes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with served(run) as (port, source):
-        status, page = asked(port, "/")
+        status, page = answer_of(port, "/")
         assert status == 200
         assert "connect-src 'self'" in page
         (version,) = re.findall(r'data-live="2000" data-version="(\d+)"', page)
-        assert asked(port, f"/data.json?seen={version}") == (204, "")
+        assert answer_of(port, f"/data.json?seen={version}") == (204, "")
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(STEP_41)
         look_again(source)
-        status, text = asked(port, f"/data.json?seen={version}")
+        status, text = answer_of(port, f"/data.json?seen={version}")
         news = json.loads(text)
         assert status == 200
         assert news["version"] != version
         assert news["data"]["models"][0]["runs"][0]["n"] == 41
         assert "41" in news["sections"]["cards"]
         assert set(news["sections"]) >= {"checkpoints", "environment"}
-        assert asked(port, f"/data.json?seen={news['version']}")[0] == 204
+        assert answer_of(port, f"/data.json?seen={news['version']}")[0] == 204
         # a run that cannot be read for a moment keeps the last page
         (run / "config.yaml").write_text("run: {")
         look_again(source)
-        assert asked(port, f"/data.json?seen={news['version']}")[0] == 204
+        assert answer_of(port, f"/data.json?seen={news['version']}")[0] == 204
 
 
 def test_watch_server_foreign_host_or_path_is_refused(tmp_path: Path) -> None:
     with served(write_run(tmp_path / "run", steps=3)) as (port, _):
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil"):
-            assert asked(port, "/data.json", host)[0] == 403
+            assert answer_of(port, "/data.json", host)[0] == 403
         for host in ("localhost", f"localhost:{port}", "127.0.0.1"):
-            assert asked(port, "/", host)[0] == 200
+            assert answer_of(port, "/", host)[0] == 200
         for path in ("/../config.yaml", "/config.yaml", "/%2e%2e/"):
-            assert asked(port, path)[0] == 404
+            assert answer_of(port, path)[0] == 404
 
 
 def test_watch_port_in_use_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,13 +102,13 @@ def test_watch_port_in_use_is_refused_in_one_line(tmp_path: Path, capsys: pytest
 
 def test_watch_command_serves_until_sigint(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=3)
-    words = program("ettin", "report", str(run), "--watch", "0")
+    arguments = program("ettin", "report", str(run), "--watch", "0")
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ until Ctrl-C\n", process.stdout.readline())
     assert address is not None
-    assert asked(int(address[1]), "/")[0] == 200
+    assert answer_of(int(address[1]), "/")[0] == 200
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")

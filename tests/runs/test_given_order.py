@@ -27,16 +27,16 @@ def test_data_order_exported_from_run_reproduces_its_losses(pool: Pool, corpus: 
     """The losses are equal on one rank and the rows on two; the run ends with the order, and more steps are refused."""
     first = train(pool, 1, tmp_path / "first", corpus, "mlm", ["run.steps=4"])
     order = exported(first.directory, tmp_path / "order.parquet", "1:5")
-    words = [f"data.order={order}"]
-    result = pool.run(1, command(tmp_path / "again", corpus, "mlm", words))[0]
+    overrides = [f"data.order={order}"]
+    result = pool.run(1, command(tmp_path / "again", corpus, "mlm", overrides))[0]
     assert result.status == 0, result.output
     assert "32 rows, 4 steps; the run ends with them" in result.output
     again = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in again] == first.column("loss")
-    assert train(pool, 2, tmp_path / "two", corpus, "mlm", words).column("rows") == first.column("rows")
+    assert train(pool, 2, tmp_path / "two", corpus, "mlm", overrides).column("rows") == first.column("rows")
     tables = [exported(run, tmp_path / f"{run.name}.parquet", "1:5") for run in (first.directory, tmp_path / "again")]
     assert parquet.read_table(tables[0]).equals(parquet.read_table(tables[1]))
-    refused = pool.run(1, command(tmp_path / "more", corpus, "mlm", [*words, "run.steps=5"]))[0]
+    refused = pool.run(1, command(tmp_path / "more", corpus, "mlm", [*overrides, "run.steps=5"]))[0]
     assert refused.status == 2
     assert f"run.steps: 5, but data.order {order} ends with step 4" in refused.output
 
@@ -50,13 +50,13 @@ def test_resume_compares_data_order_by_content_not_path(pool: Pool, corpus: Path
     train(pool, 1, run, corpus, "mlm", [f"data.order={order}", "run.steps=2", "checkpoint.every_steps=1"])
     moved = shutil.move(order, tmp_path / "moved.parquet")
     train(pool, 1, run, corpus, "mlm", [f"data.order={moved}", "run.steps=3"])
-    for words in ([f"data.order={other}", "run.steps=4"], ["run.steps=4"]):
-        refused = pool.run(1, command(run, corpus, "mlm", words))[0]
+    for overrides in ([f"data.order={other}", "run.steps=4"], ["run.steps=4"]):
+        refused = pool.run(1, command(run, corpus, "mlm", overrides))[0]
         assert refused.status == 2
         assert "was started with data.order=" in refused.output
         assert len(refused.output.splitlines()) == 1
-    words = [f"data.order={other}", "run.steps=4"]
-    changed = train(pool, 1, run, corpus, "mlm", words, options=["--allow-change", "data.order"])
+    overrides = [f"data.order={other}", "run.steps=4"]
+    changed = train(pool, 1, run, corpus, "mlm", overrides, options=["--allow-change", "data.order"])
     assert changed.column("step") == [1, 2, 3, 4]
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert history[-1]["changes"] == ["data.order"]
@@ -78,14 +78,14 @@ def test_resume_with_changed_dataset_is_refused(pool: Pool, tiny_tokenizer: Path
     shutil.rmtree(dataset)
     text = tmp_path / "data" / "text.jsonl"
     text.write_text("".join(text.read_text().splitlines(keepends=True)[:200]))
-    words = ["--out", str(dataset), "--tokenizer", str(tiny_tokenizer), "--chunk-tokens", "48", "--workers", "1"]
-    assert main(["prepare", str(text), *words]) == 0
+    arguments = ["--out", str(dataset), "--tokenizer", str(tiny_tokenizer), "--chunk-tokens", "48", "--workers", "1"]
+    assert main(["prepare", str(text), *arguments]) == 0
     refused = pool.run(1, command(run, dataset, "mlm", ["run.steps=3"]))[0]
     assert refused.status == 2
     assert "was started with data.mixture=" in refused.output
-    told = pool.run(1, ["order", str(run), "--steps", "1"])[0]
-    assert told.status == 2
-    assert "was trained in order" in told.output
+    listed = pool.run(1, ["order", str(run), "--steps", "1"])[0]
+    assert listed.status == 2
+    assert "was trained in order" in listed.output
     changed = train(pool, 1, run, dataset, "mlm", ["run.steps=3"], options=["--allow-change", "data.mixture"])
     assert changed.column("step") == [1, 2, 3]
 

@@ -23,9 +23,9 @@ SHAPE = ["model.num_layers=2", "checkpoint.every_steps=1", "checkpoint.keep=0"]
 @pytest.fixture(scope="module")
 def halves(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """Two steps of an encoder and of its decoder. Copied before use."""
-    room = tmp_path_factory.mktemp("halves")
-    words = [*SHAPE, "run.steps=2"]
-    return {objective: train(pool, 1, room / objective, corpus, objective, words) for objective in ("mlm", "clm")}
+    folder = tmp_path_factory.mktemp("halves")
+    overrides = [*SHAPE, "run.steps=2"]
+    return {objective: train(pool, 1, folder / objective, corpus, objective, overrides) for objective in ("mlm", "clm")}
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def no_object(path: Path) -> None:
     path.write_text("[1]")
 
 
-@pytest.mark.parametrize("harm", [lost, torn, pytest.param(no_object, marks=pytest.mark.full)])
+@pytest.mark.parametrize("damage", [lost, torn, pytest.param(no_object, marks=pytest.mark.full)])
 def test_resume_without_order_record_is_refused_until_allowed(
-    pool: Pool, corpus: Path, run: Path, harm: Callable[[Path], None]
+    pool: Pool, corpus: Path, run: Path, damage: Callable[[Path], None]
 ) -> None:
-    harm(run / "order.json")
+    damage(run / "order.json")
     for dataset in (corpus, corpus / "heldout"):
         result = pool.run(1, command(run, dataset, "mlm", [*SHAPE, "run.steps=3"]))[0]
         assert result.status == 2, result.output[-2000:]
@@ -61,11 +61,13 @@ def test_resume_without_order_record_is_refused_until_allowed(
     assert read(run).column("step") == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("words", [["optim.lr=1e-4"], pytest.param(["run.seed=77"], marks=pytest.mark.full)])
-def test_resume_without_config_is_refused_with_a_remedy(pool: Pool, corpus: Path, run: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("overrides", [["optim.lr=1e-4"], pytest.param(["run.seed=77"], marks=pytest.mark.full)])
+def test_resume_without_config_is_refused_with_a_remedy(
+    pool: Pool, corpus: Path, run: Path, overrides: list[str]
+) -> None:
     (run / "config.yaml").unlink()
     newest = list_checkpoints(run)[-1]
-    result = pool.run(1, command(run, corpus, "mlm", [*SHAPE, "run.steps=3", *words]))[0]
+    result = pool.run(1, command(run, corpus, "mlm", [*SHAPE, "run.steps=3", *overrides]))[0]
     assert result.status == 2
     assert "config.yaml: missing, though the run has checkpoints" in result.output
     assert f"put {newest / 'config.yaml'} there" in result.output
@@ -88,14 +90,14 @@ def test_resume_of_a_decoder_from_an_encoders_checkpoint_is_refused(
 
 def test_resume_after_an_allowed_change_needs_no_second_permission(pool: Pool, corpus: Path, run: Path) -> None:
     """The launch that was allowed to change a key ended before it saved: the newest checkpoint has the old value."""
-    words = [*SHAPE, "run.steps=2", "optim.lr=1e-3"]
+    overrides = [*SHAPE, "run.steps=2", "optim.lr=1e-3"]
     train(
         pool,
         1,
         run,
         corpus,
         "mlm",
-        words,
+        overrides,
         ["--allow-change", "optim.lr", "--allow-change", "optim.weight_decay_reference_lr"],
     )
     with open(run / "history.jsonl", "a") as history:
@@ -105,8 +107,8 @@ def test_resume_after_an_allowed_change_needs_no_second_permission(pool: Pool, c
 
 
 def test_train_on_a_file_system_without_locks_warns_and_trains(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = command(tmp_path / "run", corpus, "mlm", ["model.num_layers=2", "run.steps=1"])
-    result = pool.run(1, words, "no_locks")[0]
+    arguments = command(tmp_path / "run", corpus, "mlm", ["model.num_layers=2", "run.steps=1"])
+    result = pool.run(1, arguments, "no_locks")[0]
     assert result.status == 0, result.output[-2000:]
     assert result.output.count("its file system has no locks (Function not implemented)") == 1
     assert read(tmp_path / "run").column("step") == [1]

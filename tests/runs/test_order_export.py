@@ -24,10 +24,10 @@ def stills(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
 
     def get(objective: str) -> Trained:
         if objective not in made:
-            words = ["run.steps=3", "optim.lr=1e-30", "optim.weight_decay=0", "model.attention_output_dropout=0"]
+            overrides = ["run.steps=3", "optim.lr=1e-30", "optim.weight_decay=0", "model.attention_output_dropout=0"]
             # the exported class only supports the published windows, which are longer than these rows
-            words += ["model.encoder_window=64", "model.decoder_window_keys=64", "parallel.tp=2"]
-            made[objective] = train(pool, 2, tmp_path_factory.mktemp("still"), corpus, objective, words)
+            overrides += ["model.encoder_window=64", "model.decoder_window_keys=64", "parallel.tp=2"]
+            made[objective] = train(pool, 2, tmp_path_factory.mktemp("still"), corpus, objective, overrides)
         return made[objective]
 
     return get
@@ -109,12 +109,12 @@ def test_order_of_encoder_and_decoder_is_identical(pool: Pool, corpus: Path, tmp
     orders = [json.loads((run.directory / "order.json").read_text()) for run in runs]
     assert orders[0] == orders[1]
     assert runs[0].column("tokens") == runs[1].column("tokens")
-    words = [str(run.directory) for run in runs]
-    assert main(["compare", *words, "--out", str(tmp_path / "pair.html"), "--require-paired"]) == 0
+    arguments = [str(run.directory) for run in runs]
+    assert main(["compare", *arguments, "--out", str(tmp_path / "pair.html"), "--require-paired"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--steps", "5:2"], "'5:2' is empty"),
         (["--steps", "0:2"], "begins before 1"),
@@ -125,9 +125,9 @@ def test_order_of_encoder_and_decoder_is_identical(pool: Pool, corpus: Path, tmp
     ],
 )
 def test_order_invalid_arguments_are_refused(
-    still: Trained, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    still: Trained, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["order", str(still.directory), *words]) == 2
+    assert main(["order", str(still.directory), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -21,13 +21,13 @@ from tests.pool import Pool
 from tests.train.runs import Trained, command, read, train
 
 pytestmark = pytest.mark.ranks
-WORDS = ["run.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=0"]
+OVERRIDES = ["run.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=0"]
 
 
 @pytest.fixture(scope="module")
 def whole(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
     """Uninterrupted run of six steps of eight rows."""
-    return train(pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", WORDS)
+    return train(pool, 1, tmp_path_factory.mktemp("whole"), corpus, "mlm", OVERRIDES)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run(whole: Trained, tmp_path: Path) -> Path:
 
 
 def test_from_step_retrains_bit_identically(pool: Pool, corpus: Path, whole: Trained, run: Path) -> None:
-    again = train(pool, 1, run, corpus, "mlm", WORDS, ["--from-step", "3"])
+    again = train(pool, 1, run, corpus, "mlm", OVERRIDES, ["--from-step", "3"])
     assert again.column("loss") == whole.column("loss")
     assert again.column("step") == list(range(1, 7))
     ours, theirs = again.weights(), whole.weights()
@@ -51,7 +51,7 @@ def test_from_step_retrains_bit_identically(pool: Pool, corpus: Path, whole: Tra
     assert last["from"].startswith("went back to step_000000003")
     # a requeued job runs the same command and must not roll back again
     metrics = (run / "metrics.jsonl").read_bytes()
-    train(pool, 1, run, corpus, "mlm", WORDS, ["--from-step", "3"])
+    train(pool, 1, run, corpus, "mlm", OVERRIDES, ["--from-step", "3"])
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -60,15 +60,17 @@ def test_data_skip_after_from_step_leaves_out_rows(
 ) -> None:
     """Steps 1 to 3 stay; the rows of step 4 are left out, so that the rows and labels of step 5 come next."""
     skip = "data.skip=24:32"
-    (refused,) = pool.run(1, command(run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3"]))
+    (refused,) = pool.run(1, command(run, corpus, "mlm", [*OVERRIDES, skip], ["--from-step", "3"]))
     assert refused.status == 2
     assert "was started with data.skip=None, now data.skip=[[24, 32]]" in refused.output
-    found = train(pool, 1, run, corpus, "mlm", [*WORDS, skip], ["--from-step", "3", "--allow-change", "data.skip"])
-    assert found.column("rows") == [[0, 8], [8, 16], [16, 24], [32, 40], [40, 48], [48, 56]]
-    assert found.column("loss")[:3] == whole.column("loss")[:3]
-    assert found.column("labels")[3:5] == whole.column("labels")[4:]
+    trained = train(
+        pool, 1, run, corpus, "mlm", [*OVERRIDES, skip], ["--from-step", "3", "--allow-change", "data.skip"]
+    )
+    assert trained.column("rows") == [[0, 8], [8, 16], [16, 24], [32, 40], [40, 48], [48, 56]]
+    assert trained.column("loss")[:3] == whole.column("loss")[:3]
+    assert trained.column("labels")[3:5] == whole.column("labels")[4:]
     # the same rows with other weights
-    assert found.column("loss")[3] != whole.column("loss")[4]
+    assert trained.column("loss")[3] != whole.column("loss")[4]
     # order.json records another order, and the order from which rows were left out
     orders = [json.loads((folder / "order.json").read_text()) for folder in (run, whole.directory)]
     assert orders[0]["fingerprint"] != orders[1]["fingerprint"]
@@ -81,10 +83,10 @@ def test_data_skip_after_from_step_leaves_out_rows(
 
 
 def test_data_skip_of_trained_rows_is_refused(corpus: Path, whole: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*WORDS, "run.steps=8", "data.skip=40:48"]
-    assert main(command(whole.directory, corpus, "mlm", words, ["--allow-change", "data.skip"])) == 2
-    said = "data.skip: 40:48 begins before row 48, up to which this run has trained; go back with --from-step first"
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    overrides = [*OVERRIDES, "run.steps=8", "data.skip=40:48"]
+    assert main(command(whole.directory, corpus, "mlm", overrides, ["--allow-change", "data.skip"])) == 2
+    message = "data.skip: 40:48 begins before row 48, up to which this run has trained; go back with --from-step first"
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_row_order_with_skips_leaves_out_rows(corpus: Path) -> None:
@@ -108,17 +110,17 @@ def test_parse_skips_invalid_range_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--from-step", "9"], "has no checkpoint of that step; there are: 1, 2, 3, 4, 5, 6"),
         (["--from-step", "0"], "--from-step 0: must be at least 1"),
     ],
 )
 def test_from_step_without_checkpoint_is_refused(
-    corpus: Path, whole: Trained, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+    corpus: Path, whole: Trained, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert main(command(whole.directory, corpus, "mlm", WORDS, options)) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert main(command(whole.directory, corpus, "mlm", OVERRIDES, options)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert latest(whole.directory).name == "step_000000006"
     assert not (whole.directory / "rolled_back").exists()
 
@@ -126,7 +128,7 @@ def test_from_step_without_checkpoint_is_refused(
 def test_from_step_of_a_run_that_has_not_begun_is_refused_and_leaves_nothing(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(tmp_path / "new", corpus, "mlm", WORDS, ["--from-step", "9"])) == 2
+    assert main(command(tmp_path / "new", corpus, "mlm", OVERRIDES, ["--from-step", "9"])) == 2
     assert "has no checkpoint of that step; there are: none" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 
@@ -134,11 +136,11 @@ def test_from_step_of_a_run_that_has_not_begun_is_refused_and_leaves_nothing(
 @pytest.fixture(scope="module")
 def milestones(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run of four steps, of which the second and the fourth pass a multiple of 700 tokens."""
-    words = ["run.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.weights_every_tokens=700"]
-    found = train(pool, 2, tmp_path_factory.mktemp("milestones"), corpus, "mlm", [*words, "parallel.tp=2"])
-    tokens = [0, *found.column("tokens")]
+    overrides = ["run.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.weights_every_tokens=700"]
+    trained = train(pool, 2, tmp_path_factory.mktemp("milestones"), corpus, "mlm", [*overrides, "parallel.tp=2"])
+    tokens = [0, *trained.column("tokens")]
     assert [step for step in range(1, 5) if tokens[step] // 700 > tokens[step - 1] // 700] == [2, 4]
-    return found
+    return trained
 
 
 def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
@@ -163,7 +165,7 @@ def test_milestones_at_token_multiples_are_kept_and_start_a_phase(
 
 @pytest.mark.full
 def test_release_of_run_with_milestones_has_a_revision_for_each(tmp_path: Path, milestones: Trained) -> None:
-    words = ["release", str(milestones.directory), "--out", str(tmp_path), "--order", "none", "--json"]
-    assert main(words) == 0
+    arguments = ["release", str(milestones.directory), "--out", str(tmp_path), "--order", "none", "--json"]
+    assert main(arguments) == 0
     index = json.loads((tmp_path / "release.json").read_text())
     assert [one["revision"] for one in index["revisions"]] == ["step0", "step2", "step4"]
