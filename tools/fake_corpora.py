@@ -25,8 +25,7 @@ from megatron_ettin.data.manifest import (
     TokenizerRecord,
 )
 from megatron_ettin.data.mixture import MixtureEntry
-from megatron_ettin.data.packing import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE
-from megatron_ettin.data.packing_index import PackingRecord
+from megatron_ettin.data.row_files import CHUNKS_FILE, ENDS_FILE, TOKENS_FILE, PackingRecord
 
 DTYPE = np.dtype("<u2")
 VOCABULARY = 50_368

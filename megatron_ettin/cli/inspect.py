@@ -65,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 def verify(path: Path, as_json: bool = False) -> Verified:
     """Read every byte of a dataset, its packing indices and orders. Raises UserError for a bad file."""
-    from megatron_ettin.data.derived import derived_files
-    from megatron_ettin.data.verify import dataset_files, verify_files
+    from megatron_ettin.data.verify import dataset_files, unlisted_files, verify_files
 
-    verified = verify_files([*dataset_files(path), *derived_files(path), *derived_files(path / "heldout")])
+    verified = verify_files([*dataset_files(path), *unlisted_files(path), *unlisted_files(path / "heldout")])
     if verified.problems:
         if as_json:
             print(

@@ -25,8 +25,9 @@ from megatron_ettin.config.values import Skips, parse_skips
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.mixture import BLOCK_SLOTS, FORMS, MixtureEntry, SourceEpochs, resolve_mixture, slot_counts
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.packing_index import PackingIndex, PackingRecord, RowArrays, check_rows
+from megatron_ettin.data.packing_index import PackingIndex, check_rows
 from megatron_ettin.data.replay.recorded import RecordedSampler, open_recorded_sampler
+from megatron_ettin.data.row_files import PackingRecord, RowArrays
 from megatron_ettin.data.sampler import ShuffledSampler
 
 # raise it when the same inputs would give another order

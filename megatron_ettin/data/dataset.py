@@ -21,7 +21,7 @@ import numpy.typing as npt
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import Links, refuse_links
 from megatron_ettin.data.indexed import Shard, index_file_bytes, map_npy, open_shard
-from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_file, read_manifest, shard_file
+from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_size, read_manifest, shard_file
 from megatron_ettin.data.verify import dataset_files, verify_files
 
 # the limit on open files that is requested: a fourth of the maps that a process may have by Linux's default
@@ -89,21 +89,6 @@ class Dataset:
         """Tokens of every chunk, in order: 4 bytes of memory a chunk."""
         parts = [self._shard(shard).chunk_lengths for shard in range(len(self.manifest.shards))]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-    def iter_chunk_lengths(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-        """Yield (first chunk, tokens of each chunk) of every shard in order: views, without holding them."""
-        for shard, first in enumerate(self._first_chunk[:-1].tolist()):
-            yield first, self._shard(shard).chunk_lengths
-
-    def chunk_lengths_between(self, first: int, end: int) -> npt.NDArray[np.int32]:
-        """Return the tokens of each of the chunks [first, end)."""
-        parts = [np.zeros(0, np.int32)]
-        shard = int(np.searchsorted(self._first_chunk, first, side="right")) - 1
-        while first < end:
-            begin, shard_end = int(self._first_chunk[shard]), int(self._first_chunk[shard + 1])
-            parts.append(self._shard(shard).chunk_lengths[first - begin : min(end, shard_end) - begin])
-            first, shard = shard_end, shard + 1
-        return np.concatenate(parts)
 
     def lengths_of(self, chunks: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the tokens of each of the chunks, reading only the shards they are in."""
@@ -247,5 +232,5 @@ def open_dataset(path: str | Path) -> Dataset:
             raise UserError(f"dataset {folder}: manifest.json contradicts itself about {shard.name}")
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
         # a UserError of any is raised here, the first in order
-        list(pool.map(lambda check: check_file(shard_file(folder, *check[:2]), check[2], content=False), checks))
+        list(pool.map(lambda check: check_size(shard_file(folder, *check[:2]), check[2]), checks))
     return Dataset(folder, manifest)

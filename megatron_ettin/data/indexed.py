@@ -26,7 +26,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 # magic, version, dtype code, sequences, documents + 1
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
-# core's table without its floats (6 and 7); what is written here is uint16 or int32
+# core's table without its floats; what is written here is uint16 or int32
 DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -35,6 +35,7 @@ DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
+FLOAT_CODES = {6: "float64", 7: "float32"}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 LARGEST_UINT16_VOCAB = 65_536
 
@@ -69,6 +70,63 @@ def index_bytes(chunk_lengths: IntArray, document_indices: IntArray, dtype: np.d
 def index_file_bytes(chunks: int, documents: int) -> int:
     """Return the size in bytes of an .idx file with so many chunks and documents."""
     return HEADER.size + 12 * chunks + 8 * (documents + 1)
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The header of an .idx file, and where its arrays begin in bytes."""
+
+    path: str
+    dtype: np.dtype[Any]
+    """Type of the tokens in the .bin."""
+    sequences: int
+    boundaries: int
+    """Entries of `document_indices`: one more than the documents, or 0."""
+
+    @property
+    def documents(self) -> int:
+        """Return the number of documents."""
+        return max(self.boundaries - 1, 0)
+
+    @property
+    def pointers_at(self) -> int:
+        """Return where the byte offsets of the sequences begin."""
+        return HEADER.size + 4 * self.sequences
+
+    @property
+    def documents_at(self) -> int:
+        """Return where `document_indices` begin."""
+        return self.pointers_at + 8 * self.sequences
+
+
+def parse_header(raw: bytes, path: str, index_bytes: int) -> IndexHeader:
+    """Parse the header of an .idx file.
+
+    Args:
+        raw: the first HEADER.size bytes of the file.
+        path: name of the file, for messages.
+        index_bytes: size of the file.
+
+    Raises:
+        UserError: the file is not a Megatron index of token ids, or is truncated.
+    """
+    if len(raw) < HEADER.size:
+        raise UserError(f"{path}: {len(raw)} bytes, too short for a Megatron index")
+    magic, version, code, sequences, boundaries = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise UserError(f"{path}: not a Megatron index: begins with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise UserError(f"{path}: Megatron index version {version}; version {VERSION} is read")
+    if code in FLOAT_CODES:
+        raise UserError(f"{path}: its values are {FLOAT_CODES[code]}, which are no token ids")
+    if code not in DTYPE_OF_CODE:
+        raise UserError(f"{path}: unknown dtype code {code}; known: {', '.join(map(str, DTYPE_OF_CODE))}")
+    header = IndexHeader(path, DTYPE_OF_CODE[code], sequences, boundaries)
+    expected = header.documents_at + 8 * boundaries
+    if index_bytes < expected:
+        content = f"{sequences} sequences and {boundaries - 1} documents, {expected} bytes"
+        raise UserError(f"{path}: truncated, {index_bytes} bytes; its header tells of {content}")
+    return header
 
 
 @dataclass(frozen=True)
@@ -107,21 +165,11 @@ def open_shard(prefix: Path, scattered: bool = True) -> Shard:
     index_path = prefix.with_suffix(".idx")
     mapped = map_scattered if scattered else map_in_order
     raw = mapped(index_path, np.dtype(np.uint8))
-    if raw.size < HEADER.size:
-        raise UserError(f"{index_path}: {raw.size} bytes, too short for a Megatron index")
-    magic, version, code, chunks, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
-    if magic != MAGIC or version != VERSION or code not in DTYPE_OF_CODE:
-        raise UserError(f"{index_path}: not a Megatron index of version {VERSION} with tokens of an integer type")
-    if raw.size < HEADER.size + 12 * chunks + 8 * documents:
-        raise UserError(f"{index_path}: {raw.size} bytes, but its header has {chunks} chunks: truncated")
-    offset = HEADER.size
-    lengths = np.frombuffer(raw, dtype="<i4", count=chunks, offset=offset)
-    offset += lengths.nbytes
-    offsets = np.frombuffer(raw, dtype="<i8", count=chunks, offset=offset)
-    offset += offsets.nbytes
-    document_indices = np.frombuffer(raw, dtype="<i8", count=documents, offset=offset)
-    dtype: np.dtype[Any] = DTYPE_OF_CODE[int(code)]
-    return Shard(mapped(prefix.with_suffix(".bin"), dtype), lengths, offsets, document_indices, index_path)
+    header = parse_header(raw[: HEADER.size].tobytes(), str(index_path), raw.size)
+    lengths = np.frombuffer(raw, "<i4", header.sequences, HEADER.size)
+    offsets = np.frombuffer(raw, "<i8", header.sequences, header.pointers_at)
+    document_indices = np.frombuffer(raw, "<i8", header.boundaries, header.documents_at)
+    return Shard(mapped(prefix.with_suffix(".bin"), header.dtype), lengths, offsets, document_indices, index_path)
 
 
 def map_scattered(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -27,7 +27,8 @@ from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.manifest import FILE_NAME, FileRecord
-from megatron_ettin.data.packing_index import RECORD_FILE, PackingIndex
+from megatron_ettin.data.packing_index import PackingIndex
+from megatron_ettin.data.row_files import PackingRecord
 
 COPIED_AT_ONCE = 8
 BLOCK_BYTES = 8 << 20
@@ -132,7 +133,7 @@ def units_to_copy(dataset: Dataset, indices: Sequence[PackingIndex], root: Path)
         path = target / index.folder.name
         existing = copied and PackingIndex.open(path, copied, index.seq_len, index.batching)
         if not existing or existing.fingerprint != index.fingerprint:
-            yield Unit(index.folder, path, index.record.files, RECORD_FILE)
+            yield Unit(index.folder, path, index.record.files, PackingRecord.FILE)
 
 
 def copy(units: Sequence[Unit], root: Path, log: Callable[[str], None]) -> None:
@@ -155,7 +156,7 @@ def copy(units: Sequence[Unit], root: Path, log: Callable[[str], None]) -> None:
 
 def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
     """Copy the files to the staging folder, several at a time, and give it its name."""
-    if unit.last == RECORD_FILE and unit.source.is_symlink():
+    if unit.last == PackingRecord.FILE and unit.source.is_symlink():
         raise UserError(f"{KEY}: {unit.source}: a link below a dataset is not copied; put the folder itself there")
     for folder in {unit.staging, *(unit.staged(name).parent for name in unit.files)}:
         folder.mkdir(parents=True, exist_ok=True)

@@ -129,8 +129,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw: dict[str, Any] = load_json(path.read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
-            found = f"{raw.get('format')} version {raw.get('version')}"
-            raise UserError(f"{path}: {found}; this package reads {FORMAT} version {VERSION}")
+            other = f"{raw.get('format')} version {raw.get('version')}"
+            raise UserError(f"{path}: {other}; this package reads {FORMAT} version {VERSION}")
         return manifest_from(checked_digest(raw))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
@@ -199,8 +199,8 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
 
 
-def check_file(path: Path, record: FileRecord, content: bool) -> None:
-    """Raise UserError where a file is missing or has another size or, with `content`, another sha256."""
+def check_size(path: Path, record: FileRecord) -> None:
+    """Raise UserError where a file is missing or has another size."""
     try:
         size = path.stat().st_size
     except OSError:
@@ -208,5 +208,3 @@ def check_file(path: Path, record: FileRecord, content: bool) -> None:
     if size != record.bytes:
         damage = "truncated" if size < record.bytes else "changed"
         raise UserError(f"{path}: {damage}, {size} bytes, the manifest says {record.bytes}")
-    if content and sha256(path) != record.sha256:
-        raise UserError(f"{path}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")

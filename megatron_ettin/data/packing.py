@@ -14,15 +14,12 @@ processes pack is joined in order, file to file.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +28,9 @@ from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import Links
 from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.indexed import HEADER, narrowed
+from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.manifest import FileRecord, shard_file
+from megatron_ettin.data.row_files import CHUNKS_FILE, ENDS_FILE, PACKING_DTYPES, TOKENS_FILE, RowWriter
 
 WINDOW_CHUNKS = 65_536
 # rows that are less full are tried again with the next window's chunks, up to CARRIED_CHUNKS of them
@@ -105,56 +103,9 @@ def split_off_unfilled(
 
 SEGMENT_CHUNKS = 64 * WINDOW_CHUNKS
 JOINED_ROWS = 1 << 20
-# chunk numbers, row after row
-CHUNKS_FILE = "chunks.int64"
-# for each row, where its chunks end in CHUNKS_FILE
-ENDS_FILE = "ends.int64"
-# tokens of each row
-TOKENS_FILE = "tokens.int32"
-DTYPES: dict[str, np.dtype[Any]] = {
-    CHUNKS_FILE: np.dtype("<i8"),
-    ENDS_FILE: np.dtype("<i8"),
-    TOKENS_FILE: np.dtype("<i4"),
-}
 
-# chunk numbers, row after row; where each row's end among them; tokens of each row
+# chunk numbers, row after row; number of chunks of each row; tokens of each row
 Packed = tuple[Int64Array, Int64Array, Int64Array]
-
-
-class PackingFiles:
-    """Writer of the three files of a packing index, which computes their checksums on the way."""
-
-    def __init__(self, folder: Path) -> None:
-        self.rows = self.chunks = self.tokens = 0
-        self._hashes = {name: hashlib.sha256() for name in DTYPES}
-        self._open = contextlib.ExitStack()
-        self._streams = {name: self._open.enter_context(open(folder / name, "wb")) for name in DTYPES}  # noqa: SIM115
-
-    def __enter__(self) -> PackingFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def append(self, chunks: npt.NDArray[Any], ends: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> None:
-        """Append rows; `ends` count from the first of these chunks on."""
-        parts = {CHUNKS_FILE: chunks, ENDS_FILE: ends + self.chunks, TOKENS_FILE: tokens}
-        for name, values in parts.items():
-            raw = narrowed(values, DTYPES[name], name).tobytes()
-            self._streams[name].write(raw)
-            self._hashes[name].update(raw)
-        self.chunks += len(chunks)
-        self.rows += len(ends)
-        self.tokens += int(tokens.sum(dtype=np.int64))
-
-    def finish(self) -> dict[str, FileRecord]:
-        """Force the bytes to the disk; return size and sha256 of each file."""
-        records = {}
-        for name, stream in self._streams.items():
-            stream.flush()
-            os.fsync(stream.fileno())
-            records[name] = FileRecord(stream.tell(), self._hashes[name].hexdigest())
-        return records
 
 
 def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> tuple[int, int, dict[str, FileRecord]]:
@@ -164,7 +115,7 @@ def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> 
         Number of rows, number of tokens, and the record of each file.
     """
     segments = -(-dataset.num_chunks // SEGMENT_CHUNKS)
-    with PackingFiles(folder) as files:
+    with RowWriter(folder, PACKING_DTYPES) as files:
         done = 0
         if min(workers, segments) > 1:
             # a pool that breaks has lost a process to the kernel; the rest is packed here
@@ -173,8 +124,8 @@ def write_packed(folder: Path, dataset: Dataset, seq_len: int, workers: int) -> 
                     join_part(part, files)
                     done += 1
         for segment in range(done, segments):
-            for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
-                files.append(chunks, ends, tokens)
+            for rows in packed_windows(dataset, segment, seq_len):
+                files.append(*rows)
         records = files.finish()
     # parts of a pool that broke
     for part in list(folder.glob("part_*")):
@@ -192,8 +143,8 @@ def packed_windows(dataset: Dataset, segment: int, seq_len: int) -> Iterator[Pac
             f"{first + len(lengths) - 1}, rows hold 1 to {seq_len}: damaged; `ettin inspect --verify` tells where"
         )
     for chunks, counts in pack(lengths, seq_len):
-        ends = np.cumsum(counts)
-        yield chunks + first, ends, np.add.reduceat(lengths[chunks].astype(np.int64), ends - counts)
+        starts = np.cumsum(counts) - counts
+        yield chunks + first, counts, np.add.reduceat(lengths[chunks].astype(np.int64), starts)
 
 
 def read_lengths(dataset: Dataset, first: int, end: int) -> npt.NDArray[np.int32]:
@@ -243,24 +194,20 @@ def _serve(folder: Path, dataset: Dataset, seq_len: int) -> None:
 
 
 def _pack_part(segment: int) -> Path:
-    """Pack one segment to part files of its own, in the form that `PackingFiles.append` takes."""
+    """Pack one segment to part files of its own; return their path without the name of the column."""
     assert _served is not None
     folder, dataset, seq_len = _served
-    prefix = folder / f"part_{segment:06d}"
-    with contextlib.ExitStack() as stack:
-        streams = {name: stack.enter_context(open(f"{prefix}.{name}", "wb")) for name in DTYPES}
-        before = 0
-        for chunks, ends, tokens in packed_windows(dataset, segment, seq_len):
-            for name, values in ((CHUNKS_FILE, chunks), (ENDS_FILE, ends + before), (TOKENS_FILE, tokens)):
-                streams[name].write(narrowed(values, DTYPES[name], name).tobytes())
-            before += len(chunks)
-    return prefix
+    prefix = f"part_{segment:06d}."
+    with RowWriter(folder, PACKING_DTYPES, prefix) as files:
+        for rows in packed_windows(dataset, segment, seq_len):
+            files.append(*rows)
+    return folder / prefix
 
 
-def join_part(prefix: Path, files: PackingFiles) -> None:
+def join_part(prefix: Path, files: RowWriter) -> None:
     """Append a part and remove its files."""
-    paths = {name: Path(f"{prefix}.{name}") for name in DTYPES}
-    num_rows = paths[TOKENS_FILE].stat().st_size // DTYPES[TOKENS_FILE].itemsize
+    paths = {name: Path(f"{prefix}{name}") for name in PACKING_DTYPES}
+    num_rows = paths[TOKENS_FILE].stat().st_size // PACKING_DTYPES[TOKENS_FILE].itemsize
     chunks_before = 0
     for row in range(0, num_rows, JOINED_ROWS):
         count = min(JOINED_ROWS, num_rows - row)
@@ -268,7 +215,7 @@ def join_part(prefix: Path, files: PackingFiles) -> None:
         tokens = np.fromfile(paths[TOKENS_FILE], "<i4", count, offset=4 * row)
         chunks_end = int(ends[-1])
         chunks = np.fromfile(paths[CHUNKS_FILE], "<i8", chunks_end - chunks_before, offset=8 * chunks_before)
-        files.append(chunks, ends - chunks_before, tokens)
+        files.append(chunks, np.diff(ends, prepend=chunks_before), tokens)
         chunks_before = chunks_end
     for path in paths.values():
         path.unlink()

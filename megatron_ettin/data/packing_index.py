@@ -4,75 +4,40 @@ It is built once per dataset and length, kept next to the dataset (`rows_1024/`)
 `packed` fills rows with whole chunks by best fit (packing.py). `padded` is the original recipe: one chunk a row, cut to
 seq_len with its final [SEP] kept; its index is a formula, so `padded_1024/` holds only the counts.
 
-An index carries the fingerprint of the dataset it was made for. It is rebuilt when that differs or when a file has
-another length than recorded. Several processes may ask at once: one builds under a file lock, the others wait.
+An index carries the fingerprint of the dataset it was made for; it is rebuilt when that differs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import TEMPORARY, atomic_folder, file_lock, write_json
-from megatron_ettin.base.parsing import checked_digest, load_json, with_digest
-from megatron_ettin.base.paths import path_in
+from megatron_ettin.base.files import write_json
+from megatron_ettin.base.parsing import with_digest
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.indexed import map_scattered
-from megatron_ettin.data.manifest import FileRecord, check_file, file_records
-from megatron_ettin.data.packing import DTYPES, read_lengths, write_packed
+from megatron_ettin.data.manifest import FileRecord
+from megatron_ettin.data.packing import read_lengths, write_packed
+from megatron_ettin.data.row_files import (
+    PACKING_DTYPES,
+    Int64Array,
+    IntArray,
+    PackingRecord,
+    RowArrays,
+    build_once,
+    check_rows_exist,
+    map_columns,
+    read_usable_record,
+)
 
 # batching -> prefix of the index's folder
 FOLDERS = {"packed": "rows", "padded": "padded"}
-RECORD_FILE = "plan.json"
-# raise it when the same chunks would be packed otherwise
-VERSION = 1
 LENGTHS_AT_ONCE = 1 << 20
-
-IntArray = npt.NDArray[np.integer]
-Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class PackingRecord:
-    """The content of plan.json."""
-
-    dataset_fingerprint: str
-    seq_len: int
-    batching: str
-    num_rows: int
-    num_tokens: int
-    files: dict[str, FileRecord]
-    version: int = VERSION
-
-    @classmethod
-    def read(cls, folder: Path) -> PackingRecord:
-        """Read the record of the index in `folder`.
-
-        Raises:
-            OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read.
-        """
-        raw: dict[str, Any] = checked_digest(load_json((folder / RECORD_FILE).read_text(encoding="utf-8")))
-        return cls(**{**raw, "files": file_records(raw["files"])})
-
-
-@dataclass(frozen=True)
-class RowArrays:
-    """The rows of a packed index."""
-
-    chunks: IntArray
-    """Chunk numbers, row after row."""
-    ends: IntArray
-    """End of each row's chunks in `chunks`."""
-    tokens: IntArray
-    """Tokens of each row."""
 
 
 class PackingIndex:
@@ -101,7 +66,9 @@ class PackingIndex:
         self._dataset = dataset
         self._given = arrays
         # None: the formula of `padded`
-        self._arrays = map_rows(folder) if arrays is None and record.batching == "packed" else arrays
+        self._arrays = arrays
+        if arrays is None and record.batching == "packed":
+            self._arrays = RowArrays(*map_columns(folder, PACKING_DTYPES).values())
 
     @classmethod
     def build_or_open(cls, dataset: Dataset, seq_len: int, batching: str = "packed", workers: int = 1) -> PackingIndex:
@@ -122,34 +89,25 @@ class PackingIndex:
         if index is not None:
             return index
         try:
-            with file_lock(dataset.path / ".row-plans.lock") as held:
-                # another process may have built it while this one waited
-                index = cls.open(folder, dataset, seq_len, batching)
-                if index is None:
-                    if held:
-                        remove_leftovers(dataset.path)
-                    build_packing_index(folder, dataset, seq_len, batching, workers)
+            return build_once(
+                folder,
+                ".row-plans.lock",
+                tuple(FOLDERS.values()),
+                read=lambda: cls.open(folder, dataset, seq_len, batching),
+                build=lambda building: build_packing_index(building, dataset, seq_len, batching, workers),
+            )
         except OSError as error:
             raise UserError(
                 f"packing index {folder}: {error.strerror}; build it where the dataset can be written: "
                 f"ettin prepare ... --seq-len {seq_len}"
             ) from None
-        index = index or cls.open(folder, dataset, seq_len, batching)
-        if index is None:
-            raise UserError(f"packing index {folder}: written, but not readable as written; is the file system full?")
-        return index
 
     @classmethod
     def open(cls, folder: Path, dataset: Dataset, seq_len: int, batching: str) -> PackingIndex | None:
         """Open the index in `folder`; return None where it is absent, damaged or another dataset's."""
-        try:
-            record = PackingRecord.read(folder)
-            for name, file in record.files.items():
-                check_file(path_in(folder, name, folder / RECORD_FILE), file, content=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-            return None
-        wanted = (dataset.fingerprint, seq_len, batching, VERSION)
-        if (record.dataset_fingerprint, record.seq_len, record.batching, record.version) != wanted:
+        record = read_usable_record(PackingRecord, folder, PACKING_DTYPES if batching == "packed" else ())
+        wanted = (dataset.fingerprint, seq_len, batching)
+        if record is None or (record.dataset_fingerprint, record.seq_len, record.batching) != wanted:
             return None
         return cls(folder, record, dataset)
 
@@ -159,31 +117,14 @@ class PackingIndex:
     def __setstate__(self, state: tuple[Path, PackingRecord, Dataset, RowArrays | None]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
-    def chunks_of(self, row: int) -> IntArray:
-        """Return the chunk numbers of one row, in the order in which they stand in it."""
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row} of {self.num_rows}")
-        if self._arrays is None:
-            return np.array([row], dtype=np.int64)
-        start = int(self._arrays.ends[row - 1]) if row else 0
-        return self._arrays.chunks[start : int(self._arrays.ends[row])]
-
     def chunks_of_rows(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Look up many rows [n] at once.
 
         Returns:
             Chunk numbers [m], row after row, and the number of chunks of each row [n].
         """
-        if rows.size and not (int(rows.min()) >= 0 and int(rows.max()) < self.num_rows):
-            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of {self.num_rows}")
-        if self._arrays is None:
-            return rows, np.ones_like(rows)
-        ends = self._arrays.ends[rows]
-        starts = np.where(rows > 0, self._arrays.ends[np.maximum(rows - 1, 0)], 0)
-        # a damaged index may go backwards; the reader of an empty row reports it
-        counts = np.maximum(ends - starts, 0)
-        indices = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-        return self._arrays.chunks[indices].astype(np.int64, copy=False), counts
+        check_rows_exist(rows, self.num_rows)
+        return (rows, np.ones_like(rows)) if self._arrays is None else self._arrays.chunks_of_rows(rows)
 
     def tokens_of(self, rows: npt.ArrayLike) -> IntArray:
         """Return the real tokens of each of the rows."""
@@ -191,17 +132,6 @@ class PackingIndex:
         if self._arrays is not None:
             return self._arrays.tokens[wanted].astype(np.int64)
         return np.minimum(self._dataset.lengths_of(wanted), self.seq_len)
-
-    def verify(self) -> None:
-        """Read every byte. Raises UserError naming the first damaged file."""
-        for name, record in self.record.files.items():
-            check_file(path_in(self.folder, name, self.folder / RECORD_FILE), record, content=True)
-
-
-def map_rows(folder: Path) -> RowArrays:
-    """Map the files of a packed index."""
-    chunks, ends, tokens = (map_scattered(folder / name, dtype) for name, dtype in DTYPES.items())
-    return RowArrays(chunks, ends, tokens)
 
 
 def check_rows(dataset: Dataset, seq_len: int, batching: str) -> None:
@@ -230,23 +160,15 @@ def existing_packing_indices(dataset: Dataset) -> list[PackingIndex]:
     return sorted(indices, key=lambda index: (index.batching, index.seq_len))
 
 
-def build_packing_index(folder: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
-    """Write an index; it takes the place of what was there."""
-    with atomic_folder(folder) as building:
-        files: dict[str, FileRecord] = {}
-        if batching == "packed":
-            num_rows, num_tokens, files = write_packed(building, dataset, seq_len, workers)
-        else:
-            num_rows, num_tokens = dataset.num_chunks, 0
-            for first in range(0, num_rows, LENGTHS_AT_ONCE):
-                lengths = read_lengths(dataset, first, min(first + LENGTHS_AT_ONCE, num_rows))
-                num_tokens += int(np.minimum(lengths, seq_len).sum(dtype=np.int64))
-        record = PackingRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
-        write_json(building / RECORD_FILE, with_digest(asdict(record)))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed builders have left. Only the holder of the lock may call it."""
-    for prefix in (*FOLDERS.values(), "stale"):
-        for leftover in folder.glob(f"{TEMPORARY}{prefix}[_-]*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+def build_packing_index(building: Path, dataset: Dataset, seq_len: int, batching: str, workers: int) -> None:
+    """Write the files of an index to the folder `building`."""
+    files: dict[str, FileRecord] = {}
+    if batching == "packed":
+        num_rows, num_tokens, files = write_packed(building, dataset, seq_len, workers)
+    else:
+        num_rows, num_tokens = dataset.num_chunks, 0
+        for first in range(0, num_rows, LENGTHS_AT_ONCE):
+            lengths = read_lengths(dataset, first, min(first + LENGTHS_AT_ONCE, num_rows))
+            num_tokens += int(np.minimum(lengths, seq_len).sum(dtype=np.int64))
+    record = PackingRecord(dataset.fingerprint, seq_len, batching, num_rows, num_tokens, files)
+    write_json(building / PackingRecord.FILE, with_digest(asdict(record)))

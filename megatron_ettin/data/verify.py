@@ -14,18 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ettin.base.digests import damaged_ranges, read_checksums, shard_digest
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.parsing import DIGEST, checked_digest, load_json
 from megatron_ettin.base.paths import path_in
 from megatron_ettin.data.manifest import (
     CHECKSUMS_SUFFIX,
     FILE_NAME,
+    INPUTS_FILE,
     FileRecord,
     Manifest,
     read_manifest,
     shard_file,
 )
+from megatron_ettin.data.row_files import UNREADABLE, OrderRecord, PackingRecord, read_record
 
 THREADS = 8
 RANGES_SHOWN = 4
+REBUILD = " (remove its folder: it is built again)"
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,40 @@ def dataset_files(folder: Path, manifest: Manifest | None = None) -> Iterator[Ex
             yield Expected(shard_file(folder, shard, suffix), record, blocks if suffix != CHECKSUMS_SUFFIX else None)
     if (folder / "heldout").is_dir():
         yield from dataset_files(folder / "heldout")
+
+
+def unlisted_files(folder: Path) -> Iterator[Expected]:
+    """Yield the files of a dataset that its manifest does not list: packing indices and compiled orders.
+
+    inputs.json is yielded if it is damaged.
+    """
+    yield from damaged_input_list(folder)
+    packing = [(PackingRecord, path) for path in sorted(folder.glob(f"*_*/{PackingRecord.FILE}"))]
+    orders = [(OrderRecord, path) for path in sorted(folder.glob(f"order_*/{OrderRecord.FILE}"))]
+    for record_class, path in (*packing, *orders):
+        try:
+            files = read_record(record_class, path.parent).files
+            paths = {name: path_in(path.parent, name, path) for name in files}
+        except UNREADABLE as error:
+            problem = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__})"
+            yield Expected(path, FileRecord(0, ""), remedy=REBUILD, problem=problem)
+            continue
+        yield from (Expected(paths[name], record, remedy=REBUILD) for name, record in files.items())
+
+
+def damaged_input_list(folder: Path) -> Iterator[Expected]:
+    """Yield inputs.json of a dataset if it is not as it was written."""
+    path = folder / INPUTS_FILE
+    try:
+        raw = load_json(path.read_text(encoding="utf-8"))
+        if DIGEST not in raw:
+            raise ValueError(f"it has no {DIGEST}")
+        checked_digest(raw)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        remedy = " (remove it: `ettin prepare` then compares names and sizes of its inputs alone)"
+        yield Expected(path, FileRecord(0, ""), remedy=remedy, problem=f"damaged ({error})")
 
 
 def problem_of(file: Expected) -> str | None:

@@ -21,6 +21,7 @@ from megatron_ettin.data.dataset import Dataset, open_dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.packing import pack
 from megatron_ettin.data.packing_index import PackingIndex, existing_packing_indices
+from megatron_ettin.data.verify import unlisted_files, verify_files
 from tests.data.corpora import files_of
 from tests.data.together import at_once
 
@@ -43,23 +44,27 @@ def test_pack_any_lengths_keep_every_chunk_once_within_row(lengths: list[int], e
     assert rows.max() <= row_tokens
 
 
+def chunks_of(index: PackingIndex, row: int) -> np.ndarray:
+    return index.chunks_of_rows(np.array([row]))[0]
+
+
 def test_packing_index_covers_dataset_with_full_rows(prepared: Dataset) -> None:
     plan = PackingIndex.build_or_open(prepared, 256)
     assert plan.fill > 0.98
     assert plan.num_tokens == prepared.num_tokens
-    chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
+    chunks = np.concatenate([chunks_of(plan, row) for row in range(plan.num_rows)])
     assert sorted(chunks.tolist()) == list(range(prepared.num_chunks))
-    tokens = [sum(len(prepared.chunk(int(chunk))) for chunk in plan.chunks_of(row)) for row in range(plan.num_rows)]
+    tokens = [sum(len(prepared.chunk(int(chunk))) for chunk in chunks_of(plan, row)) for row in range(plan.num_rows)]
     assert plan.tokens_of(np.arange(plan.num_rows)).tolist() == tokens
     assert max(tokens) <= 256
-    plan.verify()
+    assert verify_files(list(unlisted_files(prepared.path))).problems == []
     assert [(p.batching, p.seq_len) for p in existing_packing_indices(prepared)].count(("packed", 256)) == 1
 
 
 def test_packing_index_padded_holds_one_chunk_per_row(prepared: Dataset) -> None:
     plan = PackingIndex.build_or_open(prepared, 100, "padded")
     assert plan.num_rows == prepared.num_chunks
-    assert plan.chunks_of(5).tolist() == [5]
+    assert chunks_of(plan, 5).tolist() == [5]
     assert plan.tokens_of([0, 5]).tolist() == [min(100, len(prepared.chunk(i))) for i in (0, 5)]
     assert plan.num_tokens == int(np.minimum(prepared.chunk_lengths, 100).sum())
     assert [f.name for f in plan.folder.iterdir()] == ["plan.json"]
@@ -72,7 +77,7 @@ def test_packing_index_short_rows_or_unknown_batching_are_refused(prepared: Data
         PackingIndex.build_or_open(prepared, 256, "pack")
 
 
-def test_packing_index_damaged_is_rebuilt_or_found_by_verify(prepared: Dataset, tmp_path: Path) -> None:
+def test_packing_index_damaged_is_rebuilt_or_reported_by_verify(prepared: Dataset, tmp_path: Path) -> None:
     dataset = open_dataset(shutil.copytree(prepared.path, tmp_path / "copy"))
     first = PackingIndex.build_or_open(dataset, 512)
     chunks = first.folder / "chunks.int64"
@@ -87,8 +92,9 @@ def test_packing_index_damaged_is_rebuilt_or_found_by_verify(prepared: Dataset, 
     assert PackingIndex.build_or_open(dataset, 512).fingerprint == first.fingerprint
     assert json.loads((first.folder / "plan.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
     chunks.write_bytes(expected[::-1])
-    with pytest.raises(UserError, match=r"chunks\.int64: damaged"):
-        PackingIndex.build_or_open(dataset, 512).verify()
+    assert PackingIndex.build_or_open(dataset, 512).fingerprint == first.fingerprint
+    problems = verify_files(list(unlisted_files(dataset.path))).problems
+    assert [problem.startswith(f"{chunks}: damaged") for problem in problems] == [True]
     assert not list(dataset.path.glob(".tmp-*"))
 
 
@@ -195,9 +201,9 @@ def test_packing_index_one_or_two_workers_write_the_same_files(tmp_path: Path, m
     plan = PackingIndex.build_or_open(dataset, 200, workers=1)
     assert done.stdout.strip() == plan.fingerprint
     assert files_of(dataset.path / "rows_200") == by_two
-    chunks = np.concatenate([plan.chunks_of(row) for row in range(plan.num_rows)])
+    chunks = np.concatenate([chunks_of(plan, row) for row in range(plan.num_rows)])
     assert sorted(chunks.tolist()) == list(range(30_000))
-    rows_of = [set((plan.chunks_of(row) // 7_000).tolist()) for row in range(plan.num_rows)]
+    rows_of = [set((chunks_of(plan, row) // 7_000).tolist()) for row in range(plan.num_rows)]
     assert max(len(segments) for segments in rows_of) == 1  # chunks meet only within a segment
 
 
@@ -207,7 +213,7 @@ def test_packing_index_pickles_small_and_reads_the_same(prepared: Dataset) -> No
         assert len(raw) < 20_000
         again = pickle.loads(raw)
         assert again.fingerprint == plan.fingerprint
-        assert again.chunks_of(3).tolist() == plan.chunks_of(3).tolist()
+        assert chunks_of(again, 3).tolist() == chunks_of(plan, 3).tolist()
         assert again.tokens_of([0, 3]).tolist() == plan.tokens_of([0, 3]).tolist()
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError, first_line
 from megatron_ettin.data.dataset import Dataset
-from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, metadata_of, open_parquet
+from megatron_ettin.data.replay.files import RecordedRows, metadata_of, open_parquet
 
 BATCH_LINES = 1 << 18
 COLUMNS = ("step", "slot", "dataset", "chunk")
@@ -29,22 +29,21 @@ Lines = dict[str, Int64Array]
 
 
 def exported_rows(
-    files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
+    paths: Sequence[Path], datasets: Sequence[Dataset], seq_len: int, batching: str
 ) -> Iterator[RecordedRows]:
     """Yield the rows of the files in order.
 
     Args:
-        files: the files of the order.
+        paths: the files of the order.
         datasets: the datasets of the mixture.
         seq_len: tokens of a row.
         batching: `packed` or `padded`.
-        missing: ignored; a chunk that its dataset does not have is always an error.
 
     Raises:
         UserError: a row does not fit; it names file, step and slot.
     """
     first, last = 0, (-1, -1)
-    for path in files.paths:
+    for path in paths:
         notes = metadata_of(path)
         check_notes(path, notes, seq_len, batching)
         for lines in whole_rows(path, datasets, notes.get("datasets") or {}):
@@ -165,8 +164,8 @@ def rows_of(
         f"has more tokens than data.seq_len={seq_len}": tokens > seq_len,
         "has several chunks, and data.batching=padded puts one in a row": (counts > 1) & (batching == "padded"),
     }
-    for fault, found in faults.items():
-        if found.any():
-            i = int(starts[np.flatnonzero(found)[0]])
+    for fault, is_faulty in faults.items():
+        if is_faulty.any():
+            i = int(starts[np.flatnonzero(is_faulty)[0]])
             raise UserError(f"data.order: {path}: the row of step {step[i]} slot {slot[i]} {fault}")
     return RecordedRows(source[starts], counts, chunks, tokens, lines.get(ROW_COLUMN, step)[starts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,15 @@ class RecordedRows:
     """Mean tokens of a row of the data that the order came from."""
 
 
-@dataclass(frozen=True)
-class OrderFiles:
-    """The files of `data.order`."""
+def list_order_files(given: str) -> tuple[list[Path], list[tuple[str, int, int]]]:
+    """List the files of `data.order`, sorted by the numbers in their names.
 
-    paths: list[Path]
-    identity: list[tuple[str, int, int]]
-    """Name, bytes and time of change of each file: a compiled order belongs to these."""
+    Returns:
+        Paths, and (name, bytes, time of change) of each, by which a compiled order is known.
 
-
-def open_order_files(given: str) -> OrderFiles:
-    """List the files of `data.order`, sorted by the numbers in their names. Raises UserError."""
+    Raises:
+        UserError: there is no such file.
+    """
     root = Path(given).expanduser()
     if not root.exists():
         raise UserError(
@@ -59,8 +58,7 @@ def open_order_files(given: str) -> OrderFiles:
         raise UserError(f"data.order: {given}: no .parquet file in it")
     status = [path.stat() for path in paths]
     names = [path.name if path == root else str(path.relative_to(root)) for path in paths]
-    identity = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, status, strict=True)]
-    return OrderFiles(paths, identity)
+    return paths, [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, status, strict=True)]
 
 
 def by_numbers(root: Path, path: Path) -> tuple[list[int], str]:
@@ -69,9 +67,9 @@ def by_numbers(root: Path, path: Path) -> tuple[list[int], str]:
     return [int(digits) for digits in re.findall(r"\d+", name)], name
 
 
-def common_format(files: OrderFiles) -> str:
+def common_format(paths: Sequence[Path]) -> str:
     """Return the format of the files. Raises UserError where they have several."""
-    formats = {format_of(path): path for path in reversed(files.paths)}
+    formats = {format_of(path): path for path in reversed(paths)}
     if len(formats) > 1:
         named = " and ".join(f"{path} ({name})" for name, path in formats.items())
         raise UserError(f"data.order: files of two formats, {named}; give them to runs of their own")

@@ -22,14 +22,14 @@ from megatron_ettin.data.hashing import GOLDEN, UInt64Array, mix64
 from megatron_ettin.data.indexed import open_shard
 from megatron_ettin.data.manifest import TokenizerRecord, shard_file
 from megatron_ettin.data.packing import pack
-from megatron_ettin.data.replay.files import OrderFiles, RecordedRows, open_parquet
+from megatron_ettin.data.replay.files import RecordedRows, open_parquet
 
 # consecutive samples that are packed together
 WINDOW_SAMPLES = 4_096
 # hashed at once: some 100 MB of intermediate arrays
 BATCH_TOKENS = 1 << 21
 SPREAD_SAMPLES = 1 << 20
-NOT_FOUND = -1
+UNMATCHED = -1
 # a chunk of the mixture as one number: source << SOURCE_SHIFT | chunk
 SOURCE_SHIFT = 44
 
@@ -38,7 +38,7 @@ IntArray = npt.NDArray[np.integer]
 
 
 def published_rows(
-    files: OrderFiles, datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
+    paths: Sequence[Path], datasets: Sequence[Dataset], seq_len: int, batching: str, missing: str
 ) -> Iterator[RecordedRows]:
     """Yield the rows of the samples in order: one a sample under `padded`, else packed in windows of WINDOW_SAMPLES.
 
@@ -52,26 +52,26 @@ def published_rows(
             f" data.seq_len = {seq_len}; raise seq_len or use data.batching=padded, which cuts them"
         )
     tokenizer = datasets[0].manifest.tokenizer
-    samples = [open_parquet(path).metadata.num_rows for path in files.paths]
+    samples = [open_parquet(path).metadata.num_rows for path in paths]
     hashes = np.empty(sum(samples), np.uint64)
-    for path, end, count in zip(files.paths, np.cumsum(samples).tolist(), samples, strict=True):
+    for path, end, count in zip(paths, np.cumsum(samples).tolist(), samples, strict=True):
         hashes[end - count : end] = sample_hashes(path, tokenizer, seq_len)
-    found = find_chunks(hashes, datasets, seq_len)
-    lost = np.flatnonzero(found == NOT_FOUND)
-    if lost.size and (missing == "error" or lost.size == found.size):
+    matches = find_chunks(hashes, datasets, seq_len)
+    lost = np.flatnonzero(matches == UNMATCHED)
+    if lost.size and (missing == "error" or lost.size == matches.size):
         ends = np.cumsum(samples)
         file = int(np.searchsorted(ends, lost[0], side="right"))
         index = int(lost[0] - (ends[file] - samples[file]))
-        row = int(order_by_step(files.paths[file])[index])
+        row = int(order_by_step(paths[file])[index])
         raise UserError(
-            f"data.order: {lost.size:,} of {found.size:,} samples are in no dataset of data.mixture"
-            f" ({100 * (1 - lost.size / found.size):.2f} % are), the first in {files.paths[file]} row {row};"
+            f"data.order: {lost.size:,} of {matches.size:,} samples are in no dataset of data.mixture"
+            f" ({100 * (1 - lost.size / matches.size):.2f} % are), the first in {paths[file]} row {row};"
             " add their datasets, or leave them out with data.order_missing=skip"
         )
-    found = found[found != NOT_FOUND]
+    matches = matches[matches != UNMATCHED]
     first = 0
-    for begin in range(0, len(found), WINDOW_SAMPLES):
-        window = found[begin : begin + WINDOW_SAMPLES]
+    for begin in range(0, len(matches), WINDOW_SAMPLES):
+        window = matches[begin : begin + WINDOW_SAMPLES]
         rows = window_rows(window >> SOURCE_SHIFT, window & ((1 << SOURCE_SHIFT) - 1), datasets, seq_len, batching)
         numbers = np.arange(first, first + len(rows[1]))
         first += len(numbers)
@@ -108,11 +108,11 @@ def window_rows(
 
 
 def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) -> Int64Array:
-    """Return source << SOURCE_SHIFT | chunk of each sample, or NOT_FOUND. Sorts `hashes` in place."""
+    """Return source << SOURCE_SHIFT | chunk of each sample, or UNMATCHED. Sorts `hashes` in place."""
     by_hash = np.argsort(hashes, kind="stable")
     hashes.sort()
     # the first among equal hashes gets the chunk
-    found = np.full(len(hashes), NOT_FOUND, np.int64)
+    matches = np.full(len(hashes), UNMATCHED, np.int64)
     wanted = 1 + int(np.count_nonzero(hashes[1:] != hashes[:-1])) if len(hashes) else 0
     for source, dataset in enumerate(datasets):
         for first, of_chunk in chunk_hashes(dataset, seq_len):
@@ -122,9 +122,9 @@ def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) 
             by_value = np.argsort(of_chunk)
             index = np.empty(len(of_chunk), np.int64)
             index[by_value] = np.minimum(np.searchsorted(hashes, of_chunk[by_value]), len(hashes) - 1)
-            hit = np.flatnonzero((hashes[index] == of_chunk) & (found[index] == NOT_FOUND))[::-1]
+            hit = np.flatnonzero((hashes[index] == of_chunk) & (matches[index] == UNMATCHED))[::-1]
             # reversed, so that of equal chunks the first is written last
-            found[index[hit]] = (source << SOURCE_SHIFT) + first + hit
+            matches[index[hit]] = (source << SOURCE_SHIFT) + first + hit
             wanted -= len(np.unique(index[hit]))
     # the others of equal hash get the same chunk
     leader = 0
@@ -132,10 +132,10 @@ def find_chunks(hashes: UInt64Array, datasets: Sequence[Dataset], seq_len: int) 
         indices = np.arange(begin, min(begin + SPREAD_SAMPLES, len(hashes)))
         new = (indices == 0) | (hashes[indices] != hashes[np.maximum(indices - 1, 0)])
         leaders = np.maximum.accumulate(np.where(new, indices, leader))
-        found[indices] = found[leaders]
+        matches[indices] = matches[leaders]
         leader = int(leaders[-1])
-    in_order = np.empty_like(found)
-    in_order[by_hash] = found
+    in_order = np.empty_like(matches)
+    in_order[by_hash] = matches
     return in_order
 
 
@@ -205,8 +205,8 @@ def content_hashes(tokens: IntArray, lengths: Int64Array, tokenizer: TokenizerRe
     start += (ends > start) & (tokens[np.minimum(start, len(tokens) - 1)] == tokenizer.cls_id)
     ends = np.minimum(ends, start + limit)
     offsets = np.arange(len(tokens)) - np.repeat(start, lengths)
-    words = mix64((tokens.astype(np.uint64) << np.uint64(32)) ^ offsets.astype(np.uint64))
+    hashes = mix64((tokens.astype(np.uint64) << np.uint64(32)) ^ offsets.astype(np.uint64))
     sums = np.zeros(len(tokens) + 1, np.uint64)
     # modulo 2**64: a difference of two is the sum between them
-    np.cumsum(words, out=sums[1:])
+    np.cumsum(hashes, out=sums[1:])
     return mix64(sums[ends] - sums[start] + (ends - start).astype(np.uint64) * np.uint64(GOLDEN))

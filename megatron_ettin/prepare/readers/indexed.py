@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -19,33 +18,12 @@ import numpy.typing as npt
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.parsing import checked_digest
 from megatron_ettin.data import manifest as own_dataset
-from megatron_ettin.data.indexed import DTYPE_OF_CODE, HEADER, MAGIC, VERSION
+from megatron_ettin.data.indexed import HEADER, MAGIC, IndexHeader, parse_header
 from megatron_ettin.prepare.filesystem import Entry, find, joined, joined_in, local_path, open_input, read_json
 from megatron_ettin.prepare.input_file import InputFile, Segment
 from megatron_ettin.prepare.readers.document import Document, ReadOptions, TokenFrame, document_tokens
 
 DOCUMENTS_AT_ONCE = 4_096
-FLOAT_CODES = {6: "float64", 7: "float32"}
-
-
-@dataclass(frozen=True)
-class Index:
-    """Header of an .idx, and the offsets of its arrays."""
-
-    path: str
-    dtype: np.dtype
-    sequences: int
-    documents: int
-
-    @property
-    def pointers_at(self) -> int:
-        """Return the offset of the sequences' pointers, in bytes."""
-        return HEADER.size + 4 * self.sequences
-
-    @property
-    def documents_at(self) -> int:
-        """Return the offset of the documents' bounds, in bytes."""
-        return self.pointers_at + 8 * self.sequences
 
 
 def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Document]:
@@ -71,29 +49,14 @@ def indexed_documents(segment: Segment, options: ReadOptions) -> Iterator[Docume
                 yield from (Document(file, name, tokens=one) for name, one in zip(ids, documents, strict=True))
 
 
-def read_header(stream: IO[bytes], path: str, index_bytes: int) -> Index:
+def read_header(stream: IO[bytes], path: str, index_bytes: int) -> IndexHeader:
     """Read and check the header of an .idx. Raises UserError."""
-    raw = stream.read(HEADER.size)
-    if len(raw) < HEADER.size:
-        raise UserError(f"{path}: {len(raw)} bytes, too short for a Megatron index")
-    magic, version, code, sequences, boundaries = HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise UserError(f"{path}: not a Megatron index: begins with {magic!r}, not {MAGIC!r}")
-    if version != VERSION:
-        raise UserError(f"{path}: Megatron index version {version}; version {VERSION} is read")
-    if code in FLOAT_CODES:
-        raise UserError(f"{path}: its values are {FLOAT_CODES[code]}, which are no token ids")
-    if code not in DTYPE_OF_CODE:
-        raise UserError(f"{path}: unknown dtype code {code}; known: {', '.join(map(str, DTYPE_OF_CODE))}")
-    expected = HEADER.size + 12 * sequences + 8 * boundaries
-    if index_bytes < expected:
-        described = f"its header tells of {sequences} sequences and {boundaries - 1} documents, {expected} bytes"
-        raise UserError(f"{path}: truncated, {index_bytes} bytes; {described}")
-    index = Index(path, DTYPE_OF_CODE[code], sequences, max(boundaries - 1, 0))
-    if boundaries:
-        ends = [int(read_array(stream, index.documents_at + 8 * i, "<i8", 1)[0]) for i in (0, boundaries - 1)]
-        if ends != [0, sequences]:
-            raise UserError(f"{path}: its documents span sequences {ends[0]} to {ends[1]}, not 0 to {sequences}")
+    index = parse_header(stream.read(HEADER.size), path, index_bytes)
+    if index.boundaries:
+        ends = [int(read_array(stream, index.documents_at + 8 * i, "<i8", 1)[0]) for i in (0, index.boundaries - 1)]
+        if ends != [0, index.sequences]:
+            spanned = f"sequences {ends[0]} to {ends[1]}, not 0 to {index.sequences}"
+            raise UserError(f"{path}: its documents span {spanned}")
     return index
 
 
@@ -104,7 +67,7 @@ def read_array(stream: IO[bytes], offset: int, dtype: Any, count: int) -> npt.ND
 
 
 def block_tokens(
-    index: Index, index_stream: IO[bytes], tokens: IO[bytes], file: InputFile, documents: range, frame: TokenFrame
+    index: IndexHeader, index_stream: IO[bytes], tokens: IO[bytes], file: InputFile, documents: range, frame: TokenFrame
 ) -> Iterator[npt.NDArray[np.uint32]]:
     """Yield the token ids of consecutive documents. Raises UserError where index or tokens are damaged."""
     begin = documents.start
