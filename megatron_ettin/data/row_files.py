@@ -129,8 +129,8 @@ def read_usable_record(record_class: type[Record], folder: Path, names: Iterable
     try:
         record = read_record(record_class, folder)
         for name in (*names, *record.files):
-            check_size(path_in(folder, name, folder / record.FILE), record.files[name])
-        return record if record.version == record.VERSION else None
+            check_size(path_in(folder, name, folder / record_class.FILE), record.files[name])
+        return record if record.version == record_class.VERSION else None
     except UNREADABLE:
         return None
 
