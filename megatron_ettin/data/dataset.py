@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.paths import Links, refuse_links
-from megatron_ettin.data.indexed import Shard, index_file_bytes, map_npy, open_shard
+from megatron_ettin.data.indexed import MappedShard, index_file_bytes, map_npy, open_shard
 from megatron_ettin.data.manifest import FileRecord, Manifest, ShardRecord, check_size, read_manifest, shard_file
 from megatron_ettin.data.verify import dataset_files, verify_files
 
@@ -86,7 +86,7 @@ class Dataset:
 
     @property
     def chunk_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of every chunk, in order: 4 bytes of memory a chunk."""
+        """Return the tokens of every chunk, in order: 4 bytes of memory a chunk."""
         parts = [self._shard(shard).chunk_lengths for shard in range(len(self.manifest.shards))]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
@@ -149,8 +149,8 @@ class Dataset:
         for shard, chosen in zip(present.tolist(), np.split(order, begins[1:]), strict=False):
             yield shard, chosen, chunks[chosen] - self._first_chunk[shard]
 
-    def _shard(self, shard: int) -> Shard:
-        opened: Shard = open_files()("shard", self._prefixes[shard], self._contents[shard])
+    def _shard(self, shard: int) -> MappedShard:
+        opened: MappedShard = open_files()("shard", self._prefixes[shard], self._contents[shard])
         return opened
 
     def _starts(self, shard: int) -> npt.NDArray[np.int64]:

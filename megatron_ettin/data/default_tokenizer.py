@@ -88,6 +88,7 @@ def published_vocabulary(download: Path) -> dict[str, Any]:
 
 
 def check_sha256(content: bytes, expected: str, name: str) -> None:
+    """Raise UserError where the content called `name` has another sha256."""
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise UserError(f"tokenizer ettin: {name} has sha256 {actual[:16]}..., expected {expected[:16]}...")
@@ -99,16 +100,20 @@ def build(published: dict[str, Any]) -> dict[str, Any]:
     added = [added_token(i, text, special=True) for text, i in special_ids.items()]
     first_unused = FIRST_SPECIAL_ID + len(SPECIAL)
     added += [added_token(first_unused + i, f"[unused{i}]", special=False) for i in range(UNUSED_TOKENS)]
+    # one type id everywhere: the model has no token types
+    cls, sep = ({"SpecialToken": {"id": text, "type_id": 0}} for text in ("[CLS]", "[SEP]"))
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
     template = {
         "type": "TemplateProcessing",
-        "single": [piece("[CLS]"), sequence("A"), piece("[SEP]")],
-        "pair": [piece("[CLS]"), sequence("A"), piece("[SEP]"), sequence("B"), piece("[SEP]")],
+        "single": [cls, first, sep],
+        "pair": [cls, first, sep, second, sep],
         "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in special_ids.items()},
     }
     return {**published, "added_tokens": published["added_tokens"] + added, "post_processor": template}
 
 
 def added_token(token_id: int, text: str, special: bool) -> dict[str, Any]:
+    """Return the entry of a token that is not in the published vocabulary."""
     return {
         "id": token_id,
         "content": text,
@@ -121,16 +126,8 @@ def added_token(token_id: int, text: str, special: bool) -> dict[str, Any]:
     }
 
 
-def piece(text: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": text, "type_id": 0}}
-
-
-def sequence(name: str) -> dict[str, Any]:
-    # one type id for both: the model has no token types
-    return {"Sequence": {"id": name, "type_id": 0}}
-
-
 def write_built(published: dict[str, Any], folder: Path) -> None:
+    """Write the recipe's tokenizer to a folder."""
     import tokenizers
 
     from megatron_ettin.data.tokenizer import Tokenizer

@@ -69,6 +69,7 @@ class Permutation:
         self._round_keys = counter_hash(self.key, np.arange(1, ROUNDS + 1))
 
     def __call__(self, indices: npt.ArrayLike) -> UInt64Array:
+        """Return the image of each index, in the shape of `indices`. Raises IndexError where one is not below n."""
         given = np.asarray(indices)
         inputs = np.atleast_1d(given).astype(np.uint64)
         if inputs.size and int(inputs.max()) >= self.n:

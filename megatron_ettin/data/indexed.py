@@ -130,7 +130,7 @@ def parse_header(raw: bytes, path: str, index_bytes: int) -> IndexHeader:
 
 
 @dataclass(frozen=True)
-class Shard:
+class MappedShard:
     """One open .bin/.idx pair, memory-mapped."""
 
     tokens: npt.NDArray[np.integer]
@@ -152,7 +152,7 @@ class Shard:
         return tokens
 
 
-def open_shard(prefix: Path, scattered: bool = True) -> Shard:
+def open_shard(prefix: Path, scattered: bool = True) -> MappedShard:
     """Map a shard.
 
     Args:
@@ -169,7 +169,7 @@ def open_shard(prefix: Path, scattered: bool = True) -> Shard:
     lengths = np.frombuffer(raw, "<i4", header.sequences, HEADER.size)
     offsets = np.frombuffer(raw, "<i8", header.sequences, header.pointers_at)
     document_indices = np.frombuffer(raw, "<i8", header.boundaries, header.documents_at)
-    return Shard(mapped(prefix.with_suffix(".bin"), header.dtype), lengths, offsets, document_indices, index_path)
+    return MappedShard(mapped(prefix.with_suffix(".bin"), header.dtype), lengths, offsets, document_indices, index_path)
 
 
 def map_scattered(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -16,12 +16,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.files import file_lock, fsync
+from megatron_ettin.base.files import atomic_path, file_lock, fsync, publish_folder
 from megatron_ettin.base.log import log_info, log_when_slow
 from megatron_ettin.base.paths import Links, path_in
 from megatron_ettin.data.blended_dataset import BlendedDataset
@@ -47,7 +47,7 @@ class Unit:
 
     @property
     def staging(self) -> Path:
-        """Folder that the files are copied to before it gets its name."""
+        """Return the folder that the files are copied to before it gets its name."""
         return self.target.with_name(f".tmp-{self.target.name}")
 
     def source_file(self, name: str) -> Path:
@@ -173,30 +173,29 @@ def copy_unit(unit: Unit, missing: Sequence[tuple[str, FileRecord]]) -> None:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    shutil.copyfile(unit.source_file(unit.last), unit.staged(unit.last))
+    with atomic_path(unit.staged(unit.last)) as part:
+        shutil.copyfile(unit.source_file(unit.last), part)
     fsync(unit.staging)
-    if unit.target.exists():
-        shutil.rmtree(unit.target)
-    os.rename(unit.staging, unit.target)
-    fsync(unit.target.parent)
+    shutil.rmtree(unit.target, ignore_errors=True)
+    publish_folder(unit.staging, unit.target)
 
 
 def copy_file(source: Path, target: Path, record: FileRecord, stop: threading.Event) -> None:
-    """Copy and hash a file; the target has its name only once it is whole. Raises UserError for another sha256."""
-    part = target.with_name(f".part-{target.name}")
+    """Copy and hash a file; the target has its name only once it is whole.
+
+    Raises:
+        UserError: the file has another sha256.
+        CancelledError: `stop` was set.
+    """
     digest = hashlib.sha256()
-    with open(source, "rb") as reading, open(part, "wb") as writing:
-        while not stop.is_set() and (block := reading.read(BLOCK_BYTES)):
+    with open(source, "rb") as reading, atomic_path(target) as part, open(part, "wb") as writing:
+        while block := reading.read(BLOCK_BYTES):
+            if stop.is_set():
+                raise CancelledError
             digest.update(block)
             writing.write(block)
-        if stop.is_set():
-            return
-        writing.flush()
-        os.fsync(writing.fileno())
-    if digest.hexdigest() != record.sha256:
-        part.unlink()
-        raise UserError(f"{source}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")
-    os.replace(part, target)
+        if digest.hexdigest() != record.sha256:
+            raise UserError(f"{source}: damaged, its sha256 is not the manifest's {record.sha256[:16]}...")
 
 
 def bytes_text(count: float) -> str:

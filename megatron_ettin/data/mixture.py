@@ -49,8 +49,10 @@ class MixtureEntry:
 def parse_mixture(value: Any, root: str | None = None) -> list[MixtureEntry]:
     """Parse `data.mixture`.
 
-    Args: value: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the path of a YAML file of a
-    list. root: where relative dataset paths begin; by default, those of a file begin at its folder.
+    Args:
+        value: a path, a list of paths, a list of {path, weight} or {path, tokens}, or the path of a YAML file that
+            holds a list.
+        root: where relative dataset paths begin; by default, those of a file begin at its folder.
 
     Raises:
         UserError: the value is none of these.

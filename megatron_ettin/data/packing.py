@@ -1,14 +1,14 @@
 """Pack whole chunks into rows by best fit, window by window, and write the files of a packing index.
 
-Within a window of chunks each row takes the longest chunk left, then again and again the longest that still fits.
-The lengths on hand are the bits of one Python integer, so "the longest that fits" is a mask and a bit_length: no tree,
-no numpy call per chunk, about a microsecond a chunk. Memory is bounded by the window. Rows that a window could not
-fill hand their chunks on to the next one, as long as they are few; the very last window keeps what it has.
+Within a window of chunks each row takes the longest chunk left, then again and again the longest that still fits. The
+lengths on hand are the bits of one Python integer, so "the longest that fits" is a mask and a bit_length: no tree, no
+numpy call per chunk, about a microsecond a chunk. Memory is bounded by the window. Rows that a window could not fill
+hand their chunks on to the next one, as long as they are few; the last window keeps what it has.
 
-One process or several write the files in bounded memory. Chunks are split into segments
-of SEGMENT_CHUNKS by their number alone and each segment is packed by itself, so the bytes do not depend on which
-process packed what. A process holds the lengths of one segment (16 MiB) and one window of the packing; what several
-processes pack is joined in order, file to file.
+One process or several write the files in bounded memory. Chunks are split into segments of SEGMENT_CHUNKS by their
+number alone, and each segment is packed by itself. So the bytes do not depend on which process packed what. A process
+holds the lengths of one segment (16 MiB) and one window of the packing. What several processes pack is joined in order,
+file to file.
 """
 
 from __future__ import annotations

@@ -77,20 +77,20 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Ids that are never masked, ascending; `all_special_ids` of Hugging Face."""
+        """Return the ids that are never masked, ascending; `all_special_ids` of Hugging Face."""
         ids = {self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id}
         return tuple(sorted(i for i in ids if i is not None))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON of the tokenizer and its roles; the same after save and load."""
+        """Return the sha256 of the canonical JSON of the tokenizer and its roles; the same after save and load."""
         content = {"roles": self.roles, "tokenizer": json.loads(self.backend.to_str())}
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property
     def has_holes(self) -> bool:
-        """Return whether ids below `vocab_size` belong to no entry."""
+        """Return True if some ids below `vocab_size` belong to no entry."""
         return self.backend.get_vocab_size(with_added_tokens=True) < self.vocab_size
 
     def encode_batch(self, texts: Sequence[str], add_prefix_space: bool = True) -> list[list[int]]:
@@ -134,7 +134,7 @@ class Tokenizer:
 
         It is cut only before a lone space between ASCII letters, where GPT-2's pre-tokenizer always begins a word.
         """
-        if len(text) <= LONG_TEXT_CHARACTERS or not self._cuts_words_at_spaces:
+        if len(text) <= LONG_TEXT_CHARACTERS or not self._splits_at_spaces:
             return [text]
         pieces, start = [], 0
         while match := LETTER_SPACE_LETTER.search(text, start + LONG_TEXT_CHARACTERS):
@@ -143,7 +143,7 @@ class Tokenizer:
         return [*pieces, text[start:]]
 
     @cached_property
-    def _cuts_words_at_spaces(self) -> bool:
+    def _splits_at_spaces(self) -> bool:
         content = json.loads(self.backend.to_str())
         before, normalizer = content["pre_tokenizer"] or {}, content["normalizer"] or {}
         byte_level = before.get("type") == "ByteLevel" and before.get("use_regex", True)
@@ -160,22 +160,19 @@ class Tokenizer:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         texts = {f"{role}_token": self.backend.id_to_token(i) for role, i in self.roles.items() if i is not None}
+        added = json.loads(self.backend.to_str())["added_tokens"]
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": 8192,
             "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {str(token["id"]): without_id(token) for token in self._added_tokens()},
+            "added_tokens_decoder": {str(token.pop("id")): token for token in added},
             **texts,
         }
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         special = {f"{role}_token": self._special_entry(i) for role, i in self.roles.items() if i is not None}
-        write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer_config.json", config)
-
-    def _added_tokens(self) -> list[dict[str, Any]]:
-        tokens: list[dict[str, Any]] = json.loads(self.backend.to_str())["added_tokens"]
-        return tokens
+        for name, content in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _special_entry(self, token_id: int) -> dict[str, Any]:
         token = self.backend.get_added_tokens_decoder().get(token_id)
@@ -201,6 +198,7 @@ def grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 def joined(parts: list[npt.NDArray[np.uint32]]) -> npt.NDArray[np.uint32]:
+    """Concatenate the ids of a text's pieces, without a copy where there is one piece."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -320,6 +318,7 @@ def from_hub(name: str) -> Tokenizer:
 
 
 def from_transformers(name: str) -> Tokenizer:
+    """Load a tokenizer of the hub by transformers, which converts it. Raises UserError."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
@@ -332,15 +331,8 @@ def from_transformers(name: str) -> Tokenizer:
 
 
 def required(roles: dict[str, int | None], role: str, name: str) -> int:
+    """Return the id of a role. Raises UserError where the tokenizer `name` has none."""
     token_id = roles.get(role)
     if token_id is None:
         raise UserError(f"tokenizer {name}: no {role} token; one of {', '.join(ROLE_KEYS[role])} must be set")
     return token_id
-
-
-def without_id(token: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in token.items() if key != "id"}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
