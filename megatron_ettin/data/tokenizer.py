@@ -171,8 +171,8 @@ class Tokenizer:
         }
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         special = {f"{role}_token": self._special_entry(i) for role, i in self.roles.items() if i is not None}
-        for name, content in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(folder / "tokenizer_config.json", config)
 
     def _special_entry(self, token_id: int) -> dict[str, Any]:
         token = self.backend.get_added_tokens_decoder().get(token_id)
@@ -336,3 +336,8 @@ def required(roles: dict[str, int | None], role: str, name: str) -> int:
     if token_id is None:
         raise UserError(f"tokenizer {name}: no {role} token; one of {', '.join(ROLE_KEYS[role])} must be set")
     return token_id
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of the tokenizer, whose bytes are part of a dataset's manifest."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
