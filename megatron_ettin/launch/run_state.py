@@ -60,7 +60,7 @@ class RunState:
 
     @property
     def fraction(self) -> float | None:
-        """Finished part of the phase, 0 to 1, by steps or by tokens."""
+        """Return the finished part of the phase, 0 to 1, by steps or by tokens."""
         if self.total_steps and self.step is not None:
             return min(1.0, self.step / self.total_steps)
         return min(1.0, self.tokens / self.total_tokens) if self.total_tokens and self.tokens is not None else None
