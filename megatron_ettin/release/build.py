@@ -48,7 +48,7 @@ from megatron_ettin.runs.directory import RunDirectory
 ORDERS = "data_order"
 CARD = "README.md"
 RESERVED = {"main", ORDERS, WORK, RECORD}
-Report = Callable[[int, int, RevisionResult | None], None]
+ProgressReport = Callable[[int, int, RevisionResult | None], None]
 """Called with the revisions done, all of them, and the result of the last one; None at the start."""
 DrawCurve = Callable[[PhaseChain], bytes]
 """Phases of the model -> a PNG. Raises UserError."""
@@ -95,7 +95,7 @@ class ReleaseResult:
     workers: int = 0
 
 
-def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
+def release(plan: ReleasePlan, report: ProgressReport | None = None) -> ReleaseResult:
     """Make what is missing of the release.
 
     Args:
@@ -129,7 +129,9 @@ def release(plan: ReleasePlan, report: Report | None = None) -> ReleaseResult:
     return result
 
 
-def _make_revisions(plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult, report: Report | None) -> None:
+def _make_revisions(
+    plan: ReleasePlan, revisions: list[Revision], result: ReleaseResult, report: ProgressReport | None
+) -> None:
     jobs = _missing(plan, revisions, result)
     if report is not None:
         report(0, len(jobs), None)

@@ -95,7 +95,7 @@ def describe_run(path: Path, verify: bool = False) -> dict[str, Any]:
             check_nothing_else(checkpoint)
             verify_checkpoint(checkpoint)
     # evaluations may follow the last step
-    last = next((line for line in reversed(directory.last_metrics) if "loss" in line), {})
+    last: dict[str, Any] = next((line for line in reversed(directory.last_metrics) if "loss" in line), {})
     return {
         "kind": "run",
         "path": str(path),

@@ -226,7 +226,7 @@ class RunDirectory:
         known = self.metrics.known("tokens")
         return int(known.max()) if len(known) else 0
 
-    @property
+    @cached_property
     def skipped_updates(self) -> list[int]:
         """Return the steps whose updates were left out. Raises UserError.
 
