@@ -51,17 +51,25 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(module), new)
 
 
-def configure(size: str, objective: str, phase: str, *overrides: str, site: AnyPath | None = None) -> Config:
+def configure(
+    size: str,
+    objective: str,
+    phase: str,
+    *overrides: str,
+    user_config: AnyPath | None = None,
+    site: AnyPath | None = None,
+) -> Config:
     """Resolve and check a run's configuration: the recipe's tables, then a user config, then overrides.
 
-    The same as `ettin train --size SIZE --objective OBJECTIVE --phase PHASE --config SITE OVERRIDES...`.
+    The same as `ettin train --size SIZE --objective OBJECTIVE --phase PHASE --config YAML OVERRIDES...`.
 
     Args:
         size: `17m`, `32m`, `68m`, `150m`, `400m` or `1b`.
         objective: `mlm` (encoder), `clm` (decoder), `mntp`, `hybrid` or `hybrid_mntp`.
         phase: `pretrain`, `extend`, `decay` or `cross`.
-        overrides: `group.key=value` words, such as `"parallel.tp=2"`; the keys are listed in docs/config.md.
-        site: user config, a YAML file of groups of keys.
+        overrides: `group.key=value`, such as `"parallel.tp=2"`; the keys are listed in docs/config.md.
+        user_config: a YAML file of groups of keys.
+        site: former name of `user_config` (deprecated).
 
     Returns:
         The frozen configuration, complete and checked.
@@ -71,7 +79,10 @@ def configure(size: str, objective: str, phase: str, *overrides: str, site: AnyP
     """
     from megatron_ettin.config.resolve import parse
 
-    return parse(size, objective, phase, Path(site) if site is not None else None, overrides)
+    if site is not None:
+        warn_renamed("configure(site=...)", "configure(user_config=...)")
+        user_config = site
+    return parse(size, objective, phase, Path(user_config) if user_config is not None else None, overrides)
 
 
 def load_dataset(path: AnyPath) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,3 +28,11 @@ def test_api_model_machine_warns_and_is_the_train_state() -> None:
 def test_api_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = api.no_such_name
+
+
+def test_api_configure_site_warns_and_is_the_user_config(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("optim:\n  lr: 0.25\n")
+    with pytest.warns(DeprecationWarning, match="user_config"):
+        old = api.configure("17m", "mlm", "pretrain", site=tmp_path / "site.yaml")
+    assert old == api.configure("17m", "mlm", "pretrain", user_config=tmp_path / "site.yaml")
+    assert old.optim.lr == 0.25

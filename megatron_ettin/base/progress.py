@@ -13,8 +13,8 @@ LINE_EVERY_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Yield report(done, total, tokens), which draws the bar at its first call; the bar is removed at the end."""
+def progress_report(title: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Yield report(done, total, tokens=0), which draws the bar at its first call; the bar is removed at the end."""
     if errors_on_terminal():
         with bar(title) as report:
             yield report
@@ -22,11 +22,11 @@ def progress_report(title: str, unit: str) -> Iterator[Callable[[int, int, int],
         yield plain_lines(title, unit)
 
 
-def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
+def plain_lines(title: str, unit: str) -> Callable[..., None]:
     began = time.monotonic()
     last = began
 
-    def report(done: int, total: int, tokens: int) -> None:
+    def report(done: int, total: int, tokens: int = 0) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < LINE_EVERY_SECONDS:
@@ -41,7 +41,7 @@ def plain_lines(title: str, unit: str) -> Callable[[int, int, int], None]:
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
+def bar(title: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -50,7 +50,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
         began = time.monotonic()
         line = progress.add_task(title, total=None, speed="")
 
-        def report(done: int, total: int, tokens: int) -> None:
+        def report(done: int, total: int, tokens: int = 0) -> None:
             speed = f"{format_count(tokens / max(time.monotonic() - began, 1e-9))} tokens/s" if tokens else ""
             progress.update(line, completed=done, total=total, speed=speed)
 

@@ -134,9 +134,9 @@ def time_phases(train_state: TrainState, batches: Batches, first: int) -> tuple[
     finally:
         del source.step
         settings.timers, optimizer.prepare, optimizer.update = None, prepare, update
-    found = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
-    found["other"] = max(0.0, seconds / TIMED_STEPS - sum(found.values()))
-    return found, {axis: sent / TIMED_STEPS for axis, sent in volumes.by_axis().items()}
+    phases = {name: value / TIMED_STEPS for name, value in timers.seconds().items()}
+    phases["other"] = max(0.0, seconds / TIMED_STEPS - sum(phases.values()))
+    return phases, {axis: sent / TIMED_STEPS for axis, sent in volumes.by_axis().items()}
 
 
 def peak_tensor_bytes(train_state: TrainState, batches: Batches, step: int) -> int:
@@ -226,10 +226,12 @@ class PhaseTimers:
         self.open: list[tuple[str, Any]] = []
 
     def __call__(self, name: str, log_level: int = 0) -> PhaseTimer:
+        """Return the timer of a phase by core's name for it."""
         return PhaseTimer(self, name)
 
     @contextlib.contextmanager
     def communication(self, axis: str) -> Iterator[None]:
+        """Time what the ranks send over an axis inside the context."""
         self.start(COMMUNICATION + axis)
         try:
             yield
@@ -237,9 +239,11 @@ class PhaseTimers:
             self.stop(COMMUNICATION + axis)
 
     def start(self, phase: str) -> None:
+        """Begin a phase, perhaps inside another."""
         self.open.append((phase, self.platform.record_event()))
 
     def stop(self, phase: str) -> None:
+        """End a phase."""
         # a phase that an error left open is dropped
         while self.open and (ended := self.open.pop()):
             if ended[0] == phase:
@@ -250,13 +254,13 @@ class PhaseTimers:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every phase, after waiting for the device."""
         self.platform.synchronize()
-        found = dict.fromkeys(PHASES.values(), 0.0)
+        sums = dict.fromkeys(PHASES.values(), 0.0)
         for phase, inside, begin, end in self.spans:
             seconds = self.platform.elapsed_seconds(begin, end)
-            found[phase] = found.get(phase, 0.0) + seconds
+            sums[phase] = sums.get(phase, 0.0) + seconds
             if inside is not None:
-                found[inside] -= seconds
-        return {phase: max(0.0, value) for phase, value in found.items()}
+                sums[inside] -= seconds
+        return {phase: max(0.0, value) for phase, value in sums.items()}
 
 
 class PhaseTimer:
@@ -266,9 +270,11 @@ class PhaseTimer:
         self.owner, self.phase = owner, PHASES.get(name)
 
     def start(self, barrier: bool = False) -> None:
+        """Begin the phase."""
         if self.phase is not None:
             self.owner.start(self.phase)
 
     def stop(self, barrier: bool = False) -> None:
+        """End the phase."""
         if self.phase is not None:
             self.owner.stop(self.phase)

@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     """Read the last state of every measurement, in order. Raises UserError for a file that holds something else."""
     if not path.is_file():
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = load_json(line)
@@ -45,8 +45,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             row = None
         if not is_result(row):
             raise UserError(f"{path}:{number}: not a result of `ettin bench`")
-        found[identity_key(row)] = row
-    return found
+        rows[identity_key(row)] = row
+    return rows
 
 
 def is_result(row: Any) -> bool:
@@ -92,16 +92,16 @@ def failure(error: BaseException, no_memory: type[BaseException]) -> dict[str, A
     return {"state": FAILED, "reason": f"{type(error).__name__}: {reason}"}
 
 
-def should_measure(found: dict[str, Any] | None, is_only: bool) -> bool:
+def should_measure(last: dict[str, Any] | None, is_only: bool) -> bool:
     """Return whether a combination of that last state is measured (again); an invalid one only if nothing else is."""
-    return found is None or found["state"] == STOPPED or (is_only and found["state"] == INVALID)
+    return last is None or last["state"] == STOPPED or (is_only and last["state"] == INVALID)
 
 
-def known_result(found: dict[str, Any]) -> dict[str, Any]:
+def known_result(last: dict[str, Any]) -> dict[str, Any]:
     """Return the result of a combination that is not measured again."""
-    if found["state"] != BEGAN:
-        return found
-    return found | {"state": NO_MEMORY, "reason": "it ended the process, or was ended with it (--again measures it)"}
+    if last["state"] != BEGAN:
+        return last
+    return last | {"state": NO_MEMORY, "reason": "it ended the process, or was ended with it (--again measures it)"}
 
 
 def name_of(row: dict[str, Any], common: Collection[str] = ()) -> str:
@@ -109,7 +109,7 @@ def name_of(row: dict[str, Any], common: Collection[str] = ()) -> str:
     return " ".join([row["size"], row["objective"], *(word for word in row["words"] if word not in common)])
 
 
-def common_words(rows: Sequence[dict[str, Any]]) -> list[str]:
+def shared_overrides(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the overrides that several results share."""
     shared = set.intersection(*(set(row["words"]) for row in rows)) if len(rows) > 1 else set()
     return [word for word in rows[0]["words"] if word in shared]
@@ -134,7 +134,7 @@ def compare(old: Path, new: Path) -> list[dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"--compare {path}: no such file")
     before, after = read(old), read(new)
-    common, rows = common_words([*after.values()]) if after else [], []
+    common, rows = shared_overrides([*after.values()]) if after else [], []
     for key, row in after.items():
         other = before.get(key)
         if other is None or {row["state"], other["state"]} != {DONE}:
@@ -159,7 +159,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as a table, the fastest first and those that did not run, with their reasons, last."""
-    common = common_words(rows)
+    common = shared_overrides(rows)
     width = max(len(name_of(row, common)) for row in rows)
     lines = [f"{'':{width}}  tokens/s/GPU  slowest - fastest  TFLOP/s    MFU     GiB"]
     for row in sorted(rows, key=lambda row: -row.get("tokens_per_second_per_gpu", 0)):
@@ -214,17 +214,17 @@ def combinations(layouts: str | None, precisions: str | None, sweeps: Sequence[s
     outer = layout_values(layouts)
     if twice := sorted(outer[0].keys() & inner[0].values.keys()):
         raise UserError(f"--sweep {twice[0]}: --layouts sets it already; remove one of the two")
-    found = [layout | member.values for layout in outer for member in inner]
-    return [Member(" ".join(f"{key}={value}" for key, value in values.items()), values) for values in found]
+    combined = [layout | member.values for layout in outer for member in inner]
+    return [Member(" ".join(f"{key}={value}" for key, value in values.items()), values) for values in combined]
 
 
 def layout_values(text: str) -> list[dict[str, str]]:
     """Parse `dp,tp2,tp2pp2` to the overrides of each; an axis that one names is set in all. Raises UserError."""
-    found = [_degrees(name.strip()) for name in text.split(",")]
-    axes = [axis for axis in AXES if any(axis in degrees for degrees in found)] or ["tp"]
-    has_sequence_parallel = any("sp" in degrees for degrees in found)
+    parsed = [_degrees(name.strip()) for name in text.split(",")]
+    axes = [axis for axis in AXES if any(axis in degrees for degrees in parsed)] or ["tp"]
+    has_sequence_parallel = any("sp" in degrees for degrees in parsed)
     rows = []
-    for degrees in found:
+    for degrees in parsed:
         values = {f"parallel.{axis}": degrees.get(axis, "1") for axis in axes}
         if has_sequence_parallel:
             values["parallel.sequence_parallel"] = str("sp" in degrees).lower()

@@ -38,24 +38,30 @@ class SyntheticRows:
 
     @functools.cached_property
     def mean_tokens_per_row(self) -> float:
+        """Return the mean number of tokens of a row."""
         return float(self.token_counts(range(SAMPLED_ROWS)).mean()) if self.padded else float(self.seq_len)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Accept every model: rows are drawn from its own vocabulary."""
 
     def token_counts(self, order_indices: Iterable[int]) -> np.ndarray:
+        """Return the number of tokens of each row, [rows]."""
         return np.array([len(self.row(int(index)).tokens) for index in order_indices], np.int64)
 
     def order_indices(self, row_indices: Sequence[int]) -> np.ndarray:
+        """Return the rows' order indices, [rows]: none is left out."""
         return np.asarray(row_indices, np.int64)
 
     def order_span(self, first: int, end: int) -> tuple[int, int]:
+        """Return the rows' span in the order: the same."""
         return first, end
 
     def rows(self, order_indices: Sequence[int]) -> list[Row]:
+        """Return some rows."""
         return [self.row(int(index)) for index in order_indices]
 
     def row(self, order_index: int) -> Row:
+        """Draw a row by its order index."""
         drawn = np.random.default_rng(order_index)
         lengths: list[int] = []
         while (room := self.seq_len - sum(lengths)) > 0:

@@ -17,9 +17,11 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_ettin.base.errors import RankError, UserError
+from megatron_ettin.base.log import errors_on_terminal, log_info
 
 if TYPE_CHECKING:
     from megatron_ettin.config.overrides import Member
@@ -35,33 +37,34 @@ MEETING_SECONDS = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", help="17m 32m 68m 150m 400m 1b")
-    parser.add_argument("--objective", default="mlm")
-    parser.add_argument("--phase", default="pretrain")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="a user config, as for `ettin train`")
-    parser.add_argument("--data", metavar="DATASET", help="time the rows of a dataset")
-    parser.add_argument("--chunk-tokens", type=float, default=615.4, help="mean of synthetic documents (%(default)s)")
-    parser.add_argument("--micro-batches", type=int, help="micro-batches of each rank in a step (4)")
-    parser.add_argument("--warm-up", type=int, metavar="STEPS", help="steps that are not counted (3)")
-    parser.add_argument("--steps", type=int, help="steps that are counted (8)")
-    parser.add_argument("--quick", action="store_true", help="two micro-batches of two rows, three steps after one")
-    parser.add_argument("--layouts", metavar="L1,L2", help="such as dp,tp2,tp2sp,tp2pp2 (sp: sequence parallelism)")
-    parser.add_argument("--precision", metavar="P1,P2", help="such as bf16,fp8-current: --sweep precision.name=...")
-    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="measure each value")
-    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="file of results (%(default)s)")
-    parser.add_argument("--again", action="store_true", help="measure also what --out has already")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results")
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="list what changed beyond the noise"
-    )
-    parser.add_argument("--json", action="store_true", help="print the results, or the comparison, as JSON")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides, as for `ettin train`")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("--size")
+    add("--objective", default="mlm")
+    add("--phase", default="pretrain")
+    add("--config")
+    add("--data", metavar="DATASET", help="time the rows of a dataset")
+    add("--chunk-tokens", type=float, default=615.4, help="mean of synthetic documents (%(default)s)")
+    add("--micro-batches", type=int, help="micro-batches of each rank in a step (4)")
+    add("--warm-up", type=int, metavar="STEPS", help="steps that are not counted (3)")
+    add("--steps", type=int, help="steps that are counted (8)")
+    add("--quick", action="store_true", help="two micro-batches of two rows, three steps after one")
+    add("--layouts", metavar="L1,L2", help="such as dp,tp2,tp2sp,tp2pp2 (sp: sequence parallelism)")
+    add("--precision", metavar="P1,P2", help="such as bf16,fp8-current: --sweep precision.name=...")
+    add("--sweep", help="measure each value")
+    add("--out", type=Path, default=Path("bench.jsonl"), help="file of results (%(default)s)")
+    add("--again", action="store_true", help="measure also what --out has already")
+    add("--picture", type=Path, metavar="PNG", help="draw the results")
+    compare = "list what changed beyond the noise"
+    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help=compare)
+    add("--json", help="print the results, or the comparison, as JSON")
+    add("overrides")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.errors import UserError
+    """Measure the combinations, or compare two files of results, and print the results."""
+    from megatron_ettin.base.progress import items_report
     from megatron_ettin.bench import results
-    from megatron_ettin.bench.results import combinations
     from megatron_ettin.config.key_names import current_name
     from megatron_ettin.parallel.env import read_distributed_env
     from megatron_ettin.parallel.process_groups import broadcast_before_groups, release_store
@@ -72,46 +75,39 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(moved, indent=1) if args.json else results.comparison_table(moved))
         return
     set_defaults(args)
-    found = combinations(args.layouts, args.precision, args.sweep)
-    if args.size is None and "size" not in found[0].values:
+    combinations = results.combinations(args.layouts, args.precision, args.sweep)
+    if args.size is None and "size" not in combinations[0].values:
         raise UserError("--size: missing; give a size, or sweep it with --sweep size=...")
     env = read_distributed_env()
-    given = {current_name(key): value for key, _, value in (word.partition("=") for word in args.words)}
+    given = {current_name(key): value for key, _, value in (one.partition("=") for one in args.overrides)}
     platform = detect(given.get("runtime.device", "auto"), env.local_rank)
-    rows = []
+    rows, is_only = [], len(combinations) == 1
+    # in a log each result's own line suffices
+    draws = env.rank == 0 and errors_on_terminal()
     try:
         # read once: a rank that comes later would find what rank 0 has begun
         known = broadcast_before_groups(env, platform, lambda: known_results(args))
-        with progress_report(env) as report:
-            for number, member in enumerate(found):
-                report(number, len(found), " ".join(member.overrides))
-                rows.append(measure_one(args, member, env, platform, known, is_only=len(found) == 1))
+        with items_report("bench") if draws else contextlib.nullcontext(lambda *_: None) as report:
+            for number, member in enumerate(combinations):
+                report(number, len(combinations), " ".join(member.overrides))
+                rows.append(measure_one(args, member, env, platform, known, is_only))
     finally:
         release_store()
     first = rows[0]
     if all(row["state"] == results.INVALID for row in rows):
         raise UserError(f"none of {len(rows)} combinations is valid; {results.name_of(first)}: {first['reason']}")
-    if env.rank == 0:
-        show(args, rows)
-
-
-@contextlib.contextmanager
-def progress_report(env: DistributedEnv) -> Iterator[Callable[[int, int, str], None]]:
-    """Show progress on a terminal; in a log each result's own line suffices."""
-    from megatron_ettin.base.log import errors_on_terminal
-    from megatron_ettin.base.progress import items_report
-
-    if env.rank or not errors_on_terminal():
-        yield lambda done, total, line: None
+    if env.rank > 0:
         return
-    with items_report("bench") as report:
-        yield report
+    print(json.dumps(rows, indent=1) if args.json else "\n".join([results.table(rows), *results.detail_lines(rows)]))
+    if args.picture and any(row["state"] == results.DONE for row in rows):
+        from megatron_ettin.bench.picture import draw
+
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        args.picture.write_bytes(draw(rows))
 
 
 def set_defaults(args: argparse.Namespace) -> None:
     """Set the numbers that were not given. Raises UserError for invalid ones."""
-    from megatron_ettin.base.errors import UserError
-
     for name, number in (QUICK if args.quick else USUAL).items():
         if getattr(args, name) is None:
             setattr(args, name, number)
@@ -133,21 +129,6 @@ def known_results(args: argparse.Namespace) -> dict[str, Any]:
     return results.read(args.out)
 
 
-def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the results as a table or JSON, and draw them if asked for."""
-    from megatron_ettin.bench import results
-
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print("\n".join([results.table(rows), *results.detail_lines(rows)]))
-    if args.picture and any(row["state"] == results.DONE for row in rows):
-        from megatron_ettin.bench.picture import draw
-
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        args.picture.write_bytes(draw(rows))
-
-
 def measure_one(
     args: argparse.Namespace,
     member: Member,
@@ -161,15 +142,16 @@ def measure_one(
     Raises:
         UserError: the combination is not valid, and it is the only one.
     """
-    from megatron_ettin.base.errors import UserError
-    from megatron_ettin.base.log import log_info
     from megatron_ettin.bench import results
     from megatron_ettin.bench.measure import StepCounts, measure, out_of_memory
+    from megatron_ettin.bench.synthetic import attended_chunk_tokens
+    from megatron_ettin.config.layouts import check_layout
+    from megatron_ettin.plan.memory import estimate
 
     row = identity(args, member, env, platform)
-    found = known.get(results.identity_key(row))
-    if not args.again and found is not None and not results.should_measure(found, is_only):
-        return results.known_result(found)
+    last = known.get(results.identity_key(row))
+    if not args.again and last is not None and not results.should_measure(last, is_only):
+        return results.known_result(last)
     has_begun = False
 
     def keep(state: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +179,15 @@ def measure_one(
             # others wait in a collective: the job ends, and continues after this one when started again
             raise
         return kept
-    return keep({"state": results.DONE, **described(config, dataset, env, platform), **figures})
+    shown = {
+        "predicted_memory_bytes": estimate(config, check_layout(config, env.world), platform.is_gpu).total_bytes,
+        "seq_len": config.data.seq_len,
+        "attended_chunk_tokens": attended_chunk_tokens(dataset),
+        "precision": config.precision.name,
+        "micro_batch_rows": config.batch.micro_batch_rows,
+        "global_batch_rows": config.batch.global_batch_rows,
+    }
+    return keep({"state": results.DONE, **shown, **figures})
 
 
 def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -207,7 +197,6 @@ def after_failure(env: DistributedEnv, platform: Platform, own: dict[str, Any]) 
         (its state, out of memory if that is what another rank met; whether all ranks arrived and can continue
         together: a rank in a collective that never ends does not arrive)
     """
-    from megatron_ettin.base.errors import RankError
     from megatron_ettin.bench import results
     from megatron_ettin.parallel.process_groups import all_gather_before_groups
 
@@ -228,30 +217,15 @@ def identity(args: argparse.Namespace, member: Member, env: DistributedEnv, plat
     """Return what two results of one measurement share: results.IDENTITY_KEYS."""
     size, objective = member.values.get("size", args.size), member.values.get("objective", args.objective)
     row: dict[str, Any] = {"size": size, "objective": objective, "phase": args.phase, "gpus": env.world}
-    row |= {"words": [*args.words, *member.overrides], "device": platform.name}
+    row |= {"words": [*args.overrides, *member.overrides], "device": platform.name}
     row |= {"config": str(args.config) if args.config else None, "data": args.data}
     row |= {"chunk_tokens": None if args.data else args.chunk_tokens}
     return row | {"micro_batches": args.micro_batches, "quick": args.quick}
 
 
-def described(config: Config, dataset: Any, env: DistributedEnv, platform: Platform) -> dict[str, Any]:
-    """Describe what was run."""
-    from megatron_ettin.bench.synthetic import attended_chunk_tokens
-    from megatron_ettin.config.layouts import check_layout
-    from megatron_ettin.plan.memory import estimate
-
-    dp = check_layout(config, env.world)
-    return {
-        "predicted_memory_bytes": estimate(config, dp, platform.is_gpu).total_bytes,
-        "seq_len": config.data.seq_len,
-        "attended_chunk_tokens": attended_chunk_tokens(dataset),
-        "precision": config.precision.name,
-        "micro_batch_rows": config.batch.micro_batch_rows,
-        "global_batch_rows": config.batch.global_batch_rows,
-    }
-
-
-def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str], world: int) -> tuple[Config, Any]:
+def resolve(
+    args: argparse.Namespace, size: str, objective: str, overrides: list[str], world: int
+) -> tuple[Config, Any]:
     """Return the run to time, with a batch of a few micro-batches, and its rows. Raises UserError."""
     from megatron_ettin.bench.synthetic import SyntheticRows
     from megatron_ettin.config.layouts import check_layout
@@ -260,10 +234,10 @@ def resolve(args: argparse.Namespace, size: str, objective: str, words: list[str
     from megatron_ettin.train.job import open_training_data
 
     if args.data:
-        words = [*words, f"data.mixture={args.data}"]
-    config = parse(size, objective, args.phase, args.config, words)
+        overrides = [*overrides, f"data.mixture={args.data}"]
+    config = parse(size, objective, args.phase, args.config, overrides)
     rows = config.batch.micro_batch_rows
-    if args.quick and "batch.micro_batch_rows" not in given_keys(args.config, words, args.phase):
+    if args.quick and "batch.micro_batch_rows" not in given_keys(args.config, overrides, args.phase):
         rows = min(rows, QUICK_ROWS)
     parallel = config.parallel
     dp = max(1, world // (parallel.tp * parallel.pp * parallel.cp))

@@ -16,39 +16,38 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_ettin.cli.report import check_page, write_pages
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directories, phases in order; or folders of them"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="REPORT.html", help="the page to write")
-    parser.add_argument("--json", action="store_true", help="print verdict, checks and figures as JSON")
-    parser.add_argument("--require-paired", action="store_true", help="exit 1 where the verdict is NOT PAIRED")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, phases in order; or folders of them")
+    add("--out", type=Path, required=True, metavar="REPORT.html", help="the page to write")
+    add("--json", help="print verdict, checks and figures as JSON")
+    add("--require-paired", action="store_true", help="exit 1 where the verdict is NOT PAIRED")
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_ettin.base.errors import UserError
+    """Compare the runs, write the page, and print the verdict."""
     from megatron_ettin.report import document, plots
     from megatron_ettin.report.compare import compare
     from megatron_ettin.runs.directory import phases_in
 
-    if args.out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {args.out}: a page is written, so its name must end in .html")
+    out, picture = args.out, args.out.with_suffix(".png")
+    check_page(out)
     # every phase in a chain's folder, each compared with the other chain's
     comparison = compare([phase for run in args.runs for phase in phases_in(run) or [run]])
-    report, picture = document.make_comparison(comparison), args.out.with_suffix(".png")
-    try:
-        document.write(picture, plots.overview(report.models))
-        document.write(args.out, document.render(report).encode())
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
+    report = document.make_comparison(comparison)
+    page = document.render(report).encode()
+    write_pages([(f"--out {out}", picture, plots.overview(report.models)), (f"--out {out}", out, page)])
     if args.json:
         answer = {
             "verdict": comparison.verdict,
             "steps_without_partner": comparison.without_partner,
             "models": [chain.summary() for chain in comparison.chains],
             "checks": [vars(check) for check in comparison.checks],
-            "page": str(args.out),
+            "page": str(out),
             "picture": str(picture),
         }
         print(json.dumps(answer, indent=1))
@@ -59,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
         if comparison.without_partner:
             notes += f" (steps without a partner: {comparison.without_partner})"
         print(f"{comparison.verdict}: {' / '.join(chain.name for chain in comparison.chains)}{notes}")
-        print(f"{args.out} and {picture}")
+        print(f"{out} and {picture}")
     return 1 if args.require_paired and comparison.verdict == "NOT PAIRED" else 0

@@ -1,5 +1,7 @@
-"""Print the completion script for bash, zsh or fish: commands, options, sizes, objectives, phases, `group.key=` and its
-values, what follows `ettin launch ... --`. The script calls `ettin` at each press of TAB and never grows old.
+"""Print the completion script for bash, zsh or fish.
+
+It completes commands, options, sizes, objectives, phases, `group.key=` and its values, and what follows `ettin launch
+... --`. The script calls `ettin` at each press of TAB and never grows old.
 
   ettin completion bash > ~/.local/share/bash-completion/completions/ettin
   ettin completion zsh > ~/.zfunc/_ettin                  # in .zshrc before compinit: fpath+=~/.zfunc
@@ -115,17 +117,17 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
     parser.add_argument("shell", choices=tuple(SCRIPTS), help="shell whose script to print")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
+    """Print the script."""
     print(SCRIPTS[args.shell], end="")
-    return 0
 
 
 # a line that asks the shell to offer files, also for the part after a key's `=`
 FILES = ":files"
-NO_VALUE = ("?", "*", argparse.REMAINDER)
 
 # candidate -> its meaning
 Offers = dict[str, str]
@@ -149,19 +151,19 @@ KEY_OPTIONS = {"--sweep": "=", "--allow-change": ""}
 FILE_NAMES = ("DATASET", "INPUT", "PATH", "T", "JOB|RUN", "[NAME=]DATASET")
 
 
-def print_offers(words: Sequence[str]) -> int:
+def print_offers(typed: Sequence[str]) -> int:
     """Print the candidates for the last of the words after `ettin`, which may be incomplete."""
-    for word, meaning in offers(list(words) or [""]).items():
+    for word, meaning in offers(list(typed) or [""]).items():
         sys.stdout.write(f"{word}\t{meaning}\n" if meaning else f"{word}\n")
     return 0
 
 
-def offers(words: list[str]) -> Offers:
+def offers(typed: list[str]) -> Offers:
     """Return candidates for the last word with their meanings; empty where there are none."""
-    if len(words) == 1:
+    command, *rest = typed
+    if not rest:
         commands = {name: summary for name, (_, summary) in COMMANDS.items()}
-        return _starting_with(words[0], {**commands, "--help": "", "--version": "with commit and what it stands on"})
-    command, rest = words[0], words[1:]
+        return _starting_with(command, {**commands, "--help": "", "--version": "with commit and what it stands on"})
     if command not in COMMANDS:
         return {}
     if command == "launch" and "--" in rest[:-1]:
@@ -173,43 +175,32 @@ def offers(words: list[str]) -> Offers:
     return _parser_offers(parser, rest)
 
 
-def _parser_offers(parser: argparse.ArgumentParser, words: list[str]) -> Offers:
+def _parser_offers(parser: argparse.ArgumentParser, typed: list[str]) -> Offers:
     options = {name: action for action in parser._actions for name in action.option_strings}
-    # waiting: the option whose value comes next
-    current, waiting, seen = words[-1], None, 0
-    for number, word in enumerate(words[:-1]):
+    positional = [action for action in parser._actions if not action.option_strings]
+    # waiting: the option whose value comes next; seen: positional words before the last one
+    current, waiting, seen = typed[-1], None, 0
+    for number, word in enumerate(typed[:-1]):
         if word in options:
             waiting = options[word] if options[word].nargs != 0 else None
-            continue
-        if waiting is not None and waiting.nargs not in ("+", "*"):
+        elif waiting is not None and waiting.nargs not in ("+", "*"):
             waiting = None
-            continue
-        if waiting is None:
-            subparsers = next((one for one in parser._actions if isinstance(one, argparse._SubParsersAction)), None)
-            if subparsers is not None and word in subparsers.choices:
-                return _parser_offers(subparsers.choices[word], words[number + 1 :])
+        elif waiting is None:
+            for action in positional:
+                if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                    return _parser_offers(action.choices[word], typed[number + 1 :])
             seen += 1
     if current.startswith("-"):
         name, equals, value = current.partition("=")
         if equals and name in options:
-            return {
-                word if word == FILES else f"{name}={word}": text
-                for word, text in _values(options[name], value).items()
-            }
+            values = _values(options[name], value)
+            return values if FILES in values else {f"{name}={word}": text for word, text in values.items()}
         return _starting_with(
             current, {name: action.help or "" for name, action in options.items() if name[:2] == "--"}
         )
     if waiting is not None:
         return _values(waiting, current)
-    return _positional([action for action in parser._actions if not action.option_strings], seen, current)
-
-
-def _positional(actions: list[argparse.Action], seen: int, current: str) -> Offers:
-    """Return candidates for a positional word after `seen` others."""
-    if not actions:
-        return {}
-    action = actions[min(seen, len(actions) - 1)]
-    return _values(action, current)
+    return _values(positional[min(seen, len(positional) - 1)], current) if positional else {}
 
 
 def _values(action: argparse.Action, current: str) -> Offers:
@@ -233,32 +224,28 @@ def _keys(current: str, after: str) -> Offers:
     """Offer `group.` first, then `group.key=`, then the key's values; `extend.group.key=` of one phase likewise."""
     first, dot, rest = current.partition(".")
     if dot and first in PHASES:
-        return {word if word == FILES else f"{first}.{word}": text for word, text in _keys(rest, after).items()}
-    key, equals, value = current.partition("=")
+        keys = _keys(rest, after)
+        return keys if FILES in keys else {f"{first}.{word}": text for word, text in keys.items()}
+    name, equals, value = current.partition("=")
     types = key_types()
     if equals:
-        return _key_values(key, value)
-    groups = dict.fromkeys(f"{name.partition('.')[0]}." for name in types)
+        key = all_keys().get(name)
+        if key is not None and key.path:
+            return {FILES: ""}
+        allowed = ("true", "false") if types.get(name) is bool else key.choices if key is not None else ()
+        return {f"{name}={word}": "" for word in allowed if word.startswith(value)}
     if not dot:
-        found = [group for group in groups if group.startswith(current)]
-        if len(found) != 1:
-            return dict.fromkeys(found, "")
-        current = found[0]
+        groups = dict.fromkeys(f"{name.partition('.')[0]}." for name in types if name.startswith(current))
+        if len(groups) != 1:
+            return dict.fromkeys(groups, "")
+        current = next(iter(groups))
     return {f"{name}{after}": all_keys()[name].doc for name in types if name.startswith(current)}
 
 
-def _key_values(name: str, value: str) -> Offers:
-    key = all_keys().get(name)
-    if key is not None and key.path:
-        return {FILES: ""}
-    allowed = ("true", "false") if key_types().get(name) is bool else key.choices if key is not None else ()
-    return {f"{name}={word}": "" for word in allowed if word.startswith(value)}
-
-
-def _starting_with(start: str, found: Offers) -> Offers:
+def _starting_with(start: str, candidates: Offers) -> Offers:
     """Return the candidates that begin so, with the first line of their meanings."""
     return {
         word: text.partition("\n")[0].replace(" (%(default)s)", "")
-        for word, text in found.items()
+        for word, text in candidates.items()
         if word.startswith(start)
     }

@@ -1,5 +1,6 @@
-"""Convert checkpoints to and from Hugging Face folders, encoder and decoder, without loss. One tensor is in memory
-at a time.
+"""Convert checkpoints to and from Hugging Face folders, encoder and decoder, without loss.
+
+One tensor is in memory at a time.
 
 Examples:
   ettin convert to-hf runs/17m-mlm exported --dtype bf16
@@ -16,63 +17,96 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_ettin.convert.verify import Logits
+
+# way -> summary, example
+WAYS = {
+    "to-hf": ("a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported"),
+    "from-hf": ("a folder that transformers wrote -> a checkpoint of weights", "exported imported"),
+    "from-composer": (
+        "a file of the original trainer -> a checkpoint of weights",
+        "ep0-ba5996-rank0.pt imported --config decoder_base.yaml",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ways = parser.add_subparsers(dest="way", required=True, metavar="to-hf|from-hf|from-composer")
-    out = _way(ways, "to-hf", "a checkpoint -> a folder that transformers loads", "runs/17m-mlm exported")
-    out.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="a run stands for its latest checkpoint"
-    )
-    out.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    out.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read back every tensor and compare logits with transformers (the default)",
-    )
-    out.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "fp32", "bf16"),
-        default="float32",
-        help="type of the weights (%(default)s)",
-    )
-    out.add_argument("--objective", metavar="mlm|clm", help="export an encoder as a decoder, or the reverse")
-    out.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
-    out.add_argument("--json", action="store_true", help="print the result as JSON")
-    back = _way(ways, "from-hf", "a folder that transformers wrote -> a checkpoint of weights", "exported imported")
-    back.add_argument("hf_dir", type=Path, metavar="HF_DIR")
-    back.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    back.add_argument("--objective", metavar="mlm|clm", help="make a decoder of an encoder's folder, or the reverse")
-    back.add_argument("--json", action="store_true", help="print the result as JSON")
-    summary = "a file of the original trainer -> a checkpoint of weights"
-    theirs = _way(ways, "from-composer", summary, "ep0-ba5996-rank0.pt imported --config decoder_base.yaml")
-    theirs.add_argument("file", type=Path, metavar="FILE.pt", help="nothing in it is executed")
-    theirs.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    theirs.add_argument(
-        "--config", type=Path, metavar="YAML", help="the run's YAML, or a config.json (default: the one in the file)"
-    )
-    theirs.add_argument("--objective", metavar="mlm|clm", help="import it as (default: what it was)")
-    theirs.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def _way(ways: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    epilog = f"example:\n  ettin convert {name} {example}"
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = ways.add_parser(
-        name, help=summary, description=summary, epilog=epilog, formatter_class=formatter
-    )
-    return parser
+    """Add the command's options to its parser."""
+    ways = parser.add_subparsers(dest="way", required=True, metavar="|".join(WAYS))
+    raw = argparse.RawDescriptionHelpFormatter
+    for way, (summary, example) in WAYS.items():
+        epilog = f"example:\n  ettin convert {way} {example}"
+        add = ways.add_parser(way, help=summary, description=summary, epilog=epilog, formatter_class=raw).add_argument
+        if way == "to-hf":
+            checkpoint = "a run stands for its latest checkpoint"
+            add("checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help=checkpoint)
+        elif way == "from-hf":
+            add("hf_dir", type=Path, metavar="HF_DIR")
+        else:
+            add("file", type=Path, metavar="FILE.pt", help="nothing in it is executed")
+        add("out", type=Path, metavar="OUT", help="a new folder")
+        if way == "to-hf":
+            verify = "read back every tensor and compare logits with transformers (the default)"
+            add("--verify", action=argparse.BooleanOptionalAction, default=True, help=verify)
+            add("--dtype", default="float32", help="type of the weights (%(default)s)")
+            add("--objective", metavar="mlm|clm", help="export an encoder as a decoder, or the reverse")
+            add("--max-shard-bytes")
+        elif way == "from-hf":
+            add("--objective", metavar="mlm|clm", help="make a decoder of an encoder's folder, or the reverse")
+        else:
+            add("--config", help="the run's YAML, or a config.json (default: the one in the file)")
+            add("--objective", metavar="mlm|clm", help="import it as (default: what it was)")
+        add("--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    with _unwind_on_sigterm():
-        _run(args)
+    """Convert, and print what was done."""
+    from megatron_ettin.base.progress import progress_report
+    from megatron_ettin.platform.cpu import keep_freed_memory
+
+    keep_freed_memory()
+    with unwinding_on_sigterm(), progress_report("writing" if args.way == "to-hf" else "reading", "tensors") as report:
+        if args.way == "to-hf":
+            result = export(args, report)
+        elif args.way == "from-hf":
+            from megatron_ettin.convert.from_hf import from_hf
+
+            result = from_hf(args.hf_dir, args.out, report, args.objective)
+        else:
+            from megatron_ettin.convert.composer import from_composer
+
+            result = from_composer(args.file, args.out, args.config, report, args.objective)
+    lines = exported_lines(result) if args.way == "to-hf" else [imported_line(result)]
+    lines += [f"note: {note}" for note in result["notes"]]
+    print(json.dumps(result) if args.json else "\n".join(lines))
+
+
+def export(args: argparse.Namespace, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """Export a checkpoint, and return the facts about it. Raises UserError, and SystemExit where parity fails."""
+    from megatron_ettin.base.text import parse_count
+    from megatron_ettin.convert.to_hf import ExportOptions, to_hf
+    from megatron_ettin.convert.verify import ParityError
+    from megatron_ettin.runs.directory import last_phase
+
+    our_logits: Logits | None = None
+    if args.verify:
+        from megatron_ettin.evaluate.inference import logits_of
+
+        our_logits = logits_of
+    checkpoint, shard_bytes = last_phase(args.checkpoint), parse_count(args.max_shard_bytes, "--max-shard-bytes")
+    options = ExportOptions(args.dtype, args.objective, shard_bytes, args.verify, our_logits)
+    try:
+        return to_hf(checkpoint, args.out, options, report)
+    except ParityError as error:
+        # a bug of this package, not a user error: exit 1
+        raise SystemExit(f"ettin convert: {error}") from error
 
 
 @contextlib.contextmanager
-def _unwind_on_sigterm() -> Iterator[None]:
+def unwinding_on_sigterm() -> Iterator[None]:
     """Let SIGTERM, which a scheduler sends, unwind the conversion, so that its temporary folder is removed."""
 
     def end(number: int, frame: object) -> None:
@@ -88,47 +122,8 @@ def _unwind_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.text import parse_count
-    from megatron_ettin.convert.from_hf import from_hf
-    from megatron_ettin.convert.to_hf import ExportOptions, to_hf
-    from megatron_ettin.convert.verify import ParityError
-    from megatron_ettin.platform.cpu import keep_freed_memory
-    from megatron_ettin.runs.directory import last_phase
-
-    keep_freed_memory()
-    if args.way == "from-hf":
-        with _progress("reading") as report:
-            result = from_hf(args.hf_dir, args.out, report, args.objective)
-        _print(result, _imported(result), args.json)
-        return
-    if args.way == "from-composer":
-        from megatron_ettin.convert.composer import from_composer
-
-        with _progress("reading") as report:
-            result = from_composer(args.file, args.out, args.config, report, args.objective)
-        _print(result, _imported(result), args.json)
-        return
-    args.checkpoint = last_phase(args.checkpoint)
-    max_shard_bytes = parse_count(args.max_shard_bytes, "--max-shard-bytes")
-    our_logits = _our_logits() if args.verify else None
-    options = ExportOptions(args.dtype, args.objective, max_shard_bytes, args.verify, our_logits)
-    with _progress("writing") as report:
-        try:
-            result = to_hf(args.checkpoint, args.out, options, report)
-        except ParityError as error:
-            # a bug of this package, not a user error: exit 1
-            raise SystemExit(f"ettin convert: {error}") from error
-    _print(result, _exported(result), args.json)
-
-
-def _our_logits() -> Callable[..., Any]:
-    from megatron_ettin.evaluate.inference import logits_of
-
-    return logits_of
-
-
-def _exported(result: dict[str, Any]) -> list[str]:
+def exported_lines(result: dict[str, Any]) -> list[str]:
+    """Return the lines about an export."""
     what = f"{result['objective']}, {result['dtype']}, step {result['step']}"
     lines = [f"{result['checkpoint']} -> {result['out']}: {what}", f"weights: {', '.join(result['files'])}"]
     if not result["tokenizer"]:
@@ -142,26 +137,10 @@ def _exported(result: dict[str, Any]) -> list[str]:
             f" {parity['transformers']} by at most {difference:.1e} (allowed {allowed:.0e}) over {parity['tokens']}"
             f" tokens, argmax {argmax}"
         )
-    return lines + _notes(result)
+    return lines
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
-    return [f"note: {note}" for note in result["notes"]]
-
-
-def _imported(result: dict[str, Any]) -> list[str]:
+def imported_line(result: dict[str, Any]) -> str:
+    """Return the line about an import."""
     size = result["size"] or "no published size"
-    lines = [f"{result['source']} -> {result['out']}: {result['objective']}, {size}, {result['tensors']} tensors"]
-    return lines + _notes(result)
-
-
-def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    print(json.dumps(result) if as_json else "\n".join(lines))
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    from megatron_ettin.base.progress import progress_report
-
-    with progress_report(title, "tensors") as report:
-        yield lambda done, total: report(done, total, 0)
+    return f"{result['source']} -> {result['out']}: {result['objective']}, {size}, {result['tensors']} tensors"

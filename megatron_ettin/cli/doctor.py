@@ -1,5 +1,7 @@
-"""Check whether this machine is fit to train, what is missing, and what that costs: versions, GPUs, file systems,
-limits, names, clocks, and some seconds of matrix products and all-reduces whose results are checked.
+"""Check whether this machine is fit to train, what is missing, and what that costs.
+
+It looks at versions, GPUs, file systems, limits, names and clocks, and checks the results of some seconds of matrix
+products and all-reduces.
 
 Each line is ok, a note, a warning (costs speed, or may end a run one day) or a problem (a run would stop, or
 compute something else). Warnings and problems say what to do. Exit status: 0, 1 where there is a problem, 2 for
@@ -38,20 +40,18 @@ STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--path",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="file systems to test: where runs and data are (default: here)",
-    )
-    parser.add_argument("--gpus", type=int, metavar="N", help="report a problem unless torch sees so many GPUs here")
-    parser.add_argument("--ranks", action="store_true", help="compare all ranks of this torchrun or srun")
-    parser.add_argument("--quick", action="store_true", help="skip what takes seconds: speeds, products, imports")
-    parser.add_argument("--json", action="store_true", help="print one object")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    path = "file systems to test: where runs and data are (default: here)"
+    add("--path", nargs="+", type=Path, metavar="DIR", help=path)
+    add("--gpus", type=int, metavar="N", help="report a problem unless torch sees so many GPUs here")
+    add("--ranks", action="store_true", help="compare all ranks of this torchrun or srun")
+    add("--quick", action="store_true", help="skip what takes seconds: speeds, products, imports")
+    add("--json", help="print one object")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Check, print the findings, and return 1 where one is a problem."""
     from megatron_ettin.doctor.findings import worst
     from megatron_ettin.parallel.env import read_distributed_env
 
@@ -68,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         # about missing packages, which are reported below
         warnings.simplefilter("ignore")
-        found = collect(args, env)
-    met = any(finding.name == "rendezvous" and finding.state == "ok" for finding in found)
+        findings = collect(args, env)
+    met = any(finding.name == "rendezvous" and finding.state == "ok" for finding in findings)
     if env.rank == 0 or not args.ranks:
-        show(found, args.json, time.monotonic() - began)
+        show(findings, args.json, time.monotonic() - began)
     elif not met:
-        show([finding for finding in found if finding.state == "problem"], False, 0.0)
-    return 1 if worst(found) == "problem" else 0
+        show([finding for finding in findings if finding.state == "problem"], False, 0.0)
+    return 1 if worst(findings) == "problem" else 0
 
 
 def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
@@ -84,53 +84,51 @@ def collect(args: argparse.Namespace, env: DistributedEnv) -> list[Finding]:
     from megatron_ettin.doctor.host import host_findings
     from megatron_ettin.doctor.versions import version_findings
 
-    found = version_findings()
-    found += accelerator_findings(args.quick, args.gpus)
-    found += host_findings()
+    findings = version_findings()
+    findings += accelerator_findings(args.quick, args.gpus)
+    findings += host_findings()
     if env.local_rank == 0:
         # ranks that measure at the same time would measure each other
         for folder in dict.fromkeys(args.path or [Path(".")]):
-            found += file_findings(folder, args.quick)
-    broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in found)
+            findings += file_findings(folder, args.quick)
+    broken = any(finding.state == "problem" and finding.name in NO_FURTHER for finding in findings)
     if broken or (args.quick and not args.ranks):
-        return found
-    from megatron_ettin.doctor import ranks
-
-    if not args.ranks:
-        return found + ranks.single_rank_findings()
-    from megatron_ettin.doctor.ranks import rank_findings
+        return findings
+    from megatron_ettin.doctor.ranks import rank_findings, single_rank_findings
     from megatron_ettin.platform import detect
 
-    return found + rank_findings(env, detect("auto", env.local_rank), found, args.quick)
+    if not args.ranks:
+        return findings + single_rank_findings()
+    return findings + rank_findings(env, detect("auto", env.local_rank), findings, args.quick)
 
 
-def show(found: list[Finding], as_json: bool, seconds: float) -> None:
+def show(findings: list[Finding], as_json: bool, seconds: float) -> None:
     """Print the findings: an object for scripts, a table on a terminal, plain lines elsewhere."""
     from megatron_ettin.base.versions import code_version
     from megatron_ettin.doctor.findings import count_states, worst
 
     if as_json:
-        answer = {"host": socket.gethostname(), "version": code_version(), "state": worst(found), "seconds": seconds}
-        print(json.dumps({**answer, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=1))
+        answer = {"host": socket.gethostname(), "version": code_version(), "state": worst(findings), "seconds": seconds}
+        print(json.dumps({**answer, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=1))
         return
-    last = f"{socket.gethostname()}: {count_states(found)}" + (f" ({seconds:.1f} s)" if seconds else "")
+    last = f"{socket.gethostname()}: {count_states(findings)}" + (f" ({seconds:.1f} s)" if seconds else "")
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        draw(found, last)
+        draw(findings, last)
         return
-    for finding in found:
+    for finding in findings:
         todo = f" -> {finding.todo}" if finding.todo else ""
         print(f"{finding.state:<8} {finding.name}: {finding.text}{todo}")
     print(last, flush=True)
 
 
-def draw(found: list[Finding], last: str) -> None:
+def draw(findings: list[Finding], last: str) -> None:
     """Print a table, and `last` below it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("", "what", "found", box=None)
-    for finding in found:
+    for finding in findings:
         text = Text(finding.text)
         if finding.todo:
             text.append(f"\n-> {finding.todo}", style="bold")

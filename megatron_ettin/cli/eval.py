@@ -1,5 +1,7 @@
-"""Compute the validation loss of a run or checkpoint on datasets, in total and by source: perplexity of a decoder,
-masked accuracy of an encoder. Sources are the datasets and, in a dataset prepared from several INPUTs, those.
+"""Compute the validation loss of a run or checkpoint on datasets, in total and by source.
+
+Also the perplexity of a decoder, or the masked accuracy of an encoder. Sources are the datasets and, in a dataset
+prepared from several INPUTs, those.
 
 Example:
   ettin eval runs/17m-mlm --data data/corpus/heldout --baseline data/corpus
@@ -12,39 +14,33 @@ import json
 import tempfile
 from pathlib import Path
 
+from megatron_ettin.base.errors import UserError, nearest
+from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
+from megatron_ettin.config.values import validation_sets
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
-    parser.add_argument("--data", action="append", metavar="[NAME=]DATASET", help="may be given several times")
-    parser.add_argument("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
-    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
-    parser.add_argument("--rows", type=int, help="only so many rows, shared out over the sources")
-    parser.add_argument(
-        "--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts"
-    )
-    parser.add_argument("--harness", metavar="lm|mteb", help="lm-evaluation-harness or mteb on the exported folder")
-    parser.add_argument(
-        "--as",
-        dest="reading",
-        choices=("encoder", "decoder"),
-        help="with --harness: evaluate a model as what it was not trained as",
-    )
-    parser.add_argument("--tasks", metavar="NAME,NAME", help="with --harness: its tasks")
-    parser.add_argument("--task-path", type=Path, metavar="PATH", help="lm: folder of task files; mteb: Python file")
-    parser.add_argument("--limit", type=int, metavar="N", help="only so many examples of each task of lm")
-    parser.add_argument("--batch-rows", type=int, default=16, metavar="N", help="texts at a time (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
+    add("--data", action="append", metavar="[NAME=]DATASET", help="may be given several times")
+    add("--objective", metavar="KIND", help="mlm, clm or mntp: how to read rows (as it was trained)")
+    add("--seq-len", type=int, metavar="N", help="tokens of a row (what the model was trained with)")
+    add("--rows", type=int, help="only so many rows, shared out over the sources")
+    add("--baseline", type=Path, metavar="DATASET", help="also the unigram loss, by this dataset's counts")
+    add("--harness", metavar="lm|mteb", help="lm-evaluation-harness or mteb on the exported folder")
+    reading = "with --harness: evaluate a model as what it was not trained as"
+    add("--as", dest="reading", choices=("encoder", "decoder"), help=reading)
+    add("--tasks", metavar="NAME,NAME", help="with --harness: its tasks")
+    add("--task-path", type=Path, metavar="PATH", help="lm: folder of task files; mteb: Python file")
+    add("--limit", type=int, metavar="N", help="only so many examples of each task of lm")
+    add("--batch-rows", type=int, default=16, metavar="N", help="texts at a time (%(default)s)")
+    add("--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.errors import UserError
-    from megatron_ettin.convert.from_hf import as_checkpoint
-    from megatron_ettin.data.blended_dataset import open_blended_dataset
-    from megatron_ettin.data.mixture import MixtureEntry
-    from megatron_ettin.evaluate.evaluation import build_eval_dataset, evaluate, unigram_loss
-    from megatron_ettin.evaluate.inference import load_for_inference
+    """Evaluate the checkpoint on datasets, or by a harness, and print the figures."""
     from megatron_ettin.runs.directory import last_phase
-    from megatron_ettin.train.resume import check_tokenizer, load
 
     args.checkpoint = last_phase(args.checkpoint)
     if args.harness:
@@ -53,6 +49,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.data:
         raise UserError("--data: name a dataset, or --harness")
     datasets = parse_datasets(args.data, args.rows)
+    from megatron_ettin.convert.from_hf import as_checkpoint
+    from megatron_ettin.data.blended_dataset import open_blended_dataset
+    from megatron_ettin.data.mixture import MixtureEntry
+    from megatron_ettin.evaluate.evaluation import build_eval_dataset, evaluate, unigram_loss
+    from megatron_ettin.evaluate.inference import load_for_inference
+    from megatron_ettin.train.resume import check_tokenizer, load
+
     with (
         as_checkpoint(args.checkpoint) as checkpoint,
         load_for_inference(checkpoint, row_objective(args.objective, checkpoint)) as train_state,
@@ -105,9 +108,7 @@ def run_harness(args: argparse.Namespace) -> None:
 
 def row_objective(given: str | None, checkpoint: Path) -> str:
     """Return how rows are read: as given, or as the checkpoint was trained (a hybrid one: with masked tokens)."""
-    from megatron_ettin.base.errors import UserError, nearest
     from megatron_ettin.checkpoint.directory import read_config
-    from megatron_ettin.config.tables import OBJECTIVES, ROW_OBJECTIVES
 
     if given is None:
         return OBJECTIVES[read_config(checkpoint)["run"]["objective"]].row_objectives[-1]
@@ -120,9 +121,6 @@ def row_objective(given: str | None, checkpoint: Path) -> str:
 
 def parse_datasets(given: list[str], rows: int | None) -> dict[str, str]:
     """Return the paths of `--data` by name, by the rules of `data.validation`. Raises UserError."""
-    from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.values import validation_sets
-
     if rows is not None and rows < 1:
         raise UserError(f"--rows {rows}: must be at least 1")
     named: dict[str, str] = {}

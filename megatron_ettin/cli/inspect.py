@@ -1,5 +1,6 @@
-"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, packing. --verify reads every byte
-and checks it against the recorded sha256; --sample shows decoded chunks.
+"""Show what a dataset, checkpoint or run holds: counts, tokenizer, sources, files, packing.
+
+--verify reads every byte and checks it against the recorded sha256; --sample shows decoded chunks.
 
   ettin inspect data/corpus --sample 3
   ettin inspect runs/17m-mlm/checkpoints/step_000000100 --verify
@@ -27,13 +28,16 @@ SAMPLE_SEED = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a dataset, checkpoint or run directory")
-    parser.add_argument("--verify", action="store_true", help="check the sha256 of every file")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="decode N chunks of a dataset")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("path", metavar="PATH", help="a dataset, checkpoint or run directory")
+    add("--verify", action="store_true", help="check the sha256 of every file")
+    add("--sample", type=int, default=0, metavar="N", help="decode N chunks of a dataset")
+    add("--json", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print what the folder holds."""
     from megatron_ettin.runs.directory import last_phase
 
     path = last_phase(Path(args.path))
@@ -70,9 +74,8 @@ def verify(path: Path, as_json: bool = False) -> Verified:
     verified = verify_files([*dataset_files(path), *unlisted_files(path), *unlisted_files(path / "heldout")])
     if verified.problems:
         if as_json:
-            print(
-                json.dumps({"verified": False, "verification": str(verified), "problems": verified.problems}, indent=1)
-            )
+            answer = {"verified": False, "verification": str(verified), "problems": verified.problems}
+            print(json.dumps(answer, indent=1))
         for problem in verified.problems if len(verified.problems) > 1 else ():
             print(problem, file=sys.stderr)
         more = f", and {len(verified.problems) - 1} more" if len(verified.problems) > 1 else ""
@@ -127,6 +130,7 @@ def samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
 
 
 def print_dataset(content: dict[str, Any]) -> None:
+    """Print the facts of `describe_dataset` for people."""
     tokenizer = content["tokenizer"]
     print(f"dataset {printable(content['path'])}  fingerprint {content['fingerprint'][:16]}")
     counts = ", ".join(f"{content[key]:,} {key}" for key in ("documents", "chunks", "tokens"))

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ettin.base import log
 from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RankError, UserError, nearest
-from megatron_ettin.cli.parsing import OneLineParser, parse_overrides
+from megatron_ettin.cli.parsing import OneLineParser, parse_arguments
 from megatron_ettin.parallel.env import is_launched
 from megatron_ettin.parallel.failure_report import exit_with_parent, record_failure
 
@@ -52,13 +52,13 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 failed, 2 a user error, 75 saved and to be requeued."""
-    name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     trains = name == "train"
     log.open_standard_files()
     if name in ("train", "bench") and is_launched():
         exit_with_parent()
     try:
-        run, arguments = find_command(name, words)
+        run, arguments = find_command(name, rest)
         status = int(run(arguments) or 0)
         if trains:
             log.flush()
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.drop_unwritten()
 
 
-def find_command(name: str, words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
+def find_command(name: str, rest: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Return the function of a command and its argument: the parsed options. Raises UserError."""
     if name in ("-h", "--help"):
         return print, help_text().removesuffix("\n")
@@ -104,7 +104,7 @@ def find_command(name: str, words: list[str]) -> tuple[Callable[[Any], int | Non
         # called by the scripts that `ettin completion` prints
         from megatron_ettin.cli.completion import print_offers
 
-        return print_offers, words
+        return print_offers, rest
     if name not in COMMANDS:
         hint = nearest(name, [*COMMANDS, "--help", "--version"])
         raise UserError(f"no command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
@@ -115,4 +115,4 @@ def find_command(name: str, words: list[str]) -> tuple[Callable[[Any], int | Non
         prog=f"ettin {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return module.run, parse_overrides(parser, name, words)
+    return module.run, parse_arguments(parser, name, rest)

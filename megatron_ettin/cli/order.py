@@ -15,23 +15,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.text import printable
+from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.text import counted, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN_OR_CONFIG")
-    parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1")
-    parser.add_argument("--out", type=Path, metavar="ORDER.parquet", help="write the table instead of printing it")
-    parser.add_argument(
-        "--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them"
-    )
-    parser.add_argument("--fingerprint", action="store_true", help="print the fingerprint of the data order")
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each chunk")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_OR_CONFIG")
+    add("--steps", metavar="A:B", help="steps A to B - 1")
+    add("--out", type=Path, metavar="ORDER.parquet", help="write the table instead of printing it")
+    add("--batches", type=Path, metavar="OUT.npz", help="write inputs, labels and spans as the model sees them")
+    add("--fingerprint", action="store_true", help="print the fingerprint of the data order")
+    add("--json", help="print one JSON object for each chunk")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.errors import UserError
-    from megatron_ettin.base.text import counted
+    """Print or write the chunks of the steps, or print the order's fingerprint."""
     from megatron_ettin.runs import order_export
     from megatron_ettin.runs.directory import last_phase
 

@@ -1,10 +1,11 @@
-"""Parse command lines by argparse, and report mistakes in one line."""
+"""Parse command lines by argparse, and report mistakes in one line. `SHARED` has the options of several commands."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megatron_ettin.base.errors import UserError, nearest
 
@@ -12,13 +13,30 @@ from megatron_ettin.base.errors import UserError, nearest
 INTERMIXED = ("train", "plan", "bench")
 
 
+# settings of options that several commands have; a command may give others
+SHARED: dict[str, dict[str, Any]] = {
+    "--size": {"help": "17m 32m 68m 150m 400m 1b"},
+    "--config": {"type": Path, "metavar": "YAML", "help": "a user config, as for `ettin train`"},
+    "--sweep": {"action": "append", "default": [], "metavar": "KEY=V1,V2"},
+    "--dtype": {"choices": ("float32", "bfloat16", "fp32", "bf16")},
+    "--max-shard-bytes": {"default": "5B", "metavar": "N", "help": "largest safetensors file (%(default)s)"},
+    "--json": {"action": "store_true", "help": "print the result as JSON"},
+    "overrides": {"nargs": "*", "metavar": "key=value", "help": "overrides, as for `ettin train`"},
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Raise UserError with one line for a mistake; `--help` has the usage."""
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Add an option with the settings of `SHARED`, where it is there, and those given."""
+        return super().add_argument(*names, **SHARED.get(names[0], {}) | settings)
+
     def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            message = unknown_words(unknown.split(" "), options_of(self), takes_keys(self))
+            message = unknown_arguments(unknown.split(" "), options_of(self), takes_keys(self))
         raise UserError(f"{message} (`{self.prog} --help` shows the options)")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
@@ -44,37 +62,35 @@ def takes_keys(parser: argparse.ArgumentParser) -> bool:
     return any("key=value" in str(action.metavar) for action in parser._actions)
 
 
-def unknown_words(words: Sequence[str], options: Sequence[str], keys: bool) -> str:
-    """Return a message about words that no option takes: the first one that looks like an option, else all."""
-    for word in words:
-        name = word.partition("=")[0]
+def unknown_arguments(arguments: Sequence[str], options: Sequence[str], keys: bool) -> str:
+    """Return a message about arguments that no option takes: the first one that looks like an option, else all."""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
         if not name.startswith("-") or name == "-":
             continue
         bare = name.lstrip("-")
         if keys and "." in bare:
-            return f"unknown option {name}; keys are written without dashes: {bare}={word.partition('=')[2]}"
-        meant = (_key_named(bare) if keys else "") or nearest(name, options)
-        return f"unknown option {name}{meant}"
-    return f"too many words: {' '.join(words)}"
+            return f"unknown option {name}; keys are written without dashes: {bare}={value}"
+        hint = ""
+        if keys:
+            from megatron_ettin.config.key_names import same_name
+            from megatron_ettin.config.schema import key_types
+
+            # a key that is written as an option, such as `--learning-rate`
+            key = same_name(bare, key_types())
+            hint = f" (did you mean {key + '='!r}?)" if key else ""
+        return f"unknown option {name}{hint or nearest(name, options)}"
+    return f"too many words: {' '.join(arguments)}"
 
 
-def _key_named(name: str) -> str:
-    """Return a hint for an option that is a key here, such as `--learning-rate`."""
-    from megatron_ettin.config.key_names import same_name
-    from megatron_ettin.config.schema import key_types
-
-    found = same_name(name, key_types())
-    return f" (did you mean {found + '='!r}?)" if found else ""
-
-
-def parse_overrides(parser: argparse.ArgumentParser, command: str, words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments after the command's name. Raises UserError."""
-    # argparse cannot do both intermixed words and subcommands
-    return parser.parse_intermixed_args(words) if command in INTERMIXED else parser.parse_args(words)
+    # argparse cannot do both intermixed overrides and subcommands
+    return parser.parse_intermixed_args(arguments) if command in INTERMIXED else parser.parse_args(arguments)
 
 
 def format_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, leave_out: Sequence[str]) -> list[str]:
-    """Return the words that parse to `args`: options that are not at their default, then positional ones.
+    """Return the arguments that parse to `args`: options that are not at their default, then positional ones.
 
     Args:
         parser: the parser of the command.
@@ -88,7 +104,7 @@ def format_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         if action.dest in (*leave_out, "help") or value == action.default or value in (None, []):
             continue
         if not action.option_strings:
-            rest += [str(word) for word in value]
+            rest += [str(override) for override in value]
         elif action.nargs == 0:
             options.append(action.option_strings[0])
         else:

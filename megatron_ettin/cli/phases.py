@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.base.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_ettin.config.overrides import Member
     from megatron_ettin.config.schema import Config
@@ -25,7 +27,7 @@ class PlannedPhase:
     init_from: Path | None
     kept: dict[str, Any]
     """Keys of `model` that come with the weights it begins from."""
-    words: list[str]
+    overrides: list[str]
     """Its `group.key=value` overrides."""
     begun: Config | None = None
     """The run's recorded configuration; None before its first launch."""
@@ -82,7 +84,7 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
     from megatron_ettin.config.resolve import Start, inherited, parse
     from megatron_ettin.runs.directory import CHAIN, RunDirectory, last_phase
 
-    run_dir, words = args.run_dir, args.words
+    run_dir, overrides = args.run_dir, args.overrides
     if args.init_from is not None:
         args.init_from = last_phase(args.init_from)
     if args.sweep:
@@ -94,16 +96,15 @@ def plan_phases(args: argparse.Namespace) -> list[PlannedPhase]:
         own = run_dir / phase if args.phase == "all" else run_dir
         begun = RunDirectory(own).recorded_config
         kept = inherited(dataclasses.asdict(planned[-1].config)) if planned else model_of_weights(own, args.init_from)
-        config = parse(args.size, args.objective, phase, args.config, words, Start(kept, begun))
+        config = parse(args.size, args.objective, phase, args.config, overrides, Start(kept, begun))
         source = planned[-1].run_dir if planned else args.init_from
-        given = given_by_user(args.config, words, phase)
-        planned.append(PlannedPhase(config, own, source, kept, words, begun, given))
+        given = given_by_user(args.config, overrides, phase)
+        planned.append(PlannedPhase(config, own, source, kept, overrides, begun, given))
     return planned
 
 
 def check_weights(args: argparse.Namespace) -> None:
     """Raise UserError for a phase in a folder of phases, and for cross-training without weights."""
-    from megatron_ettin.base.errors import UserError
     from megatron_ettin.checkpoint.directory import list_checkpoints
     from megatron_ettin.runs.directory import phases_in
 
@@ -119,7 +120,6 @@ def check_weights(args: argparse.Namespace) -> None:
 
 def chosen_members(args: argparse.Namespace) -> list[Member]:
     """Return the sweep's members that this job runs. Raises UserError."""
-    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.overrides import members
 
     if args.phase == "all" or args.from_step is not None:
@@ -136,7 +136,7 @@ def chosen_members(args: argparse.Namespace) -> list[Member]:
 def member_phases(args: argparse.Namespace, member: Member) -> list[PlannedPhase]:
     """Return the one run of a member, by the rules of a single run."""
     names = {name: member.values.get(name, getattr(args, name)) for name in ("size", "objective")}
-    own = {"run_dir": args.run_dir / member.name, "words": [*args.words, *member.overrides], "sweep": []}
+    own = {"run_dir": args.run_dir / member.name, "overrides": [*args.overrides, *member.overrides], "sweep": []}
     return plan_phases(argparse.Namespace(**{**vars(args), **names, **own}))
 
 

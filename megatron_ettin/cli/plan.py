@@ -15,13 +15,15 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ettin.base.errors import UserError
+
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from megatron_ettin.config.schema import Config
-    from megatron_ettin.plan.hardware import GpuSpec
     from megatron_ettin.plan.step_time import StepModel
 
 POSITIVE = (
@@ -31,41 +33,36 @@ POSITIVE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", required=True, help="17m 32m 68m 150m 400m 1b")
-    parser.add_argument("--objective", default="mlm")
-    parser.add_argument("--phase", default="pretrain")
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (default: the usual number)")
-    parser.add_argument("--gpus-file", type=Path, metavar="YAML", help="further GPUs, in the format of plan/gpus.yaml")
-    parser.add_argument("--chunk-tokens", type=float, metavar="N", help="mean length of documents in rows")
-    parser.add_argument("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
-    parser.add_argument("--price", type=float, metavar="X", help="price of a GPU hour")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
-    parser.add_argument(
-        "--scale", metavar="FIRST:LAST", help="or N,N,...: speed, efficiency and goodput on so many GPUs"
-    )
-    parser.add_argument("--curve", type=Path, metavar="JSON", help="{GPUs: tokens/s of each} measured, for --scale")
-    parser.add_argument(
-        "--mtbf-hours",
-        type=float,
-        default=50_000.0,
-        help="mean time between failures of one GPU, for --scale (%(default)s)",
-    )
-    parser.add_argument("--checkpoint-seconds", type=float, default=30.0, help="for --scale (%(default)s)")
-    parser.add_argument("--restart-seconds", type=float, default=300.0, help="for --scale (%(default)s)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results of --scale")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="a user config, as for `ettin train`")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument(
-        "words", nargs="*", metavar="key=value", help="overrides, as for `ettin train`: any shape, batch, precision"
-    )
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("--size", required=True)
+    add("--objective", default="mlm")
+    add("--phase", default="pretrain")
+    add("--gpus", type=int, metavar="N", help="number of GPUs")
+    add("--gpu", default="h100", metavar="NAME", help="h100, h200, b200, a100, l40s, cpu ...")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (default: the usual number)")
+    add("--gpus-file", type=Path, metavar="YAML", help="further GPUs, in the format of plan/gpus.yaml")
+    add("--chunk-tokens", type=float, metavar="N", help="mean length of documents in rows")
+    add("--calibrate", type=Path, metavar="RUNS.jsonl", help="measured runs to fit the model to")
+    add("--price", type=float, metavar="X", help="price of a GPU hour")
+    add("--top", type=int, default=10, metavar="N", help="layouts shown (%(default)s)")
+    add("--scale", metavar="FIRST:LAST", help="or N,N,...: speed, efficiency and goodput on so many GPUs")
+    add("--curve", type=Path, metavar="JSON", help="{GPUs: tokens/s of each} measured, for --scale")
+    mtbf = "mean time between failures of one GPU, for --scale (%(default)s)"
+    add("--mtbf-hours", type=float, default=50_000.0, help=mtbf)
+    add("--checkpoint-seconds", type=float, default=30.0, help="for --scale (%(default)s)")
+    add("--restart-seconds", type=float, default=300.0, help="for --scale (%(default)s)")
+    add("--picture", type=Path, metavar="PNG", help="draw the results of --scale")
+    add("--config")
+    add("--json")
+    add("overrides", help="overrides, as for `ettin train`: any shape, batch, precision")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.errors import UserError
+    """Predict the layouts of a number of GPUs, or one run on several numbers of them, and print them."""
     from megatron_ettin.config.overrides import given_keys
     from megatron_ettin.config.resolve import parse
+    from megatron_ettin.config.tables import PRECISIONS
     from megatron_ettin.plan import calibration, table
     from megatron_ettin.plan.hardware import find_gpu
     from megatron_ettin.plan.search import efficiency, limit_to_relax, nearest_miss, search
@@ -76,24 +73,23 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} {value}: must be {'finite' if value > 0 else 'above 0'}")
     gpu = find_gpu(args.gpu, args.gpus_file)
-    config = parse(args.size, args.objective, args.phase, args.config, args.words)
-    check_fp8(config, gpu)
-    given = given_keys(args.config, args.words, args.phase)
+    config = parse(args.size, args.objective, args.phase, args.config, args.overrides)
+    if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
+        name = config.precision.name
+        raise UserError(f"precision.name: {name} needs a GPU with FP8, which {gpu.name} has not; use bf16")
+    given = given_keys(args.config, args.overrides, args.phase)
     runs = calibration.read_runs(args.calibrate, gpu, args.gpus_file) if args.calibrate else []
     constants = calibration.fit_constants(runs) if runs else PUBLISHED
-    runs = runs or calibration.published_runs()
-    errors = calibration.prediction_errors(runs, constants)
+    errors = calibration.prediction_errors(runs or calibration.published_runs(), constants)
     chunk_tokens = min(args.chunk_tokens or usual_chunk_tokens(config), float(config.data.seq_len))
     model = StepModel(gpu, args.gpus_per_node or gpu.gpus_per_node, chunk_tokens, constants)
-    if not args.scale:
-        for key in ("curve", "picture"):
-            if getattr(args, key):
-                raise UserError(f"--{key}: needs --scale; remove it or add --scale FIRST:LAST")
-    elif args.gpus is not None:
-        raise UserError("--gpus: cannot be used with --scale, which has its own numbers of GPUs; remove one of the two")
-    else:
-        print_scaling(args, config, model, errors, given)
+    answer: dict[str, Any] = {"gpu": vars(gpu), "constants": vars(constants), "calibration": errors}
+    if args.scale:
+        print_scaling(args, config, model, given, answer)
         return
+    for key in ("curve", "picture"):
+        if getattr(args, key):
+            raise UserError(f"--{key}: needs --scale; remove it or add --scale FIRST:LAST")
     if args.gpus is None:
         raise UserError("--gpus: missing; give a number of GPUs, or --scale FIRST:LAST")
     layouts, rejected = search(config, args.gpus, model, given)
@@ -105,10 +101,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         table.print_plan(layouts, rejected, args.top, args.price, errors, compared)
         return
-    answer = {
-        "gpu": vars(gpu),
-        "constants": vars(constants),
-        "calibration": errors,
+    answer |= {
         "phase": table.phase_cost(layouts[0], args.price),
         "efficiency": None if compared is None else {"over_gpus": compared[0], "share": compared[1]},
         "layouts": [one.to_json() for one in layouts],
@@ -118,14 +111,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_scaling(
-    args: argparse.Namespace, config: Config, model: StepModel, errors: list[dict[str, Any]], given: Set[str]
+    args: argparse.Namespace, config: Config, model: StepModel, given: Set[str], answer: dict[str, Any]
 ) -> None:
-    """Print the rows from few to many GPUs as a table or JSON, and draw them if asked for."""
-    from megatron_ettin.base.errors import UserError
+    """Print the rows from few to many GPUs as a table or JSON, and draw them if asked for.
+
+    Args:
+        args: the options.
+        config: the run.
+        model: predicts a step.
+        given: keys that the user sets.
+        answer: the first part of what `--json` prints.
+    """
     from megatron_ettin.plan import scaling
     from megatron_ettin.plan.scaling import FailureModel, ScalingCurve
     from megatron_ettin.plan.table import calibration_lines
 
+    if args.gpus is not None:
+        raise UserError("--gpus: cannot be used with --scale, which has its own numbers of GPUs; remove one of the two")
     numbers = scaling.parse_gpu_counts(args.scale)
     growth = scaling.read_curve(args.curve) if args.curve else ScalingCurve(8)
     failures = FailureModel(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
@@ -137,25 +139,8 @@ def print_scaling(
             args.picture.write_bytes(scaling.picture(rows, f"{args.size} {args.objective} on {model.gpu.name}"))
         except OSError as error:
             raise UserError(f"--picture {args.picture}: {error.strerror}") from None
-    if not args.json:
-        print("\n".join([scaling.table(rows), *calibration_lines(errors)]))
-        return
-    answer = {
-        "gpu": vars(model.gpu),
-        "constants": vars(model.constants),
-        "calibration": errors,
-        "growth": vars(growth),
-        "failures": vars(failures),
-        "rows": [vars(row) for row in rows],
-    }
-    print(json.dumps(answer, indent=1))
-
-
-def check_fp8(config: Config, gpu: GpuSpec) -> None:
-    from megatron_ettin.base.errors import UserError
-    from megatron_ettin.config.tables import PRECISIONS
-
-    if PRECISIONS[config.precision.name].fp8_recipe and not gpu.fp8_tflops:
-        raise UserError(
-            f"precision.name: {config.precision.name} needs a GPU with FP8, which {gpu.name} has not; use bf16"
-        )
+    if args.json:
+        answer |= {"growth": vars(growth), "failures": vars(failures), "rows": [vars(row) for row in rows]}
+        print(json.dumps(answer, indent=1))
+    else:
+        print("\n".join([scaling.table(rows), *calibration_lines(answer["calibration"])]))

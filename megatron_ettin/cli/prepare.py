@@ -27,7 +27,6 @@ from megatron_ettin.base.text import counted, format_count
 if TYPE_CHECKING:
     from megatron_ettin.data.dataset import Dataset
     from megatron_ettin.prepare.chunking import ChunkRule
-    from megatron_ettin.prepare.cluster import Submitted
     from megatron_ettin.prepare.request import PrepareRequest
     from megatron_ettin.prepare.run import PrepareResult
 
@@ -35,42 +34,40 @@ CHUNKINGS = ("recipe", "plain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, directory or URL; see above")
-    parser.add_argument("--out", required=True, metavar="DATASET", help="the dataset directory to make")
-    parser.add_argument("--tokenizer", default="ettin", metavar="T", help="ettin (default), a directory or a hub name")
-    parser.add_argument("--chunk-tokens", type=int, default=1024, metavar="N", help="longest chunk (default 1024)")
-    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: our CPUs)")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="file, directory or URL; see above")
+    add("--out", required=True, metavar="DATASET", help="the dataset directory to make")
+    add("--tokenizer", default="ettin", metavar="T", help="ettin (default), a directory or a hub name")
+    add("--chunk-tokens", type=int, default=1024, metavar="N", help="longest chunk (default 1024)")
+    add("--workers", type=int, metavar="N", help="processes (default: our CPUs)")
     formats = "auto (default), text, jsonl, parquet, datasets, mds or indexed"
-    parser.add_argument("--format", default="auto", metavar="F", help=formats)
-    parser.add_argument("--text-key", default=None, metavar="K", help="key or column of the text (default text)")
-    parser.add_argument("--tokens-key", default=None, metavar="K", help="column of token ids (default input_ids)")
-    parser.add_argument("--id-key", default="id", metavar="K", help="key or column of the document's id (default id)")
-    parser.add_argument("--holdout", type=float, default=0.0, metavar="F", help="fraction of documents for OUT/heldout")
-    parser.add_argument("--chunking", default="recipe", metavar="C", help="recipe (default) or plain: keep remainders")
+    add("--format", default="auto", metavar="F", help=formats)
+    add("--text-key", metavar="K", help="key or column of the text (default text)")
+    add("--tokens-key", metavar="K", help="column of token ids (default input_ids)")
+    add("--id-key", default="id", metavar="K", help="key or column of the document's id (default id)")
+    add("--holdout", type=float, default=0.0, metavar="F", help="fraction of documents for OUT/heldout")
+    add("--chunking", default="recipe", metavar="C", help="recipe (default) or plain: keep remainders")
     ends = "chunks that end in [SEP]: every (default), last of a document, none"
-    parser.add_argument("--end-token", default="every", metavar="E", help=ends)
-    parser.add_argument("--min-chunk-tokens", type=int, default=None, metavar="N", help="fill up last pieces shorter")
-    parser.add_argument("--skip-tokens", type=int, default=None, metavar="N", help="drop last pieces shorter")
-    parser.add_argument(
-        "--seq-len", default=None, metavar="N[,N]", help="build the packing indices of these lengths at once"
-    )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--replan", action="store_true", help="the inputs changed: plan anew, keep what is unchanged")
+    add("--end-token", default="every", metavar="E", help=ends)
+    add("--min-chunk-tokens", type=int, metavar="N", help="fill up last pieces shorter")
+    add("--skip-tokens", type=int, metavar="N", help="drop last pieces shorter")
+    add("--seq-len", metavar="N[,N]", help="build the packing indices of these lengths at once")
+    add("--json", help="print the summary as JSON")
+    add("--replan", action="store_true", help="the inputs changed: plan anew, keep what is unchanged")
     copied = "a finished DATASET: inputs of the same names and sizes are the same, whatever their times"
-    parser.add_argument("--accept-copied", action="store_true", help=copied)
-    scale = parser.add_argument_group("at scale")
-    scale.add_argument("--executor", default="local", metavar="E", help="local (default), slurm or ray")
-    scale.add_argument("--wait", action="store_true", help="slurm: wait until the dataset is complete")
-    scale.add_argument("--slurm-partition", metavar="P", help="partition of the jobs (default: the cluster's)")
-    scale.add_argument(
-        "--slurm-time", default="24:00:00", metavar="T", help="time limit of each job (default 24:00:00)"
-    )
-    scale.add_argument(
-        "--slurm-arg", action="append", default=[], metavar="K=V", help="another option of sbatch, such as account=A"
-    )
+    add("--accept-copied", action="store_true", help=copied)
+    scale = parser.add_argument_group("at scale").add_argument
+    scale("--executor", default="local", metavar="E", help="local (default), slurm or ray")
+    scale("--wait", action="store_true", help="slurm: wait until the dataset is complete")
+    scale("--slurm-partition", metavar="P", help="partition of the jobs (default: the cluster's)")
+    scale("--slurm-time", default="24:00:00", metavar="T", help="time limit of each job (default 24:00:00)")
+    slurm_arg = "another option of sbatch, such as account=A"
+    scale("--slurm-arg", action="append", default=[], metavar="K=V", help=slurm_arg)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Make the dataset, or submit the jobs that make it, and print what was done."""
     from megatron_ettin.base.progress import progress_report
     from megatron_ettin.base.text import refuse_secrets
     from megatron_ettin.prepare.cluster import Submitted
@@ -86,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
         print("ettin prepare: interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     if isinstance(result, Submitted):
-        print_submitted(request, result, args.json)
+        if args.json:
+            print(json.dumps({"dataset": str(request.out), **asdict(result)}, indent=1))
+        else:
+            print(f"{request.out}: {result}\n  run the same command again to see how far it is")
     elif args.json:
         print(json.dumps(summary(request, result), indent=1))
     else:
@@ -121,11 +121,11 @@ def build_request(args: argparse.Namespace) -> PrepareRequest:
     )
 
 
-def parse_key_value(word: str) -> tuple[str, str]:
+def parse_key_value(text: str) -> tuple[str, str]:
     """Return key and value of a `--slurm-arg`. Raises UserError."""
-    key, equals, value = word.lstrip("-").partition("=")
+    key, equals, value = text.lstrip("-").partition("=")
     if not equals or not key:
-        raise UserError(f"--slurm-arg: {word!r}; give KEY=VALUE, such as account=nlp")
+        raise UserError(f"--slurm-arg: {text!r}; give KEY=VALUE, such as account=nlp")
     return key, value
 
 
@@ -168,9 +168,10 @@ def summary(request: PrepareRequest, result: PrepareResult) -> dict[str, Any]:
 
 
 def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Return the counts of a dataset, and of its packing at each row length."""
     from megatron_ettin.data.packing_index import PackingIndex
 
-    plans = [PackingIndex.build_or_open(dataset, seq_len) for seq_len in lengths]
+    indices = [PackingIndex.build_or_open(dataset, seq_len) for seq_len in lengths]
     return {
         "dataset": str(dataset.path),
         "fingerprint": dataset.fingerprint,
@@ -179,19 +180,12 @@ def dataset_summary(dataset: Dataset, lengths: tuple[int, ...]) -> dict[str, Any
         "tokens": dataset.num_tokens,
         "dropped_tokens": dataset.manifest.dropped_tokens,
         "empty_documents": dataset.manifest.empty_documents,
-        "rows": [{"seq_len": plan.seq_len, "rows": plan.num_rows, "fill": round(plan.fill, 6)} for plan in plans],
+        "rows": [{"seq_len": one.seq_len, "rows": one.num_rows, "fill": round(one.fill, 6)} for one in indices],
     }
 
 
-def print_submitted(request: PrepareRequest, submitted: Submitted, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"dataset": str(request.out), **asdict(submitted)}, indent=1))
-    else:
-        print(f"{request.out}: {submitted}")
-        print("  run the same command again to see how far it is")
-
-
 def print_summary(request: PrepareRequest, result: PrepareResult) -> None:
+    """Print for people what was made, how full its rows are, and how fast it was."""
     content = summary(request, result)
     if result.already_complete:
         times = ", sizes and times" if result.times_compared else " and sizes (times were not compared)"

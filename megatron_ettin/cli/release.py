@@ -15,59 +15,73 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from megatron_ettin.base.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ettin.release.build import ReleasePlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "float32", "bfloat16"), default="fp32", help="type of weights"
-    )
-    parser.add_argument("--name", help="the model's name on its card (17m-encoder, or 176K-decoder of another shape)")
-    parser.add_argument("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
-    parser.add_argument("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
-    parser.add_argument("--alone", action="store_true", help="leave out the runs that RUN continues")
-    parser.add_argument("--workers", type=int, metavar="N", help="checkpoints at a time (default: by cores and memory)")
-    parser.add_argument("--max-shard-bytes", default="5B", metavar="N", help="largest safetensors file (%(default)s)")
-    parser.add_argument("--recheck", action="store_true", help="compare checksums of what is released already")
-    parser.add_argument("--replace", action="store_true", help="replace revisions that hold other weights")
-    parser.add_argument("--push", metavar="OWNER/REPO", help="then to the Hugging Face hub, a branch a revision")
-    parser.add_argument("--private", action="store_true", help="--push makes a private repository")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="the last phase's run, or all of them")
+    add("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
+    add("--dtype", default="fp32", help="type of weights")
+    add("--name", help="the model's name on its card (17m-encoder, or 176K-decoder of another shape)")
+    add("--licence", "--license", metavar="SPDX", help="such as apache-2.0, mit, cc-by-4.0")
+    add("--order", choices=("auto", "all", "none"), default="auto", help="data order files to write")
+    add("--alone", action="store_true", help="leave out the runs that RUN continues")
+    add("--workers", type=int, metavar="N", help="checkpoints at a time (default: by cores and memory)")
+    add("--max-shard-bytes")
+    add("--recheck", action="store_true", help="compare checksums of what is released already")
+    add("--replace", action="store_true", help="replace revisions that hold other weights")
+    add("--push", metavar="OWNER/REPO", help="then to the Hugging Face hub, a branch a revision")
+    add("--private", action="store_true", help="--push makes a private repository")
+    add("--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_ettin.base.errors import UserError
-
-    plan = make_plan(args)
-    if args.push:
-        _check_push(args.push)
+    """Release the runs' checkpoints, push them where that is asked for, and print what was done."""
+    from megatron_ettin.base.progress import items_report
     from megatron_ettin.release import build
     from megatron_ettin.release.revision import WorkerLostError
 
-    try:
-        with _progress(args.json) as report:
-            result = build.release(plan, report)
-    except WorkerLostError as error:
-        # not a user error: exit 1
-        raise SystemExit(f"ettin release: {error}") from error
+    plan = make_plan(args)
+    if args.push:
+        try:
+            from megatron_ettin.release.hub import check_repository
+        except ImportError as error:
+            raise UserError(f"--push: {error}; pip install huggingface_hub") from None
+        check_repository(args.push)
+    with contextlib.nullcontext() if args.json else items_report("release") as show:
+
+        def report(done: int, total: int, outcome: Any) -> None:
+            assert show is not None
+            if outcome is None:
+                show(0, total, f"{total} revisions to make")
+            else:
+                show(done, total, f"{outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}")
+
+        try:
+            result = build.release(plan, report if show is not None else None)
+        except WorkerLostError as error:
+            # not a user error: exit 1
+            raise SystemExit(f"ettin release: {error}") from error
     answer = {"out": str(args.out), **dataclasses.asdict(result)}
+    if args.push and not result.failed:
+        answer["push"] = push_revisions(args)
+    show_result(answer, args.json)
     if result.failed:
-        _print(answer, args.json)
         name, why = next(iter(result.failed.items()))
         pushed = "; nothing was pushed" if args.push else ""
         raise UserError(f"{len(result.failed)} of {len(result.revisions)} revisions failed{pushed}: {name}: {why}")
-    if args.push:
-        answer["push"] = _push(args)
-    _print(answer, args.json)
 
 
-def make_plan(args: argparse.Namespace) -> Any:
+def make_plan(args: argparse.Namespace) -> ReleasePlan:
     """Check the options, read the runs, and return what to release. Raises UserError."""
-    from megatron_ettin.base.errors import UserError
     from megatron_ettin.base.text import parse_count
     from megatron_ettin.config.tables import OBJECTIVES
     from megatron_ettin.convert.to_hf import SHORT
@@ -95,17 +109,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     return ReleasePlan(chain, args.out, options, logits_of, overview_of_chain, args.order, *again, args.push)
 
 
-def _check_push(repository: str) -> None:
-    from megatron_ettin.base.errors import UserError
-
-    try:
-        from megatron_ettin.release.hub import check_repository
-    except ImportError as error:
-        raise UserError(f"--push: {error}; pip install huggingface_hub") from None
-    check_repository(repository)
-
-
-def _push(args: argparse.Namespace) -> dict[str, Any]:
+def push_revisions(args: argparse.Namespace) -> dict[str, Any]:
     """Push all revisions that the index names, also those of deleted checkpoints."""
     from megatron_ettin.release.hub import push
 
@@ -114,26 +118,8 @@ def _push(args: argparse.Namespace) -> dict[str, Any]:
     return {"url": done.url, "uploaded": done.uploaded, "kept": done.kept}
 
 
-@contextlib.contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
-    """Yield a callback that shows progress on standard error; None with --json."""
-    from megatron_ettin.base.progress import items_report
-
-    if as_json:
-        yield None
-        return
-    with items_report("release") as show:
-
-        def report(done: int, total: int, outcome: Any) -> None:
-            if outcome is None:
-                show(0, total, f"{total} revisions to make")
-                return
-            show(done, total, f"{outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}")
-
-        yield report
-
-
-def _print(answer: dict[str, Any], as_json: bool) -> None:
+def show_result(answer: dict[str, Any], as_json: bool) -> None:
+    """Print what was made, what was there, and what was pushed."""
     if as_json:
         print(json.dumps(answer, indent=1))
         return

@@ -1,5 +1,7 @@
-"""Write one page of a run, of all its phases, or of a pair: curves to zoom into, data consumed, restarts, bad steps,
-checkpoints, configuration. It is one file that opens from disk; --watch serves it live on this machine.
+"""Write one page of a run, of all its phases, or of a pair.
+
+It has curves to zoom into, data consumed, restarts, bad steps, checkpoints and configuration, in one file that opens
+from disk; --watch serves it live on this machine.
 
     ettin report runs/17m-mlm
     ettin report runs/17m-mlm runs/17m-clm --out pair.html --svg figures
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,22 +25,18 @@ DEFAULT_PORT = 8765
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of their phases")
-    parser.add_argument(
-        "--out", type=Path, metavar="REPORT.html", help="the page to write (RUN/report/report.html of the first)"
-    )
-    parser.add_argument("--png", type=Path, metavar="DIR", help="also write every chart as a PNG")
-    parser.add_argument("--svg", type=Path, metavar="DIR", help="also write every chart as an SVG")
-    parser.add_argument("--title", help="title of the page, in place of the models' names")
-    parser.add_argument(
-        "--release", type=Path, action="append", default=[], metavar="DIR",
-        help="an output of `ettin release` whose parity to show (those in the runs and next to them are found)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--watch", nargs="?", type=port, const=DEFAULT_PORT, metavar="PORT",
-        help=f"serve the page on this machine (port {DEFAULT_PORT}; 0: a free one) and follow the runs until Ctrl-C",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of their phases")
+    add("--out", type=Path, metavar="REPORT.html", help="the page to write (RUN/report/report.html of the first)")
+    add("--png", type=Path, metavar="DIR", help="also write every chart as a PNG")
+    add("--svg", type=Path, metavar="DIR", help="also write every chart as an SVG")
+    add("--title", help="title of the page, in place of the models' names")
+    release = "an output of `ettin release` whose parity to show (those in the runs and next to them are found)"
+    add("--release", type=Path, action="append", default=[], metavar="DIR", help=release)
+    watch = f"serve the page on this machine (port {DEFAULT_PORT}; 0: a free one) and follow the runs until Ctrl-C"
+    add("--watch", nargs="?", type=port, const=DEFAULT_PORT, metavar="PORT", help=watch)
+    add("--json", help="print what was written as JSON")
 
 
 def port(text: str) -> int:
@@ -48,8 +46,29 @@ def port(text: str) -> int:
     return int(text)
 
 
-def run(args: argparse.Namespace) -> int:
+def check_page(out: Path) -> None:
+    """Raise UserError where the page's name is not that of an HTML file."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: a page is written, so its name must end in .html")
+
+
+def write_pages(pages: Iterable[tuple[str, Path, bytes]]) -> list[Path]:
+    """Write files, each named with the option that asks for it, and return their paths. Raises UserError."""
     from megatron_ettin.report import document
+
+    written = []
+    for option, path, content in pages:
+        try:
+            document.write(path, content)
+        except OSError as error:
+            raise UserError(f"{option}: cannot be written ({error.strerror or error})") from None
+        written.append(path)
+    return written
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and its figures, or serve it, and print what was written."""
+    from megatron_ettin.report import document, plots
 
     for folder in args.release:
         if not (folder / "release.json").is_file():
@@ -57,32 +76,17 @@ def run(args: argparse.Namespace) -> int:
     if args.watch is not None:
         return watch(args)
     out = args.out or args.runs[0] / "report" / "report.html"
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {out}: a page is written, so its name must end in .html")
+    check_page(out)
     report = document.make(args.runs, args.title, args.release)
-    written = write(report, out, args.png, args.svg)
-    show(report, written, args.json)
+
+    def pages() -> Iterator[tuple[str, Path, bytes]]:
+        yield f"--out {out}", out, document.render(report).encode()
+        for form, folder in (("png", args.png), ("svg", args.svg)):
+            for name, content in plots.figures(report.models, form) if folder is not None else ():
+                yield f"--{form} {folder}", folder / name, content
+
+    show(report, write_pages(pages()), args.json)
     return 0
-
-
-def write(report: Report, out: Path, png: Path | None, svg: Path | None) -> Sequence[Path]:
-    """Write the page and the figures, and return their paths. Raises UserError."""
-    from megatron_ettin.report import document, plots
-
-    written = [out]
-    name: str | Path = f"--out {out}"
-    try:
-        document.write(out, document.render(report).encode())
-        for folder, form in ((png, "png"), (svg, "svg")):
-            if folder is None:
-                continue
-            name = f"--{form} {folder}"
-            for file, content in plots.figures(report.models, form):
-                document.write(folder / file, content)
-                written.append(folder / file)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be written ({error.strerror or error})") from None
-    return written
 
 
 def show(report: Report, written: Sequence[Path], as_json: bool) -> None:

@@ -35,13 +35,16 @@ SILENT_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", metavar="JOB|RUN", help="a job's number or a folder; default: your jobs")
-    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
-    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one array of objects")
+    """Add the command's options to its parser."""
+    add = parser.add_argument
+    add("what", nargs="?", metavar="JOB|RUN", help="a job's number or a folder; default: your jobs")
+    add("--watch", action="store_true", help="refresh until Ctrl-C")
+    add("--every", type=float, default=10.0, metavar="SECONDS", help="with --watch (%(default)s)")
+    add("--json", help="print one array of objects")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the rows, again and again with --watch."""
     if args.every <= 0:
         raise UserError(f"--every {args.every:g}: must be above 0")
     if args.watch and args.json:
@@ -116,17 +119,17 @@ def runs_of(job: QueuedJob) -> list[Row]:
     return []
 
 
-def show(found: list[Row], as_json: bool) -> None:
+def show(shown: list[Row], as_json: bool) -> None:
     """Print the rows: JSON for scripts, a table on a terminal, plain lines elsewhere."""
     if as_json:
-        print(json.dumps([as_object(*row) for row in found], indent=1))
+        print(json.dumps([as_object(*row) for row in shown], indent=1))
         return
     if sys.stdout.isatty():
         from rich import print as rich_print
 
-        rich_print(table(found))
+        rich_print(table(shown))
         return
-    for row in found:
+    for row in shown:
         print("  ".join(f"{name} {text}" for name, text in zip(COLUMNS, cells(*row), strict=True) if text), flush=True)
 
 
@@ -137,12 +140,12 @@ def as_object(state: RunState, job: QueuedJob | None) -> dict[str, Any]:
     return record | queue_fields
 
 
-def table(found: list[Row]) -> Table:
+def table(shown: list[Row]) -> Table:
     """Return the rows as a table for a terminal."""
     from rich.table import Table
 
     drawn = Table(*COLUMNS, box=None)
-    for row in found:
+    for row in shown:
         drawn.add_row(*cells(*row))
     return drawn
 

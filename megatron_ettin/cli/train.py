@@ -1,9 +1,9 @@
-"""Train an encoder (mlm) or a decoder (clm) through one phase of the recipe; resumes by itself.
+r"""Train an encoder (mlm) or a decoder (clm) through one phase of the recipe; resumes by itself.
 
 Example:
   ettin train --size 17m --objective mlm --phase pretrain --run-dir runs/17m-mlm data.mixture=data/corpus run.steps=100
 On several devices:
-  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 \\
+  torchrun --nproc-per-node 8 --no-python ettin train --size 1b --objective clm --phase pretrain parallel.tp=2 \
       data.mixture=data/corpus
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_REQUEUE
+from megatron_ettin.base.errors import EXIT_FAILURE, EXIT_REQUEUE, UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.cli.phases import PlannedPhase, chain_warning, plan_phases, reference_rate_line
 from megatron_ettin.parallel.env import rank_of_environment
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
     add = parser.add_argument
-    add("--size", help="17m 32m 68m 150m 400m 1b")
+    add("--size")
     add("--objective", help="mlm (encoder), clm (decoder), mntp, hybrid, hybrid_mntp")
     add("--phase", help="pretrain extend decay cross, or all: the first three, in RUN_DIR/PHASE")
     add("--recipe", metavar="paired|original", help="original: the choices of the original trainer (docs/recipe.md)")
     user_config = "groups of keys, or a YAML of the original trainer, which brings the three names"
-    add("--config", type=Path, metavar="SITE.yaml", help=user_config)
+    add("--config", metavar="SITE.yaml", help=user_config)
     add("--run-dir", type=Path, help="default runs/SIZE-OBJECTIVE-PHASE")
     add("--init-from", type=Path, metavar="RUN|CHECKPOINT|HF_DIR", help="weights to begin from")
     add("--init-optimizer", choices=("keep", "fresh"), help="default: keep between phases of one objective")
     from_step = "step of --init-from's run; without --init-from the run itself goes back to it"
     add("--from-step", type=int, metavar="N", help=from_step)
-    sweep = "each value in a run of its own, RUN_DIR/KEY=V"
-    add("--sweep", action="append", default=[], metavar="KEY=V1,V2", help=sweep)
+    add("--sweep", help="each value in a run of its own, RUN_DIR/KEY=V")
     add("--sweep-member", type=int, metavar="N", help="only the sweep's run N, from 0 (job arrays)")
     add("--allow-change", action="append", default=[], metavar="KEY", help="let a science key change")
     add("--dry-run", action="store_true", help="print the resolved run and stop")
     add("--explain", action="store_true", help="print where the run differs from the original trainer's, and why")
-    add("--json", action="store_true", help="print steps, --dry-run or --explain as JSON")
-    add("words", nargs="*", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B")
+    add("--json", help="print steps, --dry-run or --explain as JSON")
+    add("overrides", metavar="group.key=value", help="overrides, e.g. parallel.tp=2 run.tokens=50B")
 
 
 def explain(phase: PlannedPhase, args: argparse.Namespace) -> str:
@@ -57,15 +57,14 @@ def explain(phase: PlannedPhase, args: argparse.Namespace) -> str:
     from megatron_ettin.config.explain import describe, differences, to_json
     from megatron_ettin.config.resolve import Start, origins
 
-    config = phase.planned
-    who = origins(args.config, phase.words, config.run.phase, Start(phase.kept, phase.begun))
-    different = differences(config, who)
+    config, name = phase.planned, phase.config.run.phase
+    start = Start(phase.kept, phase.begun)
+    different = differences(config, origins(args.config, phase.overrides, name, start))
     return json.dumps(to_json(different, config), indent=1) if args.json else describe(different, config)
 
 
 def complete(args: argparse.Namespace, is_main_process: bool) -> None:
     """Fill in what an original trainer's file sets and what follows from other options. Raises UserError."""
-    from megatron_ettin.base.errors import UserError
     from megatron_ettin.config.overrides import read_user_config, run_names
 
     user_config = read_user_config(args.config) if args.config else None
@@ -74,7 +73,7 @@ def complete(args: argparse.Namespace, is_main_process: bool) -> None:
     for line in user_config.notes if user_config and is_main_process else ():
         log_warning(line)
     if args.recipe:
-        args.words = [f"run.recipe={args.recipe}", *args.words]
+        args.overrides = [f"run.recipe={args.recipe}", *args.overrides]
     suffix = "" if args.phase == "all" else f"-{args.phase}"
     suffix += "-sweep" if args.sweep else ""
     args.run_dir = args.run_dir or Path("runs") / f"{args.size}-{args.objective}{suffix}"
@@ -103,17 +102,17 @@ def log_remarks(phases: list[PlannedPhase], allowed: Sequence[str] = ()) -> None
     tables = recipe(run.size, run.objective, run.phase, name=run.recipe).model
     lines = [chain_warning(first), *(map(reference_rate_line, phases) if "optim.lr" in allowed else ())]
     lines += [line for phase in phases for line in remarks(phase)]
-    lines += phase_lines(first.words, list(dict.fromkeys(phase.config.run.phase for phase in phases)))
+    lines += phase_lines(first.overrides, list(dict.fromkeys(phase.config.run.phase for phase in phases)))
     for line in (*inherited_lines(first.kept, tables, first.config.model), *filter(None, lines)):
         log_warning(line)
 
 
-def unread_keys(phase: PlannedPhase) -> tuple[str, ...]:
+def unused_overrides(phase: PlannedPhase) -> tuple[str, ...]:
     """Return a line for each override that this run does not read; files are left out: they serve both halves."""
     from megatron_ettin.config.explain import ignored_lines
     from megatron_ettin.config.overrides import given_by_user
 
-    return tuple(ignored_lines(phase.config, given_by_user(None, phase.words, phase.config.run.phase)))
+    return tuple(ignored_lines(phase.config, given_by_user(None, phase.overrides, phase.config.run.phase)))
 
 
 def remarks(phase: PlannedPhase) -> list[str]:
@@ -144,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from megatron_ettin.plan.dry_run import describe
 
-        for line in dict.fromkeys(line for phase in phases for line in unread_keys(phase)):
+        for line in dict.fromkeys(line for phase in phases for line in unused_overrides(phase)):
             log_warning(line)
         print("\n".join(describe(phase.planned, as_json=args.json) for phase in phases))
         return 0
@@ -195,6 +194,6 @@ def train_runs(
     runs = []
     for one in phases:
         init_from = weights if one.init_from == args.init_from else one.init_from
-        shared = (keep, args.allow_change, args.from_step, one.kept, json_stream, one.free, unread_keys(one))
+        shared = (keep, args.allow_change, args.from_step, one.kept, json_stream, one.free, unused_overrides(one))
         runs.append((one.config, TrainArgs(one.run_dir, init_from, *shared)))
     return runs

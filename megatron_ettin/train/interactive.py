@@ -52,10 +52,10 @@ class Model:
     def batches(self) -> Batches:
         """Micro-batches that the run's steps train on."""
         from megatron_ettin.batching.batches import Batches
-        from megatron_ettin.data.blended_dataset import open_run_dataset
+        from megatron_ettin.train.job import open_training_data
 
         train_state = self.train_state
-        return Batches.of(self.config, open_run_dataset(self.config), train_state.layout, train_state.platform.device)
+        return Batches.of(self.config, open_training_data(self.config), train_state.layout, train_state.platform.device)
 
     def logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the logits of lists of tokens, each a document of its own.

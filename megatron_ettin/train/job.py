@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.checkpoint.directory import latest, read_progress
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, RunSettings
 from megatron_ettin.data.blended_dataset import BlendedDataset, open_run_dataset
 from megatron_ettin.data.mixture import resolve_mixture
 from megatron_ettin.data.sampler import BatchSizes
@@ -45,7 +45,7 @@ class TrainArgs:
     """Stream that gets steps as JSON lines, instead of the lines for people."""
     free: frozenset[str] | None = None
     """Keys of the schedule that follow the run's length; None: by their values."""
-    unread: Sequence[str] = ()
+    unused_overrides: Sequence[str] = ()
     """A line for each override that the run does not read, logged when it starts."""
 
 
@@ -70,8 +70,8 @@ def prepare_jobs(runs: Sequence[tuple[Config, TrainArgs]], is_sweep: bool = Fals
     """
     left = list(runs)
     if is_sweep:
-        left = [(config, args) for config, args in runs if not is_finished(config, args.run_dir)]
-    while not is_sweep and len(left) > 1 and is_finished(left[0][0], left[0][1].run_dir):
+        left = [(config, args) for config, args in runs if not is_finished(config.run, args.run_dir)]
+    while not is_sweep and len(left) > 1 and is_finished(left[0][0].run, left[0][1].run_dir):
         left.pop(0)
     return [prepare_job(config, args) for config, args in left]
 
@@ -128,7 +128,7 @@ def saved_progress(run_dir: Path) -> Progress | None:
     return None if newest is None else Progress.restored(read_progress(newest))
 
 
-def is_finished(config: Config, run_dir: Path) -> bool:
+def is_finished(settings: RunSettings, run_dir: Path) -> bool:
     """Return whether a run's newest checkpoint has trained all that the run is to train. Raises UserError."""
     saved = saved_progress(run_dir)
-    return saved is not None and is_done(config, saved)
+    return saved is not None and is_done(settings, saved)

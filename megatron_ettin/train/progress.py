@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import RunSettings
 from megatron_ettin.faults.anomalies import Anomaly, AnomalyDetector
 
 
@@ -103,7 +103,6 @@ class Progress:
         return cls(recent=tuple(float(norm) for norm in norms), **counts)
 
 
-def is_done(config: Config, progress: Progress) -> bool:
+def is_done(settings: RunSettings, progress: Progress) -> bool:
     """Return whether a run has trained all its tokens or steps."""
-    steps = config.run.steps
-    return progress.tokens >= config.run.tokens or (steps is not None and progress.step >= steps)
+    return progress.tokens >= settings.tokens or (settings.steps is not None and progress.step >= settings.steps)

@@ -47,7 +47,7 @@ def begin(train_state: TrainState, args: TrainArgs, corpus: BlendedDataset) -> t
     """
     config, run_dir, step = train_state.config, args.run_dir, args.from_step
     goes_back = step is not None and args.init_from is None
-    if goes_back:
+    if step is not None and goes_back:
         run_on_rank_zero(lambda: roll_back(run_dir, step, config.data.skip), UserError)
     own = load_newest(train_state, run_dir)
     if own is not None:
@@ -217,21 +217,21 @@ def load_newest(train_state: TrainState, run_dir: Path) -> tuple[str, Progress] 
 
     if layout.rank == 0:
         directory.tidy(run_dir)
-        found: Any
+        newest: Any
         try:
-            found = (directory.latest(run_dir, checksums=True, check=attempt_together),)
+            newest = (directory.latest(run_dir, checksums=True, check=attempt_together),)
         except UserError as error:
-            found = error
-        broadcast_object(found)
+            newest = error
+        broadcast_object(newest)
     else:
-        while isinstance(found := broadcast_object(None), Path):
+        while isinstance(newest := broadcast_object(None), Path):
             with contextlib.suppress(DamagedCheckpointError):
-                attempt(found)
-    if isinstance(found, UserError):
-        raise found
+                attempt(newest)
+    if isinstance(newest, UserError):
+        raise newest
     if refused:
         raise refused[0]
-    return (found[0].name, loaded[0]) if loaded else None
+    return (newest[0].name, loaded[0]) if loaded else None
 
 
 def _check_description(checkpoint: Path) -> None:
@@ -266,8 +266,8 @@ def _load_hashing(train_state: TrainState, checkpoint: Path, with_optimizer: boo
     Raises DamagedCheckpointError on every rank where any rank reads damage, because damage explains most errors.
     """
     layout, failed, progress = train_state.layout, None, Progress()
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(_check_share, layout, checkpoint)
+    with ThreadPoolExecutor(1) as thread:
+        hashed = thread.submit(_check_share, layout, checkpoint)
         try:
             progress = _load(train_state, checkpoint, with_optimizer)
         except UserError as error:

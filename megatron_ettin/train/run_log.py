@@ -12,7 +12,7 @@ from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.base.text import counted
 from megatron_ettin.checkpoint.directory import list_checkpoints
 from megatron_ettin.config.layouts import describe_empty_rows
-from megatron_ettin.config.schema import Config
+from megatron_ettin.config.schema import Config, RunSettings
 from megatron_ettin.config.tables import long_name, short_name
 from megatron_ettin.data.blended_dataset import BlendedDataset
 from megatron_ettin.data.mixture import describe_epochs, epoch_warnings
@@ -54,7 +54,7 @@ def log_start(run: Run, job: TrainJob, env: DistributedEnv, origin: str) -> None
         )
     if os.cpu_count() and not platform.is_gpu and "OMP_NUM_THREADS" not in os.environ and env.world > 1:
         log_info(f"OMP_NUM_THREADS is not set; every rank uses {torch.get_num_threads()} threads")
-    for line in job.args.unread:
+    for line in job.args.unused_overrides:
         log_info(line)
     record = {
         "from": origin,
@@ -88,34 +88,33 @@ def log_data(config: Config, corpus: BlendedDataset) -> None:
         log_warning(line)
 
 
-def complete_line(config: Config, run_dir: Path) -> str | None:
+def complete_line(settings: RunSettings, run_dir: Path) -> str | None:
     """Return the line for a run that has nothing left to train; None where something is left."""
     try:
         saved = saved_progress(run_dir)
     except UserError:
         return None
-    if saved is None or not is_done(config, saved):
+    if saved is None or not is_done(settings, saved):
         return None
-    steps = config.run.steps
     behind = ""
-    if steps is not None and steps < saved.step:
-        behind = f", and run.steps={steps} is behind its step {saved.step:,}"
+    if settings.steps is not None and settings.steps < saved.step:
+        behind = f", and run.steps={settings.steps} is behind its step {saved.step:,}"
     return (
         f"{run_dir}: complete by its record{behind}; nothing is left to train (run.tokens or run.steps would have to be"
         " more)"
     )
 
 
-def ending_lines(config: Config, run_dir: Path, progress: Progress, loss: float | None) -> list[str]:
+def ending_lines(settings: RunSettings, run_dir: Path, progress: Progress, loss: float | None) -> list[str]:
     """Return the lines for the end of a run: its result and the next command.
 
     Args:
-        config: Configuration of the run.
+        settings: Length of the run.
         run_dir: Run directory.
         progress: Progress at the end.
         loss: Loss of the last step; None where this launch made no step.
     """
-    done = is_done(config, progress)
+    done = is_done(settings, progress)
     saved = list_checkpoints(run_dir)
     parts = [f"{run_dir}: {'complete' if done else 'stopped'} at step {progress.step:,}", f"{progress.tokens:,} tokens"]
     parts += [] if loss is None else [f"loss {loss:.4f}"]

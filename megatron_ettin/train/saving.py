@@ -86,10 +86,12 @@ class Saver:
 
     @property
     def is_main_process(self) -> bool:
+        """Return whether this is rank 0."""
         return self.train_state.layout.rank == 0
 
     @property
     def is_busy(self) -> bool:
+        """Return whether this rank is writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, request: SaveRequest) -> None:
@@ -239,6 +241,7 @@ class Retry:
     due: float | None = None
 
     def after(self, result: SaveResult) -> None:
+        """Set the time of the next try by the result of a save: twice as late after each failure, 16 times at most."""
         if result.path is not None:
             self.failures, self.due = 0, None
             return
@@ -247,6 +250,7 @@ class Retry:
 
     @property
     def is_due(self) -> bool:
+        """Return whether that time has come."""
         return self.due is not None and time.monotonic() >= self.due
 
 

@@ -91,6 +91,7 @@ class TrainState:
         return [p.data for p in masters] + moments
 
     def close(self) -> None:
+        """Release what would keep this rank's memory after the run."""
         if self.optimizer is not None:
             self.optimizer.close()
         # nodes of torch's graph whose hooks hold the model, which Python's garbage collector cannot see

@@ -26,15 +26,15 @@ class StopSignal:
         begun: whether the steps have begun.
     """
 
-    def __init__(self, listen: bool, tells: bool = True) -> None:
+    def __init__(self, listen: bool, logs_end: bool = True) -> None:
         """Listen from now on.
 
         Args:
             listen: `resilience.save_on_signal`.
-            tells: whether this process logs that it ends; one process of a host does.
+            logs_end: whether this process logs that it ends; one process of a host does.
         """
         self.received = self.begun = False
-        self.tells = tells
+        self.logs_end = logs_end
         self._waking: int | None = None
         if not listen:
             return
@@ -65,6 +65,6 @@ class StopSignal:
         os.close(self._reading)
 
     def _end(self, name: str) -> None:
-        if self.tells:
+        if self.logs_end:
             log_warning(f"ettin train: {name} before the first step: nothing to save, exit status {EXIT_REQUEUE}")
         os._exit(EXIT_REQUEUE)

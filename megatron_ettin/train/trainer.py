@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.batching.batches import Batches
+from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
@@ -38,7 +39,7 @@ from megatron_ettin.train.hooks.console import Console
 from megatron_ettin.train.hooks.metrics import Evaluation, Metrics
 from megatron_ettin.train.hooks.profiling import GarbageCollection, Profiling
 from megatron_ettin.train.job import TrainArgs, TrainJob, prepare_jobs
-from megatron_ettin.train.progress import ControlSignal, Progress, StepResult, is_done
+from megatron_ettin.train.progress import ControlSignal, Progress, StepResult
 from megatron_ettin.train.run_log import complete_line, ending_lines, log_start
 from megatron_ettin.train.setup import setup_training
 from megatron_ettin.train.step import train_step
@@ -68,7 +69,7 @@ class Trainer:
         self.platform = detect(first.runtime.device, self.env.local_rank)
         if first.runtime.deterministic:
             self.platform.make_deterministic()
-        self.stop = StopSignal(first.resilience.save_on_signal, tells=self.env.local_rank == 0)
+        self.stop = StopSignal(first.resilience.save_on_signal, logs_end=self.env.local_rank == 0)
         folder = report_folder() if self.is_main_process else None
         self.heartbeat = Heartbeat(folder, first.resilience.hang_seconds)
 
@@ -110,7 +111,7 @@ class Trainer:
         config, args, heartbeat = job.config, job.args, self.heartbeat
         self.stop.begun = False
         stack.enter_context(launches.locked(args.run_dir, is_main_process=self.is_main_process))
-        if self.is_main_process and (line := complete_line(config, args.run_dir)):
+        if self.is_main_process and (line := complete_line(config.run, args.run_dir)):
             log_info(line)
         heartbeat.hang_seconds = config.resilience.hang_seconds
         copy_folder, corpus, patience = config.data.local_copy, job.corpus, RENDEZVOUS_SECONDS
@@ -126,7 +127,7 @@ class Trainer:
         stack.callback(destroy_model_parallel)
         # after `explaining_failures` has looked at an error, which may end the process
         closing = stack.enter_context(contextlib.ExitStack())
-        stack.enter_context(self.explaining_failures(config, watchdog))
+        stack.enter_context(self.explaining_failures(config.resilience, watchdog))
         check_ranks_consistent(config, job.corpus)
         train_state = setup_training(config, self.platform, self.env.world)
         closing.callback(train_state.close)
@@ -144,7 +145,7 @@ class Trainer:
         return run, build_hooks(run, watchdog.peers, job)
 
     @contextlib.contextmanager
-    def explaining_failures(self, config: Config, watchdog: Watchdog) -> Iterator[None]:
+    def explaining_failures(self, settings: ResilienceConfig, watchdog: Watchdog) -> Iterator[None]:
         """End the process as a stall does where an error inside was caused by one."""
         try:
             yield
@@ -152,7 +153,7 @@ class Trainer:
             watchdog.explain()
             if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStoppedError)):
                 # the others wait for this rank in a kernel; so would it for them, taking the groups down
-                if not config.resilience.in_process_restarts:
+                if not settings.in_process_restarts:
                     end_now(error)
                 abort_process_group()
             raise
@@ -173,7 +174,7 @@ class Trainer:
         train_state, settings, loss = run.train_state, run.config.run, None
         for hook in hooks:
             hook.start(run)
-        stopped = is_done(run.config, run.progress)
+        stopped = run.is_done
         with run.batches.prefetched(run.progress.step, settings.steps):
             while not stopped:
                 detector = train_state.detector
@@ -187,19 +188,19 @@ class Trainer:
                 run.heartbeat.step(step=result.step, tokens=result.tokens)
                 for hook in hooks:
                     hook.step(run, result)
-                stopped = result.stop_requested or is_done(run.config, run.progress)
+                stopped = result.stop_requested or run.is_done
         # in reverse: the hooks that close last hear of the last checkpoint
         for hook in reversed(hooks):
             hook.stop(run)
         left_out = run.progress.skipped_in_row
-        if is_done(run.config, run.progress) and left_out:
+        if run.is_done and left_out:
             last = "step" if left_out == 1 else f"{left_out} steps"
             raise BadNumbersError(
                 f"the run ends with the updates of its last {last} left out; nothing of them was saved"
             )
         if self.is_main_process:
-            log_info(*ending_lines(run.config, run.directory, run.progress, loss))
-        return not is_done(run.config, run.progress)
+            log_info(*ending_lines(settings, run.directory, run.progress, loss))
+        return not run.is_done
 
 
 def after_anomaly(run: Run, result: StepResult, progress: Progress) -> None:
@@ -223,8 +224,8 @@ def build_hooks(run: Run, peers: Sequence[RankInfo], job: TrainJob) -> list[Hook
     hooks: list[Hook] = [GarbageCollection(), Stragglers(peers), Metrics(), Console(job.args.json_stream)]
     if run.config.data.validation is not None:
         sets = validation_sets(run.config.data.validation)
-        kinds = OBJECTIVES[run.config.run.objective].row_objectives
-        held_out = [build_eval_dataset(run.train_state, sets, kind) for kind in reversed(kinds)]
+        objectives = OBJECTIVES[run.config.run.objective].row_objectives
+        held_out = [build_eval_dataset(run.train_state, sets, one) for one in reversed(objectives)]
         for batches in held_out[0].sources.values():
             if batches.corpus.tokenizer_fingerprint != run.batches.corpus.tokenizer_fingerprint:
                 path = batches.corpus.datasets[0].path

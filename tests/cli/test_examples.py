@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ettin.cli.main import COMMANDS, main
-from megatron_ettin.cli.parsing import OneLineParser, parse_overrides
+from megatron_ettin.cli.parsing import OneLineParser, parse_arguments
 from tests.conftest import sentences
 from tests.pool import Pool
 from tests.train.runs import command
@@ -117,10 +117,10 @@ def test_help_examples_cover_every_command_and_table_entry() -> None:
 def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
     command_name, *words = shlex.split(example)
     assert command_name == name
-    args = parse_overrides(parser_of(name), name, words)
+    args = parse_arguments(parser_of(name), name, words)
     if name == "launch":
         inner, *words = args.command[1:]
-        args = parse_overrides(parser_of(inner), inner, words)
+        args = parse_arguments(parser_of(inner), inner, words)
     for word in getattr(args, "words", []):
         from megatron_ettin.config.overrides import check_keys, from_overrides
 

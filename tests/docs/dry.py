@@ -40,9 +40,9 @@ def torchrun(words: list[str]) -> tuple[int, list[str]]:
 
 
 def ettin(words: list[str], ranks: int | None = None) -> int | None:
-    from megatron_ettin.cli.launch_jobs import parse_command, split_into_jobs
+    from megatron_ettin.cli.launch import parse_command, split_into_jobs
     from megatron_ettin.cli.main import main
-    from megatron_ettin.cli.parsing import parse_overrides
+    from megatron_ettin.cli.parsing import parse_arguments
     from megatron_ettin.config.overrides import check_keys, from_overrides
     from tests.cli.test_examples import parser_of
 
@@ -52,8 +52,8 @@ def ettin(words: list[str], ranks: int | None = None) -> int | None:
         options = [word for word in rest[:place] if word != "--submit"]
         sys.argv = ["ettin", *words]
         return main(["launch", *options, "--dry-run", *rest[place:]])
-    args = parse_overrides(parser_of(name), name, rest)
-    check_keys(from_overrides([*getattr(args, "words", [])]))
+    args = parse_arguments(parser_of(name), name, rest)
+    check_keys(from_overrides([*getattr(args, "overrides", [])]))
     if name in ("train", "bench") and "--compare" not in rest:
         if ranks is not None:  # checks that the layout fits the number of ranks
             split_into_jobs(parse_command(name, rest, []), ranks, None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.schema import Config
 from megatron_ettin.faults.heartbeat import Heartbeat
-from megatron_ettin.train.progress import ControlSignal, Progress, StepResult
+from megatron_ettin.train.progress import ControlSignal, Progress, StepResult, is_done
 from megatron_ettin.train.setup import TrainState
 
 
@@ -39,6 +39,11 @@ class Run:
     def progress(self) -> Progress:
         """Progress of the run; replaced after every step."""
         return self.train_state.progress
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether all tokens or steps are trained."""
+        return is_done(self.config.run, self.progress)
 
     @property
     def is_main_process(self) -> bool:

@@ -11,7 +11,7 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.faults.skipped_steps import TrainingStoppedError, way_back
 from megatron_ettin.parallel.collectives import broadcast_object
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.progress import ControlSignal, StepResult, is_done
+from megatron_ettin.train.progress import ControlSignal, StepResult
 from megatron_ettin.train.saving import Retry, SaveFailedError, Saver, SaveRequest, SaveResult, failure_line
 
 
@@ -22,6 +22,7 @@ class Checkpoints(Hook):
         self.others = others
 
     def start(self, run: Run) -> None:
+        """Set up the saver; it is closed when the run ends, however it ends."""
         self.begun_step, self.begun_tokens = run.progress.step, run.progress.tokens
         self.begun_at = time.monotonic()
         self.saved_step: int | None = run.progress.step or None
@@ -31,18 +32,19 @@ class Checkpoints(Hook):
         self.saver = Saver(run.train_state, run.directory, run.tokenizer, ends_in_sep, self._save_blocker)
         run.closing.callback(self.saver.close)
 
-    def step(self, run: Run, info: StepResult) -> None:
+    def step(self, run: Run, result: StepResult) -> None:
+        """Begin the saves that are due. Raises SaveFailedError where `checkpoint.on_failure` ends the run."""
         if run.is_main_process:
             self._handle(run, self.saver.poll())
-        if info.signal is ControlSignal.SAVE_FAILED:
+        if result.signal is ControlSignal.SAVE_FAILED:
             raise SaveFailedError(self.failure if run.is_main_process else "a checkpoint could not be saved")
-        if info.stop_requested:
+        if result.stop_requested:
             # `stop` saves
             return
         milestone = run.config.checkpoint.weights_every_tokens
-        if milestone is not None and info.tokens // milestone > (info.tokens - info.step_tokens) // milestone:
+        if milestone is not None and result.tokens // milestone > (result.tokens - result.step_tokens) // milestone:
             self.milestone_is_due = True
-        self.is_due |= self._is_time(run, info) or info.signal is ControlSignal.SAVE
+        self.is_due |= self._is_time(run, result) or result.signal is ControlSignal.SAVE
         # weights that give bad figures are not saved: what is due waits for the next update that is made
         if not run.progress.skipped_in_row:
             self._begin_due(run)
@@ -53,11 +55,12 @@ class Checkpoints(Hook):
                 run.signal = ControlSignal.SAVE
 
     def stop(self, run: Run) -> None:
+        """Save the run's last step. Raises SaveFailedError where that fails."""
         self._wait(run)
         # rank 0 reads results between steps, the others learn of them here
         self.saved_step = broadcast_object(self.saved_step)
         if run.progress.skipped_in_row:
-            if run.is_main_process and not is_done(run.config, run.progress):
+            if run.is_main_process and not run.is_done:
                 why = f"the updates of its last {run.progress.skipped_in_row} steps were left out"
                 log_warning(f"step {run.progress.step}: not saved, for {why}; {way_back(run.directory, run.progress)}")
         elif run.progress.step != self.saved_step:
@@ -76,12 +79,12 @@ class Checkpoints(Hook):
             self.is_due = False
             self._begin(run, self._request(run))
 
-    def _is_time(self, run: Run, info: StepResult) -> bool:
+    def _is_time(self, run: Run, result: StepResult) -> bool:
         settings = run.config.checkpoint
-        if settings.every_steps is not None and info.step % settings.every_steps == 0:
+        if settings.every_steps is not None and result.step % settings.every_steps == 0:
             return True
         every = settings.every_tokens
-        return every is not None and info.tokens // every > self.begun_tokens // every
+        return every is not None and result.tokens // every > self.begun_tokens // every
 
     def _minutes_are_over(self, run: Run) -> bool:
         """Return whether the latest save began `checkpoint.every_minutes` ago, by this rank's clock."""
@@ -149,11 +152,13 @@ class DirectoryCheck(Hook):
     """
 
     def start(self, run: Run) -> None:
+        """Begin to count the seconds."""
         self.looked = time.monotonic()
         self.is_gone = False
 
-    def step(self, run: Run, info: StepResult) -> None:
-        if info.signal is ControlSignal.GONE:
+    def step(self, run: Run, result: StepResult) -> None:
+        """Look every few seconds. Raises TrainingStoppedError one step after the directory has gone."""
+        if result.signal is ControlSignal.GONE:
             raise self._stopped(run)
         if not run.is_main_process:
             return
@@ -163,6 +168,7 @@ class DirectoryCheck(Hook):
             run.signal = ControlSignal.GONE
 
     def stop(self, run: Run) -> None:
+        """Look a last time. Raises TrainingStoppedError."""
         if run.is_main_process:
             self._look(run)
         if broadcast_object(self.is_gone):

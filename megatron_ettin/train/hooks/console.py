@@ -33,11 +33,13 @@ class Console(Hook):
         self.screen: ProgressDisplay | None = None
 
     def start(self, run: Run) -> None:
+        """Draw the bar where standard error is a terminal."""
         self.left = TimeLeft(run)
         if run.is_main_process and self.json_stream is None and errors_on_terminal():
             self.screen = ProgressDisplay(run)
 
     def step(self, run: Run, result: StepResult) -> None:
+        """Show the step's figures."""
         if not run.is_main_process:
             return
         left = self.left.after(result)
@@ -52,23 +54,25 @@ class Console(Hook):
                 log_info(f"step {result.step} tokens {result.tokens:,} {' '.join(what)}")
 
     def save(self, run: Run, path: Path) -> None:
+        """Show the step of the newest checkpoint."""
         if self.screen is not None:
             self.screen.saved(path)
 
     def stop(self, run: Run) -> None:
+        """Leave the bar as it is."""
         if self.screen is not None:
             self.screen.close()
             self.screen = None
 
 
 def figures(run: Run, result: StepResult) -> list[str]:
-    """Return the figures of one step as words; MFU where the hardware's peak is known."""
-    words = [f"loss {result.loss:.4f}", f"lr {result.lr:.2e}", f"norm {result.grad_norm:.3f}"]
-    words.append(f"{format_count(result.step_tokens / result.seconds)} tokens/s")
+    """Return the figures of one step as texts; MFU where the hardware's peak is known."""
+    texts = [f"loss {result.loss:.4f}", f"lr {result.lr:.2e}", f"norm {result.grad_norm:.3f}"]
+    texts.append(f"{format_count(result.step_tokens / result.seconds)} tokens/s")
     peak = run.train_state.platform.peak_flops
     if peak is not None:
-        words.append(f"MFU {result.flops / result.seconds / (peak * run.train_state.layout.topology.world):.1%}")
-    return words
+        texts.append(f"MFU {result.flops / result.seconds / (peak * run.train_state.layout.topology.world):.1%}")
+    return texts
 
 
 def part_done(settings: RunSettings, step: int, tokens: int) -> float:
@@ -84,6 +88,7 @@ class TimeLeft:
         self.before, self.since = part_done(self.settings, run.progress.step, run.progress.tokens), time.monotonic()
 
     def after(self, result: StepResult) -> float:
+        """Return the seconds left after a step."""
         done, now = part_done(self.settings, result.step, result.tokens), time.monotonic()
         latest = (done - self.before) / max(now - self.since, 1e-9)
         smoothed = SMOOTHED * self.speed + (1 - SMOOTHED) * latest
@@ -114,7 +119,7 @@ class ProgressDisplay:
         self.task = self.bar.add_task(f"{name} {settings.objective} {settings.phase}", total=1.0, left="")
         self.numbers = Text("", no_wrap=True, overflow="ellipsis")
         self.latest = f"checkpoint: step {run.progress.step}" if run.progress.step else "no checkpoint yet"
-        self.words: list[str] = []
+        self.figures: list[str] = []
         # the bar is on standard error; lines that go elsewhere than to this terminal are left alone
         self.live = Live(
             Group(self.bar, self.numbers),
@@ -125,21 +130,24 @@ class ProgressDisplay:
         self.live.start()
 
     def step(self, run: Run, result: StepResult, left: float) -> None:
+        """Show a step's figures, and the seconds that are left."""
         settings = run.config.run
         steps = f"step {result.step:,}" + (f" of {settings.steps:,}" if settings.steps else "")
         end = "" if settings.steps else f" of {format_count(settings.tokens)}"
         tokens = f"{format_count(result.tokens)}{end} tokens"
         done = min(1.0, part_done(settings, result.step, result.tokens))
         self.bar.update(self.task, completed=done, left=f"{duration(left)} left")
-        self.words = [steps, tokens, *figures(run, result)]
+        self.figures = [steps, tokens, *figures(run, result)]
         self._show()
 
     def saved(self, path: Path) -> None:
+        """Show a new checkpoint's step."""
         self.latest = f"checkpoint: step {step_of(path)}"
         self._show()
 
     def _show(self) -> None:
-        self.numbers.plain = " · ".join([*self.words, self.latest])
+        self.numbers.plain = " · ".join([*self.figures, self.latest])
 
     def close(self) -> None:
+        """Stop drawing."""
         self.live.stop()

@@ -17,7 +17,7 @@ from megatron_ettin.metrics import FanOut, JsonlSink, Sink, TensorBoardSink, Wan
 from megatron_ettin.platform import Platform
 from megatron_ettin.runs.directory import RunDirectory
 from megatron_ettin.train.hooks.base import Hook, Run
-from megatron_ettin.train.progress import StepResult, is_done
+from megatron_ettin.train.progress import StepResult
 
 
 def step_metrics(result: StepResult, platform: Platform, world: int) -> dict[str, Any]:
@@ -71,8 +71,9 @@ class Evaluation(Hook):
         self.held_out = held_out
 
     def step(self, run: Run, result: StepResult) -> None:
+        """Evaluate if it is time, and add the figures to the step's."""
         every = run.config.metrics.eval_every_steps
-        if (every is None or result.step % every) and not is_done(run.config, run.progress):
+        if (every is None or result.step % every) and not run.is_done:
             return
         run.heartbeat.enter("evaluating")
         for number, held_out in enumerate(self.held_out):
@@ -85,8 +86,8 @@ class Evaluation(Hook):
                 result.extra.update(parts)
             if run.is_main_process:
                 whole, *lines = measured.lines()
-                kind = f"{held_out.row_objective} " if len(self.held_out) > 1 else ""
-                log_info(f"step {result.step} validation {kind}{whole}", *lines)
+                objective = f"{held_out.row_objective} " if len(self.held_out) > 1 else ""
+                log_info(f"step {result.step} validation {objective}{whole}", *lines)
         run.heartbeat.step()
 
 
@@ -94,6 +95,7 @@ class Metrics(Hook):
     """Writes every step to metrics.jsonl, and to TensorBoard and wandb where configured."""
 
     def start(self, run: Run) -> None:
+        """Open the files on rank 0, cut back to the step that the run goes on from."""
         self.sinks = FanOut([])
         if not run.is_main_process:
             return
@@ -106,18 +108,22 @@ class Metrics(Hook):
         self.sinks = FanOut(sinks)
 
     def step(self, run: Run, result: StepResult) -> None:
+        """Write the step's figures."""
         if run.is_main_process:
             self.sinks.log(step_metrics(result, run.train_state.platform, run.train_state.layout.topology.world))
 
     def save(self, run: Run, path: Path) -> None:
+        """Upload a checkpoint where that is configured."""
         self.sinks.keep(path, step_of(path))
 
     def save_blocker(self) -> str | None:
+        """Return why lines of metrics.jsonl wait to be written: no checkpoint may be ahead of them."""
         return self.sinks.problem
 
     def stop(self, run: Run) -> None:
+        """Write the report where that is configured, and close the files."""
         metrics = run.config.metrics
-        if run.is_main_process and metrics.wandb and metrics.wandb_report and is_done(run.config, run.progress):
+        if run.is_main_process and metrics.wandb and metrics.wandb_report and run.is_done:
             run.heartbeat.enter("writing the report")
             self.sinks.attach("report", lambda: write_report(run.directory))
         self.sinks.close()

@@ -21,14 +21,17 @@ class GarbageCollection(Hook):
     EVERY_STEPS = 50
 
     def start(self, run: Run) -> None:
+        """Switch Python's own collector off."""
         gc.collect()
         gc.disable()
 
     def step(self, run: Run, result: StepResult) -> None:
+        """Collect after every `EVERY_STEPS` steps."""
         if result.step % self.EVERY_STEPS == 0:
             gc.collect(1)
 
     def stop(self, run: Run) -> None:
+        """Switch Python's own collector on again."""
         gc.enable()
 
 
@@ -39,17 +42,20 @@ class Profiling(Hook):
     """
 
     def start(self, run: Run) -> None:
+        """Choose the ranks and steps, and begin where the first of them is next."""
         self.steps, ranks = run.config.profile.step_range, run.config.profile.ranks
         self.profiler: Profiler | None = None
         self.is_chosen = bool(self.steps) and (ranks is None or run.train_state.layout.rank in ranks)
         self._begin_before(run, run.progress.step + 1)
 
-    def step(self, run: Run, info: StepResult) -> None:
-        if self.profiler is not None and info.step >= self.steps[-1]:
-            self._end(run, info.step)
-        self._begin_before(run, info.step + 1)
+    def step(self, run: Run, result: StepResult) -> None:
+        """Write after the last of the steps, and begin before the first."""
+        if self.profiler is not None and result.step >= self.steps[-1]:
+            self._end(run, result.step)
+        self._begin_before(run, result.step + 1)
 
     def stop(self, run: Run) -> None:
+        """Write what a run that ends sooner has."""
         if self.profiler is not None:
             self._end(run, run.progress.step)
 
