@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -267,10 +268,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"
 INTRODUCTION = """\
 # Mistakes that the tests catch
 
-Each line of the first table is a mistake that was made on purpose in the code of the package, and a test of the first
-tier (`bash tests/run.sh`) that fails under it. Each line of the second is a fault of a machine, and the test that sees
-the package find it or survive it; without the fault that test fails. `tests/test_mutations.py` proves every line in
-`bash tests/run.sh --all`. `python -m tests.mutations` writes this page.
+Each entry of the first list is a mistake that was made on purpose in the code of the package, and a test
+of the first tier (`bash tests/run.sh`) that fails under it. Each entry of the second is a fault of a host,
+and the test that sees the package detect it or survive it; without the fault that test fails.
+`tests/test_mutations.py` proves every entry in `bash tests/run.sh --all`. `python -m tests.mutations` writes
+this page.
 """
 
 
@@ -278,9 +280,17 @@ def page() -> str:
     """Return docs/mistakes.md."""
     parts = [INTRODUCTION]
     for title, table in (("Mistakes", MISTAKES), ("Faults", FAULTS)):
-        rows = [f"| `{name}` | {first_sentence(name)} | `{test}` |" for name, test in sorted(table.items())]
-        parts.append("\n".join([f"## {title}\n", "| name | what is done | caught by |", "|---|---|---|", *rows]) + "\n")
+        parts.append(f"## {title}\n")
+        for name, test in sorted(table.items()):
+            file, _, function = test.partition("::")
+            parts.append(wrapped(f"- `{name}`: {first_sentence(name)}. Caught by `{file}`:") + f"\n  `{function}`")
+        parts.append("")
     return "\n".join(parts)
+
+
+def wrapped(text: str) -> str:
+    """Return an item of a Markdown list in lines of at most 106 characters."""
+    return textwrap.fill(text, 106, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def first_sentence(name: str) -> str:

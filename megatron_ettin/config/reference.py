@@ -1,9 +1,10 @@
-"""Write docs/config.md, the tables of all configuration keys, from what they are declared with."""
+"""Write docs/config.md, the lists of all configuration keys, from what they are declared with."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -11,12 +12,13 @@ from megatron_ettin.config.schema import all_keys, groups, key_types
 
 HEAD = """# Configuration keys
 
-All keys of a run, by group. Set them as `group.key=value` on the command line, for one phase as
-`extend.group.key=value`, or in a YAML file for `--config` ([Training](training.md)). A default of *recipe* comes from
-the tables of [the recipe](recipe.md). `null` means not set; counts may be written as `250B` or `1.7T`.
+All keys of a run, by group, with type, default, unit and range. Set them as `group.key=value` on the
+command line, for one phase as `extend.group.key=value`, or in a YAML file for `--config`
+([Training](training.md)). A default of *recipe* comes from the tables of [the recipe](recipe.md). `null`
+means not set; counts may be written as `250B` or `1.7T`.
 
-*Science* keys decide what is learned: they must not change within a run directory, unless `--allow-change` names them.
-All others may change at every launch.
+*Science* keys decide what is learned: they must not change within a run directory, unless `--allow-change`
+names them. All others may change at every launch.
 
 This page is generated from `megatron_ettin/config/schema.py` and `operations.py`; rewrite it with
 `python -m megatron_ettin.config.reference docs/config.md`.
@@ -28,20 +30,26 @@ def reference() -> str:
     parts = [HEAD]
     for group, cls in groups().items():
         parts.append(f"## `{group}`\n\n{(cls.__doc__ or '').strip()}\n")
-        rows = ["| key | type | default | unit | allowed | science | meaning |", "|---|---|---|---|---|---|---|"]
-        rows += [_row(f"{group}.{field.name}", field) for field in dataclasses.fields(cls)]
-        parts.append("\n".join(rows) + "\n")
+        parts += [_entry(f"{group}.{field.name}", field) for field in dataclasses.fields(cls)]
+        parts.append("")
     return "\n".join(parts)
 
 
-def _row(name: str, field: dataclasses.Field[Any]) -> str:
+def _entry(name: str, field: dataclasses.Field[Any]) -> str:
+    """Return the entry of a key in the list of its group, in lines of at most 106 characters."""
     key = all_keys()[name]
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     default = "recipe" if value is dataclasses.MISSING else f"`{_yaml(value)}`"
-    allowed = key.range or ", ".join(f"`{choice}`" for choice in key.choices)
-    science = key.science if isinstance(key.science, str) else "yes" if key.science else ""
-    cells = [f"`{name}`", type_name(key_types()[name]), default, key.unit, allowed, science, key.doc]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    facts = [type_name(key_types()[name]), f"default {default}"]
+    facts += [f"in {key.unit}"] if key.unit else []
+    facts += [key.range] if key.range else []
+    sentences = [f"- **`{name}`** ({', '.join(facts)}): {key.doc}"]
+    if key.choices and not key.range:
+        sentences.append(f"One of {', '.join(f'`{choice}`' for choice in key.choices)}.")
+    if key.science:
+        sentences.append(f"*Science* {key.science}." if isinstance(key.science, str) else "*Science.*")
+    text = " ".join(sentences)
+    return textwrap.fill(text, 106, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def type_name(hint: Any) -> str:
