@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import format_count
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.convert.model_card import THIS_FOLDER, planned_tokens
-from megatron_ettin.data.mixture import MixtureEntry, parse_mixture, planned_epochs
 from megatron_ettin.runs.chain import PhaseChain
 
 CURVE = "training_curve.png"
@@ -100,38 +98,20 @@ def _recipe(config: Config) -> dict[str, str]:
 def _data(chain: PhaseChain, orders: dict[str, dict[str, Any]]) -> list[str]:
     parts = ["## Data"]
     for run in chain.runs:
-        if shares := mixture_rows(run.config):
-            parts += [f"{run.phase}:", table(["dataset", "share of tokens"], shares)]
+        if shares := run.dataset_shares:
+            # by name: a path of this host says nothing to a reader
+            names = dataset_names([path for path, _ in shares])
+            texts = ["by its size" if share is None else f"{share:.2%}" for _, share in shares]
+            rows = list(zip(names, texts, strict=True))
+            parts += [f"{run.phase}:", table(["dataset", "share of tokens"], rows)]
     if orders:
-        rows = [
+        files = [
             [f"`data_order/{order['file']}`", phase, f"1 to {order['last_step']:,}", f"`{order['fingerprint'][:16]}`"]
             for phase, order in orders.items()
         ]
         head = ["file", "phase", "steps", "fingerprint of the order"]
-        parts += ["Which document stood where in every step, as `ettin order` writes it:", table(head, rows)]
+        parts += ["Which document stood where in every step, as `ettin order` writes it:", table(head, files)]
     return parts
-
-
-def mixture_rows(config: Config) -> list[tuple[str, str]]:
-    """Return (dataset, share of the phase's tokens) of each dataset, by name and never by a path of this host."""
-    try:
-        entries = parse_mixture(config.data.mixture, config.data.root)
-    except UserError:
-        return []
-    names = dataset_names([entry.path for entry in entries])
-    return list(zip(names, _shares(entries, config.run.tokens), strict=True))
-
-
-def _shares(entries: list[MixtureEntry], run_tokens: int) -> list[str]:
-    """Return shares from weights, budgets or, where the datasets are still there, their sizes."""
-    given = [entry.weight or entry.tokens for entry in entries]
-    if all(given):
-        total = sum(value or 0 for value in given)
-        return [f"{(value or 0) / total:.2%}" for value in given]
-    try:
-        return [f"{epochs.share:.2%}" for epochs in planned_epochs(entries, run_tokens)]
-    except UserError:
-        return ["by its size"] * len(entries)
 
 
 def dataset_names(paths: Sequence[str | Path]) -> list[str]:

@@ -42,7 +42,7 @@ def consumed(runs: Iterable[RunDirectory]) -> list[Consumed]:
     """Return the tokens read by dataset over all phases, as the mixture of each phase shares out its tokens."""
     tokens: dict[str, float | None] = {}
     for run in runs:
-        for path, share in mixture_shares(run):
+        for path, share in run.dataset_shares:
             before = tokens.get(path, 0.0)
             tokens[path] = None if share is None or before is None else before + share * run.tokens
     known = sum(value for value in tokens.values() if value is not None)
@@ -68,23 +68,6 @@ def _sources(
         part = one["tokens"] / whole
         shared, read = (None if value is None else value * part for value in (share, tokens))
         yield Consumed(str(one.get("name")), shared, read, epochs)
-
-
-def mixture_shares(run: RunDirectory) -> list[tuple[str, float | None]]:
-    """Return each dataset and its share of the run's tokens, by the configuration or else by the datasets' sizes."""
-    mixture = run.setting("data", "mixture")
-    items = [mixture] if isinstance(mixture, str | dict) else mixture if isinstance(mixture, list) else []
-    entries = [item if isinstance(item, dict) else {"path": item} for item in items]
-    paths = [str(entry.get("path")) for entry in entries]
-    weights = [entry.get("weight") or entry.get("tokens") for entry in entries]
-    if len(entries) > 1 and not any(weights):
-        weights = [read_json_object(Path(path) / "manifest.json").get("tokens") for path in paths]
-    if len(entries) == 1:
-        return [(paths[0], 1.0)]
-    numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and weight > 0]
-    if len(numbers) < len(paths):
-        return [(path, None) for path in paths]
-    return [(path, weight / sum(numbers)) for path, weight in zip(paths, numbers, strict=True)]
 
 
 @dataclass(frozen=True)

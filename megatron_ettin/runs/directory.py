@@ -290,6 +290,29 @@ class RunDirectory:
         return entries if isinstance(entries, list) else []
 
     @property
+    def dataset_shares(self) -> list[tuple[str, float | None]]:
+        """Return each dataset's path and its share of the run's tokens; None where that is not known.
+
+        Shares are those of the configuration, or else follow from the sizes of the datasets.
+
+        Raises:
+            UserError: the configuration cannot be read.
+        """
+        mixture = self.setting("data", "mixture")
+        items = [mixture] if isinstance(mixture, str | dict) else mixture if isinstance(mixture, list) else []
+        entries = [item if isinstance(item, dict) else {"path": item} for item in items]
+        paths = [str(entry.get("path")) for entry in entries]
+        if len(paths) == 1:
+            return [(paths[0], 1.0)]
+        weights = [entry.get("weight") or entry.get("tokens") for entry in entries]
+        if not any(weights):
+            weights = [read_json_object(Path(path) / "manifest.json").get("tokens") for path in paths]
+        numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and weight > 0]
+        if len(numbers) < len(paths):
+            return [(path, None) for path in paths]
+        return [(path, number / sum(numbers)) for path, number in zip(paths, numbers, strict=True)]
+
+    @property
     def submission_folders(self) -> list[Path]:
         """Return the folders in which `ettin launch` may have recorded jobs of this run, nearest first."""
         path = self.path.absolute()

@@ -120,3 +120,20 @@ def test_phases_of_a_chains_folder_are_in_their_order(tmp_path: Path) -> None:
 def test_directory_import_imports_no_torch_numpy_or_omegaconf() -> None:
     source = "import sys, megatron_ettin.launch.run_state; print({'torch', 'numpy', 'omegaconf'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", source], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_dataset_shares_follow_weights_or_sizes_of_the_datasets(tmp_path: Path) -> None:
+    for name, tokens in (("a", 300), ("b", 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"tokens": tokens}))
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for mixture, shares in (
+        (paths[0], [1.0]),
+        ([{"path": paths[0], "weight": 1}, {"path": paths[1], "weight": 3}], [0.25, 0.75]),
+        (paths, [0.75, 0.25]),
+        ([paths[0], "/gone"], [None, None]),
+    ):
+        run = write_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", steps=1)
+        directory = RunDirectory(run)
+        directory.groups["data"]["mixture"] = mixture
+        assert [share for _, share in directory.dataset_shares] == shares
