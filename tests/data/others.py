@@ -22,9 +22,9 @@ def read_by_core(prefix: str, mmap: str) -> None:
     """Print the chunks of a shard and the number of its documents."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    found = IndexedDataset(prefix, mmap=mmap == "True")
-    chunks = [found[i].tolist() for i in range(len(found))]
-    print(json.dumps({"chunks": chunks, "documents": len(found.document_indices) - 1}))
+    dataset = IndexedDataset(prefix, mmap=mmap == "True")
+    chunks = [dataset[i].tolist() for i in range(len(dataset))]
+    print(json.dumps({"chunks": chunks, "documents": len(dataset.document_indices) - 1}))
 
 
 def write_by_core(prefix: str, documents: str) -> None:
@@ -44,11 +44,11 @@ def read_by_transformers(folder: str, texts: str) -> None:
     """Print what a saved tokenizer is to transformers, and the ids of texts, a JSON list."""
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(folder)
-    told = {
-        "size": len(found),
-        "special": sorted(found.all_special_ids),
-        "inputs": found.model_input_names,
-        "ids": [found(text)["input_ids"] for text in json.loads(texts)],
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    content = {
+        "size": len(tokenizer),
+        "special": sorted(tokenizer.all_special_ids),
+        "inputs": tokenizer.model_input_names,
+        "ids": [tokenizer(text)["input_ids"] for text in json.loads(texts)],
     }
-    print(json.dumps(told))
+    print(json.dumps(content))

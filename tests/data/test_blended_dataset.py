@@ -40,7 +40,7 @@ def test_parse_mixture_accepts_paths_weights_and_tokens(value: Any, entries: lis
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (None, "empty"),
         ([], "empty"),
@@ -58,8 +58,8 @@ def test_parse_mixture_accepts_paths_weights_and_tokens(value: Any, entries: lis
         ([{"path": "a", "weight": 1}, "b"], "entries with neither and weight"),
     ],
 )
-def test_parse_mixture_invalid_value_is_refused_in_one_line(value: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
+def test_parse_mixture_invalid_value_is_refused_in_one_line(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         parse_mixture(value)
     assert "\n" not in str(caught.value)
 
@@ -156,13 +156,13 @@ def test_fingerprint_differs_for_every_setting_that_changes_the_order(prepared: 
 
 
 def test_open_run_corpus_with_data_skip_leaves_out_rows(prepared: Dataset) -> None:
-    words = ["data.seq_len=256", f"data.mixture=[{prepared.path}]"]
-    plain = parse("17m", "mlm", "pretrain", overrides=words)
-    some = parse("17m", "mlm", "pretrain", overrides=[*words, "data.skip='3:5,7:8'"])
+    overrides = ["data.seq_len=256", f"data.mixture=[{prepared.path}]"]
+    plain = parse("17m", "mlm", "pretrain", overrides=overrides)
+    some = parse("17m", "mlm", "pretrain", overrides=[*overrides, "data.skip='3:5,7:8'"])
     left = [row for row in iterate_rows(plain, 0, 12) if row.order_index not in (3, 4, 7)]
-    found = list(iterate_rows(some, 0, 9))
-    assert [row.order_index for row in found] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
-    assert [row.tokens.tolist() for row in found] == [row.tokens.tolist() for row in left]
+    result = list(iterate_rows(some, 0, 9))
+    assert [row.order_index for row in result] == [0, 1, 2, 5, 6, 8, 9, 10, 11]
+    assert [row.tokens.tolist() for row in result] == [row.tokens.tolist() for row in left]
     corpora = [open_run_dataset(config) for config in (plain, some)]
     assert corpora[0].fingerprint != corpora[1].fingerprint
     assert corpora[0].fingerprint == corpora[1].unskipped_fingerprint

@@ -103,28 +103,28 @@ def test_open_dataset_absent_or_damaged_manifest_is_refused(prepared: Dataset, t
     with pytest.raises(UserError, match=r"not a dataset: no manifest\.json"):
         open_dataset(tmp_path)
     good = json.loads((prepared.path / "manifest.json").read_text())
-    for content, told in (
+    for content, message in (
         ("{", "damaged manifest"),
         (json.dumps({**good, "version": 99}), "version 99; this package reads"),
         (json.dumps({**good, "surprise": 1}), "damaged manifest"),
     ):
         (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             open_dataset(tmp_path)
 
 
 def test_inspect_reports_manifest_counts_and_samples(prepared: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["inspect", str(prepared.path), "--json", "--sample", "2", "--verify"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["documents"], told["chunks"], told["tokens"]) == (
+    report = json.loads(capsys.readouterr().out)
+    assert (report["documents"], report["chunks"], report["tokens"]) == (
         prepared.num_documents,
         prepared.num_chunks,
         prepared.num_tokens,
     )
-    assert told["verified"]
-    assert len(told["samples"]) == 2
-    assert all(sample["text"].startswith("[CLS]") and sample["text"].endswith("[SEP]") for sample in told["samples"])
+    assert report["verified"]
+    assert len(report["samples"]) == 2
+    assert all(sample["text"].startswith("[CLS]") and sample["text"].endswith("[SEP]") for sample in report["samples"])
     assert main(["inspect", str(prepared.path)]) == 0
     plain = capsys.readouterr().out
     assert f"{prepared.num_tokens:,} tokens" in plain
@@ -143,13 +143,11 @@ def test_data_modules_import_without_torch_transformers_or_megatron() -> None:
 
 def test_documents_of_many_chunks_matches_single_lookups(prepared: Dataset) -> None:
     chunks = np.random.default_rng(0).integers(0, prepared.num_chunks, 500)
-    places = prepared.documents_of(chunks)
+    spans = prepared.documents_of(chunks)
     one_by_one = [prepared.document_of(int(i)) for i in chunks]
-    together = zip(
-        places.source, places.document_id, places.start_token.tolist(), places.document.tolist(), strict=True
-    )
+    together = zip(spans.source, spans.document_id, spans.start_token.tolist(), spans.document.tolist(), strict=True)
     assert list(together) == one_by_one
-    assert places.special_tokens.tolist() == [2] * 500
+    assert spans.special_tokens.tolist() == [2] * 500
     assert prepared.lengths_of(chunks).tolist() == [len(prepared.chunk(int(i))) for i in chunks]
     assert prepared.chunk_lengths[chunks].tolist() == prepared.lengths_of(chunks).tolist()
     with pytest.raises(IndexError):

@@ -33,15 +33,15 @@ def test_permutation_of_edge_case_size_is_a_bijection(n: int, key: int) -> None:
 
 @settings(deadline=None)
 @given(
-    n=st.integers(1, 10**12), key=KEYS, places=st.lists(st.integers(0, 10**12), min_size=1, max_size=50, unique=True)
+    n=st.integers(1, 10**12), key=KEYS, samples=st.lists(st.integers(0, 10**12), min_size=1, max_size=50, unique=True)
 )
-def test_permutation_of_large_domain_is_in_range_and_injective(n: int, key: int, places: list[int]) -> None:
-    inside = np.array(sorted({place % n for place in places}), dtype=np.uint64)
+def test_permutation_of_large_domain_is_in_range_and_injective(n: int, key: int, samples: list[int]) -> None:
+    inside = np.array(sorted({sample % n for sample in samples}), dtype=np.uint64)
     images = Permutation(n, key)(inside)
     assert int(images.max()) < n
     assert len(np.unique(images)) == len(inside)
     # one by one, the same images
-    assert [int(Permutation(n, key)(int(place))) for place in inside[:3]] == images[:3].tolist()
+    assert [int(Permutation(n, key)(int(sample))) for sample in inside[:3]] == images[:3].tolist()
 
 
 def test_permutation_invalid_position_or_size_is_refused() -> None:

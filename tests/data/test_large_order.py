@@ -39,8 +39,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except OSError as error:
         pytest.skip(f"this file system has no sparse files of terabytes: {error}")
     mixture = [{"path": str(source), "weight": 1.0} for source in folders]
-    words = ["data.seq_len=1024", "batch.global_batch_rows=32", "batch.warmup_min_rows=8", "batch.warmup_tokens=1B"]
-    config = parse("17m", "mlm", "pretrain", overrides=words)
+    overrides = ["data.seq_len=1024", "batch.global_batch_rows=32", "batch.warmup_min_rows=8", "batch.warmup_tokens=1B"]
+    config = parse("17m", "mlm", "pretrain", overrides=overrides)
     config = config.with_keys({"data.mixture": mixture})
     sizes = BatchSizes.of(config.batch, ROW_TOKENS)
     fill_positions(folders, ROW_TOKENS, range(sizes.rows_before(STEPS[0] - 1), sizes.rows_before(STEPS[-1])))
@@ -49,9 +49,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measured(*words: object) -> tuple[str, dict[str, int], str]:
+def measured(*arguments: object) -> tuple[str, dict[str, int], str]:
     """Return what a command prints, its memory in KiB and the modules that it imported."""
-    command = [sys.executable, "-c", MEASURED, *map(str, words)]
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     memory, modules = done.stderr.split("} ")

@@ -45,8 +45,8 @@ def copied(prepared: Dataset, tmp_path: Path) -> Dataset:
 def test_local_copy_yields_the_same_rows_and_is_reused(
     prepared: Dataset, other: Dataset, tmp_path: Path, batching: str
 ) -> None:
-    corpus, told = mixture(prepared, other, batching=batching), []
-    local = open_local_copy(corpus, str(tmp_path / "local"), told.append)
+    corpus, lines = mixture(prepared, other, batching=batching), []
+    local = open_local_copy(corpus, str(tmp_path / "local"), lines.append)
     assert local.fingerprint == corpus.fingerprint
     assert all(tmp_path / "local" in dataset.path.parents for dataset in local.datasets)
     for ours, theirs in zip(local.rows(range(50)), corpus.rows(range(50)), strict=True):
@@ -59,11 +59,11 @@ def test_local_copy_yields_the_same_rows_and_is_reused(
         assert "heldout/manifest.json" not in files
         assert f"{folder}/plan.json" in files
         assert all((source.path / name).read_bytes() == content for name, content in files.items())
-    assert "copying" in told[0]
-    assert "every sha256 checked" in told[1]
-    assert len(told) == 2
-    open_local_copy(corpus, str(tmp_path / "local"), told.append)
-    assert len(told) == 2  # found, nothing copied
+    assert "copying" in lines[0]
+    assert "every sha256 checked" in lines[1]
+    assert len(lines) == 2
+    open_local_copy(corpus, str(tmp_path / "local"), lines.append)
+    assert len(lines) == 2  # found, nothing copied
     assert not list((tmp_path / "local").rglob(".tmp-*"))
     assert not list((tmp_path / "local").rglob(".part-*"))
 
@@ -134,8 +134,8 @@ def test_local_copy_after_kill_keeps_finished_files(prepared: Dataset, tmp_path:
 
 def test_local_copy_concurrent_processes_copy_once(prepared: Dataset, tmp_path: Path) -> None:
     mixture(prepared)  # builds its packing index
-    said = at_once("tests.data.together:copy_locally", prepared.path, tmp_path)
-    lines = [line for text in said for line in text.splitlines()]
+    outputs = at_once("tests.data.together:copy_locally", prepared.path, tmp_path)
+    lines = [line for text in outputs for line in text.splitlines()]
     assert len([line for line in lines if "copying" in line]) == 1
     assert len([line for line in lines if "every sha256 checked" in line]) == 1
 
@@ -189,16 +189,16 @@ def test_local_copy_folder_that_cannot_be_created_is_refused(prepared: Dataset, 
 def test_train_from_local_copy_gives_the_same_losses(pool, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Two ranks have the same losses, and a run that began without the copy resumes with it."""
     plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", [*SMALL, "run.steps=3"])
-    words = [*SMALL, f"data.local_copy={tmp_path / 'local'}", "run.steps=3", "data.workers=1"]
+    overrides = [*SMALL, f"data.local_copy={tmp_path / 'local'}", "run.steps=3", "data.workers=1"]
     train(pool, 2, tmp_path / "run", corpus, "mlm", [*SMALL, "run.steps=1"])
-    found = train(pool, 2, tmp_path / "run", corpus, "mlm", words)
-    assert found.column("loss") == plain.column("loss")
+    resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", overrides)
+    assert resumed.column("loss") == plain.column("loss")
     assert list((tmp_path / "local").glob("dataset-*"))
 
 
 def test_train_local_copy_that_cannot_be_made_is_refused(corpus: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "run.steps=1", f"data.local_copy={corpus}/manifest.json"]
-    done = ettin(*command(tmp_path / "refused", corpus, "mlm", words))
+    overrides = [*SMALL, "run.steps=1", f"data.local_copy={corpus}/manifest.json"]
+    done = ettin(*command(tmp_path / "refused", corpus, "mlm", overrides))
     assert done.returncode == 2
     assert "data.local_copy: " in done.stderr
 
@@ -206,7 +206,7 @@ def test_train_local_copy_that_cannot_be_made_is_refused(corpus: Path, tmp_path:
 FORGOTTEN = {"data.skip": "skips", "data.mean_tokens_per_row": "nominal_tokens"}
 
 
-def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
+def train_from_reader_that_forgets(key: str, *arguments: str) -> int | None:
     """Run `ettin train` with a local copy that has lost what `key` says."""
     copy = trainer.open_local_copy
 
@@ -214,16 +214,16 @@ def train_from_reader_that_forgets(key: str, *words: str) -> int | None:
         return replace(copy(corpus, folder), **{FORGOTTEN[key]: () if key == "data.skip" else None})
 
     with mock.patch.object(trainer, "open_local_copy", forgetful):
-        return forkserver.be_program("ettin", *words)
+        return forkserver.be_program("ettin", *arguments)
 
 
 @pytest.mark.parametrize("key", FORGOTTEN)
 def test_train_reader_of_another_order_than_the_recorded_is_refused(corpus: Path, tmp_path: Path, key: str) -> None:
     """Rows that had been left out were trained on, under the fingerprint of a run without them."""
-    words = [*SMALL, "run.steps=1", f"data.local_copy={tmp_path / 'local'}", "data.skip=0:8"]
-    words.append("data.mean_tokens_per_row=50")
+    overrides = [*SMALL, "run.steps=1", f"data.local_copy={tmp_path / 'local'}", "data.skip=0:8"]
+    overrides.append("data.mean_tokens_per_row=50")
     target = "tests.data.test_local_copy:train_from_reader_that_forgets"
-    line = forkserver.command(target, key, *command(tmp_path / "run", corpus, "mlm", words))
+    line = forkserver.command(target, key, *command(tmp_path / "run", corpus, "mlm", overrides))
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "data: the batches are read in another order than order.json records" in done.stderr.splitlines()[-1]

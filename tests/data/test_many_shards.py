@@ -17,9 +17,9 @@ from megatron_ettin.data.dataset import open_dataset
 dataset = open_dataset(sys.argv[1])
 order = np.random.default_rng(0).permutation(dataset.num_chunks)
 tokens = sum(len(dataset.chunk(int(i))) for i in order)
-places = dataset.documents_of(order)
+spans = dataset.documents_of(order)
 assert tokens == dataset.num_tokens
-assert len(places.source) == dataset.num_chunks
+assert len(spans.source) == dataset.num_chunks
 print(len(dataset.manifest.shards), len(os.listdir("/proc/self/fd")))
 """
 

@@ -47,7 +47,7 @@ def test_example_mixtures_sum_to_published_token_counts(name: str, billions: flo
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", "empty"),
         ("datasets: []", "empty"),
@@ -64,7 +64,7 @@ def test_example_mixtures_sum_to_published_token_counts(name: str, billions: flo
     ],
 )
 def test_train_invalid_mixture_file_is_refused_in_one_line(
-    content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / "m.yaml"
     if content is not None:
@@ -72,7 +72,7 @@ def test_train_invalid_mixture_file_is_refused_in_one_line(
     assert main([*TRAIN, "--dry-run", f"data.mixture={path}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
-    assert told in lines[0], lines
+    assert message in lines[0], lines
 
 
 def test_train_invalid_mixture_file_leaves_no_run_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,9 +99,9 @@ def test_shuffled_sampler_any_window_holds_proportions_within_bound(
     assert (np.abs(counts - exact * BLOCK_SLOTS) < 1).all()
     order = ShuffledSampler(counts.tolist(), [10_007] * len(shares), seed, "pretrain")
     sources, _, _ = order.locate(np.arange(begin, begin + length))
-    found = np.bincount(sources, minlength=len(shares))
+    present = np.bincount(sources, minlength=len(shares))
     bound = length / BLOCK_SLOTS + 2 * counts * (1 - counts / BLOCK_SLOTS)
-    assert (np.abs(found - exact * length) <= bound + 1e-6).all()
+    assert (np.abs(present - exact * length) <= bound + 1e-6).all()
     block = begin // BLOCK_SLOTS
     sources, _, _ = order.locate(np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS))
     assert np.bincount(sources, minlength=len(shares)).tolist() == counts.tolist()
@@ -132,14 +132,14 @@ def test_epoch_warnings_grow_with_repetition() -> None:
 def test_dry_run_shows_mixture_shares_and_epoch_notes(prepared: Dataset, other: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(f"[{{path: {prepared.path}, weight: 3}}, {{path: {other.path}, weight: 1}}]")
-    words = [*TRAIN, "--dry-run", f"data.mixture={mixture}", f"run.tokens={2 * prepared.num_tokens}"]
-    words += ["schedule.warmup_tokens=0"]
-    assert main(words) == 0
+    arguments = [*TRAIN, "--dry-run", f"data.mixture={mixture}", f"run.tokens={2 * prepared.num_tokens}"]
+    arguments += ["schedule.warmup_tokens=0"]
+    assert main(arguments) == 0
     printed = capsys.readouterr()
     assert str(other.path) in printed.out
     assert "75.00%" in printed.out
     assert f"note: data.mixture: {prepared.path} will be read 1.5 times" in printed.err
-    assert main([*words, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     shares = [source["share"] for source in json.loads(capsys.readouterr().out)["mixture"]]
     assert shares == [0.75, 0.25]
     assert main([*TRAIN, "--dry-run", "data.mixture=/nowhere"]) == 0  # the data may come later

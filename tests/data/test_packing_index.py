@@ -100,8 +100,8 @@ def test_packing_index_damaged_is_rebuilt_or_reported_by_verify(prepared: Datase
 
 def test_packing_index_concurrent_processes_build_it_once(prepared: Dataset, tmp_path: Path) -> None:
     shutil.copytree(prepared.path, tmp_path / "copy", ignore=shutil.ignore_patterns("rows_*"))
-    said = at_once("tests.data.together:build_rows", tmp_path / "copy")
-    assert sorted(line for text in said for line in text.split()) == ["built", *["ready"] * 4]
+    outputs = at_once("tests.data.together:build_rows", tmp_path / "copy")
+    assert sorted(line for text in outputs for line in text.split()) == ["built", *["ready"] * 4]
     assert not list((tmp_path / "copy").glob(".tmp-*"))
     assert PackingIndex.open(tmp_path / "copy" / "rows_300", open_dataset(tmp_path / "copy"), 300, "packed") is not None
 

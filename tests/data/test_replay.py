@@ -23,24 +23,26 @@ from megatron_ettin.data.sampler import BatchSizes
 from tests.checkpoint.durable import watched
 
 CLS, SEP, PAD = 50281, 50282, 50283
-WORDS = ["data.seq_len=256", "batch.global_batch_rows=8", "batch.warmup_min_rows=2", "batch.warmup_tokens=20000"]
+OVERRIDES = ["data.seq_len=256", "batch.global_batch_rows=8", "batch.warmup_min_rows=2", "batch.warmup_tokens=20000"]
 
 
-def written_config(path: Path, *datasets: Dataset, words: tuple[str, ...] = ()) -> Path:
+def written_config(path: Path, *datasets: Dataset, overrides: tuple[str, ...] = ()) -> Path:
     mixture = ", ".join(f"{{path: {dataset.path}, weight: {i + 1}}}" for i, dataset in enumerate(datasets))
-    config = parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{mixture}]", *words])
+    config = parse("17m", "mlm", "pretrain", overrides=[*OVERRIDES, f"data.mixture=[{mixture}]", *overrides])
     path.write_text(to_yaml(config))
     return path
 
 
-def corpus_of(*datasets: Dataset, words: tuple[str, ...] = ()) -> BlendedDataset:
+def corpus_of(*datasets: Dataset, overrides: tuple[str, ...] = ()) -> BlendedDataset:
     mixture = ", ".join(f"{{path: {dataset.path}, weight: 1}}" for dataset in datasets)
-    return open_run_dataset(parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{mixture}]", *words]))
+    return open_run_dataset(
+        parse("17m", "mlm", "pretrain", overrides=[*OVERRIDES, f"data.mixture=[{mixture}]", *overrides])
+    )
 
 
-def refused(match: str, *datasets: Dataset, words: tuple[str, ...]) -> None:
+def refused(match: str, *datasets: Dataset, overrides: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        corpus_of(*datasets, words=words)
+        corpus_of(*datasets, overrides=overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -63,11 +65,11 @@ def test_order_exported_and_replayed_gives_the_same_batches(prepared: Dataset, o
     lists its datasets; --batches are the same bytes."""
     config = written_config(cache / "a.yaml", prepared, other)
     order = exported(config, cache / "order.parquet")
-    replay = written_config(cache / "b.yaml", other, prepared, words=(f"data.order={order}",))
+    replay = written_config(cache / "b.yaml", other, prepared, overrides=(f"data.order={order}",))
     assert parquet.read_table(exported(replay, cache / "again.parquet")).equals(parquet.read_table(order))
     for source, name in ((config, "a"), (replay, "b")):
-        words = ["order", str(source), "--steps", "1:30", "--batches", str(cache / f"{name}.npz")]
-        assert main(words) == 0
+        arguments = ["order", str(source), "--steps", "1:30", "--batches", str(cache / f"{name}.npz")]
+        assert main(arguments) == 0
     assert (cache / "a.npz").read_bytes() == (cache / "b.npz").read_bytes()
 
 
@@ -76,7 +78,7 @@ def test_order_step_past_the_recorded_end_is_refused(
 ) -> None:
     config = written_config(cache / "a.yaml", prepared)
     order = exported(config, cache / "order.parquet", "1:11")
-    replay = written_config(cache / "b.yaml", prepared, words=(f"data.order={order}",))
+    replay = written_config(cache / "b.yaml", prepared, overrides=(f"data.order={order}",))
     capsys.readouterr()
     assert main(["order", str(replay), "--steps", "10"]) == 0
     assert main(["order", str(replay), "--steps", "10:12"]) == 2
@@ -86,8 +88,8 @@ def test_order_step_past_the_recorded_end_is_refused(
 def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Path) -> None:
     """A script loops over more rows than are looked up at once."""
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet", "1:60")
-    words = [*WORDS, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
-    config = parse("17m", "mlm", "pretrain", overrides=words)
+    overrides = [*OVERRIDES, f"data.mixture=[{{path: {prepared.path}, weight: 1}}]", f"data.order={order}"]
+    config = parse("17m", "mlm", "pretrain", overrides=overrides)
     rows = open_run_dataset(config).row_limit
     assert rows is not None
     assert rows > 2 * ROWS_AT_ONCE
@@ -99,12 +101,12 @@ def test_iterate_rows_ends_with_the_recorded_order(prepared: Dataset, cache: Pat
 def test_recorded_order_fingerprint_depends_only_on_content(prepared: Dataset, other: Dataset, cache: Path) -> None:
     config = written_config(cache / "a.yaml", prepared, other)
     order = exported(config, cache / "order.parquet")
-    one = corpus_of(prepared, other, words=(f"data.order={order}",))
+    one = corpus_of(prepared, other, overrides=(f"data.order={order}",))
     moved = shutil.copy(order, cache / "elsewhere.parquet")
     os.utime(moved, ns=(1, 1))
-    assert corpus_of(other, prepared, words=(f"data.order={moved}",)).fingerprint == one.fingerprint
+    assert corpus_of(other, prepared, overrides=(f"data.order={moved}",)).fingerprint == one.fingerprint
     shorter = exported(config, cache / "shorter.parquet", "1:29")
-    assert corpus_of(prepared, other, words=(f"data.order={shorter}",)).fingerprint != one.fingerprint
+    assert corpus_of(prepared, other, overrides=(f"data.order={shorter}",)).fingerprint != one.fingerprint
     again = pickle.loads(pickle.dumps(one))
     assert again.fingerprint == one.fingerprint
     assert len(pickle.dumps(one)) < 100_000
@@ -118,14 +120,14 @@ def test_recorded_order_folder_is_read_by_step_numbers_in_names(prepared: Datase
     (cache / "parts").mkdir()
     for steps in ("1:3", "3:10", "10:13"):
         exported(config, cache / "parts" / f"steps_{steps.replace(':', '_to_')}.parquet", steps)
-    orders = [corpus_of(prepared, words=(f"data.order={path}",)) for path in (whole, cache / "parts")]
+    orders = [corpus_of(prepared, overrides=(f"data.order={path}",)) for path in (whole, cache / "parts")]
     assert orders[0].fingerprint == orders[1].fingerprint
 
 
 def test_recorded_order_is_forced_to_the_disk_before_it_has_its_name(prepared: Dataset, cache: Path) -> None:
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
     with watched(prepared.path) as seen:
-        corpus_of(prepared, words=(f"data.order={order}",))
+        corpus_of(prepared, overrides=(f"data.order={order}",))
     assert [rename.target.name for rename in seen.renames][:-1] == ["order.json"]
     assert seen.renames[-1].target.name.startswith("order_")
     assert [rename.unforced for rename in seen.renames] == [[], []]
@@ -134,19 +136,19 @@ def test_recorded_order_is_forced_to_the_disk_before_it_has_its_name(prepared: D
 
 def test_recorded_order_damaged_cache_is_rebuilt(prepared: Dataset, cache: Path) -> None:
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
-    words = (f"data.order={order}",)
-    before = corpus_of(prepared, words=words).fingerprint
+    overrides = (f"data.order={order}",)
+    before = corpus_of(prepared, overrides=overrides).fingerprint
     (folder,) = prepared.path.glob("order_*")
     with open(folder / "chunks.int64", "r+b") as stream:
         stream.truncate(8)
     left = prepared.path / f".tmp-{folder.name}-killed"
     left.mkdir()  # what a killed process leaves
-    assert corpus_of(prepared, words=words).fingerprint == before
+    assert corpus_of(prepared, overrides=overrides).fingerprint == before
     assert not left.exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"chunk": 10**6}, "step 1 slot 0 has chunk 1000000 of .* which has"),
         ({"dataset": "/nowhere"}, "trains on dataset /nowhere, which data.mixture does not have"),
@@ -154,27 +156,29 @@ def test_recorded_order_damaged_cache_is_rebuilt(prepared: Dataset, cache: Path)
         ({"step": None}, "a null in column step"),
     ],
 )
-def test_recorded_order_with_unfit_entries_is_refused(change: dict, told: str, prepared: Dataset, cache: Path) -> None:
+def test_recorded_order_with_unfit_entries_is_refused(
+    change: dict, message: str, prepared: Dataset, cache: Path
+) -> None:
     table = parquet.read_table(exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet"))
     records = table.to_pylist()
-    place = 0 if "slot" not in change else len(records) - 1
-    records[place].update(change)
+    index = 0 if "slot" not in change else len(records) - 1
+    records[index].update(change)
     parquet.write_table(pa.Table.from_pylist(records), cache / "changed.parquet")
-    refused(told, prepared, words=(f"data.order={cache / 'changed.parquet'}",))
+    refused(message, prepared, overrides=(f"data.order={cache / 'changed.parquet'}",))
 
 
 def test_recorded_order_unreadable_or_incompatible_source_is_refused(
     prepared: Dataset, other: Dataset, cache: Path
 ) -> None:
-    refused("not a file or folder; give keyed", prepared, words=("data.order=keyd",))
-    refused("no .parquet file", prepared, words=(f"data.order={other.path / 'tokenizer'}",))
+    refused("not a file or folder; give keyed", prepared, overrides=("data.order=keyd",))
+    refused("no .parquet file", prepared, overrides=(f"data.order={other.path / 'tokenizer'}",))
     parquet.write_table(pa.table({"text": ["a"]}), cache / "text.parquet")
-    refused("columns text; wanted input_ids", prepared, words=(f"data.order={cache / 'text.parquet'}",))
+    refused("columns text; wanted input_ids", prepared, overrides=(f"data.order={cache / 'text.parquet'}",))
     (cache / "torn.parquet").write_bytes((cache / "text.parquet").read_bytes()[:-20])
-    refused("not a readable parquet file", prepared, words=(f"data.order={cache / 'torn.parquet'}",))
+    refused("not a readable parquet file", prepared, overrides=(f"data.order={cache / 'torn.parquet'}",))
     order = exported(written_config(cache / "a.yaml", prepared), cache / "order.parquet")
-    refused("trains on dataset .*fingerprint", other, words=(f"data.order={order}",))
-    refused("exported with data.seq_len=256, this run has 300", prepared, words=(f"data.order={order}", "data.seq_len=300"))  # fmt: skip
+    refused("trains on dataset .*fingerprint", other, overrides=(f"data.order={order}",))
+    refused("exported with data.seq_len=256, this run has 300", prepared, overrides=(f"data.order={order}", "data.seq_len=300"))  # fmt: skip
 
 
 def publish(folder: Path, samples: list[list[int]], files: int = 3) -> Path:
@@ -215,11 +219,11 @@ def test_recorded_order_published_samples_are_matched_by_content(
     prepared: Dataset, other: Dataset, drawn: list[tuple[Dataset, int]], cache: Path
 ) -> None:
     samples = [dressed(dataset.chunk(chunk), i) for i, (dataset, chunk) in enumerate(drawn)]
-    words = (f"data.order={publish(cache / 'published', samples)}", "data.batching=padded")
-    corpus = corpus_of(prepared, other, words=words)
+    overrides = (f"data.order={publish(cache / 'published', samples)}", "data.batching=padded")
+    corpus = corpus_of(prepared, other, overrides=overrides)
     expected = [dataset.chunk(chunk).tolist() for dataset, chunk in drawn]
     assert contents(corpus) == expected
-    packed = corpus_of(prepared, other, words=words[:1])
+    packed = corpus_of(prepared, other, overrides=overrides[:1])
     assert sorted(contents(packed)) == sorted(expected)
     assert packed.num_rows < 0.75 * len(samples)
     for position, row in enumerate(packed.rows(range(packed.num_rows))):
@@ -234,7 +238,7 @@ def test_recorded_order_truncated_samples_match_truncated_chunks(prepared: Datas
     """Tokens beyond data.seq_len are ignored, in the sample and in the chunk."""
     long = [i for i in range(prepared.num_chunks) if len(prepared.chunk(i)) == 128][:10]
     samples = [prepared.chunk(i)[:100].tolist() for i in long]  # cut and without its end
-    corpus = corpus_of(prepared, words=(f"data.order={publish(cache / 'p', samples)}", "data.batching=padded", "data.seq_len=100"))  # fmt: skip
+    corpus = corpus_of(prepared, overrides=(f"data.order={publish(cache / 'p', samples)}", "data.batching=padded", "data.seq_len=100"))  # fmt: skip
     assert [row.tokens[:-1].tolist() for row in corpus.rows(range(10))] == [s[:99] for s in samples]
 
 
@@ -245,22 +249,29 @@ def test_recorded_order_unmatched_samples_are_refused_or_skipped(
     known = len(samples)
     samples[7:7] = [[CLS, 5, 6, 7, SEP], [CLS, SEP]]
     order = publish(cache / "published", samples, files=1)
-    words = (f"data.order={order}", "data.batching=padded")
+    overrides = (f"data.order={order}", "data.batching=padded")
     share = f"{100 * known / (known + 2):.2f} %"
     path = next(order.rglob("*.parquet"))
     row = parquet.read_table(path)["step"].to_pylist().index(7)
-    refused(f"2 of {known + 2} samples are in no dataset .*{share} are.*{path} row {row};", prepared, words=words)
-    corpus = corpus_of(prepared, words=(*words, "data.order_missing=skip"))
+    refused(
+        f"2 of {known + 2} samples are in no dataset .*{share} are.*{path} row {row};", prepared, overrides=overrides
+    )
+    corpus = corpus_of(prepared, overrides=(*overrides, "data.order_missing=skip"))
     assert corpus.num_rows == known
     assert corpus.skipped_samples == 2
     unknown = publish(cache / "unknown", [[CLS, 5, 6, 7, SEP]] * 3, files=1)
-    refused("3 of 3 samples", prepared, words=(f"data.order={unknown}", "data.order_missing=skip"))
+    refused("3 of 3 samples", prepared, overrides=(f"data.order={unknown}", "data.order_missing=skip"))
 
 
 def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset, cache: Path) -> None:
     copy = shutil.copytree(prepared.path, cache / "copy")
-    words = (f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}", "data.batching=padded")
-    config = parse("17m", "mlm", "pretrain", overrides=[*WORDS, f"data.mixture=[{prepared.path}, {copy}]", *words])
+    overrides = (
+        f"data.order={publish(cache / 'p', [prepared.chunk(3).tolist()] * 4, files=2)}",
+        "data.batching=padded",
+    )
+    config = parse(
+        "17m", "mlm", "pretrain", overrides=[*OVERRIDES, f"data.mixture=[{prepared.path}, {copy}]", *overrides]
+    )
     corpus = open_run_dataset(config)
     assert {(row.source, *row.chunks.tolist()) for row in corpus.rows(range(4))} == {(0, 3)}
 
@@ -268,7 +279,7 @@ def test_recorded_order_duplicate_content_uses_the_first_chunk(prepared: Dataset
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 50, 1000])
 def test_steps_within_matches_step_by_step_count_through_warmup(rows: int) -> None:
     """Compare with a step-by-step count through the warm-up."""
-    sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", overrides=WORDS).batch, 200.0)
+    sizes = BatchSizes.of(parse("17m", "mlm", "pretrain", overrides=OVERRIDES).batch, 200.0)
     steps, used = 0, sizes.size_at(0)
     while used <= rows:
         steps += 1

@@ -87,9 +87,9 @@ def test_load_tokenizer_without_cls_falls_back_to_bos_and_eos(tmp_path: Path) ->
     backend = Backend(WordLevel({"<s>": 0, "</s>": 1, "word": 2, "<unk>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
-    found = load_tokenizer(tmp_path)
-    assert (found.cls_id, found.sep_id, found.pad_id, found.mask_id) == (0, 1, 1, None)
-    assert found.special_ids == (0, 1, 3)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.cls_id, loaded.sep_id, loaded.pad_id, loaded.mask_id) == (0, 1, 1, None)
+    assert loaded.special_ids == (0, 1, 3)
 
 
 def test_load_tokenizer_absent_or_invalid_file_is_refused(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_load_tokenizer_absent_or_invalid_file_is_refused(tmp_path: Path) -> Non
         load_tokenizer(tmp_path / "absent")
 
 
-def save_words(folder: Path, vocabulary: dict[str, int]) -> Path:
+def save_tokenizer(folder: Path, vocabulary: dict[str, int]) -> Path:
     backend = Backend(WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, **vocabulary}, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
     folder.mkdir()
@@ -114,14 +114,14 @@ def save_words(folder: Path, vocabulary: dict[str, int]) -> Path:
 @pytest.mark.parametrize("largest", [100, 70_000])
 def test_tokenizer_with_holes_in_its_ids_has_largest_id_plus_one(tmp_path: Path, largest: int) -> None:
     """The number of its entries was taken instead: by data, but not by convert."""
-    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": largest})
+    folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": largest})
     assert load_tokenizer(folder).vocab_size == largest + 1
     assert token_count(folder) == largest + 1
 
 
 def test_prepare_ids_beyond_uint16_of_few_entries_are_kept(tmp_path: Path) -> None:
     """70000 was stored as 4464."""
-    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": 70_000})
+    folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": 70_000})
     (tmp_path / "a.txt").write_text("alpha beta")
     assert prepare_here(tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1) == 0
     dataset = open_dataset(tmp_path / "out")
@@ -134,7 +134,7 @@ def test_prepare_dataset_made_by_number_of_entries_is_not_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What earlier versions made of such a tokenizer has wrapped ids in it."""
-    folder = save_words(tmp_path / "t", {"alpha": 3, "beta": 70_000})
+    folder = save_tokenizer(tmp_path / "t", {"alpha": 3, "beta": 70_000})
     (tmp_path / "a.txt").write_text("alpha beta")
     arguments = (tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", folder, "--workers", 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,19 +162,19 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_load_tokenizer_settings_of_wrong_types_are_refused_or_left_out(tmp_path: Path, case: str) -> None:
-    name, content, told = BROKEN[case]
-    folder = save_words(tmp_path / "t", {"alpha": 3})
+    name, content, message = BROKEN[case]
+    folder = save_tokenizer(tmp_path / "t", {"alpha": 3})
     (folder / name).write_text(content)
-    if told is None:
+    if message is None:
         assert load_tokenizer(folder).cls_id == 1
     else:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_tokenizer(folder)
 
 
 def test_load_tokenizer_panic_of_the_library_is_refused(tmp_path: Path) -> None:
     """PanicException is no Exception."""
-    folder = save_words(tmp_path / "t", {"alpha": 3})
+    folder = save_tokenizer(tmp_path / "t", {"alpha": 3})
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     (folder / "tokenizer.json").write_text(json.dumps(content))

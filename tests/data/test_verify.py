@@ -30,8 +30,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory, small_blocks: None) -> Path:
     """A shard of more than one block, a held-out part and a packing index."""
     folder = tmp_path_factory.mktemp("verify")
     source = write_jsonl(folder / "corpus.jsonl", 150)
-    words = ("--chunk-tokens", 128, "--holdout", 0.05, "--seq-len", 128, "--workers", 1)
-    assert prepare_here(source, "--out", folder / "dataset", *words) == 0
+    options = ("--chunk-tokens", 128, "--holdout", 0.05, "--seq-len", 128, "--workers", 1)
+    assert prepare_here(source, "--out", folder / "dataset", *options) == 0
     assert (folder / "dataset" / "shard_00000.bin").stat().st_size > BLOCK_BYTES
     return folder / "dataset"
 
@@ -47,19 +47,19 @@ def verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[
     return status, capsys.readouterr().err.strip().splitlines()
 
 
-def flip(path: Path, *places: int) -> None:
+def flip(path: Path, *offsets: int) -> None:
     content = bytearray(path.read_bytes())
-    for place in places:
-        content[place] ^= 1
+    for offset in offsets:
+        content[offset] ^= 1
     path.write_bytes(content)
 
 
 def test_verify_sound_dataset_reports_nothing(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(sound, capsys) == (0, [])
     assert main(["inspect", str(sound), "--verify", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["verified"] is True
-    assert "bytes in" in told["verification"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"] is True
+    assert "bytes in" in report["verification"]
 
 
 def test_verify_flipped_bit_names_the_damaged_byte_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,9 +99,9 @@ def test_verify_reports_every_bad_file(copy: Path, capsys: pytest.CaptureFixture
     assert lines[3].startswith("ettin inspect: 3 of ")
     assert lines[3].endswith(", and 2 more")
     assert main(["inspect", str(copy), "--verify", "--json"]) == 2
-    told = json.loads(capsys.readouterr().out)
-    assert told["verified"] is False
-    assert told["problems"] == lines[:3]
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"] is False
+    assert report["problems"] == lines[:3]
 
 
 def test_verify_damaged_checksums_do_not_hide_damaged_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

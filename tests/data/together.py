@@ -24,13 +24,13 @@ def at_once(target: str, *arguments: object, processes: int = 4) -> list[str]:
     for one in running:
         assert one.stdin is not None
         one.stdin.close()
-    said = []
+    outputs = []
     for one, first in zip(running, met, strict=True):
         one.stdin = None
         output, errors = one.communicate(timeout=120)
         assert one.returncode == 0, errors
-        said.append(first + output)
-    return said
+        outputs.append(first + output)
+    return outputs
 
 
 def meet() -> None:
