@@ -18,9 +18,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_ettin.base.text import format_count
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import ModelConfig
 
 VOCABULARY = 50_368
 HEAD_DIM = 64
@@ -47,24 +50,8 @@ SIZES = {
 }
 
 
-class HasShape(Protocol):
-    """A `Shape` or the resolved `model` group, for counting parameters."""
-
-    @property
-    def num_layers(self) -> int:
-        """Return the number of layers."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Return the width of the residual stream."""
-
-    @property
-    def ffn_hidden_size(self) -> int:
-        """Return the inner width of the gated MLP."""
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Return the number of attention heads."""
+# what has a shape, for counting parameters
+HasShape: TypeAlias = "Shape | ModelConfig"
 
 
 def layer_parameter_count(shape: HasShape) -> int:

@@ -1,4 +1,4 @@
-"""Documents to chunks, as the recipe cuts them: pieces of chunk_tokens - 2 tokens, [CLS] before and [SEP] after each.
+"""Cut documents into chunks as the recipe does: pieces of chunk_tokens - 2 tokens between [CLS] and [SEP].
 
 The released scripts disagree about the [SEP]: one appends it to every chunk, another has that line commented out, a
 third asserts that it is there. `end_token` therefore has all three readings: every chunk ends in it (the default, which

@@ -1,8 +1,8 @@
-"""`ettin prepare --executor slurm`: a job array for the tasks and, after it, one job that finishes the dataset.
+"""Submit the tasks of `ettin prepare --executor slurm` as a job array, and one job that finishes the dataset.
 
-The finishing job is the same command with local processes: it finds the tasks done, or does what is left, merges and
-publishes. The command itself returns when both are submitted; run again it tells how far they are, and submits what is
-missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`.
+The finishing job is the same command with local processes: it sees that the tasks are done, or does what is left,
+merges and publishes. The command itself returns when both are submitted. Run again, it reports how far they are, and
+submits what is missing only where nothing of it is queued or running any more. Job ids are kept in `submitted.json`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def wait(out: Path, work: Path, jobs: list[str], counter: Counter, progress: Pro
             if (out / FILE_NAME).is_file():
                 return
             why = failure_reason(work) or f"they left no word in {work / 'log'} (cancelled?)"
-            # told: the next launch submits anew
+            # the next launch submits anew
             (work / SUBMITTED).unlink(missing_ok=True)
             raise UserError(f"jobs {', '.join(jobs)} ended without the dataset: {why}")
         time.sleep(WAIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Running the tasks of a plan: in this process, or by datatrove's executors on local processes, a SLURM cluster or Ray.
+"""Run the tasks of a plan: in this process, or by datatrove's executors on local processes, a SLURM cluster or Ray.
 
 A task is a rank of datatrove. It is done when its record lies in `tasks/`, whoever ran it; datatrove's own marks are
 brought in line with the records before each launch. Its logs go to `log/` in the working directory.

@@ -1,4 +1,4 @@
-"""datatrove's executors as `ettin prepare` uses them. Imported only where one is asked for: datatrove is an extra.
+"""Adapt datatrove's executors. Imported only where one is needed, because datatrove is an extra.
 
 It has no types, so mypy cannot know what these classes inherit.
 """

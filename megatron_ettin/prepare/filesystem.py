@@ -1,7 +1,7 @@
-"""Where inputs lie: local paths through the operating system, URLs (s3://, gs://, hf://, memory://) through fsspec.
+"""List and open inputs: paths through the operating system, URLs (s3://, gs://, hf://, memory://) through fsspec.
 
-A place is a string, a path or a URL; `file://` is a path. Remote files are opened for streaming, never copied. What a
-remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared.
+An input is named by a string, a path or a URL; `file://` is a path. Remote files are opened for streaming, never
+copied. What a remote file system says of a file's last change (time, ETag) is kept as text: it is only ever compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_ettin.base.parsing import load_json
 from megatron_ettin.base.paths import checked_name, path_in
 
 BUFFER_BYTES = 1 << 20
-# asked for at once: a request over a network costs tens of milliseconds
+# size of a read: a request over a network costs tens of milliseconds
 REMOTE_BLOCK_BYTES = 8 << 20
 # protocol -> what to install for it
 PACKAGES = {

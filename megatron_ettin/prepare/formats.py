@@ -1,7 +1,7 @@
 """Tell the format of an input by its name, and which formats one folder may hold.
 
-Strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one kind never decides that
-files of another are left out. What is passed over is kept with its reason and told at the end.
+This is strict on purpose: a file whose name says nothing is never guessed to be text, and a file of one format never
+decides that files of another are left out. What is passed over is kept with its reason and reported at the end.
 """
 
 from __future__ import annotations

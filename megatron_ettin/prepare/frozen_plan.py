@@ -1,4 +1,4 @@
-"""prepare.json: the settings, the inputs and the tasks of an unfinished dataset, frozen at the first launch.
+"""Freeze the settings, the inputs and the tasks of an unfinished dataset in prepare.json, at the first launch.
 
 Whoever goes on with it, with any number of workers and any executor, works off these tasks: task 17 is the same bytes
 of the same files for ever, which is what a record "task 17 is done" means. Inputs that changed since are refused by
@@ -159,7 +159,7 @@ def changed_since(work: Path, settings: dict[str, Any], files: list[InputFile]) 
 
 
 def stored_file(file: InputFile) -> dict[str, Any]:
-    """Return a file as prepare.json has it, where its format is the key `kind`."""
+    """Return a file as prepare.json has it, where its format is under `kind`."""
     return {"kind" if key == "format" else key: value for key, value in asdict(file).items()}
 
 

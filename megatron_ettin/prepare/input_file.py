@@ -1,4 +1,4 @@
-"""One input of `ettin prepare`: what the plan knows of it, its bytes, and whether it is still what was listed.
+"""Describe one input of `ettin prepare`, read its bytes, and check that it is still what was listed.
 
 A broken or cut-off archive is an error that names the file.
 """
@@ -91,7 +91,7 @@ def difference_from_listed(file: InputFile) -> str:
         return f"{file.url}: was removed while it was read"
     if now.bytes != file.bytes:
         return f"{file.url}: had {file.bytes:,} bytes when it was listed and has {now.bytes:,}"
-    # a remote file system may tell of one file's time in two ways; a pair of files has two times
+    # a remote file system may give one file's time in two ways; a pair of files has two times
     if local_path(file.url) is not None and now.modified not in file.modified.split():
         return f"{file.url}: was written to while it was read"
     return ""

@@ -1,10 +1,10 @@
-"""Which files `ettin prepare` reads and how the reading is cut into tasks, from names, sizes and directory indices.
+"""List the files that `ettin prepare` reads, and cut the reading into tasks, by names, sizes and directory indices.
 
-A task is about TASK_BYTES of input: some small files, or a range of a large one. The cut does not look at the number
-of workers, so neither does the output. A range is of bytes for every kind, and each kind has its own rule which
+A task is about TASK_BYTES of input: some small files, or a range of a large one. The cut does not depend on the number
+of workers, so neither does the output. A range is of bytes for every format, and each format has its own rule which
 documents belong to it (lines that begin in it, row groups that begin in it, ...), so that no file has to be opened to
 plan. A compressed file and an MDS shard cannot be entered in the middle and are not split. Small corpora get smaller
-tasks, so that there is something to share; very large ones get larger tasks, because a task is a shard and 100,000
+tasks, so that there is something to share. Very large ones get larger tasks, because a task is a shard and 100,000
 shards help nobody.
 """
 

@@ -1,4 +1,4 @@
-"""What was asked of `ettin prepare`, checked, and the hash by which a finished dataset knows its request."""
+"""Check a request of `ettin prepare`, and hash it, by which a finished dataset knows its request."""
 
 from __future__ import annotations
 

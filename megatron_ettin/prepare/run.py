@@ -1,8 +1,8 @@
-"""`ettin prepare` without its command line: plan, run the tasks, stage, publish.
+"""Make a dataset without the command line: plan, run the tasks, stage, publish.
 
-Everything happens in `.tmp-NAME/` beside the output: the frozen plan, a record per finished task, then the staged
+Everything happens in `.tmp-NAME/` in the output's folder: the frozen plan, a record per finished task, then the staged
 dataset, which one rename publishes. A killed prepare is therefore continued by running it again, and DATASET is
-complete or absent. What was asked for is hashed (settings, and the inputs' names and sizes): a finished dataset answers
+complete or absent. The request is hashed (settings, and the inputs' names and sizes): a finished dataset answers
 "already there" to the same request and is never overwritten by another one.
 """
 

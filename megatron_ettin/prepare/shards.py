@@ -1,4 +1,4 @@
-"""Writing one shard: tokens as they come, then the index, the documents table and each chunk's place in its document.
+"""Write one shard: tokens as they come, then the index, the documents table and each chunk's start in its document.
 
 Files are written under a temporary name, fsynced and renamed, all of them before the caller hears of them. The
 documents table is an uncompressed Arrow file: a reader maps it and looks up any document at once.

@@ -1,7 +1,7 @@
-"""From the records of finished tasks to a complete dataset directory, still under its temporary name.
+"""Turn the records of finished tasks into a complete dataset directory, still under its temporary name.
 
-Shards get their numbers here, in the order of the tasks, those without documents left out. Moving is by rename and may
-be interrupted anywhere: a file already moved is simply found in its place.
+Shards get their numbers here, in the order of the tasks; those without documents are left out. Files are moved by
+renames and may be interrupted anywhere: a file already moved is left where it is.
 """
 
 from __future__ import annotations

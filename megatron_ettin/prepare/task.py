@@ -1,7 +1,7 @@
-"""One task of `ettin prepare`: read, split off the held-out documents, tokenize in batches, cut, write one shard.
+"""Run one task: read, split off the held-out documents, tokenize in batches, cut, write one shard of each split.
 
-A task depends on its input and the settings only and ends by
-writing its record, so a task with a record is done, whichever process did it and whatever was killed since.
+A task depends on its input and the settings only and ends by writing its record, so a task with a record is done,
+whichever process did it and whatever was killed since.
 """
 
 from __future__ import annotations

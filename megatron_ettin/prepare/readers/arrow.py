@@ -1,9 +1,9 @@
-"""Arrow IPC files as `datasets` writes them (streams), the file format, and directories that `datasets` saved to disk.
+"""Read Arrow IPC files as `datasets` writes them (streams), the file format, and directories that `datasets` saved.
 
 A segment takes the record batches that begin in it. A stream has no index, so the batches before are passed over by
 walking; a local file is memory-mapped for that, which touches their headers only. Memory is bounded by one batch
-(`datasets` writes 1,000 rows). In a saved directory state.json names a split's Arrow files,
-dataset_dict.json the splits.
+(`datasets` writes 1,000 rows). In a saved directory state.json names a split's Arrow files, dataset_dict.json the
+splits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Documents in the columns of Arrow record batches, as parquet files and saved datasets have them.
+"""Read documents from the columns of Arrow record batches, as parquet files and saved datasets have them.
 
 A text column makes documents of texts. Where there is none, a column of lists of integers makes documents of tokens.
 """

@@ -1,4 +1,4 @@
-"""What every reader yields, and what it has to know: a document is a text, or the token ids of one.
+"""Define what every reader yields, a text or the token ids of one, and the settings that readers need.
 
 Token inputs come framed: chunks with [CLS] and [SEP] around them, rows filled up with [PAD]. What lies outside is taken
 off, sequence by sequence, and the tokens are then cut like a text's.

@@ -1,4 +1,4 @@
-"""Existing Megatron datasets: a document is the sequences between two entries of `document_indices`.
+"""Read Megatron datasets and our own: a document is the sequences between two entries of `document_indices`.
 
 A segment [start, end) of a .bin of n bytes takes documents [d * start / n, d * end / n) of the index's d: every
 document once, in order, without opening the index to plan. The index is read in blocks of documents through the file,

@@ -1,7 +1,7 @@
-"""Text files and JSON lines, plain or compressed, streamed; every defect is told by file and line or byte.
+"""Stream text files and JSON lines, plain or compressed. Every defect is reported with file and line or byte.
 
-Strict on purpose: a line that cannot be read is an error and not a skipped document, because a corpus that silently
-lost its second half trains just as quietly. Only blank lines are passed over.
+This is strict on purpose: a line that cannot be read is an error and not a skipped document, because a corpus that
+silently lost its second half trains just as quietly. Only blank lines are passed over.
 """
 
 from __future__ import annotations

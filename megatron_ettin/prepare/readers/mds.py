@@ -1,4 +1,4 @@
-"""Samples of an MDS shard, one after another; a compressed shard is decompressed as it is read.
+"""Read the samples of an MDS shard, one after another. A compressed shard is decompressed as it is read.
 
 A shard is: the number of samples n (uint32), n + 1 offsets of their bounds (uint32), the columns as JSON, the samples.
 A sample is: the size (uint32) of each column whose size varies, then the columns. An `ndarray` column says its dtype

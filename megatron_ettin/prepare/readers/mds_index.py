@@ -1,4 +1,4 @@
-"""index.json of an MDS directory (mosaicml-streaming's format, version 2): which shards it has and what is in them.
+"""Read index.json of an MDS directory (mosaicml-streaming's format, version 2): its shards and what is in them.
 
 The index is all that is believed: its shards are read, in its order, and nothing else in the directory. A root index
 may name shards in sub-directories ("a/shard.00000.mds"), as merged indices do; the sub-directories' own indices, which
@@ -26,7 +26,7 @@ class MdsShard:
     """Shard as the index describes it. No path is kept: a dataset does not depend on where its inputs lay."""
 
     file_name: str
-    """Of the file that is read, as the index names it."""
+    """Name of the file that is read, as in the index."""
     samples: int
     columns: tuple[tuple[str, str, int | None], ...]
     """Name, encoding, bytes where fixed."""
@@ -34,7 +34,7 @@ class MdsShard:
     raw_hashes: dict[str, str]
     """Algorithm -> hexadecimal digest, of the shard when not compressed."""
     file_hashes: dict[str, str]
-    """Of the file that is read: the compressed one, or as above."""
+    """Digests of the file that is read: the compressed one, or as above."""
 
     def to_json(self) -> str:
         """Return the shard as a JSON text."""

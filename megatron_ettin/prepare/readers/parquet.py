@@ -1,7 +1,7 @@
-"""Parquet files, row group by row group: a segment takes the row groups that begin in it.
+"""Read parquet files, row group by row group. A segment takes the row groups that begin in it.
 
-Read in batches of pages, so that memory is bounded by a batch and a page of each of the two columns, not by the file
-or its row groups.
+Read in batches of pages, so that memory is bounded by a batch and a page of each of the two columns, not by the file or
+its row groups.
 """
 
 from __future__ import annotations
