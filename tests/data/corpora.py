@@ -11,12 +11,13 @@ from typing import Any
 from megatron_ettin.cli.main import main
 from tests.forkserver import program
 
-WORDS = (
+COMMON_WORDS = (
     "the of and a in is it you that he was for on are with as his they be at one have this from or had by "
     "hot word but what some we can out other were all there when up use your how said an each she which "
     "do their time if will way about many then them write would like so these her long make thing see him "
     "two has look more day could go come"
-).split()
+)
+WORDS = COMMON_WORDS.split()
 
 
 def words(count: int, seed: int) -> str:
