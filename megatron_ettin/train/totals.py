@@ -7,7 +7,6 @@ Each figure has a slot in one fp64 tensor. To add a metric, call `add` where its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,9 +24,9 @@ STEP_SLOTS = (
 class StepTotals:
     """Figures of one step on this rank. Values that are tensors may still be computed by the device."""
 
-    def __init__(self, slots: Sequence[str] = STEP_SLOTS) -> None:
+    def __init__(self) -> None:
         self._reductions: dict[str, Reduction] = {}
-        self._slots: dict[str, None] = dict.fromkeys(slots)
+        self._slots: dict[str, None] = dict.fromkeys(STEP_SLOTS)
         self._numbers: dict[str, float] = {}
         self._tensors: dict[str, list[torch.Tensor]] = {}
 
