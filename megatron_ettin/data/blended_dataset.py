@@ -142,11 +142,6 @@ class BlendedDataset:
         """Samples of a recorded order that are left out because no dataset has them."""
         return self.order.record.skipped_samples if isinstance(self.order, RecordedSampler) else 0
 
-    @property
-    def counts(self) -> list[int]:
-        """Slots of each source in every block of the shuffled order."""
-        return self.order.counts if isinstance(self.order, ShuffledSampler) else []
-
     def locate(self, order_indices: npt.ArrayLike) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Return (source, row, epoch) of each order index."""
         return self.order.locate(order_indices)

@@ -78,9 +78,10 @@ def test_blended_dataset_block_proportions_follow_token_weights(prepared: Datase
     for block in (0, 7):
         positions = np.arange(block * BLOCK_SLOTS, (block + 1) * BLOCK_SLOTS)
         source, _, _ = corpus.locate(positions)
-        assert np.bincount(source).tolist() == corpus.counts
+        assert np.bincount(source).tolist() == corpus.order.counts
     tokens = [
-        count * plan.mean_tokens_per_row for count, plan in zip(corpus.counts, corpus.packing_indices, strict=True)
+        count * plan.mean_tokens_per_row
+        for count, plan in zip(corpus.order.counts, corpus.packing_indices, strict=True)
     ]
     assert abs(tokens[0] / sum(tokens) - 0.75) < 1e-4
     assert corpus.mean_tokens_per_row == pytest.approx(sum(tokens) / BLOCK_SLOTS)
