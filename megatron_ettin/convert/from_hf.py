@@ -71,11 +71,6 @@ def model_group(path: Path) -> dict[str, Any]:
     return {"model": dataclasses.asdict(from_hf_config(path / "config.json").model)}
 
 
-def import_dir(path: Path, run_dir: Path) -> Path:
-    """Return the folder in a run directory that holds the import of `path`."""
-    return run_dir / f"imported-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-
-
 def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
     """Import `path` into the run directory on the main process, or take the import that is there.
 
@@ -85,7 +80,7 @@ def import_once(path: Path, run_dir: Path, is_main_process: bool) -> Path:
     Raises:
         RankError: the main process has not imported it within WAIT_SECONDS.
     """
-    target = import_dir(path, run_dir)
+    target = run_dir / f"imported-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if is_main_process and not target.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
         from_hf(path, target)

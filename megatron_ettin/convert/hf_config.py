@@ -107,7 +107,6 @@ def from_hf_config(path: Path) -> ParsedHfConfig:
     notes: list[str] = []
     try:
         global_theta, local_theta = _thetas(config, objective, path, notes)
-        window = _window(config, objective, path)
         model = ModelConfig(
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=int(config["hidden_size"]),
@@ -120,7 +119,7 @@ def from_hf_config(path: Path) -> ParsedHfConfig:
             global_attention_every=_global_every(config, path),
             init_std=float(config.get("initializer_range", 0.02)),
             norm_eps=float(config.get("norm_eps", 1e-5)),
-            **_windows(window, objective),
+            **_windows(config, objective, path),
         )
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; the model's shape is unknown") from None
@@ -176,21 +175,16 @@ def _thetas(config: dict[str, Any], objective: str, path: Path, notes: list[str]
     return thetas["global"], thetas["local"]
 
 
-def _window(config: dict[str, Any], objective: str, path: Path) -> int:
-    """Return the window: keys to each side (encoder), or keys up to and with the query (decoder)."""
-    window = config.get("sliding_window") if objective == "clm" else None
-    if window is None:
-        window = int(config.get("local_attention") or 128) // 2
-    if int(window) < 1:
-        raise UserError(f"{path}: the window of local layers is {window}; it must be at least 1")
-    return int(window)
-
-
-def _windows(window: int, objective: str) -> dict[str, Any]:
+def _windows(config: dict[str, Any], objective: str, path: Path) -> dict[str, Any]:
     """Return the windows of the model as an encoder and as a decoder, so that it can become the other one.
 
-    To 64 keys on each side belong 64 keys up to and with the query, as in transformers, or 65, as in the trainer.
+    An encoder's counts keys to each side, a decoder's keys up to and with the query. To 64 keys on each side belong 64
+    keys up to and with the query, as in transformers, or 65, as in the trainer.
     """
+    window = config.get("sliding_window") if objective == "clm" else None
+    window = int(config.get("local_attention") or 128) // 2 if window is None else int(window)
+    if window < 1:
+        raise UserError(f"{path}: the window of local layers is {window}; it must be at least 1")
     encoder = window if objective == "mlm" else max(1, window - window % 2)
     return {"encoder_window": encoder, "decoder_window_keys": window}
 

@@ -5,13 +5,11 @@ Checkpoints rely on a rename that replaces at once, on fsync of files and folder
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ettin.base.errors import first_line
@@ -40,7 +38,10 @@ def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> 
         return [problem(name, f"{existing} is not a folder", "name a folder")]
     findings = [_room(f"room in {folder}", existing)]
     try:
-        with _probe_folder(existing) as probe:
+        with tempfile.TemporaryDirectory(
+            prefix=".tmp-ettin-doctor-", dir=existing, ignore_cleanup_errors=True
+        ) as temporary:
+            probe = Path(temporary)
             findings.append(_behaviour(name, probe))
             if not quick:
                 findings.append(_speed(f"speed in {folder}", probe, probe_bytes))
@@ -48,15 +49,6 @@ def file_findings(folder: Path, quick: bool, probe_bytes: int = PROBE_BYTES) -> 
         todo = "choose another folder, or fix its permissions"
         findings.append(problem(name, f"cannot be written ({first_line(error)})", todo))
     return findings
-
-
-@contextlib.contextmanager
-def _probe_folder(folder: Path) -> Iterator[Path]:
-    probe = Path(tempfile.mkdtemp(prefix=".tmp-ettin-doctor-", dir=folder))
-    try:
-        yield probe
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
 
 
 def _room(name: str, folder: Path) -> Finding:

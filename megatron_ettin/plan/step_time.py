@@ -26,7 +26,14 @@ from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import PRECISIONS, layer_parameter_count, parameter_count
 from megatron_ettin.plan.dry_run import mean_flops_per_token
 from megatron_ettin.plan.hardware import GpuSpec
-from megatron_ettin.plan.memory import element_bytes, fp8_parameters, micro_batch_tokens, rank_parameters, rank_stages
+from megatron_ettin.plan.memory import (
+    element_bytes,
+    fp8_parameters,
+    micro_batch_tokens,
+    rank_parameters,
+    rank_stages,
+    slices,
+)
 
 # bytes that a weight's update moves: gradient and fp32 master, two moments, cleared gradient, 16-bit weight
 UPDATE_BYTES = 50
@@ -155,8 +162,7 @@ class StepModel:
         a_token = (operations - linear + linear / speedup) * again / parallel.tp
         # fp32 runs at half of the rate and moves twice the bytes
         wide = 2 if PRECISIONS[config.precision.name].compute == "fp32" else 1
-        slices = parallel.tp if parallel.sequence_parallel else 1
-        moved = wide * (40 * model.hidden_size / slices + 20 * model.ffn_hidden_size / parallel.tp)
+        moved = wide * (40 * model.hidden_size / slices(config) + 20 * model.ffn_hidden_size / parallel.tp)
         costs, begin, works = layer_operations(config), 0, []
         for layers in stage_layers(config):
             share = sum(costs[begin : begin + layers]) / sum(costs)
@@ -272,7 +278,7 @@ def hidden_bytes(config: Config) -> int:
 
 def hop_bytes(config: Config) -> float:
     """Return the bytes that a pipeline stage sends the next for a micro-batch."""
-    return hidden_bytes(config) / (config.parallel.tp if config.parallel.sequence_parallel else 1)
+    return hidden_bytes(config) / slices(config)
 
 
 def tensor_passes(config: Config, pp_rank: int) -> int:

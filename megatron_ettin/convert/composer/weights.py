@@ -86,7 +86,8 @@ def find_weights(file: TorchFile) -> TrainerWeights:
     """Find the state dict of the model in a file. Raises UserError where there is none or a name is ambiguous."""
     path = file.path
     candidates = [lookup(file.tree, *keys) for keys in STATE_DICTS]
-    held = next((one for one in candidates if isinstance(one, dict) and _has_tensors(one)), None)
+    dictionaries = [one for one in candidates if isinstance(one, dict)]
+    held = next((one for one in dictionaries if any(isinstance(v, TensorRecord) for v in one.values())), None)
     if held is None:
         searched = ", ".join("/".join(keys) for keys in STATE_DICTS if keys)
         raise UserError(f"{path}: no weights found; looked for tensors at {searched} and at the top")
@@ -112,7 +113,3 @@ def find_weights(file: TorchFile) -> TrainerWeights:
         # the same bytes of the file, which need not be compared
         del tensors[TIED]
     return TrainerWeights(file, tensors, originals, heads[0], "clm" if is_split else "mlm")
-
-
-def _has_tensors(state: dict[Any, Any]) -> bool:
-    return any(isinstance(value, TensorRecord) for value in state.values())

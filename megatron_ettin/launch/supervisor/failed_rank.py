@@ -12,7 +12,8 @@ CONSEQUENCES = re.compile(
     r"no rendezvous with|process group|Socket Timeout|another rank failed"
 )
 # srun's line about a task that ended badly: "srun: error: n2: task 3: Killed", "... tasks 0-1: Exited with exit code 1"
-TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? ([\d,\-]+): (.+)$")
+# the first of several tasks is kept
+TASK_LINE = re.compile(r"^srun: error: (\S+): tasks? (\d+)[\d,\-]*: (.+)$")
 REQUESTED_ENDS = ("Terminated", "Exited with exit code 75", "Exited with exit code 143")
 # failures that a restart would repeat
 FINAL = ("user", "stopped")
@@ -47,24 +48,14 @@ class TaskExit(NamedTuple):
         return "\n".join(["--- {} failed first; its last lines:".format(where)] + self.lines)
 
 
-def expand_ranks(text: str) -> List[int]:
-    """Expand srun's list of tasks: `0,2-4` -> [0, 2, 3, 4]."""
-    ranks: List[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        ranks += range(int(first), int(last or first) + 1)
-    return ranks
-
-
 def from_srun(line: str) -> Optional[TaskExit]:
     """Parse a line of srun about a task; None for its other lines and for tasks that were asked to end."""
     match = TASK_LINE.match(line.rstrip())
     if match is None or match.group(3).startswith(REQUESTED_ENDS):
         return None
     by_signal = not match.group(3).startswith("Exited with exit code")
-    rank = expand_ranks(match.group(2))[0]
     lines = ["srun: {}".format(match.group(3))]
-    return TaskExit(time.time(), rank, match.group(1), "killed" if by_signal else "exit", lines)
+    return TaskExit(time.time(), int(match.group(2)), match.group(1), "killed" if by_signal else "exit", lines)
 
 
 def from_files(folder: str) -> List[TaskExit]:
