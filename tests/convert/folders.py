@@ -78,23 +78,23 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def command(capsys: Any, *words: Any) -> tuple[int, str, str]:
+def command(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
     """`ettin convert WORDS`: (status, standard output, last line of standard error)."""
     from megatron_ettin.cli.main import main
 
     capsys.readouterr()
-    status = main(["convert", *map(str, words)])
+    status = main(["convert", *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out, (err.strip().splitlines() or [""])[-1]
 
 
-def refused(capsys, tmp_path, way, source, said):
+def refused(capsys, tmp_path, way, source, message):
     before = sorted(path.name for path in tmp_path.iterdir())
     status, out, err = command(capsys, way, source, tmp_path / "out")
     assert status == 2
     assert out == ""
     assert err.startswith("ettin convert: ")
-    assert said in err, err
+    assert message in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

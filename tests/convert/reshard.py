@@ -22,19 +22,19 @@ from megatron_ettin.train.setup import setup_training
 def main(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     config = single_process_config(resume.checkpoint_config(checkpoint))
     config = config.with_keys({"parallel.tp": tp, "parallel.pp": pp, "precision.name": precision})
-    place, platform = read_distributed_env(), detect("cpu")
-    init_process_group(place, platform)
-    train_state = setup_training(config, platform, place.world, training=False, initial_weights=False)
+    env, platform = read_distributed_env(), detect("cpu")
+    init_process_group(env, platform)
+    train_state = setup_training(config, platform, env.world, training=False, initial_weights=False)
     progress = resume.load(train_state, checkpoint, with_optimizer=False, verified=True)
     staging = out.with_name(f".tmp-{out.name}")
-    if place.rank == 0:
+    if env.rank == 0:
         staging.mkdir()
     barrier()
     metadata = state.sharding_metadata(train_state.layout.dp_group)
     model = state.model_state(train_state.model_chunks, metadata)
     state.save_state(staging, model, None, dataclasses.asdict(progress))
     barrier()
-    if place.rank == 0:
+    if env.rank == 0:
         write_atomically(staging / "config.yaml", to_yaml(config))
         write_atomically(staging / "progress.json", '{"step": 0, "tokens": 0}\n')
         directory.seal_and_rename(staging, out)

@@ -21,12 +21,12 @@ def test_convert_to_other_objective_and_back_keeps_bits(tmp_path, capsys, object
     assert command(capsys, "from-hf", theirs, tmp_path / "checkpoint", *options.get("from-hf", []))[0] == 0
     trained = read_config(tmp_path / "checkpoint")["run"]["objective"]
     assert trained == (OTHER[objective] if way == "from-hf" else objective)
-    words = ["to-hf", tmp_path / "checkpoint", tmp_path / "other", "--json", *options.get("to-hf", [])]
-    status, out, err = command(capsys, *words)
+    arguments = ["to-hf", tmp_path / "checkpoint", tmp_path / "other", "--json", *options.get("to-hf", [])]
+    status, out, err = command(capsys, *arguments)
     assert status == 0, err
-    told = json.loads(out)
-    assert told["objective"] == OTHER[objective]
-    assert told["parity"]["max_abs_logit_difference"] < 1e-4
+    answer = json.loads(out)
+    assert answer["objective"] == OTHER[objective]
+    assert answer["parity"]["max_abs_logit_difference"] < 1e-4
     check_names(tensors(theirs), tensors(tmp_path / "other"), objective)
     assert load(tmp_path / "other", OTHER[objective]).config.sliding_window == 8
     assert command(capsys, "from-hf", tmp_path / "other", tmp_path / "back", "--objective", objective)[0] == 0
@@ -50,12 +50,12 @@ def test_to_hf_card_of_decoder_made_encoder_says_so(tmp_path, capsys):
     """A decoder made an encoder predicts one position early until it is trained on."""
     make_folder(tmp_path / "theirs", "clm")
     command(capsys, "from-hf", tmp_path / "theirs", tmp_path / "checkpoint")
-    for objective, said in (("mlm", "masked next-token prediction"), (None, None)):
+    for objective, message in (("mlm", "masked next-token prediction"), (None, None)):
         out = tmp_path / f"out-{objective}"
-        words = ["to-hf", tmp_path / "checkpoint", out, "--no-verify"]
-        assert command(capsys, *words, *(["--objective", objective] if objective else []))[0] == 0
+        arguments = ["to-hf", tmp_path / "checkpoint", out, "--no-verify"]
+        assert command(capsys, *arguments, *(["--objective", objective] if objective else []))[0] == 0
         card = " ".join((out / "README.md").read_text().split())
-        assert ("masked next-token prediction" in card) == (said is not None)
+        assert ("masked next-token prediction" in card) == (message is not None)
 
 
 def test_convert_unknown_objective_is_refused(tmp_path, capsys):

@@ -26,13 +26,13 @@ WAYS = {
 }
 
 
-def convert_until_killed(way: str, *words: str) -> int | None:
+def convert_until_killed(way: str, *arguments: str) -> int | None:
     """Run `ettin convert`, in a process that dies of SIGKILL at that place."""
     module, name = WAYS[way]
     with mock.patch.object(
         importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     ):
-        return forkserver.be_program("ettin", "convert", way, *words)
+        return forkserver.be_program("ettin", "convert", way, *arguments)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -45,13 +45,13 @@ def test_convert_killed_while_writing_leaves_nothing_and_repeats(tmp_path, capsy
         source = tmp_path / "file.pt"
         trainer_file(source, "mlm")
     before = {path.name for path in tmp_path.iterdir()}
-    words = [way, str(source), str(tmp_path / "out")]
-    child = forkserver.call(forkserver.shared(), "tests.convert.test_folders:convert_until_killed", words)
+    arguments = [way, str(source), str(tmp_path / "out")]
+    child = forkserver.call(forkserver.shared(), "tests.convert.test_folders:convert_until_killed", arguments)
     assert child.wait() == -signal.SIGKILL
     child.close()
     assert {path.name for path in tmp_path.iterdir()} == {*before, ".tmp-out"}
     assert list((tmp_path / ".tmp-out").rglob("*.safetensors" if way == "to-hf" else "*.distcp"))
-    assert command(capsys, *words)[0] == 0
+    assert command(capsys, *arguments)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {*before, "out"}
 
 
@@ -76,9 +76,11 @@ def begun(tmp_path):
     make_folder(tmp_path / "theirs", "mlm")
     (tmp_path / "signs").mkdir()
     code = "import sys; from tests.convert.test_folders import convert_slowly; sys.exit(convert_slowly(*sys.argv[1:]))"
-    words = ["from-hf", tmp_path / "theirs", tmp_path / "out", tmp_path / "signs"]
+    arguments = ["from-hf", tmp_path / "theirs", tmp_path / "out", tmp_path / "signs"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(forkserver.ROOT), *sys.path])}
-    child = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
     end = time.monotonic() + 120
     while not (tmp_path / "signs" / "reached").exists():
         assert child.poll() is None, child.communicate()

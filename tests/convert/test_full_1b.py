@@ -36,9 +36,9 @@ def shape() -> dict[str, int]:
 
 def reshard(checkpoint: Path, out: Path, precision: str, tp: int, pp: int) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), "-m"]
-    words = [str(checkpoint), str(out), precision, str(tp), str(pp)]
+    arguments = [str(checkpoint), str(out), precision, str(tp), str(pp)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run([*start, "tests.convert.reshard", *words], capture_output=True, text=True, env=environment)
+    run = subprocess.run([*start, "tests.convert.reshard", *arguments], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

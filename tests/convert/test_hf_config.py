@@ -84,7 +84,7 @@ def test_from_hf_config_null_local_theta_takes_global_theta(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"architectures": ["ModernBertModel"]}, "ModernBertModel"),
@@ -102,8 +102,8 @@ def test_from_hf_config_null_local_theta_takes_global_theta(tmp_path):
         ({"hidden_size": "wide"}, "wide"),
     ],
 )
-def test_from_hf_config_unsupported_model_is_refused(tmp_path, changes, said):
-    with pytest.raises(UserError, match=f".*{said}") as caught:
+def test_from_hf_config_unsupported_model_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=f".*{message}") as caught:
         from_hf_config(written(tmp_path, "mlm", **changes))
     assert "\n" not in str(caught.value)
     assert "config.json" in str(caught.value)

@@ -76,7 +76,7 @@ def cases() -> list[Any]:
     listed = []
     for number, size in enumerate(SIZES):
         listed += [(size, *case) for case in (every if size in FULL else [every[number % 4]])]
-    return [pytest.param(*case, marks=[pytest.mark.full] * (place > 0)) for place, case in enumerate(listed)]
+    return [pytest.param(*case, marks=[pytest.mark.full] * (i > 0)) for i, case in enumerate(listed)]
 
 
 @pytest.mark.parametrize(("size", "objective", "precision"), cases())
@@ -86,10 +86,10 @@ def test_convert_trained_on_one_and_four_ranks_keeps_bits(
     shape = shape_of(size)
     theirs = make_folder(tmp_path / "theirs", objective, shape, DTYPES[precision])
     from_hf(theirs, tmp_path / "imported")
-    for world, words in (ONE, FOUR) if size in FULL else (FOUR,):
+    for world, arguments in (ONE, FOUR) if size in FULL else (FOUR,):
         run = tmp_path / f"run-{world}"
         command = ["train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(run)]
-        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *WORDS, *words]
+        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *WORDS, *arguments]
         command += [f"model.vocab_size={VOCABULARY}", f"model.num_layers={shape['num_hidden_layers']}", *gathers(size)]
         results = pool.run(world, [*command, f"data.mixture={odd_corpus}"], timeout_seconds=600)
         assert {result.status for result in results} == {0}, "\n".join(r.output[-2000:] for r in results)
@@ -100,11 +100,11 @@ def test_convert_trained_on_one_and_four_ranks_keeps_bits(
 
 
 def assert_same(theirs: Path, again: Path, layout: str) -> None:
-    expected, found = tensors(theirs), tensors(again)
-    assert expected.keys() == found.keys()
+    expected, actual = tensors(theirs), tensors(again)
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        same = tensor.dtype == found[name].dtype and torch.equal(
-            tensor.view(torch.uint8), found[name].view(torch.uint8)
+        same = tensor.dtype == actual[name].dtype and torch.equal(
+            tensor.view(torch.uint8), actual[name].view(torch.uint8)
         )
         assert same, f"{name} after {layout}"
 
@@ -115,8 +115,8 @@ def assert_same(theirs: Path, again: Path, layout: str) -> None:
 def test_to_hf_of_sharded_training_checkpoint_verifies_and_round_trips(
     pool, corpus, tmp_path, capsys, objective, precision
 ):
-    words = ["parallel.tp=2", "parallel.pp=2", "run.steps=2", f"precision.name={precision}"]
-    train(pool, 4, tmp_path / "run", corpus, objective, words)
+    arguments = ["parallel.tp=2", "parallel.pp=2", "run.steps=2", f"precision.name={precision}"]
+    train(pool, 4, tmp_path / "run", corpus, objective, arguments)
     status, out, err = command(capsys, "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--json")
     assert status == 0, err
     result = json.loads(out)

@@ -32,7 +32,7 @@ def test_to_hf_damaged_checkpoint_file_is_named(checkpoint, tmp_path, capsys, na
 def test_to_hf_checkpoint_unlike_its_config_is_refused(checkpoint, tmp_path, capsys):
     path = checkpoint / "config.yaml"
     text = path.read_text()
-    for old, new, said in (
+    for old, new, message in (
         ("ffn_hidden_size: 96", "ffn_hidden_size: 48", "linear_fc1.weight is (192, 64)"),
         ("num_layers: 4", "num_layers: 5", "no tensor transformer.layers.4."),
         ("vocab_size: 320", "vocab_size: 321", "embedding.word_embeddings.weight is (320, 64)"),
@@ -42,7 +42,7 @@ def test_to_hf_checkpoint_unlike_its_config_is_refused(checkpoint, tmp_path, cap
         assert old in text
         path.write_text(text.replace(old, new))
         seal(checkpoint)
-        refused(capsys, tmp_path, "to-hf", checkpoint, said)
+        refused(capsys, tmp_path, "to-hf", checkpoint, message)
 
 
 def test_to_hf_padded_vocabulary_is_stripped(sources, tmp_path):

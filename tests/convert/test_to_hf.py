@@ -16,8 +16,8 @@ def test_convert_source_missing_or_no_checkpoint_is_refused(tmp_path, capsys):
 
 def test_convert_bad_arguments_exit_2_and_write_nothing(sources, tmp_path, capsys):
     checkpoint = sources / "checkpoint"
-    for words in ([], ["to-hf"], ["to-hf", checkpoint, tmp_path / "out", "--dtype", "float8"]):
-        assert command(capsys, *words)[0] == 2
+    for arguments in ([], ["to-hf"], ["to-hf", checkpoint, tmp_path / "out", "--dtype", "float8"]):
+        assert command(capsys, *arguments)[0] == 2
     for count in ("0", "many"):
         assert command(capsys, "to-hf", checkpoint, tmp_path / "out", "--max-shard-bytes", count)[0] == 2
     assert list(tmp_path.iterdir()) == []

@@ -52,15 +52,15 @@ def make_exports(pool, folder: Path, end_token: str) -> Exported:
     (theirs / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     lines = [json.dumps({"text": sentences(seed, 9)}) for seed in range(60)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    found = Exported(folder / "dataset", folder / "encoder", folder / "decoder", folder / "back")
-    words = ["--tokenizer", str(theirs), "--chunk-tokens", "48", "--workers", "1", "--end-token", end_token]
-    assert main(["prepare", str(folder / "text.jsonl"), "--out", str(found.dataset), *words]) == 0
-    train(pool, 1, folder / "run", found.dataset, "clm", ["run.steps=2", "model.max_position_embeddings=512"])
+    exports = Exported(folder / "dataset", folder / "encoder", folder / "decoder", folder / "back")
+    arguments = ["--tokenizer", str(theirs), "--chunk-tokens", "48", "--workers", "1", "--end-token", end_token]
+    assert main(["prepare", str(folder / "text.jsonl"), "--out", str(exports.dataset), *arguments]) == 0
+    train(pool, 1, folder / "run", exports.dataset, "clm", ["run.steps=2", "model.max_position_embeddings=512"])
     to_hf = ["convert", "to-hf", str(folder / "run")]
-    assert main([*to_hf, str(found.decoder)]) == 0
-    assert main([*to_hf, str(found.encoder), "--objective", "mlm", "--no-verify"]) == 0
-    assert main(["convert", "from-hf", str(found.encoder), str(found.back)]) == 0
-    return found
+    assert main([*to_hf, str(exports.decoder)]) == 0
+    assert main([*to_hf, str(exports.encoder), "--objective", "mlm", "--no-verify"]) == 0
+    assert main(["convert", "from-hf", str(exports.encoder), str(exports.back)]) == 0
+    return exports
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def exported(pool, tmp_path_factory) -> Exported:
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_to_hf_config_has_the_special_ids_of_training(exported, objective):
     trained, config = read_manifest(exported.dataset).tokenizer, exported.config(objective)
-    found = [config[f"{role}_token_id"] for role in ("cls", "sep", "pad", "bos", "eos")]
-    assert found == [trained.cls_id, trained.sep_id, trained.pad_id, trained.cls_id, trained.sep_id]
+    exports = [config[f"{role}_token_id"] for role in ("cls", "sep", "pad", "bos", "eos")]
+    assert exports == [trained.cls_id, trained.sep_id, trained.pad_id, trained.cls_id, trained.sep_id]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
@@ -128,8 +128,8 @@ def test_to_hf_decoder_says_where_generation_ends(exported):
 def test_to_hf_of_chunks_without_sep_writes_no_sep(pool, tmp_path):
     from transformers import AutoTokenizer
 
-    found = make_exports(pool, tmp_path, "none")
-    ids = AutoTokenizer.from_pretrained(found.encoder)(TEXT)["input_ids"]
-    assert ids[0] == read_manifest(found.dataset).tokenizer.cls_id
-    assert read_manifest(found.dataset).tokenizer.sep_id not in ids
-    assert load_tokenizer(found.back / "tokenizer").fingerprint == load_tokenizer(found.dataset).fingerprint
+    exports = make_exports(pool, tmp_path, "none")
+    ids = AutoTokenizer.from_pretrained(exports.encoder)(TEXT)["input_ids"]
+    assert ids[0] == read_manifest(exports.dataset).tokenizer.cls_id
+    assert read_manifest(exports.dataset).tokenizer.sep_id not in ids
+    assert load_tokenizer(exports.back / "tokenizer").fingerprint == load_tokenizer(exports.dataset).fingerprint

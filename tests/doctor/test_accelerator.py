@@ -16,9 +16,9 @@ def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     assert inventory.apex_kind() == "other"
-    found = accelerator._apex(has_gpu=True)
-    assert found.state == "warning"
-    assert "pip uninstall apex" in found.todo
+    finding = accelerator._apex(has_gpu=True)
+    assert finding.state == "warning"
+    assert "pip uninstall apex" in finding.todo
     (tmp_path / "apex" / "optimizers").mkdir()
     (tmp_path / "apex" / "optimizers" / "fused_adam.py").touch()
     assert inventory.apex_kind() == "nvidia"
@@ -50,10 +50,10 @@ def test_missing_gpu_packages_matter_only_with_a_gpu() -> None:
 def test_transformer_engine_broken_or_old_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "version_of", lambda name: "2.13.0")
     monkeypatch.setattr(inventory, "transformer_engine_error", lambda: "ImportError: undefined symbol: cublasLt")
-    found = accelerator._transformer_engine(True, False)
-    assert found.state == "warning"
-    assert "undefined symbol" in found.text
-    assert "no FP8" in found.text
+    finding = accelerator._transformer_engine(True, False)
+    assert finding.state == "warning"
+    assert "undefined symbol" in finding.text
+    assert "no FP8" in finding.text
     monkeypatch.setattr(inventory, "transformer_engine_error", lambda: None)
     monkeypatch.setattr(accelerator, "version_of", lambda name: "2.11.0")
     assert "older than 2.12.0" in accelerator._transformer_engine(True, False).text

@@ -18,11 +18,11 @@ def states(folder: Path, quick: bool = False) -> dict[str, str]:
 
 
 def test_file_findings_good_folder_is_ok_and_left_unchanged(tmp_path: Path) -> None:
-    found = {one.name.partition(" in ")[0]: one for one in files.file_findings(tmp_path, False, SMALL)}
-    assert found["files"].state == "ok"
-    assert found["room"].figures["free_bytes"] > 0
-    assert found["speed"].figures["write_mb_per_second"] > 0
-    assert found["speed"].figures["fsync_seconds"] > 0
+    findings = {one.name.partition(" in ")[0]: one for one in files.file_findings(tmp_path, False, SMALL)}
+    assert findings["files"].state == "ok"
+    assert findings["room"].figures["free_bytes"] > 0
+    assert findings["speed"].figures["write_mb_per_second"] > 0
+    assert findings["speed"].figures["fsync_seconds"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -42,10 +42,10 @@ def test_file_findings_unwritable_folder_is_a_problem(tmp_path: Path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
-    found = files.file_findings(tmp_path, True)[-1]
-    assert found.state == "problem"
-    assert "Permission denied" in found.text
-    assert found.todo
+    finding = files.file_findings(tmp_path, True)[-1]
+    assert finding.state == "problem"
+    assert "Permission denied" in finding.text
+    assert finding.todo
 
 
 def test_file_findings_rename_over_a_folder_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,10 +62,10 @@ def test_file_findings_folder_without_fsync_is_a_problem(tmp_path: Path, monkeyp
         real(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    found = files.file_findings(tmp_path, True)[-1]
-    assert found.state == "problem"
-    assert "fsync" in found.text
-    assert "Invalid argument" in found.text
+    finding = files.file_findings(tmp_path, True)[-1]
+    assert finding.state == "problem"
+    assert "fsync" in finding.text
+    assert "Invalid argument" in finding.text
 
 
 @pytest.mark.parametrize("refuse", [True, False], ids=["no locks", "locks that hold nothing"])
@@ -77,9 +77,9 @@ def test_file_findings_without_working_locks_warn(
             raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    found = files.file_findings(tmp_path, True)[-1]
-    assert found.state == "warning"
-    assert "flock" in found.text
+    finding = files.file_findings(tmp_path, True)[-1]
+    assert finding.state == "warning"
+    assert "flock" in finding.text
 
 
 @pytest.mark.parametrize(("free", "inodes"), [(1 << 20, 1 << 20), (1 << 40, 5)])

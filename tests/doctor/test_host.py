@@ -39,9 +39,9 @@ def test_names_unresolvable_hosts_are_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[03-07]")
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    found = host._names()
-    assert [(one.name, one.state) for one in found] == [("host name", "warning"), ("first host", "problem")]
-    assert "n03" in found[1].text
+    findings = host._names()
+    assert [(one.name, one.state) for one in findings] == [("host name", "warning"), ("first host", "problem")]
+    assert "n03" in findings[1].text
 
 
 def test_shared_memory_missing_is_a_problem(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def test_all_reduce_and_clocks_wrong_sums_or_skew_are_reported() -> None:
 
 
 def test_doctor_ranks_agree_or_name_the_differing_rank(pool, tmp_path: Path) -> None:
-    words = ["doctor", "--ranks", "--path", str(tmp_path)]
-    first, second = pool.run(2, words)
+    arguments = ["doctor", "--ranks", "--path", str(tmp_path)]
+    first, second = pool.run(2, arguments)
     assert (first.status, second.status, second.output) == (0, 0, ""), first.output + second.output
     for expected in (
         "rendezvous: 2 ranks",
@@ -55,7 +55,7 @@ def test_doctor_ranks_agree_or_name_the_differing_rank(pool, tmp_path: Path) -> 
         "2 ranks, 4 MiB; right",
     ):
         assert expected in first.output
-    first, second = pool.run(2, [*words, "--quick"], mutation="doctor_of_other_code_on_rank_1")
+    first, second = pool.run(2, [*arguments, "--quick"], mutation="doctor_of_other_code_on_rank_1")
     assert (first.status, second.status) == (1, 1)
     assert "problem  ranks alike: the ranks differ in code of megatron_ettin: rank 1" in first.output
 

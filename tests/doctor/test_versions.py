@@ -31,9 +31,9 @@ def test_tested_versions_match_the_constraints_files() -> None:
 def judged(monkeypatch: pytest.MonkeyPatch, line: str, version: str | None, optional: bool = False) -> dict[str, str]:
     monkeypatch.setattr(versions, "version_of", lambda name: version)
     requirement = Requirement(line)
-    found = versions._packages({requirement.name: (requirement, optional)})
-    assert all(one.todo for one in found if one.state in ("warning", "problem"))
-    return {one.name: one.state for one in found}
+    findings = versions._packages({requirement.name: (requirement, optional)})
+    assert all(one.todo for one in findings if one.state in ("warning", "problem"))
+    return {one.name: one.state for one in findings}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_package_version_is_judged_by_its_requirement(
 
 
 def test_requirements_are_read_with_their_optional_flag() -> None:
-    found = versions._requirements()
-    assert not found["torch"][1]
-    assert found["deepspeed"][1]
-    assert "pytest" not in found
+    findings = versions._requirements()
+    assert not findings["torch"][1]
+    assert findings["deepspeed"][1]
+    assert "pytest" not in findings

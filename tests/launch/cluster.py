@@ -63,7 +63,7 @@ class Process:
 
 
 def processes() -> list[Process]:
-    found, forks = [], {}
+    running, forks = [], {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             name, _, status = (folder / "stat").read_text().partition("(")[2].rpartition(")")
@@ -74,8 +74,8 @@ def processes() -> list[Process]:
         if name.startswith(NAMED):
             forks[int(name.removeprefix(NAMED))] = int(folder.name)
         variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        found.append(Process(int(folder.name), int(folder.name), int(status.split()[1]), command, variables))
-    return [replace(process, pid=forks.get(process.pid, process.pid)) for process in found]
+        running.append(Process(int(folder.name), int(folder.name), int(status.split()[1]), command, variables))
+    return [replace(process, pid=forks.get(process.pid, process.pid)) for process in running]
 
 
 class Cluster:
@@ -103,9 +103,9 @@ class Cluster:
         variables = {**os.environ, **self.environment, **environment}
         return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout, env=variables)
 
-    def submit(self, *words: str | Path, **environment: str) -> str:
+    def submit(self, *arguments: str | Path, **environment: str) -> str:
         """Submit with sbatch and return the job's id."""
-        done = self.call("sbatch", "--parsable", *words, **environment)
+        done = self.call("sbatch", "--parsable", *arguments, **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -118,8 +118,8 @@ class Cluster:
 
     def shown(self, job: str, key: str) -> str:
         """Return a field of `scontrol show job`."""
-        words = self.call("scontrol", "show", "job", job).stdout.split()
-        return next((word.partition("=")[2] for word in words if word.startswith(key + "=")), "")
+        fields = self.call("scontrol", "show", "job", job).stdout.split()
+        return next((word.partition("=")[2] for word in fields if word.startswith(key + "=")), "")
 
     def wait_for_end(self, job: str, seconds: float = 240) -> str:
         """Wait for the end of a job and return its final state."""

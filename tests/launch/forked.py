@@ -77,11 +77,11 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def be_rank(*words: str) -> int | None:
+def be_rank(*command_line: str) -> int | None:
     """Run `ettin ...` on a node."""
     join_node()
     with paced(float(os.environ.get(PACE_VARIABLE) or 0)):
-        return forkserver.be_program(*words)
+        return forkserver.be_program(*command_line)
 
 
 @contextlib.contextmanager
@@ -99,10 +99,10 @@ def paced(seconds: float) -> Iterator[None]:
         yield
 
 
-def be_torchrun(*words: str) -> None:
+def be_torchrun(*command_line: str) -> None:
     """Run `torchrun ...` on a node; the `ettin` that it starts is the one on the PATH."""
     join_node()
     from torch.distributed.run import main
 
-    sys.argv = list(words)
-    main(list(words[1:]))
+    sys.argv = list(command_line)
+    main(list(command_line[1:]))

@@ -20,19 +20,21 @@ def forked_path() -> str:
     return f"{forked.folder()}:{PATH}"
 
 
-def train_words(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
+def train_arguments(corpus: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
     """Return the words of a train call: encoder 17m by name, tiny by shape."""
     named = ["--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--run-dir", str(run_dir)]
     saves = [f"run.steps={steps}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=0", "resilience.hang_seconds=10"]
     return [*named, *TINY, f"data.mixture={corpus}", *saves, *more]
 
 
-def launch_words(nodes: int, tasks: int, *more: str) -> list[str]:
+def launch_arguments(nodes: int, tasks: int, *more: str) -> list[str]:
     """Return the words of a launch call up to the `--`, without GPUs."""
     return ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), *more]
 
 
-def launch(cluster: Cluster, words: list[str], *options: str, pace: float = PACE_SECONDS, real: bool = False) -> str:
+def launch(
+    cluster: Cluster, arguments: list[str], *options: str, pace: float = PACE_SECONDS, real: bool = False
+) -> str:
     """Submit with `ettin launch --submit` and return the id of the one job.
 
     Args:
@@ -45,7 +47,7 @@ def launch(cluster: Cluster, words: list[str], *options: str, pace: float = PACE
     if not real and "--profile" not in options:
         options = (*options, "--profile", str(profile()))
     variables = {"PATH": PATH, forked.PACE_VARIABLE: str(pace)}
-    done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *words, **variables)
+    done = cluster.call(ETTIN, "launch", *options, "--submit", "--", "train", *arguments, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("job ", 1)[1].split(";", 1)[0]
 
@@ -57,7 +59,7 @@ def profile(target: Path | None = None, text: str = "") -> Path:
     return path
 
 
-def all_said(run_dir: Path) -> str:
+def all_output(run_dir: Path) -> str:
     """Return the output of the run's jobs as one text."""
     return "\n".join(log_of(run_dir))
 

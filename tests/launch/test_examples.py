@@ -21,11 +21,11 @@ WORDS = [*TINY, "run.steps=3", "parallel.distributed_optimizer=false"]
 
 
 def submitted(
-    cluster: Cluster, folder: Path, script: str, options: list[str], words: list[str], **variables: str
+    cluster: Cluster, folder: Path, script: str, options: list[str], arguments: list[str], **variables: str
 ) -> str:
     """Submit with sbatch in `folder` and return the job's id."""
     return cluster.submit(
-        "--chdir", folder, *SMALL, *options, EXAMPLES / script, *words, PATH=forked_path(), **variables
+        "--chdir", folder, *SMALL, *options, EXAMPLES / script, *arguments, PATH=forked_path(), **variables
     )
 
 
@@ -43,10 +43,10 @@ def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     """Submit the scripts of one run, all jobs at once; return the folder of each, which holds its output."""
     folders, jobs = {script: tmp_path_factory.mktemp(script) for script in NODES}, {}
     for script, nodes in NODES.items():
-        words = [word for word in WORDS if script != "one_node" or "distributed" not in word]
+        arguments = [word for word in WORDS if script != "one_node" or "distributed" not in word]
         options = [f"--nodes={nodes}"]
         folder = folders[script]
-        jobs[script] = submitted(slurm, folder, f"{script}.sbatch", options, words, RUN="run", DATA=str(corpus))
+        jobs[script] = submitted(slurm, folder, f"{script}.sbatch", options, arguments, RUN="run", DATA=str(corpus))
     for script, job in jobs.items():
         assert slurm.wait_for_end(job) == "COMPLETED", logs(folders[script])[-30:]
     return folders
@@ -85,8 +85,8 @@ def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, t
     assert len(jobs) == 3
 
     def states(*what: Path) -> list[dict]:
-        found = json.loads(slurm.call("ettin", "status", *what, "--json", PATH=forked_path()).stdout)
-        return [state for state in found if state["run"].startswith(str(tmp_path))]
+        answer = json.loads(slurm.call("ettin", "status", *what, "--json", PATH=forked_path()).stdout)
+        return [state for state in answer if state["run"].startswith(str(tmp_path))]
 
     tasks = sorted(f"{job}_{task}" for job in jobs for task in (0, 1))
     assert sorted(state["job"] for state in states()) == tasks  # each once, whether it waits or runs
@@ -112,8 +112,8 @@ def test_prepare_script_writes_the_dataset(slurm: Cluster, tiny_tokenizer: Path,
 def test_bench_script_on_two_nodes_writes_one_results_file(slurm: Cluster, tmp_path: Path) -> None:
     """Run on two nodes; the measurements of both go into one file."""
     shape = [word for word in TINY if not word.startswith(("batch.", "metrics.", "checkpoint."))]
-    words = ["--quick", *shape]
-    job = submitted(slurm, tmp_path, "bench.sbatch", [], words, OUT=str(tmp_path / "bench.jsonl"))
+    arguments = ["--quick", *shape]
+    job = submitted(slurm, tmp_path, "bench.sbatch", [], arguments, OUT=str(tmp_path / "bench.jsonl"))
     assert slurm.wait_for_end(job) == "COMPLETED", logs(tmp_path)[-30:]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     layouts = [line["layout"] for line in lines if "tokens_per_second" in line]

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from tests.launch.cluster import ASK_SECONDS, Cluster, Process, wait_until
-from tests.launch.jobs import ETTIN, EVERY, PATH, all_said, launch, launch_words, log_of, step_of, train_words
+from tests.launch.jobs import ETTIN, EVERY, PATH, all_output, launch, launch_arguments, log_of, step_of, train_arguments
 from tests.train.runs import Trained, read
 
 pytestmark = pytest.mark.usefixtures("programs")
 STEPS = 24
 NO_SAVES = "checkpoint.every_steps=1000"
-TWO_NODES = launch_words(2, 1, "--grace-seconds", "5", "--time", "20")
+TWO_NODES = launch_arguments(2, 1, "--grace-seconds", "5", "--time", "20")
 # SLURM sees that a node is lost before the supervisor gives up: where both requeue the job at once, SLURM 22.05 may end it
-TWO_BY_TWO = launch_words(2, 2, "--grace-seconds", "15", "--time", "20")
+TWO_BY_TWO = launch_arguments(2, 2, "--grace-seconds", "15", "--time", "20")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def uninterrupted_of_four(slurm: Cluster, corpus: Path, tmp_path_factory: pytest
 
 
 def run_uninterrupted(cluster: Cluster, corpus: Path, run_dir: Path, options: list[str]) -> Trained:
-    job = launch(cluster, train_words(corpus, run_dir, STEPS), *options, pace=0)
+    job = launch(cluster, train_arguments(corpus, run_dir, STEPS), *options, pace=0)
     assert cluster.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
     return read(run_dir)
 
@@ -73,8 +73,8 @@ def doing(run_dir: Path) -> str | None:
 def status_of(cluster: Cluster, what: str | Path) -> dict:
     done = cluster.call(ETTIN, "status", what, "--json", PATH=PATH)
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
-    return found
+    (state,) = json.loads(done.stdout)
+    return state
 
 
 @contextlib.contextmanager
@@ -96,8 +96,8 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
     """SLURM's own warning before the limit of a minute, then the requeue, a job after the other to the end. SLURM looks
     at limits every half a minute, and a run as short as this one would be over by then: its ranks are held."""
     run_dir = tmp_path / "run"
-    words = launch_words(2, 1, "--time", "1", "--margin-seconds", "10")
-    job = launch(slurm, train_words(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *words)
+    arguments = launch_arguments(2, 1, "--time", "1", "--margin-seconds", "10")
+    job = launch(slurm, train_arguments(corpus, run_dir, STEPS, "resilience.hang_seconds=600"), *arguments)
     waiting = status_of(slurm, job)
     assert waiting["state"] in ("PENDING", "RUNNING", "CONFIGURING")
     assert waiting["job"] == job
@@ -107,8 +107,8 @@ def test_job_at_time_limit_requeues_and_matches_uninterrupted_run(
         running = status_of(slurm, run_dir)
         assert running["total_steps"] == STEPS
         assert running["seconds_left"] > 0
-        wait_until(lambda: "supervisor: SIGUSR1: asking the run to save" in all_said(run_dir), 90, "SLURM's warning")
-    assert slurm.wait_for_end(job) == "COMPLETED", all_said(run_dir)
+        wait_until(lambda: "supervisor: SIGUSR1: asking the run to save" in all_output(run_dir), 90, "SLURM's warning")
+    assert slurm.wait_for_end(job) == "COMPLETED", all_output(run_dir)
     assert_same(run_dir, uninterrupted)
     ended = status_of(slurm, run_dir)
     assert ended["last_event"] == "done"
@@ -124,7 +124,7 @@ def test_job_under_signal_storm_requeues_once_and_matches_uninterrupted_run(
 ) -> None:
     """Signal every rank while it finishes its step, saves and ends; the checkpoint must be complete."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES)
+    job = launch(slurm, train_arguments(corpus, run_dir, STEPS), *TWO_NODES)
     past(run_dir, EVERY + 3)
     slurm.call("scancel", "--signal=USR1", job)
     # the storm itself goes past SLURM, which may deliver a signal seconds later, to the job that was requeued meanwhile
@@ -173,7 +173,7 @@ def test_job_with_killed_rank_restarts_and_matches_uninterrupted_run(
     slurm: Cluster, corpus: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_NODES)
+    job = launch(slurm, train_arguments(corpus, run_dir, STEPS), *TWO_NODES)
     past(run_dir, EVERY + 3)
     kill_rank(slurm, job)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
@@ -186,7 +186,7 @@ def test_job_with_killed_rank_restarts_and_matches_uninterrupted_run(
 def test_job_of_real_processes_with_killed_rank_restarts(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Start the ranks as users do: each imports for seconds, and they meet when the last has done so."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, 150, NO_SAVES), *TWO_NODES, real=True)
+    job = launch(slurm, train_arguments(corpus, run_dir, 150, NO_SAVES), *TWO_NODES, real=True)
     past(run_dir, EVERY + 3)
     slurm.kill(slurm.ranks(job)[1].pid)
     assert slurm.wait_for_end(job) == "COMPLETED", "\n".join(log_of(run_dir)[-30:])
@@ -200,7 +200,7 @@ def test_job_with_killed_ranks_and_nodes_matches_uninterrupted_run(
 ) -> None:
     """Kill in one run a rank, a slurmstepd and a node's slurmd with all it runs, then set a node down."""
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, STEPS), *TWO_BY_TWO, pace=0.25)
+    job = launch(slurm, train_arguments(corpus, run_dir, STEPS), *TWO_BY_TWO, pace=0.25)
     for number, act in enumerate((kill_rank, kill_slurmstepd, kill_node, node_down)):
         past(run_dir, (number + 1) * 2 * EVERY + 3)
         act(slurm, job)
@@ -221,10 +221,13 @@ def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus:
     """Stop one rank, with a second job on the same node at the same time, which must not be interrupted. There is no save
     before the end, because the phase after a save may take longer than a step."""
     first, second = tmp_path / "first", tmp_path / "second"
-    words = launch_words(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
+    arguments = launch_arguments(1, 2, "--grace-seconds", "5", "--time", "10", "--sbatch-arg=--nodelist=n1")
     # the second one goes on for longer than it takes to end and to start the first one again
     run_dirs = {first: 0.2, second: 0.5}
-    jobs = [launch(slurm, train_words(corpus, run, 30, NO_SAVES), *words, pace=pace) for run, pace in run_dirs.items()]
+    jobs = [
+        launch(slurm, train_arguments(corpus, run, 30, NO_SAVES), *arguments, pace=pace)
+        for run, pace in run_dirs.items()
+    ]
     wait_until(lambda: doing(first) == "step", 120, "a heartbeat of steps")
     os.kill(slurm.ranks(jobs[0])[1].pid, signal.SIGSTOP)
     assert [slurm.wait_for_end(job) for job in jobs] == ["COMPLETED", "COMPLETED"], log_of(first)[-30:]
@@ -236,8 +239,8 @@ def test_job_with_stopped_rank_reports_hang_and_recovers(slurm: Cluster, corpus:
 def test_job_with_repeatedly_failing_node_is_requeued_without_it(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Fail twice in a row without a new checkpoint, with one restart allowed; the job continues without that node."""
     run_dir = tmp_path / "run"
-    words = launch_words(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, 20, NO_SAVES), *words)
+    arguments = launch_arguments(2, 1, "--restarts", "1", "--grace-seconds", "5", "--time", "10")
+    job = launch(slurm, train_arguments(corpus, run_dir, 20, NO_SAVES), *arguments)
     for attempt in range(2):
         past(run_dir, 2)
         rank = slurm.ranks(job)[1]
@@ -261,8 +264,8 @@ def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
     shutil.copytree(uninterrupted.directory, run_dir, ignore=shutil.ignore_patterns("slurm", *others))
     (part,) = list((run_dir / "checkpoints" / saved).glob("__0_0.distcp"))
     part.write_bytes(part.read_bytes()[:-7])
-    words = launch_words(2, 1, "--time", "10")
-    job = launch(slurm, [*train_words(corpus, run_dir, STEPS), "--from-step", str(2 * EVERY)], *words)
+    arguments = launch_arguments(2, 1, "--time", "10")
+    job = launch(slurm, [*train_arguments(corpus, run_dir, STEPS), "--from-step", str(2 * EVERY)], *arguments)
     assert slurm.wait_for_end(job) == "FAILED"
     log = log_of(run_dir)
     assert "__0_0.distcp" in log[-1], log[-5:]
@@ -274,8 +277,8 @@ def test_job_with_damaged_checkpoint_fails_with_the_error_last_in_the_log(
 def test_job_with_torchrun_launcher_saves_and_requeues_on_signal(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Start one task per node; the signal to the batch shell must still reach the ranks."""
     run_dir = tmp_path / "run"
-    words = launch_words(2, 2, "--launcher", "torchrun", "--time", "10")
-    job = launch(slurm, train_words(corpus, run_dir, 20), *words)
+    arguments = launch_arguments(2, 2, "--launcher", "torchrun", "--time", "10")
+    job = launch(slurm, train_arguments(corpus, run_dir, 20), *arguments)
     past(run_dir, 3)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)[-30:]
@@ -286,7 +289,7 @@ def test_job_with_torchrun_launcher_saves_and_requeues_on_signal(slurm: Cluster,
 @pytest.mark.full
 def test_job_cancelled_is_not_requeued(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = launch(slurm, train_words(corpus, run_dir, 5_000), *launch_words(1, 1, "--time", "10"))
+    job = launch(slurm, train_arguments(corpus, run_dir, 5_000), *launch_arguments(1, 1, "--time", "10"))
     past(run_dir, 2)
     slurm.call("scancel", job)
     assert slurm.wait_for_end(job) == "CANCELLED"  # which it is when its batch script has ended

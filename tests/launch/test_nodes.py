@@ -12,7 +12,7 @@ import pytest
 
 import megatron_ettin
 from tests.launch.cluster import Cluster
-from tests.launch.jobs import ETTIN, launch, launch_words, log_of, profile, train_words
+from tests.launch.jobs import ETTIN, launch, launch_arguments, log_of, profile, train_arguments
 from tests.train.runs import read
 
 pytestmark = [
@@ -24,8 +24,8 @@ NO_SPARE = "--sbatch-arg=--exclude=n3"  # n1 and n2 are all there is
 
 def failed_log(cluster: Cluster, corpus: Path, run_dir: Path, *options: str) -> list[str]:
     """Run a job that must fail with exit status 2 and return its log."""
-    words = launch_words(2, 1, "--time", "10", NO_SPARE, *options)
-    job = launch(cluster, train_words(corpus, run_dir, 5), *words)
+    arguments = launch_arguments(2, 1, "--time", "10", NO_SPARE, *options)
+    job = launch(cluster, train_arguments(corpus, run_dir, 5), *arguments)
     assert cluster.wait_for_end(job) == "FAILED", log_of(run_dir)
     assert cluster.shown(job, "ExitCode").startswith("2:")
     return log_of(run_dir)
@@ -63,9 +63,9 @@ def test_node_with_full_disk_is_excluded_and_the_run_finishes(slurm: Cluster, co
     for folder in (run_dir, scratch):
         folder.mkdir()
     site = profile(tmp_path / "site.yaml", f"check_paths: [{scratch}]\nmin_free_gib: 0.00001\n")
-    words = launch_words(2, 1, "--time", "10", "--profile", str(site), "--sbatch-arg=--nodes=2")
+    arguments = launch_arguments(2, 1, "--time", "10", "--profile", str(site), "--sbatch-arg=--nodes=2")
     with slurm.mounted("n2", "tmpfs", scratch, "-t", "tmpfs", "-o", "size=64k"):
-        job = launch(slurm, train_words(corpus, run_dir, 5), *words)
+        job = launch(slurm, train_arguments(corpus, run_dir, 5), *arguments)
         assert slurm.wait_for_end(job) == "COMPLETED", log_of(run_dir)
     log = log_of(run_dir)
     assert any(f"supervisor: node n2: {scratch} cannot be written (No space left on device)" in line for line in log)

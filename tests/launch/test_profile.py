@@ -51,8 +51,8 @@ def test_launch_bad_profile_is_refused_in_one_line(
     tmp_path: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "site.yaml").write_text(content)
-    words = ["--nodes", "1", "--profile", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path / "run")]
-    assert main(["launch", *words[:4], "--", *CALL, *words[4:]]) == 2
+    arguments = ["--nodes", "1", "--profile", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert main(["launch", *arguments[:4], "--", *CALL, *arguments[4:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
     assert str(tmp_path / "site.yaml") in line

@@ -63,10 +63,10 @@ def test_sandbox_blocks_of_the_slurm_page_run_as_printed(corpus: Path, tmp_path:
     assert json.loads(launched)["world"] == 2
 
 
-def site_file(words: list[str]) -> str:
+def site_file(arguments: list[str]) -> str:
     """Return `group.key=value` words as a site file."""
     groups: dict[str, dict[str, object]] = {}
-    for word in words:
+    for word in arguments:
         key, _, value = word.partition("=")
         group, _, name = key.partition(".")
         # YAML 1.1 reads 3e-3 as text, as the command line does not

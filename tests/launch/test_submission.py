@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from tests.launch.cluster import Cluster
-from tests.launch.jobs import ETTIN, PATH, launch_words, train_words
+from tests.launch.jobs import ETTIN, PATH, launch_arguments, train_arguments
 
 
 def test_launch_sbatch_refusal_is_quoted_and_leaves_no_files(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    call = ["train", *train_words(corpus, tmp_path / "runs" / "a", 5)]
+    call = ["train", *train_arguments(corpus, tmp_path / "runs" / "a", 5)]
     for options, expected in ((["--partition", "nosuch"], "nvalid partition"), (["--nodes", "9"], "Node count")):
-        done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--submit", "--", *call, PATH=PATH)
+        done = slurm.call(ETTIN, "launch", *launch_arguments(2, 1), *options, "--submit", "--", *call, PATH=PATH)
         assert done.returncode == 2
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()
@@ -23,20 +23,20 @@ def test_launch_sbatch_refusal_is_quoted_and_leaves_no_files(slurm: Cluster, cor
 
 def test_launch_refusal_restores_files_of_an_earlier_launch(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Restore the files of an earlier launch that a refused one has overwritten."""
-    call = ["train", *train_words(corpus, tmp_path / "run", 5)]
-    assert slurm.call(ETTIN, "launch", *launch_words(2, 1), "--", *call, PATH=PATH).returncode == 0
+    call = ["train", *train_arguments(corpus, tmp_path / "run", 5)]
+    assert slurm.call(ETTIN, "launch", *launch_arguments(2, 1), "--", *call, PATH=PATH).returncode == 0
     folder = tmp_path / "run" / "slurm"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     options = ["--time", "99", "--after", "nonsense:1", "--submit"]
-    done = slurm.call(ETTIN, "launch", *launch_words(2, 1), *options, "--", *call, PATH=PATH)
+    done = slurm.call(ETTIN, "launch", *launch_arguments(2, 1), *options, "--", *call, PATH=PATH)
     assert done.returncode == 2
     assert "dependency" in done.stderr.lower()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_launch_second_job_of_pending_run_needs_after(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
-    options = launch_words(2, 1, "--sbatch-arg=--begin=now+600", "--submit")
-    call = ["--", "train", *train_words(corpus, tmp_path / "run", 5)]
+    options = launch_arguments(2, 1, "--sbatch-arg=--begin=now+600", "--submit")
+    call = ["--", "train", *train_arguments(corpus, tmp_path / "run", 5)]
     assert slurm.call(ETTIN, "launch", *options, *call, PATH=PATH).returncode == 0
     again = slurm.call(ETTIN, "launch", *options, *call, PATH=PATH)
     (line,) = again.stderr.splitlines()

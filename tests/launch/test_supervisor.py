@@ -189,12 +189,12 @@ def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:
         assert not names & {"dataclasses", "__future__"}
         assert names <= set(sys.stdlib_module_names)
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        words = {word.arg for call in calls for word in call.keywords}
-        assert not words & {"capture_output", "text", "missing_ok", "dirs_exist_ok"}
+        arguments = {word.arg for call in calls for word in call.keywords}
+        assert not arguments & {"capture_output", "text", "missing_ok", "dirs_exist_ok"}
 
 
 @pytest.mark.parametrize(
-    ("line", "rank", "kind"),
+    ("line", "rank", "category"),
     [
         ("srun: error: n2: task 3: Killed", 3, "killed"),
         ("srun: error: gpu-07: tasks 8-15: Segmentation fault (core dumped)", 8, "killed"),
@@ -204,9 +204,9 @@ def test_supervisor_source_uses_python_3_6_syntax_and_modules() -> None:
         ("srun: Force Terminated StepId=8.1", None, ""),
     ],
 )
-def test_from_srun_line_gives_rank_and_kind_of_failure(line: str, rank: int | None, kind: str) -> None:
-    found = failed_rank.from_srun(line + "\n")
-    assert (found and (found.rank, found.category)) == ((rank, kind) if rank is not None else None)
+def test_from_srun_line_gives_rank_and_category_of_failure(line: str, rank: int | None, category: str) -> None:
+    failure = failed_rank.from_srun(line + "\n")
+    assert (failure and (failure.rank, failure.category)) == ((rank, category) if rank is not None else None)
 
 
 def record(folder: Path, rank: int, when: float, text: str) -> None:
@@ -219,15 +219,15 @@ def test_first_failed_rank_is_the_cause_not_a_victim(tmp_path: Path) -> None:
     record(tmp_path, 0, 10.0, "RuntimeError: Connection closed by peer [n2]:41")
     killed = failed_rank.from_srun("srun: error: n2: task 2: Killed")
     assert killed is not None
-    found = failed_rank.first_failure(str(tmp_path), [killed])
-    assert found is not None
-    assert (found.rank, found.host) == (2, "n2")
+    failure = failed_rank.first_failure(str(tmp_path), [killed])
+    assert failure is not None
+    assert (failure.rank, failure.host) == (2, "n2")
     record(tmp_path, 1, 9.0, "ValueError: row 7 is damaged")
-    found = failed_rank.first_failure(str(tmp_path), [killed])
-    assert found is not None
-    assert found.rank == 1
+    failure = failed_rank.first_failure(str(tmp_path), [killed])
+    assert failure is not None
+    assert failure.rank == 1
     (tmp_path / "rank_00004.json").write_text("{torn")
-    assert failed_rank.first_failure(str(tmp_path), []) == found
+    assert failed_rank.first_failure(str(tmp_path), []) == failure
 
 
 def test_check_node_names_each_problem(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def no_span(_: str) -> Iterator[None]:
     yield
 
 
-def main(world: int, rank: int, size: str, words: list[str]) -> None:
+def main(world: int, rank: int, size: str, arguments: list[str]) -> None:
     torch.manual_seed(0)
-    config = parse(size, "mlm", "pretrain", overrides=words)
+    config = parse(size, "mlm", "pretrain", overrides=arguments)
     platform = detect("cpu", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     empty = PeakMemoryTracker().bytes

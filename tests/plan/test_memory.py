@@ -28,23 +28,23 @@ def pool() -> Iterator[Pool]:
     own.close()
 
 
-def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *words: str) -> None:
+def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *arguments: str) -> None:
     """Check the memory that `ettin bench` predicts against what its tensors hold at their fullest."""
     out = folder / "b.jsonl"
     line = ["bench", "--size", "17m", "--objective", objective, "--quick", "--out", str(out), "--chunk-tokens", "150"]
-    found = pool.run(world, [*line, "runtime.device=cpu", "batch.micro_batch_rows=4", *words])
-    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
+    ranks = pool.run(world, [*line, "runtime.device=cpu", "batch.micro_batch_rows=4", *arguments])
+    assert [one.status for one in ranks] == [0] * world, "\n".join(one.output[-2000:] for one in ranks)
     (row,) = results.read(out).values()
     assert row["predicted_memory_bytes"] == pytest.approx(row["peak_tensor_bytes"], rel=0.02)
     # of the whole process
     assert row["peak_memory_bytes"] > row["peak_tensor_bytes"]
-    assert "tensors at its fullest" in found[0].output
-    assert "as predicted" in found[0].output
+    assert "tensors at its fullest" in ranks[0].output
+    assert "as predicted" in ranks[0].output
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("world", "objective", "words"),
+    ("world", "objective", "arguments"),
     [
         (1, "mlm", []),
         pytest.param(1, "mlm", ["parallel.recompute=full"], marks=pytest.mark.full),
@@ -52,15 +52,15 @@ def check_prediction(pool: Pool, folder: Path, world: int, objective: str, *word
     ],
 )
 def test_bench_predicted_memory_of_small_shape_matches_peak_tensor_bytes(
-    pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
+    pool: Pool, tmp_path: Path, world: int, objective: str, arguments: list[str]
 ) -> None:
-    check_prediction(pool, tmp_path, world, objective, "--warm-up", "0", "--steps", "1", *SMALL, *words)
+    check_prediction(pool, tmp_path, world, objective, "--warm-up", "0", "--steps", "1", *SMALL, *arguments)
 
 
 @pytest.mark.full
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("world", "objective", "words"),
+    ("world", "objective", "arguments"),
     [
         (1, "clm", ["precision.name=fp32"]),
         (1, "mlm", ["parallel.recompute=selective", "parallel.recompute_modules=core_attn"]),
@@ -72,11 +72,11 @@ def test_bench_predicted_memory_of_small_shape_matches_peak_tensor_bytes(
     ],
 )
 def test_bench_predicted_memory_matches_peak_tensor_bytes(
-    pool: Pool, tmp_path: Path, world: int, objective: str, words: list[str]
+    pool: Pool, tmp_path: Path, world: int, objective: str, arguments: list[str]
 ) -> None:
     # context parallelism leaves ranks other numbers of labels in each step
-    steps = "3" if "parallel.cp=2" in words else "1"
-    check_prediction(pool, tmp_path, world, objective, "--steps", steps, *SHAPE, *words)
+    steps = "3" if "parallel.cp=2" in arguments else "1"
+    check_prediction(pool, tmp_path, world, objective, "--steps", steps, *SHAPE, *arguments)
 
 
 def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
@@ -91,9 +91,9 @@ def test_rank_parameters_of_all_stages_sum_to_the_model() -> None:
 def test_fp8_weights_replace_the_copies_in_memory_and_traffic() -> None:
     """FP8 weights are copies in addition to the 16-bit weights, or replace them; layers that stay in bf16, norms and
     embedding have none. (The saving on a real rank is tested in tests/emulated_te.)"""
-    words = ["precision.name=fp8-current", "precision.bf16_first_layers=2", "parallel.pp=2", "parallel.tp=2"]
+    arguments = ["precision.name=fp8-current", "precision.bf16_first_layers=2", "parallel.pp=2", "parallel.tp=2"]
     plain, kept = (
-        parse("1b", "mlm", "pretrain", overrides=[*words, f"precision.fp8_weights={on}"]) for on in (False, True)
+        parse("1b", "mlm", "pretrain", overrides=[*arguments, f"precision.fp8_weights={on}"]) for on in (False, True)
     )
     inside = layer_parameter_count(plain.model) // 2
     assert [fp8_parameters(plain, rank) for rank in range(2)] == [12 * inside, 14 * inside]

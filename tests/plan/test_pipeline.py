@@ -9,23 +9,25 @@ from megatron_ettin.plan.pipeline import BACKWARD, FORWARD, order_of_passes, sim
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 5), (2, 8), (4, 8), (8, 64), (4, 2)])
 def test_simulate_1f1b_bubble_matches_the_formula(ranks: int, micro_batches: int) -> None:
-    found = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
-    assert found.seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
-    assert 1 - max(found.busy_seconds) / found.seconds == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
+    step = simulate([1.0] * ranks, [2.0] * ranks, micro_batches, ranks)
+    assert step.seconds == pytest.approx(3.0 * (micro_batches + ranks - 1))
+    assert 1 - max(step.busy_seconds) / step.seconds == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(2, 2, 4), (4, 2, 8), (4, 7, 16), (2, 4, 2)])
 def test_simulate_interleaved_bubble_is_divided_by_model_chunks(ranks: int, chunks: int, micro_batches: int) -> None:
     stages = ranks * chunks
-    found = simulate([1.0 / chunks] * stages, [2.0 / chunks] * stages, micro_batches, ranks)
-    assert found.seconds == pytest.approx(3.0 * (micro_batches + (ranks - 1) / chunks))
+    step = simulate([1.0 / chunks] * stages, [2.0 / chunks] * stages, micro_batches, ranks)
+    assert step.seconds == pytest.approx(3.0 * (micro_batches + (ranks - 1) / chunks))
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "micro_batches"), [(4, 1, 6), (2, 3, 4)])
 def test_order_of_passes_runs_each_pass_once_forward_first(ranks: int, chunks: int, micro_batches: int) -> None:
     for rank in range(ranks):
         order = order_of_passes(rank, ranks, chunks, micro_batches)
-        wanted = {(kind, c, m) for kind in (FORWARD, BACKWARD) for c in range(chunks) for m in range(micro_batches)}
+        wanted = {
+            (direction, c, m) for direction in (FORWARD, BACKWARD) for c in range(chunks) for m in range(micro_batches)
+        }
         assert len(order) == len(wanted)
         assert set(order) == wanted
         for chunk in range(chunks):

@@ -36,8 +36,8 @@ def test_fit_of_curve_to_64_gpus_predicts_512(others: dict[int, float]) -> None:
     assert curve.factor(4096) > curve.factor(512) > curve.factor(64) > 1
 
 
-def scale(capsys: pytest.CaptureFixture[str], *words: str, size: str = "1b") -> dict[int, dict[str, float]]:
-    assert main(["plan", "--size", size, "--gpu", "h100", "--json", "--scale", *words]) == 0
+def scale(capsys: pytest.CaptureFixture[str], *arguments: str, size: str = "1b") -> dict[int, dict[str, float]]:
+    assert main(["plan", "--size", size, "--gpu", "h100", "--json", "--scale", *arguments]) == 0
     return {row["gpus"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
@@ -56,10 +56,10 @@ def test_plan_scale_without_curve_gives_falling_efficiency(capsys: pytest.Captur
     rows = scale(capsys, "8,128,4096")
     assert list(rows) == [8, 128, 4096]
     assert 100 * rows[128]["weak_efficiency"] == pytest.approx(100 * TORCHTITAN[128], abs=3)
-    for kind in ("weak_efficiency", "strong_efficiency", "goodput"):
-        values = [row[kind] for row in rows.values()]
-        assert values == sorted(values, reverse=True), kind
-        assert 0 < values[-1] < values[0] <= 1, kind
+    for column in ("weak_efficiency", "strong_efficiency", "goodput"):
+        values = [row[column] for row in rows.values()]
+        assert values == sorted(values, reverse=True), column
+        assert 0 < values[-1] < values[0] <= 1, column
     assert rows[4096]["strong_efficiency"] < rows[4096]["weak_efficiency"]
     for row in rows.values():
         speed = row["strong_tokens_per_second_per_gpu"] * row["gpus"]
@@ -89,10 +89,15 @@ def test_plan_scale_of_175b_matches_published_strong_scaling(capsys: pytest.Capt
     """Megatron-LM's published curve, 96 to 4,608 H100 with the batch as it is: MFU 47 -> 42 %. A gated layer of 32,768
     has as many weights as a plain one of 49,152."""
     shape = ["hidden_size=12288", "num_layers=96", "num_attention_heads=96", "ffn_hidden_size=32768"]
-    words = [f"model.{one}" for one in [*shape, "global_attention_every=1"]]
-    words += ["data.seq_len=2048", "batch.global_batch_rows=1152", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"]
-    words += ["parallel.tp=8", "parallel.pp=12", "parallel.vpp=8", "precision.gradients=bf16"]
-    rows = scale(capsys, "96,4608", "--objective", "clm", "--chunk-tokens", "2048", *words)
+    arguments = [f"model.{one}" for one in [*shape, "global_attention_every=1"]]
+    arguments += [
+        "data.seq_len=2048",
+        "batch.global_batch_rows=1152",
+        "batch.micro_batch_rows=1",
+        "batch.warmup_tokens=0",
+    ]
+    arguments += ["parallel.tp=8", "parallel.pp=12", "parallel.vpp=8", "precision.gradients=bf16"]
+    rows = scale(capsys, "96,4608", "--objective", "clm", "--chunk-tokens", "2048", *arguments)
     # theirs gathers weights beside the next step's first passes, which with stages we do not
     assert 100 * (rows[4608]["strong_efficiency"] - 42 / 47) == pytest.approx(-3, abs=3)
 
@@ -105,8 +110,8 @@ def test_simulated_seconds_of_equal_stages_match_the_simulation() -> None:
 
 def test_growth_slowest_rank_matches_random_draws() -> None:
     drawn = np.random.default_rng(0)
-    found = {n: np.max(drawn.standard_normal((400, n)), axis=1).mean() for n in (8, 64, 4096)}
-    share = (found[4096] - found[8]) / (found[64] - found[8])
+    means = {n: np.max(drawn.standard_normal((400, n)), axis=1).mean() for n in (8, 64, 4096)}
+    share = (means[4096] - means[8]) / (means[64] - means[8])
     assert ScalingCurve(8).slowest_at(4096) / ScalingCurve(8).slowest_at(64) == pytest.approx(share, rel=0.1)
 
 

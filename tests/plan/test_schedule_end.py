@@ -16,14 +16,14 @@ from megatron_ettin.plan.schedule_end import describe_end, end_tokens, fit_sched
 FREE = frozenset(SPAN)
 
 
-def fitted(phase: str, *words: str, free: frozenset[str] = FREE, row_tokens: float = 1_000.0) -> Config:
-    return fit_schedule(parse("17m", "mlm", phase, overrides=words), free, row_tokens)
+def fitted(phase: str, *arguments: str, free: frozenset[str] = FREE, row_tokens: float = 1_000.0) -> Config:
+    return fit_schedule(parse("17m", "mlm", phase, overrides=arguments), free, row_tokens)
 
 
 @pytest.mark.parametrize(("phase", "final"), [("extend", 0.5), ("decay", 0.04), ("cross", 0.02)])
 def test_lr_at_end_of_shortened_run_is_the_recipes(phase: str, final: float) -> None:
-    for words in (["run.tokens=5B"], ["run.steps=40"], ["run.tokens=5B", "run.steps=30"], ["run.tokens=1T"]):
-        config = fitted(phase, *words)
+    for arguments in (["run.tokens=5B"], ["run.steps=40"], ["run.tokens=5B", "run.steps=30"], ["run.tokens=1T"]):
+        config = fitted(phase, *arguments)
         assert lr_at_end(config, 1_000.0) == pytest.approx(final * config.optim.lr)
 
 
@@ -60,8 +60,8 @@ def test_fit_schedule_given_decay_longer_than_the_steps_ends_with_the_tokens() -
 
 def test_fit_schedule_batch_warmup_settles_in_proportion() -> None:
     """The tokens of a number of steps depend on the batch warm-up, which is a share of them."""
-    words = ["run.tokens=100M", "batch.warmup_tokens=50M", "run.steps=20"]
-    config = fit_schedule(parse("17m", "mlm", "pretrain", overrides=words), FREE, 1_024.0)
+    arguments = ["run.tokens=100M", "batch.warmup_tokens=50M", "run.steps=20"]
+    config = fit_schedule(parse("17m", "mlm", "pretrain", overrides=arguments), FREE, 1_024.0)
     assert config.batch.warmup_tokens == pytest.approx(end_tokens(config, 1_024.0) / 2, rel=0.05)
 
 
@@ -71,8 +71,8 @@ def test_free_by_value_names_what_has_the_recipes_value() -> None:
 
 
 def test_describe_end_says_shares_and_rate() -> None:
-    words = ["schedule.name=wsd", "schedule.warmup_tokens=1M", "schedule.decay_tokens=10M", "run.tokens=100M"]
-    config = parse("17m", "mlm", "pretrain", overrides=[*words, "run.steps=47"])
+    arguments = ["schedule.name=wsd", "schedule.warmup_tokens=1M", "schedule.decay_tokens=10M", "run.tokens=100M"]
+    config = parse("17m", "mlm", "pretrain", overrides=[*arguments, "run.steps=47"])
     assert describe_end(config, 1_000_000 / 2816 * 2) == (
         "wsd ends after about 94M tokens, at 100 % of warm-up (1M), 40 % of decay (10M); the rate there is 0.608 of"
         " optim.lr 0.003"
@@ -82,9 +82,9 @@ def test_describe_end_says_shares_and_rate() -> None:
 def test_train_help_example_ends_at_the_full_rate(capsys: pytest.CaptureFixture[str]) -> None:
     """The first run of a newcomer is that example: at the whole run's warm-up its rate was 6.7e-6."""
     example = next(line for line in str(train_command.__doc__).splitlines() if line.startswith("  ettin train"))
-    words = shlex.split(example)[1:]
-    assert "run.steps=100" in words
-    assert main([*words, "--dry-run", "--json"]) == 0
+    arguments = shlex.split(example)[1:]
+    assert "run.steps=100" in arguments
+    assert main([*arguments, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lr_at_end"] == 3e-3
 
 
@@ -97,7 +97,7 @@ def test_dry_run_says_where_the_run_ends(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "output"),
+    ("arguments", "output"),
     [
         ("data.seq_len=8192", "data.seq_len 8,192: 352 rows a step have up to 2,883,584 tokens, 1 x the recipe's"),
         ("data.seq_len=1M", "warning: data.seq_len 1,000,000: 3 rows a step"),
@@ -107,8 +107,8 @@ def test_dry_run_says_where_the_run_ends(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_train_value_far_from_the_recipe_is_reported(
-    words: str, output: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--dry-run", *words.split()]
+    command = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--dry-run", *arguments.split()]
     assert main(command) == 0
     assert output in capsys.readouterr().err

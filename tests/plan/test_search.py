@@ -12,16 +12,16 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.config.resolve import parse
 
 
-def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    assert main(["plan", *words, "--json"]) == 0
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_plan_small_micro_batches_are_slower(capsys: pytest.CaptureFixture[str]) -> None:
     speeds = []
     for rows in ("1", "88"):
-        words = ("parallel.pp=1", "parallel.tp=1", f"batch.micro_batch_rows={rows}")
-        (one,) = plan(capsys, "--size", "17m", "--gpus", "4", *words)["layouts"]
+        arguments = ("parallel.pp=1", "parallel.tp=1", f"batch.micro_batch_rows={rows}")
+        (one,) = plan(capsys, "--size", "17m", "--gpus", "4", *arguments)["layouts"]
         assert one["micro_batch_rows"] == int(rows)
         speeds.append(one["tokens_per_second_per_gpu"])
     assert speeds[1] > 10 * speeds[0]
@@ -31,8 +31,8 @@ def test_plan_keys_given_at_their_defaults_are_kept(capsys: pytest.CaptureFixtur
     """What a script will do can be asked, though it sets what the recipe has anyway."""
     site = tmp_path / "site.yaml"
     site.write_text("parallel: {overlap: false, pp: 1}\nbatch: {micro_batch_rows: 16}\n")
-    words = ("parallel.tp=1", "parallel.cp=1", "parallel.recompute=none", "--config", str(site))
-    (one,) = plan(capsys, "--size", "1b", "--gpus", "512", *words)["layouts"]
+    arguments = ("parallel.tp=1", "parallel.cp=1", "parallel.recompute=none", "--config", str(site))
+    (one,) = plan(capsys, "--size", "1b", "--gpus", "512", *arguments)["layouts"]
     assert (one["tp"], one["pp"], one["micro_batch_rows"], one["overlap"]) == (1, 1, 16, False)
 
 
@@ -48,9 +48,9 @@ def test_plan_of_little_efficiency_warns(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_plan_1b_on_512_gpus_ranks_plain_data_parallelism_first(capsys: pytest.CaptureFixture[str]) -> None:
     """A 1b fits one GPU: data parallelism with the distributed optimizer wins."""
-    words = ("--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain", "batch.warmup_tokens=0")
-    found = plan(capsys, *words)
-    best = found["layouts"][0]
+    arguments = ("--size", "1b", "--gpus", "512", "--gpu", "h100", "--phase", "pretrain", "batch.warmup_tokens=0")
+    answer = plan(capsys, *arguments)
+    best = answer["layouts"][0]
     assert {key: best[key] for key in ("tp", "pp", "vpp", "cp", "dp")} == {
         "tp": 1,
         "pp": 1,
@@ -59,17 +59,17 @@ def test_plan_1b_on_512_gpus_ranks_plain_data_parallelism_first(capsys: pytest.C
         "dp": 512,
     }
     assert best["distributed_optimizer"]
-    assert {one["tp"] for one in found["layouts"]} <= {1, 2, 4}
-    speeds = [one["tokens_per_second_per_gpu"] for one in found["layouts"]]
+    assert {one["tp"] for one in answer["layouts"]} <= {1, 2, 4}
+    speeds = [one["tokens_per_second_per_gpu"] for one in answer["layouts"]]
     assert speeds == sorted(speeds, reverse=True)
-    for one in found["layouts"]:
+    for one in answer["layouts"]:
         assert one["tp"] * one["pp"] * one["cp"] * one["dp"] == 512
         assert one["step_seconds"] == pytest.approx(sum(one["seconds"].values()))
         assert one["peak_memory_bytes"] == sum(one["memory_bytes"].values()) <= 0.92 * 80 * 2**30
         assert 0 < one["mfu"] < 0.6
-    assert all(one["reason"] for one in found["rejected"])
-    assert any("pp 7" in one["layout"] for one in found["rejected"])
-    cost = found["phase"]
+    assert all(one["reason"] for one in answer["rejected"])
+    assert any("pp 7" in one["layout"] for one in answer["rejected"])
+    cost = answer["phase"]
     assert cost["gpu_hours"] == pytest.approx(cost["tokens"] / (speeds[0] * 512) / 3600 * 512)
 
 
@@ -90,27 +90,29 @@ def test_plan_table_ends_with_a_pasteable_config(capsys: pytest.CaptureFixture[s
     assert config.batch.micro_batch_rows == 6
 
 
-def test_plan_phase_cost_counts_empty_places_of_batch_warmup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_phase_cost_counts_empty_row_slots_of_batch_warmup(capsys: pytest.CaptureFixture[str]) -> None:
     """Half of the run at 96 rows a step and then at 128, on 64 GPUs: a rank computes two rows in both."""
     batch = ["batch.global_batch_rows=128", "batch.micro_batch_rows=2", "batch.warmup_min_rows=96", "run.tokens=10B"]
     hours = []
     for warmup in ("0", "10B"):
-        found = plan(capsys, "--size", "17m", "--gpus", "64", *batch, f"batch.warmup_tokens={warmup}", "parallel.pp=1")
-        hours.append(found["phase"]["gpu_hours"] * found["layouts"][0]["tokens_per_second_per_gpu"])
+        answer = plan(capsys, "--size", "17m", "--gpus", "64", *batch, f"batch.warmup_tokens={warmup}", "parallel.pp=1")
+        hours.append(answer["phase"]["gpu_hours"] * answer["layouts"][0]["tokens_per_second_per_gpu"])
     # levels of 96, 97, ... 127 rows take equally many tokens each
     expected = sum(128 / (96 + level) for level in range(32)) / 32
     assert hours[1] / hours[0] == pytest.approx(expected, rel=0.001)
 
 
 def test_plan_given_parallel_degrees_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan(capsys, "--size", "400m", "--gpus", "16", "--gpu", "a100", "parallel.tp=2", "parallel.pp=2")
-    assert {(one["tp"], one["pp"]) for one in found["layouts"]} == {(2, 2)}
+    answer = plan(capsys, "--size", "400m", "--gpus", "16", "--gpu", "a100", "parallel.tp=2", "parallel.pp=2")
+    assert {(one["tp"], one["pp"]) for one in answer["layouts"]} == {(2, 2)}
 
 
 def test_plan_given_recompute_is_kept_for_every_dividing_stage_count(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan(capsys, "--size", "150m", "--gpus", "24", "parallel.recompute=selective", "parallel.tp=2")
-    assert {(one["pp"], one["recompute"]) for one in found["layouts"]} >= {(pp, "selective") for pp in (2, 3, 4, 6, 12)}
-    assert {one["recompute"] for one in found["layouts"]} == {"selective"}
+    answer = plan(capsys, "--size", "150m", "--gpus", "24", "parallel.recompute=selective", "parallel.tp=2")
+    assert {(one["pp"], one["recompute"]) for one in answer["layouts"]} >= {
+        (pp, "selective") for pp in (2, 3, 4, 6, 12)
+    }
+    assert {one["recompute"] for one in answer["layouts"]} == {"selective"}
 
 
 def test_plan_chunk_tokens_are_capped_at_the_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,21 +121,21 @@ def test_plan_chunk_tokens_are_capped_at_the_row(capsys: pytest.CaptureFixture[s
 
 
 def test_plan_long_rows_on_small_gpu_use_context_parallelism_and_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan(
+    answer = plan(
         capsys, "--size", "1b", "--gpus", "8", "--gpu", "l40s", "--phase", "extend", "batch.micro_batch_rows=4"
     )
-    assert any(one["cp"] > 1 for one in found["layouts"])
-    assert all(one["peak_memory_bytes"] <= 0.92 * 48 * 2**30 for one in found["layouts"])
+    assert any(one["cp"] > 1 for one in answer["layouts"])
+    assert all(one["peak_memory_bytes"] <= 0.92 * 48 * 2**30 for one in answer["layouts"])
 
 
 def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     """Half of a 150m's operations are in its head, but its layers have a cost per token of their own."""
-    found = plan(capsys, "--size", "150m", "--gpus", "8")
-    assert found["layouts"][0]["pp"] == 1
+    answer = plan(capsys, "--size", "150m", "--gpus", "8")
+    assert answer["layouts"][0]["pp"] == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--gpus 8 --gpu h1000", "--gpu h1000: not known (did you mean 'h100'?)"),
         (
@@ -177,8 +179,10 @@ def test_plan_150m_on_8_gpus_needs_no_pipeline(capsys: pytest.CaptureFixture[str
         ("--gpus 8 --curve curve.json", "--curve: needs --scale"),
     ],
 )
-def test_plan_bad_request_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
-    assert main(["plan", "--size", "1b", *words.split()]) == 2
+def test_plan_bad_request_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    assert main(["plan", "--size", "1b", *arguments.split()]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error

@@ -11,8 +11,13 @@ from megatron_ettin.plan.step_time import LINK_SHARE, StepModel, buckets
 
 def test_predict_communication_matches_hand_calculation() -> None:
     """150m in bf16 on hosts of eight GPUs: bytes of a ring over the joint rate of all NICs of a host."""
-    words = ["parallel.tp=2", "parallel.sequence_parallel=true", "batch.micro_batch_rows=4", "parallel.overlap=false"]
-    model, config = StepModel(find_gpu("h100"), 8, 615), parse("150m", "mlm", "pretrain", overrides=words)
+    arguments = [
+        "parallel.tp=2",
+        "parallel.sequence_parallel=true",
+        "batch.micro_batch_rows=4",
+        "parallel.overlap=false",
+    ]
+    model, config = StepModel(find_gpu("h100"), 8, 615), parse("150m", "mlm", "pretrain", overrides=arguments)
     time = model.predict(config, 32)
     steps, hidden = 2816 // (32 * 4), 4 * 1024 * 768 * 2
     assert time.exposed_tp == pytest.approx(steps * (22 * 10 + 3) * (hidden / 2 / (450e9 * LINK_SHARE) + 3.4e-6))
@@ -32,9 +37,14 @@ def test_predict_overlap_hides_all_gradient_buckets_but_one() -> None:
     """1b on 32 GPUs: overlap hides all buckets but one per direction; on 4,096 Megatron Core has a single bucket."""
     model = StepModel(find_gpu("h100"), 8, 615)
 
-    def exposed(dp: int, *words: str) -> float:
-        words = ("batch.micro_batch_rows=16", f"batch.global_batch_rows={16 * dp}", "batch.warmup_tokens=0", *words)
-        config = parse("1b", "mlm", "pretrain", overrides=list(words))
+    def exposed(dp: int, *arguments: str) -> float:
+        arguments = (
+            "batch.micro_batch_rows=16",
+            f"batch.global_batch_rows={16 * dp}",
+            "batch.warmup_tokens=0",
+            *arguments,
+        )
+        config = parse("1b", "mlm", "pretrain", overrides=list(arguments))
         return model.predict(config, dp).exposed_dp
 
     for dp, pieces in ((32, 26), (4096, 1)):

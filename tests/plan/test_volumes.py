@@ -28,7 +28,7 @@ def server() -> Path:
 
 
 @pytest.mark.parametrize(
-    ("rank", "dp", "words"),
+    ("rank", "dp", "overrides"),
     [
         pytest.param(0, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"], marks=pytest.mark.full),
         pytest.param(511, 64, [*SP, "parallel.pp=4", "batch.global_batch_rows=256"], marks=pytest.mark.full),
@@ -40,27 +40,27 @@ def server() -> Path:
     ],
 )
 def test_rank_of_512_matches_predicted_memory_and_traffic(
-    server: Path, tmp_path: Path, rank: int, dp: int, words: list[str]
+    server: Path, tmp_path: Path, rank: int, dp: int, overrides: list[str]
 ) -> None:
     with open(tmp_path / "shown", "wb") as shown, open(tmp_path / "errors", "wb") as errors:
         files = (0, shown.fileno(), errors.fileno())
-        arguments = [WORLD, rank, "17m", [*COMMON, *words]]
+        arguments = [WORLD, rank, "17m", [*COMMON, *overrides]]
         child = forkserver.call(server, "tests.plan.fake_rank:main", arguments, files)
     status = child.wait(300)
     child.close()
     assert status == 0, (tmp_path / "errors").read_text()[-2000:]
-    found = json.loads((tmp_path / "shown").read_text().splitlines()[-1])
-    config = parse("17m", "mlm", "pretrain", overrides=[*COMMON, *words])
+    measured = json.loads((tmp_path / "shown").read_text().splitlines()[-1])
+    config = parse("17m", "mlm", "pretrain", overrides=[*COMMON, *overrides])
     pp_rank = rank // (WORLD // config.parallel.pp)
     parameters, _ = rank_parameters(config, pp_rank)
-    assert found["parameters"] == parameters
+    assert measured["parameters"] == parameters
     memory = rank_memory(config, dp, pp_rank, on_gpu=False)
     kept = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
-    assert found["held"] == pytest.approx(kept, rel=0.001, abs=20_000)  # buffers are padded; states of generators
-    sent, expected = found["sent"], volumes(config, dp, pp_rank)
+    assert measured["held"] == pytest.approx(kept, rel=0.001, abs=20_000)  # buffers are padded; states of generators
+    sent, expected = measured["sent"], volumes(config, dp, pp_rank)
 
-    def passed(axis: str, *kinds: str) -> int:
-        return sum(count for method, count in sent.get(axis, {}).items() if method.startswith(kinds))
+    def passed(axis: str, *methods: str) -> int:
+        return sum(count for method, count in sent.get(axis, {}).items() if method.startswith(methods))
 
     if config.parallel.sequence_parallel:  # what is all-reduced beside: labels' sums, gradients of norms
         assert passed("tp", "all_gather", "reduce_scatter", "_") == expected["tp"]

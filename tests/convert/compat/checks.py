@@ -160,9 +160,9 @@ def nothing_is_warned_of(case: Case) -> None:
     from transformers import AutoConfig
     from transformers.utils import logging as theirs
 
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger, level = logging.getLogger("transformers"), theirs.get_verbosity()
     logger.addHandler(handler)
     theirs.set_verbosity_warning()
@@ -174,7 +174,7 @@ def nothing_is_warned_of(case: Case) -> None:
     finally:
         theirs.set_verbosity(level)
         logger.removeHandler(handler)
-    same(said, [], "warnings")
+    same(messages, [], "warnings")
 
 
 def fill_mask_pipeline(case: Case) -> None:

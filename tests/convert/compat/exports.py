@@ -59,9 +59,9 @@ def objective_of(name: str) -> str:
     return EXPORTS[name].objective or EXPORTS[name].trained_as
 
 
-def ettin(*words: object) -> None:
+def ettin(*arguments: object) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main([*map(str, words)]) == 0, out.getvalue()
+        assert main([*map(str, arguments)]) == 0, out.getvalue()
 
 
 def make_export(root: Path, tokenizer: Path, name: str) -> Path:

@@ -134,7 +134,7 @@ def test_from_composer_contradicting_objective_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"hidden_act": "silu"}, "hidden_act is 'silu'; our model has it as 'gelu' only"),
         ({"normalization": "rmsnorm"}, "normalization is 'rmsnorm'"),
@@ -153,9 +153,9 @@ def test_from_composer_contradicting_objective_is_refused(tmp_path, capsys):
         ({"rotary_emb_base": float("nan")}, "rotary_emb_base is nan"),
     ],
 )
-def test_from_composer_unsupported_config_is_refused(tmp_path, capsys, changes, said):
+def test_from_composer_unsupported_config_is_refused(tmp_path, capsys, changes, message):
     trainer_file(tmp_path / "file.pt", "mlm", config=CONFIG | changes)
-    refused(capsys, tmp_path, tmp_path / "file.pt", said)
+    refused(capsys, tmp_path, tmp_path / "file.pt", message)
 
 
 def test_from_composer_missing_key_with_unsupported_default_is_refused(tmp_path, capsys):
@@ -165,9 +165,13 @@ def test_from_composer_missing_key_with_unsupported_default_is_refused(tmp_path,
 
 def test_from_composer_malformed_or_missing_config_file_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "file.pt", "mlm")
-    for text, said in (("a: [", "not valid YAML"), ("model: {name: x}", "no model.model_config"), ("- 1", "mapping")):
+    for text, message in (
+        ("a: [", "not valid YAML"),
+        ("model: {name: x}", "no model.model_config"),
+        ("- 1", "mapping"),
+    ):
         (tmp_path / "run.yaml").write_text(text)
-        refused(capsys, tmp_path, tmp_path / "file.pt", said, "--config", tmp_path / "run.yaml")
+        refused(capsys, tmp_path, tmp_path / "file.pt", message, "--config", tmp_path / "run.yaml")
     refused(capsys, tmp_path, tmp_path / "file.pt", "No such file", "--config", tmp_path / "missing.yaml")
     trainer_file(tmp_path / "file.pt", "mlm", config=None)
     refused(capsys, tmp_path, tmp_path / "file.pt", "is no published size")
@@ -177,11 +181,11 @@ def test_from_composer_unsupported_tensors_are_refused(tmp_path, capsys):
     named = trainer_names(reference("mlm"), "mlm")
     weight = named["model.bert.final_norm.weight"]
 
-    def with_changes(said, **changes):
+    def with_changes(message, **changes):
         held = {**named, **changes}
         held = {name: tensor for name, tensor in held.items() if tensor is not None}
         torch.save(composer_state(held, "mlm"), tmp_path / "file.pt")
-        refused(capsys, tmp_path, tmp_path / "file.pt", said)
+        refused(capsys, tmp_path, tmp_path / "file.pt", message)
 
     with_changes(
         "'model.bert.final_norm.bias', which our model does not have", **{"model.bert.final_norm.bias": weight}
@@ -202,10 +206,10 @@ def test_from_composer_tokenizer_that_does_not_fit_is_refused(tmp_path, capsys, 
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
     content = json.loads((tiny_tokenizer / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 320, "content": "[EXTRA]"})
-    for recorded, said in ((content, "the tokenizer has 321 ids"), ({"version": "1.0"}, "no tokenizer that")):
+    for recorded, message in ((content, "the tokenizer has 321 ids"), ({"version": "1.0"}, "no tokenizer that")):
         tree["state"]["integrations"]["huggingface"]["tokenizer"] = {"tokenizer.json": {"content": recorded}}
         torch.save(tree, tmp_path / "file.pt")
-        refused(capsys, tmp_path, tmp_path / "file.pt", said)
+        refused(capsys, tmp_path, tmp_path / "file.pt", message)
 
 
 def test_from_composer_output_not_empty_is_refused(tmp_path, capsys):

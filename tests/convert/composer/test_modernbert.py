@@ -56,9 +56,9 @@ def test_from_hf_modernbert_large_keeps_bits(tmp_path, capsys):
 def test_from_hf_modernbert_keeps_bits_and_trains(pool, corpus, tmp_path, capsys, name):
     hidden, inner, heads, size = SHAPES[name]
     _, ours = imported(tmp_path, capsys, name)
-    words = [f"model.hidden_size={hidden}", f"model.ffn_hidden_size={inner}", f"model.num_attention_heads={heads}"]
-    words += ["model.local_rope_theta=10000", "model.attention_output_dropout=0", "run.steps=2"]
-    line = train_command(tmp_path / "run", corpus, "mlm", words, ["--init-from", str(ours)])
+    arguments = [f"model.hidden_size={hidden}", f"model.ffn_hidden_size={inner}", f"model.num_attention_heads={heads}"]
+    arguments += ["model.local_rope_theta=10000", "model.attention_output_dropout=0", "run.steps=2"]
+    line = train_command(tmp_path / "run", corpus, "mlm", arguments, ["--init-from", str(ours)])
     line[line.index("17m")], line[line.index("pretrain")] = size, "decay"
     (result,) = pool.run(1, line, timeout_seconds=300)
     assert result.status == 0, result.output[-2000:]

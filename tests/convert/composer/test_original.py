@@ -21,8 +21,8 @@ def test_from_composer_logits_equal_original_code(tmp_path, capsys, objective):
     status, out, err = command(capsys, "from-composer", FILES / f"{objective}.pt", ours, "--json")
     assert status == 0, err
     assert json.loads(out)["objective"] == objective
-    (found,) = logits_of(ours, [expected["ids"].tolist()])
-    assert (torch.as_tensor(found) - expected["logits"]).abs().max() < 1e-5
+    (logits,) = logits_of(ours, [expected["ids"].tolist()])
+    assert (torch.as_tensor(logits) - expected["logits"]).abs().max() < 1e-5
     assert (ours / "tokenizer" / "tokenizer.json").is_file()
     assert command(capsys, "to-hf", ours, theirs)[0] == 0
     model = load(theirs, objective)

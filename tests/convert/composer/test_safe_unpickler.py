@@ -75,11 +75,11 @@ def test_audit_hook_sees_what_ordinary_unpickler_runs():
     assert any("exec" in event for event in RAN)
 
 
-@pytest.mark.parametrize("kind", list(attacks("x")))
+@pytest.mark.parametrize("attack", list(attacks("x")))
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_read_pickle_of_attack_runs_nothing(tmp_path, kind, protocol):
+def test_read_pickle_of_attack_runs_nothing(tmp_path, attack, protocol):
     marker = tmp_path / "ran"
-    content = pickle.dumps({"bad": attacks(marker)[kind], "good": 1}, protocol)
+    content = pickle.dumps({"bad": attacks(marker)[attack], "good": 1}, protocol)
     with watching():
         tree = read_pickle(content)
     assert not marker.exists()
@@ -118,11 +118,11 @@ def test_read_pickle_of_hand_made_opcodes_runs_nothing(tmp_path, monkeypatch, co
     assert tensor.shape == (2, 2)
 
 
-@pytest.mark.parametrize("kind", list(attacks("x")))
-def test_from_composer_hostile_state_beside_weights_is_ignored(tmp_path, capsys, kind):
+@pytest.mark.parametrize("attack", list(attacks("x")))
+def test_from_composer_hostile_state_next_to_weights_is_ignored(tmp_path, capsys, attack):
     marker = tmp_path / "ran"
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
-    tree["state"]["callbacks"] = tree["rng"] = attacks(marker)[kind]
+    tree["state"]["callbacks"] = tree["rng"] = attacks(marker)[attack]
     torch.save(tree, tmp_path / "file.pt")
     status, _, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours")
     assert status == 0, err
@@ -130,11 +130,11 @@ def test_from_composer_hostile_state_beside_weights_is_ignored(tmp_path, capsys,
     assert (tmp_path / "ours" / "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("kind", list(attacks("x")))
+@pytest.mark.parametrize("attack", list(attacks("x")))
 @pytest.mark.parametrize("where", ["model", "weight", "record"])
-def test_from_composer_hostile_weights_are_refused_and_not_run(tmp_path, capsys, kind, where):
+def test_from_composer_hostile_weights_are_refused_and_not_run(tmp_path, capsys, attack, where):
     marker = tmp_path / "ran"
-    bad = attacks(marker)[kind]
+    bad = attacks(marker)[attack]
     tree = composer_state(trainer_names(reference("mlm"), "mlm"), "mlm")
     if where == "model":
         tree["state"]["model"] = bad

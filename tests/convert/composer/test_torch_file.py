@@ -12,11 +12,11 @@ from tests.convert.composer.trainer_files import composer_state, reference, refu
 from tests.convert.folders import command
 
 
-def test_from_composer_file_of_another_kind_is_refused(tmp_path, capsys):
+def test_from_composer_file_of_another_format_is_refused(tmp_path, capsys):
     trainer_file(tmp_path / "good.pt", "mlm")
     whole = (tmp_path / "good.pt").read_bytes()
     bad = tmp_path / "bad.pt"
-    for content, said in (
+    for content, message in (
         (b"", "not a file of torch.save"),
         (b"weights", "not a file of torch.save"),
         (b"\x1f\x8b" + whole, "not a file of torch.save"),
@@ -25,7 +25,7 @@ def test_from_composer_file_of_another_kind_is_refused(tmp_path, capsys):
         (pickle.dumps({"state": 1}), "not a file of torch.save"),
     ):
         bad.write_bytes(content)
-        refused(capsys, tmp_path, bad, said)
+        refused(capsys, tmp_path, bad, message)
     torch.save({"a": torch.ones(2)}, bad, _use_new_zipfile_serialization=False)
     refused(capsys, tmp_path, bad, "before 1.6")
     with zipfile.ZipFile(bad, "w") as out:
@@ -84,5 +84,5 @@ def rewrite(source, target, record, change, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(source) as held, zipfile.ZipFile(target, "w") as out:
         for info in held.infolist():
             content, wanted = held.read(info), info.filename.endswith(f"/{record}")
-            kind = compression if wanted else zipfile.ZIP_STORED
-            out.writestr(info.filename, change(content) if wanted else content, compress_type=kind)
+            compress_type = compression if wanted else zipfile.ZIP_STORED
+            out.writestr(info.filename, change(content) if wanted else content, compress_type=compress_type)

@@ -16,27 +16,27 @@ from tests.convert.folders import command, load, logits, tensors
 from tests.train.runs import train
 
 
-def exported(capsys, tmp_path, objective, *words):
+def exported(capsys, tmp_path, objective, *arguments):
     """Run `from-composer` and `to-hf` with verification; return the import's result and transformers' model."""
-    status, out, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours", "--json", *words)
+    status, out, err = command(capsys, "from-composer", tmp_path / "file.pt", tmp_path / "ours", "--json", *arguments)
     assert status == 0, err
     assert command(capsys, "to-hf", tmp_path / "ours", tmp_path / "theirs")[0] == 0
     return json.loads(out), load(tmp_path / "theirs", objective)
 
 
-def assert_equal(model, found, folder):
+def assert_equal(model, exported_model, folder):
     expected = {name: t for name, t in model.state_dict().items() if name != "decoder.weight"}
     held = tensors(folder)
     assert expected.keys() == held.keys()
     assert all(torch.equal(tensor, held[name]) for name, tensor in expected.items())
-    assert torch.equal(logits(model), logits(found))
+    assert torch.equal(logits(model), logits(exported_model))
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_from_composer_keeps_weights_and_logits(tmp_path, capsys, objective):
     model = trainer_file(tmp_path / "file.pt", objective)
-    result, found = exported(capsys, tmp_path, objective)
-    assert_equal(model, found, tmp_path / "theirs")
+    result, exported_model = exported(capsys, tmp_path, objective)
+    assert_equal(model, exported_model, tmp_path / "theirs")
     assert result["objective"] == objective
     assert result["tensors"] == 4 * 6 - 1 + 6
     config = read_config(tmp_path / "ours")["model"]
@@ -49,7 +49,7 @@ def test_from_composer_keeps_weights_and_logits(tmp_path, capsys, objective):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "place"),
+    ("prefix", "location"),
     [
         ("model.", ("state", "model")),
         ("module.model.", ("model",)),
@@ -58,10 +58,10 @@ def test_from_composer_keeps_weights_and_logits(tmp_path, capsys, objective):
         ("model._orig_mod.", ("model_state_dict",)),
     ],
 )
-def test_from_composer_state_dict_prefixes_and_locations_are_found(tmp_path, prefix, place):
+def test_from_composer_state_dict_prefixes_and_locations_are_recognized(tmp_path, prefix, location):
     named = trainer_names(reference("clm"), "clm")
     tree = {name.replace("model.", prefix, 1): tensor for name, tensor in named.items()}
-    for key in reversed(place):
+    for key in reversed(location):
         tree = {key: tree}
     torch.save(tree, tmp_path / "file.pt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
@@ -75,8 +75,8 @@ def test_from_composer_decoder_with_separate_qkv_keeps_weights_and_logits(tmp_pa
     model = reference("clm")
     torch.save(model.state_dict(), tmp_path / "file.pt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"name": "flex_gpt", "model_config": CONFIG}}))
-    _, found = exported(capsys, tmp_path, "clm", "--config", tmp_path / "run.yaml")
-    assert_equal(model, found, tmp_path / "theirs")
+    _, exported_model = exported(capsys, tmp_path, "clm", "--config", tmp_path / "run.yaml")
+    assert_equal(model, exported_model, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -86,8 +86,8 @@ def test_from_composer_half_precision_is_widened(tmp_path, capsys, dtype):
         weight.data = weight.data.to(dtype).float()
     named = {name: tensor.to(dtype) for name, tensor in trainer_names(model, "mlm").items()}
     torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
-    _, found = exported(capsys, tmp_path, "mlm")
-    assert_equal(model, found, tmp_path / "theirs")
+    _, exported_model = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, exported_model, tmp_path / "theirs")
 
 
 def test_from_composer_views_of_shared_storage_keep_weights_and_logits(tmp_path, capsys):
@@ -100,8 +100,8 @@ def test_from_composer_views_of_shared_storage_keep_weights_and_logits(tmp_path,
         offset += tensor.numel()
     named["model.head.dense.weight"] = named["model.head.dense.weight"].T.contiguous().T
     torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
-    _, found = exported(capsys, tmp_path, "mlm")
-    assert_equal(model, found, tmp_path / "theirs")
+    _, exported_model = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, exported_model, tmp_path / "theirs")
 
 
 def test_from_composer_missing_output_bias_becomes_zero(tmp_path, capsys):
@@ -110,8 +110,8 @@ def test_from_composer_missing_output_bias_becomes_zero(tmp_path, capsys):
     named = trainer_names(model, "mlm")
     del named["model.decoder.bias"]
     torch.save(composer_state(named, "mlm"), tmp_path / "file.pt")
-    result, found = exported(capsys, tmp_path, "mlm")
-    assert_equal(model, found, tmp_path / "theirs")
+    result, exported_model = exported(capsys, tmp_path, "mlm")
+    assert_equal(model, exported_model, tmp_path / "theirs")
     assert any("no decoder.bias" in note for note in result["notes"])
 
 
@@ -141,9 +141,9 @@ def test_from_composer_same_file_twice_writes_same_bytes(tmp_path):
 def test_train_from_composer_import_on_two_ranks_lowers_loss(pool, corpus, tmp_path):
     trainer_file(tmp_path / "file.pt", "clm")
     from_composer(tmp_path / "file.pt", tmp_path / "ours")
-    words = ["parallel.tp=2", "run.steps=8", "model.global_rope_theta=20000", "model.local_rope_theta=500"]
-    words += ["model.decoder_window_keys=9", "model.attention_output_dropout=0"]
+    arguments = ["parallel.tp=2", "run.steps=8", "model.global_rope_theta=20000", "model.local_rope_theta=500"]
+    arguments += ["model.decoder_window_keys=9", "model.attention_output_dropout=0"]
     options = ["--init-from", str(tmp_path / "ours")]
-    losses = train(pool, 2, tmp_path / "run", corpus, "clm", words, options).column("loss")
+    losses = train(pool, 2, tmp_path / "run", corpus, "clm", arguments, options).column("loss")
     assert len(losses) == 8
     assert losses[7] < losses[0] - 1

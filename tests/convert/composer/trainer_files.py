@@ -83,11 +83,11 @@ def trainer_file(path: Path, objective: str, shape: dict[str, Any] = TINY, **cha
     return model
 
 
-def refused(capsys, tmp_path, file, said, *words):
+def refused(capsys, tmp_path, file, message, *arguments):
     before = sorted(path.name for path in tmp_path.iterdir())
-    status, out, err = command(capsys, "from-composer", file, tmp_path / "out", *words)
+    status, out, err = command(capsys, "from-composer", file, tmp_path / "out", *arguments)
     assert status == 2, err
     assert out == "", err
     assert err.startswith("ettin convert: "), err
-    assert said in err, err
+    assert message in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
