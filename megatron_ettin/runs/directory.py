@@ -10,6 +10,7 @@ numpy nor OmegaConf; what needs them is imported where it is used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
@@ -21,7 +22,6 @@ from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_lines, read_json_object
 from megatron_ettin.checkpoint.directory import (
     list_checkpoints,
-    read_config,
     read_progress,
     read_stored_config,
     step_of,
@@ -84,7 +84,11 @@ class RunDirectory:
     @cached_property
     def groups(self) -> dict[str, Any]:
         """Return the groups of config.yaml by the current names of keys. Raises UserError."""
-        return read_config(self.path)
+        from megatron_ettin.config.overrides import upgrade_keys
+
+        groups = copy.deepcopy(self.stored_groups)
+        upgrade_keys(groups)
+        return groups
 
     def setting(self, group: str, key: str) -> Any:
         """Return a value of the configuration; None where it has none. Raises UserError."""
