@@ -20,12 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_warning
 from megatron_ettin.base.parsing import load_json, read_json_lines, read_json_object
-from megatron_ettin.checkpoint.directory import (
-    list_checkpoints,
-    read_progress,
-    read_stored_config,
-    step_of,
-)
+from megatron_ettin.checkpoint.directory import list_checkpoints, read_progress, read_stored_config, step_of
 from megatron_ettin.config.tables import short_name
 from megatron_ettin.metrics import METRICS_FILE, ROLLED_BACK_FILE, read_last_metrics, read_metrics
 
