@@ -260,8 +260,8 @@ def seconds_per_batch(objective: str, rows: int, seq_len: int) -> list[float]:
     from megatron_ettin.batching.batches import Batches
     from megatron_ettin.bench.synthetic import SyntheticRows
     from megatron_ettin.config.resolve import parse
+    from megatron_ettin.parallel.env import Topology
     from megatron_ettin.parallel.groups import Layout
-    from megatron_ettin.parallel.topology import Topology
 
     words = f"data.seq_len={seq_len} batch.global_batch_rows={2 * rows} batch.micro_batch_rows={rows} data.workers=2"
     config = parse("150m", objective, "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])

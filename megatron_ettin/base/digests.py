@@ -167,12 +167,12 @@ def read_checksums(path: Path) -> dict[str, tuple[str, ...]]:
     return {name: tuple(entry["blocks"]) for name, entry in raw.items()}
 
 
-def damaged_ranges(expected: tuple[str, ...], found: FileDigest) -> Iterator[tuple[int, int]]:
+def damaged_ranges(expected: tuple[str, ...], actual: FileDigest) -> Iterator[tuple[int, int]]:
     """Yield the [first, end) bytes of each run of changed blocks; bytes that should not be there count."""
-    wrong = [i for i, digest in enumerate(found.blocks) if i >= len(expected) or digest != expected[i]]
+    wrong = [i for i, digest in enumerate(actual.blocks) if i >= len(expected) or digest != expected[i]]
     while wrong:
         run = 1
         while run < len(wrong) and wrong[run] == wrong[0] + run:
             run += 1
-        yield wrong[0] * SHARD_BLOCK_BYTES, min((wrong[0] + run) * SHARD_BLOCK_BYTES, found.bytes)
+        yield wrong[0] * SHARD_BLOCK_BYTES, min((wrong[0] + run) * SHARD_BLOCK_BYTES, actual.bytes)
         wrong = wrong[run:]

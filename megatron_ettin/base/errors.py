@@ -1,4 +1,4 @@
-"""Define the errors and exit statuses of a command.
+"""Define how processes end: a command's errors and exit statuses, and workers that end with their parent.
 
 A user's mistake ends a command with one line and status 2; a saved run that has to be requeued ends with status 75.
 """
@@ -6,6 +6,9 @@ A user's mistake ends a command with one line and status 2; a saved run that has
 from __future__ import annotations
 
 import difflib
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterable
 
@@ -50,3 +53,26 @@ def _digits(name: str) -> str:
 def warn_renamed(old: str, new: str) -> None:
     """Issue a DeprecationWarning at the line that used a former name."""
     warnings.warn(f"{old} is now {new}; the old name will be removed", DeprecationWarning, stacklevel=3)
+
+
+def serve_parent(sentinel: int | None = None) -> None:
+    """End this worker process when its parent ends, and ignore Ctrl-C, on which the parent acts.
+
+    A worker calls this first. A parent that was killed cannot tell its workers, and a worker that is blocked in a full
+    pipe would stay for ever, so a thread waits for the parent's end.
+
+    Args:
+        sentinel: the parent's, where another library than multiprocessing started this process.
+    """
+    # here, because every command imports this module
+    import multiprocessing.connection
+
+    def end_with_parent(watched: int) -> None:
+        multiprocessing.connection.wait([watched])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    sentinel = parent.sentinel if sentinel is None and parent is not None else sentinel
+    if sentinel is not None:
+        threading.Thread(target=end_with_parent, args=(sentinel,), name="end with parent", daemon=True).start()

@@ -33,13 +33,14 @@ class StandardStreamsHandler(logging.Handler):
     """Writes messages to the standard streams as they are at the time, and never raises."""
 
     def handle(self, record: logging.LogRecord) -> bool:
-        # without the handler's lock: a thread that hangs in a print must not stop the others
+        """Write a record without the handler's lock: a thread that hangs in a print must not stop the others."""
         if not self.filter(record):
             return False
         self.emit(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to standard output or, from a warning on, to standard error."""
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         _write(self.format(record) + "\n", stream)
 
@@ -106,15 +107,18 @@ class LossyStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Write the text, or lose it."""
         with _losing(self._stream):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream if it can be."""
         with _losing(self._stream):
             self._stream.flush()
 
     def isatty(self) -> bool:
+        """Return whether the stream is an open terminal."""
         return is_terminal(self._stream)
 
     def __getattr__(self, name: str) -> object:

@@ -185,14 +185,14 @@ def _depth(text: str) -> int:
 
 def _count(node: Any, known: dict[int, int]) -> int:
     """Count the nodes that a node stands for. Raises yaml.YAMLError where it has too many or holds itself."""
-    found = known.get(id(node))
-    if found == 0:
+    count = known.get(id(node))
+    if count == 0:
         raise yaml.YAMLError("an alias stands for what it is in")
-    if found is None:
+    if count is None:
         known[id(node)] = 0
         inside = node.value if isinstance(node, yaml.CollectionNode) else []
         children = [one for pair in inside for one in pair] if isinstance(node, yaml.MappingNode) else inside
-        found = known[id(node)] = 1 + sum(_count(child, known) for child in children)
-    if found > MOST_NODES:
+        count = known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    if count > MOST_NODES:
         raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES:,} values")
-    return found
+    return count

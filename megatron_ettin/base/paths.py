@@ -50,8 +50,8 @@ def checked_name(name: object, nested: bool = False) -> str:
 def checked_sha256(value: object) -> str:
     """Return a fingerprint if it is 64 hexadecimal digits. Raises ValueError."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        found = repr(value[:_SHOWN_CHARACTERS]) if isinstance(value, str) else f"a {type(value).__name__}"
-        raise ValueError(f"{found} is no sha256 (64 hexadecimal digits)")
+        shown = repr(value[:_SHOWN_CHARACTERS]) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise ValueError(f"{shown} is no sha256 (64 hexadecimal digits)")
     return value
 
 
@@ -82,20 +82,20 @@ def path_in(
         raise UserError(f"{named_by}: {error}; refused") from None
     path = Path(folder) / checked
     if links is not Links.UNCHECKED:
-        place = Path(folder)
+        below = Path(folder)
         for part in checked.split("/"):
-            place = place / part
-            if place.is_symlink():
-                _check_link(place, Path(root or folder), links)
+            below = below / part
+            if below.is_symlink():
+                _check_link(below, Path(root or folder), links)
     return path
 
 
-def _check_link(place: Path, root: Path, links: Links) -> None:
-    target = os.path.realpath(place)
+def _check_link(link: Path, root: Path, links: Links) -> None:
+    target = os.path.realpath(link)
     if links is Links.NONE:
-        raise UserError(f"{place}: a link to {target}; refused: put the file itself there")
+        raise UserError(f"{link}: a link to {target}; refused: put the file itself there")
     if not Path(target).is_relative_to(os.path.realpath(root)):
-        raise UserError(f"{place}: a link to {target}, outside of its folder; refused: put the file itself there")
+        raise UserError(f"{link}: a link to {target}, outside of its folder; refused: put the file itself there")
 
 
 def refuse_links(folder: Path) -> None:

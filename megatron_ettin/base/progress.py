@@ -16,13 +16,13 @@ LINE_EVERY_SECONDS = 10.0
 def progress_report(title: str, unit: str) -> Iterator[Callable[..., None]]:
     """Yield report(done, total, tokens=0), which draws the bar at its first call; the bar is removed at the end."""
     if errors_on_terminal():
-        with bar(title) as report:
+        with _bar(title) as report:
             yield report
     else:
-        yield plain_lines(title, unit)
+        yield _plain_lines(title, unit)
 
 
-def plain_lines(title: str, unit: str) -> Callable[..., None]:
+def _plain_lines(title: str, unit: str) -> Callable[..., None]:
     began = time.monotonic()
     last = began
 
@@ -41,7 +41,7 @@ def plain_lines(title: str, unit: str) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[..., None]]:
+def _bar(title: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -25,7 +25,7 @@ from megatron_ettin.config.tables import IGNORE, PRECISIONS, ROW_OBJECTIVES
 from megatron_ettin.data.blended_dataset import BlendedDataset, Row
 from megatron_ettin.data.sampler import BatchSizes
 from megatron_ettin.model.boundaries import ChunkBoundaries, HostArray, pin_arrays
-from megatron_ettin.parallel.topology import Topology
+from megatron_ettin.parallel.env import Topology
 
 
 def token_multiple(config: Config, topology: Topology) -> int:

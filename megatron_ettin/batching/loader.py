@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
-from megatron_ettin.base.errors import RankError, UserError, first_line
-from megatron_ettin.base.processes import serve_parent
+from megatron_ettin.base.errors import RankError, UserError, first_line, serve_parent
 from megatron_ettin.batching.host import HostBatch, HostBatches
 
 # default on a GPU; without one, no cores are left for workers

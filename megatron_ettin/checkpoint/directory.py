@@ -54,6 +54,7 @@ _STEP = re.compile(r"step_(\d{9,})")
 
 
 def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint folder."""
     return f"step_{step:09d}"
 
 
@@ -64,10 +65,12 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints, which has the file `latest` too."""
     return Path(run_dir) / "checkpoints"
 
 
 def milestones_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's milestones."""
     return Path(run_dir) / "milestones"
 
 
@@ -101,11 +104,11 @@ def at_step(run_dir: Path, step: int) -> Path:
 
     Raises UserError naming the steps there are.
     """
-    found = {step_of(path): path for path in (*list_milestones(run_dir), *list_checkpoints(run_dir))}
-    if step not in found:
-        there = ", ".join(str(one) for one in sorted(found)) or "none"
+    by_step = {step_of(path): path for path in (*list_milestones(run_dir), *list_checkpoints(run_dir))}
+    if step not in by_step:
+        there = ", ".join(str(one) for one in sorted(by_step)) or "none"
         raise UserError(f"--from-step {step}: {run_dir} has no checkpoint of that step; there are: {there}")
-    return found[step]
+    return by_step[step]
 
 
 def _candidates(run_dir: Path) -> list[Path]:
@@ -182,10 +185,10 @@ def resolve(path: Path) -> Path:
         if (path / "config.yaml").is_file():
             raise UserError(f"{path}: the run has no checkpoint yet")
         raise UserError(f"{path}: neither a checkpoint (no metadata.json) nor a run directory (no checkpoints/)")
-    found = latest(path)
-    if found is None:
+    newest = latest(path)
+    if newest is None:
         raise UserError(f"{path}: the run has no checkpoint yet")
-    return found
+    return newest
 
 
 def new_staging(folder: Path, step: int) -> Path:

@@ -74,7 +74,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             raise ValueError(f"it is of format {raw['format']!r}, this version reads {FORMATS[0]} to {FORMATS[-1]}")
         if raw["format"] > 1 and DIGEST not in raw:
             raise ValueError(f"it has no {DIGEST}")
-        entries = checked_digest(raw)["files"]
+        entries: dict[str, Entry] = checked_digest(raw)["files"]
         for name, entry in entries.items():
             checked_name(name, nested=True)
             digests.blocks_of(name, entry)
@@ -103,9 +103,9 @@ def verify(
         path = file_of(folder, name)
         if not path.is_file():
             raise UserError(f"{path}: missing; integrity.json lists it with {entry['bytes']:,} bytes")
-        found = path.stat().st_size
-        if found != entry["bytes"]:
-            raise UserError(f"{path}: {found:,} bytes, but {entry['bytes']:,} were written; the file is torn")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise UserError(f"{path}: {size:,} bytes, but {entry['bytes']:,} were written; the file is torn")
     if checksums:
         names = [name for name in entries if which is None or which(name)]
         blocks = [block for name in names for block in digests.blocks_of(name, entries[name])]
@@ -132,11 +132,11 @@ def verify_blocks(folder: Path, blocks: Sequence[Block], background: bool = Fals
     def check(block: Block) -> None:
         path = file_of(folder, block.name)
         try:
-            found = sha256(path, block.first, block.size)
+            actual = sha256(path, block.first, block.size)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-        if found != block.sha256:
-            written = f"{block.prefix}sha256 {found[:12]}..., but {block.sha256[:12]}... was written"
+        if actual != block.sha256:
+            written = f"{block.prefix}sha256 {actual[:12]}..., but {block.sha256[:12]}... was written"
             raise UserError(f"{path}: {written}; it has changed")
 
     digests.in_threads(check, blocks, background)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -66,6 +66,7 @@ class AllowListed(pickle.Unpickler):
     """An unpickler that knows the classes of `.metadata` and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed class. Raises UnpicklingError for any other."""
         if (module, name) == ("builtins", "getattr"):
             # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
             return _member
@@ -74,11 +75,11 @@ class AllowListed(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _member(kind: Any, name: Any) -> Any:
+def _member(enumeration: Any, name: Any) -> Any:
     """Return a member of an allowed enumeration; refuse a getattr of anything else."""
-    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, for which a checkpoint has no use")
-    return kind[name]
+    if not (isinstance(enumeration, enum.EnumMeta) and isinstance(name, str) and name in enumeration.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {enumeration!r}, for which a checkpoint has no use")
+    return enumeration[name]
 
 
 def _checked(metadata: Any, path: Path) -> Metadata:
@@ -91,7 +92,7 @@ def _checked(metadata: Any, path: Path) -> Metadata:
         if not isinstance(key, str) or not key.isprintable() or not _is_whole(entry):
             raise UserError(f"{path}: what it says of {str(key)[:60]!r} is not what torch writes")
     for index, info in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not _is_place(index, info):
+        if not isinstance(index, MetadataIndex) or not _is_storage_info(index, info):
             raise UserError(f"{path}: a place in its files is not what torch writes")
         path_in(path.parent, info.relative_path, path, nested=True)
         if getattr(info, "transform_descriptors", None):
@@ -112,7 +113,8 @@ def _is_whole(entry: Any) -> bool:
     )
 
 
-def _is_place(index: MetadataIndex, info: Any) -> bool:
+def _is_storage_info(index: MetadataIndex, info: Any) -> bool:
+    """Return whether `info` says where a chunk lies, in the fields that torch writes."""
     numbers = [getattr(info, "offset", None), getattr(info, "length", None)]
     names = [getattr(index, "fqn", None), getattr(info, "relative_path", None)]
     offset = getattr(index, "offset", None)
@@ -150,6 +152,7 @@ class SafeReader(FileSystemReader):
         self.refusal: UserError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checked content of `.metadata`."""
         if self._cached is None:
             try:
                 self._cached = _read_metadata(Path(self.path) / ".metadata")
@@ -162,6 +165,7 @@ class SafeReader(FileSystemReader):
         return self._cached
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        """Read the planned items file by file, so that an error names the file."""
         per_file: dict[str, list[Any]] = {}
         for item in plan.items:
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -179,7 +183,8 @@ class SafeReader(FileSystemReader):
         info = self.read_metadata().storage_data[index]
         path = file_in(self.path, info.relative_path)
         with _naming(path), open(path, "rb") as file:
-            return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
+            tensor: torch.Tensor = torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
+            return tensor
 
 
 @contextlib.contextmanager
@@ -220,9 +225,11 @@ class CheckpointReader:
         return entry
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a full tensor."""
         return tuple(self._entry(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
+        """Return the type of a tensor's elements."""
         return self._entry(key).properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
@@ -234,8 +241,8 @@ class CheckpointReader:
             return self._chunk(key, entry, 0)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for number, chunk in enumerate(entry.chunks):
-            place = tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes))
-            whole[place] = self._chunk(key, entry, number)
+            box = tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes))
+            whole[box] = self._chunk(key, entry, number)
         return whole
 
     def _chunk(self, key: str, entry: TensorStorageMetadata, number: int) -> torch.Tensor:
@@ -308,14 +315,14 @@ def load_strategy() -> Any:
     # takes seconds, and converting and inspecting do not need it
     import megatron.core.dist_checkpointing.strategies.torch as core
 
-    class SafePlanner(core.MCoreLoadPlanner):  # type: ignore[misc]
+    class SafePlanner(core.MCoreLoadPlanner):
         def load_bytes(self, read_item: Any, value: Any) -> None:
             raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object, not a tensor")
 
     def reader(path: str | os.PathLike[str], cache_metadata: bool = False) -> SafeReader:
         return SafeReader(path)
 
-    class SafeLoadStrategy(core.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+    class SafeLoadStrategy(core.TorchDistLoadShardedStrategy):
         def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
             one = SafeReader(checkpoint_dir)
             swapped = _swapped(core, _get_filesystem_reader=lambda *_, **__: one, MCoreLoadPlanner=SafePlanner)
@@ -341,7 +348,7 @@ def common_strategy() -> Any:
     """Return core's strategy for common.pt through `read_common`, for dist_checkpointing.load."""
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
-    class SafeCommonStrategy(TorchCommonLoadStrategy):  # type: ignore[misc]
+    class SafeCommonStrategy(TorchCommonLoadStrategy):
         def load_common(self, checkpoint_dir: Any) -> Any:
             return read_common(Path(checkpoint_dir))
 

@@ -96,7 +96,8 @@ def load_state(path: Path, model: dict[str, Any], optimizer: Any = None) -> dict
         wanted["optimizer"] = optimizer
     try:
         with _quiet():
-            return dist_checkpointing.load(wanted, str(path), load_strategy(), common_strategy())
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path), load_strategy(), common_strategy())
+            return loaded
     except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(f"checkpoint {path}: does not fit this model ({first_line(error)[:300]})") from error
 
@@ -155,13 +156,13 @@ def scales_in_use(
         for entry in tensors.values()
         if hasattr(entry, "data")
     }
-    found: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         for prefix, linear in _linears(chunk, keys):
             if wanted is not None and any(key.startswith(f"{prefix}.") for key in wanted):
                 make_delayed_scales(linear, chunk.config)
-            found |= {f"{prefix}.{name}": tensor for name, tensor in delayed_scales(linear).items()}
-    return found if wanted is None else {key: tensor for key, tensor in found.items() if key in wanted}
+            scales |= {f"{prefix}.{name}": tensor for name, tensor in delayed_scales(linear).items()}
+    return scales if wanted is None else {key: tensor for key, tensor in scales.items() if key in wanted}
 
 
 def sharded(scales: dict[str, torch.Tensor], layout: Layout) -> dict[str, ShardedTensor]:

@@ -47,7 +47,7 @@ def write_weights(
     staging = Path(staging)
     staging.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     file, name = None, ""
     behind = ThreadPoolExecutor(1, "behind")
     hashed: dict[str, Future[Entry]] = {}
@@ -61,7 +61,7 @@ def write_weights(
         for key, tensor in tensors:
             if file is None or file.tell() >= file_bytes:
                 close()
-                name = f"__0_{len({info.relative_path for info in places.values()})}.distcp"
+                name = f"__0_{len({info.relative_path for info in storage.values()})}.distcp"
                 file = open(staging / name, "wb")  # noqa: SIM115
             tensor = tensor.detach().cpu().contiguous().clone() if _is_view(tensor) else tensor.detach().cpu()
             first = file.tell()
@@ -70,11 +70,11 @@ def write_weights(
             entries[key] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(corner, tensor.shape)]
             )
-            places[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
+            storage[MetadataIndex(key, corner, 0)] = _StorageInfo(name, first, file.tell() - first)
     finally:
         close()
         behind.shutdown()
-    _write_metadata(staging, entries, places)
+    _write_metadata(staging, entries, storage)
     torch.save(common, staging / "common.pt")
     (staging / "metadata.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
     return {name: one.result() for name, one in hashed.items()}
@@ -108,8 +108,8 @@ def _is_view(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes
 
 
-def _write_metadata(staging: Path, entries: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
-    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+def _write_metadata(staging: Path, entries: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo]) -> None:
+    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
     metadata.version = CURRENT_DCP_VERSION
     with open(staging / ".metadata", "wb") as out:
         pickle.dump(metadata, out)

@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, serve_parent
 from megatron_ettin.base.paths import Links
-from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.data.dataset import Dataset
 from megatron_ettin.data.indexed import HEADER
 from megatron_ettin.data.manifest import FileRecord, shard_file

@@ -119,7 +119,7 @@ def _apex(has_gpu: bool) -> Finding:
     These run in fp32, and in any precision without Transformer Engine, whose layers accumulate weight gradients
     themselves.
     """
-    variant, te = inventory.apex_kind(), version_of("transformer-engine")
+    variant, te = inventory.apex_package(), version_of("transformer-engine")
     has_te = te is not None and not _older(te, OLDEST_TRANSFORMER_ENGINE)
     if variant == "other":
         text = f"the installed `apex` {version_of('apex') or ''} is not NVIDIA's but PyPI's toolkit for web sites"

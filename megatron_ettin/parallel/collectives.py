@@ -7,7 +7,7 @@ all ranks call it, in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,17 +67,17 @@ def run_on_rank_zero(function: Callable[[], Value], *caught: type[Exception]) ->
         function: the function, without arguments.
         caught: errors that are raised on every rank when rank 0 meets them. Any other error ends rank 0 alone.
     """
-    result: Any = None
+    returned: list[Value] = []
     failure: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            result = function()
+            returned.append(function())
         except caught as error:
             failure = error
-    result, failure = broadcast_object((result, failure))
+    returned, failure = broadcast_object((returned, failure))
     if failure is not None:
         raise failure
-    return result
+    return returned[0]
 
 
 def barrier() -> None:

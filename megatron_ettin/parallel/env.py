@@ -1,4 +1,6 @@
-"""Read which rank this process is: from torchrun's variables, from SLURM's step variables, or a single process.
+"""Describe a launch as values that need no process group: this process among its ranks, and the parallel layout.
+
+`read_distributed_env` reads the rank from torchrun's variables or SLURM's step variables; else it is a single process.
 
 SLURM's variables count only inside a step (srun): a batch script's own shell has SLURM_NTASKS too, but no peers.
 """
@@ -9,8 +11,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_ettin.base.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ettin.config.schema import Config
 
 # below the range that systems hand out by themselves
 FIRST_PORT, PORTS = 15_000, 17_000
@@ -90,3 +96,48 @@ def is_launched() -> bool:
 def rank_of_environment() -> int:
     """Return this process's rank by torchrun's or SLURM's variables; 0 without either."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees of every axis over all ranks. In core's order of ranks, tp varies fastest, then cp, dp and pp."""
+
+    world: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    dp: int
+    layers: tuple[int, ...]
+    """Number of layers of each of the pp x vpp stages, in model order."""
+
+    @classmethod
+    def of(cls, config: Config, world: int) -> Topology:
+        """Return the topology of a run on `world` ranks. Raises UserError where they do not divide."""
+        # here, because every command imports this module
+        from megatron_ettin.config.layouts import check_layout, stage_layers
+
+        parallel = config.parallel
+        dp = check_layout(config, world)
+        return cls(world, parallel.tp, parallel.pp, parallel.vpp, parallel.cp, dp, tuple(stage_layers(config)))
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Return the coordinate of a rank on each axis."""
+        tp, rest = rank % self.tp, rank // self.tp
+        cp, rest = rest % self.cp, rest // self.cp
+        dp, pp = rest % self.dp, rest // self.dp
+        return {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
+
+    @property
+    def pipeline_layout(self) -> str | None:
+        """Core's pipeline layout, e.g. `Et*4|t*3L`; None for one stage."""
+        if len(self.layers) == 1:
+            return None
+        stages = [f"t*{count}" if count > 1 else "t" for count in self.layers]
+        stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+        return "|".join(stages)
+
+    def __str__(self) -> str:
+        named = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+        degrees = " ".join(f"{axis} {size}" for axis, size in named.items() if size > 1 or axis == "dp")
+        return degrees + (f", layers {'+'.join(map(str, self.layers))}" if len(self.layers) > 1 else "")

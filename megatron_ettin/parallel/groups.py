@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_ettin.parallel.topology import Topology
+from megatron_ettin.parallel.env import Topology
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Layout:
 
     @property
     def is_last_pipeline_rank(self) -> bool:
+        """Return whether this rank holds the last stages of the model."""
         return self.pp_rank == self.topology.pp - 1
 
     def chunk_stages(self) -> list[tuple[int | None, bool, bool]]:
@@ -83,7 +85,7 @@ def axes_of_groups() -> dict[str, str]:
         "pp": [ps.get_pipeline_model_parallel_group(), ps.get_embedding_group(check_initialized=False)],
     }
     # a later one wins: with one context-parallel rank, cp's groups can be dp's
-    return {one.group_name: axis for axis, found in groups.items() for one in found if one is not None}
+    return {one.group_name: axis for axis, members in groups.items() for one in members if one is not None}
 
 
 @dataclass(frozen=True)
@@ -120,39 +122,24 @@ class ModelParallelUnit:
     Ranks of context parallelism share weights and see other tokens: ZeRO treats them as data-parallel.
     """
 
-    def get_model_parallel_group(self) -> Any:
-        return ps.get_tensor_model_parallel_group()
-
-    def get_model_parallel_world_size(self) -> int:
-        return ps.get_tensor_model_parallel_world_size()
-
-    def get_model_parallel_rank(self) -> int:
-        return ps.get_tensor_model_parallel_rank()
-
+    get_model_parallel_group = staticmethod(ps.get_tensor_model_parallel_group)
+    get_model_parallel_world_size = staticmethod(ps.get_tensor_model_parallel_world_size)
+    get_model_parallel_rank = staticmethod(ps.get_tensor_model_parallel_rank)
     get_tensor_model_parallel_group = get_slice_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_world_size = get_slice_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_slice_parallel_rank = get_model_parallel_rank
+    get_data_parallel_group = staticmethod(partial(ps.get_data_parallel_group, with_context_parallel=True))
+    get_data_parallel_world_size = staticmethod(partial(ps.get_data_parallel_world_size, with_context_parallel=True))
+    get_data_parallel_rank = staticmethod(partial(ps.get_data_parallel_rank, with_context_parallel=True))
 
-    def get_data_parallel_group(self) -> Any:
-        return ps.get_data_parallel_group(with_context_parallel=True)
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Return the ranks that ZeRO partitions over."""
+        return dist.get_process_group_ranks(ps.get_data_parallel_group(with_context_parallel=True))
 
-    def get_data_parallel_world_size(self) -> int:
-        return ps.get_data_parallel_world_size(with_context_parallel=True)
-
-    def get_data_parallel_rank(self) -> int:
-        return ps.get_data_parallel_rank(with_context_parallel=True)
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.get_data_parallel_group())
-
-    def get_pipeline_model_parallel_group(self) -> Any:
-        return ps.get_pipeline_model_parallel_group()
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return 0
+    get_pipeline_model_parallel_group = staticmethod(ps.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(lambda: 1)
+    get_pipeline_model_parallel_rank = staticmethod(lambda: 0)
 
 
 def destroy_model_parallel() -> None:

@@ -10,6 +10,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_ettin.base.errors import RankError, UserError, first_line
 from megatron_ettin.base.log import SLOW_SECONDS, log_warning, log_when_slow
@@ -19,7 +21,7 @@ from megatron_ettin.platform.device import Platform
 from megatron_ettin.platform.profiler import enable_flight_recorder
 
 # the store that ranks met at, and a part of it for every time they joined
-_stores: list[dist.Store] = []
+_stores: list[Store] = []
 # how often the ranks were restarted in their processes
 _restarts = [0]
 LISTED_RANKS = 8
@@ -50,7 +52,7 @@ def init_process_group(
         enable_flight_recorder()
     timeout = timedelta(seconds=timeout_seconds)
     if env.address is None:
-        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     url = f"tcp://{env.address}:{env.port}"
     patience = timedelta(seconds=arrival_seconds or timeout_seconds)
@@ -59,13 +61,13 @@ def init_process_group(
             waiting = f"rank {env.rank} waits for rank 0 at {url}{_env_hint(env)}"
             with log_when_slow(waiting) if env.local_rank == 0 else contextlib.nullcontext():
                 _stores.append(_meeting_point(env, patience))
-        store = dist.PrefixStore(f"join{_restarts[0]}.{len(_stores)}", _stores[0])
+        store = PrefixStore(f"join{_restarts[0]}.{len(_stores)}", _stores[0])
         _stores.append(store)
         _await_all(store, env, patience)
         _stores[0].set_timeout(timeout)
         dist.init_process_group(
             platform.backend,
-            store=dist.PrefixStore("default_pg", store),
+            store=PrefixStore("default_pg", store),
             rank=env.rank,
             world_size=env.world,
             timeout=timeout,
@@ -78,7 +80,7 @@ def init_process_group(
         ) from None
 
 
-def _await_all(store: dist.Store, env: DistributedEnv, patience: timedelta) -> None:
+def _await_all(store: Store, env: DistributedEnv, patience: timedelta) -> None:
     """Wait for all ranks. Raises RuntimeError, naming those that are missing, after `patience`."""
     deadline = time.monotonic() + patience.total_seconds()
     log_at = time.monotonic() + SLOW_SECONDS
@@ -95,7 +97,7 @@ def _await_all(store: dist.Store, env: DistributedEnv, patience: timedelta) -> N
         arrived = store.add("arrived", 0)
 
 
-def _log_missing(store: dist.Store, env: DistributedEnv, arrived: int) -> None:
+def _log_missing(store: Store, env: DistributedEnv, arrived: int) -> None:
     """Log the missing ranks on rank 0 or, where rank 0 is missing, on the first rank of each host."""
     if env.rank == 0 or (env.local_rank == 0 and not store.check(["here0"])):
         log_warning(
@@ -104,7 +106,7 @@ def _log_missing(store: dist.Store, env: DistributedEnv, arrived: int) -> None:
         )
 
 
-def _missing(store: dist.Store, env: DistributedEnv) -> str:
+def _missing(store: Store, env: DistributedEnv) -> str:
     """Return the numbers of the first few ranks that have not come."""
     missing = [str(rank) for rank in range(env.world) if not store.check([f"here{rank}"])]
     return ", ".join(missing[:LISTED_RANKS]) + (" and more" if len(missing) > LISTED_RANKS else "")
@@ -154,16 +156,17 @@ def all_gather_before_groups(env: DistributedEnv, platform: Platform, own: Any, 
         destroy_process_group()
 
 
-def _meeting_point(env: DistributedEnv, patience: timedelta) -> dist.Store:
+def _meeting_point(env: DistributedEnv, patience: timedelta) -> Store:
     """Return the store that rank 0 or torchrun's agent holds.
 
     It does not wait for all ranks itself, because it could not name those that are missing.
     """
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", env.rank, env.world, timeout=patience))
+        store: Store
+        store, _, _ = next(rendezvous("env://", env.rank, env.world, timeout=patience))
         return store
     assert env.address is not None
-    return dist.TCPStore(
+    return TCPStore(
         env.address,
         env.port,
         env.world,

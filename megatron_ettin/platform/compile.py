@@ -42,6 +42,7 @@ class MaybeCompiled:
         _functions.append(self)
 
     def __call__(self, *arguments: Any) -> Any:
+        """Call the function, or its kernel once it is compiled."""
         return self.call(*arguments)
 
 
@@ -98,6 +99,7 @@ class CapturedGraph:
         self.graph: Any = None
 
     def __call__(self, tensors: Tensors) -> Tensors:
+        """Return the function's outputs, by replaying its kernels from the fourth call on."""
         self.calls += 1
         if self.calls <= WARM_UP_CALLS:
             return self._warm_up(tensors)

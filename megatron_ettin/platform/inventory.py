@@ -93,7 +93,7 @@ def has_infiniband(folder: Path = Path("/sys/class/infiniband")) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def apex_kind() -> str | None:
+def apex_package() -> str | None:
     """Return `nvidia`, `other` (PyPI's package of that name is a toolkit for web sites), or None if Apex is missing."""
     if find_spec("fused_weight_gradient_mlp_cuda") is not None:
         return "nvidia"

@@ -17,8 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_ettin.base.errors import UserError
-from megatron_ettin.base.processes import serve_parent
+from megatron_ettin.base.errors import UserError, serve_parent
 from megatron_ettin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ettin.prepare.frozen_plan import load_tasks
 from megatron_ettin.prepare.inputs import Task

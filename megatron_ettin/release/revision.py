@@ -22,9 +22,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_ettin.base.errors import UserError
+from megatron_ettin.base.errors import UserError, serve_parent
 from megatron_ettin.base.files import publish_folder
-from megatron_ettin.base.processes import serve_parent
 from megatron_ettin.checkpoint.directory import list_checkpoints
 from megatron_ettin.checkpoint.integrity import check_nothing_else
 from megatron_ettin.config.schema import ModelConfig

@@ -23,10 +23,9 @@ from megatron_ettin.model.model import EttinModel
 from megatron_ettin.optim.deepspeed import build_zero, load_deepspeed
 from megatron_ettin.optim.engine import TrainEngine
 from megatron_ettin.optim.megatron import build_optimizer
-from megatron_ettin.parallel.env import DistributedEnv
+from megatron_ettin.parallel.env import DistributedEnv, Topology
 from megatron_ettin.parallel.groups import Layout, initialize_model_parallel, optimizer_groups
 from megatron_ettin.parallel.process_groups import init_process_group
-from megatron_ettin.parallel.topology import Topology
 from megatron_ettin.platform import Platform, detect
 from megatron_ettin.platform.compile import enable_compile, should_compile
 from megatron_ettin.platform.fp8 import reset_fp8_state

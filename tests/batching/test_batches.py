@@ -9,8 +9,8 @@ import torch
 
 from megatron_ettin.batching.batches import Batches
 from megatron_ettin.config.resolve import parse
+from megatron_ettin.parallel.env import Topology
 from megatron_ettin.parallel.groups import Layout
-from megatron_ettin.parallel.topology import Topology
 from megatron_ettin.train.job import open_training_data
 from tests.train.runs import TINY
 

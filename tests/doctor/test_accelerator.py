@@ -12,16 +12,16 @@ from megatron_ettin.platform import inventory
 
 def test_apex_from_pypi_is_not_taken_for_nvidia_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    assert inventory.apex_kind() is None
+    assert inventory.apex_package() is None
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
-    assert inventory.apex_kind() == "other"
+    assert inventory.apex_package() == "other"
     finding = accelerator._apex(has_gpu=True)
     assert finding.state == "warning"
     assert "pip uninstall apex" in finding.todo
     (tmp_path / "apex" / "optimizers").mkdir()
     (tmp_path / "apex" / "optimizers" / "fused_adam.py").touch()
-    assert inventory.apex_kind() == "nvidia"
+    assert inventory.apex_package() == "nvidia"
     assert accelerator._apex(has_gpu=True).state == "note"
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
     assert accelerator._apex(has_gpu=True).state == "ok"

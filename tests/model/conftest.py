@@ -13,10 +13,9 @@ from megatron_ettin.config.schema import Config
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     """Initialize a process group of one rank in this process."""
-    from megatron_ettin.parallel.env import DistributedEnv
+    from megatron_ettin.parallel.env import DistributedEnv, Topology
     from megatron_ettin.parallel.groups import destroy_model_parallel, initialize_model_parallel
     from megatron_ettin.parallel.process_groups import destroy_process_group, init_process_group
-    from megatron_ettin.parallel.topology import Topology
     from megatron_ettin.platform import detect
 
     platform = detect("cpu")

@@ -88,7 +88,7 @@ def transformers_speed(config: Config, device: str) -> tuple[float, str]:
 def host_batches(config: Config) -> Any:
     """Return the run's micro-batches in host memory, as one rank has them."""
     from megatron_ettin.batching.host import HostBatches
-    from megatron_ettin.parallel.topology import Topology
+    from megatron_ettin.parallel.env import Topology
     from megatron_ettin.train.job import open_training_data
 
     return HostBatches.of(config, open_training_data(config), Topology.of(config, 1))
