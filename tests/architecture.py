@@ -377,9 +377,6 @@ NOT_YET: dict[Callable[[Module], Iterator[str]], set[str]] = {
             "faults",
         ),
         *("metrics", "parallel", "platform", "release", "report", "runs"),
-        *("bench_checkpoint", "bench_convert", "bench_data", "bench_engines", "bench_guards", "bench_optim"),
-        *("bench_startup", "bench_step", "chaos", "chaos_parts", "fuzz", "fuzzing", "gpu_checks", "gpu_validate"),
-        *("library", "same_training", "spike_rate"),
     },
     full_files: {
         *("base", "faults", "parallel", "platform", "release"),

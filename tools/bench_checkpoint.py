@@ -35,9 +35,9 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.setup import build_single_process
 
-    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
-    words += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
-    config = parse(args.size, "mlm", "pretrain", overrides=words.split())
+    overrides = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={args.rows} batch.warmup_tokens=0"
+    overrides += f" batch.micro_batch_rows={args.rows}" + (f" model.num_layers={args.layers}" if args.layers else "")
+    config = parse(args.size, "mlm", "pretrain", overrides=overrides.split())
     train_state = build_single_process(config, training=True)
     return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]
 
@@ -131,12 +131,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     newest = directory.latest(folder)
     assert newest is not None
     bench.loads(newest)
-    found = {name: statistics.median(values) for name, values in bench.times.items()}
-    return found | {"bytes": float(directory.total_bytes(newest))}
+    figures = {name: statistics.median(values) for name, values in bench.times.items()}
+    return figures | {"bytes": float(directory.total_bytes(newest))}
 
 
-def table(args: argparse.Namespace, found: dict[str, float]) -> str:
-    size, plain = found.pop("bytes"), found["a step"]
+def table(args: argparse.Namespace, figures: dict[str, float]) -> str:
+    size, plain = figures.pop("bytes"), figures["a step"]
     layers = f" --layers {args.layers}" if args.layers else ""
     only = f" --only {args.only}" if args.only else ""
     lines = [
@@ -146,7 +146,7 @@ def table(args: argparse.Namespace, found: dict[str, float]) -> str:
         f"{f' with {args.layers} layers' if args.layers else ''}, fp32, {args.rows} row of 1024 tokens a step;"
         f" a checkpoint has {size / 1e9:.2f} GB.",
         *("", "| | seconds | steps |", "|---|---|---|"),
-        *(f"| {name} | {seconds:.3f} | {seconds / plain:.2f} |" for name, seconds in found.items()),
+        *(f"| {name} | {seconds:.3f} | {seconds / plain:.2f} |" for name, seconds in figures.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -41,7 +41,7 @@ os.sync()
 
 
 @dataclass
-class Measured:
+class CommandTimes:
     """Figures of one command over its repeats."""
 
     seconds: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Measured:
         return statistics.median(self.peak_bytes)
 
 
-def run(measured: Measured, command: list[str], out: Path) -> None:
+def run(times: CommandTimes, command: list[str], out: Path) -> None:
     """Time one process; its output `out` is removed before."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -67,16 +67,24 @@ def run(measured: Measured, command: list[str], out: Path) -> None:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command[:6])}: {errors.decode()[-2000:]}")
-    measured.seconds.append(time.perf_counter() - began)
-    measured.peak_bytes.append(usage.ru_maxrss * 1024)
+    times.seconds.append(time.perf_counter() - began)
+    times.peak_bytes.append(usage.ru_maxrss * 1024)
 
 
 def conversions(size: str, repeats: int, room: Path) -> list[str]:
     """Return the table rows of one size."""
     shape = SIZES[size]
     theirs, checkpoint = room / "theirs", room / "checkpoint"
-    words = [shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.num_attention_heads, VOCABULARY]
-    subprocess.run([sys.executable, "-c", MAKE, str(theirs), *map(str, words)], check=True, capture_output=True)
+    shape_arguments = [
+        shape.hidden_size,
+        shape.ffn_hidden_size,
+        shape.num_layers,
+        shape.num_attention_heads,
+        VOCABULARY,
+    ]
+    subprocess.run(
+        [sys.executable, "-c", MAKE, str(theirs), *map(str, shape_arguments)], check=True, capture_output=True
+    )
     ettin = [sys.executable, "-m", "megatron_ettin", "convert"]
     subprocess.run([*ettin, "from-hf", str(theirs), str(checkpoint)], check=True, capture_output=True)
     out = room / "out"
@@ -86,29 +94,29 @@ def conversions(size: str, repeats: int, room: Path) -> list[str]:
         "`from-hf`": [*ettin, "from-hf", str(theirs), str(out)],
         "`to-hf` with verification": [*ettin, "to-hf", str(checkpoint), str(out)],
     }
-    found = {name: Measured() for name in commands}
+    timings = {name: CommandTimes() for name in commands}
     for number in range(repeats + 1):
         for name, command in commands.items():
             # the first turn warms the page cache and is not counted
-            run(found[name] if number else Measured(), command, out)
+            run(timings[name] if number else CommandTimes(), command, out)
             print(f"{size} {name}: {number}/{repeats}", file=sys.stderr, flush=True)
-    base = found["transformers load + save"]
+    base = timings["transformers load + save"]
     megabytes = sum(path.stat().st_size for path in theirs.glob("*.safetensors")) / 1e6
     shutil.rmtree(room)
     return [
         f"| {size} ({megabytes:,.0f} MB) | {name} | {one.median_seconds:.1f} ({min(one.seconds):.1f} to"
         f" {max(one.seconds):.1f}) | {one.median_seconds / base.median_seconds:.2f} |"
         f" {one.median_bytes / 1e6:,.0f} | {one.median_bytes / base.median_bytes:.2f} |"
-        for name, one in found.items()
+        for name, one in timings.items()
     ]
 
 
 def releases(checkpoints: int, room: Path) -> list[str]:
     """Time the release of a run of the 17m shape with `checkpoints` checkpoints: one worker, two, and repeated."""
     shape = SIZES["17m"]
-    words = [shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.num_attention_heads, VOCABULARY]
+    arguments = [shape.hidden_size, shape.ffn_hidden_size, shape.num_layers, shape.num_attention_heads, VOCABULARY]
     subprocess.run(
-        [sys.executable, "-c", MAKE, str(room / "theirs"), *map(str, words)], check=True, capture_output=True
+        [sys.executable, "-c", MAKE, str(room / "theirs"), *map(str, arguments)], check=True, capture_output=True
     )
     ettin = [sys.executable, "-m", "megatron_ettin"]
     folder = room / "run" / "checkpoints"
@@ -121,12 +129,12 @@ def releases(checkpoints: int, room: Path) -> list[str]:
     (room / "run" / "config.yaml").write_text(config)
     lines = []
     for name, workers, fresh in (("one worker", 1, True), ("two workers", 2, True), ("again, nothing to do", 2, False)):
-        measured, out = Measured(), room / "out"
+        times, out = CommandTimes(), room / "out"
         if not fresh:
             os.rename(out, room / "kept")
-        words = ["release", str(room / "run"), "--out", str(out if fresh else room / "kept"), "--order", "none"]
-        run(measured, [*ettin, *words, "--workers", str(workers), "--json"], out)
-        seconds = measured.median_seconds
+        arguments = ["release", str(room / "run"), "--out", str(out if fresh else room / "kept"), "--order", "none"]
+        run(times, [*ettin, *arguments, "--workers", str(workers), "--json"], out)
+        seconds = times.median_seconds
         lines.append(f"| {name} | {seconds:.0f} | {seconds / (checkpoints + 1):.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     shutil.rmtree(room)

@@ -60,13 +60,13 @@ def main() -> int:
     parser.add_argument("--streaming-python", help="interpreter of an environment with mosaicml-streaming")
     parser.add_argument("--work", type=Path, help="where corpora are made (default: a temporary directory)")
     options = parser.parse_args()
-    found = read_sections(OUT)
+    sections = read_sections(OUT)
     for name, measure in SECTIONS.items():
         if options.only in (None, name):
             with tempfile.TemporaryDirectory(dir=options.work) as folder:
-                found[name] = [*conditions(name), "", *measure(Path(folder), options.streaming_python)]
-            write_sections(OUT, found)
-            print("\n".join(found[name]), flush=True)
+                sections[name] = [*conditions(name), "", *measure(Path(folder), options.streaming_python)]
+            write_sections(OUT, sections)
+            print("\n".join(sections[name]), flush=True)
     return 0
 
 
@@ -81,17 +81,17 @@ def conditions(name: str) -> list[str]:
 
 def read_sections(path: Path) -> dict[str, list[str]]:
     """Return the page's present sections."""
-    found: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         if line.startswith("## "):
-            current = found.setdefault(line[3:], [])
-        elif found:
+            current = sections.setdefault(line[3:], [])
+        elif sections:
             current.append(line)
-    return {name: "\n".join(lines).strip().splitlines() for name, lines in found.items()}
+    return {name: "\n".join(lines).strip().splitlines() for name, lines in sections.items()}
 
 
-def write_sections(path: Path, found: dict[str, list[str]]) -> None:
-    parts = [f"## {name}\n\n" + "\n".join(found[name]) + "\n" for name in SECTIONS if name in found]
+def write_sections(path: Path, sections: dict[str, list[str]]) -> None:
+    parts = [f"## {name}\n\n" + "\n".join(sections[name]) + "\n" for name in SECTIONS if name in sections]
     path.write_text("# The data path: speed and memory\n\n" + "\n".join(parts), encoding="utf-8")
 
 

@@ -26,23 +26,23 @@ SIDES = {
     "deepspeed, ZeRO-3": "parallel.engine=deepspeed parallel.zero_stage=3",
     "deepspeed, ZeRO-3, all offloaded": "parallel.engine=deepspeed parallel.zero_stage=3 parallel.zero_offload=all",
 }
-WORDS = (
+OVERRIDES = (
     "batch.global_batch_rows=8 batch.micro_batch_rows=2 batch.warmup_tokens=0 precision.name=fp32"
     " checkpoint.every_tokens=null metrics.tensorboard=false"
 )
 
 
-def run(arguments: argparse.Namespace, words: str, folder: Path) -> tuple[float, float]:
+def run(arguments: argparse.Namespace, overrides: str, folder: Path) -> tuple[float, float]:
     """Return seconds per step and GiB of the first rank, of one run."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)),
         *("-m", "megatron_ettin", "train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain"),
         *("--run-dir", str(folder), f"data.mixture={arguments.data}", f"run.steps={arguments.steps}"),
-        *(*WORDS.split(), *arguments.words, *words.split()),
+        *(*OVERRIDES.split(), *arguments.overrides, *overrides.split()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{words}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{overrides}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(line["step_seconds"] for line in lines[2:])
     return seconds, lines[-1]["peak_memory_bytes"] / 2**30
@@ -68,18 +68,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("words", nargs="*", help="key=value of every run")
+    parser.add_argument("overrides", nargs="*", help="key=value of every run")
     arguments = parser.parse_args()
     figures: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for number in range(arguments.rounds):
-        for side, words in SIDES.items():
+        for side, overrides in SIDES.items():
             with tempfile.TemporaryDirectory() as folder:
-                figures[side].append(run(arguments, words, Path(folder) / "run"))
+                figures[side].append(run(arguments, overrides, Path(folder) / "run"))
             print(f"round {number + 1}: {side}: {figures[side][-1][0]:.2f} s", flush=True)
     shown = [f"--data DATASET --ranks {arguments.ranks} --rounds {arguments.rounds} --steps {arguments.steps}"]
     text = report(
         figures,
-        " ".join(["python tools/bench_engines.py", *shown, *(["--", *arguments.words] * bool(arguments.words))]),
+        " ".join(
+            ["python tools/bench_engines.py", *shown, *(["--", *arguments.overrides] * bool(arguments.overrides))]
+        ),
     )
     print(text)
     if arguments.out:

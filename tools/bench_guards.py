@@ -25,8 +25,8 @@ def build(size: str, rows: int) -> tuple[Any, Any]:
     from megatron_ettin.config.resolve import parse
     from megatron_ettin.train.setup import build_single_process
 
-    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
-    config = parse(size, "mlm", "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])
+    overrides = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
+    config = parse(size, "mlm", "pretrain", overrides=[*overrides.split(), "batch.warmup_tokens=0"])
     train_state = build_single_process(config, training=True)
     return train_state, Batches.of(config, RandomRows(), train_state.layout, train_state.platform.device)  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             assert train_step(train_state, batches, 1e-4, guard if side == "judged" else None).updated
             if number:  # the first is a warm-up
                 seconds[side].append(time.perf_counter() - began)
-    found = {side: statistics.median(values) for side, values in seconds.items()}
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
     for name, call in (
         ("replicas", lambda: weight_bit_sums(train_state)),
         ("recheck", lambda: replay_check(train_state, batches, 0)),
@@ -64,22 +64,22 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
-        found[name] = statistics.median(times)
+        medians[name] = statistics.median(times)
     began = time.perf_counter()
     for _ in range(1000):
         guard.judge(50.0, 50.0), guard.after(50.0, 50.0)
-    return found | {"judgement alone": (time.perf_counter() - began) / 1000}
+    return medians | {"judgement alone": (time.perf_counter() - began) / 1000}
 
 
-def table(args: argparse.Namespace, found: dict[str, float]) -> str:
-    plain = found["plain"]
+def table(args: argparse.Namespace, medians: dict[str, float]) -> str:
+    plain = medians["plain"]
     lines = ["# Cost of the guards", "", f"`python tools/bench_guards.py --steps {args.steps} --rows {args.rows}`", ""]
     lines.append(
         f"{time.strftime('%Y-%m-%d')}; {args.threads} threads of {platform.machine()}; {args.size} shape, fp32,"
         f" {args.rows} rows of 1024 tokens, medians of {args.steps} steps a side."
     )
     lines += ["", "| | seconds | of a plain step |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.6f} | {value / plain:.4f} |" for name, value in found.items()]
+    lines += [f"| {name} | {value:.6f} | {value / plain:.4f} |" for name, value in medians.items()]
     return "\n".join(lines) + "\n"
 
 

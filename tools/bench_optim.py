@@ -61,15 +61,15 @@ def theirs(train_state: TrainState) -> Callable[[], None]:
 
 def median_seconds(sides: dict[str, Callable[[], None]], rounds: int, platform: Platform) -> dict[str, float]:
     """Return each side's median seconds, taking turns, after one round that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, step in sides.items():
             platform.synchronize()
             began = time.perf_counter()
             step()
             platform.synchronize()
-            found[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times[1:]) for name, times in found.items()}
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    words = ["precision.name=fp32", f"runtime.device={options.device}", "parallel.distributed_optimizer=false"]
-    train_state = build_single_process(parse(options.size, "mlm", "pretrain", overrides=words))
+    overrides = ["precision.name=fp32", f"runtime.device={options.device}", "parallel.distributed_optimizer=false"]
+    train_state = build_single_process(parse(options.size, "mlm", "pretrain", overrides=overrides))
     sides = {**{name: ours(train_state, name) for name in OURS}, TORCH: theirs(train_state)}
     seconds = median_seconds(sides, options.rounds, train_state.platform)
     lines = [

@@ -50,7 +50,7 @@ def main() -> None:
         "|---|---|",
     ]
     start = [sys.executable, "-m", "megatron_ettin"]
-    lines += [f"| `{name}` | {seconds([*start, *words], args.repeats):.2f} |" for name, words in CASES.items()]
+    lines += [f"| `{name}` | {seconds([*start, *arguments], args.repeats):.2f} |" for name, arguments in CASES.items()]
     lines += ["", "| import in a fresh interpreter | seconds |", "|---|---|"]
     lines += [
         f"| `{module}` | {seconds([sys.executable, '-W', 'ignore', '-c', f'import {module}'], args.repeats):.2f} |"

@@ -80,9 +80,9 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     from megatron_ettin.train.setup import setup_training
     from megatron_ettin.train.step import train_step
 
-    words = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
-    words += f" runtime.compile={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
-    config = parse("17m", objective, "pretrain", overrides=words.split())
+    overrides = f"precision.name=fp32 runtime.device=cpu batch.global_batch_rows={rows} batch.micro_batch_rows={rows}"
+    overrides += f" runtime.compile={fuse} batch.warmup_tokens=0 model.attention_output_dropout=0"
+    config = parse("17m", objective, "pretrain", overrides=overrides.split())
     train_state = detect("cpu")
     init_process_group(read_distributed_env(), train_state)
     rank = setup_training(config, train_state, 1)
@@ -95,7 +95,7 @@ def ours(objective: str, rows: int, fuse: str) -> Callable[[int], None]:
     return run
 
 
-def theirs(kind: str, rows: int) -> Callable[[int], None]:
+def theirs(mode: str, rows: int) -> Callable[[int], None]:
     """Return a function that runs step n of `transformers` with torch's AdamW."""
     import numpy as np
     import torch
@@ -109,14 +109,14 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
     from megatron_ettin.batching.objectives import make_collator
 
     shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
-    if kind == "clm":
+    if mode == "clm":
         model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**shape, use_cache=False))
     else:
-        model = ModernBertForMaskedLM(ModernBertConfig(**shape, sparse_prediction=kind == "sparse"))
+        model = ModernBertForMaskedLM(ModernBertConfig(**shape, sparse_prediction=mode == "sparse"))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     source = RandomRows()
-    label = make_collator("clm" if kind == "clm" else "mlm", source, 0.3, 21, "pretrain")
+    label = make_collator("clm" if mode == "clm" else "mlm", source, 0.3, 21, "pretrain")
 
     def step(n: int) -> None:
         chosen = [source.row(n * rows + i) for i in range(rows)]
@@ -125,7 +125,7 @@ def theirs(kind: str, rows: int) -> Callable[[int], None]:
         labels = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
         optimizer.zero_grad()
         # it shifts by itself
-        if kind == "clm":
+        if mode == "clm":
             labels = input_ids
         model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels).loss.backward()
         # ours computes the norm as well
@@ -140,8 +140,8 @@ def measure(side: str, threads: int, rows: int, steps: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    who, kind = SIDES[side]
-    step = theirs(kind, rows) if who == "theirs" else ours(kind, rows, "always" if who == "fused" else "never")
+    who, mode = SIDES[side]
+    step = theirs(mode, rows) if who == "theirs" else ours(mode, rows, "always" if who == "fused" else "never")
     step(0)
     seconds = []
     for n in range(1, steps + 1):
@@ -199,7 +199,7 @@ def main() -> None:
     results: dict[str, dict] = {side: {"seconds": [], "peak_bytes": 0} for side in SIDES}
     for _ in range(args.rounds):
         for side, result in results.items():
-            words = [
+            arguments = [
                 "--side",
                 side,
                 "--threads",
@@ -209,11 +209,11 @@ def main() -> None:
                 "--steps",
                 str(args.steps),
             ]
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-            result["seconds"] += found["seconds"]
-            result["peak_bytes"] = max(result["peak_bytes"], found["peak_bytes"])
-            print(f"{side}: {args.rows * SEQ_LEN / statistics.median(found['seconds']):,.0f} tokens/s", flush=True)
+            done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+            measured = json.loads(done.stdout.strip().splitlines()[-1])
+            result["seconds"] += measured["seconds"]
+            result["peak_bytes"] = max(result["peak_bytes"], measured["peak_bytes"])
+            print(f"{side}: {args.rows * SEQ_LEN / statistics.median(measured['seconds']):,.0f} tokens/s", flush=True)
     text = table(results, args)
     print(text)
     if args.out:

@@ -73,10 +73,10 @@ def run_rounds(args: argparse.Namespace) -> int:
     from chaos_parts import rounds
 
     with workplace(args.work) as work:
-        kinds, layouts = args.faults.split(","), args.layouts.split(",")
-        with rounds.Chaos(work, args.ranks, kinds, layouts, args.mutation) as chaos:
-            for kind, why in chaos.unavailable.items():
-                print(f"left out: {kind}: {why}", flush=True)
+        names, layouts = args.faults.split(","), args.layouts.split(",")
+        with rounds.Chaos(work, args.ranks, names, layouts, args.mutation) as chaos:
+            for name, why in chaos.unavailable.items():
+                print(f"left out: {name}: {why}", flush=True)
             if args.only is not None:
                 done = [chaos.round(args.seed, args.only)]
                 print(*done[0].events, done[0].launches, done[0].outcome, sep="\n")

@@ -132,13 +132,13 @@ def fuzzed(name: str, runs: int, first: int, seed: int, out: str) -> dict[str, A
     process.start()
     theirs.close()
     try:
-        found: dict[str, Any] = ours.recv()
+        row: dict[str, Any] = ours.recv()
     except EOFError:
         process.join()
-        found = {"reader": name, "executions": 0, "refused": 0, "accepted": 0, "seconds": 0.0, "peak_bytes": 0}
-        found["failures"] = [f"{name}: the process died with status {process.exitcode}"]
+        row = {"reader": name, "executions": 0, "refused": 0, "accepted": 0, "seconds": 0.0, "peak_bytes": 0}
+        row["failures"] = [f"{name}: the process died with status {process.exitcode}"]
     process.join()
-    return found
+    return row
 
 
 def main() -> int:

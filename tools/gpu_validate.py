@@ -40,29 +40,29 @@ def run_section(name: str, session: Session) -> None:
     detect(session.device)
     from gpu_checks import attention, peers, rates, roofline, runs
 
-    alone = {
+    sections = {
         "rates": rates.section,
         "attention": attention.section,
         "peers": peers.section,
         "roofline": roofline.section,
     }
-    alone |= {one: getattr(runs, one) for one in ("layers", "precisions", "checkpoints", "export")}
+    sections |= {one: getattr(runs, one) for one in ("layers", "precisions", "checkpoints", "export")}
     if name == "throughput":
         for size in session.sizes:
             runs.throughput(session, size)
     else:
-        alone[name](session)
+        sections[name](session)
 
 
-def table(found: dict[str, dict[str, Any]], command: str) -> str:
+def table(results: dict[str, dict[str, Any]], command: str) -> str:
     """Return a Markdown table of every item, and the number of items in each state."""
-    states = [result["state"] for items in found.values() for result in items.values()]
+    states = [result["state"] for items in results.values() for result in items.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (PASSED, FAILED, ABSENT))
     lines = ["# What this device did", "", f"`{command}`", "", f"{time.strftime('%Y-%m-%d')}; {counts}.", ""]
     lines += ["| section | item | state | figures |", "|---|---|---|---|"]
     lines += [
         f"| {section} | {item} | {result['state']} | {result['says'].replace('|', '/')} |"
-        for section, items in found.items()
+        for section, items in results.items()
         for item, result in items.items()
     ]
     return "\n".join(lines) + "\n"
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("gpu-work"), help="where runs are written")
     parser.add_argument("--out", type=Path, help="the table as Markdown")
     parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", help="key=value of every run")
+    parser.add_argument("overrides", nargs="*", help="key=value of every run")
     arguments = parser.parse_args()
     arguments.sections = arguments.only.split(",")
     if wrong := [name for name in arguments.sections if name not in SECTIONS]:
@@ -104,7 +104,7 @@ def session_of(arguments: argparse.Namespace) -> Session:
     return Session(
         arguments.device, arguments.data, arguments.work, Results(arguments.results), sizes.split(","),
         [int(length) for length in arguments.seq_lens.split(",")], arguments.steps, arguments.tokens, arguments.rounds,
-        time.monotonic() + 60 * arguments.minutes, arguments.words,
+        time.monotonic() + 60 * arguments.minutes, arguments.overrides,
     )  # fmt: skip
 
 
@@ -122,12 +122,12 @@ def main() -> int:
         # a kernel that ends its process: what came before it is kept
         if done.returncode:
             results.put(name, "the section", {"state": FAILED, "says": f"its process ended with {done.returncode}"})
-    found = Results(arguments.results).found
-    text = table(found, command)
+    results_by_section = Results(arguments.results).items
+    text = table(results_by_section, command)
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")
-    return int(any(result["state"] == FAILED for items in found.values() for result in items.values()))
+    return int(any(result["state"] == FAILED for items in results_by_section.values() for result in items.values()))
 
 
 if __name__ == "__main__":

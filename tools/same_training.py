@@ -28,7 +28,7 @@ TINY = (
     "batch.micro_batch_rows=2 batch.warmup_tokens=0 optim.lr=3e-3 schedule.name=constant schedule.warmup_tokens=0 "
     "run.device=cpu run.deterministic=true metrics.tensorboard=false checkpoint.every_tokens=null"
 )
-WORDS = "reader model encoder decoder token row follows predicts learns packs the a every next hidden layer"
+VOCABULARY = "reader model encoder decoder token row follows predicts learns packs the a every next hidden layer"
 STEPS = 6
 FP32 = "precision.name=fp32"
 DROPOUT = "model.attention_output_dropout=0.1"
@@ -62,10 +62,10 @@ class Checkout:
         self.folder, self.out = folder.resolve(), out.resolve()
         self.environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
 
-    def run(self, *words: str | Path, ranks: int = 1) -> str:
+    def run(self, *arguments: str | Path, ranks: int = 1) -> str:
         """Run `ettin WORDS...` and return its output; exit with that output if it fails."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, "-W", "ignore", *launcher, "-m", "megatron_ettin", *map(str, words)]
+        command = [sys.executable, "-W", "ignore", *launcher, "-m", "megatron_ettin", *map(str, arguments)]
         done = subprocess.run(command, cwd=self.out, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"same_training: {' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -80,11 +80,11 @@ class Checkout:
 def text_of(out: Path) -> Path:
     """Write the text that all cases train on; it depends on this file only."""
     path = out / "text.jsonl"
-    words = WORDS.split()
+    vocabulary = VOCABULARY.split()
     with path.open("w") as lines:
         for number in range(400):
             drawn = hashlib.sha256(str(number).encode()).digest() * (1 + number % 5)
-            lines.write(json.dumps({"text": " ".join(words[byte % len(words)] for byte in drawn)}) + "\n")
+            lines.write(json.dumps({"text": " ".join(vocabulary[byte % len(vocabulary)] for byte in drawn)}) + "\n")
     return path
 
 
@@ -108,16 +108,22 @@ def run(checkout: Path, out: Path, before: Path | None, cases: list[str]) -> Non
 
 def resume(package: Checkout, before: Path, case: str, other: str) -> None:
     """Resume from the other checkout's checkpoint, with its own layout and with the layout of another case."""
-    layout = [word for word in CASES[other][2].split() if word.startswith("parallel.")]
-    for name, ranks, words in ((case, CASES[case][0], []), (f"{case}-as-{other}", CASES[other][0], layout)):
-        if words and ("muon" in case or "zero" in case + other):
+    layout_of_other = [word for word in CASES[other][2].split() if word.startswith("parallel.")]
+    for name, ranks, layout in ((case, CASES[case][0], []), (f"{case}-as-{other}", CASES[other][0], layout_of_other)):
+        if layout and ("muon" in case or "zero" in case + other):
             continue
         folder = package.out / "resumed" / name
         shutil.copytree(before / case, folder)
         shutil.rmtree(folder / "checkpoints" / "latest", ignore_errors=True)
-        overrides = [word for word in CASES[case][2].split() if not (words and word.startswith("parallel."))]
+        overrides = [word for word in CASES[case][2].split() if not (layout and word.startswith("parallel."))]
         start = ["train", "--size", "17m", "--objective", CASES[case][1], "--phase", "pretrain", "--run-dir", folder]
-        more = [*TINY.split(), *overrides, *words, f"data.mixture={package.out / 'dataset'}", f"run.steps={STEPS + 2}"]
+        more = [
+            *TINY.split(),
+            *overrides,
+            *layout,
+            f"data.mixture={package.out / 'dataset'}",
+            f"run.steps={STEPS + 2}",
+        ]
         package.run(*start, *more, ranks=ranks)
         losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         print(f"{name}: went on to {len(losses)} steps, last loss {losses[-1]:.6f}", flush=True)
@@ -161,14 +167,14 @@ def main() -> None:
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
-    asked = parser.parse_args()
-    if asked.command == "run":
-        before = asked.resume_from.resolve() if asked.resume_from else None
-        run(asked.checkout, asked.out.resolve(), before, asked.case or list(CASES))
+    args = parser.parse_args()
+    if args.command == "run":
+        before = args.resume_from.resolve() if args.resume_from else None
+        run(args.checkout, args.out.resolve(), before, args.case or list(CASES))
         return
-    found = list(differences(asked.before, asked.after))
-    print("\n".join(found) or f"{len(CASES)} cases: the same losses, weights, exports and orders, bit for bit")
-    sys.exit(bool(found))
+    differing = list(differences(args.before, args.after))
+    print("\n".join(differing) or f"{len(CASES)} cases: the same losses, weights, exports and orders, bit for bit")
+    sys.exit(bool(differing))
 
 
 if __name__ == "__main__":

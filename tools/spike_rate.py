@@ -26,15 +26,15 @@ DRIFT_STEPS = 20_000
 
 def spikes(logs: np.ndarray, settings: ResilienceConfig, window: int) -> int:
     """Count the spikes among log norms [n], each judged by the `window` before it, as `AnomalyDetector` does."""
-    found = 0
+    count = 0
     for begin in range(window, len(logs), CHUNK_STEPS):
         end = min(begin + CHUNK_STEPS, len(logs))
         before = np.lib.stride_tricks.sliding_window_view(logs[begin - window : end - 1], window)
         middle = np.median(before, axis=1)
         sigma = np.median(np.abs(before - middle[:, None]), axis=1) / NORMAL_MAD
         above = np.maximum(settings.spike_sigmas * sigma, np.log(settings.spike_ratio))
-        found += int((logs[begin:end] > middle + above).sum())
-    return found
+        count += int((logs[begin:end] > middle + above).sum())
+    return count
 
 
 def made_up(steps: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -10,7 +10,7 @@ from megatron_ettin.api import compare, configure, evaluate, load_checkpoint, lo
 data = Path(sys.argv[1] if len(sys.argv) > 1 else "data/corpus").absolute()
 folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/library")
 vocabulary = load_dataset(data).manifest.tokenizer.vocab_size
-words = [
+overrides = [
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=2"),
     *(f"model.vocab_size={vocabulary}", "data.seq_len=128", f"data.mixture={data}"),
     *("batch.global_batch_rows=8", "batch.micro_batch_rows=4"),
@@ -19,7 +19,7 @@ words = [
 
 # %% The two halves, as `ettin train` trains them: resumed if they were begun, left alone if they are done.
 for objective in ("mlm", "clm"):
-    train(configure("17m", objective, "pretrain", *words), folder / objective)
+    train(configure("17m", objective, "pretrain", *overrides), folder / objective)
 
 # %% Are they a pair?
 comparison = compare(folder / "mlm", folder / "clm")

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 
-def kind_of(path: Path) -> str:
+def file_type(path: Path) -> str:
     """Return a file's type: its suffix, or its name if it has none."""
     name = path.name
     return path.suffix if path.suffix in (".distcp", ".bin", ".idx", ".arrow", ".npy", ".pt") else name
@@ -25,11 +25,11 @@ def kind_of(path: Path) -> str:
 def files_of(folder: Path) -> dict[str, list[Path]]:
     """Return what is protected: a run's checkpoints; of a dataset everything but notes on how it was made."""
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = collections.defaultdict(list)
+    by_type = collections.defaultdict(list)
     for path in sorted(inside.rglob("*")):
         if path.is_file() and path.stat().st_size:
-            found[kind_of(path)].append(path)
-    return found
+            by_type[file_type(path)].append(path)
+    return by_type
 
 
 def verified(folder: Path) -> tuple[int, str]:
@@ -66,8 +66,8 @@ def attempt(folder: Path, path: Path, before: bytes, draw: random.Random) -> tup
     try:
         what = f"{path}: byte {at} from {before[at]:#04x} to {after[at]:#04x}"
         if path.name == "latest":
-            found = latest(folder, checksums=True)
-            return ("named", "") if found is not None and found.is_dir() else ("missed", what)
+            checkpoint = latest(folder, checksums=True)
+            return ("named", "") if checkpoint is not None and checkpoint.is_dir() else ("missed", what)
         target = path.parent if (path.parent / "integrity.json").exists() else folder
         status, output = verified(target)
         if status == 2 and (path.name in output or path.parent.name in output):
@@ -83,13 +83,13 @@ def corrupt(args: argparse.Namespace) -> int:
         lambda: dict.fromkeys(("named", "harmless", "missed"), 0)
     )
     missed = []
-    kinds = [(folder, kind, paths) for folder in args.paths for kind, paths in files_of(folder).items()]
+    groups = [(folder, type_name, paths) for folder in args.paths for type_name, paths in files_of(folder).items()]
     for number in range(args.count):
         draw = random.Random(f"{args.seed} {number}")
-        folder, kind, paths = kinds[number % len(kinds)]
+        folder, type_name, paths = groups[number % len(groups)]
         path = draw.choice(paths)
         outcome, details = attempt(folder, path, path.read_bytes(), draw)
-        table[kind][outcome] += 1
+        table[type_name][outcome] += 1
         if outcome == "missed":
             missed.append(f"seed {args.seed} number {number}: {details}")
     report(args, table, missed)
@@ -101,6 +101,6 @@ def report(args: argparse.Namespace, table: dict[str, dict[str, int]], missed: l
         print(json.dumps({"kinds": table, "missed": missed}))
         return
     print(f"{'kind':<28}{'named':>8}{'harmless':>10}{'missed':>8}")
-    for kind, counts in sorted(table.items()):
-        print(f"{kind:<28}{counts['named']:>8}{counts['harmless']:>10}{counts['missed']:>8}")
+    for type_name, counts in sorted(table.items()):
+        print(f"{type_name:<28}{counts['named']:>8}{counts['harmless']:>10}{counts['missed']:>8}")
     print(*missed, sep="\n", end="\n" if missed else "")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos_parts import tracing
-from chaos_parts.launch import Launch, Place
-from chaos_parts.specimen import corpus_in, train_words
+from chaos_parts.launch import Launch, RankHost
+from chaos_parts.specimen import corpus_in, train_arguments
 from chaos_parts.tracing import Call, Cut
 from chaos_parts.zygote import Zygote
 from megatron_ettin.base.errors import UserError
@@ -98,14 +98,14 @@ def trouble(run: Path, allowed: list[dict[str, bytes]]) -> str | None:
     """Return what is wrong after a cut of `save`."""
     named = checkpoints_folder(run) / "latest"
     try:
-        found = latest(run, checksums=True)
-        if found is None:
+        checkpoint = latest(run, checksums=True)
+        if checkpoint is None:
             return "no checkpoint is found"
         check_named(named)
-        held = {p.relative_to(found).as_posix(): p.read_bytes() for p in found.rglob("*") if p.is_file()}
+        held = {p.relative_to(checkpoint).as_posix(): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
         held.pop("integrity.json")
         if held not in allowed:
-            return f"{found.name} holds other bytes than were saved"
+            return f"{checkpoint.name} holds other bytes than were saved"
         save(run, 9)
         if latest(run, checksums=True) != named.parent / step_name(9):
             return "the next one is not found"
@@ -163,36 +163,36 @@ class CutRuns:
 
         self.expected = state_of(work / "whole")
 
-    def launched(self, run: Path, steps: int, *words: str, marker: Path | None = None) -> Launch:
-        command = train_words(run, self.corpus, "checkpoint.every_steps=2", *words, steps=steps)
-        place = Place(self.zygote, 1, self.mutation if marker else None)
-        return Launch(place, run, run.with_name("logs"), command, marker)
+    def launched(self, run: Path, steps: int, *overrides: str, marker: Path | None = None) -> Launch:
+        command = train_arguments(run, self.corpus, "checkpoint.every_steps=2", *overrides, steps=steps)
+        host = RankHost(self.zygote, 1, self.mutation if marker else None)
+        return Launch(host, run, run.with_name("logs"), command, marker)
 
     @staticmethod
     def finish(launch: Launch) -> None:
         if launch.finish([], LIMIT_SECONDS)[0] != [0]:
             raise RuntimeError(f"the run did not come to its end: {launch.output()[-1000:]}")
 
-    def traced(self, words: list[str], number: int, torn: bool) -> Cut:
+    def traced(self, overrides: list[str], number: int, torn: bool) -> Cut:
         for path in (self.run, self.run.with_name("logs")):
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.work / "base-run", self.run)
         for path in self.work.glob(f"{self.marker.name}*"):
             path.unlink()
-        launch = self.launched(self.run, 7, *words, marker=self.marker)
+        launch = self.launched(self.run, 7, *overrides, marker=self.marker)
         await_file(self.marker, launch)
         cut = Cut(launch.pids[0], checkpoints_folder(self.run), number, torn)
         cut.trace(self.marker.with_suffix(".go").touch)
         return cut
 
-    def wrong(self, words: list[str]) -> str | None:
+    def wrong(self, overrides: list[str]) -> str | None:
         from chaos_parts.rounds import differences, state_of
 
         try:
             if latest(self.run, checksums=True) is None:
                 return "no checkpoint is found"
             check_named(checkpoints_folder(self.run) / "latest")
-            self.finish(self.launched(self.run, 7, *words))
+            self.finish(self.launched(self.run, 7, *overrides))
             problems = differences(state_of(self.run), self.expected)
         except (UserError, OSError, RuntimeError) as error:
             return str(error)
@@ -212,12 +212,12 @@ def cases_of_training(work: Path, mutation: str | None) -> Iterator[Case]:
     runs = CutRuns(work, mutation)
     with contextlib.closing(runs.zygote):
         for asynchronous in ("true", "false"):
-            words = [f"checkpoint.asynchronous={asynchronous}"]
+            overrides = [f"checkpoint.asynchronous={asynchronous}"]
             yield Case(
                 f"asynchronous={asynchronous}",
                 checkpoints_folder(runs.run),
-                lambda number, torn, words=words: runs.traced(words, number, torn),  # type: ignore[misc]
-                lambda words=words: runs.wrong(words),  # type: ignore[misc]
+                lambda number, torn, overrides=overrides: runs.traced(overrides, number, torn),  # type: ignore[misc]
+                lambda overrides=overrides: runs.wrong(overrides),  # type: ignore[misc]
                 (KILLED, LOST),
             )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_parts import network
-from chaos_parts.launch import Action, Launch, Place
+from chaos_parts.launch import Action, Launch, RankHost
 from chaos_parts.network import Network
 from chaos_parts.specimen import STEPS
 
@@ -31,7 +31,7 @@ class Round:
 
     run_dir: Path
     draw: random.Random
-    place: Place
+    host: RankHost
     damaged: list[tuple[Path, str]] = field(default_factory=list)
     harmed: list[Path] = field(default_factory=list)
     closing: list[Callable[[], Any]] = field(default_factory=list)
@@ -70,8 +70,8 @@ class Fault:
 
 def some_ranks(round: Round) -> list[int]:
     """Choose one, several or all ranks."""
-    count = round.draw.choice([1, 1, 2, round.place.ranks])
-    return round.draw.sample(range(round.place.ranks), min(count, round.place.ranks))
+    count = round.draw.choice([1, 1, 2, round.host.ranks])
+    return round.draw.sample(range(round.host.ranks), min(count, round.host.ranks))
 
 
 def sent(number: int, *ranks: int) -> Callable[[Launch], Any]:
@@ -100,7 +100,7 @@ class Stop(Fault):
         seconds = round.draw.uniform(0.3, 3.0)
 
         first = round.action(f"stop {ranks}", sent(signal.SIGSTOP, *ranks))
-        if not goes_on and len(ranks) < round.place.ranks:
+        if not goes_on and len(ranks) < round.host.ranks:
             return [first]
         act = sent(signal.SIGCONT, *ranks)
         return [first, Action(f"continue {ranks}", first.after_step, first.delay + seconds, act)]
@@ -113,7 +113,7 @@ class Term(Fault):
         first = round.action("storm", lambda launch: None)
         storm = []
         for _ in range(round.draw.randint(1, 8)):
-            number, rank = round.draw.choice([signal.SIGTERM, signal.SIGUSR1]), round.draw.randrange(round.place.ranks)
+            number, rank = round.draw.choice([signal.SIGTERM, signal.SIGUSR1]), round.draw.randrange(round.host.ranks)
             delay = first.delay + round.draw.uniform(0, 0.5)
             name = f"{signal.Signals(number).name} {rank}"
             storm.append(Action(name, first.after_step, delay, sent(number, rank)))
@@ -157,7 +157,7 @@ class Disk(Fault):
 class Corrupt(Fault):
     """All ranks end together; then a checkpoint's files change, shrink or go, or another file of the run is damaged."""
 
-    BESIDE = ("config.yaml", "order.json", "history.jsonl", "metrics.jsonl")
+    RUN_FILES = ("config.yaml", "order.json", "history.jsonl", "metrics.jsonl")
 
     def actions(self, round: Round) -> list[Action]:
         number = round.draw.choice([signal.SIGKILL, signal.SIGTERM])
@@ -165,9 +165,9 @@ class Corrupt(Fault):
 
     def between(self, round: Round) -> list[str]:
         folder = round.run_dir / "checkpoints"
-        beside = [path for name in self.BESIDE if (path := round.run_dir / name).exists()]
-        if beside and round.draw.random() < 0.25:
-            path = round.draw.choice(beside)
+        existing = [path for name in self.RUN_FILES if (path := round.run_dir / name).exists()]
+        if existing and round.draw.random() < 0.25:
+            path = round.draw.choice(existing)
             round.harmed.append(path)
             return [harm(path, round.draw)]
         files = sorted(
@@ -188,18 +188,20 @@ def harm(path: Path, draw: random.Random) -> str:
     if how == "delete" or not content:
         path.unlink()
         return f"{path.name} deleted"
-    place = draw.randrange(len(content))
+    position = draw.randrange(len(content))
     if how == "flip":
-        content[place] ^= draw.randrange(1, 256)
+        content[position] ^= draw.randrange(1, 256)
     elif how == "zeros":
-        end = min(len(content), place + 512)
-        content[place:end] = (
-            bytes(byte ^ 0xFF for byte in content[place:end]) if not any(content[place:end]) else bytes(end - place)
+        end = min(len(content), position + 512)
+        content[position:end] = (
+            bytes(byte ^ 0xFF for byte in content[position:end])
+            if not any(content[position:end])
+            else bytes(end - position)
         )
     else:
-        del content[place:]
+        del content[position:]
     path.write_bytes(content)
-    return f"{path.parent.name}/{path.name}: {how} at {place}"
+    return f"{path.parent.name}/{path.name}: {how} at {position}"
 
 
 class NetworkDrop(Fault):
@@ -212,13 +214,13 @@ class NetworkDrop(Fault):
         return network.unavailable()
 
     def prepare(self, round: Round) -> None:
-        context = Network(round.place.ranks).up()
+        context = Network(round.host.ranks).up()
         self.network = context.__enter__()
         round.closing.append(lambda: context.__exit__(None, None, None))
-        round.place.networks = self.network.places
+        round.host.networks = self.network.addresses
 
     def actions(self, round: Round) -> list[Action]:
-        rank, seconds = round.draw.randrange(round.place.ranks), round.draw.uniform(0.2, 2.0)
+        rank, seconds = round.draw.randrange(round.host.ranks), round.draw.uniform(0.2, 2.0)
         self.rank = rank
         first = round.action(f"draw the cable of {rank}", lambda launch: self.network.set(rank, "down"))
         if round.draw.random() < 0.5:
@@ -239,7 +241,7 @@ class Clock(Fault):
     def prepare(self, round: Round) -> None:
         self.file = round.run_dir.with_name("clock")
         self.file.write_text("0")
-        round.place.clock = (round.draw.randrange(round.place.ranks), self.file)
+        round.host.clock = (round.draw.randrange(round.host.ranks), self.file)
 
     def actions(self, round: Round) -> list[Action]:
         def jump(seconds: float) -> Callable[[Launch], Any]:
@@ -249,7 +251,7 @@ class Clock(Fault):
         return [round.action(f"clock by {seconds:.0f} s", jump(seconds)) for seconds in by]
 
 
-KINDS: dict[str, type[Fault]] = {
+FAULTS: dict[str, type[Fault]] = {
     "kill": Kill,
     "stop": Stop,
     "term": Term,

@@ -38,7 +38,7 @@ class Action:
 
 
 @dataclass
-class Place:
+class RankHost:
     """Where and how ranks start.
 
     `mutation`: a name of tests/mutations.py; `networks`: each rank's namespace and address; `clock`: (rank, file)."""
@@ -54,35 +54,35 @@ class Launch:
     """Running ranks of `ettin COMMAND`. Their output is in folder/rankN.log."""
 
     def __init__(
-        self, place: Place, run_dir: Path, folder: Path, command: list[str], save_marker: Path | None = None
+        self, host: RankHost, run_dir: Path, folder: Path, command: list[str], save_marker: Path | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.place, self.run_dir, self.began = place, run_dir, time.monotonic()
-        self.logs = [folder / f"rank{rank}.log" for rank in range(place.ranks)]
-        address = place.networks[0][1] if place.networks else "127.0.0.1"
-        shared = {"WORLD_SIZE": str(place.ranks), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
-        if place.networks:
+        self.host, self.run_dir, self.began = host, run_dir, time.monotonic()
+        self.logs = [folder / f"rank{rank}.log" for rank in range(host.ranks)]
+        address = host.networks[0][1] if host.networks else "127.0.0.1"
+        shared = {"WORLD_SIZE": str(host.ranks), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+        if host.networks:
             shared["GLOO_SOCKET_IFNAME"] = "eth0"
         self.pids = []
         for rank, log in enumerate(self.logs):
             request = {
                 "command": command,
-                "mutation": place.mutation,
+                "mutation": host.mutation,
                 "log": str(log),
                 "environment": {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                "namespace": place.networks[rank][0] if place.networks else None,
+                "namespace": host.networks[rank][0] if host.networks else None,
                 "save_marker": str(save_marker) if save_marker else None,
-                "clock": str(place.clock[1]) if place.clock and place.clock[0] == rank else None,
+                "clock": str(host.clock[1]) if host.clock and host.clock[0] == rank else None,
             }
-            self.pids.append(place.zygote.fork(request))
+            self.pids.append(host.zygote.fork(request))
 
     def statuses(self) -> list[int | None]:
-        return [self.place.zygote.status(pid) for pid in self.pids]
+        return [self.host.zygote.status(pid) for pid in self.pids]
 
     def signal(self, number: int, *ranks: int) -> None:
         """Send a signal to these ranks, or to all."""
         for rank in ranks or range(len(self.pids)):
-            if self.place.zygote.status(self.pids[rank]) is None:
+            if self.host.zygote.status(self.pids[rank]) is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pids[rank], number)
 

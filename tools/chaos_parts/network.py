@@ -13,8 +13,8 @@ IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 _numbers = itertools.count()
 
 
-def ip(*words: str) -> None:
-    subprocess.run([str(IP), *words], check=True, capture_output=True, text=True)
+def ip(*arguments: str) -> None:
+    subprocess.run([str(IP), *arguments], check=True, capture_output=True, text=True)
 
 
 def unavailable() -> str | None:
@@ -47,14 +47,14 @@ class Network:
         unique = f"ch{number}x{next(_numbers) % 1000}"
         self.bridge = f"{unique}b"
         self.cables = [f"{unique}r{rank}" for rank in range(ranks)]
-        self.places = [(f"chaos-{unique}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]
+        self.addresses = [(f"chaos-{unique}-{rank}", f"10.213.{number % 250}.{rank + 1}") for rank in range(ranks)]
 
     @contextlib.contextmanager
     def up(self) -> Iterator[Network]:
         try:
             ip("link", "add", self.bridge, "type", "bridge")
             ip("link", "set", self.bridge, "up")
-            for cable, (name, address) in zip(self.cables, self.places):
+            for cable, (name, address) in zip(self.cables, self.addresses):
                 ip("netns", "add", name)
                 ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
                 ip("link", "set", cable, "master", self.bridge, "up")
@@ -63,9 +63,11 @@ class Network:
                 ip("-n", name, "link", "set", "eth0", "up")
             yield self
         finally:
-            for words in [("netns", "delete", name) for name, _ in self.places] + [("link", "delete", self.bridge)]:
+            for arguments in [("netns", "delete", name) for name, _ in self.addresses] + [
+                ("link", "delete", self.bridge)
+            ]:
                 with contextlib.suppress(subprocess.CalledProcessError):
-                    ip(*words)
+                    ip(*arguments)
 
     def set(self, rank: int, state: str) -> None:
         """Set a rank's link `down`, so that nothing arrives any more, or `up` again."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from chaos_parts.faults import KINDS, Fault, Round
-from chaos_parts.launch import Launch, Place
-from chaos_parts.specimen import LAYOUTS, STEPS, corpus_in, train_words
+from chaos_parts.faults import FAULTS, Fault, Round
+from chaos_parts.launch import Launch, RankHost
+from chaos_parts.specimen import LAYOUTS, STEPS, corpus_in, train_arguments
 from chaos_parts.zygote import Zygote
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.checkpoint.directory import latest, read_progress, verify
@@ -79,18 +79,18 @@ def state_of(run_dir: Path) -> State:
     return State(tensors, [[line[key] for key in COMPARED] for line in lines], read_progress(checkpoint))
 
 
-def differences(found: State, expected: State) -> list[str]:
+def differences(actual: State, expected: State) -> list[str]:
     """Return one line per difference; none if every bit is the same."""
-    lines = [f"tensors {sorted(set(found.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
-        found.tensors.keys() != expected.tensors.keys()
+    lines = [f"tensors {sorted(set(actual.tensors) ^ set(expected.tensors))[:3]} on one side only"] * (
+        actual.tensors.keys() != expected.tensors.keys()
     )
-    for key in found.tensors.keys() & expected.tensors.keys():
-        ours, theirs = found.tensors[key], expected.tensors[key]
+    for key in actual.tensors.keys() & expected.tensors.keys():
+        ours, theirs = actual.tensors[key], expected.tensors[key]
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape or not torch.equal(bits(ours), bits(theirs)):
             lines.append(f"{key} differs")
-    if found.lines != expected.lines:
+    if actual.lines != expected.lines:
         lines.append("metrics.jsonl differs")
-    if found.progress != expected.progress:
+    if actual.progress != expected.progress:
         lines.append("progress.json differs")
     return lines
 
@@ -105,16 +105,16 @@ class Chaos:
     A context manager. `mutation` applies to all ranks but those of undisturbed runs."""
 
     def __init__(
-        self, work: Path, ranks: int, kinds: Sequence[str], layouts: Sequence[str], mutation: str | None = None
+        self, work: Path, ranks: int, fault_names: Sequence[str], layouts: Sequence[str], mutation: str | None = None
     ) -> None:
         self.work, self.ranks, self.layouts, self.mutation = work, ranks, layouts, mutation
-        self.kinds, self.unavailable = [], {}
-        for kind in kinds:
-            why = KINDS[kind]().unavailable()
+        self.fault_names, self.unavailable = [], {}
+        for name in fault_names:
+            why = FAULTS[name]().unavailable()
             if why is None:
-                self.kinds.append(kind)
+                self.fault_names.append(name)
             else:
-                self.unavailable[kind] = why
+                self.unavailable[name] = why
         self.zygote = Zygote()
         self.corpus = corpus_in(work)
         self.undisturbed: dict[str, State] = {}
@@ -125,17 +125,19 @@ class Chaos:
     def __exit__(self, *error: object) -> None:
         self.zygote.close()
 
-    def words(self, run_dir: Path, layout: str, asynchronous: bool, hang_seconds: float = PATIENT_SECONDS) -> list[str]:
+    def arguments(
+        self, run_dir: Path, layout: str, asynchronous: bool, hang_seconds: float = PATIENT_SECONDS
+    ) -> list[str]:
         settings = [f"resilience.hang_seconds={hang_seconds}", "checkpoint.retry_seconds=1"]
         settings.append(f"checkpoint.asynchronous={str(asynchronous).lower()}")
-        return train_words(run_dir, self.corpus, *LAYOUTS[layout], *settings)
+        return train_arguments(run_dir, self.corpus, *LAYOUTS[layout], *settings)
 
     def reference(self, layout: str) -> State:
         """Train undisturbed, once for each layout and number of ranks."""
         if layout not in self.undisturbed:
             run_dir = self.work / f"undisturbed-{self.ranks}-{layout.replace(' ', '-')}"
-            place = Place(self.zygote, self.ranks)
-            launch = Launch(place, run_dir, run_dir / "logs", self.words(run_dir, layout, True))
+            host = RankHost(self.zygote, self.ranks)
+            launch = Launch(host, run_dir, run_dir / "logs", self.arguments(run_dir, layout, True))
             if launch.finish([], LIMIT_SECONDS)[0] != [0] * self.ranks:
                 raise RuntimeError(f"the undisturbed run did not end well: {launch.output()[-3000:]}")
             self.undisturbed[layout] = state_of(run_dir)
@@ -143,17 +145,17 @@ class Chaos:
 
     def round(self, seed: int, number: int) -> RoundRecord:
         draw = random.Random(f"{seed} {number}")
-        kinds = [self.kinds[number % len(self.kinds)]]
+        fault_names = [self.fault_names[number % len(self.fault_names)]]
         if draw.random() < TOGETHER:
-            kinds = sorted({*kinds, draw.choice(self.kinds)})
-        record = RoundRecord(seed, number, kinds, draw.choice(list(self.layouts)), draw.random() < 0.7)
+            fault_names = sorted({*fault_names, draw.choice(self.fault_names)})
+        record = RoundRecord(seed, number, fault_names, draw.choice(list(self.layouts)), draw.random() < 0.7)
         expected = self.reference(record.layout)
         began, folder = time.monotonic(), self.work / f"round-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "run").mkdir(parents=True)
-        round = Round(folder / "run", draw, Place(self.zygote, self.ranks, self.mutation))
+        round = Round(folder / "run", draw, RankHost(self.zygote, self.ranks, self.mutation))
         try:
-            record.outcome = self.disturbed(round, [KINDS[kind]() for kind in kinds], record, expected)
+            record.outcome = self.disturbed(round, [FAULTS[name]() for name in fault_names], record, expected)
         finally:
             for close in reversed(round.closing):
                 close()
@@ -171,8 +173,8 @@ class Chaos:
         for number in range(LAUNCHES):
             actions = [action for fault in faults for action in fault.actions(round)] if number < disturbed else []
             hang_seconds = min(fault.hang_seconds for fault in faults) if actions else PATIENT_SECONDS
-            command = self.words(round.run_dir, record.layout, record.asynchronous, hang_seconds)
-            launch = Launch(round.place, round.run_dir, round.run_dir.parent / f"logs-{number}", command)
+            command = self.arguments(round.run_dir, record.layout, record.asynchronous, hang_seconds)
+            launch = Launch(round.host, round.run_dir, round.run_dir.parent / f"logs-{number}", command)
             statuses, events, too_long = launch.finish(actions, PATIENCE_SECONDS if actions else LIMIT_SECONDS)
             output = launch.output()
             record.launches.append(statuses)
@@ -190,21 +192,21 @@ class Chaos:
                 # it would be refused again
                 break
         record.events += [line for line in output.splitlines() if line.startswith(REFUSAL)]
-        return verdict(round, statuses, output, expected)
+        return judged(round, statuses, output, expected)
 
 
 def unnamed_damage(round: Round, output: str) -> str | None:
     """Return the damage that the launch should have named: in the checkpoint it resumed from, or in a newer one."""
-    found = re.search(r"resumed (step_\d+) ", output)
-    if not found or not round.damaged:
+    match = re.search(r"resumed (step_\d+) ", output)
+    if not match or not round.damaged:
         return None
     # it is skipped from now on, or was saved again
     damaged, round.damaged = round.damaged, []
     for path, how in damaged:
         name = path.parts[path.parts.index("checkpoints") + 1]
-        if name == found[1]:
+        if name == match[1]:
             return f"went on from {name} in spite of {how}"
-        if name.startswith("step_") and name > found[1] and name not in output:
+        if name.startswith("step_") and name > match[1] and name not in output:
             return f"{how}: passed over without a word"
     return None
 
@@ -216,18 +218,18 @@ def names_damage(round: Round, line: str) -> bool:
     return any(path.name in line or (path.parent == round.run_dir and changed in line) for path in harmed)
 
 
-def verdict(round: Round, statuses: list[int], output: str, expected: State) -> str:
+def judged(round: Round, statuses: list[int], output: str, expected: State) -> str:
     if any(statuses):
         lines = [line for line in output.splitlines() if line.startswith(REFUSAL)]
         if 2 in statuses and len(lines) == 1 and names_damage(round, lines[0]):
             return REFUSED
         return f"FAILED: statuses {statuses}: {(lines or output.splitlines() or ['no output'])[-1][:300]}"
     try:
-        found = state_of(round.run_dir)
+        actual = state_of(round.run_dir)
         verify(round.run_dir / "checkpoints" / f"step_{STEPS:09d}")
     except (UserError, OSError, ValueError, KeyError) as error:
         return f"FAILED: ended well, but {error}"
-    problems = differences(found, expected)
+    problems = differences(actual, expected)
     # lost lines do not come back
     if any(path.name == "metrics.jsonl" for path in round.harmed):
         problems = [line for line in problems if "metrics" not in line]
@@ -260,12 +262,12 @@ def run(log: Path, chaos: Chaos, seed: int, rounds: int) -> list[RoundRecord]:
 def report(done: Sequence[RoundRecord]) -> int:
     """Print a table of results by kind of fault; return 1 if a round failed."""
     print(f"{'fault':<10} rounds identical refused failed launches seconds")
-    for kind in sorted({kind for record in done for kind in record.faults}):
-        of = [record for record in done if kind in record.faults]
+    for fault in sorted({fault for record in done for fault in record.faults}):
+        of = [record for record in done if fault in record.faults]
         counts = [sum(record.outcome == outcome for record in of) for outcome in (IDENTICAL, REFUSED)]
         failed = sum(not record.passed for record in of)
         launches, seconds = sum(len(record.launches) for record in of), sum(record.seconds for record in of)
-        print(f"{kind:<10} {len(of):>6} {counts[0]:>9} {counts[1]:>7} {failed:>6} {launches:>8} {seconds:>7.0f}")
+        print(f"{fault:<10} {len(of):>6} {counts[0]:>9} {counts[1]:>7} {failed:>6} {launches:>8} {seconds:>7.0f}")
     bad = sum(not record.passed for record in done)
     print(f"{len(done)} rounds, {bad} failed")
     return int(bad > 0)

@@ -38,6 +38,6 @@ def corpus_in(folder: Path) -> Path:
     return folder / "corpus" / "dataset"
 
 
-def train_words(run_dir: Path, corpus: Path, *words: str, steps: int = STEPS) -> list[str]:
+def train_arguments(run_dir: Path, corpus: Path, *overrides: str, steps: int = STEPS) -> list[str]:
     """Return the command line of a run, without `ettin`."""
-    return command(run_dir, corpus, "mlm", [*SHAPE, f"run.steps={steps}", *words])
+    return command(run_dir, corpus, "mlm", [*SHAPE, f"run.steps={steps}", *overrides])

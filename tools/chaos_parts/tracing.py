@@ -42,10 +42,10 @@ _libc.ptrace.restype = ctypes.c_long
 
 def ptrace(request: int, pid: int, address: int = 0, data: int | ctypes.Array = 0) -> int:
     value = ctypes.cast(data, ctypes.c_void_p) if isinstance(data, ctypes.Array) else data
-    found = _libc.ptrace(request, pid, address, value)
-    if found < 0:
+    result = _libc.ptrace(request, pid, address, value)
+    if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return found
+    return result
 
 
 def unavailable() -> str | None:
@@ -121,10 +121,10 @@ class Cut:
     def _call(self, tid: int) -> None:
         room = ctypes.create_string_buffer(88)
         ptrace(GET_SYSCALL_INFO, tid, len(room), room)
-        kind, call, *arguments = struct.unpack_from("<B23xQ6Q", room.raw)
-        if kind == EXIT and tid == self._half:
+        stop, call, *arguments = struct.unpack_from("<B23xQ6Q", room.raw)
+        if stop == EXIT and tid == self._half:
             self._kill()
-        if kind != ENTRY or self.killed or call not in CALLS:
+        if stop != ENTRY or self.killed or call not in CALLS:
             return
         name, file, target = self._file(tid, call, arguments)
         if not file.startswith(str(self.folder)):
@@ -175,16 +175,16 @@ class Cut:
 
 def not_forced(calls: list[Call]) -> set[str]:
     """Return files with content that the disk need not have after these calls."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for call in calls:
         if call.name in ("fsync", "fdatasync"):
-            found.discard(call.path)
+            paths.discard(call.path)
         elif call.name == "rename":
-            moved = {path for path in found if path == call.path or path.startswith(f"{call.path}/")}
-            found = (found - moved) | {call.target + path.removeprefix(call.path) for path in moved}
+            moved = {path for path in paths if path == call.path or path.startswith(f"{call.path}/")}
+            paths = (paths - moved) | {call.target + path.removeprefix(call.path) for path in moved}
         elif "dir" not in call.name and "unlink" not in call.name:
-            found.add(call.path)
-    return found
+            paths.add(call.path)
+    return paths
 
 
 def lose(calls: list[Call]) -> None:

@@ -102,13 +102,13 @@ def serve() -> None:
     assert threads == 1, f"{threads} threads: a fork would lose all but one"
     answer(ready=True)
     running: set[int] = set()
-    unread = b""
+    incomplete = b""
     while True:
         if select.select([0], [], [], 0.02)[0]:
             block = os.read(0, 1 << 16)
             if not block:
                 return
-            *lines, unread = (unread + block).split(b"\n")
+            *lines, incomplete = (incomplete + block).split(b"\n")
             for line in lines:
                 pid = os.fork()
                 if pid == 0:

@@ -32,22 +32,22 @@ def mutated_bytes(draw: random.Random, content: bytes, others: list[bytes]) -> b
     data = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at = draw.randrange(len(data) + 1)
-        kind = draw.randrange(8)
-        if kind == 0 and data:
+        choice = draw.randrange(8)
+        if choice == 0 and data:
             data[at % len(data)] ^= 1 << draw.randrange(8)
-        elif kind == 1 and data:
+        elif choice == 1 and data:
             data[at % len(data)] = draw.randrange(256)
-        elif kind == 2:
+        elif choice == 2:
             del data[at : at + draw.choice((1, 2, 8, 64, 1 << 20))]
-        elif kind == 3:
+        elif choice == 3:
             data[at:at] = draw.randbytes(draw.choice((1, 4, 64)))
-        elif kind == 4:
+        elif choice == 4:
             data[at:at] = data[at : at + draw.choice((1, 8, 256))]
-        elif kind == 5:
+        elif choice == 5:
             size = draw.choice("BHIQ")
             number = draw.choice(NUMBERS) & (256 ** struct.calcsize(size) - 1)
             data[at : at + struct.calcsize(size)] = struct.pack("<" + size, number)
-        elif kind == 6:
+        elif choice == 6:
             other = draw.choice(others)
             cut = draw.randrange(len(other) + 1)
             data[at:] = other[cut:]
@@ -62,14 +62,14 @@ def mutated_value(draw: random.Random, value: Any) -> Any:
         return draw.choice(VALUES)
     if isinstance(value, list):
         at = draw.randrange(len(value))
-        kind = draw.randrange(4)
-        changed = [mutated_value(draw, value[at])] if kind else []
-        return value[:at] + changed + (value[at:] if kind == 3 else value[at + 1 :])
+        choice = draw.randrange(4)
+        changed = [mutated_value(draw, value[at])] if choice else []
+        return value[:at] + changed + (value[at:] if choice == 3 else value[at + 1 :])
     key = draw.choice(list(value))
-    kind = draw.randrange(5)
-    if kind == 0:
+    choice = draw.randrange(5)
+    if choice == 0:
         return {name: inner for name, inner in value.items() if name != key}
-    if kind == 1:
+    if choice == 1:
         return {**value, str(draw.choice(VALUES))[:20]: draw.choice(VALUES)}
     return {**value, key: mutated_value(draw, value[key])}
 
@@ -85,16 +85,16 @@ def mutated_json(draw: random.Random, content: bytes, others: list[bytes]) -> by
 
 def mutated_yaml(draw: random.Random, content: bytes, others: list[bytes]) -> bytes:
     """Return YAML with anchors that unfold, tags, and nested flow collections."""
-    kind = draw.randrange(20)
-    if kind == 0:
+    choice = draw.randrange(20)
+    if choice == 0:
         levels = b"".join(b"k%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 9))
         return b"k0: &a0 x\n" + levels
-    if kind == 1:
+    if choice == 1:
         return b"run: " + b"[" * draw.choice((50, 5_000)) + b"\n"
-    if kind == 2:
+    if choice == 2:
         tag = b"\nrun: !!python/object/apply:os.system ['true']\n"
         return content + draw.choice((tag, b"\n? [a]\n: b\n", b"\n&a a: *a\n"))
-    if kind < 9:
+    if choice < 9:
         return json.dumps(mutated_value(draw, json.loads(others[0]))).encode("utf-8", "replace")
     return mutated_bytes(draw, content, others)
 

@@ -54,11 +54,15 @@ def make_manifest(folder: Path) -> list[str]:
     from megatron_ettin.data import manifest
 
     record = {"bytes": 10, "sha256": "0" * 64}
-    kinds = {"int": 3, "str": "text", "float": 0.5, "bool": False, "int | None": 4}
+    values = {"int": 3, "str": "text", "float": 0.5, "bool": False, "int | None": 4}
 
-    def filled(kind: Any) -> dict[str, Any]:
+    def filled(record_class: Any) -> dict[str, Any]:
         """Return a record with a plausible value in every field that holds one."""
-        return {field.name: kinds[str(field.type)] for field in dataclasses.fields(kind) if str(field.type) in kinds}
+        return {
+            field.name: values[str(field.type)]
+            for field in dataclasses.fields(record_class)
+            if str(field.type) in values
+        }
 
     content = filled(manifest.Manifest) | {"format": manifest.FORMAT, "version": manifest.VERSION}
     content["tokenizer"] = filled(manifest.TokenizerRecord) | {"special_ids": [0, 1, 2]}
@@ -158,9 +162,9 @@ def read_composer(folder: Path) -> None:
 
     file = TorchFile(folder / "ep0.pt")
     try:
-        tree, found = [file.tree], 0
-        while tree and found < 50:
-            one, found = tree.pop(), found + 1
+        tree, count = [file.tree], 0
+        while tree and count < 50:
+            one, count = tree.pop(), count + 1
             if isinstance(one, TensorRecord) and one.dtype in ("FloatStorage", "HalfStorage"):
                 file.read(one)
             elif isinstance(one, dict):
@@ -192,8 +196,8 @@ def read_site(folder: Path) -> None:
     paths = [folder / name for name, content in GOOD_SITES.items() if (folder / name).read_bytes() != content]
     path = (paths or [folder / "site.yaml"])[0]
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    words = [line.strip().replace(": ", "=", 1) for line in lines if ": " in line][1:2]
-    read_layers(None, [f"optim.{word}" for word in words], "extend")
+    overrides = [line.strip().replace(": ", "=", 1) for line in lines if ": " in line][1:2]
+    read_layers(None, [f"optim.{word}" for word in overrides], "extend")
     read_layers(path, [], "extend")
     if len(lines) % 50 == 7 or path.stat().st_size % 50 == 7:
         parse("17m", "mlm", "extend", user_config=path)
@@ -275,5 +279,5 @@ READERS = {
         lambda d, c, o: (mutated_json if c.startswith(b"{") else mutated_bytes)(d, c, o),
     ),
     "tokenizer": Reader(runs.make_tokenizer, runs.read_tokenizer, mutated_json),
-    "links": Reader(runs.make_links, runs.read_links, runs.mutated_place),
+    "links": Reader(runs.make_links, runs.read_links, runs.mutated_file_name),
 }

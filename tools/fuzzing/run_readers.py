@@ -71,8 +71,8 @@ def read_status(folder: Path) -> None:
     from megatron_ettin.launch.run_state import run_state, runs_below
 
     with laid_out(folder) as run, contextlib.redirect_stderr(io.StringIO()):
-        for found in runs_below(run):
-            cells(run_state(found), None)
+        for run_dir in runs_below(run):
+            cells(run_state(run_dir), None)
 
 
 def read_report(folder: Path) -> None:
@@ -99,8 +99,8 @@ def mutated_run(draw: Any, content: bytes, others: list[bytes]) -> bytes:
         plain = [json.dumps({"run": {"steps": 4, "tokens": 500}, "model": {"num_layers": 2}}).encode()]
         return mutated_yaml(draw, content, plain) if b": " in content else mutated_bytes(draw, content, others)
     lines = content.splitlines()
-    place = draw.randrange(len(lines))
-    lines[place] = mutated_json(draw, lines[place], lines)
+    index = draw.randrange(len(lines))
+    lines[index] = mutated_json(draw, lines[index], lines)
     return b"\n".join(lines) + b"\n"
 
 
@@ -135,10 +135,14 @@ def make_dataset(folder: Path) -> list[str]:
     for suffix, content in contents.items():
         (folder / f"shard_00000{suffix}").write_bytes(content)
     files = {s: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for s, c in contents.items()}
-    kinds = {"int": 3, "str": "text", "float": 0.5, "bool": False, "int | None": 4}
+    values = {"int": 3, "str": "text", "float": 0.5, "bool": False, "int | None": 4}
 
-    def filled(kind: Any) -> dict[str, Any]:
-        return {field.name: kinds[str(field.type)] for field in dataclasses.fields(kind) if str(field.type) in kinds}
+    def filled(record_class: Any) -> dict[str, Any]:
+        return {
+            field.name: values[str(field.type)]
+            for field in dataclasses.fields(record_class)
+            if str(field.type) in values
+        }
 
     counts = {"documents": 2, "chunks": 3, "tokens": 16}
     content = filled(manifest.Manifest) | {"format": manifest.FORMAT, "version": manifest.VERSION, **counts}
@@ -176,8 +180,8 @@ def read_local_copy(folder: Path) -> None:
 def make_tokenizer(folder: Path) -> list[str]:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "the", "word"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "the", "word"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
@@ -198,11 +202,11 @@ def make_links(folder: Path) -> list[str]:
     make_checkpoint(folder)
     (folder / "secret").write_text("x")
     (folder / "secret").unlink()
-    (folder / "place.txt").write_text("integrity.json")
-    return ["place.txt"]
+    (folder / "link.txt").write_text("integrity.json")
+    return ["link.txt"]
 
 
-def mutated_place(draw: Any, content: bytes, others: list[bytes]) -> bytes:
+def mutated_file_name(draw: Any, content: bytes, others: list[bytes]) -> bytes:
     """Choose where a link is put into a checkpoint: in place of one of its files, or in addition."""
     names = ["common.pt", ".metadata", "__0_0.distcp", "tokenizer.json", "special_tokens_map.json", "a", ".hidden"]
     return draw.choice([name.encode() for name in names] + [b""])
@@ -212,12 +216,12 @@ def read_links(folder: Path) -> None:
     """Check that a checkpoint with a link that leads out is refused before anything of it is read."""
     from megatron_ettin.checkpoint.integrity import check_nothing_else, verify
 
-    name = (folder / "place.txt").read_text()
+    name = (folder / "link.txt").read_text()
     given = folder / "given"
     given.mkdir()
     try:
         for path in folder.iterdir():
-            if path.is_file() and path.name != "place.txt":
+            if path.is_file() and path.name != "link.txt":
                 shutil.copyfile(path, given / path.name)
         if name and name != "integrity.json":
             (given / name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from megatron_ettin.parallel.process_groups import destroy_process_group, releas
 from megatron_ettin.train.setup import build_single_process
 
 KERNELS = ("te-fused", "flash", "varlen", "sdpa", "flex")
-KINDS = {
+ROLES = {
     "encoder, global": (0, False),
     "encoder, local": (1, False),
     "decoder, global": (0, True),
@@ -37,21 +37,28 @@ def section(session: Session) -> None:
 
 def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
     """Check one kernel through a model of two layers, in its four roles."""
-    words = [
+    overrides = [
         *("precision.name=bf16", "model.num_layers=2", "data.clm_fraction=0.5", "parallel.distributed_optimizer=false"),
-        *(f"runtime.attention={kernel}", f"runtime.device={session.device}", "runtime.compile=never", *session.words),
+        *(
+            f"runtime.attention={kernel}",
+            f"runtime.device={session.device}",
+            "runtime.compile=never",
+            *session.overrides,
+        ),
     ]
     train_state = None
     try:
-        train_state = build_single_process(parse(size, "hybrid", "pretrain", overrides=words), initial_weights=False)
+        train_state = build_single_process(
+            parse(size, "hybrid", "pretrain", overrides=overrides), initial_weights=False
+        )
         layers = train_state.model_chunks[0].transformer.layers
-        found: dict[str, Any] = {}
-        for role, (layer, causal) in KINDS.items():
+        roles: dict[str, Any] = {}
+        for role, (layer, causal) in ROLES.items():
             attention = layers[layer].self_attention.core_attention
-            found[role] = errors(attention, causal, train_state.config, session.torch_device)
+            roles[role] = errors(attention, causal, train_state.config, session.torch_device)
             for length in session.lengths:
                 seconds = time(attention, causal, train_state.config, session, length)
-                found[role][f"seconds_{length}"] = seconds
+                roles[role][f"seconds_{length}"] = seconds
     except UserError as error:
         raise DoesNotRun(str(error)) from None
     finally:
@@ -60,16 +67,16 @@ def kernel_item(session: Session, size: str, kernel: str) -> dict[str, Any]:
         destroy_model_parallel()
         destroy_process_group()
         release_store()
-    worst = max(figures["error"] for figures in found.values())
+    worst = max(figures["error"] for figures in roles.values())
     speeds = [
         f"{role} " + "/".join(f"{figures[f'seconds_{length}'] * 1e3:.3g}" for length in session.lengths)
-        for role, figures in found.items()
+        for role, figures in roles.items()
     ]
     lengths = "/".join(map(str, session.lengths))
     return {
         "says": f"error {worst:.1e}; ms forward and backward at {lengths}: {'; '.join(speeds)}",
         "passed": worst <= TOLERANCE,
-        "roles": found,
+        "roles": roles,
     }
 
 
@@ -91,11 +98,11 @@ def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, 
     tensors = inputs(config, 896, device)
     out = attention.attend(*tensors, packed, causal, {}).reshape(896, -1)
     upstream = torch.randn_like(out)
-    found = [out, *torch.autograd.grad(out, tensors, upstream)]
+    actual = [out, *torch.autograd.grad(out, tensors, upstream)]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected_out = reference(wide, [n for row in rows for n in row], causal, window)
     expected = [expected_out, *torch.autograd.grad(expected_out, wide, upstream.double())]
-    apart = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    apart = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True)]
     return {"error": max(apart) if all(one == one for one in apart) else float("inf"), "errors": apart}
 
 

@@ -37,13 +37,13 @@ def item(session: Session, size: str, objective: str) -> dict[str, Any]:
     micro = max(1, session.tokens_a_step // length)
     name = f"peers-{size}-{objective}"
     shutil.rmtree(session.work / name, ignore_errors=True)
-    words = ["precision.name=bf16", f"run.steps={STEPS}"]
-    lines = train(session, name, size, words, objective, length, MICRO_BATCHES * micro)[WARM_UP:]
+    overrides = ["precision.name=bf16", f"run.steps={STEPS}"]
+    lines = train(session, name, size, overrides, objective, length, MICRO_BATCHES * micro)[WARM_UP:]
     shutil.rmtree(session.work / name, ignore_errors=True)
     ours = statistics.median(line["tokens_per_second"] for line in lines)
     batch = [f"batch.global_batch_rows={MICRO_BATCHES * micro}", f"batch.micro_batch_rows={micro}"]
     data = [f"data.mixture={session.data}", f"data.seq_len={length}", "batch.warmup_tokens=0"]
-    config = parse(size, objective, "pretrain", overrides=[*batch, *data, *session.words])
+    config = parse(size, objective, "pretrain", overrides=[*batch, *data, *session.overrides])
     theirs, attention = transformers_speed(config, session.torch_device)
     return {
         "says": f"{ours:,.0f} tokens/s, transformers ({attention}, compiled) {theirs:,.0f}: {ours / theirs:.2f} times",
@@ -114,9 +114,9 @@ def build(config: Config, device: str, pad_id: int) -> tuple[Any, str]:
     attention = "flash_attention_2" if device == "cuda" and find_spec("flash_attn") else "sdpa"
     if config.causal:
         settings = transformers.ModernBertDecoderConfig(**keys, use_cache=False)
-        kind = transformers.ModernBertDecoderForCausalLM
+        model_class = transformers.ModernBertDecoderForCausalLM
     else:
         settings = transformers.ModernBertConfig(**keys, sparse_prediction=True)
-        kind = transformers.ModernBertForMaskedLM
+        model_class = transformers.ModernBertForMaskedLM
     settings._attn_implementation = attention
-    return kind(settings).to(device).train(), attention
+    return model_class(settings).to(device).train(), attention

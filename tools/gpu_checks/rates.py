@@ -29,23 +29,23 @@ def device(session: Session) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     packages = ("torch", "transformer-engine", "megatron-core", "flash-attn", "transformers", "triton")
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            facts[package] = None
     name = "cpu"
     if session.device == "gpu":
         properties = torch.cuda.get_device_properties(0)
         name = properties.name
-        found |= {
+        facts |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "gib": properties.total_memory >> 30,
         }
-    says = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
-    return {"says": f"{name}: {says}", "name": name, **found}
+    says = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+    return {"says": f"{name}: {says}", "name": name, **facts}
 
 
 def copy(session: Session) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def linears(session: Session, size: str, precision: str) -> dict[str, Any]:
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
-    kind = FP8.get(precision)
-    if kind is not None and not hasattr(recipe, kind):
-        raise DoesNotRun(f"this Transformer Engine has no {kind}")
-    scaling = getattr(recipe, kind)() if kind is not None else None
+    recipe_name = FP8.get(precision)
+    if recipe_name is not None and not hasattr(recipe, recipe_name):
+        raise DoesNotRun(f"this Transformer Engine has no {recipe_name}")
+    scaling = getattr(recipe, recipe_name)() if recipe_name is not None else None
     tokens, total, seconds, errors = session.tokens_a_step, 0, 0.0, []
     for inputs, outputs in shapes(session, size).values():
         torch.manual_seed(0)
@@ -138,13 +138,13 @@ def element_wise(session: Session, size: str) -> dict[str, Any]:
         "gate": (gated_gelu, (inner,)),
         "dropout": (add_kept, (x, residual, keys, 6554, 1.1)),
     }
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, (one, arguments) in calls.items():
         for way, function in (("plain", one.function), ("fused", torch.compile(one.function))):
             took = median_seconds(functools.partial(function, *arguments), session.device, session.rounds)
-            found[f"{name}_{way}_seconds"] = took
+            figures[f"{name}_{way}_seconds"] = took
     text = ", ".join(
-        f"{name} {found[f'{name}_plain_seconds'] * 1e3:.3g} to {found[f'{name}_fused_seconds'] * 1e3:.3g} ms"
+        f"{name} {figures[f'{name}_plain_seconds'] * 1e3:.3g} to {figures[f'{name}_fused_seconds'] * 1e3:.3g} ms"
         for name in calls
     )
-    return {"says": text, **found}
+    return {"says": text, **figures}

@@ -33,22 +33,24 @@ def section(session: Session) -> None:
 
 
 def item(session: Session, size: str, objective: str, length: int, precision: str) -> dict[str, Any]:
-    found = session.results.found
-    measured = look_up(found, f"throughput-{size}", f"{objective} at {length}, {precision}")
-    rates = found.get("rates", {})
+    results = session.results.items
+    measured = look_up(results, f"throughput-{size}", f"{objective} at {length}, {precision}")
+    rates = results.get("rates", {})
     linears = rates.get(f"{size} linears forward and backward, {precision}", {}).get("flops")
-    products = look_up(found, "rates", f"{size} products, bf16")["flops"]
-    attention = fastest(found.get("attention", {}), size, objective, length)
+    products = look_up(results, "rates", f"{size} products, bf16")["flops"]
+    attention = fastest(results.get("attention", {}), size, objective, length)
     config = parse(size, objective, "pretrain", overrides=[f"data.seq_len={length}", *session.words])
     tokens = session.tokens_a_step * measured["micro_batches"]
-    parts = floor(config, tokens, linears or products, products, look_up(found, "rates", "copy")["bytes_per_second"])
+    parts = floor(config, tokens, linears or products, products, look_up(results, "rates", "copy")["bytes_per_second"])
     globals_ = global_layers(config.model.num_layers, config.model.global_attention_every)
-    kind = "decoder" if config.causal else "encoder"
-    of_global, of_local = (attention["roles"][f"{kind}, {reach}"][f"seconds_{length}"] for reach in ("global", "local"))
+    model_role = "decoder" if config.causal else "encoder"
+    of_global, of_local = (
+        attention["roles"][f"{model_role}, {reach}"][f"seconds_{length}"] for reach in ("global", "local")
+    )
     parts["attention"] = measured["micro_batches"] * (
         globals_ * of_global + (config.model.num_layers - globals_) * of_local
     )
-    element_wise = look_up(found, "rates", f"{size} element-wise")
+    element_wise = look_up(results, "rates", f"{size} element-wise")
     once = sum(
         element_wise[f"{name}_fused_seconds"] * times for name, times in (("rotation", 2), ("gate", 1), ("dropout", 1))
     )
@@ -72,9 +74,9 @@ def floor(config: Any, tokens: int, linears: float, products: float, copy: float
     }
 
 
-def look_up(found: dict[str, Any], section: str, name: str) -> dict[str, Any]:
+def look_up(results: dict[str, Any], section: str, name: str) -> dict[str, Any]:
     """Return a result of another section. Raises DoesNotRun if there is none."""
-    result = found.get(section, {}).get(name)
+    result = results.get(section, {}).get(name)
     if result is None or result["state"] != "passed":
         raise DoesNotRun(f"wants {section}: {name}")
     return result

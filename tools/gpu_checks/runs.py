@@ -18,9 +18,9 @@ PRECISION_TOLERANCE = 0.005
 OBJECTIVES = ("mlm", "clm")
 
 
-def ettin(*words: str) -> str:
+def ettin(*arguments: str) -> str:
     """Return a command's output. Raises DoesNotRun with its one line if it refuses, RuntimeError if it fails."""
-    done = subprocess.run([sys.executable, "-m", "megatron_ettin", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "megatron_ettin", *arguments], capture_output=True, text=True)
     if done.returncode == 2:
         raise DoesNotRun(done.stderr.strip().splitlines()[-1].partition(": ")[2])
     if done.returncode:
@@ -29,7 +29,7 @@ def ettin(*words: str) -> str:
 
 
 def train(
-    session: Session, name: str, size: str, words: list[str], objective: str = "mlm", length: int = 0, rows: int = 0
+    session: Session, name: str, size: str, overrides: list[str], objective: str = "mlm", length: int = 0, rows: int = 0
 ) -> list[dict[str, Any]]:
     """Train in `work/name` and return the metrics: one micro-batch per step, at a rate that learns immediately.
 
@@ -47,7 +47,7 @@ def train(
         ),
         *("schedule.name=wsd", f"schedule.warmup_tokens={20 * tokens}", "schedule.decay_tokens=0", "optim.lr=1e-3"),
         *("checkpoint.every_tokens=null", "checkpoint.weights_every_tokens=null", "metrics.tensorboard=false"),
-        *(*session.words, *words),
+        *(*session.overrides, *overrides),
     )
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -75,27 +75,27 @@ def precisions(session: Session) -> None:
     """Compare each precision's curve with bf16's on the same rows."""
 
     def curve(size: str, name: str) -> list[float]:
-        found = train(session, f"curve-{size}-{name}", size, [f"run.steps={session.steps}", f"precision.name={name}"])
-        return losses(found)
+        actual = train(session, f"curve-{size}-{name}", size, [f"run.steps={session.steps}", f"precision.name={name}"])
+        return losses(actual)
 
     def item(size: str, name: str) -> dict[str, Any]:
-        expected, found = curve(size, "bf16"), curve(size, name)
+        expected, actual = curve(size, "bf16"), curve(size, name)
         tenth = max(1, session.steps // 10)
-        last, bf16 = statistics.fmean(found[-tenth:]), statistics.fmean(expected[-tenth:])
+        last, bf16 = statistics.fmean(actual[-tenth:]), statistics.fmean(expected[-tenth:])
         fell = expected[0] - bf16
         return {
             "says": f"loss {last:.4f}, bf16 {bf16:.4f} ({last / bf16 - 1:+.2%}), begun at {expected[0]:.2f}",
             "passed": last <= bf16 * (1 + PRECISION_TOLERANCE) and fell > 0.5,
-            "losses": found,
+            "losses": actual,
             "bf16_losses": expected,
         }
 
     def kept(size: str, name: str) -> dict[str, Any]:
         """Check that weights stored in FP8 equal the casts that products would make of the weights."""
-        words = [f"run.steps={session.steps}", f"precision.name={name}", "precision.fp8_weights=true"]
-        found, expected = losses(train(session, f"curve-{size}-{name}-kept", size, words)), curve(size, name)
-        apart = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
-        says = "the same losses" if found == expected else f"within {apart:.2%} at every step"
+        overrides = [f"run.steps={session.steps}", f"precision.name={name}", "precision.fp8_weights=true"]
+        actual, expected = losses(train(session, f"curve-{size}-{name}-kept", size, overrides)), curve(size, name)
+        apart = max(abs(a - b) / b for a, b in zip(actual, expected, strict=True))
+        says = "the same losses" if actual == expected else f"within {apart:.2%} at every step"
         return {"says": f"{says} as with 16-bit weights", "passed": apart <= PRECISION_TOLERANCE, "apart": apart}
 
     items = {f"{size} {name}": functools.partial(item, size, name) for size in session.sizes for name in ("fp32", *FP8)}
@@ -110,10 +110,10 @@ def checkpoints(session: Session) -> None:
     size = session.sizes[0]
 
     def halves(name: str) -> dict[str, Any]:
-        words = [f"precision.name={name}", "runtime.deterministic=true"]
-        whole = train(session, f"resume-{name}-whole", size, [*words, "run.steps=10"])
-        train(session, f"resume-{name}", size, [*words, "run.steps=5"])
-        both = train(session, f"resume-{name}", size, [*words, "run.steps=10"])
+        overrides = [f"precision.name={name}", "runtime.deterministic=true"]
+        whole = train(session, f"resume-{name}-whole", size, [*overrides, "run.steps=10"])
+        train(session, f"resume-{name}", size, [*overrides, "run.steps=5"])
+        both = train(session, f"resume-{name}", size, [*overrides, "run.steps=10"])
         same = losses(both) == losses(whole)
         return {"says": "the same bits" if same else f"{losses(both)[5:]} against {losses(whole)[5:]}", "passed": same}
 
@@ -161,8 +161,8 @@ def throughput(session: Session, size: str) -> None:
         name = f"speed-{size}-{objective}-{length}-{precision}"
         shutil.rmtree(session.work / name, ignore_errors=True)
         rows = 4 * max(1, session.tokens_a_step // length)
-        words = [f"precision.name={precision}", "run.steps=8"]
-        lines = train(session, name, size, words, objective, length, rows)[3:]
+        overrides = [f"precision.name={precision}", "run.steps=8"]
+        lines = train(session, name, size, overrides, objective, length, rows)[3:]
         shutil.rmtree(session.work / name / "checkpoints", ignore_errors=True)
         speeds = [line["tokens_per_second"] for line in lines]
         middle, mfu, memory = statistics.median(speeds), lines[-1]["mfu"], lines[-1]["peak_memory_bytes"]

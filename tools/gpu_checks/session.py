@@ -22,23 +22,23 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.items: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def has(self, section: str, item: str) -> bool:
         """Return whether an item was checked and did not fail."""
-        return self.found.get(section, {}).get(item, {}).get("state") in (PASSED, ABSENT)
+        return self.items.get(section, {}).get(item, {}).get("state") in (PASSED, ABSENT)
 
     def forget(self, section: str, item: str) -> None:
-        if self.found.get(section, {}).pop(item, None) is not None:
+        if self.items.get(section, {}).pop(item, None) is not None:
             self._write()
 
     def put(self, section: str, item: str, result: dict[str, Any]) -> None:
-        self.found.setdefault(section, {})[item] = result
+        self.items.setdefault(section, {})[item] = result
         self._write()
 
     def _write(self) -> None:
         partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.items, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 
@@ -56,7 +56,7 @@ class Session:
     tokens_a_step: int
     rounds: int
     deadline: float
-    words: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
 
     @property
     def torch_device(self) -> str:
@@ -66,7 +66,7 @@ class Session:
         """Return the overrides of the model's shape in every run of this size."""
         from megatron_ettin.config.resolve import parse
 
-        return parse(size, "mlm", "pretrain", overrides=self.words).model
+        return parse(size, "mlm", "pretrain", overrides=self.overrides).model
 
     def run(self, section: str, items: dict[str, Callable[[], dict[str, Any]]]) -> None:
         """Check every item that is not done, while time is left.
@@ -81,8 +81,8 @@ class Session:
                 return
             began = time.perf_counter()
             try:
-                found = item()
-                result = {"state": PASSED if found.pop("passed", True) else FAILED, **found}
+                figures = item()
+                result = {"state": PASSED if figures.pop("passed", True) else FAILED, **figures}
             except DoesNotRun as reason:
                 result = {"state": ABSENT, "says": str(reason)}
             except Exception as error:
@@ -101,17 +101,17 @@ def median_seconds(function: Callable[[], Any], device: str, rounds: int, warm_u
 
     for _ in range(warm_up):
         function()
-    found = []
+    seconds = []
     for _ in range(rounds):
         if device == "cpu":
             began = time.perf_counter()
             function()
-            found.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - began)
             continue
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         function()
         last.record()
         torch.cuda.synchronize()
-        found.append(first.elapsed_time(last) / 1e3)
-    return statistics.median(found)
+        seconds.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(seconds)
