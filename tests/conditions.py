@@ -34,17 +34,17 @@ stop_in_pretrain, stop_in_extend, stop_in_decay = (
 
 
 @contextlib.contextmanager
-def late_updates_are_told() -> Iterator[None]:
+def late_updates_are_printed() -> Iterator[None]:
     """Print a line for each update that waited for the verdict on its step's figures."""
     from megatron_ettin.faults.heartbeat import StepTimer
 
     late_update = StepTimer.late_update
 
-    def told(self):
+    def logged(self):
         print("updated after its figures were judged")
         late_update(self)
 
-    with mock.patch.object(StepTimer, "late_update", told):
+    with mock.patch.object(StepTimer, "late_update", logged):
         yield
 
 
@@ -91,7 +91,7 @@ def delayed_scales() -> Iterator[None]:
         if linear.training:
             make(linear)
             for number, state in enumerate(linear.fp8_meta.values()):
-                state.scale.mul_(1.125).add_(linear.place + number)
+                state.scale.mul_(1.125).add_(linear.index_in_model + number)
                 state.amax_history.add_(1)
 
     build = setup.build_chunks
@@ -100,8 +100,8 @@ def delayed_scales() -> Iterator[None]:
         chunks = build(*arguments, **named)
         for chunk in chunks:
             for layer in chunk.transformer.layers:
-                for place, linear in enumerate((layer.self_attention.linear_qkv, layer.mlp.linear_fc2)):
-                    linear.fp8_meta, linear.place = {}, layer.layer_number + place / 2
+                for index, linear in enumerate((layer.self_attention.linear_qkv, layer.mlp.linear_fc2)):
+                    linear.fp8_meta, linear.index_in_model = {}, layer.layer_number + index / 2
                     linear.register_forward_pre_hook(changed)
         return chunks
 
@@ -130,15 +130,15 @@ def replayed_on_a_cpu() -> Iterator[None]:
             self.calls += 1
             if self.calls == 1:
                 self.inputs = [tensor.clone() for tensor in tensors]
-            for place, tensor in zip(self.inputs, tensors, strict=True):
-                assert place.shape == tensor.shape and place.dtype == tensor.dtype
-                place.copy_(tensor)
-            found = self.function(self.inputs)
+            for buffer, tensor in zip(self.inputs, tensors, strict=True):
+                assert buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+                buffer.copy_(tensor)
+            results = self.function(self.inputs)
             if self.calls == 1:
-                self.outputs = [torch.empty_like(tensor) for tensor in found]
+                self.outputs = [torch.empty_like(tensor) for tensor in results]
                 print("replaying")
-            for place, tensor in zip(self.outputs, found, strict=True):
-                place.copy_(tensor)
+            for buffer, tensor in zip(self.outputs, results, strict=True):
+                buffer.copy_(tensor)
             return self.outputs
 
     with (

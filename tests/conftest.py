@@ -107,6 +107,6 @@ def make_corpus(folder: Path, tokenizer: Path) -> Path:
     lines = [json.dumps({"text": sentences(seed, draw.randint(1, 12)), "id": f"doc{seed}"}) for seed in range(400)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     out = folder / "dataset"
-    words = ["--out", str(out), "--tokenizer", str(tokenizer), "--chunk-tokens", "48", "--workers", "1"]
-    assert main(["prepare", str(folder / "text.jsonl"), *words, "--holdout", "0.1"]) == 0
+    arguments = ["--out", str(out), "--tokenizer", str(tokenizer), "--chunk-tokens", "48", "--workers", "1"]
+    assert main(["prepare", str(folder / "text.jsonl"), *arguments, "--holdout", "0.1"]) == 0
     return out

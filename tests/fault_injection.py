@@ -36,11 +36,11 @@ def nan_gradients_in_step_3() -> Iterator[None]:
 
     def run(train_state, *arguments, training):
         nonlocal calls
-        found = real(train_state, *arguments, training=training)
+        totals = real(train_state, *arguments, training=training)
         calls += training
         if training and calls == 3 and train_state.layout.rank == train_state.layout.topology.world - 1:
             train_state.ddp_model_chunks[0].buffers[0].grad_data.fill_(float("nan"))
-        return found
+        return totals
 
     with mock.patch.object(step, "run_micro_batches", run):
         yield
@@ -196,11 +196,11 @@ def copies_change_a_byte() -> Iterator[None]:
     real = shutil.copyfile
 
     def copyfile(source, target, **named):
-        found = real(source, target, **named)
+        result = real(source, target, **named)
         if Path(source).suffix == ".distcp":
             with open(target, "r+b") as file:
                 file.write(bytes([file.read(1)[0] ^ 1]))
-        return found
+        return result
 
     with mock.patch.object(shutil, "copyfile", copyfile):
         yield
@@ -255,10 +255,10 @@ def memory_ends_on_rank_1() -> Iterator[None]:
     real = step.run_micro_batches
 
     def run(train_state, *arguments, training):
-        found = real(train_state, *arguments, training=training)
+        totals = real(train_state, *arguments, training=training)
         if os.environ["RANK"] == "1" and train_state.config.batch.micro_batch_rows == 2:
             raise torch.OutOfMemoryError("CUDA out of memory: all of it")
-        return found
+        return totals
 
     with mock.patch.object(step, "run_micro_batches", run):
         yield

@@ -61,7 +61,7 @@ class Child:
     """
 
     def __init__(self, control: socket.socket) -> None:
-        self.control, self.unread = control, b""
+        self.control, self.received = control, b""
         first = self.answer(START_SECONDS)
         if first is None:
             raise RuntimeError("the fork server is gone")
@@ -71,12 +71,12 @@ class Child:
     def answer(self, timeout_seconds: float | None) -> dict[str, int] | None:
         """Return the server's next line; None where the server is gone. Raises TimeoutError."""
         self.control.settimeout(timeout_seconds)
-        while b"\n" not in self.unread:
+        while b"\n" not in self.received:
             block = self.control.recv(1 << 12)
             if not block:
                 return None
-            self.unread += block
-        line, _, self.unread = self.unread.partition(b"\n")
+            self.received += block
+        line, _, self.received = self.received.partition(b"\n")
         return json.loads(line)
 
     def wait(self, timeout_seconds: float | None = None) -> int | None:
@@ -216,9 +216,9 @@ def close_shared() -> None:
             os.kill(int(pid.read_text()), signal.SIGTERM)
 
 
-def program(*words: object) -> list[str]:
+def program(*arguments: object) -> list[str]:
     """Return a command line that runs `ettin ...` in a fork of the shared server, for `subprocess`."""
-    return command("tests.forkserver:be_program", *words)
+    return command("tests.forkserver:be_program", *arguments)
 
 
 def command(target: str, *arguments: object) -> list[str]:
@@ -249,14 +249,14 @@ def freeze() -> None:
     gc.freeze()
 
 
-def be_program(*words: str) -> int | None:
+def be_program(*arguments: str) -> int | None:
     """Run `ettin ...` as the console script does."""
     from megatron_ettin.cli.main import main
     from tests.pool import mutated
 
-    sys.argv = list(words)
+    sys.argv = list(arguments)
     with mutated(None):
-        return main(list(words[1:]))
+        return main(list(arguments[1:]))
 
 
 class Server:

@@ -16,7 +16,7 @@ import sys
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGQUIT", "SIGALRM")
 
 
-def main(path: str, target: str, words: "list[str]") -> None:
+def main(path: str, target: str, arguments: "list[str]") -> None:
     pending: list[int] = []
     pid = 0
 
@@ -37,7 +37,13 @@ def main(path: str, target: str, words: "list[str]") -> None:
             signal.signal(number, forward)
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
-    request = {"target": target, "arguments": words, "cwd": os.getcwd(), "env": dict(os.environ), "ignored": ignored}
+    request = {
+        "target": target,
+        "arguments": arguments,
+        "cwd": os.getcwd(),
+        "env": dict(os.environ),
+        "ignored": ignored,
+    }
     request["leads"] = leads
     text = json.dumps(request).encode()
     server.sendmsg(

@@ -302,9 +302,9 @@ def first_sentence(name: str) -> str:
 def find(name: str) -> Callable[[], AbstractContextManager[None]]:
     """Return the mistake, fault or condition of this name."""
     for module in ("mutations", "fault_injection", "conditions"):
-        found = getattr(importlib.import_module(f"tests.{module}"), name, None)
-        if found is not None:
-            return found
+        function = getattr(importlib.import_module(f"tests.{module}"), name, None)
+        if function is not None:
+            return function
     raise KeyError(name)
 
 

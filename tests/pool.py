@@ -43,9 +43,9 @@ class Result:
 def free_port() -> int:
     """Return a free port below the range that systems assign themselves, because it is used later."""
     while True:
-        with contextlib.suppress(OSError), socket.socket() as found:
-            found.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
-            return int(found.getsockname()[1])
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            return int(listener.getsockname()[1])
 
 
 def answers(pipes: list[Connection], timeout_seconds: float) -> list[Result]:

@@ -14,8 +14,8 @@ from megatron_ettin import api
 @pytest.mark.parametrize(("old", "new"), [("Evaluated", "EvalResult"), ("Measured", "EvalMetrics")])
 def test_api_renamed_class_warns_and_is_the_new_one(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
-        found = getattr(api, old)
-    assert found.__name__ == new
+        renamed = getattr(api, old)
+    assert renamed.__name__ == new
 
 
 def test_api_model_machine_warns_and_is_the_train_state() -> None:

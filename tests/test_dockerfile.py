@@ -23,12 +23,12 @@ def targets() -> dict[str, list[str]]:
     """Return the instructions of each target, continued lines joined."""
     lines = [line for line in DOCKERFILE.splitlines() if line.strip() and not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
-    found: dict[str, list[str]] = {}
+    stages: dict[str, list[str]] = {}
     for line in joined:
         if line.startswith("FROM "):
-            found[line.split(" AS ")[1]] = []
-        found[list(found)[-1]].append(line)
-    return found
+            stages[line.split(" AS ")[1]] = []
+        stages[list(stages)[-1]].append(line)
+    return stages
 
 
 def pins(name: str) -> dict[str, Version]:

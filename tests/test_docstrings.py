@@ -69,8 +69,8 @@ if True:
 def test_docstrings_corpus_made_twice_is_identical(tmp_path):
     outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for out in outs:
-        words = [sys.executable, str(SCRIPT), "--out", str(out), "--max-bytes", "100000"]
-        subprocess.run(words, check=True, capture_output=True)
+        command = [sys.executable, str(SCRIPT), "--out", str(out), "--max-bytes", "100000"]
+        subprocess.run(command, check=True, capture_output=True)
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert 80_000 < outs[0].stat().st_size <= 100_000
     documents = [json.loads(line) for line in outs[0].read_text(encoding="utf-8").splitlines()]

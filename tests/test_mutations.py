@@ -30,22 +30,22 @@ def outcome(nodeid: str, mistake: str, folder: Path) -> tuple[int, str]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_first_tier_with_deliberate_mistake_fails(mistake: str, tmp_path: Path) -> None:
-    status, said = outcome(MISTAKES[mistake], mistake, tmp_path)
-    assert status == FAILED, said
-    assert "1 failed" in said
+def test_test_with_deliberate_mistake_fails(mistake: str, tmp_path: Path) -> None:
+    status, output = outcome(MISTAKES[mistake], mistake, tmp_path)
+    assert status == FAILED, output
+    assert "1 failed" in output
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
-def test_first_tier_test_of_fault_without_fault_fails(fault: str, tmp_path: Path) -> None:
-    status, said = outcome(FAULTS[fault], f"without:{fault}", tmp_path)
-    assert status == FAILED, said
-    assert "1 failed" in said
+def test_test_of_fault_without_fault_fails(fault: str, tmp_path: Path) -> None:
+    status, output = outcome(FAULTS[fault], f"without:{fault}", tmp_path)
+    assert status == FAILED, output
+    assert "1 failed" in output
 
 
 @pytest.mark.parametrize(("module", "table"), [(mutations, MISTAKES), (fault_injection, FAULTS)])
-def test_every_mistake_and_fault_is_in_its_table(module: object, table: dict[str, str]) -> None:
+def test_tables_name_every_mistake_and_fault(module: object, table: dict[str, str]) -> None:
     own = ["page", "first_sentence", "find"]
     made = [name for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__]
     names = {name for name in made if inspect.isfunction(getattr(module, name)) and not name.startswith("_")}

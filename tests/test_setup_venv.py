@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ASKED_FOR = ("constraints-cpu.txt", "setup.cfg")
+REQUESTED = ("constraints-cpu.txt", "setup.cfg")
 
 
 def test_setup_venv_prints_path_for_scripts_and_activation_for_people(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_setup_venv_prints_path_for_scripts_and_activation_for_people(tmp_path: 
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
-    wanted = hashlib.sha256(f"{ROOT}\n".encode() + b"".join((ROOT / name).read_bytes() for name in ASKED_FOR))
+    wanted = hashlib.sha256(f"{ROOT}\n".encode() + b"".join((ROOT / name).read_bytes() for name in REQUESTED))
     (venv / ".complete").write_text(f"{wanted.hexdigest()}\n")
     environment = {**os.environ, "VENV": str(venv), "PYTHON": sys.executable}
     done = subprocess.run(

@@ -88,8 +88,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def group_of(nodeid: str) -> str:
     """Return the group of a test: its file, or the group that several files share."""
-    for place, group in GROUPS.items():
-        if nodeid.startswith(place):
+    for prefix, group in GROUPS.items():
+        if nodeid.startswith(prefix):
             return group
     return nodeid.partition("::")[0]
 

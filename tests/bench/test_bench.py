@@ -110,7 +110,7 @@ def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_p
 def test_bench_steps_run_the_guard_of_training(pool: Pool, tmp_path: Path) -> None:
     """Whether the update waits for the step's figures is part of the time that is measured."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE, "batch.micro_batch_rows=1"]
-    (found,) = pool.run(1, line, mutation="late_updates_are_told")
+    (found,) = pool.run(1, line, mutation="late_updates_are_printed")
     assert found.status == 0, found.output[-2000:]
     # a warm-up step, three that count, two with timers, one whose tensors are counted
     assert found.output.count("updated after its figures were judged") == 7

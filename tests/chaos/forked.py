@@ -14,7 +14,7 @@ def import_tools() -> None:
     sys.path.insert(0, str(forkserver.ROOT / "tools"))
 
 
-def run_chaos(*words: str) -> int:
+def run_chaos(*arguments: str) -> int:
     """Run `tools/chaos.py WORDS`."""
     import_tools()
     import chaos
@@ -25,7 +25,7 @@ def run_chaos(*words: str) -> int:
         return subprocess.Popen(forkserver.command("tests.chaos.forked:run_zygote"), **options)
 
     zygote.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})  # type: ignore[attr-defined]
-    return chaos.main(list(words))
+    return chaos.main(list(arguments))
 
 
 def run_zygote() -> None:

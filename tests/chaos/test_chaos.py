@@ -25,9 +25,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chaos")
 
 
-def chaos(work: Path, *words: str, status: int = 0) -> str:
+def chaos(work: Path, *arguments: str, status: int = 0) -> str:
     """Return the output of `tools/chaos.py WORDS`, errors first."""
-    line = forkserver.command("tests.chaos.forked:run_chaos", *words, "--work", work)
+    line = forkserver.command("tests.chaos.forked:run_chaos", *arguments, "--work", work)
     done = subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
     output = done.stderr + done.stdout
     assert done.returncode == status, output[-6000:]
@@ -53,29 +53,37 @@ def test_chaos_round_of_killed_ranks_ends_identical(work: Path, tmp_path: Path) 
 
 @pytest.mark.full
 def test_chaos_rounds_end_identical_or_refused(work: Path, tmp_path: Path) -> None:
-    words = ["run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log")]
-    output = chaos(work, *words)
+    arguments = ["run", "--rounds", str(ROUNDS), "--seed", "1", "--log", str(tmp_path / "log")]
+    output = chaos(work, *arguments)
     records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {line["outcome"] for line in records} <= {"identical", "refused"}
     assert len(records) == ROUNDS
     left_out = {line.split(": ")[1] for line in output.splitlines() if line.startswith("left out")}
     assert left_out <= WITH_RIGHTS
-    kinds = EVERYWHERE | WITH_RIGHTS - left_out
-    assert {kind for line in records for kind in line["faults"]} == kinds or len(kinds) > ROUNDS
+    fault_names = EVERYWHERE | WITH_RIGHTS - left_out
+    assert {name for line in records for name in line["faults"]} == fault_names or len(fault_names) > ROUNDS
     # otherwise too few rounds were disturbed
     assert sum(len(line["launches"]) > 1 for line in records) >= ROUNDS // 3
     # the tool as it is started by hand; every round is already in the log
     script = [sys.executable, "-W", "ignore", str(forkserver.ROOT / "tools" / "chaos.py")]
-    again = subprocess.run([*script, *words, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)
+    again = subprocess.run([*script, *arguments, "--work", work], capture_output=True, text=True, cwd=forkserver.ROOT)
     assert again.returncode == 0, again.stderr
     assert "round 0" not in again.stdout
     assert f"{ROUNDS} rounds, 0 failed" in again.stdout
 
 
 @pytest.mark.full
-def test_chaos_resume_differing_in_one_bit_is_found(work: Path, tmp_path: Path) -> None:
-    words = ["--faults", "kill", *TWO_RANKS, "--mutation", "resumed_with_another_bit", "--log", str(tmp_path / "log")]
-    output = chaos(work, "run", "--rounds", "1", "--seed", "1", *words, status=1)
+def test_chaos_resume_differing_in_one_bit_is_reported(work: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--faults",
+        "kill",
+        *TWO_RANKS,
+        "--mutation",
+        "resumed_with_another_bit",
+        "--log",
+        str(tmp_path / "log"),
+    ]
+    output = chaos(work, "run", "--rounds", "1", "--seed", "1", *arguments, status=1)
     assert "differs" in output
     assert "FAILED" in output
     assert "repeat with: --seed 1 --only" in output
@@ -97,7 +105,7 @@ def test_chaos_cut_publishing_at_every_third_call_is_harmless(work: Path, tracin
         ("nothing_forced_to_the_disk", "lost, call"),
     ],
 )
-def test_chaos_cut_wrong_publishing_order_is_found(work: Path, tracing: None, mutation: str, message: str) -> None:
+def test_chaos_cut_wrong_publishing_order_is_reported(work: Path, tracing: None, mutation: str, message: str) -> None:
     assert message in chaos(work, "cut", "--every", "4", "--mutation", mutation, status=1)
 
 

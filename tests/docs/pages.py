@@ -43,7 +43,7 @@ def pages() -> list[Path]:
 
 def blocks_of(text: str, page: str) -> list[Block]:
     """Return every fence. Raises ValueError for a tag that does not exist or has no reason."""
-    found = []
+    blocks = []
     for match in FENCE.finditer(text):
         before, line = text[: match.start()], text.count("\n", 0, match.start()) + 1
         last = before.rstrip("\n").rpartition("\n")[2] if before.endswith("\n") else ""
@@ -51,8 +51,8 @@ def blocks_of(text: str, page: str) -> list[Block]:
         if "<!-- run" in last and (tag is None or tag["tag"] not in TAGS):
             raise ValueError(f"{page}:{line}: {last!r} is no tag with a reason; tags: {', '.join(TAGS)}")
         named = (tag["tag"], tag["reason"]) if tag else ("", "")
-        found.append(Block(page, line, match["language"], match["text"], *named))
-    return found
+        blocks.append(Block(page, line, match["language"], match["text"], *named))
+    return blocks
 
 
 def all_blocks() -> list[Block]:

@@ -17,26 +17,26 @@ def run(*call: str) -> int | None:
     """Run the program of the first word as the rest says."""
     from tests.docs import dry, small
 
-    words = list(call)
+    arguments = list(call)
     if os.environ.get("DOCS_DRY"):
-        return dry.check(words)
-    if words[0] == "ettin":
-        return be_program("ettin", *small.sized(words[1:]))
-    if words[0] == "python":
-        return script(words[1:])
-    if words[0] == "torchrun":
-        ranks, rest = dry.torchrun(words[1:])
+        return dry.check(arguments)
+    if arguments[0] == "ettin":
+        return be_program("ettin", *small.sized(arguments[1:]))
+    if arguments[0] == "python":
+        return script(arguments[1:])
+    if arguments[0] == "torchrun":
+        ranks, rest = dry.torchrun(arguments[1:])
         return launched(ranks, small.sized(rest))
-    raise ValueError(f"{words[0]}: runs in tagged blocks only")
+    raise ValueError(f"{arguments[0]}: runs in tagged blocks only")
 
 
-def script(words: list[str]) -> None:
-    path = Path(words[0])
-    sys.argv, sys.path[0] = words, str(path.parent)
+def script(arguments: list[str]) -> None:
+    path = Path(arguments[0])
+    sys.argv, sys.path[0] = arguments, str(path.parent)
     runpy.run_path(str(path), run_name="__main__")
 
 
-def launched(ranks: int, words: list[str]) -> int:
+def launched(ranks: int, arguments: list[str]) -> int:
     """Start one process per rank, as torchrun does, and return the worst of their statuses."""
     from tests.pool import free_port
 
@@ -46,6 +46,6 @@ def launched(ranks: int, words: list[str]) -> int:
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            os._exit(protected(lambda: be_program("ettin", *words)))
+            os._exit(protected(lambda: be_program("ettin", *arguments)))
         children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255 for child in children)

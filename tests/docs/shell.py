@@ -63,16 +63,16 @@ class Shell:
             (folder / name).symlink_to(ROOT / name)
         (folder / "shared/env/bin").mkdir(parents=True)
         (folder / "shared/env/bin/ettin").symlink_to(self.programs / "dry" / "ettin")
-        for name, kind in NEEDS.get(page, {}).items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            source = self.base / kind
+        for name, source_name in NEEDS.get(page, {}).items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = self.base / source_name
             if source.is_dir():
-                shutil.copytree(source, place, dirs_exist_ok=True)
+                shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.is_file():
-                shutil.copy(source, place)
+                shutil.copy(source, target)
             else:
-                place.write_text(kind)
+                target.write_text(source_name)
         return folder
 
     def run(self, block: Block, folder: Path, timeout_seconds: float = 900) -> subprocess.CompletedProcess[str]:
@@ -97,8 +97,8 @@ class Shell:
 
 def make_programs(folder: Path) -> Path:
     """Write every program that blocks call."""
-    for kind, names in (("run", CALLS), ("dry", CALLS + DRY_CALLS)):
-        (folder / kind).mkdir(parents=True)
+    for source_name, names in (("run", CALLS), ("dry", CALLS + DRY_CALLS)):
+        (folder / source_name).mkdir(parents=True)
         for name in names:
-            write_program(folder / kind / name, "tests.docs.server:run")
+            write_program(folder / source_name / name, "tests.docs.server:run")
     return folder

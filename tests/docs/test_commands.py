@@ -41,8 +41,8 @@ def test_docs_page_command_blocks_exit_0(page: str, shell: Shell, tmp_path: Path
         if block.tag == "never":
             continue
         done = shell.run(block, folder)
-        told = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        assert done.returncode == 0, f"{block} ends with {done.returncode}:\n{block.text}\n{told}"
+        message = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{block} ends with {done.returncode}:\n{block.text}\n{message}"
         if page in EXACT:
             assert not worse_than_guessing(done.stdout)
 
@@ -61,9 +61,11 @@ def test_tutorial_torchrun_names_the_threads_of_a_rank() -> None:
 
 
 def test_worse_than_guessing_finds_loss_above_unigram() -> None:
-    told = "runs/a: loss {} accuracy 0.1 (286 predicted tokens in 8 rows)\nunigram loss of corpus on the same: 6.1320\n"
-    assert worse_than_guessing(told.format(6.189)) == [told.format(6.189).splitlines()[0]]
-    assert worse_than_guessing(told.format(5.876)) == []
+    message = (
+        "runs/a: loss {} accuracy 0.1 (286 predicted tokens in 8 rows)\nunigram loss of corpus on the same: 6.1320\n"
+    )
+    assert worse_than_guessing(message.format(6.189)) == [message.format(6.189).splitlines()[0]]
+    assert worse_than_guessing(message.format(5.876)) == []
 
 
 def test_docs_blocks_at_least_20_untagged_and_at_most_8_never_run() -> None:
@@ -76,11 +78,11 @@ def options_and_keys(text: str) -> list[str]:
     """Return the options of the calls of ettin in `text` that do not exist."""
     wrong = []
     for call in re.split(r"\n(?! )|\||&&|;", re.sub(r"\\\n", " ", text)):
-        found = re.search(r"\bettin ([a-z]+)\b(.*)", call, re.S)
-        if found and found[1] in COMMANDS:
-            known = [*options_of(parser_of(found[1])), "--help"]
-            known += options_of(parser_of("train")) if found[1] == "launch" else []
-            wrong += [f"ettin {found[1]} {option}" for option in OPTION.findall(found[2]) if option not in known]
+        match = re.search(r"\bettin ([a-z]+)\b(.*)", call, re.S)
+        if match and match[1] in COMMANDS:
+            known = [*options_of(parser_of(match[1])), "--help"]
+            known += options_of(parser_of("train")) if match[1] == "launch" else []
+            wrong += [f"ettin {match[1]} {option}" for option in OPTION.findall(match[2]) if option not in known]
     return wrong
 
 
@@ -128,16 +130,16 @@ def few_first(cases: list[tuple[str, str]], count: int) -> list[Any]:
     return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.full) for case in cases[count:])]
 
 
-@pytest.mark.parametrize(("text", "told"), [*few_first(WRONG, 3), *few_first(WRONG_IN_TAGGED, 2)])
+@pytest.mark.parametrize(("text", "message"), [*few_first(WRONG, 3), *few_first(WRONG_IN_TAGGED, 2)])
 def test_docs_shell_wrong_block_exits_nonzero_naming_mistake(
-    text: str, told: str, shell: Shell, tmp_path: Path
+    text: str, message: str, shell: Shell, tmp_path: Path
 ) -> None:
-    tag = "gpu" if (text, told) in WRONG_IN_TAGGED else ""
+    tag = "gpu" if (text, message) in WRONG_IN_TAGGED else ""
     done = shell.run(
         Block("page", 1, "bash", text, tag, "a test of the test"), shell.sandbox(tmp_path / "here", "none")
     )
     assert done.returncode != 0
-    assert told in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
 
 
 def test_blocks_of_wrong_or_unexplained_tag_is_refused() -> None:
@@ -149,6 +151,6 @@ def test_blocks_of_wrong_or_unexplained_tag_is_refused() -> None:
             blocks_of(f"{wrong}\n```bash\nettin train\n```\n", "page")
 
 
-def test_options_and_keys_invented_option_is_found() -> None:
+def test_options_and_keys_invented_option_is_reported() -> None:
     assert options_and_keys("ettin convert to-hf RUN OUT [--no-verify] [--quietly]") == ["ettin convert --quietly"]
     assert not options_and_keys("ettin order RUN --steps 1:2 | head --lines 3")

@@ -38,7 +38,7 @@ def test_docs_site_strict_build_fetches_nothing(tmp_path: Path) -> None:
         page = made / re.sub(r"README\.md$", "index.md", name).replace(".md", ".html")
         text = page.read_text()
         assert "run_step" in text or name != "api.md"
-        assert [found["url"] for found in FETCHED.finditer(text) if "canonical" not in found[0]] == [], name
+        assert [match["url"] for match in FETCHED.finditer(text) if "canonical" not in match[0]] == [], name
 
 
 def test_docs_site_navigation_lists_every_page_once() -> None:

@@ -25,8 +25,8 @@ def te_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     because core would find it in every other test."""
     folder = tmp_path_factory.mktemp("transformer_engine")
     wanted = f"transformer-engine=={OLDEST_TRANSFORMER_ENGINE}"
-    words = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
-    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+    overrides = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+    done = subprocess.run([sys.executable, "-m", "pip", *overrides], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if not wheels:
         pytest.skip(f"{wanted} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no output of pip'])[-1]}")
@@ -63,10 +63,12 @@ def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     """Return a function that trains one rank in a precision, with more overrides, once."""
     made: dict[tuple[str, str], Trained] = {}
 
-    def get(precision: str, words: str = "") -> Trained:
-        if (precision, words) not in made:
+    def get(precision: str, overrides: str = "") -> Trained:
+        if (precision, overrides) not in made:
             folder = tmp_path_factory.mktemp("whole")
-            made[precision, words] = train(te_pool, 1, folder, corpus, "mlm", f"precision.name={precision} {words}")
-        return made[precision, words]
+            made[precision, overrides] = train(
+                te_pool, 1, folder, corpus, "mlm", f"precision.name={precision} {overrides}"
+            )
+        return made[precision, overrides]
 
     return get

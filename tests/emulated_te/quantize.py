@@ -43,7 +43,7 @@ def transposed(data: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: torch.Tensor | None = None) -> Any:
-    from transformer_engine.pytorch import tensor as kinds
+    from transformer_engine.pytorch import tensor as te_tensor
 
     if noop is not None and float(noop):
         return output
@@ -52,11 +52,11 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         if quantizer.internal:
             output = _storage_of(output)
     source = tensor.detach().float().contiguous()
-    if isinstance(quantizer, kinds.Float8BlockQuantizer):
+    if isinstance(quantizer, te_tensor.Float8BlockQuantizer):
         _quantize_blocks(source, quantizer, output)
-    elif isinstance(quantizer, kinds.MXFP8Quantizer):
+    elif isinstance(quantizer, te_tensor.MXFP8Quantizer):
         microscaled.quantize(source, quantizer, output)
-    elif isinstance(quantizer, kinds.Float8CurrentScalingQuantizer):
+    elif isinstance(quantizer, te_tensor.Float8CurrentScalingQuantizer):
         if not quantizer.use_existing_amax:
             quantizer.amax.copy_(source.abs().max() if source.numel() else torch.zeros(()))
         if quantizer.with_amax_reduction:
@@ -64,7 +64,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
         scale = scale_for(quantizer.amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
         quantizer.scale.copy_(scale)
         _quantize_tensor(source, quantizer, output)
-    elif isinstance(quantizer, kinds.Float8Quantizer):
+    elif isinstance(quantizer, te_tensor.Float8Quantizer):
         # only where it is requested
         if quantizer.amax.numel():
             quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max().view_as(quantizer.amax)))
@@ -130,12 +130,12 @@ def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
 
 def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
     """Return an operand of a product as a matrix in fp32; quantized ones must have the copy of that direction. Hopper multiplies FP8 in one layout only, so that each direction is a copy of its own."""
-    from transformer_engine.pytorch import tensor as kinds
+    from transformer_engine.pytorch import tensor as te_tensor
     from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
-    if isinstance(tensor, kinds.MXFP8TensorStorage):
+    if isinstance(tensor, te_tensor.MXFP8TensorStorage):
         return microscaled.values_of(tensor, rowwise)
-    if isinstance(tensor, kinds.Float8TensorStorage):
+    if isinstance(tensor, te_tensor.Float8TensorStorage):
         if rowwise:
             data = tensor._data
             assert data is not None, "a product reads rows of an FP8 tensor that has none"
@@ -148,7 +148,7 @@ def values_of(tensor: Any, rowwise: bool) -> torch.Tensor:
             data = tensor._transpose
         values = data.view(torch_dtype(tensor._fp8_dtype)).float() * tensor._scale_inv
         return values.reshape(-1, values.shape[-1]) if rowwise else values.reshape(values.shape[0], -1).T
-    if isinstance(tensor, kinds.Float8BlockwiseQTensorStorage):
+    if isinstance(tensor, te_tensor.Float8BlockwiseQTensorStorage):
         data = tensor._rowwise_data if rowwise else tensor._columnwise_data
         inverse = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
         assert data is not None, f"a product reads {'rows' if rowwise else 'columns'} of an FP8 tensor that has none"

@@ -17,10 +17,17 @@ SHAPE = [*WIDTHS, "model.num_layers=2", "run.steps=4"]
 
 
 def train(
-    pool: Pool, world: int, folder: Path, corpus: Path, objective: str, words: str, mutation: str | None = None, **named
+    pool: Pool,
+    world: int,
+    folder: Path,
+    corpus: Path,
+    objective: str,
+    overrides: str,
+    mutation: str | None = None,
+    **named,
 ) -> Trained:
     """Train a tiny run. `words` are overrides separated by spaces; the precision is bf16 unless they set it."""
-    line = [*SHAPE, "precision.name=bf16", *words.split()]
+    line = [*SHAPE, "precision.name=bf16", *overrides.split()]
     return train_tiny(pool, world, folder, corpus, objective, line, mutation=mutation, **named)
 
 

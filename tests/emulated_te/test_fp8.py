@@ -50,9 +50,9 @@ def test_fp8_blockwise_sequence_parallel_gather_follows_bf16(te_pool: Pool, corp
     """fp8-blockwise with sequence parallelism, in the narrowest shape whose halves are whole blocks."""
     wide = "model.hidden_size=256"
     plain = train(te_pool, 1, tmp_path / "plain", corpus, "mlm", wide)
-    words = f"{wide} {SHARDED} precision.name=fp8-blockwise precision.fp8_weights=true"
+    overrides = f"{wide} {SHARDED} precision.name=fp8-blockwise precision.fp8_weights=true"
     # 5.7e-4 was measured here, on the narrowest shape that whole blocks allow
-    assert 0 < apart(train(te_pool, 2, tmp_path / "blocks", corpus, "mlm", words), plain) < 2 * ROUNDING
+    assert 0 < apart(train(te_pool, 2, tmp_path / "blocks", corpus, "mlm", overrides), plain) < 2 * ROUNDING
 
 
 @pytest.mark.full
@@ -60,9 +60,9 @@ def test_mxfp8_on_blackwell_with_ranks_and_resume_follows_bf16(
     blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole
 ) -> None:
     """MXFP8 on two ranks with a resume and on one rank; fp8-current, which keeps one copy per tensor on Blackwell."""
-    words = f"precision.name=mxfp8 {SHARDED}"
+    overrides = f"precision.name=mxfp8 {SHARDED}"
     for steps in (2, 4):
-        actual = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{words} run.steps={steps}")
+        actual = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{overrides} run.steps={steps}")
     assert 0 < apart(actual, whole("bf16")) < ROUNDING
     alone = train(blackwell_pool, 1, tmp_path / "alone", corpus, "mlm", "precision.name=mxfp8")
     assert 0 < apart(actual, alone) < ROUNDING
@@ -109,8 +109,8 @@ def test_fp8_delayed_evaluations_and_resume_change_no_bit(
     """Delayed scales, which come from the amax of quantized values, are kept by a checkpoint and not changed by an
     evaluation, within a run and before a resume."""
     shutil.copytree(half, tmp_path / "run")
-    words = f"precision.name=fp8-delayed {evaluated(corpus, 1)}"
-    actual = train(te_pool, 1, tmp_path / "run", corpus, "mlm", words)
+    overrides = f"precision.name=fp8-delayed {evaluated(corpus, 1)}"
+    actual = train(te_pool, 1, tmp_path / "run", corpus, "mlm", overrides)
     assert actual.column("loss") == whole("fp8-delayed").column("loss")
     assert same_weights(actual, whole("fp8-delayed"))
 
@@ -120,8 +120,8 @@ def test_fp8_delayed_resume_on_two_ranks_follows_one(
     te_pool: Pool, corpus: Path, tmp_path: Path, whole, half: Path
 ) -> None:
     shutil.copytree(half, tmp_path / "run")
-    words = f"precision.name=fp8-delayed {evaluated(corpus, 1)} {SHARDED}"
-    actual = train(te_pool, 2, tmp_path / "run", corpus, "mlm", words)
+    overrides = f"precision.name=fp8-delayed {evaluated(corpus, 1)} {SHARDED}"
+    actual = train(te_pool, 2, tmp_path / "run", corpus, "mlm", overrides)
     assert 0 < apart(actual, whole("fp8-delayed")) < ROUNDING
 
 
@@ -155,9 +155,9 @@ def test_fp8_weights_dp2_overlap_and_resume_match_16_bit_weights(
     """Weights are gathered on two data-parallel ranks during the forward pass, with evaluations and a resume; compare
     with 16-bit weights that are gathered before it."""
     plain = f"precision.name={recipe} {evaluated(corpus, 2)}"
-    words = f"{plain} {OVERLAP} precision.fp8_weights=true resilience.check_replicas_every=2"
+    overrides = f"{plain} {OVERLAP} precision.fp8_weights=true resilience.check_replicas_every=2"
     for steps in (3, 5):
-        actual = train(te_pool, 2, tmp_path / "fp8", corpus, "mlm", f"{words} run.steps={steps}")
+        actual = train(te_pool, 2, tmp_path / "fp8", corpus, "mlm", f"{overrides} run.steps={steps}")
     expected = train(te_pool, 2, tmp_path / "plain", corpus, "mlm", f"{plain} run.steps=5")
     assert actual.column("loss")[0] == expected.column("loss")[0]
     assert apart(actual, expected) < 1e-4
@@ -172,8 +172,11 @@ def test_fp8_weights_init_from_matches_16_bit_weights(
     """With --init-from, master weights are the checkpoint's weights, not rounded to FP8."""
     start = ["--init-from", str(whole("bf16").directory)]
     runs: list[Trained] = [
-        train(te_pool, 2, tmp_path / kept, corpus, "clm", f"precision.name={recipe} {words}", options=start)
-        for kept, words in (("fp8", "precision.fp8_weights=true checkpoint.weights_every_tokens=750"), ("plain", ""))
+        train(te_pool, 2, tmp_path / kept, corpus, "clm", f"precision.name={recipe} {overrides}", options=start)
+        for kept, overrides in (
+            ("fp8", "precision.fp8_weights=true checkpoint.weights_every_tokens=750"),
+            ("plain", ""),
+        )
     ]
     assert runs[0].column("loss")[0] == runs[1].column("loss")[0]
     assert apart(*runs) < 1e-4
@@ -185,10 +188,16 @@ def test_fp8_weights_init_from_matches_16_bit_weights(
 def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Path) -> None:
     """Compare the peak of the tensors in a step."""
     shape = ["model.num_layers=2", "model.num_attention_heads=4", "model.vocab_size=2048", "data.seq_len=64"]
-    words = [*shape, "runtime.device=cpu", "precision.name=fp8-current", "--sweep", "precision.fp8_weights=false,true"]
+    overrides = [
+        *shape,
+        "runtime.device=cpu",
+        "precision.name=fp8-current",
+        "--sweep",
+        "precision.fp8_weights=false,true",
+    ]
     out = tmp_path / "b.jsonl"
     (done,) = te_pool.run(
-        1, ["bench", "--size", "17m", "--objective", "mlm", "--quick", "--steps", "1", "--out", str(out), *words]
+        1, ["bench", "--size", "17m", "--objective", "mlm", "--quick", "--steps", "1", "--out", str(out), *overrides]
     )
     assert done.status == 0, done.output[-2000:]
     plain, kept = results.read(out).values()
@@ -197,7 +206,7 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         ("precision.name=bf16", "needs fp8-delayed, fp8-current or fp8-blockwise, but precision.name is bf16"),
         (
@@ -208,9 +217,9 @@ def test_fp8_weights_memory_saving_equals_prediction(te_pool: Pool, tmp_path: Pa
     ],
 )
 def test_fp8_weights_with_unsupported_option_is_refused(
-    te_pool: Pool, corpus: Path, tmp_path: Path, words: str, message: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, overrides: str, message: str
 ) -> None:
-    line = [*SHAPE, "precision.fp8_weights=true", *words.split()]
+    line = [*SHAPE, "precision.fp8_weights=true", *overrides.split()]
     (done,) = te_pool.run(1, command(tmp_path, corpus, "mlm", line))
     assert done.status == 2
     assert message in done.output

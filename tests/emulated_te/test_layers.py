@@ -21,9 +21,9 @@ ROUNDING = 5e-4
 def test_te_layers_losses_follow_local_layers(
     pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, objective: str
 ) -> None:
-    words = "runtime.attention=te-fused model.attention_output_dropout=0.1"
-    actual = train(te_pool, 1, tmp_path / "te", corpus, objective, words)
-    expected = train(pool, 1, tmp_path / "local", corpus, objective, words.replace("te-fused", "sdpa"))
+    overrides = "runtime.attention=te-fused model.attention_output_dropout=0.1"
+    actual = train(te_pool, 1, tmp_path / "te", corpus, objective, overrides)
+    expected = train(pool, 1, tmp_path / "local", corpus, objective, overrides.replace("te-fused", "sdpa"))
     assert 0 < apart(actual, expected) < ROUNDING
     # no bias of a norm and no pickled state
     assert actual.weights().keys() == expected.weights().keys()
@@ -42,7 +42,7 @@ def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, co
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         "parallel.tp=2 parallel.sequence_parallel=true",
         "model.num_layers=4 parallel.pp=2 parallel.vpp=2",
@@ -52,9 +52,11 @@ def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, co
         "parallel.engine=deepspeed parallel.zero_stage=3",
     ],
 )
-def test_te_layers_on_layout_follow_one_process(te_pool: Pool, corpus: Path, tmp_path: Path, whole, words: str) -> None:
-    expected = whole("bf16", "model.num_layers=4") if "num_layers" in words else whole("bf16")
-    assert apart(train(te_pool, 2, tmp_path, corpus, "mlm", words), expected) < ROUNDING
+def test_te_layers_on_layout_follow_one_process(
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, overrides: str
+) -> None:
+    expected = whole("bf16", "model.num_layers=4") if "num_layers" in overrides else whole("bf16")
+    assert apart(train(te_pool, 2, tmp_path, corpus, "mlm", overrides), expected) < ROUNDING
 
 
 @pytest.mark.full
@@ -71,7 +73,7 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         "parallel.recompute=full",
         pytest.param("parallel.recompute=selective", marks=pytest.mark.full),
@@ -79,9 +81,9 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
     ],
 )
 def test_te_layers_recompute_or_offload_changes_no_bit(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, words: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, whole, overrides: str
 ) -> None:
-    actual = train(te_pool, 1, tmp_path, corpus, "mlm", words)
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", overrides)
     assert actual.column("loss") == whole("bf16").column("loss")
     assert same_weights(actual, whole("bf16"))
 
@@ -89,6 +91,6 @@ def test_te_layers_recompute_or_offload_changes_no_bit(
 @pytest.mark.full
 def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
     """`runtime.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
-    words = "runtime.cuda_graph=true data.max_chunks_per_row=12"
-    actual = train(te_pool, 1, tmp_path, corpus, "mlm", words, mutation="replayed_on_a_cpu")
+    overrides = "runtime.cuda_graph=true data.max_chunks_per_row=12"
+    actual = train(te_pool, 1, tmp_path, corpus, "mlm", overrides, mutation="replayed_on_a_cpu")
     assert apart(actual, whole("bf16")) < ROUNDING

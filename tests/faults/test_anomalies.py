@@ -49,12 +49,12 @@ def test_anomaly_detector_without_a_usable_window_finds_no_spike(norms: tuple[fl
     assert AnomalyDetector(ResilienceConfig(), norms).judge(1e9, 0.0) is None
 
 
-def test_anomaly_detector_told_to_ignore_spikes_finds_none() -> None:
+def test_anomaly_detector_with_spikes_ignored_reports_none() -> None:
     assert AnomalyDetector(ResilienceConfig(on_spike="ignore"), (1.0,) * 128).judge(3.0, 1e9) is None
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         (
             "resilience.on_spike=jump",
@@ -71,25 +71,25 @@ def test_anomaly_detector_told_to_ignore_spikes_finds_none() -> None:
     ],
 )
 def test_resilience_invalid_setting_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
 ) -> None:
     assert main(command(tmp_path, corpus, "mlm", [word])) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_spikes_of_the_tool_match_the_guard() -> None:
+def test_spikes_of_the_tool_match_the_anomaly_detector() -> None:
     settings = ResilienceConfig(spike_sigmas=3, spike_window=16, spike_ratio=1.5)
     logs = np.random.default_rng(5).standard_t(3, 400) * 0.3
     norms = np.exp(logs).tolist()
     judged = [
         AnomalyDetector(settings, tuple(norms[step - 16 : step])).judge(3.0, norms[step]) for step in range(16, 400)
     ]
-    found = sum(bad is not None for bad in judged)
-    assert found > 5
-    assert spikes(logs, settings, 16) == found
+    count = sum(bad is not None for bad in judged)
+    assert count > 5
+    assert spikes(logs, settings, 16) == count
 
 
-def test_spikes_far_outliers_are_found() -> None:
+def test_spikes_far_outliers_are_counted() -> None:
     logs = np.random.default_rng(5).standard_normal(2_000) * 0.3
     logs[[500, 900, 901]] += np.log(12)
     assert spikes(logs, DEFAULT, DEFAULT.spike_window) == 3

@@ -13,7 +13,7 @@ from tests.ranks import Ranks
 from tests.train.runs import command, read, train
 
 INSTALLED = importlib.util.find_spec("nvidia_resiliency_ext") is not None
-WORDS = ["run.steps=14", "checkpoint.every_steps=10", "resilience.hang_seconds=20"]
+OVERRIDES = ["run.steps=14", "checkpoint.every_steps=10", "resilience.hang_seconds=20"]
 
 
 @pytest.mark.skipif(INSTALLED, reason="the extra resilience is installed")
@@ -37,22 +37,22 @@ def test_in_process_restarts_negative_is_refused(corpus: Path, tmp_path: Path, c
 def test_in_process_restart_after_error_on_one_rank_resumes_same_losses(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
-    words = [*WORDS, "resilience.in_process_restarts=1"]
-    ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_once_on_rank_1")
+    overrides = [*OVERRIDES, "resilience.in_process_restarts=1"]
+    ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", overrides), "fails_once_on_rank_1")
     try:
         assert ranks.wait(120) == [0, 0], ranks.output()
     finally:
         ranks.close()
     assert "a link went down" in ranks.output()
     assert "resumed step_000000010" in ranks.output()
-    undisturbed = train(pool, 2, tmp_path / "whole", corpus, "mlm", WORDS)
+    undisturbed = train(pool, 2, tmp_path / "whole", corpus, "mlm", OVERRIDES)
     assert read(tmp_path / "run").column("loss") == undisturbed.column("loss")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="wants the extra resilience")
 def test_in_process_restarts_exhausted_fails_the_run(corpus: Path, tmp_path: Path) -> None:
-    words = [*WORDS, "resilience.in_process_restarts=1"]
-    ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", words), "fails_always_on_rank_1")
+    overrides = [*OVERRIDES, "resilience.in_process_restarts=1"]
+    ranks = Ranks(2, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", overrides), "fails_always_on_rank_1")
     try:
         assert ranks.wait(120) == [1, 1], ranks.output()
     finally:

@@ -52,11 +52,11 @@ def test_compare_pair_with_one_update_left_out_is_not_paired(
 ) -> None:
     train(pool, 1, tmp_path / "mlm", corpus, "mlm", ["run.steps=4"])
     train(pool, 1, tmp_path / "clm", corpus, "clm", ["run.steps=4"], mutation="nan_gradients_in_step_3")
-    words = ["compare", str(tmp_path / "mlm"), str(tmp_path / "clm"), "--out", str(tmp_path / "pair.html")]
-    assert main([*words, "--require-paired"]) == 1
-    said = capsys.readouterr().out
-    assert "differs: updates of every step (pretrain): left out in mlm: none; in clm: 3\n" in said
-    assert "NOT PAIRED: 165K mlm / 165K clm (updates left out: 165K mlm none; 165K clm pretrain 3)\n" in said
+    arguments = ["compare", str(tmp_path / "mlm"), str(tmp_path / "clm"), "--out", str(tmp_path / "pair.html")]
+    assert main([*arguments, "--require-paired"]) == 1
+    output = capsys.readouterr().out
+    assert "differs: updates of every step (pretrain): left out in mlm: none; in clm: 3\n" in output
+    assert "NOT PAIRED: 165K mlm / 165K clm (updates left out: 165K mlm none; 165K clm pretrain 3)\n" in output
 
 
 LEFT_OUT = list(itertools.product(("", "nan_gradients_in_step_3"), ("skip", "ignore"), ("skip", "warn", "ignore")))
@@ -67,24 +67,24 @@ FIRST = [("", "skip", "warn"), ("", "ignore", "skip"), ("nan_gradients_in_step_3
 def test_updates_left_out_are_those_of_settings_that_skip(
     pool: Pool, corpus: Path, tmp_path: Path, fault: str, on_nonfinite: str, on_spike: str
 ) -> None:
-    words = [*NERVOUS, "run.steps=7", f"resilience.on_nonfinite={on_nonfinite}", f"resilience.on_spike={on_spike}"]
-    results = pool.run(1, command(tmp_path, corpus, "mlm", [*words, "checkpoint.every_steps=1"]), fault or None)
-    found = bad(read(tmp_path))
-    spikes = {step for step, text in found.items() if "nan" not in text}
+    overrides = [*NERVOUS, "run.steps=7", f"resilience.on_nonfinite={on_nonfinite}", f"resilience.on_spike={on_spike}"]
+    results = pool.run(1, command(tmp_path, corpus, "mlm", [*overrides, "checkpoint.every_steps=1"]), fault or None)
+    outcomes = bad(read(tmp_path))
+    spikes = {step for step, text in outcomes.items() if "nan" not in text}
     left_out = spikes if on_spike == "skip" else set()
     if fault:
-        assert found[3].endswith("gradient norm is nan")
+        assert outcomes[3].endswith("gradient norm is nan")
         left_out |= {3} if on_nonfinite == "skip" else set()
     assert bool(spikes) == (on_spike != "ignore" and (not fault or on_nonfinite == "skip"))
-    told = progress_of(tmp_path)
+    progress = progress_of(tmp_path)
     # nothing is saved while updates are left out
     assert results[0].status == int(7 in left_out), results[0].output[-2000:]
-    counted = {step for step in left_out if step <= told["step"]}
-    assert told["skipped"] == len(counted)
-    assert told["updates"] == told["step"] - len(counted)
-    assert told["step"] == max(set(range(1, 8)) - left_out)
+    counted = {step for step in left_out if step <= progress["step"]}
+    assert progress["skipped"] == len(counted)
+    assert progress["updates"] == progress["step"] - len(counted)
+    assert progress["step"] == max(set(range(1, 8)) - left_out)
     assert {line["step"] for line in read(tmp_path).metrics if not line["updated"]} == left_out
-    assert results[0].output.count("trained on all the same") == len(found.keys() - left_out)
+    assert results[0].output.count("trained on all the same") == len(outcomes.keys() - left_out)
     assert results[0].output.count("note: step ") == len(spikes - left_out)
 
 
@@ -101,13 +101,13 @@ def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: Halves, se
     assert bad(resumed).keys() == bad(whole).keys()
     assert min(bad(whole)) <= STEPS // 2 < max(bad(whole))
     assert all(text.startswith("skipped: ") for text in bad(whole).values())
-    told = progress_of(whole.directory)
-    assert told["updates"] == STEPS - len(bad(whole))
-    assert told["skipped"] == len(bad(whole))
-    assert len(told["recent"]) == 4
+    progress = progress_of(whole.directory)
+    assert progress["updates"] == STEPS - len(bad(whole))
+    assert progress["skipped"] == len(bad(whole))
+    assert len(progress["recent"]) == 4
     if second == "dp2 sharded":
         assert resumed.column("loss") == whole.column("loss")
-        assert progress_of(resumed.directory) == told
+        assert progress_of(resumed.directory) == progress
         ours, theirs = resumed.weights(), whole.weights()
         assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
     else:
@@ -115,7 +115,7 @@ def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: Halves, se
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         "",
         pytest.param("parallel.distributed_optimizer=false", marks=pytest.mark.full),
@@ -123,9 +123,9 @@ def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: Halves, se
     ],
 )
 def test_nonfinite_gradient_step_is_skipped_without_changing_weights(
-    pool: Pool, corpus: Path, tmp_path: Path, words: str
+    pool: Pool, corpus: Path, tmp_path: Path, overrides: str
 ) -> None:
-    more = ["run.steps=4", "model.attention_output_dropout=0", *words.split()]
+    more = ["run.steps=4", "model.attention_output_dropout=0", *overrides.split()]
     without = train(pool, 2, tmp_path / "without", corpus, "clm", [*more, "run.steps=3", "data.skip=16:24"])
     results = pool.run(2, command(tmp_path / "run", corpus, "clm", more), "nan_gradients_in_step_3")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
@@ -135,9 +135,9 @@ def test_nonfinite_gradient_step_is_skipped_without_changing_weights(
     ours, theirs = run.weights(), without.weights()
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
     assert progress_of(run.directory)["updates"] == 3
-    told = "warning: step 3: gradient norm is nan; the update is left out (1 in a row); rows 16 to 23, documents in "
-    (line,) = [line for result in results for line in result.output.splitlines() if line.startswith(told)]
-    table = parquet.read_table(line.removeprefix(told)).to_pylist()
+    message = "warning: step 3: gradient norm is nan; the update is left out (1 in a row); rows 16 to 23, documents in "
+    (line,) = [line for result in results for line in result.output.splitlines() if line.startswith(message)]
+    table = parquet.read_table(line.removeprefix(message)).to_pylist()
     assert {row["step"] for row in table} == {3}
     assert {row["position"] for row in table} == set(range(16, 24))
     (entry,) = map(json.loads, (run.directory / "bad_steps.jsonl").read_text().splitlines())
@@ -147,7 +147,7 @@ def test_nonfinite_gradient_step_is_skipped_without_changing_weights(
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "steps"),
+    ("overrides", "message", "steps"),
     [
         ("resilience.on_nonfinite=stop", "gradient norm is nan; the run stops. Nothing of this step was saved", 2),
         pytest.param(
@@ -160,19 +160,21 @@ def test_nonfinite_gradient_step_is_skipped_without_changing_weights(
     ],
 )
 def test_nonfinite_gradient_stops_or_is_ignored_as_configured(
-    pool: Pool, corpus: Path, tmp_path: Path, words: str, said: str, steps: int
+    pool: Pool, corpus: Path, tmp_path: Path, overrides: str, message: str, steps: int
 ) -> None:
-    more = ["run.steps=3", "checkpoint.every_steps=2", words]
+    more = ["run.steps=3", "checkpoint.every_steps=2", overrides]
     results = pool.run(2, command(tmp_path, corpus, "mlm", more), "nan_gradients_in_step_3")
     assert [result.status for result in results] == [int(steps == 2)] * 2
-    assert any(said in result.output for result in results), results[0].output[-2000:]
+    assert any(message in result.output for result in results), results[0].output[-2000:]
     assert read(tmp_path).column("step") == list(range(1, steps + 1))
     checkpoint = latest(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == f"step_{steps:09d}"
 
 
-def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_resume_with_changed_spike_rule_is_refused_unless_run_is_older(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
     """What decides which updates are made is fixed by the first launch, but for a run that began before it was."""
     train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=2"])
     (refused,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3", "resilience.on_spike=skip"]))
@@ -184,8 +186,10 @@ def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: P
     path.write_text(older)
     (result,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3"]))
     assert result.status == 0, result.output[-2000:]
-    told = "this run began under an older rule for spikes (resilience.on_spike=skip); from here on it is on_spike=warn"
-    assert told in result.output
+    message = (
+        "this run began under an older rule for spikes (resilience.on_spike=skip); from here on it is on_spike=warn"
+    )
+    assert message in result.output
     assert progress_of(tmp_path)["updates"] == 3
     (again,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=4"]))
     assert again.status == 0
@@ -194,8 +198,8 @@ def test_resume_guard_key_is_refused_and_older_run_goes_on(pool: Pool, corpus: P
 
 def test_deepspeed_anomaly_is_reported_but_update_is_kept(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """DeepSpeed updates the weights before the loss and gradient norm are known."""
-    words = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]
-    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words))
+    overrides = ["parallel.engine=deepspeed", "run.steps=6", *NERVOUS]
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", overrides))
     assert result.status == 0
     assert "parallel.engine=deepspeed updates before figures are known" in result.output
     assert bad(read(tmp_path))
@@ -215,7 +219,7 @@ def healthy(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
     return directory
 
 
-def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, words: list[str]) -> tuple[int, str]:
+def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, overrides: list[str]) -> tuple[int, str]:
     """Go on with a copy of the healthy run at a rate that wrecks it; return its exit status and output."""
     shutil.copytree(healthy, directory)
     options = [
@@ -223,7 +227,7 @@ def wrecked(pool: Pool, corpus: Path, healthy: Path, directory: Path, words: lis
         for key in ("optim.lr", "optim.weight_decay_reference_lr", "optim.weight_decay")
         for word in ("--allow-change", key)
     ]
-    (result,) = pool.run(1, command(directory, corpus, "mlm", [*WRECKING, *words], options))
+    (result,) = pool.run(1, command(directory, corpus, "mlm", [*WRECKING, *overrides], options))
     return result.status, result.output
 
 
@@ -236,15 +240,15 @@ def test_checkpoints_are_kept_while_updates_are_left_out(
 ) -> None:
     """Nothing is saved of weights that give bad figures, nothing is pruned, and the run goes on from before."""
     run = tmp_path / "run"
-    words = ["run.steps=60", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.weights_every_tokens=1"]
-    words += ["resilience.max_skips_in_row=3"]
-    status, said = wrecked(pool, corpus, healthy, run, words)
+    overrides = ["run.steps=60", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.weights_every_tokens=1"]
+    overrides += ["resilience.max_skips_in_row=3"]
+    status, output = wrecked(pool, corpus, healthy, run, overrides)
     assert status == 1
     assert names(run) == ["step_000000003", "step_000000006"]
     assert latest(run) == run / "checkpoints" / "step_000000006"
     assert [path.name for path in list_milestones(run)] == ["step_000000007"]
-    assert "step 11: loss is nan; the run stops after 4 in a row. Nothing of this step was saved" in said
-    assert "the last good checkpoint is step_000000006, from which the same command goes on" in said
+    assert "step 11: loss is nan; the run stops after 4 in a row. Nothing of this step was saved" in output
+    assert "the last good checkpoint is step_000000006, from which the same command goes on" in output
     options = [
         word
         for key in ("optim.lr", "optim.weight_decay_reference_lr", "optim.weight_decay")
@@ -254,23 +258,21 @@ def test_checkpoints_are_kept_while_updates_are_left_out(
     assert again.status == 0, again.output[-2000:]
 
 
-def test_checkpoint_that_gave_bad_figures_is_named_with_the_one_before(
+def test_train_names_checkpoint_with_bad_figures_and_the_one_before(
     pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = ["run.steps=60", "checkpoint.every_steps=1", "resilience.max_skips_in_row=1"]
-    status, said = wrecked(pool, corpus, healthy, run, words)
+    overrides = ["run.steps=60", "checkpoint.every_steps=1", "resilience.max_skips_in_row=1"]
+    status, output = wrecked(pool, corpus, healthy, run, overrides)
     assert status == 1
-    assert "the weights of step_000000007 gave these figures; the last good checkpoint is step_000000006" in said
-    assert "add --from-step 6" in said
+    assert "the weights of step_000000007 gave these figures; the last good checkpoint is step_000000006" in output
+    assert "add --from-step 6" in output
 
 
-def test_run_that_ends_while_updates_are_left_out_is_no_success(
-    pool: Pool, corpus: Path, healthy: Path, tmp_path: Path
-) -> None:
+def test_train_ending_with_updates_left_out_exits_1(pool: Pool, corpus: Path, healthy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, said = wrecked(pool, corpus, healthy, run, ["run.steps=9", "checkpoint.every_steps=1000"])
+    status, output = wrecked(pool, corpus, healthy, run, ["run.steps=9", "checkpoint.every_steps=1000"])
     assert status == 1
-    assert "the run ends with the updates of its last 2 steps left out; nothing of them was saved" in said
+    assert "the run ends with the updates of its last 2 steps left out; nothing of them was saved" in output
     assert names(run) == ["step_000000003", "step_000000006"]
     assert progress_of(run)["step"] == 6

@@ -42,8 +42,8 @@ def launch(tmp_path: Path, corpus: Path) -> Iterator[Launch]:
     """Return a function that starts ranks of a run in `tmp_path / "run"`; they are killed at the end of the test."""
     started: list[Ranks] = []
 
-    def start(world: int, *words: str, mutation: str | None = None) -> Ranks:
-        settings = [f"resilience.hang_seconds={HANG:g}", *words]
+    def start(world: int, *overrides: str, mutation: str | None = None) -> Ranks:
+        settings = [f"resilience.hang_seconds={HANG:g}", *overrides]
         ranks = Ranks(world, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", settings), mutation)
         started.append(ranks)
         return ranks
@@ -115,16 +115,16 @@ def test_watchdog_rank_stuck_in_c_code_is_named(launch: Launch, tmp_path: Path) 
 def test_watchdog_slow_saves_and_evaluations_are_not_stalls(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A save and an evaluation may take longer than hang_seconds; the watch folder is empty afterwards."""
     often = ["checkpoint.every_steps=2", "metrics.eval_every_steps=2", f"data.validation={corpus / 'heldout'}"]
-    words = ["run.steps=2", "resilience.hang_seconds=3", *often]
-    trained = train(pool, 2, tmp_path / "run", corpus, "mlm", words, mutation="slow_saves_and_evaluations")
+    overrides = ["run.steps=2", "resilience.hang_seconds=3", *often]
+    trained = train(pool, 2, tmp_path / "run", corpus, "mlm", overrides, mutation="slow_saves_and_evaluations")
     assert "validation_loss" in trained.metrics[1]
     assert list((tmp_path / "run" / "watch").iterdir()) == []
 
 
 def test_straggler_slow_rank_is_named_in_metrics_and_status(pool: Pool, corpus: Path, tmp_path: Path, capsys) -> None:
-    words = ["run.steps=9", "metrics.ranks_every_steps=3", "parallel.tp=1"]
+    overrides = ["run.steps=9", "metrics.ranks_every_steps=3", "parallel.tp=1"]
     run_dir = tmp_path / "run"
-    line = command(run_dir, corpus, "mlm", words)
+    line = command(run_dir, corpus, "mlm", overrides)
     results = pool.run(2, line, "slow_rank_1")
     assert [result.status for result in results] == [0, 0], results[0].output
     lines = read(run_dir).metrics
@@ -140,7 +140,7 @@ def test_straggler_slow_rank_is_named_in_metrics_and_status(pool: Pool, corpus: 
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         (
             "resilience.hang_seconds=0.5",
@@ -150,10 +150,10 @@ def test_straggler_slow_rank_is_named_in_metrics_and_status(pool: Pool, corpus: 
         ("metrics.ranks_every_steps=0", "metrics.ranks_every_steps: 0 is not allowed; it must be at least 1"),
     ],
 )
-def test_watchdog_invalid_setting_is_refused(word: str, told: str, corpus: Path, tmp_path: Path, capsys) -> None:
+def test_watchdog_invalid_setting_is_refused(word: str, message: str, corpus: Path, tmp_path: Path, capsys) -> None:
     assert main(command(tmp_path / "run", corpus, "mlm", [word])) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 PEERS = [RankInfo(rank, f"n{rank // 2}", 100 + rank) for rank in range(4)]

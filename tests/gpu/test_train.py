@@ -35,8 +35,8 @@ SHAPE = [
 ]
 
 
-def run(directory: Path, corpus: Path, objective: str, device: str, words: list[str]) -> Trained:
-    line = [*command(directory, corpus, objective, [*SHAPE, *words]), f"runtime.device={device}"]
+def run(directory: Path, corpus: Path, objective: str, device: str, overrides: list[str]) -> Trained:
+    line = [*command(directory, corpus, objective, [*SHAPE, *overrides]), f"runtime.device={device}"]
     done = subprocess.run([sys.executable, "-m", "megatron_ettin", *line], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return read(directory)
@@ -49,9 +49,9 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
     def get(objective: str, device: str, precision: str = "bf16") -> Trained:
         if (objective, device, precision) not in made:
-            words = ["run.steps=20", f"precision.name={precision}"]
+            overrides = ["run.steps=20", f"precision.name={precision}"]
             folder = tmp_path_factory.mktemp("whole")
-            made[objective, device, precision] = run(folder, corpus, objective, device, words)
+            made[objective, device, precision] = run(folder, corpus, objective, device, overrides)
         return made[objective, device, precision]
 
     return get
@@ -84,6 +84,6 @@ def test_gpu_fp8_loss_curve_follows_bf16(whole, precision: str) -> None:
 
 
 def test_gpu_deterministic_run_repeats_losses_exactly(corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=10", "runtime.deterministic=true"]
-    twice = [run(tmp_path / name, corpus, "clm", "gpu", words) for name in ("first", "second")]
+    overrides = ["run.steps=10", "runtime.deterministic=true"]
+    twice = [run(tmp_path / name, corpus, "clm", "gpu", overrides) for name in ("first", "second")]
     assert json.dumps(twice[0].column("loss")) == json.dumps(twice[1].column("loss"))

@@ -30,7 +30,7 @@ ITS_OWN = (
 )
 
 
-def be_tool(*words: str) -> None:
+def be_tool(*arguments: str) -> None:
     """Run the tool as a script, in a fork of the server; what it starts are forks too."""
     start = subprocess.run
 
@@ -43,21 +43,21 @@ def be_tool(*words: str) -> None:
         return start(line, **named)
 
     sys.path.insert(0, str(TOOL.parent))
-    sys.argv = [str(TOOL), *words]
+    sys.argv = [str(TOOL), *arguments]
     with mock.patch.object(subprocess, "run", run):
         runpy.run_path(str(TOOL), run_name="__main__")
 
 
 def validate(folder: Path, corpus: Path, only: str, *more: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     """Run the tool and return how it ended and its results by section and item."""
-    words = [word for word in TINY if not word.startswith(ITS_OWN)]
+    overrides = [word for word in TINY if not word.startswith(ITS_OWN)]
     done = subprocess.run(
         [
             *forkserver.command("tests.gpu.test_validate:be_tool"),
             *("--data", str(corpus), "--device", "cpu"),
             *("--only", only, "--sizes", "17m", "--speed-sizes", "17m", "--seq-lens", "64", "--steps", "30"),
             *("--tokens", "512", "--rounds", "2", "--results", str(folder / "found.json"), "--work", str(folder / "work")),
-            *("--out", str(folder / "table.md"), *more, "--", *words),
+            *("--out", str(folder / "table.md"), *more, "--", *overrides),
         ],
         capture_output=True,
         text=True,

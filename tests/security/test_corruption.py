@@ -18,9 +18,9 @@ COUNT = int(os.environ.get("ETTIN_CORRUPTIONS", "80"))
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2"]
 
 
-def corrupt(*words: object) -> subprocess.CompletedProcess[str]:
+def corrupt(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `tools/chaos.py corrupt WORDS`."""
-    line = forkserver.command("tests.chaos.forked:run_chaos", "corrupt", *words)
+    line = forkserver.command("tests.chaos.forked:run_chaos", "corrupt", *arguments)
     return subprocess.run(line, capture_output=True, text=True, cwd=forkserver.ROOT)
 
 
@@ -35,16 +35,16 @@ def compile_an_order(folder: Path) -> None:
 
 def test_chaos_corrupt_every_changed_byte_is_detected(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "dataset")
-    words = [*SMALL, "run.steps=2", "checkpoint.every_steps=1"]
-    subprocess.run(forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", words)), check=True)
+    overrides = [*SMALL, "run.steps=2", "checkpoint.every_steps=1"]
+    subprocess.run(forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", overrides)), check=True)
     compile_an_order(tmp_path)
     done = corrupt(tmp_path / "dataset", tmp_path / "run", "--count", COUNT, "--seed", 3, "--json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    kinds = json.loads(done.stdout)["kinds"]
-    assert {"order.json", "chunks.int64", "sources.int16"} <= kinds.keys()
-    assert {".distcp", ".metadata", ".pt", ".bin", ".idx", "manifest.json", "integrity.json", "latest"} <= kinds.keys()
-    assert sum(sum(counts.values()) for counts in kinds.values()) == COUNT
-    assert sum(counts["harmless"] for counts in kinds.values()) < COUNT // 10
+    types = json.loads(done.stdout)["kinds"]
+    assert {"order.json", "chunks.int64", "sources.int16"} <= types.keys()
+    assert {".distcp", ".metadata", ".pt", ".bin", ".idx", "manifest.json", "integrity.json", "latest"} <= types.keys()
+    assert sum(sum(counts.values()) for counts in types.values()) == COUNT
+    assert sum(counts["harmless"] for counts in types.values()) < COUNT // 10
 
 
 def test_chaos_corrupt_without_manifest_digest_reports_missed_byte(tmp_path: Path, corpus: Path) -> None:

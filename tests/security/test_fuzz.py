@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("ETTIN_FUZZ_RUNS", "20000"))
 
 
-def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "fuzz.py"), *words]
+def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "fuzz.py"), *arguments]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -25,18 +25,18 @@ BAD_NAMES = ["", ".", "..", "../a", "a/../b", "/a", "a//b", "a\\b", "a\0b", "a\n
 
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, "a/b"], ids=repr)
-def test_name_that_leads_out_of_its_folder_is_refused(name: object, tmp_path: Path) -> None:
+def test_file_name_leaving_its_folder_is_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: .*; refused"):
         path_in(tmp_path, name, "index.json")
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
-def test_nested_name_that_leads_out_of_its_folder_is_refused(name: object) -> None:
+def test_nested_file_name_leaving_its_folder_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match="name of a file"):
         checked_name(name, nested=True)
 
 
-def test_link_out_of_the_folder_is_refused_and_one_within_is_followed(tmp_path: Path) -> None:
+def test_link_leaving_the_folder_is_refused_and_inner_link_is_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "secret").write_text("")
@@ -107,8 +107,8 @@ def test_train_with_local_copy_of_hostile_dataset_is_refused_and_touches_nothing
     harm(manifest, dataset)
     (dataset / "manifest.json").write_text(json.dumps(manifest))
     before = {path for path in tmp_path.rglob("*") if dataset not in path.parents}
-    words = command(tmp_path / "run", dataset, "mlm", [*SHAPE, f"data.local_copy={root}"])
-    done = subprocess.run(program("ettin", *words), capture_output=True, text=True)
+    arguments = command(tmp_path / "run", dataset, "mlm", [*SHAPE, f"data.local_copy={root}"])
+    done = subprocess.run(program("ettin", *arguments), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.count("\n") == 1
     assert str(dataset) in done.stderr
@@ -121,7 +121,9 @@ def test_train_with_local_copy_of_hostile_dataset_is_refused_and_touches_nothing
     assert made == set()
 
 
-@pytest.mark.parametrize("verb", [("inspect", "--verify"), ("prepare", "--out", "OUT")], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "verb", [("inspect", "--verify"), ("prepare", "--out", "OUT")], ids=lambda arguments: arguments[0]
+)
 def test_dataset_that_names_a_shard_elsewhere_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]
 ) -> None:
@@ -131,8 +133,8 @@ def test_dataset_that_names_a_shard_elsewhere_is_refused(
     del manifest["content_sha256"]
     outside_shard(manifest, dataset)
     (dataset / "manifest.json").write_text(json.dumps(manifest))
-    words = [word.replace("OUT", str(tmp_path / "out")) for word in verb]
-    assert main([words[0], str(dataset), *words[1:]]) == 2
+    arguments = [word.replace("OUT", str(tmp_path / "out")) for word in verb]
+    assert main([arguments[0], str(dataset), *arguments[1:]]) == 2
     assert "'../base/shard_00000' leads out of its folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -156,10 +158,10 @@ def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room / "checkpoint"
 
 
-@pytest.mark.parametrize("kind", ["link", "file"])
+@pytest.mark.parametrize("added_type", ["link", "file"])
 @pytest.mark.parametrize("verb", ["convert", "inspect"])
-def test_checkpoint_with_something_else_in_it_is_neither_exported_nor_verified(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, verb: str
+def test_checkpoint_with_unrecorded_file_is_refused_by_convert_and_verify(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], added_type: str, verb: str
 ) -> None:
     given = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     (tmp_path / "netrc").write_text("machine example password secret")
@@ -168,15 +170,15 @@ def test_checkpoint_with_something_else_in_it_is_neither_exported_nor_verified(
     entries = json.loads((given / "integrity.json").read_text())
     entries["files"].pop("tokenizer/special_tokens_map.json", None)
     (given / "integrity.json").write_text(json.dumps({"format": 1, "files": entries["files"]}))
-    if kind == "link":
+    if added_type == "link":
         added.symlink_to(tmp_path / "netrc")
     else:
         added.write_text("{}")
-    words = ["to-hf", str(given), str(tmp_path / "out")] if verb == "convert" else [str(given), "--verify"]
-    assert main([verb, *words]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"{added}: " in said
+    arguments = ["to-hf", str(given), str(tmp_path / "out")] if verb == "convert" else [str(given), "--verify"]
+    assert main([verb, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{added}: " in error
     assert not (tmp_path / "out").exists()
 
 

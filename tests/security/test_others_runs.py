@@ -53,7 +53,7 @@ def test_status_with_damaged_runs_shows_all_others(
 
 
 @pytest.mark.ranks
-def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
+def test_status_with_unreadable_folder_shows_other_runs(run: Path) -> None:
     """List the readable run and warn of the private folder, as another user in a fork."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user wants root")
@@ -63,17 +63,17 @@ def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
     shutil.copytree(run, folder / "mine")
     (folder / "private").mkdir(mode=0o700)
     folder.chmod(0o777)
-    said, child = folder / "said", os.fork()
+    output, child = folder / "said", os.fork()
     if child == 0:
         try:
             os.setuid(65534)
-            with open(said, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            with open(output, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 status = main(["status", str(folder)])
                 out.write(f"{[path.name for path in find_runs(folder)]}\n")
             os._exit(status)
         finally:
             os._exit(99)
-    status, lines = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text().splitlines()
+    status, lines = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text().splitlines()
     shutil.rmtree(folder)
     assert status == 0
     assert len(lines) == 4
@@ -84,7 +84,7 @@ def test_folder_that_may_not_be_read_hides_no_other_run(run: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_torn_lines_block_neither_a_resume_nor_a_comparison(
+def test_resume_and_compare_with_torn_lines_pass(
     pool: Pool, corpus: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = shutil.copytree(run, tmp_path / "torn")
@@ -93,9 +93,9 @@ def test_torn_lines_block_neither_a_resume_nor_a_comparison(
     first, second = (torn / "metrics.jsonl").read_bytes().splitlines()
     (torn / "metrics.jsonl").write_bytes(first + b'\n{"step": nu\n' + second + b"\n")
     assert main(["compare", str(torn), str(run), "--out", str(tmp_path / "page.html")]) in (0, 1)
-    said = capsys.readouterr()
-    assert "line 2 cannot be read" in said.out + (tmp_path / "page.html").read_text()
-    assert "metrics.jsonl:2: not a JSON object with a step; left out" in said.err
+    output = capsys.readouterr()
+    assert "line 2 cannot be read" in output.out + (tmp_path / "page.html").read_text()
+    assert "metrics.jsonl:2: not a JSON object with a step; left out" in output.err
     result = pool.run(1, command(torn, corpus, "mlm", [*SHAPE, "run.steps=3"]))[0]
     assert result.status == 0, result.output[-2000:]
     assert "metrics.jsonl:2: not a JSON object with a step; moved to metrics.damaged.jsonl" in result.output
@@ -113,7 +113,7 @@ def test_torn_lines_block_neither_a_resume_nor_a_comparison(
         ("\udc80", r"\udc80"),
     ],
 )
-def test_printable_escapes_what_a_terminal_would_obey(text: str, shown: str) -> None:
+def test_printable_escapes_control_sequences(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
@@ -122,13 +122,13 @@ def test_order_and_samples_show_escape_sequences_in_ids(
 ) -> None:
     text = "the reader reads a small model and the decoder. " * 20
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "\x1b[2J\x1b]0;x\x07\r\nfake", "text": text}) + "\n")
-    words = ["--tokenizer", str(corpus / "tokenizer"), "--chunk-tokens", "64", "--seq-len", "64", "--workers", "1"]
-    assert main(["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "data"), *words]) == 0
+    options = ["--tokenizer", str(corpus / "tokenizer"), "--chunk-tokens", "64", "--seq-len", "64", "--workers", "1"]
+    assert main(["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "data"), *options]) == 0
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "data"), "--sample", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert r"\x1b[2J\x1b]0;x\x07\r\nfake" in said
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert r"\x1b[2J\x1b]0;x\x07\r\nfake" in output
 
 
 def test_mixture_of_hostile_yaml_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,10 +137,10 @@ def test_mixture_of_hostile_yaml_is_refused_in_one_line(tmp_path: Path, capsys: 
     for content in (bomb, "datasets: " + "[" * 5_000, "- path: 2024-13-45", "- {path: a, weight: [[1]]}", "- [[a]]"):
         (tmp_path / "mixture.yaml").write_text(content)
         assert main(command(tmp_path / "run", tmp_path / "mixture.yaml", "mlm", ["run.steps=1"])) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        assert len(said) < 500
-        assert "mixture" in said
+        output = capsys.readouterr().err
+        assert output.count("\n") == 1
+        assert len(output) < 500
+        assert "mixture" in output
 
 
 def test_index_that_points_outside_of_its_tokens_is_named(corpus: Path, tmp_path: Path) -> None:

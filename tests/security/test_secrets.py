@@ -19,8 +19,8 @@ TOKENS = {
 }
 
 
-def ran(words: list[str], more: dict[str, str]) -> str:
-    line = program("ettin", *words)
+def ran(arguments: list[str], more: dict[str, str]) -> str:
+    line = program("ettin", *arguments)
     environment = {**os.environ, **TOKENS, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -30,9 +30,9 @@ def ran(words: list[str], more: dict[str, str]) -> str:
 def test_secret_tokens_appear_in_no_output_or_file(corpus: Path, tmp_path: Path) -> None:
     run, secrets = tmp_path / "run", tmp_path / "secrets.env"
     secrets.write_text("".join(f"{name}={value}\n" for name, value in TOKENS.items()))
-    words = command(run, corpus, "mlm", ["run.steps=2", "metrics.wandb=true", "metrics.tensorboard=true"])
-    said = ran(words, {})
-    said += ran(
+    arguments = command(run, corpus, "mlm", ["run.steps=2", "metrics.wandb=true", "metrics.tensorboard=true"])
+    output = ran(arguments, {})
+    output += ran(
         [
             "launch",
             "--nodes",
@@ -44,18 +44,18 @@ def test_secret_tokens_appear_in_no_output_or_file(corpus: Path, tmp_path: Path)
             "--env-file",
             str(secrets),
             "--",
-            *words,
+            *arguments,
         ],
         {},
     )
-    said += ran(["compare", str(run), str(run), "--out", str(tmp_path / "page.html")], {})
-    said += ran(["report", str(run), "--out", str(tmp_path / "report.html"), "--svg", str(tmp_path / "svg")], {})
-    said += ran(["inspect", str(run), "--json"], {})
-    said += ran(["order", str(run), "--steps", "1:3", "--out", str(tmp_path / "order.parquet")], {})
+    output += ran(["compare", str(run), str(run), "--out", str(tmp_path / "page.html")], {})
+    output += ran(["report", str(run), "--out", str(tmp_path / "report.html"), "--svg", str(tmp_path / "svg")], {})
+    output += ran(["inspect", str(run), "--json"], {})
+    output += ran(["order", str(run), "--steps", "1:3", "--out", str(tmp_path / "order.parquet")], {})
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path != secrets]
     assert len(files) > 20
     for name, value in TOKENS.items():
-        assert value not in said, name
+        assert value not in output, name
         assert not [path for path in files if value.encode() in path.read_bytes()], name
 
 
@@ -67,12 +67,12 @@ def test_url_with_key_is_refused_without_printing_it(
 ) -> None:
     assert main(["prepare", url, "--out", str(tmp_path / "out")]) == 2
     first = capsys.readouterr().err
-    words = command(tmp_path / "run", tmp_path, "mlm", [f"data.validation={url}"])
-    assert main(words) == 2
+    arguments = command(tmp_path / "run", tmp_path, "mlm", [f"data.validation={url}"])
+    assert main(arguments) == 2
     second = capsys.readouterr().err
-    for said, what in ((first, "INPUT"), (second, "data.validation")):
-        assert said.count("\n") == 1
-        assert f"{what}: a URL with a key in it" in said
-        assert "secret@" not in said
-        assert "abc" not in said
+    for output, what in ((first, "INPUT"), (second, "data.validation")):
+        assert output.count("\n") == 1
+        assert f"{what}: a URL with a key in it" in output
+        assert "secret@" not in output
+        assert "abc" not in output
     assert list(tmp_path.iterdir()) == []

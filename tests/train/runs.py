@@ -70,8 +70,8 @@ def pairs(layouts: Iterable[str], options: Sequence[str]) -> list[tuple[str, str
     return [
         (layout, option)
         for number, layout in enumerate(layouts)
-        for place, option in enumerate(options)
-        if min(place, last - place) == number % (len(options) // 2)
+        for index, option in enumerate(options)
+        if min(index, last - index) == number % (len(options) // 2)
     ]
 
 
@@ -79,18 +79,18 @@ def tiered(cases: Iterable[str | tuple[str, ...]], first: Sequence[str | tuple[s
     """Return the cases for `pytest.mark.parametrize`, those that are not in `first` marked `full`."""
     cases = list(cases)
     assert set(first) <= set(cases), set(first) - set(cases)
-    words = [(case,) if isinstance(case, str) else case for case in cases]
+    tuples = [(case,) if isinstance(case, str) else case for case in cases]
     return [
         pytest.param(*word, marks=() if case in first else pytest.mark.full)
-        for case, word in zip(cases, words, strict=True)
+        for case, word in zip(cases, tuples, strict=True)
     ]
 
 
 def command(
-    directory: Path, corpus: Path, objective: str, words: list[str], options: list[str] | None = None
+    directory: Path, corpus: Path, objective: str, overrides: list[str], options: list[str] | None = None
 ) -> list[str]:
     start = ["train", "--size", "17m", "--objective", objective, "--phase", "pretrain", "--run-dir", str(directory)]
-    return [*start, *(options or []), *TINY, f"data.mixture={corpus}", *words]
+    return [*start, *(options or []), *TINY, f"data.mixture={corpus}", *overrides]
 
 
 def read(directory: Path) -> Trained:
@@ -104,12 +104,12 @@ def train(
     directory: Path,
     corpus: Path,
     objective: str,
-    words: list[str],
+    overrides: list[str],
     options: list[str] | None = None,
     mutation: str | None = None,
     status: int = 0,
 ) -> Trained:
     """Run to the end on `world` ranks; every rank must exit with `status`."""
-    results = pool.run(world, command(directory, corpus, objective, words, options), mutation)
+    results = pool.run(world, command(directory, corpus, objective, overrides, options), mutation)
     assert [result.status for result in results] == [status] * world, "\n".join(r.output[-3000:] for r in results)
     return read(directory)

@@ -18,7 +18,7 @@ from tests.train.runs import TINY, read
 pytestmark = pytest.mark.ranks
 Apart = Callable[[int], Path]
 PHASES = ("pretrain", "extend", "decay")
-WORDS = [
+OVERRIDES = [
     *("model.attention_output_dropout=0.1", "run.steps=4"),
     *("extend.data.seq_len=96", "extend.model.max_position_embeddings=96", "decay.data.seq_len=96"),
     *("decay.optim.lr=1e-3", "decay.schedule.name=one_minus_sqrt", "decay.schedule.decay_tokens=2000"),
@@ -28,7 +28,7 @@ WORDS = [
 
 def line(corpus: Path, phase: str, run_dir: Path, *more: str) -> list[str]:
     start = ["train", "--size", "17m", "--objective", "clm", "--phase", phase, "--run-dir", str(run_dir)]
-    return [*start, *TINY, f"data.mixture={corpus}", *WORDS, *more]
+    return [*start, *TINY, f"data.mixture={corpus}", *OVERRIDES, *more]
 
 
 def same(one: Path, other: Path) -> None:
@@ -49,8 +49,8 @@ def apart(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def run(world: int) -> Path:
         root, before = tmp_path_factory.mktemp("apart"), []
         for phase in PHASES:
-            words = line(corpus, phase, root / phase, f"parallel.tp={world}")
-            results = pool.run(world, [*words, *before])
+            arguments = line(corpus, phase, root / phase, f"parallel.tp={world}")
+            results = pool.run(world, [*arguments, *before])
             assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
             before = ["--init-from", str(root / phase)]
         return root
@@ -85,11 +85,11 @@ def test_phase_all_stopped_within_a_phase_resumes_bit_identically(
     pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, phase: str, world: int
 ) -> None:
     root = apart(world)
-    words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
-    assert {result.status for result in pool.run(world, words, mutation=f"stop_in_{phase}")} == {75}
+    arguments = line(corpus, "all", tmp_path, f"parallel.tp={world}")
+    assert {result.status for result in pool.run(world, arguments, mutation=f"stop_in_{phase}")} == {75}
     assert read_progress(latest(tmp_path / phase))["step"] == 2
     assert [(tmp_path / later / "checkpoints").exists() for later in PHASES].count(True) == PHASES.index(phase) + 1
-    assert {result.status for result in pool.run(world, words)} == {0}
+    assert {result.status for result in pool.run(world, arguments)} == {0}
     same(tmp_path, root)
 
 
@@ -99,21 +99,21 @@ def test_phase_all_stopped_between_phases_resumes_bit_identically(
 ) -> None:
     """Interrupt the chain after extend has ended and before decay has begun."""
     world, root = 2, apart(2)
-    words = line(corpus, "all", tmp_path, f"parallel.tp={world}")
-    assert {result.status for result in pool.run(world, words, mutation="stop_in_extend")} == {75}
+    arguments = line(corpus, "all", tmp_path, f"parallel.tp={world}")
+    assert {result.status for result in pool.run(world, arguments, mutation="stop_in_extend")} == {75}
     assert read_progress(latest(tmp_path / "extend"))["step"] == 2
     assert not (tmp_path / "decay/checkpoints").exists()
     only = line(
         corpus, "extend", tmp_path / "extend", f"parallel.tp={world}", "--init-from", str(tmp_path / "pretrain")
     )
     assert {result.status for result in pool.run(world, only)} == {0}
-    assert {result.status for result in pool.run(world, words)} == {0}
+    assert {result.status for result in pool.run(world, arguments)} == {0}
     same(tmp_path, root)
 
 
 def test_phase_all_invalid_later_phase_is_refused_before_training(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = line(corpus, "all", tmp_path / "runs", f"decay.data.mixture={tmp_path / 'nowhere'}")
-    (result,) = pool.run(1, words)
+    arguments = line(corpus, "all", tmp_path / "runs", f"decay.data.mixture={tmp_path / 'nowhere'}")
+    (result,) = pool.run(1, arguments)
     assert result.status == 2
     assert str(tmp_path / "nowhere") in result.output.splitlines()[-1]
     assert not (tmp_path / "runs/pretrain/checkpoints").exists()
@@ -124,8 +124,8 @@ def test_phase_all_invalid_later_phase_is_refused_before_training(pool: Pool, co
 
 def test_train_phase_out_of_recipe_order_warns(pool: Pool, corpus: Path, tmp_path: Path, apart: Apart) -> None:
     first = str(apart(1) / "pretrain")
-    words = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", first)
-    (result,) = pool.run(1, words)
+    arguments = line(corpus, "decay", tmp_path / "a", "run.steps=1", "--init-from", first)
+    (result,) = pool.run(1, arguments)
     assert result.status == 0
     assert "warning: decay begins from pretrain; the recipe continues extend" in result.output
     (result,) = pool.run(1, line(corpus, "extend", tmp_path / "b", "run.steps=1"))
@@ -138,42 +138,43 @@ def test_train_one_phase_in_the_folder_of_a_chain_is_refused(
 ) -> None:
     root = apart(1)
     assert main(line(corpus, "pretrain", root)) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        f"{root}: holds the phases pretrain, extend, decay; give --run-dir {root / 'pretrain'}, or --phase all" in said
+        f"{root}: holds the phases pretrain, extend, decay; give --run-dir {root / 'pretrain'}, or --phase all"
+        in output
     )
     assert not (root / "config.yaml").exists()
 
 
-def test_commands_given_the_folder_of_a_chain_read_its_last_phase(
+def test_commands_with_folder_of_a_chain_read_its_last_phase(
     pool: Pool, corpus: Path, tmp_path: Path, apart: Apart, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root, told = apart(1), {}
-    for words in (["order", "--fingerprint"], ["inspect"], ["eval", "--data", str(corpus / "heldout")]):
+    root, answers = apart(1), {}
+    for arguments in (["order", "--fingerprint"], ["inspect"], ["eval", "--data", str(corpus / "heldout")]):
         for run in (root, root / "decay"):
             capsys.readouterr()
-            assert main([words[0], str(run), *words[1:], "--json"]) == 0
+            assert main([arguments[0], str(run), *arguments[1:], "--json"]) == 0
             answer = capsys.readouterr()
-            told[words[0], run == root] = answer.out
+            answers[arguments[0], run == root] = answer.out
             assert (f"{root}: holds pretrain, extend, decay; reading {root / 'decay'}" in answer.err) == (run == root)
-        assert told[words[0], True] == told[words[0], False]
+        assert answers[arguments[0], True] == answers[arguments[0], False]
     assert main(["convert", "to-hf", str(root), str(tmp_path / "hf"), "--no-verify"]) == 0
     page = tmp_path / "page.html"
     assert main(["compare", str(root), "--out", str(page), "--json"]) == 0
 
 
-def test_train_says_what_came_out_and_that_a_run_is_complete(pool: Pool, corpus: Path, apart: Apart) -> None:
+def test_train_last_lines_name_checkpoint_and_next_command(pool: Pool, corpus: Path, apart: Apart) -> None:
     run = apart(1) / "decay"
     (result,) = pool.run(1, line(corpus, "decay", run))
-    said = result.output.splitlines()
+    output = result.output.splitlines()
     complete = (
         f"{run}: complete by its record; nothing is left to train (run.tokens or run.steps would have to be more)"
     )
     # before the model is built, of which the second line tells
-    assert said.index(complete) < next(at for at, one in enumerate(said) if "parameters" in one)
-    assert said[-2].startswith(f"{run}: complete at step 3, ")
-    assert said[-2].endswith(f"checkpoint {latest(run)}")
-    assert said[-1] == f"next: ettin report {run}; ettin convert to-hf {run} OUT"
+    assert output.index(complete) < next(at for at, one in enumerate(output) if "parameters" in one)
+    assert output[-2].startswith(f"{run}: complete at step 3, ")
+    assert output[-2].endswith(f"checkpoint {latest(run)}")
+    assert output[-1] == f"next: ettin report {run}; ettin convert to-hf {run} OUT"
     (shorter,) = pool.run(1, [*line(corpus, "decay", run), "decay.run.steps=2"])
     assert f"{run}: complete by its record, and run.steps=2 is behind its step 3; nothing is left" in shorter.output
 
@@ -190,9 +191,9 @@ def test_cross_without_weights_is_refused(
     )
 
 
-def test_cross_from_the_same_objective_is_told(
+def test_train_cross_from_the_same_objective_warns(
     corpus: Path, tmp_path: Path, apart: Apart, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*line(corpus, "cross", tmp_path / "run"), "--init-from", str(apart(1)), "--dry-run"]
-    assert main(words) == 0
+    arguments = [*line(corpus, "cross", tmp_path / "run"), "--init-from", str(apart(1)), "--dry-run"]
+    assert main(arguments) == 0
     assert "note: cross continues weights of the same objective, clm: a control" in capsys.readouterr().err

@@ -39,8 +39,10 @@ def exported(encoder: Trained, tmp_path_factory) -> Path:
     return out
 
 
-def cross(pool: Pool, corpus: Path, run: Path, objective: str, source: Path, *words: str, world: int = 1) -> Trained:
-    line = command(run, corpus, objective, [*STILL, *words], ["--init-from", str(source)])
+def cross(
+    pool: Pool, corpus: Path, run: Path, objective: str, source: Path, *overrides: str, world: int = 1
+) -> Trained:
+    line = command(run, corpus, objective, [*STILL, *overrides], ["--init-from", str(source)])
     line[line.index("pretrain")] = "cross"
     results = pool.run(world, line)
     assert [result.status for result in results] == [0] * world, results[0].output[-2000:]
@@ -66,14 +68,16 @@ def test_cross_training_first_loss_matches_transformers(
     pool: Pool, corpus: Path, encoder: Trained, decoder: Trained, tmp_path: Path, objective: str
 ) -> None:
     """Train a decoder from encoder weights, and an mntp encoder (predicting one position ahead) from a decoder."""
-    source, found = encoder.directory, decoder
+    source, trained = encoder.directory, decoder
     if objective == "mntp":
         source = decoder.directory
-        found = cross(pool, corpus, tmp_path / "run", objective, source, "run.seed=4", world=2)
-    kind = "clm" if ROW_OBJECTIVES[objective].causal else "mlm"
-    assert main(["convert", "to-hf", str(source), str(tmp_path / "hf"), "--objective", kind]) == 0
-    assert loss_of(tmp_path / "hf", kind, found.directory, tmp_path) == pytest.approx(found.column("loss")[0], rel=1e-5)
-    launch = json.loads((found.directory / "history.jsonl").read_text().splitlines()[0])
+        trained = cross(pool, corpus, tmp_path / "run", objective, source, "run.seed=4", world=2)
+    row_objective = "clm" if ROW_OBJECTIVES[objective].causal else "mlm"
+    assert main(["convert", "to-hf", str(source), str(tmp_path / "hf"), "--objective", row_objective]) == 0
+    assert loss_of(tmp_path / "hf", row_objective, trained.directory, tmp_path) == pytest.approx(
+        trained.column("loss")[0], rel=1e-5
+    )
+    launch = json.loads((trained.directory / "history.jsonl").read_text().splitlines()[0])
     # the optimizer state is not taken along
     assert launch["from"].startswith("weights of ")
 
@@ -110,20 +114,20 @@ def test_model_card_of_mntp_encoder_explains_shifted_prediction(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["model.hidden_size=128"], "has model.hidden_size=64, this run 128; the shapes must be equal"),
         (["model.vocab_size=640"], "model.vocab_size: 640, but the dataset's tokenizer has 320 entries"),
     ],
 )
 def test_cross_training_mismatched_shape_is_refused(
-    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, words: list[str], said: str
+    pool: Pool, corpus: Path, encoder: Trained, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    line = command(tmp_path / "run", corpus, "clm", [*STILL, *words], ["--init-from", str(encoder.directory)])
+    line = command(tmp_path / "run", corpus, "clm", [*STILL, *arguments], ["--init-from", str(encoder.directory)])
     line[line.index("pretrain")] = "cross"
     (result,) = pool.run(1, line)
     assert result.status == 2, result.output[-500:]
-    assert said in result.output.splitlines()[-1], result.output[-500:]
+    assert message in result.output.splitlines()[-1], result.output[-500:]
 
 
 def test_eval_of_run_and_exported_folder_gives_same_loss(
@@ -131,20 +135,20 @@ def test_eval_of_run_and_exported_folder_gives_same_loss(
 ) -> None:
     """A run and its exported folder have the same loss; another objective gives another loss."""
     losses = {}
-    for name, words in {
+    for name, arguments in {
         "run": [str(encoder.directory)],
         "folder": [str(exported), "--seq-len", "64"],
         "clm": [str(encoder.directory), "--objective", "clm"],
         "mntp": [str(encoder.directory), "--objective", "mntp"],
     }.items():
         capsys.readouterr()
-        assert main(["eval", *words, "--data", str(corpus / "heldout"), "--json"]) == 0
+        assert main(["eval", *arguments, "--data", str(corpus / "heldout"), "--json"]) == 0
         losses[name] = json.loads(capsys.readouterr().out)["loss"]
     assert losses["run"] == losses["folder"]
     assert len({losses["run"], losses["clm"], losses["mntp"]}) == 3
-    for words, said in (
+    for arguments, message in (
         (["--objective", "nsp"], "--objective: 'nsp'"),
         (["--seq-len", "9999"], "--seq-len 9999: a row"),
     ):
-        assert main(["eval", str(encoder.directory), "--data", str(corpus / "heldout"), *words]) == 2
-        assert said in capsys.readouterr().err
+        assert main(["eval", str(encoder.directory), "--data", str(corpus / "heldout"), *arguments]) == 2
+        assert message in capsys.readouterr().err

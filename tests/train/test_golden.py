@@ -16,24 +16,24 @@ from tests.train.runs import train
 pytestmark = pytest.mark.ranks
 FILE = Path(__file__).with_name("golden.json")
 OBJECTIVES = ("mlm", "clm", "mntp", "hybrid", "hybrid_mntp")
-WORDS = ["runtime.deterministic=true", "model.attention_output_dropout=0.1"]
+OVERRIDES = ["runtime.deterministic=true", "model.attention_output_dropout=0.1"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_train_deterministic_losses_match_golden_file(pool: Pool, corpus: Path, tmp_path: Path, objective: str) -> None:
     """A second run in the same process is bit-identical; the file is matched within the fp32 rounding of other CPUs."""
-    words = [*WORDS, *(["data.clm_fraction=0.5"] if objective.startswith("hybrid") else [])]
-    first = train(pool, 1, tmp_path / "first", corpus, objective, ["run.steps=12", *words])
-    second = train(pool, 1, tmp_path / "second", corpus, objective, ["run.steps=4", *words])
+    overrides = [*OVERRIDES, *(["data.clm_fraction=0.5"] if objective.startswith("hybrid") else [])]
+    first = train(pool, 1, tmp_path / "first", corpus, objective, ["run.steps=12", *overrides])
+    second = train(pool, 1, tmp_path / "second", corpus, objective, ["run.steps=4", *overrides])
     assert second.column("loss") == first.column("loss")[:4]
     assert second.column("grad_norm") == first.column("grad_norm")[:4]
-    found = {key: first.column(key) for key in ("loss", "grad_norm", "labels", "tokens")}
+    figures = {key: first.column(key) for key in ("loss", "grad_norm", "labels", "tokens")}
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     if os.environ.get("ETTIN_WRITE_GOLDEN"):
-        FILE.write_text(json.dumps(known | {objective: found}, indent=1) + "\n")
+        FILE.write_text(json.dumps(known | {objective: figures}, indent=1) + "\n")
         return
     golden = known[objective]
-    assert found["labels"] == golden["labels"]
-    assert found["tokens"] == golden["tokens"]
+    assert figures["labels"] == golden["labels"]
+    assert figures["tokens"] == golden["tokens"]
     for key in ("loss", "grad_norm"):
-        assert found[key] == pytest.approx(golden[key], rel=1e-4 if key == "grad_norm" else 2e-5), key
+        assert figures[key] == pytest.approx(golden[key], rel=1e-4 if key == "grad_norm" else 2e-5), key

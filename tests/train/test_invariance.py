@@ -96,32 +96,34 @@ def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     """Return the one-process run of an option (and number of layers), trained at the first use."""
     made: dict[tuple[str, str, str | None], Trained] = {}
 
-    def get(option: str, words: str = "", mutation: str | None = None) -> Trained:
-        if (option, words, mutation) not in made:
+    def get(option: str, overrides: str = "", mutation: str | None = None) -> Trained:
+        if (option, overrides, mutation) not in made:
             objective, choice = (OPTIONS | MORE | MUON)[option]
             folder = tmp_path_factory.mktemp("reference")
-            all_words = [*STEPS, *choice.split(), *words.split()]
-            made[option, words, mutation] = train(pool, 1, folder, corpus, objective, all_words, mutation=mutation)
-        return made[option, words, mutation]
+            all_overrides = [*STEPS, *choice.split(), *overrides.split()]
+            made[option, overrides, mutation] = train(
+                pool, 1, folder, corpus, objective, all_overrides, mutation=mutation
+            )
+        return made[option, overrides, mutation]
 
     return get
 
 
-def difference(found: Trained, expected: Trained) -> dict[str, float]:
+def difference(actual: Trained, expected: Trained) -> dict[str, float]:
     """Return the largest relative difference of losses and of gradient norms and absolute one of weights."""
-    assert found.column("rows") == expected.column("rows")
-    assert found.column("tokens") == expected.column("tokens")
+    assert actual.column("rows") == expected.column("rows")
+    assert actual.column("tokens") == expected.column("tokens")
     relative = {
-        key: max(abs(a - b) / abs(b) for a, b in zip(found.column(key), expected.column(key), strict=True))
+        key: max(abs(a - b) / abs(b) for a, b in zip(actual.column(key), expected.column(key), strict=True))
         for key in ("loss", "grad_norm")
     }
-    ours, theirs = found.weights(), expected.weights()
+    ours, theirs = actual.weights(), expected.weights()
     assert ours.keys() == theirs.keys()
     return {**relative, "weights": max(float((ours[k] - theirs[k]).abs().max()) for k in ours)}
 
 
-def equal(found: Trained, expected: Trained) -> bool:
-    apart = difference(found, expected)
+def equal(actual: Trained, expected: Trained) -> bool:
+    apart = difference(actual, expected)
     # sums in another order leave up to 5e-8, 6e-7 and 5e-6 after 8 steps
     return apart["loss"] <= 1e-6 and apart["grad_norm"] <= 5e-6 and apart["weights"] <= 3e-5
 
@@ -138,11 +140,11 @@ def test_train_one_process_loss_decreases(reference, option: str) -> None:
 def test_train_on_layout_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
-    found = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()])
+    actual = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *overrides.split()])
     expected = reference(option)
-    assert equal(found, expected), difference(found, expected)
+    assert equal(actual, expected), difference(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -165,17 +167,19 @@ def test_train_on_layout_matches_one_process(
 def test_train_mntp_hybrid_and_padded_on_layout_match_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, option: str, layout: str
 ) -> None:
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = MORE[option]
-    found = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()])
+    actual = train(pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *overrides.split()])
     expected = reference(option)
-    assert equal(found, expected), difference(found, expected)
+    assert equal(actual, expected), difference(actual, expected)
     if "hybrid" in option:
-        shares = [clm / labels for clm, labels in zip(found.column("labels_clm"), found.column("labels"), strict=True)]
-        assert found.column("labels_clm") == expected.column("labels_clm")
+        shares = [
+            clm / labels for clm, labels in zip(actual.column("labels_clm"), actual.column("labels"), strict=True)
+        ]
+        assert actual.column("labels_clm") == expected.column("labels_clm")
         assert shares[0] > 0.8 > shares[-1] > 0
         for key in ("loss_clm", "loss_mntp"):
-            pairs = zip(found.column(key), expected.column(key), strict=True)
+            pairs = zip(actual.column(key), expected.column(key), strict=True)
             assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
 
@@ -188,23 +192,23 @@ NEEDS_COMPILER = pytest.mark.skipif(
 @NEEDS_COMPILER
 @pytest.mark.parametrize("option", [DROPOUT, CLIPPED])
 @pytest.mark.parametrize("layout", ["tp2 sp", "cp2"])
-def test_train_with_run_fuse_matches_one_process(
+def test_train_compiled_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
     """Use the element-wise kernels of torch.compile and the loss functions written for them."""
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), *words.split(), "runtime.compile=always"]
-    found = train(pool, world, tmp_path, corpus, objective, words)
-    assert equal(found, reference(option)), difference(found, reference(option))
+    overrides = [*STEPS, *choice.split(), *overrides.split(), "runtime.compile=always"]
+    actual = train(pool, world, tmp_path, corpus, objective, overrides)
+    assert equal(actual, reference(option)), difference(actual, reference(option))
 
 
 @NEEDS_COMPILER
-def test_train_with_fused_functions_only_traced_matches_one_process(corpus: Path, tmp_path: Path, reference) -> None:
+def test_train_with_compiled_functions_only_traced_matches_one_process(corpus: Path, tmp_path: Path, reference) -> None:
     """Use the loss functions written for torch.compile, and have all fusible functions traced by it."""
     objective, choice = OPTIONS[CLIPPED]
-    words = command(tmp_path, corpus, objective, [*STEPS, *choice.split(), "runtime.compile=always"])
-    line = forkserver.command("tests.train.test_invariance:train_traced", *words)
+    overrides = command(tmp_path, corpus, objective, [*STEPS, *choice.split(), "runtime.compile=always"])
+    line = forkserver.command("tests.train.test_invariance:train_traced", *overrides)
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     graphs = int(done.stdout.rpartition("graphs: ")[2])
@@ -212,14 +216,14 @@ def test_train_with_fused_functions_only_traced_matches_one_process(corpus: Path
     assert equal(read(tmp_path), reference(CLIPPED)), difference(read(tmp_path), reference(CLIPPED))
 
 
-def train_traced(*words: str) -> int:
+def train_traced(*arguments: str) -> int:
     """Run `ettin WORDS` with torch.compile tracing what it is given and compiling nothing."""
     real = torch.compile
     with (
         mock.patch.object(torch, "compile", lambda *given, **named: real(*given, **named, backend="eager")),
         mutated(None),
     ):
-        status = main(list(words))
+        status = main(list(arguments))
     print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return status
 
@@ -235,15 +239,15 @@ def test_train_with_cuda_graph_shapes_on_cpu_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
     """Use the fixed shapes of `runtime.cuda_graph`: labels and boundaries padded to a capacity, dropout keys in tensors."""
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), *words.split(), "runtime.cuda_graph=true", "data.max_chunks_per_row=12"]
-    results = pool.run(world, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
+    overrides = [*STEPS, *choice.split(), *overrides.split(), "runtime.cuda_graph=true", "data.max_chunks_per_row=12"]
+    results = pool.run(world, command(tmp_path, corpus, objective, overrides), "replayed_on_a_cpu")
     assert [result.status for result in results] == [0] * world, "\n".join(r.output[-3000:] for r in results)
     assert all("replaying" in result.output for result in results)
     assert "has no room" not in results[0].output
-    found = read(tmp_path)
-    assert equal(found, reference(option)), difference(found, reference(option))
+    actual = read(tmp_path)
+    assert equal(actual, reference(option)), difference(actual, reference(option))
 
 
 def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
@@ -252,14 +256,14 @@ def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
     """Rows of more chunks than data.max_chunks_per_row are computed without the graph, and this is logged once."""
     option = DROPOUT
     objective, choice = OPTIONS[option]
-    words = [
+    overrides = [
         *STEPS,
         *choice.split(),
         "runtime.cuda_graph=true",
         "data.max_chunks_per_row=1",
         "batch.micro_batch_rows=1",
     ]
-    (result,) = pool.run(1, command(tmp_path, corpus, objective, words), "replayed_on_a_cpu")
+    (result,) = pool.run(1, command(tmp_path, corpus, objective, overrides), "replayed_on_a_cpu")
     assert result.status == 0, result.output[-3000:]
     assert result.output.count("replaying") == result.output.count("has no room in a captured one") == 1
     assert equal(read(tmp_path), reference(option)), difference(read(tmp_path), reference(option))
@@ -268,10 +272,10 @@ def test_cuda_graph_rows_over_capacity_run_eagerly_with_same_losses(
 @pytest.mark.parametrize("layout", tiered(["dp2", "dp2 distributed optimizer"], first=["dp2 distributed optimizer"]))
 def test_bf16_gradients_follow_fp32_gradient_losses(pool: Pool, corpus: Path, tmp_path: Path, layout: str) -> None:
     """Gradients summed in bf16 over micro-batches and ranks give other bits but losses within 1 %."""
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     losses = {}
     for gradients in ("fp32", "bf16"):
-        settings = [*STEPS, "precision.name=bf16", f"precision.gradients={gradients}", *words.split()]
+        settings = [*STEPS, "precision.name=bf16", f"precision.gradients={gradients}", *overrides.split()]
         losses[gradients] = train(pool, world, tmp_path / gradients, corpus, "mlm", settings).column("loss")
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
@@ -287,12 +291,12 @@ def test_bf16_gradients_follow_fp32_gradient_losses(pool: Pool, corpus: Path, tm
 def test_muon_on_layout_matches_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = MUON[option]
-    words = [*STEPS, *choice.split(), *words.split()]
+    overrides = [*STEPS, *choice.split(), *overrides.split()]
     expected = reference(option, mutation="fp32_orthogonal")
-    found = train(pool, world, tmp_path, corpus, objective, words, mutation="fp32_orthogonal")
-    assert equal(found, expected), difference(found, expected)
+    actual = train(pool, world, tmp_path, corpus, objective, overrides, mutation="fp32_orthogonal")
+    assert equal(actual, expected), difference(actual, expected)
 
 
 @pytest.mark.full
@@ -301,12 +305,12 @@ def test_muon_in_bf16_on_layout_follows_one_process_and_per_shard_does_not(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
     """Muon orthogonalizes in bf16 where the condition fp32_orthogonal does not patch it."""
-    world, words = LAYOUTS[layout]
+    world, overrides = LAYOUTS[layout]
     objective, choice = MUON[option]
-    words = [*STEPS, *choice.split(), *words.split()]
-    usual = train(pool, world, tmp_path / "usual", corpus, objective, words)
+    overrides = [*STEPS, *choice.split(), *overrides.split()]
+    usual = train(pool, world, tmp_path / "usual", corpus, objective, overrides)
     assert difference(usual, reference(option))["loss"] <= 5e-4
-    wrong = train(pool, world, tmp_path / "wrong", corpus, objective, words, mutation="orthogonal_per_shard")
+    wrong = train(pool, world, tmp_path / "wrong", corpus, objective, overrides, mutation="orthogonal_per_shard")
     # a hundred times what `equal` allows
     assert difference(wrong, reference(option, mutation="fp32_orthogonal"))["loss"] > 1e-4
 
@@ -323,8 +327,8 @@ def test_pipeline_of_seven_layers_matches_one_process(
 ) -> None:
     option, layers = "clm stable_adamw none", "model.num_layers=7"
     objective, choice = OPTIONS[option]
-    found = train(pool, 2, tmp_path, corpus, objective, [*STEPS, *choice.split(), layers, *layout.split()])
-    assert equal(found, reference(option, layers)), difference(found, reference(option, layers))
+    actual = train(pool, 2, tmp_path, corpus, objective, [*STEPS, *choice.split(), layers, *layout.split()])
+    assert equal(actual, reference(option, layers)), difference(actual, reference(option, layers))
 
 
 def test_train_with_vocabulary_padded_over_three_ranks_matches_one_process(
@@ -333,11 +337,11 @@ def test_train_with_vocabulary_padded_over_three_ranks_matches_one_process(
     """The row that pads 320 entries to 321 counts in no mean of the optimizer."""
     option, shape = "clm stable_adamw none", "model.num_attention_heads=3 model.hidden_size=48 optim.lr=1e-2"
     objective, choice = OPTIONS[option]
-    words = [*STEPS, *choice.split(), *shape.split(), "parallel.tp=3"]
-    found, expected = train(pool, 3, tmp_path, corpus, objective, words), reference(option, shape)
-    assert found.column("loss") == pytest.approx(expected.column("loss"), rel=1e-6)
+    overrides = [*STEPS, *choice.split(), *shape.split(), "parallel.tp=3"]
+    actual, expected = train(pool, 3, tmp_path, corpus, objective, overrides), reference(option, shape)
+    assert actual.column("loss") == pytest.approx(expected.column("loss"), rel=1e-6)
     name = "embedding.word_embeddings.weight"
-    ours, theirs = found.weights()[name], expected.weights()[name]
+    ours, theirs = actual.weights()[name], expected.weights()[name]
     assert not ours[320:].any()
     assert float((ours[:320] - theirs).abs().max()) <= 3e-5
 
@@ -361,8 +365,8 @@ def initial(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_initial_weights_on_layout_match_one_process(
     pool: Pool, corpus: Path, tmp_path: Path, initial: Trained, layout: str
 ) -> None:
-    world, words = LAYOUTS[layout]
-    ours = train(pool, world, tmp_path, corpus, "mlm", [*STILL, *words.split()]).weights()
+    world, overrides = LAYOUTS[layout]
+    ours = train(pool, world, tmp_path, corpus, "mlm", [*STILL, *overrides.split()]).weights()
     theirs = initial.weights()
     assert ours.keys() == theirs.keys()
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-25
@@ -382,8 +386,8 @@ def test_train_with_broken_reduction_differs_from_one_process(
 ) -> None:
     option = DROPOUT
     objective, choice = OPTIONS[option]
-    world, words = LAYOUTS[layout]
-    found = train(
-        pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *words.split()], mutation=mutation
+    world, overrides = LAYOUTS[layout]
+    actual = train(
+        pool, world, tmp_path, corpus, objective, [*STEPS, *choice.split(), *overrides.split()], mutation=mutation
     )
-    assert not equal(found, reference(option))
+    assert not equal(actual, reference(option))

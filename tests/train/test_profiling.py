@@ -18,18 +18,18 @@ pytestmark = pytest.mark.ranks
 
 def test_profile_steps_on_all_ranks_writes_traces_and_keeps_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     plain = train(pool, 2, tmp_path / "plain", corpus, "mlm", ["run.steps=4"])
-    words = ["run.steps=4", "profile.steps=2:4", "profile.ranks=all"]
-    results = pool.run(2, command(tmp_path / "run", corpus, "mlm", words))
+    overrides = ["run.steps=4", "profile.steps=2:4", "profile.ranks=all"]
+    results = pool.run(2, command(tmp_path / "run", corpus, "mlm", overrides))
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
     assert read(tmp_path / "run").column("loss") == plain.column("loss")
-    found = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
+    files = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
     stems = [f"steps_2-3_rank_0000{rank}" for rank in range(2)]
-    assert found == [f"{stem}.{end}" for stem in stems for end in ("trace.json.gz", "txt")]
-    trace = gzip.decompress((tmp_path / "run" / "profile" / found[0]).read_bytes())
+    assert files == [f"{stem}.{end}" for stem in stems for end in ("trace.json.gz", "txt")]
+    trace = gzip.decompress((tmp_path / "run" / "profile" / files[0]).read_bytes())
     events = json.loads(trace)["traceEvents"]
     named = {event["name"] for event in events if event.get("cat") == "user_annotation"}
     assert {f"forward and backward of step {step}" for step in (2, 3)} | {"gradients", "update"} <= named
-    text = (tmp_path / "run" / "profile" / found[1]).read_text()
+    text = (tmp_path / "run" / "profile" / files[1]).read_text()
     assert "aten::" in text
     assert 10 < len(text.splitlines()) <= 16
     assert any("profile of steps 2 to 3" in r.output and "aten::" in r.output for r in results)
@@ -55,7 +55,7 @@ def test_resume_from_config_of_earlier_version_is_accepted(pool: Pool, corpus: P
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("profile.steps=0:2", "profile.steps: '0:2' is not [FIRST, END]"),
         ("profile.steps=5:5", "profile.steps: '5:5' is not [FIRST, END]"),
@@ -65,7 +65,7 @@ def test_resume_from_config_of_earlier_version_is_accepted(pool: Pool, corpus: P
     ],
 )
 def test_profile_invalid_setting_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
 ) -> None:
     assert main(command(tmp_path, corpus, "mlm", ["run.steps=1", *word.split()])) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -98,8 +98,8 @@ def plain_training(model: torch.nn.Module, seen, optim, micro_rows: int, mean_of
 def test_train_losses_match_plain_pytorch(
     pool: Pool, corpus: Path, tmp_path: Path, objective: str, recipe: str
 ) -> None:
-    words = [f"run.steps={STEPS}", "model.attention_output_dropout=0", *RECIPES[recipe]]
-    found = train(pool, 1, tmp_path / "run", corpus, objective, words)
+    overrides = [f"run.steps={STEPS}", "model.attention_output_dropout=0", *RECIPES[recipe]]
+    run = train(pool, 1, tmp_path / "run", corpus, objective, overrides)
     config = from_yaml(tmp_path / "run/config.yaml")
     original = recipe == "original"
     assert (config.batch.loss_normalization == "microbatch") == (config.model.output_bias_init == "uniform") == original
@@ -111,4 +111,4 @@ def test_train_losses_match_plain_pytorch(
     seen = dict(np.load(tmp_path / "seen.npz"))
     losses = plain_training(load(tmp_path / "hf", objective), seen, config.optim, 4, mean_of_means=original)
     assert losses[0] - losses[-1] > 1
-    assert losses == pytest.approx(found.column("loss"), rel=3e-6)
+    assert losses == pytest.approx(run.column("loss"), rel=3e-6)

@@ -45,24 +45,26 @@ class Halves:
         self.pool, self.corpus, self.root, self.steps = pool, corpus, root, steps
         self.made: dict[tuple, Trained] = {}
 
-    def run(self, layout: str, steps: int, words: list[str], mutation: str | None, folder: Path) -> Trained:
+    def run(self, layout: str, steps: int, overrides: list[str], mutation: str | None, folder: Path) -> Trained:
         world, parallel = LAYOUTS[layout]
-        more = [*words, *parallel.split(), f"run.steps={steps}"]
+        more = [*overrides, *parallel.split(), f"run.steps={steps}"]
         return train(self.pool, world, folder, self.corpus, "mlm", more, mutation=mutation)
 
-    def once(self, layout: str, steps: int, words: list[str], mutation: str | None) -> Trained:
-        key = (layout, steps, *words, mutation)
+    def once(self, layout: str, steps: int, overrides: list[str], mutation: str | None) -> Trained:
+        key = (layout, steps, *overrides, mutation)
         if key not in self.made:
-            self.made[key] = self.run(layout, steps, words, mutation, self.root / f"made{len(self.made)}")
+            self.made[key] = self.run(layout, steps, overrides, mutation, self.root / f"made{len(self.made)}")
         return self.made[key]
 
-    def pair(self, first: str, second: str, words: list[str], mutation: str | None = None) -> tuple[Trained, Trained]:
+    def pair(
+        self, first: str, second: str, overrides: list[str], mutation: str | None = None
+    ) -> tuple[Trained, Trained]:
         """Return a whole run on the layout `first`, and one of which the second half is on `second`."""
-        whole = self.once(first, self.steps, words, mutation)
-        half = self.once(first, self.steps // 2, words, mutation)
+        whole = self.once(first, self.steps, overrides, mutation)
+        half = self.once(first, self.steps // 2, overrides, mutation)
         folder = Path(tempfile.mkdtemp(dir=self.root))
         shutil.copytree(half.directory, folder, dirs_exist_ok=True)
-        return whole, self.run(second, self.steps, words, mutation, folder)
+        return whole, self.run(second, self.steps, overrides, mutation, folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +117,10 @@ def test_resume_on_another_layout_matches_losses_and_norms(halves: Halves, first
 
 @pytest.mark.full
 def test_resume_with_muon_on_same_and_other_layout_matches_losses(halves: Halves) -> None:
-    words = [*BASE.format(optim="muon").split(), "parallel.distributed_optimizer=false"]
-    whole, resumed = halves.pair("tp2 pp2", "tp2 pp2", words, "fp32_orthogonal")
+    overrides = [*BASE.format(optim="muon").split(), "parallel.distributed_optimizer=false"]
+    whole, resumed = halves.pair("tp2 pp2", "tp2 pp2", overrides, "fp32_orthogonal")
     assert resumed.column("loss") == whole.column("loss")
-    whole, resumed = halves.pair("tp2 pp2", "dp2", words, "fp32_orthogonal")
+    whole, resumed = halves.pair("tp2 pp2", "dp2", overrides, "fp32_orthogonal")
     pairs = zip(resumed.column("loss"), whole.column("loss"), strict=True)
     assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
@@ -156,11 +158,11 @@ def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
         return {key: reader.read(key).tolist() for key in reader.keys() if key.startswith("fp8_scales.")}  # noqa: SIM118
 
     whole, resumed = halves.pair(first, second, [], "delayed_scales")
-    found = scales(resumed)
-    assert found == scales(whole)
+    actual = scales(resumed)
+    assert actual == scales(whole)
     # 4 layers with 2 linears each, 4 tensors per linear
-    assert len(found) == 4 * 2 * 4
-    assert found["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[6.0 * 4] * 2]
+    assert len(actual) == 4 * 2 * 4
+    assert actual["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[6.0 * 4] * 2]
     # another precision ignores the scales; a run that resumes without any starts with new ones
     train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=7"])
     again = train(pool, 1, resumed.directory, corpus, "mlm", ["run.steps=8"], mutation="delayed_scales")
@@ -169,25 +171,25 @@ def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
 
 
 def test_checkpoint_keep_retains_newest_and_updates_latest(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=5", "checkpoint.every_steps=2", "checkpoint.keep=2"]
-    train(pool, 1, tmp_path, corpus, "mlm", words)
+    overrides = ["run.steps=5", "checkpoint.every_steps=2", "checkpoint.keep=2"]
+    train(pool, 1, tmp_path, corpus, "mlm", overrides)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000004", "step_000000005"]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000005"
 
 
 def test_checkpoint_interrupted_pruning_is_completed_by_next_launch(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A leftover of pruning that was killed after the last step is removed though the next launch trains nothing."""
-    words = ["run.steps=2", "checkpoint.every_steps=1"]
-    train(pool, 2, tmp_path, corpus, "mlm", words)
+    overrides = ["run.steps=2", "checkpoint.every_steps=1"]
+    train(pool, 2, tmp_path, corpus, "mlm", overrides)
     folder = tmp_path / "checkpoints"
     os.rename(folder / step_name(1), folder / f".tmp-pruned-{step_name(1)}")
-    train(pool, 2, tmp_path, corpus, "mlm", words)
+    train(pool, 2, tmp_path, corpus, "mlm", overrides)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", step_name(2)]
 
 
 def test_checkpoint_every_tokens_saves_at_each_crossing(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=6", "checkpoint.every_tokens=1000", "checkpoint.keep=0"]
-    done = train(pool, 1, tmp_path, corpus, "mlm", words)
+    overrides = ["run.steps=6", "checkpoint.every_tokens=1000", "checkpoint.keep=0"]
+    done = train(pool, 1, tmp_path, corpus, "mlm", overrides)
     crossed = [
         line["step"]
         for before, line in zip([{"tokens": 0}, *done.metrics], done.metrics)
@@ -202,8 +204,8 @@ def test_checkpoint_every_minutes_saves_on_all_ranks_by_the_clock_of_rank_0(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
     """Every step is later than so few minutes after the last save; rank 0 asks for the next with the sums of a step."""
-    words = ["run.steps=4", "checkpoint.every_minutes=1e-9", "checkpoint.keep=0", "checkpoint.asynchronous=false"]
-    train(pool, 2, tmp_path, corpus, "mlm", words)
+    overrides = ["run.steps=4", "checkpoint.every_minutes=1e-9", "checkpoint.keep=0", "checkpoint.asynchronous=false"]
+    train(pool, 2, tmp_path, corpus, "mlm", overrides)
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [2, 3, 4]
     # a run of a version that had no such key goes on
     recorded = tmp_path / "config.yaml"
@@ -242,17 +244,17 @@ def test_resume_intact_checkpoint_of_other_shape_is_refused(pool: Pool, corpus: 
     wider = ["run.steps=3", *often, "model.ffn_hidden_size=128"]
     results = pool.run(2, command(tmp_path / "run", corpus, "mlm", wider, ["--allow-change", "model.ffn_hidden_size"]))
     assert [result.status for result in results] == [2, 2]
-    said = results[0].output + results[1].output
-    assert "step_000000002: " in said
-    assert "transformer.layers.0.mlp.linear_fc1.weight" in said
-    assert "step_000000001" not in said
-    assert "no checkpoint is whole" not in said
+    output = results[0].output + results[1].output
+    assert "step_000000002: " in output
+    assert "transformer.layers.0.mlp.linear_fc1.weight" in output
+    assert "step_000000001" not in output
+    assert "no checkpoint is whole" not in output
 
 
 def test_sigterm_saves_last_step_and_exits_75(corpus: Path, tmp_path: Path) -> None:
     """A real process that gets SIGTERM finishes its step, saves it and exits with 75."""
-    words = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])
-    process = subprocess.Popen(program("ettin", *words), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    overrides = command(tmp_path / "run", corpus, "mlm", ["run.steps=100000"])
+    process = subprocess.Popen(program("ettin", *overrides), env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while (not metrics.exists() or metrics.read_text().count("\n") < 3) and time.monotonic() < deadline:
@@ -315,23 +317,23 @@ def test_resume_with_another_optimizer_converts_its_moments(
     whole = halves.run(layout, 4, [*STILL, f"optim.name={after}"], None, tmp_path / "whole")
     halves.run(layout, 3, [*STILL, f"optim.name={before}"], None, tmp_path / "changed")
     world, parallel = LAYOUTS[layout]
-    words = [*STILL, f"optim.name={after}", "run.steps=4", *parallel.split()]
+    overrides = [*STILL, f"optim.name={after}", "run.steps=4", *parallel.split()]
     options = ["--allow-change", "optim.name"]
-    results = halves.pool.run(world, command(tmp_path / "changed", halves.corpus, "mlm", words, options))
+    results = halves.pool.run(world, command(tmp_path / "changed", halves.corpus, "mlm", overrides, options))
     assert [result.status for result in results] == [0] * world, results[0].output
     assert f"moments converted from {before} to {after}" in results[0].output
-    expected, found = moments(whole), moments(read(tmp_path / "changed"))
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
+    expected, actual = moments(whole), moments(read(tmp_path / "changed"))
+    assert actual.keys() == expected.keys()
+    for key, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.full
 def test_resume_with_muon_starts_with_fresh_moments(halves: Halves, tmp_path: Path) -> None:
     halves.run("1", 3, [], None, tmp_path)
-    words = ["optim.name=muon", "parallel.distributed_optimizer=false", "run.steps=5"]
+    overrides = ["optim.name=muon", "parallel.distributed_optimizer=false", "run.steps=5"]
     options = ["--allow-change", "optim.name"]
-    (result,) = halves.pool.run(1, command(tmp_path, halves.corpus, "mlm", words, options))
+    (result,) = halves.pool.run(1, command(tmp_path, halves.corpus, "mlm", overrides, options))
     assert result.status == 0, result.output
     assert "muon starts with fresh moments: those of stable_adamw are of another kind" in result.output
     assert read_progress(latest(tmp_path))["updates"] == 2  # type: ignore[arg-type]

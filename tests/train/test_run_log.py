@@ -47,7 +47,7 @@ def hung_up_terminal() -> Iterator[int]:
         os.close(side)
 
 
-def words(run: Path, corpus: Path, *more: str) -> list[str]:
+def arguments(run: Path, corpus: Path, *more: str) -> list[str]:
     return command(run, corpus, "mlm", [f"run.steps={STEPS}", "metrics.every_steps=1", *more])
 
 
@@ -69,7 +69,10 @@ def is_whole(run: Path) -> bool:
 def test_train_without_standard_output_trains_on_and_says_so(lost, more, corpus: Path, tmp_path: Path) -> None:
     with lost() as output:
         ended = subprocess.run(
-            program("ettin", *words(tmp_path / "run", corpus, *more)), stdout=output, stderr=subprocess.PIPE, text=True
+            program("ettin", *arguments(tmp_path / "run", corpus, *more)),
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert ended.returncode == 0, ended.stderr
     assert is_whole(tmp_path / "run")
@@ -80,7 +83,7 @@ def test_train_without_standard_output_trains_on_and_says_so(lost, more, corpus:
 def test_train_without_standard_error_trains_on_and_says_so(lost, corpus: Path, tmp_path: Path) -> None:
     """Take a phase that begins from no other, of which a run warns on standard error."""
     with lost() as errors:
-        call = program("ettin", *words(tmp_path / "run", corpus, "--phase", "extend"))
+        call = program("ettin", *arguments(tmp_path / "run", corpus, "--phase", "extend"))
         ended = subprocess.run(call, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert ended.returncode == 0, ended.stdout
     assert is_whole(tmp_path / "run")
@@ -89,9 +92,9 @@ def test_train_without_standard_error_trains_on_and_says_so(lost, corpus: Path, 
 
 @pytest.mark.full
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "> /dev/full 2>&1"])
-def test_train_process_with_lost_files_exits_zero(redirection: str, corpus: Path, tmp_path: Path) -> None:
+def test_train_with_lost_files_exits_0(redirection: str, corpus: Path, tmp_path: Path) -> None:
     """Take the interpreter itself: closed files are its start's matter, and the last flush its end's."""
-    call = " ".join([sys.executable, "-m", "megatron_ettin", *words(tmp_path / "run", corpus)])
+    call = " ".join([sys.executable, "-m", "megatron_ettin", *arguments(tmp_path / "run", corpus)])
     ended = subprocess.run(["bash", "-c", f"{call} {redirection}"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert is_whole(tmp_path / "run")
@@ -99,21 +102,21 @@ def test_train_process_with_lost_files_exits_zero(redirection: str, corpus: Path
 
 @pytest.mark.full
 @pytest.mark.parametrize("lost", ["> /dev/full 2>&1", "2>&-"])
-def test_train_mistake_with_lost_files_exits_two(lost: str, tmp_path: Path) -> None:
-    call = " ".join([sys.executable, "-m", "megatron_ettin", *words(tmp_path / "run", tmp_path / "none")])
+def test_train_invalid_setting_with_lost_files_exits_2(lost: str, tmp_path: Path) -> None:
+    call = " ".join([sys.executable, "-m", "megatron_ettin", *arguments(tmp_path / "run", tmp_path / "none")])
     assert subprocess.run(["bash", "-c", f"{call} {lost}"], capture_output=True).returncode == 2
 
 
 @pytest.mark.full
-def test_train_terminal_that_goes_away_is_no_end(corpus: Path, tmp_path: Path) -> None:
+def test_train_with_closed_terminal_trains_on(corpus: Path, tmp_path: Path) -> None:
     """Close the terminal once the bar stands on it."""
     terminal, side = os.openpty()
     call = program("ettin", *command(tmp_path / "run", corpus, "mlm", ["run.steps=40"]))
     running = subprocess.Popen(call, stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"})
     os.close(side)
-    said = b""
-    while b"of 40" not in said:
-        said += os.read(terminal, 65_536)
+    received = b""
+    while b"of 40" not in received:
+        received += os.read(terminal, 65_536)
     os.close(terminal)
     assert running.wait() == 0
     assert len(read(tmp_path / "run").metrics) == 40
@@ -121,7 +124,9 @@ def test_train_terminal_that_goes_away_is_no_end(corpus: Path, tmp_path: Path) -
 
 def test_json_steps_until_the_reader_ends_are_whole_lines(corpus: Path, tmp_path: Path) -> None:
     running = subprocess.Popen(
-        program("ettin", *words(tmp_path / "run", corpus, "--json")), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        program("ettin", *arguments(tmp_path / "run", corpus, "--json")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert running.stdout is not None
     assert json.loads(running.stdout.readline())["step"] == 1

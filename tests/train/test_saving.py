@@ -39,7 +39,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "words"),
+    ("world", "overrides"),
     [
         (2, "precision.name=bf16"),
         pytest.param(1, "", marks=pytest.mark.full),
@@ -48,10 +48,12 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         pytest.param(2, "parallel.engine=deepspeed parallel.zero_stage=3", marks=pytest.mark.full),
     ],
 )
-def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path: Path, world: int, words: str) -> None:
+def test_async_save_matches_synchronous_save(
+    pool: Pool, corpus: Path, tmp_path: Path, world: int, overrides: str
+) -> None:
     """Every checkpoint holds the tensors of its step, not those that the optimizer has updated while it was written."""
     for name in ("true", "false"):
-        more = ["run.steps=4", *OFTEN, f"checkpoint.asynchronous={name}", *words.split()]
+        more = ["run.steps=4", *OFTEN, f"checkpoint.asynchronous={name}", *overrides.split()]
         train(pool, world, tmp_path / name, corpus, "mlm", more)
     ours, theirs = (list_checkpoints(tmp_path / name) for name in ("true", "false"))
     assert [path.name for path in ours] == [path.name for path in theirs]
@@ -65,7 +67,7 @@ def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         "parallel.tp=2 precision.name=bf16",
         pytest.param("", marks=pytest.mark.full),
@@ -73,25 +75,25 @@ def test_async_save_matches_synchronous_save(pool: Pool, corpus: Path, tmp_path:
     ],
 )
 def test_sharded_save_matches_unsharded_and_is_spread_over_ranks(
-    pool: Pool, corpus: Path, tmp_path: Path, words: str
+    pool: Pool, corpus: Path, tmp_path: Path, overrides: str
 ) -> None:
     """The tensors are those of an optimizer that is not distributed, and every rank writes its share of the bytes."""
-    found = {}
+    checkpoints = {}
     for name in ("true", "false"):
-        more = ["run.steps=2", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *words.split()]
+        more = ["run.steps=2", f"parallel.distributed_optimizer={name}", "precision.name=fp32", *overrides.split()]
         train(pool, 4, tmp_path / name, corpus, "mlm", more)
-        found[name] = latest(tmp_path / name)
-    ours, theirs = tensors(found["true"]), tensors(found["false"])
+        checkpoints[name] = latest(tmp_path / name)
+    ours, theirs = tensors(checkpoints["true"]), tensors(checkpoints["false"])
     assert ours.keys() == theirs.keys()
     assert any(key.startswith("optimizer.state.exp_avg.") for key in ours)
     for key in ours:
         assert ours[key].dtype == theirs[key].dtype
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=key)
-    sizes = [sum(file.stat().st_size for file in found["true"].glob(f"__{rank}_*.distcp")) for rank in range(4)]
+    sizes = [sum(file.stat().st_size for file in checkpoints["true"].glob(f"__{rank}_*.distcp")) for rank in range(4)]
     assert min(sizes) > sum(sizes) / 8, sizes
 
 
-def train_killed_at_second_save(moment: str, *words: str) -> int:
+def train_killed_at_second_save(moment: str, *arguments: str) -> int:
     """Run `ettin WORDS` in this process, and end it by SIGKILL `before` or `after` step 2 gets its name."""
     rename = os.rename
 
@@ -104,7 +106,7 @@ def train_killed_at_second_save(moment: str, *words: str) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with mock.patch.object(os, "rename", killing), mutated(None):
-        return main(list(words))
+        return main(list(arguments))
 
 
 def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
@@ -114,8 +116,8 @@ def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
     whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
     for moment in ("before", "after"):
         run = tmp_path / moment
-        words = command(run, corpus, "mlm", ["run.steps=4", *EACH])
-        line = forkserver.command("tests.train.test_saving:train_killed_at_second_save", moment, *words)
+        arguments = command(run, corpus, "mlm", ["run.steps=4", *EACH])
+        line = forkserver.command("tests.train.test_saving:train_killed_at_second_save", moment, *arguments)
         assert subprocess.run(line, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
         assert (run / "checkpoints" / "latest").read_text() == "step_000000001\n"
         assert latest(run, checksums=True) == run / "checkpoints" / "step_000000001"
@@ -129,8 +131,8 @@ def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
 def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A process that saves at every step is killed at random moments: the checkpoint that `latest` names is complete,
     and the resumed run ends with the losses of an uninterrupted one."""
-    words = ["checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=30"]
-    line = forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", words))
+    overrides = ["checkpoint.every_steps=1", "checkpoint.keep=2", "run.steps=30"]
+    line = forkserver.program("ettin", *command(tmp_path / "run", corpus, "mlm", overrides))
     draw = random.Random(5)
     for _ in range(3):
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -145,10 +147,10 @@ def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, 
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        found = latest(tmp_path / "run", checksums=True)
-        assert found is not None
-        assert found.name == (folder / "latest").read_text().strip()
-    resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", words)
+        checkpoint = latest(tmp_path / "run", checksums=True)
+        assert checkpoint is not None
+        assert checkpoint.name == (folder / "latest").read_text().strip()
+    resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", overrides)
     whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=30"])
     assert resumed.column("loss") == whole.column("loss")
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
@@ -169,13 +171,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_save_on_full_disk_is_reported_and_retried(pool: Pool, corpus: Path, small_disk: Path) -> None:
     """Training continues, and the save succeeds once there is room again."""
-    words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
-    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words), "room_after_step_8")
+    overrides = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", overrides), "room_after_step_8")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
-    said = results[0].output + results[1].output
-    assert "warning: step_000000003 could not be saved (" in said
-    assert "MiB free, a checkpoint takes some" in said
-    assert "there is none before it; tried again in 0.01 s" in said
+    output = results[0].output + results[1].output
+    assert "warning: step_000000003 could not be saved (" in output
+    assert "MiB free, a checkpoint takes some" in output
+    assert "there is none before it; tried again in 0.01 s" in output
     steps = [int(path.name[5:]) for path in list_checkpoints(small_disk / "run")]
     assert steps
     assert steps[0] in (8, 9, 10)
@@ -187,18 +189,18 @@ def test_save_disk_filled_while_writing_keeps_previous_checkpoint(pool: Pool, co
     """A save that runs out of space midway leaves no files, the previous checkpoint stays the latest, the run fails."""
     (small_disk / "filler").unlink()
     train(pool, 1, small_disk / "run", corpus, "mlm", ["run.steps=1"])
-    words = ["run.steps=4", "checkpoint.every_steps=2", "checkpoint.retry_seconds=1000"]
-    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words), "disk_full_while_writing")
+    overrides = ["run.steps=4", "checkpoint.every_steps=2", "checkpoint.retry_seconds=1000"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", overrides), "disk_full_while_writing")
     assert [result.status for result in results] == [1, 1]
-    said = results[0].output + results[1].output
+    output = results[0].output + results[1].output
     warned = [
-        line for line in said.splitlines() if line.startswith("warning: step_000000002 could not be saved (rank ")
+        line for line in output.splitlines() if line.startswith("warning: step_000000002 could not be saved (rank ")
     ]
-    assert warned, said[-3000:]
-    assert "ENOSPC, " in warned[0], said[-3000:]
-    assert "the latest is that of step 1; tried again in 1000 s" in said
-    assert "ettin train: step_000000004 could not be saved (" in said
-    assert "the run ends without it" in said
+    assert warned, output[-3000:]
+    assert "ENOSPC, " in warned[0], output[-3000:]
+    assert "the latest is that of step 1; tried again in 1000 s" in output
+    assert "ettin train: step_000000004 could not be saved (" in output
+    assert "the run ends without it" in output
     assert latest(small_disk / "run", checksums=True).name == "step_000000001"  # type: ignore[union-attr]
     assert not list((small_disk / "run" / "checkpoints").glob(".tmp-*"))
 
@@ -228,18 +230,18 @@ def full_disk_under_metrics(tmp_path: Path) -> Iterator[Path]:
 def test_save_waits_for_metrics_that_cannot_be_written(pool: Pool, corpus: Path, full_disk_under_metrics: Path) -> None:
     """Publish no checkpoint before its steps are in metrics.jsonl; write and save them once there is room."""
     run = full_disk_under_metrics
-    words = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
-    results = pool.run(2, command(run, corpus, "mlm", words), "room_after_step_8")
+    overrides = ["run.steps=12", "checkpoint.every_steps=3", "checkpoint.retry_seconds=0.01"]
+    results = pool.run(2, command(run, corpus, "mlm", overrides), "room_after_step_8")
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
-    said = results[0].output + results[1].output
-    assert said.count("lines wait in memory, and nothing is saved before they are written") == 1
-    assert f"step_000000003 could not be saved ({run}/metrics.jsonl: No space left on device); there is none" in said
-    assert "Traceback" not in said
+    output = results[0].output + results[1].output
+    assert output.count("lines wait in memory, and nothing is saved before they are written") == 1
+    assert f"step_000000003 could not be saved ({run}/metrics.jsonl: No space left on device); there is none" in output
+    assert "Traceback" not in output
     assert [int(path.name[5:]) for path in list_checkpoints(run)][-1] == 12
     assert read(run).column("step") == list(range(1, 13))
 
 
-def test_run_that_ends_with_metrics_unwritten_exits_1_in_one_line(
+def test_train_ending_with_unwritten_metrics_exits_1_with_one_line(
     pool: Pool, corpus: Path, full_disk_under_metrics: Path
 ) -> None:
     results = pool.run(1, command(full_disk_under_metrics, corpus, "mlm", ["run.steps=3"]))
@@ -252,43 +254,45 @@ def test_run_that_ends_with_metrics_unwritten_exits_1_in_one_line(
 
 
 def test_save_failure_with_on_failure_stop_ends_the_run(pool: Pool, corpus: Path, small_disk: Path) -> None:
-    words = ["run.steps=9", "checkpoint.every_steps=3", "checkpoint.on_failure=stop"]
-    results = pool.run(2, command(small_disk / "run", corpus, "mlm", words))
+    overrides = ["run.steps=9", "checkpoint.every_steps=3", "checkpoint.on_failure=stop"]
+    results = pool.run(2, command(small_disk / "run", corpus, "mlm", overrides))
     assert [result.status for result in results] == [1, 1]
-    said = results[0].output + results[1].output
-    assert "ettin train: step_000000003 could not be saved (" in said
-    assert "the run stops (checkpoint.on_failure)" in said
-    assert "Traceback" not in said
+    output = results[0].output + results[1].output
+    assert "ettin train: step_000000003 could not be saved (" in output
+    assert "the run stops (checkpoint.on_failure)" in output
+    assert "Traceback" not in output
     assert read(small_disk / "run").column("step")[-1] == 4
 
 
 def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=8", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=1100"]
-    words.append(f"checkpoint.staging={tmp_path / 'own-disk'}")
-    run = train(pool, 2, tmp_path / "run", corpus, "clm", words)
+    overrides = ["run.steps=8", "checkpoint.every_steps=2", "checkpoint.keep=1", "checkpoint.keep_every_tokens=1100"]
+    overrides.append(f"checkpoint.staging={tmp_path / 'own-disk'}")
+    run = train(pool, 2, tmp_path / "run", corpus, "clm", overrides)
     tokens = dict(zip(run.column("step"), run.column("tokens"), strict=True))
     saved = range(2, 9, 2)
     crossed = [s for s in saved if tokens[s] // 1100 > (tokens[s - 2] if s > 2 else 0) // 1100]
     assert len(crossed) == 2
     assert 8 not in crossed
-    found = list_checkpoints(tmp_path / "run")
-    assert [int(path.name[5:]) for path in found] == [*crossed, 8]
-    assert [bool(read_progress(path).get("keep")) for path in found] == [int(p.name[5:]) in crossed for p in found]
+    checkpoints = list_checkpoints(tmp_path / "run")
+    assert [int(path.name[5:]) for path in checkpoints] == [*crossed, 8]
+    assert [bool(read_progress(path).get("keep")) for path in checkpoints] == [
+        int(p.name[5:]) in crossed for p in checkpoints
+    ]
     assert list((tmp_path / "own-disk").iterdir()) == []
-    for path in found:
+    for path in checkpoints:
         verify(path)
 
 
 @pytest.fixture(scope="module")
 def two_checkpoints(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run of two steps on two ranks that has saved both, in files of many blocks."""
-    words = ["run.steps=2", *EACH]
-    return train(pool, 2, tmp_path_factory.mktemp("saved"), corpus, "mlm", words, mutation="small_blocks")
+    overrides = ["run.steps=2", *EACH]
+    return train(pool, 2, tmp_path_factory.mktemp("saved"), corpus, "mlm", overrides, mutation="small_blocks")
 
 
-@pytest.mark.parametrize("places", ["one of each kind", pytest.param("all", marks=pytest.mark.full)])
+@pytest.mark.parametrize("position_choice", ["one of each kind", pytest.param("all", marks=pytest.mark.full)])
 def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
-    pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained, places: str
+    pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained, position_choice: str
 ) -> None:
     """Whichever rank verifies the damaged block, its file is named, and the run resumes bit-identically from the
     checkpoint before, although the damaged one was loaded first."""
@@ -297,10 +301,10 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
     # one file of each rank
     ours, theirs = sorted(name for name, entry in entries.items() if len(entry.get("blocks", [])) > 3)
     chosen = [(ours, 0), (theirs, entries[theirs]["bytes"] - 1), ("progress.json", 0)]
-    if places == "all":
+    if position_choice == "all":
         middles = [(name, entry["bytes"] // 2) for name, entry in sorted(entries.items())]
         ends = [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
-        chosen = [place for place in (*middles, *ends) if place not in chosen]
+        chosen = [position for position in (*middles, *ends) if position not in chosen]
     for name, at in chosen:
         shutil.copytree(whole.directory, tmp_path / "damaged")
         path = tmp_path / "damaged" / "checkpoints" / newest.name / name
@@ -309,10 +313,10 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
         path.write_bytes(content)
         results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=2", *EACH]))
         assert [result.status for result in results] == [0, 0]
-        said = results[0].output + results[1].output
+        output = results[0].output + results[1].output
         block = rf"bytes {at // BLOCK * BLOCK:,} to [\d,]+: " if "blocks" in entries[name] else ""
-        assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", said)
-        assert "resumed step_000000001" in said
+        assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", output)
+        assert "resumed step_000000001" in output
         assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 
@@ -337,13 +341,13 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(
     data = next((tmp_path / "damaged" / "checkpoints" / newest.name).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=3", *EACH]))
-    said = results[0].output + results[1].output
-    assert f"{newest.name}/{data.name}: sha256 " in said
-    assert "resumed step_000000001" in said
+    output = results[0].output + results[1].output
+    assert f"{newest.name}/{data.name}: sha256 " in output
+    assert "resumed step_000000001" in output
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("checkpoint.on_failure=ignore", "checkpoint.on_failure: 'ignore' does not exist; it is one of retry, stop"),
         ("checkpoint.retry_seconds=0", "checkpoint.retry_seconds: 0.0 is not allowed; it must be above 0"),
@@ -353,7 +357,7 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(
     ],
 )
 def test_checkpoint_invalid_setting_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
 ) -> None:
     assert main(command(tmp_path, corpus, "mlm", ["run.steps=1", word])) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -23,11 +23,11 @@ def test_train_microbatch_normalization_in_bf16_has_the_gradients_of_the_global_
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
     """1 / labels is not rounded to bf16, 0.26 % off in the second step, before it scales the gradients."""
-    found = train(pool, 1, tmp_path / "means", corpus, "clm", [*WHOLE, MEANS])
+    means = train(pool, 1, tmp_path / "means", corpus, "clm", [*WHOLE, MEANS])
     expected = train(pool, 1, tmp_path / "mean", corpus, "clm", WHOLE)
     assert expected.column("labels")[1] == 441
-    assert found.column("loss") == expected.column("loss")
-    assert found.column("grad_norm") == pytest.approx(expected.column("grad_norm"), rel=1e-3)
+    assert means.column("loss") == expected.column("loss")
+    assert means.column("grad_norm") == pytest.approx(expected.column("grad_norm"), rel=1e-3)
 
 
 def test_resume_microbatch_normalization_with_other_micro_batch_is_refused(
@@ -36,6 +36,6 @@ def test_resume_microbatch_normalization_with_other_micro_batch_is_refused(
     train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=1", MEANS])
     changed = command(tmp_path, corpus, "mlm", ["run.steps=2", MEANS, "batch.micro_batch_rows=4"])
     assert main(changed) == 2
-    said = capsys.readouterr().err
-    assert "was started with batch.micro_batch_rows=2, now batch.micro_batch_rows=4" in said
-    assert "--allow-change batch.micro_batch_rows" in said
+    error = capsys.readouterr().err
+    assert "was started with batch.micro_batch_rows=2, now batch.micro_batch_rows=4" in error
+    assert "--allow-change batch.micro_batch_rows" in error

@@ -26,14 +26,14 @@ MANY = ["run.steps=100000", "metrics.every_steps=1"]
 
 
 @contextlib.contextmanager
-def alone_of_two(rank: int, folder: Path, words: list[str]) -> Iterator[tuple[forkserver.Child, Path]]:
+def alone_of_two(rank: int, folder: Path, arguments: list[str]) -> Iterator[tuple[forkserver.Child, Path]]:
     """Start one rank of two, the other of which never comes; yield it and its log."""
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     log = folder / "log"
     with open(log, "wb") as out:
         files = (0, out.fileno(), out.fileno())
-        child = forkserver.call(forkserver.shared(), "tests.ranks:be_rank", [words, None], files, environment)
+        child = forkserver.call(forkserver.shared(), "tests.ranks:be_rank", [arguments, None], files, environment)
     try:
         yield child, log
     finally:
@@ -58,10 +58,10 @@ def test_stop_signal_while_another_copies_the_data_ends_with_75(corpus: Path, tm
     import fcntl
 
     (tmp_path / "local").mkdir()
-    words = command(tmp_path / "run", corpus, "mlm", [*MANY, f"data.local_copy={tmp_path / 'local'}"])
+    arguments = command(tmp_path / "run", corpus, "mlm", [*MANY, f"data.local_copy={tmp_path / 'local'}"])
     with open(tmp_path / "local" / ".lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with alone_of_two(0, tmp_path, words) as (child, log):
+        with alone_of_two(0, tmp_path, arguments) as (child, log):
             wait_until(lambda: "data.local_copy: waiting for another process" in log.read_text(), 60, "the wait")
             os.kill(child.pid, signal.SIGUSR1)
             assert child.wait(60) == 75
@@ -85,8 +85,8 @@ def test_stop_signal_of_a_lost_terminal_is_ignored_under_nohup(corpus: Path, tmp
     """Send SIGHUP to a run that was started with it ignored, and see it train on."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        words = command(tmp_path / "run", corpus, "mlm", ["run.steps=30", "metrics.every_steps=1"])
-        running = subprocess.Popen(program("ettin", *words), stdout=subprocess.PIPE, text=True)
+        arguments = command(tmp_path / "run", corpus, "mlm", ["run.steps=30", "metrics.every_steps=1"])
+        running = subprocess.Popen(program("ettin", *arguments), stdout=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert running.stdout is not None
@@ -123,12 +123,12 @@ def has_mapped(pid: int, name: str) -> bool:
 
 
 @pytest.mark.full
-def test_rank_whose_launcher_is_killed_during_its_imports_ends(corpus: Path, tmp_path: Path) -> None:
+def test_rank_with_killed_launcher_ends_during_its_imports(corpus: Path, tmp_path: Path) -> None:
     """Take the interpreter itself, whose imports take seconds, below a shell in the place of torchrun's agent."""
-    words = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "run", corpus, "mlm", MANY)]
+    arguments = [sys.executable, "-m", "megatron_ettin", *command(tmp_path / "run", corpus, "mlm", MANY)]
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
-    start = ["bash", "-c", '"$@" & echo $!; wait', "launcher", *words]
+    start = ["bash", "-c", '"$@" & echo $!; wait', "launcher", *arguments]
     launcher = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
     assert launcher.stdout is not None
     rank = int(launcher.stdout.readline())
@@ -142,7 +142,7 @@ def test_rank_whose_launcher_is_killed_during_its_imports_ends(corpus: Path, tmp
             os.kill(rank, signal.SIGKILL)
 
 
-def test_run_whose_directory_is_removed_says_so_and_ends_with_1(corpus: Path, tmp_path: Path) -> None:
+def test_train_with_removed_run_directory_exits_1(corpus: Path, tmp_path: Path) -> None:
     ranks = Ranks(1, tmp_path / "logs", command(tmp_path / "run", corpus, "mlm", MANY))
     try:
         wait_until(lambda: "step 2 " in ranks.output(), 60, "a step")
