@@ -263,8 +263,8 @@ def seconds_per_batch(objective: str, rows: int, seq_len: int) -> list[float]:
     from megatron_ettin.parallel.env import Topology
     from megatron_ettin.parallel.groups import Layout
 
-    words = f"data.seq_len={seq_len} batch.global_batch_rows={2 * rows} batch.micro_batch_rows={rows} data.workers=2"
-    config = parse("150m", objective, "pretrain", overrides=[*words.split(), "batch.warmup_tokens=0"])
+    settings = f"data.seq_len={seq_len} batch.global_batch_rows={2 * rows} batch.micro_batch_rows={rows} data.workers=2"
+    config = parse("150m", objective, "pretrain", overrides=[*settings.split(), "batch.warmup_tokens=0"])
     layout = Layout(Topology.of(config, 1), 0, 0, 0, 0, 0, None, None, None)
     dataset: Any = SyntheticRows(seq_len, 200.0, config.model.vocab_size)
     batches = Batches.of(config, dataset, layout, torch.device("cpu"))
