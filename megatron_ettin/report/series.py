@@ -56,7 +56,7 @@ def page_data(models: Sequence[PhaseChain]) -> dict[str, Any]:
     longest = [sum(len(run.metrics.steps) for run in model.runs) for model in models]
     size = 1 if sum(longest) <= MOST_STEPS else math.ceil(sum(longest) / DETAIL_BUCKETS)
     colours = colour_indices([model.objective for model in models])
-    drawn = [
+    drawn: list[dict[str, Any]] = [
         {
             "name": masked(model.name),
             "runs": [run_data(run, axes, size) for run, axes in zip(model.runs, model.axes(), strict=True)],
