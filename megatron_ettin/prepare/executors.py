@@ -1,7 +1,4 @@
-"""Adapt datatrove's executors. Imported only where one is needed, because datatrove is an extra.
-
-It has no types, so mypy cannot know what these classes inherit.
-"""
+"""Adapt datatrove's executors. Imported only where one is needed, because datatrove is an extra."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ class Quiet:
             return super()._run_for_rank(*arguments, **named)  # type: ignore[misc]
 
 
-class QuietLocalExecutor(Quiet, LocalPipelineExecutor):  # type: ignore[misc]
+class QuietLocalExecutor(Quiet, LocalPipelineExecutor):
     """Executor with processes of this machine."""
 
     def run(self) -> Any:
@@ -61,7 +58,7 @@ class QuietLocalExecutor(Quiet, LocalPipelineExecutor):  # type: ignore[misc]
         return super().run()
 
 
-class QuietRayExecutor(Quiet, RayPipelineExecutor):  # type: ignore[misc]
+class QuietRayExecutor(Quiet, RayPipelineExecutor):
     """Executor on a Ray cluster."""
 
     pass
@@ -84,7 +81,7 @@ def ray_executor(step: Any, tasks: int, workers: int, log: Path) -> RayPipelineE
     return QuietRayExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
 
 
-class ArrayExecutor(SlurmPipelineExecutor):  # type: ignore[misc]
+class ArrayExecutor(SlurmPipelineExecutor):
     """Executor that submits a job array.
 
     The cluster's own defaults hold for what the user did not say (partition, QOS, mail). No further job adds up
