@@ -40,12 +40,14 @@ def outcome(config: Config, info: StepResult, after: Progress) -> str:
     return known.get(info.anomaly.action, "stopped" if too_many else "skipped")
 
 
-def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, found: str) -> str:
+def record(
+    run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, result: str
+) -> str:
     """Record the step (on one rank) and return the line that reports it."""
     assert info.anomaly is not None
     rows = f"rows {info.rows[0]} to {info.rows[1] - 1}"
     table = run_dir / FOLDER / f"{step_name(info.step)}.parquet"
-    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": found, "why": info.anomaly.why}
+    entry: dict[str, Any] = {"step": info.step, "tokens": info.tokens, "outcome": result, "why": info.anomaly.why}
     entry |= {"loss": finite(info.loss), "grad_norm": finite(info.grad_norm), "lr": info.lr, "rows": list(info.rows)}
     entry |= {"in_row": after.skipped_in_row, "documents": str(table.relative_to(run_dir)), "time": time.time()}
     try:
@@ -57,14 +59,14 @@ def record(run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResu
     # a full disk is no reason to end here
     except (OSError, UserError) as error:
         named = f"`ettin order {run_dir} --steps {info.step}` names the documents ({error})"
-    return f"step {info.step}: {info.anomaly.why}; {consequence(info.anomaly, after, found)}; {rows}, {named}"
+    return f"step {info.step}: {info.anomaly.why}; {consequence(info.anomaly, after, result)}; {rows}, {named}"
 
 
-def consequence(bad: Anomaly, after: Progress, found: str) -> str:
+def consequence(bad: Anomaly, after: Progress, result: str) -> str:
     """Describe what becomes of the step."""
-    if found == "skipped":
+    if result == "skipped":
         return f"the update is left out ({after.skipped_in_row} in a row)"
-    if found in ("ignored", "warned"):
+    if result in ("ignored", "warned"):
         return "trained on all the same"
     in_row = f" after {after.skipped_in_row} in a row" if bad.action == "skip" and after.skipped_in_row else ""
     return f"the run stops{in_row}. Nothing of this step was saved"
@@ -74,14 +76,14 @@ def report_anomaly(
     run_dir: Path, config: Config, corpus: BlendedDataset, info: StepResult, after: Progress, is_main_process: bool
 ) -> None:
     """Record an anomalous step and return, or raise TrainingStoppedError, the same on every rank."""
-    found = outcome(config, info, after)
-    line = record(run_dir, config, corpus, info, after, found) if is_main_process else f"step {info.step}: stopped"
-    if found == "stopped":
+    result = outcome(config, info, after)
+    line = record(run_dir, config, corpus, info, after, result) if is_main_process else f"step {info.step}: stopped"
+    if result == "stopped":
         raise BadNumbersError(line)
     if is_main_process:
         # a spike whose update was made is no alarm
-        log_warning(f"{'note' if found == 'warned' else 'warning'}: {line}")
-    info.extra["bad"] = f"{found}: {info.anomaly.why}" if info.anomaly else found
+        log_warning(f"{'note' if result == 'warned' else 'warning'}: {line}")
+    info.extra["bad"] = f"{result}: {info.anomaly.why}" if info.anomaly else result
 
 
 def way_back(run_dir: Path, progress: Progress) -> str:
@@ -95,10 +97,10 @@ def way_back(run_dir: Path, progress: Progress) -> str:
     good = [step for step in steps if step < last_made]
     change = "change what led here (a lower optim.lr, data.skip=[[FIRST,END]] of the rows)"
     if last_made in steps:
-        found = f"the weights of {step_name(last_made)} gave these figures"
+        cause = f"the weights of {step_name(last_made)} gave these figures"
         if not good:
-            return f"{found}, and no checkpoint is older; {change} in another run directory"
-        return f"{found}; the last good checkpoint is {step_name(good[-1])}: {change} and add --from-step {good[-1]}"
+            return f"{cause}, and no checkpoint is older; {change} in another run directory"
+        return f"{cause}; the last good checkpoint is {step_name(good[-1])}: {change} and add --from-step {good[-1]}"
     if not good:
         return f"no checkpoint was saved before; {change} and begin again"
     return (

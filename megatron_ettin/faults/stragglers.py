@@ -42,13 +42,13 @@ def slowest(seconds: Sequence[float], stages: Sequence[int]) -> Slowest | None:
     by_stage: dict[int, list[int]] = defaultdict(list)
     for rank, stage in enumerate(stages):
         by_stage[stage].append(rank)
-    found = []
+    candidates = []
     for ranks in by_stage.values():
         rank = max(ranks, key=lambda one: seconds[one])
         others = [seconds[one] for one in ranks if one != rank]
         if others and (middle := statistics.median(others)) > 0:
-            found.append(Slowest(rank, seconds[rank] / middle))
-    return max(found, key=lambda one: one.ratio, default=None)
+            candidates.append(Slowest(rank, seconds[rank] / middle))
+    return max(candidates, key=lambda one: one.ratio, default=None)
 
 
 class Stragglers(Hook):
@@ -60,12 +60,14 @@ class Stragglers(Hook):
         self.in_a_row: list[int] = []
 
     def start(self, run: Run) -> None:
+        """Look up the pipeline stage of each rank."""
         topology = run.train_state.layout.topology
         self.stages = [topology.coords(rank)["pp"] for rank in range(topology.world)]
         # kernels are compiled in it, and files opened
         self.first_step = run.progress.step + 1
 
     def step(self, run: Run, info: StepResult) -> None:
+        """Compare the ranks where that is due (collective), and add the slowest to the step's metrics."""
         if len(self.peers) == 1 or info.step == self.first_step:
             return
         self.seconds.append(run.train_state.clock.seconds)
@@ -73,20 +75,16 @@ class Stragglers(Hook):
             return
         mean = statistics.fmean(self.seconds)
         self.seconds = []
-        found = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
-        if found is None:
+        result = slowest(all_gather_scalar(mean, run.train_state.platform.device), self.stages)
+        if result is None:
             return
-        peer = self.peers[found.rank]
-        info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(found.ratio, 4))
+        peer = self.peers[result.rank]
+        info.extra.update(slowest_rank=peer.rank, slowest_host=peer.host, slowest_ratio=round(result.ratio, 4))
         self.in_a_row = [*(self.in_a_row if peer.rank in self.in_a_row else []), peer.rank]
-        if found.ratio <= WARN_RATIO:
+        if result.ratio <= WARN_RATIO:
             self.in_a_row = []
         if run.is_main_process and len(self.in_a_row) == WARN_TIMES:
-            log_warning(warning(peer, found, run.config.metrics.ranks_every_steps))
-
-
-def warning(peer: RankInfo, found: Slowest, every_steps: int) -> str:
-    return (
-        f"warning: {peer} is slow: {found.ratio:.1f} times the others' seconds until the gradient sum, over the last"
-        f" {WARN_TIMES * every_steps} steps; all ranks wait for it"
-    )
+            log_warning(
+                f"warning: {peer} is slow: {result.ratio:.1f} times the others' seconds until the gradient sum, over"
+                f" the last {WARN_TIMES * run.config.metrics.ranks_every_steps} steps; all ranks wait for it"
+            )

@@ -60,7 +60,7 @@ def _write_once(folder: Path, rank: int, host: str | None, category: str, lines:
     path = folder / f"rank_{rank:05d}.json"
     # the first failure caused the later ones
     if not path.exists():
-        write_status(path, rank, host, kind=category, lines=lines)
+        write_status(path, rank, host, **{"kind": category, "lines": lines})
 
 
 class PeerFailureError(RuntimeError):
