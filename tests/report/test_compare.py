@@ -13,7 +13,7 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.report.compare import compare
 from megatron_ettin.report.plots import panels
 from tests.report.synthetic import write_run
-from tests.report.test_report import numbers
+from tests.report.test_document import numbers
 
 
 @pytest.fixture(scope="module")
