@@ -7,7 +7,6 @@ sent again, so an interrupted push goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,7 @@ def check_repository(name: str) -> None:
         raise UserError(f"--push {name}: give OWNER/NAME")
 
 
-def push(
-    out: Path, repository: str, names: list[str], private: bool, report: Callable[[int, int], None] | None = None
-) -> PushResult:
+def push(out: Path, repository: str, names: list[str], private: bool) -> PushResult:
     """Push the revisions `names` and then `main` to the hub.
 
     Args:
@@ -53,7 +50,6 @@ def push(
         repository: OWNER/NAME; it is made where it is missing.
         names: revisions.
         private: whether a new repository is private.
-        report: called with (branches done, all branches).
 
     Raises:
         UserError: the hub refuses.
@@ -66,13 +62,11 @@ def push(
     try:
         url = str(api.create_repo(repository, private=private, exist_ok=True))
         branches = {branch.name for branch in api.list_repo_refs(repository).branches}
-        for number, name in enumerate([*names, "main"], start=1):
+        for name in [*names, "main"]:
             if name not in branches:
                 api.create_branch(repository, branch=name, exist_ok=True)
             changed = _push_branch(api, out, repository, name)
             (done.uploaded if changed else done.kept).append(name)
-            if report is not None:
-                report(number, len(names) + 1)
     except LocalTokenNotFoundError:
         raise UserError(f"--push {repository}: no token; `hf auth login` or HF_TOKEN gives one") from None
     except _connection_errors() as error:
