@@ -31,7 +31,7 @@ from megatron_ettin.platform.device import device_name
 
 
 @dataclass(frozen=True)
-class Shard:
+class ZeroShard:
     """The part of a parameter that this rank updates."""
 
     flat: torch.Tensor
@@ -176,7 +176,7 @@ class DeepSpeedEngine:
         group = groups.tensor_and_data
         self.inner.bind(slices, len(infos), group if group.size() > 1 else None)
 
-    def _flat(self, shard: Shard, key: str) -> torch.Tensor:
+    def _flat(self, shard: ZeroShard, key: str) -> torch.Tensor:
         state: torch.Tensor = shard.flat.data if key == "param" else self.inner.state[shard.flat][key]
         return state
 
@@ -283,7 +283,7 @@ def _flat_tensors(zero: Any) -> list[torch.Tensor]:
     return list(zero.single_partition_of_fp32_groups)
 
 
-def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, Shard]]:
+def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, ZeroShard]]:
     """Yield the name and this rank's shard of each parameter that it has one of."""
     flats = _flat_tensors(zero)
     for name, p in module.named_parameters():
@@ -293,12 +293,12 @@ def _shards(zero: Any, module: Any, data_rank: int) -> Iterator[tuple[str, Shard
             first = data_rank * numel
             own = max(0, min(numel, p.ds_numel - first))
             if own:
-                yield name, Shard(flats[index], slice(start, start + own), slice(first, first + own))
+                yield name, ZeroShard(flats[index], slice(start, start + own), slice(first, first + own))
         elif p._hp_mapping is not None:
             ours, theirs = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
             flat_range = slice(ours.start, ours.start + ours.numel)
             param_range = slice(theirs.start, theirs.start + theirs.numel)
-            yield name, Shard(flats[p._hp_mapping.param_group_index], flat_range, param_range)
+            yield name, ZeroShard(flats[p._hp_mapping.param_group_index], flat_range, param_range)
 
 
 def load_deepspeed() -> Any:
