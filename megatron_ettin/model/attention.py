@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from torch.nn import functional
 
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.packed import PackedRows
@@ -36,6 +36,7 @@ BAND = 64
 DENSE_ROW_TOKENS = 192
 MASKS = {True: AttnMaskType.padding_causal, False: AttnMaskType.padding}
 
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedRows, int | None, bool], torch.Tensor]
 
 
@@ -68,22 +69,14 @@ class _RotaryAttention(MegatronModule):
         outs, begin = [], 0
         for part, causal in packed.split_causal(self.causal):
             end = begin + part.rows * part.seq_len
-            attended = self.attend(query[begin:end], key[begin:end], value[begin:end], part, causal, arguments)
+            attended = self.attend((query[begin:end], key[begin:end], value[begin:end]), part, causal, arguments)
             outs.append(attended.view_as(query[begin:end]))
             begin = end
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return (out if group is None else to_tokens(out, packed.rows, group)).flatten(1)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        part: PackedRows,
-        causal: bool,
-        arguments: dict[str, Any],
-    ) -> torch.Tensor:
-        """Attend within rows all causal or all not; q, k, v [tokens, heads, dim]. `arguments`: core's others."""
+    def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
+        """Attend within rows all causal or all not; each of `qkv` [tokens, heads, dim]. `arguments`: core's others."""
         raise NotImplementedError
 
 
@@ -101,16 +94,9 @@ class KernelAttention(_RotaryAttention):
         super().__init__(config, layer_number, pg_collection)
         self.kernel = kernel or attend
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        part: PackedRows,
-        causal: bool,
-        arguments: dict[str, Any],
-    ) -> torch.Tensor:
-        out: torch.Tensor = self.kernel(q, k, v, part, self.windows[causal], causal)
+    def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
+        """Attend by the kernel, with the layer's window for such rows."""
+        out: torch.Tensor = self.kernel(*qkv, part, self.windows[causal], causal)
         return out
 
 
@@ -133,17 +119,10 @@ class TransformerEngineAttention(_RotaryAttention):
             mask = {"attn_mask_type": MASKS[causal]}
             self.kernels[str(causal)] = kernel(config=layer_config, layer_number=layer_number, **arguments | mask)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        part: PackedRows,
-        causal: bool,
-        arguments: dict[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, qkv: Qkv, part: PackedRows, causal: bool, arguments: dict[str, Any]) -> torch.Tensor:
+        """Attend by TE's kernel for such rows."""
         named = {**arguments, "attn_mask_type": MASKS[causal], "packed_seq_params": part}
-        out: torch.Tensor = self.kernels[str(causal)](q, k, v, None, **named)
+        out: torch.Tensor = self.kernels[str(causal)](*qkv, None, **named)
         return out
 
 
@@ -191,7 +170,7 @@ def attend_dense(
 
     mask = packed.cached(("dense", window, causal), make)
     q, k, v = (t.unflatten(0, (-1, packed.seq_len)).transpose(1, 2) for t in (q, k, v))
-    out: torch.Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out: torch.Tensor = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -200,7 +179,7 @@ def attend_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Pac
     outs = []
     for chunk in zip(*(t.split(packed.chunk_lengths) for t in (q, k, v)), strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in chunk)
-        outs.append(F.scaled_dot_product_attention(query, key, value, is_causal=causal)[0].transpose(0, 1))
+        outs.append(functional.scaled_dot_product_attention(query, key, value, is_causal=causal)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -216,7 +195,9 @@ def attend_bands(
     # [tokens, h, d] -> [rows, left+blocks+right, BAND, h, d]
     def blocked(t: torch.Tensor, left: int, right: int) -> torch.Tensor:
         t = t.unflatten(0, (rows, packed.seq_len))
-        padded: torch.Tensor = F.pad(t, (0, 0, 0, 0, left * BAND, padding + right * BAND)).unflatten(1, (-1, BAND))
+        padded: torch.Tensor = functional.pad(t, (0, 0, 0, 0, left * BAND, padding + right * BAND)).unflatten(
+            1, (-1, BAND)
+        )
         return padded
 
     # [tokens, h, d] -> [rows * blocks, h, reach * BAND, d]
@@ -227,7 +208,7 @@ def attend_bands(
 
     mask = packed.cached(("bands", window, causal), lambda: band_mask(packed, window, causal, before, after))
     queries = blocked(q, 0, 0).flatten(0, 1).transpose(1, 2)
-    out = F.scaled_dot_product_attention(queries, reached(k), reached(v), attn_mask=mask)
+    out = functional.scaled_dot_product_attention(queries, reached(k), reached(v), attn_mask=mask)
     attended: torch.Tensor = out.transpose(1, 2).unflatten(0, (rows, blocks)).flatten(1, 2)[:, : packed.seq_len]
     return attended.flatten(0, 1)
 

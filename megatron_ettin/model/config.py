@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
+from torch.nn import functional
 
 from megatron_ettin.config.operations import ParallelConfig
 from megatron_ettin.config.schema import Config
@@ -108,7 +108,7 @@ def transformer_config(
         normalization="LayerNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
-        activation_func=F.gelu,
+        activation_func=functional.gelu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

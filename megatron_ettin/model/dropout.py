@@ -139,6 +139,7 @@ class CounterDropoutAdd(torch.nn.Module):
     """Index of the first token of this rank's slice, given its length; not 0 under sequence parallelism."""
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """Return the function that core calls with (x, bias) and the residual, both [tokens, 1, hidden]."""
         probability = self.config.attention_output_dropout
 
         def add(x_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, _: float) -> torch.Tensor:
@@ -158,4 +159,5 @@ class PlainAdd(torch.nn.Module):
     """Residual sum in core's `mlp_bda` role."""
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """Return the function that core calls with (x, bias) and the residual."""
         return lambda x_with_bias, residual, _: residual + x_with_bias[0]

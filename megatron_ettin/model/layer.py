@@ -11,7 +11,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch.nn import functional
 
 from megatron_ettin.model.attention import KernelAttention, TransformerEngineAttention, attend
 from megatron_ettin.model.config import EttinTransformerConfig
@@ -106,7 +106,7 @@ def block_spec(config: EttinTransformerConfig, vp_stage: int | None, pp_rank: in
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
     """Multiply the exact GELU (not its tanh form) of the first half of the channels by the second half."""
     first, second = x.chunk(2, dim=-1)
-    return F.gelu(first) * second
+    return functional.gelu(first) * second
 
 
 class GatedMlp(MLP):
@@ -142,4 +142,5 @@ class BiasFreeLayerNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
+        """Return x [..., hidden], normed over the last dimension."""
+        return functional.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)

@@ -8,6 +8,7 @@ The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxim
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +33,38 @@ class LossOutput(NamedTuple):
     """Whether each label was the most likely token, bool [n]; False in passes that make gradients."""
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """How a rank's part of the vocabulary and of the gradients is computed."""
+
+    first: int = 0
+    """Index of this rank's first row in the vocabulary."""
+    valid: int | None = None
+    """Number of this rank's rows that are not padding; None: all."""
+    group: Any = None
+    """The tensor-parallel group; None where the vocabulary is not sharded."""
+    padded: bool = False
+    """Whether some labels are negative, whose losses and gradients are zero."""
+    factor: float = 1.0
+    """The number that the caller will multiply the sum by.
+
+    Gradients in 16 bits are multiplied by it before they are rounded, so that 1 is left for backward: a factor rounded
+    to bf16, up to 0.4 % off, would scale all gradients of a micro-batch alike.
+    """
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-        first: int, valid: int, group: Any, wants_gradients: bool, padded: bool, factor: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        labels: torch.Tensor,
+        options: tuple[LossOptions, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        vocab, wants_gradients = options
+        group, factor = vocab.group, vocab.factor
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
         grads = (
@@ -50,71 +77,68 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = rows if hidden.device.type == "cpu" else DEVICE_CHUNK_ROWS
             for start in range(0, len(labels), rows):
                 part = slice(start, start + rows)
-                losses[part] = _compiled_chunk(
-                    hidden[part], weight, bias, labels[part], first, valid, group, grads, part, factor
-                )
-            return _finish(ctx, losses, correct, grads, weight, bias, group, factor)
-        # all chunks use the same memory: on a CPU the page faults of new tensors cost as much as the products
-        logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
-        log_softmax = torch.empty_like(logits, dtype=torch.float32)
-        for start in range(0, len(labels), rows):
-            part = slice(start, min(start + rows, len(labels)))
-            n = part.stop - start
-            torch.mm(hidden[part], weight.t(), out=logits[:n]).add_(bias)
-            log_probs = _log_softmax(logits[:n], valid, group, out=log_softmax[:n])
-            column = (labels[part] - first).clamp(0, weight.shape[0] - 1)[:, None]
-            is_local = (labels[part] >= first) & (labels[part] < first + weight.shape[0])
-            target = torch.where(is_local, log_probs.gather(1, column).squeeze(1), 0.0)
-            losses[part] = -_all_reduce(target, dist.ReduceOp.SUM, group)
-            if wants_gradients:
-                softmax = log_probs.exp_()
-                if padded:
-                    softmax.mul_((labels[part] >= 0)[:, None])
-                _accumulate(softmax, is_local, column, hidden[part], weight, grads, part, factor)
-            else:
-                # one more pass over the logits, in evaluation only
-                correct[part] = -losses[part] >= _all_reduce(log_probs.amax(dim=1), dist.ReduceOp.MAX, group)
-        return _finish(ctx, losses, correct, grads if wants_gradients else None, weight, bias, group, factor)
+                chunk_grads = (grads[0][part], grads[1], grads[2])
+                losses[part] = _compiled_chunk(hidden[part], weight, bias, labels[part], chunk_grads, vocab)
+        else:
+            # all chunks use the same memory: on a CPU the page faults of new tensors cost as much as the products
+            logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
+            log_softmax = torch.empty_like(logits, dtype=torch.float32)
+            for start in range(0, len(labels), rows):
+                part = slice(start, min(start + rows, len(labels)))
+                n = part.stop - start
+                torch.mm(hidden[part], weight.t(), out=logits[:n]).add_(bias)
+                log_probs = _log_softmax(logits[:n], vocab.valid, group, out=log_softmax[:n])
+                column = (labels[part] - vocab.first).clamp(0, weight.shape[0] - 1)[:, None]
+                is_local = (labels[part] >= vocab.first) & (labels[part] < vocab.first + weight.shape[0])
+                target = torch.where(is_local, log_probs.gather(1, column).squeeze(1), 0.0)
+                losses[part] = -_all_reduce(target, dist.ReduceOp.SUM, group)
+                if wants_gradients:
+                    softmax = log_probs.exp_()
+                    if vocab.padded:
+                        softmax.mul_((labels[part] >= 0)[:, None])
+                    logit_grad = softmax.scatter_add_(1, column, -is_local.to(softmax.dtype)[:, None])
+                    _accumulate(logit_grad, hidden[part], weight, (grads[0][part], grads[1], grads[2]), factor)
+                else:
+                    # one more pass over the logits, in evaluation only
+                    correct[part] = -losses[part] >= _all_reduce(log_probs.amax(dim=1), dist.ReduceOp.MAX, group)
+        ctx.factor = factor
+        if wants_gradients:
+            _all_reduce(grads[0], dist.ReduceOp.SUM, group)
+            if factor != 1:
+                grads[2].mul_(factor)
+            ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
+        ctx.mark_non_differentiable(losses, correct)
+        return losses.sum(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
         remaining = upstream[0] / ctx.factor
-        return (*(grad.mul_(remaining.to(grad.dtype)) for grad in ctx.saved_tensors), *[None] * 7)
-
-
-def _finish(
-    ctx: Any, losses: torch.Tensor, correct: torch.Tensor, grads: tuple[torch.Tensor, ...] | None,
-    weight: torch.Tensor, bias: torch.Tensor, group: Any, factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Save the gradients for backward and return the fields of `LossOutput`."""
-    ctx.factor = factor
-    if grads is not None:
-        _all_reduce(grads[0], dist.ReduceOp.SUM, group)
-        if factor != 1:
-            grads[2].mul_(factor)
-        ctx.save_for_backward(grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype))
-    ctx.mark_non_differentiable(losses, correct)
-    return losses.sum(), losses, correct
+        return (*(grad.mul_(remaining.to(grad.dtype)) for grad in ctx.saved_tensors), None, None)
 
 
 def _compiled_chunk(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int,
-    group: Any, grads: tuple[torch.Tensor, ...], part: slice, factor: float,
-) -> torch.Tensor:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    grads: tuple[torch.Tensor, ...],
+    vocab: LossOptions,
+) -> torch.Tensor:
     """Return the losses of some rows and add their gradients to `grads`; logits are never widened in memory."""
+    group, factor = vocab.group, vocab.factor
     logits = torch.mm(hidden, weight.t())
-    normaliser, target = shard_statistics(logits, bias, labels, first, valid)
+    normaliser, target = shard_statistics(logits, bias, labels, vocab.first, vocab.valid)
     if group is not None:
         normaliser = _logsumexp_over(normaliser, group)
         _all_reduce(target, dist.ReduceOp.SUM, group)
-    logit_grad, bias_grad = logit_gradient(logits, bias, labels, normaliser, first, valid)
+    logit_grad, bias_grad = logit_gradient(logits, bias, labels, normaliser, vocab.first, vocab.valid)
     grads[2].add_(bias_grad)
-    _product(logit_grad, weight, factor, out=grads[0][part])
+    _product(logit_grad, weight, factor, out=grads[0])
     grads[1].add_(_product(logit_grad.t(), hidden, factor))
     return torch.where(labels >= 0, normaliser - target, 0.0)
 
 
-def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torch.Tensor:
+def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int | None) -> torch.Tensor:
     """Return fp32 logits with bias; columns that pad the vocabulary are -inf."""
     values = logits.float() + bias.float()
     if valid == logits.shape[1]:
@@ -124,7 +148,7 @@ def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torc
 
 @maybe_compile
 def shard_statistics(
-    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int
+    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's log-sum-exp over this shard and its label's logit (0 if in another shard), both fp32 [n]."""
     values, column = _masked_logits(logits, bias, valid), labels - first
@@ -135,7 +159,12 @@ def shard_statistics(
 
 @maybe_compile
 def logit_gradient(
-    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor, first: int, valid: int
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    normaliser: torch.Tensor,
+    first: int,
+    valid: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax - one_hot in the logits' type, and its sum over the rows in fp32."""
     softmax = (_masked_logits(logits, bias, valid) - normaliser[:, None]).exp()
@@ -157,7 +186,7 @@ def _logsumexp_over(shards: torch.Tensor, group: Any) -> torch.Tensor:
     return top + _all_reduce((shards - top).exp(), dist.ReduceOp.SUM, group).log()
 
 
-def _log_softmax(logits: torch.Tensor, valid: int, group: Any, out: torch.Tensor) -> torch.Tensor:
+def _log_softmax(logits: torch.Tensor, valid: int | None, group: Any, out: torch.Tensor) -> torch.Tensor:
     """Write to `out` the fp32 log-probabilities over the whole vocabulary of this shard's columns [n, V/tp]."""
     # columns that pad the vocabulary
     logits[:, valid:] = float("-inf")
@@ -173,14 +202,12 @@ def _log_softmax(logits: torch.Tensor, valid: int, group: Any, out: torch.Tensor
 
 
 def _accumulate(
-    softmax: torch.Tensor, is_local: torch.Tensor, column: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], part: slice, factor: float,
-) -> None:  # fmt: skip
+    logit_grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, grads: tuple[torch.Tensor, ...], factor: float
+) -> None:
     """Add the gradients of hidden states, weight and bias that follow from the logits' gradient, softmax - one_hot."""
-    softmax.scatter_add_(1, column, -is_local.to(softmax.dtype)[:, None])
-    grads[2].addmv_(softmax.t(), softmax.new_ones(len(softmax)))
-    logit_grad = softmax.to(weight.dtype)
-    _product(logit_grad, weight, factor, out=grads[0][part])
+    grads[2].addmv_(logit_grad.t(), logit_grad.new_ones(len(logit_grad)))
+    logit_grad = logit_grad.to(weight.dtype)
+    _product(logit_grad, weight, factor, out=grads[0])
     if weight.dtype == torch.float32:
         grads[1].addmm_(logit_grad.t(), hidden)
     else:
@@ -198,9 +225,12 @@ def _product(a: torch.Tensor, b: torch.Tensor, factor: float, out: torch.Tensor 
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-    first: int = 0, valid: int | None = None, group: Any = None, padded: bool = False, factor: float = 1.0,
-) -> LossOutput:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    options: LossOptions | None = None,
+) -> LossOutput:
     """Return the cross entropy of `hidden @ weight.T + bias` at `labels`. Backward may be called once only.
 
     Args:
@@ -208,17 +238,12 @@ def linear_cross_entropy(
         weight: this rank's rows [V/tp, H] of the vocabulary.
         bias: this rank's part [V/tp].
         labels: ids [n] of the whole vocabulary.
-        first: index of this rank's first row in the vocabulary.
-        valid: number of this rank's rows that are not padding; all by default.
-        group: the tensor-parallel group, or None.
-        padded: whether some labels are negative, whose losses and gradients are zero.
-        factor: the number that the caller will multiply the sum by. Gradients in 16 bits are multiplied by it before
-            they are rounded, so that 1 is left for backward: a factor rounded to bf16, up to 0.4 % off, would scale
-            all gradients of a micro-batch alike.
+        options: shard of the vocabulary, padding and scale; by default the whole vocabulary and a factor of 1.
     """
-    valid = weight.shape[0] if valid is None else valid
-    factor = 1.0 if weight.dtype == torch.float32 else factor
-    wants_gradients = torch.is_grad_enabled()
-    return LossOutput(
-        *_LinearCrossEntropy.apply(hidden, weight, bias, labels, first, valid, group, wants_gradients, padded, factor)
+    vocab = options or LossOptions()
+    vocab = replace(
+        vocab,
+        valid=weight.shape[0] if vocab.valid is None else vocab.valid,
+        factor=1.0 if weight.dtype == torch.float32 else vocab.factor,
     )
+    return LossOutput(*_LinearCrossEntropy.apply(hidden, weight, bias, labels, (vocab, torch.is_grad_enabled())))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,11 +16,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabPara
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.nn import functional
 
 from megatron_ettin.config.tables import IGNORE
 from megatron_ettin.model.config import EttinTransformerConfig
 from megatron_ettin.model.layer import BiasFreeLayerNorm, block_spec
-from megatron_ettin.model.loss import LossOutput, linear_cross_entropy
+from megatron_ettin.model.loss import LossOptions, LossOutput, linear_cross_entropy
 from megatron_ettin.model.packed import PackedRows
 
 
@@ -62,7 +62,8 @@ class PredictionHead(MegatronModule):
         self.norm = BiasFreeLayerNorm(config, config.hidden_size, config.layernorm_epsilon, sequence_parallel=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.norm(F.gelu(self.dense(x)))
+        """Return [n, hidden] for x [n, hidden]."""
+        normed: torch.Tensor = self.norm(functional.gelu(self.dense(x)))
         return normed
 
 
@@ -179,9 +180,11 @@ class EttinModel(LanguageModule):
             weight,
             self.output_layer.bias,
             labels,
-            first=first,
-            valid=max(0, min(weight.shape[0], self.config.vocab_size - first)),
-            group=group if group.size() > 1 else None,
-            padded=packed.layer_keys is not None,
-            factor=loss_factor,
+            LossOptions(
+                first=first,
+                valid=max(0, min(weight.shape[0], self.config.vocab_size - first)),
+                group=group if group.size() > 1 else None,
+                padded=packed.layer_keys is not None,
+                factor=loss_factor,
+            ),
         )

@@ -49,7 +49,7 @@ def test_linear_cross_entropy_in_bf16_scales_gradients_by_the_factor_itself(labe
     factor, norms = 1 / labels, {}
     for scale in (1.0, factor):
         x, w, b, y = (t.bfloat16() if t.is_floating_point() else t for t in tensors(2000))
-        total, _, _ = loss.linear_cross_entropy(x, w, b, y, factor=scale)
+        total, _, _ = loss.linear_cross_entropy(x, w, b, y, loss.LossOptions(factor=scale))
         norms[scale] = [gradient.double().norm() for gradient in torch.autograd.grad(total * scale, [x, w, b])]
     for whole, part, close in zip(norms[1.0], norms[factor], (1e-4, 5e-4, 2e-3), strict=True):
         assert float(part / whole) == pytest.approx(factor, rel=close)
@@ -66,7 +66,7 @@ def test_linear_cross_entropy_without_labels_is_zero(way: None) -> None:
 def test_linear_cross_entropy_padding_columns_have_no_probability(way: None) -> None:
     x, w, b, _ = tensors(20)
     y = torch.randint(0, 290, (20,))
-    _, losses, _ = loss.linear_cross_entropy(x, w, b, y, first=0, valid=290)
+    _, losses, _ = loss.linear_cross_entropy(x, w, b, y, loss.LossOptions(first=0, valid=290))
     assert torch.allclose(losses, F.cross_entropy((x @ w.t() + b)[:, :290], y, reduction="none"), atol=1e-5)
 
 

@@ -96,7 +96,7 @@ def errors(attention: Any, causal: bool, config: Any, device: str) -> dict[str, 
     rows = [[300, 64, 1, 83], [448]]
     packed = pack_rows(rows, 448, device, causal_tokens=2 * 448 if causal else 0)
     tensors = inputs(config, 896, device)
-    out = attention.attend(*tensors, packed, causal, {}).reshape(896, -1)
+    out = attention.attend(tensors, packed, causal, {}).reshape(896, -1)
     upstream = torch.randn_like(out)
     actual = [out, *torch.autograd.grad(out, tensors, upstream)]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -130,7 +130,7 @@ def time(attention: Any, causal: bool, config: Any, session: Session, length: in
     upstream = torch.randn(rows * length, config.model.hidden_size, device=session.torch_device, dtype=torch.bfloat16)
 
     def step() -> None:
-        out = attention.attend(*tensors, packed, causal, {}).reshape(rows * length, -1)
+        out = attention.attend(tensors, packed, causal, {}).reshape(rows * length, -1)
         torch.autograd.grad(out, tensors, upstream)
 
     return median_seconds(step, session.device, session.rounds)
