@@ -111,9 +111,9 @@ def forward_and_backward(model: Any, like: PackedRows, tensors: Tensors) -> Tens
     """Run one micro-batch, add its gradients to core's buffers, and return the sum of its losses, float64.
 
     Args:
-        model: The model chunk.
-        like: Boundaries of another micro-batch, for the values that all of them share.
-        tensors: The micro-batch as `GraphedStep.inputs` returns it.
+        model: the model chunk.
+        like: boundaries of another micro-batch, for the values that all of them share.
+        tensors: the micro-batch as `GraphedStep.inputs` returns it.
     """
     input_ids, labels, label_positions, boundaries, segments, positions, slots, keys = tensors
     packed = PackedRows(

@@ -38,8 +38,15 @@ def train_step(
 ) -> StepResult:
     """Train on the step after `train_state.progress`, which stays as it is. Collective.
 
-    `detector` judges loss and gradient norm, and an update that it objects to is left out; without one every update is
-    made. `signal` is sent to all ranks.
+    Args:
+        train_state: the model and its optimizer.
+        batches: micro-batches of the run.
+        lr: learning rate of the step.
+        detector: judges loss and gradient norm; an update that it objects to is left out. None: every update is made.
+        signal: rank 0's signal to all ranks.
+
+    Raises:
+        RankError: the data cannot be read.
     """
     began, timer, optimizer = time.perf_counter(), train_state.clock, train_state.optimizer
     assert optimizer is not None
@@ -91,9 +98,16 @@ def train_step(
 
 
 def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], count: int, training: bool) -> StepTotals:
-    """Run forward (and, in training, backward) of `count` micro-batches of one shape. Collective.
+    """Run forward (and, in training, backward) of micro-batches of one shape. Collective.
 
-    The totals are those that this rank counts: the losses on the last pipeline stage's first tensor rank.
+    Args:
+        train_state: the model and its optimizer.
+        batches: the micro-batches, made as core asks for them.
+        count: their number, at least one.
+        training: whether gradients are computed.
+
+    Returns:
+        The totals that this rank counts: the losses on the last pipeline stage's first tensor rank.
     """
     models = train_state.ddp_model_chunks if training else train_state.model_chunks
     totals, layout = StepTotals(), train_state.layout
@@ -111,7 +125,7 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
 
     rest = counted()
     first = next(rest)
-    given = itertools.chain((first,), rest)
+    in_order = itertools.chain((first,), rest)
     factor_of = functools.partial(normalising_factor, train_state.config, count)
     forward = functools.partial(forward_step, totals, counts_losses, factor_of)
     if training and train_state.graphed is not None:
@@ -121,7 +135,7 @@ def run_micro_batches(train_state: TrainState, batches: Iterable[MicroBatch], co
         run(
             forward_step_func=forward,
             # each model chunk of a rank reads the step's micro-batches
-            data_iterator=list(itertools.tee(given, len(models))) if len(models) > 1 else given,
+            data_iterator=list(itertools.tee(in_order, len(models))) if len(models) > 1 else in_order,
             model=list(models) if len(models) > 1 else models[0],
             num_microbatches=count,
             # rows are flattened: core sees one sequence of all their tokens
@@ -136,6 +150,11 @@ def normalising_factor(config: Config, micro_batches: int, labels: int) -> float
     """Return the factor by which core, or DeepSpeed's engine, multiplies a micro-batch's sum of losses before backward.
 
     Under `global` it is 1: the sum over all ranks is divided by its labels once, in the gradients' buffers.
+
+    Args:
+        config: configuration of the run.
+        micro_batches: number of micro-batches of this rank in the step.
+        labels: number of labels of the micro-batch.
     """
     if config.batch.loss_normalization == "global":
         return 1.0
@@ -155,11 +174,11 @@ def forward_step(
     With the first three arguments bound it is core's forward_step_func.
 
     Args:
-        totals: Totals of the step.
-        counts_losses: Whether this rank is the one to count them.
-        factor_of: Number of labels -> factor that their losses are multiplied by later.
-        batches: Micro-batches, of which the next one is run.
-        model: The model chunk.
+        totals: totals of the step.
+        counts_losses: whether this rank is the one to count them.
+        factor_of: number of labels -> factor that their losses are multiplied by later.
+        batches: micro-batches, of which the next one is run.
+        model: the model chunk.
     """
     batch = next(batches)
     labels = len(batch.labels)
@@ -184,8 +203,8 @@ def add_losses(totals: StepTotals, losses: torch.Tensor | None) -> None:
     """Add the figures of one micro-batch. A new metric of the loss is a line here.
 
     Args:
-        totals: Totals of the step.
-        losses: [labels]; None on a rank that does not count them, which makes the slots alone.
+        totals: totals of the step.
+        losses: losses [n] of its labels; None on a rank that does not count them, which makes the slots alone.
     """
     totals.add("loss", None if losses is None else losses.double().sum())
     totals.add("labels", None if losses is None else len(losses))

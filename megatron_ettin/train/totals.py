@@ -34,8 +34,8 @@ class StepTotals:
         """Add a value to the figure `name`.
 
         Args:
-            name: Name of the figure.
-            value: A number or a scalar tensor; None makes the slot alone, on a rank that has nothing to count.
+            name: name of the figure.
+            value: a number or a scalar tensor; None makes the slot alone, on a rank that has nothing to count.
             reduce: "sum" or "mean" of all values of all ranks, or "rank_zero": rank 0's value, but NaN or infinite
                 where any rank's is, so that all ranks decide alike.
         """
@@ -62,8 +62,8 @@ class StepTotals:
         """Return each figure over all ranks, equal on every rank. Collective: one all-reduce.
 
         Args:
-            rank: This process's global rank.
-            device: Where the process group's backend reduces tensors.
+            rank: this process's global rank.
+            device: where the process group's backend reduces tensors.
         """
         own = self.read()
         for name, reduce in self._reductions.items():
