@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import time
 import types
@@ -20,9 +21,11 @@ def _stop_in(phase: str) -> Iterator[None]:
 
     step = trainer.train_step
 
-    def stopping(train_state, batches, lr, detector, signal):
-        now = (train_state.config.run.phase, train_state.progress.step) == (phase, 1)
-        return step(train_state, batches, lr, detector, ControlSignal.STOP if now else signal)
+    def stopping(train_state, *arguments, **named):
+        call = inspect.signature(step).bind(train_state, *arguments, **named)
+        if (train_state.config.run.phase, train_state.progress.step) == (phase, 1):
+            call.arguments["signal"] = ControlSignal.STOP
+        return step(*call.args, **call.kwargs)
 
     with mock.patch.object(trainer, "train_step", stopping):
         yield
