@@ -59,7 +59,7 @@ def emulated(te_folder: Path, capability: tuple[int, int]) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def whole(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+def trained(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """Return a function that trains one rank in a precision, with more overrides, once."""
     made: dict[tuple[str, str], Trained] = {}
 

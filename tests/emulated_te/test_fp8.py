@@ -24,8 +24,8 @@ FOUR_LAYERS = "model.num_layers=4"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_recipe_losses_follow_bf16(whole, recipe: str) -> None:
-    assert 0 < apart(whole(recipe), whole("bf16")) < ROUNDING
+def test_fp8_recipe_losses_follow_bf16(trained, recipe: str) -> None:
+    assert 0 < apart(trained(recipe), trained("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_fp8_recipe_losses_follow_bf16(whole, recipe: str) -> None:
     ],
 )
 def test_fp8_on_layout_follows_one_process(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str, shape: str, layout: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, recipe: str, shape: str, layout: str
 ) -> None:
     actual = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name={recipe} {shape} {layout}")
     # blockwise on two ranks may differ by nothing at all
-    assert apart(actual, whole(recipe, shape)) < ROUNDING
+    assert apart(actual, trained(recipe, shape)) < ROUNDING
 
 
 @pytest.mark.full
@@ -57,36 +57,36 @@ def test_fp8_blockwise_sequence_parallel_gather_follows_bf16(te_pool: Pool, corp
 
 @pytest.mark.full
 def test_mxfp8_on_blackwell_with_ranks_and_resume_follows_bf16(
-    blackwell_pool: Pool, corpus: Path, tmp_path: Path, whole
+    blackwell_pool: Pool, corpus: Path, tmp_path: Path, trained
 ) -> None:
     """MXFP8 on two ranks with a resume and on one rank; fp8-current, which keeps one copy per tensor on Blackwell."""
     overrides = f"precision.name=mxfp8 {SHARDED}"
     for steps in (2, 4):
         actual = train(blackwell_pool, 2, tmp_path / "mxfp8", corpus, "mlm", f"{overrides} run.steps={steps}")
-    assert 0 < apart(actual, whole("bf16")) < ROUNDING
+    assert 0 < apart(actual, trained("bf16")) < ROUNDING
     alone = train(blackwell_pool, 1, tmp_path / "alone", corpus, "mlm", "precision.name=mxfp8")
     assert 0 < apart(actual, alone) < ROUNDING
     other = train(blackwell_pool, 1, tmp_path / "other", corpus, "mlm", "precision.name=fp8-current run.steps=2")
-    assert other.column("loss") == whole("fp8-current").column("loss")[:2]
+    assert other.column("loss") == trained("fp8-current").column("loss")[:2]
 
 
 @pytest.mark.full
 def test_fp8_with_bf16_first_and_last_layers_differs_within_rounding(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained
 ) -> None:
     kept = "precision.bf16_first_layers=1 precision.bf16_last_layers=1 parallel.pp=2"
     actual = train(te_pool, 2, tmp_path, corpus, "mlm", f"precision.name=fp8-current {FOUR_LAYERS} {kept}")
-    of_all, of_none = (whole(precision, FOUR_LAYERS) for precision in ("fp8-current", "bf16"))
+    of_all, of_none = (trained(precision, FOUR_LAYERS) for precision in ("fp8-current", "bf16"))
     assert actual.column("loss")[0] not in (of_all.column("loss")[0], of_none.column("loss")[0])
     assert apart(actual, of_all) < ROUNDING
 
 
 @pytest.mark.parametrize("recipe", FIRST_DELAYED)
 def test_fp8_full_recompute_has_identical_losses(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, recipe: str
 ) -> None:
     actual = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} parallel.recompute=full")
-    assert actual.column("loss") == whole(recipe).column("loss")
+    assert actual.column("loss") == trained(recipe).column("loss")
 
 
 def evaluated(corpus: Path, every_steps: int) -> str:
@@ -104,48 +104,48 @@ def half(te_pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_fp8_delayed_evaluations_and_resume_change_no_bit(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, half: Path
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, half: Path
 ) -> None:
     """Delayed scales, which come from the amax of quantized values, are kept by a checkpoint and not changed by an
     evaluation, within a run and before a resume."""
     shutil.copytree(half, tmp_path / "run")
     overrides = f"precision.name=fp8-delayed {evaluated(corpus, 1)}"
     actual = train(te_pool, 1, tmp_path / "run", corpus, "mlm", overrides)
-    assert actual.column("loss") == whole("fp8-delayed").column("loss")
-    assert same_weights(actual, whole("fp8-delayed"))
+    assert actual.column("loss") == trained("fp8-delayed").column("loss")
+    assert same_weights(actual, trained("fp8-delayed"))
 
 
 @pytest.mark.full
 def test_fp8_delayed_resume_on_two_ranks_follows_one(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, half: Path
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, half: Path
 ) -> None:
     shutil.copytree(half, tmp_path / "run")
     overrides = f"precision.name=fp8-delayed {evaluated(corpus, 1)} {SHARDED}"
     actual = train(te_pool, 2, tmp_path / "run", corpus, "mlm", overrides)
-    assert 0 < apart(actual, whole("fp8-delayed")) < ROUNDING
+    assert 0 < apart(actual, trained("fp8-delayed")) < ROUNDING
 
 
 @pytest.mark.full
 def test_resume_across_precisions_and_layers_follows_bf16(
-    pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, whole
+    pool: Pool, te_pool: Pool, corpus: Path, tmp_path: Path, trained
 ) -> None:
     """Train with local layers, then FP8, then another recipe with FP8 weights, then local layers in fp32."""
     train(pool, 1, tmp_path, corpus, "mlm", "run.steps=1")
     train(te_pool, 1, tmp_path, corpus, "mlm", "precision.name=fp8-delayed run.steps=2")
     train(te_pool, 2, tmp_path, corpus, "mlm", "precision.name=fp8-current precision.fp8_weights=true run.steps=3")
     actual = train(pool, 1, tmp_path, corpus, "mlm", "precision.name=fp32")
-    assert 0 < apart(actual, whole("bf16")) < ROUNDING
+    assert 0 < apart(actual, trained("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_weights_change_no_bit_of_losses_or_checkpoint(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, recipe: str
 ) -> None:
     """FP8 weights equal the casts that a product would make, so losses are the same, bit for bit, and so is the
     checkpoint, whose weights are not rounded to FP8."""
     actual = train(te_pool, 1, tmp_path, corpus, "mlm", f"precision.name={recipe} precision.fp8_weights=true")
-    assert actual.column("loss") == whole(recipe).column("loss")
-    assert same_weights(actual, whole(recipe))
+    assert actual.column("loss") == trained(recipe).column("loss")
+    assert same_weights(actual, trained(recipe))
 
 
 @pytest.mark.parametrize("recipe", FIRST_DELAYED)
@@ -167,10 +167,10 @@ def test_fp8_weights_dp2_overlap_and_resume_match_16_bit_weights(
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", ["fp8-delayed", "fp8-current"])
 def test_fp8_weights_init_from_matches_16_bit_weights(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, recipe: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, recipe: str
 ) -> None:
     """With --init-from, master weights are the checkpoint's weights, not rounded to FP8."""
-    start = ["--init-from", str(whole("bf16").directory)]
+    start = ["--init-from", str(trained("bf16").directory)]
     runs: list[Trained] = [
         train(te_pool, 2, tmp_path / kept, corpus, "clm", f"precision.name={recipe} {overrides}", options=start)
         for kept, overrides in (

@@ -53,23 +53,23 @@ def test_te_layers_are_reported_and_mxfp8_on_hopper_is_refused(te_pool: Pool, co
     ],
 )
 def test_te_layers_on_layout_follow_one_process(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, overrides: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, overrides: str
 ) -> None:
-    expected = whole("bf16", "model.num_layers=4") if "num_layers" in overrides else whole("bf16")
+    expected = trained("bf16", "model.num_layers=4") if "num_layers" in overrides else trained("bf16")
     assert apart(train(te_pool, 2, tmp_path, corpus, "mlm", overrides), expected) < ROUNDING
 
 
 @pytest.mark.full
 def test_te_attention_after_sdpa_in_one_process_is_identical(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained
 ) -> None:
     """Switch in one process, as in a sweep: torch's attention between TE's linears, then TE's own again."""
     for kernel in ("sdpa", "te-fused"):
         actual = train(
             te_pool, 1, tmp_path / kernel, corpus, "mlm", f"runtime.attention={kernel} runtime.deterministic=true"
         )
-        assert (actual.column("loss") == whole("bf16").column("loss")) == (kernel == "te-fused")
-        assert apart(actual, whole("bf16")) < ROUNDING
+        assert (actual.column("loss") == trained("bf16").column("loss")) == (kernel == "te-fused")
+        assert apart(actual, trained("bf16")) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_te_attention_after_sdpa_in_one_process_is_identical(
     ],
 )
 def test_te_layers_recompute_or_offload_changes_no_bit(
-    te_pool: Pool, corpus: Path, tmp_path: Path, whole, overrides: str
+    te_pool: Pool, corpus: Path, tmp_path: Path, trained, overrides: str
 ) -> None:
     actual = train(te_pool, 1, tmp_path, corpus, "mlm", overrides)
-    assert actual.column("loss") == whole("bf16").column("loss")
-    assert same_weights(actual, whole("bf16"))
+    assert actual.column("loss") == trained("bf16").column("loss")
+    assert same_weights(actual, trained("bf16"))
 
 
 @pytest.mark.full
-def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, whole) -> None:
+def test_te_layers_captured_graph_follows_uncaptured(te_pool: Pool, corpus: Path, tmp_path: Path, trained) -> None:
     """`runtime.cuda_graph` has fixed shapes: boundaries are padded with empty chunks, which TE's attention accepts."""
     overrides = "runtime.cuda_graph=true data.max_chunks_per_row=12"
     actual = train(te_pool, 1, tmp_path, corpus, "mlm", overrides, mutation="replayed_on_a_cpu")
-    assert apart(actual, whole("bf16")) < ROUNDING
+    assert apart(actual, trained("bf16")) < ROUNDING

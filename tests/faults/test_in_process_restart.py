@@ -45,8 +45,8 @@ def test_in_process_restart_after_error_on_one_rank_resumes_same_losses(
         ranks.close()
     assert "a link went down" in ranks.output()
     assert "resumed step_000000010" in ranks.output()
-    undisturbed = train(pool, 2, tmp_path / "whole", corpus, "mlm", OVERRIDES)
-    assert read(tmp_path / "run").column("loss") == undisturbed.column("loss")
+    uninterrupted = train(pool, 2, tmp_path / "whole", corpus, "mlm", OVERRIDES)
+    assert read(tmp_path / "run").column("loss") == uninterrupted.column("loss")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="wants the extra resilience")

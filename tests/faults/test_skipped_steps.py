@@ -15,7 +15,7 @@ from megatron_ettin.cli.main import main
 from megatron_ettin.train.progress import Progress
 from tests.pool import Pool
 from tests.train.runs import command, read, tiered, train
-from tests.train.test_resume import Halves
+from tests.train.test_resume import ResumedRuns
 
 pytestmark = pytest.mark.ranks
 # of a run at a rate so high that its gradient norms rise: steps of both its halves are left out
@@ -89,29 +89,29 @@ def test_updates_left_out_are_those_of_settings_that_skip(
 
 
 @pytest.fixture(scope="module")
-def nervous(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    return Halves(pool, corpus, tmp_path_factory.mktemp("nervous"), steps=STEPS)
+def nervous(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ResumedRuns:
+    return ResumedRuns(pool, corpus, tmp_path_factory.mktemp("nervous"), steps=STEPS)
 
 
 @pytest.mark.parametrize("second", ["dp2 sharded", pytest.param("tp2 pp2", marks=pytest.mark.full)])
-def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: Halves, second: str) -> None:
+def test_resume_with_skipped_steps_matches_uninterrupted_run(nervous: ResumedRuns, second: str) -> None:
     """On the same layout the run is bit-identical, on another it skips the same steps and its losses are close."""
-    whole, resumed = nervous.pair("dp2 sharded", second, [*SKIPPING, *DIVERGING])
-    assert 2 <= len(bad(whole)) < STEPS - 3
-    assert bad(resumed).keys() == bad(whole).keys()
-    assert min(bad(whole)) <= STEPS // 2 < max(bad(whole))
-    assert all(text.startswith("skipped: ") for text in bad(whole).values())
-    progress = progress_of(whole.directory)
-    assert progress["updates"] == STEPS - len(bad(whole))
-    assert progress["skipped"] == len(bad(whole))
+    uninterrupted, resumed = nervous.pair("dp2 sharded", second, [*SKIPPING, *DIVERGING])
+    assert 2 <= len(bad(uninterrupted)) < STEPS - 3
+    assert bad(resumed).keys() == bad(uninterrupted).keys()
+    assert min(bad(uninterrupted)) <= STEPS // 2 < max(bad(uninterrupted))
+    assert all(text.startswith("skipped: ") for text in bad(uninterrupted).values())
+    progress = progress_of(uninterrupted.directory)
+    assert progress["updates"] == STEPS - len(bad(uninterrupted))
+    assert progress["skipped"] == len(bad(uninterrupted))
     assert len(progress["recent"]) == 4
     if second == "dp2 sharded":
-        assert resumed.column("loss") == whole.column("loss")
+        assert resumed.column("loss") == uninterrupted.column("loss")
         assert progress_of(resumed.directory) == progress
-        ours, theirs = resumed.weights(), whole.weights()
+        ours, theirs = resumed.weights(), uninterrupted.weights()
         assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
     else:
-        assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
+        assert resumed.column("loss") == pytest.approx(uninterrupted.column("loss"), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_nonfinite_gradient_stops_or_is_ignored_as_configured(
 def test_resume_with_changed_spike_rule_is_refused_unless_run_is_older(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
-    """What decides which updates are made is fixed by the first launch, but for a run that began before it was."""
+    """The first launch fixes the keys that decide which updates are made; older runs did not record all of them."""
     train(pool, 1, tmp_path, corpus, "mlm", ["run.steps=2"])
     (refused,) = pool.run(1, command(tmp_path, corpus, "mlm", ["run.steps=3", "resilience.on_spike=skip"]))
     assert refused.status == 2

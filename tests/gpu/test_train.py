@@ -43,7 +43,7 @@ def run(directory: Path, corpus: Path, objective: str, device: str, overrides: l
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """Return a function that trains twenty steps of an objective on a device in a precision, once."""
     made: dict[tuple[str, str, str], Trained] = {}
 
@@ -58,9 +58,9 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_gpu_loss_curve_follows_cpu(whole, objective: str) -> None:
+def test_gpu_loss_curve_follows_cpu(trained, objective: str) -> None:
     """Train twenty steps in bf16; every loss is within 2 % of the CPU's local layers."""
-    here, there = (whole(objective, device) for device in ("gpu", "cpu"))
+    here, there = (trained(objective, device) for device in ("gpu", "cpu"))
     assert here.column("rows") == there.column("rows")
     assert here.column("loss") == pytest.approx(there.column("loss"), rel=0.02)
     assert here.column("loss")[0] - here.column("loss")[-1] >= 1
@@ -68,19 +68,19 @@ def test_gpu_loss_curve_follows_cpu(whole, objective: str) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu")])
 def test_checkpoint_resumed_on_other_device_follows_first(
-    corpus: Path, tmp_path: Path, whole, first: str, second: str
+    corpus: Path, tmp_path: Path, trained, first: str, second: str
 ) -> None:
     """Train ten steps on one device and ten on the other; the checkpoint has no bias of a norm and no pickled state."""
     run(tmp_path / "both", corpus, "mlm", first, ["run.steps=10"])
     both = run(tmp_path / "both", corpus, "mlm", second, ["run.steps=20"])
-    assert both.column("loss") == pytest.approx(whole("mlm", first).column("loss"), rel=0.02)
+    assert both.column("loss") == pytest.approx(trained("mlm", first).column("loss"), rel=0.02)
     assert not any("layer_norm_bias" in name or "_extra_state" in name for name in both.weights())
 
 
 @pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
-def test_gpu_fp8_loss_curve_follows_bf16(whole, precision: str) -> None:
-    expected = whole("mlm", "gpu").column("loss")
-    assert whole("mlm", "gpu", precision).column("loss") == pytest.approx(expected, rel=0.05)
+def test_gpu_fp8_loss_curve_follows_bf16(trained, precision: str) -> None:
+    expected = trained("mlm", "gpu").column("loss")
+    assert trained("mlm", "gpu", precision).column("loss") == pytest.approx(expected, rel=0.05)
 
 
 def test_gpu_deterministic_run_repeats_losses_exactly(corpus: Path, tmp_path: Path) -> None:

@@ -162,15 +162,15 @@ def test_zero_resume_on_either_engine_matches_uninterrupted_run(
     pool: Pool, corpus: Path, tmp_path: Path, unfinished, first: str, second: str
 ) -> None:
     """The resumed run is bit-identical on the same layout and within tolerance on another."""
-    whole = read(unfinished(first, WHOLE))
+    uninterrupted = read(unfinished(first, WHOLE))
     shutil.copytree(unfinished(first, HALF), tmp_path / "run")
     resumed = train_on(pool, corpus, second, tmp_path / "run", WHOLE)
-    assert resumed.column("rows") == whole.column("rows")
+    assert resumed.column("rows") == uninterrupted.column("rows")
     if first == second:
-        assert resumed.column("loss") == whole.column("loss")
-        ours, theirs = resumed.weights(), whole.weights()
+        assert resumed.column("loss") == uninterrupted.column("loss")
+        ours, theirs = resumed.weights(), uninterrupted.weights()
         assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
-    assert equal(resumed, whole), difference(resumed, whole)
+    assert equal(resumed, uninterrupted), difference(resumed, uninterrupted)
 
 
 @pytest.mark.full

@@ -150,7 +150,7 @@ def test_prepare_split_of_a_saved_dataset_elsewhere_is_refused(
 
 @pytest.fixture(scope="module")
 def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a tokenizer, and in its parent the Hugging Face folder that it came from. Copied before use."""
+    """Return a checkpoint with a tokenizer; its parent holds the Hugging Face folder that it came from."""
     room = tmp_path_factory.mktemp("folders")
     make_folder(room / "theirs", "mlm")
     shutil.copytree(corpus / "tokenizer", room / "theirs", dirs_exist_ok=True)

@@ -27,7 +27,7 @@ def encoder(pool: Pool, corpus: Path, tmp_path_factory) -> Trained:
 
 @pytest.fixture(scope="module")
 def decoder(pool: Pool, corpus: Path, encoder: Trained, tmp_path_factory) -> Trained:
-    """Decoder from the encoder's weights, without learning, on two ranks."""
+    """Train a decoder from the encoder's weights, without learning, on two ranks."""
     return cross(pool, corpus, tmp_path_factory.mktemp("decoder"), "clm", encoder.directory, world=2)
 
 

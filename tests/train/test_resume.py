@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 
 
-class Halves:
+class ResumedRuns:
     """Runs without interruption, and runs that stop halfway and go on. Those that several tests need are made once.
 
     Args:
@@ -60,16 +60,16 @@ class Halves:
         self, first: str, second: str, overrides: list[str], mutation: str | None = None
     ) -> tuple[Trained, Trained]:
         """Return a whole run on the layout `first`, and one of which the second half is on `second`."""
-        whole = self.once(first, self.steps, overrides, mutation)
+        uninterrupted = self.once(first, self.steps, overrides, mutation)
         half = self.once(first, self.steps // 2, overrides, mutation)
         folder = Path(tempfile.mkdtemp(dir=self.root))
         shutil.copytree(half.directory, folder, dirs_exist_ok=True)
-        return whole, self.run(second, self.steps, overrides, mutation, folder)
+        return uninterrupted, self.run(second, self.steps, overrides, mutation, folder)
 
 
 @pytest.fixture(scope="module")
-def halves(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    return Halves(pool, corpus, tmp_path_factory.mktemp("halves"))
+def runs(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ResumedRuns:
+    return ResumedRuns(pool, corpus, tmp_path_factory.mktemp("halves"))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def halves(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
         pytest.param("cp2", "stable_adamw", marks=pytest.mark.full),
     ],
 )
-def test_resume_on_same_layout_is_bit_identical(halves: Halves, layout: str, optim: str) -> None:
-    whole, resumed = halves.pair(layout, layout, BASE.format(optim=optim).split())
+def test_resume_on_same_layout_is_bit_identical(runs: ResumedRuns, layout: str, optim: str) -> None:
+    uninterrupted, resumed = runs.pair(layout, layout, BASE.format(optim=optim).split())
     for key in ("step", "tokens", "loss", "grad_norm", "lr", "rows"):
-        assert resumed.column(key) == whole.column(key), key
-    ours, theirs = resumed.weights(), whole.weights()
+        assert resumed.column(key) == uninterrupted.column(key), key
+    ours, theirs = resumed.weights(), uninterrupted.weights()
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
 
 
@@ -107,46 +107,48 @@ def test_resume_on_same_layout_is_bit_identical(halves: Halves, layout: str, opt
         pytest.param("cp2", "1", marks=pytest.mark.full),
     ],
 )
-def test_resume_on_another_layout_matches_losses_and_norms(halves: Halves, first: str, second: str) -> None:
-    whole, resumed = halves.pair(first, second, BASE.format(optim="stable_adamw").split())
-    assert resumed.column("rows") == whole.column("rows")
+def test_resume_on_another_layout_matches_losses_and_norms(runs: ResumedRuns, first: str, second: str) -> None:
+    uninterrupted, resumed = runs.pair(first, second, BASE.format(optim="stable_adamw").split())
+    assert resumed.column("rows") == uninterrupted.column("rows")
     for key in ("loss", "grad_norm"):
-        pairs = zip(resumed.column(key), whole.column(key), strict=True)
+        pairs = zip(resumed.column(key), uninterrupted.column(key), strict=True)
         assert max(abs(a - b) / abs(b) for a, b in pairs) <= 1e-5, key
 
 
 @pytest.mark.full
-def test_resume_with_muon_on_same_and_other_layout_matches_losses(halves: Halves) -> None:
+def test_resume_with_muon_on_same_and_other_layout_matches_losses(runs: ResumedRuns) -> None:
     overrides = [*BASE.format(optim="muon").split(), "parallel.distributed_optimizer=false"]
-    whole, resumed = halves.pair("tp2 pp2", "tp2 pp2", overrides, "fp32_orthogonal")
-    assert resumed.column("loss") == whole.column("loss")
-    whole, resumed = halves.pair("tp2 pp2", "dp2", overrides, "fp32_orthogonal")
-    pairs = zip(resumed.column("loss"), whole.column("loss"), strict=True)
+    uninterrupted, resumed = runs.pair("tp2 pp2", "tp2 pp2", overrides, "fp32_orthogonal")
+    assert resumed.column("loss") == uninterrupted.column("loss")
+    uninterrupted, resumed = runs.pair("tp2 pp2", "dp2", overrides, "fp32_orthogonal")
+    pairs = zip(resumed.column("loss"), uninterrupted.column("loss"), strict=True)
     assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
 
 BF16 = [*BASE.format(optim="stable_adamw").split(), "precision.name=bf16"]
 
 
-def test_resume_with_bf16_on_same_layout_is_bit_identical(halves: Halves) -> None:
-    whole, resumed = halves.pair("dp2 sharded", "dp2 sharded", BF16)
-    assert resumed.column("loss") == whole.column("loss")
-    ours, theirs = resumed.weights(), whole.weights()
+def test_resume_with_bf16_on_same_layout_is_bit_identical(runs: ResumedRuns) -> None:
+    uninterrupted, resumed = runs.pair("dp2 sharded", "dp2 sharded", BF16)
+    assert resumed.column("loss") == uninterrupted.column("loss")
+    ours, theirs = resumed.weights(), uninterrupted.weights()
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
 
 
 @pytest.mark.full
-def test_resume_with_bf16_on_another_layout_matches_losses(halves: Halves) -> None:
+def test_resume_with_bf16_on_another_layout_matches_losses(runs: ResumedRuns) -> None:
     """The checkpoint holds fp32 master weights: another layout differs only by the bf16 rounding of activations."""
-    whole, resumed = halves.pair("dp2 sharded", "tp2 pp2", BF16)
-    assert max(abs(a - b) / b for a, b in zip(resumed.column("loss"), whole.column("loss"), strict=True)) <= 5e-3
+    uninterrupted, resumed = runs.pair("dp2 sharded", "tp2 pp2", BF16)
+    assert (
+        max(abs(a - b) / b for a, b in zip(resumed.column("loss"), uninterrupted.column("loss"), strict=True)) <= 5e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [("pp2 vp2", "1"), pytest.param("tp2 pp2", "pp2 vp2", marks=pytest.mark.full)]
 )
 def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
-    pool: Pool, corpus: Path, halves: Halves, first: str, second: str
+    pool: Pool, corpus: Path, runs: ResumedRuns, first: str, second: str
 ) -> None:
     """Scales are saved once by all ranks as plain tensors and restored on other layouts as in an uninterrupted run."""
 
@@ -157,9 +159,9 @@ def test_resume_delayed_fp8_scales_are_restored_on_another_layout(
         assert reader.byte_entries() == []
         return {key: reader.read(key).tolist() for key in reader.keys() if key.startswith("fp8_scales.")}  # noqa: SIM118
 
-    whole, resumed = halves.pair(first, second, [], "delayed_scales")
+    uninterrupted, resumed = runs.pair(first, second, [], "delayed_scales")
     actual = scales(resumed)
-    assert actual == scales(whole)
+    assert actual == scales(uninterrupted)
     # 4 layers with 2 linears each, 4 tensors per linear
     assert len(actual) == 4 * 2 * 4
     assert actual["fp8_scales.transformer.layers.3.mlp.linear_fc2.backward.amax_history"] == [[6.0 * 4] * 2]
@@ -215,17 +217,17 @@ def test_checkpoint_every_minutes_saves_on_all_ranks_by_the_clock_of_rank_0(
 
 def test_resume_metrics_after_checkpoint_move_to_rolled_back_file(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """A run that crashed after its checkpoint repeats those steps; metrics.jsonl has each step once."""
-    whole = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=3"])
+    uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "clm", ["run.steps=3"])
     train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=2"])
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 3, "loss": 0.0}) + "\n" + '{"step": 4, "lo')
     resumed = train(pool, 1, tmp_path / "run", corpus, "clm", ["run.steps=3"])
-    assert resumed.column("loss") == whole.column("loss")
+    assert resumed.column("loss") == uninterrupted.column("loss")
     assert json.loads((tmp_path / "run" / "metrics.rolled_back.jsonl").read_text())["step"] == 3
 
 
 def test_resume_truncated_checkpoint_falls_back_to_previous(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
+    uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
     train(pool, 1, tmp_path / "run", corpus, "mlm", ["run.steps=3", "checkpoint.every_steps=2"])
     newest = latest(tmp_path / "run")
     assert newest is not None
@@ -233,8 +235,8 @@ def test_resume_truncated_checkpoint_falls_back_to_previous(pool: Pool, corpus: 
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-100])
     resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=4", "parallel.tp=2"])
-    assert resumed.column("rows") == whole.column("rows")
-    assert resumed.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
+    assert resumed.column("rows") == uninterrupted.column("rows")
+    assert resumed.column("loss") == pytest.approx(uninterrupted.column("loss"), rel=1e-5)
 
 
 def test_resume_intact_checkpoint_of_other_shape_is_refused(pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -312,17 +314,17 @@ def moments(run: Trained) -> dict[str, torch.Tensor]:
     ],
 )
 def test_resume_with_another_optimizer_converts_its_moments(
-    halves: Halves, tmp_path: Path, before: str, after: str, layout: str
+    runs: ResumedRuns, tmp_path: Path, before: str, after: str, layout: str
 ) -> None:
-    whole = halves.run(layout, 4, [*STILL, f"optim.name={after}"], None, tmp_path / "whole")
-    halves.run(layout, 3, [*STILL, f"optim.name={before}"], None, tmp_path / "changed")
+    uninterrupted = runs.run(layout, 4, [*STILL, f"optim.name={after}"], None, tmp_path / "whole")
+    runs.run(layout, 3, [*STILL, f"optim.name={before}"], None, tmp_path / "changed")
     world, parallel = LAYOUTS[layout]
     overrides = [*STILL, f"optim.name={after}", "run.steps=4", *parallel.split()]
     options = ["--allow-change", "optim.name"]
-    results = halves.pool.run(world, command(tmp_path / "changed", halves.corpus, "mlm", overrides, options))
+    results = runs.pool.run(world, command(tmp_path / "changed", runs.corpus, "mlm", overrides, options))
     assert [result.status for result in results] == [0] * world, results[0].output
     assert f"moments converted from {before} to {after}" in results[0].output
-    expected, actual = moments(whole), moments(read(tmp_path / "changed"))
+    expected, actual = moments(uninterrupted), moments(read(tmp_path / "changed"))
     assert actual.keys() == expected.keys()
     for key, tensor in actual.items():
         # one of 4,096 elements near 0 differs by 1.8e-9
@@ -330,11 +332,11 @@ def test_resume_with_another_optimizer_converts_its_moments(
 
 
 @pytest.mark.full
-def test_resume_with_muon_starts_with_fresh_moments(halves: Halves, tmp_path: Path) -> None:
-    halves.run("1", 3, [], None, tmp_path)
+def test_resume_with_muon_starts_with_fresh_moments(runs: ResumedRuns, tmp_path: Path) -> None:
+    runs.run("1", 3, [], None, tmp_path)
     overrides = ["optim.name=muon", "parallel.distributed_optimizer=false", "run.steps=5"]
     options = ["--allow-change", "optim.name"]
-    (result,) = halves.pool.run(1, command(tmp_path, halves.corpus, "mlm", overrides, options))
+    (result,) = runs.pool.run(1, command(tmp_path, runs.corpus, "mlm", overrides, options))
     assert result.status == 0, result.output
     assert "muon starts with fresh moments: those of stable_adamw are of another kind" in result.output
     assert read_progress(latest(tmp_path))["updates"] == 2  # type: ignore[arg-type]

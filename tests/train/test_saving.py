@@ -113,7 +113,7 @@ def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
     pool: Pool, corpus: Path, tmp_path: Path
 ) -> None:
     """`latest` names the checkpoint before it, which is whole, and the resumed run has the losses of a whole one."""
-    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
+    uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=4"])
     for moment in ("before", "after"):
         run = tmp_path / moment
         arguments = command(run, corpus, "mlm", ["run.steps=4", *EACH])
@@ -123,7 +123,7 @@ def test_save_killed_before_or_after_its_rename_keeps_previous_checkpoint(
         assert latest(run, checksums=True) == run / "checkpoints" / "step_000000001"
         assert (run / "checkpoints" / "step_000000002").exists() == (moment == "after")
         resumed = train(pool, 1, run, corpus, "mlm", ["run.steps=4", *EACH])
-        assert resumed.column("loss") == whole.column("loss")
+        assert resumed.column("loss") == uninterrupted.column("loss")
         assert not list((run / "checkpoints").glob(".tmp-*"))
 
 
@@ -151,8 +151,8 @@ def test_save_interrupted_by_kill_9_leaves_latest_whole_and_resumes(pool: Pool, 
         assert checkpoint is not None
         assert checkpoint.name == (folder / "latest").read_text().strip()
     resumed = train(pool, 1, tmp_path / "run", corpus, "mlm", overrides)
-    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=30"])
-    assert resumed.column("loss") == whole.column("loss")
+    uninterrupted = train(pool, 1, tmp_path / "whole", corpus, "mlm", ["run.steps=30"])
+    assert resumed.column("loss") == uninterrupted.column("loss")
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
@@ -285,7 +285,7 @@ def test_save_keep_every_tokens_with_staging_keeps_crossed_steps(pool: Pool, cor
 
 @pytest.fixture(scope="module")
 def two_checkpoints(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of two steps on two ranks that has saved both, in files of many blocks."""
+    """Train two steps on two ranks, and save both in files of many blocks."""
     overrides = ["run.steps=2", *EACH]
     return train(pool, 2, tmp_path_factory.mktemp("saved"), corpus, "mlm", overrides, mutation="small_blocks")
 
@@ -296,7 +296,7 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
 ) -> None:
     """Whichever rank verifies the damaged block, its file is named, and the run resumes bit-identically from the
     checkpoint before, although the damaged one was loaded first."""
-    whole, newest = two_checkpoints, list_checkpoints(two_checkpoints.directory)[-1]
+    uninterrupted, newest = two_checkpoints, list_checkpoints(two_checkpoints.directory)[-1]
     entries = json.loads((newest / "integrity.json").read_text())["files"]
     # one file of each rank
     ours, theirs = sorted(name for name, entry in entries.items() if len(entry.get("blocks", [])) > 3)
@@ -306,7 +306,7 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
         ends = [(name, at) for name, e in sorted(entries.items()) if "blocks" in e for at in (0, e["bytes"] - 1)]
         chosen = [position for position in (*middles, *ends) if position not in chosen]
     for name, at in chosen:
-        shutil.copytree(whole.directory, tmp_path / "damaged")
+        shutil.copytree(uninterrupted.directory, tmp_path / "damaged")
         path = tmp_path / "damaged" / "checkpoints" / newest.name / name
         content = bytearray(path.read_bytes())
         content[at] ^= 4
@@ -317,7 +317,7 @@ def test_verify_damaged_byte_in_any_file_is_named_and_falls_back(
         block = rf"bytes {at // BLOCK * BLOCK:,} to [\d,]+: " if "blocks" in entries[name] else ""
         assert re.search(rf"{newest.name}/{re.escape(name)}: {block}sha256 ", output)
         assert "resumed step_000000001" in output
-        assert read(tmp_path / "damaged").column("loss") == whole.column("loss")
+        assert read(tmp_path / "damaged").column("loss") == uninterrupted.column("loss")
         shutil.rmtree(tmp_path / "damaged")
 
 
@@ -326,7 +326,7 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(
     pool: Pool, corpus: Path, tmp_path: Path, two_checkpoints: Trained
 ) -> None:
     """Format 1 has one sha256 per file and none of the record itself; it is verified, and a damaged file is named."""
-    whole = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=3"])
+    uninterrupted = train(pool, 2, tmp_path / "whole", corpus, "mlm", ["run.steps=3"])
     shutil.copytree(two_checkpoints.directory, tmp_path / "run")
     newest = list_checkpoints(tmp_path / "run")[-1]
     files = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file() and path.name != "integrity.json"}
@@ -337,7 +337,7 @@ def test_resume_from_integrity_format_1_verifies_and_falls_back(
     (newest / "integrity.json").write_text(json.dumps({"format": 1, "files": entries}))
     shutil.copytree(tmp_path / "run", tmp_path / "damaged")
     resumed = train(pool, 2, tmp_path / "run", corpus, "mlm", ["run.steps=3", *EACH])
-    assert resumed.column("loss") == whole.column("loss")
+    assert resumed.column("loss") == uninterrupted.column("loss")
     data = next((tmp_path / "damaged" / "checkpoints" / newest.name).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     results = pool.run(2, command(tmp_path / "damaged", corpus, "mlm", ["run.steps=3", *EACH]))

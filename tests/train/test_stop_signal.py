@@ -1,4 +1,4 @@
-"""What ends a run from outside: signals before the first step and after it, a launcher that is killed, a directory that is
+"""Runs that are ended from outside: signals before the first step and after it, a launcher that is killed, a directory that is
 removed."""
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Action:
 
 @dataclass
 class RankHost:
-    """Where and how ranks start.
+    """The host side of ranks: how they start.
 
     `mutation`: a name of tests/mutations.py; `networks`: each rank's namespace and address; `clock`: (rank, file)."""
 

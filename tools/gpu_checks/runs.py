@@ -109,24 +109,27 @@ def checkpoints(session: Session) -> None:
     """Resume with FP8's state, and from one precision and device to another."""
     size = session.sizes[0]
 
-    def halves(name: str) -> dict[str, Any]:
+    def resumed(name: str) -> dict[str, Any]:
         overrides = [f"precision.name={name}", "runtime.deterministic=true"]
-        whole = train(session, f"resume-{name}-whole", size, [*overrides, "run.steps=10"])
+        uninterrupted = train(session, f"resume-{name}-whole", size, [*overrides, "run.steps=10"])
         train(session, f"resume-{name}", size, [*overrides, "run.steps=5"])
         both = train(session, f"resume-{name}", size, [*overrides, "run.steps=10"])
-        same = losses(both) == losses(whole)
-        return {"says": "the same bits" if same else f"{losses(both)[5:]} against {losses(whole)[5:]}", "passed": same}
+        same = losses(both) == losses(uninterrupted)
+        return {
+            "says": "the same bits" if same else f"{losses(both)[5:]} against {losses(uninterrupted)[5:]}",
+            "passed": same,
+        }
 
     def across(first: list[str], second: list[str]) -> dict[str, Any]:
         name = f"across-{first[0].split('=')[1]}-{second[0].split('=')[1]}"
-        whole = train(session, f"{name}-whole", size, [*first, "run.steps=10"])
+        uninterrupted = train(session, f"{name}-whole", size, [*first, "run.steps=10"])
         train(session, name, size, [*first, "run.steps=5"])
         both = train(session, name, size, [*second, "run.steps=10"])
-        apart = max(abs(a - b) / b for a, b in zip(losses(both), losses(whole), strict=True))
+        apart = max(abs(a - b) / b for a, b in zip(losses(both), losses(uninterrupted), strict=True))
         return {"says": f"within {apart:.2%} of the run that never changed", "passed": apart <= 0.02}
 
     bf16, current, delayed = (["precision.name=" + name] for name in ("bf16", "fp8-current", "fp8-delayed"))
-    items: dict[str, Any] = {f"{name} goes on": functools.partial(halves, name) for name in ("bf16", *FP8)}
+    items: dict[str, Any] = {f"{name} goes on": functools.partial(resumed, name) for name in ("bf16", *FP8)}
     items |= {
         "bf16 to fp8-current": functools.partial(across, bf16, current),
         "fp8-current to bf16": functools.partial(across, current, bf16),
