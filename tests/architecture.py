@@ -370,20 +370,8 @@ IN_THE_PACKAGE = [
 EVERYWHERE = [short_files, short_functions, names_that_say_something, names_in_the_words_of_the_field]
 # rule -> rooms, tools and examples that it does not check yet; nothing is added
 NOT_YET: dict[Callable[[Module], Iterator[str]], set[str]] = {
-    names_in_the_words_of_the_field: {
-        *(
-            "base",
-            "checkpoint",
-            "faults",
-        ),
-        *("metrics", "parallel", "platform", "release", "report", "runs"),
-    },
-    full_files: {
-        *("base", "faults", "parallel", "platform", "release"),
-    },
+    names_in_the_words_of_the_field: {"report"},
 }
-# public classes that two rooms define still
-SHARED_NOT_YET: set[str] = set()
 
 
 @functools.cache

@@ -14,7 +14,6 @@ from tests.architecture import (
     NOT_YET,
     PACKAGE,
     ROOT,
-    SHARED_NOT_YET,
     Module,
     dashboards_only_in_metrics,
     deepspeed_only_in_platform_and_optim,
@@ -50,8 +49,7 @@ def test_architecture_rule_has_no_breach(rule):
 
 
 def test_public_classes_have_names_of_their_own():
-    shared = public_classes_of_two_rooms(modules(PACKAGE))
-    assert [line for line in shared if line.partition(":")[0] not in SHARED_NOT_YET] == []
+    assert public_classes_of_two_rooms(modules(PACKAGE)) == []
 
 
 def test_public_classes_of_two_rooms_names_those_of_one_name():

@@ -238,11 +238,11 @@ def environment(models: Sequence[PhaseChain]) -> str:
             # a cell that breaks anywhere, so that a long path does not push others off the page
             wrapped = (f"<span class=any>{cell}</span>" for cell in cells)
             rows.append([model, phase, time.replace("T", " ", 1), *wrapped])
-        unread, hosts = run.metrics.unreadable_lines, run.metrics.slowest_hosts
+        unreadable, hosts = run.metrics.unreadable_lines, run.metrics.slowest_hosts
         if len(run.launches) > MOST_ROWS:
             notes.append(_soft(f"{model}, {phase}: the last {MOST_ROWS} of {len(run.launches):,} launches."))
-        if unread:
-            text = f"{model}, {phase}: {unread:,} lines of metrics.jsonl could not be read."
+        if unreadable:
+            text = f"{model}, {phase}: {unreadable:,} lines of metrics.jsonl could not be read."
             notes.append(f'<p class="bad">{text}</p>')
         if len(hosts) > 1:
             (host, often), whole = hosts.most_common(1)[0], hosts.total()
