@@ -94,7 +94,7 @@ def test_verify_format_1_record_finds_changed_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "output"),
     [
         ({"format": 3}, "it is of format 3, this version reads 1 to 2"),
         ({"blocks": []}, "has not a digest for each block of its 3011 bytes"),
@@ -110,7 +110,7 @@ def test_verify_format_1_record_finds_changed_file(tmp_path):
         ({"bytes": "3011"}, "'__0_0.distcp' has '3011' bytes"),
     ],
 )
-def test_read_entries_malformed_entry_is_refused(tmp_path, change, said):
+def test_read_entries_malformed_entry_is_refused(tmp_path, change, output):
     folder = sealed(tmp_path / "c", {"__0_0.distcp": 3011})
     record = json.loads((folder / "integrity.json").read_text())
     (record if "format" in change else record["files"]["__0_0.distcp"]).update(change)
@@ -118,7 +118,7 @@ def test_read_entries_malformed_entry_is_refused(tmp_path, change, said):
     (folder / "integrity.json").write_text(json.dumps(with_digest(record)))
     with pytest.raises(UserError, match=r"integrity\.json: unreadable") as refused:
         read_entries(folder)
-    assert said in str(refused.value)
+    assert output in str(refused.value)
 
 
 def test_read_entries_flipped_bit_is_refused_or_harmless(tmp_path):

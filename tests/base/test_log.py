@@ -21,17 +21,17 @@ def test_log_writes_plain_lines_to_the_standard_streams(capsys: pytest.CaptureFi
 def test_log_handler_of_a_user_takes_the_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[logging.LogRecord] = []
+    actual: list[logging.LogRecord] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record)
+            actual.append(record)
 
     monkeypatch.setattr(logging.getLogger("megatron_ettin"), "handlers", [Handler()])
     log.log_info("one")
     log.log_warning("two")
-    assert [(record.levelname, record.getMessage()) for record in found] == [("INFO", "one"), ("WARNING", "two")]
-    assert found[0].module == "test_log"
+    assert [(record.levelname, record.getMessage()) for record in actual] == [("INFO", "one"), ("WARNING", "two")]
+    assert actual[0].module == "test_log"
     assert capsys.readouterr() == ("", "")
 
 

@@ -15,16 +15,16 @@ from megatron_ettin.train.job import open_training_data
 from tests.train.runs import TINY
 
 
-def batches_of(corpus: Path, objective: str, words: list[str]) -> Batches:
-    words = [*TINY, f"data.mixture={corpus}", "data.batching=padded", *words]
-    config = parse("17m", objective, "pretrain", overrides=words)
+def batches_of(corpus: Path, objective: str, overrides: list[str]) -> Batches:
+    overrides = [*TINY, f"data.mixture={corpus}", "data.batching=padded", *overrides]
+    config = parse("17m", objective, "pretrain", overrides=overrides)
     layout = Layout(Topology.of(config, config.parallel.pp), 0, 0, 0, 0, 0, None, None, None)
     return Batches.of(config, open_training_data(config), layout, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("words", [["batch.micro_batch_rows=4"], ["data.seq_len=256"]])
-def test_padded_batches_compute_no_padding_but_at_the_end(corpus: Path, words: list[str]) -> None:
-    batches = batches_of(corpus, "mlm", words)
+@pytest.mark.parametrize("overrides", [["batch.micro_batch_rows=4"], ["data.seq_len=256"]])
+def test_padded_batches_compute_no_padding_but_at_the_end(corpus: Path, overrides: list[str]) -> None:
+    batches = batches_of(corpus, "mlm", overrides)
     positions = tokens = rows = 0
     for step in range(10):
         for batch in batches.step(step):

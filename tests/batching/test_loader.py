@@ -110,10 +110,10 @@ def loading_processes(pid: int) -> list[psutil.Process]:
 @pytest.mark.ranks
 def test_train_losses_do_not_depend_on_worker_count(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """Run `ettin train` without workers, and with 2 and a resume in the middle of the batch warm-up."""
-    words = ["batch.warmup_tokens=2000", "batch.warmup_min_rows=2"]
-    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", [*words, "run.steps=8", "data.workers=0"])
-    train(pool, 1, tmp_path / "halves", corpus, "mlm", [*words, "run.steps=4", "data.workers=2"])
-    more = [*words, "run.steps=8", "data.workers=2", "data.prefetch=1"]
+    overrides = ["batch.warmup_tokens=2000", "batch.warmup_min_rows=2"]
+    whole = train(pool, 1, tmp_path / "whole", corpus, "mlm", [*overrides, "run.steps=8", "data.workers=0"])
+    train(pool, 1, tmp_path / "halves", corpus, "mlm", [*overrides, "run.steps=4", "data.workers=2"])
+    more = [*overrides, "run.steps=8", "data.workers=2", "data.prefetch=1"]
     resumed = train(pool, 1, tmp_path / "halves", corpus, "mlm", more)
     for key in ("step", "loss", "grad_norm", "rows", "labels", "tokens"):
         assert resumed.column(key) == whole.column(key), key
@@ -126,9 +126,9 @@ def test_train_losses_do_not_depend_on_worker_count(pool: Pool, corpus: Path, tm
 def test_train_on_layout_with_workers_matches_without_workers(
     pool: Pool, corpus: Path, tmp_path: Path, layout: str
 ) -> None:
-    words = [*layout.split(), "run.steps=4"]
-    without = train(pool, 2, tmp_path / "without", corpus, "clm", [*words, "data.workers=0"])
-    ahead = train(pool, 2, tmp_path / "with", corpus, "clm", [*words, "data.workers=1"])
+    overrides = [*layout.split(), "run.steps=4"]
+    without = train(pool, 2, tmp_path / "without", corpus, "clm", [*overrides, "data.workers=0"])
+    ahead = train(pool, 2, tmp_path / "with", corpus, "clm", [*overrides, "data.workers=1"])
     assert ahead.column("loss") == without.column("loss")
 
 
@@ -138,17 +138,17 @@ def test_data_order_with_workers_is_not_read_past_its_end(pool: Pool, corpus: Pa
     """Workers that prefetch stop at the end of an order of four exported steps."""
     whole = train(pool, 1, tmp_path / "keyed", corpus, "clm", ["run.steps=4"])
     exported = tmp_path / "order.parquet"
-    words = ["order", str(whole.directory), "--steps", "1:5", "--out", str(exported)]
-    assert pool.run(1, words)[0].status == 0
+    overrides = ["order", str(whole.directory), "--steps", "1:5", "--out", str(exported)]
+    assert pool.run(1, overrides)[0].status == 0
     given = train(pool, 1, tmp_path / "given", corpus, "clm", [f"data.order={exported}", "data.workers=2"])
     assert given.column("loss") == whole.column("loss")
 
 
-def train_in_own_group(*words: str) -> int:
+def train_in_own_group(*overrides: str) -> int:
     """Run `ettin WORDS` in this process, as the leader of a process group."""
     os.setsid()
     with mutated(None):
-        return main(list(words))
+        return main(list(overrides))
 
 
 @pytest.fixture
@@ -157,11 +157,11 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[Callable[[str], Child]]:
     started: list[Child] = []
 
     def start_training(word: str) -> Child:
-        words = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", word])
-        with open(tmp_path / "said", "wb") as said:
-            files = (0, said.fileno(), said.fileno())
+        overrides = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", word])
+        with open(tmp_path / "said", "wb") as output:
+            files = (0, output.fileno(), output.fileno())
             target = "tests.batching.test_loader:train_in_own_group"
-            started.append(forkserver.call(forkserver.shared(), target, words, files))
+            started.append(forkserver.call(forkserver.shared(), target, overrides, files))
         return started[-1]
 
     yield start_training
@@ -215,9 +215,9 @@ def test_sigterm_to_process_group_saves_and_exits_75(start: Callable[[str], Chil
     below = workers_after_a_step(child, tmp_path)
     assert {os.getpgid(process.pid) for process in below} == {child.pid}
     os.killpg(child.pid, signal.SIGTERM)
-    said = tmp_path / "said"
-    assert child.wait(60) == 75, said.read_text()
-    assert "Traceback" not in said.read_text()
+    output = tmp_path / "said"
+    assert child.wait(60) == 75, output.read_text()
+    assert "Traceback" not in output.read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert list((tmp_path / "run" / "checkpoints").glob(f"step_{lines[-1]['step']:09d}"))
     assert all_end(below)
@@ -226,8 +226,8 @@ def test_sigterm_to_process_group_saves_and_exits_75(start: Callable[[str], Chil
 @pytest.mark.full
 def test_train_finished_run_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
     """The command as users start it, in a process group of its own."""
-    words = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", "run.steps=3"])
-    process = subprocess.Popen([sys.executable, "-m", "megatron_ettin", *words], start_new_session=True)
+    overrides = command(tmp_path / "run", corpus, "mlm", ["data.workers=2", "run.steps=3"])
+    process = subprocess.Popen([sys.executable, "-m", "megatron_ettin", *overrides], start_new_session=True)
     assert process.wait(timeout=120) == 0
     # the fork server needs a moment to notice that its parent has exited
     for _ in range(3000):

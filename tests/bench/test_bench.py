@@ -23,17 +23,17 @@ pytestmark = pytest.mark.ranks
 SHAPE = [word for word in TINY if not word.startswith(("batch.", "metrics.", "checkpoint."))]
 
 
-def bench(pool: Pool, world: int, out: Path, *words: str) -> str:
-    line = ["bench", "--size", "17m", "--quick", "--out", str(out), *words, *SHAPE]
-    found = pool.run(world, line)
-    assert [one.status for one in found] == [0] * world, "\n".join(one.output[-2000:] for one in found)
-    return found[0].output
+def bench(pool: Pool, world: int, out: Path, *arguments: str) -> str:
+    line = ["bench", "--size", "17m", "--quick", "--out", str(out), *arguments, *SHAPE]
+    actual = pool.run(world, line)
+    assert [one.status for one in actual] == [0] * world, "\n".join(one.output[-2000:] for one in actual)
+    return actual[0].output
 
 
 def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, tmp_path: Path) -> None:
     out, picture = tmp_path / "bench.jsonl", tmp_path / "bench.png"
-    words = ["--layouts", "dp,tp2,tp3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
-    output = bench(pool, 2, out, *words)
+    arguments = ["--layouts", "dp,tp2,tp3", "--sweep", "batch.micro_batch_rows=1,2", "--picture", str(picture)]
+    output = bench(pool, 2, out, *arguments)
     rows = results.read(out)
     states = {results.name_of(row).partition("parallel.tp")[2]: row["state"] for row in rows.values()}
     assert states == {
@@ -69,7 +69,7 @@ def test_bench_sweep_records_each_layout_and_rerun_measures_nothing(pool: Pool, 
     assert picture.read_bytes().startswith(b"\x89PNG")
     # a second launch measures nothing and prints the table again
     before = out.read_text()
-    assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *words)
+    assert "tokens/s/GPU  slowest" in bench(pool, 2, out, *arguments)
     assert out.read_text() == before
     # an entry whose process died while it was measured is not started again on its own
     key, row = next(iter(rows.items()))
@@ -110,10 +110,10 @@ def test_bench_on_one_rank_books_no_communication_and_one_peak(pool: Pool, tmp_p
 def test_bench_steps_run_the_guard_of_training(pool: Pool, tmp_path: Path) -> None:
     """Whether the update waits for the step's figures is part of the time that is measured."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE, "batch.micro_batch_rows=1"]
-    (found,) = pool.run(1, line, mutation="late_updates_are_printed")
-    assert found.status == 0, found.output[-2000:]
+    (actual,) = pool.run(1, line, mutation="late_updates_are_printed")
+    assert actual.status == 0, actual.output[-2000:]
     # a warm-up step, three that count, two with timers, one whose tensors are counted
-    assert found.output.count("updated after its figures were judged") == 7
+    assert actual.output.count("updated after its figures were judged") == 7
 
 
 def test_plan_calibrate_fits_every_bench_measurement(
@@ -121,8 +121,8 @@ def test_plan_calibrate_fits_every_bench_measurement(
 ) -> None:
     out = tmp_path / "b.jsonl"
     bench(pool, 1, out, "--sweep", "batch.micro_batch_rows=1,4")
-    words = ["--gpus", "1", "--gpu", "cpu", "--calibrate", str(out), "--json", *SHAPE]
-    assert main(["plan", "--size", "17m", *words]) == 0
+    arguments = ["--gpus", "1", "--gpu", "cpu", "--calibrate", str(out), "--json", *SHAPE]
+    assert main(["plan", "--size", "17m", *arguments]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["calibration"]) == 2
     assert answer["layouts"]
@@ -178,7 +178,7 @@ def test_synthetic_rows_are_full_and_reproducible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ([], "--size: missing"),
         (["--size", "17m", "--steps", "0"], "--steps 0: must be above 0"),
@@ -196,9 +196,9 @@ def test_synthetic_rows_are_full_and_reproducible() -> None:
     ],
 )
 def test_bench_invalid_arguments_are_refused(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *words, "runtime.device=cpu"]) == 2
+    assert main(["bench", "--out", str(tmp_path / "b.jsonl"), *arguments, "runtime.device=cpu"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
@@ -208,13 +208,13 @@ def test_bench_invalid_arguments_are_refused(
 def test_bench_out_of_memory_on_one_rank_continues_the_sweep(pool: Pool, tmp_path: Path) -> None:
     """The other rank waits in the gradient all-reduce; both continue with the rest of the sweep."""
     line = ["bench", "--size", "17m", "--quick", "--out", str(tmp_path / "b.jsonl"), *SHAPE]
-    found = pool.run(2, [*line, "--sweep", "batch.micro_batch_rows=2,1"], mutation="memory_ends_on_rank_1")
-    assert [one.status for one in found] == [0, 0], found[0].output + found[1].output
+    actual = pool.run(2, [*line, "--sweep", "batch.micro_batch_rows=2,1"], mutation="memory_ends_on_rank_1")
+    assert [one.status for one in actual] == [0, 0], actual[0].output + actual[1].output
     full, fits = results.read(tmp_path / "b.jsonl").values()
     assert full["state"] == "out of memory"
     assert full["reason"] == "rank 1: CUDA out of memory: all of it"
     assert fits["state"] == "done"
-    assert "out of memory: rank 1: CUDA" in found[0].output
+    assert "out of memory: rank 1: CUDA" in actual[0].output
 
 
 def test_bench_invalid_result_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,10 +226,10 @@ def test_bench_invalid_result_file_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_bench_sweep_without_valid_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "runtime.device=cpu"]
+    arguments = ["--size", "17m", "--layouts", "tp3,tp5", "--out", str(tmp_path / "b.jsonl"), "runtime.device=cpu"]
     # the second time the results are read from the file
     for _ in range(2):
-        assert main(["bench", *words]) == 2
+        assert main(["bench", *arguments]) == 2
         error = capsys.readouterr().err.strip()
         assert "none of 2 combinations is valid; 17m mlm runtime.device=cpu parallel.tp=3: " in error
         assert "\n" not in error
@@ -237,10 +237,10 @@ def test_bench_sweep_without_valid_layout_is_refused(tmp_path: Path, capsys: pyt
 
 
 def test_bench_combinations_expand_layouts_precisions_and_sweeps() -> None:
-    found = combinations("dp, tp2sp,tp2pp2", "bf16,fp32", ["batch.micro_batch_rows=1,2"])
-    assert len(found) == 12
+    actual = combinations("dp, tp2sp,tp2pp2", "bf16,fp32", ["batch.micro_batch_rows=1,2"])
+    assert len(actual) == 12
     layout = ["parallel.tp=2", "parallel.pp=1", "parallel.sequence_parallel=true"]
-    assert found[5].overrides == [*layout, "precision.name=bf16", "batch.micro_batch_rows=2"]
+    assert actual[5].overrides == [*layout, "precision.name=bf16", "batch.micro_batch_rows=2"]
     assert combinations("dp", None, [])[0].overrides == ["parallel.tp=1"]
     assert combinations(None, None, [])[0].overrides == []
 
@@ -257,10 +257,10 @@ def test_bench_rerun_measures_stopped_or_changed_entries_only() -> None:
     }
     for state, errors in states.items():
         for error in errors:
-            found = results.failure(error, torch.OutOfMemoryError)
-            assert found["state"] == state
-            assert "\n" not in found.get("reason", "")
-            assert results.should_measure(found, is_only=True) == (state == "stopped")
+            actual = results.failure(error, torch.OutOfMemoryError)
+            assert actual["state"] == state
+            assert "\n" not in actual.get("reason", "")
+            assert results.should_measure(actual, is_only=True) == (state == "stopped")
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     assert results.failure(full, torch.OutOfMemoryError)["state"] == "out of memory"
     assert results.should_measure(None, is_only=False)

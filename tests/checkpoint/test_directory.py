@@ -105,10 +105,10 @@ def kill_everywhere(folder, step):
             save(run, step, "new weights")
             os._exit(0)
         killed = os.waitpid(child, 0)[1] != 0
-        found = held(latest(run, checksums=True))
+        actual = held(latest(run, checksums=True))
         final = save(run, 3)
         left = [path.name for path in checkpoints_folder(run).glob(".tmp*")]
-        print(json.dumps({"found": found, "next": latest(run, checksums=True) == final, "left": left}))
+        print(json.dumps({"found": actual, "next": latest(run, checksums=True) == final, "left": left}))
         if not killed:
             break
 
@@ -120,10 +120,10 @@ def test_save_killed_at_any_file_operation_leaves_whole_checkpoint(tmp_path, ste
     script = f"from tests.checkpoint.test_directory import *; kill_everywhere(Path({str(tmp_path)!r}), {step})"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
-    places = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(places) > 15
-    assert {place["found"] for place in places} == {"weights of 1", f"new weights of {step}"}
-    assert all(place["next"] and not place["left"] for place in places)
+    positions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(positions) > 15
+    assert {position["found"] for position in positions} == {"weights of 1", f"new weights of {step}"}
+    assert all(position["next"] and not position["left"] for position in positions)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
@@ -198,7 +198,7 @@ def test_latest_skips_damaged_checkpoints_and_names_their_files(tmp_path, capsys
         latest(tmp_path)
 
 
-def test_latest_flipped_bit_is_found_only_with_checksums(tmp_path):
+def test_latest_flipped_bit_is_detected_only_with_checksums(tmp_path):
     good, flipped = save(tmp_path, 1), save(tmp_path, 2)
     (flipped / "__0_0.distcp").write_text("Weights of 2")
     assert latest(tmp_path) == flipped  # sizes only: cheap, for showing
@@ -268,8 +268,12 @@ def test_prune_keeps_the_newest_and_the_latest(tmp_path):
 def test_resolve_neither_run_nor_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for path, said in ((tmp_path / "no", "no such folder"), (tmp_path / "file", "not a folder"), (tmp_path, "neither")):
-        with pytest.raises(UserError, match=said):
+    for path, output in (
+        (tmp_path / "no", "no such folder"),
+        (tmp_path / "file", "not a folder"),
+        (tmp_path, "neither"),
+    ):
+        with pytest.raises(UserError, match=output):
             resolve(path)
     with pytest.raises(UserError, match="no checkpoint yet"):
         resolve(tmp_path / "run")

@@ -144,23 +144,23 @@ def test_reader_garbage_metadata_is_refused(written, content):
 def test_unpickler_getattr_reaches_enum_members_only(written):
     """Python 3.11.0 to 3.11.3 pickle enum members as calls of getattr, which must reach nothing else."""
 
-    def asking(kind, name):
+    def asking(module, name):
         class Asks:
             def __reduce__(self):
-                return getattr, (kind, name)
+                return getattr, (module, name)
 
         return pickle.dumps(Asks())
 
     member = next(iter(_MEM_FORMAT_ENCODING))
     assert AllowListed(io.BytesIO(asking(type(member), member.name))).load() is member
-    for kind, name in (
+    for module, name in (
         (type(member), "__class__"),
         (type(member), "mro"),
         (Metadata, "__init__"),
         (torch.Size, "numel"),
     ):
         with pytest.raises(pickle.UnpicklingError, match=r"it asks for|it names"):
-            AllowListed(io.BytesIO(asking(kind, name))).load()
+            AllowListed(io.BytesIO(asking(module, name))).load()
 
 
 def test_unpickler_dotted_name_is_refused(written):
@@ -202,9 +202,9 @@ def test_reader_pickle_in_place_of_tensor_is_refused_and_not_run(written, tmp_pa
         length = file.tell()
 
     def point(metadata):
-        for index, place in metadata.storage_data.items():
+        for index, position in metadata.storage_data.items():
             if index.fqn == key:
-                place.offset, place.length = 0, length
+                position.offset, position.length = 0, length
 
     edit(written, point)
     with pytest.raises(UserError, match=rf"{info.relative_path}: damaged or refused"):

@@ -28,7 +28,7 @@ SHAPE = ["model.num_layers=2", "run.steps=1", "checkpoint.every_steps=1"]
 WAIT_SECONDS = 120.0
 
 
-def train_and_copy_together(own: str, other: str, *words: str) -> int:
+def train_and_copy_together(own: str, other: str, *overrides: str) -> int:
     """Run `ettin WORDS`, and copy the first staged file once the other run has written its own too."""
     copyfile = shutil.copyfile
 
@@ -41,7 +41,7 @@ def train_and_copy_together(own: str, other: str, *words: str) -> int:
         return copyfile(source, target, **named)
 
     with mock.patch.object(shutil, "copyfile", copy), mutated(None):
-        return main(list(words))
+        return main(list(overrides))
 
 
 def test_staging_shared_by_two_runs_keeps_their_weights_apart(pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_staging_shared_by_two_runs_keeps_their_weights_apart(pool: Pool, corpus
     shared = tmp_path / "own-disk"
     processes = []
     for own, other in (("mlm", "clm"), ("clm", "mlm")):
-        words = command(tmp_path / own, corpus, own, [*SHAPE, f"checkpoint.staging={shared}"])
+        overrides = command(tmp_path / own, corpus, own, [*SHAPE, f"checkpoint.staging={shared}"])
         marks = (str(tmp_path / f"{own}.staged"), str(tmp_path / f"{other}.staged"))
-        line = forkserver.command("tests.checkpoint.test_writer:train_and_copy_together", *marks, *words)
+        line = forkserver.command("tests.checkpoint.test_writer:train_and_copy_together", *marks, *overrides)
         processes.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     for process in processes:
-        said = process.communicate()[1]
-        assert process.returncode == 0, said[-2000:]
+        output = process.communicate()[1]
+        assert process.returncode == 0, output[-2000:]
     for objective in ("mlm", "clm"):
         train(pool, 1, tmp_path / f"{objective}-alone", corpus, objective, SHAPE)
         ours, theirs = (list_checkpoints(tmp_path / name)[-1] for name in (objective, f"{objective}-alone"))
@@ -82,21 +82,21 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_staging_on_full_disk_is_named_and_used_again_once_there_is_room(
     pool: Pool, corpus: Path, tmp_path: Path, full_disk: Path
 ) -> None:
-    words = ["model.num_layers=2", "run.steps=10", "checkpoint.every_steps=2", "checkpoint.retry_seconds=0.01"]
-    words += [f"checkpoint.staging={full_disk}", "checkpoint.asynchronous=false"]
-    results = pool.run(1, command(tmp_path / "run", corpus, "mlm", words), "room_after_step_8")
-    said = results[0].output
-    assert results[0].status == 0, said[-2000:]
-    assert f"step_000000002 could not be saved (rank 0: {full_disk}/" in said
-    assert "ENOSPC, No space left on device" in said
+    overrides = ["model.num_layers=2", "run.steps=10", "checkpoint.every_steps=2", "checkpoint.retry_seconds=0.01"]
+    overrides += [f"checkpoint.staging={full_disk}", "checkpoint.asynchronous=false"]
+    results = pool.run(1, command(tmp_path / "run", corpus, "mlm", overrides), "room_after_step_8")
+    output = results[0].output
+    assert results[0].status == 0, output[-2000:]
+    assert f"step_000000002 could not be saved (rank 0: {full_disk}/" in output
+    assert "ENOSPC, No space left on device" in output
     assert list_checkpoints(tmp_path / "run")[-1].name == "step_000000010"
     assert list(full_disk.iterdir()) == []
 
 
 def test_staging_copy_that_differs_is_refused(tmp_path: Path, pool: Pool, corpus: Path) -> None:
     """What is copied is compared with what was written: a disk that changes a byte is told of."""
-    words = ["model.num_layers=2", "run.steps=1", f"checkpoint.staging={tmp_path / 'own-disk'}"]
-    results = pool.run(1, command(tmp_path / "run", corpus, "mlm", words), "copies_change_a_byte")
+    overrides = ["model.num_layers=2", "run.steps=1", f"checkpoint.staging={tmp_path / 'own-disk'}"]
+    results = pool.run(1, command(tmp_path / "run", corpus, "mlm", overrides), "copies_change_a_byte")
     assert results[0].status == 1
     assert "the copy is not what was written to" in results[0].output
     assert list_checkpoints(tmp_path / "run") == []

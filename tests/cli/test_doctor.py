@@ -46,21 +46,21 @@ def test_doctor_exit_status_follows_the_findings(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    words = ["doctor", "--quick", "--path", str(tmp_path)]
-    assert main(words) == 0
+    arguments = ["doctor", "--quick", "--path", str(tmp_path)]
+    assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.split()[0] in ("ok", "note", "warning", "problem") for line in lines[:-1])
     assert lines[-1].startswith(f"{socket.gethostname()}: ")
-    assert main([*words, "--gpus", "99"]) == 1
+    assert main([*arguments, "--gpus", "99"]) == 1
     assert "problem  gpu: torch sees 0 of 99" in capsys.readouterr().out
-    assert main([*words, "--ranks"]) == 2
+    assert main([*arguments, "--ranks"]) == 2
     assert "torchrun" in capsys.readouterr().err
-    assert main([*words, "--gpus", "-1"]) == 2
+    assert main([*arguments, "--gpus", "-1"]) == 2
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     capsys.readouterr()
-    assert main(words) == 0
+    assert main(arguments) == 0
     # only rank 0 of this host reports
     assert capsys.readouterr().out == ""
 

@@ -72,23 +72,23 @@ def parser_of(name: str) -> OneLineParser:
 
 def helps(parser: argparse.ArgumentParser) -> list[str]:
     """Return the help texts of a command and of its subcommands."""
-    found = [parser.format_help()]
+    actual = [parser.format_help()]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found += [text for inner in action.choices.values() for text in helps(inner)]
-    return found
+            actual += [text for inner in action.choices.values() for text in helps(inner)]
+    return actual
 
 
 def examples(text: str) -> list[str]:
     """Return the words after `ettin` of each indented line that calls it; continued lines are joined."""
     joined = re.sub(r"\\\n\s*", "", text)
-    found = []
+    actual = []
     for line in joined.splitlines():
         starters = "|".join(STARTERS)
         match = re.match(rf"\s+(?:(?:{starters}) .*?)?\bettin (?=[a-z])(.*)", line)
         if match:
-            found.append(SHELL.sub("", match[1]).strip())
-    return found
+            actual.append(SHELL.sub("", match[1]).strip())
+    return actual
 
 
 EXAMPLES = list(
@@ -115,12 +115,12 @@ def test_help_examples_cover_every_command_and_table_entry() -> None:
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
 def test_help_example_is_accepted_by_parser(name: str, example: str) -> None:
-    command_name, *words = shlex.split(example)
+    command_name, *arguments = shlex.split(example)
     assert command_name == name
-    args = parse_arguments(parser_of(name), name, words)
+    args = parse_arguments(parser_of(name), name, arguments)
     if name == "launch":
-        inner, *words = args.command[1:]
-        args = parse_arguments(parser_of(inner), inner, words)
+        inner, *arguments = args.command[1:]
+        args = parse_arguments(parser_of(inner), inner, arguments)
     for word in getattr(args, "words", []):
         from megatron_ettin.config.overrides import check_keys, from_overrides
 
@@ -157,15 +157,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pool: Pool, corpus: Path, t
 
 def words_of(example: str, tokenizer: Path) -> list[str]:
     """Return the words of an example with the options of `RUN` and without --submit."""
-    words = [word for word in shlex.split(example) if word != "--submit"]
+    arguments = [word for word in shlex.split(example) if word != "--submit"]
     for option, value in RUN[longest(example, RUN)].items():
         value = str(tokenizer) if value == "TOKENIZER" else value
-        if option in words and value is not None:
-            words[words.index(option) + 1] = value
+        if option in arguments and value is not None:
+            arguments[arguments.index(option) + 1] = value
         else:
-            words[1:1] = [option] if value is None else [option, value]
+            arguments[1:1] = [option] if value is None else [option, value]
     # the vocabulary of the corpus here, which `launch` compares with the model's
-    return [*words, "model.vocab_size=320"] if words[0] == "launch" else words
+    return [*arguments, "model.vocab_size=320"] if arguments[0] == "launch" else arguments
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if any(runs(e) for n, e in EXAMPLES if n == name)])
@@ -180,12 +180,12 @@ def test_help_examples_of_command_exit_0(
     """Run the examples in order, because one may use the output of another."""
     monkeypatch.chdir(folder)
     for example in [example for of, example in EXAMPLES if of == name and runs(example)]:
-        words = words_of(example, tiny_tokenizer)
+        arguments = words_of(example, tiny_tokenizer)
         if name in POOL:
-            (done,) = pool.run(1, words, cwd=folder)
+            (done,) = pool.run(1, arguments, cwd=folder)
             status, output = done.status, done.output
         else:
-            status = main(words)
+            status = main(arguments)
             output = "".join(capsys.readouterr())
         assert status == 0, f"{example}: {output[-2000:]}"
         assert output, example

@@ -56,9 +56,9 @@ def test_version_imports_nothing_heavy():
 def test_installed_commit_of_git_checkout_shows_hash_and_dirty(tmp_path, monkeypatch):
     """The commit is that of the checkout that holds the package, not of one around its environment."""
 
-    def git(*words):
+    def git(*git_arguments):
         identity = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+        subprocess.run(["git", "-C", tmp_path, *identity, *git_arguments], check=True, capture_output=True)
 
     package = tmp_path / "megatron_ettin"
     package.mkdir()
@@ -98,13 +98,16 @@ def test_name_with_other_digits_is_no_guess(capsys):
     assert "17m, 32m, 68m" in error
 
 
-@pytest.mark.parametrize("words", ["--help", "plan --size 17m --gpus 8", "order --help"])
-def test_command_output_on_full_disk_exits_1_in_one_line(words):
+@pytest.mark.parametrize("command_line", ["--help", "plan --size 17m --gpus 8", "order --help"])
+def test_command_output_on_full_disk_exits_1_in_one_line(command_line):
     with open("/dev/full", "w") as full:
-        line = forkserver.program("ettin", *words.split())
+        line = forkserver.program("ettin", *command_line.split())
         ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
-    assert ended.stderr == f"ettin {words.split()[0]}: standard output cannot be written (No space left on device)\n"
+    assert (
+        ended.stderr
+        == f"ettin {command_line.split()[0]}: standard output cannot be written (No space left on device)\n"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

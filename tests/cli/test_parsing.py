@@ -10,7 +10,16 @@ def test_words_of_parsed_arguments_round_trip() -> None:
 
     parser = OneLineParser()
     train.add_arguments(parser)
-    words = ["--init-from", "a b", "--allow-change", "optim.lr", "--allow-change", "run.seed", "optim.lr=1", "x.y=2"]
-    args = parser.parse_intermixed_args(words)
-    assert format_arguments(parser, args, ()) == words
+    arguments = [
+        "--init-from",
+        "a b",
+        "--allow-change",
+        "optim.lr",
+        "--allow-change",
+        "run.seed",
+        "optim.lr=1",
+        "x.y=2",
+    ]
+    args = parser.parse_intermixed_args(arguments)
+    assert format_arguments(parser, args, ()) == arguments
     assert format_arguments(parser, args, ("init_from", "allow_change")) == ["optim.lr=1", "x.y=2"]

@@ -15,9 +15,9 @@ from tests.pool import Pool
 from tests.train.runs import command, train
 
 
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command that must be refused and return its one line of error."""
-    assert main(words) == 2
+    assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("ettin "), lines
@@ -25,7 +25,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("optim.lrr=1", "did you mean 'optim.lr'?"),
         ("optim.lr=high", "optim.lr: 'high' is not a number"),
@@ -68,9 +68,9 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_train_invalid_setting_is_refused_without_writing(
-    words: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refused(command(tmp_path / "run", corpus, "mlm", words.split()), capsys)
+    line = refused(command(tmp_path / "run", corpus, "mlm", arguments.split()), capsys)
     assert message in line
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -139,8 +139,8 @@ def test_resume_changed_science_key_is_refused_unless_allowed(
     assert "data.mixture" in line
     assert (run / "config.yaml").read_text() == before
     # keys that are not science keys may change; an allowed science key is recorded
-    words = ["run.steps=3", "optim.lr=1e-4", "batch.micro_batch_rows=4"]
-    (result,) = pool.run(1, command(run, corpus, "mlm", words, ["--allow-change", "optim.lr"]))
+    arguments = ["run.steps=3", "optim.lr=1e-4", "batch.micro_batch_rows=4"]
+    (result,) = pool.run(1, command(run, corpus, "mlm", arguments, ["--allow-change", "optim.lr"]))
     assert result.status == 0, result.output[-2000:]
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert history[-1]["changes"] == ["optim.lr"]
@@ -164,8 +164,8 @@ def test_init_from_incompatible_source_is_refused(pool: Pool, corpus: Path, tmp_
             "was trained with stable_adamw, this run uses adamw",
         ),
     ]
-    for options, words, message in cases:
-        result = pool.run(1, command(tmp_path / "second", corpus, "mlm", ["run.steps=1", *words], options))[0]
+    for options, arguments, message in cases:
+        result = pool.run(1, command(tmp_path / "second", corpus, "mlm", ["run.steps=1", *arguments], options))[0]
         assert result.status == 2, result.output
         assert message in result.output, result.output
 
@@ -181,8 +181,8 @@ def test_dataset_with_other_tokenizer_of_same_size_is_refused(pool: Pool, corpus
         command(tmp_path / "new", corpus, "mlm", ["run.steps=1", f"data.validation={other}"]),
         ["eval", str(tmp_path / "run"), "--data", str(other)],
     ]
-    for words in commands:
-        result = pool.run(1, words)[0]
+    for arguments in commands:
+        result = pool.run(1, arguments)[0]
         assert result.status == 2, result.output
         assert "tokenizer" in result.output, result.output
     (resumed,) = pool.run(1, command(tmp_path / "run", other, "mlm", ["run.steps=2"]))
@@ -192,8 +192,13 @@ def test_dataset_with_other_tokenizer_of_same_size_is_refused(pool: Pool, corpus
 
 @pytest.mark.ranks
 def test_train_nan_loss_stops_without_checkpoint(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=50", "optim.lr=1e30", "optim.weight_decay_reference_lr=1e30", "resilience.max_skips_in_row=2"]
-    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words))
+    arguments = [
+        "run.steps=50",
+        "optim.lr=1e30",
+        "optim.weight_decay_reference_lr=1e30",
+        "resilience.max_skips_in_row=2",
+    ]
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", arguments))
     assert result.status == 1
     assert "nan" in result.output
     assert "rows" in result.output

@@ -56,7 +56,7 @@ def original(size: str, objective: str, phase: str) -> dict[str, Any]:
     else:
         schedule = {"name": "warmup_stable_decay", "t_warmup": tok(WARMUP[size]), "alpha_f": 0.02, "t_decay": "0tok"}
     decoder = {"use_decoder_attn_mask": True, "suppress_masking": True} if causal else {}
-    kind = {("mlm", False): "flex_bert", ("clm", False): "flex_gpt"} | {
+    architecture = {("mlm", False): "flex_bert", ("clm", False): "flex_gpt"} | {
         ("mlm", True): "flex_gpt_to_bert",
         ("clm", True): "flex_bert_to_gpt",
     }
@@ -66,7 +66,7 @@ def original(size: str, objective: str, phase: str) -> dict[str, Any]:
         **{"tokenizer_name": "bclavie/olmo_bert_template", "mlm_probability": chance, "count_padding_tokens": False},
         "run_name": "any",
         "model": {
-            **{"name": kind[objective, cross], "pretrained_model_name": "bert-base-uncased"},
+            **{"name": architecture[objective, cross], "pretrained_model_name": "bert-base-uncased"},
             **{"tokenizer_name": "${tokenizer_name}", "disable_train_metrics": True, "model_config": model},
         },
         "train_loader": {

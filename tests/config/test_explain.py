@@ -21,9 +21,9 @@ FIRST_AND_48 = [pytest.param(*one, marks=[] if one[0] in ("17m", "1b") else pyte
 
 @pytest.mark.parametrize(("size", "objective", "phase"), FIRST_AND_48)
 def test_differences_every_combination_has_a_reason(size: str, objective: str, phase: str) -> None:
-    found = differences(parse(size, objective, phase), {})
-    assert [one.key for one in found if not one.why] == []
-    keys = {one.key for one in found}
+    actual = differences(parse(size, objective, phase), {})
+    assert [one.key for one in actual if not one.why] == []
+    keys = {one.key for one in actual}
     assert {"data.batching", "batch.loss_normalization", "batch.global_batch_rows"} <= keys
     assert ("run.objective" in keys) == ((objective, phase) == ("mlm", "cross"))
     assert differences(parse(size, objective, phase, overrides=["run.recipe=original"]), {}) == []
@@ -31,17 +31,19 @@ def test_differences_every_combination_has_a_reason(size: str, objective: str, p
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_explain_key_set_by_user_names_the_override(objective: str, capsys) -> None:
-    words = ["optim.lr=1e-3", "data.seq_len=512", "batch.global_batch_rows=64"]
+    arguments = ["optim.lr=1e-3", "data.seq_len=512", "batch.global_batch_rows=64"]
     assert (
-        main(["train", "--size", "17m", "--objective", objective, "--phase", "decay", "--explain", "--json", *words])
+        main(
+            ["train", "--size", "17m", "--objective", objective, "--phase", "decay", "--explain", "--json", *arguments]
+        )
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    why = {one["key"]: one["why"] for one in told["keys"]}
+    message = json.loads(capsys.readouterr().out)
+    why = {one["key"]: one["why"] for one in message["keys"]}
     assert why["optim.lr"] == "set by `optim.lr=1e-3`"
     assert why["optim.weight_decay_reference_lr"] == "set by optim.lr, which it follows (`optim.lr=1e-3`)"
     assert why["data.seq_len"] == "set by `data.seq_len=512`"
-    assert len(told["always"]) > 4
+    assert len(message["always"]) > 4
 
 
 def test_explain_text_shows_differences_and_reasons(capsys, tmp_path) -> None:
@@ -59,13 +61,13 @@ def test_explain_text_shows_differences_and_reasons(capsys, tmp_path) -> None:
     assert "what no key reproduces:\n  data order:" in out
     assert main(["train", "--size", "17m", "--objective", "mlm", "--phase", "decay", "--explain"]) == 0
     assert "what no key reproduces:\n  masks:" in capsys.readouterr().out
-    words = ["--recipe", "original"]
-    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 0
+    arguments = ["--recipe", "original"]
+    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *arguments]) == 0
     assert "recipe original: 0 keys differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("size", "phase", "words", "said"),
+    ("size", "phase", "arguments", "output"),
     [
         ("17m", "pretrain", [], "configure 125,000,000,000 tokens from 144 sequences"),
         ("17m", "pretrain", [], "batch.warmup_tokens=125B batch.warmup_min_rows=88 trains as configured"),
@@ -75,9 +77,11 @@ def test_explain_text_shows_differences_and_reasons(capsys, tmp_path) -> None:
         ("17m", "decay", [], "ends of chunks: [SEP] ends every chunk, of both objectives"),
     ],
 )
-def test_explain_names_what_no_published_run_did(size: str, phase: str, words: list[str], said: str, capsys) -> None:
-    assert main(["train", "--size", size, "--objective", "clm", "--phase", phase, "--explain", *words]) == 0
-    assert said in capsys.readouterr().out
+def test_explain_names_what_no_published_run_did(
+    size: str, phase: str, arguments: list[str], output: str, capsys
+) -> None:
+    assert main(["train", "--size", size, "--objective", "clm", "--phase", phase, "--explain", *arguments]) == 0
+    assert output in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["17m", "1b"])
@@ -89,8 +93,8 @@ def test_explained_override_trains_as_configured(size: str, capsys) -> None:
         why = next(
             one["why"] for one in json.loads(capsys.readouterr().out)["always"] if one["what"] == "batch warm-up"
         )
-        words = [word for word in why.split() if word.startswith("batch.")]
-        batch = parse(size, "mlm", phase, overrides=words).batch
+        arguments = [word for word in why.split() if word.startswith("batch.")]
+        batch = parse(size, "mlm", phase, overrides=arguments).batch
         assert batch.warmup_tokens == (10e9 if phase == "cross" else BATCH_WARMUP[size])
 
 
@@ -98,8 +102,8 @@ def test_dry_run_default_has_the_full_batch_in_every_step(capsys) -> None:
     """1.7T tokens are 589,545 steps of 2,816 full rows; with the batch warm-up that was never applied, 725,649."""
     command = ["train", "--size", "17m", "--objective", "mlm", "--phase", "pretrain", "--dry-run", "--json"]
     steps = []
-    for words in ([], ["batch.warmup_tokens=125B"]):
-        assert main([*command, *words]) == 0
+    for arguments in ([], ["batch.warmup_tokens=125B"]):
+        assert main([*command, *arguments]) == 0
         steps.append(json.loads(capsys.readouterr().out)["steps"])
     assert steps == [589_545, 725_649]
 
@@ -117,7 +121,7 @@ def test_original_recipe_has_published_values() -> None:
 
 
 def test_dry_run_original_recipe_gives_published_step_count(capsys) -> None:
-    words = [
+    arguments = [
         "train",
         "--size",
         "400m",
@@ -129,14 +133,14 @@ def test_dry_run_original_recipe_gives_published_step_count(capsys) -> None:
         "original",
         "--dry-run",
     ]
-    assert main([*words, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 599_525
-    assert main([*words, "--json", "data.mean_tokens_per_row=300"]) == 0
+    assert main([*arguments, "--json", "data.mean_tokens_per_row=300"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 1_229_746  # 1.7T / (4608 x 300), rounded up
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "output"),
     [
         (["--recipe", "originall"], "recipe 'originall' does not exist (did you mean 'original'?)"),
         (["run.recipe=ettin"], "recipe 'ettin' does not exist; it is one of paired, original"),
@@ -144,14 +148,14 @@ def test_dry_run_original_recipe_gives_published_step_count(capsys) -> None:
         (["model.output_bias_init=ones"], "model.output_bias_init: 'ones' does not exist"),
     ],
 )
-def test_explain_bad_recipe_or_value_is_refused(words: list[str], said: str, capsys) -> None:
-    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *words]) == 2
-    assert said in capsys.readouterr().err
+def test_explain_bad_recipe_or_value_is_refused(arguments: list[str], output: str, capsys) -> None:
+    assert main(["train", "--size", "17m", "--objective", "clm", "--phase", "decay", "--explain", *arguments]) == 2
+    assert output in capsys.readouterr().err
 
 
-def reported(capsys: pytest.CaptureFixture[str], objective: str, phase: str, *words: str) -> str:
+def reported(capsys: pytest.CaptureFixture[str], objective: str, phase: str, *arguments: str) -> str:
     """Return what a dry run says on standard error."""
-    assert main(["train", "--size", "17m", "--objective", objective, "--phase", phase, "--dry-run", *words]) == 0
+    assert main(["train", "--size", "17m", "--objective", objective, "--phase", phase, "--dry-run", *arguments]) == 0
     return capsys.readouterr().err
 
 
@@ -173,21 +177,21 @@ def test_key_that_the_run_ignores_is_reported(
 
 
 def test_key_of_a_hybrid_run_that_reads_it_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("data.mlm_probability=0.2", "model.encoder_window=32", "model.decoder_window_keys=32")
-    assert "has no effect" not in reported(capsys, "hybrid", "pretrain", *words)
+    arguments = ("data.mlm_probability=0.2", "model.encoder_window=32", "model.decoder_window_keys=32")
+    assert "has no effect" not in reported(capsys, "hybrid", "pretrain", *arguments)
 
 
 def test_override_of_a_phase_that_is_not_run_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     word = "extend.optim.lr=1e-3"
-    said = reported(capsys, "mlm", "pretrain", word)
-    assert f"{word}: has no effect, because this run trains pretrain\n" in said
+    output = reported(capsys, "mlm", "pretrain", word)
+    assert f"{word}: has no effect, because this run trains pretrain\n" in output
     assert "has no effect" not in reported(capsys, "mlm", "extend", word)
     assert "has no effect" not in reported(capsys, "mlm", "all", word)
 
 
 def test_validation_without_a_cadence_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    said = reported(capsys, "mlm", "pretrain", "data.validation=somewhere")
-    assert "data.validation: is evaluated at the end of the run only" in said
+    output = reported(capsys, "mlm", "pretrain", "data.validation=somewhere")
+    assert "data.validation: is evaluated at the end of the run only" in output
 
 
 def test_key_in_the_file_of_both_halves_is_not_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

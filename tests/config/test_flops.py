@@ -41,10 +41,10 @@ def test_split_evenly_matches_the_best_of_all_splits(seed: int) -> None:
     stages = drawn.randint(1, 4)
     cuts = itertools.combinations(range(1, len(costs)), stages - 1)
     every = [[b - a for a, b in itertools.pairwise([0, *cut, len(costs)])] for cut in cuts]
-    found = split_evenly(costs, stages)
-    assert sum(found) == len(costs)
-    assert min(found) >= 1
-    assert most_expensive(costs, found) == pytest.approx(min(most_expensive(costs, split) for split in every))
+    actual = split_evenly(costs, stages)
+    assert sum(actual) == len(costs)
+    assert min(actual) >= 1
+    assert most_expensive(costs, actual) == pytest.approx(min(most_expensive(costs, split) for split in every))
 
 
 def test_split_evenly_equal_layers_gives_equal_stages() -> None:
@@ -107,8 +107,8 @@ def test_attended_pairs_match_brute_force(n: int, causal: bool, window: int | No
 )
 def test_flops_per_token_match_the_published_figures(size: str, context: int, causal: bool, gigaflops: float) -> None:
     """Match the published figures, for an encoder with labels at 30 % of positions."""
-    found = flops_per_token(SIZES[size], VOCABULARY, context, causal, 64, 1.0 if causal else 0.3)
-    assert found / 1e9 == pytest.approx(gigaflops, rel=0.005)
+    actual = flops_per_token(SIZES[size], VOCABULARY, context, causal, 64, 1.0 if causal else 0.3)
+    assert actual / 1e9 == pytest.approx(gigaflops, rel=0.005)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,9 +128,9 @@ def added(into, a, b, **_) -> int:  # type: ignore[no-untyped-def]
 def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
     """Count the attended pairs in the explicit mask of a row with these chunk lengths."""
     chunk = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(chunk))
+    position = np.arange(len(chunk))
     seen = chunk[:, None] == chunk[None]
-    distance = place[:, None] - place[None]
+    distance = position[:, None] - position[None]
     if causal:
         seen &= distance >= 0
     if window is not None:
@@ -140,8 +140,8 @@ def pairs_of_mask(lengths: list[int], causal: bool, window: int | None) -> int:
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_training_flops_match_torch_flop_counter(corpus: Path, objective: str) -> None:
-    words = [*TINY, f"data.mixture={corpus}", "runtime.compile=never"]
-    config = parse("17m", objective, "pretrain", overrides=words)
+    arguments = [*TINY, f"data.mixture={corpus}", "runtime.compile=never"]
+    config = parse("17m", objective, "pretrain", overrides=arguments)
     train_state = build_single_process(config, training=True)
     try:
         batches = Batches.of(config, open_training_data(config), train_state.layout, train_state.platform.device)

@@ -28,13 +28,13 @@ def test_original_yaml_equals_the_original_recipe_of_its_names(
 ) -> None:
     """The file gives the same config as `recipe: original` with the three names that the file contains."""
     path = write(tmp_path / "original.yaml", original(size, objective, phase))
-    found = run_names(read_user_config(path), path, NAMES)
-    assert found == {
+    actual = run_names(read_user_config(path), path, NAMES)
+    assert actual == {
         "size": size,
         "objective": "mntp" if (objective, phase) == ("mlm", "cross") else objective,
         "phase": phase,
     }
-    config, wanted = parse(*found.values(), path), recipe(size, objective, phase, name="original")
+    config, wanted = parse(*actual.values(), path), recipe(size, objective, phase, name="original")
     for group in ("run", "model", "optim", "schedule", "data", "batch", "precision"):
         assert getattr(config, group) == getattr(wanted, group), group
     assert config.checkpoint.weights_every_tokens == 8_500_000_000
@@ -46,9 +46,9 @@ ONE_MINUS_SQRT = {
 }
 
 
-def run(path: Path, capsys, *words: str) -> tuple[int, str, str]:
+def run(path: Path, capsys, *arguments: str) -> tuple[int, str, str]:
     capsys.readouterr()
-    status = main(["train", "--config", str(path), *words])
+    status = main(["train", "--config", str(path), *arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -57,9 +57,9 @@ def test_train_with_original_yaml_reports_steps_and_unused_keys(tmp_path: Path, 
     path = write(tmp_path / "original.yaml", original("150m", "clm", "pretrain"))
     status, out, err = run(path, capsys, "--dry-run", "--json", "optim.lr=1e-3")
     assert status == 0, err
-    told = json.loads(out)
-    assert told["steps"] == 599_525
-    assert told["config"]["optim"]["lr"] == 1e-3
+    message = json.loads(out)
+    assert message["steps"] == 599_525
+    assert message["config"]["optim"]["lr"] == 1e-3
     assert "left aside (a run reads data.mixture): data_local" in err
     assert "has no model.model_config.local_attn_rotary_emb_base: local layers have the global rotary base" in err
     status, out, _ = run(path, capsys, "--explain")
@@ -72,13 +72,13 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
     content = original("17m", "mlm", "pretrain")
     for key, value in change.items():
         *parents, last = key.split(".")
-        place = content
+        position = content
         for parent in parents:
-            place = place.setdefault(parent, {})
+            position = position.setdefault(parent, {})
         if value is None:
-            place.pop(last)
+            position.pop(last)
         else:
-            place[last] = None if value is NULL else value
+            position[last] = None if value is NULL else value
     return content
 
 
@@ -114,7 +114,7 @@ def test_original_yaml_changed_key_sets_its_counterpart(
 
 
 @pytest.mark.parametrize(
-    ("words", "warmup", "decay"),
+    ("arguments", "warmup", "decay"),
     [
         (["run.tokens=5B"], 300_000_000, 10**9),
         (["run.tokens=5B", "schedule.warmup_tokens=1B"], 10**9, 10**9),
@@ -122,10 +122,10 @@ def test_original_yaml_changed_key_sets_its_counterpart(
     ],
 )
 def test_original_yaml_shortened_by_a_word_keeps_its_shares(
-    words: list[str], warmup: int, decay: int, tmp_path: Path
+    arguments: list[str], warmup: int, decay: int, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "original.yaml", original("17m", "clm", "cross"))
-    schedule = parse("17m", "clm", "cross", path, words).schedule
+    schedule = parse("17m", "clm", "cross", path, arguments).schedule
     assert (schedule.warmup_tokens, schedule.decay_tokens) == (warmup, decay)
 
 
@@ -139,7 +139,7 @@ def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "output"),
     [
         (
             {"model.name": "hf_bert"},
@@ -193,21 +193,21 @@ def test_original_yaml_one_minus_sqrt_gives_the_trainers_rates(before_end: float
     ],
 )
 def test_original_yaml_unsupported_value_is_refused_in_one_line(
-    change: dict[str, Any], said: str, tmp_path: Path, capsys
+    change: dict[str, Any], output: str, tmp_path: Path, capsys
 ) -> None:
     path = write(tmp_path / "original.yaml", changed(change))
     status, _, err = run(path, capsys, "--dry-run")
     assert status == 2, err
-    assert said in err.splitlines()[-1], err
+    assert output in err.splitlines()[-1], err
     assert len(err.splitlines()) == 1
 
 
 def test_train_names_contradicting_the_original_yaml_are_refused(tmp_path: Path, capsys) -> None:
     path = write(tmp_path / "original.yaml", original("17m", "mlm", "pretrain"))
-    for words, said in ((["--size", "1b"], f"--size 1b: {path} has 17m"), (["--objective", "clm"], "has mlm")):
-        status, _, err = run(path, capsys, "--dry-run", *words)
+    for arguments, output in ((["--size", "1b"], f"--size 1b: {path} has 17m"), (["--objective", "clm"], "has mlm")):
+        status, _, err = run(path, capsys, "--dry-run", *arguments)
         assert status == 2
-        assert said in err
+        assert output in err
     assert run(path, capsys, "--dry-run", "--phase", "extend")[0] == 0
     assert main(["train", "--size", "17m", "--phase", "extend", "--dry-run"]) == 2
     assert "--objective: is missing" in capsys.readouterr().err

@@ -15,12 +15,12 @@ from tests.train.runs import TINY
 
 pytestmark = pytest.mark.ranks
 # the settings that are not of the model
-WORDS = [word for word in TINY if not word.startswith("model.")]
+ARGUMENTS = [word for word in TINY if not word.startswith("model.")]
 
 
-def start(pool, run, corpus, *words, world=1, phase="pretrain", size="17m", status=0):
-    line = ["train", "--size", size, "--objective", "mlm", "--phase", phase, "--run-dir", str(run), *WORDS]
-    results = pool.run(world, [*line, f"data.mixture={corpus}", *map(str, words)])
+def start(pool, run, corpus, *arguments, world=1, phase="pretrain", size="17m", status=0):
+    line = ["train", "--size", size, "--objective", "mlm", "--phase", phase, "--run-dir", str(run), *ARGUMENTS]
+    results = pool.run(world, [*line, f"data.mixture={corpus}", *map(str, arguments)])
     assert {result.status for result in results} == {status}, results[0].output[-2000:]
     return results[0].output
 
@@ -34,9 +34,9 @@ def imported(tmp_path_factory):
 
 def test_init_from_imported_weights_inherits_model_settings(pool, corpus, imported, tmp_path):
     run, theirs = tmp_path / "run", read_config(imported)["model"]
-    said = start(pool, run, corpus, "--init-from", imported, "run.steps=2", "checkpoint.every_steps=1")
-    assert "model.local_rope_theta=500.0 comes with the weights (the recipe has 10000.0)" in said
-    assert "model.encoder_window=8 comes with the weights (the recipe has 64)" in said
+    output = start(pool, run, corpus, "--init-from", imported, "run.steps=2", "checkpoint.every_steps=1")
+    assert "model.local_rope_theta=500.0 comes with the weights (the recipe has 10000.0)" in output
+    assert "model.encoder_window=8 comes with the weights (the recipe has 64)" in output
     model = read_config(run)["model"]
     different = {key for key, value in theirs.items() if model[key] != value}
     # max_position_embeddings follows data.seq_len
@@ -58,19 +58,19 @@ def test_init_from_imported_weights_inherits_model_settings(pool, corpus, import
 
 
 def test_init_from_overrides_win_over_inherited_settings(pool, corpus, imported, tmp_path):
-    words = ("--init-from", imported, "run.steps=1", "model.local_rope_theta=700", "model.encoder_window=4")
-    said = start(pool, tmp_path / "run", corpus, *words)
-    assert "local_rope_theta" not in said
-    assert "encoder_window" not in said
-    assert "global_rope_theta=20000.0" in said
+    arguments = ("--init-from", imported, "run.steps=1", "model.local_rope_theta=700", "model.encoder_window=4")
+    output = start(pool, tmp_path / "run", corpus, *arguments)
+    assert "local_rope_theta" not in output
+    assert "encoder_window" not in output
+    assert "global_rope_theta=20000.0" in output
     model = read_config(tmp_path / "run")["model"]
     assert (model["local_rope_theta"], model["encoder_window"], model["num_layers"]) == (700.0, 4, 4)
 
 
-def groups(size, phase, *words):
+def groups(size, phase, *arguments):
     import yaml
 
-    return yaml.safe_load(to_yaml(parse(size, "clm", phase, overrides=words)))
+    return yaml.safe_load(to_yaml(parse(size, "clm", phase, overrides=arguments)))
 
 
 def test_inherited_recipe_settings_do_not_override_next_phase():

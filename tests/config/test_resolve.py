@@ -137,10 +137,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_parse_bad_override_is_refused_in_one_line(words: str) -> None:
-    with pytest.raises(UserError, match=re.escape(REFUSED[words])) as caught:
-        parse("1b", "mlm", "pretrain", overrides=words.split())
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_parse_bad_override_is_refused_in_one_line(arguments: str) -> None:
+    with pytest.raises(UserError, match=re.escape(REFUSED[arguments])) as caught:
+        parse("1b", "mlm", "pretrain", overrides=arguments.split())
     assert "\n" not in str(caught.value)
 
 
@@ -180,7 +180,7 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "words", "layers"),
+    ("size", "arguments", "layers"),
     [
         ("17m", "parallel.pp=2", [6, 1]),
         ("68m", "parallel.pp=4", [5, 5, 6, 3]),
@@ -189,8 +189,8 @@ def test_check_layout_gives_dp_or_names_the_conflict() -> None:
         ("17m", "parallel.pp=2 parallel.pipeline_layers=3,4", [3, 4]),
     ],
 )
-def test_stage_layers_split_unevenly_over_stages(size: str, words: str, layers: list[int]) -> None:
-    assert stage_layers(parse(size, "mlm", "pretrain", overrides=words.split())) == layers
+def test_stage_layers_split_unevenly_over_stages(size: str, arguments: str, layers: list[int]) -> None:
+    assert stage_layers(parse(size, "mlm", "pretrain", overrides=arguments.split())) == layers
 
 
 OLD_LISTS = {
@@ -286,8 +286,8 @@ def test_parse_phase_settings_apply_to_that_phase_only(tmp_path: Path) -> None:
     site.write_text(
         "recipe: original\noptim: {lr: 1e-3}\nphases:\n  extend: {optim: {lr: 2e-3}, data: {mixture: long}}\n"
     )
-    words = ["optim.eps=1e-7", "extend.optim.eps=1e-8", "decay.optim.lr=4e-3"]
-    pretrain, extend, decay = (parse("17m", "mlm", phase, site, words) for phase in ("pretrain", "extend", "decay"))
+    arguments = ["optim.eps=1e-7", "extend.optim.eps=1e-8", "decay.optim.lr=4e-3"]
+    pretrain, extend, decay = (parse("17m", "mlm", phase, site, arguments) for phase in ("pretrain", "extend", "decay"))
     assert [c.optim.lr for c in (pretrain, extend, decay)] == [1e-3, 2e-3, 4e-3]
     assert [c.optim.eps for c in (pretrain, extend, decay)] == [1e-7, 1e-8, 1e-7]
     assert [c.data.mixture for c in (pretrain, extend, decay)] == [None, "long", None]
@@ -296,7 +296,7 @@ def test_parse_phase_settings_apply_to_that_phase_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "said"),
+    ("text", "arguments", "output"),
     [
         (
             "phases: {extnd: {}}",
@@ -309,17 +309,17 @@ def test_parse_phase_settings_apply_to_that_phase_only(tmp_path: Path) -> None:
     ],
 )
 def test_parse_mistake_in_other_phase_settings_is_refused(
-    text: str, words: list[str], said: str, tmp_path: Path
+    text: str, arguments: list[str], output: str, tmp_path: Path
 ) -> None:
     """Refuse mistakes in the settings of a later phase when the first phase is parsed."""
     site = tmp_path / "site.yaml"
     site.write_text(text)
-    with pytest.raises(UserError, match=re.escape(said)):
-        parse("17m", "mlm", "pretrain", site, words)
+    with pytest.raises(UserError, match=re.escape(output)):
+        parse("17m", "mlm", "pretrain", site, arguments)
 
 
 @pytest.mark.parametrize(
-    ("phase", "words", "shares"),
+    ("phase", "arguments", "shares"),
     [
         ("pretrain", ["run.tokens=17B"], (40_000_000, 0, None)),
         ("pretrain", ["run.tokens=3.4T"], (8 * 10**9, 0, None)),
@@ -330,14 +330,14 @@ def test_parse_mistake_in_other_phase_settings_is_refused(
     ],
 )
 def test_parse_warmup_and_decay_are_the_recipes_shares_of_the_run(
-    phase: str, words: list[str], shares: tuple[int, int, int | None]
+    phase: str, arguments: list[str], shares: tuple[int, int, int | None]
 ) -> None:
-    schedule = parse("17m", "mlm", phase, overrides=words).schedule
+    schedule = parse("17m", "mlm", phase, overrides=arguments).schedule
     assert (schedule.warmup_tokens, schedule.decay_tokens, schedule.end_tokens) == shares
 
 
 @pytest.mark.parametrize(
-    ("words", "rows", "micro"),
+    ("arguments", "rows", "micro"),
     [
         (["data.seq_len=8192"], 352, 11),
         (["data.seq_len=512"], 5_632, 176),
@@ -349,20 +349,22 @@ def test_parse_warmup_and_decay_are_the_recipes_shares_of_the_run(
         (["data.seq_len=2048", "data.batching=padded"], 4_608, 144),
     ],
 )
-def test_parse_rows_of_another_length_keep_the_tokens_of_a_step(words: list[str], rows: int, micro: int) -> None:
-    batch = parse("17m", "mlm", "pretrain", overrides=words).batch
+def test_parse_rows_of_another_length_keep_the_tokens_of_a_step(arguments: list[str], rows: int, micro: int) -> None:
+    batch = parse("17m", "mlm", "pretrain", overrides=arguments).batch
     assert (batch.global_batch_rows, batch.micro_batch_rows) == (rows, micro)
 
 
 def test_parse_of_a_run_that_has_begun_keeps_its_schedule_and_batch() -> None:
     """What earlier versions had other defaults for stays as the run has begun with it, until a key is given."""
     old = ["batch.warmup_tokens=125B", "schedule.warmup_tokens=4B", "batch.warmup_min_rows=88"]
-    words = ["data.seq_len=2048", "run.tokens=1T"]
-    begun = parse("17m", "mlm", "pretrain", overrides=[*words, *old, "batch.global_batch_rows=2816"])
+    arguments = ["data.seq_len=2048", "run.tokens=1T"]
+    begun = parse("17m", "mlm", "pretrain", overrides=[*arguments, *old, "batch.global_batch_rows=2816"])
     start = Start(begun=begun)
-    assert science_keys(parse("17m", "mlm", "pretrain", overrides=words, start=start)) == science_keys(begun)
+    assert science_keys(parse("17m", "mlm", "pretrain", overrides=arguments, start=start)) == science_keys(begun)
     assert (
-        parse("17m", "mlm", "pretrain", overrides=[*words, "batch.warmup_tokens=0"], start=start).batch.warmup_tokens
+        parse(
+            "17m", "mlm", "pretrain", overrides=[*arguments, "batch.warmup_tokens=0"], start=start
+        ).batch.warmup_tokens
         == 0
     )
 
@@ -371,6 +373,6 @@ def test_from_yaml_of_an_earlier_version_keeps_its_early_decay(tmp_path: Path) -
     """It decayed over the first tokens: of a run with as many of them the schedule is today's."""
     path = tmp_path / "config.yaml"
     for decay, end in ((20_000, 20_000), (50_000, None)):
-        words = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]
-        path.write_text(to_yaml(parse("17m", "mlm", "decay", overrides=words)).replace("  end_tokens: null\n", ""))
+        arguments = ["run.tokens=50_000", f"schedule.decay_tokens={decay}"]
+        path.write_text(to_yaml(parse("17m", "mlm", "decay", overrides=arguments)).replace("  end_tokens: null\n", ""))
         assert from_yaml(path).schedule.end_tokens == end

@@ -134,8 +134,8 @@ def test_short_name_of_another_shape_is_no_published_size(word):
 @pytest.mark.parametrize("as_file", [False, True])
 def test_long_name_of_another_shape_says_parameters_shape_and_origin(as_file):
     model = parse("17m", "mlm", "pretrain", overrides=OTHER).model
-    told = long_name("17m", asdict(model) if as_file else model)
-    assert told == "207K parameters, 2 layers x 64, vocabulary 2,048 (from 17m)"
+    message = long_name("17m", asdict(model) if as_file else model)
+    assert message == "207K parameters, 2 layers x 64, vocabulary 2,048 (from 17m)"
 
 
 def test_long_name_of_published_shape_says_parameters_and_shape():

@@ -33,7 +33,7 @@ LAYERS = 2  # of the other shapes
 VOCABULARY = 321
 ONE, FOUR = (1, []), (4, ["parallel.tp=2", "parallel.pp=2"])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WORDS = [
+ARGUMENTS = [
     *("data.seq_len=64", "batch.global_batch_rows=2", "batch.micro_batch_rows=1", "batch.warmup_tokens=0"),
     *("optim.lr=1e-60", "optim.weight_decay=0", "schedule.name=constant", "schedule.warmup_tokens=0"),
     *("runtime.device=cpu", "run.steps=1", "metrics.tensorboard=false", "checkpoint.every_tokens=null"),
@@ -89,7 +89,7 @@ def test_convert_trained_on_one_and_four_ranks_keeps_bits(
     for world, arguments in (ONE, FOUR) if size in FULL else (FOUR,):
         run = tmp_path / f"run-{world}"
         command = ["train", "--size", size, "--objective", objective, "--phase", "pretrain", "--run-dir", str(run)]
-        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *WORDS, *arguments]
+        command += ["--init-from", str(tmp_path / "imported"), f"precision.name={precision}", *ARGUMENTS, *arguments]
         command += [f"model.vocab_size={VOCABULARY}", f"model.num_layers={shape['num_hidden_layers']}", *gathers(size)]
         results = pool.run(world, [*command, f"data.mixture={odd_corpus}"], timeout_seconds=600)
         assert {result.status for result in results} == {0}, "\n".join(r.output[-2000:] for r in results)

@@ -70,7 +70,7 @@ def test_hash_and_permutation_values_match_pinned_ones() -> None:
     ]
     assert int(mix64(0)) == 0
     assert key64("rows", 21, "pretrain", 0, 0) == key64("rows:21", "pretrain:0:0")
-    assert Permutation(1_000, 42)(np.arange(6)).tolist() == GOLDEN_PLACES
+    assert Permutation(1_000, 42)(np.arange(6)).tolist() == GOLDEN_POSITIONS
 
 
-GOLDEN_PLACES = [746, 855, 735, 396, 543, 737]
+GOLDEN_POSITIONS = [746, 855, 735, 396, 543, 737]

@@ -33,8 +33,8 @@ def two_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     for i, seeds in enumerate((range(10), range(10, CODE))):
         texts = [f"for x in range({seed}): print(x ** {seed % 7})\n" * 4 for seed in seeds]
         (folder / "code" / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    words = ["--out", folder / "dataset", "--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
-    assert main(["prepare", str(folder / "news.jsonl"), str(folder / "code"), *map(str, words)]) == 0
+    arguments = ["--out", folder / "dataset", "--tokenizer", tiny_tokenizer, "--chunk-tokens", 48, "--workers", 1]
+    assert main(["prepare", str(folder / "news.jsonl"), str(folder / "code"), *map(str, arguments)]) == 0
     return folder / "dataset"
 
 
@@ -49,8 +49,8 @@ def run(
     """Run of two steps on two ranks, evaluated at the last one on both datasets: on all rows or on 30."""
     objective, layout, rows = request.param
     held_out = f"data.validation={{old: {corpus / 'heldout'}, new: {two_inputs}}}"
-    words = [held_out, "metrics.eval_every_steps=2", f"metrics.eval_rows={rows}", "run.steps=2", *layout.split()]
-    return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, objective, words)
+    arguments = [held_out, "metrics.eval_every_steps=2", f"metrics.eval_rows={rows}", "run.steps=2", *layout.split()]
+    return train(pool, 2, tmp_path_factory.mktemp("run"), corpus, objective, arguments)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -84,8 +84,8 @@ def test_eval_single_process_matches_validation_loss_per_source(
     """One process gets the losses and accuracies of two ranks, in all and for every source, and the sources add up to
     the total."""
     rows = read_config(run.directory)["metrics"]["eval_rows"]
-    words = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
-    answer = pool.run(1, ["eval", str(run.directory), *words, "--baseline", str(corpus)])[0]
+    arguments = ["--data", f"old={corpus / 'heldout'}", "--data", f"new={two_inputs}", "--rows", str(rows), "--json"]
+    answer = pool.run(1, ["eval", str(run.directory), *arguments, "--baseline", str(corpus)])[0]
     assert answer.status == 0, answer.output
     result, logged = json.loads(answer.output.strip().splitlines()[-1]), run.metrics[-1]
     assert result["loss"] == pytest.approx(logged["validation_loss"], rel=1e-5)
@@ -108,8 +108,8 @@ def test_eval_dataset_of_two_inputs_reports_each_as_a_source(run: Trained, pool:
     """Each INPUT is a source, and a limit on rows leaves at least one row of each."""
     lines = pool.run(1, ["eval", str(run.directory), "--data", str(two_inputs), "--rows", "6"])[0].output.splitlines()
     assert [line.strip().partition(":")[0] for line in lines[-2:]] == ["news.jsonl", "code"]
-    words = ["--data", str(two_inputs), "--rows", "6", "--json"]
-    result = json.loads(pool.run(1, ["eval", str(run.directory), *words])[0].output.strip().splitlines()[-1])
+    arguments = ["--data", str(two_inputs), "--rows", "6", "--json"]
+    result = json.loads(pool.run(1, ["eval", str(run.directory), *arguments])[0].output.strip().splitlines()[-1])
     assert result["rows"] == 6
     assert all(part["rows"] >= 1 for part in result["sources"].values())
 

@@ -51,7 +51,7 @@ class LocalSTS(AbsTaskSTS):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "output"),
     [
         (["--harness", "lmm", "--tasks", "a"], "--harness: 'lmm' (did you mean 'lm'?); it is one of lm, mteb"),
         (["--harness", "lm"], "--harness lm: name its tasks with --tasks NAME,NAME"),
@@ -60,40 +60,40 @@ class LocalSTS(AbsTaskSTS):
         ([], "--data: name a dataset, or --harness"),
     ],
 )
-def test_eval_harness_bad_options_are_refused(words: list[str], said: str, tmp_path: Path, capsys) -> None:
-    assert main(["eval", str(tmp_path), *words]) == 2
-    assert said in capsys.readouterr().err
+def test_eval_harness_bad_options_are_refused(arguments: list[str], output: str, tmp_path: Path, capsys) -> None:
+    assert main(["eval", str(tmp_path), *arguments]) == 2
+    assert output in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("objective", "harness", "said"),
+    ("objective", "harness", "output"),
     [
         ("mlm", "lm", "is for decoders, and {} was trained as an encoder; --as decoder evaluates it"),
         ("clm", "mteb", "is for encoders, and {} was trained as a decoder; --as encoder evaluates it"),
     ],
 )
-def test_eval_harness_of_the_other_kind_is_refused_unless_named(
-    objective: str, harness: str, said: str, tmp_path: Path, capsys
+def test_eval_harness_of_the_other_objective_is_refused_unless_named(
+    objective: str, harness: str, output: str, tmp_path: Path, capsys
 ) -> None:
     folder, imported = make_folder(tmp_path / "hf", objective), tmp_path / "imported"
     assert main(["convert", "from-hf", str(folder), str(imported)]) == 0
-    words = ["--harness", harness, "--tasks", "a"]
+    arguments = ["--harness", harness, "--tasks", "a"]
     capsys.readouterr()
-    assert main(["eval", str(imported), *words]) == 2
-    assert said.format(imported) in capsys.readouterr().err
+    assert main(["eval", str(imported), *arguments]) == 2
+    assert output.format(imported) in capsys.readouterr().err
     # of the same weights as a folder, an encoder has no class that generates
-    assert main(["eval", str(folder), *words]) == 2
-    other = "holds an encoder's class, which cannot generate" if harness == "lm" else said.format(folder)
+    assert main(["eval", str(folder), *arguments]) == 2
+    other = "holds an encoder's class, which cannot generate" if harness == "lm" else output.format(folder)
     assert other in capsys.readouterr().err
     reading = {"lm": "decoder", "mteb": "encoder"}[harness]
     check_reading(harness, imported, reading)
-    assert main(["eval", str(imported), *words, "--as", {"lm": "encoder", "mteb": "decoder"}[harness]]) == 2
+    assert main(["eval", str(imported), *arguments, "--as", {"lm": "encoder", "mteb": "decoder"}[harness]]) == 2
     assert f"--harness {harness} is for {reading}s" in capsys.readouterr().err
 
 
-def evaluated(folder: Path, *words: str) -> dict:
+def evaluated(folder: Path, *arguments: str) -> dict:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
-    command = [PYTHON, "-m", "megatron_ettin", "eval", str(folder), "--json", *words]
+    command = [PYTHON, "-m", "megatron_ettin", "eval", str(folder), "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])["results"]
@@ -116,9 +116,11 @@ def test_eval_harness_lm_and_mteb_return_scores(tiny_tokenizer: Path, tmp_path: 
         shutil.copytree(tiny_tokenizer, theirs, dirs_exist_ok=True)
         assert main(["convert", "from-hf", str(theirs), str(imported)]) == 0
         folders[objective] = imported
-    found = evaluated(folders["clm"], "--harness", "lm", "--tasks", "next_word", "--task-path", str(tmp_path / "tasks"))
-    assert 0 <= found["next_word"]["acc"] <= 1
-    found = evaluated(
+    actual = evaluated(
+        folders["clm"], "--harness", "lm", "--tasks", "next_word", "--task-path", str(tmp_path / "tasks")
+    )
+    assert 0 <= actual["next_word"]["acc"] <= 1
+    actual = evaluated(
         folders["mlm"], "--harness", "mteb", "--tasks", "LocalSTS", "--task-path", str(tmp_path / "sts.py")
     )
-    assert -1 <= found["LocalSTS"]["main_score"] <= 1
+    assert -1 <= actual["LocalSTS"]["main_score"] <= 1

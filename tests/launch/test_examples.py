@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("programs")
 EXAMPLES = ROOT / "examples" / "slurm"
 SMALL = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
 NODES = {"one_node": 1, "eight_nodes": 2, "sixty_four_nodes": 3}
-WORDS = [*TINY, "run.steps=3", "parallel.distributed_optimizer=false"]
+ARGUMENTS = [*TINY, "run.steps=3", "parallel.distributed_optimizer=false"]
 
 
 def submitted(
@@ -43,7 +43,7 @@ def ended(slurm: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     """Submit the scripts of one run, all jobs at once; return the folder of each, which holds its output."""
     folders, jobs = {script: tmp_path_factory.mktemp(script) for script in NODES}, {}
     for script, nodes in NODES.items():
-        arguments = [word for word in WORDS if script != "one_node" or "distributed" not in word]
+        arguments = [word for word in ARGUMENTS if script != "one_node" or "distributed" not in word]
         options = [f"--nodes={nodes}"]
         folder = folders[script]
         jobs[script] = submitted(slurm, folder, f"{script}.sbatch", options, arguments, RUN="run", DATA=str(corpus))
@@ -63,7 +63,7 @@ def test_run_scripts_train_on_the_requested_nodes(ended: dict[str, Path], script
 def test_chain_script_starts_each_phase_from_the_one_before(slurm: Cluster, corpus: Path, tmp_path: Path) -> None:
     variables = {"RUN": str(tmp_path / "run"), "DATA": str(corpus), "PATH": forked_path()}
     variables["SBATCH_ARGS"] = " ".join([*SMALL, f"--chdir={tmp_path}"])
-    done = slurm.call("bash", EXAMPLES / "chain.sh", *WORDS, **variables)
+    done = slurm.call("bash", EXAMPLES / "chain.sh", *ARGUMENTS, **variables)
     assert done.returncode == 0, done.stderr
     jobs = [line.rpartition(" ")[2] for line in done.stdout.splitlines()]
     assert [slurm.wait_for_end(job) for job in jobs] == ["COMPLETED"] * 3, logs(tmp_path)[-30:]
@@ -79,7 +79,7 @@ def test_suite_script_runs_every_task_to_the_end(slurm: Cluster, corpus: Path, t
     variables = {"RUN": str(tmp_path / "suite"), "DATA": str(corpus), "SIZES": "17m", "PATH": forked_path()}
     variables[PACE_VARIABLE] = "1.0"  # so that the first phase is still there when the queue is looked at
     options = ["--nodes", "1", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "10", "--profile", profile()]
-    done = slurm.call("bash", EXAMPLES / "suite.sh", *options, "--", *WORDS, **variables)
+    done = slurm.call("bash", EXAMPLES / "suite.sh", *options, "--", *ARGUMENTS, **variables)
     assert done.returncode == 0, done.stderr
     jobs = [line.split("job ")[1].split(";")[0] for line in done.stdout.splitlines() if "  job " in line]
     assert len(jobs) == 3

@@ -100,8 +100,8 @@ def weights_of(model, heads: int) -> Callable[[str, list[int]], torch.Tensor]:
 def test_logits_padded_and_packed_match_transformers(size: str, objective: str, build_model: Callable) -> None:
     """Inputs longer than the window, unpadded and padded, and two of them packed into one row."""
     theirs = hf_model(size, objective)
-    words = f"precision.name=fp32 model.vocab_size={VOCABULARY} model.num_layers={LAYERS[size]}"
-    ours = build_model(parse(size, objective, "extend", overrides=[*words.split(), "model.local_rope_theta=10000"]))
+    overrides = f"precision.name=fp32 model.vocab_size={VOCABULARY} model.num_layers={LAYERS[size]}"
+    ours = build_model(parse(size, objective, "extend", overrides=[*overrides.split(), "model.local_rope_theta=10000"]))
     init.init_weights(ours, weights_of(theirs, SIZES[size].num_attention_heads), 1, 0)
     ids = torch.randint(3, VOCABULARY, (2, LONG), generator=torch.Generator().manual_seed(0))
     lengths = [LONG, SHORT]
@@ -123,8 +123,8 @@ def test_logits_padded_and_packed_match_transformers(size: str, objective: str, 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_packed_losses_match_losses_of_separate_chunks(objective: str, build_model: Callable) -> None:
-    words = "precision.name=fp32 model.vocab_size=320 model.num_layers=4 model.attention_output_dropout=0"
-    model = build_model(parse("17m", objective, "pretrain", overrides=words.split()))
+    overrides = "precision.name=fp32 model.vocab_size=320 model.num_layers=4 model.attention_output_dropout=0"
+    model = build_model(parse("17m", objective, "pretrain", overrides=overrides.split()))
     lengths = [90, 7, 103, 200]
     ids = torch.randint(5, 320, (1, 400), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.rand(400, generator=torch.Generator().manual_seed(2)) < 0.5, ids[0], -100)[None]

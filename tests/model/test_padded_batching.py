@@ -17,8 +17,8 @@ from tests.batching.test_batches import batches_of
 def test_padded_batch_has_losses_of_rows_laid_out_one_by_one(
     corpus: Path, build_model: Callable[[Any], Any], objective: str
 ) -> None:
-    words = ["data.clm_fraction=0:0.5"] if objective == "hybrid_mntp" else []
-    flat = batches_of(corpus, objective, ["batch.micro_batch_rows=8", *words])
+    overrides = ["data.clm_fraction=0:0.5"] if objective == "hybrid_mntp" else []
+    flat = batches_of(corpus, objective, ["batch.micro_batch_rows=8", *overrides])
     padded = dataclasses.replace(flat, host=dataclasses.replace(flat.host, flat_multiple=0))
     model = build_model(flat.config)
     actual = []

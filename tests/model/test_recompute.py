@@ -11,8 +11,8 @@ SHAPE = ["model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attentio
 SELECTIVE = "parallel.recompute=selective"
 
 
-def kept_bytes_and_gradients(build_model, *words: str) -> tuple[int, dict[str, torch.Tensor]]:
-    model = build_model(parse("17m", "mlm", "pretrain", overrides=[*SHAPE, "runtime.device=cpu", *words])).train()
+def kept_bytes_and_gradients(build_model, *overrides: str) -> tuple[int, dict[str, torch.Tensor]]:
+    model = build_model(parse("17m", "mlm", "pretrain", overrides=[*SHAPE, "runtime.device=cpu", *overrides])).train()
     ids = torch.arange(128).view(2, 64)
     kept: dict[int, int] = {}
 
@@ -31,8 +31,8 @@ def kept_bytes_and_gradients(build_model, *words: str) -> tuple[int, dict[str, t
 def test_recompute_keeps_less_with_identical_gradients(build_model) -> None:
     every, expected = kept_bytes_and_gradients(build_model)
     actual = {
-        words: kept_bytes_and_gradients(build_model, *words.split())
-        for words in (
+        overrides: kept_bytes_and_gradients(build_model, *overrides.split())
+        for overrides in (
             SELECTIVE,
             f"{SELECTIVE} parallel.recompute_modules=core_attn,mlp",
             "parallel.recompute=full parallel.recompute_layers=5",
@@ -42,6 +42,6 @@ def test_recompute_keeps_less_with_identical_gradients(build_model) -> None:
     sizes = [every, *(size for size, _ in actual.values())]
     assert sizes == sorted(sizes, reverse=True), sizes
     assert sizes[-1] < sizes[0] / 4, sizes
-    for words, (_, gradients) in actual.items():
+    for overrides, (_, gradients) in actual.items():
         assert gradients.keys() == expected.keys()
-        assert all(torch.equal(gradients[name], expected[name]) for name in expected), words
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected), overrides

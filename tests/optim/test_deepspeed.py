@@ -41,21 +41,21 @@ def reference(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     """Return the one-process run of an option on the megatron engine, trained at the first use."""
     made: dict[str, Trained] = {}
 
-    def get(option: str, *words: str) -> Trained:
-        key = " ".join((option, *words))
+    def get(option: str, *overrides: str) -> Trained:
+        key = " ".join((option, *overrides))
         if key not in made:
             objective, choice = (OPTIONS | MORE)[option]
             folder = tmp_path_factory.mktemp("reference")
-            made[key] = train(pool, 1, folder, corpus, objective, [*STEPS, *choice.split(), *words])
+            made[key] = train(pool, 1, folder, corpus, objective, [*STEPS, *choice.split(), *overrides])
         return made[key]
 
     return get
 
 
-def zero(pool: Pool, corpus: Path, folder: Path, option: str, layout: str, *words: str) -> Trained:
+def zero(pool: Pool, corpus: Path, folder: Path, option: str, layout: str, *overrides: str) -> Trained:
     objective, choice = (OPTIONS | MORE)[option]
     world, cut = LAYOUTS[layout]
-    return train(pool, world, folder, corpus, objective, [*STEPS, ENGINE, *choice.split(), *cut.split(), *words])
+    return train(pool, world, folder, corpus, objective, [*STEPS, ENGINE, *choice.split(), *cut.split(), *overrides])
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def zero(pool: Pool, corpus: Path, folder: Path, option: str, layout: str, *word
 def test_zero_on_layout_matches_megatron_engine(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str, option: str
 ) -> None:
-    found = zero(pool, corpus, tmp_path, option, layout)
-    assert equal(found, reference(option)), difference(found, reference(option))
+    actual = zero(pool, corpus, tmp_path, option, layout)
+    assert equal(actual, reference(option)), difference(actual, reference(option))
 
 
 @pytest.mark.full
@@ -82,19 +82,19 @@ def test_zero_on_layout_matches_megatron_engine(
 def test_zero_hybrid_objective_matches_megatron_engine(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
 ) -> None:
-    found = zero(pool, corpus, tmp_path, "hybrid", layout)
-    assert equal(found, reference("hybrid")), difference(found, reference("hybrid"))
-    assert found.column("labels_clm") == reference("hybrid").column("labels_clm")
+    actual = zero(pool, corpus, tmp_path, "hybrid", layout)
+    assert equal(actual, reference("hybrid")), difference(actual, reference("hybrid"))
+    assert actual.column("labels_clm") == reference("hybrid").column("labels_clm")
 
 
 @pytest.mark.parametrize("layout", tiered(["zero2", "zero3"], first=["zero2"]))
 def test_zero_batch_warmup_matches_megatron_engine(
     pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str
 ) -> None:
-    words = ["batch.warmup_tokens=1000", "batch.warmup_min_rows=4"]
-    found, expected = zero(pool, corpus, tmp_path, CLIPPED, layout, *words), reference(CLIPPED, *words)
-    assert equal(found, expected), difference(found, expected)
-    rows = [last - first for first, last in found.column("rows")]
+    overrides = ["batch.warmup_tokens=1000", "batch.warmup_min_rows=4"]
+    actual, expected = zero(pool, corpus, tmp_path, CLIPPED, layout, *overrides), reference(CLIPPED, *overrides)
+    assert equal(actual, expected), difference(actual, expected)
+    rows = [last - first for first, last in actual.column("rows")]
     assert rows[0] == 4
     assert rows[-1] == 8
 
@@ -103,19 +103,19 @@ def test_zero_microbatch_normalization_matches_megatron_engine(
     pool: Pool, corpus: Path, tmp_path: Path, reference
 ) -> None:
     """With loss_normalization=microbatch every micro-batch has the same weight, as in the original trainer."""
-    words = ["batch.loss_normalization=microbatch"]
-    found, expected = zero(pool, corpus, tmp_path, CLIPPED, "zero2", *words), reference(CLIPPED, *words)
-    assert equal(found, expected), difference(found, expected)
-    assert found.column("grad_norm") != reference(CLIPPED).column("grad_norm")
+    overrides = ["batch.loss_normalization=microbatch"]
+    actual, expected = zero(pool, corpus, tmp_path, CLIPPED, "zero2", *overrides), reference(CLIPPED, *overrides)
+    assert equal(actual, expected), difference(actual, expected)
+    assert actual.column("grad_norm") != reference(CLIPPED).column("grad_norm")
 
 
 @pytest.mark.parametrize("layout", tiered(["zero2", "zero3", "zero2 offload"], first=["zero2"]))
 def test_zero_bf16_keeps_fp32_master_weights(pool: Pool, corpus: Path, tmp_path: Path, reference, layout: str) -> None:
     """Losses are within bf16 rounding of the megatron engine's, and the saved master weights are not bf16 values."""
-    found = zero(pool, corpus, tmp_path, DROPOUT, layout, "precision.name=bf16")
-    masters = CheckpointReader(latest(found.directory)).read("optimizer.state.param.head.dense.weight")
+    actual = zero(pool, corpus, tmp_path, DROPOUT, layout, "precision.name=bf16")
+    masters = CheckpointReader(latest(actual.directory)).read("optimizer.state.param.head.dense.weight")
     assert not bool((masters == masters.bfloat16()).all())
-    assert found.column("loss") == pytest.approx(reference(DROPOUT, "precision.name=bf16").column("loss"), rel=5e-3)
+    assert actual.column("loss") == pytest.approx(reference(DROPOUT, "precision.name=bf16").column("loss"), rel=5e-3)
 
 
 WHOLE, HALF = 6, 3
@@ -137,11 +137,11 @@ def unfinished(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
 
 def train_on(pool: Pool, corpus: Path, layout: str, folder: Path, steps: int) -> Trained:
     """Train on a layout of test_zero_resume_on_either_engine_matches_uninterrupted_run."""
-    world, *words = layout.split()
-    if "engine=megatron" not in words:
-        words.append("engine=deepspeed")
-    words = [f"parallel.{word}" for word in words]
-    return train(pool, int(world), folder, corpus, "clm", [f"run.steps={steps}", *words])
+    world, *overrides = layout.split()
+    if "engine=megatron" not in overrides:
+        overrides.append("engine=deepspeed")
+    overrides = [f"parallel.{word}" for word in overrides]
+    return train(pool, int(world), folder, corpus, "clm", [f"run.steps={steps}", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -177,23 +177,23 @@ def test_zero_resume_on_either_engine_matches_uninterrupted_run(
 def test_zero_two_phases_match_megatron_train_and_validation_losses(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """Train two phases in the same processes, the second from the weights of the first alone, on either engine."""
     evaluated = [f"data.validation={corpus / 'heldout'}", "metrics.eval_every_steps=2", "metrics.eval_rows=16"]
-    found = {}
+    actual = {}
     for engine in ("megatron", "deepspeed"):
         zero3 = ["parallel.zero_stage=3"] if engine == "deepspeed" else []
-        words = [f"parallel.engine={engine}", *zero3, *evaluated, "checkpoint.weights_every_tokens=400"]
+        overrides = [f"parallel.engine={engine}", *zero3, *evaluated, "checkpoint.weights_every_tokens=400"]
         folder = tmp_path / engine
-        first = train(pool, 2, folder / "first", corpus, "mlm", ["run.steps=2", *words])
+        first = train(pool, 2, folder / "first", corpus, "mlm", ["run.steps=2", *overrides])
         assert [path.name for path in list_milestones(folder / "first")]
         options = ["--init-from", str(folder / "first"), "--init-optimizer", "fresh"]
-        second = train(pool, 2, folder / "second", corpus, "mlm", ["run.steps=2", "run.seed=3", *words], options)
-        found[engine] = [line["loss"] for line in (*first.metrics, *second.metrics)]
-        found[engine] += [line["validation_loss"] for line in (*first.metrics, *second.metrics)[1::2]]
-    pairs = zip(found["deepspeed"], found["megatron"], strict=True)
+        second = train(pool, 2, folder / "second", corpus, "mlm", ["run.steps=2", "run.seed=3", *overrides], options)
+        actual[engine] = [line["loss"] for line in (*first.metrics, *second.metrics)]
+        actual[engine] += [line["validation_loss"] for line in (*first.metrics, *second.metrics)[1::2]]
+    pairs = zip(actual["deepspeed"], actual["megatron"], strict=True)
     assert max(abs(a - b) / b for a, b in pairs) <= 1e-5
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         ("parallel.pp=2", "parallel.engine: deepspeed has no pipeline stages here (found pp 2)"),
         ("parallel.zero_stage=4", "parallel.zero_stage: 4 is not one of DeepSpeed's: 1, 2, 3"),
@@ -211,9 +211,9 @@ def test_zero_two_phases_match_megatron_train_and_validation_losses(pool: Pool, 
     ],
 )
 def test_zero_invalid_setting_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str, expected: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: str, expected: str
 ) -> None:
-    assert main(command(tmp_path / "run", corpus, "mlm", [ENGINE, *words.split()])) == 2
+    assert main(command(tmp_path / "run", corpus, "mlm", [ENGINE, *overrides.split()])) == 2
     error = capsys.readouterr().err.strip()
     assert expected in error
     assert "\n" not in error
@@ -232,8 +232,8 @@ def test_zero_second_run_in_process_leaks_no_threads(pool: Pool, corpus: Path, t
     """A process may train several runs: the process groups of one and their threads end with it."""
     threads = []
     for number in range(2):
-        words = ["run.steps=1", ENGINE, "parallel.zero_stage=3"]
-        train(pool, 2, tmp_path / f"run{number}", corpus, "mlm", words)
+        overrides = ["run.steps=1", ENGINE, "parallel.zero_stage=3"]
+        train(pool, 2, tmp_path / f"run{number}", corpus, "mlm", overrides)
         pids = [process.pid for _, process in pool.workers[:2]]
         threads.append([len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in pids])
     assert threads[0] == threads[1]

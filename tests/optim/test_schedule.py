@@ -121,12 +121,12 @@ def test_train_few_steps_decay_to_the_final_rate_and_resume_keeps_the_schedule(
 def test_resume_of_an_earlier_version_keeps_its_schedule(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """It had the whole phase's decay in a run of a tenth, from the first token on, and a batch warm-up."""
     decay, path = ["--phase", "decay"], tmp_path / "run" / "config.yaml"
-    words = ["run.tokens=10K", "batch.warmup_min_rows=4"]
+    overrides = ["run.tokens=10K", "batch.warmup_min_rows=4"]
     old = ["schedule.decay_tokens=100K", "schedule.end_tokens=100K", "batch.warmup_tokens=2K"]
-    train(pool, 1, tmp_path / "run", corpus, "mlm", [*words, *old, "run.steps=5"], decay)
+    train(pool, 1, tmp_path / "run", corpus, "mlm", [*overrides, *old, "run.steps=5"], decay)
     before = from_yaml(path)
     path.write_text(path.read_text().replace("  end_tokens: 100000\n", ""))
-    run = train(pool, 1, tmp_path / "run", corpus, "mlm", words, decay)
+    run = train(pool, 1, tmp_path / "run", corpus, "mlm", overrides, decay)
     after = from_yaml(path)
     assert (after.schedule, after.batch) == (before.schedule, before.batch)
     begins = [0, *run.column("tokens")[:-1]]

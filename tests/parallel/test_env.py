@@ -68,7 +68,7 @@ def test_topology_coords_are_unique_per_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "layout"),
+    ("overrides", "layout"),
     [
         ("parallel.pp=1", None),
         ("parallel.pp=2", "Et*6|tL"),
@@ -76,8 +76,11 @@ def test_topology_coords_are_unique_per_rank() -> None:
         ("parallel.pp=7", "Et|t|t|t|t|t|tL"),
     ],
 )
-def test_topology_pipeline_layout_matches_pp_and_vpp(words: str, layout: str | None) -> None:
+def test_topology_pipeline_layout_matches_pp_and_vpp(overrides: str, layout: str | None) -> None:
     config = parse(
-        "17m", "mlm", "pretrain", overrides=[*words.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"]
+        "17m",
+        "mlm",
+        "pretrain",
+        overrides=[*overrides.split(), "batch.micro_batch_rows=8", "batch.global_batch_rows=112"],
     )
     assert Topology.of(config, config.parallel.pp).pipeline_layout == layout

@@ -74,7 +74,7 @@ def test_release_card_of_main_lists_phases_and_no_local_paths(released, corpus):
             assert str(corpus.parent.parent) not in path.read_text(), path
 
 
-def test_release_card_of_main_says_tokens_trained_beside_planned(released, trained):
+def test_release_card_of_main_gives_trained_and_planned_tokens(released, trained):
     card = (released / "main" / "README.md").read_text()
     table = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| tokens ")]
     tokens = [format_count(read(trained / "mlm" / phase).column("tokens")[-1]) for phase in PHASES]
@@ -160,7 +160,7 @@ def test_release_adds_later_checkpoints_and_keeps_deleted_ones(trained, tmp_path
     assert files_of(tmp_path / "out/step10") == files_of(released / "step10")
 
 
-def test_release_runs_moved_together_are_found(trained, tmp_path, capfd):
+def test_release_finds_runs_that_moved_together(trained, tmp_path, capfd):
     shutil.copytree(trained / "mlm", tmp_path / "moved", ignore=shutil.ignore_patterns("step_*5"))
     shutil.rmtree(tmp_path / "moved/extend/checkpoints/step_000000001")
     for phase in ("extend", "decay"):  # the absolute paths lead nowhere

@@ -24,15 +24,15 @@ def test_sweep_member_matches_single_run_and_best_is_marked(pool: Pool, corpus: 
     assert [result.status for result in results] == [0, 0], results[0].output[-2000:]
     names = [f"optim.lr={lr}_objective={objective}" for lr in ("1e-3", "3e-3") for objective in ("mlm", "clm")]
     alone = train(pool, 2, tmp_path / "alone", corpus, "clm", ["run.steps=2", "optim.lr=3e-3"])
-    found = read(tmp_path / "sweep" / names[3])
-    assert found.column("loss") == alone.column("loss")
-    ours, theirs = found.weights(), alone.weights()
+    actual = read(tmp_path / "sweep" / names[3])
+    assert actual.column("loss") == alone.column("loss")
+    ours, theirs = actual.weights(), alone.weights()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    told = json.loads((tmp_path / "sweep/sweep.json").read_text())
-    assert [row["name"] for row in told] == names
+    message = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [row["name"] for row in message] == names
     # the best of each objective: losses of different objectives do not compare
     for objective in ("mlm", "clm"):
-        rows = [row for row in told if row["values"]["objective"] == objective]
+        rows = [row for row in message if row["values"]["objective"] == objective]
         (best,) = [row for row in rows if row["best"]]
         assert best["final_loss"] == min(row["final_loss"] for row in rows)
     assert (tmp_path / "sweep/sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -53,8 +53,8 @@ def test_sweep_member_option_trains_only_that_member(pool: Pool, corpus: Path, t
 
 
 def test_sweep_diverging_member_does_not_stop_the_others(pool: Pool, corpus: Path, tmp_path: Path) -> None:
-    words = ["run.steps=3", "optim.name=adamw", "resilience.max_skips_in_row=0"]
-    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", words, ["--sweep", "optim.lr=1e30,1e-3"]))
+    arguments = ["run.steps=3", "optim.name=adamw", "resilience.max_skips_in_row=0"]
+    (result,) = pool.run(1, command(tmp_path, corpus, "mlm", arguments, ["--sweep", "optim.lr=1e30,1e-3"]))
     assert result.status == 0, result.output[-2000:]
     assert "Nothing of this step was saved" in result.output
     assert read(tmp_path / "optim.lr=1e-3").column("step") == [1, 2, 3]
@@ -62,7 +62,7 @@ def test_sweep_diverging_member_does_not_stop_the_others(pool: Pool, corpus: Pat
 
 
 @pytest.mark.parametrize(
-    ("sweeps", "said"),
+    ("sweeps", "output"),
     [
         (["optim.lr"], "write KEY=VALUE,VALUE,..."),
         (["optim.lr=1e-3,"], "write KEY=VALUE,VALUE,..."),
@@ -76,14 +76,14 @@ def test_sweep_diverging_member_does_not_stop_the_others(pool: Pool, corpus: Pat
         ),
     ],
 )
-def test_sweep_invalid_definition_is_refused(sweeps: list[str], said: str) -> None:
+def test_sweep_invalid_definition_is_refused(sweeps: list[str], output: str) -> None:
     with pytest.raises(UserError) as refusal:
         members(sweeps)
-    assert said in str(refusal.value)
+    assert output in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "output"),
     [
         ([RATES, "--sweep-member", "2"], "--sweep-member 2: the sweep has runs 0 to 1"),
         (["--sweep-member", "0"], "--sweep-member: needs --sweep"),
@@ -92,8 +92,8 @@ def test_sweep_invalid_definition_is_refused(sweeps: list[str], said: str) -> No
     ],
 )
 def test_sweep_incompatible_options_are_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], output: str
 ) -> None:
     assert main(command(tmp_path / "sweep", corpus, "mlm", ["run.steps=1"], options)) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert output in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "sweep").exists()

@@ -56,8 +56,8 @@ def config_says_what_was_exported(case: Case) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(case.model)
-    kind = "Config" if case.objective == "mlm" else "DecoderConfig"
-    same(type(config).__name__, f"ModernBert{kind}", "class")
+    suffix = "Config" if case.objective == "mlm" else "DecoderConfig"
+    same(type(config).__name__, f"ModernBert{suffix}", "class")
     ids = (config.bos_token_id, config.cls_token_id, config.eos_token_id, config.sep_token_id, config.pad_token_id)
     same(ids, (1, 1, 2, 2, 3), "special ids")
     same((config.vocab_size, config.hidden_size, config.max_position_embeddings), (320, 64, 128), "shape")
@@ -66,8 +66,8 @@ def config_says_what_was_exported(case: Case) -> None:
     if major() < 5:
         same((config.global_rope_theta, config.local_rope_theta), bases, "rotary bases")
     else:
-        kinds = ("full_attention", "sliding_attention")
-        same(tuple(config.rope_parameters[kind]["rope_theta"] for kind in kinds), bases, "rotary bases")
+        types = ("full_attention", "sliding_attention")
+        same(tuple(config.rope_parameters[suffix]["rope_theta"] for suffix in types), bases, "rotary bases")
     if case.objective == "clm":
         same(config.sliding_window, 8, "window")
     else:
@@ -75,9 +75,9 @@ def config_says_what_was_exported(case: Case) -> None:
 
 
 def every_tensor_is_loaded(case: Case) -> None:
-    model, found = case.auto_class().from_pretrained(case.model, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        same(list(found[kind]), [], kind)
+    model, actual = case.auto_class().from_pretrained(case.model, output_loading_info=True)
+    for suffix in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        same(list(actual[suffix]), [], suffix)
     tied = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     assert tied, "the output weight is not the embedding"
 
@@ -93,9 +93,9 @@ def logits_are_ours(case: Case) -> None:
 def base_model_is_the_same(case: Case) -> None:
     from transformers import AutoModel
 
-    base, found = AutoModel.from_pretrained(case.model, dtype=torch.float32, output_loading_info=True)
-    same(list(found["missing_keys"]), [], "missing")
-    same([name for name in found["unexpected_keys"] if not name.startswith(HEADS)], [], "unexpected")
+    base, actual = AutoModel.from_pretrained(case.model, dtype=torch.float32, output_loading_info=True)
+    same(list(actual["missing_keys"]), [], "missing")
+    same([name for name in actual["unexpected_keys"] if not name.startswith(HEADS)], [], "unexpected")
     whole = case.load()
     whole.model = base.eval()
     with torch.no_grad():
@@ -182,9 +182,9 @@ def fill_mask_pipeline(case: Case) -> None:
 
     text, ids = case.expected["texts"][-1], case.expected["text_ids"][-1]
     ours = case.logits[-1][ids.index(4)].softmax(-1).topk(5)
-    found = pipeline("fill-mask", model=case.model, dtype=torch.float32)(text)
-    same([one["token"] for one in found], ours.indices.tolist(), "tokens")
-    close(torch.tensor([one["score"] for one in found]), ours.values, "scores")
+    actual = pipeline("fill-mask", model=case.model, dtype=torch.float32)(text)
+    same([one["token"] for one in actual], ours.indices.tolist(), "tokens")
+    close(torch.tensor([one["score"] for one in actual]), ours.values, "scores")
 
 
 def sentence_transformers_embed(case: Case) -> None:

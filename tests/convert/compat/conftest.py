@@ -24,7 +24,7 @@ class Probed:
     """Outcome of `probe.py` in one environment."""
 
     version: str
-    found: dict[str, dict[str, str | None]]
+    failures: dict[str, dict[str, str | None]]
 
 
 @pytest.fixture(scope="session")

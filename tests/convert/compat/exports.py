@@ -80,8 +80,8 @@ def make_export(root: Path, tokenizer: Path, name: str) -> Path:
 
 
 def make_checkpoint(root: Path, tokenizer: Path, export: Export) -> Path:
-    kind = "_".join((export.trained_as, "one_base" if export.one_base else "", export.tokenizer))
-    source, checkpoint = root / f"source_{kind}", root / f"checkpoint_{kind}"
+    variant = "_".join((export.trained_as, "one_base" if export.one_base else "", export.tokenizer))
+    source, checkpoint = root / f"source_{variant}", root / f"checkpoint_{variant}"
     if checkpoint.exists():
         return checkpoint
     make_folder(source, export.trained_as)

@@ -37,13 +37,13 @@ def cache_gives_the_same_logits(case: Case) -> None:
     """The prompt in three pieces and then token by token, at every position."""
     model = as_trained(case, case.load())
     ids, ours = torch.tensor([case.token_lists[2]]), case.logits[2]
-    cache, found = None, []
+    cache, actual = None, []
     for piece in (*ids.split([20, 9, 12, *[1] * (ids.shape[1] - 41)], dim=1),):
         with torch.no_grad():
             out = model(input_ids=piece, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        found.append(out.logits[0])
-    close(torch.cat(found), ours, "logits")
+        actual.append(out.logits[0])
+    close(torch.cat(actual), ours, "logits")
 
 
 def padded_batch_is_each_alone(case: Case) -> None:
@@ -53,8 +53,8 @@ def padded_batch_is_each_alone(case: Case) -> None:
     ids = torch.tensor([[pad] * (widest - len(ids)) + ids for ids, _ in rows])
     mask = torch.tensor([[0] * (widest - len(ids)) + [1] * len(ids) for ids, _ in rows])
     for cached in (True, False):
-        found = generate(model, ids, len(rows[0][1]), attention_mask=mask, use_cache=cached)
-        same(found, [ours for _, ours in rows], f"use_cache={cached}")
+        actual = generate(model, ids, len(rows[0][1]), attention_mask=mask, use_cache=cached)
+        same(actual, [ours for _, ours in rows], f"use_cache={cached}")
 
 
 def tokenizer_pads_on_the_left(case: Case) -> None:
@@ -80,8 +80,8 @@ def text_generation_pipeline(case: Case) -> None:
     continuations = case.expected["continuations"][case.expected["prompts"] :]
     ours = [tokenizer.decode(ids[:8], skip_special_tokens=True) for ids in continuations[:3]]
     for generator in generators:
-        found = [one["generated_text"] for (one,) in generator(texts, batch_size=3, **options)]
-        same([one.strip() for one in found], [one.strip() for one in ours], "texts")
+        actual = [one["generated_text"] for (one,) in generator(texts, batch_size=3, **options)]
+        same([one.strip() for one in actual], [one.strip() for one in ours], "texts")
 
 
 def generation_ends_with_sep(case: Case) -> None:
@@ -95,22 +95,22 @@ def generation_ends_with_sep(case: Case) -> None:
         return [2] if row.shape[0] == 42 and torch.equal(row[:40], ids[0]) else list(range(4, 320))
 
     with torch.no_grad():
-        found = model.generate(
+        actual = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=6,
             prefix_allowed_tokens_fn=sep_after_two,
         )
-    same(found[0, 42:].tolist(), [2, 3, 3, 3], "the row that ends")
-    assert (found[1:, 40:] > 3).all(), "the others go on"
+    same(actual[0, 42:].tolist(), [2, 3, 3, 3], "the row that ends")
+    assert (actual[1:, 40:] > 3).all(), "the others go on"
 
 
 def beams_and_cache_agree(case: Case) -> None:
     model = as_trained(case, case.load())
     ids = torch.tensor([case.token_lists[0]])
-    found = [generate(model, ids, 12, num_beams=3, use_cache=cached) for cached in (True, False)]
-    same(found[0], found[1], "with and without the cache")
+    actual = [generate(model, ids, 12, num_beams=3, use_cache=cached) for cached in (True, False)]
+    same(actual[0], actual[1], "with and without the cache")
 
 
 def local_base_is_ignored_by_transformers_4(case: Case) -> None:

@@ -36,16 +36,16 @@ def main(exports: Path, out: Path) -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    found: dict[str, dict[str, str | None]] = {}
+    actual: dict[str, dict[str, str | None]] = {}
     seconds: dict[str, float] = {}
     for folder in sorted(exports.iterdir()):
         case = Case(folder)
         for check in checks_of(case.objective):
             began = time.perf_counter()
-            found.setdefault(folder.name, {})[check.__name__] = outcome(check, case)
+            actual.setdefault(folder.name, {})[check.__name__] = outcome(check, case)
             seconds[check.__name__] = seconds.get(check.__name__, 0.0) + time.perf_counter() - began
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    out.write_text(json.dumps({"versions": versions, "seconds": seconds, "found": found}))
+    out.write_text(json.dumps({"versions": versions, "seconds": seconds, "found": actual}))
 
 
 if __name__ == "__main__":

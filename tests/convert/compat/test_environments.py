@@ -23,7 +23,7 @@ CHECKED = [(name, check.__name__) for name in EXPORTS for check in checks_of(obj
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize(("name", "check"), CHECKED)
 def test_export_in_other_transformers_passes_check(probed, environment, name, check):
-    went_wrong = probed(environment).found[name][check]
+    went_wrong = probed(environment).failures[name][check]
     assert went_wrong is None, went_wrong
 
 
