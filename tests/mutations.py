@@ -292,12 +292,12 @@ def page() -> str:
         parts.append(f"## {title}\n")
         for name, test in sorted(table.items()):
             file, _, function = test.partition("::")
-            parts.append(wrapped(f"- `{name}`: {first_sentence(name)}. Caught by `{file}`:") + f"\n  `{function}`")
+            parts.append(_wrapped(f"- `{name}`: {first_sentence(name)}. Caught by `{file}`:") + f"\n  `{function}`")
         parts.append("")
     return "\n".join(parts)
 
 
-def wrapped(text: str) -> str:
+def _wrapped(text: str) -> str:
     """Return an item of a Markdown list in lines of at most 106 characters."""
     return textwrap.fill(text, 106, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
