@@ -49,7 +49,7 @@ class Block:
 
     @property
     def prefix(self) -> str:
-        """Byte range for the beginning of a message; empty for a whole file."""
+        """Return the byte range for the beginning of a message; empty for a whole file."""
         return "" if self.is_whole else f"bytes {self.first:,} to {self.first + self.size - 1:,}: "
 
 

@@ -75,7 +75,7 @@ class Panel:
 
     @property
     def values(self) -> Values:
-        """All y values in ascending order."""
+        """Return all y values in ascending order."""
         return np.sort(np.concatenate([np.asarray(y, float) for curve in self.curves for _, y in curve.segments]))
 
     @property

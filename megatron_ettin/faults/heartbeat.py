@@ -172,7 +172,7 @@ class RankStatus:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Steps done and order of the phase, which compare as ranks are ahead of each other."""
+        """Return the steps done and the order of the phase, which compare as ranks are ahead of each other."""
         return self.step, ORDER.index(self.doing) if self.doing in ORDER else -1
 
     def describe(self) -> str:

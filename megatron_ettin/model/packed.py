@@ -77,7 +77,7 @@ class PackedRows(PackedSeqParams):
 
     @property
     def rows(self) -> int:
-        """Number of rows R."""
+        """Return the number of rows R."""
         return len(self.segments) // self.seq_len
 
     def split_causal(self, causal: bool) -> list[tuple[PackedRows, bool]]:

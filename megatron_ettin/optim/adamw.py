@@ -89,7 +89,10 @@ class DecoupledAdamW(torch.optim.AdamW):
 
     @property
     def updates(self) -> int:
-        """Number of updates. Kept in the groups, because core's loader copies every per-parameter state as a tensor."""
+        """Return the number of updates, which is kept in the groups.
+
+        Core's loader would copy it as a tensor if it were a per-parameter state.
+        """
         return int(self.param_groups[0].get("updates", 0))
 
     @updates.setter
@@ -153,7 +156,7 @@ class _ClipFactors:
 
     @functools.cached_property
     def values(self) -> list[float]:
-        """The divisors on the host; waits for the device."""
+        """Return the divisors on the host; waits for the device."""
         return list(self.tensor.tolist())
 
 

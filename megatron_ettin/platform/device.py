@@ -51,7 +51,7 @@ class Platform:
 
     @property
     def missing_for_transformer_engine(self) -> str | None:
-        """Reason why Transformer Engine's layers do not run here; None if they do."""
+        """Return why Transformer Engine's layers do not run here; None if they do."""
         if self.has_transformer_engine:
             return None
         if not self.is_gpu:
@@ -60,7 +60,7 @@ class Platform:
 
     @property
     def peak_flops(self) -> float | None:
-        """Dense bf16 operations per second by the data sheet; None for a device that is not listed (a CPU)."""
+        """Return the dense bf16 operations per second by the data sheet; None for one that is not listed (a CPU)."""
         for part, tflops in PEAK_BF16_TFLOPS.items():
             if part in self.name:
                 return tflops * 1e12
