@@ -268,8 +268,8 @@ class _Exchange(torch.autograd.Function):
 
 def exchange(x: torch.Tensor, group: Any) -> torch.Tensor:
     """Send block i of the first dimension to rank i, with gradients (collective)."""
-    exchanged: torch.Tensor = _Exchange.apply(x, group)
-    return exchanged
+    apply: Callable[..., torch.Tensor] = _Exchange.apply
+    return apply(x, group)
 
 
 def to_heads(tensors: tuple[torch.Tensor, ...], rows: int, group: Any) -> tuple[torch.Tensor, ...]:

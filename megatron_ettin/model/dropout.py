@@ -149,8 +149,8 @@ class CounterDropoutAdd(torch.nn.Module):
                 return residual + x
             assert self.packed is not None
             keys = token_keys(self.packed, self.layer_number, self.first_token(x.shape[0]), x.shape[0])
-            added: torch.Tensor = _DropoutAdd.apply(x, residual, keys, round(probability * 65536))
-            return added
+            apply: Callable[..., torch.Tensor] = _DropoutAdd.apply
+            return apply(x, residual, keys, round(probability * 65536))
 
         return add
 

@@ -8,6 +8,8 @@ The vocabulary-parallel softmax is that of Megatron-LM (arXiv 1909.08053): maxim
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ class LossOptions:
 
     first: int = 0
     """Index of this rank's first row in the vocabulary."""
-    valid: int | None = None
-    """Number of this rank's rows that are not padding; None: all."""
+    valid: int = sys.maxsize
+    """Number of this rank's rows that are not padding; all by default."""
     group: Any = None
     """The tensor-parallel group; None where the vocabulary is not sharded."""
     padded: bool = False
@@ -138,7 +140,7 @@ def _compiled_chunk(
     return torch.where(labels >= 0, normaliser - target, 0.0)
 
 
-def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int | None) -> torch.Tensor:
+def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int) -> torch.Tensor:
     """Return fp32 logits with bias; columns that pad the vocabulary are -inf."""
     values = logits.float() + bias.float()
     if valid == logits.shape[1]:
@@ -148,7 +150,7 @@ def _masked_logits(logits: torch.Tensor, bias: torch.Tensor, valid: int | None) 
 
 @maybe_compile
 def shard_statistics(
-    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int | None
+    logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, first: int, valid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's log-sum-exp over this shard and its label's logit (0 if in another shard), both fp32 [n]."""
     values, column = _masked_logits(logits, bias, valid), labels - first
@@ -164,7 +166,7 @@ def logit_gradient(
     labels: torch.Tensor,
     normaliser: torch.Tensor,
     first: int,
-    valid: int | None,
+    valid: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax - one_hot in the logits' type, and its sum over the rows in fp32."""
     softmax = (_masked_logits(logits, bias, valid) - normaliser[:, None]).exp()
@@ -186,7 +188,7 @@ def _logsumexp_over(shards: torch.Tensor, group: Any) -> torch.Tensor:
     return top + _all_reduce((shards - top).exp(), dist.ReduceOp.SUM, group).log()
 
 
-def _log_softmax(logits: torch.Tensor, valid: int | None, group: Any, out: torch.Tensor) -> torch.Tensor:
+def _log_softmax(logits: torch.Tensor, valid: int, group: Any, out: torch.Tensor) -> torch.Tensor:
     """Write to `out` the fp32 log-probabilities over the whole vocabulary of this shard's columns [n, V/tp]."""
     # columns that pad the vocabulary
     logits[:, valid:] = float("-inf")
@@ -243,7 +245,8 @@ def linear_cross_entropy(
     vocab = options or LossOptions()
     vocab = replace(
         vocab,
-        valid=weight.shape[0] if vocab.valid is None else vocab.valid,
+        valid=min(vocab.valid, weight.shape[0]),
         factor=1.0 if weight.dtype == torch.float32 else vocab.factor,
     )
-    return LossOutput(*_LinearCrossEntropy.apply(hidden, weight, bias, labels, (vocab, torch.is_grad_enabled())))
+    apply: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = _LinearCrossEntropy.apply
+    return LossOutput(*apply(hidden, weight, bias, labels, (vocab, torch.is_grad_enabled())))

@@ -63,7 +63,8 @@ def install() -> None:
     _patch_device_calls()
     for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "LongTensor", "IntTensor", "DoubleTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
-    CudaMeansCpu().__enter__()
+    mode: TorchFunctionMode = CudaMeansCpu()
+    mode.__enter__()
     _use_local_kernels()
     core_random._get_cuda_rng_state = _get_rng_state
     core_random._set_cuda_rng_state = _set_rng_state

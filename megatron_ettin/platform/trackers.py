@@ -48,7 +48,7 @@ class PeakMemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         # bytes of each live storage
         self.held: dict[int, int] = {}
         self.bytes = self.peak_bytes = 0
