@@ -121,7 +121,7 @@ def transformers_logits(
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     loader = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
     # eager: plain matrix products, the same in every version
     model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

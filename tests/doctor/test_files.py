@@ -38,7 +38,7 @@ def test_file_findings_missing_folder_is_ok_unless_under_a_file(tmp_path: Path) 
 
 
 def test_file_findings_unwritable_folder_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> str:
+    def refuse(*_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
