@@ -127,7 +127,7 @@ def read_usable_record(record_class: type[Record], folder: Path, names: Iterable
         None where the record is absent, damaged or of another version, or where a file is missing or has another size.
     """
     try:
-        record = read_record(record_class, folder)
+        record: Record = read_record(record_class, folder)
         for name in (*names, *record.files):
             check_size(path_in(folder, name, folder / record_class.FILE), record.files[name])
         return record if record.version == record_class.VERSION else None
