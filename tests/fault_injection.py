@@ -207,32 +207,6 @@ def copies_change_a_byte() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fails_once_on_rank_1() -> Iterator[None]:
-    """Raise an error in the middle of a step, and not again."""
-    failed: list[int] = []
-
-    def act(step: int) -> None:
-        if step == 12 and not failed:
-            failed.append(step)
-            raise RuntimeError("a link went down")
-
-    with _rank_1_reads(act):
-        yield
-
-
-def _fail_at_step_12(step: int) -> None:
-    if step == 12:
-        raise RuntimeError("a link went down again")
-
-
-@contextlib.contextmanager
-def fails_always_on_rank_1() -> Iterator[None]:
-    """Raise an error in the same step after each start."""
-    with _rank_1_reads(_fail_at_step_12):
-        yield
-
-
-@contextlib.contextmanager
 def doctor_of_other_code_on_rank_1() -> Iterator[None]:
     """Give rank 1 a checkout that is not that of the others, for `ettin doctor --ranks`."""
     from megatron_ettin.doctor import ranks

@@ -269,8 +269,6 @@ FAULTS: dict[str, str] = {
     "doctor_of_other_code_on_rank_1": "tests/doctor/test_ranks.py::test_doctor_ranks_agree_or_name_the_differing_rank",
     "memory_ends_on_rank_1": "tests/bench/test_bench.py::test_bench_out_of_memory_on_one_rank_continues_the_sweep",
 }
-# their tests want nvidia-resiliency-ext, which the tests' environment has not
-UNPROVEN = {"fails_once_on_rank_1", "fails_always_on_rank_1"}
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "mistakes.md"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,11 +146,6 @@ def run(args: argparse.Namespace) -> int:
             log_warning(line)
         print("\n".join(describe(phase.planned, as_json=args.json) for phase in phases))
         return 0
-    settings, device = phases[0].config.resilience, phases[0].config.runtime.device
-    if settings.in_process_restarts:
-        # or torch, when it is imported, logs every look into the library's store
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from megatron_ettin.faults.in_process_restart import with_restarts
     from megatron_ettin.faults.skipped_steps import TrainingStoppedError
     from megatron_ettin.train.saving import SaveFailedError
     from megatron_ettin.train.trainer import Trainer
@@ -161,10 +155,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         runs, is_sweep = train_runs(args, phases, is_main_process, json_stream), bool(args.sweep)
         try:
-            if settings.in_process_restarts:
-                unfinished = with_restarts(settings, device, lambda: Trainer(runs, is_sweep).run())
-            else:
-                unfinished = Trainer(runs, is_sweep).run()
+            unfinished = Trainer(runs, is_sweep).run()
         except TrainingStoppedError as stopped:
             # the same rows and weights would end the same way; a disk that is full may not be tomorrow
             record_failure(stopped, "error" if isinstance(stopped, SaveFailedError) else "stopped")

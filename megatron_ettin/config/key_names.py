@@ -21,6 +21,11 @@ RENAMED = {
     "run.cuda_graph": "runtime.cuda_graph",
     "run.fuse": "runtime.compile",
 }
+# keys that older versions had -> what to do without them; a stored config.yaml that has them is read all the same
+REMOVED = {
+    "resilience.stop_on_nonfinite": "resilience.on_nonfinite says what happens",
+    "resilience.in_process_restarts": "torchrun --max-restarts and `ettin launch` restart ranks that failed",
+}
 _noted: set[str] = set()
 
 

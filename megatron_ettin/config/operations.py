@@ -165,12 +165,6 @@ class ResilienceConfig:
         "Steps between comparisons of the weights that ranks share.", None, unit="steps", at_least=1
     )
     save_on_signal: bool = key("On SIGTERM and SIGUSR1 finish the step, save, and exit with 75.", True)
-    in_process_restarts: int = key(
-        "Restarts of all ranks after one rank's error, without new processes (nvidia-resiliency-ext).",
-        0,
-        at_least=0,
-        zero="none",
-    )
     hang_seconds: float = key(
         "Longest time that a step may take. An evaluation or a save may take six times that.",
         600.0,

@@ -19,7 +19,7 @@ import yaml
 from megatron_ettin.base import parsing
 from megatron_ettin.base.errors import UserError, nearest
 from megatron_ettin.base.text import parse_count
-from megatron_ettin.config.key_names import current_name, nearest_key, rename_keys, unknown_group
+from megatron_ettin.config.key_names import REMOVED, current_name, nearest_key, rename_keys, unknown_group
 from megatron_ettin.config.original.importing import import_yaml
 from megatron_ettin.config.recipe import PHASES
 from megatron_ettin.config.schema import all_keys, key_types
@@ -197,6 +197,8 @@ def check_keys(layer: dict[str, Any]) -> None:
             raise UserError(f"{group}: a mapping was expected, found {keys!r}")
         for key, value in list(keys.items()):
             name = f"{group}.{key}"
+            if name in REMOVED:
+                raise UserError(f"{name}: this key is gone ({REMOVED[name]}); remove it")
             if name not in types:
                 raise UserError(f"unknown key {name!r}{nearest_key(name, types)}")
             hints = (types[name], *get_args(types[name]))

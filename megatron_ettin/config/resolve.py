@@ -25,13 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.text import counted
 from megatron_ettin.config.checks import check, check_weight_decay
+from megatron_ettin.config.key_names import REMOVED
 from megatron_ettin.config.overrides import Layer, given, keys_of, read_layers, read_yaml, upgrade_keys
 from megatron_ettin.config.recipe import PHASES, recipe
 from megatron_ettin.config.schema import Config, ModelConfig, groups, key_types
 from megatron_ettin.config.tables import SIZES
 
 # keys of earlier versions, whose runs go on all the same
-REMOVED = (("resilience", "stop_on_nonfinite"),)
 
 
 class Start(NamedTuple):
@@ -134,7 +134,8 @@ def to_yaml(config: Config) -> str:
 def from_yaml(path: Path) -> Config:
     """Read a resolved config.yaml, of earlier versions too. Raises UserError for one that is damaged or newer."""
     content = read_yaml(path)
-    for group, key in REMOVED:
+    for name in REMOVED:
+        group, _, key = name.partition(".")
         if isinstance(content.get(group), dict):
             content[group].pop(key, None)
     keep_early_decay(content)

@@ -1,4 +1,4 @@
-"""Create and destroy torch's default process group, again after a restart within the processes."""
+"""Create and destroy torch's default process group."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from megatron_ettin.platform.profiler import enable_flight_recorder
 
 # the store that ranks met at, and a part of it for every time they joined
 _stores: list[Store] = []
-# how often the ranks were restarted in their processes
-_restarts = [0]
 LISTED_RANKS = 8
 REPEAT_SECONDS = 60.0
 
@@ -61,7 +59,7 @@ def init_process_group(
             waiting = f"rank {env.rank} waits for rank 0 at {url}{_env_hint(env)}"
             with log_when_slow(waiting) if env.local_rank == 0 else contextlib.nullcontext():
                 _stores.append(_meeting_point(env, patience))
-        store = PrefixStore(f"join{_restarts[0]}.{len(_stores)}", _stores[0])
+        store = PrefixStore(f"join{len(_stores)}", _stores[0])
         _stores.append(store)
         _await_all(store, env, patience)
         _stores[0].set_timeout(timeout)
@@ -181,27 +179,6 @@ def destroy_process_group() -> None:
     """Destroy every process group of this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def abort_process_group() -> None:
-    """Abort all groups without waiting for collectives that are under way."""
-    if dist.is_initialized():
-        dist.distributed_c10d._abort_process_group()
-
-
-def reinit_after_restart(times: int, port: int) -> None:
-    """Prepare the ranks to meet again after a restart within their processes.
-
-    They meet at another part of torchrun's store, or at a port that neither a library's store nor the last start used.
-
-    Args:
-        times: number of the restart.
-        port: where the library's store is.
-    """
-    release_store()
-    _restarts[0] = times
-    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        os.environ["MASTER_PORT"] = str(port + 1 + times)
 
 
 def release_store() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from megatron_ettin.base.errors import UserError
 from megatron_ettin.base.log import log_info, log_warning
 from megatron_ettin.batching.batches import Batches
-from megatron_ettin.config.operations import ResilienceConfig
 from megatron_ettin.config.schema import Config
 from megatron_ettin.config.tables import OBJECTIVES
 from megatron_ettin.config.values import validation_sets
@@ -25,7 +24,6 @@ from megatron_ettin.parallel.env import read_distributed_env
 from megatron_ettin.parallel.failure_report import end_now, exit_with_parent, report_folder
 from megatron_ettin.parallel.groups import destroy_model_parallel
 from megatron_ettin.parallel.process_groups import (
-    abort_process_group,
     destroy_process_group,
     init_process_group,
     release_store,
@@ -127,7 +125,7 @@ class Trainer:
         stack.callback(destroy_model_parallel)
         # after `explaining_failures` has looked at an error, which may end the process
         closing = stack.enter_context(contextlib.ExitStack())
-        stack.enter_context(self.explaining_failures(config.resilience, watchdog))
+        stack.enter_context(self.explaining_failures(watchdog))
         check_ranks_consistent(config, job.corpus)
         train_state = setup_training(config, self.platform, self.env.world)
         closing.callback(train_state.close)
@@ -145,7 +143,7 @@ class Trainer:
         return run, build_hooks(run, watchdog.peers, job)
 
     @contextlib.contextmanager
-    def explaining_failures(self, settings: ResilienceConfig, watchdog: Watchdog) -> Iterator[None]:
+    def explaining_failures(self, watchdog: Watchdog) -> Iterator[None]:
         """End the process as a stall does where an error inside was caused by one."""
         try:
             yield
@@ -153,9 +151,7 @@ class Trainer:
             watchdog.explain()
             if self.platform.is_gpu and self.env.world > 1 and not isinstance(error, (UserError, TrainingStoppedError)):
                 # the others wait for this rank in a kernel; so would it for them, taking the groups down
-                if not settings.in_process_restarts:
-                    end_now(error)
-                abort_process_group()
+                end_now(error)
             raise
 
     @contextlib.contextmanager

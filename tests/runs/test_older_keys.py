@@ -83,3 +83,11 @@ def test_science_keys_of_an_older_hybrid_run_are_those_of_today(tmp_path: Path) 
     assert today in text
     (tmp_path / "config.yaml").write_text(text.replace(today, "  clm_fraction: 0:0.8,1500:0.3\n"))
     assert RunDirectory(tmp_path).science == science_keys(config)
+
+
+def test_removed_key_of_an_older_run_is_read_over_and_refused_from_a_user(older: Path) -> None:
+    path = older / "config.yaml"
+    path.write_text(path.read_text().replace("resilience:\n", "resilience:\n  in_process_restarts: 3\n"))
+    assert from_yaml(path).resilience.save_on_signal
+    with pytest.raises(UserError, match=r"resilience.in_process_restarts: this key is gone .*; remove it"):
+        parse("17m", "mlm", "pretrain", overrides=["resilience.in_process_restarts=3"])
